@@ -1,0 +1,5 @@
+"""``python -m twinspect``."""
+
+from twinspect.cli import app
+
+app()

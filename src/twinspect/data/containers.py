@@ -1,0 +1,292 @@
+"""Images that lie inside one big file: CIFAR batches (pickle or binary), IDX and Parquet.
+
+A pickle is a program. CIFAR's are read by an unpickler that knows four names and builds nothing but plain
+arrays; any other pickle is refused before it can do anything.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.data.images import ImageLimits, read_rgb
+from twinspect.errors import DataError
+
+CIFAR_SIDE = 32
+CIFAR_BYTES = 3 * CIFAR_SIDE * CIFAR_SIDE
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("fine_label", "label")
+
+
+class Container(Protocol):
+    """A file of images: how many, what they show, and each as RGB."""
+
+    @property
+    def labels(self) -> Sequence[int | str] | None:
+        """Class number or name of each record, if the file says."""
+
+    def __len__(self) -> int: ...
+
+    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+        """H x W x 3 of one record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Records of raw 8-bit pixels: N x C x H x W, one or three channels."""
+
+    pixels: NDArray[np.uint8]
+    labels: Sequence[int | str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+        """H x W x 3 of one record; one channel is repeated."""
+        planes = np.moveaxis(self.pixels[record], 0, -1)
+        return np.ascontiguousarray(planes if planes.shape[2] == 3 else np.repeat(planes, 3, axis=2))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Records of encoded image bytes in an Arrow column, which is kept in memory."""
+
+    path: Path
+    column: Any
+    labels: Sequence[int | str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+        """H x W x 3 of one record, decoded like a file."""
+        raw = self.column[record].as_py()
+        if not isinstance(raw, bytes):
+            raise DataError(f"{self.path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
+        return read_rgb(raw, limits, name=f"{self.path} record {record}")
+
+
+def read_record(path: Path, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+    """RGB of one record of a container file."""
+    container = open_container(path)
+    if not 0 <= record < len(container):
+        raise DataError(f"{path}: no record {record}; the file holds {len(container):,}, counted from 0")
+    return container.rgb(record, limits)
+
+
+def open_container(path: Path) -> Container:
+    """Open a container file; kept open until the file changes (16 files at most)."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror or error})") from None
+    return _open(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=16)
+def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
+    name = path.name.lower()
+    try:
+        if name.endswith(".parquet"):
+            return _open_parquet(path)
+        if "-idx" in name or ".idx" in name:
+            return Planes(read_idx(path)[:, None])
+        return _open_cifar_binary(path) if name.endswith(".bin") else _open_cifar_pickle(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
+
+
+# ---------------------------------------------------------------------------------------------- IDX
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Array in an IDX file of unsigned bytes (MNIST and Fashion-MNIST), plain or ``.gz``."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        raw = _gunzip(raw, path)
+    if len(raw) < 8 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3 or len(raw) < 4 + 4 * raw[3]:
+        raise DataError(f"{path}: not an IDX file of unsigned bytes; accepted: the files of Fashion-MNIST")
+    shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
+    body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3])
+    wanted = int(np.prod(shape, dtype=object))
+    if body.size != wanted:
+        raise DataError(f"{path}: {body.size:,} bytes of data, {wanted:,} promised by its header; copy it again")
+    return body.reshape(shape)
+
+
+def _gunzip(raw: bytes, path: Path, limit: int = 1 << 30) -> bytes:
+    with gzip.open(io.BytesIO(raw)) as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise DataError(f"{path}: unpacks to more than {limit:,} bytes; Fashion-MNIST's files need 47 million")
+    return data
+
+
+# -------------------------------------------------------------------------------------------- CIFAR
+
+
+def _open_cifar_binary(path: Path) -> Planes:
+    """CIFAR-10 has one label byte per record, CIFAR-100 two (coarse, fine); the last one counts."""
+    labels = 2 if path.stem in ("train", "test") else 1
+    step = labels + CIFAR_BYTES
+    size = path.stat().st_size
+    if size == 0 or size % step:
+        raise DataError(f"{path}: {size:,} bytes are not whole records of {step}; copy it again from its source")
+    records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, step)
+    pixels = records[:, labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
+    return Planes(pixels, records[:, labels - 1].tolist())
+
+
+def _open_cifar_pickle(path: Path) -> Planes:
+    batch = _load_cifar_pickle(path)
+    labels = batch.get("fine_labels", batch.get("labels"))
+    data = batch.get("data")
+    pixels = data.array(path) if isinstance(data, _Array) else None
+    if pixels is None or pixels.ndim != 2 or pixels.shape[1] != CIFAR_BYTES or not isinstance(labels, list):
+        raise DataError(f"{path}: not a batch of CIFAR's python version (data N x 3072, labels)")
+    if len(labels) != len(pixels) or not all(type(label) is int for label in labels):
+        raise DataError(f"{path}: {len(labels)} labels for {len(pixels)} images; copy it again from its source")
+    return Planes(pixels.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE), labels)
+
+
+def _load_cifar_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        try:
+            batch = _CifarUnpickler(stream, encoding="bytes").load()
+        except DataError:
+            raise
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise DataError(f"{path}: not a pickle of CIFAR's python version ({error})") from None
+    if not isinstance(batch, dict):
+        raise DataError(f"{path}: holds a {type(batch).__name__}, and CIFAR's batches hold a dict")
+    return {_text(key): value for key, value in batch.items()}
+
+
+def _text(key: object) -> str:
+    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+
+
+class _Array:
+    """Stands in for numpy's array while unpickling: only remembers its state."""
+
+    def __init__(self) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state if isinstance(state, tuple) else ()
+
+    def array(self, path: Path) -> NDArray[np.uint8]:
+        """The bytes as an array; only C- or Fortran-ordered unsigned bytes are accepted."""
+        match self.state:
+            case (int(), tuple() as shape, _Dtype(code="u1"), bool() | int() as fortran, bytes() as raw):
+                if all(type(n) is int and n >= 0 for n in shape) and int(np.prod(shape, dtype=object)) == len(raw):
+                    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+        raise DataError(f"{path}: its array is not of unsigned bytes, or is cut short; copy it again from its source")
+
+
+@dataclass(slots=True)
+class _Dtype:
+    """Stands in for numpy's dtype while unpickling."""
+
+    code: str
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and fields do not matter for bytes."""
+
+
+def _make_array(*_arguments: object) -> _Array:
+    return _Array()
+
+
+def _make_dtype(code: object, *_arguments: object) -> _Dtype:
+    return _Dtype(_text(code).lstrip("|"))
+
+
+def _latin1(text: object, encoding: object = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("only latin1 text is admitted")
+    return text.encode("latin-1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+class _ArrayName:
+    """Only an argument: the type that numpy's pickles name before they build an array."""
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Admits the names that CIFAR's files hold, each bound to a harmless stand-in; refuses all others."""
+
+    _ADMITTED: dict[tuple[str, str], Any] = {
+        ("numpy.core.multiarray", "_reconstruct"): _make_array,
+        ("numpy._core.multiarray", "_reconstruct"): _make_array,
+        ("numpy", "ndarray"): _ArrayName,
+        ("numpy", "dtype"): _make_dtype,
+        ("_codecs", "encode"): _latin1,
+        ("__builtin__", "bytes"): _no_bytes,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in, or a refusal that names what the file asked for."""
+        try:
+            return self._ADMITTED[module, name]
+        except KeyError:
+            raise DataError(
+                f"this pickle asks for {module}.{name}, which CIFAR's files never do: it was refused and "
+                "nothing in it was run. Use CIFAR's binary version, PNG folders or Parquet instead"
+            ) from None
+
+
+# ------------------------------------------------------------------------------------------ Parquet
+
+
+def parquet_columns(path: Path) -> dict[str, str]:
+    """Column names and types of a Parquet file, from its header."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return {field.name: str(field.type) for field in pq.read_schema(path)}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
+
+
+def parquet_labels(path: Path) -> list[int | str]:
+    """The label column alone, without the images."""
+    import pyarrow.parquet as pq
+
+    column = _one_of(path, LABEL_COLUMNS)
+    values: list[int | str] = pq.read_table(path, columns=[column]).column(column).to_pylist()
+    return values
+
+
+def _open_parquet(path: Path) -> Encoded:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    name = _one_of(path, IMAGE_COLUMNS)
+    column = pq.read_table(path, columns=[name]).column(name)
+    if "bytes" in parquet_columns(path)[name]:
+        column = pc.struct_field(column, "bytes")
+    return Encoded(path, column)
+
+
+def _one_of(path: Path, accepted: tuple[str, ...]) -> str:
+    columns = parquet_columns(path)
+    for name in accepted:
+        if name in columns:
+            return name
+    raise DataError(f"{path}: columns {', '.join(columns)}; one of {', '.join(accepted)} is needed")

@@ -1,0 +1,149 @@
+"""Decode one image file to 8-bit RGB, the same way for training, prediction and serving.
+
+No torch here: a light runtime reads images with this file alone. Geometry rule: nothing is ever
+cropped. The model resizes the whole image to its own square input, and maps are resized back.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from twinspect.errors import ImageError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a file may hold before it is refused.
+
+    Attributes:
+        max_pixels: width times height, checked on the header before any pixel is decoded.
+        min_side: shortest side in pixels that still makes sense to score.
+    """
+
+    max_pixels: int = 100_000_000
+    min_side: int = 2
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name looks like an image and is not a hidden file (``._x.jpg`` from other systems)."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def read_rgb(
+    source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
+) -> NDArray[np.uint8]:
+    """Decode a file or its bytes to an H x W x 3 array of 8-bit RGB.
+
+    EXIF rotation is applied; 16-bit images are scaled by their full range (a fixed window, so that two
+    images of one camera stay comparable); palettes, CMYK and alpha become RGB (alpha over black); of an
+    animation the first frame counts. ``draft_side`` > 0 lets a JPEG be decoded at a half, quarter or
+    eighth of its size as long as the short side stays at least that long.
+
+    Raises:
+        ImageError: with the file's name, what was found and what to do about it.
+    """
+    label = name or (str(source) if isinstance(source, Path) else "image bytes")
+    try:
+        raw = source.read_bytes() if isinstance(source, Path) else source
+    except OSError as error:
+        raise ImageError(f"{label}: cannot be opened ({error.strerror or error})") from None
+    if not raw:
+        raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit, checked below on the header, replaces Pillow's warning at 89 Mpx.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(raw)) as image:
+                _check_size(image, limits, label)
+                if draft_side > 0:
+                    image.draft("RGB", _draft_size(image.size, draft_side))
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{label}: not an image that can be read; accepted: {_accepted()}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{label}: more than {limits.max_pixels:,} pixels; resize it or cut it into tiles") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        IndexError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        # Pillow's plug-ins raise all of these on damaged files; none of them may end a run.
+        raise ImageError(f"{label}: damaged or truncated image ({error}); copy it again from its source") from None
+
+
+def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
+    """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``)."""
+    try:
+        with Image.open(path) as image:
+            _check_size(image, limits, str(path))
+            values = np.asarray(image if image.mode != "P" else image.convert("RGB"))
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"{path}: mask cannot be read ({error})") from None
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        values = values[..., :-1]  # alpha says nothing about the defect
+    return values.astype(bool) if values.ndim == 2 else values.any(axis=2)
+
+
+def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize H x W x 3 to size x size with an antialiased bilinear filter; the aspect is not kept."""
+    if rgb.shape[:2] == (size, size):
+        return rgb
+    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"{label}: {width} x {height} pixels are more than the limit of {limits.max_pixels:,}; "
+            "resize it or cut it into tiles"
+        )
+    if min(width, height) < limits.min_side:
+        raise ImageError(f"{label}: {width} x {height} pixels; at least {limits.min_side} per side are needed")
+
+
+def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = side / min(size)
+    return (round(size[0] * scale), round(size[1] * scale)) if scale < 1 else size
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _window(np.asarray(image), image.mode)
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB"))
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _window(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits to RGB: integers by the 16-bit range, floats in [0, 1] or [0, 255]."""
+    grey = values.astype(np.float64)
+    if mode == "F":
+        grey = grey * 255.0 if np.nanmax(grey, initial=0.0) <= 1.0 else grey
+    else:
+        grey = grey / 257.0  # never by the image's own range: images of one camera must stay comparable
+    eight = np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8)
+    return np.repeat(eight[..., None], 3, axis=2)
+
+
+def _accepted() -> str:
+    return ", ".join(sorted(s.lstrip(".") for s in SUFFIXES))

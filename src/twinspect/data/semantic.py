@@ -1,0 +1,265 @@
+"""Semantic sets: the class of the object or scene is what may be abnormal.
+
+Convention: ``class_name`` is the true class, ``label`` is None, and the split is the one on disk. Which
+    classes count as normal is the protocol's choice (``twinspect.data.protocols``), which sets the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW
+from twinspect.data.containers import open_container, parquet_columns, parquet_labels, read_idx
+from twinspect.data.images import ImageLimits
+from twinspect.data.scan import ScanLog, child, existing_folder, has_images, images_in, listing, subfolders
+from twinspect.errors import DataError
+from twinspect.types import TEST, TRAIN, Sample
+
+SPLIT_FOLDERS = {TRAIN: ("train", "seg_train", "training"), TEST: ("test", "seg_test", "testing")}
+ALIASES = {"plane": "airplane", "car": "automobile", "tshirt": "t-shirt-top"}
+Files = dict[str, list[Path]]  # split -> files
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """A known set of classes and the names of its container files.
+
+    Attributes:
+        name: layout name.
+        classes: in the official order, which is also the order of the numeric labels.
+        folders: names of the folder that an official archive unpacks to.
+        files: split -> names of the official container files without suffix.
+        open_names: whether other class folders are taken too.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+    files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    open_names: bool = False
+
+
+CIFAR10_SET = ImageSet(
+    "cifar10",
+    CIFAR10,
+    ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    ((TRAIN, tuple(f"data_batch_{i}" for i in range(1, 6))), (TEST, ("test_batch",))),
+)
+CIFAR100_SET = ImageSet(
+    "cifar100",
+    tuple(CIFAR100),
+    ("cifar-100-python", "cifar-100-binary"),
+    ((TRAIN, ("train",)), (TEST, ("test",))),
+)
+FASHION_SET = ImageSet(
+    "fashion-mnist",
+    FASHION,
+    ("raw", "FashionMNIST", "fashion"),
+    ((TRAIN, ("train-images-idx3-ubyte",)), (TEST, ("t10k-images-idx3-ubyte",))),
+)
+VIEW_SET = ImageSet("view", VIEW, open_names=True)
+
+
+def cifar10(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """CIFAR-10: python version (restricted unpickler), binary version, Parquet, or class folders of images.
+
+    Official counts: 10 classes, 50,000 training and 10,000 test images of 32 x 32.
+    """
+    return _read_set(root, log or ScanLog(), CIFAR10_SET)
+
+
+def cifar100(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """CIFAR-100, same shapes as CIFAR-10; ``class_name`` is the fine class.
+
+    The 20 super-classes are one call away: ``twinspect.data.protocols.by_superclass``.
+    Official counts: 100 classes, 50,000 training and 10,000 test images of 32 x 32.
+    """
+    return _read_set(root, log or ScanLog(), CIFAR100_SET)
+
+
+def fashion_mnist(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """Fashion-MNIST: IDX files (``.gz`` or plain), Parquet, or class folders; grey becomes three channels.
+
+    MNIST's files have the same names, and nothing in them tells the two sets apart.
+    Official counts: 10 classes, 60,000 training and 10,000 test images of 28 x 28.
+    """
+    return _read_set(root, log or ScanLog(), FASHION_SET)
+
+
+def view(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """View (Intel scenes): ``seg_train/seg_train/<class>`` and ``seg_test/...``, or ``train/`` and ``test/``.
+
+    Also reads any other set of class folders with a training and a test split. Images of ``seg_pred`` have
+    no class and are left out. Six classes: buildings, forest, glacier, mountain, sea, street; mostly 150 x
+    150.
+    """
+    return _read_set(root, log or ScanLog(), VIEW_SET)
+
+
+def looks_like(root: Path, image_set: ImageSet) -> bool:
+    """Whether a folder holds this set in one of its shapes; class folders must carry known names."""
+    if not root.is_dir():
+        return False
+    if _container_files(root, image_set) or _parquet_set(root) == image_set.name:
+        return True
+    folders = _class_folders(root)
+    names = {_canonical(sub.name, image_set) for subs in folders.values() for sub in subs}
+    known = set(image_set.classes)
+    digits = {sub.name for subs in folders.values() for sub in subs if sub.name.isdigit()}
+    return len(names) > 1 and not digits and names <= known
+
+
+def _read_set(root: Path, log: ScanLog, image_set: ImageSet) -> list[Sample]:
+    root = existing_folder(root)
+    files = _container_files(root, image_set)
+    if files:
+        return _from_containers(files, log, image_set)
+    files = _parquet_files(root)
+    if files:
+        return _from_parquet(files, image_set)
+    folders = _class_folders(root)
+    if any(folders.values()):
+        return _from_folders(root, folders, log, image_set)
+    raise DataError(
+        f"{root}: not {image_set.name} in any shape known; found: {listing(root)}. {_accepted(image_set)}"
+    )
+
+
+def _accepted(image_set: ImageSet) -> str:
+    names = ", ".join(stem for _, stems in image_set.files for stem in stems)
+    containers = f"the files {names} (python or binary), train*.parquet and test*.parquet, or " if names else ""
+    return f"Accepted: {containers}train/<class>/ and test/<class>/ of images"
+
+
+# --------------------------------------------------------------------------------- official containers
+
+
+def _container_files(root: Path, image_set: ImageSet) -> Files:
+    for place in (root, *(root / name for name in image_set.folders), root / "FashionMNIST" / "raw"):
+        for suffix in ("", ".bin", ".gz"):
+            found = {split: _named(place, stems, suffix) for split, stems in image_set.files}
+            if any(found.values()):
+                return found
+    return {}
+
+
+def _named(place: Path, stems: Sequence[str], suffix: str) -> list[Path]:
+    return [place / (stem + suffix) for stem in stems if (place / (stem + suffix)).is_file()]
+
+
+def _from_containers(files: Files, log: ScanLog, image_set: ImageSet) -> list[Sample]:
+    wanted = sum(len(stems) for _, stems in image_set.files)
+    found = sum(len(paths) for paths in files.values())
+    if found < wanted:
+        log.note(f"{found} of the {wanted} official files of {image_set.name} were found")
+    samples: list[Sample] = []
+    for split, paths in files.items():
+        for path in paths:
+            labels = _idx_labels(path) if "idx3" in path.name else (open_container(path).labels or ())
+            samples += _records(path, split, labels, image_set)
+    return samples
+
+
+def _idx_labels(images: Path) -> Sequence[int | str]:
+    path = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; the classes of {images.name} are in it")
+    labels: Sequence[int | str] = [int(x) for x in read_idx(path).ravel()]
+    count = len(open_container(images))
+    if len(labels) != count:
+        raise DataError(f"{path}: {len(labels):,} labels for the {count:,} images of {images.name}; copy both again")
+    return labels
+
+
+def _records(path: Path, split: str, labels: Sequence[int | str], image_set: ImageSet) -> list[Sample]:
+    return [Sample(path, split, _name_of(x, image_set, path), None, record=i) for i, x in enumerate(labels)]
+
+
+def _name_of(label: int | str, image_set: ImageSet, path: Path) -> str:
+    if isinstance(label, int) and 0 <= label < len(image_set.classes):
+        return image_set.classes[label]
+    name = _canonical(label, image_set) if isinstance(label, str) else ""
+    if name not in image_set.classes:
+        raise DataError(f"{path}: label {label!r}; {image_set.name} has 0 to {len(image_set.classes) - 1}")
+    return name
+
+
+# -------------------------------------------------------------------------------------------- Parquet
+
+
+def _parquet_files(root: Path) -> Files:
+    files: Files = {TRAIN: [], TEST: []}
+    for place in (root, *subfolders(root), *(s for sub in subfolders(root) for s in subfolders(sub))):
+        for path in sorted(place.glob("*.parquet")):
+            split = next((s for s in files if path.name.startswith(s) or place.name == s), None)
+            if split and {"img", "image"} & set(columns := parquet_columns(path)) and "split" not in columns:
+                files[split].append(path)
+    return files if any(files.values()) else {}
+
+
+def _parquet_set(root: Path) -> str:
+    """Which set a folder of Parquet files is: by its columns, then by the size of its first image."""
+    files = _parquet_files(root)
+    paths = [path for found in files.values() for path in found]
+    if not paths:
+        return ""
+    columns = parquet_columns(paths[0])
+    if "fine_label" in columns:
+        return "cifar100"
+    container = open_container(paths[0])
+    if "label" not in columns or len(container) == 0:
+        return ""
+    return {32: "cifar10", 28: "fashion-mnist"}.get(container.rgb(0, ImageLimits()).shape[0], "")
+
+
+def _from_parquet(files: Files, image_set: ImageSet) -> list[Sample]:
+    return [
+        sample
+        for split, paths in files.items()
+        for path in paths
+        for sample in _records(path, split, parquet_labels(path), image_set)
+    ]
+
+
+# -------------------------------------------------------------------------------------- class folders
+
+
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    """Folders of images per split, through doubled folders such as ``seg_train/seg_train``."""
+    found: dict[str, list[Path]] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        place = child(root, names)
+        while place is not None and (place / place.name).is_dir() and len(subfolders(place)) == 1:
+            place = place / place.name
+        found[split] = [sub for sub in subfolders(place) if has_images(sub)] if place is not None else []
+    return found
+
+
+def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, image_set: ImageSet) -> list[Sample]:
+    samples: list[Sample] = []
+    for split, subs in folders.items():
+        for sub in subs:
+            name = _canonical(sub.name, image_set)
+            if name not in image_set.classes and not image_set.open_names:
+                log.skip(sub, f"not a class of {image_set.name}")
+                continue
+            samples += [Sample(image, split, name, None) for image in images_in(sub, log)]
+    for sub in subfolders(root):
+        if not any(used.is_relative_to(sub) for subs in folders.values() for used in subs):
+            log.skip(sub, "holds no class folders of train or test")
+    return samples
+
+
+def _canonical(name: str, image_set: ImageSet) -> str:
+    """The set's own spelling of a class name or number; unknown names come back as they are."""
+    if name.isdecimal() and int(name) < len(image_set.classes) and not image_set.open_names:
+        return image_set.classes[int(name)]
+    key = _key(name)
+    key = _key(ALIASES.get(key, key))
+    return next((known for known in image_set.classes if _key(known) == key), name)
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

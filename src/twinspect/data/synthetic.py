@@ -1,0 +1,439 @@
+"""Write a tiny data set in any layout: for tests, documentation and a first try without a download.
+
+``write("mvtec-loco", root)`` returns the counts per class that the loader must find. ``SHAPES`` lists the
+shapes that one layout has on disk; the first is the default. Same plan, same pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW, VISA
+from twinspect.data.industrial import LOGICAL, STRUCTURAL, mvtec_ad
+from twinspect.data.listed import relative_to_root, write_meta_json
+from twinspect.data.loaded import ClassCounts
+from twinspect.data.manifest import write_manifest
+from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
+from twinspect.data.synthetic_containers import cifar_binary, cifar_python, idx, parquet
+from twinspect.errors import ConfigError, unknown_name
+from twinspect.types import TEST, TRAIN
+
+REAL_IAD_VIEWS = 5
+Counts = dict[str, ClassCounts]
+RGB = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to write.
+
+    Attributes:
+        seed: of every picture.
+        size: side in pixels; CIFAR is always 32 and Fashion-MNIST 28.
+        classes: how many; semantic sets have at least two.
+        train: training images per class (Real-IAD: objects of five views).
+        calibration: images per class where the layout has its own validation split.
+        good: normal test images per class (semantic sets: test images per class; Real-IAD: objects).
+        defect: anomalous test images per class (Real-IAD: objects).
+        shape: one of ``SHAPES[layout]``; empty for the first.
+    """
+
+    seed: int = 0
+    size: int = 64
+    classes: int = 2
+    train: int = 6
+    calibration: int = 3
+    good: int = 3
+    defect: int = 4
+    shape: str = ""
+
+
+def write(layout: str, root: Path | str, plan: Plan | None = None) -> Counts:
+    """Write a set of this layout below ``root`` (created if absent); the counts per class that are there.
+
+    Raises:
+        ConfigError: unknown layout or shape, or a number that is too small.
+    """
+    plan = plan or Plan()
+    if layout not in WRITERS:
+        raise ConfigError(unknown_name("layout", layout, WRITERS))
+    if plan.shape and plan.shape not in SHAPES[layout]:
+        raise ConfigError(unknown_name(f"shape of {layout}", plan.shape, SHAPES[layout]))
+    if min(plan.classes, plan.train) < 1 or plan.size < 16:
+        raise ConfigError("at least one class, one training image and 16 pixels per side are needed")
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    return WRITERS[layout](folder, plan, plan.shape or SHAPES[layout][0])
+
+
+# -------------------------------------------------------------------------------------- MVTec's family
+
+
+def _mvtec_ad(root: Path, plan: Plan, shape: str) -> Counts:
+    if shape == "one-class":
+        return {root.name: _mvtec_class(root, 0, plan)}
+    names = _part_names(plan)
+    return {n: _mvtec_class(root / n, i, plan, masks=shape != "no-masks") for i, n in enumerate(names)}
+
+
+def _mvtec_class(folder: Path, index: int, plan: Plan, masks: bool = True, suffix: str = "_mask") -> ClassCounts:
+    _good_files(folder / "train" / "good", index, plan, "train", plan.train)
+    _good_files(folder / "test" / "good", index, plan, "good", plan.good)
+    for number, kind, rgb, found in _defect_pictures(index, plan):
+        _save(folder / "test" / kind / f"{number:03d}.png", rgb)
+        if masks:
+            _save(folder / "ground_truth" / kind / f"{number:03d}{suffix}.png", found[0])
+    return _counts(plan, masks=plan.defect if masks else 0)
+
+
+def _mvtec_ad_2(root: Path, plan: Plan, shape: str) -> Counts:
+    names = _part_names(plan)
+    for index, name in enumerate(names):
+        public = root / name / "test_public"
+        _good_files(root / name / "train" / "good", index, plan, "train", plan.train, "_regular")
+        _good_files(root / name / "validation" / "good", index, plan, "validation", plan.calibration, "_regular")
+        _good_files(public / "good", index, plan, "good", plan.good, "_regular")
+        for private in ("test_private", "test_private_mixed"):
+            _good_files(root / name / private, index, plan, private, plan.good, "_overexposed")
+        for number, _, rgb, found in _defect_pictures(index, plan):
+            _save(public / "bad" / f"{number:03d}_regular.png", rgb)
+            _save(public / "ground_truth" / "bad" / f"{number:03d}_regular_mask.png", found[0])
+    return dict.fromkeys(names, _counts(plan, plan.calibration, unknown=2 * plan.good, masks=plan.defect))
+
+
+def _mvtec_loco(root: Path, plan: Plan, shape: str) -> Counts:
+    """Two regions per anomalous image: a grey value of 255 saturates at half its area, 254 at ten pixels."""
+    names = _part_names(plan)
+    for index, name in enumerate(names):
+        folder = root / name
+        _good_files(folder / "train" / "good", index, plan, "train", plan.train)
+        _good_files(folder / "validation" / "good", index, plan, "validation", plan.calibration)
+        _good_files(folder / "test" / "good", index, plan, "good", plan.good)
+        for number, _, rgb, found in _defect_pictures(index, plan, regions=2):
+            kind = LOGICAL if number % 2 else STRUCTURAL
+            _save(folder / "test" / kind / f"{number:03d}.png", rgb)
+            for region, mask in enumerate(found):
+                grey = (mask * (255 - region)).astype(np.uint8)
+                _save(folder / "ground_truth" / kind / f"{number:03d}" / f"{region:03d}.png", grey)
+        _save_json(folder / "defects_config.json", _saturation_config())
+    return dict.fromkeys(names, _counts(plan, plan.calibration, masks=2 * plan.defect))
+
+
+def _saturation_config() -> list[dict[str, Any]]:
+    rows = (("part_of_a_region", 255, 0.5, True), ("ten_pixels", 254, 10, False))
+    keys = ("defect_name", "pixel_value", "saturation_threshold", "relative_saturation")
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+# ------------------------------------------------------------------------------------ VisA and Real-IAD
+
+
+def _visa(root: Path, plan: Plan, shape: str) -> Counts:
+    names = list(VISA[: plan.classes])
+    if shape == "converted":
+        return {n: _mvtec_class(root / "1cls" / n, i, plan, suffix="") for i, n in enumerate(names)}
+    rows: list[tuple[str, ...]] = []
+    for index, name in enumerate(names):
+        rows += _visa_class(root, name, index, plan)
+    (root / "split_csv").mkdir(exist_ok=True)
+    with (root / "split_csv" / "1cls.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("object", "split", "label", "image", "mask"), *rows])
+    return dict.fromkeys(names, _counts(plan, masks=plan.defect))
+
+
+def _visa_class(root: Path, name: str, index: int, plan: Plan) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    data = root / name / "Data"
+    for number, split in enumerate([TRAIN] * plan.train + [TEST] * plan.good):
+        path = data / "Images" / "Normal" / f"{number:04d}.JPG"
+        _save(path, part(index, _rng(plan, name, split, number), plan.size))
+        rows.append((name, split, "normal", relative_to_root(path, root), ""))
+    for number, _, rgb, found in _defect_pictures(index, plan):
+        path, mask = (
+            data / "Images" / "Anomaly" / f"{number:03d}.JPG",
+            data / "Masks" / "Anomaly" / f"{number:03d}.png",
+        )
+        _save(path, rgb)
+        _save(mask, found[0].astype(np.uint8) * (1 + number % 3))  # small integers, as in VisA
+        rows.append((name, TEST, "anomaly", relative_to_root(path, root), relative_to_root(mask, root)))
+    return rows
+
+
+def _real_iad(root: Path, plan: Plan, shape: str) -> Counts:
+    names = _part_names(plan)
+    official = shape == "official"
+    for index, name in enumerate(names):
+        folder = root / "realiad_256" / name if official else root / name
+        lists = {
+            TRAIN: _real_iad_objects(folder, index, plan, "OK", range(plan.train)),
+            TEST: _real_iad_objects(folder, index, plan, "OK", range(plan.train, plan.train + plan.good))
+            + _real_iad_objects(folder, index, plan, "HS", range(plan.defect)),
+        }
+        jsons = root / "realiad_jsons" / "realiad_jsons" if official else root / "realiad_jsons"
+        _save_json(jsons / f"{name}.json", {"meta": {"normal_class": "OK", "prefix": f"{name}/"}, **lists})
+    views = REAL_IAD_VIEWS
+    counts = ClassCounts(views * plan.train, 0, views * plan.good, views * plan.defect, 0, views * plan.defect)
+    return dict.fromkeys(names, counts)
+
+
+def _real_iad_objects(
+    folder: Path, index: int, plan: Plan, kind: str, numbers: Sequence[int]
+) -> list[dict[str, str | None]]:
+    """Rows of the objects ``numbers``, five views each; every view of an object not OK has a defect."""
+    rows: list[dict[str, str | None]] = []
+    for number in numbers:
+        for view in range(1, REAL_IAD_VIEWS + 1):
+            rng = _rng(plan, folder.name, kind, number, view)
+            rgb, mask = part(index, rng, plan.size), DEFECTS["spot"](rng, plan.size)
+            place = Path("OK" if kind == "OK" else f"NG/{kind}") / f"S{number + 1:04d}"
+            stem = f"{folder.name}_{number + 1:04d}_{'OK' if kind == 'OK' else 'NG'}_C{view}_20231023"
+            image = place / f"{stem}.jpg"
+            _save(folder / image, rgb if kind == "OK" else damaged(rgb, [mask]))
+            if kind != "OK":
+                _save(folder / place / f"{stem}.png", mask)
+            truth = None if kind == "OK" else (place / f"{stem}.png").as_posix()
+            row = {
+                "category": folder.name,
+                "anomaly_class": kind,
+                "image_path": image.as_posix(),
+                "mask_path": truth,
+            }
+            rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------- semantic sets
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    """All pictures of a semantic set: per split the labels and the images, classes in turn."""
+
+    names: tuple[str, ...]
+    labels: dict[str, list[int]]
+    images: dict[str, list[RGB]]
+
+
+def _cifar10(root: Path, plan: Plan, shape: str) -> Counts:
+    pictures = _pictures(plan, CIFAR10, 32)
+    files = {TRAIN: [f"data_batch_{i}" for i in range(1, 6)], TEST: ["test_batch"]}
+    places = {"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin", "parquet": "plain_text"}
+    return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=False)
+
+
+def _cifar100(root: Path, plan: Plan, shape: str) -> Counts:
+    pictures = _pictures(plan, tuple(CIFAR100), 32)
+    places = {"python": "cifar-100-python", "binary": "cifar-100-binary", "parquet": "cifar100"}
+    files = {TRAIN: [TRAIN], TEST: [TEST]}
+    return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=True)
+
+
+def _cifar(
+    folder: Path, plan: Plan, shape: str, pictures: _Pictures, files: dict[str, list[str]], fine: bool
+) -> Counts:
+    if shape == "folders":
+        return _class_folders(folder / TRAIN, folder / TEST, plan, pictures)
+    folder.mkdir(exist_ok=True)
+    for split, stems in files.items():
+        images, labels = pictures.images[split], pictures.labels[split]
+        if shape == "parquet":
+            parquet(
+                folder / f"{split}-00000-of-00001.parquet",
+                images,
+                labels,
+                "img",
+                "fine_label" if fine else "label",
+            )
+            continue
+        for number, stem in enumerate(stems):
+            part_images, part_labels = images[number :: len(stems)], labels[number :: len(stems)]
+            if not part_images:
+                continue
+            if shape == "python":
+                cifar_python(folder / stem, part_images, part_labels, fine)
+            else:
+                cifar_binary(folder / f"{stem}.bin", part_images, part_labels, fine)
+    return _semantic_counts(plan, pictures)
+
+
+def _fashion_mnist(root: Path, plan: Plan, shape: str) -> Counts:
+    pictures = _pictures(plan, FASHION, 28, grey=True)
+    if shape == "folders":
+        return _class_folders(root / TRAIN, root / TEST, plan, pictures)
+    for split, stem in ((TRAIN, "train"), (TEST, "t10k")):
+        images, labels = pictures.images[split], pictures.labels[split]
+        if shape == "parquet":
+            parquet(root / f"{split}-00000-of-00001.parquet", images, labels, "image", "label")
+            continue
+        ending = ".gz" if shape == "gz" else ""
+        idx(root / f"{stem}-images-idx3-ubyte{ending}", np.stack([image[..., 0] for image in images]))
+        idx(root / f"{stem}-labels-idx1-ubyte{ending}", np.array(labels, dtype=np.uint8))
+    return _semantic_counts(plan, pictures)
+
+
+def _view(root: Path, plan: Plan, shape: str) -> Counts:
+    pictures = _pictures(plan, VIEW, plan.size)
+    if shape == "plain":
+        return _class_folders(root / "train", root / "test", plan, pictures)
+    return _class_folders(root / "seg_train" / "seg_train", root / "seg_test" / "seg_test", plan, pictures)
+
+
+def _pictures(plan: Plan, names: tuple[str, ...], size: int, grey: bool = False) -> _Pictures:
+    count = min(max(plan.classes, 2), len(names))
+    each = {TRAIN: plan.train, TEST: max(plan.good, 1)}
+    labels = {split: list(range(count)) * number for split, number in each.items()}
+    images = {
+        split: [scene(x, count, _rng(plan, split, i), size, grey) for i, x in enumerate(found)]
+        for split, found in labels.items()
+    }
+    return _Pictures(names[:count], labels, images)
+
+
+def _class_folders(train: Path, test: Path, plan: Plan, pictures: _Pictures) -> Counts:
+    for split, folder in ((TRAIN, train), (TEST, test)):
+        for number, (label, rgb) in enumerate(zip(pictures.labels[split], pictures.images[split], strict=True)):
+            _save(folder / pictures.names[label] / f"{number:05d}.png", rgb)
+    return _semantic_counts(plan, pictures)
+
+
+def _semantic_counts(plan: Plan, pictures: _Pictures) -> Counts:
+    return dict.fromkeys(pictures.names, ClassCounts(plan.train, test_unknown=max(plan.good, 1)))
+
+
+# ------------------------------------------------------------------------------------- plain and listed
+
+
+def _folder(root: Path, plan: Plan, shape: str) -> Counts:
+    if shape == "flat":
+        _good_files(root, 0, plan, "train", plan.train)
+        return {root.name: ClassCounts(plan.train)}
+    if shape == "classes":
+        names = _part_names(plan)
+        for index, name in enumerate(names):
+            _good_files(root / name, index, plan, "train", plan.train)
+        return dict.fromkeys(names, ClassCounts(plan.train))
+    _good_files(root / "good", 0, plan, "train", plan.train)
+    if shape == "good":
+        return {root.name: ClassCounts(plan.train)}
+    for number, kind, rgb, found in _defect_pictures(0, plan):
+        _save(root / kind / f"{number:03d}.png", rgb)
+        if shape == "masks":
+            _save(root / "ground_truth" / kind / f"{number:03d}_mask.png", found[0])
+    return {root.name: ClassCounts(plan.train, test_defect=plan.defect, masks=plan.defect * (shape == "masks"))}
+
+
+def _manifest(root: Path, plan: Plan, shape: str) -> Counts:
+    counts = _mvtec_ad(root / "images", plan, "classes")
+    write_manifest(mvtec_ad(root / "images"), root / f"manifest.{shape}", root)
+    return counts
+
+
+def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
+    counts = _mvtec_ad(root / "images", plan, "classes")
+    write_meta_json(mvtec_ad(root / "images"), root / "meta.json", root)
+    return counts
+
+
+def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
+    images = root / "mvtec_anomaly_detection"
+    counts = _mvtec_ad(images, plan, "classes")
+    for split in (TRAIN, TEST):
+        lines = []
+        for sample in (s for s in mvtec_ad(images) if s.split == split):
+            line = {"filename": relative_to_root(sample.image, images), "label": sample.label}
+            line |= {"label_name": "defective" if sample.label else "good", "clsname": sample.class_name}
+            line |= {"maskname": relative_to_root(sample.masks[0], images)} if sample.masks else {}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        (root / f"{split}.json").write_text("".join(lines), encoding="utf-8")
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------- shared
+
+
+def _counts(plan: Plan, calibration: int = 0, unknown: int = 0, masks: int = 0) -> ClassCounts:
+    return ClassCounts(plan.train, calibration, plan.good, plan.defect, unknown, masks)
+
+
+def _part_names(plan: Plan) -> list[str]:
+    base = list(PARTS)
+    return [base[i % len(base)] + (f"{i // len(base) + 1}" if i >= len(base) else "") for i in range(plan.classes)]
+
+
+def _rng(plan: Plan, *key: object) -> np.random.Generator:
+    return np.random.default_rng([plan.seed, zlib.crc32("|".join(map(str, key)).encode())])
+
+
+def _good_files(folder: Path, index: int, plan: Plan, role: str, count: int, ending: str = "") -> None:
+    for number in range(count):
+        rgb = part(index, _rng(plan, index, role, number), plan.size)
+        _save(folder / f"{number:03d}{ending}.png", rgb)
+
+
+def _defect_pictures(index: int, plan: Plan, regions: int = 1) -> Iterator[tuple[int, str, RGB, list[Mask]]]:
+    """Number, kind, picture and its masks for each defect of a class; kinds take turns."""
+    kinds = list(DEFECTS)
+    for number in range(plan.defect):
+        rng = _rng(plan, index, "defect", number)
+        rgb = part(index, rng, plan.size)
+        chosen = [kinds[(number + offset) % len(kinds)] for offset in range(regions)]
+        masks = [DEFECTS[kind](rng, plan.size) for kind in chosen]
+        yield number, chosen[0], damaged(rgb, masks), masks
+
+
+def _save(path: Path, pixels: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint8) * 255)
+    if path.suffix.lower() == ".jpg":
+        image.save(path, "JPEG", quality=95)
+    else:
+        image.save(path)
+
+
+def _save_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+Writer = Callable[[Path, Plan, str], Counts]
+WRITERS: dict[str, Writer] = {
+    "mvtec-ad": _mvtec_ad,
+    "mvtec-ad-2": _mvtec_ad_2,
+    "mvtec-loco": _mvtec_loco,
+    "visa": _visa,
+    "real-iad": _real_iad,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "fashion-mnist": _fashion_mnist,
+    "view": _view,
+    "folder": _folder,
+    "manifest": _manifest,
+    "meta-json": _meta_json,
+    "uniad-json": _uniad_json,
+}
+SHAPES: dict[str, tuple[str, ...]] = {
+    "mvtec-ad": ("classes", "one-class", "no-masks"),
+    "mvtec-ad-2": ("classes",),
+    "mvtec-loco": ("classes",),
+    "visa": ("raw", "converted"),
+    "real-iad": ("official", "beside"),
+    "cifar10": ("python", "binary", "folders", "parquet"),
+    "cifar100": ("python", "binary", "folders", "parquet"),
+    "fashion-mnist": ("gz", "plain", "folders", "parquet"),
+    "view": ("nested", "plain"),
+    "folder": ("masks", "defects", "good", "flat", "classes"),
+    "manifest": ("parquet", "csv"),
+    "meta-json": ("classes",),
+    "uniad-json": ("classes",),
+}

@@ -1,0 +1,177 @@
+"""The Python face of twinspect: fit, predict, save, load."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.errors import ConfigError, TwinspectError
+from twinspect.types import TRAIN, Sample
+
+if TYPE_CHECKING:
+    from twinspect.inference.predictor import Predictor
+    from twinspect.inference.result import Result
+    from twinspect.training.fit import Fitted
+    from twinspect.training.source import Progress, Skipped
+
+
+class Detector:
+    """Learns what normal looks like from good images of many classes, then scores and localises the rest.
+
+    The constructor only notes what is wanted: nothing is read, downloaded or built before `fit`.
+
+    Args:
+        teacher: ``auto``, a short name such as ``efficientnet-lite0`` or ``dinov2-base``, or any timm name.
+        size: input side in pixels; 0 takes the teacher's default.
+        weights: local weights file of the teacher.
+        pretrained: False gives a random-weight teacher (tests of shape and speed only).
+        config: full settings; the other arguments are then left alone.
+
+    Example:
+        >>> detector = Detector("efficientnet-lite0").fit("data/")
+        >>> detector.predict("new/part.png").is_anomaly
+    """
+
+    def __init__(
+        self,
+        teacher: str = "auto",
+        size: int = 0,
+        weights: str | Path = "",
+        pretrained: bool = True,
+        config: RunConfig | None = None,
+    ) -> None:
+        model = ModelConfig(teacher=teacher, size=size, weights=str(weights), pretrained=pretrained)
+        self.config = config or RunConfig(model=model)
+        self._fitted: Fitted | None = None
+        self._predictor: Predictor | None = None
+
+    def fit(
+        self,
+        data: str | Path | Sequence[Sample] | Sequence[str | Path],
+        steps: int | None = None,
+        seed: int | None = None,
+        work: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Detector:
+        """Train on the normal training images of a data set folder, or of a list of samples or good files.
+
+        Args:
+            data: folder in any layout that `twinspect.data.load` knows, samples, or paths of good images.
+            steps: optimiser steps, instead of the configuration's.
+            seed: instead of the configuration's.
+            work: folder for checkpoint and log; a killed run resumes from it.
+            progress: called with (stage, done, total).
+
+        Returns:
+            This detector.
+
+        Raises:
+            DataError: nothing to learn from.
+        """
+        from twinspect.training.fit import fit, silent
+
+        changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
+        train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
+        self.config = dataclasses.replace(self.config, train=train)
+        folder = Path(work) if work is not None else None
+        self._fitted = fit(as_samples(data), self.config, folder, progress or silent)
+        self._predictor = None
+        return self
+
+    @overload
+    def predict(self, source: Any, stream: Literal[True], maps: bool = True) -> Iterator[Result]: ...
+    @overload
+    def predict(self, source: Any, stream: Literal[False] = False, maps: bool = True) -> Any: ...
+    def predict(self, source: Any, stream: bool = False, maps: bool = True) -> Any:
+        """Score images.
+
+        Args:
+            source: path, folder, glob, uint8 RGB array, PIL image, or a list of them.
+            stream: True gives an iterator with constant memory instead of a list.
+            maps: keep anomaly maps and images (needed for overlays).
+
+        Returns:
+            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+        """
+        found = self.predictor().predict(source, maps=maps, pixels=maps)
+        if stream:
+            return found
+        results = list(found)
+        return results[0] if is_single(source) else results
+
+    def predictor(self) -> Predictor:
+        """The predictor behind `predict`, built once."""
+        from twinspect.inference.predictor import Predictor
+        from twinspect.inference.runtimes import TorchRuntime
+
+        if self._predictor is None:
+            fitted = self.fitted
+            self._predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
+        return self._predictor
+
+    def save(self, path: str | Path, thin: bool = False) -> Path:
+        """Write one bundle file and return its path; ``thin`` leaves the teacher's weights out."""
+        from twinspect.storage import save
+
+        return save(self.fitted, Path(path), thin)
+
+    @classmethod
+    def load(cls, path: str | Path, weights: str | Path = "") -> Detector:
+        """Read a bundle; ``weights`` is the teacher's file for a thin one whose teacher is not on this disk.
+
+        Raises:
+            BundleError: damaged, tampered with, too new, or the teacher on this disk is another one.
+        """
+        from twinspect.storage import load
+
+        fitted = load(Path(path), str(weights))
+        detector = cls(config=fitted.config)
+        detector._fitted = fitted
+        return detector
+
+    @property
+    def fitted(self) -> Fitted:
+        """The trained model and its record.
+
+        Raises:
+            TwinspectError: before `fit` or `load`.
+        """
+        if self._fitted is None:
+            raise TwinspectError("this detector is not trained yet; call fit(data) or Detector.load(path) first")
+        return self._fitted
+
+    @property
+    def skipped_(self) -> list[Skipped]:
+        """Training images that were left out, with reasons."""
+        return self.fitted.skipped
+
+    @property
+    def record_(self) -> dict[str, Any]:
+        """How the model came to be: teacher, sizes, counts, training."""
+        return self.fitted.record
+
+
+def as_samples(data: Any) -> list[Sample]:
+    """What `Detector.fit` was given, as samples."""
+    from twinspect import data as data_room
+
+    if isinstance(data, (str, Path)):
+        return list(data_room.load(Path(data)).samples)
+    items = list(data)
+    if all(isinstance(item, Sample) for item in items):
+        return items
+    if all(isinstance(item, (str, Path)) for item in items):
+        return [Sample(Path(item), TRAIN, "normal") for item in items]
+    raise ConfigError("fit takes a folder, a list of Sample, or a list of paths of good images")
+
+
+def is_single(source: Any) -> bool:
+    """Whether a source stands for exactly one image."""
+    if isinstance(source, (list, tuple)):
+        return False
+    if isinstance(source, (str, Path)):
+        return Path(source).is_file()
+    return getattr(source, "ndim", 2) != 4

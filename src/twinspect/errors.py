@@ -1,0 +1,51 @@
+"""Errors for people: what was got, what is accepted, what to type.
+
+TwinspectError                 everything a user can cause or meet
+|-- ConfigError                an option or a combination of options (also a ValueError)
+|-- DataError                  a folder, manifest or set of images (also a ValueError)
+|   `-- ImageError             one image file that cannot be used
+|-- WeightsError               a teacher's weights: absent, wrong, damaged
+|-- BundleError                a saved model: damaged, tampered, too new, wrong teacher
+`-- TrainingError              training cannot go on (non-finite loss, wrong checkpoint)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TwinspectError(Exception):
+    """Base of all errors this library raises on purpose; the CLI prints it without a traceback."""
+
+
+class ConfigError(TwinspectError, ValueError):
+    """An option has a value that is not accepted."""
+
+
+class DataError(TwinspectError, ValueError):
+    """The data given cannot be used as it is."""
+
+
+class ImageError(DataError):
+    """One image cannot be read or is refused."""
+
+
+class WeightsError(TwinspectError):
+    """The weights of a teacher are missing, damaged or belong to another network."""
+
+
+class BundleError(TwinspectError):
+    """A saved model is damaged, tampered with, too new, or needs another teacher."""
+
+
+class TrainingError(TwinspectError):
+    """Training cannot go on."""
+
+
+def unknown_name(kind: str, got: str, accepted: Iterable[str]) -> str:
+    """Sentence for a name that is not in a table, with the nearest accepted names first."""
+    names = list(accepted)
+    near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"unknown {kind} {got!r}.{hint} Accepted: {', '.join(names)}"

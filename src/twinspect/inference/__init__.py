@@ -1,0 +1,1 @@
+"""Prediction: images in, results in the images' own geometry out."""

@@ -1,0 +1,98 @@
+"""What a prediction says about one image, and how to look at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+# Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
+_COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
+
+
+@dataclass(slots=True)
+class Result:
+    """One image's answer. Higher scores are more anomalous.
+
+    Attributes:
+        path: the file, or a name for an array.
+        score: joint raw score (surprise in nats of the Noisy-OR of both students).
+        score_local, score_semantic: raw scores of the two students, each on its own scale.
+        p_joint: Noisy-OR probability that a normal image scores lower (rounds to 1 for clear anomalies).
+        p_value: conformal p-value among the calibration images; small is anomalous.
+        is_anomaly: whether the score reaches the threshold.
+        threshold: of ``score``.
+        class_name: most common class of the nearest scene prototype's training images.
+        map: H x W float32 in the geometry of the original image, in normal spreads.
+        scale: (low, high) of the map for colours; the same for every image of a model.
+        width, height: of the original image in pixels.
+        error: why the image could not be scored; all scores are NaN then.
+    """
+
+    path: str
+    score: float = float("nan")
+    score_local: float = float("nan")
+    score_semantic: float = float("nan")
+    p_joint: float = float("nan")
+    p_value: float = float("nan")
+    is_anomaly: bool | None = None
+    threshold: float = float("nan")
+    class_name: str = ""
+    width: int = 0
+    height: int = 0
+    error: str = ""
+    scale: tuple[float, float] = (0.0, 1.0)
+    grid: NDArray[np.float32] | None = field(default=None, repr=False)
+    rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+
+    @property
+    def map(self) -> NDArray[np.float32] | None:
+        """Anomaly map resized (bilinear, nothing cropped) to the original height and width."""
+        return None if self.grid is None else resize_map(self.grid, self.height, self.width)
+
+    def row(self) -> dict[str, Any]:
+        """Plain values for a table."""
+        names = (
+            "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value",
+            "threshold", "is_anomaly", "width", "height", "error",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def overlay(self, opacity: float = 0.5) -> Image.Image:
+        """The image under its map, on the model's fixed colour scale.
+
+        Raises:
+            ValueError: the result carries no image or map (an error, or maps were not asked for).
+        """
+        if self.rgb is None or self.grid is None:
+            raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
+        side = self.rgb.shape[:2]
+        colours = colourise(resize_map(self.grid, *side), self.scale)
+        mixed = (1 - opacity) * self.rgb + opacity * colours
+        return Image.fromarray(mixed.round().astype(np.uint8))
+
+    def save_overlay(self, path: Path | str, opacity: float = 0.5) -> Path:
+        """Write `overlay` as PNG or JPEG and return the path."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.overlay(opacity).save(target)
+        return target
+
+
+def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Bilinear resize of a map to height x width."""
+    image = Image.fromarray(np.ascontiguousarray(grid, dtype=np.float32))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+
+
+def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float64]:
+    """H x W values to H x W x 3 colours; the scale's low end is blue, its high end red."""
+    low, high = scale
+    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(_COLOURS) - 1)
+    index = np.minimum(place.astype(int), len(_COLOURS) - 2)
+    part = (place - index)[..., None]
+    return (1 - part) * _COLOURS[index] + part * _COLOURS[index + 1]

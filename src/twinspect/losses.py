@@ -1,0 +1,93 @@
+"""Loss terms as pure functions. Every one has a slow literal transcription in tests/test_losses.py.
+
+Shapes: B images, D channels, h w grid positions, G groups, L levels. The teacher side carries no
+gradient: callers pass tensors from a frozen teacher, and the functions detach them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EPS = 1e-8
+
+
+def flat_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    """1 - cos(vec F_T, vec F_S), one value per image over all positions and channels (B).
+
+    Source: the Encoder-Decoder loss of arXiv 2509.24448, one layer group.
+    """
+    teacher, student = teacher_BDhw.detach().flatten(1).float(), student_BDhw.flatten(1).float()
+    return 1.0 - F.cosine_similarity(teacher, student, dim=1, eps=_EPS)
+
+
+def position_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    """1 - cos over channels at every position: B x h x w."""
+    return 1.0 - F.cosine_similarity(teacher_BDhw.detach().float(), student_BDhw.float(), dim=1, eps=_EPS)
+
+
+def easy_share(step: int, ramp_steps: int = 1000, final: float = 0.9) -> float:
+    """Share of positions treated as easy at a step: linear from 0 to ``final`` (Dinomaly)."""
+    return final * min(1.0, step / max(1, ramp_steps))
+
+
+def soften_easy(teacher_BDhw: Tensor, student_BDhw: Tensor, share: float, factor: float = 0.1) -> Tensor:
+    """Return the student map with the gradient of its easiest positions scaled by ``factor``.
+
+    Easy are the ``share`` positions of the batch with the smallest cosine distance to the teacher. Values do
+    not change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x). Source: Dinomaly's loose loss.
+    """
+    if share <= 0.0:
+        return student_BDhw
+    with torch.no_grad():
+        distance = position_cosine_distance(teacher_BDhw, student_BDhw)
+        limit = torch.quantile(distance.flatten()[:: max(1, distance.numel() // 100_000)], share)
+        keep = torch.where(distance < limit, factor, 1.0)[:, None].to(student_BDhw.dtype)
+    return student_BDhw * keep + student_BDhw.detach() * (1.0 - keep)
+
+
+def encoder_decoder_loss(
+    teacher_groups: Sequence[Tensor], student_groups: Sequence[Tensor], share_easy: float = 0.0
+) -> Tensor:
+    """L_ED per image (B): mean over groups of 1 - cos of the flattened group features.
+
+    Source: arXiv 2509.24448; hard mining as in Dinomaly (``share_easy`` of positions get small gradients).
+    """
+    terms = [
+        flat_cosine_distance(t, soften_easy(t, s, share_easy))
+        for t, s in zip(teacher_groups, student_groups, strict=True)
+    ]
+    return torch.stack(terms).mean(0)
+
+
+def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Sequence[Tensor]) -> Tensor:
+    """L_EE per image (B): mean over levels of 1 - cos between class tokens (B x D_l each).
+
+    Source: our reading of arXiv 2509.24448 (sparse supervision by class tokens only).
+    """
+    terms = [
+        1.0 - F.cosine_similarity(t.detach().float(), s.float(), dim=1, eps=_EPS)
+        for t, s in zip(teacher_tokens, student_tokens, strict=True)
+    ]
+    return torch.stack(terms).mean(0)
+
+
+def noisy_or_loss(local_B: Tensor, semantic_B: Tensor, reading: str = "n2") -> Tensor:
+    """Joint objective of two per-image distances in [0, 2] (scalar), on normal images P -> 0.
+
+    Readings of "Noisy-OR objective" (arXiv 2509.24448), P = 1 - (1 - p_ED)(1 - p_EE):
+        n1: minimise P with p = L / 2 (with p = L both gradients vanish where both distances are 1).
+        n2: minimise -log(1 - p_ED) - log(1 - p_EE) with p = L / 2.
+        n3: p = 1 - exp(-s), which turns n2 into the plain sum of the distances.
+    """
+    if reading == "n3":
+        return (local_B + semantic_B).mean()
+    p_local, p_semantic = (local_B / 2).clamp(0.0, 1.0 - 1e-6), (semantic_B / 2).clamp(0.0, 1.0 - 1e-6)
+    if reading == "n1":
+        return (1.0 - (1.0 - p_local) * (1.0 - p_semantic)).mean()
+    if reading == "n2":
+        return -(torch.log1p(-p_local) + torch.log1p(-p_semantic)).mean()
+    raise ValueError(f"unknown Noisy-OR reading {reading!r}; accepted: n1, n2, n3")

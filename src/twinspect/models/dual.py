@@ -1,0 +1,380 @@
+"""System A: dual-student distillation (our re-implementation of arXiv 2509.24448, Park, Seo, Kim 2025).
+
+One frozen teacher, two heterogeneous students trained and scored together through a Noisy-OR:
+
+* `EncoderDecoder` rebuilds the teacher's mid-level patch features, in two groups, behind a noisy
+  bottleneck with linear attention. It finds small, local defects. Recipe after Dinomaly (CVPR 2025).
+* `EncoderEncoder` is the teacher's own architecture trained from scratch to give the teacher's global
+  tokens only. Sparse supervision keeps it from learning the identity. It finds semantic anomalies.
+
+What is ours: a CNN can be the teacher (its stages play the layers, pooled stages the class tokens), and
+residuals are whitened by their statistics on normal images (`models.statistics`), because raw cosine
+distances do not see a small defect in a stochastic texture.
+
+Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens together, S input side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
+from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens
+from twinspect.models.statistics import Prototypes, ResidualMap, Surprise, TokenDistance
+from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
+from twinspect.scoring import gaussian_kernel, noisy_or, smooth, top_mean, upsample
+
+TOP_SHARE = 0.005  # share of positions whose mean is the local score
+MAP_SIGMA = 4.0 / 256.0  # smoothing of the map, as a share of its side (4 pixels at 256)
+
+
+class Outputs(NamedTuple):
+    """What the model says about a batch; higher is more anomalous.
+
+    Attributes:
+        map_B1HW: anomaly map in normal spreads, at a quarter of the input side.
+        score_B: joint score, the surprise in nats of the Noisy-OR.
+        score_local_B, score_semantic_B: raw scores of the two students.
+        surprise_local_B, surprise_semantic_B: the same, calibrated on held-out normal images.
+        prototype_B: index of the nearest scene prototype.
+    """
+
+    map_B1HW: Tensor
+    score_B: Tensor
+    score_local_B: Tensor
+    score_semantic_B: Tensor
+    surprise_local_B: Tensor
+    surprise_semantic_B: Tensor
+    prototype_B: Tensor
+
+
+class Observed(NamedTuple):
+    """What is kept of the teacher's answer.
+
+    Attributes:
+        maps: the maps the layer groups are made of (see `LevelGroups.select`).
+        token_BE: all global tokens joined, raw.
+    """
+
+    maps: tuple[Tensor, ...]
+    token_BE: Tensor
+
+
+class Predicted(NamedTuple):
+    """What the students say the teacher should have said."""
+
+    groups: list[Tensor]
+    tokens: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DualShape:
+    """Sizes of the two students; zeros are replaced by what suits the teacher."""
+
+    size: int
+    width: int = 0
+    depth: int = 0
+    dropout: float = 0.2
+    ee_shrink: int = 0
+    ee_depth: float = 1.0
+
+    def resolved(self, info: BackboneInfo) -> DualShape:
+        """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
+        vit = info.kind == "vit"
+        width = self.width or (info.channels[0] if vit else 128)
+        shrink = self.ee_shrink or (1 if vit else max(1, round(self.size / 128)))
+        while self.size % shrink or (vit and (self.size // shrink) % info.multiple):
+            shrink -= 1
+        return DualShape(self.size, width, self.depth or (8 if vit else 3), self.dropout, shrink, self.ee_depth)
+
+
+class LevelGroups(nn.Module):
+    """Forms the teacher's layer groups and the decoder's input from its levels.
+
+    ViT: the mean of each half of the levels, untouched (Dinomaly). CNN: every channel standardised by its
+    statistics on normal images; the fine group holds the last stage of stride 8 and the first of stride 16, the
+    deep group the last stages of strides 16 and 32, each on its finest grid.
+
+    ``select`` keeps of a teacher's answer what the groups need (and what a cache must store); ``forward``
+    works on that.
+    """
+
+    def __init__(self, info: BackboneInfo, size: int) -> None:
+        super().__init__()
+        self.averaged = info.kind == "vit"
+        wanted = _vit_groups(len(info.channels)) if self.averaged else _cnn_groups(info.strides)
+        self.levels = wanted if self.averaged else [[i] for i in sorted({i for group in wanted for i in group})]
+        flat = [level for members in self.levels for level in members]
+        self.members = [[0], [1]] if self.averaged else [[flat.index(i) for i in group] for group in wanted]
+        self.channels = [info.channels[members[0]] for members in self.levels]
+        strides = [info.strides[members[0]] for members in self.levels]
+        self.map_sides = [-(-size // stride) for stride in strides]
+        self.sides = [max(self.map_sides[i] for i in group) for group in self.members]
+        self.dims = [sum(self.channels[i] for i in group) for group in self.members]
+        self.trunk_side = min(self.sides)
+        self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
+        for i, channels in enumerate(self.channels):
+            self.register_buffer(f"mean_{i}", torch.zeros(channels))
+            self.register_buffer(f"scale_{i}", torch.ones(channels))
+
+    def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The maps the groups are made of: means of a ViT's layers, single stages of a CNN."""
+        return tuple(
+            torch.stack([maps[i] for i in members]).mean(0) if len(members) > 1 else maps[members[0]]
+            for members in self.levels
+        )
+
+    def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+        """Selected maps to (groups, decoder input B x D_in x t x t)."""
+        if self.averaged:
+            return list(selected), torch.stack(selected).mean(0)
+        scaled = [self._standardise(one, i) for i, one in enumerate(selected)]
+        groups = [
+            torch.cat([resample(scaled[i], side) for i in group], 1)
+            for group, side in zip(self.members, self.sides, strict=True)
+        ]
+        return groups, torch.cat([resample(one, self.trunk_side) for one in scaled], 1)
+
+    def _standardise(self, map_BDhw: Tensor, i: int) -> Tensor:
+        mean, scale = self.get_buffer(f"mean_{i}"), self.get_buffer(f"scale_{i}")
+        return (map_BDhw - mean[:, None, None]) / scale[:, None, None]
+
+    def fit(self, i: int, mean_D: Tensor, scale_D: Tensor) -> None:
+        """Take a selected map's channel statistics on normal images (a ViT's stay untouched)."""
+        if not self.averaged:
+            self.get_buffer(f"mean_{i}").copy_(mean_D)
+            self.get_buffer(f"scale_{i}").copy_(scale_D.clamp_min(1e-4))
+
+
+class EncoderDecoder(nn.Module):
+    """Bottleneck and decoder: B x D_in x t x t to one predicted map per group."""
+
+    def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
+        super().__init__()
+        self.averaged = groups.averaged
+        heads = max(1, shape.width // 64 if self.averaged else shape.width // 32)
+        self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads) for _ in range(shape.depth))
+        self.factors = [side // groups.trunk_side for side in groups.sides]
+        if not self.averaged:
+            position = sine_positions(groups.trunk_side, shape.width)
+            self.register_buffer("position_ND", position, persistent=False)
+            self.heads = nn.ModuleList(
+                nn.Linear(shape.width, dims * factor**2)
+                for dims, factor in zip(groups.dims, self.factors, strict=True)
+            )
+
+    def forward(self, trunk_BDtt: Tensor) -> list[Tensor]:
+        """Predicted group maps, in the order of the groups."""
+        x_BND = self.bottleneck(to_tokens(trunk_BDtt))
+        if self.averaged:
+            return self._block_means(x_BND)
+        x_BND = x_BND + self.position_ND
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        maps = [to_map(head(x_BND)) for head in self.heads]
+        return [F.pixel_shuffle(m, f) if f > 1 else m for m, f in zip(maps, self.factors, strict=True)]
+
+    def _block_means(self, x_BND: Tensor) -> list[Tensor]:
+        """Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group."""
+        outputs = []
+        for block in self.blocks:
+            x_BND = block(x_BND)
+            outputs.append(x_BND)
+        half = len(outputs) // 2
+        return [to_map(torch.stack(part).mean(0)) for part in (outputs[half:], outputs[:half])]
+
+
+class EncoderEncoder(nn.Module):
+    """The teacher's architecture from scratch, giving one global token per level of the teacher."""
+
+    def __init__(self, info: BackboneInfo, shape: DualShape) -> None:
+        super().__init__()
+        self.shrink = shape.ee_shrink
+        self.net = Backbone(info.arch, depth=shape.ee_depth, img_size=shape.size // shape.ee_shrink)
+        own = len(self.net.info.token_channels)
+        wanted = len(info.token_channels)
+        # A shallower student answers for several levels of the teacher with one of its own.
+        self.source = [min(own - 1, (i * own) // wanted) for i in range(wanted)]
+        dims = zip((self.net.info.token_channels[i] for i in self.source), info.token_channels, strict=True)
+        self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
+
+    def forward(self, small_B3SS: Tensor) -> tuple[Tensor, ...]:
+        """Normalised, shrunk pixels to one B x D_l token per level."""
+        tokens = self.net.features(small_B3SS).tokens
+        return tuple(head(tokens[i]) for head, i in zip(self.heads, self.source, strict=True))
+
+
+class DualStudent(nn.Module):
+    """Both students behind one forward, so that one call reaches every trainable weight."""
+
+    def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
+        super().__init__()
+        self.local = EncoderDecoder(groups, shape, info)
+        self.semantic = EncoderEncoder(info, shape)
+
+    def forward(self, trunk_BDtt: Tensor, small_B3SS: Tensor) -> Predicted:
+        """Predictions of both students."""
+        return Predicted(self.local(trunk_BDtt), self.semantic(small_B3SS))
+
+
+class DualScorer(nn.Module):
+    """Turns what teacher and students said into maps and scores; buffers only."""
+
+    def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
+        super().__init__()
+        token_dims = sum(info.token_channels)
+        self.prototypes = Prototypes(token_dims, most=clusters)
+        self.residuals = nn.ModuleList(
+            ResidualMap(dims, side) for dims, side in zip(groups.dims, groups.sides, strict=True)
+        )
+        self.token_of_teacher = TokenDistance(token_dims)
+        self.token_of_student = TokenDistance(token_dims)
+        self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
+        self.side = max(groups.sides)
+        self.map_side = self.side * 2
+        self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
+
+    def grid_map(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> Tensor:
+        """Mean of the groups' z-maps on the finest grid: B x h x w."""
+        maps = [
+            upsample(module(residual(t, s), prototype_B), self.side)[:, 0]
+            for module, t, s in zip(self.residuals, groups, predicted, strict=True)
+        ]
+        return torch.stack(maps).mean(0)
+
+    def semantic(self, token_BE: Tensor, predicted_BE: Tensor, prototype_B: Tensor) -> Tensor:
+        """Raw semantic score (B): how unusual the token is, and how far the student missed it."""
+        own = self.token_of_teacher(token_BE, prototype_B)
+        missed = self.token_of_student(token_BE - predicted_BE, prototype_B)
+        return (own.square() + missed.square()).sqrt()
+
+    def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
+        """Maps, raw and calibrated scores of a batch."""
+        prototype_B = self.prototypes(token_BE)
+        grid_Bhw = self.grid_map(groups, predicted.groups, prototype_B)
+        local_B = top_mean(grid_Bhw, TOP_SHARE)
+        semantic_B = self.semantic(token_BE, torch.cat(predicted.tokens, 1), prototype_B)
+        surprise_local = self.surprise_local(local_B, prototype_B)
+        surprise_semantic = self.surprise_semantic(semantic_B, prototype_B)
+        joint_B, _ = noisy_or(surprise_local, surprise_semantic)
+        map_B1HW = smooth(upsample(grid_Bhw, self.map_side), self.kernel)
+        return Outputs(map_B1HW, joint_B, local_B, semantic_B, surprise_local, surprise_semantic, prototype_B)
+
+
+class DualModel(nn.Module):
+    """Teacher, students and scorer: raw RGB pixels to `Outputs` in one forward path.
+
+    Args:
+        teacher: frozen teacher.
+        shape: sizes of the students.
+        clusters: largest number of scene prototypes.
+    """
+
+    def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 16) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.shape = shape.resolved(teacher.info)
+        self.groups = LevelGroups(teacher.info, self.shape.size)
+        self.student = DualStudent(self.groups, self.shape, teacher.info)
+        self.scorer = DualScorer(self.groups, teacher.info, clusters)
+        self.tokens = TokenScale(teacher.info)
+
+    def forward(self, image_BCHW: Tensor) -> Outputs:
+        """Score uint8 RGB (or float 0..255) B x 3 x H x W; other sizes are resized to the model's."""
+        x = self.teacher.normalise(fit_size(image_BCHW, self.shape.size))
+        return self.score(self.observe(x), self.shrink(x))
+
+    def observe(self, x_B3SS: Tensor) -> Observed:
+        """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
+        features = self.teacher.features(x_B3SS)
+        return Observed(self.groups.select(features.maps), torch.cat(features.tokens, 1).float())
+
+    def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
+        """Outputs from the teacher's answer and the shrunk pixels."""
+        groups, trunk = self.groups(observed.maps)
+        predicted = self.student(trunk, small_B3SS)
+        return self.scorer(groups, self.tokens(observed.token_BE), predicted)
+
+    def shrink(self, x_B3SS: Tensor) -> Tensor:
+        """The Encoder-Encoder's input: normalised pixels, averaged over ee_shrink x ee_shrink."""
+        factor = self.shape.ee_shrink
+        return F.avg_pool2d(x_B3SS, factor) if factor > 1 else x_B3SS
+
+    def losses(
+        self, observed: Observed, small_B3SS: Tensor, step: int, reading: str, ramp_steps: int
+    ) -> dict[str, Tensor]:
+        """Training terms of a batch: ``loss`` and its parts, scalars. ``observed`` comes from the teacher."""
+        groups, trunk = self.groups(observed.maps)
+        token_BE = self.tokens(observed.token_BE)
+        predicted: Predicted = self.student(trunk, small_B3SS)
+        local_B = encoder_decoder_loss(groups, predicted.groups, easy_share(step, ramp_steps))
+        split = torch.split(token_BE, list(self.teacher.info.token_channels), 1)
+        semantic_B = encoder_encoder_loss(split, predicted.tokens)
+        loss = noisy_or_loss(local_B, semantic_B, reading)
+        return {"loss": loss, "local": local_B.mean().detach(), "semantic": semantic_B.mean().detach()}
+
+
+class TokenScale(nn.Module):
+    """Standardises the global tokens by their statistics on normal images and joins them: B x E."""
+
+    mean_E: Tensor
+    scale_E: Tensor
+
+    def __init__(self, info: BackboneInfo) -> None:
+        super().__init__()
+        self.register_buffer("mean_E", torch.zeros(sum(info.token_channels)))
+        self.register_buffer("scale_E", torch.ones(sum(info.token_channels)))
+
+    def forward(self, token_BE: Tensor) -> Tensor:
+        """Joined raw tokens to standardised ones, B x E."""
+        return (token_BE - self.mean_E) / self.scale_E
+
+    def fit(self, token_NE: Tensor) -> None:
+        """Take mean and spread of raw joined tokens of normal images."""
+        self.mean_E, self.scale_E = token_NE.mean(0), token_NE.std(0).clamp_min(1e-3)
+
+
+def residual(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    """Teacher minus the student at its least-squares gain, one gain per image: B x D x h x w.
+
+    The cosine loss leaves the student's length free; with this gain |residual|^2 / |teacher|^2 = 1 - cos^2,
+    so that the residual is small exactly where the loss is.
+    """
+    gain = (teacher_BDhw * student_BDhw).flatten(1).sum(1) / student_BDhw.flatten(1).square().sum(1).clamp_min(1e-12)
+    return teacher_BDhw - gain[:, None, None, None] * student_BDhw
+
+
+def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
+    """Whole image to size x size, antialiased bilinear, no crop; untouched when it fits already."""
+    if image_BCHW.shape[-2:] == (size, size):
+        return image_BCHW
+    return F.interpolate(image_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """Fixed sine and cosine codes of row and column: (side*side) x width."""
+    quarter = max(1, width // 4)
+    rate = torch.exp(torch.arange(quarter) * (-4.0 / quarter))
+    angle = torch.arange(side)[:, None] * rate[None]
+    line = torch.cat([angle.sin(), angle.cos()], 1)
+    both = torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], 2)
+    return F.pad(both.reshape(side * side, -1), (0, width - 4 * quarter))
+
+
+def _vit_groups(levels: int) -> list[list[int]]:
+    half = max(1, levels // 2)
+    return [list(range(half)), list(range(half, levels)) or [levels - 1]]
+
+
+def _cnn_groups(strides: tuple[int, ...]) -> list[list[int]]:
+    """Fine: last level of the finest stride, first of the next. Deep: last levels of the next two strides."""
+    by_stride = [[i for i, s in enumerate(strides) if s == stride] for stride in sorted(set(strides))]
+    fine = [by_stride[0][-1]] + ([by_stride[1][0]] if len(by_stride) > 1 else [])
+    deep = [members[-1] for members in by_stride[1:3]] or [by_stride[0][-1]]
+    return [fine, deep]

@@ -1,0 +1,329 @@
+"""Compact statistics of what is normal, beside the students: whitening, position scale, score tails.
+
+A student's residual (teacher minus student) is not equally surprising in every direction, at every
+position, for every kind of scene. These modules learn the scale of *normal* residuals, once, after
+training, from normal images only; buffers only, nothing here has a gradient.
+
+Shapes: B images, K scene prototypes, D channels, h w grid positions, n images of a statistic.
+Why each part: full covariance makes stochastic texture comparable with smooth surfaces; the position scale
+removes the rim that zero padding leaves in every CNN (without it the rim wins every maximum); prototypes
+keep one product's spread from excusing another's defects.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
+
+
+class Moments:
+    """Running count, sum and outer product of vectors, one set per prototype (float64)."""
+
+    def __init__(self, prototypes: int, dims: int) -> None:
+        self.count_K = torch.zeros(prototypes, dtype=torch.float64)
+        self.sum_KD = torch.zeros(prototypes, dims, dtype=torch.float64)
+        self.outer_KDD = torch.zeros(prototypes, dims, dims, dtype=torch.float64)
+
+    def update(self, rows_ND: Tensor, prototype: int) -> None:
+        """Add N vectors of one prototype."""
+        self.count_K[prototype] += len(rows_ND)
+        self.sum_KD[prototype] += rows_ND.sum(0).double()
+        # The product in fp32 is exact enough for one image; the running total is not, hence double.
+        self.outer_KDD[prototype] += (rows_ND.T @ rows_ND).double()
+
+    def mean_and_covariance(self, prior: float) -> tuple[Tensor, Tensor]:
+        """Per prototype; covariances are drawn to the pooled one by ``prior`` pseudo-vectors."""
+        count = self.count_K.clamp_min(1.0)
+        mean_KD = self.sum_KD / count[:, None]
+        centred_KDD = self.outer_KDD - count[:, None, None] * mean_KD[:, :, None] * mean_KD[:, None, :]
+        pooled_DD = centred_KDD.sum(0) / count.sum()
+        weight = (count / (count + prior))[:, None, None]
+        return mean_KD, weight * centred_KDD / count[:, None, None] + (1 - weight) * pooled_DD
+
+
+def whitening(covariance_KDD: Tensor, ridge: float) -> Tensor:
+    """K x D x D maps W with W C W^T = I, after adding ``ridge`` times the mean variance to the diagonal."""
+    dims = covariance_KDD.shape[-1]
+    scale = covariance_KDD.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    eye = torch.eye(dims, dtype=covariance_KDD.dtype)
+    lower = torch.linalg.cholesky(covariance_KDD + (ridge * scale)[:, None, None] * eye)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+
+
+class Prototypes(nn.Module):
+    """Scene prototypes in the space of the teacher's global tokens: which kind of image is this?
+
+    Tokens are standardised and projected to a few principal directions; K centres are found by k-means, K
+    by the held-out likelihood. Nearest centre at inference; no class names are used.
+    """
+
+    mean_E: Tensor
+    project_EP: Tensor
+    centres_KP: Tensor
+
+    def __init__(self, token_dims: int, directions: int = 32, most: int = 16) -> None:
+        super().__init__()
+        self.most = most
+        directions = min(directions, token_dims)
+        self.register_buffer("mean_E", torch.zeros(token_dims))
+        self.register_buffer("project_EP", torch.zeros(token_dims, directions))
+        self.register_buffer("centres_KP", torch.zeros(1, directions))
+
+    def embed(self, token_BE: Tensor) -> Tensor:
+        """Standardised principal coordinates, B x P."""
+        return (token_BE - self.mean_E) @ self.project_EP
+
+    def forward(self, token_BE: Tensor) -> Tensor:
+        """Index of the nearest prototype for each image (B)."""
+        point = self.embed(token_BE)
+        distance = (point[:, None] - self.centres_KP[None]).square().sum(-1)
+        return distance.argmin(1)
+
+    def fit(self, token_NE: Tensor, seed: int, smallest: int = 30) -> None:
+        """Find directions and centres from the tokens of normal training images."""
+        token = token_NE.double()
+        mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
+        _, values, basis = torch.linalg.svd((token - mean) / scale, full_matrices=False)
+        kept = min(self.project_EP.shape[1], int((values > 1e-6 * values[0]).sum()))
+        spread = (values[:kept] / len(token) ** 0.5).clamp_min(1e-9)
+        # Square root of the spread: between raw axes (one direction rules) and whitened ones (noise rules).
+        project = basis[:kept].T / scale[:, None] / spread.sqrt()
+        self.mean_E = mean.float()
+        self.project_EP = project.float()
+        points = self.embed(token_NE)
+        self.centres_KP = choose_centres(points, min(self.most, max(1, len(points) // smallest)), seed)
+
+
+def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
+    """Centres (count x P) by k-means++ seeding and Lloyd's rounds; deterministic for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points_NP[torch.randint(len(points_NP), (1,), generator=generator)]
+    for _ in range(count - 1):
+        nearest = torch.cdist(points_NP, centres).amin(1).square()
+        pick = torch.multinomial(nearest.clamp_min(1e-12), 1, generator=generator)
+        centres = torch.cat([centres, points_NP[pick]])
+    for _ in range(rounds):
+        owner = torch.cdist(points_NP, centres).argmin(1)
+        new = torch.stack([points_NP[owner == k].mean(0) if (owner == k).any() else centres[k] for k in range(count)])
+        if torch.equal(new, centres):
+            break
+        centres = new
+    return centres
+
+
+def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
+    """k-means centres; their number is the one under which held-out points are likeliest.
+
+    The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one,
+    fitted on half the points and judged on the other half, both ways.
+    """
+    order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    best, best_value = 1, -float("inf")
+    for count in sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, most}):
+        if count > most or count > len(halves[0]):
+            break
+        value = sum(_mixture_likelihood(points_NP[a], points_NP[b], count, seed) for a, b in (halves, halves[::-1]))
+        if value > best_value:
+            best, best_value = count, value
+    return k_means(points_NP, best, seed)
+
+
+def _mixture_likelihood(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> float:
+    centres = k_means(fit_NP, count, seed)
+    owner = torch.cdist(fit_NP, centres).argmin(1)
+    pooled = (fit_NP - centres[owner]).square().mean(0)
+    terms = []
+    for k in range(count):
+        rows = fit_NP[owner == k]
+        variance = ((rows - centres[k]).square().sum(0) + 10 * pooled) / (len(rows) + 10)
+        log_density = -0.5 * ((held_MP - centres[k]).square() / variance + variance.log()).sum(1)
+        terms.append(log_density + torch.log(torch.tensor(max(len(rows), 1) / len(fit_NP))))
+    return float(torch.stack(terms).logsumexp(0).mean())
+
+
+class ResidualMap(nn.Module):
+    """Whitened, position-scaled length of residual vectors: B x D x h x w to a z-map B x h x w.
+
+    Residuals of more than ``most_dims`` channels are first projected by a fixed random rotation, which keeps
+    the state small for a ViT (D = 768) and changes distances little.
+    """
+
+    mean_KD: Tensor
+    whiten_KDD: Tensor
+    level_Khw: Tensor
+    spread_Khw: Tensor
+    rotate_DR: Tensor
+
+    def __init__(self, dims: int, side: int, seed: int = 0, most_dims: int = 512, ridge: float = 1e-3) -> None:
+        super().__init__()
+        self.ridge, self.dims = ridge, min(dims, most_dims)
+        rotate = torch.eye(dims)
+        if dims > most_dims:
+            noise = torch.randn(dims, most_dims, generator=torch.Generator().manual_seed(seed))
+            rotate = torch.linalg.qr(noise).Q
+        self.register_buffer("rotate_DR", rotate if dims > most_dims else torch.zeros(0))
+        self.register_buffer("mean_KD", torch.zeros(1, self.dims))
+        self.register_buffer("whiten_KDD", torch.eye(self.dims)[None])
+        self.register_buffer("level_Khw", torch.zeros(1, side, side))
+        self.register_buffer("spread_Khw", torch.ones(1, side, side))
+
+    def rows(self, residual_BDhw: Tensor) -> Tensor:
+        """B x D x h x w to B x (h*w) x R rows, rotated where the width asks for it."""
+        rows = residual_BDhw.flatten(2).transpose(1, 2)
+        return rows @ self.rotate_DR if self.rotate_DR.numel() else rows
+
+    def length(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
+        """Root mean square of the whitened residual at every position: B x h x w, near 1 on normal images."""
+        batch, _, height, width = residual_BDhw.shape
+        centred = self.rows(residual_BDhw) - self.mean_KD[prototype_B][:, None]
+        white = centred @ self.whiten_KDD[prototype_B].transpose(1, 2)
+        return white.square().mean(2).sqrt().reshape(batch, height, width)
+
+    def forward(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
+        """How many normal spreads the residual at a position lies above its normal level: B x h x w."""
+        length = self.length(residual_BDhw, prototype_B)
+        return (length - self.level_Khw[prototype_B]) / self.spread_Khw[prototype_B]
+
+    def set_moments(self, moments: Moments) -> None:
+        """Take means and covariances gathered over the training images."""
+        mean, covariance = moments.mean_and_covariance(prior=2.0 * self.dims)
+        self.mean_KD, self.whiten_KDD = mean.float(), whitening(covariance, self.ridge).float()
+
+    def set_scale(self, scale: PositionScale) -> None:
+        """Take the normal level and spread of the length at every position."""
+        self.level_Khw, self.spread_Khw = scale.level_and_spread()
+
+
+class PositionScale:
+    """Running mean and spread of a map at every position, one set per prototype."""
+
+    def __init__(self, prototypes: int, side: int) -> None:
+        self.count_K = torch.zeros(prototypes, dtype=torch.float64)
+        self.sum_Khw = torch.zeros(prototypes, side, side, dtype=torch.float64)
+        self.square_Khw = torch.zeros(prototypes, side, side, dtype=torch.float64)
+
+    def update(self, map_Bhw: Tensor, prototype_B: Tensor) -> None:
+        """Add the maps of a batch."""
+        for one, k in zip(map_Bhw.double(), prototype_B.tolist(), strict=True):
+            self.count_K[k] += 1
+            self.sum_Khw[k] += one
+            self.square_Khw[k] += one.square()
+
+    def level_and_spread(self, prior: float = 8.0, floor: float = 0.1) -> tuple[Tensor, Tensor]:
+        """K x h x w each, shrunk to the prototype's own average scene by ``prior`` pseudo-images.
+
+        Neighbouring positions are pooled (3 x 3), as a handful of images says little about one position.
+        """
+        count = self.count_K.clamp_min(1.0)[:, None, None]
+        mean = self.sum_Khw / count
+        variance = (self.square_Khw / count - mean.square()).clamp_min(0.0)
+        mean, variance = _pool_3x3(mean), _pool_3x3(variance)
+        typical = variance.mean((1, 2), keepdim=True)
+        variance = (count * variance + prior * typical) / (count + prior)
+        spread = variance.sqrt() + floor * typical.sqrt() + 1e-6
+        return mean.float(), spread.float()
+
+
+def _pool_3x3(map_Khw: Tensor) -> Tensor:
+    padded = nn.functional.pad(map_Khw[:, None], (1, 1, 1, 1), mode="replicate")
+    return nn.functional.avg_pool2d(padded, 3, 1)[:, 0]
+
+
+class TokenDistance(nn.Module):
+    """Mahalanobis length of a vector within its prototype: B x E to B."""
+
+    mean_KE: Tensor
+    whiten_KEE: Tensor
+    scale_E: Tensor
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.register_buffer("scale_E", torch.ones(dims))
+        self.register_buffer("mean_KE", torch.zeros(1, dims))
+        self.register_buffer("whiten_KEE", torch.eye(dims)[None])
+
+    def forward(self, vector_BE: Tensor, prototype_B: Tensor) -> Tensor:
+        """Root mean square of the whitened vector (B), near 1 on normal images."""
+        centred = vector_BE / self.scale_E - self.mean_KE[prototype_B]
+        white = (self.whiten_KEE[prototype_B] @ centred[:, :, None])[:, :, 0]
+        return white.square().mean(1).sqrt()
+
+    def fit(self, vector_NE: Tensor, prototype_N: Tensor, prototypes: int) -> None:
+        """Means and shrunk covariances of normal vectors."""
+        self.scale_E = vector_NE.std(0).clamp_min(1e-6)
+        scaled = vector_NE / self.scale_E
+        moments = Moments(prototypes, scaled.shape[1])
+        for k in range(prototypes):
+            moments.update(scaled[prototype_N == k], k)
+        mean, covariance = moments.mean_and_covariance(prior=100.0)
+        shrunk = shrink_to_identity(covariance, moments.count_K.sum())
+        self.mean_KE, self.whiten_KEE = mean.float(), whitening(shrunk, 1e-3).float()
+
+
+def shrink_to_identity(covariance_KDD: Tensor, count: Tensor) -> Tensor:
+    """Oracle-approximating shrinkage towards a scaled identity (Chen et al., 2010), n = ``count`` vectors."""
+    dims = covariance_KDD.shape[-1]
+    trace = covariance_KDD.diagonal(dim1=1, dim2=2).sum(1)
+    square = covariance_KDD.square().sum((1, 2))
+    top = (1 - 2 / dims) * square + trace.square()
+    rho = (top / ((count + 1 - 2 / dims) * (square - trace.square() / dims)).clamp_min(1e-12)).clamp(0.0, 1.0)
+    eye = torch.eye(dims, dtype=covariance_KDD.dtype)
+    target = (trace / dims)[:, None, None] * eye
+    return (1 - rho)[:, None, None] * covariance_KDD + rho[:, None, None] * target
+
+
+class Surprise(nn.Module):
+    """-log(1 - p) of a raw score, p = the probability that a normal image of this scene scores lower.
+
+    Scores are standardised per prototype (shrunk to all held-out images), then mapped by a piecewise
+    linear curve: empirical up to the 0.8 quantile, an exponential tail beyond it, so that it never
+    saturates and two clear anomalies keep their order. Fitted on held-out normal images only.
+    """
+
+    centre_K: Tensor
+    width_K: Tensor
+    knots_M: Tensor
+    bends_M: Tensor
+    start: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in (("centre_K", 1), ("width_K", 1), ("knots_M", 6), ("bends_M", 6), ("start", 1)):
+            self.register_buffer(name, torch.ones(size) if name == "width_K" else torch.zeros(size))
+
+    def forward(self, score_B: Tensor, prototype_B: Tensor) -> Tensor:
+        """Surprise in nats (B); strictly rising with the raw score."""
+        z = (score_B - self.centre_K[prototype_B]) / self.width_K[prototype_B]
+        bent: Tensor = self.start + ((z[:, None] - self.knots_M).clamp_min(0.0) * self.bends_M).sum(1)
+        # Below the first knot the curve goes on with a small slope, so that no two scores tie.
+        return bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0)
+
+    def fit(self, score_N: Tensor, prototype_N: Tensor, prototypes: int, prior: float = 10.0) -> None:
+        """Learn centre and width per prototype, and the common curve, from held-out normal scores."""
+        score = score_N.double()
+        centre, width = score.median(), (score - score.median()).abs().mean().clamp_min(1e-9)
+        centres, widths = [], []
+        for k in range(prototypes):
+            own = score[prototype_N == k]
+            mine = own.median() if len(own) else centre
+            spread = (own - mine).abs().mean() if len(own) else width
+            weight = len(own) / (len(own) + prior)
+            centres.append(weight * mine + (1 - weight) * centre)
+            widths.append((weight * spread + (1 - weight) * width).clamp_min(1e-9))
+        self.centre_K, self.width_K = torch.stack(centres).float(), torch.stack(widths).float()
+        z = (score - self.centre_K[prototype_N].double()) / self.width_K[prototype_N].double()
+        self._fit_curve(z)
+
+    def _fit_curve(self, z_N: Tensor) -> None:
+        levels = torch.tensor(_TAIL_QUANTILES, dtype=torch.float64)
+        knots = torch.quantile(z_N, levels)
+        knots = knots + torch.arange(len(knots), dtype=torch.float64) * 1e-6  # strictly rising with ties
+        heights = -torch.log1p(-levels)
+        excess = (z_N[z_N > knots[-1]] - knots[-1]).mean() if (z_N > knots[-1]).any() else z_N.std()
+        tail = 1.0 / excess.clamp_min(1e-3)
+        slopes = torch.cat([(heights[1:] - heights[:-1]) / (knots[1:] - knots[:-1]), tail[None]])
+        self.knots_M, self.start = knots.float(), heights[:1].float()
+        self.bends_M = torch.cat([slopes[:1], slopes[1:] - slopes[:-1]]).float()

@@ -1,0 +1,226 @@
+"""Teachers: any timm network or the embedded EfficientNet-Lite, behind one narrow contract.
+
+A `Backbone` turns normalised pixels into `Features` (patch maps and one global token per level) and
+states channels, strides and input statistics as attributes. A `Teacher` is a Backbone frozen for life.
+The same `Backbone`, untrained and trainable, is the Encoder-Encoder student of system A.
+
+Weights are found offline first and never downloaded here: see `twinspect.models.weights`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinspect.errors import ConfigError
+from twinspect.models.timm_import import timm
+from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
+from twinspect.types import Features
+
+# Published settings of the Dinomaly line for a 12-block ViT: blocks 2..9 are rebuilt, in two groups.
+_VIT_FIRST_BLOCK, _VIT_LAST_SHARE = 2, 10 / 12
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneInfo:
+    """What the rest of the library may know about a backbone.
+
+    Attributes:
+        arch: timm architecture name.
+        kind: ``vit`` or ``cnn``.
+        channels: D_l of each map level, fine to coarse for a CNN.
+        strides: pixels per grid step of each map level.
+        token_channels: D_l of each global token.
+        multiple: input sides must be a multiple of this.
+        default_size: input side in pixels that suits a two-core CPU (CNN) or the published recipe (ViT).
+        mean, std: input statistics for RGB in [0, 1].
+    """
+
+    arch: str
+    kind: str
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    token_channels: tuple[int, ...]
+    multiple: int
+    default_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Backbone(nn.Module):
+    """A timm network that answers with `Features` for normalised B x 3 x H x W input.
+
+    Args:
+        arch: timm architecture name, without tag.
+        depth: share of a ViT's blocks to build (0 < depth <= 1); a CNN always has all its stages.
+        img_size: only a hint for ViT position tables; any multiple of the patch works.
+
+    Raises:
+        ConfigError: unknown architecture, or one that exposes no intermediate features.
+    """
+
+    def __init__(self, arch: str, depth: float = 1.0, img_size: int | None = None) -> None:
+        super().__init__()
+        self.net, self.is_vit = _create(arch, depth, img_size)
+        self.levels, self.token_levels = _choose_levels(self.net, self.is_vit)
+        self.info = _describe(arch, self)
+        self._extra = {"extra_blocks": True} if _has_parameter(self.net, "extra_blocks") else {}
+
+    def features(self, x_B3HW: Tensor) -> Features:
+        """Maps (one per level, NCHW) and global tokens (one per token level, B x D)."""
+        if self.is_vit:
+            return self._vit_features(x_B3HW)
+        maps = self.net.forward_intermediates(
+            x_B3HW, indices=self.token_levels, intermediates_only=True, **self._extra
+        )
+        tokens = tuple(m.mean((2, 3)) for m in maps)
+        return Features(tuple(maps[i] for i in self.levels), tokens)
+
+    def _vit_features(self, x_B3HW: Tensor) -> Features:
+        pairs = self.net.forward_intermediates(
+            x_B3HW, indices=sorted({*self.levels, *self.token_levels}), intermediates_only=True,
+            return_prefix_tokens=True, output_fmt="NCHW",
+        )  # fmt: skip
+        by_level = dict(zip(sorted({*self.levels, *self.token_levels}), pairs, strict=True))
+        maps = tuple(by_level[level][0] for level in self.levels)
+        return Features(maps, tuple(_class_token(*by_level[level]) for level in self.token_levels))
+
+
+class Teacher(Backbone):
+    """A Backbone that nothing outside can train: eval mode, no gradients, features under no_grad."""
+
+    def __init__(self, name: str, arch: str, img_size: int | None = None) -> None:
+        super().__init__(arch, img_size=img_size)
+        self.name = name
+        self.weights = "random"
+        self.register_buffer("mean_3", torch.tensor(self.info.mean), persistent=False)
+        self.register_buffer("std_3", torch.tensor(self.info.std), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode whatever is asked: batch-norm statistics, dropout and depth stay frozen."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Teacher:
+        """Stay without gradients whatever is asked."""
+        return super().requires_grad_(False)
+
+    def normalise(self, image_BCHW: Tensor) -> Tensor:
+        """Scale uint8 RGB (or float in 0..255) B x 3 x H x W to the statistics the teacher was trained with."""
+        x = image_BCHW.to(self.mean_3.dtype) / 255.0
+        return (x - self.mean_3[:, None, None]) / self.std_3[:, None, None]
+
+    @torch.no_grad()
+    def features(self, x_B3HW: Tensor) -> Features:
+        """Features of normalised input, never part of a gradient graph."""
+        return super().features(x_B3HW)
+
+    def hash(self) -> str:
+        """Short sha256 over all weights and buffers; two teachers agree exactly when the hashes do."""
+        return weights_hash(self.net.state_dict())
+
+
+def create_teacher(
+    name: str = "auto",
+    weights: Path | str | None = None,
+    pretrained: bool = True,
+    img_size: int | None = None,
+) -> Teacher:
+    """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
+
+    Args:
+        name: ``auto`` takes ``dinov2-base`` if its weights are on disk, else the embedded network.
+        weights: a local safetensors or ``.pth`` file; by default the known places on disk are searched.
+        pretrained: False gives random weights, for tests of shape and speed only.
+        img_size: input side in pixels that a ViT's position table is prepared for.
+
+    Raises:
+        ConfigError: unknown name.
+        WeightsError: weights not on disk (the message says the three ways to get them) or damaged.
+    """
+    name = resolve_auto() if name == "auto" else name
+    teacher = Teacher(name, SHORT_NAMES.get(name, name), img_size)
+    if pretrained:
+        source = find_weights(name, Path(weights) if weights else None)
+        load_state(teacher.net, source, name)
+        teacher.weights = source.described
+    return teacher
+
+
+def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
+    if not timm.is_model(arch):
+        near = timm.list_models(f"*{arch.split('_')[0]}*")[:5]
+        raise ConfigError(
+            f"unknown teacher {arch!r}. Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
+            + (f" such as {', '.join(near)}" if near else "")
+        )
+    is_vit = _looks_like_vit(arch)
+    options: dict[str, Any] = {"num_classes": 0} if is_vit else {}
+    if is_vit:
+        options |= {"dynamic_img_size": True} | ({"img_size": img_size} if img_size else {})
+    if is_vit and depth < 1.0:
+        full = len(timm.create_model(arch, pretrained=False, num_classes=0).blocks)
+        options["depth"] = max(2, round(full * depth))
+    net = timm.create_model(arch, pretrained=False, **options)
+    if not hasattr(net, "forward_intermediates"):
+        raise ConfigError(f"{arch} exposes no intermediate features in this timm; choose another teacher")
+    return net, is_vit
+
+
+def _looks_like_vit(arch: str) -> bool:
+    entry = timm.models.model_entrypoint(arch)
+    return entry.__module__.rsplit(".", 1)[-1] in {"vision_transformer", "eva", "beit", "deit"}
+
+
+def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
+    """Indices of map levels and of token levels; for a CNN map levels index into the token levels."""
+    if is_vit:
+        depth = len(net.blocks)
+        first, last = min(_VIT_FIRST_BLOCK, depth - 1), max(2, round(depth * _VIT_LAST_SHARE))
+        return list(range(first, last)), list(range(first, depth))
+    info = _cnn_stages(net)
+    kept = [i for i, stage in enumerate(info) if stage[1] >= 8]
+    if not kept:
+        raise ConfigError("this CNN has no stage with a stride of 8 pixels or more; choose another teacher")
+    return list(range(len(kept))), kept
+
+
+def _cnn_stages(net: Any) -> list[tuple[int, int]]:
+    """(channels, stride) of every intermediate a CNN returns, read from a tiny forward pass."""
+    extra = {"extra_blocks": True} if _has_parameter(net, "extra_blocks") else {}
+    was_training = net.training
+    net.eval()
+    with torch.no_grad():
+        maps = net.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True, **extra)
+    net.train(was_training)
+    return [(m.shape[1], 64 // m.shape[2]) for m in maps]
+
+
+def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
+    net, config = backbone.net, backbone.net.pretrained_cfg
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if backbone.is_vit:
+        patch, width = net.patch_embed.patch_size[0], net.embed_dim
+        levels, tokens = len(backbone.levels), len(backbone.token_levels)
+        size = 448 // patch * patch
+        return BackboneInfo(
+            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, patch, size, mean, std
+        )
+    stages = [_cnn_stages(net)[i] for i in backbone.token_levels]
+    channels, strides = zip(*stages, strict=True)
+    return BackboneInfo(arch, "cnn", channels, strides, channels, max(strides), 384, mean, std)
+
+
+def _class_token(map_BDhw: Tensor, prefix_BPD: Tensor) -> Tensor:
+    """The class token, or the mean patch of a ViT that has none."""
+    return prefix_BPD[:, 0] if prefix_BPD.shape[1] else map_BDhw.mean((2, 3))
+
+
+def _has_parameter(net: Any, name: str) -> bool:
+    return name in inspect.signature(net.forward_intermediates).parameters

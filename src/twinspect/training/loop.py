@@ -1,0 +1,183 @@
+"""The one training loop: step, log, checkpoint, resume; deterministic for a seed on one machine.
+
+Every step seeds its own noise from (seed, step) and its own batch from (seed, epoch), so a run killed at any
+moment and resumed from its last checkpoint gives bit-identical weights on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinspect.config import TrainConfig
+from twinspect.errors import TrainingError
+from twinspect.models.dual import DualModel
+from twinspect.training.checkpoint import load_checkpoint, save_checkpoint
+from twinspect.training.optim import StableAdamW, schedule
+from twinspect.training.source import FeatureSource, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What training did: steps taken, seconds, why it stopped, last loss terms."""
+
+    steps: int
+    seconds: float
+    stopped: str
+    terms: dict[str, float]
+
+
+def train(
+    model: DualModel,
+    source: FeatureSource,
+    indices: Sequence[int],
+    config: TrainConfig,
+    work: Path | None,
+    progress: Progress,
+    fingerprint: str = "",
+) -> TrainReport:
+    """Train both students on the samples ``indices`` of a source.
+
+    Args:
+        model: its student is trained in place.
+        source: teacher answers and pixels.
+        indices: positions of the training images in the source.
+        config: steps, rates, budget.
+        work: folder for checkpoint and log; None keeps nothing on disk.
+        progress: called with ("training: terms", step, steps).
+        fingerprint: what a checkpoint must have been made with to be resumed.
+
+    Raises:
+        TrainingError: a loss that is not finite.
+    """
+    optimiser = make_optimiser(model, config)
+    start = 0
+    if work is not None:
+        start = load_checkpoint(work, model.student, optimiser, fingerprint)
+    log = _Log(work, start)
+    began, terms, stopped = time.monotonic(), {}, "steps"
+    model.student.train()
+    step = start
+    for step, part in _batches(indices, config, start):
+        _set_rates(optimiser, config, step)
+        terms = _step(model, source, part, optimiser, config, step)
+        log.write(step, terms, len(part))
+        progress(f"training  {_say(terms)}", step + 1, config.steps)
+        done = step + 1
+        over = config.time_budget_s and time.monotonic() - began > config.time_budget_s
+        if work is not None and (done % config.checkpoint_every == 0 or done == config.steps or over):
+            save_checkpoint(work, model.student, optimiser, done, fingerprint)
+        if over:
+            stopped = "time budget"
+            break
+    model.eval()
+    taken = step + 1 if terms else start
+    return TrainReport(taken, time.monotonic() - began, stopped, terms)
+
+
+def make_optimiser(model: DualModel, config: TrainConfig) -> StableAdamW:
+    """One optimiser with a group per student: their safe learning rates differ."""
+    return StableAdamW(
+        [
+            {"params": list(model.student.local.parameters()), "lr": config.lr, "peak": config.lr},
+            {"params": list(model.student.semantic.parameters()), "lr": config.lr_ee, "peak": config.lr_ee},
+        ],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _step(
+    model: DualModel,
+    source: FeatureSource,
+    part: list[int],
+    optimiser: StableAdamW,
+    config: TrainConfig,
+    step: int,
+) -> dict[str, float]:
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    observed, small = source.batch(part)
+    with _autocast(config.precision):
+        terms = model.losses(observed, small, step, config.noisy_or, config.easy_ramp)
+    values = {name: float(value.detach()) for name, value in terms.items()}
+    _refuse_non_finite(values, source, part, step)
+    optimiser.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    for group in optimiser.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], config.clip)
+    optimiser.step()
+    return values
+
+
+def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterator[tuple[int, list[int]]]:
+    """(step, indices) from a step on; each epoch is one seeded permutation, the last batch is filled up."""
+    batch = min(config.batch, len(indices))
+    per_epoch = -(-len(indices) // batch)
+    epoch, order = -1, []
+    for step in range(start, config.steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            generator = torch.Generator().manual_seed(config.seed * 7_919 + epoch)
+            order = torch.randperm(len(indices), generator=generator).tolist()
+            order += order[: per_epoch * batch - len(order)]
+        place = (step % per_epoch) * batch
+        yield step, [indices[i] for i in order[place : place + batch]]
+
+
+def _set_rates(optimiser: StableAdamW, config: TrainConfig, step: int) -> None:
+    factor = schedule(step, config.steps, config.warmup)
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> None:
+    if all(value == value and abs(value) != float("inf") for value in values.values()):
+        return
+    names = ", ".join(source.samples[i].image.name for i in part[:3])
+    raise TrainingError(
+        f"the loss is not finite at step {step} ({_say(values)}); batch with {names} ... "
+        "Lower the learning rate (--lr), or train with --precision fp32. The last checkpoint is kept"
+    )
+
+
+def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    if precision == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _say(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+class _Log:
+    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
+
+    def __init__(self, work: Path | None, start: int) -> None:
+        self._path = work / "train.jsonl" if work is not None else None
+        self._began = time.monotonic()
+        if self._path is not None and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) < start]
+            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
+        if self._path is None:
+            return
+        row = {"step": step, **terms, "images": images, "seconds": round(time.monotonic() - self._began, 3)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 60  # a line cut off by a kill

@@ -1,0 +1,139 @@
+"""Training images as teacher answers and shrunk pixels: from the cache, or computed when it is off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twinspect.data.images import resize_rgb
+from twinspect.data.samples import read_sample_rgb
+from twinspect.errors import DataError
+from twinspect.models.dual import DualModel, Observed
+from twinspect.training.cache import FeatureCache, RecordLayout, image_key
+from twinspect.types import Sample
+
+Progress = Callable[[str, int, int], None]
+_TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that could not be used, and why."""
+
+    path: Path
+    reason: str
+
+
+class FeatureSource:
+    """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples.
+
+    With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
+    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``.
+    """
+
+    def __init__(
+        self, model: DualModel, samples: Sequence[Sample], cache_root: Path | None, progress: Progress
+    ) -> None:
+        self._model = model
+        self.skipped: list[Skipped] = []
+        self.samples: list[Sample] = []
+        self.keys: list[bytes] = []
+        self._cache = self._open(cache_root) if cache_root is not None else None
+        self._prepare(samples, progress)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Observed, Tensor]:
+        """The teacher's answer and the Encoder-Encoder's input of some samples."""
+        if self._cache is not None:
+            observed, small = self._cache.read([self.keys[i] for i in indices])
+        else:
+            pixels = np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices])
+            observed, small = observe(self._model, pixels)
+        return observed, self._model.teacher.normalise(small)
+
+    def batches(self, indices: Sequence[int], size: int = 8) -> Iterator[tuple[list[int], Observed, Tensor]]:
+        """All samples of a list once, in order."""
+        for start in range(0, len(indices), size):
+            part = list(indices[start : start + size])
+            yield part, *self.batch(part)
+
+    def _open(self, root: Path) -> FeatureCache:
+        teacher, shape = self._model.teacher, self._model.shape
+        groups = self._model.groups
+        sides = zip(groups.channels, groups.map_sides, strict=True)
+        layout = RecordLayout(
+            tuple((c, s, s) for c, s in sides),
+            sum(teacher.info.token_channels),
+            shape.size // shape.ee_shrink,
+        )
+        return FeatureCache(root, f"v1|{teacher.info.arch}|{teacher.hash()}|{shape.size}", layout)
+
+    def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
+        """Check every image can be read and, with a cache, fill in what it lacks."""
+        waiting: list[tuple[bytes, NDArray[np.uint8]]] = []
+        for done, (sample, key, pixels) in enumerate(self._decoded(samples)):
+            progress("teacher features" if self._cache is not None else "reading images", done + 1, len(samples))
+            if pixels is None and key is None:
+                continue
+            assert key is not None
+            self.samples.append(sample)
+            self.keys.append(key)
+            if pixels is not None and self._cache is not None and key not in self._cache:
+                waiting.append((key, pixels))
+            if len(waiting) == _TEACHER_BATCH:
+                self._store(waiting)
+        self._store(waiting)
+        if self._cache is not None:
+            self._cache.flush()
+
+    def _decoded(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, bytes | None, NDArray[np.uint8] | None]]:
+        """Keys and, where still needed, pixels; decoding runs in threads ahead of the teacher."""
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(samples), 64):
+                part = samples[start : start + 64]
+                yield from zip(part, *zip(*pool.map(self._decode, part), strict=True), strict=True)
+
+    def _decode(self, sample: Sample) -> tuple[bytes | None, NDArray[np.uint8] | None]:
+        try:
+            if sample.record is None:
+                key = image_key(sample.image.read_bytes())
+                if self._cache is not None and key in self._cache:
+                    return key, None
+            pixels = read_square(sample, self._model.shape.size)
+        except (DataError, OSError) as error:
+            self.skipped.append(Skipped(sample.image, str(error)))
+            return None, None
+        return (key if sample.record is None else image_key(pixels)), pixels
+
+    def _store(self, waiting: list[tuple[bytes, NDArray[np.uint8]]]) -> None:
+        if not waiting or self._cache is None:
+            return
+        observed, small = observe(self._model, np.stack([pixels for _, pixels in waiting]))
+        for i, (key, _) in enumerate(waiting):
+            maps = [m[i] for m in observed.maps]
+            self._cache.add(key, self._cache.layout.pack(maps, observed.token_BE[i], small[i]))
+        waiting.clear()
+
+
+def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
+    """One sample's RGB at the model's size: size x size x 3."""
+    return resize_rgb(read_sample_rgb(sample, draft_side=size), size)
+
+
+@torch.inference_mode()
+def observe(model: DualModel, pixels_BHWC: NDArray[np.uint8]) -> tuple[Observed, Tensor]:
+    """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
+    image = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
+    observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
+    small = model.shrink(image.float()).round().to(torch.uint8)
+    return observed, small

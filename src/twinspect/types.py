@@ -1,0 +1,65 @@
+"""Records that travel between the rooms of the library. No torch import, no behaviour beyond checks.
+
+Shape letters used across the library: B images, C channels, H W pixels, h w grid positions,
+N tokens (h * w), D width, L levels (layers or stages of the teacher), K clusters or centres.
+
+Conventions that hold everywhere: label 1 means anomaly, 0 means normal, None means unknown;
+a higher score means more anomalous; a map has the geometry of the original image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRAIN = "train"
+CALIBRATION = "calibration"
+TEST = "test"
+SPLITS = (TRAIN, CALIBRATION, TEST)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a data set and what is known about it.
+
+    Attributes:
+        image: file that holds the image, or the container file when ``record`` is set.
+        split: ``train``, ``calibration`` or ``test``, as the data set itself says.
+        class_name: product or object class; one model learns many.
+        label: 0 normal, 1 anomaly, None unknown.
+        defect_type: name of the defect kind; empty for normal images.
+        masks: ground-truth files; several for one image all count (union), pixels > 0 are defect.
+        group: session or physical object, for honest calibration and sample-level scores.
+        record: position inside a container file (CIFAR batch, IDX, Parquet), else None.
+    """
+
+    image: Path
+    split: str
+    class_name: str
+    label: int | None = 0
+    defect_type: str = ""
+    masks: tuple[Path, ...] = ()
+    group: str = ""
+    record: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split of {self.image} is {self.split!r}; accepted: {', '.join(SPLITS)}")
+        if self.label not in (0, 1, None):
+            raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
+
+
+class Features(NamedTuple):
+    """What a teacher or an encoder student says about a batch.
+
+    Attributes:
+        maps: one B x D_l x h_l x w_l tensor per level, fine to coarse for a CNN.
+        tokens: one B x D_l global token per level (ViT class token, pooled stage of a CNN).
+    """
+
+    maps: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]

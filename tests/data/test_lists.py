@@ -1,0 +1,195 @@
+"""Manifests, meta.json and UniAD's lines: written and read back, wrong rows refused by number."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from twinspect.data import load
+from twinspect.data.listed import write_meta_json
+from twinspect.data.manifest import write_manifest
+from twinspect.data.synthetic import SHAPES, Plan, write
+from twinspect.errors import DataError
+
+CASES = [(layout, shape) for layout, shapes in SHAPES.items() for shape in shapes]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize(("layout", "shape"), CASES)
+def test_any_layout_survives_a_manifest(tmp_path: Path, layout: str, shape: str, ending: str) -> None:
+    write(layout, tmp_path / "set", Plan(shape=shape))
+    samples = load(tmp_path / "set").samples
+    path = tmp_path / f"all.{ending}"
+    assert write_manifest(samples, path, tmp_path) == len(samples)
+    found = load(path)
+    assert found.layout == "manifest"
+    assert found.samples == samples
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_manifest_elsewhere_needs_the_images_folder(tmp_path: Path) -> None:
+    write("mvtec-ad", tmp_path / "set")
+    samples = load(tmp_path / "set").samples
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "m.parquet"
+    write_manifest(samples, path, tmp_path / "set")
+    assert load(path, images=tmp_path / "set").samples == samples
+    with pytest.raises(DataError, match=r"26 of 26 rows.*written for images below .*set") as caught:
+        load(path)
+    assert "row 1: no such file" in str(caught.value)
+    assert "and 21 more" in str(caught.value)
+
+
+def test_details(tmp_path: Path) -> None:
+    write("fashion-mnist", tmp_path)
+    write_manifest(load(tmp_path).samples, tmp_path / "m.parquet", tmp_path, details=True)
+    table = pq.read_table(tmp_path / "m.parquet").to_pylist()
+    assert {(row["width"], row["height"]) for row in table} == {(28, 28)}
+    assert len({row["sha256"] for row in table}) == len(table)
+    assert load(tmp_path / "m.parquet").counts == load(tmp_path).counts
+
+
+def rows_to(path: Path, *rows: dict[str, str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_csv_by_hand_with_the_least(tmp_path: Path) -> None:
+    write("folder", tmp_path / "set", Plan(shape="good"))
+    path = rows_to(tmp_path / "m.csv", {"image": "set\\good\\000.png"}, {"image": "set/good/001.png"})
+    samples = load(path).samples
+    assert [(s.split, s.label, s.class_name) for s in samples] == [("train", 0, tmp_path.name)] * 2
+
+
+def test_csv_with_other_tools_names_and_unknown_labels(tmp_path: Path) -> None:
+    write("folder", tmp_path / "set", Plan(shape="good"))
+    base = {"split": "val", "label_index": "0.0", "mask_path": ""}
+    path = rows_to(
+        tmp_path / "m.csv",
+        {"image_path": "set/good/000.png", **base},
+        {"image_path": "set/good/001.png", **base, "split": "Test", "label_index": ""},
+        {
+            "image_path": "set/good/002.png",
+            **base,
+            "split": "test",
+            "label_index": "1",
+            "mask_path": "set/good/003.png",
+        },
+    )
+    samples = load(path).samples
+    assert [(s.split, s.label) for s in samples] == [("calibration", 0), ("test", None), ("test", 1)]
+    assert [len(s.masks) for s in samples] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "../outside.png"}, r"row 2: '\.\./outside\.png' points outside"),
+        ({"image": "/etc/passwd"}, "row 2: .* points outside"),
+        ({"image": "..\\x.png"}, "row 2: .* points outside"),
+        ({"image": "none.png"}, "row 2: no such file: none.png"),
+        ({"image": ""}, "row 2: the path is ''"),
+        ({"split": "exam"}, "row 2: split is 'exam'; accepted: train"),
+        ({"label": "2"}, "row 2: label is '2'; accepted: 0"),
+        ({"mask": "a.png;../b.png"}, "row 2: .*outside|row 2: no such file"),
+        ({"record": "x"}, "row 2: record is 'x'; a whole number"),
+    ],
+)
+def test_wrong_rows_refuse_the_manifest_by_number(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    write("folder", tmp_path / "set", Plan(shape="good"))
+    good = {"image": "set/good/000.png", "split": "train", "label": "0", "mask": "", "record": ""}
+    path = rows_to(tmp_path / "m.csv", good, good | row)
+    with pytest.raises(DataError, match=message) as caught:
+        load(path)
+    assert "1 of 2 rows" in str(caught.value)
+    assert "row 2" in str(caught.value)
+
+
+def test_manifest_files_that_are_none(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.csv", "split\ntrain\n", "at least image is needed"),
+        ("b.csv", "", "holds no row"),
+        ("c.csv", 'image\n"x\n', "not valid CSV"),
+        ("d.parquet", "junk", "not a Parquet file"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / name, "manifest")
+    (tmp_path / "e.csv").write_bytes(b"image\n\xff\xfe\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load(tmp_path / "e.csv")
+    with pytest.raises(DataError, match=r"ends in \.parquet or \.csv"):
+        write_manifest([], tmp_path / "x.json", tmp_path)
+
+
+def test_what_a_manifest_cannot_hold(tmp_path: Path) -> None:
+    write("mvtec-ad", tmp_path / "set")
+    samples = load(tmp_path / "set").samples
+    with pytest.raises(DataError, match="not below"):
+        write_manifest(samples, tmp_path / "m.csv", tmp_path / "set" / "ring")
+    mask = next(s for s in samples if s.masks).masks[0]
+    mask.rename(mask.with_name(mask.name.replace("_mask", ";_mask")))
+    image = next(s for s in samples if s.masks).image
+    image.rename(image.with_name(image.name.replace(".png", ";.png")))
+    with pytest.raises(DataError, match="write Parquet"):
+        write_manifest(load(tmp_path / "set").samples, tmp_path / "m.csv", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["mvtec-ad", "mvtec-loco", "visa", "mvtec-ad-2", "view"])
+def test_meta_json_keeps_everything_but_groups(tmp_path: Path, layout: str) -> None:
+    write(layout, tmp_path / "set")
+    samples = load(tmp_path / "set").samples
+    write_meta_json(samples, tmp_path / "meta.json", tmp_path)
+    found = load(tmp_path / "meta.json")
+    key = [(s.split, s.class_name, s.image, s.label, s.masks) for s in found.samples]
+    assert sorted(key, key=str) == sorted(
+        [(s.split, s.class_name, s.image, s.label, s.masks) for s in samples], key=str
+    )
+
+
+def test_meta_json_rows_that_lie(tmp_path: Path) -> None:
+    write("meta-json", tmp_path)
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["train"]["ring"][0]["img_path"] = "images/none.png"
+    meta["extra"] = {}
+    path.write_text(json.dumps(meta))
+    skipped = [reason for _, reason in load(tmp_path).skipped]
+    assert skipped == [
+        "listed, but there is no such file",
+        "part 'extra' is neither train, calibration nor test",
+    ]
+    for key, value, message in (
+        ("img_path", "../x.png", "train ring row 1: '../x.png' points outside"),
+        ("img_path", None, "img_path is None"),
+        ("anomaly", "odd", "label is 'odd'"),
+    ):
+        broken = json.loads(json.dumps(meta))
+        broken["train"]["ring"][0][key] = value
+        path.write_text(json.dumps(broken))
+        with pytest.raises(DataError, match=message):
+            load(tmp_path, "meta-json")
+
+
+def test_all_rows_missing_says_where(tmp_path: Path) -> None:
+    write("meta-json", tmp_path)
+    (tmp_path / "images").rename(tmp_path / "pictures")
+    with pytest.raises(DataError, match=r"no usable image(.|\n)*000\.png: listed, but there is no such file"):
+        load(tmp_path, "meta-json")
+
+
+def test_uniad_single_file_and_bad_lines(tmp_path: Path) -> None:
+    write("uniad-json", tmp_path)
+    found = load(tmp_path / "test.json")
+    assert {s.split for s in found.samples} == {"test"}
+    moved = load(tmp_path / "test.json", images=tmp_path / "mvtec_anomaly_detection")
+    assert moved.samples == found.samples
+    with (tmp_path / "test.json").open("a") as stream:
+        stream.write("{broken\n")
+    with pytest.raises(DataError, match="test.json line 15: not valid JSON"):
+        load(tmp_path, "uniad-json")

@@ -1,0 +1,298 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from metrics_reference import aupro, auspro, pixel_metrics
+
+from twinspect.errors import DataError
+from twinspect.metrics import ScoreHistogram
+from twinspect.metrics.pages import (
+    COARSEST,
+    FINEST,
+    Budget,
+    PagedCounts,
+    bins_of,
+    coarser,
+    edges_of,
+    keys_of,
+    scores_of,
+)
+
+SMALL = 96 << 10
+
+
+def filled(maps, masks, limit=128 << 20):
+    histogram = ScoreHistogram(limit)
+    for m, g in zip(maps, masks, strict=True):
+        histogram.update(m, g)
+    return histogram
+
+
+def same_state(a, b):
+    a, b = a.state(), b.state()
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_exact_against_scikit_learn(scored):
+    maps, masks = scored
+    summary = filled(maps, masks).compute()
+    for name, value in pixel_metrics(maps, masks).items():
+        assert summary.values[name] == pytest.approx(value, abs=1e-9), name
+    assert summary.error_bound == 0.0
+    truth = np.concatenate([g.ravel() for g in masks])
+    found = np.concatenate([m.ravel() for m in maps]) >= np.float32(summary.values["threshold"])
+    f1 = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+    assert f1 == pytest.approx(summary.values["f1max"], abs=1e-12)
+
+
+@pytest.mark.parametrize("limit", [SMALL, 400 << 10])
+def test_coarse_results_stay_inside_their_own_bound(scored, limit):
+    maps, masks = scored
+    histogram = filled(maps, masks, limit)
+    summary = histogram.compute((0.3, 0.05))
+    exact = pixel_metrics(maps, masks) | {f"aupro@{x:g}": aupro(maps, masks, x) for x in (0.3, 0.05)}
+    for name, value in exact.items():
+        assert abs(summary.values[name] - value) <= summary.bounds[name] + 1e-9, name
+
+
+def test_coarse_saturated_overlap_stays_inside_its_bound():
+    rng = np.random.default_rng(0)
+    maps = list(rng.lognormal(0, 9, (4, 20, 20)).astype(np.float32))
+    mask = np.zeros((20, 20), bool)
+    mask[3:9, 3:9] = True
+    regions = [[(mask, 9)], [], [(mask.T, 36)], []]
+    histogram = ScoreHistogram(SMALL)
+    for m, r in zip(maps, regions, strict=True):
+        histogram.update(m, regions=r)
+    summary = histogram.compute((0.05,))
+    assert not histogram.exact
+    exact = auspro(maps, regions, 0.05)
+    assert abs(summary.values["auspro@0.05"] - exact) <= summary.bounds["auspro@0.05"] + 1e-9
+
+
+def test_ties_at_round_values_stay_exact_when_coarse():
+    """Half the pixels at 0 or 1 exactly, the others everywhere: the piles add nothing to the bound."""
+    rng = np.random.default_rng(0)
+    maps = rng.lognormal(0, 20, (30, 32, 32)).astype(np.float32)
+    maps[rng.random(maps.shape) < 0.5] = 0.0
+    maps[rng.random(maps.shape) < 0.5] = 1.0
+    masks = list(rng.random(maps.shape) < 0.2)
+    histogram = filled(list(maps), masks, 4 << 20)
+    assert histogram.budget.drop > 5
+    summary = histogram.compute((0.3,))
+    assert summary.error_bound < 1e-3
+    assert abs(summary.values["auroc"] - pixel_metrics(maps, masks)["auroc"]) <= summary.bounds["auroc"] + 1e-9
+
+
+def test_bound_is_below_the_promise_for_smooth_scores():
+    """Eight megabytes are enough for 1e-4 on half a million different scores over four decades."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((32, 128, 128)) < 0.03
+    maps = (10.0 ** rng.uniform(-4, 0, masks.shape) * (1 + masks)).astype(np.float32)
+    histogram = filled(list(maps), list(masks), 8 << 20)
+    summary = histogram.compute()
+    assert 0 < summary.error_bound < 1e-4
+    for name, value in pixel_metrics(maps, masks).items():
+        assert abs(summary.values[name] - value) <= 1e-4
+
+
+@pytest.mark.parametrize("limit", [SMALL, 1 << 20, 128 << 20])
+def test_any_order_and_any_split_give_the_same_bits(limit):
+    rng = np.random.default_rng(5)
+    maps = list(rng.lognormal(0, 12, (12, 24, 24)).astype(np.float32))
+    maps[7] = maps[7] * 0 + 1
+    masks = [rng.random((24, 24)) < 0.1 if i % 2 else None for i in range(12)]
+    one = filled(maps, masks, limit)
+    for seed in range(3):
+        turn = np.random.default_rng(seed).permutation(12)
+        parts = [
+            filled([maps[i] for i in part], [masks[i] for i in part], limit)
+            for part in np.array_split(turn, seed + 2)
+        ]
+        total = ScoreHistogram(limit)
+        for part in parts:
+            total.merge(ScoreHistogram.from_state(part.state()))
+        same_state(one, total)
+        np.testing.assert_array_equal(list(one.compute().values.values()), list(total.compute().values.values()))
+        assert one.compute().bounds == total.compute().bounds
+
+
+def test_resolution_is_the_finest_that_fits():
+    rng = np.random.default_rng(1)
+    maps = rng.lognormal(0, 12, (6, 24, 24)).astype(np.float32)
+    histogram = filled(maps, [None] * 6, 1 << 20)
+    drop = histogram.budget.drop
+    assert FINEST < drop < COARSEST
+    assert histogram.budget.used <= 1 << 20
+    budget = Budget(1 << 40)
+    budget.drop = drop - 1
+    PagedCounts(budget).add(keys_of(maps))
+    assert budget.used > 1 << 20
+
+
+def test_memory_stays_within_the_limit():
+    rng = np.random.default_rng(2)
+    histogram = ScoreHistogram(2 << 20)
+    held = []
+    for _ in range(60):
+        scores = (rng.normal(size=(64, 64)) * 10.0 ** rng.integers(-20, 20)).astype(np.float32)
+        histogram.update(scores, rng.random((64, 64)) < 0.05)
+        held.append(histogram.nbytes)
+    assert max(held) <= 2 << 20
+    assert histogram.totals.pixels == 60 * 64 * 64
+    assert sum(t._values.nbytes for t in histogram.tables) < 1.5 * (2 << 20)
+
+
+def test_coarsest_step_admits_everything():
+    histogram = filled([np.linspace(-1e30, 1e30, 100).reshape(10, 10)], [np.eye(10)], 1)
+    assert histogram.budget.drop == COARSEST
+    assert histogram.compute().values["auroc"] > 0
+
+
+def test_keys_keep_order_and_come_back():
+    rng = np.random.default_rng(0)
+    tiny, huge = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
+    scores = np.concatenate(
+        (rng.normal(size=500), 10.0 ** rng.uniform(-38, 38, 500), [tiny, -tiny, huge, -huge, 0, 1])
+    ).astype(np.float32)
+    scores = np.unique(scores)
+    keys = keys_of(scores)
+    assert (np.diff(keys.astype(np.int64)) > 0).all()
+    np.testing.assert_array_equal(scores_of(keys), scores)
+    assert keys_of(np.float32([-0.0]))[0] == keys_of(np.float32([0.0]))[0]
+    for drop in range(FINEST, COARSEST + 1):
+        bins = bins_of(keys, drop)
+        assert (np.diff(bins.astype(np.int64)) >= 0).all()
+        edges = edges_of(bins, drop)
+        assert (edges <= keys).all()
+        np.testing.assert_array_equal(bins_of(edges, drop), bins)
+
+
+def test_folding_pages_is_binning_again():
+    rng = np.random.default_rng(0)
+    keys = keys_of(rng.normal(size=3000).astype(np.float32) * np.float32(1e-3))
+    fine, coarse = Budget(1 << 40), Budget(1 << 40)
+    a, b = PagedCounts(fine), PagedCounts(coarse)
+    a.add(keys)
+    for step in range(1, 8):
+        pages, rows = coarser(a.pages(), a.rows(a.pages()))
+        fine.coarsen()
+        coarse.drop = FINEST + step
+        b = PagedCounts(coarse)
+        b.add(keys)
+        np.testing.assert_array_equal(pages, b.pages())
+        np.testing.assert_array_equal(rows, b.rows(pages))
+        np.testing.assert_array_equal(a.pages(), b.pages())
+        np.testing.assert_array_equal(a.rows(pages), rows)
+        assert a.nbytes == b.nbytes
+
+
+def test_float64_is_rounded_with_an_honest_bound():
+    scores = 1 + 1e-12 * np.arange(16.0).reshape(4, 4)
+    mask = np.arange(16).reshape(4, 4) >= 12
+    summary = filled([scores], [mask]).compute()
+    assert summary.bounds["auroc"] >= abs(summary.values["auroc"] - 1.0) > 0
+    exact = filled([scores * 0 + np.arange(16.0).reshape(4, 4)], [mask])
+    assert exact.exact
+    assert exact.compute().values["auroc"] == 1.0
+
+
+def test_rounding_is_remembered_when_merged():
+    a, b = filled([np.eye(2)], [np.eye(2)]), filled([np.eye(2) / 3], [np.eye(2)])
+    a.merge(b)
+    assert not a.exact
+    assert ScoreHistogram.from_state(a.state()).rounded
+
+
+@pytest.mark.parametrize("normal_first", [False, True])
+@pytest.mark.parametrize("above", [0, 5])
+@pytest.mark.parametrize("normals", [3, 20])
+def test_bounds_hold_for_the_worst_order_inside_one_bin(normal_first, above, normals):
+    """All scores but a few share the coarsest bin, where the true order is the best or the worst possible."""
+    rise = np.arange(60, dtype=np.float32) * 2.0**-23
+    scores = 1 + rise + np.float32(2.0**-22)
+    normal = np.arange(60) >= 60 - normals if normal_first else np.arange(60) < normals
+    extra = np.full(above, 9.0, np.float32)
+    scores, truth = np.append(scores, extra), np.append(~normal, np.arange(above) % 2 == 0)
+    summary = filled([scores[None]], [truth[None]], 1).compute()
+    exact = pixel_metrics([scores[None]], [truth[None]])
+    for name in ("auroc", "ap", "f1max"):
+        error = abs(summary.values[name] - exact[name])
+        assert error <= summary.bounds[name] + 1e-12, name
+        assert error > 0 or name == "f1max"
+
+
+def test_magnitudes_beyond_float32_keep_their_order_or_tie():
+    summary = filled([np.array([[1e300, 2e300, -1e300, 1e-300]])], [np.array([[1, 0, 0, 0]])]).compute()
+    assert summary.bounds["auroc"] > 0
+    assert np.isfinite(summary.values["threshold"])
+
+
+def test_half_precision_and_integer_maps_are_exact():
+    for dtype in (np.float16, np.uint8, np.int64, bool):
+        assert filled([np.eye(3, dtype=dtype)], [np.eye(3)]).exact
+    assert not filled([np.full((2, 2), 2**40 + 1)], [None]).exact
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_map_that_is_not_finite_is_named_and_not_counted(bad):
+    histogram = ScoreHistogram()
+    scores = np.zeros((4, 5), np.float32)
+    scores[2, 3] = bad
+    with pytest.raises(DataError, match=r"bracket 7\.png.*row 2, column 3"):
+        histogram.update(scores, name="bracket 7.png")
+    with pytest.raises(DataError, match="map number 0"):
+        histogram.update(scores)
+    assert histogram.totals.pixels == 0
+    assert histogram.tables.all.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "mask", "message"),
+    [
+        (np.zeros((2, 3)), np.zeros((3, 2)), "must be the same"),
+        (np.zeros((1, 2, 3)), None, "accepted: \\(height, width\\)"),
+        (np.zeros((0, 3)), None, "not empty"),
+        (np.array([["a"]]), None, "real numbers"),
+        (np.array([[1j]]), None, "real numbers"),
+        (np.zeros((1, 1)), np.array([["x"]]), "non-zero = defect"),
+    ],
+)
+def test_unusable_maps_and_masks(scores, mask, message):
+    with pytest.raises(DataError, match=message):
+        ScoreHistogram().update(scores, mask)
+
+
+def test_undefined_is_nan():
+    empty = ScoreHistogram().compute()
+    assert all(np.isnan(v) for v in empty.values.values())
+    for mask in (None, np.ones((2, 2))):
+        values = filled([np.eye(2)], [mask]).compute().values
+        assert all(np.isnan(v) for v in values.values())
+
+
+def test_merge_needs_equal_limits_and_known_state():
+    with pytest.raises(DataError, match="memory limits"):
+        ScoreHistogram(1 << 20).merge(ScoreHistogram(2 << 20))
+    state = ScoreHistogram().state()
+    state["meta"][0] = 99
+    with pytest.raises(DataError, match="version 99"):
+        ScoreHistogram.from_state(state)
+
+
+def test_merging_leaves_the_other_as_it_is():
+    rng = np.random.default_rng(0)
+    a = filled([rng.normal(size=(30, 30))], [None], SMALL)
+    b = filled([np.ones((3, 3), np.float32)], [np.eye(3)], SMALL)
+    before = b.state()
+    a.merge(b)
+    for key, value in b.state().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_no_torch():
+    code = "import sys, twinspect.metrics; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
