@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 from twinspect.inference.result import Result
+
+if TYPE_CHECKING:
+    from twinspect.decision import Decision
+    from twinspect.training.fit import Fitted
+
+MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
 def fit_command(
@@ -23,20 +29,35 @@ def fit_command(
     work: Path | None,
     thin: bool,
     console: Console,
+    images: Path | None = None,
+    split_name: str = "",
+    resume_from: Path | None = None,
+    forget: bool = False,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
+    from twinspect.bundle import refuse_unwritable
+    from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
+    from twinspect.training.checkpoint import leave_work, remove_checkpoint
     from twinspect.training.fit import fit
 
-    config = merged(config_file, chosen)
-    loaded = data_room.load(data, layout)
+    before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
+    config = merged(config_file, chosen, before.config if before is not None else None)
+    refuse_unwritable(out)
+    loaded = data_room.load(data, layout, images)
     for line in loaded.summary():
         console.say(line)
-    if config.model.teacher == "auto":
+    split = find_split(loaded.samples, split_name, config.train.seed) if split_name else None
+    if split is not None:
+        console.say(split.describe())
+    if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     folder = work or out.with_name(f"{out.name}.work")
-    fitted = fit(loaded.samples, config, folder, console.progress)
+    samples = loaded.samples if split is None else (*split.train, *split.calibration)
+    fitted = fit(samples, config, folder, console.progress, before, forget)
+    if split is not None:
+        fitted.record["split"] = {"name": split.name, "hash": split.hash}
     for skipped in fitted.skipped:
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
@@ -44,11 +65,35 @@ def fit_command(
     detector.save(out, thin)
     for line in report_lines(detector, out):
         console.say(line)
+    if work is None:
+        console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
+    else:
+        remove_checkpoint(folder)
 
 
-def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]]) -> RunConfig:
-    """Settings of a TOML file under the options given on the command line."""
-    base = RunConfig.from_toml(config_file).to_dict() if config_file else {"model": {}, "train": {}}
+def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
+    """The model to go on from.
+
+    Raises:
+        ConfigError: options that would change its shape.
+    """
+    from twinspect.storage import load
+
+    fitted = load(bundle, str(chosen.get("weights") or ""))
+    own = fitted.config.to_dict()["model"]
+    other = [name for name, value in chosen.items() if name != "weights" and value not in (None, own[name])]
+    if other:
+        raise ConfigError(f"--resume-from keeps the bundle's model; leave out: {', '.join(other)}")
+    chosen["weights"] = None
+    return fitted
+
+
+def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: RunConfig | None = None) -> RunConfig:
+    """Settings of a TOML file, or of the run to go on from, under the options given on the command line."""
+    base: dict[str, dict[str, Any]] = {"model": {}, "train": {}} if before is None else before.to_dict()
+    if config_file is not None:
+        given = RunConfig.from_toml(config_file).to_dict()
+        base = given if before is None else {**base, "train": given["train"]}
     values = {
         section: {**base[section], **{k: v for k, v in options.items() if v is not None}}
         for section, options in chosen.items()
@@ -68,50 +113,19 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
         f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, local student {counts['local'] / 1e6:.1f} M, "
         f"semantic student {counts['semantic'] / 1e6:.1f} M, statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
     )
-    yield f"threshold {decision.threshold.value:.3f}: {decision.threshold.sentence}"
+    yield from threshold_lines(decision)
+    for row in record.get("resumed", {}).get("classes", ()):
+        yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
 
 
-def eval_command(bundle: Path, data: Path, layout: str, json_file: str, weights: str, console: Console) -> None:
-    """``twinspect eval``: metrics per class and mean, as a table and as JSON."""
-    from twinspect import data as data_room
-    from twinspect.evaluation import evaluate, test_samples
+def threshold_lines(decision: Decision) -> Iterator[str]:
+    """Threshold and promise of every class, or of all together where there are many."""
+    from twinspect.decision import class_sentence, promises
 
-    detector = Detector.load(bundle, weights)
-    loaded = data_room.load(data, layout)
-    for line in loaded.summary():
-        console.say(line)
-    found = evaluate(detector.predictor(), test_samples(loaded.samples), console.progress)
-    for failure in found.failed:
-        console.warn(f"not scored: {failure}")
-    values = {
-        **found.table,
-        "students": {name: table["mean"] for name, table in found.students.items()},
-        "config": {
-            "bundle": bundle.name, "data": data.name, "layout": loaded.layout, "seconds": round(found.seconds, 2),
-            "images": len(found.rows), "failed": len(found.failed), "mask_rule": "> 0",
-            "map_size": "original image", **detector.config.to_dict(), **detector.record_,
-        },
-    }  # fmt: skip
-    if json_file == "-":
-        console.result(json.dumps(values, indent=1))
-    elif json_file:
-        Path(json_file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for line in metric_lines(values):
-        console.say(line)
-
-
-def metric_lines(values: dict[str, Any]) -> Iterator[str]:
-    """Metrics as an aligned text table: one row a class, then the mean."""
-    rows = {**values["classes"], "mean": values["mean"]}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    width = max(len(name) for name in rows)
-    yield " " * width + "".join(f"{name:>13}" for name in names)
-    for name, row in rows.items():
-        cells = "".join(f"{row[m]:13.4f}" if m in row else f"{'-':>13}" for m in names)
-        yield f"{name:<{width}}{cells}"
-    for name, row in values["students"].items():
-        yield f"{name} alone: " + ", ".join(f"{metric} {value:.4f}" for metric, value in row.items())
+    found = list(promises(decision))
+    for name, rule in found if len(found) <= MOST_LINES else found[-1:]:
+        yield f"{name}: threshold {rule.image.value:.3f}: {class_sentence(rule)}"
 
 
 def predict_command(
@@ -123,6 +137,7 @@ def predict_command(
     batch: int,
     weights: str,
     console: Console,
+    class_name: str | None = None,
 ) -> None:
     """``twinspect predict``: rows to the terminal or a table, pictures on request."""
     from twinspect.inference.predictor import expand
@@ -133,10 +148,9 @@ def predict_command(
     items = list(expand(paths))
     predictor = Detector.load(bundle, weights).predictor()
     predictor.batch = batch
-    writer = TableWriter(out) if out is not None else None
     bad = errors = 0
-    results = predictor.predict(items, maps=bool(maps or overlays), pixels=bool(overlays))
-    try:
+    results = predictor.predict(items, maps=bool(maps or overlays), pixels=bool(overlays), class_name=class_name)
+    with TableWriter(out) if out is not None else nullcontext() as writer:
         for done, result in enumerate(results):
             save_pictures(result, done, maps, overlays)
             bad, errors = bad + int(bool(result.is_anomaly)), errors + int(bool(result.error))
@@ -145,9 +159,6 @@ def predict_command(
                 console.progress("scoring", done + 1, len(items))
             else:
                 console.say(say_result(result))
-    finally:
-        if writer is not None:
-            writer.close()
     console.say(f"{len(items)} images: {bad} anomalous, {errors} could not be read" + (f"; {out}" if out else ""))
 
 
@@ -169,22 +180,28 @@ def say_result(result: Result) -> str:
     """One line for one image."""
     if result.error:
         return f"ERROR    {result.error}"
-    word = "ANOMALY" if result.is_anomaly else "good"
-    return f"{word:<8} score {result.score:9.3f}  p {result.p_value:.4f}  {result.class_name}  {result.path}"
+    word = "ANOMALY" if result.is_anomaly else result.answer
+    kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
+    regions = f"  {len(result.regions)} regions" if result.regions else ""
+    return f"{word:<8} score {result.score:9.3f}  p {result.p_value:.4f}  {kind}{regions}  {result.path}"
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
-    from twinspect.inference.predictor import Decision
+    from twinspect.decision import Decision, class_sentence, promises
 
     meta = read_bundle(bundle).meta
-    threshold = Decision.from_dict(meta["decision"]).threshold
+    decision = Decision.from_dict(meta["decision"])
     return {
         "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
         "thin": meta["thin"],
         **meta["record"],
-        "threshold": threshold.value,
-        "promise": threshold.sentence,
+        "model_id": decision.model_id,
+        "threshold": decision.threshold.value,
+        "promise": decision.threshold.sentence,
+        "thresholds": {
+            name: {"value": rule.image.value, "promise": class_sentence(rule)} for name, rule in promises(decision)
+        },
         "config": meta["config"],
     }

@@ -21,6 +21,8 @@ from twinspect.errors import BundleError
 FORMAT = 1
 SUFFIX = ".twin"
 _META, _TENSORS, _HASHES = "bundle.json", "model.safetensors", "sha256.json"
+# What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
+_NOT_WHOLE = (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,36 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes) -> None:
     head = {"format": FORMAT, "twinspect": __version__, **meta}
     parts = {_META: json.dumps(head, indent=1, allow_nan=False).encode(), _TENSORS: tensors}
     hashes = {name: hashlib.sha256(body).hexdigest() for name, body in parts.items()}
+    refuse_unwritable(path)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as file:
-            for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
-                file.writestr(zipfile.ZipInfo(name), body)
+        with new.open("wb") as raw:
+            with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
+                for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
+                    file.writestr(zipfile.ZipInfo(name), body)
+            raw.flush()
+            os.fsync(raw.fileno())
         os.replace(new, path)
     except OSError as error:
         raise BundleError(f"{path} cannot be written ({error.strerror or error})") from None
     finally:
         new.unlink(missing_ok=True)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of a bundle to be written; called before training too, so that no work is lost.
+
+    Raises:
+        BundleError: the folder cannot be made or written, or the name is taken by a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+    if path.is_dir():
+        raise BundleError(f"{path} is a folder; choose another --out, such as {path / ('model' + SUFFIX)}")
+    if not os.access(path.parent, os.W_OK):
+        raise BundleError(f"{path} cannot be written (no permission in {path.parent}); choose another --out")
 
 
 def read_bundle(path: Path) -> BundleContent:
@@ -63,27 +84,31 @@ def read_bundle(path: Path) -> BundleContent:
         raise BundleError(f"no such bundle: {path}. Make one with: twinspect fit DATA --out {path}")
     try:
         with zipfile.ZipFile(path) as file:
-            parts = {name: file.read(name) for name in (_META, _TENSORS, _HASHES)}
-        hashes, meta = json.loads(parts[_HASHES]), json.loads(parts[_META])
-        version = int(meta["format"])
-    except (
-        zipfile.BadZipFile,
-        KeyError,
-        ValueError,
-        TypeError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-    ) as error:
+            head = _member(file, _META)
+            meta = json.loads(head)
+            _refuse_newer(path, int(meta["format"]), str(meta["twinspect"]))
+            parts = {_META: head, _TENSORS: _member(file, _TENSORS)}
+            hashes = dict(json.loads(_member(file, _HASHES)))
+    except _NOT_WHOLE as error:
         raise BundleError(
             f"{path} is not a whole bundle (truncated or another kind of file: {error}); copy it again"
         ) from None
-    if version > FORMAT:
-        raise BundleError(
-            f"{path} has format {version}, written by twinspect {meta.get('twinspect')}; this is "
-            f"{__version__} and reads up to format {FORMAT}. Type: pip install --upgrade twinspect"
-        )
-    for name in (_META, _TENSORS):
-        if hashes.get(name) != hashlib.sha256(parts[name]).hexdigest():
+    for name, body in parts.items():
+        if hashes.get(name) != hashlib.sha256(body).hexdigest():
             raise BundleError(f"{path}: {name} does not match its sha256; the file was changed or damaged")
     return BundleContent(meta, parts[_TENSORS])
+
+
+def _member(file: zipfile.ZipFile, name: str) -> bytes:
+    """A stored member; compressed ones are refused, as a small file could unpack to more than the memory."""
+    if file.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return file.read(name)
+
+
+def _refuse_newer(path: Path, version: int, writer: str) -> None:
+    if version > FORMAT:
+        raise BundleError(
+            f"{path} has format {version}, written by twinspect {writer}; this is "
+            f"{__version__} and reads up to format {FORMAT}. Type: pip install --upgrade twinspect"
+        )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+from twinspect.data_commands import Images, data_app
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -20,24 +21,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(data_app)
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
-Teacher = Annotated[str, typer.Option(help="auto, a short name (twinspect doctor lists them) or any timm name.")]
+Teacher = Annotated[
+    str, typer.Option(help="auto (the default), a short name (see: twinspect doctor) or any timm name.")
+]
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option(help="Seed of weights, order, noise and splits.")]
 
 
-@app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    """Generalist visual anomaly detection: one model, many classes, good images only."""
-    if version:
+def _say_version(wanted: bool) -> None:
+    if wanted:
         from twinspect._version import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+]
+
+
+@app.callback()
+def main(version: Version = False) -> None:
+    """Generalist visual anomaly detection: one model, many classes, good images only."""
 
 
 @app.command()
@@ -64,21 +74,24 @@ def doctor() -> None:
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Short name of a teacher, such as dinov2-base.")],
+    name: Annotated[str, typer.Argument(help="Short name of a teacher, such as dinov2-base, or a timm name.")],
+    revision: Annotated[str, typer.Option(help="Commit or branch of the hub repository; empty takes main.")] = "",
+    sha256: Annotated[str, typer.Option(help="Refuse any other file; empty takes the hub's word.")] = "",
 ) -> None:
-    """Download a teacher's weights (pinned revision, resumable) and verify them."""
-    from twinspect.models.fetch import fetch as fetch_weights
+    """Download a teacher's weights (resumable, recorded with commit and sha256) and verify them."""
+    from twinspect.models.fetch import fetch_lines
 
     with _console() as console:
-        console.say(f"weights of {name} are in {fetch_weights(name, console.progress)}")
+        for line in fetch_lines(name, revision, sha256, console.progress):
+            console.say(line)
 
 
 @app.command()
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    model: Annotated[str, typer.Option(help="Model family.")] = "dual",
-    teacher: Teacher = "auto",
+    model: Annotated[str, typer.Option(help="Model family; dual by default.")] = "",
+    teacher: Teacher = "",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,
@@ -88,8 +101,10 @@ def fit(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "",
     time_budget: Annotated[float, typer.Option(help="Stop training after so many seconds; 0: no limit.")] = 0.0,
     cache_gb: Annotated[float, typer.Option(help="Largest feature cache; 0 turns it off.")] = -1.0,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = -1,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
+    images: Images = None,
+    split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
     config: Annotated[Optional[Path], typer.Option(help="TOML file; options given here win.")] = None,  # noqa: UP045
     work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
     thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
@@ -97,23 +112,27 @@ def fit(
         bool,
         typer.Option("--random-teacher", help="Random teacher weights, for tests of shape and speed only."),
     ] = False,
+    resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
+    forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
     from twinspect.app import fit_command
 
+    # None is "not given": a TOML file's value, or the default, then holds.
     chosen: dict[str, dict[str, Any]] = {
         "model": {
-            "model": model, "teacher": teacher, "weights": str(weights or ""), "size": size,
-            "pretrained": not random_teacher,
+            "model": model or None, "teacher": teacher or None, "weights": str(weights) if weights else None,
+            "size": size or None, "pretrained": False if random_teacher else None,
         },
         "train": {
             "steps": steps or None, "batch": batch or None, "lr": lr or None, "noisy_or": noisy_or or None,
-            "precision": precision or None, "time_budget_s": time_budget, "seed": seed,
+            "precision": precision or None, "time_budget_s": time_budget or None,
+            "seed": seed if seed >= 0 else None,
             "cache_gb": cache_gb if cache_gb >= 0 else None,
         },
     }  # fmt: skip
     with _console() as console:
-        fit_command(data, layout, config, chosen, out, work, thin, console)
+        fit_command(data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget)
 
 
 @app.command("eval")
@@ -121,14 +140,45 @@ def evaluate(
     bundle: Bundle,
     data: Data,
     json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
+    out: Annotated[Optional[list[Path]], typer.Option(help="Results file: .md, .html or .json.")] = None,  # noqa: UP045
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
+    images: Images = None,
+    split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
+    intervals: Annotated[bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals.")] = False,
+    leaks: Annotated[bool, typer.Option(help="Look for byte-equal training and test images.")] = True,
+    drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Leave out test images seen in training.")] = False,
     weights: Weights = None,
 ) -> None:
     """Measure a model on labelled test images: per class and mean, both students alone."""
-    from twinspect.app import eval_command
+    from twinspect.eval_command import EvalOptions, eval_command
 
+    options = EvalOptions(
+        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(out or ()), intervals, leaks,
+        drop_leaks,
+    )  # fmt: skip
     with _console(quiet=json_file == "-") as console:
-        eval_command(bundle, data, layout, json_file, str(weights or ""), console)
+        eval_command(options, console)
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; without one they are listed.")] = "",
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data set.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Folder for results.")] = None,  # noqa: UP045
+    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds on synthetic data: shows that it runs.")] = False,
+    teacher: Annotated[str, typer.Option(help="Instead of the recipe's teacher.")] = "",
+    weights: Weights = None,
+    seed: Seed = 0,
+    limit_steps: Annotated[int, typer.Option(help="Train so many steps at most; 0: the recipe's.")] = 0,
+    size: Annotated[int, typer.Option(help="Input side in pixels; 0: the recipe's.")] = 0,
+    drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Do not train on copies of test images.")] = False,
+) -> None:
+    """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
+    from twinspect.reproduce import Choices, reproduce_command
+
+    choices = Choices(recipe, root, out, smoke, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
+    with _console() as console:
+        reproduce_command(choices, console)
 
 
 @app.command()
@@ -140,12 +190,76 @@ def predict(
     overlays: Annotated[Optional[Path], typer.Option(help="Folder for overlay pictures.")] = None,  # noqa: UP045
     batch: Annotated[int, typer.Option(help="Images per call of the model.")] = 4,
     weights: Weights = None,
+    class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
 ) -> None:
     """Score images; one that cannot be read becomes a row with an error and the run goes on."""
     from twinspect.app import predict_command
 
     with _console() as console:
-        predict_command(bundle, paths, out, maps, overlays, batch, str(weights or ""), console)
+        predict_command(bundle, paths, out, maps, overlays, batch, str(weights or ""), console, class_name or None)
+
+
+@app.command()
+def calibrate(
+    bundle: Bundle,
+    good: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Good images not trained on; none: new budgets only."),
+    ] = None,
+    max_fpr: Annotated[float, typer.Option(help="Share of good images that may be called bad; 0: as before.")] = 0.0,
+    class_name: Annotated[str, typer.Option("--class", help="Class of all images and of the budgets.")] = "",
+    group: Annotated[str, typer.Option(help="session: keep the budget in every session; none: over all.")] = "",
+    add: Annotated[bool, typer.Option("--add", help="Add to the calibration images instead of replacing.")] = False,
+    unsure: Annotated[tuple[float, float], typer.Option(help="Rates of good images called bad, bad or unsure.")] = (
+        0.0,
+        0.0,
+    ),
+    region_fpr: Annotated[float, typer.Option(help="Share of good images that may show a region.")] = 0.0,
+    labels: Annotated[Optional[Path], typer.Option(help="Labelled images (CSV: image, label) to choose by.")] = None,  # noqa: UP045
+    rule: Annotated[str, typer.Option(help="How labels choose: f1-max, min-cost or zero-miss.")] = "",
+    miss_cost: Annotated[float, typer.Option(help="Cost of a miss, a false alarm costs 1: min-cost.")] = 0.0,
+    source: Annotated[Optional[Path], typer.Option("--from", help="Take over from a copy of the same model.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
+    report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
+    json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
+    layout: Annotated[str, typer.Option(help="Layout of GOOD; auto detects it.")] = "auto",
+    images: Images = None,
+    weights: Weights = None,
+) -> None:
+    """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
+    from twinspect.decision_commands import CalibrateOptions, calibrate_command, wanted
+
+    with _console(quiet=json_file == "-") as console:
+        asked = wanted(max_fpr, unsure, region_fpr, class_name, group, add, rule, miss_cost)
+        options = CalibrateOptions(
+            bundle,
+            good,
+            out,
+            asked,
+            labels,
+            source,
+            layout,
+            images,
+            str(weights or ""),
+            tuple(report or ()),
+            json_file,
+        )
+        calibrate_command(options, console)
+
+
+@app.command()
+def drift(
+    bundle: Bundle,
+    tables: Annotated[list[Path], typer.Argument(help="Tables of twinspect predict, oldest first.")],
+    false_alarm_rate: Annotated[float, typer.Option(help="Chance of any alarm, ever, if nothing changes.")] = 0.01,
+    json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
+    report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
+) -> None:
+    """Say whether predictions still look like the calibration images, and if not, what changed."""
+    from twinspect.decision_commands import DriftOptions, drift_command
+
+    with _console(quiet=json_file == "-") as console:
+        drift_command(DriftOptions(bundle, tuple(tables), false_alarm_rate, json_file, tuple(report or ())), console)
 
 
 @app.command()
@@ -167,10 +281,5 @@ def _console(quiet: bool = False) -> Console:
     return Console(quiet)
 
 
-def run() -> None:
-    """Entry point of ``python -m twinspect``."""
-    app()
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    app()

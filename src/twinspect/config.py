@@ -45,6 +45,8 @@ class ModelConfig:
     """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 128 (CNN)."""
     ee_depth: float = 1.0
     """Share of the teacher's blocks in the Encoder-Encoder (ViT only)."""
+    view_shrink: int = 0
+    """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
     clusters: int = 16
     """Largest number of scene prototypes for the residual statistics; the data choose how many."""
 

@@ -34,7 +34,7 @@ class Console:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         self.finish()
         if isinstance(error, TwinspectError):
             print(f"error: {error}", file=sys.stderr)
@@ -42,7 +42,9 @@ class Console:
         if isinstance(error, KeyboardInterrupt):
             print("stopped; a training run resumes when the same command is typed again", file=sys.stderr)
             raise SystemExit(130) from None
-        return False
+        if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
+            print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
     def say(self, text: str) -> None:
         """One line on stdout."""

@@ -55,6 +55,7 @@ class Detector:
         seed: int | None = None,
         work: str | Path | None = None,
         progress: Progress | None = None,
+        resume: bool = False,
     ) -> Detector:
         """Train on the normal training images of a data set folder, or of a list of samples or good files.
 
@@ -64,39 +65,89 @@ class Detector:
             seed: instead of the configuration's.
             work: folder for checkpoint and log; a killed run resumes from it.
             progress: called with (stage, done, total).
+            resume: go on from what this detector has learnt; ``data`` must hold the old classes as well.
 
         Returns:
             This detector.
 
         Raises:
-            DataError: nothing to learn from.
+            DataError: nothing to learn from, or old classes are missing.
         """
+        from twinspect.training.checkpoint import remove_checkpoint
         from twinspect.training.fit import fit, silent
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
         self.config = dataclasses.replace(self.config, train=train)
         folder = Path(work) if work is not None else None
-        self._fitted = fit(as_samples(data), self.config, folder, progress or silent)
+        before = self.fitted if resume else None
+        self._fitted = fit(as_samples(data), self.config, folder, progress or silent, before)
+        if folder is not None:
+            remove_checkpoint(folder)
+        self._predictor = None
+        return self
+
+    def calibrate(
+        self,
+        good: str | Path | Sequence[Sample] | Sequence[str | Path],
+        max_fpr: float | None = None,
+        class_name: str | None = None,
+        unsure: float | None = None,
+        add: bool = False,
+        progress: Progress | None = None,
+    ) -> Detector:
+        """Set thresholds from good images the model was not trained on; the model stays as it is.
+
+        Args:
+            good: folder, samples, or paths of good images.
+            max_fpr: share of good images that may be called bad; None keeps what was set.
+            class_name: class of all images, and the only one whose budget changes; None goes by the data.
+            unsure: share of good images that may be called bad or unsure, for a third answer.
+            add: keep the calibration images there are, instead of replacing those of the same classes.
+            progress: called with (stage, done, total).
+
+        Returns:
+            This detector.
+
+        Raises:
+            ConfigError: a rate that so few images cannot support (the message says how many are needed).
+            DataError: too few images.
+        """
+        import warnings
+
+        from twinspect.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.training.fit import silent
+
+        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        predictor = self.predictor()
+        scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        for note in (*scored.failed, *notes):
+            warnings.warn(note, stacklevel=2)
         self._predictor = None
         return self
 
     @overload
-    def predict(self, source: Any, stream: Literal[True], maps: bool = True) -> Iterator[Result]: ...
+    def predict(
+        self, source: Any, stream: Literal[True], maps: bool = True, class_name: str | None = None
+    ) -> Iterator[Result]: ...
     @overload
-    def predict(self, source: Any, stream: Literal[False] = False, maps: bool = True) -> Any: ...
-    def predict(self, source: Any, stream: bool = False, maps: bool = True) -> Any:
+    def predict(
+        self, source: Any, stream: Literal[False] = False, maps: bool = True, class_name: str | None = None
+    ) -> Any: ...
+    def predict(self, source: Any, stream: bool = False, maps: bool = True, class_name: str | None = None) -> Any:
         """Score images.
 
         Args:
             source: path, folder, glob, uint8 RGB array, PIL image, or a list of them.
             stream: True gives an iterator with constant memory instead of a list.
             maps: keep anomaly maps and images (needed for overlays).
+            class_name: class of all images, whose thresholds then hold; None predicts it per image.
 
         Returns:
             One `Result` for a single image, else a list (or an iterator with ``stream=True``).
         """
-        found = self.predictor().predict(source, maps=maps, pixels=maps)
+        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name)
         if stream:
             return found
         results = list(found)

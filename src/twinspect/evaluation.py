@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from twinspect.data.samples import has_pixel_truth, read_sample_mask
+from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
@@ -26,11 +27,12 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        table: ``classes``, ``mean``, ``defects``, ``images`` of the joint score, ready for JSON.
+        table: ``classes``, ``mean``, ``defects``, ``images``, ``undefined`` of the joint score, ready for JSON.
         students: mean and per-class image metrics of each student alone.
         rows: one plain dict per image.
         seconds: wall time of decoding and prediction.
         failed: images that could not be scored, with reasons.
+        joint: the accumulator of the joint score, for intervals or to merge with others.
     """
 
     table: dict[str, Any]
@@ -38,6 +40,12 @@ class Evaluation:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     failed: list[str] = field(default_factory=list)
+    joint: Evaluator = field(default_factory=Evaluator)
+
+    def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+        """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
+        found: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
+        return found
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -56,45 +64,75 @@ def test_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def evaluate(
-    predictor: Predictor, samples: Sequence[Sample], progress: Progress, visit: Visit | None = None
+    predictor: Predictor, samples: Sequence[Sample], progress: Progress, visit: Visit | None = None, pooled: str = ""
 ) -> Evaluation:
     """Score labelled samples and compute every metric; pixel metrics at the images' own resolution.
+
+    Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
 
     Args:
         predictor: any loaded model.
         samples: with labels; masks where there are some.
         progress: called with (stage, done, total).
         visit: called with every sample and result (with map and image), for reports.
+        pooled: name under which all classes count as one, for semantic protocols (one metric over the whole
+            test split); empty gives metrics per class.
+
+    Raises:
+        DataError: a score or map that is not finite (names the image), or a mask that does not fit its image.
     """
-    joint = Evaluator()
+    masked = {s.class_name for s in samples if s.masks} if not pooled else set()
+    joint = Evaluator(pixel=not pooled)
     students = {name: Evaluator(pixel=False) for name in SCORES[1:]}
-    masked = {s.class_name for s in samples if s.masks}
     rows, failed, began = [], [], time.monotonic()
-    results = predictor.predict(samples)
+    results = predictor.predict(samples, maps=bool(masked or visit), pixels=visit is not None)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
-        result.path = str(sample.image)
         progress("evaluating", done + 1, len(samples))
         if result.error:
-            failed.append(f"{sample.image}: {result.error}")
+            failed.append(f"{result.path}: {result.error}")
             continue
-        _update(joint, sample, result, sample.class_name in masked)
+        class_name = pooled or sample.class_name
+        _update(joint, sample, result, class_name, sample.class_name in masked)
         for name, evaluator in students.items():
-            evaluator.update(getattr(result, name), sample.label, sample.class_name, sample.defect_type)
+            score = getattr(result, name)
+            evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
         rows.append({**result.row(), **_truth(sample)})
         if visit is not None:
             visit(sample, result)
     table = _plain(joint.compute())
     alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
-    return Evaluation(table, alone, rows, time.monotonic() - began, failed)
+    return Evaluation(table, alone, rows, time.monotonic() - began, failed, joint)
 
 
-def _update(evaluator: Evaluator, sample: Sample, result: Result, masked: bool) -> None:
+def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> None:
     use_map = masked and has_pixel_truth(sample)
-    mask = read_sample_mask(sample, (result.height, result.width)) if use_map and sample.masks else None
+    mask, regions = _truth_of_pixels(sample, result) if use_map else (None, None)
     evaluator.update(
-        result.score, sample.label, sample.class_name, sample.defect_type,
-        map_HW=result.map if use_map else None, mask_HW=mask, name=str(sample.image), group=sample.group,
+        result.score, sample.label, class_name, sample.defect_type,
+        map_HW=result.map if use_map else None, mask_HW=mask, regions=regions, name=result.path, group=sample.group,
     )  # fmt: skip
+
+
+def _truth_of_pixels(
+    sample: Sample, result: Result
+) -> tuple[NDArray[np.bool_] | None, list[tuple[NDArray[np.bool_], float]] | None]:
+    """The mask of an image, or its regions where the data set states saturation areas."""
+    shape = (result.height, result.width)
+    if not sample.masks:
+        return None, None
+    if has_saturation(sample):
+        regions = [(region.mask, region.saturation) for region in read_regions(sample, shape)]
+        if regions:
+            return None, regions
+    return read_sample_mask(sample, shape), None
+
+
+def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean over classes per defect type, if all classes have the same types (MVTec LOCO's two), else empty."""
+    kinds = [tuple(sorted(row)) for row in defects.values()]
+    if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
+        return {}
+    return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
 
 
 def _truth(sample: Sample) -> dict[str, Any]:

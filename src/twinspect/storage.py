@@ -10,18 +10,26 @@ from torch import Tensor
 
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
 from twinspect.config import RunConfig
-from twinspect.errors import BundleError, TwinspectError
-from twinspect.inference.predictor import Decision
+from twinspect.decision import Decision, refuse_other_model
+from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.training.decide import model_id
 from twinspect.training.fit import Fitted, build_model
 
 _TEACHER = "teacher."
 
 
 def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
-    """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash."""
+    """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash.
+
+    Raises:
+        BundleError: the folder cannot be written.
+        ConfigError: thin, and the teacher is random.
+    """
     from safetensors.torch import save as to_bytes
 
+    if thin and not fitted.config.model.pretrained:
+        raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
     state = fitted.model.state_dict()
     kept = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
     meta = {
@@ -71,14 +79,16 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
             f"this disk has hash {found}; give the right file with --weights FILE"
         )
     model.teacher.weights = record["teacher"]["weights"]
-    return Fitted(model, Decision.from_dict(meta["decision"]), config, record)
+    decision = Decision.from_dict(meta["decision"])
+    refuse_other_model(decision, model_id(model), str(path))
+    return Fitted(model, decision, config, record)
 
 
 def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:
     """A thin bundle's teacher comes from this disk, a full one's from the bundle itself."""
     name = meta["record"]["teacher"]["name"]
     from_disk = bool(meta["thin"]) and config.model.pretrained
-    return create_teacher(name, weights or None, pretrained=from_disk, img_size=meta["record"]["size"])
+    return create_teacher(name, weights or None, pretrained=from_disk)
 
 
 def resize_buffers(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:

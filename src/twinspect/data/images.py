@@ -7,9 +7,13 @@ cropped. The model resizes the whole image to its own square input, and maps are
 from __future__ import annotations
 
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from twinspect.errors import ImageError
 
+_OPENING = threading.Lock()
+# Pillow's plug-ins raise all of these on damaged files; none of them may end a run.
+_DAMAGED = (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, AttributeError, KeyError)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
 
@@ -58,48 +65,40 @@ def read_rgb(
         raise ImageError(f"{label}: cannot be opened ({error.strerror or error})") from None
     if not raw:
         raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
-    try:
-        with warnings.catch_warnings():
-            # Our own limit, checked below on the header, replaces Pillow's warning at 89 Mpx.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(raw)) as image:
-                _check_size(image, limits, label)
-                if draft_side > 0:
-                    image.draft("RGB", _draft_size(image.size, draft_side))
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{label}: not an image that can be read; accepted: {_accepted()}") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{label}: more than {limits.max_pixels:,} pixels; resize it or cut it into tiles") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        IndexError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        KeyError,
-    ) as error:
-        # Pillow's plug-ins raise all of these on damaged files; none of them may end a run.
-        raise ImageError(f"{label}: damaged or truncated image ({error}); copy it again from its source") from None
+    with _refusals(label, limits), _opened(raw) as image:
+        _check_size(image, limits, label)
+        if draft_side > 0:
+            image.draft("RGB", _draft_size(image.size, draft_side))
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
+    """A PIL image to H x W x 3 RGB, by the same rules as its file (`read_rgb`).
+
+    Raises:
+        ImageError: as `read_rgb`.
+    """
+    with _refusals(name, limits):
+        _check_size(image, limits, name)
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
-    """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``)."""
+    """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``).
+
+    Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it.
+    """
     try:
         with Image.open(path) as image:
             _check_size(image, limits, str(path))
-            values = np.asarray(image if image.mode != "P" else image.convert("RGB"))
+            values: NDArray[Any] = np.asarray(image)
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{path}: mask cannot be read ({error})") from None
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]  # alpha says nothing about the defect
-    return values.astype(bool) if values.ndim == 2 else values.any(axis=2)
+    return np.asarray(values if values.ndim == 2 else values.any(axis=2), dtype=np.bool_)
 
 
 def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -107,6 +106,29 @@ def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if rgb.shape[:2] == (size, size):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR))
+
+
+@contextmanager
+def _refusals(label: str, limits: ImageLimits) -> Iterator[None]:
+    """Whatever Pillow raises on a bad file becomes an ImageError that names it."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{label}: not an image that can be read; accepted: {_accepted()}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{label}: more than {limits.max_pixels:,} pixels; resize it or cut it into tiles") from None
+    except _DAMAGED as error:
+        raise ImageError(f"{label}: damaged or truncated image ({error}); copy it again from its source") from None
+
+
+def _opened(raw: bytes) -> Image.Image:
+    # Our own limit, checked on the header, replaces Pillow's warning at 89 Mpx. The lock is for threads that
+    # decode at the same time: filters are global, and catch_warnings would restore each other's.
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(raw))
 
 
 def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:

@@ -64,6 +64,11 @@ def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_
     return union
 
 
+def has_saturation(sample: Sample) -> bool:
+    """Whether the data set states saturation areas for the sample's masks (MVTec LOCO)."""
+    return any(_saturation_config(path) is not None for path in sample.masks)
+
+
 def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
     """One region per mask file with its saturation area (MVTec LOCO's ``defects_config.json``).
 
@@ -89,9 +94,13 @@ def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[n
     return mask
 
 
+def _saturation_config(path: Path) -> Path | None:
+    return next((p / SATURATION_FILE for p in path.parents[:4] if (p / SATURATION_FILE).is_file()), None)
+
+
 def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
     area = float(mask.sum())
-    config = next((p / SATURATION_FILE for p in path.parents[:4] if (p / SATURATION_FILE).is_file()), None)
+    config = _saturation_config(path)
     if config is None:
         return area
     with Image.open(path) as image:

@@ -1,1 +1,28 @@
-"""Prediction: images in, results in the images' own geometry out."""
+"""Prediction: images in, results in the images' own geometry out.
+
+`load` opens a bundle or an exported model with any runtime; an ONNX or OpenVINO file never loads torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twinspect.inference.predictor import Predictor
+
+__all__ = ["load"]
+
+
+def load(
+    path: Path | str, runtime: str = "auto", threads: int = 0, batch: int = 0, weights: Path | str = ""
+) -> Predictor:
+    """Open a bundle (.twin) or an exported model (.onnx, .xml, .pt2); see `runtimes.load_predictor`.
+
+    Example:
+        >>> for result in load("model.onnx").predict("new/"):
+        ...     print(result.path, result.score, result.is_anomaly)
+    """
+    from twinspect.inference.runtimes import load_predictor
+
+    return load_predictor(path, runtime, threads, batch, weights)

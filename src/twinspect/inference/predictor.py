@@ -11,18 +11,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from twinspect.calibration import Threshold, conformal_threshold, p_values
-from twinspect.data.images import ImageLimits, is_image, read_rgb, resize_rgb
-from twinspect.data.samples import read_sample_rgb
+from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_rgb, resize_rgb
+from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
+from twinspect.decision import ANOMALY
+from twinspect.decision import Decision as Decision
 from twinspect.errors import DataError, ImageError
+from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
 from twinspect.types import Sample
 
@@ -35,44 +37,6 @@ class Runtime(Protocol):
     def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of the model's `Outputs`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Everything between raw scores and answers; stored in the bundle as JSON.
-
-    Attributes:
-        calibration: joint scores of held-out normal images.
-        threshold: decision rule made from them.
-        class_of_prototype: most common class of each scene prototype.
-        map_scale: (low, high) of map values for colours, one for all images.
-    """
-
-    calibration: NDArray[np.float64]
-    threshold: Threshold
-    class_of_prototype: tuple[str, ...]
-    map_scale: tuple[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "calibration": [float(s) for s in self.calibration],
-            "max_fpr": self.threshold.max_fpr,
-            "class_of_prototype": list(self.class_of_prototype),
-            "map_scale": list(self.map_scale),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Rebuild from a bundle's JSON; the threshold is computed again from the calibration scores."""
-        scores = np.asarray(values["calibration"], dtype=np.float64)
-        low, high = values["map_scale"]
-        return cls(
-            scores,
-            conformal_threshold(scores, float(values["max_fpr"])),
-            tuple(values["class_of_prototype"]),
-            (float(low), float(high)),
-        )
 
 
 class Predictor:
@@ -92,30 +56,38 @@ class Predictor:
         decision: Decision,
         batch: int = 4,
         workers: int | None = None,
-        limits: ImageLimits = ImageLimits(),
+        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.runtime, self.decision, self.batch, self.limits = runtime, decision, batch, limits
         self.workers = workers or min(4, os.cpu_count() or 1)
 
-    def predict(self, source: Any, maps: bool = True, pixels: bool = True) -> Iterator[Result]:
+    def predict(
+        self, source: Any, maps: bool = True, pixels: bool = True, class_name: str | None = None
+    ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
         Args:
-            source: a path, folder, glob, array (H x W x 3 or H x W, uint8 RGB), PIL image, `Sample`, or a list.
+            source: a path, folder, glob, array (H x W x 3 or H x W, uint8 RGB), PIL image, `Sample`, or a list
+                or iterator of them.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
+            class_name: class of all these images, whose thresholds then hold; None predicts it per image.
 
         Raises:
+            ConfigError: a class that the bundle does not know.
             DataError: nothing to score. An image that cannot be read gives a result with ``error`` instead.
         """
-        items = iter(expand(source))
+        self.decision.checked_class(class_name)
+        return self._predict(iter(expand(source)), maps, pixels, class_name)
+
+    def _predict(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
         with ThreadPoolExecutor(self.workers) as pool:
             ahead = self.batch * 4
             pending = [pool.submit(self._decode, item) for item in islice(items, ahead)]
             while pending:
                 now, pending = pending[: self.batch], pending[self.batch :]
                 pending += [pool.submit(self._decode, item) for item in islice(items, self.batch)]
-                yield from self._score([job.result() for job in now], maps, pixels)
+                yield from self._score([job.result() for job in now], maps, pixels, class_name)
 
     def _decode(self, item: Any) -> tuple[Result, NDArray[np.uint8] | None]:
         name = name_of(item)
@@ -128,23 +100,32 @@ class Predictor:
     def _pixels(self, item: Any) -> NDArray[np.uint8]:
         if isinstance(item, Sample):
             return read_sample_rgb(item, self.limits)
-        return read_rgb(Path(item), self.limits) if isinstance(item, (str, Path)) else to_rgb(item)
+        return read_rgb(Path(item), self.limits) if isinstance(item, (str, Path)) else to_rgb(item, self.limits)
 
     def _score(
-        self, decoded: Sequence[tuple[Result, NDArray[np.uint8] | None]], maps: bool, pixels: bool
+        self,
+        decoded: Sequence[tuple[Result, NDArray[np.uint8] | None]],
+        maps: bool,
+        pixels: bool,
+        class_name: str | None,
     ) -> Iterator[Result]:
         usable = [square for _, square in decoded if square is not None]
         out = self.runtime.run(np.stack(usable)) if usable else {}
         place = 0
         for result, square in decoded:
             if square is not None:
-                self._fill(result, out, place, maps)
+                self._fill(result, out, place, maps, class_name)
                 place += 1
+                if not np.isfinite(result.score):
+                    result.error = f"{result.path}: the score is not finite; the model is damaged"
+                    result.is_anomaly, result.answer, result.regions = None, "", []
             if not pixels:
                 result.rgb = None
             yield result
 
-    def _fill(self, result: Result, out: Mapping[str, NDArray[Any]], i: int, maps: bool) -> None:
+    def _fill(
+        self, result: Result, out: Mapping[str, NDArray[Any]], i: int, maps: bool, class_name: str | None
+    ) -> None:
         decision = self.decision
         result.score = float(out["score_B"][i])
         result.score_local, result.score_semantic = (
@@ -152,12 +133,21 @@ class Predictor:
             float(out["score_semantic_B"][i]),
         )
         result.p_joint = float(-np.expm1(-max(result.score, 0.0)))
-        result.p_value = float(p_values(np.array([result.score]), decision.calibration)[0])
-        result.threshold = decision.threshold.value
-        result.is_anomaly = bool(result.score >= result.threshold)
-        result.class_name = decision.class_of_prototype[int(out["prototype_B"][i])]
-        result.scale = decision.map_scale
-        result.grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32) if maps else None
+        if "prototype_distance_B" in out:
+            result.prototype_distance = float(out["prototype_distance_B"][i])
+        said = decision.judge(result.score, int(out["prototype_B"][i]), result.prototype_distance, class_name)
+        result.p_value, result.threshold = said.p_value, said.threshold
+        result.threshold_unsure, result.answer = said.threshold_unsure, said.answer
+        result.is_anomaly = said.answer == ANOMALY
+        result.class_name, result.predicted_class = said.class_name, said.predicted_class
+        result.class_p, result.unknown_class = said.class_p, said.unknown_class
+        result.model_id, result.scale = decision.model_id, decision.map_scale
+        grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32)
+        result.peak, result.grid = float(grid.max()), grid if maps else None
+        if said.rule.region is not None:
+            result.threshold_region = said.rule.region.value
+            shape = (result.height, result.width)
+            result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
 
 
 def name_of(item: Any) -> str:
@@ -170,16 +160,26 @@ def name_of(item: Any) -> str:
 def expand(source: Any) -> Iterable[Any]:
     """One image, many, or the image files a path, folder or glob stands for, in sorted order.
 
+    A file that is missing among others in a list stays in it, so that its row can say so.
+
     Raises:
         DataError: nothing found; the message says what was looked for.
     """
     if isinstance(source, np.ndarray) and source.ndim == 4:
         return list(source)
+    if isinstance(source, Iterator):
+        return (item for one in source for item in _listed(one))
     if isinstance(source, (list, tuple)):
-        return [item for one in source for item in expand(one)]
-    if not isinstance(source, (str, Path)):
-        return [source]
-    path = Path(source)
+        return [item for one in source for item in (expand(one) if len(source) == 1 else _listed(one))]
+    return _files(Path(source)) if isinstance(source, (str, Path)) else [source]
+
+
+def _listed(one: Any) -> Iterable[Any]:
+    missing = isinstance(one, (str, Path)) and not globbing.has_magic(str(one)) and not Path(one).exists()
+    return [one] if missing else expand(one)
+
+
+def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -187,22 +187,23 @@ def expand(source: Any) -> Iterable[Any]:
         if not found:
             raise DataError(f"no image files in {path} (looked for {_suffixes()})")
         return found
-    matched = sorted(Path(p) for p in globbing.glob(str(source), recursive=True))
-    files = [p for p in matched if p.is_file()]
+    files = [p for p in sorted(Path(p) for p in globbing.glob(str(path), recursive=True)) if p.is_file()]
     if not files:
-        raise DataError(f"nothing found at {source}: give an image, a folder, or a quoted glob such as 'new/*.png'")
+        raise DataError(f"nothing found at {path}: give an image, a folder, or a quoted glob such as 'new/*.png'")
     return files
 
 
-def to_rgb(item: Any) -> NDArray[np.uint8]:
-    """An array or PIL image to H x W x 3 uint8 RGB.
+def to_rgb(item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """An array or PIL image to H x W x 3 uint8 RGB; a PIL image is read as its file would be.
 
     Raises:
         ImageError: another type, shape or value type.
     """
-    array = np.asarray(item.convert("RGB") if hasattr(item, "convert") else item)
+    if isinstance(item, Image.Image):
+        return pil_rgb(item, limits)
+    array = np.asarray(item)
     if array.dtype != np.uint8:
-        raise ImageError(f"array of type {array.dtype}; accepted uint8 RGB, so type: (a * 255).astype('uint8')")
+        raise ImageError(f"array of type {array.dtype}; accepted uint8 RGB, {_how_to_convert(array.dtype.kind)}")
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
@@ -214,6 +215,13 @@ def classes_of_prototypes(prototype_N: NDArray[np.int64], classes: Sequence[str]
     """Most common training class of each prototype; empty for one no image belongs to."""
     owners = [Counter(c for c, k in zip(classes, prototype_N, strict=True) if k == one) for one in range(count)]
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)
+
+
+def _how_to_convert(kind: str) -> str:
+    """What to type for an array of another type, by numpy's letter of its kind."""
+    advice = {"f": "(a * 255).astype('uint8') if a is within 0..1", "b": "a.astype('uint8') * 255"}
+    advice |= dict.fromkeys("iu", "(a // 257).astype('uint8') if a is 16-bit")
+    return f"so type: {advice[kind]}" if kind in advice else "a path or a PIL image"
 
 
 def _suffixes() -> str:

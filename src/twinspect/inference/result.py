@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from twinspect.inference.regions import Region
 
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 _COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
@@ -25,8 +28,20 @@ class Result:
         p_joint: Noisy-OR probability that a normal image scores lower (rounds to 1 for clear anomalies).
         p_value: conformal p-value among the calibration images; small is anomalous.
         is_anomaly: whether the score reaches the threshold.
-        threshold: of ``score``.
-        class_name: most common class of the nearest scene prototype's training images.
+        threshold: of ``score``, for ``class_name``.
+        answer: ``good`` or ``anomaly``; ``unsure`` between ``threshold_unsure`` and ``threshold`` where the
+            bundle was calibrated with a third answer.
+        threshold_unsure: NaN where there are two answers only.
+        class_name: class whose thresholds were used: the one given, else the predicted one.
+        predicted_class: most common training class of the nearest scene prototype.
+        class_p: p-value of belonging to a known class (of the distance to that prototype); small means that
+            the image shows none of the classes the model knows.
+        unknown_class: whether the distance reaches its threshold; None where the model gives no distance.
+        prototype_distance: that distance, for comparison within one model only.
+        peak: highest value of the map.
+        threshold_region: map value from which on pixels belong to a region.
+        regions: connected regions in original pixels, strongest first (at most 100).
+        model_id: of the model that gave the score.
         map: H x W float32 in the geometry of the original image, in normal spreads.
         scale: (low, high) of the map for colours; the same for every image of a model.
         width, height: of the original image in pixels.
@@ -41,7 +56,17 @@ class Result:
     p_value: float = float("nan")
     is_anomaly: bool | None = None
     threshold: float = float("nan")
+    answer: str = ""
+    threshold_unsure: float = float("nan")
     class_name: str = ""
+    predicted_class: str = ""
+    class_p: float = float("nan")
+    unknown_class: bool | None = None
+    prototype_distance: float = float("nan")
+    peak: float = float("nan")
+    threshold_region: float = float("nan")
+    regions: list[Region] = field(default_factory=list)
+    model_id: str = ""
     width: int = 0
     height: int = 0
     error: str = ""
@@ -55,12 +80,18 @@ class Result:
         return None if self.grid is None else resize_map(self.grid, self.height, self.width)
 
     def row(self) -> dict[str, Any]:
-        """Plain values for a table."""
+        """Plain values for a table; ``regions`` is JSON text, as tables hold no lists."""
         names = (
             "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value",
-            "threshold", "is_anomaly", "width", "height", "error",
+            "threshold", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p", "unknown_class",
+            "prototype_distance", "peak", "threshold_region", "width", "height", "model_id", "error",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "n_regions": len(self.regions),
+            "max_region_area": max((region.area for region in self.regions), default=0),
+            "regions": json.dumps([region.to_dict() for region in self.regions]),
+        }
 
     def overlay(self, opacity: float = 0.5) -> Image.Image:
         """The image under its map, on the model's fixed colour scale.
@@ -95,4 +126,4 @@ def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArra
     place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(_COLOURS) - 1)
     index = np.minimum(place.astype(int), len(_COLOURS) - 2)
     part = (place - index)[..., None]
-    return (1 - part) * _COLOURS[index] + part * _COLOURS[index + 1]
+    return np.asarray((1 - part) * _COLOURS[index] + part * _COLOURS[index + 1], dtype=np.float64)

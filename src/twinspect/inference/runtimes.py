@@ -1,31 +1,255 @@
-"""What executes the graph. Heavy imports happen inside the constructors."""
+"""What executes the graph: torch, ONNX Runtime or OpenVINO behind one contract.
+
+Heavy imports happen inside the constructors: whoever runs an ONNX or OpenVINO file never loads torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.inference.exported import ExportMeta, is_export, read_export
+from twinspect.inference.predictor import Decision, Predictor, Runtime
+
 if TYPE_CHECKING:
     from twinspect.models.dual import DualModel
 
+Pixels = NDArray[np.uint8]
+Answers = Mapping[str, NDArray[Any]]
+_INSTALL = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+
 
 class TorchRuntime:
-    """The model itself, eager, on a device."""
+    """The model itself, eager, on a device.
 
-    def __init__(self, model: DualModel, device: str = "cpu") -> None:
+    Args:
+        model: trained model.
+        device: torch device.
+        threads: CPU threads of the whole process; 0 leaves torch's own choice.
+    """
+
+    def __init__(self, model: DualModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
 
         self._torch = torch
         self.device = device
         self.size = model.shape.size
+        self.batch = 0
         self.model = model.eval().to(device)
+        if threads:
+            torch.set_num_threads(threads)
 
-    def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, pixels_BHWC: Pixels) -> Answers:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
         with self._torch.inference_mode():
             image = self._torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2)
             out = self.model(image)
         return {name: value.cpu().numpy() for name, value in out._asdict().items()}
+
+
+class ExportedTorchRuntime:
+    """A ``.pt2`` file (torch.export): needs torch, but neither timm nor this library's models."""
+
+    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
+        self._torch = required("torch", path)
+        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
+        if threads:
+            self._torch.set_num_threads(threads)
+        try:
+            self.program = self._torch.export.load(path).module()
+        except Exception as error:  # zip, pickle and schema errors alike
+            raise BundleError(f"{path}: torch {self._torch.__version__} cannot load it ({error})") from None
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        checked = check_pixels(pixels_BHWC, self.size, self.any_size)
+
+        def call(part: Pixels) -> Answers:
+            with self._torch.inference_mode():
+                answers: Mapping[str, Any] = self.program(self._torch.from_numpy(part))
+            return {name: value.numpy() for name, value in answers.items()}
+
+        return in_batches(call, checked, self.batch)
+
+
+class OnnxRuntime:
+    """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
+
+    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
+        ort = required("onnx", path)
+        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin between calls take the cores from those that decode the next images.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in wanted if name in ort.get_available_providers()]
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime's own exception types share no public base
+            raise BundleError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load it ({error}). Its operators may be newer "
+                "than this runtime; type: pip install --upgrade onnxruntime"
+            ) from None
+        self.names = [output.name for output in self.session.get_outputs()]
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        checked = check_pixels(pixels_BHWC, self.size, self.any_size)
+        return in_batches(
+            lambda part: dict(zip(self.names, self.session.run(self.names, {"image": part}), strict=True)),
+            checked,
+            self.batch,
+        )
+
+
+class OpenVinoRuntime:
+    """An ``.xml`` + ``.bin`` pair, or an ``.onnx`` file, on OpenVINO's CPU device."""
+
+    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
+        ov = required("openvino", path)
+        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            # OpenVINO would otherwise compute in bf16 where the CPU can, and scores would no longer agree.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        if threads:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self.compiled = ov.compile_model(str(path), "CPU", options)
+        except Exception as error:  # openvino raises RuntimeError subclasses of its own
+            raise BundleError(
+                f"{path}: OpenVINO {ov.__version__} cannot load it ({error}); type: pip install --upgrade openvino"
+            ) from None
+        self.request = self.compiled.create_infer_request()
+        self.names = [output.any_name for output in self.compiled.outputs]
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+
+        def call(part: Pixels) -> Answers:
+            found = self.request.infer({0: part})
+            return {name: found[i].copy() for i, name in enumerate(self.names)}
+
+        return in_batches(call, check_pixels(pixels_BHWC, self.size, self.any_size), self.batch)
+
+
+# Runtime name -> class that runs an exported file of its own format. OpenVINO also reads .onnx.
+RUNTIMES: dict[str, type[ExportedTorchRuntime] | type[OnnxRuntime] | type[OpenVinoRuntime]] = {
+    "torch": ExportedTorchRuntime,
+    "onnx": OnnxRuntime,
+    "openvino": OpenVinoRuntime,
+}
+_READS = {"torch": (".pt2",), "onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+
+
+def load_predictor(
+    path: Path | str, runtime: str = "auto", threads: int = 0, batch: int = 0, weights: Path | str = ""
+) -> Predictor:
+    """A predictor for a bundle (.twin) or an exported model (.onnx, .xml, .pt2).
+
+    Args:
+        path: the file.
+        runtime: ``auto`` takes the one the file was made for; ``openvino`` also runs .onnx files.
+        threads: of the runtime; 0 leaves its own choice.
+        batch: images per call; 0 takes 1 on a CPU, where larger batches are slower per image, or the number
+            the export is fixed to.
+        weights: teacher's file of a thin bundle that is not on this disk.
+
+    Raises:
+        BundleError: damaged, changed, too new or too old.
+        ConfigError: an unknown runtime, or one that cannot run this file.
+        TwinspectError: the runtime is not installed (the message is the line to type).
+    """
+    path = Path(path)
+    check_counts(threads, batch)
+    if runtime not in ("auto", *RUNTIMES):
+        raise ConfigError(unknown_name("runtime", runtime, ("auto", *RUNTIMES)))
+    if not is_export(path):
+        return _bundle_predictor(path, runtime, threads, batch, str(weights))
+    engine, meta = load_runtime(path, runtime, threads)
+    return Predictor(engine, Decision.from_dict(meta.decision), batch or meta.batch or 1)
+
+
+def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[Runtime, ExportMeta]:
+    """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
+    meta = read_export(path)
+    name = meta.runtime if runtime == "auto" else runtime
+    if path.suffix not in _READS[name]:
+        raise ConfigError(
+            f"runtime {name} reads {' or '.join(_READS[name])}, not {path.name}; type: "
+            f"twinspect export BUNDLE --format {name} --out MODEL{_READS[name][0]}"
+        )
+    return RUNTIMES[name](path, meta, threads), meta
+
+
+def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weights: str) -> Predictor:
+    if runtime in ("onnx", "openvino"):
+        raise ConfigError(
+            f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
+            f"twinspect export {path.name} --format {runtime} --out MODEL{_READS[runtime][0]}"
+        )
+    required("torch", path)
+    from twinspect.storage import load
+
+    fitted = load(path, weights)
+    return Predictor(TorchRuntime(fitted.model, threads=threads), fitted.decision, batch or 1)
+
+
+def check_counts(threads: int, batch: int) -> None:
+    """Refuse negative settings with the options' names."""
+    if threads < 0 or batch < 0:
+        raise ConfigError(f"--threads {threads} --batch {batch}: accepted 0 (automatic) or more")
+
+
+def required(runtime: str, path: Path) -> Any:
+    """Import a runtime's package, or say what to type."""
+    try:
+        return importlib.import_module(_INSTALL[runtime])
+    except ImportError as error:
+        raise TwinspectError(
+            f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
+            f"Type: pip install {_INSTALL[runtime]}"
+        ) from None
+
+
+def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
+    """Refuse what the graph would misread: another type, channel order, shape, or nothing at all.
+
+    Raises:
+        ConfigError: with what was got and what is accepted.
+    """
+    pixels = np.asarray(pixels_BHWC)
+    wanted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
+    if pixels.dtype != np.uint8:
+        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {wanted}")
+    if pixels.ndim != 4 or 0 in pixels.shape:
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}, no side 0")
+    if pixels.shape[3] != 3:
+        hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1] == 3 else ""
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}{hint}")
+    if not any_size and pixels.shape[1:3] != (size, size):
+        raise ConfigError(
+            f"pixels of shape {pixels.shape}; accepted {wanted}: resize first, or export with --any-size"
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def in_batches(call: Callable[[Pixels], Answers], pixels: Pixels, batch: int) -> Answers:
+    """Run a graph of fixed batch on any number of images: the last part is filled up with its last image."""
+    if not batch or len(pixels) == batch:
+        return call(pixels)
+    parts = []
+    for start in range(0, len(pixels), batch):
+        part = pixels[start : start + batch]
+        missing = batch - len(part)
+        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+        parts.append({name: value[: len(part)] for name, value in call(filled).items()})
+    return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from twinspect.errors import ConfigError, TwinspectError
@@ -15,13 +16,16 @@ _GROUP = 1024
 _TYPES = {
     "path": "string", "class_name": "string", "score": "double", "score_local": "double",
     "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double",
-    "is_anomaly": "bool", "width": "int32", "height": "int32", "error": "string",
+    "threshold_unsure": "double", "answer": "string", "is_anomaly": "bool", "predicted_class": "string",
+    "class_p": "double", "unknown_class": "bool", "prototype_distance": "double", "peak": "double",
+    "threshold_region": "double", "n_regions": "int32", "max_region_area": "int64", "regions": "string",
+    "width": "int32", "height": "int32", "model_id": "string", "error": "string",
 }  # fmt: skip
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
 class TableWriter:
-    """Appends rows and keeps at most one group in memory.
+    """Appends rows and keeps at most one group in memory. A context: an error inside leaves ``NAME.part``.
 
     Raises:
         ConfigError: a file name that ends in none of the accepted formats.
@@ -43,6 +47,16 @@ class TableWriter:
         if path.suffix == ".csv":
             csv.DictWriter(self._file, list(_TYPES)).writeheader()
 
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+        if kind is None:
+            os.replace(self._part, self.path)
+
     def add(self, row: dict[str, Any]) -> None:
         """Add one row of `Result.row`; not-a-number becomes an empty cell."""
         self._group.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
@@ -51,11 +65,13 @@ class TableWriter:
 
     def close(self) -> None:
         """Write what is left and give the file its name."""
+        self.__exit__(None, None, None)
+
+    def _finish(self) -> None:
         self._flush(last=True)
         if self._parquet is not None:
             self._parquet.close()
         self._file.close()
-        os.replace(self._part, self.path)
 
     def _flush(self, last: bool = False) -> None:
         if self.path.suffix == ".parquet":
@@ -71,8 +87,8 @@ class TableWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = {"string": pa.string(), "double": pa.float64(), "bool": pa.bool_(), "int32": pa.int32()}
-        schema = pa.schema([(name, kinds[kind]) for name, kind in _TYPES.items()])
+        # pyarrow's own aliases: string, double, bool, int32, int64.
+        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _TYPES.items()])
         if self._parquet is None:
             self._parquet = pq.ParquetWriter(self._file, schema)
         if self._group or last:

@@ -17,7 +17,7 @@ Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,13 @@ class Outputs(NamedTuple):
     Attributes:
         map_B1HW: anomaly map in normal spreads, at a quarter of the input side.
         score_B: joint score, the surprise in nats of the Noisy-OR.
-        score_local_B, score_semantic_B: raw scores of the two students.
-        surprise_local_B, surprise_semantic_B: the same, calibrated on held-out normal images.
+        score_local_B, score_semantic_B: raw scores of the two students (local: mean over the layer groups).
+        surprise_local_B, surprise_semantic_B: calibrated on held-out normal images (local: Noisy-OR of the
+            layer groups, which see defects of different sizes).
         prototype_B: index of the nearest scene prototype.
+        groups_BG: raw local score of every layer group.
+        prototype_distance_B: whitened distance of the teacher's token from that prototype; large means that
+            the image shows none of the kinds of scene the model knows.
     """
 
     map_B1HW: Tensor
@@ -51,6 +55,8 @@ class Outputs(NamedTuple):
     surprise_local_B: Tensor
     surprise_semantic_B: Tensor
     prototype_B: Tensor
+    groups_BG: Tensor
+    prototype_distance_B: Tensor
 
 
 class Observed(NamedTuple):
@@ -74,7 +80,17 @@ class Predicted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DualShape:
-    """Sizes of the two students; zeros are replaced by what suits the teacher."""
+    """Sizes of the two students; zeros are replaced by what suits the teacher.
+
+    Attributes:
+        size: input side in pixels.
+        width, depth: of the Encoder-Decoder's decoder.
+        dropout: noise of its bottleneck.
+        ee_shrink: factor by which the Encoder-Encoder's input is smaller.
+        ee_depth: share of the teacher's blocks in the Encoder-Encoder (ViT).
+        view_shrink: factor by which the view is smaller that global tokens are taken from. A CNN recognises
+            objects at the size it was trained with; small defects need more pixels than that.
+    """
 
     size: int
     width: int = 0
@@ -82,23 +98,34 @@ class DualShape:
     dropout: float = 0.2
     ee_shrink: int = 0
     ee_depth: float = 1.0
+    view_shrink: int = 0
 
     def resolved(self, info: BackboneInfo) -> DualShape:
         """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
         vit = info.kind == "vit"
-        width = self.width or (info.channels[0] if vit else 128)
-        shrink = self.ee_shrink or (1 if vit else max(1, round(self.size / 128)))
-        while self.size % shrink or (vit and (self.size // shrink) % info.multiple):
-            shrink -= 1
-        return DualShape(self.size, width, self.depth or (8 if vit else 3), self.dropout, shrink, self.ee_depth)
+        multiple = info.multiple if vit else 1
+        return DualShape(
+            self.size,
+            self.width or (info.channels[0] if vit else 128),
+            self.depth or (8 if vit else 3),
+            self.dropout,
+            _divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 128)), multiple),
+            self.ee_depth,
+            _divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
+        )
+
+
+def _divisor(size: int, wanted: int, multiple: int) -> int:
+    """The largest factor up to ``wanted`` that leaves a whole side, a multiple of the patch."""
+    return next(f for f in range(max(1, wanted), 0, -1) if size % f == 0 and (size // f) % multiple == 0)
 
 
 class LevelGroups(nn.Module):
     """Forms the teacher's layer groups and the decoder's input from its levels.
 
     ViT: the mean of each half of the levels, untouched (Dinomaly). CNN: every channel standardised by its
-    statistics on normal images; the fine group holds the last stage of stride 8 and the first of stride 16, the
-    deep group the last stages of strides 16 and 32, each on its finest grid.
+    statistics on normal images, in three groups: fine (strides 4 and 8, first stage of 16, on the grid of 8),
+    middle (last stage of 16) and deep (last stages of 16 and 32, on the grid of 16).
 
     ``select`` keeps of a teacher's answer what the groups need (and what a cache must store); ``forward``
     works on that.
@@ -112,7 +139,8 @@ class LevelGroups(nn.Module):
         flat = [level for members in self.levels for level in members]
         self.members = [[0], [1]] if self.averaged else [[flat.index(i) for i in group] for group in wanted]
         self.channels = [info.channels[members[0]] for members in self.levels]
-        strides = [info.strides[members[0]] for members in self.levels]
+        # Stages finer than stride 8 are pooled to it at once: four times the memory says nothing more.
+        strides = [max(info.strides[members[0]], min(8, max(info.strides))) for members in self.levels]
         self.map_sides = [-(-size // stride) for stride in strides]
         self.sides = [max(self.map_sides[i] for i in group) for group in self.members]
         self.dims = [sum(self.channels[i] for i in group) for group in self.members]
@@ -124,10 +152,9 @@ class LevelGroups(nn.Module):
 
     def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps the groups are made of: means of a ViT's layers, single stages of a CNN."""
-        return tuple(
-            torch.stack([maps[i] for i in members]).mean(0) if len(members) > 1 else maps[members[0]]
-            for members in self.levels
-        )
+        if self.averaged:
+            return tuple(torch.stack([maps[i] for i in members]).mean(0) for members in self.levels)
+        return tuple(resample(maps[i], side) for (i,), side in zip(self.levels, self.map_sides, strict=True))
 
     def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
         """Selected maps to (groups, decoder input B x D_in x t x t)."""
@@ -226,45 +253,69 @@ class DualStudent(nn.Module):
 class DualScorer(nn.Module):
     """Turns what teacher and students said into maps and scores; buffers only."""
 
+    kernel: Tensor
+    gain_E: Tensor
+
     def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
         super().__init__()
         token_dims = sum(info.token_channels)
+        self.register_buffer("gain_E", torch.ones(token_dims))
         self.prototypes = Prototypes(token_dims, most=clusters)
         self.residuals = nn.ModuleList(
             ResidualMap(dims, side) for dims, side in zip(groups.dims, groups.sides, strict=True)
         )
         self.token_of_teacher = TokenDistance(token_dims)
         self.token_of_student = TokenDistance(token_dims)
-        self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
+        self.surprise_groups = nn.ModuleList(Surprise() for _ in groups.dims)
+        self.surprise_semantic = Surprise()
         self.side = max(groups.sides)
         self.map_side = self.side * 2
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
 
-    def grid_map(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> Tensor:
-        """Mean of the groups' z-maps on the finest grid: B x h x w."""
-        maps = [
-            upsample(module(residual(t, s), prototype_B), self.side)[:, 0]
+    def maps_of_groups(self) -> list[ResidualMap]:
+        """The residual statistics of every layer group."""
+        return [cast(ResidualMap, module) for module in self.residuals]
+
+    def curves_of_groups(self) -> list[Surprise]:
+        """The calibration curve of every layer group."""
+        return [cast(Surprise, module) for module in self.surprise_groups]
+
+    def group_maps(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
+        """The z-map of every layer group on its own grid: B x h x w each."""
+        return [
+            module(residual(t, s), prototype_B)
             for module, t, s in zip(self.residuals, groups, predicted, strict=True)
         ]
-        return torch.stack(maps).mean(0)
 
-    def semantic(self, token_BE: Tensor, predicted_BE: Tensor, prototype_B: Tensor) -> Tensor:
-        """Raw semantic score (B): how unusual the token is, and how far the student missed it."""
-        own = self.token_of_teacher(token_BE, prototype_B)
-        missed = self.token_of_student(token_BE - predicted_BE, prototype_B)
-        return (own.square() + missed.square()).sqrt()
+    def token_residual(self, token_BE: Tensor, predicted: tuple[Tensor, ...]) -> Tensor:
+        """Teacher's tokens minus the student's at its least-squares gain per channel: B x E.
+
+        Where the student has learnt nothing the gain is near zero and its noise is kept out.
+        """
+        return token_BE - self.gain_E * torch.cat(predicted, 1)
+
+    def local_surprise(self, groups_BG: Tensor, prototype_B: Tensor) -> Tensor:
+        """Noisy-OR over the layer groups, as a sum of surprises (B)."""
+        parts = [curve(groups_BG[:, g], prototype_B) for g, curve in enumerate(self.surprise_groups)]
+        return torch.stack(parts).sum(0)
 
     def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         prototype_B = self.prototypes(token_BE)
-        grid_Bhw = self.grid_map(groups, predicted.groups, prototype_B)
-        local_B = top_mean(grid_Bhw, TOP_SHARE)
-        semantic_B = self.semantic(token_BE, torch.cat(predicted.tokens, 1), prototype_B)
-        surprise_local = self.surprise_local(local_B, prototype_B)
+        maps = self.group_maps(groups, predicted.groups, prototype_B)
+        groups_BG = torch.stack([top_mean(one, TOP_SHARE) for one in maps], 1)
+        distance_B: Tensor = self.token_of_teacher(token_BE, prototype_B)
+        missed_B: Tensor = self.token_of_student(self.token_residual(token_BE, predicted.tokens), prototype_B)
+        # How unusual the token is, and how far the student missed it.
+        semantic_B = (distance_B.square() + missed_B.square()).sqrt()
+        surprise_local = self.local_surprise(groups_BG, prototype_B)
         surprise_semantic = self.surprise_semantic(semantic_B, prototype_B)
         joint_B, _ = noisy_or(surprise_local, surprise_semantic)
-        map_B1HW = smooth(upsample(grid_Bhw, self.map_side), self.kernel)
-        return Outputs(map_B1HW, joint_B, local_B, semantic_B, surprise_local, surprise_semantic, prototype_B)
+        grid_Bhw = torch.stack([upsample(one, self.side)[:, 0] for one in maps]).mean(0)
+        return Outputs(
+            smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, groups_BG.mean(1), semantic_B,
+            surprise_local, surprise_semantic, prototype_B, groups_BG, distance_B,
+        )  # fmt: skip
 
 
 class DualModel(nn.Module):
@@ -293,13 +344,17 @@ class DualModel(nn.Module):
     def observe(self, x_B3SS: Tensor) -> Observed:
         """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
         features = self.teacher.features(x_B3SS)
-        return Observed(self.groups.select(features.maps), torch.cat(features.tokens, 1).float())
+        tokens = features.tokens
+        if self.shape.view_shrink > 1:
+            tokens = self.teacher.features(F.avg_pool2d(x_B3SS, self.shape.view_shrink)).tokens
+        return Observed(self.groups.select(features.maps), torch.cat(tokens, 1).float())
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""
         groups, trunk = self.groups(observed.maps)
         predicted = self.student(trunk, small_B3SS)
-        return self.scorer(groups, self.tokens(observed.token_BE), predicted)
+        outputs: Outputs = self.scorer(groups, self.tokens(observed.token_BE), predicted)
+        return outputs
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:
         """The Encoder-Encoder's input: normalised pixels, averaged over ee_shrink x ee_shrink."""
@@ -373,8 +428,9 @@ def _vit_groups(levels: int) -> list[list[int]]:
 
 
 def _cnn_groups(strides: tuple[int, ...]) -> list[list[int]]:
-    """Fine: last level of the finest stride, first of the next. Deep: last levels of the next two strides."""
-    by_stride = [[i for i, s in enumerate(strides) if s == stride] for stride in sorted(set(strides))]
-    fine = [by_stride[0][-1]] + ([by_stride[1][0]] if len(by_stride) > 1 else [])
-    deep = [members[-1] for members in by_stride[1:3]] or [by_stride[0][-1]]
-    return [fine, deep]
+    """Indices of the levels of the fine, middle and deep group; a CNN without a stride repeats the next."""
+    last = {stride: max(i for i, s in enumerate(strides) if s == stride) for stride in set(strides)}
+    first_16 = min((i for i, s in enumerate(strides) if s == 16), default=len(strides) - 1)
+    middle, deep = last.get(16, len(strides) - 1), last.get(32, len(strides) - 1)
+    fine = sorted({last[stride] for stride in (4, 8) if stride in last} | {first_16})
+    return [fine, [middle], sorted({middle, deep})]

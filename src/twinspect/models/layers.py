@@ -33,7 +33,8 @@ class LinearAttention(nn.Module):
             context = k.transpose(-1, -2) @ v
             norm = (q @ k.sum(-2, keepdim=True).transpose(-1, -2)).clamp_min(1e-6)
             mixed = (q @ context) / norm
-        return self.out(mixed.transpose(1, 2).reshape(batch, count, width).to(x_BND.dtype))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, count, width).to(x_BND.dtype))
+        return out
 
 
 class DecoderBlock(nn.Module):
@@ -49,7 +50,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x N x D."""
         x_BND = x_BND + self.attention(self.norm_1(x_BND))
-        return x_BND + self.mlp(self.norm_2(x_BND))
+        out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
+        return out
 
 
 class NoisyBottleneck(nn.Module):

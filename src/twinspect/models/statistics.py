@@ -49,7 +49,8 @@ def whitening(covariance_KDD: Tensor, ridge: float) -> Tensor:
     scale = covariance_KDD.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(dims, dtype=covariance_KDD.dtype)
     lower = torch.linalg.cholesky(covariance_KDD + (ridge * scale)[:, None, None] * eye)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    whiten: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return whiten
 
 
 class Prototypes(nn.Module):
@@ -63,7 +64,7 @@ class Prototypes(nn.Module):
     project_EP: Tensor
     centres_KP: Tensor
 
-    def __init__(self, token_dims: int, directions: int = 32, most: int = 16) -> None:
+    def __init__(self, token_dims: int, directions: int = 8, most: int = 16) -> None:
         super().__init__()
         self.most = most
         directions = min(directions, token_dims)
@@ -81,7 +82,7 @@ class Prototypes(nn.Module):
         distance = (point[:, None] - self.centres_KP[None]).square().sum(-1)
         return distance.argmin(1)
 
-    def fit(self, token_NE: Tensor, seed: int, smallest: int = 30) -> None:
+    def fit(self, token_NE: Tensor, seed: int, smallest: int = 16) -> None:
         """Find directions and centres from the tokens of normal training images."""
         token = token_NE.double()
         mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
@@ -93,7 +94,8 @@ class Prototypes(nn.Module):
         self.mean_E = mean.float()
         self.project_EP = project.float()
         points = self.embed(token_NE)
-        self.centres_KP = choose_centres(points, min(self.most, max(1, len(points) // smallest)), seed)
+        most = min(self.most, max(1, len(points) // (2 * smallest)))
+        self.centres_KP = drop_small(points, choose_centres(points, most, seed), smallest)
 
 
 def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
@@ -113,25 +115,42 @@ def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tenso
     return centres
 
 
-def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
-    """k-means centres; their number is the one under which held-out points are likeliest.
+def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
+    """Remove centres that own fewer than ``smallest`` points, smallest first; their points go elsewhere."""
+    while len(centres_KP) > 1:
+        sizes = torch.bincount(torch.cdist(points_NP, centres_KP).argmin(1), minlength=len(centres_KP))
+        if int(sizes.min()) >= smallest:
+            break
+        keep = torch.arange(len(centres_KP)) != sizes.argmin()
+        centres_KP = centres_KP[keep]
+    return centres_KP
 
-    The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one,
-    fitted on half the points and judged on the other half, both ways.
+
+def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
+    """k-means centres, as few as explain held-out points as well as any number does.
+
+    The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one, fitted
+    on half the points and judged on the other half, both ways. The smallest count within one standard error
+    of the best is taken: splitting one kind of scene costs data for every statistic and gains nothing.
     """
     order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
-    best, best_value = 1, -float("inf")
-    for count in sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, most}):
-        if count > most or count > len(halves[0]):
-            break
-        value = sum(_mixture_likelihood(points_NP[a], points_NP[b], count, seed) for a, b in (halves, halves[::-1]))
-        if value > best_value:
-            best, best_value = count, value
+    values: dict[int, Tensor] = {}
+    for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32):
+        if count <= min(most, len(halves[0])):
+            both = (halves, halves[::-1])
+            parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
+            values[count] = torch.cat(parts)
+    best = max(values, key=lambda count: float(values[count].mean()))
+    for count, value in values.items():
+        behind = values[best] - value
+        if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
+            return k_means(points_NP, count, seed)
     return k_means(points_NP, best, seed)
 
 
-def _mixture_likelihood(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> float:
+def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:
+    """Log density of each held-out point (M) under the mixture fitted on the others."""
     centres = k_means(fit_NP, count, seed)
     owner = torch.cdist(fit_NP, centres).argmin(1)
     pooled = (fit_NP - centres[owner]).square().mean(0)
@@ -141,7 +160,7 @@ def _mixture_likelihood(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) 
         variance = ((rows - centres[k]).square().sum(0) + 10 * pooled) / (len(rows) + 10)
         log_density = -0.5 * ((held_MP - centres[k]).square() / variance + variance.log()).sum(1)
         terms.append(log_density + torch.log(torch.tensor(max(len(rows), 1) / len(fit_NP))))
-    return float(torch.stack(terms).logsumexp(0).mean())
+    return torch.stack(terms).logsumexp(0)
 
 
 class ResidualMap(nn.Module):
@@ -160,11 +179,7 @@ class ResidualMap(nn.Module):
     def __init__(self, dims: int, side: int, seed: int = 0, most_dims: int = 512, ridge: float = 1e-3) -> None:
         super().__init__()
         self.ridge, self.dims = ridge, min(dims, most_dims)
-        rotate = torch.eye(dims)
-        if dims > most_dims:
-            noise = torch.randn(dims, most_dims, generator=torch.Generator().manual_seed(seed))
-            rotate = torch.linalg.qr(noise).Q
-        self.register_buffer("rotate_DR", rotate if dims > most_dims else torch.zeros(0))
+        self.register_buffer("rotate_DR", _rotation(dims, most_dims, seed))
         self.register_buffer("mean_KD", torch.zeros(1, self.dims))
         self.register_buffer("whiten_KDD", torch.eye(self.dims)[None])
         self.register_buffer("level_Khw", torch.zeros(1, side, side))
@@ -195,6 +210,15 @@ class ResidualMap(nn.Module):
     def set_scale(self, scale: PositionScale) -> None:
         """Take the normal level and spread of the length at every position."""
         self.level_Khw, self.spread_Khw = scale.level_and_spread()
+
+
+def _rotation(dims: int, most_dims: int, seed: int) -> Tensor:
+    """Fixed random orthonormal columns, dims x most_dims; empty where no reduction is needed."""
+    if dims <= most_dims:
+        return torch.zeros(0)
+    noise = torch.randn(dims, most_dims, generator=torch.Generator().manual_seed(seed))
+    columns: Tensor = torch.linalg.qr(noise).Q
+    return columns
 
 
 class PositionScale:
@@ -238,23 +262,31 @@ class TokenDistance(nn.Module):
     mean_KE: Tensor
     whiten_KEE: Tensor
     scale_E: Tensor
+    rotate_EF: Tensor
 
-    def __init__(self, dims: int) -> None:
+    def __init__(self, dims: int, seed: int = 0, most_dims: int = 768) -> None:
         super().__init__()
+        kept = min(dims, most_dims)
+        self.register_buffer("rotate_EF", _rotation(dims, most_dims, seed))
         self.register_buffer("scale_E", torch.ones(dims))
-        self.register_buffer("mean_KE", torch.zeros(1, dims))
-        self.register_buffer("whiten_KEE", torch.eye(dims)[None])
+        self.register_buffer("mean_KE", torch.zeros(1, kept))
+        self.register_buffer("whiten_KEE", torch.eye(kept)[None])
+
+    def scaled(self, vector_BE: Tensor) -> Tensor:
+        """Standardised, and rotated down where the width asks for it: B x F."""
+        scaled = vector_BE / self.scale_E
+        return scaled @ self.rotate_EF if self.rotate_EF.numel() else scaled
 
     def forward(self, vector_BE: Tensor, prototype_B: Tensor) -> Tensor:
         """Root mean square of the whitened vector (B), near 1 on normal images."""
-        centred = vector_BE / self.scale_E - self.mean_KE[prototype_B]
+        centred = self.scaled(vector_BE) - self.mean_KE[prototype_B]
         white = (self.whiten_KEE[prototype_B] @ centred[:, :, None])[:, :, 0]
         return white.square().mean(1).sqrt()
 
     def fit(self, vector_NE: Tensor, prototype_N: Tensor, prototypes: int) -> None:
         """Means and shrunk covariances of normal vectors."""
         self.scale_E = vector_NE.std(0).clamp_min(1e-6)
-        scaled = vector_NE / self.scale_E
+        scaled = self.scaled(vector_NE)
         moments = Moments(prototypes, scaled.shape[1])
         for k in range(prototypes):
             moments.update(scaled[prototype_N == k], k)
@@ -300,6 +332,10 @@ class Surprise(nn.Module):
         bent: Tensor = self.start + ((z[:, None] - self.knots_M).clamp_min(0.0) * self.bends_M).sum(1)
         # Below the first knot the curve goes on with a small slope, so that no two scores tie.
         return bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0)
+
+    def reset(self, prototypes: int) -> None:
+        """Forget everything; scores pass unscaled until `fit`."""
+        self.centre_K, self.width_K = torch.zeros(prototypes), torch.ones(prototypes)
 
     def fit(self, score_N: Tensor, prototype_N: Tensor, prototypes: int, prior: float = 10.0) -> None:
         """Learn centre and width per prototype, and the common curve, from held-out normal scores."""

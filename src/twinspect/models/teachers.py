@@ -9,6 +9,7 @@ Weights are found offline first and never downloaded here: see `twinspect.models
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
+from twinspect.models.fold import fold_batch_norms
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
 
 # Published settings of the Dinomaly line for a 12-block ViT: blocks 2..9 are rebuilt, in two groups.
 _VIT_FIRST_BLOCK, _VIT_LAST_SHARE = 2, 10 / 12
+# The last stages of a CNN say what an image shows; pooled early stages say what it is made of.
+_CNN_TOKEN_LEVELS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,9 @@ class Backbone(nn.Module):
         """Maps (one per level, NCHW) and global tokens (one per token level, B x D)."""
         if self.is_vit:
             return self._vit_features(x_B3HW)
-        maps = self.net.forward_intermediates(
-            x_B3HW, indices=self.token_levels, intermediates_only=True, **self._extra
-        )
-        tokens = tuple(m.mean((2, 3)) for m in maps)
-        return Features(tuple(maps[i] for i in self.levels), tokens)
+        maps = self.net.forward_intermediates(x_B3HW, indices=self.levels, intermediates_only=True, **self._extra)
+        by_level = dict(zip(self.levels, maps, strict=True))
+        return Features(tuple(maps), tuple(by_level[level].mean((2, 3)) for level in self.token_levels))
 
     def _vit_features(self, x_B3HW: Tensor) -> Features:
         pairs = self.net.forward_intermediates(
@@ -94,8 +96,11 @@ class Backbone(nn.Module):
 class Teacher(Backbone):
     """A Backbone that nothing outside can train: eval mode, no gradients, features under no_grad."""
 
-    def __init__(self, name: str, arch: str, img_size: int | None = None) -> None:
-        super().__init__(arch, img_size=img_size)
+    mean_3: Tensor
+    std_3: Tensor
+
+    def __init__(self, name: str, arch: str) -> None:
+        super().__init__(arch)
         self.name = name
         self.weights = "random"
         self.register_buffer("mean_3", torch.tensor(self.info.mean), persistent=False)
@@ -119,6 +124,7 @@ class Teacher(Backbone):
     @torch.no_grad()
     def features(self, x_B3HW: Tensor) -> Features:
         """Features of normalised input, never part of a gradient graph."""
+        super().train(False)  # for callers who switched a module inside, past `train`
         return super().features(x_B3HW)
 
     def hash(self) -> str:
@@ -130,7 +136,6 @@ def create_teacher(
     name: str = "auto",
     weights: Path | str | None = None,
     pretrained: bool = True,
-    img_size: int | None = None,
 ) -> Teacher:
     """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
 
@@ -138,28 +143,27 @@ def create_teacher(
         name: ``auto`` takes ``dinov2-base`` if its weights are on disk, else the embedded network.
         weights: a local safetensors or ``.pth`` file; by default the known places on disk are searched.
         pretrained: False gives random weights, for tests of shape and speed only.
-        img_size: input side in pixels that a ViT's position table is prepared for.
 
     Raises:
         ConfigError: unknown name.
         WeightsError: weights not on disk (the message says the three ways to get them) or damaged.
     """
     name = resolve_auto() if name == "auto" else name
-    teacher = Teacher(name, SHORT_NAMES.get(name, name), img_size)
-    if pretrained:
-        source = find_weights(name, Path(weights) if weights else None)
+    arch = SHORT_NAMES.get(name, name)
+    _refuse_unknown(arch)
+    # Found before the network is built, which takes seconds for a large one.
+    source = find_weights(name, Path(weights) if weights else None) if pretrained else None
+    teacher = Teacher(name, arch)
+    if source is not None:
         load_state(teacher.net, source, name)
         teacher.weights = source.described
+    if not teacher.is_vit:
+        fold_batch_norms(teacher.net)
     return teacher
 
 
 def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
-    if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch.split('_')[0]}*")[:5]
-        raise ConfigError(
-            f"unknown teacher {arch!r}. Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
-            + (f" such as {', '.join(near)}" if near else "")
-        )
+    _refuse_unknown(arch)
     is_vit = _looks_like_vit(arch)
     options: dict[str, Any] = {"num_classes": 0} if is_vit else {}
     if is_vit:
@@ -173,22 +177,29 @@ def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
     return net, is_vit
 
 
+def _refuse_unknown(arch: str) -> None:
+    if timm.is_model(arch):
+        return
+    names = difflib.get_close_matches(arch, ["auto", *SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+    raise ConfigError(f"unknown teacher {arch!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name")
+
+
 def _looks_like_vit(arch: str) -> bool:
     entry = timm.models.model_entrypoint(arch)
     return entry.__module__.rsplit(".", 1)[-1] in {"vision_transformer", "eva", "beit", "deit"}
 
 
 def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
-    """Indices of map levels and of token levels; for a CNN map levels index into the token levels."""
+    """Indices of the levels whose maps, and of those whose global tokens are used."""
     if is_vit:
         depth = len(net.blocks)
         first, last = min(_VIT_FIRST_BLOCK, depth - 1), max(2, round(depth * _VIT_LAST_SHARE))
         return list(range(first, last)), list(range(first, depth))
-    info = _cnn_stages(net)
-    kept = [i for i, stage in enumerate(info) if stage[1] >= 8]
+    kept = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
     if not kept:
-        raise ConfigError("this CNN has no stage with a stride of 8 pixels or more; choose another teacher")
-    return list(range(len(kept))), kept
+        raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
+    return kept, kept[-_CNN_TOKEN_LEVELS:]
 
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
@@ -196,8 +207,13 @@ def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     extra = {"extra_blocks": True} if _has_parameter(net, "extra_blocks") else {}
     was_training = net.training
     net.eval()
-    with torch.no_grad():
-        maps = net.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True, **extra)
+    try:
+        with torch.no_grad():
+            maps = net.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True, **extra)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{type(net).__name__} takes images of its own size only ({error}); choose another teacher"
+        ) from None
     net.train(was_training)
     return [(m.shape[1], 64 // m.shape[2]) for m in maps]
 
@@ -212,9 +228,10 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
         return BackboneInfo(
             arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, patch, size, mean, std
         )
-    stages = [_cnn_stages(net)[i] for i in backbone.token_levels]
-    channels, strides = zip(*stages, strict=True)
-    return BackboneInfo(arch, "cnn", channels, strides, channels, max(strides), 384, mean, std)
+    stages = _cnn_stages(net)
+    channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
+    token_channels = tuple(stages[i][0] for i in backbone.token_levels)
+    return BackboneInfo(arch, "cnn", channels, strides, token_channels, max(strides), 512, mean, std)
 
 
 def _class_token(map_BDhw: Tensor, prefix_BPD: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Where a teacher's weights come from: installed packages, the local store, a file. Never the network.
 
-`twinspect fetch NAME` (see `twinspect.models.fetch`) is the only code that downloads. A known file is
-pinned to a revision; its sha256 is recorded at the first download and verified at every later load.
+`twinspect fetch NAME` (see `twinspect.models.fetch`) is the only code that downloads. It records revision
+and sha256 beside the file; every later load verifies the file against that record.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def explain_auto(chosen: str) -> str:
 def stored_file(name: str) -> Path | None:
     """The fetched file of a teacher, if it is on this disk."""
     for suffix in _SUFFIXES:
-        path = store_dir() / f"{name.replace('/', '_')}{suffix}"
+        path = store_dir() / store_name(name, suffix)
         if path.is_file():
             return path
     return None
@@ -94,26 +96,68 @@ def find_weights(name: str, given: Path | None = None) -> WeightsSource:
         return _embedded_file(name)
     stored = stored_file(name)
     if stored is None:
-        raise WeightsError(
-            f"the weights of {name} are not on this disk. Three ways to get them: "
-            f"(1) with a network: twinspect fetch {name}  "
-            f"(2) copy the file by hand and pass --weights FILE (safetensors, or the original .pth)  "
-            f"(3) put it into {store_dir()} as {name}.safetensors. "
-            f"Or use the embedded teacher: --teacher {DEFAULT_EMBEDDED}. "
-            "For tests of shape and speed only, random weights: pretrained=False"
-        )
+        raise WeightsError(f"the weights of {name} are not on this disk. {three_ways(name)}")
     return WeightsSource(stored, f"store {stored.name}")
+
+
+def three_ways(name: str) -> str:
+    """How to get a teacher's weights, and what to do without them."""
+    return (
+        f"Three ways to get them: (1) with a network: twinspect fetch {name}  "
+        f"(2) copy the file by hand and pass --weights FILE (safetensors, or the original .pth)  "
+        f"(3) put it into {store_dir()} as {store_name(name)}. "
+        f"Or use the embedded teacher: --teacher {DEFAULT_EMBEDDED}. "
+        "For tests of shape and speed only, random weights: pretrained=False"
+    )
+
+
+def store_name(name: str, suffix: str = ".safetensors") -> str:
+    """File name of a teacher's weights in the store."""
+    return f"{name.replace('/', '_')}{suffix}"
+
+
+def record_file(path: Path) -> Path:
+    """Where the origin and sha256 of a fetched file are written: beside it."""
+    return path.with_name(f"{path.name}.json")
+
+
+def verify_record(path: Path) -> None:
+    """Compare a file with the record written when it was fetched; a file without one is left to its owner.
+
+    Raises:
+        WeightsError: the record cannot be read, or the file is not the one that was fetched.
+    """
+    record = record_file(path)
+    if not record.is_file():
+        return
+    try:
+        expected = str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise WeightsError(f"{record} is damaged; delete it and {path.name}, then fetch again") from None
+    found = file_sha256(path)
+    if found != expected:
+        raise WeightsError(
+            f"{path} has sha256 {found}, but {expected} was fetched: the file was damaged or replaced. "
+            f"Delete it and fetch again, or delete {record.name} if you replaced it on purpose"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
     """Put a file's tensors into a network; names or order must agree, shapes always.
 
     Raises:
-        WeightsError: damaged file, or weights of another network.
+        WeightsError: damaged file, not the one that was fetched, or weights of another network.
     """
+    verify_record(source.path)
     state = read_state(source.path)
     own = net.state_dict()
-    if set(own) <= set(state):
+    if set(own) <= set(state) and all(own[key].shape == state[key].shape for key in own):
         mapped = {key: state[key] for key in own}
     elif name in EMBEDDED:
         mapped = _by_order(own, state, source.path)
@@ -182,9 +226,13 @@ def _by_timm_filter(
     """Original releases (Meta's ``.pth``) use other names; timm knows how to rename them."""
     from twinspect.models.timm_import import timm
 
-    module = __import__(type(net).__module__, fromlist=["checkpoint_filter_fn"])
+    module = importlib.import_module(type(net).__module__)
     rename = getattr(module, "checkpoint_filter_fn", None)
-    renamed = dict(rename(dict(state), net)) if rename is not None else dict(state)
+    try:
+        renamed = dict(rename(dict(state), net)) if rename is not None else dict(state)
+    except Exception as error:
+        # timm's renaming trusts the file; on another network's it fails in any way there is.
+        raise WeightsError(f"{path.name} is a file of another network ({type(error).__name__}: {error})") from None
     missing = [key for key in own if key not in renamed]
     if missing:
         raise WeightsError(

@@ -26,6 +26,7 @@ from twinspect.errors import DataError
 from twinspect.models.dual import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
+_HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class RecordLayout:
 
     def pack(self, maps: Sequence[Tensor], token: Tensor, small: Tensor) -> bytes:
         """One image's tensors to bytes."""
-        parts = [m.to(torch.float16).contiguous().numpy().tobytes() for m in maps]
+        parts = [m.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).contiguous().numpy().tobytes() for m in maps]
         parts.append(token.float().contiguous().numpy().tobytes())
         parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
         return b"".join(parts)
@@ -70,16 +71,22 @@ class FeatureCache:
         root: cache folder.
         space: what the records depend on besides the image (teacher hash, size, layout version).
         layout: byte layout of a record.
+
+    Raises:
+        DataError: the folder cannot be made or read.
     """
 
     def __init__(self, root: Path, space: str, layout: RecordLayout) -> None:
         self.layout = layout
         self.folder = root / hashlib.sha256(f"{space}|{layout}".encode()).hexdigest()[:24]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._place: dict[bytes, tuple[int, int]] = {}
         self._segments: list[NDArray[np.uint8]] = []
-        for index in sorted(self.folder.glob("*.index")):
-            self._read_segment(index)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for index in sorted(self.folder.glob("*.index")):
+                self._read_segment(index)
+        except OSError as error:
+            raise self._unusable(error) from None
         self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._pending: list[tuple[bytes, bytes]] = []
 
@@ -131,11 +138,14 @@ class FeatureCache:
             with self._own.with_suffix(".index").open("ab") as index:
                 index.write(b"".join(lines))
         except OSError as error:
-            raise DataError(
-                f"the feature cache in {self.folder} cannot be written ({error.strerror}); free some disk, "
-                "set another folder with TWINSPECT_HOME, or turn it off with --cache-gb 0"
-            ) from None
+            raise self._unusable(error) from None
         self._pending = []
+
+    def _unusable(self, error: OSError) -> DataError:
+        return DataError(
+            f"the feature cache in {self.folder} cannot be written or read ({error.strerror or error}); free some "
+            "disk, set another folder with TWINSPECT_HOME, or turn it off with --cache-gb 0"
+        )
 
     def _read_segment(self, index: Path) -> None:
         data = index.with_suffix(".data")

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from twinspect.calibration import conformal_threshold
 from twinspect.config import ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
+from twinspect.decision import Decision
 from twinspect.errors import DataError, TrainingError
-from twinspect.inference.predictor import Decision, classes_of_prototypes
 from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.teachers import Teacher, create_teacher
-from twinspect.training.checkpoint import remove_checkpoint
+from twinspect.training.decide import decide
 from twinspect.training.loop import TrainReport, train
+from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped
-from twinspect.training.statistics import NormalScores, calibrate, fit_scales, fit_statistics
+from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
 
 FEWEST = 8  # images below which neither training nor calibration means anything
@@ -49,9 +49,11 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 def build_model(config: ModelConfig, teacher: Teacher | None = None) -> DualModel:
     """The untrained model of a configuration; weights of the students follow torch's global seed."""
     if teacher is None:
-        teacher = create_teacher(config.teacher, config.weights or None, config.pretrained, config.size or None)
+        teacher = create_teacher(config.teacher, config.weights or None, config.pretrained)
     size = legal_size(config.size or teacher.info.default_size, teacher.info.multiple)
-    shape = DualShape(size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth)
+    shape = DualShape(
+        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink
+    )
     model = DualModel(teacher, shape, config.clusters)
     model.teacher.net.to(memory_format=torch.channels_last)
     return model
@@ -63,39 +65,58 @@ def legal_size(size: int, multiple: int) -> int:
 
 
 def fit(
-    samples: Sequence[Sample], config: RunConfig, work: Path | None = None, progress: Progress = silent
+    samples: Sequence[Sample],
+    config: RunConfig,
+    work: Path | None = None,
+    progress: Progress = silent,
+    resume: Fitted | None = None,
+    forget: bool = False,
 ) -> Fitted:
     """Train on the normal training images of ``samples`` and calibrate on those held out.
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
-        work: folder for checkpoint and log; a killed run with the same settings resumes from it.
+        work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
+            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
         progress: called with (stage, done, total).
+        resume: go on from this model instead of from scratch; its classes must be among ``samples``.
+        forget: let go of classes of ``resume`` that are not.
 
     Raises:
-        DataError: too few usable images (the message lists what was skipped).
-        TrainingError: a loss that is not finite, or a checkpoint of another run.
+        DataError: too few usable images (the message lists what was skipped), or old classes are missing.
+        TrainingError: a loss that is not finite, a checkpoint of another run, or no place for one.
     """
+    if resume is not None:
+        refuse_forgetting(resume.decision, samples, forget)
     training, held = choose_images(samples, config)
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model)
+    model = build_model(config.model, resume.model.teacher if resume is not None else None)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, progress)
     train_at, held_at = _positions(source, training, held)
+    if resume is not None:
+        train_at, held_at = keep_sides(source, train_at, held_at, resume.decision)
     _refuse_too_few(train_at, held_at, source.skipped)
-    fit_scales(model, source, train_at, config.train.seed)
+    if resume is not None:
+        take_over(model, resume.model)
+    else:
+        fit_scales(model, source, train_at, config.train.seed)
     if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-    report = train(model, source, train_at, config.train, work, progress, _fingerprint(config, source))
+        _make_folder(work)
+    origin = resume.decision.model_id if resume is not None else ""
+    fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
+    report = train(model, source, train_at, config.train, work, progress, fingerprint)
     fit_statistics(model, source, train_at, config.train.seed, progress)
     scores = calibrate(model, source, held_at)
     if not np.isfinite(scores.score).all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    if work is not None:
-        remove_checkpoint(work)
     record = _record(model, source, train_at, held_at, report)
-    return Fitted(model, _decide(model, source, train_at, scores), config, record, source.skipped)
+    decision = decide(model, source, train_at, held_at, (0.0, MAP_HIGH))
+    if resume is not None:
+        found = [one.to_dict() for one in changes(resume.decision, decision)]
+        record["resumed"] = {"from": origin, "classes": found}
+    return Fitted(model, decision, config, record, source.skipped)
 
 
 def choose_images(samples: Sequence[Sample], config: RunConfig) -> tuple[list[Sample], list[Sample]]:
@@ -143,26 +164,6 @@ def _refuse_too_few(train_at: list[int], held_at: list[int], skipped: list[Skipp
     )
 
 
-def _decide(model: DualModel, source: FeatureSource, train_at: list[int], scores: NormalScores) -> Decision:
-    owners = _training_prototypes(model, source, train_at)
-    names = [source.samples[i].class_name for i in train_at]
-    count = len(model.scorer.prototypes.centres_KP)
-    return Decision(
-        scores.score,
-        conformal_threshold(scores.score, 0.01),
-        classes_of_prototypes(owners, names, count),
-        (0.0, MAP_HIGH),
-    )
-
-
-@torch.no_grad()
-def _training_prototypes(model: DualModel, source: FeatureSource, train_at: list[int]) -> np.ndarray[Any, Any]:
-    parts = [
-        model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(train_at, 64)
-    ]
-    return torch.cat(parts).numpy()
-
-
 def _record(
     model: DualModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
 ) -> dict[str, Any]:
@@ -203,12 +204,21 @@ def parameter_counts(model: DualModel) -> dict[str, int]:
     }
 
 
-def _fingerprint(config: RunConfig, source: FeatureSource) -> str:
-    """What a checkpoint must agree with: settings that shape the weights, and the images in order."""
+def _make_folder(work: Path) -> None:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"folder {work} cannot be made ({error.strerror}); choose another --out or --work"
+        ) from None
+
+
+def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
+    """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
     for name in ("time_budget_s", "checkpoint_every", "cache_gb"):
         settings["train"].pop(name)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for key in source.keys:
+    digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
+    for key in keys:
         digest.update(key)
     return digest.hexdigest()

@@ -19,7 +19,7 @@ import torch
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
 from twinspect.models.dual import DualModel
-from twinspect.training.checkpoint import load_checkpoint, save_checkpoint
+from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.source import FeatureSource, Progress
 
@@ -109,7 +109,7 @@ def _step(
     values = {name: float(value.detach()) for name, value in terms.items()}
     _refuse_non_finite(values, source, part, step)
     optimiser.zero_grad(set_to_none=True)
-    terms["loss"].backward()
+    torch.autograd.backward(terms["loss"])
     for group in optimiser.param_groups:
         torch.nn.utils.clip_grad_norm_(group["params"], config.clip)
     optimiser.step()
@@ -161,7 +161,7 @@ class _Log:
     """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
 
     def __init__(self, work: Path | None, start: int) -> None:
-        self._path = work / "train.jsonl" if work is not None else None
+        self._path = work / LOG if work is not None else None
         self._began = time.monotonic()
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()

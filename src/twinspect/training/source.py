@@ -76,16 +76,17 @@ class FeatureSource:
             sum(teacher.info.token_channels),
             shape.size // shape.ee_shrink,
         )
-        return FeatureCache(root, f"v1|{teacher.info.arch}|{teacher.hash()}|{shape.size}", layout)
+        inputs = f"{shape.size}|{shape.view_shrink}|{groups.levels}"
+        return FeatureCache(root, f"v2|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
         waiting: list[tuple[bytes, NDArray[np.uint8]]] = []
         for done, (sample, key, pixels) in enumerate(self._decoded(samples)):
             progress("teacher features" if self._cache is not None else "reading images", done + 1, len(samples))
-            if pixels is None and key is None:
+            if isinstance(key, Skipped):
+                self.skipped.append(key)
                 continue
-            assert key is not None
             self.samples.append(sample)
             self.keys.append(key)
             if pixels is not None and self._cache is not None and key not in self._cache:
@@ -96,14 +97,16 @@ class FeatureSource:
         if self._cache is not None:
             self._cache.flush()
 
-    def _decoded(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, bytes | None, NDArray[np.uint8] | None]]:
+    def _decoded(
+        self, samples: Sequence[Sample]
+    ) -> Iterator[tuple[Sample, bytes | Skipped, NDArray[np.uint8] | None]]:
         """Keys and, where still needed, pixels; decoding runs in threads ahead of the teacher."""
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for start in range(0, len(samples), 64):
                 part = samples[start : start + 64]
                 yield from zip(part, *zip(*pool.map(self._decode, part), strict=True), strict=True)
 
-    def _decode(self, sample: Sample) -> tuple[bytes | None, NDArray[np.uint8] | None]:
+    def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
             if sample.record is None:
                 key = image_key(sample.image.read_bytes())
@@ -111,8 +114,7 @@ class FeatureSource:
                     return key, None
             pixels = read_square(sample, self._model.shape.size)
         except (DataError, OSError) as error:
-            self.skipped.append(Skipped(sample.image, str(error)))
-            return None, None
+            return Skipped(sample.image, str(error)), None
         return (key if sample.record is None else image_key(pixels)), pixels
 
     def _store(self, waiting: list[tuple[bytes, NDArray[np.uint8]]]) -> None:
@@ -130,7 +132,7 @@ def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     return resize_rgb(read_sample_rgb(sample, draft_side=size), size)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
 def observe(model: DualModel, pixels_BHWC: NDArray[np.uint8]) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
     image = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)

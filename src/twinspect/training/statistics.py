@@ -32,14 +32,18 @@ def fit_scales(model: DualModel, source: FeatureSource, indices: Sequence[int], 
     """Before training: channel statistics of the teacher's maps and tokens on normal images."""
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [indices[i] for i in order[:_INIT_IMAGES]]
-    tokens, sums, squares, counts = [], {}, {}, {}
+    tokens: list[Tensor] = []
+    levels = range(len(model.groups.channels))
+    sums = [torch.zeros(c, dtype=torch.float64) for c in model.groups.channels]
+    squares = [torch.zeros(c, dtype=torch.float64) for c in model.groups.channels]
+    counts = [0 for _ in levels]
     for _, observed, _ in source.batches(chosen):
         tokens.append(observed.token_BE)
         for i, one in enumerate(observed.maps):
-            sums[i] = sums.get(i, 0) + one.double().sum((0, 2, 3))
-            squares[i] = squares.get(i, 0) + one.double().square().sum((0, 2, 3))
-            counts[i] = counts.get(i, 0) + one.shape[0] * one.shape[2] * one.shape[3]
-    for i in sums:
+            sums[i] += one.double().sum((0, 2, 3))
+            squares[i] += one.double().square().sum((0, 2, 3))
+            counts[i] += one.shape[0] * one.shape[2] * one.shape[3]
+    for i in levels:
         mean = sums[i] / counts[i]
         variance = (squares[i] / counts[i] - mean.square()).clamp_min(0.0)
         model.groups.fit(i, mean.float(), variance.sqrt().float())
@@ -57,19 +61,21 @@ def fit_statistics(
     scorer.prototypes.fit(tokens, seed)
     prototype_N = scorer.prototypes(tokens)
     count = len(scorer.prototypes.centres_KP)
-    moments = [Moments(count, module.dims) for module in scorer.residuals]
-    missed = []
+    moments = [Moments(count, module.dims) for module in scorer.maps_of_groups()]
+    missed: list[Tensor] = []
     for place, (part, groups, predicted, predicted_BE) in enumerate(_answers(model, source, indices)):
         progress("residual statistics", (place + 1) * len(part), 2 * len(indices))
         missed.append(predicted_BE)
         owners = prototype_N[place * 8 : place * 8 + len(part)].tolist()
-        for module, gathered, t, s in zip(scorer.residuals, moments, groups, predicted, strict=True):
+        for module, gathered, t, s in zip(scorer.maps_of_groups(), moments, groups, predicted, strict=True):
             for rows, owner in zip(module.rows(residual(t, s)), owners, strict=True):
                 gathered.update(rows, owner)
-    for module, gathered in zip(scorer.residuals, moments, strict=True):
+    for module, gathered in zip(scorer.maps_of_groups(), moments, strict=True):
         module.set_moments(gathered)
     scorer.token_of_teacher.fit(tokens, prototype_N, count)
-    scorer.token_of_student.fit(tokens - torch.cat(missed), prototype_N, count)
+    said = torch.cat(missed)
+    scorer.gain_E = (tokens * said).sum(0) / said.square().sum(0).clamp_min(1e-12)
+    scorer.token_of_student.fit(tokens - scorer.gain_E * said, prototype_N, count)
     _fit_positions(model, source, indices, prototype_N, progress)
 
 
@@ -81,9 +87,9 @@ def _fit_positions(
     for place, (part, groups, predicted, _) in enumerate(_answers(model, source, indices)):
         progress("residual statistics", len(indices) + (place + 1) * len(part), 2 * len(indices))
         owner = prototype_N[place * 8 : place * 8 + len(part)]
-        for module, scale, t, s in zip(model.scorer.residuals, scales, groups, predicted, strict=True):
+        for module, scale, t, s in zip(model.scorer.maps_of_groups(), scales, groups, predicted, strict=True):
             scale.update(module.length(residual(t, s), owner), owner)
-    for module, scale in zip(model.scorer.residuals, scales, strict=True):
+    for module, scale in zip(model.scorer.maps_of_groups(), scales, strict=True):
         module.set_scale(scale)
 
 
@@ -98,11 +104,15 @@ def _answers(model: DualModel, source: FeatureSource, indices: Sequence[int]):  
 def calibrate(model: DualModel, source: FeatureSource, indices: Sequence[int]) -> NormalScores:
     """Fit both surprise curves on held-out normal images and return their scores."""
     model.eval()
-    local, semantic, prototype = _raw_scores(model, source, indices)
     count = len(model.scorer.prototypes.centres_KP)
-    model.scorer.surprise_local.fit(local, prototype, count)
+    curves = model.scorer.curves_of_groups()
+    for curve in (*curves, model.scorer.surprise_semantic):
+        curve.reset(count)
+    groups, local, semantic, prototype = _raw_scores(model, source, indices)
+    for g, curve in enumerate(curves):
+        curve.fit(groups[:, g], prototype, count)
     model.scorer.surprise_semantic.fit(semantic, prototype, count)
-    joint = model.scorer.surprise_local(local, prototype) + model.scorer.surprise_semantic(semantic, prototype)
+    joint = model.scorer.local_surprise(groups, prototype) + model.scorer.surprise_semantic(semantic, prototype)
     return NormalScores(joint.double().numpy(), local.double().numpy(), semantic.double().numpy(), prototype.numpy())
 
 
@@ -110,5 +120,5 @@ def _raw_scores(model: DualModel, source: FeatureSource, indices: Sequence[int])
     parts = []
     for _, observed, small in source.batches(indices, 8):
         out = model.score(observed, small)
-        parts.append((out.score_local_B, out.score_semantic_B, out.prototype_B))
+        parts.append((out.groups_BG, out.score_local_B, out.score_semantic_B, out.prototype_B))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -1,0 +1,44 @@
+# One command on a fresh machine: `make demo`. Needs Python >= 3.11; name another one with PYTHON=...
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,demo
+OUT ?= demo-out
+
+comma := ,
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: demo quick test check bench picture clean
+
+demo: $(STAMP)
+	$(BIN)/twinspect demo --out $(OUT)
+
+quick: $(STAMP)
+	$(BIN)/twinspect demo --quick --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/metrics.py
+
+# The picture of the README, drawn by the demo's own model.
+picture: $(STAMP)
+	$(BIN)/python docs/images/draw.py $(OUT)/demo.twin docs/images/demo.png
+
+clean:
+	rm -rf $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed once; again when the requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Type: make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

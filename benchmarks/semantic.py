@@ -1,0 +1,179 @@
+"""All semantic protocols on small copies of CIFAR-10 and View, beside a nearest-neighbour baseline.
+
+Both use the same frozen teacher and the same images. The baseline is the mean cosine distance of an image's pooled
+embedding to its nearest normal images; of the teacher's stages the one that is best on average over a protocol's
+splits is shown, chosen with the test labels, in the baseline's favour.
+
+Teacher features are computed once and cached (folder of TWINSPECT_HOME, or the user's cache), so a split costs its
+training steps only. Every split is written when it is finished; the same command goes on after the last one.
+
+    python benchmarks/semantic.py --data DIR            # DIR holds cifar10/ and scenes/ (class folders)
+    python benchmarks/semantic.py --data DIR --sets view --protocols unified --steps 50 --limit 40   # a quick look
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twinspect import data as data_room
+from twinspect._version import __version__
+from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.console import Console
+from twinspect.data.carving import by_class
+from twinspect.data.protocols import make_splits
+from twinspect.metrics import auroc
+from twinspect.report import Table
+from twinspect.results import mean_of, text_table, write_text
+from twinspect.training.fit import build_model, cache_folder, fit
+from twinspect.training.source import FeatureSource
+
+SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
+PROTOCOLS = ("one-vs-rest", "unified", "leave-one-out")
+STUDENTS = {"score_B": "twinspect", "score_local_B": "local student", "score_semantic_B": "semantic student"}
+KNN = "kNN, best stage"
+
+
+def limited(samples, limit):
+    """The first ``limit`` images of every class, training and test each; 0 keeps all."""
+    kept = []
+    for members in by_class(samples).values():
+        for part in sorted({s.split for s in members}):
+            own = [s for s in members if s.split == part]
+            kept += own[: limit or len(own)]
+    return kept
+
+
+def where(sample):
+    return sample.image, sample.record
+
+
+def pooled_embeddings(config, samples, console):
+    """(image, record) -> row, and one unit-length N x D matrix per stage of the teacher."""
+    model = build_model(config.model)
+    source = FeatureSource(model, samples, cache_folder(model, len(samples), config.train.cache_gb), console.progress)
+    tokens = torch.cat([observed.token_BE for _, observed, _ in source.batches(range(len(source)), 64)])
+    stages = torch.split(tokens, list(model.teacher.info.token_channels), dim=1)
+    unit = [torch.nn.functional.normalize(stage.float(), dim=1).numpy() for stage in stages]
+    return {where(s): row for row, s in enumerate(source.samples)}, unit
+
+
+def nearest(split, rows, stages, count):
+    """AUROC of the nearest-neighbour baseline for every stage."""
+    known = [rows[where(s)] for s in (*split.train, *split.calibration)]
+    tested = [rows[where(s)] for s in split.test]
+    labels = [s.label for s in split.test]
+    found = []
+    for unit in stages:
+        similar = unit[tested] @ unit[known].T
+        top = np.partition(similar, -count, axis=1)[:, -count:]
+        found.append(auroc(1 - top.mean(axis=1), labels))
+    return found
+
+
+def ours(split, config, console):
+    """Train on a split and score its test images from cached features: AUROC of the joint and both students."""
+    began = time.monotonic()
+    fitted = fit([*split.train, *split.calibration], config, None, console.progress)
+    trained = time.monotonic() - began
+    model = fitted.model.eval()
+    count = len(split.train) + len(split.calibration)
+    source = FeatureSource(model, split.test, cache_folder(model, count, config.train.cache_gb), console.progress)
+    with torch.inference_mode():
+        outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)), 16)]
+    labels = [s.label for s in source.samples]
+    scores = {name: torch.cat([getattr(out, field) for out in outputs]).numpy() for field, name in STUDENTS.items()}
+    found = {name: auroc(values, labels) for name, values in scores.items()}
+    return found | {"fit_s": round(trained, 1), "score_s": round(time.monotonic() - began - trained, 1)}
+
+
+def run_protocol(name, protocol, samples, embedded, args, config, done, console):
+    """One line per split, kept in ``done`` and on disk."""
+    for split in make_splits(samples, protocol, args.seed):
+        settings = [name, split.name, split.hash, config.to_dict(), args.neighbours, __version__]
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        if key in done:
+            console.say(f"{name} {split.name}: finished before")
+            continue
+        result = ours(split, config, console)
+        stages = nearest(split, *embedded, args.neighbours)
+        done[key] = {"set": name, "protocol": protocol, "split": split.name, "hash": split.hash,
+                     "test": len(split.test), **result, "knn": stages}  # fmt: skip
+        write_text(args.out, json.dumps(done, indent=1) + "\n")
+        shown = ", ".join(f"{k} {result[k]:.4f}" for k in STUDENTS.values())
+        console.say(f"{name} {split.name} [{split.hash}]: {shown}, kNN {max(stages):.4f}; fit {result['fit_s']} s")
+
+
+def table_of(done, args):
+    """Mean over the splits of every set and protocol."""
+    rows = []
+    for name in args.sets:
+        for protocol in args.protocols:
+            found = [r for r in done.values() if (r["set"], r["protocol"]) == (name, protocol)]
+            if not found:
+                continue
+            means = mean_of({r["split"]: {n: r[n] for n in STUDENTS.values()} for r in found})
+            stages = np.mean([r["knn"] for r in found], axis=0)
+            best = int(stages.argmax())
+            numbers = (*(means[n] for n in STUDENTS.values()), float(stages[best]))
+            rows.append((f"{name} {protocol}", len(found), *numbers, best + 1))
+    columns = ("set and protocol", "splits", *STUDENTS.values(), KNN, "stage")
+    return Table("image AUROC, mean over splits", columns, tuple(rows))
+
+
+def config_of(args):
+    """Library defaults but for what was asked."""
+    train = TrainConfig(seed=args.seed) if not args.steps else TrainConfig(seed=args.seed, steps=args.steps)
+    return RunConfig(ModelConfig(teacher=args.teacher, size=args.size), train)
+
+
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default=os.environ.get("TWINSPECT_SHARED_DATA", ""), help="or TWINSPECT_SHARED_DATA"
+    )
+    parser.add_argument("--sets", type=lambda text: text.split(","), default=list(SETS))
+    parser.add_argument("--protocols", type=lambda text: text.split(","), default=list(PROTOCOLS))
+    parser.add_argument("--teacher", default="efficientnet-lite0")
+    parser.add_argument("--size", type=int, default=256, help="input side; 0 takes the teacher's default")
+    parser.add_argument("--steps", type=int, default=0, help="0 takes the library's default")
+    parser.add_argument("--limit", type=int, default=0, help="images per class, training and test each; 0: all")
+    parser.add_argument("--neighbours", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/semantic.json"), help="one entry per finished split")
+    args = parser.parse_args()
+    if not args.data:
+        parser.error("name the folder that holds cifar10/ and scenes/: --data DIR, or set TWINSPECT_SHARED_DATA")
+    for given, known in ((args.sets, SETS), (args.protocols, PROTOCOLS)):
+        if set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(set(given) - set(known)))}; accepted: {', '.join(known)}")
+    return args
+
+
+def main() -> None:
+    args, began = parsed(), time.monotonic()
+    config = config_of(args)
+    done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    with Console() as console:
+        for name in args.sets:
+            folder, layout = SETS[name]
+            samples = limited(data_room.load(Path(args.data) / folder, layout).samples, args.limit)
+            console.say(f"{name}: {len(samples):,} images")
+            embedded = pooled_embeddings(config, samples, console)
+            for protocol in args.protocols:
+                run_protocol(name, protocol, samples, embedded, args, config, done, console)
+        table = table_of(done, args)
+        for line in text_table(table):
+            console.say(line)
+        seconds = round(time.monotonic() - began, 1)
+        settings = {"size": args.size, "limit": args.limit, **config.to_dict()}
+        console.say(json.dumps({"columns": table.columns, "rows": table.rows, "seconds": seconds, **settings}))
+
+
+if __name__ == "__main__":
+    main()

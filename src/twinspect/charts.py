@@ -1,0 +1,251 @@
+"""Charts as inline SVG strings: no plotting library, no script, colours by CSS class (light and dark).
+
+Every chart carries its title and a description in words, so that a screen reader tells what it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 64, 16, 12, 44
+_PLOT, _ROW = 300, 78  # heights in pixels: of a line chart, of one group of a histogram
+_BINS = 48
+_MOST_POINTS = 400
+_LONG_TAIL = 20.0  # largest over median score, beyond which a linear axis hides the good images
+COLOURS = 5  # classes s0 to s4 of the template
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line: its name and points."""
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+
+
+@dataclass(frozen=True, slots=True)
+class LineChart:
+    """Lines over two linear axes.
+
+    Attributes:
+        title: heading of the figure.
+        x_label, y_label: axis names with units.
+        series: at most five lines.
+        x_range, y_range: ends of the axes; values outside are drawn at the rim.
+        diagonal: draw the line of guessing (ROC).
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_range: tuple[float, float] = (0.0, 1.0)
+    y_range: tuple[float, float] = (0.0, 1.0)
+    diagonal: bool = False
+
+    @property
+    def description(self) -> str:
+        """What the chart shows, in words."""
+        names = ", ".join(s.name for s in self.series)
+        return f"Line chart of {self.y_label} over {self.x_label}: {names}."
+
+    def svg(self) -> str:
+        """The chart as an ``svg`` element."""
+        x = Axis(*self.x_range, _LEFT, _WIDTH - _RIGHT)
+        y = Axis(*self.y_range, _TOP + _PLOT, _TOP)
+        parts = [*_x_axis(x, self.x_label, _TOP + _PLOT), *_y_axis(y, self.y_label)]
+        if self.diagonal:
+            ends = (np.array(self.x_range), np.array(self.y_range))
+            parts.append(f'<path class="guess" d="{_path(x, y, *ends)}"/>')
+        for place, one in enumerate(self.series):
+            points = _thin(np.asarray(one.x, np.float64), np.asarray(one.y, np.float64))
+            parts.append(f'<path class="line s{place % COLOURS}" d="{_path(x, y, *points)}"/>')
+        bottom = _TOP + _PLOT + _BOTTOM
+        parts += _legend([s.name for s in self.series], bottom + 14)
+        return _svg(self, parts, bottom + 28)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Shares of groups over one common axis, one row each, with the threshold through all of them.
+
+    Attributes:
+        title: heading of the figure.
+        x_label: what is counted, with its unit.
+        groups: finite values by name, at most five.
+        threshold: drawn as a vertical line; None draws none.
+    """
+
+    title: str
+    x_label: str
+    groups: Mapping[str, ArrayLike]
+    threshold: float | None = None
+
+    @property
+    def description(self) -> str:
+        """What the chart shows, in words."""
+        words = [
+            f"{name}: median {np.median(values):.3g} of {len(values)}"
+            for name, values in ((n, np.asarray(v, np.float64)) for n, v in self.groups.items())
+            if len(values)
+        ]
+        end = "" if self.threshold is None else f" Threshold {self.threshold:.3g}."
+        return f"Histogram of {self.x_label} by kind. {'; '.join(words)}.{end}"
+
+    def svg(self) -> str:
+        """The chart as an ``svg`` element."""
+        groups = {name: np.asarray(values, np.float64) for name, values in self.groups.items()}
+        axis = _score_axis(np.concatenate([*groups.values(), _listed(self.threshold)]))
+        bottom = _TOP + _ROW * len(groups)
+        parts = _x_axis(axis, self.x_label + (", compressed scale" if axis.unit else ""), bottom)
+        for place, (name, values) in enumerate(groups.items()):
+            parts += _bars(axis, values, _TOP + _ROW * place, place)
+            top = _TOP + _ROW * place + 14
+            parts.append(
+                f'<text class="label" x="{_WIDTH - _RIGHT}" y="{top}" text-anchor="end">{escape(name)}</text>'
+            )
+        if self.threshold is not None:
+            x = axis.place(self.threshold)
+            parts.append(f'<path class="threshold" d="M{x:.1f} {_TOP}V{bottom}"/>')
+            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 10}">threshold {self.threshold:.3g}</text>')
+        return _svg(self, parts, bottom + _BOTTOM)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Values to pixels; ``unit`` > 0 compresses values beyond it (asinh), 0 is linear."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    unit: float = 0.0
+
+    def place(self, value: float) -> float:
+        """Pixel of a value; what lies outside the axis is drawn at its end."""
+        low, high, at = (self._scaled(v) for v in (self.low, self.high, value))
+        share = min(max((at - low) / (high - low), 0.0), 1.0)
+        return self.start + share * (self.stop - self.start)
+
+    def edges(self, count: int) -> Floats:
+        """``count`` + 1 bin edges, equally far apart in pixels."""
+        steps = np.linspace(self._scaled(self.low), self._scaled(self.high), count + 1)
+        return np.sinh(steps) * self.unit if self.unit else steps
+
+    def ticks(self) -> list[float]:
+        """Round values to write at the axis."""
+        if not self.unit:
+            return _round_steps(self.low, self.high)
+        decades = range(math.floor(math.log10(self.unit)), math.ceil(math.log10(max(self.high, self.unit))) + 1)
+        wanted = [0.0, *(10.0**k for k in decades), -self.unit]
+        return sorted(v for v in wanted if self.low <= v <= self.high)
+
+    def _scaled(self, value: float) -> float:
+        return math.asinh(value / self.unit) if self.unit else value
+
+
+def _score_axis(values: Floats) -> Axis:
+    """Linear, unless a long tail would press the good images into one bin."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low = min(low, 0.0)
+    high = high if high > low else low + 1.0
+    middle = float(np.median(np.abs(values))) if len(values) else 0.0
+    unit = middle if middle > 0 and high > _LONG_TAIL * middle else 0.0
+    return Axis(low, high, _LEFT, _WIDTH - _RIGHT, unit)
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    raw = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Drop points in the middle of straight runs (ROC curves are stairs), then every so many."""
+    kept = np.ones(len(x), dtype=bool)
+    if len(x) > 2:
+        before, after = (np.diff(x)[:-1], np.diff(y)[:-1]), (np.diff(x)[1:], np.diff(y)[1:])
+        kept[1:-1] = np.abs(before[0] * after[1] - before[1] * after[0]) > 1e-12
+    at = np.flatnonzero(kept)
+    if len(at) > _MOST_POINTS:
+        at = at[np.linspace(0, len(at) - 1, _MOST_POINTS).round().astype(int)]
+    return x[at], y[at]
+
+
+def _path(x: Axis, y: Axis, xs: Floats, ys: Floats) -> str:
+    points = (f"{x.place(float(a)):.1f} {y.place(float(b)):.1f}" for a, b in zip(xs, ys, strict=True))
+    return "M" + "L".join(points)
+
+
+def _bars(axis: Axis, values: Floats, top: float, place: int) -> list[str]:
+    counts, edges = np.histogram(values, axis.edges(_BINS))
+    tallest = max(int(counts.max(initial=0)), 1)
+    base, room = top + _ROW - 6, _ROW - 24
+    x = [axis.place(float(edge)) for edge in edges]
+    heights = [base - room * count / tallest for count in counts]
+    bars = "".join(
+        f"M{left:.1f} {base:.1f}V{height:.1f}H{right:.1f}V{base:.1f}Z"
+        for height, left, right in zip(heights, x[:-1], x[1:], strict=True)
+        if height < base
+    )
+    ground = f'<path class="axis" d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}"/>'
+    return [ground, f'<path class="bar s{place % COLOURS}" d="{bars}"/>']
+
+
+def _x_axis(axis: Axis, label: str, y: float) -> list[str]:
+    parts = [f'<path class="axis" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>']
+    last = -math.inf
+    for value in axis.ticks():
+        at = axis.place(value)
+        if at - last < 34:  # labels would touch
+            continue
+        last = at
+        parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{y:.1f}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{y + 16:.1f}" text-anchor="middle">{value:g}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{y + 36:.1f}" text-anchor="middle">{escape(label)}</text>')
+    return parts
+
+
+def _y_axis(axis: Axis, label: str) -> list[str]:
+    parts = [f'<path class="axis" d="M{_LEFT} {axis.start:.1f}V{axis.stop:.1f}"/>']
+    for value in axis.ticks():
+        at = axis.place(value)
+        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
+    middle = (axis.start + axis.stop) / 2
+    turned = f"rotate(-90 16 {middle})"
+    parts.append(
+        f'<text class="label" x="16" y="{middle}" text-anchor="middle" transform="{turned}">{escape(label)}</text>'
+    )
+    return parts
+
+
+def _legend(names: Sequence[str], y: float) -> list[str]:
+    room = (_WIDTH - _LEFT - _RIGHT) / max(len(names), 1)
+    parts = []
+    for place, name in enumerate(names):
+        at = _LEFT + room * place
+        parts.append(f'<path class="line s{place % COLOURS}" d="M{at:.1f} {y}H{at + 26:.1f}"/>')
+        parts.append(f'<text x="{at + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
+    return parts
+
+
+def _svg(chart: LineChart | Histogram, parts: Sequence[str], height: float) -> str:
+    head = f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(chart.title)}. '
+    return f'{head}{escape(chart.description)}">{"".join(parts)}</svg>'
+
+
+def _listed(value: float | None) -> Floats:
+    return np.array([] if value is None else [value])

@@ -1,0 +1,360 @@
+"""What ``twinspect calibrate`` and ``twinspect drift`` do, apart from parsing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinspect import data as data_room
+from twinspect.bundle import read_bundle, refuse_unwritable, write_bundle
+from twinspect.calibration import RULES
+from twinspect.charts import Histogram
+from twinspect.console import Console
+from twinspect.decision import Decision, GoodScores, class_sentence, promises, refuse_other_model
+from twinspect.drift import DriftMonitor, DriftReport
+from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
+from twinspect.report import Section, Table
+from twinspect.results import check_outputs, text_table, write_results, write_text
+from twinspect.types import Sample
+
+_MOST_CHARTS = 12
+_COLUMNS = ("score", "predicted_class", "class_name", "prototype_distance", "model_id", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """What was typed; see the command's help."""
+
+    bundle: Path
+    good: Path | None
+    out: Path | None
+    wanted: Wanted
+    labels: Path | None = None
+    source: Path | None = None
+    layout: str = "auto"
+    images: Path | None = None
+    weights: str = ""
+    report: tuple[Path, ...] = ()
+    json_file: str = ""
+
+
+def wanted(
+    max_fpr: float,
+    unsure: tuple[float, float],
+    region_fpr: float,
+    class_name: str,
+    group: str,
+    add: bool,
+    rule: str,
+    miss_cost: float,
+) -> Wanted:
+    """What the command line asks for; zeros and empty texts were not typed.
+
+    Raises:
+        ConfigError: options that contradict each other, or a value that is not accepted.
+    """
+    if group not in ("", "none", "session"):
+        raise ConfigError(unknown_name("--group", group, ("session", "none")))
+    if max_fpr and any(unsure) and max_fpr != unsure[0]:
+        raise ConfigError(
+            f"--max-fpr {max_fpr:g} and --unsure {unsure[0]:g} {unsure[1]:g} say different things: the first rate of "
+            "--unsure is the one of good images called bad; leave --max-fpr out"
+        )
+    if rule and rule not in RULES:
+        raise ConfigError(unknown_name("rule", rule, RULES))
+    if miss_cost and rule not in ("", "min-cost"):
+        raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
+    return Wanted(
+        max_fpr=unsure[0] if any(unsure) else max_fpr or None,
+        unsure=unsure[1] if any(unsure) else None,
+        region_fpr=region_fpr or None,
+        class_name=class_name or None,
+        by_group=group == "session" if group else None,
+        add=add,
+        rule=rule or ("min-cost" if miss_cost else ""),
+        miss_cost=miss_cost or 1.0,
+    )
+
+
+def calibrate_command(options: CalibrateOptions, console: Console) -> None:
+    """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
+    out = options.out or options.bundle
+    refuse_unwritable(out)
+    check_outputs(options.report)
+    if options.wanted.rule and options.labels is None:
+        raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
+    content = read_bundle(options.bundle)
+    before = Decision.from_dict(content.meta["decision"])
+    start = _taken_from(options.source, before) if options.source is not None else before
+    scored, labelled = _score(options, console)
+    after, notes = recalibrate(start, options.wanted, scored, labelled)
+    for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
+        console.warn(f"left out {failure}")
+    for note in notes:
+        console.warn(note)
+    meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
+    meta["decision"] = after.to_dict()
+    meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
+    values = calibration_values(after, notes)
+    write_bundle(out, meta, content.tensors)
+    _publish(options, values, after, notes, console)
+    console.say(f"wrote {out}")
+
+
+def _taken_from(source: Path, decision: Decision) -> Decision:
+    """The decision of another copy of the same model."""
+    other = Decision.from_dict(read_bundle(source).meta["decision"])
+    refuse_other_model(other, decision.model_id, str(source))
+    return other
+
+
+def _score(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:
+    """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
+    if options.good is None and options.labels is None:
+        return None, None
+    from twinspect.detector import Detector
+
+    predictor = Detector.load(options.bundle, options.weights).predictor()
+    name = options.wanted.class_name
+    predictor.decision.checked_class(name)
+    good = labelled = None
+    if options.good is not None:
+        loaded = data_room.load(options.good, options.layout, options.images)
+        for line in loaded.summary():
+            console.say(line)
+        by_session = bool(options.wanted.by_group) and name is not None
+        root = loaded.root if by_session and loaded.root.is_dir() else None
+        good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
+    if options.labels is not None:
+        samples = labelled_samples(options.labels, options.images)
+        labelled = score_images(predictor, samples, name, None, console.progress)
+    return good, labelled
+
+
+def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
+    """Images with labels from a manifest (columns image, label) or a data set.
+
+    Raises:
+        DataError: not both kinds of label.
+    """
+    found = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
+    kinds = {s.label for s in found}
+    if kinds != {0, 1}:
+        raise DataError(
+            f"{path}: {len(found)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
+            "(label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
+        )
+    return found
+
+
+def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, Any]:
+    """Everything a calibration says, ready for JSON."""
+    classes = {}
+    for name, rule in promises(decision):
+        own = decision.good.of_class(rule.class_name, given=True)
+        classes[name] = {
+            "images": int(own.sum()),
+            "threshold": rule.image.value,
+            "called": int((decision.good.score[own] >= rule.image.value).sum()),
+            "max_fpr": rule.image.max_fpr,
+            "guaranteed": rule.image.guaranteed,
+            "pooled": rule.pooled,
+            "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
+            "threshold_region": rule.region.value if rule.region is not None else None,
+            "region_fpr": rule.region.max_fpr if rule.region is not None else None,
+            "sentence": class_sentence(rule),
+        }
+    found = [one._asdict() for one in sessions(decision)]
+    return {"model_id": decision.model_id, "classes": classes, "sessions": found, "notes": list(notes)}
+
+
+def _publish(
+    options: CalibrateOptions, values: dict[str, Any], decision: Decision, notes: Sequence[str], console: Console
+) -> None:
+    for name, row in values["classes"].items():
+        console.say(f"{name}: threshold {row['threshold']:.3f}; {row['sentence']}")
+    if values["sessions"]:
+        for line in text_table(session_table(values)):
+            console.say(line)
+    _publish_json(options.json_file, values, console)
+    facts = {"model": decision.model_id, "calibration images": str(len(decision.good))}
+    for path in options.report:
+        write_results(path, f"Calibration of {options.bundle.name}", sections(values, decision, notes), facts, values)
+        console.say(f"wrote {path}")
+
+
+def _publish_json(target: str, values: dict[str, Any], console: Console) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    if target == "-":
+        console.result(text)
+    elif target:
+        write_text(Path(target), text + "\n")
+
+
+def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
+    """A calibration for a document."""
+    columns = ("class", "good images", "threshold", "called bad", "budget", "region threshold", "promise")
+    rows = tuple(
+        (
+            name, row["images"], row["threshold"], row["called"], f"{100 * row['max_fpr']:g} %",
+            "-" if row["threshold_region"] is None else row["threshold_region"],
+            "pooled" if row["pooled"] else "of its own" if row["guaranteed"] else "none",
+        )
+        for name, row in values["classes"].items()
+    )  # fmt: skip
+    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
+    found = [Section("Thresholds", words, (Table("Thresholds by class", columns, rows),))]
+    if values["sessions"]:
+        found.append(Section("Sessions", (), (session_table(values),)))
+    charts = tuple(
+        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[own]}, rule.image.value)
+        for name, rule in list(promises(decision))[:_MOST_CHARTS]
+        if (own := decision.good.of_class(rule.class_name, given=True)).any()
+    )
+    found.append(Section("Scores", (), charts))
+    return [*found, Section("Remarks", tuple(notes))] if notes else found
+
+
+def session_table(values: dict[str, Any]) -> Table:
+    """Leave-one-session-out, as a table."""
+    rows = tuple(
+        (f"{one['class_name']}: {one['group']}", one["images"], one["called"], one["called"] / one["images"])
+        for one in values["sessions"]
+    )
+    note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
+    return Table("each session left out", ("session", "good images", "called bad", "rate"), rows, note)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftOptions:
+    """What was typed; see the command's help."""
+
+    bundle: Path
+    tables: tuple[Path, ...]
+    false_alarm_rate: float = 0.01
+    json_file: str = ""
+    report: tuple[Path, ...] = ()
+
+
+def drift_command(options: DriftOptions, console: Console) -> None:
+    """``twinspect drift``: watch the predictions of one or more tables, in their order."""
+    check_outputs(options.report)
+    decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
+    monitor = DriftMonitor(decision.good, options.false_alarm_rate)
+    left_out = 0
+    for path in options.tables:
+        for row in read_predictions(path):
+            _refuse_other_table(path, str(row.get("model_id") or ""), decision.model_id)
+            left_out += not watch(monitor, row)
+    if not monitor.images:
+        raise DataError("the tables hold no scored image; nothing can be said about drift")
+    found = monitor.report()
+    console.say(found.message)
+    if left_out:
+        console.warn(f"{left_out} rows without a score were left out")
+    table = drift_table(found)
+    for line in text_table(table):
+        console.say(line)
+    _publish_json(options.json_file, found.to_dict(), console)
+    facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
+    for path in options.report:
+        shown = [Section(found.kind, (found.message,), (table, *_drift_charts(options, decision.good)))]
+        write_results(path, f"Drift of {options.bundle.name}", shown, facts, found.to_dict())
+        console.say(f"wrote {path}")
+
+
+def _refuse_other_table(path: Path, found: str, expected: str) -> None:
+    if found and found != expected:
+        raise DataError(
+            f"{path}: its scores come from another model (id {found}, the bundle's is {expected}) and cannot be "
+            f"compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
+        )
+
+
+def watch(monitor: DriftMonitor, row: dict[str, Any]) -> bool:
+    """Show one row of a table to a monitor; False for a row without a score."""
+    score, distance = _number(row.get("score")), _number(row.get("prototype_distance"))
+    if row.get("error") or not np.isfinite(score):
+        return False
+    monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)
+    return True
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a table written by ``twinspect predict``, a few at a time.
+
+    Raises:
+        DataError: no such file, another kind of file, or no scores in it.
+    """
+    if not path.is_file():
+        raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
+    kinds = {".parquet": _parquet_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
+    if path.suffix not in kinds:
+        raise ConfigError(f"{path.name}: accepted tables end in {', '.join(kinds)}")
+    try:
+        for number, row in enumerate(kinds[path.suffix](path)):
+            if number == 0 and "score" not in row:
+                raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+            yield row
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as a table ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    names = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    if "score" not in names:
+        raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+    for batch in file.iter_batches(1024, columns=names):
+        yield from batch.to_pylist()
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield dict(json.loads(line))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float("nan") if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"a score in the table is {value!r}, not a number") from None
+
+
+def drift_table(found: DriftReport) -> Table:
+    """Latest images by class, as a table."""
+    rows = tuple(
+        (
+            one.class_name or "(none)", one.images, one.median_p, one.tail,
+            "-" if one.median_scene_p != one.median_scene_p else one.median_scene_p, "yes" if one.moved else "no",
+        )
+        for one in found.classes
+    )  # fmt: skip
+    columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
+    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
+    return Table("latest images by class", columns, rows, note)
+
+
+def _drift_charts(options: DriftOptions, good: GoodScores) -> tuple[Histogram, ...]:
+    rows = (row for path in options.tables for row in read_predictions(path) if not row.get("error"))
+    scores = np.fromiter((_number(row.get("score")) for row in rows), np.float64)
+    groups = {"calibration": good.score, "predictions": scores[np.isfinite(scores)]}
+    return (Histogram("Scores of calibration and of the predictions", "score", groups),)

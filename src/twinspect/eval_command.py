@@ -1,0 +1,291 @@
+"""``twinspect eval``: a bundle against labelled data; split, hash and leaks stand beside the numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from twinspect import data as data_room
+from twinspect.console import Console
+from twinspect.data.carving import relative_lines, short_hash
+from twinspect.data.leaks import find_leaks
+from twinspect.data.loaded import Loaded
+from twinspect.data.protocols import (
+    INDUSTRIAL,
+    SEMANTIC,
+    Split,
+    default_protocol,
+    find_split,
+    is_semantic,
+    make_splits,
+)
+from twinspect.detector import Detector
+from twinspect.errors import ConfigError, DataError
+from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
+from twinspect.report import Section, Table
+from twinspect.results import (
+    MAP_SIZE,
+    MASK_RULE,
+    check_outputs,
+    grouped,
+    metric_table,
+    text_table,
+    write_results,
+    write_text,
+)
+from twinspect.types import TEST, Sample
+
+AS_GIVEN = "test as the data say"
+Pair = tuple[Sample, Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What ``twinspect eval`` was asked for.
+
+    Attributes:
+        bundle: trained model.
+        data: data set.
+        layout: of the data, or ``auto``.
+        images: folder that the paths of a manifest are relative to.
+        split: name of a protocol's split; empty takes the one the bundle was trained on, else the data as given.
+        weights: teacher's file of a thin bundle.
+        json_file: where to write JSON, ``-`` to print it.
+        out: results files, format by suffix.
+        intervals: add 95 % bootstrap intervals of the image metrics.
+        leaks: look for byte-equal images in training and test.
+        drop_leaks: leave test images out that are also training images.
+    """
+
+    bundle: Path
+    data: Path
+    layout: str = "auto"
+    images: Path | None = None
+    split: str = ""
+    weights: str = ""
+    json_file: str = ""
+    out: tuple[Path, ...] = ()
+    intervals: bool = False
+    leaks: bool = True
+    drop_leaks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TestSet:
+    """What is measured on.
+
+    Attributes:
+        name: split name, or the words for the data's own test split.
+        hash: 12 hex digits that change with any image, label or mask listed.
+        known: training and calibration images, for the leak check.
+        samples: labelled test images.
+        pooled: name under which all classes count as one (semantic splits), else empty.
+    """
+
+    name: str
+    hash: str
+    known: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    pooled: str = ""
+
+    def describe(self) -> str:
+        """One line with name, hash and counts."""
+        normal = sum(sample.label == 0 for sample in self.samples)
+        return (
+            f"{self.name} [{self.hash}]: {len(self.samples):,} test images ({normal:,} normal, "
+            f"{len(self.samples) - normal:,} anomalous)"
+        )
+
+
+def eval_command(options: EvalOptions, console: Console) -> None:
+    """Score the test images of a data set, print the metrics and write them where asked."""
+    check_outputs(options.out)
+    detector = Detector.load(options.bundle, options.weights)
+    loaded = data_room.load(options.data, options.layout, options.images)
+    for line in loaded.summary():
+        console.say(line)
+    recorded = detector.record_.get("split", {})
+    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed)
+    if recorded.get("name") == test.name and recorded["hash"] != test.hash:
+        console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
+    pairs = leaked_pairs(test) if options.leaks or options.drop_leaks else []
+    test = without_leaks(test, pairs) if options.drop_leaks else test
+    console.say(test.describe())
+    if options.leaks or options.drop_leaks:
+        console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
+    found = evaluate(detector.predictor(), test.samples, console.progress, pooled=test.pooled)
+    values = as_values(options, loaded, detector, test, found, pairs)
+    notes = remarks(values, loaded)
+    for line in (*found.failed, *notes):
+        console.warn(line if line in notes else f"not scored: {line}")
+    publish(options, values, notes, console)
+
+
+def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:
+    """The test set of a named split, or the data's own labelled test images.
+
+    Raises:
+        ConfigError: no such split, or the set is semantic and no split was named.
+        DataError: there is no labelled test image.
+    """
+    if name and name != AS_GIVEN:
+        return of_split(find_split(loaded.samples, name, seed))
+    if is_semantic(loaded.samples):
+        accepted = ", ".join(s.name for s in make_splits(loaded.samples, default_protocol(loaded.samples), seed))
+        raise ConfigError(
+            "this set says which class an image shows, and not whether it is good: name what the model was "
+            f"trained on with --split, such as one-vs-rest/{loaded.classes[0]}, {accepted}"
+        )
+    test = tuple(test_samples(loaded.samples))
+    known = tuple(s for s in loaded.samples if s.split != TEST)
+    return TestSet(AS_GIVEN, short_hash(relative_lines([(TEST, test)])), known, test)
+
+
+def of_split(split: Split) -> TestSet:
+    """A protocol's split as what is measured on."""
+    pooled = split.name.partition("/")[2] or split.name if split.kind == SEMANTIC else ""
+    return TestSet(split.name, split.hash, (*split.train, *split.calibration), split.test, pooled)
+
+
+def leaked_pairs(test: TestSet) -> list[Pair]:
+    """Byte-equal pairs of a training (or calibration) image and a test image."""
+    return find_leaks([*test.known, *test.samples])
+
+
+def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
+    """The test set without images that are also training images: the model has seen those.
+
+    Raises:
+        DataError: none is left.
+    """
+    leaked = {sample for _, sample in pairs}
+    kept = tuple(sample for sample in test.samples if sample not in leaked)
+    if not kept:
+        raise DataError("every test image is also a training image; nothing is left to measure on")
+    return replace(test, samples=kept, hash=short_hash(relative_lines([(TEST, kept)]))) if leaked else test
+
+
+def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
+    """One sentence about images on both sides; ``dropped`` says what was done with them, empty for nothing."""
+    if not pairs:
+        return "leak check: no test image is byte-equal to a training image"
+    count = len({sample for _, sample in pairs})
+    first = f"first: {pairs[0][1].image} = {pairs[0][0].image}"
+    action = dropped or "they flatter the numbers; --drop-leaks leaves them out"
+    return f"leak check: {count:,} test images are byte-equal to training images ({first}): {action}"
+
+
+def as_values(
+    options: EvalOptions, loaded: Loaded, detector: Detector, test: TestSet, found: Evaluation, pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """Everything found, ready for JSON: ``classes``, ``mean``, ``config`` and more."""
+    values = {
+        **found.table,
+        "defects_mean": shared_defects(found.table["defects"]),
+        "students": {name: table["mean"] for name, table in found.students.items()},
+        "split": {"name": test.name, "hash": test.hash, "kind": SEMANTIC if test.pooled else INDUSTRIAL},
+        "failed": found.failed,
+        "config": {
+            "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
+            "seconds": round(found.seconds, 2), "images": len(found.rows), "failed": len(found.failed),
+            "mask_rule": MASK_RULE, "map_size": MAP_SIZE, **detector.config.to_dict(), **detector.record_,
+        },
+    }  # fmt: skip
+    if options.leaks or options.drop_leaks:
+        leaked = [[str(test_one.image), str(known.image)] for known, test_one in pairs]
+        values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
+    if options.intervals:
+        values["intervals"] = found.intervals(seed=detector.config.train.seed)
+    return values
+
+
+def remarks(values: dict[str, Any], loaded: Loaded) -> list[str]:
+    """What is undefined and why; masks are not spoken of again if the data's summary did."""
+    said = any("no mask" in note for note in loaded.notes)
+    sentences = [text for text in values["undefined"] if not (said and "mask" in text)]
+    return grouped(sentences, values["classes"])
+
+
+def publish(options: EvalOptions, values: dict[str, Any], notes: Sequence[str], console: Console) -> None:
+    """Print the tables and write the files that were asked for."""
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    if options.json_file == "-":
+        console.result(text)
+    elif options.json_file:
+        write_text(Path(options.json_file), text + "\n")
+    for line in metric_lines(values):
+        console.say(line)
+    title = f"{options.bundle.name} on {options.data.name}"
+    for path in options.out:
+        write_results(path, title, sections(values, notes), facts(values), values)
+        console.say(f"wrote {path}")
+
+
+def metric_lines(values: dict[str, Any]) -> Iterator[str]:
+    """Metrics as aligned text tables: classes and mean, defect types, each student alone."""
+    for table in tables(values):
+        yield from text_table(table)
+
+
+def tables(values: dict[str, Any]) -> list[Table]:
+    """The tables of an evaluation."""
+    found = [metric_table("metrics", values["classes"], values["mean"])]
+    students = {f"{name} alone": row for name, row in values["students"].items()}
+    columns = list(dict.fromkeys(metric for row in students.values() for metric in row))
+    rows = tuple((name, *(row.get(metric, "-") for metric in columns)) for name, row in students.items())
+    found.append(Table("mean of each student alone", ("score", *columns), rows))
+    found += defect_tables(values)
+    if values.get("intervals"):
+        found.append(_interval_table(values["intervals"]))
+    return found
+
+
+def defect_tables(values: dict[str, Any]) -> list[Table]:
+    """Per class and defect type: image AUROC against the class's good images, and AU-sPRO where defined."""
+    found = []
+    for key, metric in (("defects", "image AUROC"), ("defects_auspro_005", "AU-sPRO to 0.05")):
+        by_class = values.get(key, {})
+        means = shared_defects(by_class)
+        rows = [(name, kind, value) for name, row in by_class.items() for kind, value in row.items()]
+        rows += [("mean of classes", kind, value) for kind, value in means.items()]
+        if means:
+            rows.append(("mean of classes", "mean of the types", sum(means.values()) / len(means)))
+        if rows:
+            found.append(Table(f"{metric} per defect type", ("class", "defect", metric), tuple(rows)))
+    return found
+
+
+def _interval_table(intervals: dict[str, dict[str, Sequence[float]]]) -> Table:
+    names = list(dict.fromkeys(metric for row in intervals.values() for metric in row))
+    rows = tuple(
+        (name, *(f"{row[m][0]:.4f} - {row[m][1]:.4f}" if m in row else "-" for m in names))
+        for name, row in intervals.items()
+    )
+    return Table("95 % bootstrap intervals over the test images", ("class", *names), rows)
+
+
+def sections(values: dict[str, Any], notes: Sequence[str]) -> list[Section]:
+    """The same tables for a document, with what is undefined."""
+    shown = [Section("Metrics", (), tuple(tables(values)))]
+    lines = [*notes, *(f"Not scored: {text}" for text in values["failed"])]
+    return [*shown, Section("Remarks", tuple(lines))] if lines else shown
+
+
+def facts(values: dict[str, Any]) -> dict[str, str]:
+    """What must stand beside the numbers."""
+    config, split = values["config"], values["split"]
+    leaks = values.get("leaks")
+    return {
+        "split": f"{split['name']} [{split['hash']}]",
+        "test images": f"{config['images']}",
+        "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
+        "input size": f"{config['size']}",
+        "steps": f"{config['training']['steps']}",
+        "seed": f"{config['train']['seed']}",
+        "mask rule": config["mask_rule"],
+        "map size": config["map_size"],
+        "leaks": "not looked for" if leaks is None else f"{len(leaks['pairs'])} pairs",
+    }

@@ -1,0 +1,156 @@
+"""The model as one exported graph: raw pixels in, every field of `Outputs` out. Needs torch and onnx.
+
+Every node of the ONNX graph is named after the part of the model it belongs to (``teacher/``, ``local/``,
+``semantic/``, ``scorer/``, ``pixels/``), so that quantisation can leave the statistics alone and a profile
+can be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twinspect.errors import ConfigError
+from twinspect.models.dual import DualModel
+
+OPSET = 20
+MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
+_MOST_BATCH = 4096
+_MOST_SIDE = 16384
+_PARTS = {
+    "model.teacher": "teacher",
+    "model.student.local": "local",
+    "model.student.semantic": "semantic",
+    "model.scorer": "scorer",
+}
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class DeployedGraph(nn.Module):
+    """uint8 RGB B x H x W x 3 (channels last, as decoders give it) to the fields of `Outputs` by name.
+
+    Args:
+        model: trained model.
+        any_size: resize images of any height and width in the graph (antialiased bilinear, no crop).
+    """
+
+    def __init__(self, model: DualModel, any_size: bool = False) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.any_size = any_size
+
+    def forward(self, image_BHWC: Tensor) -> dict[str, Tensor]:
+        """All outputs of the model."""
+        image = image_BHWC.permute(0, 3, 1, 2)
+        if self.any_size:
+            side = self.model.shape.size
+            image = F.interpolate(image.float(), size=(side, side), mode="bilinear", antialias=True)
+        return dict(self.model(image)._asdict())
+
+
+def trace(model: DualModel, batch: int, any_size: bool) -> torch.export.ExportedProgram:
+    """The model as an exported program; ``batch`` 0 leaves the number of images open.
+
+    Raises:
+        ConfigError: the model holds something torch cannot export.
+    """
+    size = model.shape.size
+    example = torch.zeros(batch or 2, *((size + 8, size + 24) if any_size else (size, size)), 3, dtype=torch.uint8)
+    dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
+    if any_size:
+        dims |= {i + 1: torch.export.Dim(side, min=2, max=_MOST_SIDE) for i, side in enumerate(("height", "width"))}
+    graph = DeployedGraph(model, any_size).eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(graph, (example,), dynamic_shapes=(dims or None,), strict=False)
+    except Exception as error:  # torch.export raises a dozen types of its own
+        raise ConfigError(f"this model cannot be exported: {_first_line(error)}") from error
+
+
+def to_onnx(model: DualModel, batch: int, any_size: bool) -> Any:
+    """The model as an ``onnx.ModelProto`` whose nodes are named after their part.
+
+    Raises:
+        ConfigError: an operator without ONNX equivalent.
+    """
+    program = trace(model, batch, any_size)
+    names = list(DeployedGraph(model, any_size)(torch.zeros(1, model.shape.size, model.shape.size, 3).byte()))
+    try:
+        # The exporter reports its progress on stdout, which belongs to the commands' own results.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=names,
+                external_data=False, verbose=False,
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ConfigError(f"this model cannot be written as ONNX: {_first_line(error)}") from error
+    assert found is not None
+    proto = found.model_proto
+    _name_parts(proto)
+    _name_axes(proto, any_size)
+    return proto
+
+
+def _name_parts(proto: Any) -> None:
+    """Prefix nodes and their values by part; drop notes of the exporter (they hold paths of this machine)."""
+    kept = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
+    renamed: dict[str, str] = {}
+    for node in proto.graph.node:
+        part = _part_of(node)
+        node.name = f"{part}/{node.name}"
+        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in kept}
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    del proto.graph.value_info[:], proto.graph.metadata_props[:], proto.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    proto.graph.ClearField("doc_string")
+
+
+def _part_of(node: Any) -> str:
+    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
+    return next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
+
+
+def _name_axes(proto: Any, any_size: bool) -> None:
+    """Readable names for the input's open axes."""
+    names = ("batch", "height", "width") if any_size else ("batch",)
+    for axis, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, names, strict=False):
+        if not axis.HasField("dim_value"):
+            axis.dim_param = name
+
+
+def refuse_too_large(proto: Any) -> None:
+    """One ONNX file holds at most 2 GB.
+
+    Raises:
+        ConfigError: with what to type instead.
+    """
+    if proto.ByteSize() > MOST_BYTES:
+        raise ConfigError(
+            f"{proto.ByteSize() / 1e9:.1f} GB do not fit into one ONNX file (2 GB at most); "
+            "type --precision fp16, or --format openvino"
+        )
+
+
+def save_proto(proto: Any, path: Path) -> None:
+    """Write an ONNX file; one above 2 GB (only ever a step on the way to OpenVINO) with its weights beside."""
+    import onnx
+
+    onnx.save(proto, str(path), save_as_external_data=proto.ByteSize() > MOST_BYTES)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

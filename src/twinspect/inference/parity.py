@@ -1,0 +1,279 @@
+"""Is the exported model the model that was measured? Two runtimes side by side on the same pixels. No torch.
+
+Gaps are relative to max(1, |reference|), for scores and for every value of the maps alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.errors import TwinspectError
+from twinspect.inference.predictor import Runtime
+
+Pixels = NDArray[np.uint8]
+Scores = NDArray[np.float64]
+FEWEST = 32  # images an export is compared on
+FEWEST_NORMALS_RANKED = 8
+
+
+class ParityError(TwinspectError):
+    """An export does not say what the model says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What an export of one precision must keep.
+
+    Attributes:
+        score: largest gap of the joint score; None leaves it to the ranking.
+        map: largest gap of any map value.
+        rank: smallest rank correlation of the scores of good images, where no labels are given.
+        auroc: largest change of the image AUROC (mean over classes), where labels are given.
+    """
+
+    score: float | None
+    map: float | None
+    rank: float
+    auroc: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-3, 0.999, 0.001),
+    "fp16": Tolerance(None, None, 0.99, 0.002),
+    "int8": Tolerance(None, None, 0.95, 0.005),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckImages:
+    """Pixels to compare on.
+
+    Attributes:
+        squares: uint8 RGB at the model's size.
+        labels: 0 normal, 1 anomaly, None unknown; one a square.
+        classes: class names, for the mean AUROC.
+        raw: a few images at their own size, for exports that resize themselves.
+        synthetic: painted, because no images were given.
+    """
+
+    squares: Sequence[Pixels]
+    labels: Sequence[int | None]
+    classes: Sequence[str]
+    raw: Sequence[Pixels] = ()
+    synthetic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was found.
+
+    Attributes:
+        images: compared, those at their own size included.
+        synthetic: whether they were painted.
+        score_gap, map_gap: largest relative gaps.
+        scene_changes: images whose nearest scene prototype differs.
+        rank: rank correlation of the joint scores (of good images, where labels say so); None below 8 images.
+        auroc: (reference, export) mean image AUROC over classes, where labels allow.
+        good_called_bad: (reference, export) good images at or above the threshold for all classes together.
+    """
+
+    images: int
+    synthetic: bool
+    score_gap: float
+    map_gap: float
+    scene_changes: int
+    rank: float | None
+    auroc: tuple[float, float] | None
+    good_called_bad: tuple[int, int] | None
+
+    def problems(self, precision: str) -> list[str]:
+        """Why an export of this precision is refused; empty when it is accepted."""
+        limit = TOLERANCES[precision]
+        found = []
+        if not np.isfinite([self.score_gap, self.map_gap]).all():
+            found.append("a score or map value is not finite")
+        if limit.score is not None and self.score_gap > limit.score:
+            found.append(f"scores differ by up to {self.score_gap:.2g} (accepted {limit.score:g})")
+        if limit.map is not None and self.map_gap > limit.map:
+            found.append(f"map values differ by up to {self.map_gap:.2g} (accepted {limit.map:g})")
+        if self.auroc is not None:
+            change = abs(self.auroc[1] - self.auroc[0])
+            if change > limit.auroc:
+                found.append(f"image AUROC {self.auroc[0]:.4f} became {self.auroc[1]:.4f} (accepted {limit.auroc:g})")
+        elif limit.score is None and (self.rank is None or self.rank < limit.rank):
+            said = "unknown (too few images)" if self.rank is None else f"{self.rank:.3f}"
+            found.append(f"rank correlation of the scores of good images is {said} (accepted {limit.rank:g})")
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """What to say to people."""
+        kind = "painted images (give real ones with --images)" if self.synthetic else "images"
+        yield (
+            f"compared with torch on {self.images} {kind}: scores differ by up to {self.score_gap:.2g}, "
+            f"map values by {self.map_gap:.2g}"
+            + (f", nearest scene on {self.scene_changes} images" if self.scene_changes else "")
+        )
+        if self.rank is not None:
+            yield f"rank correlation of scores {self.rank:.4f}"
+        if self.auroc is not None:
+            yield f"image AUROC {self.auroc[0]:.4f} with torch, {self.auroc[1]:.4f} exported"
+        if self.good_called_bad is not None and self.good_called_bad[0] != self.good_called_bad[1]:
+            yield (
+                f"good images called bad: {self.good_called_bad[0]} with torch, {self.good_called_bad[1]} exported"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "images": self.images, "synthetic": self.synthetic, "score_gap": self.score_gap,
+            "map_gap": self.map_gap, "scene_changes": self.scene_changes, "rank": self.rank, "auroc": self.auroc,
+            "good_called_bad": self.good_called_bad,
+        }  # fmt: skip
+
+
+def compare(
+    reference: Runtime,
+    export: Runtime,
+    images: CheckImages,
+    threshold: float,
+    progress: Callable[[str, int, int], None],
+) -> Comparison:
+    """Run both on the same pixels, one at a time and in threes in turn.
+
+    Args:
+        reference: the model itself.
+        export: what is judged.
+        images: at least 32 where the caller has them.
+        threshold: of the joint score, for the count of good images called bad.
+        progress: called with (stage, done, total).
+    """
+    gaps, maps, changes = [0.0], [0.0], 0
+    ours: list[float] = []
+    theirs: list[float] = []
+    parts = [*_parts(images.squares), *([one[None]] for one in images.raw)]
+    for done, (pixels,) in enumerate(parts):
+        a, b = reference.run(pixels), export.run(pixels)
+        gaps.append(_gap(a["score_B"], b["score_B"]))
+        maps.append(_gap(a["map_B1HW"], b["map_B1HW"]))
+        changes += int((a["prototype_B"] != b["prototype_B"]).sum())
+        ours += a["score_B"].tolist()
+        theirs += b["score_B"].tolist()
+        progress("comparing with torch", done + 1, len(parts))
+    count = len(images.squares)
+    first, second = np.array(ours[:count], dtype=np.float64), np.array(theirs[:count], dtype=np.float64)
+    good = np.array([label != 1 for label in images.labels], dtype=np.bool_)
+    bad = (int((first[good] >= threshold).sum()), int((second[good] >= threshold).sum()))
+    return Comparison(
+        len(ours), images.synthetic, max(gaps), max(maps), changes,
+        rank_correlation(first[good], second[good]) if int(good.sum()) >= FEWEST_NORMALS_RANKED else None,
+        _aurocs(first, second, images), None if images.synthetic else bad,
+    )  # fmt: skip
+
+
+def _parts(squares: Sequence[Pixels]) -> Iterator[list[Pixels]]:
+    place, turn = 0, 0
+    while place < len(squares):
+        count = (1, 3)[turn % 2]
+        yield [np.stack(squares[place : place + count])]
+        place, turn = place + count, turn + 1
+
+
+def _gap(reference: NDArray[Any], export: NDArray[Any]) -> float:
+    if reference.shape != export.shape:
+        return float("inf")
+    gap = np.abs(reference - export) / np.maximum(1.0, np.abs(reference))
+    return float(gap.max()) if np.isfinite(gap).all() else float("inf")
+
+
+def rank_correlation(first: Scores, second: Scores) -> float:
+    """Spearman's rank correlation; 1 where neither has any spread."""
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return float("nan")
+    ranks = [_ranks(one) - (len(one) - 1) / 2 for one in (first, second)]
+    spread = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
+    return float((ranks[0] * ranks[1]).sum() / spread) if spread else 1.0
+
+
+def _ranks(values: Scores) -> Scores:
+    """Ranks from 0, ties sharing their mean."""
+    ordered = np.sort(values)
+    below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
+    return np.asarray((below + upto - 1) / 2, dtype=np.float64)
+
+
+def _aurocs(first: Scores, second: Scores, images: CheckImages) -> tuple[float, float] | None:
+    """Mean over the classes that hold both labels, None without any."""
+    label = np.array([-1 if one is None else one for one in images.labels])
+    names = np.array(images.classes)
+    found = []
+    for name in sorted(set(images.classes)):
+        good, bad = (names == name) & (label == 0), (names == name) & (label == 1)
+        if good.any() and bad.any():
+            found.append([_auroc(one[good], one[bad]) for one in (first, second)])
+    return None if not found else (float(np.mean([a for a, _ in found])), float(np.mean([b for _, b in found])))
+
+
+def _auroc(good: Scores, bad: Scores) -> float:
+    """Probability that a bad image scores higher than a good one, ties counting half."""
+    ranks = _ranks(np.concatenate([good, bad]))[len(good) :]
+    return float((ranks.sum() - len(bad) * (len(bad) - 1) / 2) / (len(good) * len(bad)))
+
+
+def load_images(source: Any, size: int, most: int = 300) -> CheckImages:
+    """Good images (a path, folder, glob or list), spread evenly when there are more than ``most``.
+
+    Raises:
+        DataError: none found, or one cannot be read.
+    """
+    from twinspect.data.images import read_rgb, resize_rgb
+    from twinspect.inference.predictor import expand
+
+    paths = spread([Path(item) for item in expand(source)], most)
+    raw = [read_rgb(path) for path in paths[:4]]
+    squares = [resize_rgb(read_rgb(path, draft_side=size), size) for path in paths]
+    return CheckImages(squares, [None] * len(squares), [""] * len(squares), raw)
+
+
+def load_labelled(root: Path, size: int, most: int = 400) -> CheckImages:
+    """Labelled test images of a data set folder, spread evenly over classes and labels.
+
+    Raises:
+        DataError: no labelled test images of both kinds.
+    """
+    from twinspect.data import load
+    from twinspect.data.images import resize_rgb
+    from twinspect.data.samples import read_sample_rgb
+    from twinspect.errors import DataError
+
+    samples = [s for s in load(root).samples if s.split == "test" and s.label is not None]
+    halves = [[s for s in samples if s.label == label] for label in (0, 1)]
+    if not all(halves):
+        raise DataError(f"{root}: no labelled test images of both kinds (good and bad); give good ones with --images")
+    kept = [s for half in halves for s in spread(half, most // 2)]
+    raw = [read_sample_rgb(s) for s in kept[:4]]
+    squares = [resize_rgb(read_sample_rgb(s, draft_side=size), size) for s in kept]
+    return CheckImages(squares, [s.label for s in kept], [s.class_name for s in kept], raw)
+
+
+def painted(size: int, count: int = FEWEST, seed: int = 0) -> CheckImages:
+    """Painted parts, for exports without any images at hand; every second one with a defect."""
+    from twinspect.data.painting import damaged, part, spot
+
+    rng = np.random.default_rng(seed)
+    squares = [part(i, rng, size) for i in range(count)]
+    squares = [damaged(one, [spot(rng, size)]) if i % 2 else one for i, one in enumerate(squares)]
+    raw = [part(i, rng, size * 2)[: size + 17 * (i + 1)] for i in range(4)]
+    return CheckImages(squares, [None] * count, [""] * count, raw, synthetic=True)
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of the items, evenly over their order."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]

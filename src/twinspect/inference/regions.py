@@ -1,0 +1,85 @@
+"""Where an image is anomalous: connected regions of its map above a threshold, in original pixels. No torch.
+
+The threshold comes from the map maxima of good images, so that the promise is per image: at most the stated
+share of good images shows any region at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from twinspect.calibration import Floats, p_values
+from twinspect.metrics.components import EIGHT_NEIGHBOURS
+
+MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
+MOST_REGIONS = 100  # listed per image, strongest first
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One connected region.
+
+    Attributes:
+        x, y, width, height: smallest box around it, in original pixels; (x, y) is its top left pixel.
+        area: pixels of the region itself.
+        score: highest map value inside.
+        p_value: share of good images (n + 1 rule) whose map reaches that value anywhere.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    score: float
+    p_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
+    """Regions of at least ``threshold``, strongest first, at most ``MOST_REGIONS``.
+
+    Args:
+        grid: map at the model's own size.
+        shape: height and width of the original image.
+        threshold: of map values.
+        peaks: map maxima of good images.
+    """
+    from twinspect.inference.result import resize_map
+
+    if not bool((grid >= threshold).any()):
+        return []  # bilinear resizing never exceeds the grid's own values
+    height, width = shape
+    factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
+    rows, columns = max(1, round(height / factor)), max(1, round(width / factor))
+    resized = resize_map(grid, rows, columns)
+    labels, count = ndimage.label(resized >= threshold, structure=EIGHT_NEIGHBOURS)
+    if not count:
+        return []
+    numbers = np.arange(1, count + 1)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    scores = np.asarray(ndimage.maximum(resized, labels, numbers), dtype=np.float64)
+    p = p_values(scores, peaks)
+    boxes = ndimage.find_objects(labels)
+    strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
+    scale = (height / rows, width / columns)
+    return [_region(boxes[i], areas[i], scores[i], p[i], scale, shape) for i in strongest]
+
+
+def _region(
+    box: tuple[slice, slice], area: int, score: float, p: float, scale: tuple[float, float], shape: tuple[int, int]
+) -> Region:
+    y, x = math.floor(box[0].start * scale[0]), math.floor(box[1].start * scale[1])
+    bottom = min(shape[0], math.ceil(box[0].stop * scale[0]))
+    right = min(shape[1], math.ceil(box[1].stop * scale[1]))
+    pixels = max(1, round(int(area) * scale[0] * scale[1]))
+    return Region(x, y, right - x, bottom - y, pixels, float(score), float(p))

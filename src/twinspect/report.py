@@ -1,0 +1,225 @@
+"""One self-contained HTML file: text, tables, charts, cases. Opens offline, asks nobody for anything.
+
+Build `Section`s of `Table`, `LineChart`, `Histogram` and `Cases`; `write_report` does the rest. Pictures are
+small JPEGs inside the file and share one budget, so a report stays under five megabytes whatever is put in.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from twinspect._version import __version__
+from twinspect.charts import Histogram, LineChart
+from twinspect.errors import TwinspectError
+from twinspect.inference.result import Result, colourise
+
+THUMB = 224  # longest side in pixels of a picture, when there are few
+_PICTURE_BYTES = 4_000_000  # base64 characters of all pictures of a report together
+_STOPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under named columns; the first cell names its row.
+
+    Attributes:
+        title: caption.
+        columns: headings, the first above the row names.
+        rows: texts and numbers; floats are written with four decimals.
+        note: a sentence under the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One image beside its overlay, already small (see `case_of`)."""
+
+    caption: str
+    image: Image.Image
+    overlay: Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """Pictures under one colour scale.
+
+    Attributes:
+        title: heading.
+        cases: in the order shown.
+        scale: (low, high) of map values for colours, one for all images of a model.
+        note: a sentence above the pictures.
+    """
+
+    title: str
+    cases: tuple[Case, ...]
+    scale: tuple[float, float]
+    note: str = ""
+
+
+Part = Table | LineChart | Histogram | Cases
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, paragraphs of plain text, and what they speak of."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(slots=True)
+class Gallery:
+    """Keeps the clearest and the hardest images of every kind while results stream by; constant memory.
+
+    Attributes:
+        keep: how many of each.
+    """
+
+    keep: int = 6
+    _found: dict[tuple[bool, str], list[tuple[float, Case]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, result: Result, kind: str, anomalous: bool) -> None:
+        """Look at one result (with map and image) whose truth is known."""
+        for hardest in (True, False):
+            # The hardest defect scores lowest, the hardest good image highest.
+            rank = result.score if anomalous == hardest else -result.score
+            kept = self._found[hardest, kind]
+            if len(kept) == self.keep and rank >= kept[-1][0]:
+                continue
+            kept.append((rank, case_of(result, kind)))
+            kept.sort(key=lambda pair: pair[0])
+            del kept[self.keep :]
+
+    def cases(self, hardest: bool, scale: tuple[float, float]) -> tuple[Cases, ...]:
+        """Pictures by kind: those scored most against their truth, or most in favour of it."""
+        word = "Hardest" if hardest else "Clearest"
+        return tuple(
+            Cases(f"{word}: {kind}", tuple(case for _, case in kept), scale)
+            for (which, kind), kept in self._found.items()
+            if which == hardest
+        )
+
+
+def case_of(result: Result, kind: str) -> Case:
+    """A result (with map and image) as a small picture with its overlay and a caption in words.
+
+    Raises:
+        ValueError: the result carries no image or map.
+    """
+    overlay = result.overlay()  # raises without image or map
+    assert result.rgb is not None
+    image = Image.fromarray(result.rgb)
+    for picture in (overlay, image):
+        picture.thumbnail((THUMB, THUMB))
+    said = "called anomalous" if result.is_anomaly else "called good"
+    return Case(f"{Path(result.path).name}: {kind}, score {result.score:.2f}, {said}", image, overlay)
+
+
+def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:
+    """Write a report atomically and return its path.
+
+    Args:
+        path: the HTML file.
+        title: of the page.
+        sections: in order.
+        facts: short statements at the top (teacher, images, threshold), name to value.
+
+    Raises:
+        TwinspectError: the file cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = template.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
+    album = _Album(sections)
+    shown = [{"title": s.title, "text": s.text, "parts": [_shown(p, album) for p in s.parts]} for s in sections]
+    html = page.render(
+        title=title, facts=dict(facts or {}), sections=shown, left_out=album.left_out, made=__version__
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, html)
+    except OSError as error:
+        raise TwinspectError(f"{path} cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+class _Album:
+    """Pictures to data addresses within one budget: the more there are, the smaller they get."""
+
+    def __init__(self, sections: Sequence[Section]) -> None:
+        count = sum(len(p.cases) for s in sections for p in s.parts if isinstance(p, Cases))
+        self.side = next((side for most, side in ((80, THUMB), (300, 128)) if count <= most), 80)
+        self.left, self.left_out = _PICTURE_BYTES, 0
+
+    def add(self, case: Case) -> dict[str, str] | None:
+        """Addresses of both pictures, or None once the budget is spent."""
+        pair = [self._encode(picture) for picture in (case.image, case.overlay)]
+        size = sum(len(text) for text in pair)
+        if size > self.left:
+            self.left_out += 1
+            return None
+        self.left -= size
+        return {"caption": case.caption, "image": pair[0], "overlay": pair[1]}
+
+    def _encode(self, picture: Image.Image) -> str:
+        small = picture.convert("RGB")
+        small.thumbnail((self.side, self.side))
+        data = io.BytesIO()
+        small.save(data, "JPEG", quality=72, optimize=True)
+        return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def _shown(part: Part, album: _Album) -> dict[str, Any]:
+    """A part as the template takes it."""
+    if isinstance(part, Table):
+        rows = [[_cell(value) for value in row] for row in part.rows]
+        return {"kind": "table", "title": part.title, "columns": part.columns, "rows": rows, "note": part.note}
+    if isinstance(part, Cases):
+        pictures = [album.add(case) for case in part.cases]
+        return {
+            "kind": "cases", "title": part.title, "note": part.note, "gradient": _gradient(),
+            "low": f"{part.scale[0]:g}", "high": f"{part.scale[1]:g}", "cases": [p for p in pictures if p],
+        }  # fmt: skip
+    from markupsafe import Markup
+
+    # Everything the chart got from outside is escaped where the SVG is made.
+    return {"kind": "chart", "title": part.title, "svg": Markup(part.svg())}
+
+
+def _cell(value: str | int | float) -> dict[str, Any]:
+    number = not isinstance(value, str)
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return {"text": text, "number": number}
+
+
+def _gradient() -> str:
+    """CSS colour stops of the overlay's scale."""
+    line = colourise(np.linspace(0.0, 1.0, _STOPS, dtype=np.float32)[None], (0.0, 1.0))[0]
+    return ", ".join(f"rgb({round(r)} {round(g)} {round(b)})" for r, g, b in line)

@@ -1,0 +1,360 @@
+"""``twinspect reproduce``: train and evaluate every split of a recipe, ours beside the published numbers.
+
+Each split is written when it is finished, under a name made of what it depends on (its images, the settings, the
+version), so a killed run loses one split at most, and typing the same command again goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinspect import data as data_room
+from twinspect._version import __version__
+from twinspect.config import RunConfig
+from twinspect.console import Console
+from twinspect.data.leaks import drop_leaks, find_leaks
+from twinspect.data.loaded import Loaded
+from twinspect.data.protocols import SEMANTIC, Split, make_splits
+from twinspect.data.synthetic import write
+from twinspect.errors import ConfigError
+from twinspect.eval_command import defect_tables, leak_line, of_split
+from twinspect.recipes import RECIPES, Recipe, find_recipe
+from twinspect.report import Section, Table
+from twinspect.results import (
+    MAP_SIZE,
+    MASK_RULE,
+    grouped,
+    mean_of,
+    metric_table,
+    text_table,
+    write_results,
+    write_text,
+)
+from twinspect.types import TEST, TRAIN
+
+OURS = "twinspect (our re-implementation)"
+STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
+SplitResult = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What ``twinspect reproduce`` was asked for.
+
+    Attributes:
+        recipe: name; empty lists them.
+        root: folder of the data set.
+        out: folder for results; empty takes ``reproduce-out/<recipe>`` (a smoke run keeps nothing then).
+        smoke: synthetic data, few steps, small images.
+        teacher: instead of the recipe's.
+        weights: teacher's file.
+        seed: of weights, order, noise and splits.
+        limit_steps: most optimiser steps; 0: the recipe's.
+        size: input side; 0: the recipe's.
+        drop_leaks: leave training copies of test images out of training.
+    """
+
+    recipe: str
+    root: Path | None = None
+    out: Path | None = None
+    smoke: bool = False
+    teacher: str = ""
+    weights: str = ""
+    seed: int = 0
+    limit_steps: int = 0
+    size: int = 0
+    drop_leaks: bool = False
+
+
+def reproduce_command(choices: Choices, console: Console) -> None:
+    """List the recipes, or run one.
+
+    Raises:
+        ConfigError: unknown recipe, or no data set named.
+    """
+    if not choices.recipe:
+        for line in recipe_lines():
+            console.say(line)
+        return
+    recipe = find_recipe(choices.recipe)
+    if choices.smoke:
+        smoke(recipe, choices, console)
+        return
+    if choices.root is None:
+        raise ConfigError(
+            f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR "
+            "(or --smoke for seconds on synthetic data)"
+        )
+    config = recipe.config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps, choices.size)
+    out = choices.out or Path("reproduce-out") / recipe.name
+    reproduce(recipe, choices.root, out, config, console, choices.drop_leaks)
+
+
+def smoke(recipe: Recipe, choices: Choices, console: Console) -> None:
+    """Run a recipe on a synthetic set of its layout, in a folder that is removed afterwards."""
+    config = recipe.smoke_config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps)
+    with tempfile.TemporaryDirectory(prefix="twinspect-smoke-") as folder:
+        root = Path(folder) / "data"
+        write(recipe.layout, root, recipe.plan)
+        out = choices.out or Path(folder) / "out"
+        reproduce(recipe, root, out, config, console, choices.drop_leaks)
+
+
+def named(teacher: str) -> str:
+    """The teacher's name, with ``auto`` resolved: the settings depend on it."""
+    from twinspect.models.weights import resolve_auto
+
+    return resolve_auto() if teacher == "auto" else teacher
+
+
+def recipe_lines() -> Iterator[str]:
+    """Every recipe with the first line of its docstring."""
+    for name, function in RECIPES.items():
+        yield f"{name:<28}{(function.__doc__ or '').splitlines()[0]}"
+
+
+def reproduce(
+    recipe: Recipe, root: Path, out: Path, config: RunConfig, console: Console, without_leaks: bool = False
+) -> dict[str, Any]:
+    """Train and evaluate all splits of a recipe that are not finished yet, and write the comparison.
+
+    Args:
+        recipe: what to run.
+        root: folder of the data set.
+        out: folder for ``results.md``, ``results.json``, ``results.html`` and one file per split.
+        config: settings of every run.
+        console: where to speak.
+        without_leaks: leave training copies of test images out of training.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        DataError: the data are not of the recipe's layout, or a split has too few images.
+    """
+    loaded = data_room.load(root, recipe.layout)
+    for line in loaded.summary():
+        console.say(line)
+    pairs = find_leaks(loaded.samples)
+    console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
+    samples = drop_leaks(loaded.samples) if without_leaks and pairs else list(loaded.samples)
+    splits = make_splits(samples, recipe.protocol, config.train.seed)
+    reasons = differences(recipe, loaded, config)
+    for reason in reasons:
+        console.warn(f"not comparable with the published numbers: {reason}")
+    done: list[SplitResult] = []
+    values: dict[str, Any] = {}
+    for number, split in enumerate(splits, start=1):
+        console.say(f"split {number} of {len(splits)}: {split.describe()}")
+        done.append(finished_or_run(split, out, config, console))
+        values = summarise(recipe, config, done, len(splits), reasons)
+        publish(recipe, out, values)
+    for line in result_lines(recipe, values):
+        console.say(line)
+    console.say(f"results: {out / 'results.md'}, results.json, results.html")
+    return values
+
+
+def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
+    """Why numbers of this run must not be compared with the published ones; empty if nothing is known."""
+    wanted, reasons = recipe.settings, []
+    if not config.model.pretrained:
+        reasons.append("the teacher has random weights")
+    for name, own, theirs in (
+        ("teacher", config.model.teacher, wanted.model.teacher),
+        ("input size", config.model.size, wanted.model.size),
+        ("steps", config.train.steps, wanted.train.steps),
+    ):
+        if own != theirs:
+            reasons.append(f"{name} {own or 'by default'}, the recipe has {theirs}")
+    counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
+    if counts != recipe.official:
+        reasons.append(
+            f"{counts[0]:,} training and {counts[1]:,} test images, the official split has "
+            f"{recipe.official[0]:,} and {recipe.official[1]:,}"
+        )
+    return reasons
+
+
+def run_key(split: Split, config: RunConfig) -> str:
+    """16 hex digits of everything a split's result depends on: images, labels, settings, version."""
+    settings = config.to_dict()
+    for name in ("checkpoint_every", "cache_gb"):
+        settings["train"].pop(name)
+    text = json.dumps([split.name, split.hash, settings, __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console) -> SplitResult:
+    """The result of a split: read if an earlier run finished it, else made and written."""
+    key = run_key(split, config)
+    stem = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', split.name)}-{key}"
+    path = out / "splits" / f"{stem}.json"
+    found = read_result(path, key)
+    if found is not None:
+        console.say(f"finished before: {path.name}")
+        return found
+    from twinspect.training.checkpoint import remove_checkpoint
+
+    work = out / "work" / stem
+    result = run_split(split, config, work, console) | {"key": key}
+    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    remove_checkpoint(work)
+    return result
+
+
+def read_result(path: Path, key: str) -> SplitResult | None:
+    """A split's result that was written before, if it is whole and of the same run."""
+    try:
+        result: SplitResult = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("key") == key else None
+
+
+def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> SplitResult:
+    """Train on a split's normal images, calibrate on those set aside, measure on its test images."""
+    from twinspect.evaluation import evaluate
+    from twinspect.inference.predictor import Predictor
+    from twinspect.inference.runtimes import TorchRuntime
+    from twinspect.training.fit import fit
+
+    began = time.monotonic()
+    fitted = fit([*split.train, *split.calibration], config, work, console.progress)
+    fit_s = time.monotonic() - began
+    for skipped in fitted.skipped:
+        console.warn(f"left out {skipped.path}: {skipped.reason}")
+    test = of_split(split)
+    predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
+    found = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
+    for failure in found.failed:
+        console.warn(f"not scored: {failure}")
+    return {
+        "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
+        "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
+        **found.table,
+        "students": {name: table["classes"] for name, table in found.students.items()},
+        "failed": found.failed,
+        "seconds": {"fit": round(fit_s, 1), "evaluate": round(found.seconds, 1)},
+        "record": fitted.record,
+    }
+
+
+def summarise(
+    recipe: Recipe, config: RunConfig, done: Sequence[SplitResult], total: int, reasons: Sequence[str]
+) -> dict[str, Any]:
+    """Results of several splits as one: rows are classes (industrial) or splits (semantic), then their mean."""
+
+    def joined(name: str) -> dict[str, Any]:
+        return {row: values for result in done for row, values in result[name].items()}
+
+    rows = joined("classes")
+    students = {
+        name: mean_of({row: values for result in done for row, values in result["students"][name].items()})
+        for name in STUDENTS
+    }
+    return {
+        "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
+        "complete": len(done) == total, "splits_done": len(done), "splits": total,
+        "classes": rows, "mean": mean_of(rows), "students": students,
+        "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
+        "undefined": grouped([text for result in done for text in result["undefined"]], rows),
+        "failed": [text for result in done for text in result["failed"]],
+        "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
+        "not_comparable": list(reasons), "remark": recipe.remark,
+        "runs": [
+            {**result["split"], **result["counts"], **result["seconds"], "key": result["key"]} for result in done
+        ],
+        "config": {
+            **config.to_dict(), "teacher": done[0]["record"]["teacher"], "size": done[0]["record"]["size"],
+            "steps": done[0]["record"]["training"]["steps"], "mask_rule": MASK_RULE, "map_size": MAP_SIZE,
+            "version": __version__,
+        },
+    }  # fmt: skip
+
+
+def publish(recipe: Recipe, out: Path, values: dict[str, Any]) -> None:
+    """Write ``results.md``, ``results.json`` and ``results.html``."""
+    shown = sections(recipe, values)
+    for suffix in (".md", ".html", ".json"):
+        write_results(out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values)
+
+
+def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
+    """Comparison, own numbers in full, the splits, and what to know."""
+    notes = [f"Not comparable with the published numbers: {text}." for text in values["not_comparable"]]
+    if not values["complete"]:
+        notes.append(f"Only {values['splits_done']} of {values['splits']} splits are finished: no final mean.")
+    notes += [recipe.remark] if recipe.remark else []
+    undefined = [*values["undefined"], *(f"Not scored: {text}" for text in values["failed"])]
+    return [
+        Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
+        Section("Ours in full", tuple(undefined), (own_table(values), *defect_tables(values))),
+        Section("Splits", (), (split_table(values),)),
+    ]
+
+
+def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
+    """Ours, each student alone, and what others report, in percent with the source."""
+    metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
+    own = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
+    rows = [
+        (name, *(_percent(100 * row[m]) if m in row else "-" for m in metrics), "measured by this run")
+        for name, row in own.items()
+    ]
+    rows += [
+        (p.system, *(_percent(p.values[m]) if m in p.values else "-" for m in metrics), f"published: {p.source}")
+        for p in recipe.published
+    ]
+    title = f"{recipe.layout}, {recipe.protocol}, percent"
+    return Table(title, ("system", *metrics, "source"), tuple(rows))
+
+
+def own_table(values: dict[str, Any]) -> Table:
+    """Every metric of ours per class or split, then the mean."""
+    semantic = values["runs"][0]["kind"] == SEMANTIC
+    first = "split" if semantic else "class"
+    return metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
+
+
+def split_table(values: dict[str, Any]) -> Table:
+    """Name, hash, counts and seconds of every finished split."""
+    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
+    rows = tuple(tuple(run[column] for column in columns) for run in values["runs"])
+    return Table("fit and evaluate in seconds", ("split", *columns[1:]), rows)
+
+
+def facts(values: dict[str, Any]) -> dict[str, str]:
+    """What must stand beside the numbers."""
+    config = values["config"]
+    return {
+        "protocol": values["protocol"],
+        "splits": f"{values['splits_done']} of {values['splits']}",
+        "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
+        "input size": str(config["size"]),
+        "steps": str(config["steps"]),
+        "seed": str(config["train"]["seed"]),
+        "mask rule": config["mask_rule"],
+        "map size": config["map_size"],
+        "version": config["version"],
+    }
+
+
+def result_lines(recipe: Recipe, values: dict[str, Any]) -> Iterator[str]:
+    """The comparison and our own numbers for the terminal."""
+    for table in (comparison(recipe, values), own_table(values), *defect_tables(values)):
+        yield from text_table(table)
+    if recipe.remark:
+        yield recipe.remark
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}"

@@ -1,0 +1,66 @@
+"""After training: a decision from the held-out good images, scored on the same path as in prediction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twinspect.decision import Decision, GoodScores, image_id
+from twinspect.inference.predictor import classes_of_prototypes
+from twinspect.models.dual import DualModel
+from twinspect.training.source import FeatureSource
+
+
+def decide(
+    model: DualModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    map_scale: tuple[float, float],
+) -> Decision:
+    """Calibration scores of the held-out images (positions ``held_at``) and the classes of the prototypes."""
+    names = [source.samples[i].class_name for i in train_at]
+    count = len(model.scorer.prototypes.centres_KP)
+    classes = classes_of_prototypes(_prototypes(model, source, train_at), names, count)
+    good = score_held(model, source, held_at, classes)
+    trained = tuple(sorted({image_id(source.keys[i]) for i in train_at}))
+    return Decision(good, classes, map_scale, model_id=model_id(model), trained=trained)
+
+
+@torch.no_grad()
+def score_held(
+    model: DualModel, source: FeatureSource, held_at: Sequence[int], class_of_prototype: Sequence[str]
+) -> GoodScores:
+    """Scores of good images of a source."""
+    model.eval()
+    parts = [model.score(observed, small) for _, observed, small in source.batches(held_at, 8)]
+    peak = torch.cat([out.map_B1HW.flatten(1).amax(1) for out in parts])
+    samples = [source.samples[i] for i in held_at]
+    return GoodScores(
+        torch.cat([out.score_B for out in parts]).double().numpy(),
+        peak.double().numpy(),
+        torch.cat([out.prototype_distance_B for out in parts]).double().numpy(),
+        tuple(sample.class_name for sample in samples),
+        tuple(class_of_prototype[int(k)] for out in parts for k in out.prototype_B),
+        tuple(sample.group for sample in samples),
+        tuple(image_id(source.keys[i]) for i in held_at),
+    )
+
+
+@torch.no_grad()
+def _prototypes(model: DualModel, source: FeatureSource, at: Sequence[int]) -> NDArray[np.int64]:
+    parts = [model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(at, 64)]
+    return np.asarray(torch.cat(parts).numpy(), dtype=np.int64)
+
+
+def model_id(model: DualModel) -> str:
+    """Name of a trained model: hash of its normal statistics, which no two trainings share."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.scorer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]

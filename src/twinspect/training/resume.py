@@ -1,0 +1,134 @@
+"""Go on from a trained model with more images or classes, and say what that did to the old ones.
+
+The students keep their weights and the teacher's channel statistics; everything learnt from residuals
+(prototypes, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among
+them. Images keep their side: what was trained on stays training, what was held out stays held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from twinspect.decision import Decision, image_id
+from twinspect.errors import DataError
+from twinspect.models.dual import DualModel
+from twinspect.training.source import FeatureSource
+from twinspect.types import TEST, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class ClassChange:
+    """What going on did to a class, on the calibration images that both models scored.
+
+    Attributes:
+        class_name: of the old model.
+        images: of the old calibration that are still there (0: nothing can be said).
+        median_before, median_after: of their scores.
+        threshold_before, threshold_after: of the class.
+        called_before, called_after: called bad by each model's own threshold.
+        called_at_old: called bad if the old threshold had been kept.
+    """
+
+    class_name: str
+    images: int
+    median_before: float = float("nan")
+    median_after: float = float("nan")
+    threshold_before: float = float("nan")
+    threshold_after: float = float("nan")
+    called_before: int = 0
+    called_after: int = 0
+    called_at_old: int = 0
+
+    def sentence(self) -> str:
+        """The same in words."""
+        if not self.images:
+            return f"{self.class_name}: none of its calibration images is in the data, so nothing can be said of it"
+        return (
+            f"{self.class_name}: on its {self.images} stored calibration images the median score went from "
+            f"{self.median_before:.2f} to {self.median_after:.2f} and the threshold from {self.threshold_before:.2f} "
+            f"to {self.threshold_after:.2f}; called bad before {self.called_before}, now {self.called_after}, "
+            f"with the old threshold kept {self.called_at_old}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the sentence; what is unknown becomes None."""
+        plain = {name: None if value != value else value for name, value in asdict(self).items()}
+        return {**plain, "sentence": self.sentence()}
+
+
+def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
+    """Old classes of which the data hold no good image; refused unless ``forget``.
+
+    Raises:
+        DataError: there are some.
+    """
+    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
+    missing = [name for name in decision.classes if name not in present]
+    if missing and not forget:
+        raise DataError(
+            f"the data hold no good image of {', '.join(missing)}, which the bundle knows: what is normal is "
+            f"learnt from all images at hand, so going on without them would forget them (classes found: "
+            f"{', '.join(sorted(present)) or 'none'}). Give one folder with all classes, old and new, or type "
+            "--forget to drop them"
+        )
+    return missing
+
+
+def keep_sides(
+    source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], decision: Decision
+) -> tuple[list[int], list[int]]:
+    """Positions to train on and to hold out, every known image on the side where it was."""
+    held_before, trained_before = set(decision.good.key) - {""}, set(decision.trained)
+    held = set(held_at)
+    for i, key in enumerate(source.keys):
+        name = image_id(key)
+        if name in held_before:
+            held.add(i)
+        elif name in trained_before:
+            held.discard(i)
+    return [i for i in range(len(source.keys)) if i not in held], sorted(held)
+
+
+def take_over(model: DualModel, before: DualModel) -> None:
+    """Give a new model of the same shape the students and channel statistics of a trained one.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    try:
+        for part in ("student", "groups", "tokens"):
+            getattr(model, part).load_state_dict(getattr(before, part).state_dict())
+    except RuntimeError:
+        raise DataError(
+            "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
+            "width and depth, so leave those options out"
+        ) from None
+
+
+def changes(before: Decision, after: Decision) -> list[ClassChange]:
+    """What going on did to every old class."""
+    scores_after = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
+    found = []
+    for name in before.classes:
+        pairs = [
+            (score, scores_after[key])
+            for score, key, owner in zip(
+                before.good.score.tolist(), before.good.key, before.good.class_name, strict=True
+            )
+            if owner == name and key and key in scores_after
+        ]
+        found.append(_change(name, np.array(pairs), before, after) if pairs else ClassChange(name, 0))
+    return found
+
+
+def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> ClassChange:
+    old, new = before.rule(name).image.value, after.rule(name).image.value
+    medians = np.median(pairs, axis=0)
+    return ClassChange(
+        name, len(pairs), float(medians[0]), float(medians[1]), old, new,
+        int((pairs[:, 0] >= old).sum()), int((pairs[:, 1] >= new).sum()), int((pairs[:, 1] >= old).sum()),
+    )  # fmt: skip

@@ -1,0 +1,218 @@
+"""Feature cache: computed once, never the wrong image's, never in the way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save
+
+from twinspect import Detector
+from twinspect.errors import DataError
+from twinspect.models.dual import DualModel, Observed
+from twinspect.training.cache import FeatureCache, RecordLayout, image_key
+from twinspect.training.fit import build_model, cache_folder, silent
+from twinspect.training.source import FeatureSource
+from twinspect.types import TRAIN, Sample
+
+LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 4)
+
+
+def record(seed: int) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(*shape, generator=generator) for shape in LAYOUT.map_shapes]
+    return LAYOUT.pack(maps, torch.randn(5, generator=generator), torch.full((3, 4, 4), seed))
+
+
+def key(number: int) -> bytes:
+    return image_key(bytes([number]))
+
+
+def filled(root: Path, numbers: range) -> FeatureCache:
+    cache = FeatureCache(root, "space", LAYOUT)
+    for number in numbers:
+        cache.add(key(number), record(number))
+    cache.flush()
+    return cache
+
+
+def model_of(teacher: str = RANDOM, size: int = 64) -> DualModel:
+    torch.manual_seed(0)
+    return build_model(run_config(teacher, size=size).model)
+
+
+def samples_of(folder: Path) -> list[Sample]:
+    return [Sample(p, TRAIN, "a") for p in sorted(folder.iterdir())]
+
+
+class Counting:
+    """Progress and a count of the images that the teacher was shown."""
+
+    def __init__(self, model: DualModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen = 0
+        observe = model.observe
+
+        def counted(x: torch.Tensor) -> Observed:
+            self.seen += len(x)
+            return observe(x)
+
+        monkeypatch.setattr(model, "observe", counted)
+
+
+# -------------------------------------------------------------------------------------------- records
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    cache = filled(tmp_path, range(5))
+    observed, small = cache.read([key(3), key(1), key(3)])
+    assert [tuple(m.shape) for m in observed.maps] == [(3, 2, 3, 3), (3, 4, 1, 1)]
+    assert torch.equal(observed.maps[0][0], observed.maps[0][2])
+    expected = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(observed.maps[0][0], expected, rtol=1e-3, atol=1e-3)  # fp16
+    assert small[1].unique().tolist() == [1]
+    assert key(9) not in cache
+
+
+def test_another_process_reads_and_appends(tmp_path: Path) -> None:
+    filled(tmp_path, range(3))
+    second = filled(tmp_path, range(3, 6))
+    third = FeatureCache(tmp_path, "space", LAYOUT)
+    assert all(key(n) in second for n in range(6))
+    assert all(key(n) in third for n in range(6))
+    assert third.read([key(4)])[1].unique().tolist() == [4]
+
+
+def test_other_spaces_and_layouts_are_apart(tmp_path: Path) -> None:
+    filled(tmp_path, range(3))
+    assert key(0) not in FeatureCache(tmp_path, "other teacher", LAYOUT)
+    assert key(0) not in FeatureCache(tmp_path, "space", RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 8))
+
+
+@pytest.mark.parametrize("suffix", [".data", ".index"])
+def test_what_a_crash_cut_off_is_forgotten_and_the_rest_kept(tmp_path: Path, suffix: str) -> None:
+    filled(tmp_path, range(4))
+    file = next(tmp_path.rglob(f"*{suffix}"))
+    file.write_bytes(file.read_bytes()[:-10])
+    cache = FeatureCache(tmp_path, "space", LAYOUT)
+    assert [key(n) in cache for n in range(4)] == [True, True, True, False]
+    assert cache.read([key(2)])[1].unique().tolist() == [2]
+    cache.add(key(3), record(3))
+    cache.flush()
+    assert cache.read([key(3)])[1].unique().tolist() == [3]
+
+
+def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
+    filled(tmp_path, range(3))
+    index = next(tmp_path.rglob("*.index"))
+    raw = bytearray(index.read_bytes())
+    raw[30] ^= 0xFF  # in the second line
+    index.write_bytes(raw)
+    cache = FeatureCache(tmp_path, "space", LAYOUT)
+    assert [key(n) in cache for n in range(3)] == [True, False, True]
+    next(tmp_path.rglob("*.data")).unlink()
+    assert key(0) not in FeatureCache(tmp_path, "space", LAYOUT)
+
+
+def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "space", LAYOUT)
+    huge = [torch.full(shape, 1e6) for shape in LAYOUT.map_shapes]
+    cache.add(key(0), LAYOUT.pack(huge, torch.zeros(5), torch.zeros(3, 4, 4)))
+    cache.flush()
+    assert all(torch.isfinite(m).all() for m in cache.read([key(0)])[0].maps)
+
+
+def test_a_record_of_another_size_is_our_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        FeatureCache(tmp_path, "space", LAYOUT).add(key(0), b"short")
+
+
+# --------------------------------------------------------------------------------- places that refuse
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "features").write_text("x")
+    with pytest.raises(DataError, match=r"cannot be written or read .*TWINSPECT_HOME.*--cache-gb 0"):
+        FeatureCache(tmp_path / "features", "space", LAYOUT)
+
+
+def test_a_folder_that_vanishes_or_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FeatureCache(tmp_path, "space", LAYOUT)
+    cache.add(key(0), record(0))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match="No space left on device.* --cache-gb 0"):
+        cache.flush()
+    monkeypatch.undo()
+    cache.folder.rmdir() if not any(cache.folder.iterdir()) else [p.unlink() for p in cache.folder.iterdir()]
+    cache.flush()  # what was pending is still there
+    assert key(0) in cache
+
+
+def test_too_large_a_cache_is_not_made() -> None:
+    model = model_of()
+    assert cache_folder(model, 10, 20.0) is not None
+    assert cache_folder(model, 10, 0.0) is None
+    assert cache_folder(model, 10**9, 20.0) is None
+
+
+# ------------------------------------------------------------------------------------------- source
+
+
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN, "efficientnet-lite0"])
+def test_cache_off_equals_cache_on(teacher: str, tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "good", 5)
+    model = model_of(teacher)
+    on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    off = FeatureSource(model, samples_of(folder), None, silent)
+    (first, small), (second, same) = on.batch([4, 0, 2]), off.batch([4, 0, 2])
+    torch.testing.assert_close(first.token_BE, second.token_BE, rtol=1e-3, atol=1e-3)
+    for a, b in zip(first.maps, second.maps, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
+    assert torch.equal(small, same)
+    assert on.keys == off.keys
+
+
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
+def test_training_without_a_cache(teacher: str, parts: Path) -> None:
+    detector = Detector(config=run_config(teacher, cache_gb=0.0)).fit(parts)
+    assert np.isfinite(detector.predict(picture()).score)
+
+
+def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = good_folder(tmp_path / "good", 6)
+    model = model_of()
+    counting = Counting(model, monkeypatch)
+    FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    assert counting.seen == 6
+    FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    assert counting.seen == 6
+    save(folder / "003.png", picture(99))  # changed: another address
+    save(folder / "copy.png", picture(0))  # the same pixels as 000.png, the same file
+    source = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    assert counting.seen == 7
+    plain = FeatureSource(model, samples_of(folder), None, silent)
+    torch.testing.assert_close(source.batch([3])[0].token_BE, plain.batch([3])[0].token_BE, rtol=1e-3, atol=1e-3)
+
+
+def test_other_teacher_weights_and_sizes_have_their_own_features(tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "good", 2)
+    torch.manual_seed(1)
+    other = build_model(run_config().model)
+    for model in (model_of(), other, model_of(size=96), model_of(RANDOM_CNN)):
+        FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_progress_counts_every_image(tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "good", 5)
+    (folder / "002.png").write_bytes(b"")
+    calls: list[tuple[str, int, int]] = []
+    for root in (tmp_path / "cache", None):
+        calls.clear()
+        source = FeatureSource(model_of(), samples_of(folder), root, lambda *call: calls.append(call))
+        assert [(done, total) for _, done, total in calls] == [(n, 5) for n in range(1, 6)]
+        assert len(source) == 4
+        assert [s.path.name for s in source.skipped] == ["002.png"]

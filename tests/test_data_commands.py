@@ -1,0 +1,152 @@
+"""``twinspect data``: what is there is said, listed and written, and refusals say what to type."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from twinspect.cli import app
+from twinspect.data import DATASETS, load
+from twinspect.data.images import read_mask
+from twinspect.data.synthetic import Plan, write
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("layout", list(DATASETS))
+def test_synth_writes_what_inspect_finds(tmp_path: Path, layout: str) -> None:
+    code, said, _ = call("data", "synth", layout, tmp_path / "set", "--train", 3, "--test", 2)
+    assert code == 0
+    assert f"{layout} (" in said
+    code, found, _ = call("data", "inspect", tmp_path / "set", "--json")
+    assert code == 0
+    values = json.loads(found)
+    assert values["layout"] == layout
+    assert values["images"] == sum(sum(row.values()) - row["masks"] for row in values["classes"].values())
+    assert f"{values['images']} images" in said
+
+
+def test_synth_never_writes_into_something(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, problem = call("data", "synth", "visa", tmp_path)
+    assert code == 2
+    assert "not an empty folder" in problem
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_inspect_says_layout_counts_skips_splits_and_leaks(tmp_path: Path) -> None:
+    root = tmp_path / "parts"
+    write("mvtec-ad", root, Plan(train=5, good=2, defect=3))
+    (root / "notes.txt").write_text("x")
+    train = sorted((root / "ring" / "train" / "good").iterdir())[0]
+    shutil.copy(train, root / "ring" / "test" / "good" / "copy.png")
+    (root / "ring" / "train" / "good" / "read me.txt").write_text("x")
+    code, said, _ = call("data", "inspect", root, "--leaks", "--protocol", "all")
+    assert code == 0
+    assert "mvtec-ad at" in said
+    assert "not an image file" in said
+    assert "1 pairs of byte-equal images" in said
+    assert "copy.png" in said
+    assert re.search(r"multi-class \[[0-9a-f]{12}\]", said)
+    assert "single-class/ring" in said
+    assert "one-vs-rest" not in said
+
+
+def test_inspect_names_one_protocol(tmp_path: Path) -> None:
+    write("cifar10", tmp_path, Plan(train=4, good=2))
+    assert call("data", "inspect", tmp_path, "--protocol", "unified")[1].count("unified/") == 4
+    code, _, problem = call("data", "inspect", tmp_path, "--protocol", "multi-class")
+    assert code == 2
+    assert "one-vs-rest" in problem
+
+
+def test_inspect_refuses_what_is_not_there(tmp_path: Path) -> None:
+    code, _, problem = call("data", "inspect", tmp_path / "nothing")
+    assert code == 2
+    assert "no such file or folder" in problem
+
+
+@pytest.mark.parametrize("layout", list(DATASETS))
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_manifest_of_every_layout_reads_back(tmp_path: Path, layout: str, ending: str) -> None:
+    root, out = tmp_path / "a set", tmp_path / "lists" / f"list.{ending}"
+    write(layout, root, Plan(train=3, good=2, defect=2))
+    code, said, _ = call("data", "manifest", root, "--out", out)
+    assert code == 0
+    assert "--images" in said
+    mine = load(root)
+    again = load(out, images=mine.root)
+    assert sorted(map(repr, again.samples)) == sorted(map(repr, mine.samples))
+    line = next(line for line in said.splitlines() if "to read it type" in line)
+    words = shlex.split(line.partition("type: ")[2])[1:]
+    assert call(*words)[0] == 0
+
+
+def test_manifest_with_details_and_bad_endings(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    write("folder", tmp_path / "set", Plan(train=2, defect=1))
+    out = tmp_path / "set" / "manifest.parquet"
+    assert call("data", "manifest", tmp_path / "set", "--out", out, "--details")[0] == 0
+    rows = pq.read_table(out).to_pylist()
+    assert {row["width"] for row in rows} == {64}
+    assert all(len(row["sha256"]) == 64 for row in rows)
+    code, _, problem = call("data", "manifest", tmp_path / "set", "--out", tmp_path / "list.txt")
+    assert code == 2
+    assert "list.parquet" in problem
+
+
+def test_images_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    write("visa", tmp_path / "set")
+    code, _, problem = call("data", "inspect", tmp_path / "set", "--images", tmp_path)
+    assert code == 2
+    assert "it is for manifest" in problem
+
+
+@pytest.mark.parametrize("mode", ["palette", "grey", "bits", "rgb", "grey with alpha"])
+def test_masks_of_every_kind(tmp_path: Path, mode: str) -> None:
+    """In a palette mask the index counts: a black colour at index 1 is still a defect."""
+    truth = np.zeros((6, 9), np.uint8)
+    truth[2:4, 3:7] = 1
+    if mode == "palette":
+        image = Image.frombytes("P", (9, 6), truth.tobytes())
+        image.putpalette([255, 255, 255, 0, 0, 0])
+    elif mode == "bits":
+        image = Image.fromarray(truth.astype(bool))
+    elif mode == "rgb":
+        image = Image.fromarray(np.stack([truth * 0, truth, truth * 0], axis=2))
+    elif mode == "grey with alpha":
+        image = Image.merge("LA", [Image.fromarray(truth), Image.new("L", (9, 6), 255)])
+    else:
+        image = Image.fromarray(truth)
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), truth.astype(bool))
+
+
+@pytest.mark.parametrize("page", ["data.md", "metrics.md", "reproduce.md"])
+def test_commands_in_the_docs_parse(page: str) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for text in blocks for line in text.splitlines()]
+    commands = [line for line in lines if line.startswith("twinspect")]
+    assert commands
+    for line in commands:
+        words = shlex.split(line)[1:]
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context("twinspect", words)

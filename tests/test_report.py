@@ -1,0 +1,198 @@
+"""Reports: self-contained, small, accessible, and nothing from outside is taken as markup."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twinspect.charts import Axis, Histogram, LineChart, Series, _thin
+from twinspect.errors import TwinspectError
+from twinspect.inference.result import Result
+from twinspect.report import Case, Cases, Gallery, Section, Table, case_of, write_report
+
+VOID = {"meta", "img", "br", "path", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags with attributes and checks that they are closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def result(score: float = 3.0, name: str = "a/b.png") -> Result:
+    rng = np.random.default_rng(0)
+    return Result(
+        name, score=score, is_anomaly=score > 2, width=300, height=200, scale=(0.0, 8.0),
+        grid=rng.random((12, 12), dtype=np.float32) * 8,
+        rgb=rng.integers(0, 256, (200, 300, 3), dtype=np.uint8),
+    )  # fmt: skip
+
+
+def everything(cases: int = 2) -> list[Section]:
+    picture = case_of(result(), "local")
+    return [
+        Section(
+            "One",
+            ("Words with <b>marks</b>.",),
+            (
+                Table("Numbers", ("class", "auroc", "count"), (("a <i>", 0.98765, 12), ("b", 1.0, 3)), "a note"),
+                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),), diagonal=True),
+                Histogram("Scores", "score", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
+            ),
+        ),
+        Section("Two", (), (Cases("Worst", (picture,) * cases, (0.0, 8.0), "note"),)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = write_report(
+        tmp_path_factory.mktemp("r") / "deep" / "r.html", "A <title>", everything(), {"Teacher": "t&t"}
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_nothing_outside_is_referred_to(html: str) -> None:
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", html)
+    page = Page(html)
+    sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    assert sources
+    assert all(source and source.startswith("data:image/jpeg;base64,") for source in sources)
+
+
+def test_markup_is_closed_and_content_escaped(html: str) -> None:
+    page = Page(html)
+    assert page.open == []
+    assert "<b>marks" not in html
+    assert "A &lt;title&gt;" in html
+    assert "&lt;bad&gt;" in html
+    assert "x &amp; y" in html
+
+
+def test_every_picture_and_chart_has_words(html: str) -> None:
+    page = Page(html)
+    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
+    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(charts) == 2
+    assert all(chart["role"] == "img" and len(chart["aria-label"] or "") > 20 for chart in charts)
+    anchors = {attrs.get("id") for _, attrs in page.tags}
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert all(link and link.startswith("#") and link[1:] in anchors for link in links)
+    assert dict(page.tags[0][1]) == {"lang": "en"}
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_headings_and_table_cells(html: str) -> None:
+    assert "0.9877" in html
+    assert '<td class="number">12</td>' in html
+    assert html.count('scope="row"') == 2
+
+
+def test_contrast_of_text_in_both_modes(html: str) -> None:
+    light, dark = html.split("prefers-color-scheme: dark")
+    for half in (light, dark):
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", half))
+        for name in ("text", "soft", "link"):
+            assert contrast(colours[name], colours["card"]) >= 4.5, name
+        for name in ("s0", "s1", "s2", "s3", "s4"):
+            assert contrast(colours[name], colours["back"]) >= 3.0, name
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_thousand_noisy_pictures_stay_under_five_megabytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8))
+    case = Case("noise", noise, noise)
+    path = write_report(tmp_path / "r.html", "many", [Section("all", (), (Cases("c", (case,) * 1000, (0, 1)),))])
+    assert path.stat().st_size < 5_000_000
+    assert "were left out to keep this file small" in path.read_text(encoding="utf-8")
+
+
+def test_gallery_keeps_hardest_and_clearest_of_each_kind() -> None:
+    gallery = Gallery(keep=2)
+    for score in (5.0, 1.0, 9.0, 3.0):
+        gallery.add(result(score, f"bad{score}.png"), "local", anomalous=True)
+        gallery.add(result(score, f"good{score}.png"), "nominal", anomalous=False)
+    hard = {cases.title: [c.caption.split(":")[0] for c in cases.cases] for cases in gallery.cases(True, (0, 1))}
+    clear = {cases.title: [c.caption.split(":")[0] for c in cases.cases] for cases in gallery.cases(False, (0, 1))}
+    assert hard == {
+        "Hardest: local": ["bad1.0.png", "bad3.0.png"],
+        "Hardest: nominal": ["good9.0.png", "good5.0.png"],
+    }
+    assert clear == {
+        "Clearest: local": ["bad9.0.png", "bad5.0.png"],
+        "Clearest: nominal": ["good1.0.png", "good3.0.png"],
+    }
+
+
+def test_a_result_without_a_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="no map to draw"):
+        case_of(Result("x.png", error="damaged"), "local")
+
+
+def test_a_file_in_the_way_gives_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TwinspectError, match="cannot be written"):
+        write_report(tmp_path / "file" / "r.html", "t", everything())
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [-3.0, -2.0], [0, 0, 0], [1e-9, 2e-9], [1.0, 1e6], [0.1, 0.2, 5e4]])
+def test_histograms_of_odd_values(values: list[float]) -> None:
+    svg = Histogram("h", "score", {"good": values, "none": []}, threshold=None).svg()
+    assert "nan" not in svg
+    assert "inf" not in svg
+
+
+def test_a_long_tail_gets_a_compressed_axis_that_keeps_order() -> None:
+    svg = Histogram("h", "score", {"good": [1.0, 2.0, 3.0], "bad": [1e4]}, 4.0).svg()
+    assert "compressed scale" in svg
+    axis = Axis(0.0, 1e4, 0.0, 100.0, 2.0)
+    places = [axis.place(v) for v in (0.0, 1.0, 3.0, 100.0, 1e4, 1e9)]
+    assert places == sorted(places)
+    assert places[-2:] == [100.0, 100.0]
+    assert np.allclose([axis.place(float(v)) for v in axis.edges(10)], np.linspace(0, 100, 11))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-2, 3), (0, 1e-6), (0, 123456)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    ticks = Axis(low, high, 0, 100).ticks()
+    assert 3 <= len(ticks) <= 13
+    assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+def test_thinning_keeps_corners() -> None:
+    x, y = _thin(np.array([0.0, 0, 0, 0.5, 1]), np.array([0.0, 0.2, 0.6, 0.6, 0.6]))
+    assert list(zip(x, y, strict=True)) == [(0, 0), (0, 0.6), (1, 0.6)]

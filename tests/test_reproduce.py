@@ -1,0 +1,197 @@
+"""Every recipe runs, offline, in seconds; a kill loses one split at most; published numbers have a source."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny import RANDOM
+from typer.testing import CliRunner
+
+from twinspect import reproduce as room
+from twinspect.cli import app
+from twinspect.config import RunConfig
+from twinspect.console import Console
+from twinspect.data import DATASETS, load
+from twinspect.data.protocols import PROTOCOLS, SEMANTIC, make_splits
+from twinspect.data.synthetic import write
+from twinspect.errors import ConfigError
+from twinspect.recipes import RECIPES, find_recipe, is_vit
+from twinspect.reproduce import Choices, reproduce_command
+from twinspect.results import mean_of
+
+DOCS = Path(__file__).parents[1] / "docs" / "reproduce.md"
+
+
+def smoke(name: str, out: Path, teacher: str = RANDOM, seed: int = 0) -> dict:
+    """Results of a smoke run."""
+    reproduce_command(Choices(name, out=out, smoke=True, teacher=teacher, seed=seed), Console(quiet=True))
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_runs_on_its_synthetic_set(tmp_path: Path, name: str) -> None:
+    recipe, out = find_recipe(name), tmp_path / "out"
+    write(recipe.layout, tmp_path / "data", recipe.plan)
+    splits = make_splits(load(tmp_path / "data", recipe.layout).samples, recipe.protocol)
+    values = smoke(name, out)
+    assert values["complete"]
+    assert values["splits"] == len(splits)
+    assert [(r["name"], r["hash"]) for r in values["runs"]] == [(s.name, s.hash) for s in splits]
+    assert len(list((out / "splits").iterdir())) == len(splits)
+    assert list(out.rglob("*.safetensors")) == []
+    assert values["mean"] == pytest.approx(mean_of(values["classes"]))
+    semantic = splits[0].kind == SEMANTIC
+    rows = [s.name.partition("/")[2] for s in splits] if semantic else sorted({x.class_name for x in splits[0].test})
+    assert list(values["classes"]) == (rows if semantic or len(splits) == 1 else list(values["classes"]))
+    assert all(0 <= row["image_auroc"] <= 1 for row in values["classes"].values())
+    assert ("pixel_auroc" in values["mean"]) != semantic
+    assert ("auspro_005" in values["mean"]) == (recipe.layout == "mvtec-loco")
+    assert ("sample_auroc" in values["mean"]) == (recipe.layout == "real-iad")
+    for suffix in ("md", "html"):
+        text = (out / f"results.{suffix}").read_text(encoding="utf-8")
+        assert "our re-implementation" in text
+        assert "the paper's result" not in text
+        assert all(p.source in text and f"{p.values['image_auroc']:.1f}" in text for p in recipe.published)
+        assert "random weights" in text
+        assert splits[0].hash in text
+
+
+def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
+    words = ["reproduce", "mvtec-loco-multi", "--smoke", "--out", str(tmp_path), "--limit-steps", "1"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "dual-student paper" in result.stdout
+    assert "published: arXiv 2509.24448, second-hand" in result.stdout
+    assert "logical_anomalies" in result.stdout
+    assert "not comparable with the published numbers: steps 1" in result.stderr
+    values = json.loads((tmp_path / "results.json").read_text())
+    assert values["config"]["steps"] == 1
+    assert values["config"]["teacher"]["name"] == "efficientnet-lite0"
+
+
+def test_a_smoke_run_without_a_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    reproduce_command(Choices("view-unified", smoke=True, teacher=RANDOM), Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = find_recipe("visa-single")
+    root, out, config = tmp_path / "data", tmp_path / "out", recipe.smoke_config(RANDOM)
+    write(recipe.layout, root, recipe.plan)
+    real, names = room.run_split, []
+
+    def dies_at_the_second(split, config, work, console):
+        names.append(split.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return real(split, config, work, console)
+
+    monkeypatch.setattr(room, "run_split", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        room.reproduce(recipe, root, out, config, Console(quiet=True))
+    partial = json.loads((out / "results.json").read_text())
+    assert not partial["complete"]
+    assert "Only 1 of 2 splits are finished" in (out / "results.md").read_text()
+    values = room.reproduce(recipe, root, out, config, Console())
+    assert values["complete"]
+    assert names == ["single-class/candle", "single-class/capsules", "single-class/capsules"]
+    assert values["classes"]["candle"] == partial["classes"]["candle"]
+    assert capsys.readouterr().out.count("finished before") == 1
+    monkeypatch.setattr(room, "run_split", None)
+    again = room.reproduce(recipe, root, out, config, Console(quiet=True))
+    assert again["classes"] == values["classes"]
+
+
+def test_other_settings_or_damage_run_again(tmp_path: Path) -> None:
+    recipe = find_recipe("mvtec-ad-multi")
+    write(recipe.layout, tmp_path / "data", recipe.plan)
+    (split,) = make_splits(load(tmp_path / "data").samples)
+    base, other = recipe.smoke_config(RANDOM), recipe.smoke_config(RANDOM, seed=1)
+    key = room.run_key(split, base)
+    assert key != room.run_key(split, other)
+    assert key == room.run_key(split, recipe.smoke_config(RANDOM))
+    path = tmp_path / "split.json"
+    assert room.read_result(path, key) is None
+    path.write_text('{"key": "')
+    assert room.read_result(path, key) is None
+    path.write_text(json.dumps({"key": "another"}))
+    assert room.read_result(path, key) is None
+    path.write_text(json.dumps({"key": key}))
+    assert room.read_result(path, key) == {"key": key}
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+    first, second, third = (
+        smoke("view-one-vs-rest", tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 5))
+    )
+    assert first["classes"] == second["classes"]
+    assert [r["hash"] for r in first["runs"]] != [r["hash"] for r in third["runs"]]
+
+
+def test_training_copies_of_test_images_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = find_recipe("mvtec-ad-multi")
+    root, config = tmp_path / "data", recipe.smoke_config(RANDOM)
+    write(recipe.layout, root, recipe.plan)
+    good = root / "ring" / "test" / "good" / "000.png"
+    (root / "ring" / "train" / "good" / "copy.png").write_bytes(good.read_bytes())
+    full = room.reproduce(recipe, root, tmp_path / "full", config, Console())
+    less = room.reproduce(recipe, root, tmp_path / "less", config, Console(), without_leaks=True)
+    said = capsys.readouterr().out
+    assert "they flatter the numbers" in said
+    assert "their training copies are left out" in said
+    (one,), (two,) = full["runs"], less["runs"]
+    assert one["train"] + one["calibration"] == two["train"] + two["calibration"] + 1
+    assert one["test"] == two["test"]
+
+
+def test_recipes_are_listed_and_refusals_say_what_to_type() -> None:
+    result = CliRunner().invoke(app, ["reproduce"])
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in RECIPES)
+    with pytest.raises(ConfigError, match="cifar10-unified"):
+        find_recipe("cifar10-unifed")
+    result = CliRunner().invoke(app, ["reproduce", "visa-multi"])
+    assert result.exit_code == 2
+    assert "--root DIR" in result.stderr
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_docstrings_say_command_cost_and_published_numbers(name: str) -> None:
+    recipe, text = find_recipe(name), RECIPES[name].__doc__ or ""
+    assert recipe.name == name
+    assert recipe.layout in DATASETS
+    assert recipe.protocol in PROTOCOLS
+    assert f"twinspect reproduce {name} --root DIR" in text
+    assert f"{recipe.settings.train.steps:,} steps" in text
+    assert f"{recipe.settings.model.size} pixels" in text
+    numbers = set(re.findall(r"\d+\.\d", text.partition("Published")[2]))
+    assert numbers == {f"{value:.1f}" for p in recipe.published for value in p.values.values()}
+    assert all(p.source and p.system.split(" (")[0] in text for p in recipe.published)
+
+
+def test_settings_are_the_published_ones_for_a_vit_and_the_defaults_for_a_cnn() -> None:
+    recipe = find_recipe("mvtec-ad-multi")
+    config = recipe.config(seed=3)
+    assert (config.model.teacher, config.model.size, config.train.steps) == ("dinov2-base", 448, 10_000)
+    assert (config.train.lr, config.train.batch, config.train.warmup, config.train.clip) == (2e-3, 16, 100, 0.1)
+    assert config.train.seed == 3
+    assert recipe.config("dinov2-small").train.steps == 10_000
+    assert recipe.config(limit_steps=7, size=224).train.steps == 7
+    assert find_recipe("real-iad-multi").config().model.dropout == 0.4
+    cnn = recipe.config("efficientnet-lite0")
+    assert cnn.train == RunConfig().train
+    assert cnn.model.size == 0
+    assert is_vit("dinov3-base")
+    assert not is_vit("wide-resnet50-2")
+
+
+def test_every_recipe_is_in_the_docs() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in RECIPES)

@@ -1,0 +1,241 @@
+"""Normal statistics: whitening, moments, position scale, prototypes, shrinkage, surprise."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import OAS
+
+from twinspect.models.statistics import (
+    Moments,
+    PositionScale,
+    Prototypes,
+    ResidualMap,
+    Surprise,
+    TokenDistance,
+    shrink_to_identity,
+    whitening,
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def correlated(count: int, dims: int, seed: int = 0) -> torch.Tensor:
+    return normal(count, dims, seed=seed) @ normal(dims, dims, seed=seed + 1) + normal(dims, seed=seed + 2)
+
+
+# ---------------------------------------------------------------------------- moments and whitening
+
+
+def test_moments_equal_numpy_cov() -> None:
+    rows = [correlated(300, 6), correlated(500, 6, seed=10)]
+    moments = Moments(2, 6)
+    for k, block in enumerate(rows):
+        for part in block.split(70):
+            moments.update(part, k)
+    mean, covariance = moments.mean_and_covariance(prior=0.0)
+    for k, block in enumerate(rows):
+        np.testing.assert_allclose(mean[k], block.double().mean(0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(covariance[k], np.cov(block.double().T, bias=True), rtol=1e-4, atol=1e-4)
+
+
+def test_moments_of_a_small_prototype_are_drawn_to_the_pooled_ones() -> None:
+    large, small = correlated(900, 4), correlated(10, 4, seed=10)
+    moments = Moments(3, 4)
+    moments.update(large, 0)
+    moments.update(small, 1)
+    _, covariance = moments.mean_and_covariance(prior=90.0)
+    own = [np.cov(block.double().T, bias=True) for block in (large, small)]
+    pooled = (900 * own[0] + 10 * own[1]) / 910
+    np.testing.assert_allclose(covariance[1], 0.1 * own[1] + 0.9 * pooled, rtol=1e-2, atol=1e-2)
+    assert torch.isfinite(covariance[2]).all()  # no vector at all: the pooled one stands in
+
+
+def test_moments_far_from_zero_stay_positive() -> None:
+    """Features of a ViT have channels whose mean is a thousand spreads from zero."""
+    rows = normal(400, 8) + 1000.0
+    moments = Moments(1, 8)
+    for part in rows.split(50):
+        moments.update(part, 0)
+    _, covariance = moments.mean_and_covariance(prior=0.0)
+    np.testing.assert_allclose(covariance[0], np.cov(rows.double().T, bias=True), atol=0.02)
+
+
+def test_whitening_gives_identity() -> None:
+    covariance = torch.stack([torch.cov(correlated(500, 12, seed=s).double().T) for s in (0, 5)])
+    white = whitening(covariance, 0.0)
+    torch.testing.assert_close(white @ covariance @ white.transpose(1, 2), torch.eye(12).double().expand(2, -1, -1))
+    flat = torch.zeros(1, 12, 12, dtype=torch.float64)  # a dead channel must not make it infinite
+    flat[0, 0, 0] = 1.0
+    assert torch.isfinite(whitening(flat, 1e-3)).all()
+
+
+@pytest.mark.parametrize("count", [15, 60, 500])
+def test_shrinkage_equals_scikit_learns_oas(count: int) -> None:
+    rows = correlated(count, 10).double().numpy()
+    own = np.cov(rows.T, bias=True)
+    found = shrink_to_identity(torch.from_numpy(own)[None], torch.tensor(float(count)))[0]
+    # scikit-learn's n + 1 in the numerator's place of Chen et al. differs in the third digit for small n.
+    np.testing.assert_allclose(found, OAS().fit(rows).covariance_, rtol=0.05, atol=0.05 * own.trace() / 10)
+
+
+# --------------------------------------------------------------------------------------- residual map
+
+
+def fitted_map(residuals: torch.Tensor, owner: torch.Tensor, count: int = 1) -> ResidualMap:
+    module = ResidualMap(residuals.shape[1], residuals.shape[2])
+    moments = Moments(count, module.dims)
+    for rows, k in zip(module.rows(residuals), owner.tolist(), strict=True):
+        moments.update(rows, k)
+    module.set_moments(moments)
+    scale = PositionScale(count, residuals.shape[2])
+    scale.update(module.length(residuals, owner), owner)
+    module.set_scale(scale)
+    return module
+
+
+def test_whitened_length_is_one_on_normal_images_whatever_the_channels_scales() -> None:
+    loud = torch.tensor([4.0, 1.0, 0.4, 2.0])[None, :, None, None]
+    owner = torch.zeros(40, dtype=torch.long)
+    module = fitted_map(normal(40, 4, 12, 12) * loud, owner)
+    fresh = normal(10, 4, 12, 12, seed=9) * loud
+    length = module.length(fresh, owner[:10])
+    assert length.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    small = fresh.clone()
+    small[0, 2, 5, 5] += 4.0  # ten spreads of the quiet channel, one of the loud one
+    z = module(small, owner[:10])
+    assert int(z[0].argmax()) == 5 * 12 + 5
+
+
+def test_position_scale_removes_a_rim() -> None:
+    """Zero padding makes the rim loud in every image; scaled by position it wins no more than its share."""
+    loud = torch.ones(16, 16)
+    loud[:2], loud[-2:], loud[:, :2], loud[:, -2:] = 1.5, 1.5, 1.5, 1.5
+    images = normal(200, 6, 16, 16) * loud
+    owner = torch.zeros(200, dtype=torch.long)
+    module = fitted_map(images, owner)
+    fresh = normal(200, 6, 16, 16, seed=5) * loud
+
+    def rim_wins(maps: torch.Tensor) -> float:
+        where = maps.flatten(1).argmax(1)
+        return (loud.flatten()[where] > 1).float().mean().item()
+
+    assert rim_wins(module.length(fresh, owner)) > 0.95
+    assert rim_wins(module(fresh, owner)) < 0.85  # the rim is 0.44 of the area
+    fresh[:, :, 8, 8] += 8.0
+    assert (module(fresh, owner).flatten(1).argmax(1) == 8 * 16 + 8).float().mean() > 0.9
+
+
+def test_prototypes_have_their_own_scale() -> None:
+    owner = torch.arange(60) % 2
+    quiet_and_loud = normal(60, 4, 8, 8) * torch.where(owner == 0, 0.1, 5.0)[:, None, None, None]
+    module = fitted_map(quiet_and_loud, owner, 2)
+    probe = torch.full((2, 4, 8, 8), 1.0)
+    z = module(probe, torch.tensor([0, 1]))
+    assert z[0].mean() > 3 > z[1].mean()
+
+
+def test_wide_residuals_are_rotated_down_the_same_way_every_time() -> None:
+    first, again = ResidualMap(96, 4, most_dims=32), ResidualMap(96, 4, most_dims=32)
+    x = normal(2, 96, 4, 4)
+    assert first.rows(x).shape == (2, 16, 32)
+    assert torch.equal(first.rows(x), again.rows(x))
+
+
+# ---------------------------------------------------------------------------------------- prototypes
+
+
+def clusters(each: int = 40, dims: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = 6 * normal(3, dims, seed=7)
+    owner = torch.arange(3).repeat_interleave(each)
+    return centres[owner] + normal(3 * each, dims), owner
+
+
+def test_prototypes_separate_clear_clusters() -> None:
+    tokens, owner = clusters()
+    module = Prototypes(tokens.shape[1])
+    module.fit(tokens, seed=0)
+    found = module(tokens)
+    assert len(module.centres_KP) >= 3
+    for k in found.unique().tolist():
+        assert len(owner[found == k].unique()) == 1  # no prototype mixes two kinds of scene
+    fresh, fresh_owner = clusters(10)
+    for k in module(fresh).unique().tolist():
+        assert len(fresh_owner[module(fresh) == k].unique()) == 1
+
+
+def test_prototypes_are_deterministic_and_bounded() -> None:
+    tokens, _ = clusters()
+    first, again = Prototypes(tokens.shape[1], most=2), Prototypes(tokens.shape[1], most=2)
+    first.fit(tokens, seed=3)
+    again.fit(tokens, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), again.buffers(), strict=True))
+    assert len(first.centres_KP) <= 2
+
+
+@pytest.mark.parametrize("count", [2, 6, 12])
+def test_prototypes_of_a_handful_or_of_equal_images(count: int) -> None:
+    for tokens in (normal(count, 16), torch.ones(count, 16)):
+        module = Prototypes(16)
+        module.fit(tokens, seed=0)
+        assert module(tokens).max() < len(module.centres_KP)
+        assert all(torch.isfinite(b).all() for b in module.buffers())
+
+
+def test_token_distance_is_near_one_on_normal_and_large_off_it() -> None:
+    tokens = correlated(300, 8)
+    owner = torch.zeros(300, dtype=torch.long)
+    module = TokenDistance(8)
+    module.fit(tokens, owner, 1)
+    assert module(tokens, owner).square().mean().item() == pytest.approx(1.0, abs=0.2)
+    direction = torch.linalg.eigh(torch.cov(tokens.T)).eigenvectors[:, 0]  # where normal images vary least
+    odd = tokens.mean(0) + 8 * (tokens @ direction).std() * direction
+    assert module(odd[None], owner[:1]).item() > 1.2 * module(tokens, owner).max().item()
+
+
+# ------------------------------------------------------------------------------------------ surprise
+
+
+def fitted_surprise(scores: torch.Tensor, owner: torch.Tensor | None = None, count: int = 1) -> Surprise:
+    module = Surprise()
+    module.fit(scores, torch.zeros(len(scores), dtype=torch.long) if owner is None else owner, count)
+    return module
+
+
+@pytest.mark.parametrize("count", [3, 20, 300])
+def test_surprise_rises_strictly_and_never_saturates(count: int) -> None:
+    scores = 5 + normal(count)
+    module = fitted_surprise(scores)
+    line = torch.linspace(float(scores.min()) - 3, float(scores.max()) + 30, 2000)
+    values = module(line, torch.zeros(2000, dtype=torch.long))
+    assert (values[1:] > values[:-1]).all()
+    far = module(torch.tensor([1e2, 1e4, 1e6]), torch.zeros(3, dtype=torch.long))
+    assert (far[1:] > 10 * far[:-1]).all()
+    assert torch.isfinite(far).all()
+
+
+def test_surprise_is_minus_log_of_the_share_of_normals_above() -> None:
+    scores = normal(4000)
+    module = fitted_surprise(scores)
+    for level in (0.25, 0.5, 0.65, 0.8, 0.95):
+        at = torch.quantile(scores, level)[None]
+        found = module(at, torch.zeros(1, dtype=torch.long)).item()
+        assert found == pytest.approx(-np.log1p(-level), rel=0.25, abs=0.1)
+
+
+def test_surprise_follows_each_prototypes_own_scale() -> None:
+    owner = torch.arange(400) % 2
+    scores = torch.where(owner == 0, 5 + normal(400), 8 + 2 * normal(400, seed=1))
+    module = fitted_surprise(scores, owner, 2)
+    same = module(torch.tensor([8.0, 14.0]), torch.tensor([0, 1]))  # three spreads above either
+    assert same[0].item() == pytest.approx(same[1].item(), rel=0.25)
+    assert module(torch.tensor([10.0]), torch.tensor([0])) > 3 * module(torch.tensor([10.0]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 9.0], [2.0, 3.0]])
+def test_surprise_of_ties_and_of_two_images_stays_finite_and_rising(scores: list[float]) -> None:
+    module = fitted_surprise(torch.tensor(scores))
+    values = module(torch.tensor([-5.0, 0.5, 1.5, 4.0, 20.0, 500.0]), torch.zeros(6, dtype=torch.long))
+    assert torch.isfinite(values).all()
+    assert (values[1:] > values[:-1]).all()
