@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from twinspect import data as data_room
-from twinspect._version import __version__
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.carving import by_class
 from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
 from twinspect.report import Table
+from twinspect.reproduce import code_hash
 from twinspect.results import mean_of, text_table, write_text
 from twinspect.training.fit import build_model, cache_folder, fit
 from twinspect.training.source import FeatureSource
@@ -93,28 +93,32 @@ def ours(split, config, console):
 
 
 def run_protocol(name, protocol, samples, embedded, args, config, done, console):
-    """One line per split, kept in ``done`` and on disk."""
+    """One line per split, kept in ``done`` and on disk; the entries of this run."""
+    entries = []
     for split in make_splits(samples, protocol, args.seed):
-        settings = [name, split.name, split.hash, config.to_dict(), args.neighbours, __version__]
+        settings = [name, split.name, split.hash, config.to_dict(), args.neighbours, code_hash()]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         if key in done:
             console.say(f"{name} {split.name}: finished before")
+            entries.append(done[key])
             continue
         result = ours(split, config, console)
         stages = nearest(split, *embedded, args.neighbours)
         done[key] = {"set": name, "protocol": protocol, "split": split.name, "hash": split.hash,
                      "test": len(split.test), **result, "knn": stages}  # fmt: skip
+        entries.append(done[key])
         write_text(args.out, json.dumps(done, indent=1) + "\n")
         shown = ", ".join(f"{k} {result[k]:.4f}" for k in STUDENTS.values())
         console.say(f"{name} {split.name} [{split.hash}]: {shown}, kNN {max(stages):.4f}; fit {result['fit_s']} s")
+    return entries
 
 
-def table_of(done, args):
+def table_of(entries, args):
     """Mean over the splits of every set and protocol."""
     rows = []
     for name in args.sets:
         for protocol in args.protocols:
-            found = [r for r in done.values() if (r["set"], r["protocol"]) == (name, protocol)]
+            found = [r for r in entries if (r["set"], r["protocol"]) == (name, protocol)]
             if not found:
                 continue
             means = mean_of({r["split"]: {n: r[n] for n in STUDENTS.values()} for r in found})
@@ -159,6 +163,7 @@ def main() -> None:
     args, began = parsed(), time.monotonic()
     config = config_of(args)
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    entries = []
     with Console() as console:
         for name in args.sets:
             folder, layout = SETS[name]
@@ -166,8 +171,8 @@ def main() -> None:
             console.say(f"{name}: {len(samples):,} images")
             embedded = pooled_embeddings(config, samples, console)
             for protocol in args.protocols:
-                run_protocol(name, protocol, samples, embedded, args, config, done, console)
-        table = table_of(done, args)
+                entries += run_protocol(name, protocol, samples, embedded, args, config, done, console)
+        table = table_of(entries, args)
         for line in text_table(table):
             console.say(line)
         seconds = round(time.monotonic() - began, 1)

@@ -1,6 +1,7 @@
 """Prediction: whatever people point it at, in the image's own geometry, and one bad file stops nothing."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,8 @@ def test_many_images(quick: Detector, folder: Path, expected: list[float]) -> No
     assert [r.path for r in quick.predict(folder)] == [str(p) for p in paths]
     mixed = [paths[0], arrays[1], Image.open(paths[2]), *paths[3:]]
     assert rows(quick.predict(mixed)) == pytest.approx(expected, rel=1e-3, abs=1e-3)
-    assert (
-        rows(quick.predict([folder / "deep", paths[0]]))
-        == pytest.approx([*expected[4:], expected[0]], rel=1e-3, abs=1e-3)
-        or len(quick.predict([folder / "deep", paths[0]])) == 3
-    )
+    nested = quick.predict([folder / "deep", paths[0]])
+    assert [r.path for r in nested] == [str(p) for p in (*sorted((folder / "deep").iterdir()), paths[0])]
 
 
 def test_stack_of_arrays_and_grey(quick: Detector) -> None:
@@ -177,10 +175,6 @@ def test_a_missing_file_among_others_is_a_row(quick: Detector, folder: Path) -> 
 def test_other_arrays_are_refused_in_words(quick: Detector, array: object, words: str) -> None:
     results = quick.predict([picture(), array, picture()])
     assert [bool(r.error) for r in results] == [False, True, False]
-    with pytest.raises(AssertionError) if not results[1].error else pytest.MonkeyPatch.context():
-        assert results[1].error
-    import re
-
     assert re.search(words, results[1].error), results[1].error
 
 
@@ -189,7 +183,8 @@ def test_pil_images_are_read_as_their_files_would_be(quick: Detector, tmp_path: 
     Image.fromarray(deep).save(tmp_path / "deep.png")
     cut = tmp_path / "cut.png"
     cut.write_bytes(save(cut, picture()).read_bytes()[:2000])
-    results = quick.predict([tmp_path / "deep.png", Image.open(tmp_path / "deep.png"), Image.open(cut), picture()])
+    with Image.open(tmp_path / "deep.png") as whole, Image.open(cut) as broken:
+        results = quick.predict([tmp_path / "deep.png", whole, broken, picture()])
     assert results[0].score == pytest.approx(results[1].score, rel=1e-3)
     assert "damaged or truncated" in results[2].error
     assert not results[3].error
@@ -242,8 +237,9 @@ def test_a_defect_in_the_outermost_eight_pixels_is_found(detector: Detector, top
 
 
 def test_rim_defect_of_a_picture_that_is_not_square(detector: Detector) -> None:
-    spoiled = picture(701, 96, 144)
-    spoiled[30:38, -8:] = 0
+    stretched = Image.fromarray(picture(701)).resize((144, 96), Image.Resampling.BICUBIC)
+    spoiled = np.array(stretched)
+    spoiled[30:38, -8:] = 255
     result = detector.predict(spoiled)
     row, column = np.unravel_index(int(result.map.argmax()), result.map.shape)
     assert column >= 144 - 14
@@ -280,7 +276,8 @@ def test_overlays_use_one_scale_for_all_images(detector: Detector, tmp_path: Pat
     first = np.asarray(bad.overlay(1.0))[50, 50]
     assert first[0] > first[2]
     path = bad.save_overlay(tmp_path / "deep" / "o.png")
-    assert Image.open(path).size == (96, 96)
+    with Image.open(path) as written:
+        assert written.size == (96, 96)
 
 
 def test_maps_and_pixels_can_be_left_out(quick: Detector, parts: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import RANDOM, RANDOM_CNN, good_folder, run_config, same_tensors, train_samples
+from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, same_tensors, save, train_samples
 
 from twinspect import Detector
 from twinspect.config import RunConfig
@@ -226,6 +226,18 @@ def test_too_little_left_after_skipping(tmp_path: Path) -> None:
     assert "too little is left" in text
     assert "6 were skipped" in text
     assert str(folder / "000.png") in text
+
+
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
+def test_copies_of_one_image_are_learnt_or_refused_in_words(teacher: str, tmp_path: Path) -> None:
+    for number in range(16):
+        save(tmp_path / "copies" / f"{number}.png", picture(0))
+    try:
+        detector = Detector(config=run_config(teacher)).fit(tmp_path / "copies")
+    except DataError as refused:
+        assert "too much alike" in str(refused)  # noqa: PT017
+    else:
+        assert math.isfinite(detector.predict(picture(1)).score)
 
 
 def test_work_folder_that_cannot_be_made(parts: Path, tmp_path: Path) -> None:

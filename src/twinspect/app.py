@@ -138,16 +138,18 @@ def predict_command(
     weights: str,
     console: Console,
     class_name: str | None = None,
+    runtime: str = "auto",
+    threads: int = 0,
 ) -> None:
     """``twinspect predict``: rows to the terminal or a table, pictures on request."""
+    from twinspect.inference import load
     from twinspect.inference.predictor import expand
     from twinspect.inference.table import TableWriter
 
     if batch < 1:
         raise ConfigError(f"--batch {batch}: at least 1")
     items = list(expand(paths))
-    predictor = Detector.load(bundle, weights).predictor()
-    predictor.batch = batch
+    predictor = load(bundle, runtime, threads, batch, weights)
     bad = errors = 0
     results = predictor.predict(items, maps=bool(maps or overlays), pixels=bool(overlays), class_name=class_name)
     with TableWriter(out) if out is not None else nullcontext() as writer:
@@ -190,7 +192,10 @@ def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
     from twinspect.decision import Decision, class_sentence, promises
+    from twinspect.inference.exported import export_info, is_export
 
+    if is_export(bundle):
+        return export_info(bundle)
     meta = read_bundle(bundle).meta
     decision = Decision.from_dict(meta["decision"])
     return {

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
 RULES = ("f1-max", "min-cost", "zero-miss")
-_GAP_FALSE_WARNING = 0.001  # chance that `suspicious_tail` speaks up on an exponential (or lighter) tail
+_GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
 
 
@@ -119,8 +119,9 @@ def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
 
     In an exponential tail (which the surprise score has by construction) the gap between the j-th and the
     next largest score, times j, is exponential with one scale for all j (Renyi). A gap far above that scale,
-    measured robustly on the upper half, separates a second mode; lighter tails have smaller gaps. Anomalies
-    that score like good images cannot be seen this way, nor more than three in ten.
+    measured robustly on the upper half, separates a second mode. (With few images the scale is rough: 1 in 100
+    clean sets of 20 is suspected.) Anomalies that score like good images cannot be seen this way, nor more
+    than three in ten.
     """
     order = np.argsort(score_N)[::-1]
     upper = np.asarray(score_N, dtype=np.float64)[order][: len(order) // 2 + 1]

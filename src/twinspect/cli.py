@@ -29,6 +29,8 @@ Teacher = Annotated[
     str, typer.Option(help="auto (the default), a short name (see: twinspect doctor) or any timm name.")
 ]
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
+Runtime = Annotated[str, typer.Option(help="auto, torch, onnx or openvino; auto is what the file was made for.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of the runtime; 0 is its own choice.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights, order, noise and splits.")]
 
 
@@ -188,15 +190,74 @@ def predict(
     out: Annotated[Optional[Path], typer.Option(help="Table to write: .parquet, .csv or .jsonl.")] = None,  # noqa: UP045
     maps: Annotated[Optional[Path], typer.Option(help="Folder for raw maps (float16 .npz).")] = None,  # noqa: UP045
     overlays: Annotated[Optional[Path], typer.Option(help="Folder for overlay pictures.")] = None,  # noqa: UP045
-    batch: Annotated[int, typer.Option(help="Images per call of the model.")] = 4,
+    batch: Annotated[int, typer.Option(help="Images per call of the model; 1 is fastest on most CPUs.")] = 1,
     weights: Weights = None,
     class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
+    runtime: Runtime = "auto",
+    threads: Threads = 0,
 ) -> None:
     """Score images; one that cannot be read becomes a row with an error and the run goes on."""
     from twinspect.app import predict_command
 
     with _console() as console:
-        predict_command(bundle, paths, out, maps, overlays, batch, str(weights or ""), console, class_name or None)
+        predict_command(
+            bundle, paths, out, maps, overlays, batch, str(weights or ""), console, class_name or None, runtime,
+            threads,
+        )  # fmt: skip
+
+
+@app.command()
+def export(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Option(help="File to write: .onnx, .xml (OpenVINO) or .pt2 (torch).")],
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch; empty reads it from --out.")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    batch: Annotated[int, typer.Option(help="Fix the number of images per call; 0 leaves it open.")] = 0,
+    any_size: Annotated[bool, typer.Option("--any-size", help="Let the graph itself resize images.")] = False,
+    images: Annotated[Optional[Path], typer.Option(help="Good images, 32 or more, to prove it on.")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Labelled data set, to compare image AUROC.")] = None,  # noqa: UP045
+    weights: Weights = None,
+) -> None:
+    """Write the model as one graph for another runtime, after it agreed with torch on images."""
+    from twinspect.export_commands import export_command
+    from twinspect.inference.export import ExportOptions, format_of
+
+    with _console() as console:
+        options = ExportOptions(format_of(out, format), precision, batch, any_size)
+        export_command(bundle, out, options, images, data, str(weights or ""), console)
+
+
+@app.command()
+def check(
+    export: Annotated[Path, typer.Argument(help="Exported model (.onnx, .xml or .pt2).")],
+    bundle: Bundle,
+    images: Annotated[Path, typer.Argument(help="Images, 32 or more: a file, folder or quoted glob.")],
+    data: Annotated[Optional[Path], typer.Option(help="Labelled data set, to compare image AUROC.")] = None,  # noqa: UP045
+    runtime: Runtime = "auto",
+    weights: Weights = None,
+) -> None:
+    """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
+    from twinspect.export_commands import check_command
+
+    with _console() as console:
+        check_command(export, bundle, images, data, runtime, str(weights or ""), console)
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Bundle (.twin) or exported model.")],
+    runtime: Runtime = "auto",
+    batch: Annotated[str, typer.Option(help="Images per call, separated by commas.")] = "1,16",
+    threads: Threads = 0,
+    images: Annotated[Optional[Path], typer.Option(help="Images to decode; painted JPEGs without.")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="Spent on each batch size.")] = 10.0,
+    weights: Weights = None,
+) -> None:
+    """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
+    from twinspect.export_commands import bench_command
+
+    with _console() as console:
+        bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
 
 
 @app.command()

@@ -63,7 +63,7 @@ class ModelConfig:
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = 300
+    steps: int = 120
     """Optimiser steps."""
     batch: int = 16
     """Images per step."""
@@ -73,7 +73,7 @@ class TrainConfig:
     """Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine."""
     lr_ee: float = 1e-3
     """Peak learning rate of the Encoder-Encoder."""
-    warmup: int = 20
+    warmup: int = 10
     """Steps of linear warm-up."""
     weight_decay: float = 1e-4
     """Decoupled weight decay."""
@@ -87,7 +87,7 @@ class TrainConfig:
     """fp32 or bf16 (autocast of the students)."""
     time_budget_s: float = 0.0
     """Stop training after so many seconds; 0 means no limit."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = 20
     """Steps between checkpoints that a killed run resumes from."""
     holdout: float = 0.2
     """Share of the normal training images kept for calibration."""

@@ -2,7 +2,8 @@
 
 Conformal calibration is done per class. Where the class of an image is given, its score is ranked among the
 good images of that class; where it is predicted, among the good images *predicted* to be of that class, so
-that the promise holds with wrong predictions too. A class with too few images borrows those of all classes.
+that the promise holds with wrong predictions too. Classes with too few images are judged together; if that is
+too few still, by the images of all classes, and then nothing is promised for them alone.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Rule:
     Attributes:
         class_name: empty for all classes together.
         images: good images behind it.
-        pooled: whether the class had too few and those of all classes are used.
+        pooled: whether the class had too few and those of other classes are used as well.
         image: threshold of the score.
         unsure: lower threshold of the score, where a third answer is wanted.
         region: threshold of map values.
@@ -327,11 +328,11 @@ def _make_rule(decision: Decision, class_name: str, given: bool) -> Rule:
     own = good.of_class(class_name, given)
     needed = images_needed(budget.max_fpr)
     pooled = bool(class_name) and int(own.sum()) < needed and int(own.sum()) < len(good)
-    rows = good if pooled else good.take(own)
+    rows, names = _lenders(good, needed, given) if pooled else (good.take(own), [])
     references = _references(rows, needed if decision.by_group else 0)
     image = _strictest(references, budget.max_fpr, len(rows))
     if pooled:
-        image = _say_pooled(image, class_name, int(own.sum()), needed)
+        image = _say_pooled(image, class_name, int(own.sum()), needed, names)
     image = decision.fixed.get(class_name, image)
     unsure = None
     if budget.unsure is not None:
@@ -371,12 +372,24 @@ def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Thr
     return Threshold(best.value, max_fpr, all(one.guaranteed for one in found), sentence)
 
 
-def _say_pooled(image: Threshold, class_name: str, own: int, needed: int) -> Threshold:
-    sentence = (
-        f"{own} good images of {class_name} are too few for a promise of its own ({needed} are needed), so the "
-        f"threshold of all classes is used: {image.sentence}, over all classes together"
-    )
-    return Threshold(image.value, image.max_fpr, image.guaranteed, sentence)
+def _lenders(good: GoodScores, needed: int, given: bool) -> tuple[GoodScores, list[str]]:
+    """Images of all classes that are too small alone, with their names; of all classes if they are too few still."""
+    owners = np.array(good.class_name if given else good.predicted)
+    names, counts = np.unique(owners, return_counts=True)
+    small = names[counts < needed]
+    together = np.isin(owners, small)
+    if int(together.sum()) < needed:
+        return good, []
+    return good.take(together), [str(name) for name in small]
+
+
+def _say_pooled(image: Threshold, class_name: str, own: int, needed: int, names: Sequence[str]) -> Threshold:
+    head = f"{own} good images of {class_name} are too few for a promise of its own ({needed} are needed)"
+    if names:
+        whose = f"so {', '.join(names)} are judged together: {image.sentence}, over these classes together"
+    else:
+        whose = f"so the threshold of all classes is used ({image.sentence}) and nothing is promised for it alone"
+    return Threshold(image.value, image.max_fpr, image.guaranteed and bool(names), f"{head}, {whose}")
 
 
 def _near(good: GoodScores, class_name: str, given: bool) -> GoodScores:

@@ -282,8 +282,9 @@ class DriftMonitor:
         """What can be said now."""
         alarms = self.alarms
         since = min((one.since for one in alarms), default=1)
-        classes = _class_rows(self._good, self._recent.since(since))
-        kind = _kind({one.test for one in alarms}, classes)
+        recent = self._recent.since(since)
+        classes = _class_rows(self._good, recent)
+        kind = _kind({one.test for one in alarms}, classes, _bulk_moved(self._good, recent))
         evidence = {name: test.capital for name, test in self.tests.items()}
         message = _message(kind, alarms, classes, self.images, self.false_alarm_rate)
         return DriftReport(kind, message, self.images, self.false_alarm_rate, alarms, evidence, classes)
@@ -341,8 +342,7 @@ def _finite(values: Floats) -> Floats:
 def _class_rows(good: GoodScores, recent: Mapping[str, NDArray[np.float64]]) -> tuple[ClassDrift, ...]:
     rows = []
     for name, values in recent.items():
-        kept = good.of_class(name, given=False)
-        kept = kept if kept.any() else np.ones(len(good), dtype=np.bool_)
+        kept = _usual(good, name)
         p = p_values(values[:, 0], good.score[kept])
         usual, seen = _finite(good.distance[kept]), _finite(values[:, 1])
         scene = float(np.median(p_values(seen, usual))) if len(usual) and len(seen) else math.nan
@@ -350,6 +350,26 @@ def _class_rows(good: GoodScores, recent: Mapping[str, NDArray[np.float64]]) -> 
         moved = _differ(values[:, 0], good.score[kept], level) or _differ(seen, usual, level)
         rows.append(ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), scene, moved))
     return tuple(rows)
+
+
+def _usual(good: GoodScores, class_name: str) -> NDArray[np.bool_]:
+    """Calibration images of a class, or all where it has none."""
+    kept = good.of_class(class_name, given=False)
+    return kept if kept.any() else np.ones(len(good), dtype=np.bool_)
+
+
+def _bulk_moved(good: GoodScores, recent: Mapping[str, NDArray[np.float64]]) -> bool:
+    """Whether p-values outside the tail lie off their usual middle by 2.6 standard errors, over all classes."""
+    off, variance, images = 0.0, 0.0, 0
+    for name, values in recent.items():
+        scores = good.score[_usual(good, name)]
+        p = p_values(values[:, 0], scores)
+        inside = p[p > TAIL]
+        off += float((inside - (1.0 + TAIL) / 2).sum())
+        # Of uniform p-values, and of the calibration images they are counted in.
+        variance += (1.0 - TAIL) ** 2 / 12 * (len(inside) + len(inside) ** 2 / len(scores))
+        images += len(inside)
+    return images >= 5 and abs(off) > 2.6 * math.sqrt(variance)
 
 
 def _differ(first: Floats, second: Floats, level: float) -> bool:
@@ -360,12 +380,14 @@ def _differ(first: Floats, second: Floats, level: float) -> bool:
     return bool(ks_2samp(first, second, method="asymp").pvalue < level)
 
 
-def _kind(tests: set[str], classes: Sequence[ClassDrift]) -> str:
+def _kind(tests: set[str], classes: Sequence[ClassDrift], bulk_moved: bool) -> str:
     if not tests:
         return NONE
     images = sum(one.images for one in classes)
-    tail = sum(one.tail * one.images for one in classes) / max(images, 1)
-    if "bulk" in tests or ("tail" in tests and (tail >= 0.5 or "scene" in tests)):
+    tail = sum(one.tail * one.images for one in classes)
+    # A shift so large that nothing is left in the bulk shows in the tail only: clearly more than half of it all.
+    mostly = tail - images / 2 > 1.64 * math.sqrt(images / 4)
+    if "bulk" in tests or ("tail" in tests and (mostly or bulk_moved or "scene" in tests)):
         return SHIFT
     return DEFECTS if "tail" in tests else SCENE
 
@@ -381,8 +403,9 @@ def _message(
     tail = sum(one.tail * one.images for one in classes) / max(latest, 1)
     moved = [one.class_name for one in classes if one.moved]
     head = f"{kind} since about image {min(a.since for a in alarms)} (noticed at image {alarms[0].image})"
-    where = f"{len(moved)} of {len(classes)} classes differ from calibration" if len(classes) > 1 else ""
-    if len(classes) > 1 and len(moved) == 1:
+    several = len(classes) > 1 and len(moved) > 0
+    where = f"{len(moved)} of {len(classes)} classes differ from calibration" if several else ""
+    if several and len(moved) == 1:
         where = f"only {moved[0]} differs from calibration, so look at that product before the camera"
     facts = [f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %", where]
     if any(one.test == "scene" for one in alarms):

@@ -191,7 +191,7 @@ def recalibrate(
     if labelled is not None:
         fixed |= fixed_thresholds(labelled, wanted.rule or "f1-max", wanted.miss_cost, notes)
     new = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
-    _refuse_promises(new)
+    _refuse_promises(new, wanted.class_name)
     return new, notes
 
 
@@ -261,8 +261,10 @@ def _budgets(decision: Decision, wanted: Wanted) -> tuple[Budget, Mapping[str, B
     return decision.budget, {**decision.budgets, wanted.class_name: new}
 
 
-def _refuse_promises(decision: Decision) -> None:
-    for budget in (decision.budget, *decision.budgets.values()):
+def _refuse_promises(decision: Decision, class_name: str | None) -> None:
+    """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
+    asked = (decision.budget, *decision.budgets.values()) if class_name is None else (decision.budget_of(class_name),)
+    for budget in asked:
         refuse_unsupported(len(decision.good), budget.max_fpr)
         peaks = int(np.isfinite(decision.good.peak).sum())
         if peaks:

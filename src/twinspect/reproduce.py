@@ -1,7 +1,7 @@
 """``twinspect reproduce``: train and evaluate every split of a recipe, ours beside the published numbers.
 
 Each split is written when it is finished, under a name made of what it depends on (its images, the settings, the
-version), so a killed run loses one split at most, and typing the same command again goes on after the last one.
+code), so a killed run loses one split at most, and typing the same command again goes on after the last one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from twinspect.types import TEST, TRAIN
 
 OURS = "twinspect (our re-implementation)"
 STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
+MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
 
@@ -185,12 +187,23 @@ def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
 
 
 def run_key(split: Split, config: RunConfig) -> str:
-    """16 hex digits of everything a split's result depends on: images, labels, settings, version."""
+    """16 hex digits of everything a split's result depends on: images, labels, settings, version, model code."""
     settings = config.to_dict()
     for name in ("checkpoint_every", "cache_gb"):
         settings["train"].pop(name)
-    text = json.dumps([split.name, split.hash, settings, __version__], sort_keys=True)
+    text = json.dumps([split.name, split.hash, settings, __version__, code_hash()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def code_hash() -> str:
+    """12 hex digits of the code that makes and scores a model: results of other code are not taken up."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for name in MODEL_CODE:
+        files = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+        for path in files:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console) -> SplitResult:

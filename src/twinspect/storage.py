@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
@@ -51,7 +52,7 @@ def load(path: Path, weights: str = "") -> Fitted:
     content = read_bundle(path)
     try:
         return _rebuild(content, path, weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, TwinspectError):
             raise
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None

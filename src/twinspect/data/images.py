@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from twinspect.errors import ImageError
 
 _OPENING = threading.Lock()
-# Pillow's plug-ins raise all of these on damaged files; none of them may end a run.
-_DAMAGED = (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, AttributeError, KeyError)
+# Pillow's plug-ins raise all of these on damaged files (warnings where Python makes them errors); none of
+# them may end a run.
+_DAMAGED = (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, AttributeError, KeyError, Warning)
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
 
@@ -58,6 +60,17 @@ def read_rgb(
     Raises:
         ImageError: with the file's name, what was found and what to do about it.
     """
+    return read_sized_rgb(source, limits, name, draft_side)[0]
+
+
+def read_sized_rgb(
+    source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that.
+
+    Raises:
+        ImageError: as `read_rgb`.
+    """
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
     try:
         raw = source.read_bytes() if isinstance(source, Path) else source
@@ -67,9 +80,10 @@ def read_rgb(
         raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
     with _refusals(label, limits), _opened(raw) as image:
         _check_size(image, limits, label)
+        shape = _upright_shape(image)
         if draft_side > 0:
             image.draft("RGB", _draft_size(image.size, draft_side))
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image)), shape
 
 
 def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
@@ -140,6 +154,12 @@ def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:
         )
     if min(width, height) < limits.min_side:
         raise ImageError(f"{label}: {width} x {height} pixels; at least {limits.min_side} per side are needed")
+
+
+def _upright_shape(image: Image.Image) -> tuple[int, int]:
+    """Height and width after EXIF rotation, from the header."""
+    width, height = image.size
+    return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS else (height, width)
 
 
 def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:

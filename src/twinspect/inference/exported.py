@@ -114,6 +114,19 @@ def read_export(path: Path) -> ExportMeta:
         raise BundleError(f"{path}: its metadata lack {error}; export it again") from None
 
 
+def export_info(path: Path) -> dict[str, Any]:
+    """What an export says of itself, for people."""
+    meta = read_export(path)
+    batch, size = meta.batch or "any", "any height and width" if meta.any_size else f"{meta.size} x {meta.size}"
+    return {
+        "written by": f"twinspect {meta.writer}, export format {FORMAT}",
+        "export": f"{meta.runtime}, {meta.precision}, batch {batch}, {size}, uint8 RGB, channels last",
+        "compared with torch": meta.check,
+        "model_id": meta.decision.get("model_id", ""),
+        **meta.record,
+    }
+
+
 def companion(path: Path) -> Path:
     """The JSON file beside an OpenVINO or torch export."""
     return path.with_suffix(".json")

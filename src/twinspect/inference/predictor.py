@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_rgb, resize_rgb
+from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_sized_rgb, resize_rgb
 from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
 from twinspect.decision import ANOMALY
 from twinspect.decision import Decision as Decision
@@ -83,24 +83,31 @@ class Predictor:
     def _predict(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
         with ThreadPoolExecutor(self.workers) as pool:
             ahead = self.batch * 4
-            pending = [pool.submit(self._decode, item) for item in islice(items, ahead)]
+            pending = [pool.submit(self._decode, item, pixels) for item in islice(items, ahead)]
             while pending:
                 now, pending = pending[: self.batch], pending[self.batch :]
-                pending += [pool.submit(self._decode, item) for item in islice(items, self.batch)]
+                pending += [pool.submit(self._decode, item, pixels) for item in islice(items, self.batch)]
                 yield from self._score([job.result() for job in now], maps, pixels, class_name)
 
-    def _decode(self, item: Any) -> tuple[Result, NDArray[np.uint8] | None]:
-        name = name_of(item)
+    def _decode(self, item: Any, pixels: bool) -> tuple[Result, NDArray[np.uint8] | None]:
+        name, size = name_of(item), self.runtime.size
         try:
-            rgb = self._pixels(item)
+            rgb, (height, width) = self._pixels(item, size)
+            square = resize_rgb(rgb, size)
+            if pixels and rgb.shape[:2] != (height, width):
+                rgb, _ = self._pixels(item, 0)
         except DataError as error:
             return Result(name, error=str(error)), None
-        return Result(name, width=rgb.shape[1], height=rgb.shape[0], rgb=rgb), resize_rgb(rgb, self.runtime.size)
+        return Result(name, width=width, height=height, rgb=rgb if pixels else None), square
 
-    def _pixels(self, item: Any) -> NDArray[np.uint8]:
-        if isinstance(item, Sample):
-            return read_sample_rgb(item, self.limits)
-        return read_rgb(Path(item), self.limits) if isinstance(item, (str, Path)) else to_rgb(item, self.limits)
+    def _pixels(self, item: Any, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
+        if isinstance(item, Sample) and item.record is None:
+            item = item.image
+        if isinstance(item, (str, Path)):
+            return read_sized_rgb(Path(item), self.limits, draft_side=draft_side)
+        rgb = read_sample_rgb(item, self.limits) if isinstance(item, Sample) else to_rgb(item, self.limits)
+        return rgb, (rgb.shape[0], rgb.shape[1])
 
     def _score(
         self,
@@ -119,8 +126,6 @@ class Predictor:
                 if not np.isfinite(result.score):
                     result.error = f"{result.path}: the score is not finite; the model is damaged"
                     result.is_anomaly, result.answer, result.regions = None, "", []
-            if not pixels:
-                result.rgb = None
             yield result
 
     def _fill(

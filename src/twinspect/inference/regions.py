@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from twinspect.calibration import Floats, p_values
-from twinspect.metrics.components import EIGHT_NEIGHBOURS
+from twinspect.inference.label import Components, components
 
 MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
 MOST_REGIONS = 100  # listed per image, strongest first
@@ -62,24 +61,19 @@ def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: f
     factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
     rows, columns = max(1, round(height / factor)), max(1, round(width / factor))
     resized = resize_map(grid, rows, columns)
-    labels, count = ndimage.label(resized >= threshold, structure=EIGHT_NEIGHBOURS)
-    if not count:
+    found = components(resized >= threshold, resized)
+    scores = found.peak
+    if not len(scores):
         return []
-    numbers = np.arange(1, count + 1)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    scores = np.asarray(ndimage.maximum(resized, labels, numbers), dtype=np.float64)
     p = p_values(scores, peaks)
-    boxes = ndimage.find_objects(labels)
     strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
     scale = (height / rows, width / columns)
-    return [_region(boxes[i], areas[i], scores[i], p[i], scale, shape) for i in strongest]
+    return [_region(found, int(i), p[i], scale, shape) for i in strongest]
 
 
-def _region(
-    box: tuple[slice, slice], area: int, score: float, p: float, scale: tuple[float, float], shape: tuple[int, int]
-) -> Region:
-    y, x = math.floor(box[0].start * scale[0]), math.floor(box[1].start * scale[1])
-    bottom = min(shape[0], math.ceil(box[0].stop * scale[0]))
-    right = min(shape[1], math.ceil(box[1].stop * scale[1]))
-    pixels = max(1, round(int(area) * scale[0] * scale[1]))
-    return Region(x, y, right - x, bottom - y, pixels, float(score), float(p))
+def _region(found: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
+    y, x = math.floor(found.top[i] * scale[0]), math.floor(found.left[i] * scale[1])
+    bottom = min(shape[0], math.ceil(found.bottom[i] * scale[0]))
+    right = min(shape[1], math.ceil(found.right[i] * scale[1]))
+    pixels = max(1, round(int(found.area[i]) * scale[0] * scale[1]))
+    return Region(x, y, right - x, bottom - y, pixels, float(found.peak[i]), float(p))

@@ -6,6 +6,7 @@ Heavy imports happen inside the constructors: whoever runs an ONNX or OpenVINO f
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,9 @@ class ExportedTorchRuntime:
         if threads:
             self._torch.set_num_threads(threads)
         try:
-            self.program = self._torch.export.load(path).module()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.program = self._torch.export.load(path).module()
         except Exception as error:  # zip, pickle and schema errors alike
             raise BundleError(f"{path}: torch {self._torch.__version__} cannot load it ({error})") from None
 

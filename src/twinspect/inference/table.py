@@ -41,7 +41,8 @@ class TableWriter:
         self._parquet: Any = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: Any = self._part.open("wb" if path.suffix == ".parquet" else "w", newline="")
+            mode, newline, encoding = ("wb", None, None) if path.suffix == ".parquet" else ("w", "", "utf-8")
+            self._file: Any = self._part.open(mode, newline=newline, encoding=encoding)
         except OSError as error:
             raise TwinspectError(f"{path} cannot be written ({error.strerror})") from None
         if path.suffix == ".csv":

@@ -39,9 +39,9 @@ class Outputs(NamedTuple):
     Attributes:
         map_B1HW: anomaly map in normal spreads, at a quarter of the input side.
         score_B: joint score, the surprise in nats of the Noisy-OR.
-        score_local_B, score_semantic_B: raw scores of the two students (local: mean over the layer groups).
-        surprise_local_B, surprise_semantic_B: calibrated on held-out normal images (local: Noisy-OR of the
-            layer groups, which see defects of different sizes).
+        score_local_B, score_semantic_B: scores of the two students alone: the Noisy-OR of the layer groups
+            (they see defects of different sizes) in nats, and the raw distance of the global tokens.
+        surprise_local_B, surprise_semantic_B: what the joint score adds up, both calibrated in nats.
         prototype_B: index of the nearest scene prototype.
         groups_BG: raw local score of every layer group.
         prototype_distance_B: whitened distance of the teacher's token from that prototype; large means that
@@ -267,7 +267,7 @@ class DualScorer(nn.Module):
         self.token_of_teacher = TokenDistance(token_dims)
         self.token_of_student = TokenDistance(token_dims)
         self.surprise_groups = nn.ModuleList(Surprise() for _ in groups.dims)
-        self.surprise_semantic = Surprise()
+        self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
         self.side = max(groups.sides)
         self.map_side = self.side * 2
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
@@ -294,26 +294,29 @@ class DualScorer(nn.Module):
         """
         return token_BE - self.gain_E * torch.cat(predicted, 1)
 
-    def local_surprise(self, groups_BG: Tensor, prototype_B: Tensor) -> Tensor:
-        """Noisy-OR over the layer groups, as a sum of surprises (B)."""
+    def local(self, groups_BG: Tensor, prototype_B: Tensor) -> Tensor:
+        """Local score: Noisy-OR over the layer groups, as a sum of surprises (B)."""
         parts = [curve(groups_BG[:, g], prototype_B) for g, curve in enumerate(self.surprise_groups)]
         return torch.stack(parts).sum(0)
 
     def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
-        prototype_B = self.prototypes(token_BE)
+        variant_B = self.prototypes.variant(token_BE)
+        prototype_B = self.prototypes.owner_V[variant_B]
         maps = self.group_maps(groups, predicted.groups, prototype_B)
         groups_BG = torch.stack([top_mean(one, TOP_SHARE) for one in maps], 1)
-        distance_B: Tensor = self.token_of_teacher(token_BE, prototype_B)
-        missed_B: Tensor = self.token_of_student(self.token_residual(token_BE, predicted.tokens), prototype_B)
+        distance_B: Tensor = self.token_of_teacher(token_BE, variant_B)
+        missed_B: Tensor = self.token_of_student(self.token_residual(token_BE, predicted.tokens), variant_B)
         # How unusual the token is, and how far the student missed it.
         semantic_B = (distance_B.square() + missed_B.square()).sqrt()
-        surprise_local = self.local_surprise(groups_BG, prototype_B)
+        local_B = self.local(groups_BG, prototype_B)
+        # Calibrated once more as one student, or three groups would outvote the semantic student.
+        surprise_local = self.surprise_local(local_B, prototype_B)
         surprise_semantic = self.surprise_semantic(semantic_B, prototype_B)
         joint_B, _ = noisy_or(surprise_local, surprise_semantic)
         grid_Bhw = torch.stack([upsample(one, self.side)[:, 0] for one in maps]).mean(0)
         return Outputs(
-            smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, groups_BG.mean(1), semantic_B,
+            smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, local_B, semantic_B,
             surprise_local, surprise_semantic, prototype_B, groups_BG, distance_B,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ def decide(
 ) -> Decision:
     """Calibration scores of the held-out images (positions ``held_at``) and the classes of the prototypes."""
     names = [source.samples[i].class_name for i in train_at]
-    count = len(model.scorer.prototypes.centres_KP)
+    count = model.scorer.prototypes.count
     classes = classes_of_prototypes(_prototypes(model, source, train_at), names, count)
     good = score_held(model, source, held_at, classes)
     trained = tuple(sorted({image_id(source.keys[i]) for i in train_at}))

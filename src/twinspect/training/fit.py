@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def fit(
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
     report = train(model, source, train_at, config.train, work, progress, fingerprint)
-    fit_statistics(model, source, train_at, config.train.seed, progress)
+    with _enough_variety():
+        fit_statistics(model, source, train_at, config.train.seed, progress)
     scores = calibrate(model, source, held_at)
     if not np.isfinite(scores.score).all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
@@ -117,6 +119,18 @@ def fit(
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
     return Fitted(model, decision, config, record, source.skipped)
+
+
+@contextmanager
+def _enough_variety() -> Iterator[None]:
+    """Images that are copies of each other leave nothing to learn a spread from; numpy's words say little."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DataError(
+            "the good images are too much alike to learn how good ones differ (copies of one image?); "
+            "give images of different parts or moments"
+        ) from error
 
 
 def choose_images(samples: Sequence[Sample], config: RunConfig) -> tuple[list[Sample], list[Sample]]:
@@ -179,7 +193,7 @@ def _record(
         "size": model.shape.size,
         "classes": dict(sorted(counts.items())),
         "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
-        "prototypes": len(model.scorer.prototypes.centres_KP),
+        "prototypes": model.scorer.prototypes.count,
         "training": {
             "steps": report.steps,
             "seconds": round(report.seconds, 1),

@@ -60,7 +60,7 @@ def fit_statistics(
     tokens = torch.cat([model.tokens(observed.token_BE) for _, observed, _ in source.batches(indices, 64)])
     scorer.prototypes.fit(tokens, seed)
     prototype_N = scorer.prototypes(tokens)
-    count = len(scorer.prototypes.centres_KP)
+    count = scorer.prototypes.count
     moments = [Moments(count, module.dims) for module in scorer.maps_of_groups()]
     missed: list[Tensor] = []
     for place, (part, groups, predicted, predicted_BE) in enumerate(_answers(model, source, indices)):
@@ -72,17 +72,18 @@ def fit_statistics(
                 gathered.update(rows, owner)
     for module, gathered in zip(scorer.maps_of_groups(), moments, strict=True):
         module.set_moments(gathered)
-    scorer.token_of_teacher.fit(tokens, prototype_N, count)
+    variant_N, variants = scorer.prototypes.variant(tokens), scorer.prototypes.variants
+    scorer.token_of_teacher.fit(tokens, variant_N, variants)
     said = torch.cat(missed)
     scorer.gain_E = (tokens * said).sum(0) / said.square().sum(0).clamp_min(1e-12)
-    scorer.token_of_student.fit(tokens - scorer.gain_E * said, prototype_N, count)
+    scorer.token_of_student.fit(tokens - scorer.gain_E * said, variant_N, variants)
     _fit_positions(model, source, indices, prototype_N, progress)
 
 
 def _fit_positions(
     model: DualModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
 ) -> None:
-    count = len(model.scorer.prototypes.centres_KP)
+    count = model.scorer.prototypes.count
     scales = [PositionScale(count, side) for side in model.groups.sides]
     for place, (part, groups, predicted, _) in enumerate(_answers(model, source, indices)):
         progress("residual statistics", len(indices) + (place + 1) * len(part), 2 * len(indices))
@@ -104,15 +105,17 @@ def _answers(model: DualModel, source: FeatureSource, indices: Sequence[int]):  
 def calibrate(model: DualModel, source: FeatureSource, indices: Sequence[int]) -> NormalScores:
     """Fit both surprise curves on held-out normal images and return their scores."""
     model.eval()
-    count = len(model.scorer.prototypes.centres_KP)
+    count = model.scorer.prototypes.count
     curves = model.scorer.curves_of_groups()
-    for curve in (*curves, model.scorer.surprise_semantic):
+    for curve in (*curves, model.scorer.surprise_local, model.scorer.surprise_semantic):
         curve.reset(count)
-    groups, local, semantic, prototype = _raw_scores(model, source, indices)
+    groups, semantic, prototype = _raw_scores(model, source, indices)
     for g, curve in enumerate(curves):
         curve.fit(groups[:, g], prototype, count)
     model.scorer.surprise_semantic.fit(semantic, prototype, count)
-    joint = model.scorer.local_surprise(groups, prototype) + model.scorer.surprise_semantic(semantic, prototype)
+    local = model.scorer.local(groups, prototype)
+    model.scorer.surprise_local.fit(local, prototype, count)
+    joint = model.scorer.surprise_local(local, prototype) + model.scorer.surprise_semantic(semantic, prototype)
     return NormalScores(joint.double().numpy(), local.double().numpy(), semantic.double().numpy(), prototype.numpy())
 
 
@@ -120,5 +123,5 @@ def _raw_scores(model: DualModel, source: FeatureSource, indices: Sequence[int])
     parts = []
     for _, observed, small in source.batches(indices, 8):
         out = model.score(observed, small)
-        parts.append((out.groups_BG, out.score_local_B, out.score_semantic_B, out.prototype_B))
+        parts.append((out.groups_BG, out.score_semantic_B, out.prototype_B))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

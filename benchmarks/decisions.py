@@ -1,0 +1,327 @@
+"""Do the promises hold? Coverage, predicted classes, unknown classes and drift, on real good images.
+
+    python benchmarks/decisions.py model.twin --data DIR/parts        six products, one model
+    python benchmarks/decisions.py textile.twin --data textile        images of conformal-clip-data
+    python benchmarks/decisions.py model.twin --data DIR/parts --leave-one-out      unknown classes, too
+    python benchmarks/decisions.py model.twin --data DIR/parts --out decisions.json
+
+Without --data the folder parts of TWINSPECT_SHARED_DATA is taken. Good test images that the model was not
+trained on are scored once (and once more for each brightness); everything else is resampling of those scores.
+
+Coverage: the good images are cut at random into calibration and test, many times; thresholds come from one
+half, the rate of good images called bad from the other. Cuts of a fixed set are exchangeable, so the promise
+is that the mean over cuts is at most the budget, up to the error of so many cuts (3 standard errors).
+Drift: calibration images and stream are drawn with replacement from the good images, then from the same
+images made brighter or darker; a stream of undrifted images must raise an alarm no more often than stated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect import Detector
+from twinspect import data as data_room
+from twinspect.data.samples import read_sample_rgb
+from twinspect.decision import Budget, Decision, GoodScores
+from twinspect.drift import DriftMonitor
+from twinspect.inference.result import Result
+from twinspect.metrics import auroc
+from twinspect.recalibrate import score_images
+from twinspect.report import Table
+from twinspect.results import text_table
+from twinspect.types import TEST, Sample
+
+BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.10)
+FACTORS = (1.1, 0.9)
+Values = dict[str, Any]
+
+
+def samples_of(name: str) -> list[Sample]:
+    """All samples of a data set, or of the demo's textile images."""
+    if name != "textile":
+        return list(data_room.load(Path(name)).samples)
+    from twinspect.demo import FULL, find_images, split
+
+    training, test = split(find_images(), FULL)
+    return [*training, *test]
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{stage}: {total} done", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------- coverage
+
+
+def coverage(decision: Decision, good: GoodScores, splits: int, seed: int) -> list[Values]:
+    """Per budget and class: mean rate of good images called bad over random cuts into halves."""
+    rng = np.random.default_rng(seed)
+    classes = sorted(set(good.predicted))
+    rates: dict[tuple[float, str], list[float]] = {}
+    unpromised: dict[tuple[float, str], int] = {}
+    for _ in range(splits):
+        inside = rng.permutation(len(good)) < len(good) // 2
+        half, rest = good.take(inside), good.take(~inside)
+        for budget in BUDGETS:
+            made = dataclasses.replace(decision, good=half, budget=Budget(budget), budgets={}, fixed={})
+            bad = np.zeros(len(rest), dtype=bool)
+            for name in classes:
+                own, rule = rest.of_class(name, given=False), made.rule(name, given=False)
+                bad[own] = rest.score[own] >= rule.image.value
+                unpromised[budget, name] = unpromised.get((budget, name), 0) + (not rule.image.guaranteed)
+                if own.any():
+                    rates.setdefault((budget, name), []).append(float(bad[own].mean()))
+            rates.setdefault((budget, "all images"), []).append(float(bad.mean()))
+            # A promise for all images needs one for every class; the pooled threshold has its own.
+            unpromised[budget, "all images"] = max(unpromised[budget, name] for name in classes)
+            every = made.rule("")
+            rates.setdefault((budget, "pooled"), []).append(float((rest.score >= every.image.value).mean()))
+            unpromised[budget, "pooled"] = unpromised.get((budget, "pooled"), 0) + (not every.image.guaranteed)
+    return [_coverage_row(key, found, unpromised.get(key, 0)) for key, found in rates.items()]
+
+
+def _coverage_row(key: tuple[float, str], rates: Sequence[float], unpromised: int) -> Values:
+    budget, name = key
+    mean, error = float(np.mean(rates)), float(np.std(rates) / math.sqrt(len(rates)))
+    own = unpromised == 0
+    return {
+        "budget": budget, "class": name, "mean": mean, "error": error, "splits": len(rates),
+        "promised": own, "holds": mean <= budget + 3 * error if own else None,
+    }  # fmt: skip
+
+
+def as_fitted(decision: Decision, good: GoodScores) -> list[Values]:
+    """The bundle's own thresholds on these good images."""
+    rows = []
+    for name in sorted(set(good.class_name)):
+        own, rule = good.of_class(name, given=True), decision.rule(name)
+        called = int((good.score[own] >= rule.image.value).sum())
+        rows.append(
+            {
+                "class": name, "images": int(own.sum()), "called": called, "rate": called / int(own.sum()),
+                "budget": rule.image.max_fpr, "calibration_images": rule.images, "pooled": rule.pooled,
+            }
+        )  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------------------ classes, known or not
+
+
+def class_accuracy(results: Sequence[Result], samples: Sequence[Sample]) -> list[Values]:
+    """Share of test images (good and defect) whose class is predicted, by class and in all."""
+    rows = []
+    for name in [*sorted({s.class_name for s in samples}), "all"]:
+        hits = [r.predicted_class == s.class_name for r, s in zip(results, samples, strict=True)
+                if name in ("all", s.class_name)]  # fmt: skip
+        rows.append({"class": name, "images": len(hits), "accuracy": float(np.mean(hits))})
+    return rows
+
+
+def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]:
+    """For every class: a model without it, and how well the class's good images stand apart by distance.
+
+    The distance needs teacher and statistics only, so that one training step is enough.
+    """
+    train = dataclasses.replace(detector.config.train, steps=1)
+    config = dataclasses.replace(detector.config, train=train)
+    test = [s for s in samples if s.split == TEST and s.label == 0]
+    rows = []
+    for name in sorted({s.class_name for s in samples}):
+        known = [s for s in samples if s.class_name != name and s.split != TEST]
+        model = Detector(config=config).fit(known, progress=progress)
+        results = list(model.predictor().predict(test, maps=False, pixels=False))
+        unknown = np.array([s.class_name == name for s in test]).astype(int)
+        distance = np.array([r.prototype_distance for r in results])
+        p = np.array([r.class_p for r in results])
+        flagged = np.array([bool(r.unknown_class) for r in results])
+        rows.append(
+            {
+                "class": name, "unknown": int(unknown.sum()), "known": int((1 - unknown).sum()),
+                "auroc_distance": float(auroc(distance, unknown)), "auroc_p": float(auroc(-p, unknown)),
+                "flagged_unknown": float(flagged[unknown == 1].mean()),
+                "flagged_known": float(flagged[unknown == 0].mean()),
+            }
+        )  # fmt: skip
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------- drift
+
+
+def brightened(samples: Sequence[Sample], factor: float) -> list[NDArray[np.uint8]]:
+    return [np.clip(read_sample_rgb(s).astype(np.float32) * factor, 0, 255).round().astype(np.uint8) for s in samples]
+
+
+def drawn(good: GoodScores, rng: np.random.Generator, count: int) -> GoodScores:
+    """Images drawn with replacement."""
+    at = rng.integers(0, len(good), count)
+    numbers = {n: getattr(good, n)[at] for n in ("score", "peak", "distance")}
+    texts = {n: tuple(getattr(good, n)[i] for i in at) for n in ("class_name", "predicted", "group", "key")}
+    return GoodScores.of_columns({**numbers, **texts})
+
+
+def first_alarm(monitor: DriftMonitor, rows: GoodScores) -> int | None:
+    """Number (from 1) of the image that raises the first alarm."""
+    for number, row in enumerate(zip(rows.score, rows.predicted, rows.distance, strict=True), start=1):
+        if monitor.update(float(row[0]), row[1], float(row[2])):
+            return number
+    return None
+
+
+def delays(good: GoodScores, moved: GoodScores, options: argparse.Namespace) -> list[Values]:
+    """Images until an alarm after a change, with and without a quiet time before it."""
+    rows = []
+    for quiet in (0, 1000):
+        found: list[int | None] = []
+        kinds: list[str] = []
+        for run in range(options.runs):
+            rng = np.random.default_rng((options.seed, quiet, run))
+            monitor = DriftMonitor(drawn(good, rng, len(good)), options.rate, run)
+            if first_alarm(monitor, drawn(good, rng, quiet)) is not None:
+                continue
+            found.append(first_alarm(monitor, drawn(moved, rng, options.patience)))
+            kinds.append(monitor.report().kind)
+        seen = [n if n is not None else math.inf for n in found]
+        quantiles = np.quantile(seen, (0.1, 0.5, 0.9), method="higher").tolist() if seen else [math.inf] * 3
+        rows.append(
+            {
+                "quiet": quiet, "runs": len(found), "missed": found.count(None),
+                "delay": [None if q == math.inf else int(q) for q in quantiles],
+                "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            }
+        )  # fmt: skip
+    return rows
+
+
+def false_alarms(good: GoodScores, options: argparse.Namespace) -> Values:
+    """Share of undrifted streams with any alarm."""
+    alarms = 0
+    for run in range(options.runs):
+        rng = np.random.default_rng((options.seed, 7, run))
+        monitor = DriftMonitor(drawn(good, rng, len(good)), options.rate, run)
+        alarms += first_alarm(monitor, drawn(good, rng, options.stream)) is not None
+    return {"streams": options.runs, "images": options.stream, "alarms": alarms, "stated": options.rate}
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def table(title: str, rows: Sequence[Values], note: str = "") -> Table:
+    """Dictionaries as a table."""
+    columns = tuple(rows[0]) if rows else ("nothing",)
+    return Table(title, columns, tuple(tuple(_cell(row[c]) for c in columns) for row in rows), note)
+
+
+def _cell(value: Any) -> str | int | float:
+    if isinstance(value, float) and not isinstance(value, bool):
+        return f"{value:.4f}"
+    return str(value)
+
+
+def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
+    """Everything, as plain values; tables on the way."""
+    detector = Detector.load(options.bundle, options.weights)
+    decision = detector.fitted.decision
+    samples = samples_of(options.data)
+    test = [s for s in samples if s.split == TEST and s.label is not None]
+    normal = [s for s in test if s.label == 0]
+    scored = score_images(detector.predictor(), normal, None, None, progress)
+    unseen = np.array([key not in set(decision.trained) for key in scored.rows.key])
+    good = scored.rows.take(unseen)
+    kept = [s for s, k in zip(normal, unseen, strict=True) if k] if not scored.failed else normal
+    found: Values = {"bundle": Path(options.bundle).name, "good": len(good), "model_id": decision.model_id}
+    found["coverage"] = coverage(decision, good, options.splits, options.seed)
+    found["as_fitted"] = as_fitted(decision, good)
+    results = list(detector.predictor().predict(test, maps=False, pixels=False))
+    found["class_accuracy"] = class_accuracy(results, test)
+    for name, title in (
+        ("coverage", f"good images called bad, mean over {options.splits} cuts of {len(good)}"),
+        ("as_fitted", "good images called bad at the bundle's own thresholds"),
+        ("class_accuracy", "predicted class"),
+    ):
+        _say_table(say, title, found[name])
+    if options.leave_one_out:
+        found["unknown"] = leave_one_out(detector, samples)
+        _say_table(say, "a class the model does not know (leave one out)", found["unknown"])
+    found["false_alarms"] = false_alarms(good, options)
+    _say_table(say, "drift: undrifted streams with an alarm", [found["false_alarms"]])
+    for factor in FACTORS:
+        moved = _moved(detector, kept, good, factor)
+        found[f"brightness {factor:g}"] = delays(good, moved, options)
+        _say_table(say, f"drift: images until an alarm, brightness x {factor:g}", found[f"brightness {factor:g}"])
+    return found
+
+
+def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, factor: float) -> GoodScores:
+    results = [
+        detector.predictor().predict(brightened(samples[i : i + 16], factor), maps=False, pixels=False)
+        for i in range(0, len(samples), 16)
+    ]
+    rows = [r for part in results for r in part]
+    numbers = {
+        "score": np.array([r.score for r in rows]), "peak": np.array([r.peak for r in rows]),
+        "distance": np.array([r.prototype_distance for r in rows]),
+    }  # fmt: skip
+    texts = {"predicted": tuple(r.predicted_class for r in rows), "class_name": tuple(s.class_name for s in samples)}
+    return GoodScores.of_columns({**numbers, **texts, "group": (), "key": ()})
+
+
+def _say_table(say: Callable[[str], None], title: str, rows: Sequence[Values]) -> None:
+    for line in text_table(table(title, rows)):
+        say(line)
+    say("")
+
+
+def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
+    shared = os.environ.get("TWINSPECT_SHARED_DATA", "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="a model fitted on the training images of the data")
+    parser.add_argument("--data", default=str(Path(shared) / "parts") if shared else "", help="data set, or textile")
+    parser.add_argument("--weights", default="", help="teacher's weights, for a thin bundle")
+    parser.add_argument("--splits", type=int, default=200, help="random cuts")
+    parser.add_argument("--runs", type=int, default=20, help="streams for drift")
+    parser.add_argument("--stream", type=int, default=10_000, help="undrifted images in a stream")
+    parser.add_argument(
+        "--patience", type=int, default=2_000, help="drifted images after which a run counts as missed"
+    )
+    parser.add_argument("--rate", type=float, default=0.01, help="stated chance of a false drift alarm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--leave-one-out", action="store_true", help="train a model without each class")
+    parser.add_argument("--out", default="", help="JSON file")
+    options = parser.parse_args(args)
+    if not options.data:
+        parser.error("name the data set: --data DIR/parts, or set TWINSPECT_SHARED_DATA")
+    return options
+
+
+def main(args: Sequence[str] | None = None) -> Values:
+    options, began = parse(args), time.monotonic()
+    with tempfile.TemporaryDirectory() as home:
+        if options.leave_one_out:
+            os.environ.setdefault("TWINSPECT_HOME", home)
+        found = measure(options, print)
+    found["seconds"] = round(time.monotonic() - began, 1)
+    text = json.dumps(found, indent=1)
+    if options.out:
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(found))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""How fast a model is here: throughput, latency, memory, and where the time goes. Numbers are of this machine.
+
+Each stage is timed alone, on one thread of ours: decode (file to RGB), preprocess (resize), graph (the
+runtime), post (p-value, threshold, regions). Inside the graph, torch is timed by its parts and ONNX Runtime by
+its own profile; OpenVINO does not say. Images per second are measured apart from that, through the whole
+predictor with its decoding threads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from twinspect.errors import ConfigError
+from twinspect.inference.predictor import Predictor, Runtime
+
+Progress = Callable[[str, int, int], None]
+Clock = Callable[[], float]
+_PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
+_PROFILED = 10  # calls in a profile
+PARTS = ("teacher", "local", "semantic", "scorer")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What is measured.
+
+    Attributes:
+        path: bundle or exported model.
+        runtime: ``auto``, ``torch``, ``onnx`` or ``openvino``.
+        batches: numbers of images per call.
+        threads: of the runtime; 0 leaves its own choice.
+        images: files to decode; painted one-megapixel JPEGs without any.
+        seconds: spent on each batch size.
+        weights: teacher's file of a thin bundle.
+    """
+
+    path: Path
+    runtime: str = "auto"
+    batches: tuple[int, ...] = (1, 16)
+    threads: int = 0
+    images: Path | None = None
+    seconds: float = 10.0
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0:
+            raise ConfigError(f"--seconds {self.seconds}: accepted more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTimes:
+    """One batch size.
+
+    Attributes:
+        batch: images per call.
+        images_per_s: through the whole predictor: files in, results out.
+        graph_images_per_s: of the graph alone, at its median time.
+        latency_ms: p50, p95 and p99 of one image (or batch) from file to result, nothing in parallel.
+        share: of that time by stage: decode, preprocess, graph, post.
+        graph_share: of the graph by part: teacher, local, semantic, scorer, other; empty where unknown.
+        ratio_to_teacher: time of the graph over that of one pass of the bare teacher; None where unknown.
+    """
+
+    batch: int
+    images_per_s: float
+    graph_images_per_s: float
+    latency_ms: dict[str, float]
+    share: dict[str, float]
+    graph_share: dict[str, float]
+    ratio_to_teacher: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """Everything measured; ``peak_memory_mb`` is of the whole process, None where the system does not say."""
+
+    model: str
+    runtime: str
+    precision: str
+    size: int
+    threads: int
+    images: str
+    batches: tuple[BatchTimes, ...]
+    peak_memory_mb: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        yield (
+            f"{self.model}: {self.runtime} {self.precision} at {self.size} px, threads {self.threads or 'auto'}, "
+            f"{self.images}"
+        )
+        yield "batch  images/s  graph only   p50 ms   p95 ms   p99 ms   ratio to bare teacher"
+        for one in self.batches:
+            ms, ratio = one.latency_ms, one.ratio_to_teacher
+            yield (
+                f"{one.batch:5d}  {one.images_per_s:8.1f}  {one.graph_images_per_s:10.1f} {ms['p50']:8.1f} "
+                f"{ms['p95']:8.1f} {ms['p99']:8.1f}   {f'{ratio:.2f}' if ratio else 'unknown'}"
+            )
+        for one in self.batches:
+            yield f"share of time at batch {one.batch}: {_percent(one.share)}"
+            if one.graph_share:
+                yield f"inside the graph: {_percent(one.graph_share)}"
+        if self.peak_memory_mb is not None:
+            yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
+
+
+def bench(options: BenchOptions, progress: Progress) -> BenchReport:
+    """Measure a model on this machine.
+
+    Raises:
+        DataError: no images found.
+        BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
+    """
+    from twinspect.inference.runtimes import load_predictor
+
+    predictor = load_predictor(options.path, options.runtime, options.threads, 1, options.weights)
+    files, said = _files(options.images)
+    rows = []
+    for done, batch in enumerate(options.batches):
+        progress("measuring", done, len(options.batches))
+        rows.append(_measure(predictor, files, batch, options))
+    runtime, precision = _kind(options)
+    return BenchReport(
+        options.path.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), _peak_mb()
+    )
+
+
+def _kind(options: BenchOptions) -> tuple[str, str]:
+    from twinspect.inference.exported import is_export, read_export
+
+    if not is_export(options.path):
+        return "torch", "fp32"
+    meta = read_export(options.path)
+    return (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
+
+
+def _files(images: Path | None) -> tuple[list[bytes], str]:
+    """Encoded images and what they are."""
+    from twinspect.inference.predictor import expand
+
+    if images is not None:
+        paths = list(islice(expand(images), 64))
+        return [Path(p).read_bytes() for p in paths], f"{len(paths)} files of {images.name}"
+    from twinspect.data.painting import part
+
+    rng, files = np.random.default_rng(0), []
+    for number in range(_PAINTED):
+        body = io.BytesIO()
+        Image.fromarray(part(number, rng, _PAINTED_SIDE)).save(body, "JPEG", quality=90)
+        files.append(body.getvalue())
+    return files, f"{_PAINTED} painted JPEGs of {_PAINTED_SIDE} x {_PAINTED_SIDE}"
+
+
+def _measure(predictor: Predictor, files: list[bytes], batch: int, options: BenchOptions) -> BatchTimes:
+    stages = _stages(predictor, files, batch, options.seconds / 2)
+    total = stages["total"]
+    graph = float(np.median(stages["graph"]))
+    parts = _parts(predictor.runtime, options, batch)
+    bare = parts.pop("bare teacher", None)
+    inside = sum(parts.values())
+    shares = {name: float(stages[name].sum() / total.sum()) for name in stages if name != "total"}
+    return BatchTimes(
+        batch,
+        _throughput(predictor, files, batch, options.seconds / 2),
+        batch / graph,
+        {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
+        shares,
+        {name: value / inside for name, value in parts.items()} if inside else {},
+        graph / bare if bare else None,
+    )
+
+
+def _stages(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, NDArray[np.float64]]:
+    """Seconds of every stage of every call."""
+    from twinspect.data.images import read_rgb, resize_rgb
+
+    size, rows = predictor.runtime.size, defaultdict(list)
+    replay = _Replay(size)
+    after = Predictor(replay, predictor.decision, batch, workers=1)
+    endless, began = cycle(files), time.perf_counter()
+    for call in range(100_000):
+        bodies = list(islice(endless, batch))
+        marks = [time.perf_counter()]
+        drafts = [read_rgb(body, draft_side=size) for body in bodies]
+        marks.append(time.perf_counter())
+        squares = np.stack([resize_rgb(one, size) for one in drafts])
+        marks.append(time.perf_counter())
+        replay.answers = predictor.runtime.run(squares)
+        marks.append(time.perf_counter())
+        list(after.predict(squares, maps=True, pixels=False))
+        marks.append(time.perf_counter())
+        if call:  # the first call warms up
+            for name, step in zip(("decode", "preprocess", "graph", "post"), np.diff(marks), strict=True):
+                rows[name].append(float(step))
+            rows["total"].append(marks[-1] - marks[0])
+        if call >= 3 and time.perf_counter() - began > seconds:
+            break
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+class _Replay:
+    """A runtime that says again what another one said, so that only what comes after is timed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.answers: Mapping[str, NDArray[Any]] = {}
+
+    def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+        """The answers kept."""
+        return self.answers
+
+
+def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> float:
+    """Images per second through the predictor with its threads, from files on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.img" for i in range(len(files))]
+        for path, body in zip(paths, files, strict=True):
+            path.write_bytes(body)
+        predictor.batch = batch
+        began, done = time.perf_counter(), 0
+        for _ in predictor.predict(cycle(paths), maps=False, pixels=False):
+            done += 1
+            if time.perf_counter() - began > seconds and done >= 2 * batch:
+                break
+        return done / (time.perf_counter() - began)
+
+
+def _parts(runtime: Runtime, options: BenchOptions, batch: int) -> dict[str, float]:
+    """Seconds of the graph's parts and of the bare teacher; empty where the runtime does not say."""
+    from twinspect.inference.exported import is_export
+    from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime
+
+    pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
+    if isinstance(runtime, TorchRuntime):
+        return torch_parts(runtime, pixels)
+    if isinstance(runtime, OnnxRuntime) and is_export(options.path):
+        return onnx_parts(options.path, options.threads, pixels)
+    return {}
+
+
+def torch_parts(runtime: Any, pixels: NDArray[np.uint8]) -> dict[str, float]:
+    """Median seconds of the parts of the torch model, and of its bare teacher, by timing them inside a run."""
+    import torch
+
+    model, clock = runtime.model, _torch_clock(runtime.device)
+    spent: dict[str, list[float]] = defaultdict(list)
+    modules = {"local": model.student.local, "semantic": model.student.semantic, "scorer": model.scorer}
+    hooks = [hook for name, module in modules.items() for hook in _time_module(module, spent[name], clock)]
+    features = model.teacher.features
+
+    def timed(x: Any) -> Any:
+        began = clock()
+        found = features(x)
+        spent["teacher"].append(clock() - began)
+        return found
+
+    model.teacher.features = timed
+    try:
+        for _ in range(_PROFILED):
+            began = clock()
+            runtime.run(pixels)
+            spent["whole"].append(clock() - began)
+    finally:
+        del model.teacher.features
+        for hook in hooks:
+            hook.remove()
+    image = torch.from_numpy(pixels).to(runtime.device).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        for _ in range(_PROFILED):
+            began = clock()
+            model.teacher.features(model.teacher.normalise(image))
+            spent["bare teacher"].append(clock() - began)
+    passes = len(spent["teacher"]) // _PROFILED  # a CNN looks at large images twice
+    found = {name: float(np.median(spent[name])) for name in (*PARTS, "whole", "bare teacher")}
+    found["teacher"] = float(np.sum(spent["teacher"])) / _PROFILED if passes > 1 else found["teacher"]
+    found["other"] = max(0.0, found.pop("whole") - sum(found[name] for name in PARTS))
+    return found
+
+
+def _torch_clock(device: str) -> Clock:
+    if not str(device).startswith("cuda"):
+        return time.perf_counter
+    import torch
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def _time_module(module: Any, spent: list[float], clock: Clock) -> tuple[Any, Any]:
+    began: list[float] = []
+
+    def before(_module: Any, _inputs: Any) -> None:
+        began.append(clock())
+
+    def after(_module: Any, _inputs: Any, _output: Any) -> None:
+        spent.append(clock() - began.pop())
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+
+
+def onnx_parts(path: Path, threads: int, pixels: NDArray[np.uint8]) -> dict[str, float]:
+    """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
+    import onnxruntime as ort
+
+    spent: dict[str, float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for _ in range(_PROFILED):
+            session.run(None, {"image": pixels})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            part = event["name"].split("/")[0]
+            spent[part if part in PARTS else "other"] += event["dur"] / 1e6 / _PROFILED
+    return {**spent, "bare teacher": spent["teacher"]} if spent.get("teacher") else dict(spent)
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())
+
+
+def _peak_mb() -> float | None:
+    """Largest resident memory of this process so far; Windows does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

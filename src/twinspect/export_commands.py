@@ -1,0 +1,119 @@
+"""What ``twinspect export``, ``check`` and ``bench`` do, apart from parsing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twinspect.console import Console
+from twinspect.errors import ConfigError
+
+if TYPE_CHECKING:
+    from twinspect.inference.export import ExportOptions
+    from twinspect.inference.parity import CheckImages
+
+
+def export_command(
+    bundle: Path,
+    out: Path,
+    options: ExportOptions,
+    images: Path | None,
+    data: Path | None,
+    weights: str,
+    console: Console,
+) -> None:
+    """``twinspect export``: write a file that agreed with torch on real images."""
+    from twinspect.inference.export import export, refuse_wrong_name, too_few
+    from twinspect.inference.parity import load_images
+    from twinspect.storage import load
+
+    refuse_wrong_name(out, options)
+    fitted = load(bundle, weights)
+    size = fitted.model.shape.size
+    compared = check_images(images, data, size)
+    calibration = load_images(images, size) if images is not None else None
+    if compared is not None and too_few(compared):
+        console.warn(too_few(compared))
+    found = export(fitted, out, options, compared, calibration, console.progress)
+    for line in found.lines():
+        console.say(line)
+    files = [p for p in sorted(out.parent.glob(f"{out.stem}.*")) if p.suffix in (out.suffix, ".bin", ".json")]
+    for path in files if out.suffix != ".onnx" else [out]:
+        console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def check_command(
+    path: Path, bundle: Path, images: Path, data: Path | None, runtime: str, weights: str, console: Console
+) -> None:
+    """``twinspect check``: an export beside its bundle on images of the user's choice.
+
+    Raises:
+        ParityError: they differ by more than the precision's tolerance.
+    """
+    from twinspect.inference.export import check, too_few
+    from twinspect.inference.parity import TOLERANCES, ParityError
+    from twinspect.storage import load
+
+    fitted = load(bundle, weights)
+    compared = check_images(images, data, fitted.model.shape.size)
+    assert compared is not None
+    if too_few(compared):
+        console.warn(too_few(compared))
+    found, meta = check(path, fitted, compared, runtime)
+    for line in found.lines():
+        console.say(line)
+    if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
+        console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
+    problems = found.problems(meta.precision)
+    if problems:
+        raise ParityError(
+            f"{path.name} ({meta.precision}) does not say what {bundle.name} says: {'; '.join(problems)}"
+        )
+    limit = TOLERANCES[meta.precision]
+    kept = f"score {limit.score:g}, map {limit.map:g}" if limit.score is not None else f"rank {limit.rank:g}"
+    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({kept})")
+
+
+def bench_command(
+    path: Path,
+    runtime: str,
+    batches: str,
+    threads: int,
+    images: Path | None,
+    seconds: float,
+    weights: str,
+    console: Console,
+) -> None:
+    """``twinspect bench``: a table for people, one line of JSON at the end."""
+    from twinspect.bench import BenchOptions, bench
+
+    options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
+    report = bench(options, console.progress)
+    for line in report.lines():
+        console.say(line)
+    console.result(json.dumps(report.to_dict()))
+
+
+def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
+    """Labelled images of a data set if given, else plain good images, else none."""
+    from twinspect.inference.parity import load_images, load_labelled
+
+    if data is not None:
+        return load_labelled(data, size)
+    return load_images(images, size) if images is not None else None
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """``1,16`` to numbers.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        found = tuple(int(one) for one in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
+    return found

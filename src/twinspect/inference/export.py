@@ -1,0 +1,313 @@
+"""A bundle to one exported file that proved itself: written aside, run beside torch, renamed when it agrees.
+
+Nothing half-written stays under the name asked for: every step happens in a folder beside it that goes away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from twinspect._version import __version__
+from twinspect.bundle import refuse_unwritable
+from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.inference.exported import KEY, ExportMeta, companion, read_export, seal, sha256_of
+from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
+
+if TYPE_CHECKING:
+    from twinspect.training.fit import Fitted
+
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+PRECISIONS = ("fp32", "fp16", "int8")
+Progress = Callable[[str, int, int], None]
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "torch": (),
+}
+_MOST_CALIBRATION = 100  # images whose ranges int8 takes; more changes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What is written.
+
+    Attributes:
+        format: ``onnx``, ``openvino`` or ``torch``.
+        precision: ``fp32``, ``fp16`` (statistics stay fp32) or ``int8``.
+        batch: images per call; 0 leaves it open.
+        any_size: resize images of any height and width in the graph.
+    """
+
+    format: str = "onnx"
+    precision: str = "fp32"
+    batch: int = 0
+    any_size: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(unknown_name("format", self.format, FORMATS))
+        if self.precision not in PRECISIONS:
+            raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
+        if self.batch < 0:
+            raise ConfigError(f"--batch {self.batch}: accepted 0 (any number) or more")
+        if self.format == "torch" and self.precision != "fp32":
+            raise ConfigError(f"--format torch is written as fp32 only, not {self.precision}; type --format onnx")
+        if self.format == "openvino" and self.any_size:
+            raise ConfigError(
+                "--any-size with --format openvino: its antialiased resize differs from torch's, so scores would "
+                "change; type --format onnx, or leave the resizing to twinspect"
+            )
+
+
+def export(
+    fitted: Fitted,
+    out: Path,
+    options: ExportOptions,
+    images: CheckImages | None = None,
+    calibration: CheckImages | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Write an export, after it agreed with torch.
+
+    Args:
+        fitted: trained model with its decision.
+        out: file to write: ``.onnx``, ``.xml`` (with ``.bin`` and ``.json`` beside it) or ``.pt2`` (with ``.json``).
+        options: format and precision.
+        images: to compare on, at least 32; painted ones without any (fp32 and fp16 only).
+        calibration: good images whose ranges int8 takes; ``images`` without any.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ConfigError: options that do not go together, or an operator that cannot be exported.
+        ParityError: the export does not say what the model says; nothing is written.
+        BundleError: the folder cannot be written.
+        TwinspectError: a package is missing (the message is the line to type).
+    """
+    refuse_wrong_name(out, options)
+    if options.precision == "int8" and images is None:
+        raise ConfigError("int8 needs good images to measure ranges and to prove itself on; add --images DIR")
+    _refuse_missing(options)
+    refuse_unwritable(out)
+    report = progress or (lambda _stage, _done, _total: None)
+    checked = images or painted(fitted.model.shape.size)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+            draft = Path(folder) / out.name
+            build = _Build(fitted, options, checked, calibration or checked, draft, report)
+            found = build.accepted()
+            for part in sorted(_files(draft), key=lambda p: p.suffix == out.suffix):
+                os.replace(part, out.with_suffix(part.suffix))
+    except OSError as error:
+        raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
+    return found
+
+
+def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto") -> tuple[Comparison, ExportMeta]:
+    """Compare an export with its bundle on demand; the caller decides what to do about `Comparison.problems`.
+
+    Raises:
+        BundleError: a damaged export, or one of another bundle.
+    """
+    meta = read_export(path)
+    if meta.decision.get("model_id") != fitted.decision.model_id:
+        raise BundleError(
+            f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
+            f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
+        )
+    return _compare(path, fitted, images, runtime, lambda _stage, _done, _total: None), meta
+
+
+def refuse_wrong_name(out: Path, options: ExportOptions) -> None:
+    """The ending says what runs a file.
+
+    Raises:
+        ConfigError: another ending.
+    """
+    ending = FORMATS[options.format]
+    if out.suffix != ending:
+        raise ConfigError(f"--out {out.name}: a {options.format} export ends in {ending}, such as {out.stem}{ending}")
+
+
+def format_of(out: Path, asked: str) -> str:
+    """The format asked for, or the one the ending of a file says."""
+    return asked or next((name for name, ending in FORMATS.items() if out.suffix == ending), "onnx")
+
+
+def _refuse_missing(options: ExportOptions) -> None:
+    wanted = _NEEDS[options.format]
+    if options.format == "openvino" and options.precision == "int8":
+        wanted = (*wanted, "nncf")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = "openvino" if options.format == "openvino" else "onnx"
+        raise TwinspectError(
+            f"--format {options.format} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
+            f'(or: pip install "twinspect[{extra}]")'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """One export on its way, in a folder that goes away."""
+
+    fitted: Fitted
+    options: ExportOptions
+    images: CheckImages
+    calibration: CheckImages
+    draft: Path
+    progress: Progress
+
+    def accepted(self) -> Comparison:
+        """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
+        said: list[str] = []
+        for share in self._written():
+            found = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
+            problems = found.problems(self.options.precision)
+            if not problems:
+                self._describe(found, share)
+                return found
+            said.append("; ".join(problems) + (f" with {share:.0%} of the teacher in fp32" if share >= 0 else ""))
+        raise ParityError(
+            f"the {self.options.precision} export does not say what the model says: {' | '.join(said)}. "
+            "Nothing was written. "
+            + (
+                "Type --precision fp32"
+                if self.options.precision != "fp32"
+                else "Please report this with the versions that twinspect doctor prints"
+            )
+        )
+
+    def _written(self) -> Iterator[float]:
+        """Write the draft, once or (int8) several times; yields the share of the teacher kept in fp32, or -1."""
+        self.progress("exporting", 0, 1)
+        if self.options.format == "torch":
+            self._torch()
+            yield -1.0
+            return
+        from twinspect.inference.graph import to_onnx
+
+        proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
+        self.progress("exporting", 1, 1)
+        if self.options.precision != "int8":
+            self._plain(proto)
+            yield -1.0
+            return
+        from twinspect.inference.quantise import SKIPPED_SHARES
+
+        for share in SKIPPED_SHARES:
+            self._int8(proto, share)
+            yield share
+
+    def _torch(self) -> None:
+        import torch
+
+        from twinspect.inference.graph import trace
+
+        program = trace(self.fitted.model, self.options.batch, self.options.any_size)
+        torch.export.save(program, self.draft)
+        self._seal()
+
+    def _plain(self, proto: Any) -> None:
+        from twinspect.inference.graph import refuse_too_large, save_proto
+        from twinspect.inference.quantise import to_half
+
+        half = self.options.precision == "fp16"
+        if self.options.format == "onnx":
+            proto = to_half(proto) if half else proto
+            refuse_too_large(proto)
+            save_proto(proto, self.draft)
+        else:
+            import openvino as ov
+
+            ov.save_model(ov.Core().read_model(self._step(proto)), self.draft, compress_to_fp16=half)
+        self._seal()
+
+    def _step(self, proto: Any) -> Path:
+        """The fp32 ONNX file that other formats and precisions are made from."""
+        from twinspect.inference.graph import save_proto
+
+        step = self.draft.parent / "steps" / "fp32.onnx"
+        if not step.exists():
+            step.parent.mkdir()
+            save_proto(proto, step)
+        return step
+
+    def _int8(self, proto: Any, share: float) -> None:
+        from twinspect.inference.quantise import int8_onnx, int8_openvino, skipped_layers
+
+        step = self._step(proto)
+        skipped = skipped_layers(proto, share)
+        good = [s for s, label in zip(self.calibration.squares, self.calibration.labels, strict=True) if label != 1]
+        times = max(1, self.options.batch)  # a graph of fixed batch is calibrated on one image, repeated
+        chosen = [np.repeat(one[None], times, axis=0) for one in spread(good, _MOST_CALIBRATION)]
+        self.progress(f"int8  with {len(skipped)} layers in fp32", 0, 1)
+        if self.options.format == "onnx":
+            int8_onnx(step, self.draft, proto, chosen, skipped)
+        else:
+            int8_openvino(step, self.draft, chosen, skipped)
+        self._seal()
+
+    def _describe(self, found: Comparison, share: float) -> None:
+        """Put what was found into the metadata."""
+        self._seal({**found.to_dict(), **({"teacher_fp32_share": share} if share >= 0 else {})})
+
+    def _seal(self, checked: dict[str, Any] | None = None) -> None:
+        """Attach metadata and their hash to the draft."""
+        fitted, options = self.fitted, self.options
+        meta = ExportMeta(
+            options.format, options.precision, fitted.model.shape.size, options.batch, options.any_size,
+            fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked or {}, __version__,
+        )  # fmt: skip
+        if options.format == "onnx":
+            _embed(self.draft, meta.to_json())
+            return
+        parts = [p for p in _files(self.draft) if p.suffix != ".json"]
+        text = meta.to_json({part.suffix: sha256_of(part) for part in parts})
+        companion(self.draft).write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
+        seal(companion(self.draft))
+
+
+def _files(draft: Path) -> list[Path]:
+    """The draft and what lies beside it under the same name."""
+    return [p for p in draft.parent.iterdir() if p.stem == draft.stem]
+
+
+def _embed(path: Path, text: str) -> None:
+    import onnx
+
+    proto = onnx.load(str(path))
+    kept = [(p.key, p.value) for p in proto.metadata_props if p.key != KEY]
+    del proto.metadata_props[:]
+    for key, value in (*kept, (KEY, text)):
+        proto.metadata_props.add(key=key, value=value)
+    proto.producer_name, proto.producer_version = "twinspect", __version__
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString())
+        file.flush()
+        os.fsync(file.fileno())
+    seal(path)
+
+
+def _compare(path: Path, fitted: Fitted, images: CheckImages, runtime: str, progress: Progress) -> Comparison:
+    from twinspect.inference.runtimes import TorchRuntime, load_runtime
+
+    engine, meta = load_runtime(path, runtime)
+    kept = images if meta.any_size else dataclasses.replace(images, raw=())
+    reference = TorchRuntime(fitted.model)
+    return compare(reference, engine, kept, fitted.decision.rule("").image.value, progress)
+
+
+def too_few(images: CheckImages) -> str:
+    """A remark where an export is compared on fewer images than is good; else empty."""
+    count = len(images.squares)
+    return f"only {count} images to compare on; {FEWEST} or more say more" if count < FEWEST else ""

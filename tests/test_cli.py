@@ -1,0 +1,369 @@
+"""The commands, end to end on tiny data: what they write, what they say, how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import RANDOM, RANDOM_CNN, good_folder, images_to_test, picture, save
+from typer.testing import CliRunner, Result
+
+from twinspect import console as console_room
+from twinspect.bundle import read_bundle
+from twinspect.cli import app
+from twinspect.console import Console
+from twinspect.errors import DataError
+
+TINY = ["--teacher", RANDOM, "--random-teacher", "--size", "64", "--steps", "2", "--batch", "4"]
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def ok(*words: object) -> Result:
+    found = run(*words)
+    assert found.exit_code == 0, (found.stdout, found.stderr, found.exception)
+    return found
+
+
+def failed(*words: object) -> str:
+    """What people see of a failure: one sentence, no traceback, exit code 2."""
+    found = run(*words)
+    assert found.exit_code == 2, (found.stdout, found.stderr, found.exception)
+    assert isinstance(found.exception, SystemExit)
+    assert "Traceback" not in found.stderr
+    return found.stderr
+
+
+# --------------------------------------------------------------------------------------------- fit
+
+
+def test_fit_writes_a_bundle_and_its_log_only(tmp_path: Path) -> None:
+    data = good_folder(tmp_path / "good", 12)
+    out = tmp_path / "not" / "yet" / "there" / "m.twin"
+    found = ok("fit", data, "--out", out, *TINY)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["m.train.jsonl", "m.twin"]
+    assert len((out.parent / "m.train.jsonl").read_text().splitlines()) == 2
+    for words in ("trained 2 steps", "parameters: teacher", "threshold", f"wrote {out}", "training log"):
+        assert words in found.stdout
+
+
+def test_fit_with_a_work_folder_leaves_the_log_in_it(tmp_path: Path) -> None:
+    data = good_folder(tmp_path / "good", 12)
+    ok("fit", data, "--out", tmp_path / "m.twin", "--work", tmp_path / "w", *TINY)
+    assert [p.name for p in (tmp_path / "w").iterdir()] == ["train.jsonl"]
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_fit_lists_what_it_left_out(tmp_path: Path) -> None:
+    data = good_folder(tmp_path / "good", 12)
+    (data / "003.png").write_bytes(b"")
+    found = ok("fit", data, "--out", tmp_path / "m.twin", *TINY)
+    assert "left out" in found.stderr
+    assert "003.png: the file is empty" in found.stderr
+
+
+def test_fit_explains_auto(tmp_path: Path) -> None:
+    data = good_folder(tmp_path / "good", 12)
+    found = ok("fit", data, "--out", tmp_path / "m.twin", "--steps", 1, "--batch", 2, "--size", 128)
+    assert "teacher efficientnet-lite0 (embedded, small)" in found.stdout
+    assert "twinspect fetch dinov2-base" in found.stdout
+    assert read_bundle(tmp_path / "m.twin").meta["record"]["teacher"]["name"] == "efficientnet-lite0"
+
+
+def test_fit_refuses_a_bad_out_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("twinspect.training.fit.fit", never)
+    data = good_folder(tmp_path / "good", 12)
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in failed("fit", data, "--out", tmp_path / "file" / "m.twin", *TINY)
+    assert "is a folder; choose another --out" in failed("fit", data, "--out", tmp_path, *TINY)
+
+
+def test_fit_keeps_the_checkpoint_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out = good_folder(tmp_path / "good", 12), tmp_path / "m.twin"
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ok("fit", data, "--out", tmp_path / "first.twin", *TINY)  # the feature cache is filled now
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in failed("fit", data, "--out", out, *TINY)
+    monkeypatch.undo()
+    assert (tmp_path / "m.twin.work" / "checkpoint.safetensors").is_file()
+    ok("fit", data, "--out", out, *TINY)
+    assert not (tmp_path / "m.twin.work").exists()
+
+
+def test_fit_takes_settings_from_toml_and_options_win(tmp_path: Path) -> None:
+    data = good_folder(tmp_path / "good", 12)
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f'[model]\nteacher = "{RANDOM_CNN}"\npretrained = false\nsize = 128\nwidth = 32\ndepth = 1\n'
+        "[train]\nsteps = 3\nbatch = 4\nseed = 7\ntime_budget_s = 500.0\n"
+    )
+    ok("fit", data, "--config", toml, "--out", tmp_path / "a.twin")
+    config = read_bundle(tmp_path / "a.twin").meta["config"]
+    assert (config["model"]["teacher"], config["model"]["pretrained"], config["model"]["size"]) == (
+        RANDOM_CNN,
+        False,
+        128,
+    )
+    assert [config["train"][k] for k in ("steps", "batch", "seed", "time_budget_s")] == [3, 4, 7, 500.0]
+    ok("fit", data, "--config", toml, "--out", tmp_path / "b.twin", "--steps", 1, "--seed", 0)
+    train = read_bundle(tmp_path / "b.twin").meta["config"]["train"]
+    assert [train[k] for k in ("steps", "batch", "seed")] == [1, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nstep = 3\n", "unknown setting 'step'. Did you mean 'steps'"),
+        ("[trian]\nsteps = 3\n", "unknown section 'trian'. Did you mean 'train'"),
+        ("[train\n", "cannot be read as TOML"),
+        ('[train]\nnoisy_or = "n9"\n', "unknown Noisy-OR reading 'n9'"),
+    ],
+)
+def test_fit_refuses_bad_toml(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    data = good_folder(tmp_path / "good", 8)
+    assert words in failed("fit", data, "--config", tmp_path / "run.toml", "--out", tmp_path / "m.twin")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--teacher", "effcientnet-lite0"], "Did you mean 'efficientnet-lite0'"),
+        (["--teacher", "dinov2-base"], "Three ways to get them"),
+        (["--size", "32"], "at least 64 pixels"),
+        (["--steps", "-1"], "--steps -1: at least 1"),
+        (["--batch", "1"], "--batch 1: at least 2"),
+        (["--noisy-or", "n4"], "Accepted: n1, n2, n3"),
+        (["--precision", "fp8"], "Accepted: fp32, bf16"),
+        (["--model", "dul"], "Did you mean 'dual'"),
+        (["--layout", "mvtec"], "unknown layout 'mvtec'"),
+        (["--weights", "none.pth", "--teacher", RANDOM], "no such weights file: none.pth"),
+    ],
+)
+def test_fit_refuses_bad_options(tmp_path: Path, words: list[str], sentence: str) -> None:
+    data = good_folder(tmp_path / "good", 8)
+    assert sentence in failed("fit", data, "--out", tmp_path / "m.twin", *words)
+    assert not (tmp_path / "m.twin").exists()
+
+
+def test_fit_of_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no such file or folder" in failed("fit", tmp_path / "none", *TINY)
+    assert "no known layout; found: nothing" in failed("fit", tmp_path / "empty", *TINY)
+    one = good_folder(tmp_path / "one", 1)
+    assert "1 good training images found; at least 8" in failed("fit", one, "--out", tmp_path / "m.twin", *TINY)
+
+
+# ----------------------------------------------------------------------------------- eval, info, predict
+
+
+def test_eval_writes_metrics(bundle: Path, parts: Path, tmp_path: Path) -> None:
+    found = ok("eval", bundle, parts, "--json", tmp_path / "m.json")
+    values = json.loads((tmp_path / "m.json").read_text())
+    assert values["classes"].keys() == {"ring", "weave"}
+    for row in (*values["classes"].values(), values["mean"]):
+        assert row.keys() >= {"image_auroc", "image_ap", "image_f1max", "pixel_auroc", "aupro"}
+        assert all(0 <= v <= 1 for v in row.values() if isinstance(v, float))
+    assert values["config"]
+    assert "mean" in found.stdout
+
+
+def test_eval_prints_json_alone(bundle: Path, parts: Path) -> None:
+    found = ok("eval", bundle, parts, "--json", "-")
+    assert json.loads(found.stdout)["mean"]
+
+
+def test_eval_without_labelled_images(bundle: Path, tmp_path: Path) -> None:
+    assert "twinspect predict BUNDLE PATH" in failed("eval", bundle, good_folder(tmp_path / "good", 3))
+
+
+def test_info(bundle: Path) -> None:
+    text = ok("info", bundle).stdout
+    assert "efficientnet-lite0" in text
+    assert "promise" in text
+    assert json.loads(ok("info", bundle, "--json").stdout)["teacher"]["name"] == "efficientnet-lite0"
+    assert "no such bundle" in failed("info", bundle.with_name("none.twin"))
+
+
+def test_predict_prints_lines(bundle: Path, parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"")
+    found = ok("predict", bundle, parts / "weave" / "test" / "good", tmp_path / "bad.png")
+    lines = found.stdout.splitlines()
+    assert len(lines) == 6
+    assert lines[4].startswith("ERROR")
+    assert "bad.png" in lines[4]
+    assert lines[-1].startswith("5 images: ")
+    assert "1 could not be read" in lines[-1]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_predict_writes_a_table(bundle: Path, tmp_path: Path, suffix: str) -> None:
+    folder = good_folder(tmp_path / "new", 5)
+    (folder / "002.png").write_bytes(b"")
+    out = tmp_path / "deep" / f"t{suffix}"
+    ok("predict", bundle, folder, "--out", out, "--batch", 2)
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(out).to_pylist()
+    elif suffix == ".csv":
+        import csv
+
+        with out.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [Path(row["path"]).name for row in rows] == [f"{n:03d}.png" for n in range(5)]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, False, False]
+    assert rows[2]["score"] in (None, "")
+    assert all(np.isfinite(float(row["score"])) for n, row in enumerate(rows) if n != 2)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_predict_writes_maps_and_overlays(bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "new"
+    save(folder / "a.png", picture(0, 60, 90))
+    (folder / "b.png").write_bytes(b"")
+    ok("predict", bundle, folder, "--maps", tmp_path / "maps", "--overlays", tmp_path / "over")
+    with np.load(tmp_path / "maps" / "000000_a.npz") as file:
+        assert file["map"].shape == (60, 90)
+        assert file["map"].dtype == np.float16
+    with Image.open(tmp_path / "over" / "000000_a.png") as image:
+        assert image.size == (90, 60)
+    assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "over").iterdir())) == 1
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_predict_that_breaks_off_leaves_no_whole_looking_table(
+    bundle: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twinspect.inference.runtimes import TorchRuntime
+
+    inner, calls = TorchRuntime.run, []
+
+    def breaks(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise DataError("the machine went away")
+        return inner(self, pixels)
+
+    monkeypatch.setattr(TorchRuntime, "run", breaks)
+    out = tmp_path / f"t{suffix}"
+    out.write_text("the table of yesterday")
+    folder = good_folder(tmp_path / "new", 8)
+    assert "the machine went away" in failed("predict", bundle, folder, "--out", out, "--batch", 2)
+    assert out.read_text() == "the table of yesterday"
+    part = out.with_name(f"{out.name}.part")
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        assert pq.read_table(part).num_rows == 4
+    else:
+        assert len(part.read_text().splitlines()) == 4 + (suffix == ".csv")
+
+
+def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
+    image = images_to_test(parts, None)[0]
+    assert "accepted endings are .parquet, .csv, .jsonl" in failed("predict", bundle, image, "--out", "t.xlsx")
+    assert "--batch 0: at least 1" in failed("predict", bundle, image, "--batch", 0)
+    assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")
+    assert str(tmp_path / "file") in failed("predict", bundle, image, "--maps", tmp_path / "file")
+
+
+# ----------------------------------------------------------------------------------------- the process
+
+
+def test_python_m_twinspect(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "twinspect", "info", str(tmp_path / "none.twin")], capture_output=True, text=True
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: no such bundle")
+    assert found.stdout == ""
+
+
+def test_no_arguments_show_the_commands() -> None:
+    found = run()
+    for name in ("demo", "doctor", "fetch", "fit", "eval", "predict", "info"):
+        assert name in found.output
+
+
+def test_console_turns_our_errors_into_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code, words in (
+        (DataError("the data are bad"), 2, "error: the data are bad"),
+        (KeyboardInterrupt(), 130, "resumes when the same command is typed again"),
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied"),
+    ):
+        with pytest.raises(SystemExit) as stopped, Console():
+            raise error
+        assert stopped.value.code == code
+        assert words in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError), Console():  # ours: shown in full
+        _ = 1 / 0
+
+
+def test_progress_without_a_terminal_is_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Console() as console:
+        for done in range(1, 4):
+            console.progress("reading", done, 3)
+    assert capsys.readouterr().err == ""  # short stages say nothing
+    monkeypatch.setattr(console_room, "_PLAIN_SECONDS", -1.0)
+    with Console() as console:
+        for done in range(1, 4):
+            console.progress(f"training  loss {done}", done, 3)
+        console.say("a line between")
+        console.progress("scoring", 1, 1)
+    found = capsys.readouterr()
+    lines = found.err.splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("training  loss 3: 3/3, ")
+    assert "\x1b" not in found.err
+    assert found.out == "a line between\n"
+
+
+def test_progress_on_a_terminal_is_one_bar(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    code = (
+        "from twinspect.console import Console\n"
+        "with Console() as c:\n"
+        "    for i in range(5): c.progress(f'training  loss {i}', i + 1, 5)\n"
+    )
+    master, slave = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", code], stderr=slave, stdout=subprocess.PIPE, text=True)
+    os.close(slave)
+    shown = b""
+    try:
+        while part := os.read(master, 4096):
+            shown += part
+    except OSError:
+        pass  # the other end is closed
+    os.close(master)
+    assert done.returncode == 0
+    assert b"training  loss 4" in shown
+    assert b"5/5" in shown
+    assert done.stdout == ""
+
+
+def test_quiet_prints_results_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(quiet=True) as console:
+        console.say("talk")
+        console.result("answer")
+        console.warn("careful")
+    assert capsys.readouterr() == ("answer\n", "note: careful\n")

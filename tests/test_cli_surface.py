@@ -1,0 +1,51 @@
+"""Commands and flags are a promise: adding one is an edit of golden/cli.txt and a line in the changelog.
+
+After a deliberate change type: python tests/test_cli_surface.py > tests/golden/cli.txt
+"""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
+
+
+def surface() -> list[str]:
+    """One line per command: its arguments in capitals, then its flags in order."""
+    from twinspect.cli import app
+
+    return sorted(lines_of(typer.main.get_command(app), "twinspect"))
+
+
+def lines_of(command: Any, name: str) -> list[str]:
+    words = [
+        parameter.name.upper()
+        if parameter.param_type_name == "argument"
+        else " ".join([*parameter.opts, *parameter.secondary_opts])
+        for parameter in command.params
+        if parameter.name != "help"
+    ]
+    inner = [line for key, sub in getattr(command, "commands", {}).items() for line in lines_of(sub, f"{name} {key}")]
+    return [" ".join([name, *words]), *inner]
+
+
+def test_commands_and_flags_are_the_listed_ones() -> None:
+    assert surface() == GOLDEN.read_text().splitlines(), __doc__
+
+
+def test_every_flag_and_command_has_help() -> None:
+    from twinspect.cli import app
+
+    def check(command: Any, name: str) -> None:
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.name == "help" or parameter.help, f"{name} {parameter.name}"
+        for key, sub in getattr(command, "commands", {}).items():
+            check(sub, f"{name} {key}")
+
+    check(typer.main.get_command(app), "twinspect")
+
+
+if __name__ == "__main__":
+    print("\n".join(surface()))

@@ -1,0 +1,66 @@
+"""Settings: there and back, and refusals that name the flag."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.errors import ConfigError, unknown_name
+
+
+def test_there_and_back() -> None:
+    config = RunConfig(ModelConfig(teacher="dinov2-small", size=112), TrainConfig(steps=7, seed=3))
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig.from_dict({}) == RunConfig()
+
+
+def test_toml(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[model]\nteacher = "resnet18"\n[train]\nlr = 0.01\n')
+    config = RunConfig.from_toml(path)
+    assert (config.model.teacher, config.train.lr) == ("resnet18", 0.01)
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read as TOML"):
+        RunConfig.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"modell": {}}, "unknown section 'modell'. Did you mean 'model'"),
+        ({"model": {"teachr": "x"}}, "unknown setting 'teachr'. Did you mean 'teacher'"),
+        ({"model": {"size": 10}}, "--size 10: at least 64"),
+        ({"model": {"dropout": 1.0}}, "dropout 1.0: accepted"),
+        ({"model": {"ee_depth": 0.0}}, "ee_depth 0.0: accepted"),
+        ({"model": {"clusters": 0}}, "clusters 0: at least 1"),
+        ({"train": {"steps": 0}}, "--steps 0: at least 1"),
+        ({"train": {"batch": 1}}, "--batch 1: at least 2"),
+        ({"train": {"lr": 0.0}}, "learning rates must be above 0"),
+        ({"train": {"holdout": 0.9}}, "holdout 0.9: accepted 0.05 to 0.5"),
+        ({"train": {"time_budget_s": -1.0}}, "--time-budget -1.0: accepted 0"),
+    ],
+)
+def test_refusals(values: dict[str, dict[str, object]], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_dict(values)
+    assert words in str(refused.value)
+
+
+def test_settings_are_frozen_and_explained() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().train.steps = 3  # type: ignore[misc]
+    import ast
+    import inspect
+
+    for kind in (ModelConfig, TrainConfig):
+        body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+        pairs = list(zip(body, body[1:], strict=False))
+        fields = [(a.target.id, b) for a, b in pairs if isinstance(a, ast.AnnAssign)]
+        assert all(isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) for _, b in fields), fields
+
+
+def test_unknown_names() -> None:
+    assert unknown_name("fruit", "aple", ["apple", "fig"]) == (
+        "unknown fruit 'aple'. Did you mean 'apple'? Accepted: apple, fig"
+    )
+    assert unknown_name("fruit", "zzz", ["apple"]) == "unknown fruit 'zzz'. Accepted: apple"

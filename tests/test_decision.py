@@ -1,0 +1,358 @@
+"""Calibration and decisions: p-values against an oracle, coverage by simulation, budgets, labels, third answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twinspect.calibration import (
+    conformal_threshold,
+    images_needed,
+    labelled_threshold,
+    p_values,
+    refuse_unsupported,
+    suspicious_tail,
+)
+from twinspect.decision import (
+    ANOMALY,
+    GOOD,
+    UNSURE,
+    Budget,
+    Decision,
+    GoodScores,
+    class_sentence,
+    promises,
+    refuse_other_model,
+)
+from twinspect.errors import BundleError, ConfigError, DataError
+
+GOLDEN = Path(__file__).parent / "golden" / "nonconform_p_values.json"
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def good(scores, classes="a", predicted=None, groups=(), distance=None) -> GoodScores:
+    scores = np.asarray(scores, np.float64)
+    names = (classes,) * len(scores) if isinstance(classes, str) else tuple(classes)
+    far = np.full(len(scores), np.nan) if distance is None else np.asarray(distance, np.float64)
+    return GoodScores(scores, scores / 2, far, names, tuple(predicted or names), tuple(groups))
+
+
+def decision(scores, max_fpr=0.05, **changes) -> Decision:
+    rows = scores if isinstance(scores, GoodScores) else good(scores)
+    prototypes = tuple(sorted(set(rows.predicted)))
+    return Decision(rows, prototypes, (0.0, 8.0), **{"budget": Budget(max_fpr, region_fpr=max_fpr), **changes})
+
+
+# ------------------------------------------------------------------------------------------- p-values
+
+
+def literal_p(score: float, calibration: list[float]) -> float:
+    return (1 + sum(c >= score for c in calibration)) / (len(calibration) + 1)
+
+
+def test_p_values_agree_with_the_stored_answers_of_nonconform_and_with_the_definition() -> None:
+    for case in json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]:
+        ours = p_values(np.array(case["score"]), np.array(case["calibration"]))
+        np.testing.assert_allclose(ours, case["p"], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(ours, [literal_p(s, case["calibration"]) for s in case["score"]], atol=1e-12)
+
+
+def test_p_values_agree_with_nonconform_where_it_is_installed() -> None:
+    oracle = pytest.importorskip("nonconform.scoring", reason="nonconform needs Python 3.12: pip install nonconform")
+    rng = np.random.default_rng(1)
+    calibration, new = rng.gamma(2, size=137).round(2), rng.gamma(3, size=200).round(2)
+    np.testing.assert_allclose(
+        p_values(new, calibration), oracle.calculate_p_val(new, calibration), atol=1e-9, rtol=0
+    )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_threshold_calls_exactly_what_the_p_value_calls(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    for count in (20, 99, 100, 199, 250):
+        calibration, new = rng.normal(size=count), rng.normal(size=300)
+        if ties:
+            calibration, new = calibration.round(1), new.round(1)
+        for rate in RATES:
+            found = conformal_threshold(calibration, rate)
+            assert found.guaranteed == (count >= images_needed(rate))
+            if found.guaranteed:
+                assert ((new >= found.value) == (p_values(new, calibration) <= rate + 1e-12)).all()
+            else:
+                assert found.value > calibration.max()
+                assert "cannot be promised" in found.sentence
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.01, 99), (0.005, 199), (0.001, 999)])
+def test_images_needed(rate: float, needed: int) -> None:
+    assert images_needed(rate) == needed
+    refuse_unsupported(needed, rate)
+    with pytest.raises(ConfigError, match=f"at least {needed} are needed"):
+        refuse_unsupported(needed - 1, rate)
+
+
+def test_the_rate_that_a_refusal_suggests_is_supported() -> None:
+    for count in range(20, 400):
+        with pytest.raises(ConfigError) as caught:
+            refuse_unsupported(count, 1e-4)
+        refuse_unsupported(count, float(str(caught.value).rsplit(" ", 1)[1]))
+
+
+# ------------------------------------------------------------------------------------------- coverage
+
+
+def test_coverage_per_class_over_random_splits() -> None:
+    """Realised false-alarm rate of good images, by class: on average within the budget (200 splits)."""
+    rng = np.random.default_rng(0)
+    names = ("a",) * 400 + ("b",) * 300 + ("c",) * 40
+    scores = np.concatenate([rng.gamma(2, 1, 400), rng.normal(5, 1, 300), rng.gamma(1, 4, 40)])
+    predicted = tuple("b" if n == "a" and rng.random() < 0.03 else n for n in names)
+    called = {(rate, name): [] for rate in RATES for name in "ab"}
+    every = {rate: [] for rate in RATES}
+    for _ in range(200):
+        inside = rng.random(len(scores)) < 0.5
+        rows = good(scores, names, predicted).take(inside)
+        for rate in RATES:
+            made = decision(rows, rate)
+            values = {n: made.rule(n, given=False) for n in set(predicted)}
+            bad = np.array([s >= values[n].image.value for s, n in zip(scores, predicted, strict=True)])
+            every[rate].append(bad[~inside].mean())
+            for name in "ab":
+                if not values[name].pooled:
+                    called[rate, name].append(bad[~inside & np.array([n == name for n in predicted])].mean())
+    for key, rates in called.items():
+        rate = key[0]
+        if not rates:
+            continue
+        slack = 3 * math.sqrt(rate / 150 / 2)  # one data set of 300 to 400, cut in many ways
+        assert np.mean(rates) <= rate + slack, key
+        assert np.mean(rates) >= rate - 1 / 100 - slack, key
+    for rate in RATES:
+        assert np.mean(every[rate]) <= rate + 3 * math.sqrt(rate / 370 / 2)
+
+
+def test_coverage_on_fresh_draws_is_exact() -> None:
+    """With new scores every time the expected rate is floor(a (n + 1)) / (n + 1)."""
+    rng = np.random.default_rng(3)
+    for rate in (0.01, 0.05, 0.1):
+        draws = rng.gamma(2.0, size=(4000, 120))
+        kth = math.floor(rate * 120 + 1e-9)
+        thresholds = np.array([conformal_threshold(row[:-1], rate).value for row in draws[:1000]])
+        realised = (rng.gamma(2.0, size=(1000, 400)) >= thresholds[:, None]).mean()
+        assert realised == pytest.approx(kth / 120, abs=3.5 * math.sqrt(kth) / 120 / math.sqrt(1000) + 0.001)
+
+
+# ------------------------------------------------------------------------------------ classes and groups
+
+
+def test_a_rare_class_borrows_all_images_and_says_so() -> None:
+    rng = np.random.default_rng(0)
+    made = decision(good(rng.normal(size=210), ("big",) * 200 + ("rare",) * 10), 0.01)
+    rare, pooled = made.rule("rare"), made.rule("")
+    assert rare.pooled
+    assert rare.image.value == pooled.image.value
+    assert "10 good images of rare are too few" in class_sentence(rare)
+    assert "99 are needed" in class_sentence(rare)
+    assert "nothing is promised for it alone" in class_sentence(rare)
+    assert not rare.image.guaranteed
+    assert not made.rule("big").pooled
+    assert [name for name, _ in promises(made)] == ["big", "rare", "all classes"]
+
+
+def test_small_classes_are_judged_together_where_that_is_enough() -> None:
+    """Classes, or groups of them, are a partition, so the rate over all images keeps the budget as well."""
+    rng = np.random.default_rng(0)
+    names = ("big",) * 200 + ("s1", "s2") * 80
+    scores = np.where([n == "big" for n in names], rng.normal(0, 1, 360), rng.normal(6, 1, 360))
+    made = decision(good(scores, names), 0.01)
+    assert made.rule("s1").image.value == made.rule("s2").image.value > made.rule("").image.value
+    assert made.rule("s1").images == 160
+    assert "s1, s2 are judged together" in class_sentence(made.rule("s1"))
+    assert made.rule("s1").image.guaranteed
+    fresh = rng.normal(6, 1, 4000)
+    assert (fresh >= made.rule("s1").image.value).mean() < 0.03
+    assert (fresh >= made.rule("").image.value).mean() > 0.01
+
+
+def test_given_and_predicted_classes_have_their_own_images() -> None:
+    scores = np.r_[np.full(50, 1.0), np.full(50, 9.0)] + np.arange(100) / 1000
+    made = decision(good(scores, ("a",) * 50 + ("b",) * 50, ("b",) * 50 + ("a",) * 50))
+    assert made.rule("a", given=True).image.value < 2 < made.rule("a", given=False).image.value
+    assert made.judge(5.0, prototype=0).answer == GOOD  # predicted a
+    said = made.judge(5.0, prototype=0, class_name="a")
+    assert said.answer == ANOMALY
+    assert (said.class_name, said.predicted_class) == ("a", "a")
+
+
+def test_one_class_alone_needs_no_pooling() -> None:
+    made = decision(np.arange(60.0), 0.01)
+    assert not made.rule("a").pooled
+    assert made.threshold.value == made.rule("").image.value
+    assert not made.threshold.guaranteed
+    assert [name for name, _ in promises(made)] == ["a"]
+
+
+def test_every_session_keeps_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.r_[rng.normal(0, 1, 200), rng.normal(3, 1, 200), rng.normal(0, 1, 5)]
+    rows = good(scores, groups=("day",) * 200 + ("night",) * 200 + ("short",) * 5)
+    plain, strict = decision(rows), decision(rows, by_group=True)
+    night = rng.normal(3, 1, 2000)
+    assert (night >= plain.threshold.value).mean() > 0.08
+    assert (night >= strict.threshold.value).mean() < 0.07
+    assert "in every session" in strict.threshold.sentence
+    for score in (-1.0, 2.0, 4.5, 6.0):
+        said = strict.judge(score, 0)
+        assert (said.p_value <= 0.05) == (said.answer == ANOMALY)
+
+
+def test_an_unknown_class_is_named_by_its_distance() -> None:
+    rng = np.random.default_rng(0)
+    made = decision(good(rng.normal(size=100), distance=rng.normal(1, 0.1, 100)))
+    near, far = made.judge(0.0, 0, 1.0), made.judge(0.0, 0, 2.0)
+    assert near.unknown_class is False
+    assert near.class_p > 0.2
+    assert far.unknown_class is True
+    assert far.class_p == pytest.approx(1 / 101)
+    silent = made.judge(0.0, 0)
+    assert silent.unknown_class is None
+    assert math.isnan(silent.class_p)
+    with pytest.raises(ConfigError, match="Accepted: a"):
+        made.checked_class("aa")
+
+
+# -------------------------------------------------------------------------------------- third answer
+
+
+def test_unsure_lies_between_two_budgets() -> None:
+    made = decision(np.arange(199.0), budget=Budget(0.01, unsure=0.1))
+    answers = [made.judge(score, 0).answer for score in np.arange(199.0)]
+    assert answers.count(ANOMALY) == 1
+    assert answers.count(ANOMALY) + answers.count(UNSURE) == 19
+    assert answers == sorted(answers, key=[GOOD, UNSURE, ANOMALY].index)
+    assert "called bad or unsure" in class_sentence(made.rule("a"))
+
+
+@pytest.mark.parametrize("rates", [(0.0, None), (1.0, None), (0.05, 0.01), (0.05, 0.05), (0.01, 1.5)])
+def test_budgets_that_make_no_sense_are_refused(rates) -> None:
+    with pytest.raises(ConfigError):
+        Budget(rates[0], unsure=rates[1])
+
+
+# -------------------------------------------------------------------------------------------- labels
+
+
+def literal_choice(scores, labels, rule: str, cost: float) -> tuple[int, int]:
+    """Misses and false alarms of the best threshold, by trying them all."""
+    found = []
+    for value in [*sorted(set(scores)), math.inf]:
+        missed = sum(s < value for s, y in zip(scores, labels, strict=True) if y)
+        alarms = sum(s >= value for s, y in zip(scores, labels, strict=True) if not y)
+        true = sum(labels) - missed
+        f1 = 2 * true / max(true + alarms + sum(labels), 1)
+        merit = {"f1-max": f1, "min-cost": -(cost * missed + alarms), "zero-miss": (missed == 0, -alarms)}[rule]
+        found.append((merit, missed, alarms))
+    best = max(one[0] for one in found)
+    return next(one[1:] for one in found if one[0] == best)
+
+
+@pytest.mark.parametrize(
+    ("rule", "cost"), [("f1-max", 1.0), ("min-cost", 1.0), ("min-cost", 20.0), ("zero-miss", 1.0)]
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_labelled_thresholds_against_trying_them_all(rule: str, cost: float, ties: bool) -> None:
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        labels = np.r_[np.zeros(30, int), np.ones(12, int)]
+        scores = rng.normal(size=42) + 1.5 * labels
+        scores = scores.round(1) if ties else scores
+        found = labelled_threshold(scores, labels, rule, cost)
+        missed, alarms = literal_choice(scores.tolist(), labels.tolist(), rule, cost)
+        called = scores >= found.value
+        ours = int((~called & (labels == 1)).sum()), int((called & (labels == 0)).sum())
+        if rule == "min-cost":
+            assert cost * ours[0] + ours[1] == pytest.approx(cost * missed + alarms)
+        else:
+            assert ours == (missed, alarms)
+        assert f"{ours[0]} of 12 defects missed, {ours[1]} of 30 good" in found.sentence
+        assert not found.guaranteed
+
+
+def test_labels_of_one_kind_unknown_rules_and_odd_costs_are_refused() -> None:
+    with pytest.raises(DataError, match="0 defects"):
+        labelled_threshold(np.arange(5.0), [0] * 5, "f1-max")
+    with pytest.raises(ConfigError, match="zero-miss"):
+        labelled_threshold(np.arange(4.0), [0, 0, 1, 1], "zero-mis")
+    with pytest.raises(ConfigError, match="above 0"):
+        labelled_threshold(np.arange(4.0), [0, 0, 1, 1], "min-cost", -1.0)
+    with pytest.raises(DataError, match="not finite"):
+        labelled_threshold(np.array([0.0, np.nan]), [0, 1], "f1-max")
+
+
+# ---------------------------------------------------------------------------------------- odd input
+
+
+@pytest.mark.parametrize("count", [20, 50, 300])
+@pytest.mark.parametrize("kind", ["exponential", "normal", "gamma", "uniform"])
+def test_clean_good_images_are_rarely_suspected(kind: str, count: int) -> None:
+    rng = np.random.default_rng(0)
+    draw = {
+        "exponential": lambda: rng.exponential(2.0, count), "normal": lambda: rng.normal(size=count),
+        "gamma": lambda: rng.gamma(2.0, size=count), "uniform": lambda: rng.random(count),
+    }[kind]  # fmt: skip
+    warned = sum(len(suspicious_tail(draw())) > 0 for _ in range(400))
+    assert warned <= (12 if count == 20 else 4)  # of 400; the scale is rough with ten gaps
+
+
+@pytest.mark.parametrize(("clean", "odd"), [(95, 5), (60, 15), (30, 2), (300, 1)])
+def test_anomalies_among_good_images_are_pointed_at(clean: int, odd: int) -> None:
+    rng = np.random.default_rng(0)
+    scores = np.r_[rng.exponential(1.0, clean), rng.normal(30, 4, odd)]
+    assert set(suspicious_tail(scores)) == set(range(clean, clean + odd))
+
+
+def test_scores_that_are_all_equal_or_few_raise_no_suspicion() -> None:
+    assert len(suspicious_tail(np.zeros(100))) == 0
+    assert len(suspicious_tail(np.array([1.0, 2.0, 900.0]))) == 0
+
+
+def test_nan_scores_are_refused() -> None:
+    with pytest.raises(DataError, match="not finite"):
+        decision(np.r_[np.arange(30.0), np.nan]).rule("a")
+    with pytest.raises(DataError, match="no calibration scores"):
+        conformal_threshold(np.zeros(0), 0.01)
+
+
+def test_json_round_trip_keeps_every_answer() -> None:
+    rng = np.random.default_rng(0)
+    rows = good(rng.normal(size=120), ("a",) * 60 + ("b",) * 60, groups=("x", "y") * 60)
+    made = decision(
+        rows, budget=Budget(0.05, 0.1, 0.02), budgets={"b": Budget(0.1)}, by_group=True, model_id="abc",
+        trained=("00" * 8, "0f" * 8), fixed={"a": labelled_threshold(np.arange(4.0), [0, 0, 1, 1], "f1-max")},
+    )  # fmt: skip
+    back = Decision.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False)))
+    assert back.trained == made.trained
+    assert np.isnan(back.good.distance).all()
+    for prototype in (0, 1):
+        for score in rng.normal(size=20):
+            ours, theirs = made.judge(score, prototype), back.judge(score, prototype)
+            assert (ours.p_value, ours.threshold, ours.answer) == (theirs.p_value, theirs.threshold, theirs.answer)
+    assert class_sentence(made.rule("a")) == class_sentence(back.rule("a"))
+
+
+def test_thresholds_of_another_model_are_refused() -> None:
+    made = decision(np.arange(30.0), model_id="abc")
+    refuse_other_model(made, "abc", "x.twin")
+    with pytest.raises(BundleError, match="another model"):
+        refuse_other_model(made, "def", "x.twin")
+
+
+def test_columns_of_different_lengths_are_refused() -> None:
+    values = decision(np.arange(30.0)).to_dict()
+    values["good"]["group"].append("x")
+    with pytest.raises(ValueError, match="different lengths"):
+        Decision.from_dict(values)

@@ -1,0 +1,93 @@
+"""Blocks of the students, and folding of batch norms, against slow transcriptions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from twinspect.models.fold import fold_batch_norms
+from twinspect.models.layers import DecoderBlock, LinearAttention, NoisyBottleneck, resample, to_map, to_tokens
+from twinspect.models.teachers import timm
+
+
+def slow_attention(module: LinearAttention, x: torch.Tensor) -> torch.Tensor:
+    """sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j), phi = elu + 1, query by query."""
+    batch, count, width = x.shape
+    size = width // module.heads
+    q, k, v = module.qkv(x).split(width, dim=2)
+    out = torch.zeros(batch, count, width)
+    for b in range(batch):
+        for h in range(module.heads):
+            part = slice(h * size, (h + 1) * size)
+            for i in range(count):
+                weights = [(F.elu(q[b, i, part]) + 1) @ (F.elu(k[b, j, part]) + 1) for j in range(count)]
+                out[b, i, part] = sum(w * v[b, j, part] for j, w in enumerate(weights)) / sum(weights)
+    return module.out(out)
+
+
+def test_linear_attention_equals_its_transcription() -> None:
+    torch.manual_seed(0)
+    module, x = LinearAttention(12, 3), torch.randn(2, 7, 12)
+    torch.testing.assert_close(module(x), slow_attention(module, x), rtol=1e-4, atol=1e-5)
+    order = torch.randperm(7)
+    torch.testing.assert_close(module(x)[:, order], module(x[:, order]))  # no position in it
+
+
+def test_width_that_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="width 10 is not a multiple of 3 heads"):
+        LinearAttention(10, 3)
+
+
+def test_linear_attention_in_bf16_keeps_its_type() -> None:
+    module, x = LinearAttention(16, 2).bfloat16(), torch.randn(1, 50, 16, dtype=torch.bfloat16)
+    found = module(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), module.float()(x.float()), rtol=0.05, atol=0.05)
+
+
+def test_blocks_keep_shape_and_noise_is_for_training_only() -> None:
+    x = torch.randn(2, 9, 16)
+    assert DecoderBlock(16, 2)(x).shape == x.shape
+    bottleneck = NoisyBottleneck(16, 8, 0.4)
+    assert bottleneck(x).shape == (2, 9, 8)
+    assert not torch.equal(bottleneck.train()(x), bottleneck(x))
+    assert torch.equal(bottleneck.eval()(x), bottleneck(x))
+
+
+def test_tokens_and_maps_are_inverse() -> None:
+    maps = torch.randn(2, 5, 6, 6)
+    assert torch.equal(to_map(to_tokens(maps)), maps)
+    assert torch.equal(to_tokens(maps)[0, 7], maps[0, :, 1, 1])
+
+
+def test_resample() -> None:
+    maps = torch.randn(1, 3, 8, 8)
+    assert resample(maps, 8) is maps
+    torch.testing.assert_close(resample(maps, 4)[0, 0, 1, 2], maps[0, 0, 2:4, 4:6].mean())
+    assert resample(maps, 12).shape == (1, 3, 12, 12)
+    assert resample(maps, 5).shape == (1, 3, 5, 5)
+    constant = torch.full((1, 1, 8, 8), 2.0)
+    for side in (2, 5, 13):
+        torch.testing.assert_close(resample(constant, side), torch.full((1, 1, side, side), 2.0))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "tf_efficientnet_lite0", "test_resnet", "mobilenetv3_small_050", "convnext_atto"]
+)
+def test_folded_batch_norms_compute_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(name, pretrained=False)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics of a network that has seen something
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+            torch.nn.init.normal_(module.weight, 1.0, 0.2)
+            torch.nn.init.normal_(module.bias, 0.0, 0.2)
+    net.eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = net.forward_intermediates(x, intermediates_only=True)
+        fold_batch_norms(net)
+        after = net.forward_intermediates(x, intermediates_only=True)
+    assert net.training is False
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
