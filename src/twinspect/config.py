@@ -63,7 +63,7 @@ class ModelConfig:
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = 120
+    steps: int = 100
     """Optimiser steps."""
     batch: int = 16
     """Images per step."""

@@ -21,6 +21,7 @@ from twinspect.errors import BundleError, ConfigError, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
+_NAMED = 4  # small classes that a sentence lists
 _FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 
 
@@ -386,7 +387,8 @@ def _lenders(good: GoodScores, needed: int, given: bool) -> tuple[GoodScores, li
 def _say_pooled(image: Threshold, class_name: str, own: int, needed: int, names: Sequence[str]) -> Threshold:
     head = f"{own} good images of {class_name} are too few for a promise of its own ({needed} are needed)"
     if names:
-        whose = f"so {', '.join(names)} are judged together: {image.sentence}, over these classes together"
+        listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        whose = f"so it is judged with the other small classes ({listed}): {image.sentence}, over these together"
     else:
         whose = f"so the threshold of all classes is used ({image.sentence}) and nothing is promised for it alone"
     return Threshold(image.value, image.max_fpr, image.guaranteed and bool(names), f"{head}, {whose}")

@@ -56,7 +56,7 @@ class DemoSize:
     budget_s: float
 
 
-FULL = DemoSize(train=400, test=500, steps=TrainConfig().steps, budget_s=150.0)
+FULL = DemoSize(train=400, test=300, steps=TrainConfig().steps, budget_s=90.0)
 QUICK = DemoSize(train=120, test=60, steps=40, budget_s=35.0)
 
 

@@ -225,7 +225,7 @@ def _auroc(good: Scores, bad: Scores) -> float:
     return float((ranks.sum() - len(bad) * (len(bad) - 1) / 2) / (len(good) * len(bad)))
 
 
-def load_images(source: Any, size: int, most: int = 300) -> CheckImages:
+def load_images(source: Any, size: int, most: int = 100) -> CheckImages:
     """Good images (a path, folder, glob or list), spread evenly when there are more than ``most``.
 
     Raises:
@@ -240,7 +240,7 @@ def load_images(source: Any, size: int, most: int = 300) -> CheckImages:
     return CheckImages(squares, [None] * len(squares), [""] * len(squares), raw)
 
 
-def load_labelled(root: Path, size: int, most: int = 400) -> CheckImages:
+def load_labelled(root: Path, size: int, most: int = 300) -> CheckImages:
     """Labelled test images of a data set folder, spread evenly over classes and labels.
 
     Raises:
