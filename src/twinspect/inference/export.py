@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,9 @@ class _Build:
         from twinspect.inference.graph import trace
 
         program = trace(self.fitted.model, self.options.batch, self.options.any_size)
-        torch.export.save(program, self.draft)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about weights that are views of others; the comparison decides
+            torch.export.save(program, self.draft)
         self._seal()
 
     def _plain(self, proto: Any) -> None:

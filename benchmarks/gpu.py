@@ -1,0 +1,139 @@
+"""Speed and bf16 parity of system A on a CUDA GPU: ``PYTHONPATH=src python benchmarks/gpu.py``.
+
+Needs torch >= 2.10 and timm only; weights are random. For ViT-S/B/L at 224, 392 and 448 pixels: images per
+second of the bare teacher, of A (teacher, both students, scorer) and of the Encoder-Decoder alone, eager and
+compiled, in bf16; and how far bf16 scores are from fp32. Prints a table for people; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Step = Callable[[torch.Tensor], Any]
+TEACHERS = {
+    "vit-s": "vit_small_patch14_reg4_dinov2",
+    "vit-b": "vit_base_patch14_reg4_dinov2",
+    "vit-l": "vit_large_patch14_reg4_dinov2",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="vit-s,vit-b,vit-l")
+    parser.add_argument("--sizes", default="224,392,448")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=2.0, help="spent on each timing")
+    parser.add_argument("--no-compile", action="store_true")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing to measure")
+        print(json.dumps({"device": None, "rows": []}))
+        return 0
+    torch.backends.cuda.matmul.allow_tf32 = False
+    name, rows = torch.cuda.get_device_name(), []
+    print(f"{name}, torch {torch.__version__}, batch {given.batch}, bf16")
+    print("model  size  compiled   teacher      A   ED only   A / teacher   largest score gap of bf16")
+    for model in given.models.split(","):
+        for size in map(int, given.sizes.split(",")):
+            for compiled in (False, True)[: 1 if given.no_compile else 2]:
+                rows.append(
+                    {"model": model, "size": size, "compiled": compiled, **measure(given, model, size, compiled)}
+                )
+                print(line_of(rows[-1]), flush=True)
+    print(json.dumps({"device": name, "torch": torch.__version__, "batch": given.batch, "rows": rows}))
+    return 0
+
+
+def measure(given: argparse.Namespace, name: str, size: int, compiled: bool) -> dict[str, Any]:
+    """Images per second of the three steps, or why they could not be measured."""
+    try:
+        model = build(TEACHERS[name], size)
+        image = torch.randint(0, 256, (given.batch, 3, size, size), dtype=torch.uint8, device="cuda")
+        with torch.inference_mode():
+            found: dict[str, Any] = {
+                key: speed(prepared(step, compiled), image, given.seconds) for key, step in steps(model).items()
+            }
+            found["ratio"] = found["a"] / found["teacher"]
+            found["bf16"] = parity(model, image[:8])
+        return found
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory; give a smaller --batch"}
+    finally:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def build(arch: str, size: int) -> Any:
+    """The model with random weights, on the GPU."""
+    from twinspect.config import ModelConfig
+    from twinspect.training.fit import build_model
+
+    torch.manual_seed(0)
+    return build_model(ModelConfig(teacher=arch, pretrained=False, size=size)).eval().cuda()
+
+
+def steps(model: Any) -> dict[str, Step]:
+    """Bare teacher, whole model, teacher with the Encoder-Decoder only."""
+
+    def teacher(image: torch.Tensor) -> Any:
+        return model.teacher.features(model.teacher.normalise(image))
+
+    def local(image: torch.Tensor) -> Any:
+        groups, trunk = model.groups(model.groups.select(teacher(image).maps))
+        return groups, model.student.local(trunk)
+
+    return {"teacher": teacher, "a": model, "ed": local}
+
+
+def prepared(step: Step, compiled: bool) -> Step:
+    """Under bf16 autocast, compiled with CUDA graphs where asked."""
+    inner = torch.compile(step, mode="reduce-overhead") if compiled else step
+
+    def run(image: torch.Tensor) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return inner(image)
+
+    return run
+
+
+def speed(step: Step, image: torch.Tensor, seconds: float) -> float:
+    """Images per second after a warm-up."""
+    for _ in range(5):
+        step(image)
+    torch.cuda.synchronize()
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(5):
+            step(image)
+        torch.cuda.synchronize()
+        calls += 5
+    return calls * len(image) / (time.perf_counter() - began)
+
+
+def parity(model: Any, image: torch.Tensor) -> dict[str, float]:
+    """Largest gap of bf16 to fp32, relative to max(1, |fp32|), of raw scores and of the map."""
+    exact = model(image)
+    with torch.autocast("cuda", torch.bfloat16):
+        close = model(image)
+    names = ("score_local_B", "score_semantic_B", "map_B1HW")
+    pairs = {name: (getattr(exact, name).float(), getattr(close, name).float()) for name in names}
+    return {name: float(((a - b).abs() / a.abs().clamp_min(1.0)).max()) for name, (a, b) in pairs.items()}
+
+
+def line_of(row: dict[str, Any]) -> str:
+    head = f"{row['model']:<6} {row['size']:4d}  {'yes' if row['compiled'] else 'no':<8}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    gap = max(row["bf16"]["score_local_B"], row["bf16"]["score_semantic_B"])
+    return f"{head} {row['teacher']:9.0f} {row['a']:6.0f} {row['ed']:9.0f} {row['ratio']:13.2f}   {gap:.2g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

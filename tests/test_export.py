@@ -1,0 +1,249 @@
+"""Exports equal the model they come from, say what is wrong, and leave nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import images_to_test, picture
+
+from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.inference import exported, load
+from twinspect.inference.export import ExportOptions, check, export
+from twinspect.inference.exported import read_export
+from twinspect.inference.parity import CheckImages, Comparison, ParityError, load_labelled, rank_correlation
+from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def images(parts: Path, quick) -> CheckImages:
+    return load_labelled(parts, quick.fitted.model.shape.size)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(quick, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model.onnx"
+    found = export(quick.fitted, out, ExportOptions(), images)
+    assert not found.problems("fp32")
+    assert [p.name for p in out.parent.iterdir()] == ["model.onnx"]
+    return out
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_output_equals_torch_at_any_batch(onnx_file: Path, quick, count: int) -> None:
+    size = quick.fitted.model.shape.size
+    pixels = np.stack([picture(i, size, size) for i in range(count)])
+    expected = TorchRuntime(quick.fitted.model).run(pixels)
+    found = load_runtime(onnx_file)[0].run(pixels)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_predictions_equal_those_of_the_bundle(onnx_file: Path, quick, parts: Path) -> None:
+    paths = images_to_test(parts, None)
+    ours, theirs = quick.predict(paths), list(load(onnx_file).predict(paths))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.path == b.path
+        assert a.score == pytest.approx(b.score, rel=1e-4, abs=1e-4)
+        assert (a.is_anomaly, a.class_name, a.width, a.height) == (b.is_anomaly, b.class_name, b.width, b.height)
+
+
+def test_metadata_hold_decision_record_and_comparison(onnx_file: Path, quick) -> None:
+    meta = read_export(onnx_file)
+    assert meta.decision == json.loads(json.dumps(quick.fitted.decision.to_dict()))
+    assert meta.record["teacher"] == quick.record_["teacher"]
+    assert meta.check["score_gap"] < 1e-4
+    assert b"site-packages" not in onnx_file.read_bytes()
+
+
+def test_check_accepts_the_export_and_refuses_another_model(onnx_file: Path, quick, images, tmp_path: Path) -> None:
+    found, meta = check(onnx_file, quick.fitted, images)
+    assert not found.problems(meta.precision)
+    other = tmp_path / "other.onnx"
+    _rewrite(onnx_file, other, lambda values: values["decision"].update(model_id="0"))
+    with pytest.raises(BundleError, match="exported from another model"):
+        check(other, quick.fitted, images)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.7])
+def test_a_changed_byte_is_refused(onnx_file: Path, tmp_path: Path, place: float) -> None:
+    body = bytearray(onnx_file.read_bytes())
+    body[int(len(body) * place)] ^= 1
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(body)
+    with pytest.raises(BundleError, match=r"changed or damaged|damaged or not an export"):
+        load(bad)
+
+
+def test_damaged_foreign_and_missing_files(onnx_file: Path, tmp_path: Path) -> None:
+    import onnx
+
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(onnx_file.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="damaged or not an export"):
+        load(cut)
+    foreign = tmp_path / "foreign.onnx"
+    proto = onnx.load(str(onnx_file))
+    del proto.metadata_props[:]
+    onnx.save(proto, str(foreign))
+    with pytest.raises(BundleError, match="holds no twinspect metadata"):
+        load(foreign)
+    with pytest.raises(BundleError, match="no such model"):
+        load(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [(99, "pip install --upgrade twinspect"), (0, "Export its bundle again")]
+)
+def test_other_versions_say_what_to_type(onnx_file: Path, tmp_path: Path, version: int, said: str) -> None:
+    other = tmp_path / "other.onnx"
+    _rewrite(onnx_file, other, lambda values: values.update(format=version))
+    with pytest.raises(BundleError, match=said):
+        load(other)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (np.zeros((1, 3, 64, 64), np.uint8), "channels come first"),
+        (np.zeros((1, 64, 64, 3), np.float32), "float32"),
+        (np.zeros((1, 64, 64, 4), np.uint8), r"\(1, 64, 64, 4\)"),
+        (np.zeros((64, 64, 3), np.uint8), "accepted B x H x W x 3"),
+        (np.zeros((1, 0, 64, 3), np.uint8), "no side 0"),
+        (np.zeros((0, 64, 64, 3), np.uint8), "no side 0"),
+        (np.zeros((1, 32, 64, 3), np.uint8), "resize first"),
+    ],
+)
+def test_pixels_a_graph_would_misread_are_refused(pixels: np.ndarray, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_pixels(pixels, 64, any_size=False)
+
+
+def test_options_and_names_that_do_not_go_together(quick, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'onnx'"):
+        ExportOptions("onx")
+    with pytest.raises(ConfigError, match="written as fp32 only"):
+        ExportOptions("torch", "int8")
+    with pytest.raises(ConfigError, match=r"ends in \.onnx"):
+        export(quick.fitted, tmp_path / "model.xml", ExportOptions())
+    with pytest.raises(ConfigError, match="needs good images"):
+        export(quick.fitted, tmp_path / "model.onnx", ExportOptions(precision="int8"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="cannot be written"):
+        export(quick.fitted, tmp_path / "file" / "model.onnx", ExportOptions())
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(
+    quick, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Comparison, "problems", lambda self, precision: ["scores differ by up to 1"])
+    with pytest.raises(ParityError, match=r"scores differ by up to 1.*Nothing was written"):
+        export(quick.fitted, tmp_path / "m.pt2", ExportOptions("torch"), images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_nothing(quick, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("twinspect.inference.export.seal", full)
+    with pytest.raises(BundleError, match="No space left"):
+        export(quick.fitted, tmp_path / "m.pt2", ExportOptions("torch"), images)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "torch"])
+def test_a_missing_runtime_says_what_to_type(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from twinspect.inference import runtimes
+
+    def absent(module: str) -> None:
+        raise ImportError(f"No module named {module}")
+
+    monkeypatch.setattr(runtimes.importlib, "import_module", absent)
+    with pytest.raises(TwinspectError, match=r"pip install (onnxruntime|openvino|torch)"):
+        runtimes.required(name, onnx_file)
+
+
+def test_runtimes_that_cannot_run_a_file(onnx_file: Path, bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="runtime torch reads .pt2"):
+        load(onnx_file, runtime="torch")
+    with pytest.raises(ConfigError, match="twinspect export"):
+        load(bundle, runtime="onnx")
+    with pytest.raises(ConfigError, match="unknown runtime"):
+        load(onnx_file, runtime="onxx")
+    with pytest.raises(ConfigError, match="--threads -1"):
+        load(onnx_file, threads=-1)
+
+
+def test_rank_correlation_with_ties() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 9, 60).astype(float), rng.normal(size=60)
+    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second)[0])
+
+
+@pytest.mark.slow
+def test_torch_file_of_fixed_batch_and_any_size(quick, images, tmp_path: Path, parts: Path) -> None:
+    out = tmp_path / "model.pt2"
+    found = export(quick.fitted, out, ExportOptions("torch", batch=2, any_size=False), images)
+    assert not found.problems("fp32")
+    assert len(list(load(out).predict(images_to_test(parts, None)[:3]))) == 3
+    assert not export(quick.fitted, tmp_path / "any.pt2", ExportOptions("torch", any_size=True), images).problems(
+        "fp32"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_small_precisions_rank_alike_or_are_refused(detector, parts: Path, tmp_path: Path, precision: str) -> None:
+    out = tmp_path / "small.onnx"
+    images = load_labelled(parts, detector.fitted.model.shape.size)
+    try:
+        found = export(detector.fitted, out, ExportOptions(precision=precision), images)
+    except ParityError:
+        assert not list(tmp_path.iterdir())
+        return
+    assert not found.problems(precision)
+    assert read_export(out).precision == precision
+
+
+@pytest.mark.slow
+def test_openvino_equals_torch(quick, images, onnx_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    found, _ = check(onnx_file, quick.fitted, images, "openvino")
+    assert not found.problems("fp32")
+    out = tmp_path / "model.xml"
+    assert not export(quick.fitted, out, ExportOptions("openvino"), images).problems("fp32")
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json", ".xml"]
+    out.with_suffix(".bin").write_bytes(b"x" + out.with_suffix(".bin").read_bytes()[1:])
+    with pytest.raises(BundleError, match="changed or damaged"):
+        load(out)
+    out.with_suffix(".json").unlink()
+    with pytest.raises(BundleError, match="must lie beside"):
+        load(out)
+
+
+def _rewrite(source: Path, target: Path, change) -> None:
+    """A properly sealed copy with other metadata."""
+    import onnx
+
+    proto = onnx.load(str(source))
+    entry = next(p for p in proto.metadata_props if p.key == exported.KEY)
+    values = json.loads(entry.value)
+    change(values)
+    values["sealed_sha256"] = "0" * 64
+    entry.value = json.dumps(values)
+    target.write_bytes(proto.SerializeToString())
+    exported.seal(target)
+    shutil.copystat(source, target)
