@@ -1,0 +1,114 @@
+"""An exported file runs without torch, in the full install and in the light one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import images_to_test
+
+from twinspect.inference.label import components
+from twinspect.inference.runtimes import in_batches
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "timm", "scipy", "pyarrow")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(quick, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from twinspect.inference.export import ExportOptions, export
+    from twinspect.inference.parity import load_labelled
+
+    out = tmp_path_factory.mktemp("export") / "model.onnx"
+    export(quick.fitted, out, ExportOptions(), load_labelled(parts, quick.fitted.model.shape.size))
+    return out
+
+
+def test_api_and_command_never_load_torch(onnx_file: Path, parts: Path) -> None:
+    image = images_to_test(parts, 1)[0]
+    code = f"""
+import sys
+from twinspect.inference import load
+(result,) = load({str(onnx_file)!r}).predict({str(image)!r})
+assert result.score == result.score and result.map is not None and not result.error
+from typer.testing import CliRunner
+from twinspect.cli import app
+found = CliRunner().invoke(app, ["predict", {str(onnx_file)!r}, {str(image)!r}])
+assert found.exit_code == 0, found.output
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stdout + found.stderr
+
+
+def test_light_command(onnx_file: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from twinspect.inference.command import main
+
+    out = tmp_path / "rows.csv"
+    images = [str(p) for p in images_to_test(parts, None)[:3]]
+    assert main(["predict", str(onnx_file), *images, "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == 4
+    assert main(["info", str(onnx_file)]) == 0
+    assert "channels last" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "none.onnx"), *images]) == 2
+    assert "no such model" in capsys.readouterr().err
+
+
+def test_fixed_batch_fills_up_the_last_part() -> None:
+    seen = []
+
+    def call(part: np.ndarray) -> dict[str, np.ndarray]:
+        seen.append(len(part))
+        return {"score_B": part[:, 0, 0, 0].astype(float)}
+
+    pixels = np.arange(5, dtype=np.uint8).repeat(3).reshape(5, 1, 1, 3)
+    assert in_batches(call, pixels, 2)["score_B"].tolist() == [0, 1, 2, 3, 4]
+    assert seen == [2, 2, 2]
+
+
+def test_components_equal_scipys() -> None:
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        values = rng.normal(size=rng.integers(1, 30, 2)).astype(np.float32)
+        values = ndimage.gaussian_filter(values, 1) if trial % 2 else values
+        mask = values >= rng.normal() * 0.5
+        labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+        found = components(mask, values)
+        assert len(found.area) == count
+        if count:
+            assert found.peak.tolist() == ndimage.maximum(values, labels, np.arange(1, count + 1)).tolist()
+            boxes = [(y.start, x.start, y.stop, x.stop) for y, x in ndimage.find_objects(labels)]
+            assert boxes == list(zip(found.top, found.left, found.bottom, found.right, strict=True))
+
+
+@pytest.mark.slow
+def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp_path: Path) -> None:
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=True)
+    python = home / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    before = _megabytes(home)
+    install = [python, "-m", "pip", "install", "--no-compile", "--quiet", ROOT / "packaging" / "runtime"]
+    made = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path)
+    if made.returncode and ("No matching distribution" in made.stderr or "Retrying" in made.stderr):
+        pytest.skip("the package registry is not reachable")
+    assert made.returncode == 0, made.stderr
+    size = _megabytes(home) - before
+    assert size < 150, size
+    run = [python, "-B", "-m", "twinspect.inference.command", "predict", onnx_file, images_to_test(parts, 1)[0]]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "weave" in found.stdout or "ring" in found.stdout
+    gone = subprocess.run([python, "-c", "import torch"], capture_output=True, cwd=tmp_path)
+    assert gone.returncode
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
