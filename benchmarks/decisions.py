@@ -60,8 +60,8 @@ def samples_of(name: str) -> list[Sample]:
 
 
 def progress(stage: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"{stage}: {total} done", file=sys.stderr)
+    if done == total or done % 100 == 0:
+        print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- coverage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -95,7 +96,11 @@ def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp
     venv.create(home, with_pip=True)
     python = home / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     before = _megabytes(home)
-    install = [python, "-m", "pip", "install", "--no-compile", "--quiet", ROOT / "packaging" / "runtime"]
+    copied = tmp_path / "tree"  # a build leaves folders behind; not in the checkout
+    left_out = shutil.ignore_patterns("*.egg-info", "build", "__pycache__")
+    for name in ("src", "packaging"):
+        shutil.copytree(ROOT / name, copied / name, ignore=left_out)
+    install = [python, "-m", "pip", "install", "--no-compile", "--quiet", copied / "packaging" / "runtime"]
     made = subprocess.run(install, capture_output=True, text=True, cwd=tmp_path)
     if made.returncode and ("No matching distribution" in made.stderr or "Retrying" in made.stderr):
         pytest.skip("the package registry is not reachable")
