@@ -29,8 +29,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("charts", "recipes"),
     ("report",),
     ("results",),
-    ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "diagnose_commands"),
-    ("reproduce", "export_commands"),
+    ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands"),
+    ("reproduce", "export_commands", "diagnose_commands"),
     ("cli",),
     ("__main__", ""),
 )
