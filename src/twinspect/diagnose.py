@@ -279,7 +279,7 @@ def _measure(
         if result.error:
             raise DataError(f"{result.path}: {result.error}")
         evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
-        found.images.append({**one.row(), "score": result.score, "score_local": result.score_local})
+        found.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
     values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
