@@ -2,13 +2,14 @@
 
 Rows build on each other from plain reverse distillation; every row is trained on all classes at once and, where
 asked for, on each class alone. Beside image and pixel metrics stands the interference (`twinspect diagnose`), which
-needs no anomaly. The control row shows what the closed-form statistics do for the plain loss.
+needs no anomaly. The control rows show what the closed-form statistics do for the plain loss.
 
-Teacher features are cached, and every finished run is written; the same command goes on after the last one. Small on
-purpose (128 pixels, a few hundred steps), as it was made for two CPU cores.
+Teacher features are cached, a student is trained once for all rows that differ in scoring only, and what is finished
+is written; the same command goes on after the last one. Small on purpose (128 pixels, a few hundred steps), as it was
+made for two CPU cores.
 
     python benchmarks/snl.py --data DIR/parts                                   # all rows, one seed, multi-class
-    python benchmarks/snl.py --data DIR/parts --seeds 0,1,2 --single baseline,statistics
+    python benchmarks/snl.py --data DIR/parts --seeds 0,1,2 --single baseline,snl
     python benchmarks/snl.py --data DIR/parts --rows baseline,spatial --size 96 --steps 20     # a quick look
 """
 
@@ -32,63 +33,100 @@ from twinspect.inference.runtimes import TorchRuntime
 from twinspect.report import Section, Table
 from twinspect.reproduce import code_hash
 from twinspect.results import markdown, write_text
-from twinspect.training.fit import fit
+from twinspect.training.decide import decide
+from twinspect.training.fit import build_model, cache_folder, choose_images, fit
+from twinspect.training.resume import take_over
+from twinspect.training.source import FeatureSource
+from twinspect.training.statistics import calibrate, fit_statistics
 
-PLAIN = {"model": "snl", "cram": 0, "scoring": "plain"}
-ALL_TERMS = "spatial,channel,intra,inter"
-# Row -> (how it is called in the table, settings of the model).
-ROWS = {
-    "baseline": ("plain reverse distillation", {"model": "rd"}),
-    "spatial": ("+ spatial", {**PLAIN, "terms": "spatial"}),
-    "channel": ("+ channel", {**PLAIN, "terms": "spatial,channel"}),
-    "intra": ("+ intra", {**PLAIN, "terms": "spatial,channel,intra"}),
-    "inter": ("+ inter", {**PLAIN, "terms": ALL_TERMS}),
-    "cram": ("+ CRAM", {**PLAIN, "terms": ALL_TERMS, "cram": 32}),
-    "statistics": ("+ statistics (snl)", {"model": "snl"}),
-    "control": ("baseline + statistics", {"model": "snl", "terms": "flat", "cram": 0}),
-    "forward": ("plain forward distillation", {"model": "fd"}),
-    "snl-forward": ("snl, forward", {"model": "snl", "direction": "forward"}),
+TERMS = "spatial,channel,intra,inter"
+# Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.
+STUDENTS = {
+    "flat": {"terms": "flat", "cram": 0},
+    "spatial": {"terms": "spatial", "cram": 0},
+    "channel": {"terms": "spatial,channel", "cram": 0},
+    "intra": {"terms": "spatial,channel,intra", "cram": 0},
+    "inter": {"terms": TERMS, "cram": 0},
+    "cram": {"terms": TERMS, "cram": 32},
+    "flat-cram": {"terms": "flat", "cram": 32},
+    "forward": {"terms": "flat", "cram": 0, "direction": "forward"},
+    "snl-forward": {"terms": TERMS, "cram": 32, "direction": "forward"},
 }
-DEFAULT_ROWS = ("baseline", "spatial", "channel", "intra", "inter", "cram", "statistics", "control")
+# Row -> (its name in the table, student, scoring). ``baseline`` is what ``--model rd`` gives, ``snl`` the default.
+ROWS = {
+    "baseline": ("plain reverse distillation (rd)", "flat", "plain"),
+    "spatial": ("+ spatial", "spatial", "plain"),
+    "channel": ("+ channel", "channel", "plain"),
+    "intra": ("+ intra", "intra", "plain"),
+    "inter": ("+ inter", "inter", "plain"),
+    "cram": ("+ CRAM", "cram", "plain"),
+    "whitened": ("+ whitened residuals", "cram", "whitened"),
+    "snl": ("+ global tokens (snl as shipped)", "cram", "joint"),
+    "control-whitened": ("rd + whitened residuals", "flat", "whitened"),
+    "control": ("rd + whitened residuals + global tokens", "flat", "joint"),
+    "flat-cram": ("rd + CRAM", "flat-cram", "plain"),
+    "forward": ("plain forward distillation (fd)", "forward", "plain"),
+    "snl-forward": ("snl, forward", "snl-forward", "joint"),
+}
+DEFAULT_ROWS = (
+    "baseline", "spatial", "channel", "intra", "inter", "cram", "whitened", "snl", "control-whitened", "control",
+)  # fmt: skip
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
 
 
 def config_of(row, seed, args):
-    model = ModelConfig(teacher=args.teacher, size=args.size, **ROWS[row][1])
+    _, student, scoring = ROWS[row]
+    model = ModelConfig(model="snl", teacher=args.teacher, size=args.size, scoring=scoring, **STUDENTS[student])
     return RunConfig(model, TrainConfig(steps=args.steps, lr=args.lr, seed=seed, batch=args.batch))
 
 
-def measured(samples, config, plan, console):
-    """Train on the normal images of some samples, test on their test images."""
-    began = time.monotonic()
-    fitted = fit(samples, config, None, console.progress)
+def rescored(fitted, samples, config, console):
+    """A trained student under another scoring: statistics and decision are learnt anew, weights stay."""
+    model = build_model(config.model, fitted.model.teacher)
+    take_over(model, fitted.model)
+    training, held = choose_images(samples, config)
+    root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
+    source = FeatureSource(model, [*training, *held], root, console.progress)
+    train_at, held_at = range(len(training)), range(len(training), len(source))
+    fit_statistics(model, source, train_at, config.train.seed, console.progress)
+    calibrate(model, source, held_at)
+    return model, decide(model, source, train_at, held_at, fitted.decision.map_scale)
+
+
+def measured(rows, samples, configs, plan, console):
+    """Train one student on the normal images of some samples; test it under the scoring of every row."""
+    began, found = time.monotonic(), {}
+    fitted = fit(samples, configs[rows[0]], None, console.progress)
     trained = time.monotonic() - began
-    predictor = Predictor(TorchRuntime(fitted.model), fitted.decision, batch=8)
-    table = evaluate(predictor, test_samples(samples), console.progress).table
-    found = {"classes": table["classes"], "terms": fitted.record["training"], "fit_s": round(trained, 1)}
-    found["prototypes"] = fitted.record["prototypes"]
-    if plan is not None:
-        found["interference"] = diagnose(predictor, samples, plan, console.progress).mean()
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+    for row in rows:
+        began = time.monotonic()
+        model, decision = rescored(fitted, samples, configs[row], console)
+        predictor = Predictor(TorchRuntime(model), decision, batch=8)
+        table = evaluate(predictor, test_samples(samples), console.progress).table
+        found[row] = {"classes": table["classes"], "training": fitted.record["training"], "fit_s": round(trained, 1)}
+        if plan is not None:
+            found[row]["interference"] = diagnose(predictor, samples, plan, console.progress).mean()
+        found[row]["test_s"] = round(time.monotonic() - began, 1)
+    return found
 
 
-def multi_class(samples, config, plan, console):
-    found = measured(samples, config, plan, console)
-    return found | {"mean": mean_of_classes(found["classes"])}
+def multi_class(rows, samples, configs, plan, console):
+    return measured(rows, samples, configs, plan, console)
 
 
-def single_class(samples, config, plan, console):
-    """One model a class; the same number of steps each."""
+def single_class(rows, samples, configs, plan, console):
+    """One model a class, each with as many steps as the one for all classes."""
+    classes = sorted({s.class_name for s in samples})
     parts = {
-        name: measured([s for s in samples if s.class_name == name], config, None, console)
-        for name in sorted({s.class_name for s in samples})
+        name: measured(rows, [s for s in samples if s.class_name == name], configs, None, console) for name in classes
     }
-    classes = {name: part["classes"][name] for name, part in parts.items()}
     return {
-        "classes": classes,
-        "mean": mean_of_classes(classes),
-        "seconds": sum(p["seconds"] for p in parts.values()),
+        row: {
+            "classes": {name: part[row]["classes"][name] for name, part in parts.items()},
+            **{what: sum(part[row][what] for part in parts.values()) for what in ("fit_s", "test_s")},
+        }
+        for row in rows
     }
 
 
@@ -101,24 +139,39 @@ def mean_of_classes(classes):
     }
 
 
-def run(row, seed, mode, samples, args, done, console):
-    """A finished run, from the file or made now."""
-    config = config_of(row, seed, args)
-    settings = [row, mode, config.to_dict(), args.count, code_hash(), sorted(map(str, samples))]
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    if key not in done:
-        plan = Plan(count=args.count, seed=0)
-        made = {"multi": multi_class, "single": single_class}[mode](samples, config, plan, console)
-        done[key] = {"row": row, "seed": seed, "mode": mode, "config": config.to_dict(), **made}
+def run(rows, seed, mode, samples, args, done, console):
+    """Entries of rows that share a student: from the file, or made now."""
+    configs = {row: config_of(row, seed, args) for row in rows}
+    keys = {row: key_of(configs[row], mode, samples, args) for row in rows}
+    missing = [row for row in rows if keys[row] not in done]
+    if missing:
+        makes = {"multi": multi_class, "single": single_class}[mode]
+        made = makes(missing, samples, configs, Plan(count=args.count), console)
+        for row, values in made.items():
+            mean_row = mean_of_classes(values["classes"])
+            entry = {"row": row, "seed": seed, "mode": mode, "config": configs[row].to_dict()}
+            done[keys[row]] = {**entry, **values, "mean": mean_row}
+            console.say(f"{row}, {mode}, seed {seed}: {say(done[keys[row]])}")
         write_text(args.out, json.dumps(done, indent=1) + "\n")
-        console.say(f"{row} {mode} seed {seed}: {say(done[key])}")
-    return done[key]
+    return [done[key] for key in keys.values()]
+
+
+def key_of(config, mode, samples, args):
+    """What a finished entry must agree with: settings, images, code."""
+    settings = [mode, config.to_dict(), args.count, code_hash(), sorted(map(str, samples))]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def say(entry):
-    values = {**entry["mean"], **entry.get("interference", {})}
-    shown = ", ".join(f"{name} {values[name]:.4f}" for name in (*METRICS, *INTERFERENCE) if name in values)
-    return f"{shown}; {entry['seconds']:.0f} s"
+    crossed = {name: entry["interference"][name] for name in INTERFERENCE if "interference" in entry}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in {**entry["mean"], **crossed}.items())
+    return f"{shown}; trained {entry['fit_s']:.0f} s, tested {entry['test_s']:.0f} s"
+
+
+def jobs_of(rows, mode, seed):
+    """Rows that share a student go together."""
+    students = dict.fromkeys(ROWS[row][1] for row in rows)
+    return [([row for row in rows if ROWS[row][1] == student], seed, mode) for student in students]
 
 
 def spread(values):
@@ -189,9 +242,9 @@ def main() -> None:
     samples = data_room.load(Path(args.data)).samples
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     with Console() as console:
-        jobs = [(row, seed, "multi") for seed in args.seeds for row in args.rows]
-        jobs += [(row, seed, "single") for seed in args.seeds for row in args.single]
-        entries = [run(*job, samples, args, done, console) for job in jobs]
+        jobs = [job for seed in args.seeds for job in jobs_of(args.rows, "multi", seed)]
+        jobs += [job for seed in args.seeds for job in jobs_of(args.single, "single", seed)]
+        entries = [entry for job in jobs for entry in run(*job, samples, args, done, console)]
         facts = {"teacher": args.teacher, "input size": str(args.size), "steps": str(args.steps), "code": code_hash()}
         facts |= {"mask rule": "> 0", "map size": "original image", "threads": str(torch.get_num_threads())}
         parts = (table_of(entries, args), class_table(entries, args))

@@ -23,7 +23,7 @@ DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
-SCORINGS = ("plain", "whitened")
+SCORINGS = ("plain", "whitened", "joint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Structure:
 
 # What each structural family is where nothing else is asked for. The baselines are asked for nothing else.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "whitened"},
+    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "joint"},
     "rd": {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"},
     "fd": {"direction": "forward", "terms": "flat", "cram": 0, "scoring": "plain"},
 }
@@ -86,11 +86,11 @@ class ModelConfig:
     cram_place: str = ""
     """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
     scoring: str = ""
-    """snl: plain (cosine maps, as in RD4AD) or whitened (by statistics of normal images); empty takes whitened."""
+    """snl: plain (as in RD4AD), whitened (statistics of residuals) or joint (and of tokens); empty takes joint."""
     channel_reading: str = "kl"
     """snl: reading of the channel term, kl or cosine."""
     temperature: float = 1.0
-    """snl: of the channel term's softmax."""
+    """snl: of the channel term's softmax, in spreads of a channel on normal images."""
     affinity_side: int = 16
     """snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power."""
 

@@ -8,12 +8,13 @@ centres of what is normal (`models.cram`). One file for all configurations:
     direction  reverse (bottleneck and decoder) or forward (an encoder from scratch, on the pixels)
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
     cram       number of centres, 0 without
-    scoring    plain (cosine maps of raw features, summed over stages; image score = maximum, as in RD4AD), or
-               whitened (channels standardised before training, differences of unit vectors measured by their
-               statistics on normal images: `models.statistics`)
+    scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD
+               whitened  differences of unit vectors measured by their statistics on normal images, each stage
+                         calibrated, stages joined by a Noisy-OR (`models.statistics`)
+               joint     whitened, joined by a Noisy-OR with how unusual the teacher's global tokens are
 
-``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, whitened scoring, and
-what the paper's abstract leaves open (see `losses`).
+``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, every scoring but plain,
+and what the paper's abstract leaves open (see `losses`).
 
 Shapes: B images, D channels, h w grid, E width of all global tokens together, S input side.
 """
@@ -47,6 +48,9 @@ from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 TOP_SHARE = 0.005  # share of positions whose mean is a stage's score when whitened
+# Between whitening (0) and plain distances (infinity), as a share of the mean variance: students of a few hundred
+# steps leave residuals whose small directions are noise, and whitening them fully loses small defects (see LOG.md).
+RIDGE = 1.0
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
 _START_ROWS = 4096  # vectors that the centres of a CRAM are found from
 
@@ -65,13 +69,13 @@ class Stages(Selection):
     CNN: the last level of its three finest strides from 4 on. ViT: its levels averaged in three parts.
     """
 
-    def __init__(self, info: BackboneInfo, size: int, standardised: bool) -> None:
+    def __init__(self, info: BackboneInfo, size: int) -> None:
         levels = _thirds(len(info.channels)) if info.kind == "vit" else _finest(info.strides)
-        super().__init__(info, levels, [-(-size // info.strides[one[0]]) for one in levels], standardised)
+        super().__init__(info, levels, [-(-size // info.strides[one[0]]) for one in levels], True)
 
-    def forward(self, selected: tuple[Tensor, ...]) -> list[Tensor]:
-        """Selected maps to targets: standardised where asked for, else as the teacher gave them."""
-        return [self.standardise(one, i) for i, one in enumerate(selected)]
+    def in_spreads(self, map_BDhw: Tensor, i: int) -> Tensor:
+        """A map of the i-th stage in units of each channel's spread on normal images."""
+        return map_BDhw / self.get_buffer(f"scale_{i}")[:, None, None]
 
 
 class ForwardEncoder(nn.Module):
@@ -80,15 +84,11 @@ class ForwardEncoder(nn.Module):
     def __init__(self, info: BackboneInfo, stages: Stages, size: int) -> None:
         super().__init__()
         self.net = Backbone(info.arch, img_size=size)
-        self.levels, self.select = stages.levels, stages.select
-        # Standardised targets are negative too, which a stage behind a ReLU cannot be.
-        heads = (nn.Conv2d(c, c, 1) if stages.standardised else nn.Identity() for c in stages.channels)
-        self.heads = nn.ModuleList(heads)
+        self.select = stages.select
 
     def forward(self, stages: Sequence[Tensor], pixels_B3SS: Tensor) -> list[Tensor]:
         """Normalised pixels to predictions of the stages; the teacher's are not looked at."""
-        maps = self.select(self.net.features(pixels_B3SS).maps)
-        return [head(one) for head, one in zip(self.heads, maps, strict=True)]
+        return list(self.select(self.net.features(pixels_B3SS).maps))
 
 
 class StructuralStudent(nn.Module):
@@ -134,20 +134,23 @@ class StructuralScorer(Scorer):
     """Turns stages and predictions into maps and scores; buffers only.
 
     plain: the map is the sum over stages of 1 - cos, the local score its maximum. The joint score is a strictly
-    rising function of the local one, the same for all images: it ranks as RD4AD's does.
-    whitened: as in the dual model, stages are z-maps, calibrated one by one and joined by a Noisy-OR, and the
-    semantic score counts.
-
-    The semantic score is the mean of the map: how badly the student predicts the image as a whole.
+    rising function of the local one, the same for all images: it ranks as RD4AD's does. The semantic score is the
+    mean of the map: how badly the student predicts the image as a whole. It is reported and joins nothing.
+    whitened: as in the dual model, stages are z-maps, calibrated one by one; the local score is their Noisy-OR, the
+    joint score its calibration by scene. The semantic score is the distance of the teacher's tokens from those of
+    normal images of the scene; it is reported, and with ``joint`` scoring joins the local one.
     """
 
-    def __init__(self, stages: Stages, info: BackboneInfo, clusters: int, whitened: bool) -> None:
-        self.whitened = whitened
+    def __init__(self, stages: Stages, info: BackboneInfo, clusters: int, scoring: str) -> None:
+        self.whitened, self.joined = scoring != "plain", scoring == "joint"
+        whitened = self.whitened
         self.side = max(stages.map_sides)
         dims = stages.channels if whitened else []
         sides = stages.map_sides if whitened else []
         # At a quarter of the input, whatever the finest stage is.
         super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)))
+        for module in self.maps_of_groups():
+            module.ridge = RIDGE
         self.surprise_stages = nn.ModuleList(Surprise() for _ in dims)
         self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
 
@@ -183,7 +186,7 @@ class StructuralScorer(Scorer):
     def joint(self, local_B: Tensor, semantic_B: Tensor, owner_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Joint score and both calibrated surprises (B each)."""
         local, semantic = self.surprise_local(local_B, owner_B), self.surprise_semantic(semantic_B, owner_B)
-        return noisy_or(local, semantic)[0] if self.whitened else local, local, semantic
+        return noisy_or(local, semantic)[0] if self.joined else local, local, semantic
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit the curves on raw scores of held-out normal images; their joint scores (N)."""
@@ -205,11 +208,12 @@ class StructuralScorer(Scorer):
         grid_Bhw = raised.mean(0) if self.whitened else raised.sum(0)
         map_B1HW = smooth(upsample(grid_Bhw, self.map_side), self.kernel)
         local_B = self.local(groups_BG, map_B1HW.amax((1, 2, 3)), prototype_B)
-        semantic_B = grid_Bhw.mean((1, 2))
+        distance_B: Tensor = self.token_of_teacher(token_BE, variant_B)
+        semantic_B = distance_B if self.whitened else grid_Bhw.mean((1, 2))
         joint_B, surprise_local, surprise_semantic = self.joint(local_B, semantic_B, self.owner(prototype_B))
         return Outputs(
             map_B1HW, joint_B, local_B, semantic_B, surprise_local, surprise_semantic, prototype_B, groups_BG,
-            self.token_of_teacher(token_BE, variant_B),
+            distance_B,
         )  # fmt: skip
 
 
@@ -232,30 +236,32 @@ class StructuralModel(AnomalyModel):
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher)
         self.structure: Structure = config.structure()
-        self.plain_rates = config.model != "snl"
-        vit, whitened = teacher.info.kind == "vit", self.structure.scoring == "whitened"
+        vit = teacher.info.kind == "vit"
         shrink = config.view_shrink or (1 if vit else round(size / 256))
         self.shape = StructuralShape(size, whole_divisor(size, shrink, teacher.info.multiple if vit else 1))
-        self.groups = Stages(teacher.info, size, whitened)
+        self.groups = Stages(teacher.info, size)
         self.student = StructuralStudent(teacher.info, self.groups, config, size)
-        self.scorer = StructuralScorer(self.groups, teacher.info, config.clusters, whitened)
+        self.scorer = StructuralScorer(self.groups, teacher.info, config.clusters, self.structure.scoring)
         self.pixel_side = size if self.structure.direction == "forward" else 0
         self.gather: Callable[[Tensor], Tensor] | None = None
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
         """The teacher's stages, and the student's predictions of them."""
-        stages = self.groups(observed.maps)
+        stages = list(observed.maps)
         return stages, Predicted(self.student(stages, small_B3SS), ())
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Sum over stages of every term that is switched on, and each term's own sum."""
         stages, predicted = self.answer(observed, small_B3SS)
-        pairs = list(zip(stages, predicted.groups, strict=True))
-        terms = {name: torch.stack([self._term(name, t, s) for t, s in pairs]).sum() for name in self.structure.terms}
+        pairs = list(enumerate(zip(stages, predicted.groups, strict=True)))
+        terms = {
+            name: torch.stack([self._term(name, i, t, s) for i, (t, s) in pairs]).sum()
+            for name in self.structure.terms
+        }
         parts = {name: value.detach() for name, value in terms.items()}
         return {"loss": torch.stack(list(terms.values())).sum(), **parts}
 
-    def _term(self, name: str, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    def _term(self, name: str, i: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
         structure = self.structure
         match name:
             case "flat":
@@ -263,6 +269,8 @@ class StructuralModel(AnomalyModel):
             case "spatial":
                 return spatial_loss(teacher_BDhw, student_BDhw)
             case "channel":
+                # A softmax needs a scale: temperature 1 is one spread of the channel on normal images.
+                teacher_BDhw, student_BDhw = (self.groups.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
                 return channel_loss(teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading)
             case "intra":
                 return intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
