@@ -244,10 +244,10 @@ def diagnose(
     found = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
     total, done = len(chosen) * (len(chosen) - 1), 0
     for base, members in chosen.items():
-        normal = _normal_results(predictor, members[: plan.normals], found)
+        normal = _normal_images(predictor, members[: plan.normals], found)
         for other in (name for name in chosen if name != base):
             measured = {
-                kind: _measure(predictor, normal, composites(members, chosen[other], kind, plan), found, visit)
+                kind: _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), found, visit)
                 for kind in KINDS
             }
             found.pairs.append({"base": base, "other": other, **_pair_values(measured)})
@@ -256,23 +256,29 @@ def diagnose(
     return found
 
 
-def _normal_results(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> list[Result]:
-    results = list(predictor.predict(list(members), maps=True, pixels=False))
-    found.failed += [f"{result.path}: {result.error}" for result in results if result.error]
-    kept = [result for result in results if not result.error]
+def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> dict[str, Evaluator]:
+    """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
+    name, kept = members[0].class_name, 0
+    evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
+    for result in predictor.predict(list(members), maps=True, pixels=False):
+        if result.error:
+            found.failed.append(f"{result.path}: {result.error}")
+            continue
+        kept += 1
+        for evaluator in evaluators.values():
+            evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
     if not kept:
-        raise DataError(f"no normal image of class {members[0].class_name} can be scored: {found.failed[-1]}")
-    return kept
+        raise DataError(f"no normal image of class {name} can be scored: {found.failed[-1]}")
+    return evaluators
 
 
 def _measure(
-    predictor: Predictor, normal: Sequence[Result], made: Iterator[Composite], found: Diagnosis, visit: Visit | None
+    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], found: Diagnosis, visit: Visit | None
 ) -> Mapping[str, float]:
     """Metrics of one kind of image of one pair; the images are added to ``found``."""
-    evaluator, images = Evaluator(), list(made)
+    evaluator, images = Evaluator(pixel=normal.pixel), list(made)
     name = images[0].base
-    for result in normal:
-        evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
+    evaluator.merge(normal)
     results = predictor.predict([one.rgb for one in images], maps=True, pixels=visit is not None)
     for one, result in zip(images, results, strict=True):
         result.path = f"{one.other} in {one.base} ({one.kind}), {one.base_image}"
