@@ -16,9 +16,11 @@ from twinspect.models.contract import Predicted
 from twinspect.models.cram import Cram
 from twinspect.models.families import FAMILIES
 from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
-from twinspect.models.snl import StructuralModel
+from twinspect.models.snl import Stages, StructuralModel
+from twinspect.models.teachers import create_teacher
 from twinspect.scoring import smooth, upsample
 from twinspect.training.fit import build_model
+from twinspect.training.loop import _batches
 
 CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}
 
@@ -291,3 +293,26 @@ def test_a_killed_run_resumes_to_the_same_weights(parts: Path, tmp_path: Path) -
     resumed = Detector(config=config).fit(train_samples(parts), work=tmp_path)
     for a, b in zip(whole.fitted.model.student.parameters(), resumed.fitted.model.student.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_input_side_where_none_is_asked_for() -> None:
+    sizes = {}
+    for name in MODELS:
+        config = dataclasses.replace(run_config(RANDOM_CNN, model=name).model, size=0)
+        sizes[name] = build_model(config).shape.size
+    assert sizes == {"dual": 512, "snl": 256, "rd": 256, "fd": 256}
+
+
+def test_the_paper_like_teacher_gives_its_first_three_layers() -> None:
+    with torch.device("meta"):
+        teacher = create_teacher("wide-resnet50-2", pretrained=False)
+        stages = Stages(teacher.info, 256)
+    assert stages.channels == [256, 512, 1024]
+    assert stages.map_sides == [64, 32, 16]
+
+
+def test_batches_mix_classes() -> None:
+    """The loop's permutation mixes: inter-affinity compares images of all classes."""
+    classes = [i // 50 for i in range(200)]
+    batches = [part for _, part in _batches(range(200), TrainConfig(steps=26, batch=16), 0)]
+    assert all(len({classes[i] for i in part}) > 1 for part in batches)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
+from twinspect.distributed import gather_batch
 from twinspect.losses import (
     channel_loss,
     flat_cosine_distance,
@@ -226,7 +227,7 @@ class StructuralModel(AnomalyModel):
         size: input side.
 
     Attributes:
-        gather: joins a batch's features over training processes for the inter-affinity; None for one process.
+        gather: joins a batch's features over training processes for the inter-affinity; does nothing in one.
     """
 
     groups: Stages
@@ -243,7 +244,7 @@ class StructuralModel(AnomalyModel):
         self.student = StructuralStudent(teacher.info, self.groups, config, size)
         self.scorer = StructuralScorer(self.groups, teacher.info, config.clusters, self.structure.scoring)
         self.pixel_side = size if self.structure.direction == "forward" else 0
-        self.gather: Callable[[Tensor], Tensor] | None = None
+        self.gather: Callable[[Tensor], Tensor] = gather_batch
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
         """The teacher's stages, and the student's predictions of them."""

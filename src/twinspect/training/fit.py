@@ -20,7 +20,7 @@ from twinspect.data.carving import carve_calibration
 from twinspect.decision import Decision
 from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.families import FAMILIES
+from twinspect.models.families import build_family
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import decide
 from twinspect.training.loop import TrainReport, train
@@ -52,15 +52,9 @@ def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyM
     """The untrained model of a configuration; weights of the students follow torch's global seed."""
     if teacher is None:
         teacher = create_teacher(config.teacher, config.weights or None, config.pretrained)
-    size = legal_size(config.size or teacher.info.default_size, teacher.info.multiple)
-    model = FAMILIES[config.model](teacher, config, size)
+    model = build_family(teacher, config)
     model.teacher.net.to(memory_format=torch.channels_last)
     return model
-
-
-def legal_size(size: int, multiple: int) -> int:
-    """The nearest side that is a multiple of the patch or the coarsest stride, never below four of them."""
-    return max(4, round(size / multiple)) * multiple
 
 
 def fit(
