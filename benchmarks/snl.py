@@ -77,7 +77,9 @@ INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
 
 def config_of(row, seed, args):
     _, student, scoring = ROWS[row]
-    model = ModelConfig(model="snl", teacher=args.teacher, size=args.size, scoring=scoring, **STUDENTS[student])
+    model = ModelConfig(
+        model="snl", teacher=args.teacher, size=args.size, width=args.width, scoring=scoring, **STUDENTS[student]
+    )
     return RunConfig(model, TrainConfig(steps=args.steps, lr=args.lr, seed=seed, batch=args.batch))
 
 
@@ -146,7 +148,7 @@ def run(rows, seed, mode, samples, args, done, console):
     missing = [row for row in rows if keys[row] not in done]
     if missing:
         makes = {"multi": multi_class, "single": single_class}[mode]
-        made = makes(missing, samples, configs, Plan(count=args.count), console)
+        made = makes(missing, samples, configs, Plan(count=args.count, normals=args.normals), console)
         for row, values in made.items():
             mean_row = mean_of_classes(values["classes"])
             entry = {"row": row, "seed": seed, "mode": mode, "config": configs[row].to_dict()}
@@ -158,7 +160,7 @@ def run(rows, seed, mode, samples, args, done, console):
 
 def key_of(config, mode, samples, args):
     """What a finished entry must agree with: settings, images, code."""
-    settings = [mode, config.to_dict(), args.count, code_hash(), sorted(map(str, samples))]
+    settings = [mode, config.to_dict(), args.count, args.normals, code_hash(), sorted(map(str, samples))]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -223,9 +225,11 @@ def parsed():
     parser.add_argument("--teacher", default="efficientnet-lite0")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--width", type=int, default=0, help="of the decoder's finest stage; 0: the library's own")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--count", type=int, default=8, help="images per pair of classes and kind")
+    parser.add_argument("--normals", type=int, default=40, help="normal images per class they are compared with")
     parser.add_argument("--out", type=Path, default=Path("runs/snl.json"), help="one entry per finished run")
     args = parser.parse_args()
     if not args.data:
@@ -245,7 +249,8 @@ def main() -> None:
         jobs = [job for seed in args.seeds for job in jobs_of(args.rows, "multi", seed)]
         jobs += [job for seed in args.seeds for job in jobs_of(args.single, "single", seed)]
         entries = [entry for job in jobs for entry in run(*job, samples, args, done, console)]
-        facts = {"teacher": args.teacher, "input size": str(args.size), "steps": str(args.steps), "code": code_hash()}
+        facts = {"teacher": args.teacher, "input size": str(args.size), "steps": str(args.steps)}
+        facts |= {"decoder width": str(args.width or "the library's own"), "code": code_hash()}
         facts |= {"mask rule": "> 0", "map size": "original image", "threads": str(torch.get_num_threads())}
         parts = (table_of(entries, args), class_table(entries, args))
         console.say(markdown(f"Ablation of system B on {Path(args.data).name}", [Section("Rows", (), parts)], facts))
