@@ -74,6 +74,7 @@ class RayEngine:
             return False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
         try:
             ray.init(self.address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
@@ -88,7 +89,8 @@ class RayEngine:
         if not blocks:
             return
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = False  # ours says images, not blocks
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         actors = self.actors or self._every_actor(ray)
         answers = ray.data.from_arrow_refs(blocks).map_batches(
             _Actor,

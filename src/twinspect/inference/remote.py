@@ -13,6 +13,7 @@ from typing import Any
 
 from twinspect.errors import DataError
 
+_PIECE = 1 << 22
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -76,14 +77,17 @@ def read(url: str, most: int) -> bytes:
     Raises:
         DataError: it cannot be read, or is longer.
     """
+    parts, length = list[bytes](), 0
     with open_stream(url) as stream:
         try:
-            body = bytes(stream.read(most + 1))
+            while part := stream.read(_PIECE):  # asked for more, pyarrow would set that much memory aside at once
+                parts.append(part)
+                length += len(part)
+                if length > most:
+                    raise DataError(f"{url}: more than {most:,} bytes; a file of that size is not read")
         except OSError as error:
             raise DataError(f"{url}: cannot be read ({_short(error)})") from None
-    if len(body) > most:
-        raise DataError(f"{url}: more than {most:,} bytes; an image file of that size is not read")
-    return body
+    return b"".join(parts)
 
 
 def put(folder: str, name: str, body: bytes) -> None:

@@ -12,6 +12,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -350,10 +351,13 @@ def _archive_images(path: str) -> Iterator[Item]:
         yield Item(path, error=f"{path}: no image in the archive (looked for {_suffixes()})")
 
 
-def _archive(path: str, by_place: bool) -> tarfile.TarFile:
-    if by_place:
-        return tarfile.open(path, "r:")
-    return tarfile.open(fileobj=open_stream(path) if is_url(path) else open(path, "rb"), mode="r|*")
+@contextmanager
+def _archive(path: str, by_place: bool) -> Iterator[tarfile.TarFile]:
+    with (
+        open_stream(path) if is_url(path) else open(path, "rb") as file,
+        tarfile.open(fileobj=file, mode="r:" if by_place else "r|*") as archive,
+    ):
+        yield archive
 
 
 def _member(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, by_place: bool) -> Item:
