@@ -38,8 +38,11 @@ def fit_command(
     from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.checkpoint import leave_work, remove_checkpoint
+    from twinspect.training.distributed import joined
     from twinspect.training.fit import fit
 
+    group = joined()
+    console.quiet |= not group.leads
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
     refuse_unwritable(out)
@@ -54,6 +57,8 @@ def fit_command(
     folder = work or out.with_name(f"{out.name}.work")
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
     fitted = fit(samples, config, folder, console.progress, before, forget)
+    if not group.leads:
+        return
     if split is not None:
         fitted.record["split"] = {"name": split.name, "hash": split.hash}
     for skipped in fitted.skipped:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -178,7 +179,11 @@ def joined() -> Group:
             dist.init_process_group("gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"the processes of this run did not find each other ({error})") from None
-    rank, world = dist.get_rank(), dist.get_world_size()
+    return _group(dist.get_rank(), dist.get_world_size())
+
+
+@lru_cache(maxsize=1)
+def _group(rank: int, world: int) -> Group:
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return Group(rank, world, *local, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
