@@ -212,7 +212,7 @@ def test_predict_writes_a_table(bundle: Path, tmp_path: Path, suffix: str) -> No
     folder = good_folder(tmp_path / "new", 5)
     (folder / "002.png").write_bytes(b"")
     out = tmp_path / "deep" / f"t{suffix}"
-    ok("predict", bundle, folder, "--out", out, "--batch", 2)
+    ok("predict", bundle, folder, "--out", out, "--batch", 2, "--workers", 0)
     if suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -238,10 +238,10 @@ def test_predict_writes_maps_and_overlays(bundle: Path, tmp_path: Path) -> None:
     save(folder / "a.png", picture(0, 60, 90))
     (folder / "b.png").write_bytes(b"")
     ok("predict", bundle, folder, "--maps", tmp_path / "maps", "--overlays", tmp_path / "over")
-    with np.load(tmp_path / "maps" / "000000_a.npz") as file:
+    with np.load(tmp_path / "maps" / "000000-000000_a.npz") as file:
         assert file["map"].shape == (60, 90)
         assert file["map"].dtype == np.float16
-    with Image.open(tmp_path / "over" / "000000_a.png") as image:
+    with Image.open(tmp_path / "over" / "000000-000000_a.png") as image:
         assert image.size == (90, 60)
     assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "over").iterdir())) == 1
 
@@ -264,21 +264,20 @@ def test_predict_that_breaks_off_leaves_no_whole_looking_table(
     out = tmp_path / f"t{suffix}"
     out.write_text("the table of yesterday")
     folder = good_folder(tmp_path / "new", 8)
-    assert "the machine went away" in failed("predict", bundle, folder, "--out", out, "--batch", 2)
+    again = ["predict", bundle, folder, "--out", out, "--batch", 2, "--workers", 0, "--part-rows", 4]
+    assert "the machine went away" in failed(*again)
     assert out.read_text() == "the table of yesterday"
-    part = out.with_name(f"{out.name}.part")
-    if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        assert pq.read_table(part).num_rows == 4
-    else:
-        assert len(part.read_text().splitlines()) == 4 + (suffix == ".csv")
+    kept = list(out.with_name(f"{out.name}.parts").glob("part-*"))
+    assert [path.suffix for path in kept] == [suffix]
+    assert "8 images (4 of them by an earlier run)" in ok(*again).stdout
+    assert sum(calls) == 10  # the call that broke off, and four batches: nothing is done twice
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("t.")] == [out.name]
 
 
 def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     image = images_to_test(parts, None)[0]
     assert "accepted endings are .parquet, .csv, .jsonl" in failed("predict", bundle, image, "--out", "t.xlsx")
-    assert "--batch 0: at least 1" in failed("predict", bundle, image, "--batch", 0)
+    assert "--batch -1: accepted 0 (automatic) or more" in failed("predict", bundle, image, "--batch", -1)
     assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")

@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("charts", "recipes"),
     ("report",),
     ("results",),
-    ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands"),
+    ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
     ("reproduce", "export_commands", "diagnose_commands"),
     ("cli",),
     ("__main__", ""),
@@ -64,7 +64,7 @@ def test_light_modules_load_no_torch(module: str) -> None:
 
 
 def test_prediction_room_loads_no_torch() -> None:
-    code = "import sys, twinspect.inference.predictor, twinspect.inference.table, twinspect.inference.runtimes"
+    code = "import sys, twinspect.inference.bulk, twinspect.inference.on_ray, twinspect.inference.runtimes"
     assert run(f"{code}; print('torch' in sys.modules)") == "False"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
-from twinspect.inference.result import Result
 
 if TYPE_CHECKING:
     from twinspect.decision import Decision
@@ -41,8 +39,11 @@ def fit_command(
     from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.checkpoint import leave_work, remove_checkpoint
+    from twinspect.training.distributed import joined
     from twinspect.training.fit import fit
 
+    group = joined()
+    console.quiet |= not group.leads
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
     refuse_unwritable(out)
@@ -57,6 +58,8 @@ def fit_command(
     folder = work or out.with_name(f"{out.name}.work")
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
     fitted = fit(samples, config, folder, console.progress, before, forget)
+    if not group.leads:
+        return
     if split is not None:
         fitted.record["split"] = {"name": split.name, "hash": split.hash}
     for skipped in fitted.skipped:
@@ -128,66 +131,6 @@ def threshold_lines(decision: Decision) -> Iterator[str]:
     found = list(promises(decision))
     for name, rule in found if len(found) <= MOST_LINES else found[-1:]:
         yield f"{name}: threshold {rule.image.value:.3f}: {class_sentence(rule)}"
-
-
-def predict_command(
-    bundle: Path,
-    paths: list[str],
-    out: Path | None,
-    maps: Path | None,
-    overlays: Path | None,
-    batch: int,
-    weights: str,
-    console: Console,
-    class_name: str | None = None,
-    runtime: str = "auto",
-    threads: int = 0,
-) -> None:
-    """``twinspect predict``: rows to the terminal or a table, pictures on request."""
-    from twinspect.inference import load
-    from twinspect.inference.predictor import expand
-    from twinspect.inference.table import TableWriter
-
-    if batch < 1:
-        raise ConfigError(f"--batch {batch}: at least 1")
-    items = list(expand(paths))
-    predictor = load(bundle, runtime, threads, batch, weights)
-    bad = errors = 0
-    results = predictor.predict(items, maps=bool(maps or overlays), pixels=bool(overlays), class_name=class_name)
-    with TableWriter(out) if out is not None else nullcontext() as writer:
-        for done, result in enumerate(results):
-            save_pictures(result, done, maps, overlays)
-            bad, errors = bad + int(bool(result.is_anomaly)), errors + int(bool(result.error))
-            if writer is not None:
-                writer.add(result.row())
-                console.progress("scoring", done + 1, len(items))
-            else:
-                console.say(say_result(result))
-    console.say(f"{len(items)} images: {bad} anomalous, {errors} could not be read" + (f"; {out}" if out else ""))
-
-
-def save_pictures(result: Result, number: int, maps: Path | None, overlays: Path | None) -> None:
-    """Write an image's raw map and overlay; names keep the file's stem and stay unique by number."""
-    import numpy as np
-
-    if result.error:
-        return
-    stem = f"{number:06d}_{Path(result.path).stem}"
-    if maps is not None and result.map is not None:
-        maps.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(maps / f"{stem}.npz", map=result.map.astype(np.float16))
-    if overlays is not None:
-        result.save_overlay(overlays / f"{stem}.png")
-
-
-def say_result(result: Result) -> str:
-    """One line for one image."""
-    if result.error:
-        return f"ERROR    {result.error}"
-    word = "ANOMALY" if result.is_anomaly else result.answer
-    kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
-    regions = f"  {len(result.regions)} regions" if result.regions else ""
-    return f"{word:<8} score {result.score:9.3f}  p {result.p_value:.4f}  {kind}{regions}  {result.path}"
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:

@@ -154,11 +154,12 @@ def _kind(options: BenchOptions) -> tuple[str, str]:
 
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
-    from twinspect.inference.predictor import expand
+    from twinspect.inference.decode import encoded
+    from twinspect.inference.sources import expand
 
     if images is not None:
-        paths = list(islice(expand(images), 64))
-        return [Path(p).read_bytes() for p in paths], f"{len(paths)} files of {images.name}"
+        files = [encoded(item) for item in islice(expand(images), 64)]
+        return files, f"{len(files)} files of {images.name}"
     from twinspect.data.painting import part
 
     rng, files = np.random.default_rng(0), []

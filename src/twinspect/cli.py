@@ -10,6 +10,7 @@ import typer
 
 from twinspect.data_commands import Images, data_app
 from twinspect.diagnose_commands import diagnose
+from twinspect.predict_commands import predict
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -188,27 +189,7 @@ def reproduce(
         reproduce_command(choices, console)
 
 
-@app.command()
-def predict(
-    bundle: Bundle,
-    paths: Annotated[list[str], typer.Argument(help="Images, folders or quoted globs.")],
-    out: Annotated[Optional[Path], typer.Option(help="Table to write: .parquet, .csv or .jsonl.")] = None,  # noqa: UP045
-    maps: Annotated[Optional[Path], typer.Option(help="Folder for raw maps (float16 .npz).")] = None,  # noqa: UP045
-    overlays: Annotated[Optional[Path], typer.Option(help="Folder for overlay pictures.")] = None,  # noqa: UP045
-    batch: Annotated[int, typer.Option(help="Images per call of the model; 1 is fastest on most CPUs.")] = 1,
-    weights: Weights = None,
-    class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
-    runtime: Runtime = "auto",
-    threads: Threads = 0,
-) -> None:
-    """Score images; one that cannot be read becomes a row with an error and the run goes on."""
-    from twinspect.app import predict_command
-
-    with _console() as console:
-        predict_command(
-            bundle, paths, out, maps, overlays, batch, str(weights or ""), console, class_name or None, runtime,
-            threads,
-        )  # fmt: skip
+app.command()(predict)
 
 
 @app.command()

@@ -28,6 +28,7 @@ class Console:
         self._task: TaskID | None = None
         self._stage = ""
         self._began = self._said = 0.0
+        self._first = 0
 
     def __enter__(self) -> Console:
         return self
@@ -63,19 +64,24 @@ class Console:
         print(text, flush=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` of a stage is done; the first word names the stage."""
+        """Show that ``done`` of ``total`` of a stage is done (total 0: not known); the first word names the stage.
+
+        Rate and time left count from the first call, so that what an earlier run did does not flatter them.
+        """
         name = stage.split("  ")[0]
         if name != self._stage:
             self.finish()
             self._stage, self._began, self._said = name, time.monotonic(), time.monotonic()
+            self._first = done
             self._open(name, total)
+        rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, description=stage)
+            text = f"{stage}  {rate:.1f}/s" if done > self._first else stage
+            self._bar.update(self._task, completed=done, total=total or None, description=text)
         elif time.monotonic() - self._said > _PLAIN_SECONDS:
             self._said = time.monotonic()
-            rate = done / max(self._said - self._began, 1e-9)
-            left = (total - done) / max(rate, 1e-9)
-            print(f"{stage}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f", {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
+            print(f"{stage}: {done}/{total or '?'}, {rate:.1f}/s{left}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Close the bar of the stage that was running."""
@@ -95,4 +101,4 @@ class Console:
             console=RichConsole(stderr=True),
         )  # fmt: skip
         self._bar.start()
-        self._task = self._bar.add_task(name, total=total)
+        self._task = self._bar.add_task(name, total=total or None)

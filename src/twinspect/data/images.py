@@ -7,6 +7,7 @@ cropped. The model resizes the whole image to its own square input, and maps are
 from __future__ import annotations
 
 import io
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,10 +37,12 @@ class ImageLimits:
     Attributes:
         max_pixels: width times height, checked on the header before any pixel is decoded.
         min_side: shortest side in pixels that still makes sense to score.
+        max_bytes: longest file that is read into memory at all.
     """
 
     max_pixels: int = 100_000_000
     min_side: int = 2
+    max_bytes: int = 1 << 30
 
 
 def is_image(path: Path) -> bool:
@@ -72,10 +75,7 @@ def read_sized_rgb(
         ImageError: as `read_rgb`.
     """
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
-    try:
-        raw = source.read_bytes() if isinstance(source, Path) else source
-    except OSError as error:
-        raise ImageError(f"{label}: cannot be opened ({error.strerror or error})") from None
+    raw = _file_bytes(source, limits, label) if isinstance(source, Path) else source
     if not raw:
         raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
     with _refusals(label, limits), _opened(raw) as image:
@@ -120,6 +120,19 @@ def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if rgb.shape[:2] == (size, size):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _file_bytes(path: Path, limits: ImageLimits, label: str) -> bytes:
+    """Content of a plain file; a device or pipe would be read for ever, and a giant would fill the memory."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"{label}: not a plain file; pipes and devices are not read")
+        if status.st_size > limits.max_bytes:
+            raise ImageError(f"{label}: {status.st_size:,} bytes; files above {limits.max_bytes:,} are not read")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{label}: cannot be opened ({error.strerror or error})") from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     predict = commands.add_parser("predict", help="score images")
     predict.add_argument("model", type=Path, help="exported model (.onnx)")
-    predict.add_argument("paths", nargs="+", help="images, folders or quoted globs")
+    predict.add_argument("paths", nargs="+", help="images, folders, quoted globs, @lists, tar files")
     predict.add_argument("--out", type=Path, help="table to write: .csv or .jsonl")
     predict.add_argument("--threads", type=int, default=0, help="threads of the runtime; 0 is its own choice")
     predict.add_argument("--batch", type=int, default=0, help="images per call; 0 is 1")
     predict.add_argument("--class", dest="class_name", default=None, help="class of all images")
+    predict.add_argument("--workers", type=int, default=-1, help="decoding processes; -1 is automatic, 0 is threads")
+    predict.add_argument("--restart", action="store_true", help="drop what an unfinished run left")
     commands.add_parser("info", help="say what a model is").add_argument("model", type=Path)
     return parser
 
@@ -45,19 +48,31 @@ def _info(model: Path) -> int:
 
 
 def _predict(given: argparse.Namespace) -> int:
-    from twinspect.inference import load
-    from twinspect.inference.table import TableWriter
+    from twinspect.inference.bulk import Job, run, say_totals
 
-    predictor = load(given.model, threads=given.threads, batch=given.batch)
-    writer = TableWriter(given.out) if given.out else None
-    for result in predictor.predict(given.paths, maps=False, pixels=False, class_name=given.class_name):
-        if writer is not None:
-            writer.add(result.row())
-        else:
-            print(f"{result.error or result.answer:<8} {result.score:9.3f}  {result.class_name}  {result.path}")
-    if writer is not None:
-        writer.close()
+    job = Job(
+        str(given.model), tuple(given.paths), str(given.out or ""), threads=given.threads, batch=given.batch,
+        class_name=given.class_name, workers=given.workers, restart=given.restart,
+    )  # fmt: skip
+    print(say_totals(run(job, _Lines()), job.out), file=sys.stderr)
     return 0
+
+
+class _Lines:
+    """Answers on stdout, progress on stderr every ten seconds."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line of the answer."""
+        print(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` images."""
+        if time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            print(f"{stage}: {done} of {total or '?'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

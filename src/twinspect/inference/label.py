@@ -17,6 +17,8 @@ class Components(NamedTuple):
         area: pixels.
         peak: highest value inside.
         top, left, bottom, right: smallest box; bottom and right are outside.
+        run_row, run_start, run_stop, run_owner: one place per horizontal run: its row, first column, column after
+            the last, and region.
     """
 
     area: Ints
@@ -25,6 +27,10 @@ class Components(NamedTuple):
     left: Ints
     bottom: Ints
     right: Ints
+    run_row: Ints
+    run_start: Ints
+    run_stop: Ints
+    run_owner: Ints
 
 
 def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Components:
@@ -42,7 +48,15 @@ def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Co
     np.maximum.at(right, owner, stop)
     np.add.at(area, owner, stop - start)
     np.maximum.at(peak, owner, peaks)
-    return Components(area, peak, top, left, bottom, right)
+    return Components(area, peak, top, left, bottom, right, row, start, stop, owner)
+
+
+def pixels_of(found: Components, region: int) -> tuple[Ints, Ints]:
+    """Rows and columns of a region's pixels, in reading order."""
+    own = found.run_owner == region
+    length = found.run_stop[own] - found.run_start[own]
+    offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+    return np.repeat(found.run_row[own], length), np.repeat(found.run_start[own], length) + offset
 
 
 def _runs(mask_HW: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:

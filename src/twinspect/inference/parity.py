@@ -231,12 +231,16 @@ def load_images(source: Any, size: int, most: int = 100) -> CheckImages:
     Raises:
         DataError: none found, or one cannot be read.
     """
-    from twinspect.data.images import read_rgb, resize_rgb
-    from twinspect.inference.predictor import expand
+    from twinspect.errors import DataError
+    from twinspect.inference.decode import decode
+    from twinspect.inference.sources import expand
 
-    paths = spread([Path(item) for item in expand(source)], most)
-    raw = [read_rgb(path) for path in paths[:4]]
-    squares = [resize_rgb(read_rgb(path, draft_side=size), size) for path in paths]
+    images = [decode(item, size, pixels=i < 4) for i, item in enumerate(spread(list(expand(source)), most))]
+    for image in images:
+        if image.error:
+            raise DataError(image.error)
+    squares = [image.square for image in images if image.square is not None]
+    raw = [image.rgb for image in images if image.rgb is not None]
     return CheckImages(squares, [None] * len(squares), [""] * len(squares), raw)
 
 

@@ -6,27 +6,25 @@ resizing) and after it (p-values, thresholds, geometry) lives here, once.
 
 from __future__ import annotations
 
-import glob as globbing
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_sized_rgb, resize_rgb
-from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
+from twinspect.data.images import ImageLimits
+from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decision import ANOMALY
 from twinspect.decision import Decision as Decision
-from twinspect.errors import DataError, ImageError
+from twinspect.inference.decode import Decoded, DecodePool
+from twinspect.inference.decode import name_of as name_of
 from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
-from twinspect.types import Sample
+from twinspect.inference.sources import expand as expand
 
 
 class Runtime(Protocol):
@@ -67,8 +65,8 @@ class Predictor:
         """Results in the order of the images, a few at a time (constant memory).
 
         Args:
-            source: a path, folder, glob, array (H x W x 3 or H x W, uint8 RGB), PIL image, `Sample`, or a list
-                or iterator of them.
+            source: a path, folder, glob, ``@list``, tar or Parquet file, URL, array (H x W x 3 or H x W, uint8
+                RGB), PIL image, `Sample`, or a list or iterator of them.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
@@ -81,46 +79,25 @@ class Predictor:
         return self._predict(iter(expand(source)), maps, pixels, class_name)
 
     def _predict(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead = self.batch * 4
-            pending = [pool.submit(self._decode, item, pixels) for item in islice(items, ahead)]
-            while pending:
-                now, pending = pending[: self.batch], pending[self.batch :]
-                pending += [pool.submit(self._decode, item, pixels) for item in islice(items, self.batch)]
-                yield from self._score([job.result() for job in now], maps, pixels, class_name)
+        with DecodePool(self.runtime.size, self.limits, pixels, self.workers, batch=self.batch) as pool:
+            yield from self.score((image for _, image in pool.stream((None, i) for i in items)), maps, class_name)
 
-    def _decode(self, item: Any, pixels: bool) -> tuple[Result, NDArray[np.uint8] | None]:
-        name, size = name_of(item), self.runtime.size
-        try:
-            rgb, (height, width) = self._pixels(item, size)
-            square = resize_rgb(rgb, size)
-            if pixels and rgb.shape[:2] != (height, width):
-                rgb, _ = self._pixels(item, 0)
-        except DataError as error:
-            return Result(name, error=str(error)), None
-        return Result(name, width=width, height=height, rgb=rgb if pixels else None), square
+    def score(self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None) -> Iterator[Result]:
+        """Results of images that were decoded to ``runtime.size``, in order, a batch at a time."""
+        images = iter(decoded)
+        while batch := list(islice(images, self.batch)):
+            yield from self._score(batch, maps, class_name)
 
-    def _pixels(self, item: Any, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
-        if isinstance(item, Sample) and item.record is None:
-            item = item.image
-        if isinstance(item, (str, Path)):
-            return read_sized_rgb(Path(item), self.limits, draft_side=draft_side)
-        rgb = read_sample_rgb(item, self.limits) if isinstance(item, Sample) else to_rgb(item, self.limits)
-        return rgb, (rgb.shape[0], rgb.shape[1])
-
-    def _score(
-        self,
-        decoded: Sequence[tuple[Result, NDArray[np.uint8] | None]],
-        maps: bool,
-        pixels: bool,
-        class_name: str | None,
-    ) -> Iterator[Result]:
-        usable = [square for _, square in decoded if square is not None]
+    def _score(self, images: Sequence[Decoded], maps: bool, class_name: str | None) -> Iterator[Result]:
+        usable = [image.square for image in images if image.square is not None]
+        began = time.perf_counter()
         out = self.runtime.run(np.stack(usable)) if usable else {}
+        each_ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
         place = 0
-        for result, square in decoded:
-            if square is not None:
+        for image in images:
+            result = Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
+            if image.square is not None:
+                result.ms = each_ms
                 self._fill(result, out, place, maps, class_name)
                 place += 1
                 if not np.isfinite(result.score):
@@ -155,81 +132,7 @@ class Predictor:
             result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
 
 
-def name_of(item: Any) -> str:
-    """The path of a file or sample, or a word for what has none."""
-    if isinstance(item, Sample):
-        return str(item.image) if item.record is None else f"{item.image}#{item.record}"
-    return str(item) if isinstance(item, (str, Path)) else f"<{type(item).__name__}>"
-
-
-def expand(source: Any) -> Iterable[Any]:
-    """One image, many, or the image files a path, folder or glob stands for, in sorted order.
-
-    A file that is missing among others in a list stays in it, so that its row can say so.
-
-    Raises:
-        DataError: nothing found; the message says what was looked for.
-    """
-    if isinstance(source, np.ndarray) and source.ndim == 4:
-        return list(source)
-    if isinstance(source, Iterator):
-        return (item for one in source for item in _listed(one))
-    if isinstance(source, (list, tuple)):
-        return [item for one in source for item in (expand(one) if len(source) == 1 else _listed(one))]
-    return _files(Path(source)) if isinstance(source, (str, Path)) else [source]
-
-
-def _listed(one: Any) -> Iterable[Any]:
-    missing = isinstance(one, (str, Path)) and not globbing.has_magic(str(one)) and not Path(one).exists()
-    return [one] if missing else expand(one)
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and is_image(p))
-        if not found:
-            raise DataError(f"no image files in {path} (looked for {_suffixes()})")
-        return found
-    files = [p for p in sorted(Path(p) for p in globbing.glob(str(path), recursive=True)) if p.is_file()]
-    if not files:
-        raise DataError(f"nothing found at {path}: give an image, a folder, or a quoted glob such as 'new/*.png'")
-    return files
-
-
-def to_rgb(item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """An array or PIL image to H x W x 3 uint8 RGB; a PIL image is read as its file would be.
-
-    Raises:
-        ImageError: another type, shape or value type.
-    """
-    if isinstance(item, Image.Image):
-        return pil_rgb(item, limits)
-    array = np.asarray(item)
-    if array.dtype != np.uint8:
-        raise ImageError(f"array of type {array.dtype}; accepted uint8 RGB, {_how_to_convert(array.dtype.kind)}")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(f"array of shape {array.shape}; accepted H x W x 3 (RGB) or H x W (grey)")
-    return np.ascontiguousarray(array)
-
-
 def classes_of_prototypes(prototype_N: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
     """Most common training class of each prototype; empty for one no image belongs to."""
     owners = [Counter(c for c, k in zip(classes, prototype_N, strict=True) if k == one) for one in range(count)]
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)
-
-
-def _how_to_convert(kind: str) -> str:
-    """What to type for an array of another type, by numpy's letter of its kind."""
-    advice = {"f": "(a * 255).astype('uint8') if a is within 0..1", "b": "a.astype('uint8') * 255"}
-    advice |= dict.fromkeys("iu", "(a // 257).astype('uint8') if a is 16-bit")
-    return f"so type: {advice[kind]}" if kind in advice else "a path or a PIL image"
-
-
-def _suffixes() -> str:
-    from twinspect.data.images import SUFFIXES
-
-    return ", ".join(sorted(SUFFIXES))

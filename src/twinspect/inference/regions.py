@@ -53,22 +53,26 @@ def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: f
         threshold: of map values.
         peaks: map maxima of good images.
     """
-    from twinspect.inference.result import resize_map
-
     if not bool((grid >= threshold).any()):
         return []  # bilinear resizing never exceeds the grid's own values
-    height, width = shape
-    factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
-    rows, columns = max(1, round(height / factor)), max(1, round(width / factor))
-    resized = resize_map(grid, rows, columns)
+    resized = resized_for_regions(grid, shape)
     found = components(resized >= threshold, resized)
     scores = found.peak
     if not len(scores):
         return []
     p = p_values(scores, peaks)
     strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
-    scale = (height / rows, width / columns)
+    scale = (shape[0] / resized.shape[0], shape[1] / resized.shape[1])
     return [_region(found, int(i), p[i], scale, shape) for i in strongest]
+
+
+def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A map in the image's own height and width, or smaller by one factor where that is above ``MOST_PIXELS``."""
+    from twinspect.inference.result import resize_map
+
+    height, width = shape
+    factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
+    return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
 
 
 def _region(found: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:

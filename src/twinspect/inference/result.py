@@ -45,6 +45,8 @@ class Result:
         map: H x W float32 in the geometry of the original image, in normal spreads.
         scale: (low, high) of the map for colours; the same for every image of a model.
         width, height: of the original image in pixels.
+        ms: milliseconds the model took (of a batch, the mean).
+        map_path, mask_path: files written for this image, if any.
         error: why the image could not be scored; all scores are NaN then.
     """
 
@@ -69,10 +71,18 @@ class Result:
     model_id: str = ""
     width: int = 0
     height: int = 0
+    ms: float = float("nan")
+    map_path: str = ""
+    mask_path: str = ""
     error: str = ""
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+
+    @property
+    def margin(self) -> float:
+        """How far the score is above its threshold; negative for good images."""
+        return self.score - self.threshold
 
     @property
     def map(self) -> NDArray[np.float32] | None:
@@ -82,9 +92,10 @@ class Result:
     def row(self) -> dict[str, Any]:
         """Plain values for a table; ``regions`` is JSON text, as tables hold no lists."""
         names = (
-            "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value",
-            "threshold", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p", "unknown_class",
-            "prototype_distance", "peak", "threshold_region", "width", "height", "model_id", "error",
+            "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value", "threshold",
+            "margin", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p", "unknown_class",
+            "prototype_distance", "peak", "threshold_region", "width", "height", "map_path", "mask_path", "model_id",
+            "ms", "error",
         )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},

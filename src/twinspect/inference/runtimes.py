@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
+_GPU_BATCH = 16
 _INSTALL = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 
 
@@ -154,7 +155,12 @@ _READS = {"torch": (".pt2",), "onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 
 
 def load_predictor(
-    path: Path | str, runtime: str = "auto", threads: int = 0, batch: int = 0, weights: Path | str = ""
+    path: Path | str,
+    runtime: str = "auto",
+    threads: int = 0,
+    batch: int = 0,
+    weights: Path | str = "",
+    device: str = "cpu",
 ) -> Predictor:
     """A predictor for a bundle (.twin) or an exported model (.onnx, .xml, .pt2).
 
@@ -162,9 +168,11 @@ def load_predictor(
         path: the file.
         runtime: ``auto`` takes the one the file was made for; ``openvino`` also runs .onnx files.
         threads: of the runtime; 0 leaves its own choice.
-        batch: images per call; 0 takes 1 on a CPU, where larger batches are slower per image, or the number
-            the export is fixed to.
+        batch: images per call; 0 takes 1 on a CPU, where larger batches are slower per image, 16 on a GPU, or the
+            number the export is fixed to.
         weights: teacher's file of a thin bundle that is not on this disk.
+        device: of a bundle: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` (a GPU where there is one). Exported models
+            go by what their runtime offers.
 
     Raises:
         BundleError: damaged, changed, too new or too old.
@@ -176,7 +184,7 @@ def load_predictor(
     if runtime not in ("auto", *RUNTIMES):
         raise ConfigError(unknown_name("runtime", runtime, ("auto", *RUNTIMES)))
     if not is_export(path):
-        return _bundle_predictor(path, runtime, threads, batch, str(weights))
+        return _bundle_predictor(path, runtime, threads, batch, str(weights), device)
     engine, meta = load_runtime(path, runtime, threads)
     return Predictor(engine, Decision.from_dict(meta.decision), batch or meta.batch or 1)
 
@@ -193,17 +201,30 @@ def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[R
     return RUNTIMES[name](path, meta, threads), meta
 
 
-def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weights: str) -> Predictor:
+def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weights: str, device: str) -> Predictor:
     if runtime in ("onnx", "openvino"):
         raise ConfigError(
             f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
             f"twinspect export {path.name} --format {runtime} --out MODEL{_READS[runtime][0]}"
         )
-    required("torch", path)
+    chosen = _device(required("torch", path), device)
     from twinspect.storage import load
 
     fitted = load(path, weights)
-    return Predictor(TorchRuntime(fitted.model, threads=threads), fitted.decision, batch or 1)
+    own = _GPU_BATCH if chosen.startswith("cuda") else 1
+    return Predictor(TorchRuntime(fitted.model, chosen, threads), fitted.decision, batch or own)
+
+
+def _device(torch: Any, device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ConfigError(
+            f"--device {device} cannot be used ({str(error).splitlines()[0]}); accepted here: cpu"
+        ) from None
+    return device
 
 
 def check_counts(threads: int, batch: int) -> None:

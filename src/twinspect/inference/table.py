@@ -1,96 +1,127 @@
-"""Rows of results to Parquet, CSV or JSON lines, streamed in groups and renamed into place when whole."""
+"""Rows of results as Parquet, CSV or JSON lines: the columns, one part of a table as bytes, and parts to one file."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from twinspect.errors import ConfigError, TwinspectError
 
-_GROUP = 1024
+_GROUP = 16_384  # rows of a row group in a joined Parquet file
 _TYPES = {
     "path": "string", "class_name": "string", "score": "double", "score_local": "double",
-    "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double",
+    "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double", "margin": "double",
     "threshold_unsure": "double", "answer": "string", "is_anomaly": "bool", "predicted_class": "string",
     "class_p": "double", "unknown_class": "bool", "prototype_distance": "double", "peak": "double",
     "threshold_region": "double", "n_regions": "int32", "max_region_area": "int64", "regions": "string",
-    "width": "int32", "height": "int32", "model_id": "string", "error": "string",
+    "width": "int32", "height": "int32", "map_path": "string", "mask_path": "string", "model_id": "string",
+    "ms": "double", "error": "string",
 }  # fmt: skip
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
-class TableWriter:
-    """Appends rows and keeps at most one group in memory. A context: an error inside leaves ``NAME.part``.
+def check_format(suffix: str, name: str) -> None:
+    """Refuse a table that could not be written.
 
     Raises:
-        ConfigError: a file name that ends in none of the accepted formats.
+        ConfigError: an ending that is none of the accepted ones, or Parquet without pyarrow.
+    """
+    if suffix not in FORMATS:
+        raise ConfigError(
+            f"--out {name}: accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
+        )
+    if suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"--out {name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv"
+            ) from None
+
+
+def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
+    """Rows of `Result.row` as one part: a Parquet file, or CSV or JSON lines without a header.
+
+    Not-a-number becomes an empty cell, and names become what `as_text` makes of them.
+    """
+    clean = [{name: _plain(row[name]) for name in _TYPES} for row in rows]
+    if suffix == ".parquet":
+        return _parquet(clean)
+    text = io.StringIO(newline="")
+    if suffix == ".csv":
+        csv.DictWriter(text, list(_TYPES)).writerows(clean)
+    else:
+        text.writelines(json.dumps(row) + "\n" for row in clean)
+    return text.getvalue().encode("utf-8")
+
+
+def join(parts: Iterable[bytes], out: Path) -> None:
+    """Parts to one file, a group at a time; the file appears under its name when it is whole.
+
+    Raises:
         TwinspectError: the folder cannot be written.
     """
+    draft = out.with_name(f"{out.name}.part")
+    try:
+        with draft.open("wb") as file:
+            _join_parquet(parts, file) if out.suffix == ".parquet" else _join_text(parts, file, out.suffix)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, out)
+    except OSError as error:
+        raise TwinspectError(f"{out} cannot be written ({error.strerror or error})") from None
 
-    def __init__(self, path: Path) -> None:
-        if path.suffix not in FORMATS:
-            raise ConfigError(f"--out {path.name}: accepted endings are {', '.join(FORMATS)}")
-        self.path, self._rows = path, 0
-        self._part = path.with_name(f"{path.name}.part")
-        self._group: list[dict[str, Any]] = []
-        self._parquet: Any = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mode, newline, encoding = ("wb", None, None) if path.suffix == ".parquet" else ("w", "", "utf-8")
-            self._file: Any = self._part.open(mode, newline=newline, encoding=encoding)
-        except OSError as error:
-            raise TwinspectError(f"{path} cannot be written ({error.strerror})") from None
-        if path.suffix == ".csv":
-            csv.DictWriter(self._file, list(_TYPES)).writeheader()
 
-    def __enter__(self) -> TableWriter:
-        return self
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return as_text(value) if isinstance(value, str) else value
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._finish()
-        if kind is None:
-            os.replace(self._part, self.path)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Add one row of `Result.row`; not-a-number becomes an empty cell."""
-        self._group.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-        if len(self._group) == _GROUP:
-            self._flush()
+def as_text(value: str) -> str:
+    """A file's name as every format can hold it: bytes that are no text are written as hexadecimal numbers."""
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
-    def close(self) -> None:
-        """Write what is left and give the file its name."""
-        self.__exit__(None, None, None)
 
-    def _finish(self) -> None:
-        self._flush(last=True)
-        if self._parquet is not None:
-            self._parquet.close()
-        self._file.close()
+def _schema() -> Any:
+    import pyarrow as pa
 
-    def _flush(self, last: bool = False) -> None:
-        if self.path.suffix == ".parquet":
-            self._flush_parquet(last)
-        elif self.path.suffix == ".csv":
-            csv.DictWriter(self._file, list(_TYPES)).writerows(self._group)
-        else:
-            self._file.writelines(json.dumps(row) + "\n" for row in self._group)
-        self._file.flush()
-        self._group = []
+    # pyarrow's own aliases: string, double, bool, int32, int64.
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _TYPES.items()])
 
-    def _flush_parquet(self, last: bool) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        # pyarrow's own aliases: string, double, bool, int32, int64.
-        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _TYPES.items()])
-        if self._parquet is None:
-            self._parquet = pq.ParquetWriter(self._file, schema)
-        if self._group or last:
-            self._parquet.write_table(pa.Table.from_pylist(self._group, schema=schema))
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), body)
+    return body.getvalue()
+
+
+def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    held: list[Any] = []
+    with pq.ParquetWriter(file, _schema()) as writer:
+        for part in parts:
+            held.append(pq.read_table(pa.BufferReader(part)))
+            if sum(table.num_rows for table in held) >= _GROUP:
+                writer.write_table(pa.concat_tables(held))
+                held = []
+        writer.write_table(pa.concat_tables([*held, _schema().empty_table()]))
+
+
+def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
+    if suffix == ".csv":
+        header = io.StringIO(newline="")
+        csv.DictWriter(header, list(_TYPES)).writeheader()
+        file.write(header.getvalue().encode())
+    file.writelines(parts)

@@ -23,6 +23,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import decide
+from twinspect.training.distributed import joined
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped
@@ -78,14 +79,22 @@ def fit(
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
-        TrainingError: a loss that is not finite, a checkpoint of another run, or no place for one.
+        TrainingError: a loss that is not finite, a checkpoint of another run, or no place for one; of several
+            processes, one that is gone or has other images.
+
+    Under ``torchrun`` the processes share every batch and all return the same model; see `training.distributed`.
     """
+    group = joined()
+    progress = progress if group.leads else silent
     if resume is not None:
         refuse_forgetting(resume.decision, samples, forget)
     training, held = choose_images(samples, config)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, resume.model.teacher if resume is not None else None)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
+    if root is not None and group.local_world > 1:  # each process fills its share of the cache that all then read
+        FeatureSource(model, group.share_of_work([*training, *held]), root, progress)
+        group.barrier()
     source = FeatureSource(model, [*training, *held], root, progress)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
@@ -95,11 +104,12 @@ def fit(
         take_over(model, resume.model)
     else:
         fit_scales(model, source, train_at, config.train.seed)
-    if work is not None:
+    if work is not None and group.leads:
         _make_folder(work)
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
-    report = train(model, source, train_at, config.train, work, progress, fingerprint)
+    group.refuse_difference("images or settings", fingerprint, len(source))
+    report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     with _enough_variety():
         fit_statistics(model, source, train_at, config.train.seed, progress)
     scores = calibrate(model, source, held_at)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
+from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.source import FeatureSource, Progress
 
@@ -42,6 +44,7 @@ def train(
     work: Path | None,
     progress: Progress,
     fingerprint: str = "",
+    group: Group = ALONE,
 ) -> TrainReport:
     """Train both students on the samples ``indices`` of a source.
 
@@ -53,33 +56,47 @@ def train(
         work: folder for checkpoint and log; None keeps nothing on disk.
         progress: called with ("training: terms", step, steps).
         fingerprint: what a checkpoint must have been made with to be resumed.
+        group: the processes that share every batch; all end with the same weights.
 
     Raises:
         TrainingError: a loss that is not finite.
     """
-    optimiser = make_optimiser(model, config)
-    start = 0
-    if work is not None:
-        start = load_checkpoint(work, model.student, optimiser, fingerprint)
+    student, optimiser = model.student, make_optimiser(model, config)
+    start = _resumed(student, optimiser, work, fingerprint, group)
+    work = work if group.leads else None
     log = _Log(work, start)
     began, terms, stopped = time.monotonic(), {}, "steps"
-    model.student.train()
+    student.train()
     step = start
-    for step, part in _batches(indices, config, start):
-        _set_rates(optimiser, config, step)
-        terms = _step(model, source, part, optimiser, config, step)
-        log.write(step, terms, len(part))
-        progress(f"training  {_say(terms)}", step + 1, config.steps)
-        done = step + 1
-        over = config.time_budget_s and time.monotonic() - began > config.time_budget_s
-        if work is not None and (done % config.checkpoint_every == 0 or done == config.steps or over):
-            save_checkpoint(work, model.student, optimiser, done, fingerprint)
-        if over:
-            stopped = "time budget"
-            break
+    with group.averaging(model):
+        for step, part in _batches(indices, config, start):
+            _set_rates(optimiser, config, step)
+            terms = _step(model, source, group.mine(part), optimiser, config, step, group)
+            log.write(step, terms, len(part))
+            progress(f"training  {_say(terms)}", step + 1, config.steps)
+            done = step + 1
+            over = config.time_budget_s and group.agree(time.monotonic() - began > config.time_budget_s)
+            if work is not None and (done % config.checkpoint_every == 0 or done == config.steps or over):
+                save_checkpoint(work, student, optimiser, done, fingerprint)
+            if over:
+                stopped = "time budget"
+                break
     model.eval()
     taken = step + 1 if terms else start
     return TrainReport(taken, time.monotonic() - began, stopped, terms)
+
+
+def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
+    """Steps that a killed run had taken, its state loaded by rank 0; the students' weights follow on wrapping."""
+
+    def loaded() -> tuple[int, dict[str, Any]]:
+        start = load_checkpoint(work, student, optimiser, fingerprint) if work is not None else 0
+        return start, optimiser.state_dict() if start and group.world > 1 else {}
+
+    start, state = group.share(loaded)
+    if state and not group.leads:
+        optimiser.load_state_dict(state)
+    return start
 
 
 def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
@@ -95,17 +112,18 @@ def _step(
     optimiser: StableAdamW,
     config: TrainConfig,
     step: int,
+    group: Group,
 ) -> dict[str, float]:
     torch.manual_seed(config.seed * 1_000_003 + step)
     observed, small = source.batch(part)
-    with _autocast(config.precision):
+    with _autocast(config.precision), group.one_batch():
         terms = model.losses(observed, small, step, config)
-    values = {name: float(value.detach()) for name, value in terms.items()}
+    values = group.mean({name: float(value.detach()) for name, value in terms.items()})
     _refuse_non_finite(values, source, part, step)
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(terms["loss"])
-    for group in optimiser.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], config.clip)
+    for students in optimiser.param_groups:
+        torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
     optimiser.step()
     return values
 

@@ -1,0 +1,454 @@
+"""Prediction over large sets: constant memory, a table written in parts, and runs that go on after being killed.
+
+`Job` says what to do, `Scorer` does it for any units of the input (this process's, or those a Ray actor is given),
+and `run` is the whole command. No torch import here: the light install runs it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, count, groupby, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from twinspect.errors import BundleError, ConfigError, DataError
+from twinspect.inference import remote
+from twinspect.inference.decode import Decoded, DecodePool
+from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
+from twinspect.inference.pictures import PictureOptions, coco_line, save_pictures, write_coco
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.result import Result
+from twinspect.inference.sources import Item, Stream, walk_all
+from twinspect.inference.table import check_format, encode, join
+
+FILE_ROWS, FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+
+
+class Listener(Protocol):
+    """Who is told how a run goes."""
+
+    def say(self, text: str) -> None:
+        """One line of the answer."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` images; total 0 is not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run, and where rows go. Plain values only, as it travels to other machines.
+
+    Attributes:
+        model: bundle or exported model.
+        sources: paths, folders, globs, ``@lists``, archives, tables, URLs.
+        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); empty prints lines.
+        pictures: what to write beside it.
+        coco: COCO file of all regions; empty writes none.
+        runtime, threads, batch, weights, device: as `inference.load`.
+        class_name: class of all images; None predicts it.
+        workers: processes that decode; 0 decodes in threads of this one; -1 is automatic.
+        rows: rows of a part; 0 takes 256 for a file and 4,096 for a folder.
+        shard: (number, of how many): only every so many-th unit, for several machines on one folder.
+        restart: drop what an unfinished run left.
+    """
+
+    model: str
+    sources: tuple[str, ...]
+    out: str = ""
+    pictures: PictureOptions = field(default_factory=PictureOptions)
+    coco: str = ""
+    runtime: str = "auto"
+    threads: int = 0
+    batch: int = 0
+    weights: str = ""
+    device: str = "cpu"
+    class_name: str | None = None
+    workers: int = -1
+    rows: int = 0
+    shard: tuple[int, int] = (0, 1)
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows < 0 or self.workers < -1 or self.batch < 0:
+            raise ConfigError(
+                f"--part-rows {self.rows} --workers {self.workers} --batch {self.batch}: accepted 0 (automatic) or "
+                "more"
+            )
+        number, of = self.shard
+        if not 0 <= number < of:
+            raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
+        if of > 1 and (not self.is_folder or self.coco):
+            raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
+        if self.coco and not self.out:
+            raise ConfigError("--coco is made from the run's parts; give --out as well")
+        if self.out and not self.is_folder:
+            check_format(Path(self.out).suffix, Path(self.out).name)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the parts themselves are the table."""
+        return self.out.endswith(("/", os.sep)) or remote.is_url(self.out) or Path(self.out).is_dir()
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a part."""
+        return self.rows or (FOLDER_ROWS if self.out and self.is_folder else FILE_ROWS)
+
+    @property
+    def decoders(self) -> int:
+        """Decoding processes; 0 is threads."""
+        if self.workers >= 0:
+            return self.workers
+        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.out else 0
+
+    def store(self) -> PartStore:
+        """Where parts are kept: the folder itself, or one beside the file until it is whole."""
+        if self.is_folder:
+            return PartStore(self.out, ".parquet")
+        return PartStore(f"{self.out}.parts", Path(self.out).suffix)
+
+    def settings(self) -> dict[str, Any]:
+        """What parts of one run must have in common."""
+        return {
+            "model": decision_digest(self.model),
+            "class": self.class_name or "",
+            "part-rows": self.part_rows,
+            **{name.replace("_", "-"): value for name, value in self.pictures.to_dict().items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one worker is given at a time.
+
+    Attributes:
+        number: place in the input.
+        items: images, or
+        stream: an archive or table of them.
+    """
+
+    number: int
+    items: tuple[Item, ...] = ()
+    stream: Stream | None = None
+
+    @property
+    def source(self) -> str:
+        """The stream's path; empty for listed images."""
+        return self.stream.path if self.stream is not None else ""
+
+    def images(self) -> Iterator[Item]:
+        """Its images, lazily."""
+        return iter(self.items) if self.stream is None else self.stream.items()
+
+
+def units(found: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
+    """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
+    number, held = 0, list[Item]()
+    for one in found:
+        if isinstance(one, Item):
+            held.append(one)
+        if held and (len(held) == rows or isinstance(one, Stream)):
+            yield Unit(number, tuple(held))
+            number, held = number + 1, []
+        if isinstance(one, Stream):
+            yield Unit(number, stream=one)
+            number += 1
+    if held:
+        yield Unit(number, tuple(held))
+
+
+class Tag(NamedTuple):
+    """Where an image's row belongs: unit, part of it, place in the unit; whether the part, the unit end with it."""
+
+    unit: int
+    sub: int
+    number: int
+    last: bool
+    end: bool
+    source: str
+
+
+@dataclass(slots=True)
+class Totals:
+    """Images so far: all, anomalous, unreadable, and how many of them an earlier run had done."""
+
+    rows: int = 0
+    bad: int = 0
+    errors: int = 0
+    before: int = 0
+
+    def add(self, part: Part, before: bool = False) -> None:
+        """Count a part."""
+        self.rows, self.bad, self.errors = self.rows + part.rows, self.bad + part.bad, self.errors + part.errors
+        self.before += part.rows if before else 0
+
+
+class Scorer:
+    """One loaded model with its decoders. A context.
+
+    Args:
+        job: what to run.
+        store: where parts go; its ``known`` parts are not done again.
+    """
+
+    def __init__(self, job: Job, store: PartStore | None = None) -> None:
+        from twinspect.inference.runtimes import load_predictor
+
+        self.job, self.store = job, store
+        self.predictor: Predictor = load_predictor(
+            job.model, job.runtime, job.threads, job.batch, job.weights, job.device
+        )
+        self.predictor.decision.checked_class(job.class_name)
+        workers, size = job.decoders, self.predictor.runtime.size
+        self.pool = DecodePool(
+            size, self.predictor.limits, bool(job.pictures.overlays), workers or self.predictor.workers, workers > 0,
+            self.predictor.batch,
+        )  # fmt: skip
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.__exit__(kind, error, trace)
+
+    def results(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Result]]:
+        """Images of units scored in order, pictures written. A batch never holds images of two parts.
+
+        Args:
+            wanted: units.
+            skipped: told of every part that an earlier run had done.
+        """
+        tagged = (pair for unit in wanted for pair in self._tagged(unit, skipped))
+        for _, part in groupby(self.pool.stream(tagged), key=_place):
+            tags = deque[Tag]()
+            for result in self.predictor.score(
+                _untagged(part, tags), self.job.pictures.wants_maps, self.job.class_name
+            ):
+                tag = tags.popleft()
+                save_pictures(result, self.job.pictures, tag.unit, tag.number)
+                yield tag, result
+
+    def parts(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
+        """Score units and keep their rows; a part is given when it is safely stored."""
+        rows, lines = list[dict[str, Any]](), list[bytes]()
+        for tag, result in self.results(wanted, skipped):
+            rows.append(result.row())
+            lines += [coco_line(result)] if self.job.pictures.coco else []
+            if tag.last:
+                yield self._stored(tag, rows, b"".join(lines) if self.job.pictures.coco else None)
+                rows, lines = [], []
+
+    def _stored(self, tag: Tag, rows: list[dict[str, Any]], aside: bytes | None) -> Part:
+        assert self.store is not None
+        bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
+        key = digest(tag.source, (row["path"] for row in rows))
+        part = Part(tag.unit, tag.sub, len(rows), bad, errors, key, tag.end, self.store.suffix)
+        self.store.put(part, encode(rows, part.suffix), aside)
+        return part
+
+    def _tagged(self, unit: Unit, skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Item]]:
+        """A unit's images with their places, without those of parts that are there."""
+        images, number = _with_end(unit.images()), 0
+        for sub in count():
+            end = True  # should nothing follow
+            known = self.store.known.get((unit.number, sub)) if self.store is not None else None
+            chunk, names = islice(images, self.job.part_rows), list[str]()
+            for place, (item, end) in enumerate(chunk, start=1):
+                if known is None:
+                    last = end or place == self.job.part_rows
+                    yield Tag(unit.number, sub, number, last, end, unit.source), item
+                else:
+                    names.append(item.name)
+                number += 1
+            if known is not None and self.store is not None:
+                self.store.check(known, digest(unit.source, names))
+                skipped(known)
+            if end:
+                return
+
+
+def _place(pair: tuple[Tag, Any]) -> Place:
+    return pair[0].unit, pair[0].sub
+
+
+def _untagged(pairs: Iterable[tuple[Tag, Decoded]], tags: deque[Tag]) -> Iterator[Decoded]:
+    """The images alone; their tags are left in ``tags``."""
+    for tag, image in pairs:
+        tags.append(tag)
+        yield image
+
+
+def _with_end(items: Iterator[Item]) -> Iterator[tuple[Item, bool]]:
+    """Every item, with whether it is the last one."""
+    held = next(items, None)
+    while held is not None:
+        following = next(items, None)
+        yield held, following is None
+        held = following
+
+
+def pending(wanted: Iterable[Unit], store: PartStore, skipped: Callable[[Part], None]) -> Iterator[Unit]:
+    """Units that are not finished. Parts of finished ones are checked against their source and told of.
+
+    Raises:
+        DataError: the input is not that of the parts there are.
+    """
+    for unit in wanted:
+        done = store.whole(unit.number)
+        if not done:
+            yield unit
+            continue
+        listed = unit.stream is None
+        expected = digest("", (item.name for item in unit.items)) if listed else source_digest(unit.source)
+        for part in done:
+            store.check(part, expected)
+            skipped(part)
+
+
+# Who scores units: told of the job, the store, the units, and whom to tell of parts that were there already.
+Engine = Callable[[Job, PartStore, Iterator[Unit], Callable[[Part], None]], Iterator[Part]]
+
+
+def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
+    """The whole command: score what is not scored yet, make the table, say what came out.
+
+    Args:
+        job: what to run.
+        listener: told of progress and results.
+        engine: who scores the units; None is this process.
+
+    Raises:
+        ConfigError, DataError, BundleError: of the job, its sources or its model.
+        TwinspectError: something cannot be written.
+    """
+    found = walk_all(job.sources)  # an empty source is refused before the model is loaded
+    if not job.out:
+        return _print(job, found, listener)
+    label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
+    store, settings = job.store(), job.settings()
+    with closing(store.lock(label)):
+        store.begin(settings, job.restart)
+        return _run_parts(job, store, found, label, listener, engine or local)
+
+
+def _run_parts(
+    job: Job, store: PartStore, found: Iterable[Item | Stream], label: str, listener: Listener, engine: Engine
+) -> Totals:
+    number, of = job.shard
+    # The other shards' parts are not this one's to judge.
+    store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
+    totals, seen = Totals(), set[Place]()
+
+    def skipped(part: Part) -> None:
+        seen.add((part.unit, part.sub))
+        totals.add(part, before=True)
+
+    mine = (unit for unit in units(found, job.part_rows) if unit.number % of == number)
+    counter = _Counter(job.sources if of == 1 else ())
+    for part in engine(job, store, pending(mine, store, skipped), skipped):
+        store.known[part.unit, part.sub] = part
+        seen.add((part.unit, part.sub))
+        totals.add(part)
+        listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
+    store.refuse_stale(seen)
+    _finish(job, store, seen, label)
+    return totals
+
+
+def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
+    """The engine that is this process."""
+    first = next(wanted, None)
+    if first is None:
+        return  # everything is there: the model need not be loaded
+    with Scorer(job, store) as scorer:
+        yield from scorer.parts(chain([first], wanted), skipped)
+
+
+def _print(job: Job, found: Iterable[Item | Stream], listener: Listener) -> Totals:
+    totals = Totals()
+    with Scorer(job) as scorer:
+        for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
+            totals.rows += 1
+            totals.bad += bool(result.is_anomaly)
+            totals.errors += bool(result.error)
+            listener.say(say_result(result))
+    return totals
+
+
+def _finish(job: Job, store: PartStore, seen: set[Place], label: str) -> None:
+    if job.coco:
+        write_coco(lambda: store.asides(seen), Path(job.coco))
+    if job.is_folder:
+        store.finish(label)
+        return
+    join(store.bodies(seen), Path(job.out))
+    store.clear(all_of_it=True)
+
+
+def say_result(result: Result) -> str:
+    """One line for one image."""
+    if result.error:
+        return f"ERROR    {result.error}"
+    word = "ANOMALY" if result.is_anomaly else result.answer
+    kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
+    regions = f"  {len(result.regions)} regions" if result.regions else ""
+    return f"{word:<8} score {result.score:9.3f}  p {result.p_value:.4f}  {kind}{regions}  {result.path}"
+
+
+def say_totals(totals: Totals, out: str) -> str:
+    """The last line of a run."""
+    before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
+    where = f"; {out}" if out else ""
+    return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}"
+
+
+def decision_digest(model: str) -> str:
+    """What identifies a model with its calibration, without building it.
+
+    Raises:
+        BundleError: not a model.
+    """
+    from twinspect.inference.exported import is_export, read_export
+
+    path = Path(model)
+    if is_export(path):
+        decision = read_export(path).decision
+    else:
+        try:
+            from twinspect.bundle import read_bundle
+        except ImportError:  # the light install has no bundles
+            raise BundleError(f"{path.name} is a bundle; this install runs exported models (.onnx) only") from None
+        decision = read_bundle(path).meta["decision"]
+    return hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Counter:
+    """Counts the images of local sources beside the work, for the time left; ``total`` is 0 until it is known."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.total = 0
+        self._sources = sources
+        if sources and not any(remote.is_url(source) for source in sources):
+            threading.Thread(target=self._count, daemon=True).start()
+
+    def _count(self) -> None:
+        total = 0
+        try:
+            for one in walk_all(self._sources):
+                found = 1 if isinstance(one, Item) else one.count()
+                if found is None:
+                    return
+                total += found
+        except DataError:  # said by the run itself
+            return
+        self.total = total

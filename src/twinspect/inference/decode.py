@@ -1,0 +1,241 @@
+"""Images to squares of pixels, ahead of the model: in threads, or in processes that may die. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from twinspect.data.containers import read_record
+from twinspect.data.images import ImageLimits, pil_rgb, read_sized_rgb, resize_rgb
+from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
+from twinspect.errors import DataError, ImageError
+from twinspect.inference.remote import is_url, read
+from twinspect.inference.sources import Item
+from twinspect.types import Sample
+
+T = TypeVar("T")
+
+
+class Decoded(NamedTuple):
+    """One image made ready.
+
+    Attributes:
+        name: what its row is called.
+        error: why there are no pixels.
+        height, width: of the whole image.
+        square: S x S x 3 for the model.
+        rgb: the whole image, where it was asked for.
+    """
+
+    name: str
+    error: str = ""
+    height: int = 0
+    width: int = 0
+    square: NDArray[np.uint8] | None = None
+    rgb: NDArray[np.uint8] | None = None
+
+
+class DecodePool:
+    """Decodes ahead and in order. A context; closing it ends its processes.
+
+    Args:
+        size: side of the squares.
+        limits: what an image may hold.
+        pixels: keep whole images for overlays.
+        workers: threads, or processes.
+        processes: decode in processes: they use more cores, and an image that kills its decoder (out of memory, a
+            crash inside a codec) costs its own row only.
+        batch: images that the reader takes at a time; at least as many are decoded ahead.
+    """
+
+    def __init__(
+        self, size: int, limits: ImageLimits, pixels: bool, workers: int, processes: bool = False, batch: int = 1
+    ) -> None:
+        self._decode = partial(decode_all, size=size, limits=limits, pixels=pixels)
+        self._workers, self._processes = workers, processes
+        self._group = 4 if processes else 1  # images of one job: handing one over costs a process 0.2 ms
+        self._ahead = max(2 * workers, -(-2 * batch // self._group))
+        self._pool = self._started()
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def stream(self, tagged: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Decoded]]:
+        """Decoded images with their tags, in order; two jobs a worker, or two batches, are ahead of the reader."""
+        items = iter(tagged)
+        jobs = iter(lambda: list(islice(items, self._group)), [])
+        pending = deque((job, self._submit(job)) for job in islice(jobs, self._ahead))
+        while pending:
+            job, future = pending.popleft()
+            try:
+                found = future.result()
+            except BrokenExecutor:
+                found = self._one_by_one(job)
+                pending = deque((other, self._submit(other)) for other, _ in pending)
+            pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
+            yield from ((tag, image) for (tag, _), image in zip(job, found, strict=True))
+
+    def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
+        items = [item for _, item in job]
+        try:
+            return self._pool.submit(self._decode, items)
+        except BrokenExecutor as error:  # a job before this one killed its worker; whoever waits for it starts anew
+            broken: Future[list[Decoded]] = Future()
+            broken.set_exception(error)
+            return broken
+
+    def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
+        """A worker died while this job or another was under way: find the image that does it."""
+        self._pool = self._started()
+        found = []
+        for _, item in job:
+            try:
+                found += self._pool.submit(self._decode, [item]).result()
+            except BrokenExecutor:
+                name = name_of(item)
+                found.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
+                self._pool = self._started()
+        return found
+
+    def _started(self) -> Executor:
+        if not self._processes:
+            return ThreadPoolExecutor(self._workers)
+        from multiprocessing import get_context
+
+        # Not forked: a copy of a process that runs threads (torch, pyarrow) may hang.
+        return ProcessPoolExecutor(self._workers, get_context("spawn"), initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    """In a new process: Ctrl-C is the parent's to handle, and a worker does not outlive a parent that was killed."""
+    from multiprocessing import parent_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def decode_all(items: list[Any], size: int, limits: ImageLimits, pixels: bool) -> list[Decoded]:
+    """`decode` for the items of one job."""
+    return [decode(item, size, limits, pixels) for item in items]
+
+
+def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False) -> Decoded:
+    """One image to a square for the model; what cannot be read gives an error instead.
+
+    Args:
+        item: path, `Item`, `Sample`, array or PIL image.
+        size: side of the square.
+        limits: what an image may hold.
+        pixels: keep the whole image as well.
+    """
+    name = name_of(item)
+    try:
+        rgb, (height, width) = _pixels(item, limits, size)
+        square = resize_rgb(rgb, size)
+        if pixels and rgb.shape[:2] != (height, width):
+            rgb, _ = _pixels(item, limits, 0)
+    except DataError as error:
+        return Decoded(name, str(error))
+    except MemoryError:
+        return Decoded(name, f"{name}: not enough memory to decode it")
+    return Decoded(name, "", height, width, square, rgb if pixels else None)
+
+
+def name_of(item: Any) -> str:
+    """The path of a file or sample, or a word for what has none."""
+    if isinstance(item, Item):
+        return item.name
+    if isinstance(item, Sample):
+        return str(item.image) if item.record is None else f"{item.image}#{item.record}"
+    return str(item) if isinstance(item, (str, Path)) else f"<{type(item).__name__}>"
+
+
+def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
+    if isinstance(item, Item):
+        return _item_pixels(item, limits, draft_side)
+    if isinstance(item, Sample) and item.record is None:
+        item = item.image
+    if isinstance(item, (str, Path)):
+        return read_sized_rgb(Path(item), limits, draft_side=draft_side)
+    rgb = read_sample_rgb(item, limits) if isinstance(item, Sample) else to_rgb(item, limits)
+    return rgb, (rgb.shape[0], rgb.shape[1])
+
+
+def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    if item.record is not None and not item.error:
+        rgb = read_record(Path(item.path), item.record, limits)
+        return rgb, (rgb.shape[0], rgb.shape[1])
+    plain = item.data is None and item.offset < 0 and not item.error and not is_url(item.path)
+    source = Path(item.path) if plain else encoded(item, limits)
+    return read_sized_rgb(source, limits, item.name, draft_side)
+
+
+def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """Bytes of an image as they are stored.
+
+    Raises:
+        ImageError: it must not or cannot be read.
+    """
+    if item.error:
+        raise ImageError(item.error)
+    if item.data is not None:
+        return item.data
+    if is_url(item.path):
+        return read(item.path, limits.max_bytes)
+    try:
+        with open(item.path, "rb") as file:
+            file.seek(max(item.offset, 0))
+            return file.read(item.size)
+    except OSError as error:
+        raise ImageError(f"{item.name}: cannot be opened ({error.strerror or error})") from None
+
+
+def to_rgb(item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """An array or PIL image to H x W x 3 uint8 RGB; a PIL image is read as its file would be.
+
+    Raises:
+        ImageError: another type, shape or value type.
+    """
+    if isinstance(item, Image.Image):
+        return pil_rgb(item, limits)
+    array = np.asarray(item)
+    if array.dtype != np.uint8:
+        raise ImageError(f"array of type {array.dtype}; accepted uint8 RGB, {_how_to_convert(array.dtype.kind)}")
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ImageError(f"array of shape {array.shape}; accepted H x W x 3 (RGB) or H x W (grey)")
+    return np.ascontiguousarray(array)
+
+
+def _how_to_convert(kind: str) -> str:
+    """What to type for an array of another type, by numpy's letter of its kind."""
+    advice = {"f": "(a * 255).astype('uint8') if a is within 0..1", "b": "a.astype('uint8') * 255"}
+    advice |= dict.fromkeys("iu", "(a // 257).astype('uint8') if a is 16-bit")
+    return f"so type: {advice[kind]}" if kind in advice else "a path or a PIL image"

@@ -1,0 +1,249 @@
+"""Finished parts of a long run in a folder: written whole or not at all, so that a killed run goes on. No torch.
+
+The input is cut into units (so many listed images, or one archive) and units into parts of at most so many rows. A
+part's file name says its place, its counts and a digest of the names of its images. That is the whole journal: what
+is there is done, what is not there is done again, and a digest that differs means that the input has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.inference import remote
+
+_NAME = re.compile(
+    r"part-(?P<unit>\d{8})-(?P<sub>\d{6})-(?P<rows>\d+)-(?P<bad>\d+)-(?P<errors>\d+)-(?P<digest>[0-9a-f]{16})"
+    r"(?P<end>-end)?(?P<suffix>\.\w+)"
+)
+_RUN, _DRAFT, _LOCK = "_run.json", "_tmp-", "_lock"  # readers of Parquet folders pass over names that begin with _
+Place = tuple[int, int]
+
+
+class Part(NamedTuple):
+    """One finished part.
+
+    Attributes:
+        unit, sub: its place: unit of the input, and part of that unit.
+        rows, bad, errors: images in it, anomalous ones, and ones that could not be read.
+        digest: of the unit's source (first half) and of its images' names (second half).
+        end: whether the unit ends with it.
+        suffix: format of the rows.
+    """
+
+    unit: int
+    sub: int
+    rows: int
+    bad: int
+    errors: int
+    digest: str
+    end: bool
+    suffix: str
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        counts = f"{self.rows}-{self.bad}-{self.errors}"
+        return f"part-{self.unit:08d}-{self.sub:06d}-{counts}-{self.digest}{'-end' if self.end else ''}{self.suffix}"
+
+    @classmethod
+    def of(cls, name: str) -> Part | None:
+        """Read back from a file name; None for any other file."""
+        found = _NAME.fullmatch(name)
+        if found is None:
+            return None
+        unit, sub, rows, bad, errors = (int(found[key]) for key in ("unit", "sub", "rows", "bad", "errors"))
+        return cls(unit, sub, rows, bad, errors, found["digest"], bool(found["end"]), found["suffix"])
+
+
+def digest(source: str, names: Iterable[str]) -> str:
+    """What identifies a part's input: 8 hex digits for the unit's source, 8 for its images' names in order."""
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(name.encode("utf-8", "backslashreplace") + b"\0")
+    return source_digest(source) + whole.hexdigest()[:8]
+
+
+def source_digest(source: str) -> str:
+    """First half of `digest`."""
+    return hashlib.sha256(source.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
+@dataclass(slots=True)
+class PartStore:
+    """A folder of parts, on this disk or in an object store.
+
+    Attributes:
+        folder: path or URL.
+        suffix: format of the rows, such as ``.parquet``.
+        known: parts that are there, by place; filled by `begin`.
+    """
+
+    folder: str
+    suffix: str
+    known: dict[Place, Part]
+
+    def __init__(self, folder: str, suffix: str) -> None:
+        self.folder, self.suffix, self.known = folder, suffix, {}
+
+    def begin(self, settings: Mapping[str, Any], restart: bool) -> None:
+        """Look for parts of the same run; those of another run are refused, or dropped with ``restart``.
+
+        Raises:
+            ConfigError: parts of a run with other settings.
+            TwinspectError: the folder cannot be written.
+        """
+        if restart:
+            self.clear()
+        text = json.dumps(dict(settings), indent=1, sort_keys=True)
+        names = self._names()
+        if _RUN in names:
+            self._refuse_other(json.loads(self.read(_RUN)), json.loads(text), restart)
+        else:
+            self._put(_RUN, text.encode())
+        found = [part for name in names if (part := Part.of(name)) is not None and not restart]
+        self.known = {(part.unit, part.sub): part for part in found}
+
+    def whole(self, unit: int) -> list[Part]:
+        """Parts of a unit if it is finished, else nothing."""
+        found: list[Part] = []
+        while (part := self.known.get((unit, len(found)))) is not None:
+            found.append(part)
+        return found if found and found[-1].end else []
+
+    def check(self, part: Part, expected: str) -> None:
+        """Refuse a part that was made from other images than those at its place now.
+
+        Raises:
+            DataError: the input changed while the run was interrupted.
+        """
+        if not part.digest.startswith(expected):
+            raise DataError(
+                f"the images given are not those of the unfinished run in {self.folder} (part {part.unit}): files "
+                "were added, removed or renamed. Give the same ones, or type --restart to begin anew"
+            )
+
+    def refuse_stale(self, seen: Iterable[Place]) -> None:
+        """Refuse parts that no image belongs to any more.
+
+        Raises:
+            DataError: there are such parts.
+        """
+        rest = sorted(set(self.known) - set(seen))
+        if rest:
+            part = self.known[rest[0]]
+            raise DataError(
+                f"{self.folder} holds rows of images that are no longer given ({part.name}); type --restart to "
+                "begin anew"
+            )
+
+    def put(self, part: Part, body: bytes, aside: bytes | None = None) -> None:
+        """Keep a part for good; ``aside`` (lines for a COCO file) is kept before it, so that it is never missing."""
+        if aside is not None:
+            self._put(f"_coco-{part.unit:08d}-{part.sub:06d}.jsonl", aside)
+        self._put(part.name, body)
+
+    def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
+        """Contents of parts, in the order of their places."""
+        return (self.read(self.known[place].name) for place in sorted(places))
+
+    def asides(self, places: Iterable[Place]) -> Iterator[bytes]:
+        """What was kept aside of them."""
+        return (self.read(f"_coco-{unit:08d}-{sub:06d}.jsonl") for unit, sub in sorted(places))
+
+    def clear(self, all_of_it: bool = False) -> None:
+        """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
+        for name in self._names():
+            if Part.of(name) is not None or name.startswith((_RUN, _DRAFT, "_coco-", "_SUCCESS")):
+                self._remove(name)
+            elif all_of_it and name.startswith(_LOCK):
+                self._remove(name)
+        if all_of_it and not remote.is_url(self.folder) and not any(Path(self.folder).iterdir()):
+            Path(self.folder).rmdir()
+
+    def finish(self, label: str) -> None:
+        """Leave a mark that everything is there, and sweep up drafts of killed runs."""
+        self._put(f"_SUCCESS{label}", b"")
+        for name in self._names() if not label else ():
+            if name.startswith(_DRAFT):
+                self._remove(name)
+
+    def lock(self, label: str) -> IO[str]:
+        """Keep others from writing the same parts until the returned file is closed; local folders only.
+
+        Raises:
+            ConfigError: another run is writing them now.
+        """
+        if remote.is_url(self.folder):
+            return io.StringIO()
+        self._make()
+        file = open(Path(self.folder) / f"{_LOCK}{label}", "w")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # a system without it: two runs at once are then the user's to avoid
+            return file
+        except OSError:
+            file.close()
+            raise ConfigError(
+                f"another run is writing {self.folder} now; wait for it, or take another --out"
+            ) from None
+        return file
+
+    def read(self, name: str) -> bytes:
+        """Content of one file."""
+        if remote.is_url(self.folder):
+            return remote.read(f"{self.folder.rstrip('/')}/{name}", 1 << 40)
+        return (Path(self.folder) / name).read_bytes()
+
+    def _refuse_other(self, before: dict[str, Any], now: dict[str, Any], restart: bool) -> None:
+        other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if other and not restart:
+            raise ConfigError(
+                f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the same "
+                "command again to go on with it, --restart to drop it, or take another --out"
+            )
+
+    def _names(self) -> list[str]:
+        if remote.is_url(self.folder):
+            return remote.names(self.folder)
+        return sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
+
+    def _make(self) -> None:
+        try:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TwinspectError(f"{self.folder} cannot be written ({error.strerror or error})") from None
+
+    def _put(self, name: str, body: bytes) -> None:
+        if remote.is_url(self.folder):
+            remote.put(self.folder.rstrip("/"), name, body)
+            return
+        self._make()
+        # Two workers may write the same part, one of them given up for lost: each draft has a name of its own.
+        draft = Path(self.folder) / f"{_DRAFT}{uuid.uuid4().hex}"
+        try:
+            with draft.open("wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, Path(self.folder) / name)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise TwinspectError(f"{self.folder}/{name} cannot be written ({error.strerror or error})") from None
+
+    def _remove(self, name: str) -> None:
+        if remote.is_url(self.folder):
+            remote.remove(self.folder, name)
+        else:
+            (Path(self.folder) / name).unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""Training on several processes that together do exactly what one would, started by ``torchrun`` (or by Ray Train).
+
+The batch of a step is cut into equal slices, one a process; `DistributedDataParallel` averages students' gradients.
+Three things of a step see the whole batch, and would differ from one process if every process went by its own slice:
+dropout noise, batch norms, and the quantile that tells easy positions from hard ones. `OneBatch` gives them the whole
+batch, so that the loss does not depend on the number of processes. Only the process of rank 0 writes files.
+
+Everything after the steps (statistics, calibration) every process computes for itself from the same weights, so all
+of them end with the same model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from twinspect.errors import ConfigError, TrainingError
+from twinspect.models.contract import AnomalyModel
+
+T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this one; 0 writes files and talks.
+        world: how many there are.
+        local_rank, local_world: the same among those of this machine.
+        whole: channel for what sees the whole batch; its traffic may cross that of the gradients.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    whole: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def mine(self, part: Sequence[T]) -> list[T]:
+        """This process's slice of a batch.
+
+        Raises:
+            ConfigError: the batch cannot be divided equally.
+        """
+        if len(part) % self.world:
+            raise ConfigError(
+                f"--batch: {len(part)} images a step cannot be divided among {self.world} processes; take a multiple "
+                f"of {self.world} (and no more than there are training images)"
+            )
+        each = len(part) // self.world
+        return list(part[self.rank * each : (self.rank + 1) * each])
+
+    def share_of_work(self, items: Sequence[T]) -> list[T]:
+        """What this process prepares of a list that all processes of its machine will need."""
+        return list(items[self.local_rank :: self.local_world])
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Means over the processes: of equal slices, those of the whole batch."""
+        if self.world == 1:
+            return dict(values)
+        row = torch.tensor(list(values.values()), dtype=torch.float64)
+        self._guarded(lambda: dist.all_reduce(row))
+        return dict(zip(values, (row / self.world).tolist(), strict=True))
+
+    def agree(self, flag: bool) -> bool:
+        """What rank 0 says, on every process: their clocks differ."""
+        return self.share(lambda: flag)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives on rank 0, on every process."""
+        if self.world == 1:
+            return make()
+        held: list[Any] = [make() if self.leads else None]
+        self._guarded(lambda: dist.broadcast_object_list(held, src=0))
+        found: T = held[0]
+        return found
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            self._guarded(dist.barrier)
+
+    def refuse_difference(self, what: str, own: str, count: int) -> None:
+        """Compare a digest of each process's data.
+
+        Raises:
+            TrainingError: on every process, naming those that differ from rank 0.
+        """
+        if self.world == 1:
+            return
+        said: list[Any] = [None] * self.world
+        self._guarded(lambda: dist.all_gather_object(said, (own, count)))
+        other = [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(said) if digest != said[0][0]]
+        if other:
+            raise TrainingError(
+                f"the processes do not have the same {what}: rank 0 has {said[0][1]} images, different on rank "
+                f"{', '.join(other)}. Give every machine the same files, settings and version"
+            )
+
+    @contextmanager
+    def averaging(self, model: AnomalyModel) -> Iterator[None]:
+        """While entered, the students' gradients are averaged; at its start all get the weights of rank 0.
+
+        Raises:
+            TrainingError: another process is gone.
+        """
+        if self.world == 1:
+            yield
+            return
+        student = model.student
+        try:
+            wrapped = nn.parallel.DistributedDataParallel(student, static_graph=True)
+            model.student = wrapped
+            yield
+        except RuntimeError as error:
+            raise self._lost(error) from None
+        finally:
+            model.student = student
+
+    def one_batch(self) -> OneBatch | _Alone:
+        """A context in which a step's slice is treated as part of the whole batch."""
+        return OneBatch(self) if self.world > 1 else _Alone()
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, error: RuntimeError) -> TrainingError:
+        return TrainingError(
+            f"rank {self.rank} of {self.world}: the other processes cannot be reached any more "
+            f"({str(error).splitlines()[0][:200]}); the first error above says why. The last checkpoint is kept"
+        )
+
+
+ALONE = Group()
+
+
+class _Alone:
+    """One process needs no care."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def joined() -> Group:
+    """The processes that ``torchrun`` or Ray Train started; this one alone if neither did.
+
+    Raises:
+        TrainingError: the others cannot be reached.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_available() or (world == 1 and not dist.is_initialized()):
+        return ALONE
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(f"the processes of this run did not find each other ({error})") from None
+    return _group(dist.get_rank(), dist.get_world_size())
+
+
+@lru_cache(maxsize=1)
+def _group(rank: int, world: int) -> Group:
+    local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Group(rank, world, *local, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+class OneBatch(TorchFunctionMode):
+    """Gives the three functions that see a whole batch the whole batch; everything else is left alone."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+        self._ours = {F.dropout: self._dropout, F.batch_norm: self._batch_norm, torch.quantile: self._quantile}
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every function while the context is entered."""
+        return self._ours.get(function, function)(*arguments, **(named or {}))
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return x
+        # The mask of the whole batch, as one process draws it: every process has the same seed at every step, and
+        # numbers are drawn in the order of memory, which may be another than that of the axes.
+        order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
+        sizes = [x.shape[axis] * (1 if axis else self.group.world) for axis in order]
+        mask = F.dropout(x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())]), p)
+        return x * mask[self.group.rank * x.shape[0] : (self.group.rank + 1) * x.shape[0]]
+
+    def _quantile(self, values: Tensor, q: float) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(self.group.world)]
+        dist.all_gather(parts, values.contiguous(), group=self.group.whole)
+        return torch.quantile(torch.cat(parts), q)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        wide, axes = x.float(), [0, *range(2, x.dim())]
+        count = self.group.world * x.numel() // x.shape[1]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        mean = _AllSum.apply(wide.sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        apart = wide - mean.view(shape)
+        variance = _AllSum.apply(apart.square().sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            if running_mean is not None and running_var is not None:
+                running_mean.lerp_(mean.detach(), momentum)
+                running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), momentum)
+        out = apart * (variance + eps).rsqrt().view(shape)
+        out = out if weight is None else out * weight.view(shape)
+        shifted: Tensor = out if bias is None else out + bias.view(shape)
+        return shifted.to(x.dtype)
+
+
+class _AllSum(torch.autograd.Function):
+    """Sum over the processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, channel: Any) -> Tensor:
+        """Sum of every process's values."""
+        ctx.channel = channel
+        total: Tensor = values.clone()
+        dist.all_reduce(total, group=channel)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Sum of every process's gradient."""
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.channel)
+        return total, None

@@ -1,0 +1,462 @@
+"""Long runs: nothing lost, nothing twice, whatever happens in between; and the files beside the table."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from tiny import images_to_test, picture, save
+
+from twinspect import Detector
+from twinspect.errors import ConfigError, DataError
+from twinspect.inference.bulk import Job, Totals, run, units
+from twinspect.inference.parts import Part, PartStore, digest
+from twinspect.inference.pictures import PictureOptions, run_lengths, submission_place
+from twinspect.inference.sources import walk_all
+
+
+class Silent:
+    """Listens and remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.seen: list[tuple[int, int]] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+
+@pytest.fixture(scope="module")
+def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images in two folders, one of them broken, and a shard of six."""
+    root = tmp_path_factory.mktemp("shots")
+    for number in range(40):
+        save(root / ("late" if number > 24 else "") / f"{number:03d}.png", picture(number % 7, 40, 50))
+    (root / "003.png").write_bytes(b"")
+    with tarfile.open(root / "shard.tar", "w") as file:
+        for number in range(6):
+            body = io.BytesIO()
+            Image.fromarray(picture(100 + number, 40, 50)).save(body, "PNG")
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(body.getvalue())
+            file.addfile(info, io.BytesIO(body.getvalue()))
+    return root
+
+
+def job(model: Path, out: Path | str, *sources: object, **changes: Any) -> Job:
+    fields: dict[str, Any] = {"workers": 0, "part_rows": 4, "batch": 3} | changes
+    return Job(str(model), tuple(str(s) for s in sources), str(out), rows=fields.pop("part_rows"), **fields)
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    """Rows without the one column that is a time."""
+    return pq.read_table(path).drop(["ms"]).to_pylist()
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def runs(one: Job) -> tuple[Totals, Silent]:
+    listener = Silent()
+    return run(one, listener), listener
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, shots: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The table of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole") / "t.parquet"
+    totals, listener = runs(job(model, out, shots))
+    assert (totals.rows, totals.errors, totals.before) == (46, 1, 0)
+    assert [done for done, _ in listener.seen] == sorted(done for done, _ in listener.seen)
+    assert [p.name for p in out.parent.iterdir()] == ["t.parquet"]
+    return table(out)
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_and_columns(whole: list[dict[str, Any]], quick: Detector, shots: Path) -> None:
+    wanted = {
+        "path", "class_name", "score", "threshold", "is_anomaly", "p_value", "margin", "n_regions",
+        "max_region_area", "map_path", "mask_path", "model_id",
+    }  # fmt: skip
+    assert wanted <= whole[0].keys()
+    alone = list(quick.predict(shots))
+    assert [row["path"] for row in whole] == [result.path for result in alone]
+    for row, result in zip(whole, alone, strict=True):
+        assert bool(row["error"]) == bool(result.error)
+        if not row["error"]:
+            assert row["score"] == pytest.approx(result.score, rel=1e-3, abs=1e-3)
+            assert row["margin"] == row["score"] - row["threshold"]
+            assert row["is_anomaly"] == (row["margin"] >= 0)
+    assert whole[3]["path"].endswith("003.png")
+    assert whole[3]["score"] is None
+
+
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"workers": 1, "batch": 1, "part_rows": 100}])
+def test_processes_batches_and_parts_change_nothing(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path, changes: dict[str, int]
+) -> None:
+    runs(job(model, tmp_path / "t.parquet", shots, **changes))
+    found = table(tmp_path / "t.parquet")
+    assert [row["path"] for row in found] == [row["path"] for row in whole]
+    if changes.get("batch", 3) == 3:
+        assert found == whole
+    scores = [[row["score"] for row in rows if row["score"] is not None] for rows in (found, whole)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-3)
+
+
+def test_row_groups_are_few_and_times_are_measured(model: Path, shots: Path, tmp_path: Path) -> None:
+    runs(job(model, tmp_path / "t.parquet", shots))
+    file = pq.ParquetFile(tmp_path / "t.parquet")
+    assert file.metadata.num_row_groups == 1
+    times = file.read().column("ms").to_pylist()
+    assert sum(time is None for time in times) == 1
+    assert all(time > 0 for time in times if time is not None)
+
+
+def test_without_a_table_lines_are_said(model: Path, shots: Path) -> None:
+    totals, listener = runs(job(model, "", shots / "late", shots / "003.png"))
+    assert (totals.rows, totals.errors, len(listener.lines)) == (16, 1, 16)
+    assert listener.lines[-1].startswith("ERROR")
+
+
+def test_names_that_are_no_text(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png", picture())
+    os.rename(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/\xff\xfe.png")
+    for suffix in (".parquet", ".csv", ".jsonl"):
+        runs(job(model, tmp_path / f"t{suffix}", tmp_path / "in"))
+    assert table(tmp_path / "t.parquet")[0]["path"].endswith(r"\udcff\udcfe.png")
+    assert r"\udcff" in (tmp_path / "t.csv").read_text()
+    assert json.loads((tmp_path / "t.jsonl").read_text())["error"] == ""
+
+
+# ----------------------------------------------------------------------------------------------- resume
+
+
+def first_parts(one: Job, wanted: int) -> None:
+    """Run until so many parts are stored, then break off as if the machine had gone."""
+
+    class Gone(Exception):
+        pass
+
+    class Breaks(Silent):
+        def progress(self, stage: str, done: int, total: int) -> None:
+            super().progress(stage, done, total)
+            if len(self.seen) == wanted:
+                raise Gone
+
+    with pytest.raises(Gone):
+        run(one, Breaks())
+
+
+@pytest.mark.parametrize("stored", [1, 5, 11])
+def test_a_run_that_broke_off_goes_on(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path, stored: int
+) -> None:
+    one = job(model, tmp_path / "t.parquet", shots)
+    first_parts(one, stored)
+    totals, _ = runs(one)
+    assert totals.before == min(4 * stored, 44)
+    assert table(tmp_path / "t.parquet") == whole
+
+
+def test_a_shard_that_broke_off_goes_on_inside(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    one = job(model, tmp_path / "t.parquet", shots / "shard.tar")
+    first_parts(one, 1)
+    totals, _ = runs(one)
+    assert (totals.before, totals.rows) == (4, 6)
+    assert table(tmp_path / "t.parquet") == whole[-6:]
+
+
+def test_a_run_that_died_while_joining_goes_on(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = job(model, tmp_path / "t.parquet", shots)
+    with monkeypatch.context() as patch:
+        patch.setattr("twinspect.inference.bulk.join", lambda parts, out: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(one, Silent())
+    totals, _ = runs(one)
+    assert totals.before == totals.rows == 46
+    assert table(tmp_path / "t.parquet") == whole
+
+
+def test_changed_input_is_refused(model: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        save(tmp_path / "in" / f"{number:02d}.png", picture())
+    one = job(model, tmp_path / "t.csv", tmp_path / "in")
+    first_parts(one, 2)
+    save(tmp_path / "in" / "00a.png", picture())
+    with pytest.raises(DataError, match="files were added, removed or renamed.*--restart"):
+        run(one, Silent())
+    totals, _ = runs(replace(one, restart=True))
+    assert (totals.rows, totals.before) == (13, 0)
+    assert not (tmp_path / "t.csv.parts").exists()
+
+
+def test_input_that_shrank_is_refused(model: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        save(tmp_path / "in" / f"{number:02d}.png", picture())
+    one = job(model, f"{tmp_path}/t/", tmp_path / "in")
+    runs(one)
+    for number in range(4, 8):
+        (tmp_path / "in" / f"{number:02d}.png").unlink()
+    with pytest.raises(DataError, match="rows of images that are no longer given"):
+        run(one, Silent())
+
+
+def test_other_settings_are_refused(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    first_parts(one, 1)
+    with pytest.raises(ConfigError, match="unfinished or finished run with another class; type the same command"):
+        run(replace(one, class_name="ring"), Silent())
+    with pytest.raises(ConfigError, match="another masks, part-rows"):
+        run(replace(one, rows=5, pictures=PictureOptions(masks=str(tmp_path))), Silent())
+
+
+def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    held = one.store().lock("")
+    with pytest.raises(ConfigError, match="another run is writing"):
+        run(one, Silent())
+    held.close()
+    assert runs(one)[0].rows == 46
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and /proc")
+@pytest.mark.slow
+def test_kill_9_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    first = save(source / "0000.png", picture())
+    for number in range(1, 200):
+        os.link(first, source / f"{number:04d}.png")
+    runs(job(model, tmp_path / "calm.parquet", source))
+    out = tmp_path / "t.parquet"
+    command = [
+        sys.executable, "-m", "twinspect", "predict", model, source, "--out", out, "--part-rows", "4", "--batch", "3",
+        "--workers", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: len(list(tmp_path.glob("t.parquet.parts/part-*"))) > 3)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert workers
+    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
+    assert not out.exists()
+    found = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "of them by an earlier run" in found.stdout
+    assert table(out) == table(tmp_path / "calm.parquet")
+
+
+def children(parent: int) -> list[int]:
+    stats = [p.read_text().rsplit(")", 1) for p in Path("/proc").glob("[0-9]*/stat") if p.exists()]
+    return [int(head.split(" ", 1)[0]) for head, tail in stats if int(tail.split()[1]) == parent]
+
+
+def wait_for(happened: Any, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------- folders and shards
+
+
+def test_machines_share_a_folder(model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    out = f"{tmp_path}/t/"
+    for number in (2, 0, 1):
+        runs(job(model, out, shots, shard=(number, 3)))
+    assert sum((Path(out) / f"_SUCCESS-{n}-of-3").exists() for n in range(3)) == 3
+    assert sorted(table(Path(out)), key=lambda row: str(row["path"])) == sorted(whole, key=lambda r: str(r["path"]))
+    again, _ = runs(job(model, out, shots, shard=(1, 3)))
+    assert again.before == again.rows > 0
+
+
+def test_rows_go_to_a_url(model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    one = job(model, f"file://{tmp_path}/t", f"file://{shots}")
+    first_parts(one, 2)
+    totals, _ = runs(one)
+    assert (totals.rows, totals.before) == (46, 8)
+    found = table(tmp_path / "t")
+    assert [row["score"] for row in found] == [row["score"] for row in whole]
+    assert [row["path"].removeprefix("file://") for row in found] == [row["path"] for row in whole]
+
+
+def test_units_cut_the_input(shots: Path) -> None:
+    found = list(units(walk_all([str(shots / "late"), str(shots / "shard.tar"), str(shots / "late")]), 6))
+    assert [(len(one.items), one.stream is not None) for one in found] == [
+        (6, False), (6, False), (3, False), (0, True), (6, False), (6, False), (3, False),
+    ]  # fmt: skip
+    assert [one.number for one in found] == list(range(7))
+
+
+def test_part_names_say_everything(tmp_path: Path) -> None:
+    part = Part(12, 3, 256, 4, 1, digest("s.tar", ["a", "b"]), True, ".csv")
+    assert Part.of(part.name) == part
+    assert Part.of("part-1.csv") is None
+    assert digest("s.tar", ["ab"])[:8] == digest("s.tar", ["a", "b"])[:8]
+    assert digest("s.tar", ["ab"]) != digest("s.tar", ["a", "b"])
+    store = PartStore(str(tmp_path / "p"), ".csv")
+    store.begin({"x": 1}, restart=False)
+    store.put(part, b"row\n")
+    assert store.whole(12) == []  # the first three parts are missing
+    (tmp_path / "p" / "mine.txt").write_text("x")
+    store.clear(all_of_it=True)
+    assert [p.name for p in (tmp_path / "p").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"out": "t.xlsx"}, r"accepted endings are \.parquet, \.csv, \.jsonl"),
+        ({"shard": (4, 4), "out": "t/"}, "--shard 4/4: accepted 0/N to N-1/N"),
+        ({"shard": (0, 2), "out": "t.csv"}, "--shard writes parts to one folder"),
+        ({"coco": "c.json", "out": ""}, "give --out as well"),
+        ({"rows": -1}, "--part-rows -1"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Job("m.twin", ("x",), **changes)
+
+
+# -------------------------------------------------------------------------------------- pictures and regions
+
+
+@pytest.fixture(scope="module")
+def beside(
+    model: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]], list[Path]]:
+    """Everything that can be written beside a table, for six defect images (some larger than the region grid)."""
+    root = tmp_path_factory.mktemp("beside")
+    images = images_to_test(parts, 1)[:4]
+    save(root / "wide.png", np.asarray(Image.fromarray(pixels(images[0])).resize((2600, 1800))))
+    options = PictureOptions(str(root / "maps"), "tiff", str(root / "masks"), str(root / "over"), "", True)
+    sources = [*images, root / "wide.png", root / "gone.png"]
+    runs(job(model, root / "t.parquet", *sources, pictures=options, coco=str(root / "c.json")))
+    return root, table(root / "t.parquet"), [*images, root / "wide.png"]
+
+
+def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[Path]], quick: Detector) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    root, rows, images = beside
+    assert all(len(list((root / name).iterdir())) == 5 for name in ("maps", "masks", "over"))
+    assert rows[-1]["error"]
+    assert rows[-1]["map_path"] == ""
+    for row, path in zip(rows, images, strict=False):
+        heat = tifffile.imread(row["map_path"])
+        expected = quick.predict(path).map
+        assert (heat.dtype, heat.shape) == (np.float16, expected.shape)
+        np.testing.assert_allclose(heat, expected, rtol=2e-3, atol=2e-3)
+        mask = pixels(row["mask_path"])
+        assert set(np.unique(mask)) <= {0, 255}
+        assert bool(mask.any()) == bool(row["n_regions"])
+        assert np.mean((mask > 0) == (expected >= row["threshold_region"])) > 0.999
+
+
+def test_coco_regions(beside: tuple[Path, list[dict[str, Any]], list[Path]]) -> None:
+    root, rows, _ = beside
+    coco = json.loads((root / "c.json").read_text())
+    assert [image["file_name"] for image in coco["images"]] == [row["path"] for row in rows]
+    found = coco["annotations"]
+    assert len(found) == sum(row["n_regions"] for row in rows) > 0
+    assert [one["id"] for one in found] == list(range(1, len(found) + 1))
+    by_image = {image["id"]: image for image in coco["images"]}
+    for row, image in zip(rows, coco["images"], strict=True):
+        own = [one for one in found if one["image_id"] == image["id"]]
+        assert [one["score"] for one in own] == [region["score"] for region in json.loads(row["regions"])]
+        union = np.zeros((image["height"], image["width"]), dtype=bool)
+        for one in own:
+            mask = from_run_lengths(one["segmentation"])
+            y, x = np.nonzero(mask)
+            left, top, width, height = one["bbox"]
+            slack = 2 if image["width"] > 2000 else 0  # regions of large images are found on a smaller map
+            assert abs(x.min() - left) <= slack
+            assert abs(y.max() + 1 - top - height) <= slack
+            assert mask.sum() == pytest.approx(one["area"], rel=0.02 if slack else 0)
+            union |= mask
+        if own and image["width"] < 2000:
+            assert np.array_equal(union, pixels(row["mask_path"]) > 0)
+    assert any(by_image[one["image_id"]]["width"] > 2000 for one in found)
+
+
+def from_run_lengths(said: dict[str, Any]) -> np.ndarray:
+    """COCO's own definition, literally."""
+    flat: list[int] = []
+    for number, count in enumerate(said["counts"]):
+        flat += [number % 2] * count
+    height, width = said["size"]
+    flat += [0] * (height * width - len(flat))
+    return np.array(flat, dtype=bool).reshape(width, height).T
+
+
+def test_run_lengths_of_random_masks() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random(rng.integers(1, 9, 2)) < 0.4
+        mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
+        rows, columns = np.nonzero(mask)
+        counts = run_lengths(rows, columns, (mask.shape[0], mask.shape[1]))
+        assert np.array_equal(from_run_lengths({"counts": counts, "size": list(mask.shape)}), mask)
+
+
+def test_submission_folders(model: Path, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    names = ["can/test_private/000_regular.png", "can/test_private_mixed/001_shift.png"]
+    for number, name in enumerate(names):
+        save(tmp_path / "in" / name, picture(number, 50, 70))
+    options = PictureOptions(submission=str(tmp_path / "sub"))
+    runs(job(model, tmp_path / "t.csv", tmp_path / "in", pictures=options))
+    for name in names:
+        heat = tifffile.imread(tmp_path / "sub" / "anomaly_images" / Path(name).with_suffix(".tiff"))
+        mask = pixels(tmp_path / "sub" / "anomaly_images_thresholded" / name)
+        assert (heat.dtype, heat.shape) == (np.float16, (50, 70))
+        assert (mask.dtype, mask.shape) == (np.uint8, (50, 70))
+    assert len([p for p in (tmp_path / "sub").rglob("*") if p.is_file()]) == 4
+    assert submission_place("/x/s.tar#can/test_public/bad/7.png") == "can/test_public/bad/7"
+    save(tmp_path / "other" / "a.png", picture())
+    with pytest.raises(DataError, match="OBJECT/test_private"):
+        run(job(model, tmp_path / "u.csv", tmp_path / "other", pictures=options), Silent())
+
+
+def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Path) -> None:
+    body = io.BytesIO()
+    Image.fromarray(picture()).save(body, "PNG")
+    with tarfile.open(tmp_path / "s.tar", "w") as file:
+        for name in ("../../up.png", "a b/%2e%2e;\n.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(body.getvalue())
+            file.addfile(info, io.BytesIO(body.getvalue()))
+    options = PictureOptions(maps=str(tmp_path / "deep" / "maps"))
+    runs(job(model, tmp_path / "t.parquet", tmp_path / "s.tar", pictures=options))
+    assert [p.name for p in tmp_path.rglob("*.npz")] == ["000000-000001__2e_2e_.npz"]
+    assert [bool(row["error"]) for row in table(tmp_path / "t.parquet")] == [True, False]

@@ -1,0 +1,138 @@
+"""The same rows from a cluster, also when one of its processes is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tiny import picture, save
+
+from twinspect import Detector
+from twinspect.errors import ConfigError, TwinspectError
+from twinspect.inference.bulk import Job, run
+from twinspect.inference.on_ray import RayEngine
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray's own: of its settings, and of sockets it leaves to the collector
+]
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.done = 0
+
+    def say(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.done = done
+
+
+@pytest.fixture(scope="module")
+def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    first = save(root / "0000.png", picture(0, 40, 50))
+    for number in range(1, 240):
+        os.link(first, root / f"{number:04d}.png")
+    (root / "0003.png").unlink()
+    (root / "0003.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One for all tests here, as starting it takes seconds; workers find the tests' package where we do."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    env = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=env, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def job(model: Path, out: Path, source: Path, **changes: Any) -> Job:
+    return Job(str(model), (str(source),), str(out), rows=12, workers=0, **changes)
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).drop(["ms"]).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def local(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("local") / "t.parquet"
+    run(job(model, out, images), Silent())
+    return table(out)
+
+
+class Gone(Exception):
+    """Breaks a local run off."""
+
+
+class Breaks(Silent):
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if done >= 24:
+            raise Gone
+
+
+def test_same_rows_although_an_actor_is_killed(
+    model: Path, images: Path, local: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A local run breaks off, Ray goes on with it, and loses a process that holds a model on the way."""
+    one = job(model, tmp_path / "t.parquet", images)
+    with pytest.raises(Gone):
+        run(one, Breaks())
+    stored, killed = tmp_path / "t.parquet.parts", list[tuple[int, int]]()
+
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not killed:
+            done = len(list(stored.glob("part-*")))
+            for pid in actors()[:1] if done > 2 else ():
+                os.kill(pid, signal.SIGKILL)
+                killed.append((pid, done))
+            time.sleep(0.005)
+
+    thread = Thread(target=kill)
+    thread.start()
+    totals = run(one, Silent(), RayEngine(actors=2))
+    thread.join()
+    assert killed[0][1] < 240 // 12  # there was work left
+    assert (totals.rows, totals.errors, totals.before) == (240, 1, 24)
+    assert table(tmp_path / "t.parquet") == local
+
+
+def actors() -> list[int]:
+    """Processes of actors that score, by the title Ray gives them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_text()
+        except OSError:
+            continue
+        if title.startswith("ray::") and "_Actor" in title:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_errors_of_actors_are_sentences(model: Path, images: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", images, class_name="nosuch")
+    with pytest.raises(TwinspectError, match=r"the run on Ray stopped \(.*nosuch.*same command"):
+        run(one, Silent(), RayEngine(actors=1))
+    for wrong in ({"actors": -1}, {"cpus": 0}, {"gpus": -1}):
+        with pytest.raises(ConfigError, match="accepted 0 or more"):
+            RayEngine(**wrong)

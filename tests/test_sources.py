@@ -1,0 +1,277 @@
+"""What can be pointed at: the order is fixed, nothing is held, and hostile input becomes a row with an error."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture, save
+
+from twinspect.errors import DataError
+from twinspect.inference.decode import DecodePool, decode
+from twinspect.inference.sources import Item, Stream, expand, walk, walk_all
+
+
+def png(number: int = 0) -> bytes:
+    body = io.BytesIO()
+    Image.fromarray(picture(number)).save(body, "PNG")
+    return body.getvalue()
+
+
+def member(name: str, body: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, body
+
+
+def archive(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as file:
+        for info, body in members:
+            file.addfile(info, io.BytesIO(body))
+    return path
+
+
+def names(source: object) -> list[str]:
+    return [item.name for item in expand(source)]
+
+
+def errors(source: object) -> dict[str, str]:
+    """Error of each image once it is decoded; empty for good ones."""
+    return {item.name: decode(item, 64).error for item in expand(source)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "new"
+    for name in ("b.png", "a/z.png", "a/b/c.png", "a.png", "aa/1.jpg", "Z.png", ".hidden.png", "a/notes.txt"):
+        save(root / name, picture()) if not name.endswith(".txt") else (root / name).write_text("x")
+    return root
+
+
+# --------------------------------------------------------------------------------------- folders and lists
+
+
+def test_folder_is_walked_in_the_order_of_sorted_paths(folder: Path) -> None:
+    wanted = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg") and not p.name.startswith("."))
+    assert names(folder) == [str(p) for p in wanted]
+    assert names(str(folder)) == names([folder]) == names(iter([folder])) == names(folder)
+
+
+def test_folder_is_walked_lazily(folder: Path) -> None:
+    found = walk(folder)
+    first = next(found)
+    (folder / "aa" / "1.jpg").unlink()  # a folder is listed when the walk gets there
+    assert first.name.endswith("Z.png")
+    assert not any(one.name.endswith("1.jpg") for one in found)
+
+
+def test_links_to_folders_are_not_followed(folder: Path) -> None:
+    before = names(folder)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    assert names(folder) == before
+
+
+def test_list_of_paths(folder: Path) -> None:
+    listed = folder / "list.txt"
+    listed.write_text("# mine\nb.png\n\na/z.png\nnone.png\n" + str(folder / "Z.png") + "\n", encoding="utf-8-sig")
+    found = errors(f"@{listed}")
+    assert list(found) == [str(folder / n) for n in ("b.png", "a/z.png", "none.png", "Z.png")]
+    assert [bool(text) for text in found.values()] == [False, False, True, False]
+    with pytest.raises(DataError, match="no such list: .*none.txt"):
+        walk("@none.txt")
+    listed.write_text("# nothing\n")
+    with pytest.raises(DataError, match="the list holds no path"):
+        walk(f"@{listed}")
+
+
+def test_missing_file_among_others_stays_in(folder: Path) -> None:
+    found = [one.name for one in walk_all([str(folder / "b.png"), "gone.png"])]
+    assert found == [str(folder / "b.png"), "gone.png"]
+    with pytest.raises(DataError, match="nothing found at gone.png"):
+        list(walk_all(["gone.png"]))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
+def test_devices_and_giants_are_not_read(tmp_path: Path) -> None:
+    assert "pipes and devices are not read" in decode(Item("/dev/zero", "/dev/zero"), 64).error
+    giant = tmp_path / "giant.png"
+    with giant.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    assert "files above 1,073,741,824 are not read" in decode(giant, 64).error
+
+
+# ---------------------------------------------------------------------------------------------- archives
+
+
+@pytest.mark.parametrize(("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")])
+def test_archive_members_equal_their_files(tmp_path: Path, name: str, mode: str) -> None:
+    bodies = {f"{n:04d}.png": png(n) for n in range(3)}
+    pairs = [pair for key, body in bodies.items() for pair in (member(key, body), member(f"{key[:4]}.json", b"{}"))]
+    path = archive(tmp_path / name, *pairs, mode=mode)
+    items = list(expand(path))
+    assert [item.name for item in items] == [f"{path}#{key}" for key in bodies]
+    for item, body in zip(items, bodies.values(), strict=True):
+        (tmp_path / "one.png").write_bytes(body)
+        assert np.array_equal(decode(item, 64).square, decode(tmp_path / "one.png", 64).square)
+    assert Stream(str(path)).count() == (3 if name == "s.tar" else None)
+    assert [type(one) for one in walk(tmp_path)] == [Item, Stream]  # shards in a folder are found as well
+
+
+def test_hostile_members_become_errors(tmp_path: Path) -> None:
+    path = archive(
+        tmp_path / "bad.tar",
+        member("../../etc/up.png", png()),
+        member("/abs.png", png()),
+        member("a\\..\\..\\w.png", png()),
+        member("link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        member("device.png", type=tarfile.CHRTYPE),
+        member("folder.png", type=tarfile.DIRTYPE),
+        member("empty.png", b""),
+        member("text.png", b"not an image"),
+        member("good.png", png()),
+    )
+    found = {name.split("#")[1]: text for name, text in errors(path).items()}
+    assert "folder.png" not in found
+    for name in ("../../etc/up.png", "/abs.png", "a\\..\\..\\w.png"):
+        assert "leaves the archive; refused" in found[name]
+    for name in ("link.png", "device.png"):
+        assert "only plain files" in found[name]
+    assert "0 bytes" in found["empty.png"]
+    assert "not an image" in found["text.png"]
+    assert found["good.png"] == ""
+
+
+def test_bomb_in_an_archive_is_not_unpacked(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("zeros.png")
+    info.size = 1 << 40
+    (tmp_path / "bomb.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+    first, *_ = expand(tmp_path / "bomb.tar")
+    assert "1,099,511,627,776 bytes; an image file of that size is not read" in first.error
+
+
+def test_damaged_archives_say_so_in_a_last_row(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "w.tar", *(member(f"{n}.png", png(n)) for n in range(3))).read_bytes()
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole[: len(whole) // 4])
+    found = errors(cut)
+    assert list(found)[-1] == str(cut)
+    assert "damaged archive after" in found[str(cut)]
+    for body in (b"", b"junk" * 500, b"\0" * 10_240):
+        cut.write_bytes(body)
+        (text,) = errors(cut).values()
+        assert "damaged archive" in text or "no image in the archive" in text
+    zipped = tmp_path / "z.tar.gz"
+    zipped.write_bytes(b"\x1f\x8b junk")
+    assert "damaged archive" in errors(zipped)[str(zipped)]
+
+
+def test_walking_an_archive_keeps_no_headers(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = archive(tmp_path / "many.tar", *(member(f"{n:06d}.png", b"x" * 10) for n in range(4000)))
+    tracemalloc.start()
+    count = sum(1 for _ in Stream(str(path)).items())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 4000
+    assert peak < 400_000  # tarfile itself would keep more than 1 kB a member
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_manifests(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = ["b.png", "a/z.png", "../outside.png", "none.png"]
+    pq.write_table(pa.table({"image": paths, "label": [0, 1, 0, 0]}), folder / "m.parquet")
+    (folder / "m.csv").write_text("image_path,label\n" + "".join(f"{p},0\n" for p in paths))
+    for name in ("m.parquet", "m.csv"):
+        found = errors(folder / name)
+        assert list(found)[:2] == [str(folder / "b.png"), str(folder / "a/z.png")]
+        assert list(found.values())[:2] == ["", ""]
+        assert "points outside" in found["../outside.png"]
+        assert "cannot be opened" in found[str(folder / "none.png")]
+    (folder / "m.csv").write_text("picture\nx\n")
+    with pytest.raises(DataError, match="image .* is needed"):
+        walk(folder / "m.csv")
+
+
+def test_table_of_encoded_images(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": png(n), "path": "x"} for n in range(20)]}), path)
+    assert [type(one) for one in walk(path)] == [Stream]
+    assert errors(path) == {f"{path}#{n}": "" for n in range(20)}
+    assert Stream(str(path)).count() == 20
+    pq.write_table(pa.table({"image": pa.array([png(), None, b"junk"])}), path)
+    assert [bool(text) for text in errors(path).values()] == [False, True, True]
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
+    assert list(errors(path).values()) == [f"{path}: no image in the table"]
+    path.write_bytes(b"PAR1 junk")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        walk(path)
+
+
+# -------------------------------------------------------------------------------------------------- URLs
+
+
+def test_urls_through_pyarrow(folder: Path) -> None:
+    archive(folder / "s.tar", member("x.png", png()))
+    base = f"file://{folder}"
+    found = errors(base)
+    assert list(found) == [name.replace(str(folder), base) for name in names(folder)]
+    assert list(found)[-1] == f"{base}/s.tar#x.png"
+    assert set(found.values()) == {""}
+    assert errors(f"{base}/b.png") == {f"{base}/b.png": ""}
+    with pytest.raises(DataError, match="nothing found at file:"):
+        walk(f"{base}/gone.png")
+
+
+def test_urls_through_fsspec() -> None:
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.pipe({"/set/b.png": png(1), "/set/in/a.png": png(2), "/set/c.png": b"junk"})
+    try:
+        found = errors("memory://set")
+        assert list(found) == ["memory://set/b.png", "memory://set/c.png", "memory://set/in/a.png"]
+        assert [bool(text) for text in found.values()] == [False, True, False]
+    finally:
+        system.rm("/set", recursive=True)
+    with pytest.raises(DataError, match="no file system for it"):
+        walk("nosuchscheme://x/y")
+
+
+# ------------------------------------------------------------------------------------------ decoding pool
+
+
+class Deadly:
+    """An image whose decoder dies, as a crash inside a codec would."""
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        os._exit(9)
+
+
+def test_image_that_kills_its_decoder_costs_its_own_row_only(folder: Path) -> None:
+    from twinspect.data.samples import DEFAULT_LIMITS
+
+    items = list(expand(folder))
+    items = [*items[:2], Deadly(), *items[2:], Deadly(), items[0]]
+    with DecodePool(64, DEFAULT_LIMITS, False, 1, processes=True) as pool:
+        found = list(pool.stream(enumerate(items)))
+    assert [tag for tag, _ in found] == list(range(len(items)))
+    for item, (_, image) in zip(items, found, strict=True):
+        if isinstance(item, Deadly):
+            assert "its decoder died" in image.error
+        else:
+            assert np.array_equal(image.square, decode(item, 64).square)
