@@ -39,6 +39,9 @@ class TorchRuntime:
     def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
 
+        from twinspect.models.memory import keep_freed_memory
+
+        keep_freed_memory()
         self._torch = torch
         self.device = device
         self.size = model.shape.size

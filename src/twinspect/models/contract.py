@@ -32,11 +32,12 @@ class Outputs(NamedTuple):
         map_B1HW: anomaly map in normal spreads, at a quarter of the input side.
         score_B: joint score, the surprise in nats of the Noisy-OR.
         score_local_B, score_semantic_B: what sees small defects and what sees wrong scenes, each alone. The dual
-            model: its two students (the Noisy-OR of the layer groups in nats, and the raw distance of the global
-            tokens). Structural models have one student: where it fails most, and how it fails on the whole.
+            model: its two students, each the Noisy-OR of its readings in nats. Structural models have one student:
+            where it fails most, and how it fails on the whole.
         surprise_local_B, surprise_semantic_B: what the joint score adds up, both calibrated in nats.
         prototype_B: index of the nearest scene prototype.
-        groups_BG: raw local score of every layer group.
+        groups_BG: raw readings that the scores are made of: one of every layer group, then (dual model) one of
+            the surface and two of the global tokens.
         prototype_distance_B: whitened distance of the teacher's token from that prototype; large means that
             the image shows none of the kinds of scene the model knows.
     """
@@ -58,10 +59,12 @@ class Observed(NamedTuple):
     Attributes:
         maps: the maps the layer groups are made of (see `LevelGroups.select`).
         token_BE: all global tokens joined, raw.
+        embedding_BF: what the teacher's own classifier would see.
     """
 
     maps: tuple[Tensor, ...]
     token_BE: Tensor
+    embedding_BF: Tensor
 
 
 class Predicted(NamedTuple):
@@ -156,11 +159,20 @@ class Scorer(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, info: BackboneInfo, dims: list[int], sides: list[int], clusters: int, map_side: int) -> None:
+    def __init__(
+        self,
+        info: BackboneInfo,
+        dims: list[int],
+        sides: list[int],
+        clusters: int,
+        map_side: int,
+        windows: list[tuple[int, ...]] | None = None,
+    ) -> None:
         super().__init__()
         token_dims = sum(info.token_channels)
         self.prototypes = Prototypes(token_dims, most=clusters)
-        self.residuals = nn.ModuleList(ResidualMap(d, side) for d, side in zip(dims, sides, strict=True))
+        each = zip(dims, sides, windows or [(1,)] * len(dims), strict=True)
+        self.residuals = nn.ModuleList(ResidualMap(d, side, own) for d, side, own in each)
         self.token_of_teacher = TokenDistance(token_dims)
         self.map_side = map_side
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * map_side), persistent=False)
@@ -170,8 +182,11 @@ class Scorer(nn.Module):
         return [cast(ResidualMap, module) for module in self.residuals]
 
     @abstractmethod
-    def residual(self, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        """What of the teacher's map the student's does not explain: B x D x h x w."""
+    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+        """What of a group's map of the teacher the student's does not explain: B x D x h x w."""
+
+    def fit_gains(self, answers: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Learn what `residual` needs from (teacher's groups, student's groups) of some normal images."""
 
     @abstractmethod
     def curves(self) -> list[Surprise]:
@@ -181,9 +196,12 @@ class Scorer(nn.Module):
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit the curves on raw scores of held-out normal images; their joint scores (N)."""
 
-    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, variant_N: Tensor, variants: int) -> None:
-        """Learn how the teacher's tokens (and, where there are some, the student's) scatter on normal images."""
-        self.token_of_teacher.fit(token_NE, variant_N, variants)
+    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, seed: int) -> None:
+        """Learn how the teacher's tokens (and, where there are some, the student's) scatter on normal images.
+
+        The prototypes are fitted already.
+        """
+        self.token_of_teacher.fit(token_NE, self.prototypes.variant(token_NE), self.prototypes.variants)
 
 
 class AnomalyModel(nn.Module):
@@ -220,10 +238,11 @@ class AnomalyModel(nn.Module):
     def observe(self, x_B3SS: Tensor) -> Observed:
         """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
         features = self.teacher.features(x_B3SS)
-        tokens = features.tokens
+        view = features
         if self.shape.view_shrink > 1:
-            tokens = self.teacher.features(F.avg_pool2d(x_B3SS, self.shape.view_shrink)).tokens
-        return Observed(self.groups.select(features.maps), torch.cat(tokens, 1).float())
+            view = self.teacher.features(F.avg_pool2d(x_B3SS, self.shape.view_shrink))
+        embedding_BF = self.teacher.embedding(view).float()
+        return Observed(self.groups.select(features.maps), torch.cat(view.tokens, 1).float(), embedding_BF)
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""

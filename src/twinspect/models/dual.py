@@ -16,8 +16,9 @@ Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,16 @@ from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens, whole_divisor
-from twinspect.models.statistics import Surprise, TokenDistance
+from twinspect.models.statistics import NearestNormal, Surprise, TokenDistance, repetition
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
-TOP_SHARE = 0.005  # share of positions whose mean is the local score
+TOP_SHARE = 0.005  # share of positions whose mean is a layer group's score
+SURFACE_SHARE = 0.002  # the same for the mean map of the groups that lie on the surface, on the finest grid
+SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place says more than one group alone
+GRAIN_WINDOWS, FINE_WINDOWS = (3, 5), (1, 3)  # a position of stride 4 is too small to judge alone
+GRAIN_SHARE = 0.0005  # the same for the grain group, which has four times the positions of the next
+GRAIN_WEIGHT = 0.25  # in the anomaly map: most defects are coarser, and its noise is the finest
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +77,43 @@ class DualShape:
         )
 
 
+class GroupPlan(NamedTuple):
+    """A layer group: indices of the teacher's levels, its grid in pixels a step, and how its map is read.
+
+    Attributes:
+        windows: sides, in positions, over which squared lengths of residuals are averaged.
+        share: of positions, the highest, whose mean is the group's score.
+        on_surface: whether its map says where on a surface a defect is; such maps are also read together.
+        weight: in the anomaly map.
+    """
+
+    levels: tuple[int, ...]
+    stride: int
+    windows: tuple[int, ...] = (1,)
+    share: float = TOP_SHARE
+    on_surface: bool = True
+    weight: float = 1.0
+
+
 class LevelGroups(Selection):
     """Forms the teacher's layer groups and the decoder's input from its levels.
 
     ViT: the mean of each half of the levels, untouched (Dinomaly). CNN: every channel standardised by its
-    statistics on normal images, in three groups: fine (strides 4 and 8, first stage of 16, on the grid of 8),
-    middle (last stage of 16) and deep (last stages of 16 and 32, on the grid of 16).
+    statistics on normal images, in four groups: grain (stride 4 alone, on its own grid: what a surface is made
+    of), fine (strides 4 and 8, first stage of 16, on the grid of 8), middle (last stage of 16) and deep (last
+    stages of 16 and 32, on the grid of 16).
     """
 
     def __init__(self, info: BackboneInfo, size: int) -> None:
         self.averaged = info.kind == "vit"
-        wanted = _vit_groups(len(info.channels)) if self.averaged else _cnn_groups(info.strides)
-        levels = wanted if self.averaged else [[i] for i in sorted({i for group in wanted for i in group})]
-        # Stages finer than stride 8 are pooled to it at once: four times the memory says nothing more.
-        strides = [max(info.strides[members[0]], min(8, max(info.strides))) for members in levels]
-        super().__init__(info, levels, [-(-size // stride) for stride in strides], not self.averaged)
-        flat = [level for members in levels for level in members]
-        self.members = [[0], [1]] if self.averaged else [[flat.index(i) for i in group] for group in wanted]
-        self.sides = [max(self.map_sides[i] for i in group) for group in self.members]
+        plans = _vit_groups(info.strides) if self.averaged else _cnn_groups(info.strides)
+        singles = sorted({i for plan in plans for i in plan.levels})
+        levels = [list(plan.levels) for plan in plans] if self.averaged else [[i] for i in singles]
+        sides = [-(-size // info.strides[members[0]]) for members in levels]
+        super().__init__(info, levels, sides, not self.averaged)
+        self.plans = plans
+        self.members = [[0], [1]] if self.averaged else [[singles.index(i) for i in p.levels] for p in plans]
+        self.sides = [-(-size // plan.stride) for plan in plans]
         self.dims = [sum(self.channels[i] for i in group) for group in self.members]
         self.trunk_side = min(self.sides)
         self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
@@ -181,14 +206,24 @@ class DualScorer(Scorer):
     """Turns what teacher and students said into maps and scores; buffers only."""
 
     gain_E: Tensor
+    link_K: Tensor
 
     def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
-        self.side = max(groups.sides)
-        super().__init__(info, groups.dims, groups.sides, clusters, self.side * 2)
+        self.side, self.plans = max(groups.sides), groups.plans
+        windows = [plan.windows for plan in groups.plans]
+        # A quarter of the input side: twice the fine group's grid, whether there is a grain group or not.
+        map_side = self.side if groups.plans[0].stride == 4 else 2 * self.side
+        super().__init__(info, groups.dims, groups.sides, clusters, map_side, windows)
         token_dims = sum(info.token_channels)
+        self.nearest = NearestNormal(info.embedding_channels)
+        self.register_buffer("link_K", torch.ones(1))
         self.register_buffer("gain_E", torch.ones(token_dims))
         self.token_of_student = TokenDistance(token_dims)
+        for group, dims in enumerate(groups.dims):
+            self.register_buffer(f"gain_{group}", torch.ones(dims))
         self.surprise_groups = nn.ModuleList(Surprise() for _ in groups.dims)
+        self.surprise_surface = Surprise()
+        self.surprise_token, self.surprise_nearest = Surprise(), Surprise()
         self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
 
     def curves_of_groups(self) -> list[Surprise]:
@@ -197,17 +232,32 @@ class DualScorer(Scorer):
 
     def curves(self) -> list[Surprise]:
         """Every calibration curve."""
-        return [*self.curves_of_groups(), self.surprise_local, self.surprise_semantic]
+        readings = [*self.curves_of_groups(), self.surprise_surface, self.surprise_token, self.surprise_nearest]
+        return [*readings, self.surprise_local, self.surprise_semantic]
 
-    def residual(self, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        """Teacher minus the student at its least-squares gain: see `residual`."""
-        return residual(teacher_BDhw, student_BDhw)
+    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+        """Teacher minus the student at its least-squares gain per channel.
+
+        The cosine loss leaves the student's length free. One gain for all images: fitted to each anew it would
+        let a student that has learnt nothing explain a part of every defect.
+        """
+        return teacher_BDhw - self.get_buffer(f"gain_{group}")[:, None, None] * student_BDhw
+
+    def fit_gains(self, answers: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Learn the gains from (teacher's groups, student's groups) of some normal images."""
+        shared = [torch.zeros_like(self.get_buffer(f"gain_{g}"), dtype=torch.float64) for g in range(len(self.plans))]
+        length = [torch.zeros_like(one) for one in shared]
+        for groups, predicted in answers:
+            for g, (teacher, student) in enumerate(zip(groups, predicted, strict=True)):
+                shared[g] += (teacher * student).double().sum((0, 2, 3))
+                length[g] += student.double().square().sum((0, 2, 3))
+        for g, (one, other) in enumerate(zip(shared, length, strict=True)):
+            self.register_buffer(f"gain_{g}", (one / other.clamp_min(1e-12)).float())
 
     def group_maps(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
         """The z-map of every layer group on its own grid: B x h x w each."""
         return [
-            module(residual(t, s), prototype_B)
-            for module, t, s in zip(self.residuals, groups, predicted, strict=True)
+            module(self.residual(g, groups[g], predicted[g]), prototype_B) for g, module in enumerate(self.residuals)
         ]
 
     def token_residual(self, token_BE: Tensor, predicted: tuple[Tensor, ...]) -> Tensor:
@@ -217,47 +267,92 @@ class DualScorer(Scorer):
         """
         return token_BE - self.gain_E * torch.cat(predicted, 1)
 
-    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, variant_N: Tensor, variants: int) -> None:
-        """Learn how the teacher's tokens scatter, the student's gain, and how what it misses scatters."""
-        super().fit_tokens(token_NE, said_NE, variant_N, variants)
+    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, seed: int) -> None:
+        """Learn how tokens and what the student misses of them scatter, and how far normal images repeat."""
+        super().fit_tokens(token_NE, said_NE, embedding_NF, seed)
+        variant_N = self.prototypes.variant(token_NE)
         self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
-        self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, variants)
+        self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, self.prototypes.variants)
+        self.nearest.fit(embedding_NF, seed)
+        self.link_K = repetition(embedding_NF, self.prototypes.owner_V[variant_N], self.prototypes.count)
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
-        """Fit every group's curve, then both students'; ``local_N`` is formed anew from the fitted groups."""
-        count = self.prototypes.count
-        for g, curve in enumerate(self.curves_of_groups()):
-            curve.fit(groups_NG[:, g], prototype_N, count)
-        self.surprise_semantic.fit(semantic_N, prototype_N, count)
-        local_N = self.local(groups_NG, prototype_N)
+        """Fit every reading's curve, then both students', whose scores are formed anew from the readings."""
+        count, split = self.prototypes.count, len(self.plans) + 1
+        for reading, curve in enumerate(self.curves()[:-2]):
+            curve.fit(groups_NG[:, reading], prototype_N, count)
+        local_N, semantic_N = (
+            self.local(groups_NG[:, :split], prototype_N),
+            self.semantic(groups_NG[:, split:], prototype_N),
+        )
         self.surprise_local.fit(local_N, prototype_N, count)
-        surprises = self.surprise_local(local_N, prototype_N), self.surprise_semantic(semantic_N, prototype_N)
-        return noisy_or(*surprises)[0]
+        self.surprise_semantic.fit(semantic_N, prototype_N, count)
+        return self.joined(local_N, semantic_N, prototype_N)[0]
 
-    def local(self, groups_BG: Tensor, prototype_B: Tensor) -> Tensor:
-        """Local score: Noisy-OR over the layer groups, as a sum of surprises (B)."""
-        parts = [curve(groups_BG[:, g], prototype_B) for g, curve in enumerate(self.surprise_groups)]
+    def local(self, readings_BR: Tensor, prototype_B: Tensor) -> Tensor:
+        """Local score: Noisy-OR over the layer groups and the surface, as a sum of surprises (B)."""
+        parts = [curve(readings_BR[:, g], prototype_B) for g, curve in enumerate(self.surprise_groups)]
+        parts.append(SURFACE_WEIGHT * self.surprise_surface(readings_BR[:, -1], prototype_B))
         return torch.stack(parts).sum(0)
 
-    def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
+    def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""
+        tops = [top_mean(one, plan.share) for one, plan in zip(maps, self.plans, strict=True)]
+        fine = [upsample(one, self.side)[:, 0] for one in maps]
+        surface = [one for one, plan in zip(fine, self.plans, strict=True) if plan.on_surface]
+        tops.append(top_mean(torch.stack(surface).mean(0), SURFACE_SHARE))
+        weights = [plan.weight for plan in self.plans]
+        weighted = [weight * one for weight, one in zip(weights, fine, strict=True)]
+        return torch.stack(tops, 1), torch.stack(weighted).sum(0) / sum(weights)
+
+    def joined(self, local_B: Tensor, semantic_B: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Joint score and both students' surprises (B each), the local one weighed by its link.
+
+        Each student is calibrated as one, or the layer groups would outvote the semantic student. Doubt grows
+        with the square, p = 1 - exp(-s^2 / 2): a student within its normal range then says nearly nothing, and the
+        Noisy-OR pays little for listening to it. In a Noisy-OR every cause has a link strength, the chance that it
+        is not inhibited. Here it tempers the local student's probability, (1 - p) ** link, where normal images do
+        not repeat each other: see `repetition`.
+        """
+        local = self.link_K[prototype_B] * _squared(self.surprise_local(local_B, prototype_B))
+        semantic = _squared(self.surprise_semantic(semantic_B, prototype_B))
+        return noisy_or(local, semantic)[0], local, semantic
+
+    def semantic(self, readings_B2: Tensor, prototype_B: Tensor) -> Tensor:
+        """Semantic score: Noisy-OR of its two readings, as a sum of surprises (B).
+
+        Where normal images repeat each other, their spread says all, and the nearest of them adds but noise.
+        """
+        token, nearest = readings_B2.unbind(1)
+        varied = 1.0 - self.link_K[prototype_B]
+        total: Tensor = self.surprise_token(token, prototype_B) + varied * self.surprise_nearest(nearest, prototype_B)
+        return total
+
+    def read_tokens(
+        self, token_BE: Tensor, said: tuple[Tensor, ...], embedding_BF: Tensor, variant_B: Tensor
+    ) -> Tensor:
+        """Two raw readings of the whole image (B x 2): how far it is from its kind, and from any normal image.
+
+        The first is how unusual the teacher's tokens are and how far the student missed them.
+        """
+        unusual_B = self.token_of_teacher(token_BE, variant_B)
+        missed_B = self.token_of_student(self.token_residual(token_BE, said), variant_B)
+        wrong_B = (unusual_B.square() + missed_B.square()).sqrt()
+        return torch.stack([wrong_B, self.nearest(embedding_BF)], 1)
+
+    def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted, embedding_BF: Tensor) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         variant_B = self.prototypes.variant(token_BE)
         prototype_B = self.prototypes.owner_V[variant_B]
         maps = self.group_maps(groups, predicted.groups, prototype_B)
-        groups_BG = torch.stack([top_mean(one, TOP_SHARE) for one in maps], 1)
-        distance_B: Tensor = self.token_of_teacher(token_BE, variant_B)
-        missed_B: Tensor = self.token_of_student(self.token_residual(token_BE, predicted.tokens), variant_B)
-        # How unusual the token is, and how far the student missed it.
-        semantic_B = (distance_B.square() + missed_B.square()).sqrt()
-        local_B = self.local(groups_BG, prototype_B)
-        # Calibrated once more as one student, or three groups would outvote the semantic student.
-        surprise_local = self.surprise_local(local_B, prototype_B)
-        surprise_semantic = self.surprise_semantic(semantic_B, prototype_B)
-        joint_B, _ = noisy_or(surprise_local, surprise_semantic)
-        grid_Bhw = torch.stack([upsample(one, self.side)[:, 0] for one in maps]).mean(0)
+        maps_BR, grid_Bhw = self.read_maps(maps)
+        tokens_B2 = self.read_tokens(token_BE, predicted.tokens, embedding_BF, variant_B)
+        local_B, semantic_B = self.local(maps_BR, prototype_B), self.semantic(tokens_B2, prototype_B)
+        joint_B, surprise_local, surprise_semantic = self.joined(local_B, semantic_B, prototype_B)
         return Outputs(
             smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, local_B, semantic_B,
-            surprise_local, surprise_semantic, prototype_B, groups_BG, distance_B,
+            surprise_local, surprise_semantic, prototype_B, torch.cat([maps_BR, tokens_B2], 1),
+            self.token_of_teacher(token_BE, variant_B),
         )  # fmt: skip
 
 
@@ -287,6 +382,13 @@ class DualModel(AnomalyModel):
         groups, trunk = self.groups(observed.maps)
         return groups, self.student(trunk, small_B3SS)
 
+    def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
+        """Outputs from the teacher's answer and the shrunk pixels."""
+        groups, predicted = self.answer(observed, small_B3SS)
+        tokens = self.tokens(observed.token_BE)
+        outputs: Outputs = self.scorer(groups, tokens, predicted, observed.embedding_BF)
+        return outputs
+
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Noisy-OR of both students' distances, and the two on their own."""
         groups, predicted = self.answer(observed, small_B3SS)
@@ -312,14 +414,9 @@ def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     return DualModel(teacher, shape, config.clusters)
 
 
-def residual(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-    """Teacher minus the student at its least-squares gain, one gain per image: B x D x h x w.
-
-    The cosine loss leaves the student's length free; with this gain |residual|^2 / |teacher|^2 = 1 - cos^2,
-    so that the residual is small exactly where the loss is.
-    """
-    gain = (teacher_BDhw * student_BDhw).flatten(1).sum(1) / student_BDhw.flatten(1).square().sum(1).clamp_min(1e-12)
-    return teacher_BDhw - gain[:, None, None, None] * student_BDhw
+def _squared(surprise_B: Tensor) -> Tensor:
+    """Half the square, with its sign, so that no two scores tie below the normal range."""
+    return 0.5 * surprise_B * surprise_B.abs()
 
 
 def sine_positions(side: int, width: int) -> Tensor:
@@ -332,15 +429,22 @@ def sine_positions(side: int, width: int) -> Tensor:
     return F.pad(both.reshape(side * side, -1), (0, width - 4 * quarter))
 
 
-def _vit_groups(levels: int) -> list[list[int]]:
-    half = max(1, levels // 2)
-    return [list(range(half)), list(range(half, levels)) or [levels - 1]]
+def _vit_groups(strides: tuple[int, ...]) -> list[GroupPlan]:
+    levels, half = len(strides), max(1, len(strides) // 2)
+    parts = tuple(range(half)), tuple(range(half, levels)) or (levels - 1,)
+    return [GroupPlan(part, strides[0]) for part in parts]
 
 
-def _cnn_groups(strides: tuple[int, ...]) -> list[list[int]]:
-    """Indices of the levels of the fine, middle and deep group; a CNN without a stride repeats the next."""
+def _cnn_groups(strides: tuple[int, ...]) -> list[GroupPlan]:
+    """The grain, fine, middle and deep group; a CNN without a stride repeats the next, or has no grain."""
     last = {stride: max(i for i, s in enumerate(strides) if s == stride) for stride in set(strides)}
     first_16 = min((i for i, s in enumerate(strides) if s == 16), default=len(strides) - 1)
     middle, deep = last.get(16, len(strides) - 1), last.get(32, len(strides) - 1)
     fine = sorted({last[stride] for stride in (4, 8) if stride in last} | {first_16})
-    return [fine, [middle], sorted({middle, deep})]
+    plans = [
+        GroupPlan(tuple(fine), max(8, strides[fine[0]]), FINE_WINDOWS),
+        GroupPlan((middle,), strides[middle]),
+        GroupPlan(tuple(sorted({middle, deep})), strides[middle], on_surface=False),
+    ]
+    grain = [GroupPlan((last[4],), 4, GRAIN_WINDOWS, GRAIN_SHARE, weight=GRAIN_WEIGHT)] if 4 in last else []
+    return grain + plans

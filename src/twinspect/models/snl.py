@@ -160,7 +160,7 @@ class StructuralScorer(Scorer):
         stages = [cast(Surprise, curve) for curve in self.surprise_stages]
         return [*stages, self.surprise_local, self.surprise_semantic]
 
-    def residual(self, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
         """Difference of unit vectors: half its squared length is 1 - cos."""
         return F.normalize(teacher_BDhw, dim=1) - F.normalize(student_BDhw, dim=1)
 
@@ -170,7 +170,8 @@ class StructuralScorer(Scorer):
         if not self.whitened:
             return [position_cosine_distance(t, s) for t, s in pairs]
         return [
-            module(self.residual(t, s), prototype_B) for module, (t, s) in zip(self.residuals, pairs, strict=True)
+            module(self.residual(g, t, s), prototype_B)
+            for g, (module, (t, s)) in enumerate(zip(self.residuals, pairs, strict=True))
         ]
 
     def owner(self, prototype_B: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ class Moments:
     def update(self, rows_ND: Tensor, prototype: int) -> None:
         """Add N vectors of one prototype."""
         self.count_K[prototype] += len(rows_ND)
-        self.sum_KD[prototype] += rows_ND.sum(0).double()
-        # The product in fp32 is exact enough for one image; the running total is not, hence double.
-        self.outer_KDD[prototype] += (rows_ND.T @ rows_ND).double()
+        rows = rows_ND.double()  # in fp32, rows far from zero would lose their small variance
+        self.sum_KD[prototype] += rows.sum(0)
+        self.outer_KDD[prototype] += rows.T @ rows
 
     def mean_and_covariance(self, prior: float) -> tuple[Tensor, Tensor]:
         """Per prototype; covariances are drawn to the pooled one by ``prior`` pseudo-vectors."""
@@ -216,23 +216,33 @@ class ResidualMap(nn.Module):
     """Whitened, position-scaled length of residual vectors: B x D x h x w to a z-map B x h x w.
 
     Residuals of more than ``most_dims`` channels are first projected by a fixed random rotation, which keeps
-    the state small for a ViT (D = 768) and changes distances little.
+    the state small for a ViT (D = 768) and changes distances little. Squared lengths are averaged over windows of
+    several sides (in positions), each with a scale of its own, and the most unusual counts: a thin scratch is
+    seen by the small window, a patch of another texture by the large one.
     """
 
     mean_KD: Tensor
     whiten_KDD: Tensor
-    level_Khw: Tensor
-    spread_Khw: Tensor
+    level_KWhw: Tensor
+    spread_KWhw: Tensor
     rotate_DR: Tensor
 
-    def __init__(self, dims: int, side: int, seed: int = 0, most_dims: int = 512, ridge: float = 1e-3) -> None:
+    def __init__(
+        self,
+        dims: int,
+        side: int,
+        windows: tuple[int, ...] = (1,),
+        seed: int = 0,
+        most_dims: int = 512,
+        ridge: float = 1e-3,
+    ) -> None:
         super().__init__()
-        self.ridge, self.dims = ridge, min(dims, most_dims)
+        self.ridge, self.dims, self.windows = ridge, min(dims, most_dims), windows
         self.register_buffer("rotate_DR", _rotation(dims, most_dims, seed))
         self.register_buffer("mean_KD", torch.zeros(1, self.dims))
         self.register_buffer("whiten_KDD", torch.eye(self.dims)[None])
-        self.register_buffer("level_Khw", torch.zeros(1, side, side))
-        self.register_buffer("spread_Khw", torch.ones(1, side, side))
+        self.register_buffer("level_KWhw", torch.zeros(1, len(windows), side, side))
+        self.register_buffer("spread_KWhw", torch.ones(1, len(windows), side, side))
 
     def rows(self, residual_BDhw: Tensor) -> Tensor:
         """B x D x h x w to B x (h*w) x R rows, rotated where the width asks for it."""
@@ -240,16 +250,17 @@ class ResidualMap(nn.Module):
         return rows @ self.rotate_DR if self.rotate_DR.numel() else rows
 
     def length(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
-        """Root mean square of the whitened residual at every position: B x h x w, near 1 on normal images."""
+        """Root mean square of the whitened residual in every window: B x W x h x w, near 1 on normal images."""
         batch, _, height, width = residual_BDhw.shape
         centred = self.rows(residual_BDhw) - self.mean_KD[prototype_B][:, None]
         white = centred @ self.whiten_KDD[prototype_B].transpose(1, 2)
-        return white.square().mean(2).sqrt().reshape(batch, height, width)
+        square = white.square().mean(2).reshape(batch, 1, height, width)
+        return torch.cat([_pooled(square, window) for window in self.windows], 1).sqrt()
 
     def forward(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
         """How many normal spreads the residual at a position lies above its normal level: B x h x w."""
         length = self.length(residual_BDhw, prototype_B)
-        return (length - self.level_Khw[prototype_B]) / self.spread_Khw[prototype_B]
+        return ((length - self.level_KWhw[prototype_B]) / self.spread_KWhw[prototype_B]).amax(1)
 
     def set_moments(self, moments: Moments) -> None:
         """Take means and covariances gathered over the training images."""
@@ -258,7 +269,7 @@ class ResidualMap(nn.Module):
 
     def set_scale(self, scale: PositionScale) -> None:
         """Take the normal level and spread of the length at every position."""
-        self.level_Khw, self.spread_Khw = scale.level_and_spread()
+        self.level_KWhw, self.spread_KWhw = scale.level_and_spread()
 
 
 def _rotation(dims: int, most_dims: int, seed: int) -> Tensor:
@@ -271,38 +282,41 @@ def _rotation(dims: int, most_dims: int, seed: int) -> Tensor:
 
 
 class PositionScale:
-    """Running mean and spread of a map at every position, one set per prototype."""
+    """Running mean and spread of W maps at every position, one set per prototype."""
 
-    def __init__(self, prototypes: int, side: int) -> None:
+    def __init__(self, prototypes: int, windows: int, side: int) -> None:
         self.count_K = torch.zeros(prototypes, dtype=torch.float64)
-        self.sum_Khw = torch.zeros(prototypes, side, side, dtype=torch.float64)
-        self.square_Khw = torch.zeros(prototypes, side, side, dtype=torch.float64)
+        self.sum_KWhw = torch.zeros(prototypes, windows, side, side, dtype=torch.float64)
+        self.square_KWhw = torch.zeros_like(self.sum_KWhw)
 
-    def update(self, map_Bhw: Tensor, prototype_B: Tensor) -> None:
+    def update(self, map_BWhw: Tensor, prototype_B: Tensor) -> None:
         """Add the maps of a batch."""
-        for one, k in zip(map_Bhw.double(), prototype_B.tolist(), strict=True):
+        for one, k in zip(map_BWhw.double(), prototype_B.tolist(), strict=True):
             self.count_K[k] += 1
-            self.sum_Khw[k] += one
-            self.square_Khw[k] += one.square()
+            self.sum_KWhw[k] += one
+            self.square_KWhw[k] += one.square()
 
     def level_and_spread(self, prior: float = 8.0, floor: float = 0.1) -> tuple[Tensor, Tensor]:
-        """K x h x w each, shrunk to the prototype's own average scene by ``prior`` pseudo-images.
+        """K x W x h x w each, shrunk to the prototype's own average scene by ``prior`` pseudo-images.
 
         Neighbouring positions are pooled (3 x 3), as a handful of images says little about one position.
         """
-        count = self.count_K.clamp_min(1.0)[:, None, None]
-        mean = self.sum_Khw / count
-        variance = (self.square_Khw / count - mean.square()).clamp_min(0.0)
-        mean, variance = _pool_3x3(mean), _pool_3x3(variance)
-        typical = variance.mean((1, 2), keepdim=True)
+        count = self.count_K.clamp_min(1.0)[:, None, None, None]
+        mean = self.sum_KWhw / count
+        variance = (self.square_KWhw / count - mean.square()).clamp_min(0.0)
+        mean, variance = _pooled(mean, 3), _pooled(variance, 3)
+        typical = variance.mean((2, 3), keepdim=True)
         variance = (count * variance + prior * typical) / (count + prior)
         spread = variance.sqrt() + floor * typical.sqrt() + 1e-6
         return mean.float(), spread.float()
 
 
-def _pool_3x3(map_Khw: Tensor) -> Tensor:
-    padded = nn.functional.pad(map_Khw[:, None], (1, 1, 1, 1), mode="replicate")
-    return nn.functional.avg_pool2d(padded, 3, 1)[:, 0]
+def _pooled(map_BDhw: Tensor, window: int) -> Tensor:
+    """Mean over an odd window around every position; the rim is repeated outwards."""
+    if window == 1:
+        return map_BDhw
+    padded = nn.functional.pad(map_BDhw, (window // 2,) * 4, mode="replicate")
+    return nn.functional.avg_pool2d(padded, window, 1)
 
 
 class TokenDistance(nn.Module):
@@ -344,6 +358,84 @@ class TokenDistance(nn.Module):
         self.mean_KE, self.whiten_KEE = mean.float(), whitening(shrunk, 1e-3).float()
 
 
+class NearestNormal(nn.Module):
+    """Distance of the teacher's embedding from the nearest normal images: B x F to B.
+
+    Directions (unit vectors) are whitened by their covariance on normal images plus a ridge, so that neither the
+    few directions that all normal images share nor the many that hold noise rule the distance. What lies outside
+    the kept directions counts at the ridge's scale. State: one short row per normal image, ``most`` at the most.
+    """
+
+    mean_F: Tensor
+    basis_FR: Tensor
+    scale_R: Tensor
+    ridge: Tensor
+    bank_NR: Tensor
+    rest_N: Tensor
+
+    def __init__(self, dims: int, most: int = 2048, most_dims: int = 512) -> None:
+        super().__init__()
+        self.most, self.most_dims = most, most_dims
+        self.register_buffer("mean_F", torch.zeros(dims))
+        self.register_buffer("basis_FR", torch.zeros(dims, 1))
+        self.register_buffer("scale_R", torch.ones(1))
+        self.register_buffer("ridge", torch.ones(()))
+        self.register_buffer("bank_NR", torch.zeros(1, 1))
+        self.register_buffer("rest_N", torch.zeros(1))
+
+    def embed(self, embedding_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened coordinates (B x R), and the squared length of what they leave out, in units of the ridge (B)."""
+        centred_BF = nn.functional.normalize(embedding_BF, dim=1) - self.mean_F
+        along_BR = centred_BF @ self.basis_FR
+        rest_B = (centred_BF.square().sum(1) - along_BR.square().sum(1)).clamp_min(0.0)
+        return along_BR * self.scale_R, rest_B / self.ridge
+
+    def forward(self, embedding_BF: Tensor) -> Tensor:
+        """Mean distance of the two nearest normal images (B)."""
+        point_BR, rest_B = self.embed(embedding_BF)
+        square_BN = (point_BR.square().sum(1) + rest_B)[:, None] + (self.bank_NR.square().sum(1) + self.rest_N)
+        square_BN = square_BN - 2.0 * point_BR @ self.bank_NR.T
+        nearest = torch.topk(square_BN, min(2, len(self.rest_N)), dim=1, largest=False).values
+        return nearest.clamp_min(1e-12).sqrt().mean(1)
+
+    def fit(self, embedding_NF: Tensor, seed: int) -> None:
+        """Learn mean and spread of directions, and keep (a random choice of) the images' coordinates."""
+        unit = nn.functional.normalize(embedding_NF.double(), dim=1)
+        mean = unit.mean(0)
+        # Singular vectors of the centred rows; their squares are the variances.
+        _, singular, rows = torch.linalg.svd(unit - mean, full_matrices=False)
+        variance = singular.square() / len(unit)
+        kept = min(self.most_dims, max(1, int((variance > 1e-9 * variance[0]).sum())))
+        ridge = (0.5 * variance.sum() / unit.shape[1]).clamp_min(1e-12)
+        self.mean_F, self.basis_FR = mean.float(), rows[:kept].T.float().contiguous()
+        self.scale_R, self.ridge = (variance[:kept] + ridge).rsqrt().float(), ridge.float()
+        order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[: self.most]
+        self.bank_NR, self.rest_N = self.embed(embedding_NF[order.sort().values])
+
+
+def repetition(embedding_NF: Tensor, prototype_N: Tensor, prototypes: int, most: int = 2000) -> Tensor:
+    """How far the normal images of each prototype repeat each other, 0 to 1 (K).
+
+    On a production line every image has near-twins among the normal ones: a small deviation means something. Where
+    normal images are as different as photographs of cats are, the place and grain of a patch mean nothing.
+    Measured by d (d / D)^2: d the cosine distance of an image from its two nearest normal images (itself left out),
+    D from any other of its kind. Neither d (few images are far apart) nor d / D (a texture has no twins, and needs
+    none) says it alone. Products stay below 0.013, object classes above 0.035; half the weight is lost at 0.022.
+    """
+    unit = nn.functional.normalize(embedding_NF, dim=1)
+    links = torch.ones(prototypes)
+    for k in range(prototypes):
+        own = unit[prototype_N == k][:most]
+        if len(own) < 4:
+            continue  # too few to tell
+        apart = (1.0 - own @ own.T).clamp_min(0.0)
+        away = apart[~torch.eye(len(own), dtype=torch.bool)].reshape(len(own), -1)
+        near = away.topk(2, dim=1, largest=False).values.mean(1).median()
+        alike = near * (near / away.median().clamp_min(1e-9)).square()
+        links[k] = 1.0 / (1.0 + (alike / 0.022) ** 4)
+    return links
+
+
 def shrink_to_identity(covariance_KDD: Tensor, count: Tensor) -> Tensor:
     """Oracle-approximating shrinkage towards a scaled identity (Chen et al., 2010), n = ``count`` vectors."""
     dims = covariance_KDD.shape[-1]
@@ -361,33 +453,41 @@ class Surprise(nn.Module):
 
     Scores are standardised per prototype (shrunk to all held-out images), then mapped by a piecewise
     linear curve: empirical up to the 0.8 quantile, an exponential tail beyond it, so that it never
-    saturates and two clear anomalies keep their order. Fitted on held-out normal images only.
+    saturates and two clear anomalies keep their order. Surprises of normal images are exponential with mean 1;
+    a rate per prototype makes them so for each, as one product's tail may be much heavier than another's.
+    Fitted on held-out normal images only.
     """
 
     centre_K: Tensor
     width_K: Tensor
+    rate_K: Tensor
     knots_M: Tensor
     bends_M: Tensor
     start: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name, size in (("centre_K", 1), ("width_K", 1), ("knots_M", 6), ("bends_M", 6), ("start", 1)):
-            self.register_buffer(name, torch.ones(size) if name == "width_K" else torch.zeros(size))
+        for name, size in (("centre_K", 1), ("knots_M", 6), ("bends_M", 6), ("start", 1)):
+            self.register_buffer(name, torch.zeros(size))
+        for name in ("width_K", "rate_K"):
+            self.register_buffer(name, torch.ones(1))
 
     def forward(self, score_B: Tensor, prototype_B: Tensor) -> Tensor:
         """Surprise in nats (B); strictly rising with the raw score."""
         z = (score_B - self.centre_K[prototype_B]) / self.width_K[prototype_B]
         bent: Tensor = self.start + ((z[:, None] - self.knots_M).clamp_min(0.0) * self.bends_M).sum(1)
         # Below the first knot the curve goes on with a small slope, so that no two scores tie.
-        return bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0)
+        return self.rate_K[prototype_B] * (bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0))
 
     def reset(self, prototypes: int) -> None:
         """Forget everything; scores pass unscaled until `fit`."""
-        self.centre_K, self.width_K = torch.zeros(prototypes), torch.ones(prototypes)
+        self.centre_K, self.width_K, self.rate_K = torch.zeros(prototypes), *torch.ones(2, prototypes)
 
-    def fit(self, score_N: Tensor, prototype_N: Tensor, prototypes: int, prior: float = 10.0) -> None:
-        """Learn centre and width per prototype, and the common curve, from held-out normal scores."""
+    def fit(self, score_N: Tensor, prototype_N: Tensor, prototypes: int, prior: float = 5.0) -> None:
+        """Learn centre, width and rate per prototype, and the common curve, from held-out normal scores.
+
+        What a prototype's few images say is drawn to what all say by ``prior`` pseudo-images.
+        """
         score = score_N.double()
         centre, width = score.median(), (score - score.median()).abs().mean().clamp_min(1e-9)
         centres, widths = [], []
@@ -401,6 +501,11 @@ class Surprise(nn.Module):
         self.centre_K, self.width_K = torch.stack(centres).float(), torch.stack(widths).float()
         z = (score - self.centre_K[prototype_N].double()) / self.width_K[prototype_N].double()
         self._fit_curve(z)
+        self.rate_K = torch.ones(prototypes)
+        said = self(score_N.float(), prototype_N).clamp_min(0.0)
+        counts = torch.bincount(prototype_N, minlength=prototypes)
+        sums = torch.bincount(prototype_N, said.double(), minlength=prototypes)
+        self.rate_K = ((counts + prior) / (sums + prior)).float()
 
     def _fit_curve(self, z_N: Tensor) -> None:
         levels = torch.tensor(_TAIL_QUANTILES, dtype=torch.float64)

@@ -40,6 +40,7 @@ class BackboneInfo:
         channels: D_l of each map level, fine to coarse for a CNN.
         strides: pixels per grid step of each map level.
         token_channels: D_l of each global token.
+        embedding_channels: F of the embedding.
         multiple: input sides must be a multiple of this.
         default_size: input side in pixels that suits a two-core CPU (CNN) or the published recipe (ViT).
         mean, std: input statistics for RGB in [0, 1].
@@ -50,6 +51,7 @@ class BackboneInfo:
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     token_channels: tuple[int, ...]
+    embedding_channels: int
     multiple: int
     default_size: int
     mean: tuple[float, ...]
@@ -82,6 +84,17 @@ class Backbone(nn.Module):
         maps = self.net.forward_intermediates(x_B3HW, indices=self.levels, intermediates_only=True, **self._extra)
         by_level = dict(zip(self.levels, maps, strict=True))
         return Features(tuple(maps), tuple(by_level[level].mean((2, 3)) for level in self.token_levels))
+
+    def embedding(self, features: Features) -> Tensor:
+        """What the network's own classifier would see of these features: B x F.
+
+        EfficientNets widen their last stage once more before pooling, and that space tells objects apart best;
+        for other networks it is the last global token.
+        """
+        if not _has_wide_head(self.net):
+            return features.tokens[-1]
+        wide: Tensor = self.net.bn2(self.net.conv_head(features.maps[-1]))
+        return wide.mean((2, 3))
 
     def _vit_features(self, x_B3HW: Tensor) -> Features:
         pairs = self.net.forward_intermediates(
@@ -226,17 +239,22 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
         levels, tokens = len(backbone.levels), len(backbone.token_levels)
         size = 448 // patch * patch
         return BackboneInfo(
-            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, patch, size, mean, std
+            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, width, patch, size, mean, std
         )
     stages = _cnn_stages(net)
     channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
     token_channels = tuple(stages[i][0] for i in backbone.token_levels)
-    return BackboneInfo(arch, "cnn", channels, strides, token_channels, max(strides), 512, mean, std)
+    wide = net.conv_head.out_channels if _has_wide_head(net) else token_channels[-1]
+    return BackboneInfo(arch, "cnn", channels, strides, token_channels, wide, max(strides), 512, mean, std)
 
 
 def _class_token(map_BDhw: Tensor, prefix_BPD: Tensor) -> Tensor:
     """The class token, or the mean patch of a ViT that has none."""
     return prefix_BPD[:, 0] if prefix_BPD.shape[1] else map_BDhw.mean((2, 3))
+
+
+def _has_wide_head(net: Any) -> bool:
+    return hasattr(net, "conv_head") and hasattr(net, "bn2")
 
 
 def _has_parameter(net: Any, name: str) -> bool:

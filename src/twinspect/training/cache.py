@@ -31,21 +31,23 @@ _HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Byte layout of one image's record: maps in fp16, token in fp32, shrunk pixels in uint8."""
+    """Byte layout of one image's record: maps in fp16, tokens and embedding in fp32, shrunk pixels in uint8."""
 
     map_shapes: tuple[tuple[int, int, int], ...]
     token_dims: int
+    embedding_dims: int
     small_side: int
 
     @property
     def size(self) -> int:
         """Bytes of one record."""
-        return 2 * sum(int(np.prod(s)) for s in self.map_shapes) + 4 * self.token_dims + 3 * self.small_side**2
+        vectors = self.token_dims + self.embedding_dims
+        return 2 * sum(int(np.prod(s)) for s in self.map_shapes) + 4 * vectors + 3 * self.small_side**2
 
-    def pack(self, maps: Sequence[Tensor], token: Tensor, small: Tensor) -> bytes:
+    def pack(self, maps: Sequence[Tensor], token: Tensor, embedding: Tensor, small: Tensor) -> bytes:
         """One image's tensors to bytes."""
         parts = [m.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).contiguous().numpy().tobytes() for m in maps]
-        parts.append(token.float().contiguous().numpy().tobytes())
+        parts += [vector.float().contiguous().numpy().tobytes() for vector in (token, embedding)]
         parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
         return b"".join(parts)
 
@@ -58,10 +60,11 @@ class RecordLayout:
             values = block[:, start:stop].copy().view(np.float16).reshape(-1, *shape)
             maps.append(torch.from_numpy(values).float())
             start = stop
-        stop = start + 4 * self.token_dims
-        token = torch.from_numpy(block[:, start:stop].copy().view(np.float32))
+        stop = start + 4 * (self.token_dims + self.embedding_dims)
+        vectors = torch.from_numpy(block[:, start:stop].copy().view(np.float32))
+        token, embedding = vectors[:, : self.token_dims], vectors[:, self.token_dims :]
         small = torch.from_numpy(block[:, stop:].reshape(len(block), 3, self.small_side, self.small_side).copy())
-        return Observed(tuple(maps), token), small
+        return Observed(tuple(maps), token, embedding), small
 
 
 class FeatureCache:

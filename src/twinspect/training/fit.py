@@ -7,8 +7,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 
 from twinspect.config import ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
+from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
 from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
+from twinspect.models.memory import keep_freed_memory
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import decide
 from twinspect.training.distributed import joined
@@ -31,6 +33,8 @@ from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
 
 FEWEST = 8  # images below which neither training nor calibration means anything
+_SMALL_IMAGE, _SMALL_SIDE = 160, 256  # images of at most so many pixels a side are shown at the second
+_SIZED_BY = 32  # images whose sides are looked at
 MAP_HIGH = 8.0  # red end of the colour scale, in normal spreads; white noise stays far below
 
 
@@ -49,10 +53,29 @@ def silent(_stage: str, _done: int, _total: int) -> None:
     """Progress for callers that want none."""
 
 
+def _teacher(config: ModelConfig) -> Teacher:
+    return create_teacher(config.teacher, config.weights or None, config.pretrained)
+
+
+def _sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
+    """The configuration with a smaller input side where none was asked for and the images are small.
+
+    Pixels that an image does not have say nothing and cost four times the time.
+    """
+    if config.size or teacher.is_vit:
+        return config
+    sides = []
+    for sample in samples[:: max(1, len(samples) // _SIZED_BY)]:
+        with suppress(DataError, OSError):  # reported when all images are read
+            sides.append(max(read_sample_rgb(sample).shape[:2]))
+    small = bool(sides) and np.median(sides) <= _SMALL_IMAGE
+    return replace(config, size=_SMALL_SIDE) if small else config
+
+
 def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
     """The untrained model of a configuration; weights of the students follow torch's global seed."""
     if teacher is None:
-        teacher = create_teacher(config.teacher, config.weights or None, config.pretrained)
+        teacher = _teacher(config)
     model = build_family(teacher, config)
     model.teacher.net.to(memory_format=torch.channels_last)
     return model
@@ -88,9 +111,13 @@ def fit(
     progress = progress if group.leads else silent
     if resume is not None:
         refuse_forgetting(resume.decision, samples, forget)
+    keep_freed_memory()
     training, held = choose_images(samples, config)
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, resume.model.teacher if resume is not None else None)
+    teacher = resume.model.teacher if resume is not None else _teacher(config.model)
+    if resume is None:
+        config = replace(config, model=_sized(config.model, teacher, training))
+    model = build_model(config.model, teacher)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     if root is not None and group.local_world > 1:  # each process fills its share of the cache that all then read
         FeatureSource(model, group.share_of_work([*training, *held]), root, progress)

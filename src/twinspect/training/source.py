@@ -74,10 +74,11 @@ class FeatureSource:
         layout = RecordLayout(
             tuple((c, s, s) for c, s in sides),
             sum(teacher.info.token_channels),
+            teacher.info.embedding_channels,
             self._model.pixel_side,
         )
         inputs = f"{shape.size}|{shape.view_shrink}|{groups.levels}"
-        return FeatureCache(root, f"v2|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
+        return FeatureCache(root, f"v3|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
@@ -123,7 +124,9 @@ class FeatureSource:
         observed, small = observe(self._model, np.stack([pixels for _, pixels in waiting]))
         for i, (key, _) in enumerate(waiting):
             maps = [m[i] for m in observed.maps]
-            self._cache.add(key, self._cache.layout.pack(maps, observed.token_BE[i], small[i]))
+            self._cache.add(
+                key, self._cache.layout.pack(maps, observed.token_BE[i], observed.embedding_BF[i], small[i])
+            )
         waiting.clear()
 
 

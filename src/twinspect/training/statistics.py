@@ -14,7 +14,7 @@ from twinspect.models.statistics import Moments, PositionScale
 from twinspect.training.source import FeatureSource, Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
-_START_IMAGES = 64  # images that a student is started from
+_START_IMAGES = 64  # images that a student is started from, and its gains are taken from
 _BATCH = 8
 
 
@@ -50,10 +50,14 @@ def fit_statistics(
     """Prototypes, residual covariances, token covariances and position scales, from training images."""
     model.eval()
     scorer = model.scorer
-    tokens = torch.cat([model.tokens(observed.token_BE) for _, observed, _ in source.batches(indices, 64)])
+    seen = [(model.tokens(observed.token_BE), observed.embedding_BF) for _, observed, _ in source.batches(indices, 8)]
+    tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
     scorer.prototypes.fit(tokens, seed)
     prototype_N, count = scorer.prototypes(tokens), scorer.prototypes.count
     modules = scorer.maps_of_groups()
+    if modules:
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+        scorer.fit_gains(_groups(model, source, [indices[i] for i in order[:_START_IMAGES]]))
     moments = [Moments(count, module.dims) for module in modules]
     said: list[Tensor] = []
     for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
@@ -64,7 +68,7 @@ def fit_statistics(
                 gathered.update(rows, k)
     for module, gathered in zip(modules, moments, strict=True):
         module.set_moments(gathered)
-    scorer.fit_tokens(tokens, torch.cat(said), scorer.prototypes.variant(tokens), scorer.prototypes.variants)
+    scorer.fit_tokens(tokens, torch.cat(said), embeddings, seed)
     if modules:
         _fit_positions(model, source, indices, prototype_N, progress)
 
@@ -73,7 +77,7 @@ def _fit_positions(
     model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
 ) -> None:
     modules = model.scorer.maps_of_groups()
-    scales = [PositionScale(model.scorer.prototypes.count, module.level_Khw.shape[-1]) for module in modules]
+    scales = [PositionScale(model.scorer.prototypes.count, *module.level_KWhw.shape[1:3]) for module in modules]
     for done, (owner, pairs, _) in enumerate(_residuals(model, source, indices, prototype_N)):
         progress("residual statistics", len(indices) + min((done + 1) * _BATCH, len(indices)), 2 * len(indices))
         for module, scale, residual_BDhw in zip(modules, scales, pairs, strict=True):
@@ -91,8 +95,17 @@ def _residuals(
         groups, predicted = model.answer(observed, small)
         pairs = zip(groups, predicted.groups, strict=True) if len(scorer.residuals) else ()
         said = torch.cat(predicted.tokens, 1) if predicted.tokens else torch.zeros(len(part), 0)
-        yield prototype_N[start : start + len(part)], [scorer.residual(t, s) for t, s in pairs], said
+        residuals = [scorer.residual(g, t, s) for g, (t, s) in enumerate(pairs)]
+        yield prototype_N[start : start + len(part)], residuals, said
         start += len(part)
+
+
+def _groups(
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    for _, observed, small in source.batches(indices, _BATCH):
+        groups, predicted = model.answer(observed, small)
+        yield groups, predicted.groups
 
 
 @torch.no_grad()
