@@ -21,11 +21,12 @@ from PIL import Image
 from tiny import images_to_test, picture, save
 
 from twinspect import Detector
-from twinspect.errors import ConfigError, DataError
-from twinspect.inference.bulk import Job, Totals, run, units
+from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.inference.bulk import Job, Totals, _Counter, run, units
 from twinspect.inference.parts import Part, PartStore, digest
 from twinspect.inference.pictures import PictureOptions, run_lengths, submission_place
 from twinspect.inference.sources import walk_all
+from twinspect.predict_commands import chosen_engine, shard_of
 
 
 class Silent:
@@ -347,6 +348,51 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
 def test_refusals(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Job("m.twin", ("x",), **changes)
+
+
+def test_full_disk_is_said_and_leaves_no_draft(
+    model: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    first_parts(one, 2)
+
+    def full(_number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("twinspect.inference.parts.os.fsync", full)
+        with pytest.raises(TwinspectError, match="cannot be written .No space left on device"):
+            run(one, Silent())
+    assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))
+    assert runs(one)[0].before == 8
+
+
+def test_images_are_counted_beside_the_work(shots: Path) -> None:
+    counter = _Counter((str(shots), str(shots / "late")))
+    wait_for(lambda: counter.total)
+    assert counter.total == 46 + 15
+    assert _Counter(("s3://bucket/x",)).total == 0
+
+
+def test_engines_by_name() -> None:
+    assert chosen_engine("local", "t.csv", 0, 1.0, 0.0, "") is None
+    for words, sentence in (
+        (("spark", "t.csv", 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
+        (("local", "t.csv", 2, 1.0, 0.0, ""), "need --engine ray"),
+        (("ray", "", 0, 1.0, 0.0, ""), "give --out"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            chosen_engine(*words)
+    assert shard_of("3/64") == (3, 64)
+    for text in ("3", "a/b", "-1/4"):
+        with pytest.raises(ConfigError, match="accepted I/N"):
+            shard_of(text)
+
+
+def test_archives_from_python(quick: Detector, shots: Path) -> None:
+    found = quick.predict(shots / "shard.tar")
+    assert [result.path for result in found] == [f"{shots / 'shard.tar'}#{n}.png" for n in range(6)]
+    assert all(result.map is not None for result in found)
 
 
 # -------------------------------------------------------------------------------------- pictures and regions

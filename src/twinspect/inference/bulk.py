@@ -336,6 +336,8 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
         return _print(job, found, listener)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
+    if job.coco:  # found out now, not after hours
+        Path(job.coco).parent.mkdir(parents=True, exist_ok=True)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
         return _run_parts(job, store, found, label, listener, engine or local)
