@@ -9,7 +9,8 @@ from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save
 
 from twinspect import Detector
 from twinspect.errors import DataError
-from twinspect.models.dual import DualModel, Observed
+from twinspect.models.contract import Observed
+from twinspect.models.dual import DualModel
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.fit import build_model, cache_folder, silent
 from twinspect.training.source import FeatureSource

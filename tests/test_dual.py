@@ -8,7 +8,8 @@ import torch
 from tiny import RANDOM, images_to_test, picture, run_config
 
 from twinspect import Detector
-from twinspect.models.dual import DualModel, DualShape, fit_size, residual
+from twinspect.models.contract import fit_size
+from twinspect.models.dual import DualModel, DualShape, residual
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import noisy_or
 from twinspect.training.fit import build_model

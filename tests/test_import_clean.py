@@ -18,19 +18,19 @@ ROOT = Path(twinspect.__file__).parent
 # A name with a dot at its end stands for a whole folder; the longest name that fits counts.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "types", "errors"),
-    ("config", "losses", "scoring", "calibration", "bundle", "console", "metrics."),
+    ("config", "losses", "distributed", "scoring", "calibration", "bundle", "console", "metrics."),
     ("decision",),
     ("drift",),
     ("models.", "data."),
     ("inference.",),
-    ("evaluation", "training."),
+    ("evaluation", "diagnose", "training."),
     ("storage", "recalibrate"),
     ("detector",),
     ("charts", "recipes"),
     ("report",),
     ("results",),
     ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
-    ("reproduce", "export_commands"),
+    ("reproduce", "export_commands", "diagnose_commands"),
     ("cli",),
     ("__main__", ""),
 )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from twinspect.decision import Decision
     from twinspect.training.fit import Fitted
 
+_NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
@@ -110,11 +111,12 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     training, counts = record["training"], record["parameters"]
     yield (
         f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); "
-        f"local {training.get('local', 0):.4f}, semantic {training.get('semantic', 0):.4f}"
+        + ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
     )
     yield (
-        f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, local student {counts['local'] / 1e6:.1f} M, "
-        f"semantic student {counts['semantic'] / 1e6:.1f} M, statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
+        f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, "
+        + "".join(f"{name} student {counts[name] / 1e6:.1f} M, " for name in ("local", "semantic") if name in counts)
+        + f"statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
     )
     yield from threshold_lines(decision)
     for row in record.get("resumed", {}).get("classes", ()):

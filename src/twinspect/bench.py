@@ -263,7 +263,7 @@ def torch_parts(runtime: Any, pixels: NDArray[np.uint8]) -> dict[str, float]:
 
     model, clock = runtime.model, _torch_clock(runtime.device)
     spent: dict[str, list[float]] = defaultdict(list)
-    modules = {"local": model.student.local, "semantic": model.student.semantic, "scorer": model.scorer}
+    modules = {**dict(model.student.named_children()), "scorer": model.scorer}
     hooks = [hook for name, module in modules.items() for hook in _time_module(module, spent[name], clock)]
     features = model.teacher.features
 
@@ -290,7 +290,8 @@ def torch_parts(runtime: Any, pixels: NDArray[np.uint8]) -> dict[str, float]:
             model.teacher.features(model.teacher.normalise(image))
             spent["bare teacher"].append(clock() - began)
     passes = len(spent["teacher"]) // _PROFILED  # a CNN looks at large images twice
-    found = {name: float(np.median(spent[name])) for name in (*PARTS, "whole", "bare teacher")}
+    # A model without a semantic student spends nothing there.
+    found = {name: float(np.median(spent[name] or [0.0])) for name in (*PARTS, "whole", "bare teacher")}
     found["teacher"] = float(np.sum(spent["teacher"])) / _PROFILED if passes > 1 else found["teacher"]
     found["other"] = max(0.0, found.pop("whole") - sum(found[name] for name in PARTS))
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from twinspect.data_commands import Images, data_app
+from twinspect.diagnose_commands import diagnose
 from twinspect.predict_commands import predict
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app)
+app.command()(diagnose)
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
@@ -93,7 +95,9 @@ def fetch(
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    model: Annotated[str, typer.Option(help="Model family; dual by default.")] = "",
+    model: Annotated[str, typer.Option(help="Family: dual (the default), snl, or a baseline: rd, fd.")] = "",
+    direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
+    terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
     teacher: Teacher = "",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
@@ -124,7 +128,8 @@ def fit(
     # None is "not given": a TOML file's value, or the default, then holds.
     chosen: dict[str, dict[str, Any]] = {
         "model": {
-            "model": model or None, "teacher": teacher or None, "weights": str(weights) if weights else None,
+            "model": model or None, "direction": direction or None, "terms": terms or None,
+            "teacher": teacher or None, "weights": str(weights) if weights else None,
             "size": size or None, "pretrained": False if random_teacher else None,
         },
         "train": {

@@ -18,7 +18,35 @@ T = TypeVar("T")
 
 NOISY_OR = ("n1", "n2", "n3")
 PRECISIONS = ("fp32", "bf16")
-MODELS = ("dual",)
+MODELS = ("dual", "snl", "rd", "fd")
+DIRECTIONS = ("reverse", "forward")
+TERMS = ("flat", "spatial", "channel", "intra", "inter")
+CHANNEL_READINGS = ("kl", "cosine")
+CRAM_PLACES = ("bottleneck", "stages")
+SCORINGS = ("plain", "whitened", "joint")
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A structural model with everything decided; see `twinspect.models.snl`."""
+
+    direction: str
+    terms: tuple[str, ...]
+    cram: int
+    cram_place: str
+    scoring: str
+    channel_reading: str
+    temperature: float
+    affinity_side: int
+
+
+# What each structural family is where nothing else is asked for. The baselines are asked for nothing else.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "joint"},
+    "rd": {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"},
+    "fd": {"direction": "forward", "terms": "flat", "cram": 0, "scoring": "plain"},
+}
+_STRUCTURAL = ("direction", "terms", "cram", "cram_place", "scoring")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +77,22 @@ class ModelConfig:
     """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
     clusters: int = 16
     """Largest number of scene prototypes for the residual statistics; the data choose how many."""
+    direction: str = ""
+    """snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse."""
+    terms: str = ""
+    """snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; empty takes the last four."""
+    cram: int = -1
+    """snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32."""
+    cram_place: str = ""
+    """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
+    scoring: str = ""
+    """snl: plain (as in RD4AD), whitened (statistics of residuals) or joint (and of tokens); empty takes joint."""
+    channel_reading: str = "kl"
+    """snl: reading of the channel term, kl or cosine."""
+    temperature: float = 1.0
+    """snl: of the channel term's softmax, in spreads of a channel on normal images."""
+    affinity_side: int = 16
+    """snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -57,6 +101,55 @@ class ModelConfig:
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 < self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 < ee_depth <= 1")
         _check(self.clusters >= 1, f"clusters {self.clusters}: at least 1")
+        self._check_structure()
+
+    def structure(self) -> Structure:
+        """The structural model that is meant, presets filled in.
+
+        Raises:
+            ConfigError: this is not a structural family.
+        """
+        if self.model not in _PRESETS:
+            raise ConfigError(f"--model {self.model} has no structure; accepted: {', '.join(_PRESETS)}")
+        preset = _PRESETS[self.model]
+        direction = self.direction or preset["direction"]
+        terms = tuple(name.strip() for name in (self.terms or preset["terms"]).split(","))
+        cram = preset["cram"] if self.cram < 0 else self.cram
+        place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
+        return Structure(
+            direction, terms, cram, place, self.scoring or preset["scoring"],
+            self.channel_reading, self.temperature, self.affinity_side,
+        )  # fmt: skip
+
+    def _check_structure(self) -> None:
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        given = [name for name in _STRUCTURAL if getattr(self, name) != default[name]]
+        if self.model != "snl" and given and not (given == ["direction"] and self._own_direction()):
+            raise ConfigError(
+                f"{', '.join(given)}: for --model snl only; {self.model} is "
+                f"{'a fixed baseline' if self.model in _PRESETS else 'another family'}. Type: --model snl"
+            )
+        if self.model not in _PRESETS:
+            return
+        found = self.structure()
+        _check(found.direction in DIRECTIONS, unknown_name("direction", found.direction, DIRECTIONS))
+        for name in found.terms:
+            _check(name in TERMS, unknown_name("term", name, TERMS))
+        _check(len(set(found.terms)) == len(found.terms), f"terms {self.terms!r}: one is named twice")
+        _check(found.cram_place in CRAM_PLACES, unknown_name("cram_place", found.cram_place, CRAM_PLACES))
+        _check(found.scoring in SCORINGS, unknown_name("scoring", found.scoring, SCORINGS))
+        _check(
+            self.channel_reading in CHANNEL_READINGS,
+            unknown_name("channel reading", self.channel_reading, CHANNEL_READINGS),
+        )
+        _check(self.temperature > 0, f"temperature {self.temperature}: accepted above 0")
+        _check(self.affinity_side >= 2, f"affinity_side {self.affinity_side}: at least 2")
+        _check(found.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
+        if found.cram and found.direction == "forward":
+            _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
+
+    def _own_direction(self) -> bool:
+        return self.model in _PRESETS and self.direction == _PRESETS[self.model]["direction"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,19 @@
 """Loss terms as pure functions. Every one has a slow literal transcription in tests/test_losses.py.
 
-Shapes: B images, D channels, h w grid positions, G groups, L levels. The teacher side carries no
-gradient: callers pass tensors from a frozen teacher, and the functions detach them again.
+Shapes: B images, D channels, h w grid positions, N = h * w, P pooled positions, G groups, L levels. The
+teacher side carries no gradient: callers pass tensors from a frozen teacher, and the functions detach them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = 1e-8
+Gather = Callable[[Tensor], Tensor]
 
 
 def flat_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
@@ -91,3 +92,67 @@ def noisy_or_loss(local_B: Tensor, semantic_B: Tensor, reading: str = "n2") -> T
     if reading == "n2":
         return -(torch.log1p(-p_local) + torch.log1p(-p_semantic)).mean()
     raise ValueError(f"unknown Noisy-OR reading {reading!r}; accepted: n1, n2, n3")
+
+
+# ------------------------------------------------------- structural terms (arXiv 2402.17091, our reading)
+
+
+def spatial_loss(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    """1 - cos over channels, mean over positions and images (scalar).
+
+    Differs from `flat_cosine_distance` in that every position counts the same, however short its features are.
+    """
+    return position_cosine_distance(teacher_BDhw, student_BDhw).mean()
+
+
+def channel_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, temperature: float = 1.0, reading: str = "kl") -> Tensor:
+    """Where in the image a channel answers, compared channel by channel (scalar, mean over channels and images).
+
+    Readings of "channel distillation":
+        kl: softmax over positions at a temperature for both, KL(teacher || student). What public follow-ups do.
+        cosine: 1 - cos over positions; blind to a channel's scale and needs no temperature.
+    """
+    teacher_BDN, student_BDN = teacher_BDhw.detach().flatten(2).float(), student_BDhw.flatten(2).float()
+    if reading == "cosine":
+        return (1.0 - F.cosine_similarity(teacher_BDN, student_BDN, dim=2, eps=_EPS)).mean()
+    if reading == "kl":
+        log_t, log_s = (F.log_softmax(x / temperature, dim=2) for x in (teacher_BDN, student_BDN))
+        return (log_t.exp() * (log_t - log_s)).sum(2).mean()
+    raise ValueError(f"unknown channel reading {reading!r}; accepted: kl, cosine")
+
+
+def intra_affinity_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 16) -> Tensor:
+    """How alike any two positions of one image are, compared between teacher and student (scalar).
+
+    Affinity of two positions: cosine of their features. Mean over images of the mean squared difference of both
+    N x N matrices. Maps are first pooled to at most ``side`` x ``side``, because memory is B x N^2.
+    """
+    t_BPD, s_BPD = (_unit_positions(x, side) for x in (teacher_BDhw.detach(), student_BDhw))
+    return (t_BPD @ t_BPD.transpose(1, 2) - s_BPD @ s_BPD.transpose(1, 2)).square().mean()
+
+
+def inter_affinity_loss(
+    teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 4, gather: Gather | None = None
+) -> Tensor:
+    """How alike any two images of the batch are at a position, compared between teacher and student (scalar).
+
+    Mean over positions, pooled to at most ``side`` x ``side``, of the mean squared difference of both B x B
+    matrices of cosines. Only a batch that mixes classes says how classes relate.
+
+    Args:
+        teacher_BDhw: teacher's map of one stage.
+        student_BDhw: student's prediction of it.
+        side: positions kept along each side.
+        gather: joins the B x ... tensors of all processes along the first dimension, with gradients
+            (`twinspect.distributed.gather_batch`); None for one process. The loss is then that of the joined batch.
+    """
+    join = gather or (lambda x: x)
+    t_PBD, s_PBD = (join(_unit_positions(x, side)).transpose(0, 1) for x in (teacher_BDhw.detach(), student_BDhw))
+    return (t_PBD @ t_PBD.transpose(1, 2) - s_PBD @ s_PBD.transpose(1, 2)).square().mean()
+
+
+def _unit_positions(map_BDhw: Tensor, side: int) -> Tensor:
+    """Unit feature vectors of a map pooled to at most side x side: B x P x D."""
+    height, width = map_BDhw.shape[-2:]
+    pooled = F.adaptive_avg_pool2d(map_BDhw.float(), (min(side, height), min(side, width)))
+    return F.normalize(pooled.flatten(2).transpose(1, 2), dim=2, eps=_EPS)

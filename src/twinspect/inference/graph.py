@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.dual import DualModel
+from twinspect.models.contract import AnomalyModel
 
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
@@ -41,7 +41,7 @@ class DeployedGraph(nn.Module):
         any_size: resize images of any height and width in the graph (antialiased bilinear, no crop).
     """
 
-    def __init__(self, model: DualModel, any_size: bool = False) -> None:
+    def __init__(self, model: AnomalyModel, any_size: bool = False) -> None:
         super().__init__()
         self.model = model.eval()
         self.any_size = any_size
@@ -55,7 +55,7 @@ class DeployedGraph(nn.Module):
         return dict(self.model(image)._asdict())
 
 
-def trace(model: DualModel, batch: int, any_size: bool) -> torch.export.ExportedProgram:
+def trace(model: AnomalyModel, batch: int, any_size: bool) -> torch.export.ExportedProgram:
     """The model as an exported program; ``batch`` 0 leaves the number of images open.
 
     Raises:
@@ -75,7 +75,7 @@ def trace(model: DualModel, batch: int, any_size: bool) -> torch.export.Exported
         raise ConfigError(f"this model cannot be exported: {_first_line(error)}") from error
 
 
-def to_onnx(model: DualModel, batch: int, any_size: bool) -> Any:
+def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
     """The model as an ``onnx.ModelProto`` whose nodes are named after their part.
 
     Raises:

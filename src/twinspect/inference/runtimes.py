@@ -19,7 +19,7 @@ from twinspect.inference.exported import ExportMeta, is_export, read_export
 from twinspect.inference.predictor import Decision, Predictor, Runtime
 
 if TYPE_CHECKING:
-    from twinspect.models.dual import DualModel
+    from twinspect.models.contract import AnomalyModel
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
@@ -36,7 +36,7 @@ class TorchRuntime:
         threads: CPU threads of the whole process; 0 leaves torch's own choice.
     """
 
-    def __init__(self, model: DualModel, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
 
         self._torch = torch

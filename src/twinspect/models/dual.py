@@ -17,65 +17,21 @@ Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens
-from twinspect.models.statistics import Prototypes, ResidualMap, Surprise, TokenDistance
+from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
+from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens, whole_divisor
+from twinspect.models.statistics import Surprise, TokenDistance
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import gaussian_kernel, noisy_or, smooth, top_mean, upsample
+from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions whose mean is the local score
-MAP_SIGMA = 4.0 / 256.0  # smoothing of the map, as a share of its side (4 pixels at 256)
-
-
-class Outputs(NamedTuple):
-    """What the model says about a batch; higher is more anomalous.
-
-    Attributes:
-        map_B1HW: anomaly map in normal spreads, at a quarter of the input side.
-        score_B: joint score, the surprise in nats of the Noisy-OR.
-        score_local_B, score_semantic_B: scores of the two students alone: the Noisy-OR of the layer groups
-            (they see defects of different sizes) in nats, and the raw distance of the global tokens.
-        surprise_local_B, surprise_semantic_B: what the joint score adds up, both calibrated in nats.
-        prototype_B: index of the nearest scene prototype.
-        groups_BG: raw local score of every layer group.
-        prototype_distance_B: whitened distance of the teacher's token from that prototype; large means that
-            the image shows none of the kinds of scene the model knows.
-    """
-
-    map_B1HW: Tensor
-    score_B: Tensor
-    score_local_B: Tensor
-    score_semantic_B: Tensor
-    surprise_local_B: Tensor
-    surprise_semantic_B: Tensor
-    prototype_B: Tensor
-    groups_BG: Tensor
-    prototype_distance_B: Tensor
-
-
-class Observed(NamedTuple):
-    """What is kept of the teacher's answer.
-
-    Attributes:
-        maps: the maps the layer groups are made of (see `LevelGroups.select`).
-        token_BE: all global tokens joined, raw.
-    """
-
-    maps: tuple[Tensor, ...]
-    token_BE: Tensor
-
-
-class Predicted(NamedTuple):
-    """What the students say the teacher should have said."""
-
-    groups: list[Tensor]
-    tokens: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,73 +65,44 @@ class DualShape:
             self.width or (info.channels[0] if vit else 128),
             self.depth or (8 if vit else 3),
             self.dropout,
-            _divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 128)), multiple),
+            whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 128)), multiple),
             self.ee_depth,
-            _divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
+            whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
         )
 
 
-def _divisor(size: int, wanted: int, multiple: int) -> int:
-    """The largest factor up to ``wanted`` that leaves a whole side, a multiple of the patch."""
-    return next(f for f in range(max(1, wanted), 0, -1) if size % f == 0 and (size // f) % multiple == 0)
-
-
-class LevelGroups(nn.Module):
+class LevelGroups(Selection):
     """Forms the teacher's layer groups and the decoder's input from its levels.
 
     ViT: the mean of each half of the levels, untouched (Dinomaly). CNN: every channel standardised by its
     statistics on normal images, in three groups: fine (strides 4 and 8, first stage of 16, on the grid of 8),
     middle (last stage of 16) and deep (last stages of 16 and 32, on the grid of 16).
-
-    ``select`` keeps of a teacher's answer what the groups need (and what a cache must store); ``forward``
-    works on that.
     """
 
     def __init__(self, info: BackboneInfo, size: int) -> None:
-        super().__init__()
         self.averaged = info.kind == "vit"
         wanted = _vit_groups(len(info.channels)) if self.averaged else _cnn_groups(info.strides)
-        self.levels = wanted if self.averaged else [[i] for i in sorted({i for group in wanted for i in group})]
-        flat = [level for members in self.levels for level in members]
-        self.members = [[0], [1]] if self.averaged else [[flat.index(i) for i in group] for group in wanted]
-        self.channels = [info.channels[members[0]] for members in self.levels]
+        levels = wanted if self.averaged else [[i] for i in sorted({i for group in wanted for i in group})]
         # Stages finer than stride 8 are pooled to it at once: four times the memory says nothing more.
-        strides = [max(info.strides[members[0]], min(8, max(info.strides))) for members in self.levels]
-        self.map_sides = [-(-size // stride) for stride in strides]
+        strides = [max(info.strides[members[0]], min(8, max(info.strides))) for members in levels]
+        super().__init__(info, levels, [-(-size // stride) for stride in strides], not self.averaged)
+        flat = [level for members in levels for level in members]
+        self.members = [[0], [1]] if self.averaged else [[flat.index(i) for i in group] for group in wanted]
         self.sides = [max(self.map_sides[i] for i in group) for group in self.members]
         self.dims = [sum(self.channels[i] for i in group) for group in self.members]
         self.trunk_side = min(self.sides)
         self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
-        for i, channels in enumerate(self.channels):
-            self.register_buffer(f"mean_{i}", torch.zeros(channels))
-            self.register_buffer(f"scale_{i}", torch.ones(channels))
-
-    def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The maps the groups are made of: means of a ViT's layers, single stages of a CNN."""
-        if self.averaged:
-            return tuple(torch.stack([maps[i] for i in members]).mean(0) for members in self.levels)
-        return tuple(resample(maps[i], side) for (i,), side in zip(self.levels, self.map_sides, strict=True))
 
     def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
         """Selected maps to (groups, decoder input B x D_in x t x t)."""
         if self.averaged:
             return list(selected), torch.stack(selected).mean(0)
-        scaled = [self._standardise(one, i) for i, one in enumerate(selected)]
+        scaled = [self.standardise(one, i) for i, one in enumerate(selected)]
         groups = [
             torch.cat([resample(scaled[i], side) for i in group], 1)
             for group, side in zip(self.members, self.sides, strict=True)
         ]
         return groups, torch.cat([resample(one, self.trunk_side) for one in scaled], 1)
-
-    def _standardise(self, map_BDhw: Tensor, i: int) -> Tensor:
-        mean, scale = self.get_buffer(f"mean_{i}"), self.get_buffer(f"scale_{i}")
-        return (map_BDhw - mean[:, None, None]) / scale[:, None, None]
-
-    def fit(self, i: int, mean_D: Tensor, scale_D: Tensor) -> None:
-        """Take a selected map's channel statistics on normal images (a ViT's stay untouched)."""
-        if not self.averaged:
-            self.get_buffer(f"mean_{i}").copy_(mean_D)
-            self.get_buffer(f"scale_{i}").copy_(scale_D.clamp_min(1e-4))
 
 
 class EncoderDecoder(nn.Module):
@@ -250,35 +177,31 @@ class DualStudent(nn.Module):
         return Predicted(self.local(trunk_BDtt), self.semantic(small_B3SS))
 
 
-class DualScorer(nn.Module):
+class DualScorer(Scorer):
     """Turns what teacher and students said into maps and scores; buffers only."""
 
-    kernel: Tensor
     gain_E: Tensor
 
     def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
-        super().__init__()
+        self.side = max(groups.sides)
+        super().__init__(info, groups.dims, groups.sides, clusters, self.side * 2)
         token_dims = sum(info.token_channels)
         self.register_buffer("gain_E", torch.ones(token_dims))
-        self.prototypes = Prototypes(token_dims, most=clusters)
-        self.residuals = nn.ModuleList(
-            ResidualMap(dims, side) for dims, side in zip(groups.dims, groups.sides, strict=True)
-        )
-        self.token_of_teacher = TokenDistance(token_dims)
         self.token_of_student = TokenDistance(token_dims)
         self.surprise_groups = nn.ModuleList(Surprise() for _ in groups.dims)
         self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
-        self.side = max(groups.sides)
-        self.map_side = self.side * 2
-        self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
-
-    def maps_of_groups(self) -> list[ResidualMap]:
-        """The residual statistics of every layer group."""
-        return [cast(ResidualMap, module) for module in self.residuals]
 
     def curves_of_groups(self) -> list[Surprise]:
         """The calibration curve of every layer group."""
         return [cast(Surprise, module) for module in self.surprise_groups]
+
+    def curves(self) -> list[Surprise]:
+        """Every calibration curve."""
+        return [*self.curves_of_groups(), self.surprise_local, self.surprise_semantic]
+
+    def residual(self, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+        """Teacher minus the student at its least-squares gain: see `residual`."""
+        return residual(teacher_BDhw, student_BDhw)
 
     def group_maps(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
         """The z-map of every layer group on its own grid: B x h x w each."""
@@ -293,6 +216,23 @@ class DualScorer(nn.Module):
         Where the student has learnt nothing the gain is near zero and its noise is kept out.
         """
         return token_BE - self.gain_E * torch.cat(predicted, 1)
+
+    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, variant_N: Tensor, variants: int) -> None:
+        """Learn how the teacher's tokens scatter, the student's gain, and how what it misses scatters."""
+        super().fit_tokens(token_NE, said_NE, variant_N, variants)
+        self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
+        self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, variants)
+
+    def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
+        """Fit every group's curve, then both students'; ``local_N`` is formed anew from the fitted groups."""
+        count = self.prototypes.count
+        for g, curve in enumerate(self.curves_of_groups()):
+            curve.fit(groups_NG[:, g], prototype_N, count)
+        self.surprise_semantic.fit(semantic_N, prototype_N, count)
+        local_N = self.local(groups_NG, prototype_N)
+        self.surprise_local.fit(local_N, prototype_N, count)
+        surprises = self.surprise_local(local_N, prototype_N), self.surprise_semantic(semantic_N, prototype_N)
+        return noisy_or(*surprises)[0]
 
     def local(self, groups_BG: Tensor, prototype_B: Tensor) -> Tensor:
         """Local score: Noisy-OR over the layer groups, as a sum of surprises (B)."""
@@ -321,8 +261,8 @@ class DualScorer(nn.Module):
         )  # fmt: skip
 
 
-class DualModel(nn.Module):
-    """Teacher, students and scorer: raw RGB pixels to `Outputs` in one forward path.
+class DualModel(AnomalyModel):
+    """Teacher, both students and scorer.
 
     Args:
         teacher: frozen teacher.
@@ -330,72 +270,46 @@ class DualModel(nn.Module):
         clusters: largest number of scene prototypes.
     """
 
+    groups: LevelGroups
+    student: DualStudent
+    scorer: DualScorer
+
     def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 16) -> None:
-        super().__init__()
-        self.teacher = teacher
+        super().__init__(teacher)
         self.shape = shape.resolved(teacher.info)
         self.groups = LevelGroups(teacher.info, self.shape.size)
         self.student = DualStudent(self.groups, self.shape, teacher.info)
         self.scorer = DualScorer(self.groups, teacher.info, clusters)
-        self.tokens = TokenScale(teacher.info)
+        self.pixel_side = self.shape.size // self.shape.ee_shrink
 
-    def forward(self, image_BCHW: Tensor) -> Outputs:
-        """Score uint8 RGB (or float 0..255) B x 3 x H x W; other sizes are resized to the model's."""
-        x = self.teacher.normalise(fit_size(image_BCHW, self.shape.size))
-        return self.score(self.observe(x), self.shrink(x))
-
-    def observe(self, x_B3SS: Tensor) -> Observed:
-        """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
-        features = self.teacher.features(x_B3SS)
-        tokens = features.tokens
-        if self.shape.view_shrink > 1:
-            tokens = self.teacher.features(F.avg_pool2d(x_B3SS, self.shape.view_shrink)).tokens
-        return Observed(self.groups.select(features.maps), torch.cat(tokens, 1).float())
-
-    def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
-        """Outputs from the teacher's answer and the shrunk pixels."""
+    def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
+        """The teacher's layer groups, and what both students say."""
         groups, trunk = self.groups(observed.maps)
-        predicted = self.student(trunk, small_B3SS)
-        outputs: Outputs = self.scorer(groups, self.tokens(observed.token_BE), predicted)
-        return outputs
+        return groups, self.student(trunk, small_B3SS)
 
-    def shrink(self, x_B3SS: Tensor) -> Tensor:
-        """The Encoder-Encoder's input: normalised pixels, averaged over ee_shrink x ee_shrink."""
-        factor = self.shape.ee_shrink
-        return F.avg_pool2d(x_B3SS, factor) if factor > 1 else x_B3SS
-
-    def losses(
-        self, observed: Observed, small_B3SS: Tensor, step: int, reading: str, ramp_steps: int
-    ) -> dict[str, Tensor]:
-        """Training terms of a batch: ``loss`` and its parts, scalars. ``observed`` comes from the teacher."""
-        groups, trunk = self.groups(observed.maps)
-        token_BE = self.tokens(observed.token_BE)
-        predicted: Predicted = self.student(trunk, small_B3SS)
-        local_B = encoder_decoder_loss(groups, predicted.groups, easy_share(step, ramp_steps))
-        split = torch.split(token_BE, list(self.teacher.info.token_channels), 1)
+    def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
+        """Noisy-OR of both students' distances, and the two on their own."""
+        groups, predicted = self.answer(observed, small_B3SS)
+        local_B = encoder_decoder_loss(groups, predicted.groups, easy_share(step, config.easy_ramp))
+        split = torch.split(self.tokens(observed.token_BE), list(self.teacher.info.token_channels), 1)
         semantic_B = encoder_encoder_loss(split, predicted.tokens)
-        loss = noisy_or_loss(local_B, semantic_B, reading)
+        loss = noisy_or_loss(local_B, semantic_B, config.noisy_or)
         return {"loss": loss, "local": local_B.mean().detach(), "semantic": semantic_B.mean().detach()}
 
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """A group per student: their safe learning rates differ."""
+        return [
+            {"params": list(self.student.local.parameters()), "lr": config.lr},
+            {"params": list(self.student.semantic.parameters()), "lr": config.lr_ee},
+        ]
 
-class TokenScale(nn.Module):
-    """Standardises the global tokens by their statistics on normal images and joins them: B x E."""
 
-    mean_E: Tensor
-    scale_E: Tensor
-
-    def __init__(self, info: BackboneInfo) -> None:
-        super().__init__()
-        self.register_buffer("mean_E", torch.zeros(sum(info.token_channels)))
-        self.register_buffer("scale_E", torch.ones(sum(info.token_channels)))
-
-    def forward(self, token_BE: Tensor) -> Tensor:
-        """Joined raw tokens to standardised ones, B x E."""
-        return (token_BE - self.mean_E) / self.scale_E
-
-    def fit(self, token_NE: Tensor) -> None:
-        """Take mean and spread of raw joined tokens of normal images."""
-        self.mean_E, self.scale_E = token_NE.mean(0), token_NE.std(0).clamp_min(1e-3)
+def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
+    """The untrained model of a configuration at an input side that suits the teacher."""
+    shape = DualShape(
+        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink
+    )
+    return DualModel(teacher, shape, config.clusters)
 
 
 def residual(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
@@ -406,13 +320,6 @@ def residual(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
     """
     gain = (teacher_BDhw * student_BDhw).flatten(1).sum(1) / student_BDhw.flatten(1).square().sum(1).clamp_min(1e-12)
     return teacher_BDhw - gain[:, None, None, None] * student_BDhw
-
-
-def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
-    """Whole image to size x size, antialiased bilinear, no crop; untouched when it fits already."""
-    if image_BCHW.shape[-2:] == (size, size):
-        return image_BCHW
-    return F.interpolate(image_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -90,3 +90,8 @@ def to_map(tokens_BND: Tensor) -> Tensor:
     batch, count, width = tokens_BND.shape
     side = int(round(count**0.5))
     return tokens_BND.transpose(1, 2).reshape(batch, width, side, side)
+
+
+def whole_divisor(size: int, wanted: int, multiple: int) -> int:
+    """The largest factor up to ``wanted`` that leaves a whole side, a multiple of the patch."""
+    return next(f for f in range(max(1, wanted), 0, -1) if size % f == 0 and (size // f) % multiple == 0)

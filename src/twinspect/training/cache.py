@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.errors import DataError
-from twinspect.models.dual import Observed
+from twinspect.models.contract import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
 _HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
@@ -60,7 +60,7 @@ class RecordLayout:
             start = stop
         stop = start + 4 * self.token_dims
         token = torch.from_numpy(block[:, start:stop].copy().view(np.float32))
-        small = torch.from_numpy(block[:, stop:].reshape(-1, 3, self.small_side, self.small_side).copy())
+        small = torch.from_numpy(block[:, stop:].reshape(len(block), 3, self.small_side, self.small_side).copy())
         return Observed(tuple(maps), token), small
 
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from twinspect.decision import Decision, GoodScores, image_id
 from twinspect.inference.predictor import classes_of_prototypes
-from twinspect.models.dual import DualModel
+from twinspect.models.contract import AnomalyModel
 from twinspect.training.source import FeatureSource
 
 
 def decide(
-    model: DualModel,
+    model: AnomalyModel,
     source: FeatureSource,
     train_at: Sequence[int],
     held_at: Sequence[int],
@@ -33,7 +33,7 @@ def decide(
 
 @torch.no_grad()
 def score_held(
-    model: DualModel, source: FeatureSource, held_at: Sequence[int], class_of_prototype: Sequence[str]
+    model: AnomalyModel, source: FeatureSource, held_at: Sequence[int], class_of_prototype: Sequence[str]
 ) -> GoodScores:
     """Scores of good images of a source."""
     model.eval()
@@ -52,12 +52,12 @@ def score_held(
 
 
 @torch.no_grad()
-def _prototypes(model: DualModel, source: FeatureSource, at: Sequence[int]) -> NDArray[np.int64]:
+def _prototypes(model: AnomalyModel, source: FeatureSource, at: Sequence[int]) -> NDArray[np.int64]:
     parts = [model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(at, 64)]
     return np.asarray(torch.cat(parts).numpy(), dtype=np.int64)
 
 
-def model_id(model: DualModel) -> str:
+def model_id(model: AnomalyModel) -> str:
     """Name of a trained model: hash of its normal statistics, which no two trainings share."""
     digest = hashlib.sha256()
     for name, value in sorted(model.scorer.state_dict().items()):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from twinspect.errors import ConfigError, TrainingError
-from twinspect.models.dual import DualModel
+from twinspect.models.contract import AnomalyModel
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
@@ -116,7 +116,7 @@ class Group:
             )
 
     @contextmanager
-    def averaging(self, model: DualModel) -> Iterator[None]:
+    def averaging(self, model: AnomalyModel) -> Iterator[None]:
         """While entered, the students' gradients are averaged; at its start all get the weights of rank 0.
 
         Raises:
@@ -128,7 +128,7 @@ class Group:
         student = model.student
         try:
             wrapped = nn.parallel.DistributedDataParallel(student, static_graph=True)
-            model.student = wrapped  # type: ignore[assignment]
+            model.student = wrapped
             yield
         except RuntimeError as error:
             raise self._lost(error) from None

@@ -19,7 +19,8 @@ from twinspect.config import ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
 from twinspect.decision import Decision
 from twinspect.errors import DataError, TrainingError
-from twinspect.models.dual import DualModel, DualShape
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.families import build_family
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import decide
 from twinspect.training.distributed import joined
@@ -37,7 +38,7 @@ MAP_HIGH = 8.0  # red end of the colour scale, in normal spreads; white noise st
 class Fitted:
     """A trained model and the record of how it came to be."""
 
-    model: DualModel
+    model: AnomalyModel
     decision: Decision
     config: RunConfig
     record: dict[str, Any] = field(default_factory=dict)
@@ -48,22 +49,13 @@ def silent(_stage: str, _done: int, _total: int) -> None:
     """Progress for callers that want none."""
 
 
-def build_model(config: ModelConfig, teacher: Teacher | None = None) -> DualModel:
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
     """The untrained model of a configuration; weights of the students follow torch's global seed."""
     if teacher is None:
         teacher = create_teacher(config.teacher, config.weights or None, config.pretrained)
-    size = legal_size(config.size or teacher.info.default_size, teacher.info.multiple)
-    shape = DualShape(
-        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink
-    )
-    model = DualModel(teacher, shape, config.clusters)
+    model = build_family(teacher, config)
     model.teacher.net.to(memory_format=torch.channels_last)
     return model
-
-
-def legal_size(size: int, multiple: int) -> int:
-    """The nearest side that is a multiple of the patch or the coarsest stride, never below four of them."""
-    return max(4, round(size / multiple)) * multiple
 
 
 def fit(
@@ -121,7 +113,7 @@ def fit(
     with _enough_variety():
         fit_statistics(model, source, train_at, config.train.seed, progress)
     scores = calibrate(model, source, held_at)
-    if not np.isfinite(scores.score).all():
+    if not np.isfinite(scores).all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     record = _record(model, source, train_at, held_at, report)
     decision = decide(model, source, train_at, held_at, (0.0, MAP_HIGH))
@@ -159,7 +151,7 @@ def choose_images(samples: Sequence[Sample], config: RunConfig) -> tuple[list[Sa
     return list(train_part), list(held)
 
 
-def cache_folder(model: DualModel, images: int, limit_gb: float) -> Path | None:
+def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
     """Where features are cached, or None when that would need more than ``limit_gb``."""
     groups = model.groups
     values = sum(c * s * s for c, s in zip(groups.channels, groups.map_sides, strict=True))
@@ -189,7 +181,7 @@ def _refuse_too_few(train_at: list[int], held_at: list[int], skipped: list[Skipp
 
 
 def _record(
-    model: DualModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
+    model: AnomalyModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
 ) -> dict[str, Any]:
     teacher = model.teacher
     counts = Counter(source.samples[i].class_name for i in train_at)
@@ -214,16 +206,15 @@ def _record(
     }
 
 
-def parameter_counts(model: DualModel) -> dict[str, int]:
-    """Numbers of weights: teacher (frozen), both students (trained), and bytes of the normal statistics."""
+def parameter_counts(model: AnomalyModel) -> dict[str, int]:
+    """Numbers of weights: teacher (frozen), students by part (trained), and bytes of the normal statistics."""
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
     return {
         "teacher": count(model.teacher),
-        "local": count(model.student.local),
-        "semantic": count(model.student.semantic),
+        **{name: count(part) for name, part in model.student.named_children()},
         "statistics_bytes": sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values()),
     }
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
-from twinspect.models.dual import DualModel
+from twinspect.models.contract import AnomalyModel
 from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
@@ -37,7 +37,7 @@ class TrainReport:
 
 
 def train(
-    model: DualModel,
+    model: AnomalyModel,
     source: FeatureSource,
     indices: Sequence[int],
     config: TrainConfig,
@@ -99,20 +99,14 @@ def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fing
     return start
 
 
-def make_optimiser(model: DualModel, config: TrainConfig) -> StableAdamW:
-    """One optimiser with a group per student: their safe learning rates differ."""
-    return StableAdamW(
-        [
-            {"params": list(model.student.local.parameters()), "lr": config.lr, "peak": config.lr},
-            {"params": list(model.student.semantic.parameters()), "lr": config.lr_ee, "peak": config.lr_ee},
-        ],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-    )
+def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
+    """One optimiser with the model's own groups: students may learn at different rates."""
+    groups = [{**group, "peak": group["lr"]} for group in model.parameter_groups(config)]
+    return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def _step(
-    model: DualModel,
+    model: AnomalyModel,
     source: FeatureSource,
     part: list[int],
     optimiser: StableAdamW,
@@ -123,7 +117,7 @@ def _step(
     torch.manual_seed(config.seed * 1_000_003 + step)
     observed, small = source.batch(part)
     with _autocast(config.precision), group.one_batch():
-        terms = model.losses(observed, small, step, config.noisy_or, config.easy_ramp)
+        terms = model.losses(observed, small, step, config)
     values = group.mean({name: float(value.detach()) for name, value in terms.items()})
     _refuse_non_finite(values, source, part, step)
     optimiser.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from twinspect.decision import Decision, image_id
 from twinspect.errors import DataError
-from twinspect.models.dual import DualModel
+from twinspect.models.contract import AnomalyModel
 from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, Sample
 
@@ -93,7 +93,7 @@ def keep_sides(
     return [i for i in range(len(source.keys)) if i not in held], sorted(held)
 
 
-def take_over(model: DualModel, before: DualModel) -> None:
+def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
     """Give a new model of the same shape the students and channel statistics of a trained one.
 
     Raises:

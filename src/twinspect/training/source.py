@@ -16,7 +16,7 @@ from torch import Tensor
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
-from twinspect.models.dual import DualModel, Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.types import Sample
 
@@ -40,7 +40,7 @@ class FeatureSource:
     """
 
     def __init__(
-        self, model: DualModel, samples: Sequence[Sample], cache_root: Path | None, progress: Progress
+        self, model: AnomalyModel, samples: Sequence[Sample], cache_root: Path | None, progress: Progress
     ) -> None:
         self._model = model
         self.skipped: list[Skipped] = []
@@ -74,7 +74,7 @@ class FeatureSource:
         layout = RecordLayout(
             tuple((c, s, s) for c, s in sides),
             sum(teacher.info.token_channels),
-            shape.size // shape.ee_shrink,
+            self._model.pixel_side,
         )
         inputs = f"{shape.size}|{shape.view_shrink}|{groups.levels}"
         return FeatureCache(root, f"v2|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
@@ -133,7 +133,7 @@ def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
 
 
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
-def observe(model: DualModel, pixels_BHWC: NDArray[np.uint8]) -> tuple[Observed, Tensor]:
+def observe(model: AnomalyModel, pixels_BHWC: NDArray[np.uint8]) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
     image = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinspect.models.dual import DualModel, residual
+from twinspect.models.contract import AnomalyModel
 from twinspect.models.statistics import Moments, PositionScale
 from twinspect.training.source import FeatureSource, Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
-
-
-@dataclass(frozen=True, slots=True)
-class NormalScores:
-    """Scores of held-out normal images (n each), kept in the bundle as the calibration set."""
-
-    score: NDArray[np.float64]
-    local: NDArray[np.float64]
-    semantic: NDArray[np.float64]
-    prototype: NDArray[np.int64]
+_START_IMAGES = 64  # images that a student is started from
+_BATCH = 8
 
 
 @torch.no_grad()
-def fit_scales(model: DualModel, source: FeatureSource, indices: Sequence[int], seed: int) -> None:
-    """Before training: channel statistics of the teacher's maps and tokens on normal images."""
+def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int) -> None:
+    """Before training: channel statistics of the teacher's maps and tokens, then the student's own start."""
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [indices[i] for i in order[:_INIT_IMAGES]]
     tokens: list[Tensor] = []
@@ -48,80 +39,80 @@ def fit_scales(model: DualModel, source: FeatureSource, indices: Sequence[int], 
         variance = (squares[i] / counts[i] - mean.square()).clamp_min(0.0)
         model.groups.fit(i, mean.float(), variance.sqrt().float())
     model.tokens.fit(torch.cat(tokens))
+    few = chosen[:_START_IMAGES]
+    model.initialise(lambda: ((observed, small) for _, observed, small in source.batches(few)), seed)
 
 
 @torch.no_grad()
 def fit_statistics(
-    model: DualModel, source: FeatureSource, indices: Sequence[int], seed: int, progress: Progress
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int, progress: Progress
 ) -> None:
     """Prototypes, residual covariances, token covariances and position scales, from training images."""
     model.eval()
     scorer = model.scorer
     tokens = torch.cat([model.tokens(observed.token_BE) for _, observed, _ in source.batches(indices, 64)])
     scorer.prototypes.fit(tokens, seed)
-    prototype_N = scorer.prototypes(tokens)
-    count = scorer.prototypes.count
-    moments = [Moments(count, module.dims) for module in scorer.maps_of_groups()]
-    missed: list[Tensor] = []
-    for place, (part, groups, predicted, predicted_BE) in enumerate(_answers(model, source, indices)):
-        progress("residual statistics", (place + 1) * len(part), 2 * len(indices))
-        missed.append(predicted_BE)
-        owners = prototype_N[place * 8 : place * 8 + len(part)].tolist()
-        for module, gathered, t, s in zip(scorer.maps_of_groups(), moments, groups, predicted, strict=True):
-            for rows, owner in zip(module.rows(residual(t, s)), owners, strict=True):
-                gathered.update(rows, owner)
-    for module, gathered in zip(scorer.maps_of_groups(), moments, strict=True):
+    prototype_N, count = scorer.prototypes(tokens), scorer.prototypes.count
+    modules = scorer.maps_of_groups()
+    moments = [Moments(count, module.dims) for module in modules]
+    said: list[Tensor] = []
+    for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
+        progress("residual statistics", min((done + 1) * _BATCH, len(indices)), 2 * len(indices))
+        said.append(said_BE)
+        for module, gathered, residual_BDhw in zip(modules, moments, pairs, strict=True):
+            for rows, k in zip(module.rows(residual_BDhw), owner.tolist(), strict=True):
+                gathered.update(rows, k)
+    for module, gathered in zip(modules, moments, strict=True):
         module.set_moments(gathered)
-    variant_N, variants = scorer.prototypes.variant(tokens), scorer.prototypes.variants
-    scorer.token_of_teacher.fit(tokens, variant_N, variants)
-    said = torch.cat(missed)
-    scorer.gain_E = (tokens * said).sum(0) / said.square().sum(0).clamp_min(1e-12)
-    scorer.token_of_student.fit(tokens - scorer.gain_E * said, variant_N, variants)
-    _fit_positions(model, source, indices, prototype_N, progress)
+    scorer.fit_tokens(tokens, torch.cat(said), scorer.prototypes.variant(tokens), scorer.prototypes.variants)
+    if modules:
+        _fit_positions(model, source, indices, prototype_N, progress)
 
 
 def _fit_positions(
-    model: DualModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
 ) -> None:
-    count = model.scorer.prototypes.count
-    scales = [PositionScale(count, side) for side in model.groups.sides]
-    for place, (part, groups, predicted, _) in enumerate(_answers(model, source, indices)):
-        progress("residual statistics", len(indices) + (place + 1) * len(part), 2 * len(indices))
-        owner = prototype_N[place * 8 : place * 8 + len(part)]
-        for module, scale, t, s in zip(model.scorer.maps_of_groups(), scales, groups, predicted, strict=True):
-            scale.update(module.length(residual(t, s), owner), owner)
-    for module, scale in zip(model.scorer.maps_of_groups(), scales, strict=True):
+    modules = model.scorer.maps_of_groups()
+    scales = [PositionScale(model.scorer.prototypes.count, module.level_Khw.shape[-1]) for module in modules]
+    for done, (owner, pairs, _) in enumerate(_residuals(model, source, indices, prototype_N)):
+        progress("residual statistics", len(indices) + min((done + 1) * _BATCH, len(indices)), 2 * len(indices))
+        for module, scale, residual_BDhw in zip(modules, scales, pairs, strict=True):
+            scale.update(module.length(residual_BDhw, owner), owner)
+    for module, scale in zip(modules, scales, strict=True):
         module.set_scale(scale)
 
 
-def _answers(model: DualModel, source: FeatureSource, indices: Sequence[int]):  # type: ignore[no-untyped-def]
-    for part, observed, small in source.batches(indices, 8):
-        groups, trunk = model.groups(observed.maps)
-        predicted = model.student(trunk, small)
-        yield part, groups, predicted.groups, torch.cat(predicted.tokens, 1)
+def _residuals(
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """(prototype of each image, residuals by group where statistics are kept of them, student's tokens B x E)."""
+    scorer, start = model.scorer, 0
+    for part, observed, small in source.batches(indices, _BATCH):
+        groups, predicted = model.answer(observed, small)
+        pairs = zip(groups, predicted.groups, strict=True) if len(scorer.residuals) else ()
+        said = torch.cat(predicted.tokens, 1) if predicted.tokens else torch.zeros(len(part), 0)
+        yield prototype_N[start : start + len(part)], [scorer.residual(t, s) for t, s in pairs], said
+        start += len(part)
 
 
 @torch.no_grad()
-def calibrate(model: DualModel, source: FeatureSource, indices: Sequence[int]) -> NormalScores:
-    """Fit both surprise curves on held-out normal images and return their scores."""
+def calibrate(model: AnomalyModel, source: FeatureSource, indices: Sequence[int]) -> NDArray[np.float64]:
+    """Fit the calibration curves on held-out normal images and return their joint scores (n)."""
     model.eval()
-    count = model.scorer.prototypes.count
-    curves = model.scorer.curves_of_groups()
-    for curve in (*curves, model.scorer.surprise_local, model.scorer.surprise_semantic):
-        curve.reset(count)
-    groups, semantic, prototype = _raw_scores(model, source, indices)
-    for g, curve in enumerate(curves):
-        curve.fit(groups[:, g], prototype, count)
-    model.scorer.surprise_semantic.fit(semantic, prototype, count)
-    local = model.scorer.local(groups, prototype)
-    model.scorer.surprise_local.fit(local, prototype, count)
-    joint = model.scorer.surprise_local(local, prototype) + model.scorer.surprise_semantic(semantic, prototype)
-    return NormalScores(joint.double().numpy(), local.double().numpy(), semantic.double().numpy(), prototype.numpy())
+    for curve in model.scorer.curves():
+        curve.reset(model.scorer.prototypes.count)
+    joint = model.scorer.calibrate(*_raw_scores(model, source, indices))
+    return joint.double().numpy()
 
 
-def _raw_scores(model: DualModel, source: FeatureSource, indices: Sequence[int]) -> tuple[Tensor, ...]:
-    parts = []
-    for _, observed, small in source.batches(indices, 8):
-        out = model.score(observed, small)
-        parts.append((out.groups_BG, out.score_semantic_B, out.prototype_B))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+def _raw_scores(
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of the groups (n x G), of both parts (n), and prototypes (n)."""
+    outputs = [model.score(observed, small) for _, observed, small in source.batches(indices, _BATCH)]
+    return (
+        torch.cat([out.groups_BG for out in outputs]),
+        torch.cat([out.score_local_B for out in outputs]),
+        torch.cat([out.score_semantic_B for out in outputs]),
+        torch.cat([out.prototype_B for out in outputs]),
+    )

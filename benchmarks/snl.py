@@ -1,0 +1,260 @@
+"""Ablation of system B: what each structural term, the residual aggregation and the statistics add.
+
+Rows build on each other from plain reverse distillation; every row is trained on all classes at once and, where
+asked for, on each class alone. Beside image and pixel metrics stands the interference (`twinspect diagnose`), which
+needs no anomaly. The control rows show what the closed-form statistics do for the plain loss.
+
+Teacher features are cached, a student is trained once for all rows that differ in scoring only, and what is finished
+is written; the same command goes on after the last one. Small on purpose (128 pixels, a few hundred steps), as it was
+made for two CPU cores.
+
+    python benchmarks/snl.py --data DIR/parts                                   # all rows, one seed, multi-class
+    python benchmarks/snl.py --data DIR/parts --seeds 0,1,2 --single baseline,snl
+    python benchmarks/snl.py --data DIR/parts --rows baseline,spatial --size 96 --steps 20     # a quick look
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from twinspect import data as data_room
+from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.console import Console
+from twinspect.diagnose import Plan, diagnose
+from twinspect.evaluation import evaluate, test_samples
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.runtimes import TorchRuntime
+from twinspect.report import Section, Table
+from twinspect.reproduce import code_hash
+from twinspect.results import markdown, write_text
+from twinspect.training.decide import decide
+from twinspect.training.fit import build_model, cache_folder, choose_images, fit
+from twinspect.training.resume import take_over
+from twinspect.training.source import FeatureSource
+from twinspect.training.statistics import calibrate, fit_statistics
+
+TERMS = "spatial,channel,intra,inter"
+# Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.
+STUDENTS = {
+    "flat": {"terms": "flat", "cram": 0},
+    "spatial": {"terms": "spatial", "cram": 0},
+    "channel": {"terms": "spatial,channel", "cram": 0},
+    "intra": {"terms": "spatial,channel,intra", "cram": 0},
+    "inter": {"terms": TERMS, "cram": 0},
+    "cram": {"terms": TERMS, "cram": 32},
+    "flat-cram": {"terms": "flat", "cram": 32},
+    "forward": {"terms": "flat", "cram": 0, "direction": "forward"},
+    "snl-forward": {"terms": TERMS, "cram": 32, "direction": "forward"},
+}
+# Row -> (its name in the table, student, scoring). ``baseline`` is what ``--model rd`` gives, ``snl`` the default.
+ROWS = {
+    "baseline": ("plain reverse distillation (rd)", "flat", "plain"),
+    "spatial": ("+ spatial", "spatial", "plain"),
+    "channel": ("+ channel", "channel", "plain"),
+    "intra": ("+ intra", "intra", "plain"),
+    "inter": ("+ inter", "inter", "plain"),
+    "cram": ("+ CRAM", "cram", "plain"),
+    "whitened": ("+ whitened residuals", "cram", "whitened"),
+    "snl": ("+ global tokens (snl as shipped)", "cram", "joint"),
+    "control-whitened": ("rd + whitened residuals", "flat", "whitened"),
+    "control": ("rd + whitened residuals + global tokens", "flat", "joint"),
+    "flat-cram": ("rd + CRAM", "flat-cram", "plain"),
+    "forward": ("plain forward distillation (fd)", "forward", "plain"),
+    "snl-forward": ("snl, forward", "snl-forward", "joint"),
+}
+DEFAULT_ROWS = (
+    "baseline", "spatial", "channel", "intra", "inter", "cram", "whitened", "snl", "control-whitened", "control",
+)  # fmt: skip
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
+
+
+def config_of(row, seed, args):
+    _, student, scoring = ROWS[row]
+    model = ModelConfig(
+        model="snl", teacher=args.teacher, size=args.size, width=args.width, scoring=scoring, **STUDENTS[student]
+    )
+    return RunConfig(model, TrainConfig(steps=args.steps, lr=args.lr, seed=seed, batch=args.batch))
+
+
+def rescored(fitted, samples, config, console):
+    """A trained student under another scoring: statistics and decision are learnt anew, weights stay."""
+    model = build_model(config.model, fitted.model.teacher)
+    take_over(model, fitted.model)
+    training, held = choose_images(samples, config)
+    root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
+    source = FeatureSource(model, [*training, *held], root, console.progress)
+    train_at, held_at = range(len(training)), range(len(training), len(source))
+    fit_statistics(model, source, train_at, config.train.seed, console.progress)
+    calibrate(model, source, held_at)
+    return model, decide(model, source, train_at, held_at, fitted.decision.map_scale)
+
+
+def measured(rows, samples, configs, plan, console):
+    """Train one student on the normal images of some samples; test it under the scoring of every row."""
+    began, found = time.monotonic(), {}
+    fitted = fit(samples, configs[rows[0]], None, console.progress)
+    trained = time.monotonic() - began
+    for row in rows:
+        began = time.monotonic()
+        model, decision = rescored(fitted, samples, configs[row], console)
+        predictor = Predictor(TorchRuntime(model), decision, batch=8)
+        table = evaluate(predictor, test_samples(samples), console.progress).table
+        found[row] = {"classes": table["classes"], "training": fitted.record["training"], "fit_s": round(trained, 1)}
+        if plan is not None:
+            found[row]["interference"] = diagnose(predictor, samples, plan, console.progress).mean()
+        found[row]["test_s"] = round(time.monotonic() - began, 1)
+    return found
+
+
+def multi_class(rows, samples, configs, plan, console):
+    return measured(rows, samples, configs, plan, console)
+
+
+def single_class(rows, samples, configs, plan, console):
+    """One model a class, each with as many steps as the one for all classes."""
+    classes = sorted({s.class_name for s in samples})
+    parts = {
+        name: measured(rows, [s for s in samples if s.class_name == name], configs, None, console) for name in classes
+    }
+    return {
+        row: {
+            "classes": {name: part[row]["classes"][name] for name, part in parts.items()},
+            **{what: sum(part[row][what] for part in parts.values()) for what in ("fit_s", "test_s")},
+        }
+        for row in rows
+    }
+
+
+def mean_of_classes(classes):
+    """Mean of every metric over the classes that have it."""
+    return {
+        m: mean(row[m] for row in classes.values() if m in row)
+        for m in METRICS
+        if any(m in r for r in classes.values())
+    }
+
+
+def run(rows, seed, mode, samples, args, done, console):
+    """Entries of rows that share a student: from the file, or made now."""
+    configs = {row: config_of(row, seed, args) for row in rows}
+    keys = {row: key_of(configs[row], mode, samples, args) for row in rows}
+    missing = [row for row in rows if keys[row] not in done]
+    if missing:
+        makes = {"multi": multi_class, "single": single_class}[mode]
+        made = makes(missing, samples, configs, Plan(count=args.count, normals=args.normals), console)
+        for row, values in made.items():
+            mean_row = mean_of_classes(values["classes"])
+            entry = {"row": row, "seed": seed, "mode": mode, "config": configs[row].to_dict()}
+            done[keys[row]] = {**entry, **values, "mean": mean_row}
+            console.say(f"{row}, {mode}, seed {seed}: {say(done[keys[row]])}")
+        write_text(args.out, json.dumps(done, indent=1) + "\n")
+    return [done[key] for key in keys.values()]
+
+
+def key_of(config, mode, samples, args):
+    """What a finished entry must agree with: settings, images, code."""
+    settings = [mode, config.to_dict(), args.count, args.normals, code_hash(), sorted(map(str, samples))]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def say(entry):
+    crossed = {name: entry["interference"][name] for name in INTERFERENCE if "interference" in entry}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in {**entry["mean"], **crossed}.items())
+    return f"{shown}; trained {entry['fit_s']:.0f} s, tested {entry['test_s']:.0f} s"
+
+
+def jobs_of(rows, mode, seed):
+    """Rows that share a student go together."""
+    students = dict.fromkeys(ROWS[row][1] for row in rows)
+    return [([row for row in rows if ROWS[row][1] == student], seed, mode) for student in students]
+
+
+def spread(values):
+    """Percent, with the standard deviation over seeds where there are several."""
+    shown = f"{100 * mean(values):.1f}"
+    return shown if len(values) < 2 else f"{shown} ± {100 * stdev(values):.1f}"
+
+
+def table_of(entries, args):
+    columns = ("row", *METRICS, *INTERFERENCE, "single-class image_auroc", "drop", "seeds")
+    rows = []
+    for row in args.rows:
+        multi = [e for e in entries if e["row"] == row and e["mode"] == "multi"]
+        single = {e["seed"]: e["mean"]["image_auroc"] for e in entries if e["row"] == row and e["mode"] == "single"}
+        if not multi:
+            continue
+        numbers = [spread([e["mean"][m] for e in multi]) if m in multi[0]["mean"] else "-" for m in METRICS]
+        numbers += [spread([e["interference"][m] for e in multi]) for m in INTERFERENCE]
+        drops = [single[e["seed"]] - e["mean"]["image_auroc"] for e in multi if e["seed"] in single]
+        numbers += [spread(list(single.values())), spread(drops)] if drops else ["-", "-"]
+        rows.append((ROWS[row][0], *numbers, len(multi)))
+    return Table("ablation, mean over classes, percent", columns, tuple(rows))
+
+
+def class_table(entries, args):
+    """Image AUROC per class, mean over seeds."""
+    names = sorted({name for e in entries for name in e["classes"]})
+    rows = []
+    for row in args.rows:
+        for mode in ("multi", "single"):
+            own = [e for e in entries if e["row"] == row and e["mode"] == mode]
+            if own:
+                values = (spread([e["classes"][n]["image_auroc"] for e in own]) for n in names)
+                rows.append((f"{ROWS[row][0]}, {mode}", *values))
+    return Table("image AUROC per class, percent", ("row", *names), tuple(rows))
+
+
+def listed(text):
+    return [part for part in text.split(",") if part]
+
+
+def parsed():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = os.environ.get("TWINSPECT_SHARED_DATA", "")
+    parser.add_argument("--data", default=str(Path(shared) / "parts") if shared else "", help="several classes")
+    parser.add_argument("--rows", type=listed, default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--single", type=listed, default=[], help="rows that are also trained class by class")
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in listed(text)], default=[0])
+    parser.add_argument("--teacher", default="efficientnet-lite0")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--width", type=int, default=0, help="of the decoder's finest stage; 0: the library's own")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--count", type=int, default=8, help="images per pair of classes and kind")
+    parser.add_argument("--normals", type=int, default=40, help="normal images per class they are compared with")
+    parser.add_argument("--out", type=Path, default=Path("runs/snl.json"), help="one entry per finished run")
+    args = parser.parse_args()
+    if not args.data:
+        parser.error("name a data set of several classes: --data DIR, or set TWINSPECT_SHARED_DATA")
+    unknown = {*args.rows, *args.single} - set(ROWS)
+    if unknown:
+        parser.error(f"unknown rows: {', '.join(sorted(unknown))}; accepted: {', '.join(ROWS)}")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    samples = data_room.load(Path(args.data)).samples
+    done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    with Console() as console:
+        jobs = [job for seed in args.seeds for job in jobs_of(args.rows, "multi", seed)]
+        jobs += [job for seed in args.seeds for job in jobs_of(args.single, "single", seed)]
+        entries = [entry for job in jobs for entry in run(*job, samples, args, done, console)]
+        facts = {"teacher": args.teacher, "input size": str(args.size), "steps": str(args.steps)}
+        facts |= {"decoder width": str(args.width or "the library's own"), "code": code_hash()}
+        facts |= {"mask rule": "> 0", "map size": "original image", "threads": str(torch.get_num_threads())}
+        parts = (table_of(entries, args), class_table(entries, args))
+        console.say(markdown(f"Ablation of system B on {Path(args.data).name}", [Section("Rows", (), parts)], facts))
+
+
+if __name__ == "__main__":
+    main()

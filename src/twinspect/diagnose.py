@@ -1,0 +1,307 @@
+"""Cross-class interference, measured without any anomaly.
+
+A model that learnt many classes must still object when one class shows up inside another: two images laid over
+each other (Mixup), or a piece of one pasted into the other (CutPaste). A student that has learnt to reproduce
+everything lets them pass. Both kinds of image are made here from normal images of different classes, scored by any
+predictor, and compared with normal images of the class they were made from.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from twinspect.data.carving import by_class
+from twinspect.data.samples import read_sample_rgb
+from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.inference.predictor import Predictor, name_of
+from twinspect.inference.result import Result
+from twinspect.metrics import Evaluator
+from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+
+MIXUP, CUTPASTE = "mixup", "cutpaste"
+KINDS = (MIXUP, CUTPASTE)
+MEASURES = ("mixup_auroc", "cutpaste_auroc", "pixel_auroc", "aupro")
+_WEIGHT = (0.3, 0.5)  # share of the other class in a Mixup image
+_AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the image, height over width
+_VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
+
+Pixels = NDArray[np.uint8]
+Progress = Callable[[str, int, int], None]
+Visit = Callable[["Composite", Result], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """An image made of two classes.
+
+    Attributes:
+        kind: ``mixup`` or ``cutpaste``.
+        base, other: the class whose image it is, and the class that intrudes.
+        base_image, other_image: the files it was made from.
+        rgb: H x W x 3 uint8, in the size of the base image.
+        mask: H x W, True where it differs from the base by design: everywhere, or the pasted piece.
+        weight: share of the other class under the mask.
+        box: top, left, height, width of the pasted piece in pixels; the whole image for Mixup.
+    """
+
+    kind: str
+    base: str
+    other: str
+    base_image: str
+    other_image: str
+    rgb: Pixels = field(repr=False)
+    mask: NDArray[np.bool_] = field(repr=False)
+    weight: float
+    box: tuple[int, int, int, int]
+
+    def row(self) -> dict[str, Any]:
+        """How it was made, as plain values."""
+        names = ("kind", "base", "other", "base_image", "other_image", "weight")
+        return {**{name: getattr(self, name) for name in names}, "box": list(self.box)}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is made.
+
+    Attributes:
+        count: images of each kind per ordered pair of classes.
+        normals: normal images of each class they are compared with.
+        seed: of everything drawn.
+        classes: only these; empty takes all.
+    """
+
+    count: int = 8
+    normals: int = 40
+    seed: int = 0
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"--count {self.count}: at least 1 image per pair of classes")
+        if self.normals < 2:
+            raise ConfigError(f"--normals {self.normals}: at least 2 normal images per class")
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        classes: in the order of the matrices.
+        pairs: one dict per ordered pair: ``base``, ``other`` and `MEASURES`.
+        images: one dict per made image: how it was made and how it scored.
+        splits: class -> split its normal images come from.
+        failed: normal images that could not be read.
+    """
+
+    classes: list[str]
+    pairs: list[dict[str, Any]]
+    images: list[dict[str, Any]]
+    splits: dict[str, str]
+    failed: list[str]
+
+    def mean(self) -> dict[str, float]:
+        """Mean of every measure over the pairs."""
+        return {name: float(np.mean([pair[name] for pair in self.pairs])) for name in MEASURES}
+
+    def matrix(self, measure: str) -> list[list[float | None]]:
+        """Values by base (rows) and other (columns); None on the diagonal."""
+        found = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
+        return [[found.get((base, other)) for other in self.classes] for base in self.classes]
+
+    def values(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "classes": self.classes, "mean": self.mean(), "pairs": self.pairs, "normal_images_from": self.splits,
+            "failed": self.failed, "images": self.images,
+        }  # fmt: skip
+
+
+def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
+    """Normal images of every class: of its test split, else of its calibration, else of its training images.
+
+    Raises:
+        ConfigError: a class asked for is not there.
+        DataError: fewer than two classes, or a class with a single normal image.
+    """
+    found = by_class([s for s in samples if s.label in (0, None)])
+    for name in plan.classes:
+        if name not in found:
+            raise ConfigError(unknown_name("class", name, found))
+    if plan.classes:
+        found = {name: found[name] for name in plan.classes}
+    if len(found) < 2:
+        raise DataError(
+            f"normal images of {len(found)} class found ({', '.join(found) or 'none'}); a diagnosis of how classes "
+            "interfere needs at least two. Give a data set with one folder per class"
+        )
+    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in found.items()}
+    for name, members in chosen.items():
+        if len(members) < 2:
+            raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
+    return chosen
+
+
+def _preferred(members: Sequence[Sample]) -> list[Sample]:
+    for split in (TEST, CALIBRATION, TRAIN):
+        own = [s for s in members if s.split == split]
+        if len(own) >= 2:
+            return own
+    return list(members)
+
+
+def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], float]:
+    """The other image laid over the base: (image, mask of everything, share of the other image)."""
+    weight = float(rng.uniform(*_WEIGHT))
+    mixed = (1 - weight) * base.astype(np.float32) + weight * _sized(other, base).astype(np.float32)
+    return mixed.round().astype(np.uint8), np.ones(base.shape[:2], bool), weight
+
+
+def cutpaste(
+    base: Pixels, other: Pixels, rng: np.random.Generator
+) -> tuple[Pixels, NDArray[np.bool_], tuple[int, int, int, int]]:
+    """A piece of the other image pasted into the base: (image, mask, box).
+
+    A piece of background on the same background changes nothing and could be found by nobody, so other places are
+    tried until it is visible; after so many tries the most visible one is taken.
+    """
+    source = _sized(other, base)
+    best, change = (0, 0, 0, 0, 0, 0), -1.0
+    for _ in range(_DRAWS):
+        place = _place(base.shape[0], base.shape[1], rng)
+        top, left, height, width, from_top, from_left = place
+        piece = source[from_top : from_top + height, from_left : from_left + width].astype(np.float32)
+        moved = float(np.abs(piece - base[top : top + height, left : left + width]).mean())
+        if moved > change:
+            best, change = place, moved
+        if change >= _VISIBLE:
+            break
+    top, left, height, width, from_top, from_left = best
+    image, mask = base.copy(), np.zeros(base.shape[:2], bool)
+    image[top : top + height, left : left + width] = source[
+        from_top : from_top + height, from_left : from_left + width
+    ]
+    mask[top : top + height, left : left + width] = True
+    return image, mask, (top, left, height, width)
+
+
+def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[int, int, int, int, int, int]:
+    """Top, left, height and width of a piece, and top and left of where it is cut."""
+    area = rng.uniform(*_AREA) * rows * columns
+    aspect = float(np.exp(rng.uniform(*np.log(_ASPECT))))
+    height = int(np.clip(round((area * aspect) ** 0.5), 1, rows))
+    width = int(np.clip(round((area / aspect) ** 0.5), 1, columns))
+    top, from_top = rng.integers(0, rows - height + 1, 2)
+    left, from_left = rng.integers(0, columns - width + 1, 2)
+    return int(top), int(left), height, width, int(from_top), int(from_left)
+
+
+def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
+    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    names = base[0].class_name, other[0].class_name
+    rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
+    first, second = (rng.permutation(len(members)) for members in (base, other))
+    for i in range(plan.count):
+        one, two = base[first[i % len(base)]], other[second[i % len(other)]]
+        pixels = read_sample_rgb(one), read_sample_rgb(two)
+        if kind == MIXUP:
+            image, mask, weight = mixup(*pixels, rng)
+            box = (0, 0, image.shape[0], image.shape[1])
+        else:
+            image, mask, box = cutpaste(*pixels, rng)
+            weight = 1.0
+        yield Composite(kind, *names, name_of(one), name_of(two), image, mask, weight, box)
+
+
+def diagnose(
+    predictor: Predictor, samples: Sequence[Sample], plan: Plan, progress: Progress, visit: Visit | None = None
+) -> Diagnosis:
+    """Score cross-class images against normal ones, for every ordered pair of classes.
+
+    Args:
+        predictor: any loaded model.
+        samples: of a data set; normal images of at least two classes.
+        plan: how many, of what, with which seed.
+        progress: called with (stage, done, total).
+        visit: called with every made image and its result (with map and picture), for reports.
+
+    Raises:
+        DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
+    """
+    chosen = normal_images(samples, plan)
+    found = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
+    total, done = len(chosen) * (len(chosen) - 1), 0
+    for base, members in chosen.items():
+        normal = _normal_images(predictor, members[: plan.normals], found)
+        for other in (name for name in chosen if name != base):
+            measured = {
+                kind: _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), found, visit)
+                for kind in KINDS
+            }
+            found.pairs.append({"base": base, "other": other, **_pair_values(measured)})
+            done += 1
+            progress("cross-class images", done, total)
+    return found
+
+
+def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> dict[str, Evaluator]:
+    """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
+    name, kept = members[0].class_name, 0
+    evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
+    for result in predictor.predict(list(members), maps=True, pixels=False):
+        if result.error:
+            found.failed.append(f"{result.path}: {result.error}")
+            continue
+        kept += 1
+        for evaluator in evaluators.values():
+            evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
+    if not kept:
+        raise DataError(f"no normal image of class {name} can be scored: {found.failed[-1]}")
+    return evaluators
+
+
+def _measure(
+    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], found: Diagnosis, visit: Visit | None
+) -> Mapping[str, float]:
+    """Metrics of one kind of image of one pair; the images are added to ``found``."""
+    evaluator, images = Evaluator(pixel=normal.pixel), list(made)
+    name = images[0].base
+    evaluator.merge(normal)
+    results = predictor.predict([one.rgb for one in images], maps=True, pixels=visit is not None)
+    for one, result in zip(images, results, strict=True):
+        result.path = f"{one.other} in {one.base} ({one.kind}), {one.base_image}"
+        if result.error:
+            raise DataError(f"{result.path}: {result.error}")
+        evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
+        found.images.append({**one.row(), "score": result.score})
+        if visit is not None:
+            visit(one, result)
+    values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
+    return values
+
+
+def _pair_values(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`MEASURES` of a pair; where a paste is depends on CutPaste alone, as Mixup is everywhere."""
+    paste = measured[CUTPASTE]
+    values = (measured[MIXUP]["image_auroc"], paste["image_auroc"], paste["pixel_auroc"], paste["aupro"])
+    return dict(zip(MEASURES, (float(value) for value in values), strict=True))
+
+
+def _sized(other: Pixels, base: Pixels) -> Pixels:
+    """An image in the size of another."""
+    height, width = base.shape[:2]
+    if other.shape[:2] == (height, width):
+        return other
+    return np.asarray(Image.fromarray(other).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,159 @@
+"""``twinspect diagnose``: which class hides which, as matrices in the terminal, JSON and a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from twinspect.data_commands import Images
+
+if TYPE_CHECKING:
+    from twinspect.console import Console
+    from twinspect.diagnose import Diagnosis, Plan
+    from twinspect.report import Gallery, Section, Table
+
+_TITLES = {
+    "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
+    "cutpaste_auroc": "CutPaste: image AUROC of a piece of the column's class pasted into the row's class",
+    "pixel_auroc": "CutPaste: pixel AUROC of finding the pasted piece",
+    "aupro": "CutPaste: AUPRO (to 0.3) of finding the pasted piece",
+}
+_HARDEST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class DiagnoseOptions:
+    """What was typed; see the command's help."""
+
+    bundle: Path
+    data: Path
+    plan: Plan
+    layout: str = "auto"
+    images: Path | None = None
+    report: tuple[Path, ...] = ()
+    json_file: str = ""
+    runtime: str = "auto"
+    weights: str = ""
+
+
+def diagnose(
+    bundle: Annotated[Path, typer.Argument(help="Trained model (.twin), or an exported one.")],
+    data: Annotated[Path, typer.Argument(help="Folder of a data set with normal images of two classes or more.")],
+    count: Annotated[int, typer.Option(help="Images of each kind per ordered pair of classes.")] = 8,
+    normals: Annotated[int, typer.Option(help="Normal images of each class to compare with.")] = 40,
+    classes: Annotated[str, typer.Option(help="Only these classes, separated by commas.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
+    json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
+    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
+    images: Images = None,
+    runtime: Annotated[str, typer.Option(help="auto, torch, onnx or openvino.")] = "auto",
+    weights: Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")] = None,  # noqa: UP045
+) -> None:
+    """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
+    from twinspect.console import Console
+    from twinspect.diagnose import Plan
+
+    with Console(quiet=json_file == "-") as console:
+        names = tuple(name.strip() for name in classes.split(",") if name.strip())
+        options = DiagnoseOptions(
+            bundle, data, Plan(count, normals, seed, names), layout, images, tuple(report or ()), json_file, runtime,
+            str(weights or ""),
+        )  # fmt: skip
+        diagnose_command(options, console)
+
+
+def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
+    """Load, make images, score, say what was found, write the files asked for."""
+    from twinspect import data as data_room
+    from twinspect.diagnose import diagnose as run
+    from twinspect.inference import load
+    from twinspect.report import Gallery
+    from twinspect.results import check_outputs, text_table, write_results, write_text
+
+    check_outputs(options.report)
+    predictor = load(options.bundle, options.runtime, weights=options.weights)
+    samples = data_room.load(options.data, options.layout, options.images).samples
+    gallery = Gallery(keep=_HARDEST)
+    pictures = any(path.suffix.lower() == ".html" for path in options.report)
+    visit = (lambda made, result: gallery.add(result, made.kind, True)) if pictures else None
+    found = run(predictor, samples, options.plan, console.progress, visit)
+    values = {
+        "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
+        "seed": options.plan.seed, "count": options.plan.count, "normals": options.plan.normals, **found.values(),
+    }  # fmt: skip
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    if options.json_file == "-":
+        console.result(text)
+    elif options.json_file:
+        write_text(Path(options.json_file), text + "\n")
+    for failure in found.failed:
+        console.warn(f"left out {failure}")
+    for table in matrices(found):
+        for line in text_table(table):
+            console.say(line)
+    for line in sentences(found):
+        console.say(line)
+    for path in options.report:
+        shown = sections(found, gallery, predictor.decision.map_scale)
+        write_results(path, f"How classes interfere in {options.bundle.name}", shown, facts(values), values)
+        console.say(f"wrote {path}")
+
+
+def matrices(found: Diagnosis) -> Iterator[Table]:
+    """One table per measure: row = the class whose image it is, column = the class that intrudes."""
+    from twinspect.report import Table
+
+    for measure, title in _TITLES.items():
+        rows = []
+        for base, values in zip(found.classes, found.matrix(measure), strict=True):
+            numbers = [value for value in values if value is not None]
+            shown = ("-" if value is None else value for value in values)
+            rows.append((base, *shown, sum(numbers) / len(numbers)))
+        yield Table(title, ("class", *found.classes, "mean"), tuple(rows))
+
+
+def sentences(found: Diagnosis) -> Iterator[str]:
+    """The means, and which class hides which."""
+    mean = found.mean()
+    yield (
+        f"mean over {len(found.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
+        f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
+    )
+    for pair in sorted(found.pairs, key=lambda one: float(one["cutpaste_auroc"]))[:3]:
+        yield (
+            f"a piece of {pair['other']} hides best in {pair['base']}: CutPaste AUROC {pair['cutpaste_auroc']:.3f}, "
+            f"Mixup AUROC {pair['mixup_auroc']:.3f}"
+        )
+
+
+def sections(found: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
+    """Matrices, then the images that passed most easily."""
+    from twinspect.report import Section
+
+    text = (
+        "Normal images of different classes were laid over each other (Mixup) or pasted into each other (CutPaste). "
+        "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
+        "0.5 is guessing, 1 is certain.",
+        *sentences(found),
+    )
+    shown = [Section("Which class hides which", text, tuple(matrices(found)))]
+    cases = gallery.cases(True, scale)
+    return [*shown, Section("What passed most easily", (), cases)] if cases else shown
+
+
+def facts(values: dict[str, Any]) -> dict[str, str]:
+    """What must stand beside the numbers."""
+    splits = sorted(set(values["normal_images_from"].values()))
+    return {
+        "model": f"{values['bundle']} ({values['model_id']})",
+        "data": values["data"],
+        "images per pair and kind": str(values["count"]),
+        "normal images per class": f"up to {values['normals']} of {', '.join(splits)}",
+        "seed": str(values["seed"]),
+    }

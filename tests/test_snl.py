@@ -1,0 +1,318 @@
+"""System B: stages, students of both directions, the residual aggregation, plain and whitened scores."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RANDOM, RANDOM_CNN, run_config, train_samples
+
+from twinspect import Detector
+from twinspect.config import MODELS, RunConfig, TrainConfig
+from twinspect.errors import ConfigError
+from twinspect.losses import flat_cosine_distance, position_cosine_distance
+from twinspect.models.contract import Predicted
+from twinspect.models.cram import Cram
+from twinspect.models.families import FAMILIES
+from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
+from twinspect.models.snl import Stages, StructuralModel
+from twinspect.models.teachers import create_teacher
+from twinspect.scoring import smooth, upsample
+from twinspect.training.fit import build_model
+from twinspect.training.loop import _batches
+
+CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}
+
+
+def model_of(name: str = "snl", teacher: str = RANDOM_CNN, **changes: object) -> StructuralModel:
+    torch.manual_seed(0)
+    model = build_model(run_config(teacher, model=name, **changes).model)
+    assert isinstance(model, StructuralModel)
+    return model
+
+
+def trained(parts: Path, name: str = "snl", teacher: str = RANDOM_CNN, **changes: object) -> Detector:
+    return Detector(config=run_config(teacher, model=name, **changes)).fit(train_samples(parts))
+
+
+def noise(count: int = 3, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1)).float()
+
+
+# -------------------------------------------------------------------------------------- configuration
+
+
+def test_every_family_of_the_configuration_can_be_built_and_no_other() -> None:
+    assert tuple(FAMILIES) == MODELS
+
+
+def test_baselines_are_configurations_of_the_same_file() -> None:
+    rd, fd = (run_config(model=name).model.structure() for name in ("rd", "fd"))
+    same = run_config(model="snl", terms="flat", cram=0, scoring="plain").model.structure()
+    assert rd == same
+    assert fd == dataclasses.replace(same, direction="forward", cram_place="stages")
+    full = RunConfig.from_dict({"model": {"model": "snl"}}).model.structure()
+    assert (full.direction, full.terms) == ("reverse", ("spatial", "channel", "intra", "inter"))
+    assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "joint")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "rd", "terms": "spatial"}, "fixed baseline"),
+        ({"model": "rd", "direction": "forward"}, "--model snl"),
+        ({"model": "dual", "direction": "forward"}, "another family"),
+        ({"model": "snl", "direction": "backward"}, "reverse, forward"),
+        ({"model": "snl", "terms": "spatial,spacial"}, "'spatial'"),
+        ({"model": "snl", "terms": "spatial,spatial"}, "named twice"),
+        ({"model": "snl", "cram": 1}, "one centre is a mean"),
+        ({"model": "snl", "direction": "forward", "cram_place": "bottleneck"}, "a forward student has none"),
+        ({"model": "snl", "cram_place": "decoder"}, "bottleneck, stages"),
+        ({"model": "snl", "scoring": "white"}, "'whitened'"),
+        ({"model": "snl", "channel_reading": "js"}, "kl, cosine"),
+        ({"model": "snl", "temperature": 0.0}, "above 0"),
+        ({"model": "snl", "affinity_side": 1}, "at least 2"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_with_what_to_type(changes: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run_config(**changes)
+
+
+def test_the_direction_of_a_baseline_may_be_said() -> None:
+    assert run_config(model="fd", direction="forward").model.structure().direction == "forward"
+    with pytest.raises(ConfigError, match="no structure"):
+        run_config(model="dual").model.structure()
+
+
+# -------------------------------------------------------------------------------------------- student
+
+
+def test_stages_of_a_cnn_keep_their_own_grids_and_a_vit_gives_thirds() -> None:
+    cnn = model_of(teacher="efficientnet-lite0", size=128)
+    assert cnn.groups.channels == [24, 40, 112]  # last stages of strides 4, 8 and 16
+    assert cnn.groups.map_sides == [32, 16, 8]
+    vit = model_of(teacher=RANDOM)
+    assert sorted(i for part in vit.groups.levels for i in part) == list(range(len(vit.teacher.info.channels)))
+    assert len(set(vit.groups.map_sides)) == 1
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN, "test_convnext"])
+def test_students_answer_in_the_shapes_of_the_stages(direction: str, teacher: str) -> None:
+    for place in ("stages", "bottleneck") if direction == "reverse" else ("stages",):
+        model = model_of(teacher=teacher, direction=direction, cram_place=place, cram=4).eval()
+        x = model.teacher.normalise(noise())
+        pixels = model.shrink(x)
+        assert pixels.shape[-1] == (64 if direction == "forward" else 0)
+        with torch.no_grad():
+            stages, predicted = model.answer(model.observe(x), pixels)
+        assert [p.shape for p in predicted.groups] == [s.shape for s in stages]
+
+
+def test_a_reverse_student_sees_only_the_teacher_and_a_forward_one_only_pixels() -> None:
+    for direction in ("reverse", "forward"):
+        model = model_of(direction=direction, cram=0).eval()
+        x = model.teacher.normalise(noise())
+        seen, pixels = model.observe(x), model.shrink(x)
+        other = seen._replace(maps=tuple(m + 1 for m in seen.maps))
+        with torch.no_grad():
+            before, after = (model.answer(o, pixels)[1].groups for o in (seen, other))
+        assert torch.equal(before[0], after[0]) == (direction == "forward")
+
+
+def test_width_dial_and_bottleneck() -> None:
+    assert reverse_widths((24, 40, 112), 0) == [64, 64, 112]
+    assert reverse_widths((24, 40, 112), 16) == [16, 32, 64]
+    assert bottleneck_width((24, 40, 112), 16) == 128
+    student = ConvReverse(**CNN_64, width=8, depth=1, at_bottleneck=None)
+    shapes = []
+    student.at_bottleneck.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
+    stages = [torch.randn(2, c, s, s) for c, s in zip(CNN_64["channels"], CNN_64["sides"], strict=True)]
+    found = student(stages, torch.zeros(2, 3, 0, 0))
+    assert shapes == [(2, 64, 2, 2)]  # half the coarsest grid: nothing fine gets through
+    assert [f.shape for f in found] == [s.shape for s in stages]
+
+
+# ----------------------------------------------------------------------------------------------- cram
+
+
+def test_cram_equals_its_formula_vector_by_vector() -> None:
+    torch.manual_seed(0)
+    cram = Cram(3, 4).eval()
+    x = torch.randn(2, 3, 2, 2)
+    with torch.no_grad():
+        found = cram(x)
+        for b in range(2):
+            for u in range(4):
+                vector = x[b, :, u // 2, u % 2]
+                weight = (cram.assign.weight[:, :, 0, 0] @ vector + cram.assign.bias).softmax(0)
+                central = sum(weight[k] * cram.centres_KD[k] for k in range(4))
+                rest = sum(weight[k] * (vector - cram.centres_KD[k]) for k in range(4))
+                expected = central + cram.mix(rest[None, :, None, None])[0, :, 0, 0]
+                torch.testing.assert_close(found[b, :, u // 2, u % 2], expected)
+
+
+def test_cram_with_identity_does_nothing_and_with_zero_leaves_centres_only() -> None:
+    cram, x = Cram(3, 4), torch.randn(2, 3, 2, 2)
+    cram.mix = torch.nn.Identity()
+    torch.testing.assert_close(cram(x), x)
+    cram.mix = torch.nn.Module()
+    cram.mix.forward = torch.zeros_like  # type: ignore[method-assign]
+    cram.initialise(torch.eye(3).repeat(5, 1) * 10, seed=0)
+    found = cram(torch.tensor([9.0, 1.0, 0.0])[None, :, None, None])[0, :, 0, 0]
+    torch.testing.assert_close(found, torch.tensor([10.0, 0.0, 0.0]), atol=0.2, rtol=0)
+
+
+def test_centres_start_on_clusters_of_normal_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0]])
+    rows = truth.repeat(40, 1) + 0.1 * torch.randn(120, 2, generator=generator)
+    cram = Cram(2, 3)
+    cram.initialise(rows, seed=0)
+    assert torch.cdist(truth, cram.centres_KD.detach()).amin(1).max() < 0.2
+    with torch.no_grad():
+        weight = cram.assign(rows[:, :, None, None])[:, :, 0, 0].softmax(1)
+    assert torch.equal(weight.argmax(1), torch.cdist(rows, cram.centres_KD).argmin(1))
+    assert weight.amax(1).min() > 0.9
+    few = Cram(2, 5)
+    few.initialise(rows[:3], seed=0)  # fewer vectors than centres
+    assert torch.isfinite(few.assign.weight).all()
+
+
+def test_training_starts_from_k_means_centres(parts: Path) -> None:
+    detector = trained(parts, cram=4, steps=1, lr=1e-9)
+    untouched = model_of(cram=4)
+    (own,) = (m for m in detector.fitted.model.student.modules() if isinstance(m, Cram))
+    (random,) = (m for m in untouched.student.modules() if isinstance(m, Cram))
+    assert own.centres_KD.shape == random.centres_KD.shape
+    assert float((own.centres_KD - random.centres_KD).detach().abs().mean()) > 0.05
+
+
+# --------------------------------------------------------------------------------------------- losses
+
+
+def test_terms_are_summed_over_stages_and_can_be_switched_off() -> None:
+    model = model_of(terms="flat,spatial,channel,intra,inter", cram=0).train()
+    x = model.teacher.normalise(noise())
+    observed, pixels = model.observe(x), model.shrink(x)
+    terms = model.losses(observed, pixels, 0, TrainConfig())
+    assert list(terms) == ["loss", "flat", "spatial", "channel", "intra", "inter"]
+    parts = sum(float(value) for name, value in terms.items() if name != "loss")
+    assert float(terms["loss"].detach()) == pytest.approx(parts, rel=1e-5)
+    assert not any(value.requires_grad for name, value in terms.items() if name != "loss")
+    with torch.no_grad():
+        stages, predicted = model.answer(observed, pixels)
+    flat = sum(float(flat_cosine_distance(t, s).mean()) for t, s in zip(stages, predicted.groups, strict=True))
+    assert float(terms["flat"]) == pytest.approx(flat, rel=1e-4)
+    only = model_of("rd").train()
+    assert list(only.losses(only.observe(x), only.shrink(x), 0, TrainConfig())) == ["loss", "flat"]
+
+
+def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
+    model = model_of(terms="inter", cram=0).eval()
+    x = model.teacher.normalise(noise(2))
+    seen = []
+    model.gather = lambda part: seen.append(part.shape[0]) or part.repeat(2, 1, 1)
+    model.losses(model.observe(x), model.shrink(x), 0, TrainConfig())
+    assert seen == [2, 2] * len(model.groups.channels)
+
+
+# -------------------------------------------------------------------------------------------- scoring
+
+
+def test_plain_scores_are_those_of_reverse_distillation(parts: Path) -> None:
+    """Map = cosine distances summed over stages; score = a rising function of its maximum, the same for all."""
+    model = trained(parts, "rd").fitted.model.eval()
+    assert isinstance(model, StructuralModel)
+    x = model.teacher.normalise(noise(12))
+    with torch.no_grad():
+        observed = model.observe(x)
+        out = model.score(observed, model.shrink(x))
+        stages, predicted = model.answer(observed, model.shrink(x))
+    assert torch.equal(stages[0], observed.maps[0])  # raw features, nothing standardised
+    distances = [position_cosine_distance(t, s) for t, s in zip(stages, predicted.groups, strict=True)]
+    summed = torch.stack([upsample(d, model.scorer.side)[:, 0] for d in distances]).sum(0)
+    torch.testing.assert_close(out.map_B1HW, smooth(upsample(summed, model.scorer.map_side), model.scorer.kernel))
+    torch.testing.assert_close(out.score_local_B, out.map_B1HW.amax((1, 2, 3)))
+    torch.testing.assert_close(out.score_semantic_B, summed.mean((1, 2)))
+    torch.testing.assert_close(out.groups_BG, torch.stack([d.amax((1, 2)) for d in distances], 1))
+    order = out.score_local_B.argsort()
+    assert (out.score_B[order].diff() > 0).all()
+    assert not list(model.scorer.residuals)
+
+
+def test_whitened_residuals_are_measured_on_normal_images(parts: Path) -> None:
+    model = trained(parts, "snl").fitted.model.eval()
+    assert isinstance(model, StructuralModel)
+    teacher, student = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    half = model.scorer.residual(teacher, student).square().sum(1) / 2
+    torch.testing.assert_close(half, position_cosine_distance(teacher, student))
+    assert all(float(m.whiten_KDD.diagonal(dim1=1, dim2=2).std()) > 0 for m in model.scorer.maps_of_groups())
+    with torch.no_grad():
+        out = model(noise())
+    torch.testing.assert_close(out.score_B, out.surprise_local_B + out.surprise_semantic_B)
+
+
+def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees() -> None:
+    model = model_of("rd").eval()
+    token = torch.zeros(2, sum(model.teacher.info.token_channels))
+    sides = zip(model.groups.channels, model.groups.map_sides, strict=True)
+    stages = [torch.randn(2, c, s, s) for c, s in sides]
+    good = [torch.stack([stage[0], -stage[1]]) for stage in stages]
+    with torch.no_grad():
+        out = model.scorer(stages, token, Predicted(good, ()))
+    assert float(out.score_local_B[0]) == pytest.approx(0.0, abs=1e-5)
+    assert float(out.score_local_B[1]) == pytest.approx(2.0 * len(stages), abs=1e-4)
+    assert float(out.score_semantic_B[1]) > float(out.score_semantic_B[0])
+
+
+@pytest.mark.parametrize("name", ["snl", "rd", "fd"])
+def test_trains_predicts_and_comes_back_from_its_bundle(name: str, parts: Path, tmp_path: Path) -> None:
+    detector = trained(parts, name)
+    again = Detector.load(detector.save(tmp_path / "b.twin"))
+    assert again.config.model.model == name
+    image = np.full((70, 90, 3), 128, np.uint8)
+    first, second = detector.predict(image), again.predict(image)
+    assert first.score == second.score
+    assert first.map.shape == (70, 90)
+    assert set(detector.record_["parameters"]) == {"teacher", "local", "statistics_bytes"}
+
+
+def test_a_killed_run_resumes_to_the_same_weights(parts: Path, tmp_path: Path) -> None:
+    from twinspect.training import loop
+
+    whole = trained(parts, steps=4)
+    config = run_config(RANDOM_CNN, model="snl", steps=4)
+    real = loop._step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[-1] == 2 else real(*a))
+        with pytest.raises(KeyboardInterrupt):
+            Detector(config=config).fit(train_samples(parts), work=tmp_path)
+    resumed = Detector(config=config).fit(train_samples(parts), work=tmp_path)
+    for a, b in zip(whole.fitted.model.student.parameters(), resumed.fitted.model.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_input_side_where_none_is_asked_for() -> None:
+    sizes = {}
+    for name in MODELS:
+        config = dataclasses.replace(run_config(RANDOM_CNN, model=name).model, size=0)
+        sizes[name] = build_model(config).shape.size
+    assert sizes == {"dual": 512, "snl": 256, "rd": 256, "fd": 256}
+
+
+def test_the_paper_like_teacher_gives_its_first_three_layers() -> None:
+    with torch.device("meta"):
+        teacher = create_teacher("wide-resnet50-2", pretrained=False)
+        stages = Stages(teacher.info, 256)
+    assert stages.channels == [256, 512, 1024]
+    assert stages.map_sides == [64, 32, 16]
+
+
+def test_batches_mix_classes() -> None:
+    """The loop's permutation mixes: inter-affinity compares images of all classes."""
+    classes = [i // 50 for i in range(200)]
+    batches = [part for _, part in _batches(range(200), TrainConfig(steps=26, batch=16), 0)]
+    assert all(len({classes[i] for i in part}) > 1 for part in batches)
