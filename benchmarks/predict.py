@@ -35,8 +35,9 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from twinspect.inference.bulk import Job, local, run
+from twinspect.inference.bulk import local, run
 from twinspect.inference.decode import decode
+from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor
 from twinspect.inference.sources import expand

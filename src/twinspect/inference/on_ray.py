@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinspect.errors import ConfigError, TwinspectError
-from twinspect.inference.bulk import Job, Scorer, Unit
+from twinspect.inference.bulk import Scorer
+from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
 from twinspect.inference.sources import Item, Stream
 
