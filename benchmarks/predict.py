@@ -9,8 +9,9 @@ IMAGES is a folder; its images are linked over and over until there are enough (
 again for every link). The last line is JSON. For memory and kills a small model will do (`--teacher test_vit
 --random-teacher --size 64`): both are about what surrounds the model.
 
-Overhead is measured twice: against the time of the model's calls inside the run (column `ms`), and against the same
-calls on squares decoded before, alone on the machine. The second counts what decoders take from the model's cores.
+Overhead is measured against the time of the model's calls inside the run (column `ms`), and against the same calls on
+squares decoded before, alone: by the wall, which counts what decoders take from the model's cores but also any other
+work on the machine, and by processor time of the scoring process, which other work hardly touches.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from twinspect.inference.bulk import Job, local, run
+from twinspect.inference.bulk import local, run
 from twinspect.inference.decode import decode
+from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor
 from twinspect.inference.sources import expand
@@ -47,14 +49,14 @@ class Clock:
     """Listens to a run and notes when so many rows were stored."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, int]] = []
+        self.marks: list[tuple[float, float, int]] = []
 
     def say(self, text: str) -> None:
         """Not used: there is a table."""
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Note the time."""
-        self.marks.append((time.perf_counter(), done))
+        """Note the time, and the processor's time of this process."""
+        self.marks.append((time.perf_counter(), time.process_time(), done))
 
 
 def many(folder: Path, count: int, where: Path) -> Path:
@@ -126,23 +128,29 @@ def overhead(given: argparse.Namespace, source: Path, room: Path) -> Values:
     """Time beyond the model, from the first stored part to the last."""
     bare = bare_ms(given, source)
     clock, out = Clock(), room / "t.parquet"
-    run(
-        Job(given.model, (str(source),), str(out), batch=given.batch, workers=given.workers, rows=given.part_rows),
-        clock, local,
-    )  # fmt: skip
-    (first, before), (last, after) = clock.marks[0], clock.marks[-1]
-    each = (last - first) * 1e3 / (after - before)
+    job = Job(given.model, (str(source),), str(out), batch=given.batch, workers=given.workers, rows=given.part_rows)
+    run(job, clock, local)
+    (first, cpu_first, before), (last, cpu_last, after) = clock.marks[0], clock.marks[-1]
+    each, cpu = ((b - a) * 1e3 / (after - before) for a, b in ((first, last), (cpu_first, cpu_last)))
     inside = float(np.mean(pq.read_table(out, columns=["ms"]).column("ms").to_numpy()[before:after]))
     again = bare_ms(given, source)  # other work on the machine shows as a difference between the two
-    alone = (bare + again) / 2
+    alone, alone_cpu = ((x + y) / 2 for x, y in zip(bare, again, strict=True))
     return {
-        "images": after - before, "ms_per_image": each, "ms_in_model_calls": inside, "ms_model_alone": [bare, again],
-        "beyond_model_calls": each / inside - 1, "beyond_model_alone": each / alone - 1,
-    }  # fmt: skip
+        "images": after - before,
+        "ms_per_image": each,
+        "ms_in_model_calls": inside,
+        "beyond_model_calls": each / inside - 1,
+        "ms_model_alone": [bare[0], again[0]],
+        "beyond_model_alone": each / alone - 1,
+        "cpu_ms_per_image": cpu,
+        "cpu_ms_model_alone": [bare[1], again[1]],
+        "cpu_beyond_model": cpu / alone_cpu - 1,
+        "bytes_per_row": out.stat().st_size / pq.read_metadata(out).num_rows,
+    }
 
 
-def bare_ms(given: argparse.Namespace, source: Path, seconds: float = 15.0) -> float:
-    """Milliseconds an image of the model's calls alone."""
+def bare_ms(given: argparse.Namespace, source: Path, seconds: float = 15.0) -> tuple[float, float]:
+    """Milliseconds an image of the model's calls alone, by the wall and of the processor."""
     predictor = load_predictor(given.model, batch=given.batch)
     size = predictor.runtime.size
     squares = [decode(item, size).square for item in islice(expand(source), 64)]
@@ -150,13 +158,13 @@ def bare_ms(given: argparse.Namespace, source: Path, seconds: float = 15.0) -> f
         np.stack([s for s in squares[i : i + given.batch] if s is not None]) for i in range(0, 64, given.batch)
     ]
     predictor.runtime.run(batches[0])
-    done, began = 0, time.perf_counter()
+    done, began, cpu = 0, time.perf_counter(), time.process_time()
     for batch in cycle(batches):
         predictor.runtime.run(batch)
         done += len(batch)
         if time.perf_counter() - began > seconds:
             break
-    return (time.perf_counter() - began) * 1e3 / done
+    return (time.perf_counter() - began) * 1e3 / done, (time.process_time() - cpu) * 1e3 / done
 
 
 def kills(given: argparse.Namespace, source: Path, room: Path) -> Values:

@@ -14,18 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import images_to_test, picture, save
+from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.errors import ConfigError, DataError
-from twinspect.inference.bulk import Job, Totals, run, units
+from twinspect.decision_commands import read_predictions
+from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.inference.bulk import Totals, _Counter, run
+from twinspect.inference.job import Job, units
 from twinspect.inference.parts import Part, PartStore, digest
-from twinspect.inference.pictures import PictureOptions, run_lengths, submission_place
+from twinspect.inference.pictures import PictureOptions
 from twinspect.inference.sources import walk_all
+from twinspect.predict_commands import chosen_engine, shard_of
 
 
 class Silent:
@@ -72,11 +74,6 @@ def job(model: Path, out: Path | str, *sources: object, **changes: Any) -> Job:
 def table(path: Path) -> list[dict[str, Any]]:
     """Rows without the one column that is a time."""
     return pq.read_table(path).drop(["ms"]).to_pylist()
-
-
-def pixels(path: Path | str) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def runs(one: Job) -> tuple[Totals, Silent]:
@@ -249,7 +246,7 @@ def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) 
     assert runs(one)[0].rows == 46
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for left-over processes in /proc")
 @pytest.mark.slow
 def test_kill_9_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
@@ -297,6 +294,7 @@ def test_machines_share_a_folder(model: Path, shots: Path, whole: list[dict[str,
         runs(job(model, out, shots, shard=(number, 3)))
     assert sum((Path(out) / f"_SUCCESS-{n}-of-3").exists() for n in range(3)) == 3
     assert sorted(table(Path(out)), key=lambda row: str(row["path"])) == sorted(whole, key=lambda r: str(r["path"]))
+    assert sum(1 for _ in read_predictions(Path(out))) == 46
     again, _ = runs(job(model, out, shots, shard=(1, 3)))
     assert again.before == again.rows > 0
 
@@ -349,114 +347,46 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
         Job("m.twin", ("x",), **changes)
 
 
-# -------------------------------------------------------------------------------------- pictures and regions
+def test_full_disk_is_said_and_leaves_no_draft(
+    model: Path, shots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    first_parts(one, 2)
+
+    def full(_number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("twinspect.inference.parts.os.fsync", full)
+        with pytest.raises(TwinspectError, match="cannot be written .No space left on device"):
+            run(one, Silent())
+    assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))
+    assert runs(one)[0].before == 8
 
 
-@pytest.fixture(scope="module")
-def beside(
-    model: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]], list[Path]]:
-    """Everything that can be written beside a table, for six defect images (some larger than the region grid)."""
-    root = tmp_path_factory.mktemp("beside")
-    images = images_to_test(parts, 1)[:4]
-    save(root / "wide.png", np.asarray(Image.fromarray(pixels(images[0])).resize((2600, 1800))))
-    options = PictureOptions(str(root / "maps"), "tiff", str(root / "masks"), str(root / "over"), "", True)
-    sources = [*images, root / "wide.png", root / "gone.png"]
-    runs(job(model, root / "t.parquet", *sources, pictures=options, coco=str(root / "c.json")))
-    return root, table(root / "t.parquet"), [*images, root / "wide.png"]
+def test_images_are_counted_beside_the_work(shots: Path) -> None:
+    counter = _Counter((str(shots), str(shots / "late")))
+    wait_for(lambda: counter.total)
+    assert counter.total == 46 + 15
+    assert _Counter(("s3://bucket/x",)).total == 0
 
 
-def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[Path]], quick: Detector) -> None:
-    tifffile = pytest.importorskip("tifffile")
-    root, rows, images = beside
-    assert all(len(list((root / name).iterdir())) == 5 for name in ("maps", "masks", "over"))
-    assert rows[-1]["error"]
-    assert rows[-1]["map_path"] == ""
-    for row, path in zip(rows, images, strict=False):
-        heat = tifffile.imread(row["map_path"])
-        expected = quick.predict(path).map
-        assert (heat.dtype, heat.shape) == (np.float16, expected.shape)
-        np.testing.assert_allclose(heat, expected, rtol=2e-3, atol=2e-3)
-        mask = pixels(row["mask_path"])
-        assert set(np.unique(mask)) <= {0, 255}
-        assert bool(mask.any()) == bool(row["n_regions"])
-        assert np.mean((mask > 0) == (expected >= row["threshold_region"])) > 0.999
+def test_engines_by_name() -> None:
+    assert chosen_engine("local", "t.csv", 0, 1.0, 0.0, "") is None
+    for words, sentence in (
+        (("spark", "t.csv", 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
+        (("local", "t.csv", 2, 1.0, 0.0, ""), "need --engine ray"),
+        (("ray", "", 0, 1.0, 0.0, ""), "give --out"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            chosen_engine(*words)
+    assert shard_of("3/64") == (3, 64)
+    for text in ("3", "a/b", "-1/4"):
+        with pytest.raises(ConfigError, match="accepted I/N"):
+            shard_of(text)
 
 
-def test_coco_regions(beside: tuple[Path, list[dict[str, Any]], list[Path]]) -> None:
-    root, rows, _ = beside
-    coco = json.loads((root / "c.json").read_text())
-    assert [image["file_name"] for image in coco["images"]] == [row["path"] for row in rows]
-    found = coco["annotations"]
-    assert len(found) == sum(row["n_regions"] for row in rows) > 0
-    assert [one["id"] for one in found] == list(range(1, len(found) + 1))
-    by_image = {image["id"]: image for image in coco["images"]}
-    for row, image in zip(rows, coco["images"], strict=True):
-        own = [one for one in found if one["image_id"] == image["id"]]
-        assert [one["score"] for one in own] == [region["score"] for region in json.loads(row["regions"])]
-        union = np.zeros((image["height"], image["width"]), dtype=bool)
-        for one in own:
-            mask = from_run_lengths(one["segmentation"])
-            y, x = np.nonzero(mask)
-            left, top, width, height = one["bbox"]
-            slack = 2 if image["width"] > 2000 else 0  # regions of large images are found on a smaller map
-            assert abs(x.min() - left) <= slack
-            assert abs(y.max() + 1 - top - height) <= slack
-            assert mask.sum() == pytest.approx(one["area"], rel=0.02 if slack else 0)
-            union |= mask
-        if own and image["width"] < 2000:
-            assert np.array_equal(union, pixels(row["mask_path"]) > 0)
-    assert any(by_image[one["image_id"]]["width"] > 2000 for one in found)
-
-
-def from_run_lengths(said: dict[str, Any]) -> np.ndarray:
-    """COCO's own definition, literally."""
-    flat: list[int] = []
-    for number, count in enumerate(said["counts"]):
-        flat += [number % 2] * count
-    height, width = said["size"]
-    flat += [0] * (height * width - len(flat))
-    return np.array(flat, dtype=bool).reshape(width, height).T
-
-
-def test_run_lengths_of_random_masks() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        mask = rng.random(rng.integers(1, 9, 2)) < 0.4
-        mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
-        rows, columns = np.nonzero(mask)
-        counts = run_lengths(rows, columns, (mask.shape[0], mask.shape[1]))
-        assert np.array_equal(from_run_lengths({"counts": counts, "size": list(mask.shape)}), mask)
-
-
-def test_submission_folders(model: Path, tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
-    names = ["can/test_private/000_regular.png", "can/test_private_mixed/001_shift.png"]
-    for number, name in enumerate(names):
-        save(tmp_path / "in" / name, picture(number, 50, 70))
-    options = PictureOptions(submission=str(tmp_path / "sub"))
-    runs(job(model, tmp_path / "t.csv", tmp_path / "in", pictures=options))
-    for name in names:
-        heat = tifffile.imread(tmp_path / "sub" / "anomaly_images" / Path(name).with_suffix(".tiff"))
-        mask = pixels(tmp_path / "sub" / "anomaly_images_thresholded" / name)
-        assert (heat.dtype, heat.shape) == (np.float16, (50, 70))
-        assert (mask.dtype, mask.shape) == (np.uint8, (50, 70))
-    assert len([p for p in (tmp_path / "sub").rglob("*") if p.is_file()]) == 4
-    assert submission_place("/x/s.tar#can/test_public/bad/7.png") == "can/test_public/bad/7"
-    save(tmp_path / "other" / "a.png", picture())
-    with pytest.raises(DataError, match="OBJECT/test_private"):
-        run(job(model, tmp_path / "u.csv", tmp_path / "other", pictures=options), Silent())
-
-
-def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Path) -> None:
-    body = io.BytesIO()
-    Image.fromarray(picture()).save(body, "PNG")
-    with tarfile.open(tmp_path / "s.tar", "w") as file:
-        for name in ("../../up.png", "a b/%2e%2e;\n.png"):
-            info = tarfile.TarInfo(name)
-            info.size = len(body.getvalue())
-            file.addfile(info, io.BytesIO(body.getvalue()))
-    options = PictureOptions(maps=str(tmp_path / "deep" / "maps"))
-    runs(job(model, tmp_path / "t.parquet", tmp_path / "s.tar", pictures=options))
-    assert [p.name for p in tmp_path.rglob("*.npz")] == ["000000-000001__2e_2e_.npz"]
-    assert [bool(row["error"]) for row in table(tmp_path / "t.parquet")] == [True, False]
+def test_archives_from_python(quick: Detector, shots: Path) -> None:
+    found = quick.predict(shots / "shard.tar")
+    assert [result.path for result in found] == [f"{shots / 'shard.tar'}#{n}.png" for n in range(6)]
+    assert all(result.map is not None for result in found)

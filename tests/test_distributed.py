@@ -26,6 +26,7 @@ from twinspect.training.fit import fit
 HERE = Path(__file__).parent
 CONFIG = """
 [model]
+model = "{model}"
 teacher = "{teacher}"
 pretrained = false
 size = 64
@@ -63,7 +64,7 @@ def metrics(bundle: Path, data: Path, out: Path) -> dict[str, Any]:
 def test_two_processes_equal_one(parts: Path, tmp_path: Path) -> None:
     """A CNN: batch norms, dropout and hard mining all see the whole batch."""
     config = tmp_path / "c.toml"
-    config.write_text(CONFIG.format(teacher=RANDOM_CNN))
+    config.write_text(CONFIG.format(teacher=RANDOM_CNN, model="dual"))
 
     def words(name: str) -> list[object]:
         return ["fit", parts, "--config", config, "--out", tmp_path / f"{name}.twin", "--work", tmp_path / name]
@@ -79,6 +80,26 @@ def test_two_processes_equal_one(parts: Path, tmp_path: Path) -> None:
         for metric in ("image_auroc", "image_ap", "image_f1max"):
             assert row[metric] == found[1][name][metric]
         assert row["pixel_auroc"] == pytest.approx(found[1][name]["pixel_auroc"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_affinity_between_images_sees_the_whole_batch(parts: Path, tmp_path: Path) -> None:
+    """The structural model: rounding errors grow tenfold every other step (reversing a batch shows the same in one
+    process), so the first five steps are compared; the second already hangs on the gradients of the first.
+    """
+    config = tmp_path / "c.toml"
+    config.write_text(CONFIG.format(teacher=RANDOM, model="snl"))
+
+    def words(name: str) -> list[object]:
+        return ["fit", parts, "--config", config, "--out", tmp_path / f"{name}.twin", "--work", tmp_path / name]
+
+    alone = CliRunner().invoke(app, [str(word) for word in words("alone")])
+    assert alone.exit_code == 0, alone.output
+    both = torchrun("-m", "twinspect", *words("both"), home=tmp_path / "home")
+    assert both.returncode == 0, both.stderr
+    found = [losses(tmp_path / name)[:5] for name in ("both", "alone")]
+    assert found[0] == pytest.approx(found[1], abs=1e-5, rel=0)
+    assert found[1][4] < found[1][0] - 0.1  # they moved
 
 
 @pytest.mark.slow

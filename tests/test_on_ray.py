@@ -17,7 +17,8 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.errors import ConfigError, TwinspectError
-from twinspect.inference.bulk import Job, run
+from twinspect.inference.bulk import run
+from twinspect.inference.job import Job
 from twinspect.inference.on_ray import RayEngine
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")

@@ -41,7 +41,9 @@ class Console:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            print("stopped; a training run resumes when the same command is typed again", file=sys.stderr)
+            print(
+                "stopped; training, or predict --out, resumes when the same command is typed again", file=sys.stderr
+            )
             raise SystemExit(130) from None
         if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
             print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)

@@ -288,11 +288,15 @@ def watch(monitor: DriftMonitor, row: dict[str, Any]) -> bool:
 
 
 def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a table written by ``twinspect predict``, a few at a time.
+    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time.
 
     Raises:
         DataError: no such file, another kind of file, or no scores in it.
     """
+    if path.is_dir() and (parts := sorted(path.glob("part-*.parquet"))):
+        for part in parts:
+            yield from read_predictions(part)
+        return
     if not path.is_file():
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
     kinds = {".parquet": _parquet_rows, ".csv": _csv_rows, ".jsonl": _json_rows}

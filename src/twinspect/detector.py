@@ -139,7 +139,8 @@ class Detector:
         """Score images.
 
         Args:
-            source: path, folder, glob, uint8 RGB array, PIL image, or a list of them.
+            source: path, folder, glob, ``@list``, tar or Parquet file, URL, uint8 RGB array, PIL image, or a list
+                of them.
             stream: True gives an iterator with constant memory instead of a list.
             maps: keep anomaly maps and images (needed for overlays).
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
@@ -224,5 +225,7 @@ def is_single(source: Any) -> bool:
     if isinstance(source, (list, tuple)):
         return False
     if isinstance(source, (str, Path)):
-        return Path(source).is_file()
+        from twinspect.inference.sources import ARCHIVES, TABLES
+
+        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES))
     return getattr(source, "ndim", 2) != 4

@@ -51,7 +51,8 @@ def predict(
     from twinspect.console import Console
 
     with Console() as console:
-        from twinspect.inference.bulk import Job, run, say_totals
+        from twinspect.inference.bulk import run, say_totals
+        from twinspect.inference.job import Job
         from twinspect.inference.pictures import PictureOptions
 
         pictures = PictureOptions(maps, map_format, masks, overlays, submission, bool(coco))

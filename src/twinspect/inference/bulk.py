@@ -1,35 +1,31 @@
 """Prediction over large sets: constant memory, a table written in parts, and runs that go on after being killed.
 
-`Job` says what to do, `Scorer` does it for any units of the input (this process's, or those a Ray actor is given),
-and `run` is the whole command. No torch import here: the light install runs it too.
+`Scorer` does a `Job` for any units of the input (this process's, or those a Ray actor is given), `run` is the whole
+command. No torch import here: the light install runs it too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, count, groupby, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-from twinspect.errors import BundleError, ConfigError, DataError
+from twinspect.errors import DataError
 from twinspect.inference import remote
 from twinspect.inference.decode import Decoded, DecodePool
+from twinspect.inference.job import Job, Unit, units
 from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
-from twinspect.inference.pictures import PictureOptions, coco_line, save_pictures, write_coco
+from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.sources import Item, Stream, walk_all
-from twinspect.inference.table import check_format, encode, join
-
-FILE_ROWS, FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+from twinspect.inference.table import encode, join
 
 
 class Listener(Protocol):
@@ -40,129 +36,6 @@ class Listener(Protocol):
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` images; total 0 is not known yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to run, and where rows go. Plain values only, as it travels to other machines.
-
-    Attributes:
-        model: bundle or exported model.
-        sources: paths, folders, globs, ``@lists``, archives, tables, URLs.
-        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); empty prints lines.
-        pictures: what to write beside it.
-        coco: COCO file of all regions; empty writes none.
-        runtime, threads, batch, weights, device: as `inference.load`.
-        class_name: class of all images; None predicts it.
-        workers: processes that decode; 0 decodes in threads of this one; -1 is automatic.
-        rows: rows of a part; 0 takes 256 for a file and 4,096 for a folder.
-        shard: (number, of how many): only every so many-th unit, for several machines on one folder.
-        restart: drop what an unfinished run left.
-    """
-
-    model: str
-    sources: tuple[str, ...]
-    out: str = ""
-    pictures: PictureOptions = field(default_factory=PictureOptions)
-    coco: str = ""
-    runtime: str = "auto"
-    threads: int = 0
-    batch: int = 0
-    weights: str = ""
-    device: str = "cpu"
-    class_name: str | None = None
-    workers: int = -1
-    rows: int = 0
-    shard: tuple[int, int] = (0, 1)
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rows < 0 or self.workers < -1 or self.batch < 0:
-            raise ConfigError(
-                f"--part-rows {self.rows} --workers {self.workers} --batch {self.batch}: accepted 0 (automatic) or "
-                "more"
-            )
-        number, of = self.shard
-        if not 0 <= number < of:
-            raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
-        if of > 1 and (not self.is_folder or self.coco):
-            raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
-        if self.coco and not self.out:
-            raise ConfigError("--coco is made from the run's parts; give --out as well")
-        if self.out and not self.is_folder:
-            check_format(Path(self.out).suffix, Path(self.out).name)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether the parts themselves are the table."""
-        return self.out.endswith(("/", os.sep)) or remote.is_url(self.out) or Path(self.out).is_dir()
-
-    @property
-    def part_rows(self) -> int:
-        """Rows of a part."""
-        return self.rows or (FOLDER_ROWS if self.out and self.is_folder else FILE_ROWS)
-
-    @property
-    def decoders(self) -> int:
-        """Decoding processes; 0 is threads."""
-        if self.workers >= 0:
-            return self.workers
-        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.out else 0
-
-    def store(self) -> PartStore:
-        """Where parts are kept: the folder itself, or one beside the file until it is whole."""
-        if self.is_folder:
-            return PartStore(self.out, ".parquet")
-        return PartStore(f"{self.out}.parts", Path(self.out).suffix)
-
-    def settings(self) -> dict[str, Any]:
-        """What parts of one run must have in common."""
-        return {
-            "model": decision_digest(self.model),
-            "class": self.class_name or "",
-            "part-rows": self.part_rows,
-            **{name.replace("_", "-"): value for name, value in self.pictures.to_dict().items()},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What one worker is given at a time.
-
-    Attributes:
-        number: place in the input.
-        items: images, or
-        stream: an archive or table of them.
-    """
-
-    number: int
-    items: tuple[Item, ...] = ()
-    stream: Stream | None = None
-
-    @property
-    def source(self) -> str:
-        """The stream's path; empty for listed images."""
-        return self.stream.path if self.stream is not None else ""
-
-    def images(self) -> Iterator[Item]:
-        """Its images, lazily."""
-        return iter(self.items) if self.stream is None else self.stream.items()
-
-
-def units(found: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
-    """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
-    number, held = 0, list[Item]()
-    for one in found:
-        if isinstance(one, Item):
-            held.append(one)
-        if held and (len(held) == rows or isinstance(one, Stream)):
-            yield Unit(number, tuple(held))
-            number, held = number + 1, []
-        if isinstance(one, Stream):
-            yield Unit(number, stream=one)
-            number += 1
-    if held:
-        yield Unit(number, tuple(held))
 
 
 class Tag(NamedTuple):
@@ -336,6 +209,8 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
         return _print(job, found, listener)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
+    if job.coco:  # found out now, not after hours
+        Path(job.coco).parent.mkdir(parents=True, exist_ok=True)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
         return _run_parts(job, store, found, label, listener, engine or local)
@@ -410,26 +285,6 @@ def say_totals(totals: Totals, out: str) -> str:
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
     where = f"; {out}" if out else ""
     return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}"
-
-
-def decision_digest(model: str) -> str:
-    """What identifies a model with its calibration, without building it.
-
-    Raises:
-        BundleError: not a model.
-    """
-    from twinspect.inference.exported import is_export, read_export
-
-    path = Path(model)
-    if is_export(path):
-        decision = read_export(path).decision
-    else:
-        try:
-            from twinspect.bundle import read_bundle
-        except ImportError:  # the light install has no bundles
-            raise BundleError(f"{path.name} is a bundle; this install runs exported models (.onnx) only") from None
-        decision = read_bundle(path).meta["decision"]
-    return hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Counter:

@@ -48,7 +48,8 @@ def _info(model: Path) -> int:
 
 
 def _predict(given: argparse.Namespace) -> int:
-    from twinspect.inference.bulk import Job, run, say_totals
+    from twinspect.inference.bulk import run, say_totals
+    from twinspect.inference.job import Job
 
     job = Job(
         str(given.model), tuple(given.paths), str(given.out or ""), threads=given.threads, batch=given.batch,

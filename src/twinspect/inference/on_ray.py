@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinspect.errors import ConfigError, TwinspectError
-from twinspect.inference.bulk import Job, Scorer, Unit
+from twinspect.inference.bulk import Scorer
+from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
 from twinspect.inference.sources import Item, Stream
 
@@ -96,7 +97,7 @@ class RayEngine:
             _Actor,
             batch_size=1,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))),
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks)), max_tasks_in_flight_per_actor=2),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
             fn_constructor_args=(replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd()),

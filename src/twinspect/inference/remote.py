@@ -7,6 +7,7 @@ whose packages (such as ``adlfs``) the user installs. Credentials are those of t
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from twinspect.errors import DataError
 
 _PIECE = 1 << 22
+_OBJECT_STORES = ("s3", "gcs", "abfs")  # as pyarrow calls them; they have no folders to make
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -98,11 +100,14 @@ def put(folder: str, name: str, body: bytes) -> None:
     """
     try:
         system, path = _opened(folder)
-        system.create_dir(path, recursive=True)
-        draft = f"{path}/_tmp-{name}"
-        with system.open_output_stream(draft) as stream:
+        shown_when_whole = any(kind in system.type_name for kind in _OBJECT_STORES)
+        target = f"{path}/{name}" if shown_when_whole else f"{path}/_tmp-{uuid.uuid4().hex}"
+        if not shown_when_whole:
+            system.create_dir(path, recursive=True)
+        with system.open_output_stream(target) as stream:
             stream.write(body)
-        system.move(draft, f"{path}/{name}")
+        if not shown_when_whole:
+            system.move(target, f"{path}/{name}")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}/{name} cannot be written ({_short(error)})") from None
 
