@@ -16,13 +16,14 @@ from twinspect.training.fit import build_model, cache_folder, silent
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample
 
-LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 4)
+LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 3, 4)
 
 
 def record(seed: int) -> bytes:
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.randn(*shape, generator=generator) for shape in LAYOUT.map_shapes]
-    return LAYOUT.pack(maps, torch.randn(5, generator=generator), torch.full((3, 4, 4), seed))
+    token, embedding = torch.randn(5, generator=generator), torch.randn(3, generator=generator)
+    return LAYOUT.pack(maps, token, embedding, torch.full((3, 4, 4), seed))
 
 
 def key(number: int) -> bytes:
@@ -86,7 +87,7 @@ def test_another_process_reads_and_appends(tmp_path: Path) -> None:
 def test_other_spaces_and_layouts_are_apart(tmp_path: Path) -> None:
     filled(tmp_path, range(3))
     assert key(0) not in FeatureCache(tmp_path, "other teacher", LAYOUT)
-    assert key(0) not in FeatureCache(tmp_path, "space", RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 8))
+    assert key(0) not in FeatureCache(tmp_path, "space", RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 3, 8))
 
 
 @pytest.mark.parametrize("suffix", [".data", ".index"])
@@ -117,7 +118,7 @@ def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
 def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "space", LAYOUT)
     huge = [torch.full(shape, 1e6) for shape in LAYOUT.map_shapes]
-    cache.add(key(0), LAYOUT.pack(huge, torch.zeros(5), torch.zeros(3, 4, 4)))
+    cache.add(key(0), LAYOUT.pack(huge, torch.zeros(5), torch.zeros(3), torch.zeros(3, 4, 4)))
     cache.flush()
     assert all(torch.isfinite(m).all() for m in cache.read([key(0)])[0].maps)
 

@@ -9,7 +9,7 @@ from tiny import RANDOM, images_to_test, picture, run_config
 
 from twinspect import Detector
 from twinspect.models.contract import fit_size
-from twinspect.models.dual import DualModel, DualShape, residual
+from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import noisy_or
 from twinspect.training.fit import build_model
@@ -76,16 +76,41 @@ def test_raw_scores_are_reported_beside_the_joint_one(detector: Detector, parts:
         assert len({getattr(r, name) for r in results}) == len(results)
 
 
-def test_residual_is_small_where_the_cosine_is() -> None:
-    """|residual|^2 / |teacher|^2 = 1 - cos^2, whatever the student's length."""
+def test_residual_forgives_a_students_length_and_ignores_one_that_knows_nothing() -> None:
+    scorer = build_model(run_config("test_efficientnet").model).scorer
     generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(3, 5, 4, 4, generator=generator), torch.randn(3, 5, 4, 4, generator=generator)
-    for length in (1.0, 17.0):
-        found = residual(teacher, student * length).flatten(1).square().sum(1) / teacher.flatten(1).square().sum(1)
-        cosine = torch.cosine_similarity(teacher.flatten(1), student.flatten(1))
-        torch.testing.assert_close(found, 1 - cosine.square())
-    assert residual(teacher, 3 * teacher).abs().max() < 1e-5
-    assert torch.isfinite(residual(teacher, torch.zeros_like(teacher))).all()
+    groups = [torch.randn(3, dims, 8, 8, generator=generator) for dims in (len(scorer.gain(g)) for g in range(2))]
+    knows, guesses = [3.0 * t for t in groups], [torch.randn(t.shape, generator=generator) for t in groups]
+    for said, left in ((knows, 0.0), (guesses, 1.0), ([torch.zeros_like(t) for t in groups], 1.0)):
+        scorer.fit_gains([(groups, said)])
+        for g, (teacher, student) in enumerate(zip(groups, said, strict=True)):
+            share = scorer.residual(g, teacher, student).square().sum() / teacher.square().sum()
+            assert float(share) == pytest.approx(left, abs=0.02)
+
+
+def test_a_student_in_its_normal_range_adds_little() -> None:
+    """Doubt grows with the square: beside a clear defect, ordinary noise of the other student moves little."""
+    scorer = build_model(run_config("test_efficientnet").model).scorer
+    clear, usual = torch.tensor([6.0]), torch.tensor([1.0])
+    for curve in (scorer.surprise_local, scorer.surprise_semantic):
+        curve.fit(torch.linspace(0, 1, 50), torch.zeros(50, dtype=torch.long), 1)
+    owner = torch.zeros(1, dtype=torch.long)
+    both = scorer.joined(clear, usual, owner)
+    torch.testing.assert_close(both[0], both[1] + both[2])  # the Noisy-OR of two tempered probabilities
+    local, semantic = float(both[1]), float(both[2])
+    plain = float(scorer.surprise_semantic(usual, owner)) / float(scorer.surprise_local(clear, owner))
+    assert semantic / local == pytest.approx(plain**2, rel=1e-3)
+
+
+def test_local_surprise_counts_by_its_link() -> None:
+    scorer = build_model(run_config("test_efficientnet").model).scorer
+    owner = torch.tensor([0, 1])
+    for curve in scorer.curves():
+        curve.reset(2)
+    scorer.link_K = torch.tensor([1.0, 0.1])
+    _, local, semantic = scorer.joined(torch.full((2,), 3.0), torch.full((2,), 3.0), owner)
+    assert float(local[1]) == pytest.approx(0.1 * float(local[0]))
+    assert float(semantic[1]) == pytest.approx(float(semantic[0]))
 
 
 def test_nothing_is_cropped_when_an_image_is_brought_to_size() -> None:

@@ -241,11 +241,15 @@ class DualScorer(Scorer):
         The cosine loss leaves the student's length free. One gain for all images: fitted to each anew it would
         let a student that has learnt nothing explain a part of every defect.
         """
-        return teacher_BDhw - self.get_buffer(f"gain_{group}")[:, None, None] * student_BDhw
+        return teacher_BDhw - self.gain(group)[:, None, None] * student_BDhw
+
+    def gain(self, group: int) -> Tensor:
+        """The student's gain per channel of a group (D)."""
+        return self.get_buffer(f"gain_{group}")
 
     def fit_gains(self, answers: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
         """Learn the gains from (teacher's groups, student's groups) of some normal images."""
-        shared = [torch.zeros_like(self.get_buffer(f"gain_{g}"), dtype=torch.float64) for g in range(len(self.plans))]
+        shared = [torch.zeros_like(self.gain(g), dtype=torch.float64) for g in range(len(self.plans))]
         length = [torch.zeros_like(one) for one in shared]
         for groups, predicted in answers:
             for g, (teacher, student) in enumerate(zip(groups, predicted, strict=True)):
@@ -415,8 +419,9 @@ def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
 
 
 def _squared(surprise_B: Tensor) -> Tensor:
-    """Half the square, with its sign, so that no two scores tie below the normal range."""
-    return 0.5 * surprise_B * surprise_B.abs()
+    """Half the square, with its sign, so that no two scores tie below the normal range; finite for any input."""
+    kept_B = surprise_B.clamp(max=1e6)
+    return 0.5 * kept_B * kept_B.abs()
 
 
 def sine_positions(side: int, width: int) -> Tensor:
