@@ -11,7 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
 from twinspect.types import Sample
 
+Decoded = tuple[Result, NDArray[np.uint8] | None]
+
 
 class Runtime(Protocol):
     """What executes the model's graph."""
@@ -37,6 +40,19 @@ class Runtime(Protocol):
     def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of the model's `Outputs`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """An encoded image in memory, as it arrived.
+
+    Attributes:
+        name: what results and errors call it.
+        data: the bytes of the file.
+    """
+
+    name: str
+    data: bytes
 
 
 class Predictor:
@@ -83,13 +99,22 @@ class Predictor:
     def _predict(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
         with ThreadPoolExecutor(self.workers) as pool:
             ahead = self.batch * 4
-            pending = [pool.submit(self._decode, item, pixels) for item in islice(items, ahead)]
+            pending = [pool.submit(self.decode, item, pixels) for item in islice(items, ahead)]
             while pending:
                 now, pending = pending[: self.batch], pending[self.batch :]
-                pending += [pool.submit(self._decode, item, pixels) for item in islice(items, self.batch)]
-                yield from self._score([job.result() for job in now], maps, pixels, class_name)
+                pending += [pool.submit(self.decode, item, pixels) for item in islice(items, self.batch)]
+                yield from self.score([job.result() for job in now], maps, repeat(class_name))
 
-    def _decode(self, item: Any, pixels: bool) -> tuple[Result, NDArray[np.uint8] | None]:
+    def decode(self, item: Any, pixels: bool) -> Decoded:
+        """One image read and resized: half of `predict`, for callers that schedule the other half themselves.
+
+        Args:
+            item: one image, as `predict` takes them, or `ImageBytes`.
+            pixels: keep the image for overlays.
+
+        Returns:
+            The result so far, and S x S x 3 uint8 RGB; None and ``error`` for an image that cannot be read.
+        """
         name, size = name_of(item), self.runtime.size
         try:
             rgb, (height, width) = self._pixels(item, size)
@@ -106,20 +131,25 @@ class Predictor:
             item = item.image
         if isinstance(item, (str, Path)):
             return read_sized_rgb(Path(item), self.limits, draft_side=draft_side)
+        if isinstance(item, ImageBytes):
+            return read_sized_rgb(item.data, self.limits, item.name, draft_side)
         rgb = read_sample_rgb(item, self.limits) if isinstance(item, Sample) else to_rgb(item, self.limits)
         return rgb, (rgb.shape[0], rgb.shape[1])
 
-    def _score(
-        self,
-        decoded: Sequence[tuple[Result, NDArray[np.uint8] | None]],
-        maps: bool,
-        pixels: bool,
-        class_name: str | None,
+    def score(
+        self, decoded: Sequence[Decoded], maps: bool, class_names: Iterable[str | None] = repeat(None)
     ) -> Iterator[Result]:
+        """Results of images that `decode` read, in one call of the runtime.
+
+        Args:
+            decoded: as `decode` gave them.
+            maps: keep each result's anomaly map.
+            class_names: class of each image, None to predict it; `Decision.checked_class` refuses unknown ones.
+        """
         usable = [square for _, square in decoded if square is not None]
         out = self.runtime.run(np.stack(usable)) if usable else {}
         place = 0
-        for result, square in decoded:
+        for (result, square), class_name in zip(decoded, class_names, strict=False):
             if square is not None:
                 self._fill(result, out, place, maps, class_name)
                 place += 1
@@ -159,6 +189,8 @@ def name_of(item: Any) -> str:
     """The path of a file or sample, or a word for what has none."""
     if isinstance(item, Sample):
         return str(item.image) if item.record is None else f"{item.image}#{item.record}"
+    if isinstance(item, ImageBytes):
+        return item.name
     return str(item) if isinstance(item, (str, Path)) else f"<{type(item).__name__}>"
 
 

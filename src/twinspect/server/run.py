@@ -1,0 +1,112 @@
+"""The application on a socket: uvicorn with our logging, limits and a deadline for the head of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from twinspect.errors import ConfigError
+from twinspect.server.guard import JsonLines
+from twinspect.server.settings import Settings
+
+KEY_VARIABLE = "TWINSPECT_API_KEY"
+CONNECTIONS = 512  # open at the same time; more are answered with 503
+_LARGEST_HEAD = 16_384  # bytes of the head of a request
+
+
+def protocol(header_timeout_s: float) -> type[H11Protocol]:
+    """HTTP/1.1 as uvicorn speaks it, that hangs up on whoever does not finish the head of a request in time."""
+
+    class Impatient(H11Protocol):
+        """One connection."""
+
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._deadline = self.loop.call_later(header_timeout_s, self._hang_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            waiting = self.cycle is None or self.cycle.response_complete
+            if not waiting:
+                self._forget()
+            elif self._deadline is None:  # the head of a next request has begun
+                self._deadline = self.loop.call_later(header_timeout_s, self._hang_up)
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _hang_up(self) -> None:
+            self._deadline = None
+            self.transport.close()
+
+    return Impatient
+
+
+def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT, then finish what was accepted.
+
+    Args:
+        app: of `build_app`.
+        settings: the same as given there.
+        started: called with the address once it is listened on.
+
+    Raises:
+        ConfigError: the address is taken or not of this machine.
+    """
+    set_up_logging()
+    config = uvicorn.Config(
+        app, settings.host, settings.port, http=protocol(settings.header_timeout_s), ws="none", lifespan="on",
+        log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=_LARGEST_HEAD,
+        timeout_graceful_shutdown=int(settings.drain_s) + 1,
+    )  # fmt: skip
+    try:
+        socket = config.bind_socket()
+    except SystemExit:  # uvicorn logged the reason and would leave
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: the address is in use or not of this machine; "
+            "choose another --port"
+        ) from None
+    host, port = socket.getsockname()[:2]
+    started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    uvicorn.Server(config).run(sockets=[socket])
+
+
+def set_up_logging() -> None:
+    """One JSON object a line on stderr, ours and uvicorn's."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("twinspect.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The API key from a file or the environment; never from the command line, where other users could read it.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if file is None:
+        return environment.get(KEY_VARIABLE, "").strip()
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: cannot be read ({error})") from None
