@@ -282,6 +282,8 @@ def calibrate(
     rule: Annotated[str, typer.Option(help="How labels choose: f1-max, min-cost or zero-miss.")] = "",
     miss_cost: Annotated[float, typer.Option(help="Cost of a miss, a false alarm costs 1: min-cost.")] = 0.0,
     source: Annotated[Optional[Path], typer.Option("--from", help="Take over from a copy of the same model.")] = None,  # noqa: UP045
+    from_log: Annotated[str, typer.Option(help="Inspection log of twinspect serve: file or URL.")] = "",
+    since: Annotated[str, typer.Option(help="With --from-log: decisions since a date or time.")] = "",
     out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
     report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
     json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
@@ -306,6 +308,8 @@ def calibrate(
             str(weights or ""),
             tuple(report or ()),
             json_file,
+            from_log,
+            since,
         )
         calibrate_command(options, console)
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 LOG_FILE = "inspections.db"
 LOG_VARIABLE = "TWINSPECT_LOG"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "sqlalchemy")
 
 
 def serve(
@@ -46,7 +45,9 @@ def serve(
     from twinspect.console import Console
 
     with Console() as console:
-        _refuse_missing()
+        from twinspect.server import refuse_missing
+
+        refuse_missing()
         from twinspect.server.run import read_key
         from twinspect.server.settings import Settings
 
@@ -87,13 +88,3 @@ def run_server(
     serve_app(app, settings, lambda address: console.say(f"serving {names} at {address}; log {kept_in}"))
     if kept is not None:
         kept.close()
-
-
-def _refuse_missing() -> None:
-    import importlib.util
-
-    from twinspect.errors import TwinspectError
-
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TwinspectError(f'the server needs {", ".join(missing)}; type: pip install "twinspect[server]"')

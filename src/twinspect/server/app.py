@@ -135,7 +135,8 @@ class _Routes:
         """Score one or several images.
 
         Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
-        (predicted otherwise), ``session`` and ``keep`` are for the inspection log, ``maps`` chooses how maps come.
+        (predicted otherwise), ``session`` is kept in the inspection log, ``keep=false`` is for trials that neither
+        the log nor the drift light shall see, ``maps`` chooses how maps come.
         A single image that cannot be read is refused (422); among several it has ``error`` set.
         """
         service = self.service
@@ -190,7 +191,9 @@ class _Routes:
 
     async def drift(self) -> Response:
         """Whether predictions still look like the calibration images."""
-        found = [{"bundle": one.name, **one.light.report()} for one in self.service.models]
+        models = list(self.service.models)
+        # In a thread: comparing thousands of scores takes a moment.
+        found = await asyncio.to_thread(lambda: [{"bundle": one.name, **one.light.report()} for one in models])
         return JSONResponse({"drift": found})
 
     async def reset_drift(self, bundle: str) -> Response:

@@ -180,23 +180,28 @@ class InspectionLog:
 
     Args:
         url: a file's path, or any SQLAlchemy URL (``sqlite:///file.db``, ``postgresql://user:password@host/name``).
+        create: make the file and the tables where there are none.
 
     Raises:
         ConfigError: not a URL that can be understood.
         LogError: the database cannot be reached or written, or another version's tables are in it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, create: bool = True) -> None:
         parsed = database_url(url)
         self.described = parsed.render_as_string(hide_password=True)
+        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+        if not create and file is not None and not Path(file).is_file():
+            raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve BUNDLE --log {file}")
         try:
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
             if parsed.get_backend_name() == "sqlite":
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
             with self._engine.begin() as connection:
-                _tables.create_all(connection)
+                if create:
+                    _tables.create_all(connection)
                 versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
-                if not versions:
+                if create and not versions:
                     connection.execute(_schema.insert(), {"version": SCHEMA})
         except (NoSuchModuleError, ImportError) as error:
             raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None

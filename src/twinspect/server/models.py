@@ -24,10 +24,17 @@ _RETIRING_S = 0.05  # how often a replaced model looks whether its last request 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One decoded image for a model, and its class where the client knows it."""
+    """One decoded image for a model.
+
+    Attributes:
+        decoded: by the model's predictor.
+        class_name: where the client knows it.
+        watched: whether the drift light shall see it.
+    """
 
     decoded: Decoded
-    class_name: str | None
+    class_name: str | None = None
+    watched: bool = True
 
 
 class Served:
@@ -64,7 +71,7 @@ class Served:
 
     def _score(self, jobs: Sequence[Job]) -> list[Result]:
         results = list(self.predictor.score([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
-        if self.light.watch(results):
+        if self.light.watch([one for one, job in zip(results, jobs, strict=True) if job.watched]):
             self._alarm(self.name, self.light.report()["message"])
         return results
 

@@ -43,7 +43,7 @@ class Asked:
         maps: ``none``, ``link`` (fetch it later) or ``inline`` (base64).
         session: kept in the log.
         request_id: kept in the log.
-        keep: whether the decisions go into the log.
+        keep: whether the decisions count: go into the log and before the drift light.
     """
 
     bundle: str = ""
@@ -221,7 +221,7 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        results = await asyncio.gather(*(self._one(served, one, asked.class_name) for one in images))
+                        results = await asyncio.gather(*(self._one(served, one, asked) for one in images))
                         self._count(served, results)
                         _refuse_failures(results)
                         numbers, trouble = await self._keep(served, images, results, asked)
@@ -240,14 +240,14 @@ class Service:
             "results": rows,
         }
 
-    async def _one(self, served: Served, image: ImageBytes, class_name: str | None) -> Result:
+    async def _one(self, served: Served, image: ImageBytes, asked: Asked) -> Result:
         loop = asyncio.get_running_loop()
         served.coming += 1
         try:
             decoded = await loop.run_in_executor(self.decoders, served.predictor.decode, image, False)
             if decoded[1] is None:
                 return decoded[0]
-            future = served.submit(Job(decoded, class_name), self.settings.timeout_s)
+            future = served.submit(Job(decoded, asked.class_name, asked.keep), self.settings.timeout_s)
         finally:
             served.coming -= 1
             served.batcher.nudge()
