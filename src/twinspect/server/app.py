@@ -81,7 +81,6 @@ def build_app(
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics, routes=known)],
         exception_handlers={
             TwinspectError: _refused, HTTPException: _http_error, RequestValidationError: _invalid,
-            Exception: _broken,
         },
     )  # fmt: skip
 
@@ -245,7 +244,9 @@ def _digest(text: str) -> str:
 
 async def _refused(request: Request, error: Exception) -> Response:
     found = refusal_of(error)
-    return await _broken(request, error) if found is None else _answer(request, found)
+    if found is None:
+        raise error  # ours; the guard says so
+    return _answer(request, found)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -258,11 +259,6 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     said = "; ".join(f"{'.'.join(str(p) for p in one['loc'])}: {one['msg']}" for one in error.errors()[:3])
     return _answer(request, Refused(400, "bad_request", said))
-
-
-async def _broken(request: Request, _error: Exception) -> Response:
-    """Our own mistake: the trace goes to the log of the process, never to the client."""
-    return _answer(request, Refused(500, "internal", "an error in the server; its log has the details"))
 
 
 def _answer(request: Request, refused: Refused, headers: Mapping[str, str] | None = None) -> Response:

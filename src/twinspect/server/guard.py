@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from twinspect.server.metrics import Metrics
 from twinspect.server.refusals import Refused, error_body
 from twinspect.server.settings import Settings, is_loopback
@@ -191,12 +193,23 @@ class Guard:
             self.metrics.memory.set(self.memory.used)
             await self.app(scope, exchange.next_message, exchange.answer)
         except Refused as refused:
-            if exchange.status == 0:
-                await refuse(exchange.answer, refused, exchange.request_id)
-        except TimeoutError:
-            if exchange.status == 0:
-                raise
+            await self._refuse(exchange, refused)
+        except (ClientDisconnect, TimeoutError):
             say("client_gone", logging.WARNING, request_id=exchange.request_id)
+        except Exception:
+            # The trace goes to the log of the process, never to the client.
+            logger.exception("broken", extra={"values": {"request_id": exchange.request_id}})
+            await self._refuse(exchange, Refused(500, "internal", "an error in the server; its log has the details"))
+
+    async def _refuse(self, exchange: _Exchange, refused: Refused) -> None:
+        """Send a refusal as JSON, unless an answer has begun."""
+        if exchange.status:
+            return
+        body = json.dumps(error_body(refused.code, str(refused), exchange.request_id)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        start = {"type": "http.response.start", "status": refused.status, "headers": headers + extra_headers(refused)}
+        await exchange.answer(start)
+        await exchange.answer({"type": "http.response.body", "body": body})
 
     def _refuse_strangers(self, path: str, headers: dict[str, str]) -> None:
         """Key, or without one the names by which only this machine's own pages call it."""
@@ -230,15 +243,6 @@ class Guard:
             method=scope["method"], route=path, status=status, ms=round(1000 * seconds, 1), bytes=exchange.read,
             client=client[0],
         )  # fmt: skip
-
-
-async def refuse(send: Send, refused: Refused, request_id: str) -> None:
-    """Send a refusal as JSON."""
-    body = json.dumps(error_body(refused.code, str(refused), request_id)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += extra_headers(refused)
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def extra_headers(refused: Refused) -> list[tuple[bytes, bytes]]:

@@ -65,12 +65,12 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
             "that fit; score some with: twinspect serve BUNDLE"
         )
     unknown = len(rows) - len(known)
+    points = 100 * unknown / (len(good) + unknown)
     said = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
     if unknown:
         said.append(
-            f"{unknown} alarms without feedback are left out; if all of them were false alarms, the rate of false "
-            f"alarms could be up to {100 * unknown / (len(good) + unknown):.2g} % higher than promised: give feedback "
-            "on the page, then calibrate again"
+            f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
+            f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
         )
     return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(said))
 
@@ -97,9 +97,7 @@ def milliseconds(text: str) -> int | None:
     try:
         return int(datetime.fromisoformat(text).timestamp() * 1000)
     except (ValueError, OverflowError, OSError):
-        raise ConfigError(
-            f"--since {text!r}: accepted a date or time such as 2026-11-22 or 2026-11-22T06:00"
-        ) from None
+        raise ConfigError(f"--since {text!r}: accepted a date or time such as 2026-11-22T06:00") from None
 
 
 def _scored(rows: Sequence[dict[str, Any]], labels: Sequence[int]) -> Scored:

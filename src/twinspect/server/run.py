@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,28 +66,43 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
     Args:
         app: of `build_app`.
         settings: the same as given there.
-        started: called with the address once it is listened on.
+        started: called with the address once it is bound.
 
     Raises:
         ConfigError: the address is taken or not of this machine.
     """
     set_up_logging()
+    server, listening = prepared(app, settings)
+    started(address_of(listening))
+    server.run(sockets=[listening])
+
+
+def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.socket]:
+    """A server that is not running yet, and its bound socket. Raises as `serve`."""
     config = uvicorn.Config(
         app, settings.host, settings.port, http=protocol(settings.header_timeout_s), ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=_LARGEST_HEAD,
-        timeout_graceful_shutdown=int(settings.drain_s) + 1,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )  # fmt: skip
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        socket = config.bind_socket()
-    except SystemExit:  # uvicorn logged the reason and would leave
+        listening.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        listening.close()
         raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: the address is in use or not of this machine; "
-            "choose another --port"
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another --port, "
+            "or an address of this machine for --host"
         ) from None
-    host, port = socket.getsockname()[:2]
-    started(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    uvicorn.Server(config).run(sockets=[socket])
+    return uvicorn.Server(config), listening
+
+
+def address_of(listening: socket.socket) -> str:
+    """What to type into a browser."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def set_up_logging() -> None:
