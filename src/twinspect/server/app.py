@@ -251,6 +251,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, Refused):  # while a body was read for us
+        return _answer(request, error.__cause__)
     code = _CODES.get(error.status_code, "refused")
     return _answer(request, Refused(error.status_code, code, f"{request.url.path}: {error.detail}"), error.headers)
 

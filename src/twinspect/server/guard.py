@@ -1,7 +1,7 @@
 """The door: who may come in, how much and how slowly, and one line of log for each request. Plain ASGI.
 
 Everything here happens before a route runs, or around it: key, host and origin, size, memory and time of the
-body, time to take the answer, headers, counters. Images never reach the log, nor do file names.
+body, headers, counters. Images never reach the log, nor do file names.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})  # hold no data
+MOST_HEAD = 16_384  # bytes of the head of a request
 LINGER_S = 1.0  # how long the rest of a refused request is read, so that its sender sees the answer
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEADERS = (
@@ -124,7 +125,7 @@ class _Exchange:
         return message
 
     async def answer(self, message: Message) -> None:
-        """Send a piece of the answer; a client that does not take it is cut off."""
+        """Send a piece of the answer."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
             own = [*_HEADERS, (b"x-request-id", self.request_id.encode())]
@@ -135,8 +136,7 @@ class _Exchange:
             present = {name.lower() for name, _ in message.get("headers", ())}
             headers = [*message.get("headers", ()), *((n, v) for n, v in own if n not in present)]
             message = {**message, "headers": headers}
-        async with asyncio.timeout(self.settings.body_timeout_s):
-            await self.send(message)
+        await self.send(message)
 
     async def linger(self) -> None:
         """Read and drop what is left of a body that was refused, for a moment."""
@@ -185,6 +185,8 @@ class Guard:
 
     async def _pass(self, scope: MutableMapping[str, Any], headers: dict[str, str], exchange: _Exchange) -> None:
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEAD:
+                raise Refused(431, "head_too_large", f"the head of the request has more than {MOST_HEAD} bytes")
             self._refuse_strangers(str(scope["path"]), headers)
             length = headers.get("content-length", "")
             exchange.complete = length == "0" or (not length and "transfer-encoding" not in headers)
@@ -194,7 +196,7 @@ class Guard:
             await self.app(scope, exchange.next_message, exchange.answer)
         except Refused as refused:
             await self._refuse(exchange, refused)
-        except (ClientDisconnect, TimeoutError):
+        except ClientDisconnect:
             say("client_gone", logging.WARNING, request_id=exchange.request_id)
         except Exception:
             # The trace goes to the log of the process, never to the client.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -16,46 +17,64 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twinspect.errors import ConfigError
-from twinspect.server.guard import JsonLines
+from twinspect.server.guard import MOST_HEAD, JsonLines
+from twinspect.server.refusals import error_body
 from twinspect.server.settings import Settings
 
 KEY_VARIABLE = "TWINSPECT_API_KEY"
 CONNECTIONS = 512  # open at the same time; more are answered with 503
-_LARGEST_HEAD = 16_384  # bytes of the head of a request
 
 
-def protocol(header_timeout_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn speaks it, that hangs up on whoever does not finish the head of a request in time."""
+def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol]:
+    """HTTP/1.1 as uvicorn speaks it, that hangs up on slow clients.
+
+    Args:
+        header_timeout_s: from the first byte of a request, or the connection, to the end of its head.
+        body_timeout_s: in which a client must take a piece of its answer.
+    """
 
     class Impatient(H11Protocol):
         """One connection."""
 
-        _deadline: asyncio.TimerHandle | None = None
+        _head: asyncio.TimerHandle | None = None
+        _answer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._deadline = self.loop.call_later(header_timeout_s, self._hang_up)
+            transport.set_write_buffer_limits(high=0)  # told of anything that the client does not take
+            self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._forget()
+            for timer in (self._head, self._answer):
+                if timer is not None:
+                    timer.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             waiting = self.cycle is None or self.cycle.response_complete
-            if not waiting:
-                self._forget()
-            elif self._deadline is None:  # the head of a next request has begun
-                self._deadline = self.loop.call_later(header_timeout_s, self._hang_up)
+            if waiting and self._head is None:  # a next request has begun
+                self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
+            elif not waiting and self._head is not None:
+                self._head.cancel()
+                self._head = None
 
-        def _forget(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-        def _hang_up(self) -> None:
-            self._deadline = None
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP is told so in the shape of every other error, and the connection ends."""
+            body = json.dumps(error_body("no_http", msg, "none")).encode()
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
             self.transport.close()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._answer = self.loop.call_later(body_timeout_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._answer is not None:
+                self._answer.cancel()
+                self._answer = None
 
     return Impatient
 
@@ -80,9 +99,10 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
 def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.socket]:
     """A server that is not running yet, and its bound socket. Raises as `serve`."""
     config = uvicorn.Config(
-        app, settings.host, settings.port, http=protocol(settings.header_timeout_s), ws="none", lifespan="on",
+        app, settings.host, settings.port, ws="none", lifespan="on",
+        http=protocol(settings.header_timeout_s, settings.body_timeout_s),
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=_LARGEST_HEAD,
+        limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
