@@ -5,10 +5,16 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import needs_server  # noqa: F401  (skips where the extra is missing)
@@ -170,3 +176,30 @@ class Running:
 
     def socket(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+class Command:
+    """``twinspect serve`` in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "twinspect", "serve", *arguments, "--port", "0"],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.first = self.process.stdout.readline()
+        found = re.search(r"http://[^;\s]+", self.first)
+        assert found, self.process.communicate(timeout=20)
+        self.url = found[0]
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=40)
+        return self.process.returncode, errors
+
+
+def post(url: str, data: bytes) -> dict:
+    body, headers = form(("a.png", data))
+    request = urllib.request.Request(f"{url}/v1/predict", body, headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -92,6 +93,13 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
     """
     set_up_logging()
     server, listening = prepared(app, settings)
+
+    def leave(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    # For a signal before the loop runs; and uvicorn, once everything is finished, passes its signal on to these.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     started(address_of(listening))
     server.run(sockets=[listening])
 
