@@ -55,16 +55,15 @@ def page(browser, server: Running) -> Iterator[object]:
     found = context.new_page()
     trouble: list[str] = []
     found.on("pageerror", lambda error: trouble.append(str(error)))
+    # A refused request is a line in the console too; what the page says about it is tested where it happens.
     found.on("console", lambda line: trouble.append(line.text) if line.type == "error" else None)
     own = f"http://127.0.0.1:{server.port}/"
-    found.on(
-        "request",
-        lambda asked: trouble.append(asked.url) if not asked.url.startswith((own, "blob:", "data:")) else None,
-    )
+    allowed = (own, "blob:", "data:")
+    found.on("request", lambda asked: None if asked.url.startswith(allowed) else trouble.append(asked.url))
     found.goto(own)
     yield found
     context.close()
-    assert trouble == []
+    assert [line for line in trouble if not line.startswith(REFUSED)] == []
 
 
 @pytest.fixture
@@ -228,10 +227,8 @@ def test_a_phone_in_the_dark(browser, server: Running, images: list[Path]) -> No
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(v) for v in ground.removeprefix("rgb(").removesuffix(")").split(",")) < 60
-    small = page.evaluate(
-        "[...document.querySelectorAll('button')].filter(b => b.offsetParent && b.offsetHeight < 36).map(b => b.id || b.textContent)"
-    )
-    assert small == []  # large enough for a finger
+    heights = page.evaluate("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
+    assert min(heights) >= 36  # large enough for a finger
     context.close()
 
 
