@@ -156,16 +156,19 @@ def started(model: str, folder: Path, *options: str) -> Iterator[Server]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+        process.stdout.close()
 
 
 def ready(server: Server) -> bool:
     """Whether it answers."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
     try:
-        connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
         connection.request("GET", "/readyz")
         return connection.getresponse().status == 200
     except OSError:
         return False
+    finally:
+        connection.close()
 
 
 def load(server: Server, image: Path, seconds: float, clients: int, rate: float = 0.0) -> Load:

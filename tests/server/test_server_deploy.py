@@ -92,11 +92,8 @@ def test_systemd_unit_is_accepted_and_its_command_parses(tmp_path: Path) -> None
 
 
 def test_commands_of_the_guide_parse_and_its_files_exist() -> None:
-    lines = [
-        line.split("#")[0].strip()
-        for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
-        for line in block.splitlines()
-    ]
+    blocks = re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("twinspect ")]
     assert len(commands) >= 5
     for words in commands:
