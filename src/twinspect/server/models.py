@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -72,8 +73,12 @@ class Served:
     def _score(self, jobs: Sequence[Job]) -> list[Result]:
         results = list(self.predictor.score([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
         if self.light.watch([one for one, job in zip(results, jobs, strict=True) if job.watched]):
-            self._alarm(self.name, self.light.report()["message"])
+            # In a thread of its own: the words take longer than the scores, once in a model's life.
+            threading.Thread(target=self._say_alarm, name=f"alarm-{self.name}", daemon=True).start()
         return results
+
+    def _say_alarm(self) -> None:
+        self._alarm(self.name, self.light.report()["message"])
 
     def describe(self) -> dict[str, Any]:
         """What clients may know of it."""
