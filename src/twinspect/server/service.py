@@ -17,7 +17,7 @@ from typing import Any
 
 from twinspect.decision import image_id
 from twinspect.errors import TwinspectError
-from twinspect.inference.predictor import ImageBytes, Predictor
+from twinspect.inference.predictor import Decoded, ImageBytes, Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
 from twinspect.server.drifts import DriftLight, fingerprint
@@ -221,10 +221,11 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        results = await asyncio.gather(*(self._one(served, one, asked) for one in images))
+                        found = await asyncio.gather(*(self._one(served, one, asked) for one in images))
+                        results = [result for result, _ in found]
                         self._count(served, results)
                         _refuse_failures(results)
-                        numbers, trouble = await self._keep(served, images, results, asked)
+                        numbers, trouble = await self._keep(served, found, asked)
                 except TimeoutError:
                     wait = f"{self.settings.timeout_s:g}"
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -240,43 +241,42 @@ class Service:
             "results": rows,
         }
 
-    async def _one(self, served: Served, image: ImageBytes, asked: Asked) -> Result:
+    async def _one(self, served: Served, image: ImageBytes, asked: Asked) -> tuple[Result, str]:
+        """The result of an image, and the image's key."""
         loop = asyncio.get_running_loop()
         served.coming += 1
         try:
-            decoded = await loop.run_in_executor(self.decoders, served.predictor.decode, image, False)
+            decoded, key = await loop.run_in_executor(self.decoders, _decode, served.predictor, image)
             if decoded[1] is None:
-                return decoded[0]
+                return decoded[0], key
             future = served.submit(Job(decoded, asked.class_name, asked.keep), self.settings.timeout_s)
         finally:
             served.coming -= 1
             served.batcher.nudge()
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(future), key
 
     async def _keep(
-        self, served: Served, images: Sequence[ImageBytes], results: Sequence[Result], asked: Asked
+        self, served: Served, found: Sequence[tuple[Result, str]], asked: Asked
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
-        nothing: list[int | None] = [None] * len(results)
+        nothing: list[int | None] = [None] * len(found)
         if self.writer is None or not asked.keep:
             return nothing, ""
-        good = [i for i, one in enumerate(results) if not one.error]
-        keys = await asyncio.to_thread(_keys, [images[i] for i in good])
-        rows = [
-            Inspection(results[i], served.name, asked.request_id, key, asked.session)
-            for i, key in zip(good, keys, strict=True)
-        ]
+        rows = {
+            place: Inspection(result, served.name, asked.request_id, key, asked.session)
+            for place, (result, key) in enumerate(found)
+            if not result.error
+        }
         try:
-            found = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows))
+            numbers = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows.values()))
         except LogError as error:
             self.metrics.log_errors.inc(len(rows))
             say("log_trouble", logging.ERROR, message=str(error))
             if self.settings.log_required:
                 raise
             return nothing, str(error)
-        for i, number in zip(good, found, strict=True):
-            nothing[i] = number
-        return nothing, ""
+        kept = dict(zip(rows, numbers, strict=True))
+        return [kept.get(place) for place in range(len(found))], ""
 
     def _count(self, served: Served, results: Sequence[Result]) -> None:
         for one in results:
@@ -327,8 +327,9 @@ class Service:
         return self.log
 
 
-def _keys(images: Sequence[ImageBytes]) -> list[str]:
-    return [image_id(hashlib.sha256(one.data).digest()) for one in images]
+def _decode(predictor: Predictor, image: ImageBytes) -> tuple[Decoded, str]:
+    """An image for the model, and the key by which calibration recognises its file."""
+    return predictor.decode(image, False), image_id(hashlib.sha256(image.data).digest())
 
 
 def _refuse_failures(results: Sequence[Result]) -> None:
