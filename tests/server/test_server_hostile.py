@@ -24,7 +24,7 @@ NAMES = (
 @pytest.fixture(scope="module")
 def server():
     limits = {"max_body_mb": 2.0, "max_memory_mb": 8.0, "max_files": 8, "max_megapixels": 1.0, "queue": 16}
-    with Running(body_timeout_s=1.0, header_timeout_s=1.0, timeout_s=10.0, **limits) as found:
+    with Running(body_timeout_s=2.0, header_timeout_s=2.0, timeout_s=10.0, **limits) as found:
         yield found
 
 
@@ -49,7 +49,7 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 
-def exchange(server: Running, data: bytes, wait: float = 5.0) -> bytes:
+def exchange(server: Running, data: bytes, wait: float = 8.0) -> bytes:
     """Send bytes as they are and read until the other side closes."""
     found = b""
     with server.socket() as raw:
@@ -203,13 +203,13 @@ def test_a_body_that_does_not_come(server: Running) -> None:
     assert found.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"too_slow"' in found.replace(b": ", b":")
     assert b"still open" not in found
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 7
 
 
 def test_a_body_that_trickles(server: Running) -> None:
     with server.socket() as raw:
         raw.sendall(HEAD % 1000)
-        for _ in range(14):  # a byte every tenth of a second is not progress enough
+        for _ in range(26):  # a byte every tenth of a second is not progress enough
             raw.sendall(b"x")
             time.sleep(0.1)
         assert raw.recv(100).startswith(b"HTTP/1.1 408 ")
@@ -220,14 +220,14 @@ def test_a_head_that_does_not_end(server: Running) -> None:
     with server.socket() as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n")
         try:
-            for number in range(40):
+            for number in range(60):
                 raw.sendall(f"X-{number}: y\r\n".encode())
                 time.sleep(0.1)
             closed = raw.recv(100) == b""
         except ConnectionError:
             closed = True
     assert closed
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 7
 
 
 def test_a_connection_on_which_nothing_is_said(server: Running) -> None:
@@ -246,7 +246,7 @@ def test_many_slow_clients_do_not_stop_a_good_one(server: Running) -> None:
         raw.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
     began = time.monotonic()
     assert server.post(encoded()).status == 200
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 1.9  # before the slow ones are cut off
     for raw in raws:
         raw.close()
 

@@ -34,7 +34,7 @@ def together(server: Running, count: int, *queries: str) -> list[Answer]:
 
 
 def test_images_of_many_clients_share_calls_of_the_model() -> None:
-    model = Brightness(call_s=0.1)
+    model = Brightness(call_s=0.3)
     with Running({"bright": predictor(model)}) as server:
         answers = together(server, 16)
         text = server.get("/metrics").body.decode()
@@ -62,7 +62,7 @@ def test_overload_is_refused_at_once_and_everything_accepted_is_answered() -> No
         assert len(good) >= 4
         assert len(busy) >= 4
         assert {a.code for a in busy} == {"busy"}
-        assert all(1 <= int(a.headers["retry-after"]) <= 2 for a in busy)
+        assert all(1 <= int(a.headers["retry-after"]) <= 20 for a in busy)
         assert sum(model.batches) == 1 + len(good)
         assert server.post(encoded()).status == 200
 
@@ -74,23 +74,23 @@ def test_a_request_that_never_fits_is_told_so() -> None:
 
 
 def test_an_answer_that_takes_too_long_is_given_up_and_the_queue_moves_on() -> None:
-    model = Brightness(call_s=0.5)
-    with Running({"bright": predictor(model)}, timeout_s=0.7, max_batch=1) as server:
+    model = Brightness(call_s=1.0)
+    with Running({"bright": predictor(model)}, timeout_s=1.6, max_batch=1) as server:
         answers = together(server, 4)
         assert sorted(a.status for a in answers) == [200, 504, 504, 504]
         assert {a.code for a in answers if a.status == 504} == {"timeout"}
-        time.sleep(0.6)
+        time.sleep(1.1)
         assert server.post(encoded()).status == 200
         assert b"twinspect_images_accepted 0.0" in server.get("/metrics").body
     assert len(model.batches) <= 3  # whoever gave up was not computed
 
 
 def test_a_lone_client_does_not_wait_for_company() -> None:
-    with Running(max_wait_ms=3000.0) as server:
+    with Running(max_wait_ms=5000.0) as server:
         server.post(encoded())
         began = time.monotonic()
         assert server.post(encoded()).status == 200
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 3.0
 
 
 # -------------------------------------------------------------------------------------------- versions
