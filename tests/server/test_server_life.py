@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -91,6 +92,15 @@ def test_a_lone_client_does_not_wait_for_company() -> None:
         began = time.monotonic()
         assert server.post(encoded()).status == 200
         assert time.monotonic() - began < 3.0
+
+
+def test_answers_are_sent_without_delay() -> None:
+    with Running() as server, server.socket() as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 200")
+        (connection,) = server.server.server_state.connections
+        own = connection.transport.get_extra_info("socket")
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 # -------------------------------------------------------------------------------------------- versions

@@ -114,7 +114,8 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named, or asyncio would not see that it is TCP and leave Nagle's delay on: 40 ms for each answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host.strip("[]"), settings.port))
