@@ -172,13 +172,35 @@ def ready(server: Server) -> bool:
 
 
 def load(server: Server, image: Path, seconds: float, clients: int, rate: float = 0.0) -> Load:
-    """Requests for some seconds; ``rate`` > 0 is the number a second of all clients together."""
-    command = ["hey", "-z", f"{seconds}s", "-c", str(clients), "-m", "POST", "-T", "image/jpeg", "-D", str(image)]
-    command += ["-o", "csv", "-t", "60"] + (["-q", f"{rate / clients:.4f}"] if rate else [])
+    """Requests for some seconds; ``rate`` > 0 is the number a second of all clients together, evenly spread.
+
+    A single ``hey`` lets all its clients tick together, in bursts as large as their number; one for each client,
+    started one after the other, does not.
+    """
+    command = [
+        "hey",
+        "-z",
+        f"{seconds}s",
+        "-m",
+        "POST",
+        "-T",
+        "image/jpeg",
+        "-D",
+        str(image),
+        "-o",
+        "csv",
+        "-t",
+        "60",
+    ]
+    each = ["-c", "1", "-q", f"{rate / clients:.4f}"] if rate else ["-c", str(clients)]
     began = time.monotonic()
-    found = subprocess.run([*command, server.url], capture_output=True, text=True, check=True)
-    rows = list(csv.DictReader(io.StringIO(found.stdout)))
+    running = []
+    for _ in range(clients if rate else 1):
+        running.append(subprocess.Popen([*command, *each, server.url], stdout=subprocess.PIPE, text=True))
+        time.sleep(1.0 / rate if rate else 0.0)
+    texts = [one.communicate()[0] for one in running]
     wall = time.monotonic() - began
+    rows = [row for text in texts for row in csv.DictReader(io.StringIO(text))]
     return Load([float(r["response-time"]) for r in rows], [int(r["status-code"]) for r in rows], wall)
 
 
