@@ -26,11 +26,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "diagnose", "training."),
     ("storage", "recalibrate"),
     ("detector",),
+    ("server.",),
     ("charts", "recipes"),
     ("report",),
     ("results",),
     ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
-    ("reproduce", "export_commands", "diagnose_commands"),
+    ("reproduce", "export_commands", "diagnose_commands", "serve_commands"),
     ("cli",),
     ("__main__", ""),
 )

@@ -11,6 +11,7 @@ import typer
 from twinspect.data_commands import Images, data_app
 from twinspect.diagnose_commands import diagnose
 from twinspect.predict_commands import predict
+from twinspect.serve_commands import serve
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app)
 app.command()(diagnose)
+app.command()(serve)
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
@@ -266,6 +268,8 @@ def calibrate(
     rule: Annotated[str, typer.Option(help="How labels choose: f1-max, min-cost or zero-miss.")] = "",
     miss_cost: Annotated[float, typer.Option(help="Cost of a miss, a false alarm costs 1: min-cost.")] = 0.0,
     source: Annotated[Optional[Path], typer.Option("--from", help="Take over from a copy of the same model.")] = None,  # noqa: UP045
+    from_log: Annotated[str, typer.Option(help="Inspection log of twinspect serve: file or URL.")] = "",
+    since: Annotated[str, typer.Option(help="With --from-log: decisions since a date or time.")] = "",
     out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
     report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
     json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
@@ -290,6 +294,8 @@ def calibrate(
             str(weights or ""),
             tuple(report or ()),
             json_file,
+            from_log,
+            since,
         )
         calibrate_command(options, console)
 

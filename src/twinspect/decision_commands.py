@@ -43,6 +43,8 @@ class CalibrateOptions:
     weights: str = ""
     report: tuple[Path, ...] = ()
     json_file: str = ""
+    from_log: str = ""
+    since: str = ""
 
 
 def wanted(
@@ -88,12 +90,11 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     out = options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report)
-    if options.wanted.rule and options.labels is None:
-        raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
+    _refuse_sources(options)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     start = _taken_from(options.source, before) if options.source is not None else before
-    scored, labelled = _score(options, console)
+    scored, labelled = _from_log(options, before, console) if options.from_log else _score(options, console)
     after, notes = recalibrate(start, options.wanted, scored, labelled)
     for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
         console.warn(f"left out {failure}")
@@ -106,6 +107,34 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     write_bundle(out, meta, content.tensors)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")
+
+
+def _refuse_sources(options: CalibrateOptions) -> None:
+    """Options that contradict each other about where images come from."""
+    if options.from_log and (options.good is not None or options.labels is not None):
+        raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
+    if options.since and not options.from_log:
+        raise ConfigError("--since has no effect without --from-log")
+    if options.wanted.rule and options.labels is None and not options.from_log:
+        raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
+
+
+def _from_log(options: CalibrateOptions, decision: Decision, console: Console) -> tuple[Scored | None, Scored | None]:
+    """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
+    from twinspect.server import refuse_missing
+
+    refuse_missing(("sqlalchemy",))
+    from twinspect.server.learn import learn
+    from twinspect.server.log import InspectionLog
+
+    log = InspectionLog(options.from_log, create=False)
+    try:
+        found = learn(log, decision, options.since, options.wanted.class_name)
+    finally:
+        log.close()
+    for note in found.notes:
+        console.warn(note)
+    return found.good, found.labelled if options.wanted.rule else None
 
 
 def _taken_from(source: Path, decision: Decision) -> Decision:

@@ -27,6 +27,9 @@ _OPENING = threading.Lock()
 # them may end a run.
 _DAMAGED = (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, AttributeError, KeyError, Warning)
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+# The file formats of those endings. Pillow knows dozens more, and some of them start programs (EPS) or are
+# meant for other things than photographs; whatever an upload calls itself, they are refused.
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 
 
@@ -155,7 +158,7 @@ def _opened(raw: bytes) -> Image.Image:
     # decode at the same time: filters are global, and catch_warnings would restore each other's.
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(raw))
+        return Image.open(io.BytesIO(raw), formats=_FORMATS)
 
 
 def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:

@@ -20,7 +20,7 @@ from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decision import ANOMALY
 from twinspect.decision import Decision as Decision
-from twinspect.inference.decode import Decoded, DecodePool
+from twinspect.inference.decode import Decoded, DecodePool, decode
 from twinspect.inference.decode import name_of as name_of
 from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
@@ -86,15 +86,22 @@ class Predictor:
         """Results of images that were decoded to ``runtime.size``, in order, a batch at a time."""
         images = iter(decoded)
         while batch := list(islice(images, self.batch)):
-            yield from self._score(batch, maps, class_name)
+            yield from self.score_batch(batch, maps, [class_name] * len(batch))
 
-    def _score(self, images: Sequence[Decoded], maps: bool, class_name: str | None) -> Iterator[Result]:
+    def decode(self, item: Any, pixels: bool = False) -> Decoded:
+        """One image made ready for `score_batch`; for callers that decode where and when they like."""
+        return decode(item, self.runtime.size, self.limits, pixels)
+
+    def score_batch(
+        self, images: Sequence[Decoded], maps: bool, class_names: Sequence[str | None]
+    ) -> Iterator[Result]:
+        """Results of decoded images, in one call of the runtime, each with its own class or None to predict it."""
         usable = [image.square for image in images if image.square is not None]
         began = time.perf_counter()
         out = self.runtime.run(np.stack(usable)) if usable else {}
         each_ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
         place = 0
-        for image in images:
+        for image, class_name in zip(images, class_names, strict=True):
             result = Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
             if image.square is not None:
                 result.ms = each_ms

@@ -14,7 +14,7 @@ from PIL import Image
 from twinspect.inference.regions import Region
 
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
-_COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
+COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np
 def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float64]:
     """H x W values to H x W x 3 colours; the scale's low end is blue, its high end red."""
     low, high = scale
-    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(_COLOURS) - 1)
-    index = np.minimum(place.astype(int), len(_COLOURS) - 2)
+    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(COLOURS) - 1)
+    index = np.minimum(place.astype(int), len(COLOURS) - 2)
     part = (place - index)[..., None]
-    return np.asarray((1 - part) * _COLOURS[index] + part * _COLOURS[index + 1], dtype=np.float64)
+    return np.asarray((1 - part) * COLOURS[index] + part * COLOURS[index + 1], dtype=np.float64)

@@ -1,0 +1,68 @@
+"""Photograph the server's page with the demo's own model and images.
+
+python docs/images/page.py demo-out/demo.twin docs/images/page.png   (needs the extras dev and server, and chromium)
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from twinspect.demo import FULL, find_images, kind_of, split
+from twinspect.inference import load
+from twinspect.server.app import build_app
+from twinspect.server.log import InspectionLog
+from twinspect.server.run import address_of, prepared
+from twinspect.server.settings import Settings
+
+WIDTH, HEIGHT = 1080, 1300
+
+
+def main(bundle: str, target: str) -> None:
+    """One image of each kind; the one with the local defect is shown, an alarm is confirmed."""
+    _, test = split(find_images(), FULL)
+    kinds = dict.fromkeys(kind_of(sample) for sample in test)
+    chosen = {kind: next(s.image for s in test if kind_of(s) == kind) for kind in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        log = InspectionLog(str(Path(folder) / "inspections.db"))
+        settings = Settings(port=0)
+        app = build_app(settings, {"textile": load(bundle)}, log)
+        server, listening = prepared(app, settings)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            photograph(address_of(listening), [str(p) for p in chosen.values()], target)
+        finally:
+            server.should_exit = True
+            thread.join()
+            log.close()
+    with Image.open(target) as picture:
+        picture.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(target, optimize=True)
+    print(f"{target}: {Path(target).stat().st_size // 1000} kB, kinds {', '.join(chosen)}")
+
+
+def photograph(address: str, images: list[str], target: str) -> None:
+    """Upload, wait, confirm, save."""
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.goto(address)
+        page.set_input_files("#files", images)
+        page.locator("#status", has_text=f"{len(images)} scored").wait_for(timeout=120_000)
+        page.click("#strip .anomaly")
+        page.click("#verdicts [data-verdict=confirmed]")
+        page.locator("#rows [aria-pressed=true]").wait_for()
+        page.locator("#light.green").wait_for()
+        page.mouse.move(0, 0)
+        page.screenshot(path=target)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

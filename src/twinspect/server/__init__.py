@@ -1,0 +1,23 @@
+"""The server room: HTTP API, micro-batching, inspection log and page, over any bundle or exported model.
+
+Needs the extra ``server`` (FastAPI, uvicorn, prometheus-client, python-multipart, SQLAlchemy, psycopg).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from twinspect.errors import TwinspectError
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "sqlalchemy")
+
+
+def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
+    """Say what to type where packages of the extra are missing.
+
+    Raises:
+        TwinspectError: with the names.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TwinspectError(f'the server room needs {", ".join(missing)}; type: pip install "twinspect[server]"')

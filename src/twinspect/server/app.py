@@ -1,0 +1,269 @@
+"""The application, a value built from settings, models and a log: routes in a list, no globals."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import Body, FastAPI, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from twinspect._version import __version__
+from twinspect.errors import TwinspectError
+from twinspect.inference import load
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.result import COLOURS
+from twinspect.server import schema
+from twinspect.server.guard import Guard, extra_headers
+from twinspect.server.log import MOST_ROWS, Filter, InspectionLog, plain_text
+from twinspect.server.maps import FORMATS
+from twinspect.server.refusals import Refused, error_body, refusal_of
+from twinspect.server.service import Asked, Service
+from twinspect.server.settings import Settings
+from twinspect.server.uploads import openapi_body, read_images
+
+_MOST = 2**63 - 1  # of a number that a database takes
+_MOST_SIDE = 20_000
+_CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
+Text = Annotated[str, Query(max_length=200)]
+Number = Annotated[int, InPath(ge=1, le=_MOST)]
+Moment = Annotated[int | None, Query(ge=0, le=_MOST, description="UTC, milliseconds since 1970")]
+
+
+def build_app(
+    settings: Settings,
+    predictors: Mapping[str, Predictor],
+    log: InspectionLog | None = None,
+    paths: Mapping[str, Path] | None = None,
+    open_file: Callable[[Path], Predictor] = load,
+) -> FastAPI:
+    """The application, to be run by any ASGI server on one process.
+
+    Args:
+        settings: limits and key.
+        predictors: models by name; the first is the default.
+        log: where decisions are kept; None keeps none.
+        paths: files of models, which are read again when they change.
+        open_file: a file to a predictor.
+
+    Example:
+        >>> app = build_app(Settings(), {"parts": load("parts.onnx")})
+        >>> uvicorn.run(app)
+    """
+    service = Service(settings, predictors, log, paths or {}, open_file)
+    routes = _Routes(service).routes()
+
+    @asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    known = frozenset(route.path for route in routes)
+    return FastAPI(
+        title="twinspect", version=__version__, summary="Visual anomaly detection", lifespan=life, routes=[*routes],
+        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
+        middleware=[Middleware(Guard, settings=settings, metrics=service.metrics, routes=known)],
+        exception_handlers={
+            TwinspectError: _refused, HTTPException: _http_error, RequestValidationError: _invalid,
+        },
+    )  # fmt: skip
+
+
+class _Routes:
+    """One method per route."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._page, self._policy = page()
+
+    def routes(self) -> list[APIRoute]:
+        """All of them, in order."""
+        errors: dict[int | str, dict[str, Any]] = {
+            status: {"model": schema.ErrorAnswer}
+            for status in (400, 401, 404, 408, 413, 415, 422, 429, 503, 504, 507)
+        }
+        table: Sequence[tuple[str, str, Callable[..., Any], Any]] = (
+            ("POST", "/v1/predict", self.predict, schema.PredictAnswer),
+            ("GET", "/v1/maps/{map_id}", self.map, None),
+            ("GET", "/v1/models", self.models, schema.ModelsAnswer),
+            ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
+            ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
+            ("POST", "/v1/log/{number}/feedback", self.feedback, schema.LogRow),
+            ("GET", "/v1/drift", self.drift, schema.DriftsAnswer),
+            ("POST", "/v1/drift/{bundle}/reset", self.reset_drift, schema.DriftsAnswer),
+            ("GET", "/healthz", self.healthz, None),
+            ("GET", "/readyz", self.readyz, None),
+            ("GET", "/metrics", self.metrics, None),
+            ("GET", "/", self.index, None),
+        )
+        return [
+            APIRoute(
+                path, endpoint, methods=[method], response_model=None,
+                responses={200: {"model": model} if model else {}, **(errors if path.startswith("/v1") else {})},
+                openapi_extra=openapi_body() if path == "/v1/predict" else None,
+                include_in_schema=path != "/",
+            )
+            for method, path, endpoint, model in table
+        ]  # fmt: skip
+
+    async def predict(
+        self,
+        request: Request,
+        bundle: Text = "",
+        class_name: Annotated[str | None, Query(alias="class", max_length=200)] = None,
+        maps: Literal["none", "link", "inline"] = "link",
+        session: Text = "",
+        keep: bool = True,
+    ) -> Response:
+        """Score one or several images.
+
+        Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
+        (predicted otherwise), ``session`` is kept in the inspection log, ``keep=false`` is for trials that neither
+        the log nor the drift light shall see, ``maps`` chooses how maps come.
+        A single image that cannot be read is refused (422); among several it has ``error`` set.
+        """
+        service = self.service
+        service.refuse_if_full(bundle)
+        images = await read_images(request, service.settings.max_files)
+        session = plain_text(session, 200)
+        asked = Asked(bundle, class_name or None, maps, session, str(request.state.request_id), keep)
+        return JSONResponse(await service.predict(images, asked))
+
+    async def map(
+        self, map_id: str, format: Literal["png", "npy"] = "png", side: Annotated[int, Query(ge=0, le=_MOST_SIDE)] = 0
+    ) -> Response:
+        """The map of a recent answer in the geometry of its image, as colours (png) or float16 values (npy)."""
+        return Response(await self.service.map_bytes(map_id, format, side), media_type=FORMATS[format])
+
+    async def models(self) -> Response:
+        """Models being served, with thresholds and what they promise."""
+        found = self.service.models
+        return JSONResponse({"models": [self._describe(served.name) for served in found]})
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        found = self.service.models
+        return {**found.get(name).describe(), "trouble": found.trouble.get(name, "")}
+
+    async def reload(self, bundle: str) -> Response:
+        """Read a model's file again; requests under way finish with the old version."""
+        return JSONResponse(self._describe((await self.service.reload(bundle)).name))
+
+    async def log_rows(
+        self,
+        since_ms: Moment = None,
+        until_ms: Moment = None,
+        bundle: Text = "",
+        class_name: Annotated[str, Query(alias="class", max_length=200)] = "",
+        answer: Text = "",
+        session: Text = "",
+        feedback: Text = "",
+        name: Text = "",
+        before: Annotated[int | None, Query(ge=1, le=_MOST)] = None,
+        limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50,
+    ) -> Response:
+        """Decisions kept, latest first, by time, class, answer, session, feedback or part of the file's name."""
+        wanted = Filter(since_ms, until_ms, bundle, class_name, answer, session, feedback, name, before, limit)
+        rows = await asyncio.to_thread(self.service.the_log().query, wanted)
+        return JSONResponse({"rows": rows, "next": rows[-1]["id"] if len(rows) == limit else None})
+
+    async def feedback(self, number: Number, body: Annotated[schema.FeedbackBody, Body()]) -> Response:
+        """Keep the operator's word on a decision; calibration can learn from it."""
+        log = self.service.the_log()
+        row = await asyncio.to_thread(log.give_feedback, number, body.get("verdict", ""), body.get("note", ""))
+        return JSONResponse(row)
+
+    async def drift(self) -> Response:
+        """Whether predictions still look like the calibration images."""
+        models = list(self.service.models)
+        # In a thread: comparing thousands of scores takes a moment.
+        found = await asyncio.to_thread(lambda: [{"bundle": one.name, **one.light.report()} for one in models])
+        return JSONResponse({"drift": found})
+
+    async def reset_drift(self, bundle: str) -> Response:
+        """Watch from the beginning again, after the cause of an alarm was put right."""
+        served = self.service.models.get(bundle)
+        served.light.reset()
+        self.service.metrics.drift.labels(served.name).set(0)
+        return await self.drift()
+
+    async def healthz(self) -> Response:
+        """The process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self) -> Response:
+        """Requests are accepted."""
+        if not self.service.ready:
+            raise Refused(503, "stopping", "the server is starting or stopping", 1)
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self) -> Response:
+        """Counters for Prometheus."""
+        metrics = self.service.metrics
+        return Response(metrics.text(), headers={"content-type": metrics.content_type})
+
+    async def index(self) -> Response:
+        """The page."""
+        return HTMLResponse(self._page, headers={"content-security-policy": self._policy})
+
+
+def page() -> tuple[str, str]:
+    """The page, and the policy that lets only its own script and style in, and nothing from elsewhere."""
+    text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
+    text = text.replace("__COLOURS__", json.dumps(COLOURS.astype(int).tolist()))
+    hashes = {
+        kind: " ".join(f"'sha256-{_digest(part)}'" for part in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S))
+        for kind in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+        "img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    found = refusal_of(error)
+    if found is None:
+        raise error  # ours; the guard says so
+    return _answer(request, found)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, Refused):  # while a body was read for us
+        return _answer(request, error.__cause__)
+    code = _CODES.get(error.status_code, "refused")
+    return _answer(request, Refused(error.status_code, code, f"{request.url.path}: {error.detail}"), error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    said = "; ".join(f"{'.'.join(str(p) for p in one['loc'])}: {one['msg']}" for one in error.errors()[:3])
+    return _answer(request, Refused(400, "bad_request", said))
+
+
+def _answer(request: Request, refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
+    body = error_body(refused.code, str(refused), str(getattr(request.state, "request_id", "")))
+    extra = {name.decode(): value.decode() for name, value in extra_headers(refused)}
+    return JSONResponse(body, refused.status, {**(headers or {}), **extra})

@@ -1,0 +1,114 @@
+"""Calibration images out of the inspection log: decisions, and what operators said about them.
+
+Good are images that were called good and not reported as missed, and false alarms. Bad are reported misses and
+confirmed alarms. An alarm without feedback is neither: it is left out, and counted, because leaving out good
+images with high scores makes thresholds too low.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from twinspect.decision import GOOD, UNSURE, Decision, GoodScores
+from twinspect.errors import ConfigError, DataError
+from twinspect.recalibrate import Scored
+from twinspect.server.log import CONFIRMED, FALSE_ALARM, MISSED, InspectionLog
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """What a log says about a model's decisions.
+
+    Attributes:
+        good: good images, for thresholds with a promise.
+        labelled: good and bad images, for thresholds chosen by labels.
+        notes: sentences on what was left out.
+    """
+
+    good: Scored
+    labelled: Scored
+    notes: tuple[str, ...]
+
+
+def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: str | None = None) -> Logged:
+    """Good and bad images of a log, without looking at a picture again.
+
+    Args:
+        log: the log.
+        decision: of the bundle; rows of other models are left out, as their scores cannot be compared.
+        since: ISO date or time; rows before it are left out. Local time where it names no zone.
+        class_name: this class only.
+
+    Raises:
+        ConfigError: not a time, or an unknown class.
+        DataError: no good image in it.
+        LogError: the log cannot be read.
+    """
+    decision.checked_class(class_name)
+    rows = [
+        row
+        for row in log.scan(decision.model_id, milliseconds(since))
+        if class_name in (None, row["class_name"]) and row["score"] is not None
+    ]
+    labels = [label_of(row["answer"], row["feedback"]) for row in rows]
+    known = [(row, label) for row, label in zip(rows, labels, strict=True) if label is not None]
+    good = [row for row, label in known if label == 0]
+    if not good:
+        raise DataError(
+            f"{log.described} holds no good image of this model (id {decision.model_id}) among {len(rows)} decisions "
+            "that fit; score some with: twinspect serve BUNDLE"
+        )
+    unknown = len(rows) - len(known)
+    points = 100 * unknown / (len(good) + unknown)
+    said = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
+    if unknown:
+        said.append(
+            f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
+            f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
+        )
+    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(said))
+
+
+def label_of(answer: str, feedback: str) -> int | None:
+    """0 for a good image, 1 for a bad one, None for nobody knows."""
+    if feedback == FALSE_ALARM:
+        return 0
+    if feedback == MISSED:
+        return 1
+    if answer == GOOD:
+        return 0
+    return 1 if feedback == CONFIRMED and answer != UNSURE else None
+
+
+def milliseconds(text: str) -> int | None:
+    """An ISO date or time as UTC milliseconds; None for an empty text.
+
+    Raises:
+        ConfigError: not a time.
+    """
+    if not text:
+        return None
+    try:
+        return int(datetime.fromisoformat(text).timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"--since {text!r}: accepted a date or time such as 2026-11-22T06:00") from None
+
+
+def _scored(rows: Sequence[dict[str, Any]], labels: Sequence[int]) -> Scored:
+    def numbers(name: str) -> Any:
+        return np.array([math.nan if row[name] is None else row[name] for row in rows], np.float64)
+
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(str(row[name]) for row in rows)
+
+    columns = GoodScores(
+        numbers("score"), numbers("peak"), numbers("prototype_distance"), texts("class_name"),
+        texts("predicted_class"), texts("session"), texts("image_key"),
+    )  # fmt: skip
+    return Scored(columns, texts("name"), np.array(labels, np.int64), ())

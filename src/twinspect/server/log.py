@@ -1,0 +1,408 @@
+"""The inspection log: every decision as a row, kept in SQLite or PostgreSQL, with the operator's word on it.
+
+No image content is kept: a row has the file's name as it was given, its hash, scores and the answer. All values
+reach SQL as bound parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from twinspect.decision import ANOMALY, GOOD, UNSURE
+from twinspect.errors import ConfigError, TwinspectError, unknown_name
+from twinspect.inference.result import Result
+
+SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
+FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
+FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
+MOST_ROWS = 500  # of one query
+_DAY_MS = 86_400_000
+_LOCK_SECONDS = 5  # how long one writer waits for another before it gives up
+_PAGE = 1000
+_POSTGRES_DISK_FULL = "53100"  # SQLSTATE
+
+_tables = sa.MetaData()
+# SQLite counts up only columns of type INTEGER.
+_id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+_schema = sa.Table("twinspect_schema", _tables, sa.Column("version", sa.Integer, nullable=False))
+_drift = sa.Table(
+    "twinspect_drift",
+    _tables,
+    sa.Column("bundle", sa.String(200), primary_key=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+)
+inspections = sa.Table(
+    "twinspect_inspections",
+    _tables,
+    sa.Column("id", _id, primary_key=True, autoincrement=True),
+    sa.Column("at_ms", sa.BigInteger, nullable=False),  # UTC, milliseconds since 1970
+    sa.Column("request_id", sa.String(64), nullable=False),
+    sa.Column("bundle", sa.String(200), nullable=False),
+    sa.Column("model_id", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("image_key", sa.String(64), nullable=False),
+    sa.Column("session", sa.String(200), nullable=False),
+    sa.Column("class_name", sa.String(200), nullable=False),
+    sa.Column("predicted_class", sa.String(200), nullable=False),
+    sa.Column("answer", sa.String(16), nullable=False),
+    *(
+        sa.Column(name, sa.Double, nullable=True)
+        for name in (
+            "score",
+            "score_local",
+            "score_semantic",
+            "p_value",
+            "threshold",
+            "threshold_unsure",
+            "class_p",
+            "prototype_distance",
+            "peak",
+            "threshold_region",
+        )  # fmt: skip
+    ),
+    sa.Column("unknown_class", sa.Boolean, nullable=True),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("n_regions", sa.Integer, nullable=False),
+    sa.Column("regions", sa.Text, nullable=False),
+    sa.Column("feedback", sa.String(16), nullable=False, server_default=""),
+    sa.Column("feedback_at_ms", sa.BigInteger, nullable=True),
+    sa.Column("note", sa.String(500), nullable=False, server_default=""),
+    sa.Index("twinspect_inspections_at", "at_ms"),
+    sa.Index("twinspect_inspections_class", "class_name", "id"),
+    sa.Index("twinspect_inspections_answer", "answer", "id"),
+    sa.Index("twinspect_inspections_feedback", "feedback", "id"),
+)
+
+
+class LogError(TwinspectError):
+    """The inspection log cannot be opened, read or written.
+
+    Args:
+        message: for people.
+        full: whether there is no space left.
+    """
+
+    def __init__(self, message: str, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
+
+
+class NoSuchRow(TwinspectError):
+    """The log holds no row of this number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One decision to be kept.
+
+    Attributes:
+        result: of the predictor.
+        bundle: name under which the model is served.
+        request_id: of the request.
+        image_key: `image_id` of the file, by which calibration recognises copies and training images.
+        session: shift, batch or physical object, as the client says; may be empty.
+        at_ms: UTC, milliseconds since 1970.
+    """
+
+    result: Result
+    bundle: str
+    request_id: str
+    image_key: str
+    session: str = ""
+    at_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which rows are wanted; empty or None means any.
+
+    Attributes:
+        since_ms, until_ms: half-open interval of time, UTC milliseconds.
+        bundle, class_name, answer, session: equal to.
+        feedback: one of ``FEEDBACK``, or ``none`` for rows without.
+        name: part of the file's name, any case.
+        before: rows with smaller numbers only (the next page).
+        limit: most rows.
+    """
+
+    since_ms: int | None = None
+    until_ms: int | None = None
+    bundle: str = ""
+    class_name: str = ""
+    answer: str = ""
+    session: str = ""
+    feedback: str = ""
+    name: str = ""
+    before: int | None = None
+    limit: int = 50
+
+    def __post_init__(self) -> None:
+        if self.answer not in ("", GOOD, UNSURE, ANOMALY):
+            raise ConfigError(unknown_name("answer", self.answer, (GOOD, UNSURE, ANOMALY)))
+        if self.feedback not in ("", "none", *FEEDBACK):
+            raise ConfigError(unknown_name("feedback", self.feedback, ("none", *FEEDBACK)))
+        if not 1 <= self.limit <= MOST_ROWS:
+            raise ConfigError(f"limit {self.limit}: accepted 1 to {MOST_ROWS}; ask for the next page with before")
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """SQL conditions with bound values."""
+        column = inspections.c
+        found: list[sa.ColumnElement[bool]] = []
+        if self.since_ms is not None:
+            found.append(column.at_ms >= self.since_ms)
+        if self.until_ms is not None:
+            found.append(column.at_ms < self.until_ms)
+        if self.before is not None:
+            found.append(column.id < self.before)
+        for name in ("bundle", "class_name", "answer", "session"):
+            if getattr(self, name):
+                found.append(column[name] == plain_text(getattr(self, name), 200))
+        if self.feedback:
+            found.append(column.feedback == ("" if self.feedback == "none" else self.feedback))
+        if self.name:
+            found.append(column.name.icontains(plain_text(self.name, 200), autoescape=True))
+        return found
+
+
+class InspectionLog:
+    """A log of decisions. Safe to use from several threads.
+
+    Args:
+        url: a file's path, or any SQLAlchemy URL (``sqlite:///file.db``, ``postgresql://user:password@host/name``).
+        create: make the file and the tables where there are none.
+
+    Raises:
+        ConfigError: not a URL that can be understood.
+        LogError: the database cannot be reached or written, or another version's tables are in it.
+    """
+
+    def __init__(self, url: str, create: bool = True) -> None:
+        parsed = database_url(url)
+        self.described = parsed.render_as_string(hide_password=True)
+        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+        if not create and file is not None and not Path(file).is_file():
+            raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve BUNDLE --log {file}")
+        try:
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+            if parsed.get_backend_name() == "sqlite":
+                sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            with self._engine.begin() as connection:
+                if create:
+                    _tables.create_all(connection)
+                versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
+                if create and not versions:
+                    connection.execute(_schema.insert(), {"version": SCHEMA})
+        except (NoSuchModuleError, ImportError) as error:
+            raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+        if versions and list(versions) != [SCHEMA]:
+            raise LogError(
+                f"{self.described} has tables of version {versions[0]}, this library reads version {SCHEMA}; "
+                "name another file or database with --log"
+            )
+
+    def append(self, rows: Sequence[Inspection]) -> list[int]:
+        """Keep decisions in one transaction: all of them or none.
+
+        Returns:
+            Their numbers, in order.
+
+        Raises:
+            LogError: the disk is full, the database is gone.
+        """
+        statement = sa.insert(inspections).returning(inspections.c.id, sort_by_parameter_order=True)
+        try:
+            with self._engine.begin() as connection:
+                return list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+
+    def query(self, wanted: Filter) -> list[dict[str, Any]]:
+        """Rows as plain values, latest first.
+
+        Raises:
+            LogError: the database is gone.
+        """
+        statement = (
+            sa.select(inspections).where(*wanted.conditions()).order_by(inspections.c.id.desc()).limit(wanted.limit)
+        )
+        try:
+            with self._engine.connect() as connection:
+                return [_row(found) for found in connection.execute(statement).mappings()]
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+
+    def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[dict[str, Any]]:
+        """All rows of a model, oldest first, a page at a time.
+
+        Raises:
+            LogError: the database is gone.
+        """
+        last = 0
+        conditions = [inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions()]
+        while True:
+            statement = sa.select(inspections).where(inspections.c.id > last, *conditions)
+            try:
+                with self._engine.connect() as connection:
+                    found = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
+            except SQLAlchemyError as error:
+                raise self._trouble(error) from None
+            if not found:
+                return
+            yield from (_row(one) for one in found)
+            last = int(found[-1]["id"])
+
+    def give_feedback(self, number: int, verdict: str, note: str = "") -> dict[str, Any]:
+        """Keep the operator's word on a decision; an empty verdict takes it back.
+
+        Returns:
+            The row as it is now.
+
+        Raises:
+            ConfigError: an unknown verdict, or one that contradicts the answer.
+            NoSuchRow: no such row.
+            LogError: the database is gone or full.
+        """
+        if verdict not in ("", *FEEDBACK):
+            raise ConfigError(unknown_name("feedback", verdict, FEEDBACK))
+        change = {
+            "feedback": verdict,
+            "feedback_at_ms": int(time.time() * 1000) if verdict else None,
+            "note": plain_text(note, 500),
+        }
+        here = inspections.c.id == number
+        try:
+            with self._engine.begin() as connection:
+                row = connection.execute(sa.select(inspections).where(here)).mappings().first()
+                if row is None:
+                    raise NoSuchRow(f"the log holds no decision number {number}")
+                _refuse_contradiction(row, verdict)
+                connection.execute(sa.update(inspections).where(here).values(change))
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+        return _row({**row, **change})
+
+    def prune(self, days: float) -> int:
+        """Delete rows older than so many days; how many there were."""
+        oldest = int(time.time() * 1000 - days * _DAY_MS)
+        try:
+            with self._engine.begin() as connection:
+                return int(connection.execute(sa.delete(inspections).where(inspections.c.at_ms < oldest)).rowcount)
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+
+    def save_drift(self, bundle: str, fingerprint: str, state: Mapping[str, Any]) -> None:
+        """Keep the state of a drift monitor, so that a restart forgets nothing."""
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(sa.delete(_drift).where(_drift.c.bundle == bundle))
+                values = {"bundle": bundle, "fingerprint": fingerprint, "state": json.dumps(state)}
+                connection.execute(_drift.insert(), values)
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+
+    def load_drift(self, bundle: str, fingerprint: str) -> dict[str, Any] | None:
+        """The state kept for a bundle with the same calibration images, if there is one."""
+        statement = sa.select(_drift.c.state).where(_drift.c.bundle == bundle, _drift.c.fingerprint == fingerprint)
+        try:
+            with self._engine.connect() as connection:
+                found = connection.execute(statement).scalar()
+        except SQLAlchemyError as error:
+            raise self._trouble(error) from None
+        return None if found is None else dict(json.loads(found))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def _trouble(self, error: Exception) -> LogError:
+        """One line without SQL and without values."""
+        cause = getattr(error, "orig", None) or error
+        lines = str(cause).strip().splitlines() or [repr(cause)]
+        full = "disk is full" in lines[0] or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL
+        return LogError(f"the inspection log {self.described} cannot be used: {lines[0]}", full)
+
+
+def database_url(text: str) -> sa.URL:
+    """A path or URL to an SQLAlchemy URL with the driver this project installs.
+
+    Raises:
+        ConfigError: not a URL.
+    """
+    if "://" not in text:
+        return sa.URL.create("sqlite", database=str(Path(text)))
+    try:
+        url = sa.make_url(text)
+    except (ArgumentError, ValueError):
+        raise ConfigError(
+            "--log: not a database URL; accepted a file name, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+        ) from None
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
+
+
+def plain_text(text: str, length: int) -> str:
+    """Text that every database takes: no control characters, no half characters, cut to a length."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(c if c.isprintable() else " " for c in whole).strip()[:length]
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    # Readers do not wait for the writer; a crash of the machine may lose the last rows, never the file.
+    for statement in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={_LOCK_SECONDS * 1000}"):
+        cursor.execute(f"PRAGMA {statement}")
+    cursor.close()
+
+
+def _values(one: Inspection) -> dict[str, Any]:
+    result = one.result
+    copied = {
+        name: _finite(getattr(result, name))
+        for name in (
+            "score", "score_local", "score_semantic", "p_value", "threshold", "threshold_unsure", "class_p",
+            "prototype_distance", "peak", "threshold_region", "unknown_class", "width", "height", "answer",
+        )
+    }  # fmt: skip
+    texts = {
+        "name": result.path, "bundle": one.bundle, "session": one.session, "class_name": result.class_name,
+        "predicted_class": result.predicted_class,
+    }  # fmt: skip
+    return {
+        **copied,
+        **{name: plain_text(text, 200) for name, text in texts.items()},
+        "at_ms": one.at_ms or int(time.time() * 1000),
+        "request_id": one.request_id,
+        "model_id": result.model_id,
+        "image_key": one.image_key,
+        "n_regions": len(result.regions),
+        "regions": json.dumps([region.to_dict() for region in result.regions]),
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(found: Mapping[Any, Any]) -> dict[str, Any]:
+    return {**{str(k): v for k, v in found.items()}, "regions": json.loads(found["regions"])}
+
+
+def _refuse_contradiction(row: Mapping[Any, Any], verdict: str) -> None:
+    wrong = {FALSE_ALARM: GOOD, MISSED: ANOMALY}.get(verdict)
+    if wrong is not None and row["answer"] == wrong:
+        raise ConfigError(
+            f"decision {row['id']} was {row['answer']!r}, which {verdict!r} contradicts; accepted "
+            f"{CONFIRMED!r} or {MISSED if wrong == GOOD else FALSE_ALARM!r}"
+        )

@@ -1,0 +1,221 @@
+"""Models being served: opened, replaced while requests run, closed when the last request has its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinspect.decision import promises
+from twinspect.errors import ConfigError, TwinspectError, unknown_name
+from twinspect.inference.decode import Decoded
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.result import Result
+from twinspect.server.batcher import Batcher
+from twinspect.server.drifts import DriftLight
+from twinspect.server.refusals import Refused
+
+Stamp = tuple[int, int, int]
+_RETIRING_S = 0.05  # how often a replaced model looks whether its last request is answered
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One decoded image for a model.
+
+    Attributes:
+        decoded: by the model's predictor.
+        class_name: where the client knows it.
+        watched: whether the drift light shall see it.
+    """
+
+    decoded: Decoded
+    class_name: str | None = None
+    watched: bool = True
+
+
+class Served:
+    """One version of one model.
+
+    Args:
+        name: clients call it.
+        predictor: decodes, scores, decides.
+        light: watches its results.
+        batching: (most images per call, longest wait in seconds).
+        observe: called with (name, images, seconds) after each call of the model.
+        alarm: called with (name, message) when drift is noticed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        predictor: Predictor,
+        light: DriftLight,
+        batching: tuple[int, float],
+        observe: Callable[[str, int, float], None],
+        alarm: Callable[[str, str], None],
+    ) -> None:
+        self.name, self.predictor, self.light, self._alarm = name, predictor, light, alarm
+        self.users = 0  # requests that hold this version; changed on the event loop only
+        self.coming = 0  # images being decoded for it; changed on the event loop only
+        self.batcher: Batcher[Job, Result] = Batcher(
+            self._score, *batching, lambda: self.coming, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
+        )
+
+    def submit(self, job: Job, timeout_s: float) -> Future[Result]:
+        """Queue a decoded image."""
+        return self.batcher.submit(job, timeout_s)
+
+    def _score(self, jobs: Sequence[Job]) -> list[Result]:
+        results = list(self.predictor.score_batch([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
+        if self.light.watch([one for one, job in zip(results, jobs, strict=True) if job.watched]):
+            # In a thread of its own: the words take longer than the scores, once in a model's life.
+            threading.Thread(target=self._say_alarm, name=f"alarm-{self.name}", daemon=True).start()
+        return results
+
+    def _say_alarm(self) -> None:
+        self._alarm(self.name, self.light.report()["message"])
+
+    def describe(self) -> dict[str, Any]:
+        """What clients may know of it."""
+        decision = self.predictor.decision
+        return {
+            "bundle": self.name,
+            "model_id": decision.model_id,
+            "size": self.predictor.runtime.size,
+            "runtime": type(self.predictor.runtime).__name__,
+            "classes": decision.classes,
+            "map_scale": list(decision.map_scale),
+            "thresholds": {
+                name: {
+                    "score": rule.image.value,
+                    "region": rule.region.value if rule.region is not None else None,
+                    "promise": rule.image.sentence,
+                }
+                for name, rule in promises(decision)
+            },
+        }
+
+
+class Models:
+    """All models by name.
+
+    Args:
+        paths: file of each; a model without a file is never reloaded.
+        open_file: a file to a predictor.
+        make: a name and a predictor to what is served; given the version it replaces, if any.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Path],
+        open_file: Callable[[Path], Predictor],
+        make: Callable[[str, Predictor, Served | None], Served],
+    ) -> None:
+        self.paths, self._open, self._make = dict(paths), open_file, make
+        self._served: dict[str, Served] = {}
+        self._stamps: dict[str, Stamp | None] = {}
+        self.trouble: dict[str, str] = {}  # why the latest version of a file is not the one being served
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._reloading = asyncio.Lock()
+
+    def add(self, name: str, predictor: Predictor) -> None:
+        """Serve a predictor."""
+        self._served[name] = self._make(name, predictor, None)
+        self._stamps[name] = stamp(self.paths[name]) if name in self.paths else None
+
+    def get(self, name: str) -> Served:
+        """The present version; an empty name takes the only model, or the first.
+
+        Raises:
+            Refused: 404 with the names there are.
+        """
+        chosen = name or next(iter(self._served), "")
+        if chosen not in self._served:
+            raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self._served))
+        return self._served[chosen]
+
+    def __iter__(self) -> Any:
+        return iter(self._served.values())
+
+    async def changed(self) -> list[str]:
+        """Names of models whose file is another one than when it was last read."""
+        now = {name: await asyncio.to_thread(stamp, path) for name, path in self.paths.items()}
+        # A file that is gone for a moment, or for good, leaves the model in service.
+        return [name for name, found in now.items() if found is not None and found != self._stamps[name]]
+
+    async def reload(self, name: str) -> Served:
+        """Read a model's file again; requests that hold the old version finish with it.
+
+        Raises:
+            Refused: the model has no file.
+            TwinspectError: the new file cannot be used; the old version stays in service.
+        """
+        served = self.get(name)
+        path = self.paths.get(served.name)
+        if path is None:
+            raise Refused(409, "no_file", f"{served.name} was not opened from a file and cannot be reloaded")
+        async with self._reloading:
+            served = self.get(served.name)
+            self._stamps[served.name] = stamp(path)
+            try:
+                predictor = await asyncio.to_thread(self._open, path)
+                fresh = await asyncio.to_thread(self._make, served.name, predictor, served)
+            except TwinspectError as error:
+                self.trouble[served.name] = str(error)
+                raise
+            self.trouble.pop(served.name, None)
+            self._served[served.name] = fresh
+            task = asyncio.create_task(_retire(served))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        return fresh
+
+    async def close(self) -> None:
+        """Finish what was accepted, then end all threads."""
+        for served in self._served.values():
+            await asyncio.to_thread(served.batcher.close)
+        await asyncio.gather(*self._retiring)
+
+
+async def _retire(served: Served) -> None:
+    while served.users:
+        await asyncio.sleep(_RETIRING_S)
+    await asyncio.to_thread(served.batcher.close)
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes when a file is replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def named_paths(given: Sequence[str]) -> dict[str, Path]:
+    """``NAME=FILE`` or ``FILE`` (then its stem is the name) to files by name.
+
+    Raises:
+        ConfigError: no file, a name that cannot stand in an address, or one name twice.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        path = Path(file if equals else text)
+        name = name if equals else path.stem
+        if not path.is_file():
+            raise ConfigError(f"no such model: {path}. Make one with: twinspect fit DATA --out {path}")
+        if not name or not all(c.isalnum() or c in "-_." for c in name):
+            raise ConfigError(
+                f"{name!r} cannot be a name in an address; type NAME={path} with letters, digits, - _ ."
+            )
+        if name in found:
+            raise ConfigError(f"two models are called {name}: {found[name]} and {path}; type NAME={path}")
+        found[name] = path
+    return found

@@ -1,0 +1,158 @@
+"""The application on a socket: uvicorn with our logging, limits and a deadline for the head of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from twinspect.errors import ConfigError
+from twinspect.server.guard import MOST_HEAD, JsonLines
+from twinspect.server.refusals import error_body
+from twinspect.server.settings import Settings
+
+KEY_VARIABLE = "TWINSPECT_API_KEY"
+CONNECTIONS = 512  # open at the same time; more are answered with 503
+
+
+def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol]:
+    """HTTP/1.1 as uvicorn speaks it, that hangs up on slow clients.
+
+    Args:
+        header_timeout_s: from the first byte of a request, or the connection, to the end of its head.
+        body_timeout_s: in which a client must take a piece of its answer.
+    """
+
+    class Impatient(H11Protocol):
+        """One connection."""
+
+        _head: asyncio.TimerHandle | None = None
+        _answer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # told of anything that the client does not take
+            self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            for timer in (self._head, self._answer):
+                if timer is not None:
+                    timer.cancel()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            waiting = self.cycle is None or self.cycle.response_complete
+            if waiting and self._head is None:  # a next request has begun
+                self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
+            elif not waiting and self._head is not None:
+                self._head.cancel()
+                self._head = None
+
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP is told so in the shape of every other error, and the connection ends."""
+            body = json.dumps(error_body("no_http", msg, "none")).encode()
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
+            self.transport.close()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._answer = self.loop.call_later(body_timeout_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._answer is not None:
+                self._answer.cancel()
+                self._answer = None
+
+    return Impatient
+
+
+def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM or SIGINT, then finish what was accepted.
+
+    Args:
+        app: of `build_app`.
+        settings: the same as given there.
+        started: called with the address once it is bound.
+
+    Raises:
+        ConfigError: the address is taken or not of this machine.
+    """
+    set_up_logging()
+    server, listening = prepared(app, settings)
+
+    def leave(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    # For a signal before the loop runs; and uvicorn, once everything is finished, passes its signal on to these.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    started(address_of(listening))
+    server.run(sockets=[listening])
+
+
+def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.socket]:
+    """A server that is not running yet, and its bound socket. Raises as `serve`."""
+    config = uvicorn.Config(
+        app, settings.host, settings.port, ws="none", lifespan="on",
+        http=protocol(settings.header_timeout_s, settings.body_timeout_s),
+        log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+    )  # fmt: skip
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # Named, or asyncio would not see that it is TCP and leave Nagle's delay on: 40 ms for each answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another --port, "
+            "or an address of this machine for --host"
+        ) from None
+    return uvicorn.Server(config), listening
+
+
+def address_of(listening: socket.socket) -> str:
+    """What to type into a browser."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def set_up_logging() -> None:
+    """One JSON object a line on stderr, ours and uvicorn's."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("twinspect.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The API key from a file or the environment; never from the command line, where other users could read it.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if file is None:
+        return environment.get(KEY_VARIABLE, "").strip()
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: cannot be read ({error})") from None

@@ -1,0 +1,344 @@
+"""What the server does, without HTTP: admission, decoding, scoring, keeping, reloading, housekeeping."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinspect.decision import image_id
+from twinspect.errors import TwinspectError
+from twinspect.inference.decode import Decoded
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.sources import Item
+from twinspect.inference.result import Result
+from twinspect.server.batcher import Batcher
+from twinspect.server.drifts import DriftLight, fingerprint
+from twinspect.server.guard import say
+from twinspect.server.log import Inspection, InspectionLog, LogError
+from twinspect.server.maps import MapStore, kept_map
+from twinspect.server.metrics import Metrics
+from twinspect.server.models import Job, Models, Served
+from twinspect.server.refusals import Refused
+from twinspect.server.settings import Settings
+
+_HOUSEKEEPING_S = 60.0
+_LOG_BATCH = 64  # rows of one transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client wants of its images.
+
+    Attributes:
+        bundle: name of the model; empty for the first.
+        class_name: class of all images; None predicts it.
+        maps: ``none``, ``link`` (fetch it later) or ``inline`` (base64).
+        session: kept in the log.
+        request_id: kept in the log.
+        keep: whether the decisions count: go into the log and before the drift light.
+    """
+
+    bundle: str = ""
+    class_name: str | None = None
+    maps: str = "link"
+    session: str = ""
+    request_id: str = ""
+    keep: bool = True
+
+
+class Gate:
+    """Counts images between acceptance and answer.
+
+    Args:
+        limit: most of them.
+        gauge: told the count.
+    """
+
+    def __init__(self, limit: int, gauge: Callable[[float], None]) -> None:
+        self.limit, self.inside, self._gauge = limit, 0, gauge
+
+    def check(self, count: int, seconds_per_image: float) -> None:
+        """Refuse what does not fit now.
+
+        Raises:
+            Refused: 429 with the time after which the queue will have moved on, or 413 for what never fits.
+        """
+        if count > self.limit:
+            raise Refused(413, "too_many", f"{count} images; the queue takes {self.limit} in all, send fewer")
+        if self.inside + count > self.limit:
+            wait = max(1, math.ceil(self.inside * seconds_per_image))
+            raise Refused(429, "busy", f"{self.inside} images are waiting, {self.limit} may; try again later", wait)
+
+    @contextmanager
+    def enter(self, count: int, seconds_per_image: float) -> Iterator[None]:
+        """Hold places for a number of images; raises as `check`."""
+        self.check(count, seconds_per_image)
+        self.inside += count
+        self._gauge(self.inside)
+        try:
+            yield
+        finally:
+            self.inside -= count
+            self._gauge(self.inside)
+
+
+class Service:
+    """Everything behind the routes. Made on any thread, used on one event loop.
+
+    Args:
+        settings: limits.
+        predictors: models by name.
+        log: where decisions are kept; None keeps none.
+        paths: files of models that can be reloaded.
+        open_file: a file to a predictor.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        predictors: Mapping[str, Predictor],
+        log: InspectionLog | None,
+        paths: Mapping[str, Path],
+        open_file: Callable[[Path], Predictor],
+    ) -> None:
+        self.settings, self.log, self.metrics = settings, log, Metrics()
+        self.gate = Gate(settings.queue, self.metrics.waiting.set)
+        self.maps = MapStore(settings.maps_bytes)
+        self.models = Models(paths, open_file, self._make)
+        self.decoders = ThreadPoolExecutor(settings.decoders, "decode")
+        self.writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
+        self.ready = False
+        self._tasks: list[asyncio.Task[None]] = []
+        for name, predictor in predictors.items():
+            self.models.add(name, predictor)
+
+    # ------------------------------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Begin to look after files, drift and old rows."""
+        self._tasks = [asyncio.create_task(self._housekeeping())]
+        if self.settings.watch_s:
+            self._tasks.append(asyncio.create_task(self._watch_files()))
+        self.ready = True
+
+    async def stop(self) -> None:
+        """Finish what was accepted, keep what must not be lost, end all threads."""
+        self.ready = False
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.models.close()
+        await asyncio.to_thread(self._keep_drift)
+        if self.writer is not None:
+            await asyncio.to_thread(self.writer.close)
+        self.decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            await asyncio.to_thread(self._keep_drift)
+            if self.log is not None and self.settings.log_days:
+                try:
+                    gone = await asyncio.to_thread(self.log.prune, self.settings.log_days)
+                except LogError as error:
+                    say("log_trouble", logging.ERROR, message=str(error))
+                else:
+                    say("log_pruned", rows=gone)
+
+    async def _watch_files(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.watch_s)
+            for name in await self.models.changed():
+                try:
+                    await self.reload(name)
+                except TwinspectError as error:
+                    say("reload_failed", logging.ERROR, bundle=name, message=str(error))
+
+    def _keep_drift(self) -> None:
+        if self.log is None:
+            return
+        for served in self.models:
+            try:
+                self.log.save_drift(served.name, served.light.fingerprint, served.light.state())
+            except LogError as error:
+                say("log_trouble", logging.ERROR, message=str(error))
+
+    def _make(self, name: str, predictor: Predictor, before: Served | None) -> Served:
+        """A predictor with its worker and its drift light, which lives on where the calibration is the same."""
+        predictor.limits = self.settings.limits
+        mark = fingerprint(predictor.decision, self.settings.drift_rate)
+        light = before.light if before is not None and before.light.fingerprint == mark else None
+        if light is None:
+            kept = self.log.load_drift(name, mark) if self.log is not None else None
+            light = DriftLight(predictor.decision, self.settings.drift_rate, kept)
+        self.metrics.drift.labels(name).set(light.alarmed)
+        batching = (self.settings.max_batch, self.settings.max_wait_ms / 1000)
+        return Served(name, predictor, light, batching, self._observe, self._alarm)
+
+    def _observe(self, name: str, images: int, seconds: float) -> None:
+        self.metrics.batch.labels(name).observe(images)
+        self.metrics.model_seconds.labels(name).observe(seconds)
+
+    def _alarm(self, name: str, message: str) -> None:
+        self.metrics.drift.labels(name).set(1)
+        say("drift", logging.WARNING, bundle=name, message=message)
+
+    # --------------------------------------------------------------------------------------- predict
+
+    def refuse_if_full(self, bundle: str) -> Served:
+        """The model asked for, before a body is read for nothing.
+
+        Raises:
+            Refused: unknown, stopping, or busy.
+        """
+        if not self.ready:
+            raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
+        served = self.models.get(bundle)
+        self.gate.check(1, served.batcher.seconds_per_job)
+        return served
+
+    async def predict(self, images: Sequence[Item], asked: Asked) -> dict[str, Any]:
+        """Answers for images, kept in the log.
+
+        Raises:
+            Refused: unknown bundle, busy, too slow; a single image that is none.
+            ConfigError: unknown class.
+            LogError: the log cannot keep a decision that it must keep.
+        """
+        served = self.refuse_if_full(asked.bundle)
+        served.predictor.decision.checked_class(asked.class_name)
+        began = time.perf_counter()
+        served.users += 1
+        try:
+            with self.gate.enter(len(images), served.batcher.seconds_per_job):
+                try:
+                    async with asyncio.timeout(self.settings.timeout_s):
+                        found = await asyncio.gather(*(self._one(served, one, asked) for one in images))
+                        results = [result for result, _ in found]
+                        self._count(served, results)
+                        _refuse_failures(results)
+                        numbers, trouble = await self._keep(served, found, asked)
+                except TimeoutError:
+                    wait = f"{self.settings.timeout_s:g}"
+                    raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
+        finally:
+            served.users -= 1
+        rows = [self._row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
+        return {
+            "request_id": asked.request_id,
+            "bundle": served.name,
+            "model_id": served.predictor.decision.model_id,
+            "ms": round(1000 * (time.perf_counter() - began), 2),
+            "log_error": trouble,
+            "results": rows,
+        }
+
+    async def _one(self, served: Served, image: Item, asked: Asked) -> tuple[Result, str]:
+        """The result of an image, and the image's key."""
+        loop = asyncio.get_running_loop()
+        served.coming += 1
+        try:
+            decoded, key = await loop.run_in_executor(self.decoders, _decode, served.predictor, image)
+            if decoded.square is None:
+                return Result(decoded.name, error=decoded.error), key
+            future = served.submit(Job(decoded, asked.class_name, asked.keep), self.settings.timeout_s)
+        finally:
+            served.coming -= 1
+            served.batcher.nudge()
+        return await asyncio.wrap_future(future), key
+
+    async def _keep(
+        self, served: Served, found: Sequence[tuple[Result, str]], asked: Asked
+    ) -> tuple[list[int | None], str]:
+        """Numbers in the log, None for what is not kept, and why not."""
+        nothing: list[int | None] = [None] * len(found)
+        if self.writer is None or not asked.keep:
+            return nothing, ""
+        rows = {
+            place: Inspection(result, served.name, asked.request_id, key, asked.session)
+            for place, (result, key) in enumerate(found)
+            if not result.error
+        }
+        try:
+            numbers = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows.values()))
+        except LogError as error:
+            self.metrics.log_errors.inc(len(rows))
+            say("log_trouble", logging.ERROR, message=str(error))
+            if self.settings.log_required:
+                raise
+            return nothing, str(error)
+        kept = dict(zip(rows, numbers, strict=True))
+        return [kept.get(place) for place in range(len(found))], ""
+
+    def _count(self, served: Served, results: Sequence[Result]) -> None:
+        for one in results:
+            self.metrics.images.labels(served.name, "error" if one.error else one.answer).inc()
+
+    def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
+        """One image's answer as plain JSON values."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.row().items()}
+        kept = kept_map(result) if maps != "none" else None
+        return {
+            "log_id": number,
+            "name": row.pop("path"),
+            **row,
+            "regions": [region.to_dict() for region in result.regions],
+            "map_scale": list(result.scale),
+            "map_id": self.maps.add(kept) if kept is not None else "",
+            "map": kept.inline() if kept is not None and maps == "inline" else None,
+        }
+
+    # ---------------------------------------------------------------------------------------- others
+
+    async def map_bytes(self, name: str, format: str, side: int) -> bytes:
+        """A map that was kept, resized; see `KeptMap.encoded`."""
+        kept = self.maps.get(name)
+        with self.gate.enter(1, 0.0):  # large pictures take memory and time like an image does
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.decoders, kept.encoded, format, side)
+
+    async def reload(self, name: str) -> Served:
+        """Read a model's file again; see `Models.reload`."""
+        try:
+            fresh = await self.models.reload(name)
+        except TwinspectError:
+            self.metrics.reloads.labels(name, "failed").inc()
+            raise
+        self.metrics.reloads.labels(name, "done").inc()
+        say("reloaded", bundle=fresh.name, model_id=fresh.predictor.decision.model_id)
+        return fresh
+
+    def the_log(self) -> InspectionLog:
+        """The log.
+
+        Raises:
+            Refused: there is none.
+        """
+        if self.log is None:
+            raise Refused(404, "no_log", "this server keeps no inspection log; start it with --log FILE")
+        return self.log
+
+
+def _decode(predictor: Predictor, image: Item) -> tuple[Decoded, str]:
+    """An image for the model, and the key by which calibration recognises its file."""
+    return predictor.decode(image), image_id(hashlib.sha256(image.data or b"").digest())
+
+
+def _refuse_failures(results: Sequence[Result]) -> None:
+    """A model that gives no numbers is an error of ours; images that are none are the client's, if all are."""
+    damaged = [one.error for one in results if one.error and one.width]
+    if damaged:
+        say("model_damaged", logging.ERROR, message=json.dumps(damaged[:1]))
+        raise Refused(500, "model_damaged", "the model gave a score that is not finite; put another bundle in place")
+    if all(one.error for one in results):
+        raise Refused(422, "bad_image", "; ".join(one.error for one in results[:3]))

@@ -1,0 +1,382 @@
+"""What clients get: answers, maps, log, feedback, drift, models, OpenAPI; what they are told when it goes wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter
+from serving import BRIGHT, DARK, Brightness, Broken, Running, decision, encoded, form, predictor
+
+from twinspect import Detector
+from twinspect.inference.predictor import Predictor
+from twinspect.server import schema
+from twinspect.server.log import Filter, InspectionLog
+
+KEY = "0123456789abcdef-secret"
+
+
+@pytest.fixture
+def server(log: InspectionLog):
+    models = {"bright": predictor(), "two": predictor(model_id="second", classes=("bolt", "nut"))}
+    with Running(models, log) as found:
+        yield found
+
+
+# --------------------------------------------------------------------------------------------- answers
+
+
+def test_a_form_with_one_image_is_answered_and_kept(server: Running, log: InspectionLog) -> None:
+    answer = server.post(encoded(BRIGHT), name="part 1.png")
+    assert answer.status == 200
+    TypeAdapter(schema.PredictAnswer).validate_python(answer.json, strict=True)
+    (one,) = answer.json["results"]
+    assert (one["answer"], one["is_anomaly"], one["class_name"], one["error"]) == ("anomaly", True, "part", "")
+    assert one["score"] == pytest.approx(BRIGHT / 25.5, rel=0.05)
+    assert (one["width"], one["height"], one["n_regions"]) == (48, 40, 1)
+    assert one["p_value"] == pytest.approx(1 / 121)
+    (kept,) = log.query(Filter())
+    assert (kept["id"], kept["name"], kept["score"]) == (one["log_id"], "part 1.png", one["score"])
+    assert kept["request_id"] == answer.json["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("kind", ["image/png", "application/octet-stream", "IMAGE/JPEG; q=1"])
+def test_the_body_may_be_the_image(server: Running, kind: str) -> None:
+    answer = server.post_raw(encoded(DARK), kind, **{"X-Filename": "C:\\pics\\a.png"})
+    assert answer.status == 200
+    assert answer.json["results"][0]["answer"] == "good"
+    assert answer.json["results"][0]["name"] == "a.png"
+
+
+def test_answers_of_a_batch_are_in_order_and_one_bad_file_stops_nothing(server: Running, log: InspectionLog) -> None:
+    levels = [DARK, BRIGHT, DARK + 10, BRIGHT - 10]
+    answer = server.post(*(encoded(level) for level in levels[:2]), b"no image", *(encoded(x) for x in levels[2:]))
+    assert answer.status == 200
+    found = answer.json["results"]
+    assert [one["answer"] for one in found] == ["good", "anomaly", "", "good", "anomaly"]
+    assert "2.png: not an image" in found[2]["error"]
+    assert found[2]["score"] is found[2]["log_id"] is None
+    assert len(log.query(Filter())) == 4
+
+
+def test_scores_are_those_of_the_predictor(quick: Detector, parts, log: InspectionLog) -> None:
+    paths = sorted(parts.rglob("test/*/*.png"))[:6]
+    with Running({"real": quick.predictor()}, log) as server:
+        found = [server.post(path.read_bytes()).json["results"][0] for path in paths]
+        together = server.post(*(path.read_bytes() for path in paths)).json["results"]
+    for path, one, other in zip(paths, found, together, strict=True):
+        expected = quick.predict(path)
+        for name in ("score", "score_local", "score_semantic", "p_value", "threshold", "peak", "class_p"):
+            assert one[name] == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-3), name
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), name
+        assert one["class_name"] == expected.class_name
+        assert [r["x"] for r in one["regions"]] == [r.x for r in expected.regions]
+
+
+def test_a_class_may_be_given_and_an_unknown_one_is_refused(server: Running) -> None:
+    found = server.post(encoded(), query="?bundle=two&class=nut").json["results"][0]
+    assert (found["class_name"], found["predicted_class"]) == ("nut", "bolt")
+    refused = server.post(encoded(), query="?bundle=two&class=nutt")
+    assert (refused.status, refused.code) == (422, "not_accepted")
+    assert "Did you mean 'nut'" in refused.json["error"]["message"]
+
+
+def test_several_bundles_by_name(server: Running) -> None:
+    assert server.post(encoded()).json["model_id"] == "bright"
+    assert server.post(encoded(), query="?bundle=two").json["model_id"] == "second"
+    refused = server.post(encoded(), query="?bundle=three")
+    assert (refused.status, refused.code) == (404, "unknown_bundle")
+    models = server.get("/v1/models").json
+    TypeAdapter(schema.ModelsAnswer).validate_python(models, strict=True)
+    assert [(m["bundle"], m["classes"], m["runtime"]) for m in models["models"]] == [
+        ("bright", ["part"], "Brightness"),
+        ("two", ["bolt", "nut"], "Brightness"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+def test_maps_inline_and_by_link_say_the_same(server: Running) -> None:
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:32, 64:] = 255  # the top right quarter
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    (one,) = server.post(out.getvalue(), query="?maps=inline").json["results"]
+    inline = one["map"]
+    grid = np.frombuffer(base64.b64decode(inline["data"]), "<f4").reshape(inline["rows"], inline["columns"])
+    assert grid[:4, 4:].min() > 9
+    assert grid[4:].max() < 1
+    npy = server.get(f"/v1/maps/{one['map_id']}?format=npy")
+    full = np.load(io.BytesIO(npy.body), allow_pickle=False)
+    assert (full.shape, full.dtype) == ((64, 128), np.float16)
+    assert full[:24, 80:].min() > 9
+    assert full[40:].max() < 1
+    png = server.get(f"/v1/maps/{one['map_id']}?side=32")
+    with Image.open(io.BytesIO(png.body)) as picture:
+        assert (picture.size, picture.format) == ((32, 16), "PNG")
+    assert server.post(encoded(), query="?maps=none").json["results"][0]["map_id"] == ""
+
+
+def test_only_the_latest_maps_are_kept_and_memory_is_bounded() -> None:
+    with Running(maps_mb=1000 / (1 << 20)) as server:  # three maps of 8 x 8 float32
+        names = [server.post(encoded(seed=n)).json["results"][0]["map_id"] for n in range(5)]
+        found = [server.get(f"/v1/maps/{name}?side=8").status for name in names]
+        assert found == [404, 404, 200, 200, 200]
+        assert server.get(f"/v1/maps/{names[0]}").code == "no_such_map"
+        assert server.get("/v1/maps/..%2f..%2fetc%2fpasswd").status == 404
+        assert server.get(f"/v1/maps/{names[4]}?format=exe").status == 400
+        assert server.get(f"/v1/maps/{names[4]}?side=100000").status == 400
+
+
+# ------------------------------------------------------------------------------------------- the log
+
+
+def test_log_is_queried_and_takes_feedback(server: Running) -> None:
+    server.post(encoded(BRIGHT), encoded(DARK), query="?session=night")
+    server.post(encoded(DARK, seed=9), query="?bundle=two&class=nut")
+    found = server.get("/v1/log?answer=anomaly").json
+    TypeAdapter(schema.LogAnswer).validate_python(found, strict=True)
+    (alarm,) = found["rows"]
+    assert alarm["session"] == "night"
+    assert [r["class_name"] for r in server.get("/v1/log?class=nut").json["rows"]] == ["nut"]
+    page = server.get("/v1/log?limit=2").json
+    rest = server.get(f"/v1/log?limit=2&before={page['next']}").json
+    assert [r["id"] for r in page["rows"] + rest["rows"]] == [3, 2, 1]
+    assert rest["next"] is None
+    assert server.get(f"/v1/log?until_ms={alarm['at_ms'] - 5000}").json["rows"] == []
+    answer = server.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "false_alarm", "note": "dust"})
+    assert (answer.status, answer.json["feedback"], answer.json["note"]) == (200, "false_alarm", "dust")
+    wrong = server.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "missed"})
+    assert (wrong.status, wrong.code) == (422, "not_accepted")
+    assert server.post_json("/v1/log/99/feedback", {"verdict": "missed"}).code == "no_such_row"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "answer=bad", "feedback='%20OR%201=1", "limit=0", "limit=99999", "before=-1", "before=" + "9" * 30,
+        "since_ms=abc", "since_ms=" + "9" * 30, "name=" + "x" * 300,
+    ],
+)  # fmt: skip
+def test_filters_that_mean_nothing_are_refused(server: Running, query: str) -> None:
+    answer = server.get(f"/v1/log?{query}")
+    assert answer.status in (400, 422)
+    assert answer.code in ("bad_request", "not_accepted")
+
+
+def test_sql_in_filters_finds_nothing_and_harms_nothing(server: Running, log: InspectionLog) -> None:
+    server.post(encoded())
+    nasty = "%27%3B%20DROP%20TABLE%20twinspect_inspections%3B%20--"
+    for name in ("class", "bundle", "session", "name"):
+        assert server.get(f"/v1/log?{name}={nasty}").json["rows"] == []
+    assert len(log.query(Filter())) == 1
+
+
+def test_trials_are_not_kept_and_not_watched(server: Running, log: InspectionLog) -> None:
+    assert server.post(encoded(), query="?keep=false").json["results"][0]["log_id"] is None
+    assert log.query(Filter()) == []
+    assert server.get("/v1/drift").json["drift"][0]["light"] == "grey"
+
+
+def test_without_a_log() -> None:
+    with Running() as server:
+        assert server.post(encoded()).json["results"][0]["log_id"] is None
+        assert server.get("/v1/log").code == "no_log"
+        assert server.post_json("/v1/log/1/feedback", {"verdict": "missed"}).code == "no_log"
+
+
+# ---------------------------------------------------------------------------------------------- drift
+
+
+def test_drift_light_turns_red_can_be_reset_and_outlives_a_restart(log: InspectionLog) -> None:
+    with Running(log=log) as server:
+        images = [encoded(DARK + 25, seed=n) for n in range(8)]  # good by threshold, but all at the upper end
+        for _ in range(12):
+            server.post(*images)
+        (found,) = server.get("/v1/drift").json["drift"]
+        assert found["light"] == "red"
+        assert found["images"] == 96
+        assert b'twinspect_drift_alarm{bundle="bright"} 1.0' in server.get("/metrics").body
+    with Running(log=log) as again:
+        assert again.get("/v1/drift").json["drift"][0] == found
+        assert b'twinspect_drift_alarm{bundle="bright"} 1.0' in again.get("/metrics").body
+        assert again.post_json("/v1/drift/bright/reset").json["drift"][0]["light"] == "grey"
+        assert again.post_json("/v1/drift/none/reset").status == 404
+    other = Predictor(Brightness(), decision(seed=1))  # calibrated anew: another history begins
+    with Running({"bright": other}, log) as fresh:
+        assert fresh.get("/v1/drift").json["drift"][0]["images"] == 0
+
+
+# ------------------------------------------------------------------------------------------- trouble
+
+
+@pytest.mark.parametrize(
+    ("data", "status"), [(b"", 422), (b"hello", 422), (encoded()[:100], 422), (b"GIF89a" + b"<script>" * 50, 422)]
+)
+def test_one_image_that_is_none_is_the_clients_mistake(server: Running, data: bytes, status: int) -> None:
+    for answer in (server.post_raw(data), server.post(data)):
+        assert (answer.status, answer.code) == (status, "bad_image")
+
+
+@pytest.mark.parametrize("how", ["raises", "nan"])
+def test_a_broken_model_is_our_mistake_and_tells_no_secrets(how: str, log: InspectionLog) -> None:
+    with Running({"bright": predictor(Broken(how))}, log) as server:
+        answer = server.post(encoded())
+        assert (answer.status, answer.code) == (500, "internal" if how == "raises" else "model_damaged")
+        assert b"secret" not in answer.body
+        assert server.get("/healthz").status == 200
+    assert log.query(Filter()) == []
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "application/x-www-form-urlencoded", ""])
+def test_other_content_types_are_refused(server: Running, kind: str) -> None:
+    answer = server.post_raw(encoded(), kind)
+    assert (answer.status, answer.code) == (415, "wrong_type")
+    assert "multipart/form-data" in answer.json["error"]["message"]
+
+
+def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
+    body, headers = form(("a.png", encoded()), field="other")
+    assert server.ask("POST", "/v1/predict", body, headers).code == "no_image"
+    body, _ = form(("a.png", encoded()))
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=somethingelse"):
+        assert server.ask("POST", "/v1/predict", body, {"Content-Type": kind}).code in ("bad_form", "no_image")
+    assert server.ask("POST", "/v1/predict", b"", headers).code in ("bad_form", "no_image")
+    assert server.post_json("/v1/log/1/feedback", ["x"]).code == "bad_request"
+    broken = server.ask("POST", "/v1/log/1/feedback", b"{", {"Content-Type": "application/json"})
+    assert (broken.status, broken.code) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("query", ["maps=all", "keep=perhaps", "session=" + "x" * 300, "bundle=" + "x" * 300])
+def test_query_values_that_mean_nothing_are_refused(server: Running, query: str) -> None:
+    assert server.post(encoded(), query=f"?{query}").code == "bad_request"
+
+
+def test_unknown_paths_and_methods(server: Running) -> None:
+    assert (server.get("/v2/predict").status, server.get("/v2/predict").code) == (404, "not_found")
+    wrong = server.get("/v1/predict")
+    assert (wrong.status, wrong.code, wrong.headers["allow"]) == (405, "wrong_method", "POST")
+    for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../page.html"):
+        assert server.get(path).status == 404
+
+
+def test_a_log_that_is_full_does_not_stop_the_line_unless_it_must(log: InspectionLog, monkeypatch) -> None:
+    from twinspect.server.log import LogError
+
+    def full(rows):
+        raise LogError("the inspection log x cannot be used: database or disk is full", full=True)
+
+    monkeypatch.setattr(log, "append", full)
+    with Running(log=log) as server:
+        answer = server.post(encoded())
+        assert (answer.status, answer.json["results"][0]["log_id"]) == (200, None)
+        assert "disk is full" in answer.json["log_error"]
+        assert b"twinspect_log_errors_total 1.0" in server.get("/metrics").body
+    with Running(log=log, log_required=True) as server:
+        answer = server.post(encoded())
+        assert (answer.status, answer.code) == (507, "log_full")
+        assert server.get("/readyz").status == 200
+
+
+# ------------------------------------------------------------------------------- what machines look at
+
+
+def test_health_readiness_and_metrics(server: Running) -> None:
+    assert server.get("/healthz").json == {"status": "ok"}
+    assert server.get("/readyz").json == {"status": "ready"}
+    server.post(encoded(DARK), encoded(BRIGHT), b"none")
+    server.get("/v1/maps/unknown-map-name")
+    text = server.get("/metrics").body.decode()
+    for line in (
+        'twinspect_images_total{answer="good",bundle="bright"} 1.0',
+        'twinspect_images_total{answer="anomaly",bundle="bright"} 1.0',
+        'twinspect_images_total{answer="error",bundle="bright"} 1.0',
+        'twinspect_requests_total{route="/v1/predict",status="200"} 1.0',
+        'twinspect_requests_total{route="/v1/maps/{map_id}",status="404"} 1.0',
+        "twinspect_images_accepted 0.0",
+        "twinspect_request_bytes 0.0",
+    ):
+        assert line in text, line
+    assert "unknown-map-name" not in text
+
+
+def test_openapi_describes_every_route_and_the_real_answers(server: Running) -> None:
+    found = server.get("/openapi.json").json
+    assert {"/v1/predict", "/v1/maps/{map_id}", "/v1/log", "/v1/log/{number}/feedback", "/v1/drift"} <= set(
+        found["paths"]
+    )
+    predict = found["paths"]["/v1/predict"]["post"]
+    assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
+    assert {"200", "401", "413", "415", "422", "429", "507"} <= set(predict["responses"])
+    described = set(found["components"]["schemas"]["ImageAnswer"]["properties"])
+    assert described == set(server.post(encoded()).json["results"][0])
+    assert server.get("/docs").status == 404  # it would load scripts from elsewhere
+
+
+def test_numbers_that_json_has_no_word_for_become_null(server: Running) -> None:
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    body = server.post(encoded()).body
+    assert json.loads(body, parse_constant=refuse)["results"][0]["threshold_unsure"] is None
+    assert math.isfinite(json.loads(body)["results"][0]["score"])
+
+
+def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
+    answer = server.get("/")
+    text = answer.body.decode()
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "://" not in text
+    assert "__COLOURS__" not in text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert text.count("<script>") == text.count("<style>") == policy.count("'sha256-") - 1 == 1
+
+
+# ------------------------------------------------------------------------------------------- the key
+
+
+def test_key_is_asked_for_everywhere_but_on_the_open_paths() -> None:
+    with Running(api_key=KEY) as server:
+        own = server.headers
+        server.headers = {}
+        for path in ("/", "/healthz", "/readyz"):
+            assert server.get(path).status == 200
+        for path in ("/v1/models", "/v1/log", "/v1/drift", "/metrics", "/openapi.json", "/nothing"):
+            answer = server.get(path)
+            assert (answer.status, answer.code) == (401, "wrong_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert server.post(encoded()).status == 401
+        for wrong in (KEY[:-1], KEY + "x", KEY.upper(), "", "ü" * 23):
+            assert server.get("/v1/models", **{"X-API-Key": wrong}).status == 401
+            assert server.get("/v1/models", Authorization=f"Bearer {wrong}").status == 401
+        assert server.get("/v1/models", Authorization=f"bearer {KEY}").status == 200
+        assert server.get("/v1/models", **own).status == 200
+        assert server.get("/v1/models", Host="any.name", **own).status == 200
+
+
+def test_without_a_key_other_sites_cannot_reach_in_through_a_browser() -> None:
+    with Running() as server:
+        assert server.get("/v1/models", Host="rebound.example").code == "other_host"
+        assert server.get("/v1/models", Host=f"localhost:{server.port}").status == 200
+        assert server.get("/v1/models", Host="[::1]:80").status == 200
+        answer = server.ask("POST", "/v1/drift/bright/reset", b"", {"Origin": "https://evil.example"})
+        assert (answer.status, answer.code) == (403, "other_origin")
+        own = f"http://127.0.0.1:{server.port}"
+        assert server.ask("POST", "/v1/drift/bright/reset", b"", {"Origin": own}).status == 200
+
+
+def test_answers_carry_what_browsers_need_and_request_ids_are_kept_or_made() -> None:
+    with Running() as server:
+        answer = server.get("/healthz", **{"X-Request-ID": "line-7_1"})
+        assert answer.headers["x-request-id"] == "line-7_1"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "server" not in answer.headers
+        assert server.get("/healthz", **{"X-Request-ID": "a b\tc"}).headers["x-request-id"].isalnum()

@@ -1,0 +1,155 @@
+"""``calibrate --from-log``: what operators said moves thresholds, and what is not known is said."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import needs_server  # noqa: F401
+import numpy as np
+import pytest
+from log_cases import result
+from serving import decision
+from typer.testing import CliRunner
+
+from twinspect import Detector
+from twinspect.bundle import read_bundle
+from twinspect.cli import app
+from twinspect.decision import Decision
+from twinspect.errors import ConfigError, DataError
+from twinspect.recalibrate import Wanted, recalibrate
+from twinspect.server.learn import label_of, learn, milliseconds
+from twinspect.server.log import Inspection, InspectionLog
+
+
+def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, class_name: str = "part") -> list[int]:
+    """Decisions with a threshold of 2.6; every image its own."""
+    rows = [
+        Inspection(
+            result(f"{start + n}.png", "anomaly" if s >= 2.6 else "good", float(s), model_id=model_id,
+                   class_name=class_name, prototype_distance=1.0),
+            "bright", "r", f"{start + n:016x}", f"shift-{n % 2}", 1_000_000 + start + n,
+        )
+        for n, s in enumerate(scores)
+    ]  # fmt: skip
+    return log.append(rows)
+
+
+@pytest.mark.parametrize(
+    ("answer", "feedback", "label"),
+    [
+        ("good", "", 0), ("good", "confirmed", 0), ("good", "missed", 1), ("anomaly", "", None),
+        ("anomaly", "confirmed", 1), ("anomaly", "false_alarm", 0), ("unsure", "", None),
+        ("unsure", "confirmed", None), ("unsure", "missed", 1), ("unsure", "false_alarm", 0),
+    ],
+)  # fmt: skip
+def test_what_answer_and_feedback_say_together(answer: str, feedback: str, label: int | None) -> None:
+    assert label_of(answer, feedback) == label
+
+
+def test_false_alarms_raise_the_threshold_until_the_promise_holds(log: InspectionLog) -> None:
+    """A shifted line: one good image in four is called bad; operators say so; the new threshold keeps the budget."""
+    rng = np.random.default_rng(1)
+    before = decision()
+    limit = before.rule("part").image.value
+    good = rng.uniform(1.4, 3.0, 400)
+    numbers = fill(log, good)
+    for number, score in zip(numbers, good, strict=True):
+        if score >= 2.6:
+            log.give_feedback(number, "false_alarm")
+    found = learn(log, before)
+    assert len(found.good.rows) == 400
+    after, _ = recalibrate(before, Wanted(), found.good)
+    new = after.rule("part").image.value
+    fresh = rng.uniform(1.4, 3.0, 20_000)
+    assert (fresh >= limit).mean() > 0.2
+    assert new > limit
+    assert (fresh >= new).mean() < 0.02
+
+
+def test_misses_are_not_taken_for_good_and_labels_can_choose(log: InspectionLog) -> None:
+    good, bad = fill(log, np.linspace(1.0, 2.0, 120)), fill(log, np.linspace(2.2, 2.5, 20), start=200)
+    for number in bad:
+        log.give_feedback(number, "missed")
+    found = learn(log, decision())
+    assert len(found.good.rows) == len(good)
+    assert found.labelled.label_N.sum() == len(bad)
+    after, _ = recalibrate(decision(), Wanted(rule="zero-miss"), found.good, found.labelled)
+    assert 2.0 < after.rule("part").image.value < 2.2
+
+
+def test_alarms_without_feedback_are_left_out_and_the_price_is_said(log: InspectionLog) -> None:
+    fill(log, [*np.linspace(1.0, 2.0, 90), *np.linspace(3.0, 4.0, 10)])
+    found = learn(log, decision())
+    assert len(found.good.rows) == 90
+    assert "10 alarms without feedback" in found.notes[1]
+    assert "10 percentage points" in found.notes[1]
+
+
+def test_rows_of_other_models_times_and_classes_do_not_count(log: InspectionLog) -> None:
+    fill(log, [1.0] * 3, model_id="other")
+    fill(log, [1.1] * 4, start=10)
+    fill(log, [1.2] * 5, start=20, class_name="nut")
+    both = decision(classes=("part", "nut"))
+    assert len(learn(log, both).good.rows) == 9
+    assert len(learn(log, both, class_name="nut").good.rows) == 5
+    assert len(learn(log, both, since="1970-01-01T00:16:40.015+00:00").good.rows) == 5
+    with pytest.raises(DataError, match="no good image of this model"):
+        learn(log, decision(model_id="third"))
+    with pytest.raises(ConfigError, match="unknown class"):
+        learn(log, both, class_name="bolt")
+
+
+def test_times() -> None:
+    assert milliseconds("") is None
+    assert milliseconds("1970-01-01T00:00:01+00:00") == 1000
+    for wrong in ("yesterday", "2026-13-01", "9" * 40):
+        with pytest.raises(ConfigError, match="--since"):
+            milliseconds(wrong)
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def saved(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quick.save(tmp_path_factory.mktemp("learn") / "parts.twin")
+
+
+def calibrate(bundle: Path, *options: str):
+    return CliRunner().invoke(app, ["calibrate", str(bundle), *options])
+
+
+def test_command_writes_a_bundle_with_the_logs_images(saved: Path, log: InspectionLog, tmp_path: Path) -> None:
+    before = Decision.from_dict(read_bundle(saved).meta["decision"])
+    name = before.classes[0]
+    scores = np.random.default_rng(0).uniform(5, 9, 120)
+    numbers = fill(log, scores, model_id=before.model_id, class_name=name)
+    for number in numbers:
+        log.give_feedback(number, "false_alarm") if scores[number - 1] >= 2.6 else None
+    out = tmp_path / "new.twin"
+    file = log.described.removeprefix("sqlite:///")
+    found = calibrate(saved, "--from-log", file, "--class", name, "--max-fpr", "0.01", "--out", str(out))
+    assert found.exit_code == 0, found.output
+    after = Decision.from_dict(read_bundle(out).meta["decision"])
+    rule = after.rule(name)
+    assert rule.image.guaranteed
+    assert rule.images == 120
+    assert 5 < rule.image.value < 9.01
+    assert after.model_id == before.model_id
+    assert not math.isnan(after.good.distance[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--from-log", "none.db"), "no such inspection log"),
+        (("GOOD", "--from-log", "x.db"), "leave GOOD and --labels out"),
+        (("--since", "2026-01-01"), "no effect without --from-log"),
+        (("--from-log", "mysql://x/y"), "cannot be used|accepted sqlite or postgresql"),
+    ],
+)
+def test_command_refuses_what_makes_no_sense(saved: Path, options: tuple[str, ...], said: str) -> None:
+    found = calibrate(saved, *options)
+    assert found.exit_code == 2
+    assert any(word in found.output for word in said.split("|")), found.output
