@@ -156,11 +156,14 @@ class Scorer(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, info: BackboneInfo, dims: list[int], sides: list[int], clusters: int, map_side: int) -> None:
+    def __init__(
+        self, info: BackboneInfo, dims: list[int], sides: list[int], clusters: int, map_side: int, ridge: float = 1e-3
+    ) -> None:
         super().__init__()
         token_dims = sum(info.token_channels)
         self.prototypes = Prototypes(token_dims, most=clusters)
-        self.residuals = nn.ModuleList(ResidualMap(d, side) for d, side in zip(dims, sides, strict=True))
+        shapes = zip(dims, sides, strict=True)
+        self.residuals = nn.ModuleList(ResidualMap(d, side, ridge=ridge) for d, side in shapes)
         self.token_of_teacher = TokenDistance(token_dims)
         self.map_side = map_side
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * map_side), persistent=False)
