@@ -64,6 +64,7 @@ ROWS = {
     "snl": ("+ global tokens (snl as shipped)", "cram", "joint"),
     "control-whitened": ("rd + whitened residuals", "flat", "whitened"),
     "control": ("rd + whitened residuals + global tokens", "flat", "joint"),
+    "spatial-joint": ("+ spatial, whitened residuals, global tokens", "spatial", "joint"),
     "flat-cram": ("rd + CRAM", "flat-cram", "plain"),
     "forward": ("plain forward distillation (fd)", "forward", "plain"),
     "snl-forward": ("snl, forward", "snl-forward", "joint"),
