@@ -64,6 +64,7 @@ ROWS = {
     "snl": ("+ global tokens (snl as shipped)", "cram", "joint"),
     "control-whitened": ("rd + whitened residuals", "flat", "whitened"),
     "control": ("rd + whitened residuals + global tokens", "flat", "joint"),
+    "spatial-joint": ("+ spatial, whitened residuals, global tokens", "spatial", "joint"),
     "flat-cram": ("rd + CRAM", "flat-cram", "plain"),
     "forward": ("plain forward distillation (fd)", "forward", "plain"),
     "snl-forward": ("snl, forward", "snl-forward", "joint"),
@@ -71,6 +72,7 @@ ROWS = {
 DEFAULT_ROWS = (
     "baseline", "spatial", "channel", "intra", "inter", "cram", "whitened", "snl", "control-whitened", "control",
 )  # fmt: skip
+MULTI = "multi"  # what is trained on: all classes, or else the name of one
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
 
@@ -97,39 +99,20 @@ def rescored(fitted, samples, config, console):
 
 
 def measured(rows, samples, configs, plan, console):
-    """Train one student on the normal images of some samples; test it under the scoring of every row."""
-    began, found = time.monotonic(), {}
+    """Train one student on the normal images of some samples; (row, values) under the scoring of every row."""
+    began = time.monotonic()
     fitted = fit(samples, configs[rows[0]], None, console.progress)
     trained = time.monotonic() - began
     for row in rows:
-        began = time.monotonic()
-        model, decision = rescored(fitted, samples, configs[row], console)
+        began, model, decision = time.monotonic(), fitted.model, fitted.decision
+        if row != rows[0]:
+            model, decision = rescored(fitted, samples, configs[row], console)
         predictor = Predictor(TorchRuntime(model), decision, batch=8)
-        table = evaluate(predictor, test_samples(samples), console.progress).table
-        found[row] = {"classes": table["classes"], "training": fitted.record["training"], "fit_s": round(trained, 1)}
+        classes = evaluate(predictor, test_samples(samples), console.progress).table["classes"]
+        found = {"classes": classes, "mean": mean_of_classes(classes), "training": fitted.record["training"]}
         if plan is not None:
-            found[row]["interference"] = diagnose(predictor, samples, plan, console.progress).mean()
-        found[row]["test_s"] = round(time.monotonic() - began, 1)
-    return found
-
-
-def multi_class(rows, samples, configs, plan, console):
-    return measured(rows, samples, configs, plan, console)
-
-
-def single_class(rows, samples, configs, plan, console):
-    """One model a class, each with as many steps as the one for all classes."""
-    classes = sorted({s.class_name for s in samples})
-    parts = {
-        name: measured(rows, [s for s in samples if s.class_name == name], configs, None, console) for name in classes
-    }
-    return {
-        row: {
-            "classes": {name: part[row]["classes"][name] for name, part in parts.items()},
-            **{what: sum(part[row][what] for part in parts.values()) for what in ("fit_s", "test_s")},
-        }
-        for row in rows
-    }
+            found["interference"] = diagnose(predictor, samples, plan, console.progress).mean()
+        yield row, {**found, "fit_s": round(trained, 1), "test_s": round(time.monotonic() - began, 1)}
 
 
 def mean_of_classes(classes):
@@ -142,19 +125,16 @@ def mean_of_classes(classes):
 
 
 def run(rows, seed, mode, samples, args, done, console):
-    """Entries of rows that share a student: from the file, or made now."""
+    """Entries of rows that share a student: from the file, or made now. ``mode``: multi, or the name of a class."""
     configs = {row: config_of(row, seed, args) for row in rows}
     keys = {row: key_of(configs[row], mode, samples, args) for row in rows}
     missing = [row for row in rows if keys[row] not in done]
-    if missing:
-        makes = {"multi": multi_class, "single": single_class}[mode]
-        made = makes(missing, samples, configs, Plan(count=args.count, normals=args.normals), console)
-        for row, values in made.items():
-            mean_row = mean_of_classes(values["classes"])
-            entry = {"row": row, "seed": seed, "mode": mode, "config": configs[row].to_dict()}
-            done[keys[row]] = {**entry, **values, "mean": mean_row}
-            console.say(f"{row}, {mode}, seed {seed}: {say(done[keys[row]])}")
+    own = samples if mode == MULTI else [s for s in samples if s.class_name == mode]
+    plan = Plan(count=args.count, normals=args.normals) if mode == MULTI else None
+    for row, values in measured(missing, own, configs, plan, console) if missing else ():
+        done[keys[row]] = {"row": row, "seed": seed, "mode": mode, "config": configs[row].to_dict(), **values}
         write_text(args.out, json.dumps(done, indent=1) + "\n")
+        console.say(f"{row}, {mode}, seed {seed}: {say(values)}")
     return [done[key] for key in keys.values()]
 
 
@@ -182,18 +162,25 @@ def spread(values):
     return shown if len(values) < 2 else f"{shown} ± {100 * stdev(values):.1f}"
 
 
+def classes_of(row, seed, single, entries):
+    """Metrics by class of a row: from the run on all classes, or from one run a class."""
+    own = [e for e in entries if (e["row"], e["seed"]) == (row, seed) and (e["mode"] != MULTI) == single]
+    return {name: values for e in own for name, values in e["classes"].items()}
+
+
 def table_of(entries, args):
+    """Means over classes; what single-class training gains is shown where every class has been trained alone."""
     columns = ("row", *METRICS, *INTERFERENCE, "single-class image_auroc", "drop", "seeds")
     rows = []
     for row in args.rows:
-        multi = [e for e in entries if e["row"] == row and e["mode"] == "multi"]
-        single = {e["seed"]: e["mean"]["image_auroc"] for e in entries if e["row"] == row and e["mode"] == "single"}
-        if not multi:
-            continue
+        multi = [e for e in entries if e["row"] == row and e["mode"] == MULTI]
         numbers = [spread([e["mean"][m] for e in multi]) if m in multi[0]["mean"] else "-" for m in METRICS]
         numbers += [spread([e["interference"][m] for e in multi]) for m in INTERFERENCE]
-        drops = [single[e["seed"]] - e["mean"]["image_auroc"] for e in multi if e["seed"] in single]
-        numbers += [spread(list(single.values())), spread(drops)] if drops else ["-", "-"]
+        alone = {e["seed"]: classes_of(row, e["seed"], True, entries) for e in multi}
+        whole = [e for e in multi if alone[e["seed"]].keys() == e["classes"].keys()]
+        single = [mean_of_classes(alone[e["seed"]])["image_auroc"] for e in whole]
+        drops = [value - e["mean"]["image_auroc"] for value, e in zip(single, whole, strict=True)]
+        numbers += [spread(single), spread(drops)] if whole else ["-", "-"]
         rows.append((ROWS[row][0], *numbers, len(multi)))
     return Table("ablation, mean over classes, percent", columns, tuple(rows))
 
@@ -203,11 +190,11 @@ def class_table(entries, args):
     names = sorted({name for e in entries for name in e["classes"]})
     rows = []
     for row in args.rows:
-        for mode in ("multi", "single"):
-            own = [e for e in entries if e["row"] == row and e["mode"] == mode]
+        for single, word in ((False, "all classes"), (True, "one class")):
+            own = [found for seed in args.seeds if (found := classes_of(row, seed, single, entries))]
+            values = [[found[n]["image_auroc"] for found in own if n in found] for n in names]
             if own:
-                values = (spread([e["classes"][n]["image_auroc"] for e in own]) for n in names)
-                rows.append((f"{ROWS[row][0]}, {mode}", *values))
+                rows.append((f"{ROWS[row][0]}, {word}", *(spread(v) if v else "-" for v in values)))
     return Table("image AUROC per class, percent", ("row", *names), tuple(rows))
 
 
@@ -246,8 +233,9 @@ def main() -> None:
     samples = data_room.load(Path(args.data)).samples
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
     with Console() as console:
-        jobs = [job for seed in args.seeds for job in jobs_of(args.rows, "multi", seed)]
-        jobs += [job for seed in args.seeds for job in jobs_of(args.single, "single", seed)]
+        jobs = [job for seed in args.seeds for job in jobs_of(args.rows, MULTI, seed)]
+        names = sorted({s.class_name for s in samples}) if args.single else []
+        jobs += [job for seed in args.seeds for name in names for job in jobs_of(args.single, name, seed)]
         entries = [entry for job in jobs for entry in run(*job, samples, args, done, console)]
         facts = {"teacher": args.teacher, "input size": str(args.size), "steps": str(args.steps)}
         facts |= {"decoder width": str(args.width or "the library's own"), "code": code_hash()}

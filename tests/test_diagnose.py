@@ -142,6 +142,7 @@ def test_refusals_say_what_to_do(colours: list[Sample]) -> None:
 def test_a_model_that_sees_other_classes_gets_one_and_a_blind_one_a_half(colours: list[Sample]) -> None:
     found = diagnose(Truth(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
     assert found.mean() == pytest.approx(dict.fromkeys(MEASURES, 1.0), abs=0.02)
+    assert "no class hides in another: the lowest value is 1.000" in list(sentences(found))[1]
     blind = Truth()
     blind.blind = True
     found = diagnose(blind, colours, Plan(count=4), silent)  # type: ignore[arg-type]
@@ -166,7 +167,9 @@ def test_which_class_hides_which_is_found_in_its_own_cell(colours: list[Sample])
     assert [matrix[i][i] for i in range(3)] == [None] * 3
     low = [(i, j) for i in range(3) for j in range(3) if i != j and matrix[i][j] < 0.5]
     assert low == [(2, 0)]
-    assert "a piece of blue hides best in red" in list(sentences(found))[1]
+    said = list(sentences(found))
+    assert len(said) == 2
+    assert said[1].startswith("blue hides in red: Mixup AUROC")
     table = next(iter(matrices(found)))
     assert table.columns == ("class", "blue", "green", "red", "mean")
     assert [row[0] for row in table.rows] == found.classes
@@ -208,7 +211,7 @@ def test_command_prints_matrices_and_writes_json_and_report(
     classes = load(parts).classes
     assert found["classes"] == sorted(classes)
     assert len(found["pairs"]) == len(classes) * (len(classes) - 1)
-    for word in (*classes, "Mixup", "CutPaste", "mean over 2 ordered pairs", "hides best in"):
+    for word in (*classes, "Mixup", "CutPaste", "mean over 2 ordered pairs", "hide"):
         assert word in done.stdout
     html = report.read_text()
     assert html.count("data:image/jpeg") >= 4

@@ -316,3 +316,20 @@ def test_batches_mix_classes() -> None:
     classes = [i // 50 for i in range(200)]
     batches = [part for _, part in _batches(range(200), TrainConfig(steps=26, batch=16), 0)]
     assert all(len({classes[i] for i in part}) > 1 for part in batches)
+
+
+@pytest.mark.slow
+def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
+    """In fp16, the harder case; `export` compares with torch itself and refuses to write what differs."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from twinspect.inference import load
+    from twinspect.inference.export import ExportOptions, export
+
+    detector = trained(parts, width=16, cram=4)
+    out = tmp_path / "model.onnx"
+    found = export(detector.fitted, out, ExportOptions("onnx", "fp16"))
+    assert not found.problems("fp16")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    (theirs,) = load(out).predict([image])
+    assert theirs.score == pytest.approx(detector.predict(image).score, rel=0.05, abs=0.05)

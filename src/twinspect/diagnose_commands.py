@@ -23,7 +23,8 @@ _TITLES = {
     "pixel_auroc": "CutPaste: pixel AUROC of finding the pasted piece",
     "aupro": "CutPaste: AUPRO (to 0.3) of finding the pasted piece",
 }
-_HARDEST = 5
+_HARDEST = 5  # pictures of each kind in a report
+_HIDDEN = 0.9  # AUROC below which a class is said to hide in another
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +126,22 @@ def sentences(found: Diagnosis) -> Iterator[str]:
         f"mean over {len(found.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    for pair in sorted(found.pairs, key=lambda one: float(one["cutpaste_auroc"]))[:3]:
+    ranked = sorted(found.pairs, key=_noticed)
+    for pair in [one for one in ranked if _noticed(one) < _HIDDEN][:3]:
         yield (
-            f"a piece of {pair['other']} hides best in {pair['base']}: CutPaste AUROC {pair['cutpaste_auroc']:.3f}, "
-            f"Mixup AUROC {pair['mixup_auroc']:.3f}"
+            f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
+            f"{pair['cutpaste_auroc']:.3f}"
         )
+    if _noticed(ranked[0]) >= _HIDDEN:
+        yield (
+            f"no class hides in another: the lowest value is {_noticed(ranked[0]):.3f}, {ranked[0]['other']} in "
+            f"{ranked[0]['base']}"
+        )
+
+
+def _noticed(pair: dict[str, Any]) -> float:
+    """How surely a class is noticed inside another, at its worst."""
+    return min(float(pair["mixup_auroc"]), float(pair["cutpaste_auroc"]))
 
 
 def sections(found: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:

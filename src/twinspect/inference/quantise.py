@@ -47,7 +47,10 @@ def to_half(proto: Any) -> Any:
     half.CopyFrom(proto)
     graph = half.graph
     weights = {one.name: one for one in graph.initializer}
-    chosen = {i for i, node in enumerate(graph.node) if _may_be_half(node, weights)}
+    floats = _float_values(proto)
+    chosen = {
+        i for i, node in enumerate(graph.node) if _may_be_half(node, weights) and floats.issuperset(node.output)
+    }
     made_half = {name for i in chosen for name in graph.node[i].output}
     casts: dict[tuple[str, bool], Any] = {}
     for i, node in enumerate(graph.node):
@@ -63,6 +66,15 @@ def to_half(proto: Any) -> Any:
     graph.node.extend([*first, *nodes])
     graph.initializer.extend([one for name, one in weights.items() if name in read])
     return half
+
+
+def _float_values(proto: Any) -> set[str]:
+    """Values that hold fp32; a Concat may also join shapes, which are whole numbers."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(proto).graph
+    values = (*inferred.value_info, *inferred.output)
+    return {one.name for one in values if one.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
 
 
 def _casts_of(node: Any, casts: Mapping[tuple[str, bool], Any]) -> list[Any]:

@@ -167,12 +167,13 @@ class Scorer(nn.Module):
         clusters: int,
         map_side: int,
         windows: list[tuple[int, ...]] | None = None,
+        ridge: float = 1e-3,
     ) -> None:
         super().__init__()
         token_dims = sum(info.token_channels)
         self.prototypes = Prototypes(token_dims, most=clusters)
         each = zip(dims, sides, windows or [(1,)] * len(dims), strict=True)
-        self.residuals = nn.ModuleList(ResidualMap(d, side, own) for d, side, own in each)
+        self.residuals = nn.ModuleList(ResidualMap(d, side, own, ridge=ridge) for d, side, own in each)
         self.token_of_teacher = TokenDistance(token_dims)
         self.map_side = map_side
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * map_side), persistent=False)

@@ -53,7 +53,7 @@ TOP_SHARE = 0.005  # share of positions whose mean is a stage's score when white
 # steps leave residuals whose small directions are noise, and whitening them fully loses small defects (see LOG.md).
 RIDGE = 1.0
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
-_START_ROWS = 4096  # vectors that the centres of a CRAM are found from
+_START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +144,10 @@ class StructuralScorer(Scorer):
 
     def __init__(self, stages: Stages, info: BackboneInfo, clusters: int, scoring: str) -> None:
         self.whitened, self.joined = scoring != "plain", scoring == "joint"
-        whitened = self.whitened
         self.side = max(stages.map_sides)
-        dims = stages.channels if whitened else []
-        sides = stages.map_sides if whitened else []
+        dims, sides = (stages.channels, stages.map_sides) if self.whitened else ([], [])
         # At a quarter of the input, whatever the finest stage is.
-        super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)))
-        for module in self.maps_of_groups():
-            module.ridge = RIDGE
+        super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)), RIDGE)
         self.surprise_stages = nn.ModuleList(Surprise() for _ in dims)
         self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
 
@@ -292,9 +288,11 @@ class StructuralModel(AnomalyModel):
         if not crams:
             return
         seen: dict[Cram, list[Tensor]] = {cram: [] for cram in crams}
+        generator = torch.Generator().manual_seed(seed)
 
         def note(cram: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[cast(Cram, cram)].append(inputs[0].movedim(1, -1).flatten(0, -2))
+            rows = inputs[0].movedim(1, -1).flatten(0, -2)
+            seen[cast(Cram, cram)].append(rows[torch.randperm(len(rows), generator=generator)[:_START_ROWS]])
 
         hooks = [cram.register_forward_pre_hook(note) for cram in crams]
         self.student.train()  # batch norm must see these features, its running statistics are still empty
@@ -302,11 +300,8 @@ class StructuralModel(AnomalyModel):
             self.answer(observed, small)
         for hook in hooks:
             hook.remove()
-        generator = torch.Generator().manual_seed(seed)
         for cram, parts in seen.items():
-            rows = torch.cat(parts)
-            chosen = torch.randperm(len(rows), generator=generator)[:_START_ROWS]
-            cram.initialise(rows[chosen], seed)
+            cram.initialise(torch.cat(parts), seed)
 
 
 def build_structural(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:

@@ -19,8 +19,8 @@ from twinspect.decision import image_id
 from twinspect.errors import TwinspectError
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
-from twinspect.inference.sources import Item
 from twinspect.inference.result import Result
+from twinspect.inference.sources import Item
 from twinspect.server.batcher import Batcher
 from twinspect.server.drifts import DriftLight, fingerprint
 from twinspect.server.guard import say
