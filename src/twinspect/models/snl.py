@@ -147,7 +147,7 @@ class StructuralScorer(Scorer):
         self.side = max(stages.map_sides)
         dims, sides = (stages.channels, stages.map_sides) if self.whitened else ([], [])
         # At a quarter of the input, whatever the finest stage is.
-        super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)), RIDGE)
+        super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)), ridge=RIDGE)
         self.surprise_stages = nn.ModuleList(Surprise() for _ in dims)
         self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
 
