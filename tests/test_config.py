@@ -64,3 +64,16 @@ def test_unknown_names() -> None:
         "unknown fruit 'aple'. Did you mean 'apple'? Accepted: apple, fig"
     )
     assert unknown_name("fruit", "zzz", ["apple"]) == "unknown fruit 'zzz'. Accepted: apple"
+
+
+def test_the_dial_sets_what_costs_time_and_gives_way_to_what_is_given() -> None:
+    from twinspect import Detector
+
+    fast, default, best = (Detector(effort=name).config for name in ("fast", "default", "max"))
+    assert default == Detector().config
+    assert fast.train.steps < default.train.steps < best.train.steps
+    assert Detector(effort="max", size=128).config.model.size == 128
+    same = [dataclasses.replace(c.model, size=0) for c in (fast, default, best)]
+    assert same[0] == same[1] == same[2]
+    with pytest.raises(ConfigError, match="fast, default, max"):
+        Detector(effort="hard")

@@ -101,6 +101,7 @@ def fit(
     direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
     terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
     teacher: Teacher = "",
+    effort: Annotated[str, typer.Option(help="One dial: fast, default or max. Other options win.")] = "default",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,
@@ -126,6 +127,7 @@ def fit(
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
     from twinspect.app import fit_command
+    from twinspect.config import of_effort
 
     # None is "not given": a TOML file's value, or the default, then holds.
     chosen: dict[str, dict[str, Any]] = {
@@ -142,6 +144,8 @@ def fit(
         },
     }  # fmt: skip
     with _console() as console:
+        for section, values in of_effort(effort).items():
+            chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}
         fit_command(data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget)
 
 

@@ -26,6 +26,25 @@ CRAM_PLACES = ("bottleneck", "stages")
 SCORINGS = ("plain", "whitened", "joint")
 
 
+# The one dial: what costs time. Everything else is the same at every position; docs/results.md has what each gives.
+EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {"model": {"size": 256}, "train": {"steps": 30}},
+    "default": {"model": {}, "train": {}},
+    "max": {"model": {"size": 640}, "train": {"steps": 300}},
+}
+
+
+def of_effort(name: str) -> dict[str, dict[str, Any]]:
+    """Settings of a position of the dial; what is given beside it wins.
+
+    Raises:
+        ConfigError: no such position.
+    """
+    if name not in EFFORTS:
+        raise ConfigError(unknown_name("effort", name, tuple(EFFORTS)))
+    return EFFORTS[name]
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """A structural model with everything decided; see `twinspect.models.snl`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.config import ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.errors import ConfigError, TwinspectError
 from twinspect.types import TRAIN, Sample
 
@@ -29,6 +29,7 @@ class Detector:
         weights: local weights file of the teacher.
         pretrained: False gives a random-weight teacher (tests of shape and speed only).
         config: full settings; the other arguments are then left alone.
+        effort: the one dial, ``fast``, ``default`` or ``max``.
 
     Example:
         >>> detector = Detector("efficientnet-lite0").fit("data/")
@@ -42,9 +43,12 @@ class Detector:
         weights: str | Path = "",
         pretrained: bool = True,
         config: RunConfig | None = None,
+        effort: str = "default",
     ) -> None:
-        model = ModelConfig(teacher=teacher, size=size, weights=str(weights), pretrained=pretrained)
-        self.config = config or RunConfig(model=model)
+        dial = of_effort(effort)
+        model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
+        model |= dial["model"] | ({"size": size} if size else {})
+        self.config = config or RunConfig(ModelConfig(**model), TrainConfig(**dial["train"]))
         self._fitted: Fitted | None = None
         self._predictor: Predictor | None = None
 
