@@ -147,7 +147,7 @@ def test_nearest_normal_is_the_distance_in_the_whitened_space() -> None:
     module.fit(images, seed=0)
     unit = torch.nn.functional.normalize(images, dim=1).double()
     covariance = torch.cov(unit.T, correction=0)
-    ridge = 0.5 * covariance.trace() / 12
+    ridge = 5.0 * covariance.trace() / 12
     inverse = torch.linalg.inv(covariance + ridge * torch.eye(12))
     for row, got in zip(torch.nn.functional.normalize(fresh, dim=1).double(), module(fresh), strict=True):
         away = sorted(float(torch.sqrt((row - other) @ inverse @ (row - other))) for other in unit)
@@ -174,6 +174,24 @@ def test_repetition_tells_production_from_photographs() -> None:
     assert min(one, several) > 0.99
     assert none < 0.01
     assert repetition(photographs[:3], torch.zeros(3, dtype=torch.long), 1).tolist() == [1.0]  # too few to tell
+
+
+def test_kinds_of_photographs_share_one_prototype_products_keep_theirs() -> None:
+    kinds = 30.0 * normal(4, 24, seed=1).repeat_interleave(60, 0)
+    tokens = kinds + normal(240, 24, seed=2)
+    embeddings = normal(240, 24, seed=3)  # photographs: nothing repeats
+    for start in (0, 60):  # two products
+        embeddings[start : start + 60] = normal(1, 24, seed=4 + start) + 0.1 * normal(60, 24, seed=5 + start)
+    prototypes = Prototypes(24)
+    prototypes.fit(tokens, 0)
+    assert prototypes.count == 4
+    link_K = prototypes.join_varied(tokens, embeddings)
+    owner = prototypes(tokens)
+    assert prototypes.count == 3
+    assert [len(set(owner[i : i + 60].tolist())) for i in range(0, 240, 60)] == [1, 1, 1, 1]
+    assert owner[0] != owner[60]
+    assert owner[120] == owner[180] == 2
+    assert (link_K > 0.9).tolist() == [True, True, False]
 
 
 def test_surprises_of_every_prototype_have_mean_one() -> None:

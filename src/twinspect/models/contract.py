@@ -197,10 +197,10 @@ class Scorer(nn.Module):
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit the curves on raw scores of held-out normal images; their joint scores (N)."""
 
-    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, seed: int) -> None:
+    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, link_K: Tensor, seed: int) -> None:
         """Learn how the teacher's tokens (and, where there are some, the student's) scatter on normal images.
 
-        The prototypes are fitted already.
+        The prototypes are fitted already; ``link_K`` says how far the images of each repeat each other.
         """
         self.token_of_teacher.fit(token_NE, self.prototypes.variant(token_NE), self.prototypes.variants)
 

@@ -28,11 +28,12 @@ from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens, whole_divisor
-from twinspect.models.statistics import NearestNormal, Surprise, TokenDistance, repetition
+from twinspect.models.statistics import NearestNormal, Surprise, TokenDistance
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions whose mean is a layer group's score
+TOKEN_WEIGHT = 0.25  # of the tokens' reading where normal images do not repeat each other; 1 where they do
 SURFACE_SHARE = 0.002  # the same for the mean map of the groups that lie on the surface, on the finest grid
 SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place says more than one group alone
 GRAIN_WINDOWS, FINE_WINDOWS = (3, 5), (1, 3)  # a position of stride 4 is too small to judge alone
@@ -271,14 +272,14 @@ class DualScorer(Scorer):
         """
         return token_BE - self.gain_E * torch.cat(predicted, 1)
 
-    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, seed: int) -> None:
-        """Learn how tokens and what the student misses of them scatter, and how far normal images repeat."""
-        super().fit_tokens(token_NE, said_NE, embedding_NF, seed)
+    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, link_K: Tensor, seed: int) -> None:
+        """Learn how tokens and what the student misses of them scatter, and where normal images lie."""
+        super().fit_tokens(token_NE, said_NE, embedding_NF, link_K, seed)
         variant_N = self.prototypes.variant(token_NE)
         self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
         self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, self.prototypes.variants)
         self.nearest.fit(embedding_NF, seed)
-        self.link_K = repetition(embedding_NF, self.prototypes.owner_V[variant_N], self.prototypes.count)
+        self.link_K = link_K
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit every reading's curve, then both students', whose scores are formed anew from the readings."""
@@ -325,11 +326,14 @@ class DualScorer(Scorer):
     def semantic(self, readings_B2: Tensor, prototype_B: Tensor) -> Tensor:
         """Semantic score: Noisy-OR of its two readings, as a sum of surprises (B).
 
-        Where normal images repeat each other, their spread says all, and the nearest of them adds but noise.
+        Where normal images repeat each other, their spread says all, and the nearest of them adds but noise; where
+        they are as different as photographs, no spread describes them well.
         """
         token, nearest = readings_B2.unbind(1)
-        varied = 1.0 - self.link_K[prototype_B]
-        total: Tensor = self.surprise_token(token, prototype_B) + varied * self.surprise_nearest(nearest, prototype_B)
+        link = self.link_K[prototype_B]
+        spread = TOKEN_WEIGHT + (1.0 - TOKEN_WEIGHT) * link
+        own, other = self.surprise_token(token, prototype_B), self.surprise_nearest(nearest, prototype_B)
+        total: Tensor = spread * own + (1.0 - link) * other
         return total
 
     def read_tokens(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+_NEAREST_RIDGE = 5.0  # mean variances; 0.5 to 15 are within a point of each other
 _TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
 
 
@@ -95,6 +96,18 @@ class Prototypes(nn.Module):
         point = self.embed(token_BE)
         distance = (point[:, None] - self.centres_VP[None]).square().sum(-1)
         return distance.argmin(1)
+
+    def join_varied(self, token_NE: Tensor, embedding_NF: Tensor) -> Tensor:
+        """Make one prototype of all whose images do not repeat each other; how far each then repeats (K).
+
+        Products need rulers of their own. Kinds of photographs do not: an odd photograph lies between them, and
+        would be excused by the widest.
+        """
+        link_K = repetition(embedding_NF, self(token_NE), self.count)
+        products = [k for k in range(self.count) if link_K[k] >= 0.5]
+        names = {k: place for place, k in enumerate(products)}
+        self.owner_V = torch.tensor([names.get(int(k), len(products)) for k in self.owner_V])
+        return repetition(embedding_NF, self(token_NE), self.count)
 
     def forward(self, token_BE: Tensor) -> Tensor:
         """Index of the prototype for each image (B)."""
@@ -406,7 +419,7 @@ class NearestNormal(nn.Module):
         _, singular, rows = torch.linalg.svd(unit - mean, full_matrices=False)
         variance = singular.square() / len(unit)
         kept = min(self.most_dims, max(1, int((variance > 1e-9 * variance[0]).sum())))
-        ridge = (0.5 * variance.sum() / unit.shape[1]).clamp_min(1e-12)
+        ridge = (_NEAREST_RIDGE * variance.sum() / unit.shape[1]).clamp_min(1e-12)
         self.mean_F, self.basis_FR = mean.float(), rows[:kept].T.float().contiguous()
         self.scale_R, self.ridge = (variance[:kept] + ridge).rsqrt().float(), ridge.float()
         order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[: self.most]

@@ -53,6 +53,7 @@ def fit_statistics(
     seen = [(model.tokens(observed.token_BE), observed.embedding_BF) for _, observed, _ in source.batches(indices, 8)]
     tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
     scorer.prototypes.fit(tokens, seed)
+    link_K = scorer.prototypes.join_varied(tokens, embeddings)
     prototype_N, count = scorer.prototypes(tokens), scorer.prototypes.count
     modules = scorer.maps_of_groups()
     if modules:
@@ -68,7 +69,7 @@ def fit_statistics(
                 gathered.update(rows, k)
     for module, gathered in zip(modules, moments, strict=True):
         module.set_moments(gathered)
-    scorer.fit_tokens(tokens, torch.cat(said), embeddings, seed)
+    scorer.fit_tokens(tokens, torch.cat(said), embeddings, link_K, seed)
     if modules:
         _fit_positions(model, source, indices, prototype_N, progress)
 
