@@ -487,8 +487,8 @@ class Surprise(nn.Module):
 
     def forward(self, score_B: Tensor, prototype_B: Tensor) -> Tensor:
         """Surprise in nats (B); strictly rising with the raw score."""
-        # A million widths are beyond anything real; without the limit, copies of one image would overflow.
-        z = ((score_B - self.centre_K[prototype_B]) / self.width_K[prototype_B]).clamp(-1e6, 1e6)
+        # Beyond anything real; without the limit, copies of one image would overflow.
+        z = ((score_B - self.centre_K[prototype_B]) / self.width_K[prototype_B]).clamp(-1e12, 1e12)
         bent: Tensor = self.start + ((z[:, None] - self.knots_M).clamp_min(0.0) * self.bends_M).sum(1)
         # Below the first knot the curve goes on with a small slope, so that no two scores tie.
         return self.rate_K[prototype_B] * (bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0))
