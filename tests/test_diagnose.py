@@ -41,7 +41,7 @@ class Truth:
     blind: bool = False
 
     def predict(self, source, maps: bool = True, pixels: bool = True):  # type: ignore[no-untyped-def]
-        from twinspect.inference.predictor import name_of, to_rgb
+        from twinspect.inference.decode import name_of, to_rgb
 
         for item in source:
             rgb = to_rgb(item if isinstance(item, np.ndarray) else np.asarray(_read(item)))

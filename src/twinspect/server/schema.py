@@ -53,6 +53,7 @@ class ImageAnswer(TypedDict):
     p_joint: float | None
     p_value: float | None
     threshold: float | None
+    margin: float | None
     threshold_unsure: float | None
     answer: str
     is_anomaly: bool | None
@@ -65,6 +66,7 @@ class ImageAnswer(TypedDict):
     width: int
     height: int
     model_id: str
+    ms: float | None
     error: str
     n_regions: int
     max_region_area: int

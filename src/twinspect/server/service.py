@@ -287,6 +287,7 @@ class Service:
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.row().items()}
+        row = {k: v for k, v in row.items() if k not in ("map_path", "mask_path")}  # no files are written here
         kept = kept_map(result) if maps != "none" else None
         return {
             "log_id": number,
