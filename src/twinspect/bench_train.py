@@ -1,0 +1,306 @@
+"""Where the time of training goes: every part of a step beside the least time this machine could need for it.
+
+The bound of a part is the larger of two: its arithmetic at the rate of a large matrix product, and the bytes its
+operations read and write, one operation at a time, at the rate of a large copy. Both rates are measured in the same
+run. A part far above its bound is overhead, or small operations; one at its bound can only be made smaller.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from twinspect.bench import BenchOptions, Progress, peak_mb
+from twinspect.errors import ConfigError
+from twinspect.models.contract import AnomalyModel
+from twinspect.training.fit import Fitted
+from twinspect.training.loop import autocast, make_optimiser
+from twinspect.training.optim import StableAdamW
+from twinspect.training.source import FeatureSource, observe, read_square
+from twinspect.types import TRAIN, Sample
+
+_FEWEST_STEPS, _MOST_STEPS = 3, 200
+_MATRIX_SIDE, _COPIED_VALUES, _TRIES = 1024, 16_000_000, 5
+_PAINTED_SIDE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PartTime:
+    """One part of a step.
+
+    Attributes:
+        seconds: measured, median over the steps.
+        gflop: arithmetic, in 10^9 operations.
+        gigabytes: read and written by its operations.
+        bound_s: least seconds, the larger of both at the measured rates.
+        bound_by: ``arithmetic`` or ``bytes``.
+    """
+
+    seconds: float
+    gflop: float
+    gigabytes: float
+    bound_s: float
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainProfile:
+    """What was measured; seconds are of one step of ``batch`` images.
+
+    Attributes:
+        parts: by name: decode and teacher (paid by every step without a cache, once an image with one), read
+            (from a warm cache), one forward and backward a student, rest (scaling and losses), optimiser.
+        cold_s, warm_s: a step that decodes and asks the teacher, and one that reads the cache.
+        gflop_per_s, gigabytes_per_s: rates of a matrix product and of a copy here.
+        peak_memory_mb: of the whole process, None where the system does not say.
+    """
+
+    model: str
+    size: int
+    batch: int
+    precision: str
+    steps: int
+    parts: dict[str, PartTime]
+    cold_s: float
+    warm_s: float
+    gflop_per_s: float
+    gigabytes_per_s: float
+    peak_memory_mb: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        yield f"{self.model}: steps of {self.batch} images at {self.size} px, {self.precision}, {self.steps} measured"
+        yield f"here: {self.gflop_per_s:.0f} GFLOP/s (matrix product), {self.gigabytes_per_s:.1f} GB/s (copy)"
+        yield "part                 measured ms   bound ms   of it   bound by     GFLOP       GB"
+        for name, one in self.parts.items():
+            share = one.bound_s / one.seconds if one.seconds else 0.0
+            yield (
+                f"{name:20s} {1e3 * one.seconds:11.1f} {1e3 * one.bound_s:10.1f} {100 * share:5.0f} %   "
+                f"{one.bound_by:10s} {one.gflop:7.2f} {one.gigabytes:8.3f}"
+            )
+        yield (
+            f"step without cache {1e3 * self.cold_s:.0f} ms, with a warm cache {1e3 * self.warm_s:.0f} ms: "
+            f"{self.cold_s / self.warm_s:.1f} times faster"
+        )
+        if self.peak_memory_mb is not None:
+            yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
+
+
+def bench_train(options: BenchOptions, progress: Progress) -> TrainProfile:
+    """Measure steps of training a bundle's model on; the largest of ``options.batches`` is the batch.
+
+    The bundle's file is not changed, and the cache used is a new one that is removed.
+
+    Raises:
+        ConfigError: an exported model, which cannot be trained.
+        DataError: no images found.
+        BundleError: damaged, changed, too new or too old.
+    """
+    from twinspect.inference.exported import is_export
+    from twinspect.storage import load
+
+    if is_export(options.path):
+        raise ConfigError(f"--train with {options.path.name}: an export cannot be trained; give its bundle (.twin)")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fitted, batch = load(options.path, options.weights), max(options.batches)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = _samples(options.images, batch, Path(folder))
+        profile = _Profile(fitted, samples, Path(folder) / "cache", batch)
+        return profile.measured(options, progress)
+
+
+class _Profile:
+    """One model, a few images, and what their steps cost."""
+
+    def __init__(self, fitted: Fitted, samples: Sequence[Sample], cache: Path, batch: int) -> None:
+        self.model, self.config, self.batch = fitted.model, fitted.config.train, batch
+        self.samples, self.cache = list(samples), cache
+        self.optimiser: StableAdamW = make_optimiser(self.model, self.config)
+        self.spent: dict[str, list[float]] = defaultdict(list)
+        self.work: dict[str, tuple[float, float]] = {}
+
+    def measured(self, options: BenchOptions, progress: Progress) -> TrainProfile:
+        """Fill a cache, then take steps for as long as asked."""
+        flops, rate = _matrix_rate(), _copy_rate()
+        progress("filling a cache", 0, 1)
+        source = FeatureSource(self.model, self.samples, self.cache, lambda _stage, _done, _total: None)
+        self.model.student.train()
+        self._step(source, counted=True)
+        began, steps = time.perf_counter(), 0
+        while steps < _FEWEST_STEPS or (time.perf_counter() - began < options.seconds and steps < _MOST_STEPS):
+            self._step(source, counted=False)
+            steps += 1
+            progress("measuring", steps, max(steps, _FEWEST_STEPS))
+        parts = {name: self._part(name, flops, rate) for name in self.spent}
+        cold = sum(one.seconds for name, one in parts.items() if name != "read")
+        warm = sum(one.seconds for name, one in parts.items() if name not in ("decode", "teacher"))
+        return TrainProfile(
+            options.path.name, self.model.shape.size, self.batch, self.config.precision, steps, parts, cold, warm,
+            flops / 1e9, rate / 1e9, peak_mb(),
+        )  # fmt: skip
+
+    def _part(self, name: str, flops: float, rate: float) -> PartTime:
+        arithmetic, moved = self.work[name]
+        bounds = {"arithmetic": arithmetic / flops, "bytes": moved / rate}
+        by = max(bounds, key=lambda key: bounds[key])
+        return PartTime(float(np.median(self.spent[name])), arithmetic / 1e9, moved / 1e9, bounds[by], by)
+
+    def _step(self, source: FeatureSource, counted: bool) -> None:
+        """One step, part by part; ``counted`` counts operations and bytes instead of seconds."""
+        measure = self._count if counted else self._time
+        at = list(range(self.batch))
+        squares = measure("decode", lambda: np.stack([read_square(s, self.model.shape.size) for s in self.samples]))
+        measure("teacher", lambda: observe(self.model, squares))
+        observed, small = measure("read", lambda: source.batch(at))
+        terms = self._forward(observed, small, counted)
+        for name, child in self.model.student.named_children():
+            inputs = [p for p in child.parameters() if p.requires_grad]
+            measure(f"{name} backward", lambda i=inputs: torch.autograd.backward(terms["loss"], None, True, inputs=i))
+        measure("optimiser", self.optimiser.step)
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def _forward(self, observed: Any, small: Tensor, counted: bool) -> dict[str, Tensor]:
+        """The losses, their time cut into students and the rest."""
+        own: dict[str, list[Any]] = {}
+        hooks = []
+        for name, child in self.model.student.named_children():
+            own[name] = []
+            hooks += _watch(child, own[name], counted)
+        whole = _Meter(counted)
+        with autocast(self.config.precision), whole:
+            terms = self.model.losses(observed, small, self.config.easy_ramp, self.config)
+        for hook in hooks:
+            hook.remove()
+        found = {f"{name} forward": one[0].value() for name, one in own.items() if one}
+        found["rest"] = tuple(np.subtract(whole.value(), np.sum(list(found.values()), axis=0)).tolist())
+        for name, value in found.items():
+            self._keep(name, value, counted)
+        return terms
+
+    def _time(self, name: str, call: Callable[[], Any]) -> Any:
+        return self._metered(name, call, counted=False)
+
+    def _count(self, name: str, call: Callable[[], Any]) -> Any:
+        return self._metered(name, call, counted=True)
+
+    def _metered(self, name: str, call: Callable[[], Any], counted: bool) -> Any:
+        with _Meter(counted) as meter:
+            found = call()
+        self._keep(name, meter.value(), counted)
+        return found
+
+    def _keep(self, name: str, value: tuple[float, ...], counted: bool) -> None:
+        if counted:
+            self.work[name] = (value[0], value[1])
+        else:
+            self.spent[name].append(value[0])
+
+
+class _Meter:
+    """A context that measures seconds, or counts (operations, bytes)."""
+
+    def __init__(self, counted: bool) -> None:
+        self._flops = FlopCounterMode(display=False) if counted else None
+        self._bytes = _Bytes() if counted else None
+        self._began = self._seconds = 0.0
+
+    def __enter__(self) -> _Meter:
+        if self._flops is not None and self._bytes is not None:
+            self._flops.__enter__()
+            self._bytes.__enter__()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._seconds = time.perf_counter() - self._began
+        if self._flops is not None and self._bytes is not None:
+            self._bytes.__exit__(*problem)
+            self._flops.__exit__(*problem)
+
+    def value(self) -> tuple[float, ...]:
+        """(seconds,) or (operations, bytes)."""
+        if self._flops is None or self._bytes is None:
+            return (self._seconds,)
+        return float(self._flops.get_total_flops()), float(self._bytes.moved)
+
+
+class _Bytes(TorchDispatchMode):
+    """Bytes that operations read and write, each on its own; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        written = [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        memory = {one.untyped_storage().data_ptr() for one in read}
+        if not all(one.untyped_storage().data_ptr() in memory for one in written) or func._schema.is_mutable:
+            self.moved += sum(one.numel() * one.element_size() for one in (*read, *written))
+        return found
+
+
+def _watch(module: torch.nn.Module, meters: list[Any], counted: bool) -> list[Any]:
+    """Hooks that put a meter of the module's first forward into a list."""
+
+    def before(_module: Any, _inputs: Any) -> None:
+        meters.append(_Meter(counted).__enter__())
+
+    def after(_module: Any, _inputs: Any, _output: Any) -> None:
+        meters[-1].__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _matrix_rate() -> float:
+    """Operations a second of a product of two square matrices in fp32, the best of a few."""
+    one = torch.randn(_MATRIX_SIDE, _MATRIX_SIDE)
+    return 2.0 * _MATRIX_SIDE**3 / min(_seconds(lambda: one @ one) for _ in range(_TRIES))
+
+
+def _copy_rate() -> float:
+    """Bytes a second, read and written, of a copy larger than any cache."""
+    source, target = torch.ones(_COPIED_VALUES), torch.zeros(_COPIED_VALUES)
+    return 8.0 * _COPIED_VALUES / min(_seconds(lambda: target.copy_(source)) for _ in range(_TRIES))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
+    """One batch of images: given ones, repeated where there are too few, or painted ones."""
+    from twinspect.inference.sources import expand
+
+    if images is not None:
+        found = [Path(item.path) for item in islice(expand(images), count)]
+        return [Sample(found[i % len(found)], TRAIN, "") for i in range(count)]
+    from twinspect.data.painting import part
+
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        Image.fromarray(part(number, rng, _PAINTED_SIDE)).save(path, quality=90)
+    return [Sample(path, TRAIN, "") for path in paths]
