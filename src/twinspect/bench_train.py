@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from twinspect.bench import BenchOptions, Progress, peak_mb
-from twinspect.errors import ConfigError
-from twinspect.models.contract import AnomalyModel
+from twinspect.errors import ConfigError, DataError
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
@@ -47,7 +47,7 @@ class PartTime:
         gflop: arithmetic, in 10^9 operations.
         gigabytes: read and written by its operations.
         bound_s: least seconds, the larger of both at the measured rates.
-        bound_by: ``arithmetic`` or ``bytes``.
+        bound_by: ``arithmetic``, ``bytes``, or empty where nothing of the part is torch's (decoding).
     """
 
     seconds: float
@@ -143,7 +143,11 @@ class _Profile:
         flops, rate = _matrix_rate(), _copy_rate()
         progress("filling a cache", 0, 1)
         source = FeatureSource(self.model, self.samples, self.cache, lambda _stage, _done, _total: None)
+        if source.skipped:
+            raise DataError(f"{source.skipped[0].path}: {source.skipped[0].reason}")
         self.model.student.train()
+        self._step(source, counted=False)  # warms up, and makes the optimiser's state
+        self.spent.clear()
         self._step(source, counted=True)
         began, steps = time.perf_counter(), 0
         while steps < _FEWEST_STEPS or (time.perf_counter() - began < options.seconds and steps < _MOST_STEPS):
@@ -162,50 +166,49 @@ class _Profile:
         arithmetic, moved = self.work[name]
         bounds = {"arithmetic": arithmetic / flops, "bytes": moved / rate}
         by = max(bounds, key=lambda key: bounds[key])
-        return PartTime(float(np.median(self.spent[name])), arithmetic / 1e9, moved / 1e9, bounds[by], by)
+        return PartTime(
+            float(np.median(self.spent[name])), arithmetic / 1e9, moved / 1e9, bounds[by], by if bounds[by] else ""
+        )
 
     def _step(self, source: FeatureSource, counted: bool) -> None:
         """One step, part by part; ``counted`` counts operations and bytes instead of seconds."""
-        measure = self._count if counted else self._time
+        measure = partial(self._metered, counted=counted)
         at = list(range(self.batch))
-        squares = measure("decode", lambda: np.stack([read_square(s, self.model.shape.size) for s in self.samples]))
-        measure("teacher", lambda: observe(self.model, squares))
-        observed, small = measure("read", lambda: source.batch(at))
+        squares = measure(
+            "decode", call=lambda: np.stack([read_square(s, self.model.shape.size) for s in self.samples])
+        )
+        measure("teacher", call=lambda: observe(self.model, squares))
+        observed, small = measure("read", call=lambda: source.batch(at))
         terms = self._forward(observed, small, counted)
         for name, child in self.model.student.named_children():
-            inputs = [p for p in child.parameters() if p.requires_grad]
-            measure(f"{name} backward", lambda i=inputs: torch.autograd.backward(terms["loss"], None, True, inputs=i))
-        measure("optimiser", self.optimiser.step)
+            weights = [p for p in child.parameters() if p.requires_grad]
+            if weights:
+                # Asked for one student's gradients only, autograd leaves the other's part of the graph alone.
+                back = partial(torch.autograd.backward, terms["loss"], retain_graph=True, inputs=weights)
+                measure(f"{name} backward", call=back)
+        measure("optimiser", call=self.optimiser.step)
         self.optimiser.zero_grad(set_to_none=True)
 
     def _forward(self, observed: Any, small: Tensor, counted: bool) -> dict[str, Tensor]:
         """The losses, their time cut into students and the rest."""
-        own: dict[str, list[Any]] = {}
-        hooks = []
-        for name, child in self.model.student.named_children():
-            own[name] = []
-            hooks += _watch(child, own[name], counted)
-        whole = _Meter(counted)
-        with autocast(self.config.precision), whole:
+        meter, marks = _Meter(counted), defaultdict[str, list[tuple[float, ...]]](list)
+        children = self.model.student.named_children()
+        hooks = [hook for name, child in children for hook in _watch(child, meter, marks[name])]
+        with autocast(self.config.precision), meter:
             terms = self.model.losses(observed, small, self.config.easy_ramp, self.config)
         for hook in hooks:
             hook.remove()
-        found = {f"{name} forward": one[0].value() for name, one in own.items() if one}
-        found["rest"] = tuple(np.subtract(whole.value(), np.sum(list(found.values()), axis=0)).tolist())
-        for name, value in found.items():
+        found = {f"{name} forward": _apart(*pair) for name, pair in marks.items() if len(pair) == 2}
+        for value in found.values():
+            meter.spent = _apart(value, meter.spent)
+        for name, value in {**found, "rest": meter.spent}.items():
             self._keep(name, value, counted)
         return terms
 
-    def _time(self, name: str, call: Callable[[], Any]) -> Any:
-        return self._metered(name, call, counted=False)
-
-    def _count(self, name: str, call: Callable[[], Any]) -> Any:
-        return self._metered(name, call, counted=True)
-
-    def _metered(self, name: str, call: Callable[[], Any], counted: bool) -> Any:
+    def _metered(self, name: str, counted: bool, call: Callable[[], Any]) -> Any:
         with _Meter(counted) as meter:
             found = call()
-        self._keep(name, meter.value(), counted)
+        self._keep(name, meter.spent, counted)
         return found
 
     def _keep(self, name: str, value: tuple[float, ...], counted: bool) -> None:
@@ -216,31 +219,35 @@ class _Profile:
 
 
 class _Meter:
-    """A context that measures seconds, or counts (operations, bytes)."""
+    """A context that measures (seconds,), or counts (operations, bytes); ``spent`` holds the result."""
 
     def __init__(self, counted: bool) -> None:
-        self._flops = FlopCounterMode(display=False) if counted else None
-        self._bytes = _Bytes() if counted else None
-        self._began = self._seconds = 0.0
+        # Counters cannot be entered twice, so parts within a context are told apart by differences of `now`.
+        self._counters = (FlopCounterMode(display=False), _Bytes()) if counted else None
+        self.spent: tuple[float, ...] = ()
+        self._began: tuple[float, ...] = ()
 
     def __enter__(self) -> _Meter:
-        if self._flops is not None and self._bytes is not None:
-            self._flops.__enter__()
-            self._bytes.__enter__()
-        self._began = time.perf_counter()
+        for counter in self._counters or ():
+            counter.__enter__()
+        self._began = self.now()
         return self
 
     def __exit__(self, *problem: Any) -> None:
-        self._seconds = time.perf_counter() - self._began
-        if self._flops is not None and self._bytes is not None:
-            self._bytes.__exit__(*problem)
-            self._flops.__exit__(*problem)
+        self.spent = _apart(self._began, self.now())
+        for counter in reversed(self._counters or ()):
+            counter.__exit__(*problem)
 
-    def value(self) -> tuple[float, ...]:
-        """(seconds,) or (operations, bytes)."""
-        if self._flops is None or self._bytes is None:
-            return (self._seconds,)
-        return float(self._flops.get_total_flops()), float(self._bytes.moved)
+    def now(self) -> tuple[float, ...]:
+        """The clock, or the counts so far."""
+        if self._counters is None:
+            return (time.perf_counter(),)
+        flops, moved = self._counters
+        return float(flops.get_total_flops()), float(moved.moved)
+
+
+def _apart(first: tuple[float, ...], then: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(b - a for a, b in zip(first, then, strict=True))
 
 
 class _Bytes(TorchDispatchMode):
@@ -260,16 +267,13 @@ class _Bytes(TorchDispatchMode):
         return found
 
 
-def _watch(module: torch.nn.Module, meters: list[Any], counted: bool) -> list[Any]:
-    """Hooks that put a meter of the module's first forward into a list."""
+def _watch(module: torch.nn.Module, meter: _Meter, marks: list[tuple[float, ...]]) -> list[Any]:
+    """Hooks that note the meter before and after the module's forward."""
 
-    def before(_module: Any, _inputs: Any) -> None:
-        meters.append(_Meter(counted).__enter__())
+    def note(*_: Any) -> None:
+        marks.append(meter.now())
 
-    def after(_module: Any, _inputs: Any, _output: Any) -> None:
-        meters[-1].__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    return [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
 
 
 def _matrix_rate() -> float:

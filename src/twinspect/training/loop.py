@@ -160,6 +160,7 @@ def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part:
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context a step's forward pass runs in at a precision, ``fp32`` or ``bf16``."""
     if precision == "bf16":
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return contextlib.nullcontext()
