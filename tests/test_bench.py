@@ -70,3 +70,18 @@ def test_an_export_cannot_be_trained(quick, parts: Path, tmp_path: Path) -> None
     path.write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"give its bundle \(\.twin\)"):
         bench_train(BenchOptions(path), lambda _stage, _done, _total: None)
+
+
+def test_operations_of_a_depthwise_convolution_are_counted_by_group() -> None:
+    import torch
+
+    from twinspect.bench_train import _Meter
+
+    layer, x = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), torch.randn(2, 8, 5, 5, requires_grad=True)
+    with _Meter(counted=True) as forward:
+        out = layer(x).sum()
+    with _Meter(counted=True) as backward:
+        out.backward()
+    assert forward.spent[0] == 2 * (2 * 8 * 5 * 5) * 9
+    assert backward.spent[0] == 2 * forward.spent[0]
+    assert backward.spent[1] > forward.spent[1] > 4 * 2 * x.numel()
