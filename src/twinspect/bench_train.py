@@ -231,14 +231,14 @@ class _Meter:
 
     def __enter__(self) -> _Meter:
         for counter in self._counters or ():
-            counter.__enter__()
+            counter.__enter__()  # type: ignore[no-untyped-call]
         self._began = self.now()
         return self
 
     def __exit__(self, *problem: Any) -> None:
         self.spent = _apart(self._began, self.now())
         for counter in reversed(self._counters or ()):
-            counter.__exit__(*problem)
+            counter.__exit__(*problem)  # type: ignore[no-untyped-call]
 
     def now(self) -> tuple[float, ...]:
         """The clock, or the counts so far."""
@@ -260,11 +260,11 @@ def _apart(first: tuple[float, ...], then: tuple[float, ...]) -> tuple[float, ..
     return tuple(b - a for a, b in zip(first, then, strict=True))
 
 
-class _Bytes(TorchDispatchMode):
+class _Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes that operations read and write, each on its own; views move nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

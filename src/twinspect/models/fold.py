@@ -42,7 +42,8 @@ def folded(model: AnomalyModel) -> AnomalyModel:
         return model
     ready = copy.copy(model)
     ready._modules = dict(model._modules)
-    ready.student = copy.deepcopy(model.student).to(memory_format=torch.channels_last)
+    ready.student = copy.deepcopy(model.student)
+    ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = model.shape.size
     fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))
     return ready
