@@ -31,7 +31,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("results",),
     ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
-    ("reproduce", "export_commands", "diagnose_commands", "serve_commands"),
+    ("reproduce", "bench_train", "diagnose_commands", "serve_commands"),
+    ("export_commands",),
     ("cli",),
     ("__main__", ""),
 )

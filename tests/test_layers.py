@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import RANDOM, RANDOM_CNN, run_config, same_tensors
 
-from twinspect.models.fold import fold_batch_norms
+from twinspect.models.contract import Outputs
+from twinspect.models.fold import fold_batch_norms, folded
 from twinspect.models.layers import DecoderBlock, LinearAttention, NoisyBottleneck, resample, to_map, to_tokens
 from twinspect.models.teachers import timm
+from twinspect.training.fit import build_model
 
 
 def slow_attention(module: LinearAttention, x: torch.Tensor) -> torch.Tensor:
@@ -91,3 +94,29 @@ def test_folded_batch_norms_compute_the_same(name: str) -> None:
     assert net.training is False
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+
+
+def test_a_model_folded_for_prediction_says_the_same_and_stays_trainable() -> None:
+    model = build_model(run_config(RANDOM_CNN).model).eval()
+    torch.manual_seed(1)
+    for module in model.student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    image = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    ready = folded(model)
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in one.student.modules()) for one in (model, ready)]
+    assert norms[1] < norms[0] / 2
+    with torch.no_grad():
+        for name, expected, found in zip(Outputs._fields, model(image), ready(image), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert ready.teacher is model.teacher
+    assert ready.scorer is model.scorer
+    assert same_tensors(kept, model.state_dict())
+    assert all(parameter.requires_grad for parameter in model.student.parameters())
+
+
+def test_a_model_without_batch_norms_is_not_copied() -> None:
+    model = build_model(run_config(RANDOM).model).eval()
+    assert folded(model) is model

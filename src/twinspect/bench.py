@@ -139,7 +139,7 @@ def bench(options: BenchOptions, progress: Progress) -> BenchReport:
         rows.append(_measure(predictor, files, batch, options))
     runtime, precision = _kind(options)
     return BenchReport(
-        options.path.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), _peak_mb()
+        options.path.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), peak_mb()
     )
 
 
@@ -345,7 +345,7 @@ def _percent(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())
 
 
-def _peak_mb() -> float | None:
+def peak_mb() -> float | None:
     """Largest resident memory of this process so far; Windows does not say."""
     try:
         import resource

@@ -39,6 +39,7 @@ class TorchRuntime:
     def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
 
+        from twinspect.models.fold import folded
         from twinspect.models.memory import keep_freed_memory
 
         keep_freed_memory()
@@ -46,7 +47,7 @@ class TorchRuntime:
         self.device = device
         self.size = model.shape.size
         self.batch = 0
-        self.model = model.eval().to(device)
+        self.model = folded(model.eval()).to(device)
         if threads:
             torch.set_num_threads(threads)
 

@@ -337,13 +337,12 @@ class DualScorer(Scorer):
         return total
 
     def read_tokens(
-        self, token_BE: Tensor, said: tuple[Tensor, ...], embedding_BF: Tensor, variant_B: Tensor
+        self, token_BE: Tensor, said: tuple[Tensor, ...], embedding_BF: Tensor, variant_B: Tensor, unusual_B: Tensor
     ) -> Tensor:
         """Two raw readings of the whole image (B x 2): how far it is from its kind, and from any normal image.
 
-        The first is how unusual the teacher's tokens are and how far the student missed them.
+        The first is how unusual the teacher's tokens are (``unusual_B``) and how far the student missed them.
         """
-        unusual_B = self.token_of_teacher(token_BE, variant_B)
         missed_B = self.token_of_student(self.token_residual(token_BE, said), variant_B)
         wrong_B = (unusual_B.square() + missed_B.square()).sqrt()
         return torch.stack([wrong_B, self.nearest(embedding_BF)], 1)
@@ -354,13 +353,13 @@ class DualScorer(Scorer):
         prototype_B = self.prototypes.owner_V[variant_B]
         maps = self.group_maps(groups, predicted.groups, prototype_B)
         maps_BR, grid_Bhw = self.read_maps(maps)
-        tokens_B2 = self.read_tokens(token_BE, predicted.tokens, embedding_BF, variant_B)
+        unusual_B = self.token_of_teacher(token_BE, variant_B)
+        tokens_B2 = self.read_tokens(token_BE, predicted.tokens, embedding_BF, variant_B, unusual_B)
         local_B, semantic_B = self.local(maps_BR, prototype_B), self.semantic(tokens_B2, prototype_B)
         joint_B, surprise_local, surprise_semantic = self.joined(local_B, semantic_B, prototype_B)
         return Outputs(
             smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, local_B, semantic_B,
-            surprise_local, surprise_semantic, prototype_B, torch.cat([maps_BR, tokens_B2], 1),
-            self.token_of_teacher(token_BE, variant_B),
+            surprise_local, surprise_semantic, prototype_B, torch.cat([maps_BR, tokens_B2], 1), unusual_B,
         )  # fmt: skip
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from twinspect.models.contract import AnomalyModel
+
 
 @torch.no_grad()
-def fold_batch_norms(net: nn.Module) -> int:
+def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> int:
     """Fold every batch norm that follows a convolution directly; returns how many were folded.
 
-    Which norm follows which convolution is read from a tiny forward pass, so any CNN works; a norm fed by
-    anything else is left alone. A convolution that also feeds something else (pre-activation networks) is not
-    folded. The network must be in eval mode and stays frozen for life.
+    Which norm follows which convolution is read from a forward pass (``run``; by default of a tiny image through
+    ``net``), so any CNN works; a norm fed by anything else is left alone. A convolution that also feeds something
+    else (pre-activation networks) is not folded. The network must be in eval mode and stays frozen for life.
     """
-    pairs = _adjacent(net)
+    pairs = _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64))))
     for conv, norm in pairs:
         _fold(conv, norm)
     replaced = {id(norm) for _, norm in pairs}
@@ -27,7 +32,24 @@ def fold_batch_norms(net: nn.Module) -> int:
     return len(pairs)
 
 
-def _adjacent(net: nn.Module) -> list[tuple[nn.Conv2d, Any]]:
+@torch.no_grad()
+def folded(model: AnomalyModel) -> AnomalyModel:
+    """The model for prediction: student's batch norms folded, channels last, in a copy; the rest is ``model``'s own.
+
+    ``model`` itself stays as it is and can be trained on. It must be in eval mode, on the CPU.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
+        return model
+    ready = copy.copy(model)
+    ready._modules = dict(model._modules)
+    ready.student = copy.deepcopy(model.student)
+    ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = model.shape.size
+    fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))
+    return ready
+
+
+def _adjacent(net: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Conv2d, Any]]:
     if any(isinstance(m, nn.BatchNorm2d) and not m.track_running_stats for m in net.modules()):
         return []
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are held, so that no id is used twice
@@ -47,7 +69,7 @@ def _adjacent(net: nn.Module) -> list[tuple[nn.Conv2d, Any]]:
             hooks.append(module.register_forward_hook(after_conv))
         elif isinstance(module, nn.BatchNorm2d):
             hooks.append(module.register_forward_pre_hook(before_norm))
-    net(torch.zeros(1, 3, 64, 64))
+    run()
     for hook in hooks:
         hook.remove()
     if len({id(conv) for conv, _ in pairs}) < len(pairs) or _is_preactivated(net):

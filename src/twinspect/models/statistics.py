@@ -406,7 +406,9 @@ class NearestNormal(nn.Module):
     def forward(self, embedding_BF: Tensor) -> Tensor:
         """Mean distance of the two nearest normal images (B)."""
         point_BR, rest_B = self.embed(embedding_BF)
-        square_BN = (point_BR.square().sum(1) + rest_B)[:, None] + (self.bank_NR.square().sum(1) + self.rest_N)
+        # As a norm, which needs no second bank in memory for the squares.
+        kept_N = torch.linalg.vector_norm(self.bank_NR, dim=1).square() + self.rest_N
+        square_BN = (point_BR.square().sum(1) + rest_B)[:, None] + kept_N
         square_BN = square_BN - 2.0 * point_BR @ self.bank_NR.T
         nearest = torch.topk(square_BN, min(2, len(self.rest_N)), dim=1, largest=False).values
         return nearest.clamp_min(1e-12).sqrt().mean(1)

@@ -116,7 +116,7 @@ def _step(
 ) -> dict[str, float]:
     torch.manual_seed(config.seed * 1_000_003 + step)
     observed, small = source.batch(part)
-    with _autocast(config.precision), group.one_batch():
+    with autocast(config.precision), group.one_batch():
         terms = model.losses(observed, small, step, config)
     values = group.mean({name: float(value.detach()) for name, value in terms.items()})
     _refuse_non_finite(values, source, part, step)
@@ -159,7 +159,8 @@ def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part:
     )
 
 
-def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context a step's forward pass runs in at a precision, ``fp32`` or ``bf16``."""
     if precision == "bf16":
         return torch.autocast("cpu", dtype=torch.bfloat16)
     return contextlib.nullcontext()
