@@ -182,6 +182,22 @@ def test_baselines_run_go_on_and_show_the_best(
     assert out.with_suffix(".md").read_text(encoding="utf-8") == table
 
 
+def test_ours_stands_beside_a_baseline(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy, out = module("accuracy"), tmp_path / "accuracy.json"
+    words = f"--data {parts.parent} --sets parts --methods knn,ours-a --sizes 64 --size 64 --steps 2 --out {out}"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *words.split()])
+    accuracy.main()
+    table = out.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in table if line.startswith("| ")}
+    own = next(e for e in accuracy.Store(out).entries.values() if e["method"] == "ours-a")
+    assert own["seconds"] >= own["fit_s"] > 0
+    joint = np.mean([part["auroc"] for part in own["found"]["joint"].values()])
+    assert rows["| A, joint"][1] == f"{joint:.4f}"
+    assert rows["| A, joint"][6] == f"{pixel_mean(own):.4f}"
+    assert rows["| A, local student"][6:8] == ["-", "-"]
+    assert " to " in rows["| kNN of pooled embeddings"][3]
+
+
 def headline(entry: dict[str, Any]) -> float:
     return float(np.mean([part["auroc"] for part in entry["found"][""].values()]))
 
