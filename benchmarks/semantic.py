@@ -1,8 +1,9 @@
 """All semantic protocols on small copies of CIFAR-10 and View, beside a nearest-neighbour baseline.
 
 Both use the same frozen teacher and the same images. The baseline is the mean cosine distance of an image's pooled
-embedding to its nearest normal images; of the teacher's stages the one that is best on average over a protocol's
-splits is shown, chosen with the test labels, in the baseline's favour.
+embedding to its nearest normal images; of the teacher's embeddings the one that is best on average over a protocol's
+splits is shown, chosen with the test labels, in the baseline's favour. `accuracy.py` has more baselines, intervals;
+this script has every protocol, and takes the baseline's embeddings at the model's own input size.
 
 Teacher features are computed once and cached (folder of TWINSPECT_HOME, or the user's cache), so a split costs its
 training steps only. Every split is written when it is finished; the same command goes on after the last one.
@@ -20,90 +21,61 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import nearest_distance
+from problems import limited, of_split, ours
+from teacher_bank import place
 
 from twinspect import data as data_room
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
-from twinspect.data.carving import by_class
 from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
 from twinspect.report import Table
 from twinspect.reproduce import code_hash
 from twinspect.results import mean_of, text_table, write_text
-from twinspect.training.fit import build_model, cache_folder, fit
+from twinspect.training.fit import build_model, cache_folder
 from twinspect.training.source import FeatureSource
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
 PROTOCOLS = ("one-vs-rest", "unified", "leave-one-out")
-STUDENTS = {"score_B": "twinspect", "score_local_B": "local student", "score_semantic_B": "semantic student"}
-KNN = "kNN, best stage"
-
-
-def limited(samples, limit):
-    """The first ``limit`` images of every class, training and test each; 0 keeps all."""
-    kept = []
-    for members in by_class(samples).values():
-        for part in sorted({s.split for s in members}):
-            own = [s for s in members if s.split == part]
-            kept += own[: limit or len(own)]
-    return kept
-
-
-def where(sample):
-    return sample.image, sample.record
+STUDENTS = {"joint": "twinspect", "local student": "local student", "semantic student": "semantic student"}
+KNN = "kNN, best embedding"
+BASELINE = 2  # its version; results of another one are not taken up
 
 
 def pooled_embeddings(config, samples, console):
-    """(image, record) -> row, and one unit-length N x D matrix per stage of the teacher."""
+    """Place of an image -> row, and one N x D matrix per embedding: the teacher's global tokens, then its head's."""
     model = build_model(config.model)
     source = FeatureSource(model, samples, cache_folder(model, len(samples), config.train.cache_gb), console.progress)
-    tokens = torch.cat([observed.token_BE for _, observed, _ in source.batches(range(len(source)), 64)])
-    stages = torch.split(tokens, list(model.teacher.info.token_channels), dim=1)
-    unit = [torch.nn.functional.normalize(stage.float(), dim=1).numpy() for stage in stages]
-    return {where(s): row for row, s in enumerate(source.samples)}, unit
+    found = [observed for _, observed, _ in source.batches(range(len(source)), 64)]
+    tokens = torch.cat([observed.token_BE for observed in found]).float()
+    head = torch.cat([observed.embedding_BF for observed in found]).float()
+    stages = [*torch.split(tokens, list(model.teacher.info.token_channels), dim=1), head]
+    return {place(s): row for row, s in enumerate(source.samples)}, stages
 
 
-def nearest(split, rows, stages, count):
-    """AUROC of the nearest-neighbour baseline for every stage."""
-    known = [rows[where(s)] for s in (*split.train, *split.calibration)]
-    tested = [rows[where(s)] for s in split.test]
-    labels = [s.label for s in split.test]
-    found = []
-    for unit in stages:
-        similar = unit[tested] @ unit[known].T
-        top = np.partition(similar, -count, axis=1)[:, -count:]
-        found.append(auroc(1 - top.mean(axis=1), labels))
-    return found
-
-
-def ours(split, config, console):
-    """Train on a split and score its test images from cached features: AUROC of the joint and both students."""
-    began = time.monotonic()
-    fitted = fit([*split.train, *split.calibration], config, None, console.progress)
-    trained = time.monotonic() - began
-    model = fitted.model.eval()
-    count = len(split.train) + len(split.calibration)
-    source = FeatureSource(model, split.test, cache_folder(model, count, config.train.cache_gb), console.progress)
-    with torch.inference_mode():
-        outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)), 16)]
-    labels = [s.label for s in source.samples]
-    scores = {name: torch.cat([getattr(out, field) for out in outputs]).numpy() for field, name in STUDENTS.items()}
-    found = {name: auroc(values, labels) for name, values in scores.items()}
-    return found | {"fit_s": round(trained, 1), "score_s": round(time.monotonic() - began - trained, 1)}
+def nearest(problem, rows, stages, count):
+    """AUROC of the nearest-neighbour baseline for every embedding."""
+    known, tested = ([rows[place(s)] for s in samples] for samples in (problem.known, problem.test))
+    labels = [s.label for s in problem.test]
+    return [auroc(nearest_distance(unit[known], unit[tested], count), labels) for unit in stages]
 
 
 def run_protocol(name, protocol, samples, embedded, args, config, done, console):
     """One line per split, kept in ``done`` and on disk; the entries of this run."""
     entries = []
     for split in make_splits(samples, protocol, args.seed):
-        settings = [name, split.name, split.hash, config.to_dict(), args.neighbours, code_hash()]
+        settings = [name, split.name, split.hash, config.to_dict(), args.neighbours, BASELINE, code_hash()]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         if key in done:
             console.say(f"{name} {split.name}: finished before")
             entries.append(done[key])
             continue
-        result = ours(split, config, console)
-        stages = nearest(split, *embedded, args.neighbours)
+        problem = of_split(name, protocol, split)
+        scores, _, seconds = ours(problem, config, console)
+        labels = [s.label for s in split.test]
+        result = {shown: auroc(scores[reading], labels) for reading, shown in STUDENTS.items()} | seconds
+        stages = nearest(problem, *embedded, args.neighbours)
         done[key] = {"set": name, "protocol": protocol, "split": split.name, "hash": split.hash,
                      "test": len(split.test), **result, "knn": stages}  # fmt: skip
         entries.append(done[key])
@@ -126,7 +98,7 @@ def table_of(entries, args):
             best = int(stages.argmax())
             numbers = (*(means[n] for n in STUDENTS.values()), float(stages[best]))
             rows.append((f"{name} {protocol}", len(found), *numbers, best + 1))
-    columns = ("set and protocol", "splits", *STUDENTS.values(), KNN, "stage")
+    columns = ("set and protocol", "splits", *STUDENTS.values(), KNN, "of it")
     return Table("image AUROC, mean over splits", columns, tuple(rows))
 
 
