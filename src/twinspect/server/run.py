@@ -119,6 +119,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host.strip("[]"), settings.port))
+        listening.listen()  # from now on early clients wait in the queue instead of being refused
     except OSError as error:
         listening.close()
         raise ConfigError(
