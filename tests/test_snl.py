@@ -287,7 +287,7 @@ def test_a_killed_run_resumes_to_the_same_weights(parts: Path, tmp_path: Path) -
     config = run_config(RANDOM_CNN, model="snl", steps=4)
     real = loop._step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[-1] == 2 else real(*a))
+        patch.setattr(loop, "_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[5] == 2 else real(*a))
         with pytest.raises(KeyboardInterrupt):
             Detector(config=config).fit(train_samples(parts), work=tmp_path)
     resumed = Detector(config=config).fit(train_samples(parts), work=tmp_path)
