@@ -60,20 +60,27 @@ def metrics(bundle: Path, data: Path, out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())["classes"]
 
 
+def both_ways(parts: Path, config: Path) -> str:
+    """Train alone and on two processes, beside the settings; what the two said."""
+    folder = config.parent
+
+    def words(name: str) -> list[object]:
+        return ["fit", parts, "--config", config, "--out", folder / f"{name}.twin", "--work", folder / name]
+
+    alone = CliRunner().invoke(app, [str(word) for word in words("alone")])
+    assert alone.exit_code == 0, alone.output
+    both = torchrun("-m", "twinspect", *words("both"), home=folder / "home")
+    assert both.returncode == 0, both.stderr
+    return both.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(parts: Path, tmp_path: Path) -> None:
     """A CNN: batch norms, dropout and hard mining all see the whole batch."""
     config = tmp_path / "c.toml"
     config.write_text(CONFIG.format(teacher=RANDOM_CNN, model="dual"))
 
-    def words(name: str) -> list[object]:
-        return ["fit", parts, "--config", config, "--out", tmp_path / f"{name}.twin", "--work", tmp_path / name]
-
-    alone = CliRunner().invoke(app, [str(word) for word in words("alone")])
-    assert alone.exit_code == 0, alone.output
-    both = torchrun("-m", "twinspect", *words("both"), home=tmp_path / "home")
-    assert both.returncode == 0, both.stderr
-    assert both.stdout.count("wrote ") == 1  # rank 0 alone writes and talks
+    assert both_ways(parts, config).count("wrote ") == 1  # rank 0 alone writes and talks
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5, rel=0)
     found = [metrics(tmp_path / f"{name}.twin", parts, tmp_path / f"{name}.json") for name in ("both", "alone")]
     for name, row in found[0].items():
@@ -90,13 +97,7 @@ def test_affinity_between_images_sees_the_whole_batch(parts: Path, tmp_path: Pat
     config = tmp_path / "c.toml"
     config.write_text(CONFIG.format(teacher=RANDOM, model="snl"))
 
-    def words(name: str) -> list[object]:
-        return ["fit", parts, "--config", config, "--out", tmp_path / f"{name}.twin", "--work", tmp_path / name]
-
-    alone = CliRunner().invoke(app, [str(word) for word in words("alone")])
-    assert alone.exit_code == 0, alone.output
-    both = torchrun("-m", "twinspect", *words("both"), home=tmp_path / "home")
-    assert both.returncode == 0, both.stderr
+    both_ways(parts, config)
     found = [losses(tmp_path / name)[:5] for name in ("both", "alone")]
     assert found[0] == pytest.approx(found[1], abs=1e-5, rel=0)
     assert found[1][4] < found[1][0] - 0.1  # they moved

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinspect.distributed import gather_batch
 from twinspect.losses import channel_loss, inter_affinity_loss, intra_affinity_loss, spatial_loss
+from twinspect.models.gather import gather_batch
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 2, 3), (3, 2, 1, 2)]
 TERMS: dict[str, Callable[..., Tensor]] = {

@@ -18,7 +18,7 @@ from typing import Any
 from twinspect._version import __version__
 from twinspect.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2  # raised when the statistics of a model change: 2 has the grain group and calibration rates
 SUFFIX = ".twin"
 _META, _TENSORS, _HASHES = "bundle.json", "model.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
@@ -78,7 +78,7 @@ def read_bundle(path: Path) -> BundleContent:
     """Read and verify a bundle.
 
     Raises:
-        BundleError: not a bundle, truncated, changed after it was written, or newer than this library.
+        BundleError: not a bundle, truncated, changed after it was written, or of another format than this library's.
     """
     if not path.is_file():
         raise BundleError(f"no such bundle: {path}. Make one with: twinspect fit DATA --out {path}")
@@ -86,7 +86,7 @@ def read_bundle(path: Path) -> BundleContent:
         with zipfile.ZipFile(path) as file:
             head = _member(file, _META)
             meta = json.loads(head)
-            _refuse_newer(path, int(meta["format"]), str(meta["twinspect"]))
+            _refuse_other_format(path, int(meta["format"]), str(meta["twinspect"]))
             parts = {_META: head, _TENSORS: _member(file, _TENSORS)}
             hashes = dict(json.loads(_member(file, _HASHES)))
     except _NOT_WHOLE as error:
@@ -106,7 +106,12 @@ def _member(file: zipfile.ZipFile, name: str) -> bytes:
     return file.read(name)
 
 
-def _refuse_newer(path: Path, version: int, writer: str) -> None:
+def _refuse_other_format(path: Path, version: int, writer: str) -> None:
+    if version < FORMAT:
+        raise BundleError(
+            f"{path} has format {version}, written by twinspect {writer}; {__version__} reads format {FORMAT}, whose "
+            f"statistics it lacks. Train it again: twinspect fit DATA --out {path}"
+        )
     if version > FORMAT:
         raise BundleError(
             f"{path} has format {version}, written by twinspect {writer}; this is "

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
-from twinspect.distributed import gather_batch
 from twinspect.losses import (
     channel_loss,
     flat_cosine_distance,
@@ -41,6 +40,7 @@ from twinspect.losses import (
 )
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.cram import Cram
+from twinspect.models.gather import gather_batch
 from twinspect.models.layers import whole_divisor
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
 from twinspect.models.statistics import Surprise
