@@ -5,15 +5,14 @@ import pytest
 import torch
 from sklearn.covariance import OAS
 
+from twinspect.models.prototypes import Prototypes, repetition
 from twinspect.models.statistics import (
     Moments,
     NearestNormal,
     PositionScale,
-    Prototypes,
     ResidualMap,
     Surprise,
     TokenDistance,
-    repetition,
     shrink_to_identity,
     whitening,
 )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
 from twinspect.models.layers import resample
-from twinspect.models.statistics import Prototypes, ResidualMap, Surprise, TokenDistance
+from twinspect.models.prototypes import Prototypes
+from twinspect.models.statistics import ResidualMap, Surprise, TokenDistance
 from twinspect.models.teachers import BackboneInfo, Teacher
 from twinspect.scoring import gaussian_kernel
 

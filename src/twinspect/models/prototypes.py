@@ -1,0 +1,204 @@
+"""Scene prototypes: which kinds of image the normal ones are, found without class names.
+
+Shapes: B images, N training images, K prototypes, V variants, E width of the tokens, F of the embedding,
+P directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """Scene prototypes in the space of the teacher's global tokens: which kind of image is this?
+
+    Tokens are standardised and projected to a few principal directions. k-means finds *variants* (their number
+    by the held-out likelihood); variants that no gap separates are one *prototype*. Global statistics are kept
+    per variant, residual statistics per prototype: two products must not share them, while splitting one
+    product gives each part too little data and makes its images incomparable. No class names are used.
+    """
+
+    mean_E: Tensor
+    project_EP: Tensor
+    centres_VP: Tensor
+    owner_V: Tensor
+
+    def __init__(self, token_dims: int, directions: int = 8, most: int = 16) -> None:
+        super().__init__()
+        self.most = most
+        directions = min(directions, token_dims)
+        self.register_buffer("mean_E", torch.zeros(token_dims))
+        self.register_buffer("project_EP", torch.zeros(token_dims, directions))
+        self.register_buffer("centres_VP", torch.zeros(1, directions))
+        self.register_buffer("owner_V", torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def count(self) -> int:
+        """Number of prototypes."""
+        return int(self.owner_V.max()) + 1
+
+    @property
+    def variants(self) -> int:
+        """Number of variants of all prototypes together."""
+        return len(self.centres_VP)
+
+    def embed(self, token_BE: Tensor) -> Tensor:
+        """Standardised principal coordinates, B x P."""
+        return (token_BE - self.mean_E) @ self.project_EP
+
+    def variant(self, token_BE: Tensor) -> Tensor:
+        """Index of the nearest variant for each image (B)."""
+        point = self.embed(token_BE)
+        distance = (point[:, None] - self.centres_VP[None]).square().sum(-1)
+        return distance.argmin(1)
+
+    def join_varied(self, token_NE: Tensor, embedding_NF: Tensor) -> Tensor:
+        """Make one prototype of all whose images do not repeat each other; how far each then repeats (K).
+
+        Products need rulers of their own. Kinds of photographs do not: an odd photograph lies between them, and
+        would be excused by the widest.
+        """
+        link_K = repetition(embedding_NF, self(token_NE), self.count)
+        products = [k for k in range(self.count) if link_K[k] >= 0.5]
+        names = {k: place for place, k in enumerate(products)}
+        self.owner_V = torch.tensor([names.get(int(k), len(products)) for k in self.owner_V])
+        return repetition(embedding_NF, self(token_NE), self.count)
+
+    def forward(self, token_BE: Tensor) -> Tensor:
+        """Index of the prototype for each image (B)."""
+        return self.owner_V[self.variant(token_BE)]
+
+    def fit(self, token_NE: Tensor, seed: int, smallest: int = 16) -> None:
+        """Find directions, variants and prototypes from the tokens of normal training images."""
+        token = token_NE.double()
+        mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
+        _, values, basis = torch.linalg.svd((token - mean) / scale, full_matrices=False)
+        kept = min(self.project_EP.shape[1], int((values > 1e-6 * values[0]).sum()))
+        spread = (values[:kept] / len(token) ** 0.5).clamp_min(1e-9)
+        # Square root of the spread: between raw axes (one direction rules) and whitened ones (noise rules).
+        project = basis[:kept].T / scale[:, None] / spread.sqrt()
+        self.mean_E = mean.float()
+        self.project_EP = project.float()
+        points = self.embed(token_NE)
+        most = min(self.most, max(1, len(points) // (2 * smallest)))
+        self.centres_VP = drop_small(points, choose_centres(points, most, seed), smallest)
+        self.owner_V = merge_centres(points, self.centres_VP)
+
+
+def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float = 3.2) -> Tensor:
+    """Owner of each centre (V) after joining groups of points that no gap separates.
+
+    Two groups stay apart when, along the line between their means, the means lie more than ``gap`` times
+    the sum of both standard deviations apart. Halves of one Gaussian score 1.3, of a uniform bar 1.7.
+    """
+    label = torch.cdist(points_NP, centres_VP).argmin(1)
+    owner = torch.arange(len(centres_VP))
+    while len(names := sorted(set(owner.tolist()))) > 1:
+        pairs = [
+            (_separation(points_NP[owner[label] == i], points_NP[owner[label] == j]), i, j)
+            for place, i in enumerate(names)
+            for j in names[place + 1 :]
+        ]
+        least, i, j = min(pairs)
+        if least >= gap:
+            break
+        owner[owner == j] = i
+    return torch.tensor([names.index(int(one)) for one in owner])
+
+
+def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
+    if min(len(one_NP), len(other_MP)) < 2:
+        return 0.0
+    line = other_MP.mean(0) - one_NP.mean(0)
+    length = line.norm().clamp_min(1e-12)
+    spread = (one_NP @ line).std() + (other_MP @ line).std()
+    return float(length * length / spread.clamp_min(1e-12))
+
+
+def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
+    """Centres (count x P) by k-means++ seeding and Lloyd's rounds; deterministic for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points_NP[torch.randint(len(points_NP), (1,), generator=generator)]
+    for _ in range(count - 1):
+        nearest = torch.cdist(points_NP, centres).amin(1).square()
+        pick = torch.multinomial(nearest.clamp_min(1e-12), 1, generator=generator)
+        centres = torch.cat([centres, points_NP[pick]])
+    for _ in range(rounds):
+        owner = torch.cdist(points_NP, centres).argmin(1)
+        new = torch.stack([points_NP[owner == k].mean(0) if (owner == k).any() else centres[k] for k in range(count)])
+        if torch.equal(new, centres):
+            break
+        centres = new
+    return centres
+
+
+def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
+    """Remove centres that own fewer than ``smallest`` points, smallest first; their points go elsewhere."""
+    while len(centres_KP) > 1:
+        sizes = torch.bincount(torch.cdist(points_NP, centres_KP).argmin(1), minlength=len(centres_KP))
+        if int(sizes.min()) >= smallest:
+            break
+        keep = torch.arange(len(centres_KP)) != sizes.argmin()
+        centres_KP = centres_KP[keep]
+    return centres_KP
+
+
+def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
+    """k-means centres, as few as explain held-out points as well as any number does.
+
+    The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one, fitted
+    on half the points and judged on the other half, both ways. The smallest count within one standard error
+    of the best is taken: splitting one kind of scene costs data for every statistic and gains nothing.
+    """
+    order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    values: dict[int, Tensor] = {}
+    for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32):
+        if count <= min(most, len(halves[0])):
+            both = (halves, halves[::-1])
+            parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
+            values[count] = torch.cat(parts)
+    best = max(values, key=lambda count: float(values[count].mean()))
+    for count, value in values.items():
+        behind = values[best] - value
+        if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
+            return k_means(points_NP, count, seed)
+    return k_means(points_NP, best, seed)
+
+
+def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:
+    """Log density of each held-out point (M) under the mixture fitted on the others."""
+    centres = k_means(fit_NP, count, seed)
+    owner = torch.cdist(fit_NP, centres).argmin(1)
+    pooled = (fit_NP - centres[owner]).square().mean(0)
+    terms = []
+    for k in range(count):
+        rows = fit_NP[owner == k]
+        variance = ((rows - centres[k]).square().sum(0) + 10 * pooled) / (len(rows) + 10)
+        log_density = -0.5 * ((held_MP - centres[k]).square() / variance + variance.log()).sum(1)
+        terms.append(log_density + torch.log(torch.tensor(max(len(rows), 1) / len(fit_NP))))
+    return torch.stack(terms).logsumexp(0)
+
+
+def repetition(embedding_NF: Tensor, prototype_N: Tensor, prototypes: int, most: int = 2000) -> Tensor:
+    """How far the normal images of each prototype repeat each other, 0 to 1 (K).
+
+    On a production line every image has near-twins among the normal ones: a small deviation means something. Where
+    normal images are as different as photographs of cats are, the place and grain of a patch mean nothing.
+    Measured by d (d / D)^2: d the cosine distance of an image from its two nearest normal images (itself left out),
+    D from any other of its kind. Neither d (few images are far apart) nor d / D (a texture has no twins, and needs
+    none) says it alone. Products stay below 0.013, object classes above 0.035; half the weight is lost at 0.022.
+    """
+    unit = nn.functional.normalize(embedding_NF, dim=1)
+    links = torch.ones(prototypes)
+    for k in range(prototypes):
+        own = unit[prototype_N == k][:most]
+        if len(own) < 4:
+            continue  # too few to tell
+        apart = (1.0 - own @ own.T).clamp_min(0.0)
+        away = apart[~torch.eye(len(own), dtype=torch.bool)].reshape(len(own), -1)
+        near = away.topk(2, dim=1, largest=False).values.mean(1).median()
+        alike = near * (near / away.median().clamp_min(1e-9)).square()
+        links[k] = 1.0 / (1.0 + (alike / 0.022) ** 4)
+    return links
