@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
+from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
 from twinspect.reproduce import code_hash
 from twinspect.results import mean_of, text_table, write_text
-from twinspect.training.fit import build_model, cache_folder
+from twinspect.training.fit import build_model, cache_folder, sized
 from twinspect.training.source import FeatureSource
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
@@ -116,7 +118,7 @@ def parsed():
     parser.add_argument("--sets", type=lambda text: text.split(","), default=list(SETS))
     parser.add_argument("--protocols", type=lambda text: text.split(","), default=list(PROTOCOLS))
     parser.add_argument("--teacher", default="efficientnet-lite0")
-    parser.add_argument("--size", type=int, default=256, help="input side; 0 takes the teacher's default")
+    parser.add_argument("--size", type=int, default=0, help="input side; 0: what fit takes for such images")
     parser.add_argument("--steps", type=int, default=0, help="0 takes the library's default")
     parser.add_argument("--limit", type=int, default=0, help="images per class, training and test each; 0: all")
     parser.add_argument("--neighbours", type=int, default=2)
@@ -141,9 +143,10 @@ def main() -> None:
             folder, layout = SETS[name]
             samples = limited(data_room.load(Path(args.data) / folder, layout).samples, args.limit)
             console.say(f"{name}: {len(samples):,} images")
-            embedded = pooled_embeddings(config, samples, console)
+            own = replace(config, model=sized(config.model, create_teacher(args.teacher), samples))
+            embedded = pooled_embeddings(own, samples, console)
             for protocol in args.protocols:
-                entries += run_protocol(name, protocol, samples, embedded, args, config, done, console)
+                entries += run_protocol(name, protocol, samples, embedded, args, own, done, console)
         table = table_of(entries, args)
         for line in text_table(table):
             console.say(line)

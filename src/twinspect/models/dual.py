@@ -28,7 +28,8 @@ from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens, whole_divisor
-from twinspect.models.statistics import NearestNormal, Surprise, TokenDistance
+from twinspect.models.nearest import NearestNormal
+from twinspect.models.statistics import Surprise, TokenDistance
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
@@ -278,7 +279,7 @@ class DualScorer(Scorer):
         variant_N = self.prototypes.variant(token_NE)
         self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
         self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, self.prototypes.variants)
-        self.nearest.fit(embedding_NF, seed)
+        self.nearest.fit(embedding_NF, variant_N, seed)
         self.link_K = link_K
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:

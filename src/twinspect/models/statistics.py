@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_NEAREST_RIDGE = 5.0  # mean variances; 0.5 to 15 are within a point of each other
 _TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
 
 
@@ -198,63 +197,6 @@ class TokenDistance(nn.Module):
         mean, covariance = moments.mean_and_covariance(prior=100.0)
         shrunk = shrink_to_identity(covariance, moments.count_K.sum())
         self.mean_KE, self.whiten_KEE = mean.float(), whitening(shrunk, 1e-3).float()
-
-
-class NearestNormal(nn.Module):
-    """Distance of the teacher's embedding from the nearest normal images: B x F to B.
-
-    Directions (unit vectors) are whitened by their covariance on normal images plus a ridge, so that neither the
-    few directions that all normal images share nor the many that hold noise rule the distance. What lies outside
-    the kept directions counts at the ridge's scale. State: one short row per normal image, ``most`` at the most.
-    """
-
-    mean_F: Tensor
-    basis_FR: Tensor
-    scale_R: Tensor
-    ridge: Tensor
-    bank_NR: Tensor
-    rest_N: Tensor
-
-    def __init__(self, dims: int, most: int = 2048, most_dims: int = 512) -> None:
-        super().__init__()
-        self.most, self.most_dims = most, most_dims
-        self.register_buffer("mean_F", torch.zeros(dims))
-        self.register_buffer("basis_FR", torch.zeros(dims, 1))
-        self.register_buffer("scale_R", torch.ones(1))
-        self.register_buffer("ridge", torch.ones(()))
-        self.register_buffer("bank_NR", torch.zeros(1, 1))
-        self.register_buffer("rest_N", torch.zeros(1))
-
-    def embed(self, embedding_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened coordinates (B x R), and the squared length of what they leave out, in units of the ridge (B)."""
-        centred_BF = nn.functional.normalize(embedding_BF, dim=1) - self.mean_F
-        along_BR = centred_BF @ self.basis_FR
-        rest_B = (centred_BF.square().sum(1) - along_BR.square().sum(1)).clamp_min(0.0)
-        return along_BR * self.scale_R, rest_B / self.ridge
-
-    def forward(self, embedding_BF: Tensor) -> Tensor:
-        """Mean distance of the two nearest normal images (B)."""
-        point_BR, rest_B = self.embed(embedding_BF)
-        # As a norm, which needs no second bank in memory for the squares.
-        kept_N = torch.linalg.vector_norm(self.bank_NR, dim=1).square() + self.rest_N
-        square_BN = (point_BR.square().sum(1) + rest_B)[:, None] + kept_N
-        square_BN = square_BN - 2.0 * point_BR @ self.bank_NR.T
-        nearest = torch.topk(square_BN, min(2, len(self.rest_N)), dim=1, largest=False).values
-        return nearest.clamp_min(1e-12).sqrt().mean(1)
-
-    def fit(self, embedding_NF: Tensor, seed: int) -> None:
-        """Learn mean and spread of directions, and keep (a random choice of) the images' coordinates."""
-        unit = nn.functional.normalize(embedding_NF.double(), dim=1)
-        mean = unit.mean(0)
-        # Singular vectors of the centred rows; their squares are the variances.
-        _, singular, rows = torch.linalg.svd(unit - mean, full_matrices=False)
-        variance = singular.square() / len(unit)
-        kept = min(self.most_dims, max(1, int((variance > 1e-9 * variance[0]).sum())))
-        ridge = (_NEAREST_RIDGE * variance.sum() / unit.shape[1]).clamp_min(1e-12)
-        self.mean_F, self.basis_FR = mean.float(), rows[:kept].T.float().contiguous()
-        self.scale_R, self.ridge = (variance[:kept] + ridge).rsqrt().float(), ridge.float()
-        order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[: self.most]
-        self.bank_NR, self.rest_N = self.embed(embedding_NF[order.sort().values])
 
 
 def shrink_to_identity(covariance_KDD: Tensor, count: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
 
 FEWEST = 8  # images below which neither training nor calibration means anything
-_SMALL_IMAGE, _SMALL_SIDE = 160, 256  # images of at most so many pixels a side are shown at the second
+_SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
+_SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
 MAP_HIGH = 8.0  # red end of the colour scale, in normal spreads; white noise stays far below
 
@@ -57,10 +58,11 @@ def _teacher(config: ModelConfig) -> Teacher:
     return create_teacher(config.teacher, config.weights or None, config.pretrained)
 
 
-def _sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
+def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
     """The configuration with a smaller input side where none was asked for and the images are small.
 
-    Pixels that an image does not have say nothing and cost four times the time.
+    Pixels that an image does not have say nothing and cost time; a thumbnail that is enlarged too far is a blur to a
+    teacher that was trained on photographs.
     """
     if config.size or teacher.is_vit:
         return config
@@ -68,8 +70,10 @@ def _sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> 
     for sample in samples[:: max(1, len(samples) // _SIZED_BY)]:
         with suppress(DataError, OSError):  # reported when all images are read
             sides.append(max(read_sample_rgb(sample).shape[:2]))
-    small = bool(sides) and np.median(sides) <= _SMALL_IMAGE
-    return replace(config, size=_SMALL_SIDE) if small else config
+    if not sides or np.median(sides) > _SMALL_IMAGE:
+        return config
+    side = 32 * round(_ENLARGED * float(np.median(sides)) / 32)
+    return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))
 
 
 def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
@@ -116,7 +120,7 @@ def fit(
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)
     if resume is None:
-        config = replace(config, model=_sized(config.model, teacher, training))
+        config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     if root is not None and group.local_world > 1:  # each process fills its share of the cache that all then read
