@@ -71,9 +71,9 @@ class DualShape:
         return DualShape(
             self.size,
             self.width or (info.channels[0] if vit else 128),
-            self.depth or (8 if vit else 3),
+            self.depth or (8 if vit else 2),
             self.dropout,
-            whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 128)), multiple),
+            whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
             self.ee_depth,
             whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
         )
@@ -139,8 +139,9 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.averaged = groups.averaged
         heads = max(1, shape.width // 64 if self.averaged else shape.width // 32)
-        self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout)
-        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads) for _ in range(shape.depth))
+        ratio = 4.0 if self.averaged else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
+        self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout, ratio)
+        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio) for _ in range(shape.depth))
         self.factors = [side // groups.trunk_side for side in groups.sides]
         if not self.averaged:
             position = sine_positions(groups.trunk_side, shape.width)

@@ -55,13 +55,14 @@ class DecoderBlock(nn.Module):
 
 
 class NoisyBottleneck(nn.Module):
-    """MLP d -> 4d -> d whose dropout is the noise that makes reconstruction a denoising task (Dinomaly)."""
+    """MLP D_in -> ratio D -> D whose dropout is the noise that makes reconstruction a denoising task (Dinomaly)."""
 
-    def __init__(self, width_in: int, width: int, dropout: float) -> None:
+    def __init__(self, width_in: int, width: int, dropout: float, ratio: float = 4.0) -> None:
         super().__init__()
+        hidden = int(width * ratio)
         self.net = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(width_in, 4 * width), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(4 * width, width), nn.Dropout(dropout),
+            nn.Dropout(dropout), nn.Linear(width_in, hidden), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(hidden, width), nn.Dropout(dropout),
         )  # fmt: skip
 
     def forward(self, x_BND: Tensor) -> Tensor:
