@@ -19,6 +19,7 @@ ROOT = Path(twinspect.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "types", "errors"),
     ("config", "losses", "scoring", "calibration", "bundle", "console", "metrics."),
+    ("rules",),
     ("decision",),
     ("drift",),
     ("models.", "data."),
