@@ -155,7 +155,7 @@ def test_a_rare_class_borrows_all_images_and_says_so() -> None:
     made = decision(good(rng.normal(size=209), ("big",) * 200 + ("rare",) * 9), 0.01)
     rare, pooled = made.rule("rare"), made.rule("")
     assert rare.pooled
-    assert rare.basis == "all classes"
+    assert rare.basis == "every class"
     assert rare.image.value == pooled.image.value
     assert "9 good images of rare are too few" in class_sentence(rare)
     assert "99 are needed" in class_sentence(rare)

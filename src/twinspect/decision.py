@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import Threshold, p_values
+from twinspect.calibration import Threshold
 from twinspect.errors import BundleError, ConfigError, unknown_name
 from twinspect.rules import Budget as Budget
 from twinspect.rules import GoodScores as GoodScores
@@ -109,7 +109,7 @@ class Decision:
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
         return Verdict(
             class_name or predicted, predicted,
-            float(p_values(np.array([distance]), near.distances)[0]) if known else float("nan"),
+            near.class_p(distance),
             bool(distance >= near.far.value) if known and near.far is not None else None,
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip

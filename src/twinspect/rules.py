@@ -150,7 +150,8 @@ class Rule:
         image: threshold of the score.
         unsure: lower threshold of the score, where a third answer is wanted.
         region: threshold of map values.
-        far: threshold of the distance to the nearest prototype; None where distances are unknown.
+        far: threshold of the distance to the nearest prototype; None where distances are unknown. By the tail of
+            the distances where they are too few for the budget.
         references: sorted scores, one array a group (or one in all); a p-value is the largest among them.
         tail: scores of the class itself where they are too few; one more to be the largest among.
         peaks, distances: sorted map maxima and distances.
@@ -176,6 +177,13 @@ class Rule:
         if self.tail is not None:
             found.append(float(extended_p_values(new, self.tail)[0]))
         return max(found)
+
+    def class_p(self, distance: float) -> float:
+        """p-value of a distance to the nearest prototype; NaN where distances are unknown."""
+        if self.far is None or distance != distance:
+            return float("nan")
+        own_p = extended_p_values if _has_tail(len(self.distances), self.far.max_fpr) else p_values
+        return float(own_p(np.array([distance]), self.distances)[0])
 
 
 def class_sentence(rule: Rule) -> str:
@@ -203,10 +211,9 @@ def make_rule(
     """
     own = good.of_class(class_name, given)
     count, needed = int(own.sum()), images_needed(budget.max_fpr)
-    few = count < needed
-    pooled = bool(class_name) and few and count < len(good)
+    pooled = bool(class_name) and count < needed and count < len(good)
     rows, names = _lenders(good, needed, given) if pooled else (good.take(own), [])
-    tail = np.sort(good.score[own]) if few and count >= FEWEST_TAIL else None
+    tail = np.sort(good.score[own]) if _has_tail(count, budget.max_fpr) else None
     references = _references(rows, needed if by_group else 0) if pooled or tail is None else ()
     image, raised = _threshold(references, tail, budget.max_fpr, len(rows))
     basis = SESSIONS if len(references) > 1 else OWN
@@ -214,7 +221,7 @@ def make_rule(
         basis = SMALL if names else ALL
         image = _say_pooled(image, class_name, count, needed, names)
     if tail is not None:
-        basis = TAIL if raised else basis
+        basis = TAIL if raised or not references else basis
         image = _say_tail(image, count, raised)
     unsure = None
     if fixed is not None:
@@ -226,7 +233,7 @@ def make_rule(
     return Rule(
         class_name, len(rows), pooled, basis, image, unsure,
         conformal_threshold(peaks, budget.region_fpr) if len(peaks) else None,
-        conformal_threshold(distances, budget.max_fpr) if len(distances) else None,
+        _far(distances, budget.max_fpr) if len(distances) else None,
         references, tail, peaks, distances,
     )  # fmt: skip
 
@@ -240,6 +247,18 @@ def _threshold(
     base = _strictest(references, max_fpr, images) if references else conformal_threshold(tail, max_fpr)
     value = max(base.value, extended_threshold(tail, max_fpr))
     return replace(base, value=value), value > base.value
+
+
+def _has_tail(count: int, max_fpr: float) -> bool:
+    """Whether images are too few for a budget, and enough to go by their tail instead."""
+    return FEWEST_TAIL <= count < images_needed(max_fpr)
+
+
+def _far(distances: Floats, max_fpr: float) -> Threshold:
+    found = conformal_threshold(distances, max_fpr)
+    return (
+        replace(found, value=extended_threshold(distances, max_fpr)) if _has_tail(len(distances), max_fpr) else found
+    )
 
 
 def _references(rows: GoodScores, smallest_group: int) -> tuple[Floats, ...]:
