@@ -35,15 +35,16 @@ def test_every_rule_is_named_and_explained_once() -> None:
     assert values["budget"] == "1 %"
     assert values["called bad"] == 0
     assert values["threshold"] == made.rule("wide").image.value > made.rule("narrow").image.value
+    assert list(threshold_lines(made))[-1] == "labelled: chosen"
     called = next(row for row in table.rows if row[0] == "labelled")[-1]
     assert called == int((made.good.score[made.good.of_class("labelled", given=True)] >= 2.0).sum()) > 0
 
 
 def test_too_few_images_are_not_called_a_promise() -> None:
     assert "too few images to promise the budget" in threshold_table(decision({"a": 9})).note
-    assert "a model, no promise" in threshold_table(decision({"a": 60})).note
+    assert "a model and no promise" in threshold_table(decision({"a": 60})).note
     assert "whatever the scores look like" in threshold_table(decision({"a": 99})).note
-    assert "nothing is promised for the class alone" in threshold_table(decision({"a": 150, "b": 9})).note
+    assert "every class: too few images to say" in threshold_table(decision({"a": 150, "b": 9})).note
 
 
 def test_a_third_answer_has_its_column() -> None:

@@ -22,7 +22,7 @@ from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
 from twinspect.results import check_outputs, text_table, write_results, write_text
-from twinspect.thresholds import own_counts, threshold_table
+from twinspect.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
@@ -209,8 +209,7 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
 def _publish(
     options: CalibrateOptions, values: dict[str, Any], decision: Decision, notes: Sequence[str], console: Console
 ) -> None:
-    table = threshold_table(decision)
-    for line in (*text_table(table), table.note):
+    for line in threshold_lines(decision, most=len(values["classes"])):
         console.say(line)
     if values["sessions"]:
         for line in text_table(session_table(values)):
@@ -232,8 +231,7 @@ def _publish_json(target: str, values: dict[str, Any], console: Console) -> None
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
     """A calibration for a document."""
-    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    found = [Section("Thresholds", words, (threshold_table(decision), *_region_table(values)))]
+    found = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
     if values["sessions"]:
         found.append(Section("Sessions", (), (session_table(values),)))
     charts = tuple(
@@ -242,6 +240,8 @@ def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -
         if (own := decision.good.of_class(rule.class_name, given=True)).any()
     )
     found.append(Section("Scores", (), charts))
+    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
+    found.append(Section("What is promised", words))
     return [*found, Section("Remarks", tuple(notes))] if notes else found
 
 
@@ -299,7 +299,7 @@ def drift_command(options: DriftOptions, console: Console) -> None:
     _publish_json(options.json_file, found.to_dict(), console)
     facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
     for path in options.report:
-        shown = [Section(found.kind, (found.message,), (table, *_drift_charts(options, decision.good)))]
+        shown = [Section(found.kind.capitalize(), (found.message,), (table, *_drift_charts(options, decision.good)))]
         write_results(path, f"Drift of {options.bundle.name}", shown, facts, found.to_dict())
         console.say(f"wrote {path}")
 

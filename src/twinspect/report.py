@@ -200,7 +200,12 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
     """A part as the template takes it."""
     if isinstance(part, Table):
         rows = [[_cell(value) for value in row] for row in part.rows]
-        return {"kind": "table", "title": part.title, "columns": part.columns, "rows": rows, "note": part.note}
+        # A heading stands over its values: numbers are aligned to the right, texts to the left.
+        columns = [
+            {"text": name, "number": place > 0 and any(row[place]["number"] for row in rows)}
+            for place, name in enumerate(part.columns)
+        ]
+        return {"kind": "table", "title": part.title, "columns": columns, "rows": rows, "note": part.note}
     if isinstance(part, Cases):
         pictures = [album.add(case) for case in part.cases]
         return {

@@ -33,7 +33,7 @@ OWN, SESSIONS, SMALL, ALL, TAIL, LABELS = (
     "own images",
     "sessions",
     "small classes",
-    "all classes",
+    "every class",
     "own tail",
     "labels",
 )

@@ -14,12 +14,12 @@ MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info
 
 # What a rule is worth, by its name in the table; the order is from most to least.
 _WORTH = {
-    OWN: "at most the budget, on average, whatever the scores look like",
-    SESSIONS: "the same in every session with images enough",
-    SMALL: "the same for these classes together, and a model for each alone",
-    ALL: "too few images: a model, nothing is promised for the class alone",
-    TAIL: "extrapolated from the highest scores of the class: a model, no promise for it alone",
-    LABELS: "fitted to labelled images, no promise",
+    OWN: "at most the budget on average, whatever the scores look like",
+    SESSIONS: "at most the budget on average in every session with images enough",
+    SMALL: "at most the budget over these classes together, for each alone it is a model",
+    ALL: "too few images to say; a model",
+    TAIL: "about the budget if its scores end like an exponential, a model and no promise",
+    LABELS: "as few as among the labelled images at best, no promise",
 }
 _TOO_FEW = "too few images to promise the budget"
 
@@ -58,14 +58,20 @@ def _worth(decision: Decision) -> str:
     few = any(rule.basis == OWN and not rule.image.guaranteed for rule in rules)
     said = {**_WORTH, OWN: _TOO_FEW} if few else _WORTH
     parts = [f"{name}: {text}" for name, text in said.items() if name in {rule.basis for rule in rules}]
-    return f"Share of the next good images, taken like these, that is called bad. {'; '.join(parts)}."
+    return f"Of the next good images taken like these, called bad by the rule {'; '.join(parts)}."
 
 
-def threshold_lines(decision: Decision) -> Iterator[str]:
-    """The table for the terminal; of many classes the last row only, which is for all together."""
+def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:
+    """The table for the terminal, what it is worth, and what thresholds chosen on labels were chosen by.
+
+    Of more than ``most`` rows only the last is shown, which is for all classes together.
+    """
     table = threshold_table(decision)
-    if len(table.rows) > MOST_LINES:
+    if len(table.rows) > most:
         title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
         table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
     yield from text_table(table)
     yield table.note
+    for name, rule in promises(decision):
+        if rule.basis == LABELS:
+            yield f"{name}: {rule.image.sentence}"
