@@ -108,7 +108,7 @@ def extended_p_values(score_N: Floats, calibration_M: Floats) -> Floats:
     exceeds that score by x with p = (1 + x / S)^-k, where S is the sum of the k largest's excesses (Pareto, as
     the scale is estimated: no plug-in, so it holds for few images too). k is the cube root of M: more would take
     in scores that are not tail yet. Heavier tails make it a model: p is never above 1 / (M + 1), which is promised,
-    but may be too far below (a third to a half too low on log-normal scores, measured).
+    but may be too far below (a third too low on log-normal scores, measured).
 
     Args:
         score_N: scores.

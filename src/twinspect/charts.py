@@ -111,10 +111,9 @@ class Histogram:
         parts = _x_axis(axis, self.x_label + (", compressed scale" if axis.unit else ""), bottom)
         for place, (name, values) in enumerate(groups.items()):
             parts += _bars(axis, values, start + _ROW * place, place)
-            top = start + _ROW * place + 14
-            parts.append(
-                f'<text class="label" x="{_WIDTH - _RIGHT}" y="{top}" text-anchor="end">{escape(name)}</text>'
-            )
+            if len(groups) > 1:  # one alone is named by the heading
+                at = f'x="{_WIDTH - _RIGHT}" y="{start + _ROW * place + 14}"'
+                parts.append(f'<text class="label" {at} text-anchor="end">{escape(name)}</text>')
         if self.threshold is not None:
             x = axis.place(self.threshold)
             parts.append(f'<path class="threshold" d="M{x:.1f} {start}V{bottom}"/>')
