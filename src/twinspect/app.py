@@ -142,7 +142,8 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         "threshold": decision.threshold.value,
         "promise": decision.threshold.sentence,
         "thresholds": {
-            name: {"value": rule.image.value, "promise": class_sentence(rule)} for name, rule in promises(decision)
+            name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
+            for name, rule in promises(decision)
         },
         "config": meta["config"],
     }
