@@ -27,21 +27,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Budget, Decision, GoodScores
 from twinspect.drift import DriftMonitor
-from twinspect.inference.result import Result
+from twinspect.inference.predictor import classes_of_prototypes
 from twinspect.metrics import auroc
+from twinspect.models.contract import AnomalyModel, TokenScale
+from twinspect.models.prototypes import Prototypes
+from twinspect.models.statistics import TokenDistance
 from twinspect.recalibrate import score_images
 from twinspect.report import Table
 from twinspect.results import text_table
+from twinspect.storage import Fitted
+from twinspect.training.fit import cache_folder, choose_images
+from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, Sample
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.10)
@@ -67,40 +75,66 @@ def progress(stage: str, done: int, total: int) -> None:
 # ------------------------------------------------------------------------------------------- coverage
 
 
-def coverage(decision: Decision, good: GoodScores, splits: int, seed: int) -> list[Values]:
-    """Per budget and class: mean rate of good images called bad over random cuts into halves."""
+class Cuts:
+    """Counts over random cuts, of one budget and class."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.found: list[float] = []
+        self.unpromised = 0
+        self.bases: dict[str, int] = {}
+
+    def add(self, called: NDArray[np.bool_], found: NDArray[np.bool_], guaranteed: bool, basis: str) -> None:
+        """One cut: which good images were called bad, which defects were found."""
+        if len(called):
+            self.rates.append(float(called.mean()))
+        if len(found):
+            self.found.append(float(found.mean()))
+        self.unpromised += not guaranteed
+        self.bases[basis] = self.bases.get(basis, 0) + 1
+
+
+def coverage(decision: Decision, good: GoodScores, bad: GoodScores, splits: int, seed: int) -> list[Values]:
+    """Per budget and class: mean rate of good images called bad, and of defects found, over cuts into halves."""
     rng = np.random.default_rng(seed)
     classes = sorted(set(good.predicted))
-    rates: dict[tuple[float, str], list[float]] = {}
-    unpromised: dict[tuple[float, str], int] = {}
+    cuts: dict[tuple[float, str], Cuts] = {}
     for _ in range(splits):
         inside = rng.permutation(len(good)) < len(good) // 2
         half, rest = good.take(inside), good.take(~inside)
         for budget in BUDGETS:
             made = dataclasses.replace(decision, good=half, budget=Budget(budget), budgets={}, fixed={})
-            bad = np.zeros(len(rest), dtype=bool)
+            called, found = np.zeros(len(rest), dtype=bool), np.zeros(len(bad), dtype=bool)
+            promised = True
             for name in classes:
-                own, rule = rest.of_class(name, given=False), made.rule(name, given=False)
-                bad[own] = rest.score[own] >= rule.image.value
-                unpromised[budget, name] = unpromised.get((budget, name), 0) + (not rule.image.guaranteed)
-                if own.any():
-                    rates.setdefault((budget, name), []).append(float(bad[own].mean()))
-            rates.setdefault((budget, "all images"), []).append(float(bad.mean()))
+                rule = made.rule(name, given=False)
+                own, theirs = rest.of_class(name, given=False), bad.of_class(name, given=False)
+                called[own], found[theirs] = (
+                    rest.score[own] >= rule.image.value,
+                    bad.score[theirs] >= rule.image.value,
+                )
+                cuts.setdefault((budget, name), Cuts()).add(
+                    called[own], found[theirs], rule.image.guaranteed, rule.basis
+                )
+                promised &= rule.image.guaranteed
             # A promise for all images needs one for every class; the pooled threshold has its own.
-            unpromised[budget, "all images"] = max(unpromised[budget, name] for name in classes)
-            every = made.rule("")
-            rates.setdefault((budget, "pooled"), []).append(float((rest.score >= every.image.value).mean()))
-            unpromised[budget, "pooled"] = unpromised.get((budget, "pooled"), 0) + (not every.image.guaranteed)
-    return [_coverage_row(key, found, unpromised.get(key, 0)) for key, found in rates.items()]
+            cuts.setdefault((budget, "all images"), Cuts()).add(called, found, promised, "by class")
+            every = made.rule("").image
+            cuts.setdefault((budget, "pooled"), Cuts()).add(
+                rest.score >= every.value, bad.score >= every.value, every.guaranteed, "one threshold"
+            )
+    return [_coverage_row(key, one) for key, one in cuts.items()]
 
 
-def _coverage_row(key: tuple[float, str], rates: Sequence[float], unpromised: int) -> Values:
+def _coverage_row(key: tuple[float, str], cuts: Cuts) -> Values:
     budget, name = key
-    mean, error = float(np.mean(rates)), float(np.std(rates) / math.sqrt(len(rates)))
-    own = unpromised == 0
+    mean, error = float(np.mean(cuts.rates)), float(np.std(cuts.rates) / math.sqrt(len(cuts.rates)))
+    own = cuts.unpromised == 0
     return {
-        "budget": budget, "class": name, "mean": mean, "error": error, "splits": len(rates),
-        "promised": own, "holds": mean <= budget + 3 * error if own else None,
+        "budget": budget, "class": name, "mean": mean, "error": error, "splits": len(cuts.rates),
+        "rule": max(cuts.bases, key=lambda basis: cuts.bases[basis]), "promised": own,
+        "holds": mean <= budget + 3 * error if own else None,
+        "found": float(np.mean(cuts.found)) if cuts.found else math.nan,
     }  # fmt: skip
 
 
@@ -113,7 +147,7 @@ def as_fitted(decision: Decision, good: GoodScores) -> list[Values]:
         rows.append(
             {
                 "class": name, "images": int(own.sum()), "called": called, "rate": called / int(own.sum()),
-                "budget": rule.image.max_fpr, "calibration_images": rule.images, "pooled": rule.pooled,
+                "budget": rule.image.max_fpr, "calibration_images": rule.images, "rule": rule.basis,
             }
         )  # fmt: skip
     return rows
@@ -122,42 +156,79 @@ def as_fitted(decision: Decision, good: GoodScores) -> list[Values]:
 # ------------------------------------------------------------------------------------ classes, known or not
 
 
-def class_accuracy(results: Sequence[Result], samples: Sequence[Sample]) -> list[Values]:
+def class_accuracy(predicted: Sequence[str], samples: Sequence[Sample]) -> list[Values]:
     """Share of test images (good and defect) whose class is predicted, by class and in all."""
     rows = []
     for name in [*sorted({s.class_name for s in samples}), "all"]:
-        hits = [r.predicted_class == s.class_name for r, s in zip(results, samples, strict=True)
+        hits = [one == s.class_name for one, s in zip(predicted, samples, strict=True)
                 if name in ("all", s.class_name)]  # fmt: skip
         rows.append({"class": name, "images": len(hits), "accuracy": float(np.mean(hits))})
     return rows
 
 
-def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]:
-    """For every class: a model without it, and how well the class's good images stand apart by distance.
+class Scenes(NamedTuple):
+    """What the frozen teacher says of images, one row each; students have no part in known and unknown classes."""
 
-    The distance needs teacher and statistics only, so that one training step is enough.
+    token_NE: Tensor
+    embedding_NF: Tensor
+    class_name: NDArray[np.str_]
+    part: NDArray[np.str_]
+
+
+def scenes(model: AnomalyModel, parts: dict[str, Sequence[Sample]], cache_gb: float) -> Scenes:
+    """Show images to the teacher, or take what it said of them when they were last trained on."""
+    samples = [s for members in parts.values() for s in members]
+    source = FeatureSource(model, samples, cache_folder(model, len(samples), cache_gb), progress)
+    if source.skipped:
+        raise SystemExit(f"cannot be read: {source.skipped[0].path}: {source.skipped[0].reason}")
+    seen = [(one.token_BE, one.embedding_BF) for _, one, _ in source.batches(range(len(samples)), 32)]
+    tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
+    names = [name for name, members in parts.items() for _ in members]
+    return Scenes(tokens, embeddings, np.array([s.class_name for s in samples]), np.array(names))
+
+
+@torch.no_grad()
+def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]:
+    """For every class: how well its good images stand apart by `class_p`, if the model has not seen the class.
+
+    The distance behind it is the length of the teacher's token, whitened by the spread around the nearest scene
+    variant. That is learnt anew without each class, by the steps that `fit` takes; students would not change it.
     """
-    train = dataclasses.replace(detector.config.train, steps=1)
-    config = dataclasses.replace(detector.config, train=train)
+    train, held = choose_images(samples, detector.config)
     test = [s for s in samples if s.split == TEST and s.label == 0]
-    rows = []
-    for name in sorted({s.class_name for s in samples}):
-        known = [s for s in samples if s.class_name != name and s.split != TEST]
-        model = Detector(config=config).fit(known, progress=progress)
-        results = list(model.predictor().predict(test, maps=False, pixels=False))
-        unknown = np.array([s.class_name == name for s in test]).astype(int)
-        distance = np.array([r.prototype_distance for r in results])
-        p = np.array([r.class_p for r in results])
-        flagged = np.array([bool(r.unknown_class) for r in results])
-        rows.append(
-            {
-                "class": name, "unknown": int(unknown.sum()), "known": int((1 - unknown).sum()),
-                "auroc_distance": float(auroc(distance, unknown)), "auroc_p": float(auroc(-p, unknown)),
-                "flagged_unknown": float(flagged[unknown == 1].mean()),
-                "flagged_known": float(flagged[unknown == 0].mean()),
-            }
-        )  # fmt: skip
-    return rows
+    seen = scenes(
+        detector.fitted.model.eval(), {"train": train, "held": held, "test": test}, detector.config.train.cache_gb
+    )
+    return [_left_out(detector.fitted, seen, name) for name in sorted({s.class_name for s in train})]
+
+
+def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
+    info, known = fitted.model.teacher.info, seen.class_name != name
+    learnt = torch.from_numpy((seen.part == "train") & known)
+    scale = TokenScale(info)
+    scale.fit(seen.token_NE[learnt])
+    token = scale(seen.token_NE)
+    found = Prototypes(token.shape[1], most=fitted.model.scorer.prototypes.most)
+    found.fit(token[learnt], fitted.config.train.seed)
+    found.join_varied(token[learnt], seen.embedding_NF[learnt])
+    length = TokenDistance(token.shape[1])
+    length.fit(token[learnt], found.variant(token[learnt]), found.variants)
+    distance, prototype = length(token, found.variant(token)).double().numpy(), found(token).numpy()
+    owners = classes_of_prototypes(prototype[learnt.numpy()], seen.class_name[learnt.numpy()].tolist(), found.count)
+    held = (seen.part == "held") & known
+    nothing = np.zeros(int(held.sum()))
+    predicted = tuple(owners[k] for k in prototype[held])
+    good = GoodScores(nothing, nothing, distance[held], tuple(seen.class_name[held]), predicted)
+    decision = Decision(good, owners, (0.0, 1.0), Budget())
+    test = seen.part == "test"
+    said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(prototype[test], distance[test], strict=True)]
+    p, flagged = np.array([one.class_p for one in said]), np.array([bool(one.unknown_class) for one in said])
+    unknown = (~known[test]).astype(int)
+    return {
+        "class": name, "unknown": int(unknown.sum()), "known": int((1 - unknown).sum()),
+        "auroc_distance": float(auroc(distance[test], unknown)), "auroc_p": float(auroc(-p, unknown)),
+        "flagged_unknown": float(flagged[unknown == 1].mean()), "flagged_known": float(flagged[unknown == 0].mean()),
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- drift
@@ -239,16 +310,17 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
     decision = detector.fitted.decision
     samples = samples_of(options.data)
     test = [s for s in samples if s.split == TEST and s.label is not None]
-    normal = [s for s in test if s.label == 0]
-    scored = score_images(detector.predictor(), normal, None, None, progress)
-    unseen = np.array([key not in set(decision.trained) for key in scored.rows.key])
-    good = scored.rows.take(unseen)
-    kept = [s for s, k in zip(normal, unseen, strict=True) if k] if not scored.failed else normal
+    scored = score_images(detector.predictor(), test, None, None, progress)
+    if scored.failed:
+        raise SystemExit(f"cannot be scored: {scored.failed[0]}")
+    trained = set(decision.trained)
+    unseen = np.array([key not in trained for key in scored.rows.key]) & (scored.label_N == 0)
+    good, bad = scored.rows.take(unseen), scored.rows.take(scored.label_N == 1)
+    kept = [s for s, k in zip(test, unseen, strict=True) if k]
     found: Values = {"bundle": Path(options.bundle).name, "good": len(good), "model_id": decision.model_id}
-    found["coverage"] = coverage(decision, good, options.splits, options.seed)
+    found["coverage"] = coverage(decision, good, bad, options.splits, options.seed)
     found["as_fitted"] = as_fitted(decision, good)
-    results = list(detector.predictor().predict(test, maps=False, pixels=False))
-    found["class_accuracy"] = class_accuracy(results, test)
+    found["class_accuracy"] = class_accuracy(scored.rows.predicted, test)
     for name, title in (
         ("coverage", f"good images called bad, mean over {options.splits} cuts of {len(good)}"),
         ("as_fitted", "good images called bad at the bundle's own thresholds"),
@@ -301,7 +373,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, default=0.01, help="stated chance of a false drift alarm")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--leave-one-out", action="store_true", help="train a model without each class")
+    parser.add_argument(
+        "--leave-one-out", action="store_true", help="forget each class in turn, and look whether it is noticed"
+    )
     parser.add_argument("--out", default="", help="JSON file")
     options = parser.parse_args(args)
     if not options.data:

@@ -73,7 +73,12 @@ def table_of(trained: Path, out: Path, *images: object) -> Path:
 def test_calibrate_replaces_scores_and_leaves_the_model(trained: Path, fresh: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "new.twin", tmp_path / "r.html"
     said = run("calibrate", trained, fresh, *FEW, "--out", out, "--report", report, "--json", tmp_path / "v.json")
-    assert "of 24 good images would be called bad; the promised rate is 5 %" in said
+    header, ring, weave, together, worth = said[said.index("Thresholds by class") :].splitlines()[1:6]
+    assert header.split() == ["class", "good", "images", "budget", "threshold", "rule", "called", "bad"]
+    assert ring.split()[:4] == ["ring", "24", "5", "%"]
+    assert weave.split()[-3:-1] == ["own", "images"]
+    assert together.split()[:4] == ["all", "classes", "48", "5"]
+    assert worth.endswith("by the rule own images: at most the budget on average, whatever the scores look like.")
     before, after = decision_of(trained), decision_of(out)
     assert len(after.good) == 48
     assert not set(after.good.key) & set(before.good.key)
@@ -81,6 +86,8 @@ def test_calibrate_replaces_scores_and_leaves_the_model(trained: Path, fresh: Pa
     values = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))
     assert set(values["classes"]) == {"ring", "weave", "all classes"}
     assert values["classes"]["ring"]["images"] == 24
+    assert values["classes"]["ring"]["rule"] == "own images"
+    assert int(ring.split()[-1]) == values["classes"]["ring"]["called"] <= 1
     page = report.read_text(encoding="utf-8")
     assert "Thresholds by class" in page
     assert "promised rate" in page

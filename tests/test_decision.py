@@ -11,6 +11,7 @@ import pytest
 
 from twinspect.calibration import (
     conformal_threshold,
+    extended_threshold,
     images_needed,
     labelled_threshold,
     p_values,
@@ -151,16 +152,90 @@ def test_coverage_on_fresh_draws_is_exact() -> None:
 
 def test_a_rare_class_borrows_all_images_and_says_so() -> None:
     rng = np.random.default_rng(0)
-    made = decision(good(rng.normal(size=210), ("big",) * 200 + ("rare",) * 10), 0.01)
+    made = decision(good(rng.normal(size=209), ("big",) * 200 + ("rare",) * 9), 0.01)
     rare, pooled = made.rule("rare"), made.rule("")
     assert rare.pooled
+    assert rare.basis == "every class"
     assert rare.image.value == pooled.image.value
-    assert "10 good images of rare are too few" in class_sentence(rare)
+    assert "9 good images of rare are too few" in class_sentence(rare)
     assert "99 are needed" in class_sentence(rare)
     assert "nothing is promised for it alone" in class_sentence(rare)
     assert not rare.image.guaranteed
     assert not made.rule("big").pooled
+    assert made.rule("big").basis == "own images"
     assert [name for name, _ in promises(made)] == ["big", "rare", "all classes"]
+
+
+# How a score is drawn, and how far above the budget the rate may be: heavier than exponential is outside the model.
+TAILS = {
+    "light": (lambda rng, size: rng.normal(size=size), 1.0),
+    "exponential": (lambda rng, size: rng.exponential(size=size), 1.0),
+    "skewed": (lambda rng, size: rng.gamma(2.0, size=size), 1.0),
+    "student": (lambda rng, size: rng.standard_t(4, size=size), 1.3),
+    "log-normal": (lambda rng, size: rng.lognormal(0.0, 1.0, size=size), 1.5),
+}
+
+
+@pytest.mark.parametrize("shape", list(TAILS))
+@pytest.mark.parametrize("rate", [0.005, 0.01, 0.02])
+def test_a_small_class_of_larger_scores_keeps_the_budget(shape: str, rate: float) -> None:
+    """Scores of the third class are three times the others': the pooled threshold alone calls too many of them."""
+    rng, (draw, slack) = np.random.default_rng(5), TAILS[shape]
+    scale = np.r_[np.ones(180), np.full(40, 3.0)]
+    names = ("a",) * 90 + ("b",) * 90 + ("c",) * 40
+    ours, pooled = [], []
+    for _ in range(200):
+        scores = draw(rng, 220) * scale
+        fresh = 3.0 * draw(rng, 2000)
+        ours.append((fresh >= decision(good(scores, names), rate).rule("c").image.value).mean())
+        pooled.append((fresh >= conformal_threshold(scores, rate).value).mean())
+    assert np.mean(pooled) > 2.5 * rate
+    assert np.mean(ours) <= slack * rate + 3 * np.std(ours) / math.sqrt(len(ours))
+
+
+def test_a_class_alone_with_too_few_images_goes_by_its_own_tail() -> None:
+    """Exact for an exponential tail of any place and scale, where the largest score is not above it."""
+    rng = np.random.default_rng(2)
+    for rate in (0.001, 0.005):
+        drawn = 7.0 + 3.0 * rng.exponential(size=(4000, 40))
+        beyond = [extended_threshold(one, rate) for one in drawn]
+        realised = np.exp(-(np.array(beyond) - 7.0) / 3.0)
+        assert np.mean(realised) == pytest.approx(rate, abs=4 * np.std(realised) / math.sqrt(4000))
+    made = decision(drawn[0], 0.005)
+    rule = made.rule("a")
+    assert rule.basis == "own tail"
+    assert rule.image.value == made.threshold.value == beyond[0] > drawn[0].max()
+    assert not rule.image.guaranteed
+    assert "a model" in class_sentence(rule)
+    assert "40 images alone promise 2.4 %" in class_sentence(rule)
+
+
+@pytest.mark.parametrize("sizes", [(200, 60, 40), (120, 12, 5), (30,), (95, 9)])
+def test_answers_follow_p_values_whatever_rule_decided(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(4)
+    names = tuple(name for name, size in zip("abc", sizes, strict=False) for _ in range(size))
+    for round_to in (None, 1):
+        scores = rng.exponential(size=len(names))
+        scores = scores if round_to is None else scores.round(round_to)
+        made = decision(good(scores, names), 0.01, budget=Budget(0.01, unsure=0.04, region_fpr=0.05))
+        for name in set(names):
+            rule, last = made.rule(name), 1.0
+            for score in np.linspace(-1.0, scores.max() * 6, 400):
+                p = rule.p_value(score)
+                assert 0.0 < p <= last
+                last = p
+                if rule.image.guaranteed or rule.tail is not None:  # else no p-value reaches the budget
+                    said = made.judge(float(score), 0, class_name=name)
+                    limit = 1e-9 + np.array([0.01, 0.04])
+                    assert (said.answer != GOOD) == (p <= limit[1])
+                    assert (said.answer == ANOMALY) == (p <= limit[0])
+
+
+def test_a_tail_of_ties_puts_the_threshold_above_them() -> None:
+    rule = decision(np.r_[np.zeros(10), np.full(10, 2.0)], 0.01).rule("a")
+    assert rule.image.value == np.nextafter(2.0, np.inf)
+    with pytest.raises(ValueError, match="9 scores say nothing"):
+        extended_threshold(np.arange(9.0), 0.01)
 
 
 def test_small_classes_are_judged_together_where_that_is_enough() -> None:
@@ -169,7 +244,7 @@ def test_small_classes_are_judged_together_where_that_is_enough() -> None:
     names = ("big",) * 200 + ("s1", "s2") * 80
     scores = np.where([n == "big" for n in names], rng.normal(0, 1, 360), rng.normal(6, 1, 360))
     made = decision(good(scores, names), 0.01)
-    assert made.rule("s1").image.value == made.rule("s2").image.value > made.rule("").image.value
+    assert min(made.rule("s1").image.value, made.rule("s2").image.value) > made.rule("").image.value
     assert made.rule("s1").images == 160
     assert "judged with the other small classes (s1, s2)" in class_sentence(made.rule("s1"))
     assert made.rule("s1").image.guaranteed

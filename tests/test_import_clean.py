@@ -19,6 +19,7 @@ ROOT = Path(twinspect.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "types", "errors"),
     ("config", "losses", "scoring", "calibration", "bundle", "console", "metrics."),
+    ("rules",),
     ("decision",),
     ("drift",),
     ("models.", "data."),
@@ -30,6 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("charts", "recipes"),
     ("report",),
     ("results",),
+    ("thresholds",),
     ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
     ("reproduce", "bench_train", "diagnose_commands", "serve_commands"),
     ("export_commands",),

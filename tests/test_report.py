@@ -196,3 +196,24 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
 def test_thinning_keeps_corners() -> None:
     x, y = _thin(np.array([0.0, 0, 0, 0.5, 1]), np.array([0.0, 0.2, 0.6, 0.6, 0.6]))
     assert list(zip(x, y, strict=True)) == [(0, 0), (0, 0.6), (1, 0.6)]
+
+
+def test_headings_stand_over_their_values_and_a_dash_among_numbers(tmp_path: Path) -> None:
+    table = Table("t", ("class", "rule", "score"), (("a", "own", 1.0), ("b", "own", "-")))
+    page = write_report(tmp_path / "r.html", "x", [Section("s", (), (table,))]).read_text(encoding="utf-8")
+    assert '<th scope="col">rule</th><th scope="col" class="number">score</th>' in page
+    assert '<td>own</td><td class="number">1.0000</td>' in page
+    assert '<td>own</td><td class="number">-</td>' in page
+    assert "fixed scale" not in page
+
+
+@pytest.mark.parametrize("value", [0.5, 9.5])
+def test_the_threshold_is_written_inside_the_chart(value: float) -> None:
+    """Beyond the last bar its words would leave the picture, and over the bars nobody could read them."""
+    svg = Histogram("h", "score", {"good": np.linspace(0, 9, 50)}, threshold=value).svg()
+    x, anchor = re.search(r'<text x="([0-9.]+)" y="20" text-anchor="(\w+)">threshold', svg).groups()
+    assert anchor == ("start" if float(x) < 320 else "end")
+    assert 60 <= float(x) <= 640
+    bars = re.search(r'class="bar s0" d="([^"]+)"', svg)[1]
+    assert min(float(y) for y in re.findall(r"V([0-9.]+)", bars)) > 20
+    assert ">good<" not in svg

@@ -12,11 +12,9 @@ from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.decision import Decision
     from twinspect.training.fit import Fitted
 
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
-MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
 def fit_command(
@@ -107,6 +105,8 @@ def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: 
 
 def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     """What a finished training run says."""
+    from twinspect.thresholds import threshold_lines
+
     record, decision = detector.record_, detector.fitted.decision
     training, counts = record["training"], record["parameters"]
     yield (
@@ -122,15 +122,6 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
-
-
-def threshold_lines(decision: Decision) -> Iterator[str]:
-    """Threshold and promise of every class, or of all together where there are many."""
-    from twinspect.decision import class_sentence, promises
-
-    found = list(promises(decision))
-    for name, rule in found if len(found) <= MOST_LINES else found[-1:]:
-        yield f"{name}: threshold {rule.image.value:.3f}: {class_sentence(rule)}"
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:
@@ -151,7 +142,8 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         "threshold": decision.threshold.value,
         "promise": decision.threshold.sentence,
         "thresholds": {
-            name: {"value": rule.image.value, "promise": class_sentence(rule)} for name, rule in promises(decision)
+            name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
+            for name, rule in promises(decision)
         },
         "config": meta["config"],
     }

@@ -20,6 +20,7 @@ from twinspect.errors import ConfigError, DataError, unknown_name
 Floats = NDArray[np.float64]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
+FEWEST_TAIL = 10  # good images below which nothing is said about a tail
 RULES = ("f1-max", "min-cost", "zero-miss")
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
@@ -97,6 +98,48 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
             "on good images taken like these"
         )
     return Threshold(value, max_fpr, allowed >= 0, sentence)
+
+
+def extended_p_values(score_N: Floats, calibration_M: Floats) -> Floats:
+    """`p_values` up to the largest calibration score; beyond it, those of an exponential tail.
+
+    A rank cannot say more than "above all M", p = 1 / (M + 1). A new score reaches the (k + 1)-th largest with
+    p = (k + 1) / (M + 1), whatever the distribution. Where the tail beyond is exponential, of unknown scale, it
+    exceeds that score by x with p = (1 + x / S)^-k, where S is the sum of the k largest's excesses (Pareto, as
+    the scale is estimated: no plug-in, so it holds for few images too). k is the cube root of M: more would take
+    in scores that are not tail yet. Heavier tails make it a model: p is never above 1 / (M + 1), which is promised,
+    but may be too far below (a third too low on log-normal scores, measured).
+
+    Args:
+        score_N: scores.
+        calibration_M: scores of at least ``FEWEST_TAIL`` good images.
+    """
+    score = np.asarray(score_N, dtype=np.float64)
+    base, total, k, odds = _tail(calibration_M)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = odds * (1.0 + (score - base) / total) ** -k
+    exact = p_values(score, calibration_M)
+    return np.where(score > np.max(calibration_M), np.minimum(exact, beyond), exact)
+
+
+def extended_threshold(calibration_M: Floats, max_fpr: float) -> float:
+    """Lowest threshold at which `extended_p_values` is at most ``max_fpr`` (never at or below the largest score
+    where the images are too few to promise the rate).
+    """
+    found = conformal_threshold(calibration_M, max_fpr)
+    if found.guaranteed:
+        return found.value
+    base, total, k, odds = _tail(calibration_M)
+    return max(found.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
+
+
+def _tail(calibration_M: Floats) -> tuple[float, float, int, float]:
+    """The (k + 1)-th largest score, the sum of the k largest's excesses over it, k, and the chance of reaching it."""
+    if len(calibration_M) < FEWEST_TAIL:
+        raise ValueError(f"{len(calibration_M)} scores say nothing about a tail; {FEWEST_TAIL} are needed")
+    k = round(math.cbrt(len(calibration_M)))
+    top = np.sort(np.asarray(calibration_M, dtype=np.float64))[::-1][: k + 1]
+    return float(top[k]), float((top[:k] - top[k]).sum()), k, (k + 1) / (len(calibration_M) + 1)
 
 
 def refuse_unsupported(count: int, max_fpr: float, what: str = "--max-fpr") -> None:

@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 64, 16, 12, 44
 _PLOT, _ROW = 300, 78  # heights in pixels: of a line chart, of one group of a histogram
+_CAPTION = 14  # room above the rows for the threshold's words
 _BINS = 48
 _MOST_POINTS = 400
 _LONG_TAIL = 20.0  # largest over median score, beyond which a linear axis hides the good images
@@ -105,18 +106,21 @@ class Histogram:
         """The chart as an ``svg`` element."""
         groups = {name: np.asarray(values, np.float64) for name, values in self.groups.items()}
         axis = _score_axis(np.concatenate([*groups.values(), _listed(self.threshold)]))
-        bottom = _TOP + _ROW * len(groups)
+        start = _TOP if self.threshold is None else _TOP + _CAPTION
+        bottom = start + _ROW * len(groups)
         parts = _x_axis(axis, self.x_label + (", compressed scale" if axis.unit else ""), bottom)
         for place, (name, values) in enumerate(groups.items()):
-            parts += _bars(axis, values, _TOP + _ROW * place, place)
-            top = _TOP + _ROW * place + 14
-            parts.append(
-                f'<text class="label" x="{_WIDTH - _RIGHT}" y="{top}" text-anchor="end">{escape(name)}</text>'
-            )
+            parts += _bars(axis, values, start + _ROW * place, place)
+            if len(groups) > 1:  # one alone is named by the heading
+                at = f'x="{_WIDTH - _RIGHT}" y="{start + _ROW * place + 14}"'
+                parts.append(f'<text class="label" {at} text-anchor="end">{escape(name)}</text>')
         if self.threshold is not None:
             x = axis.place(self.threshold)
-            parts.append(f'<path class="threshold" d="M{x:.1f} {_TOP}V{bottom}"/>')
-            parts.append(f'<text x="{x + 4:.1f}" y="{_TOP + 10}">threshold {self.threshold:.3g}</text>')
+            parts.append(f'<path class="threshold" d="M{x:.1f} {start}V{bottom}"/>')
+            anchor = "start" if x < _WIDTH / 2 else "end"
+            parts.append(
+                f'<text x="{x:.1f}" y="{_TOP + 8}" text-anchor="{anchor}">threshold {self.threshold:.3g}</text>'
+            )
         return _svg(self, parts, bottom + _BOTTOM)
 
 

@@ -22,6 +22,7 @@ from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
 from twinspect.results import check_outputs, text_table, write_results, write_text
+from twinspect.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
@@ -187,11 +188,12 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
     """Everything a calibration says, ready for JSON."""
     classes = {}
     for name, rule in promises(decision):
-        own = decision.good.of_class(rule.class_name, given=True)
+        images, called = own_counts(decision, rule)
         classes[name] = {
-            "images": int(own.sum()),
+            "images": images,
             "threshold": rule.image.value,
-            "called": int((decision.good.score[own] >= rule.image.value).sum()),
+            "rule": rule.basis,
+            "called": called,
             "max_fpr": rule.image.max_fpr,
             "guaranteed": rule.image.guaranteed,
             "pooled": rule.pooled,
@@ -207,8 +209,8 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
 def _publish(
     options: CalibrateOptions, values: dict[str, Any], decision: Decision, notes: Sequence[str], console: Console
 ) -> None:
-    for name, row in values["classes"].items():
-        console.say(f"{name}: threshold {row['threshold']:.3f}; {row['sentence']}")
+    for line in threshold_lines(decision, most=len(values["classes"])):
+        console.say(line)
     if values["sessions"]:
         for line in text_table(session_table(values)):
             console.say(line)
@@ -229,17 +231,7 @@ def _publish_json(target: str, values: dict[str, Any], console: Console) -> None
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
     """A calibration for a document."""
-    columns = ("class", "good images", "threshold", "called bad", "budget", "region threshold", "promise")
-    rows = tuple(
-        (
-            name, row["images"], row["threshold"], row["called"], f"{100 * row['max_fpr']:g} %",
-            "-" if row["threshold_region"] is None else row["threshold_region"],
-            "pooled" if row["pooled"] else "of its own" if row["guaranteed"] else "none",
-        )
-        for name, row in values["classes"].items()
-    )  # fmt: skip
-    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    found = [Section("Thresholds", words, (Table("Thresholds by class", columns, rows),))]
+    found = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
     if values["sessions"]:
         found.append(Section("Sessions", (), (session_table(values),)))
     charts = tuple(
@@ -248,7 +240,20 @@ def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -
         if (own := decision.good.of_class(rule.class_name, given=True)).any()
     )
     found.append(Section("Scores", (), charts))
+    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
+    found.append(Section("What is promised", words))
     return [*found, Section("Remarks", tuple(notes))] if notes else found
+
+
+def _region_table(values: dict[str, Any]) -> Iterator[Table]:
+    rows = tuple(
+        (name, row["threshold_region"], f"{100 * row['region_fpr']:g} %")
+        for name, row in values["classes"].items()
+        if row["threshold_region"] is not None
+    )
+    if rows:
+        note = "At most this share of good images shows a region, where the images are enough for it."
+        yield Table("Regions of the map", ("class", "threshold of map values", "budget"), rows, note)
 
 
 def session_table(values: dict[str, Any]) -> Table:
@@ -294,7 +299,7 @@ def drift_command(options: DriftOptions, console: Console) -> None:
     _publish_json(options.json_file, found.to_dict(), console)
     facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
     for path in options.report:
-        shown = [Section(found.kind, (found.message,), (table, *_drift_charts(options, decision.good)))]
+        shown = [Section(found.kind.capitalize(), (found.message,), (table, *_drift_charts(options, decision.good)))]
         write_results(path, f"Drift of {options.bundle.name}", shown, facts, found.to_dict())
         console.say(f"wrote {path}")
 

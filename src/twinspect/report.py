@@ -151,7 +151,12 @@ def write_report(path: Path, title: str, sections: Sequence[Section], facts: Map
     album = _Album(sections)
     shown = [{"title": s.title, "text": s.text, "parts": [_shown(p, album) for p in s.parts]} for s in sections]
     html = page.render(
-        title=title, facts=dict(facts or {}), sections=shown, left_out=album.left_out, made=__version__
+        title=title,
+        facts=dict(facts or {}),
+        sections=shown,
+        left_out=album.left_out,
+        made=__version__,
+        pictures=any(isinstance(p, Cases) for s in sections for p in s.parts),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +205,11 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
     """A part as the template takes it."""
     if isinstance(part, Table):
         rows = [[_cell(value) for value in row] for row in part.rows]
-        return {"kind": "table", "title": part.title, "columns": part.columns, "rows": rows, "note": part.note}
+        # A heading stands over its values: numbers (and the dash for none) to the right, texts to the left.
+        numeric = [place > 0 and any(not isinstance(row[place], str) for row in part.rows)
+                   for place in range(len(part.columns))]  # fmt: skip
+        columns = [{"text": name, "number": one} for name, one in zip(part.columns, numeric, strict=True)]
+        return {"kind": "table", "title": part.title, "columns": columns, "rows": rows, "note": part.note}
     if isinstance(part, Cases):
         pictures = [album.add(case) for case in part.cases]
         return {
@@ -213,10 +222,8 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
     return {"kind": "chart", "title": part.title, "svg": Markup(part.svg())}
 
 
-def _cell(value: str | int | float) -> dict[str, Any]:
-    number = not isinstance(value, str)
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return {"text": text, "number": number}
+def _cell(value: str | int | float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _gradient() -> str:
