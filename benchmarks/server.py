@@ -327,7 +327,7 @@ def overload(model: str, image: Path, folder: Path, seconds: float, clients: int
 
 
 def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict[str, Any]:
-    """Good and hostile requests mixed; resident memory after a tenth of the time, and at the end."""
+    """Good and hostile requests mixed; memory after each sixth of the time, and growth after the first tenth."""
     stop = time.monotonic() + seconds
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()
@@ -346,19 +346,32 @@ def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict
     threads = [threading.Thread(target=work, args=(n,)) for n in range(workers)]
     for one in threads:
         one.start()
-    samples = []
+    samples: list[float] = []
+    course: list[tuple[int, float, int]] = []
     while any(one.is_alive() for one in threads):
         time.sleep(min(1.0, seconds / 20))
         samples.append(server.rss_mb())
+        if time.monotonic() > stop - seconds + (len(course) + 1) * seconds / 6:
+            course.append((round(time.monotonic() - stop + seconds), round(samples[-1], 1), sum(outcomes.values())))
+            print("  after {} s: {} MB, {} requests".format(*course[-1]), flush=True)
     warm = samples[max(1, len(samples) // 10) :]
     quarter = max(1, len(warm) // 4)
     return {
         "seconds": seconds, "requests": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items())),
+        "status": by_status(outcomes), "seconds_rss_mb_requests": course,
         "rss_mb_start": round(warm[0], 1), "rss_mb_end": round(samples[-1], 1),
         "rss_mb_first_quarter": round(statistics.median(warm[:quarter]), 1),
         "rss_mb_last_quarter": round(statistics.median(warm[-quarter:]), 1),
         "files_and_threads": server.handles(), "alive": ready(server),
     }  # fmt: skip
+
+
+def by_status(outcomes: Counter[str]) -> dict[str, int]:
+    """Requests by what was answered, whatever was sent."""
+    found: Counter[str] = Counter()
+    for what, count in outcomes.items():
+        found[what.rpartition(": ")[2]] += count
+    return dict(sorted(found.items()))
 
 
 # ----------------------------------------------------------------------------------------- the requests
