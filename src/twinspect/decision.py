@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import Floats, Threshold, conformal_threshold, images_needed, p_values
+from twinspect.calibration import Floats, Threshold, conformal_threshold, images_needed, p_value
 from twinspect.errors import BundleError, ConfigError, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
@@ -151,7 +151,7 @@ class Rule:
 
     def p_value(self, score: float) -> float:
         """Conformal p-value of a score."""
-        return max(float(p_values(np.array([score]), one)[0]) for one in self.references)
+        return max(p_value(score, one) for one in self.references)
 
 
 class Verdict(NamedTuple):
@@ -236,7 +236,7 @@ class Decision:
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
         return Verdict(
             class_name or predicted, predicted,
-            float(p_values(np.array([distance]), near.distances)[0]) if known else float("nan"),
+            p_value(distance, near.distances) if known else float("nan"),
             bool(distance >= near.far.value) if known and near.far is not None else None,
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip

@@ -125,7 +125,7 @@ def test_maps_inline_and_by_link_say_the_same(server: Running) -> None:
 
 
 def test_only_the_latest_maps_are_kept_and_memory_is_bounded() -> None:
-    with Running(maps_mb=1000 / (1 << 20)) as server:  # three maps of 8 x 8 float32
+    with Running(maps_mb=2400 / (1 << 20)) as server:  # three maps of 8 x 8 float32 in 768 bytes
         names = [server.post(encoded(seed=n)).json["results"][0]["map_id"] for n in range(5)]
         found = [server.get(f"/v1/maps/{name}?side=8").status for name in names]
         assert found == [404, 404, 200, 200, 200]
