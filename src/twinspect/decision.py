@@ -385,7 +385,9 @@ def _lenders(good: GoodScores, needed: int, given: bool) -> tuple[GoodScores, li
 
 
 def _say_pooled(image: Threshold, class_name: str, own: int, needed: int, names: Sequence[str]) -> Threshold:
-    head = f"{own} good images of {class_name} are too few for a promise of its own ({needed} are needed)"
+    images = "image of" if own == 1 else "images of"
+    head = f"{own} good {images} {class_name} {'is' if own == 1 else 'are'} too few for a promise of its own"
+    head += f" ({needed} are needed)"
     if names:
         listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
         whose = f"so it is judged with the other small classes ({listed}): {image.sentence}, over these together"

@@ -24,7 +24,10 @@ def serve(
         Optional[Path],  # noqa: UP045
         typer.Option(help="File with the API key; or set TWINSPECT_API_KEY."),
     ] = None,
-    log: Annotated[str, typer.Option(help="Inspection log: file, SQLite or PostgreSQL URL, none.")] = "",
+    log: Annotated[
+        str,
+        typer.Option(help="Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db."),
+    ] = "",
     log_required: Annotated[bool, typer.Option("--log-required", help="No answer without a row in the log.")] = False,
     log_days: Annotated[float, typer.Option(help="Delete rows older than so many days; 0 keeps them.")] = 0.0,
     runtime: Annotated[str, typer.Option(help="auto, torch, onnx or openvino; auto is what a file was made for.")] = (

@@ -36,7 +36,7 @@ class KeptMap:
     scale: tuple[float, float]
 
     @property
-    def bytes(self) -> int:
+    def memory(self) -> int:
         """Memory it takes in a `MapStore`."""
         return self.grid.nbytes + _OVERHEAD
 
@@ -77,14 +77,14 @@ class MapStore:
 
     def add(self, kept: KeptMap) -> str:
         """Keep a map; the name to fetch it by, empty if it is larger than the whole store."""
-        if kept.bytes > self.limit:
+        if kept.memory > self.limit:
             return ""
         name = secrets.token_urlsafe(16)
         self._kept[name] = kept
-        self.used += kept.bytes
+        self.used += kept.memory
         while self.used > self.limit:
             _, oldest = self._kept.popitem(last=False)
-            self.used -= oldest.bytes
+            self.used -= oldest.memory
         return name
 
     def get(self, name: str) -> KeptMap:
