@@ -35,7 +35,7 @@ def serve(
     ),
     threads: Annotated[int, typer.Option(help="CPU threads of each model; 0 is the runtime's own choice.")] = 0,
     max_batch: Annotated[int, typer.Option(help="Most images in one call of the model.")] = 16,
-    max_wait_ms: Annotated[float, typer.Option(help="Longest wait for the other images of a request.")] = 5.0,
+    max_wait_ms: Annotated[float, typer.Option(help="Longest wait of a call for images being decoded.")] = 5.0,
     queue: Annotated[int, typer.Option(help="Images accepted at a time; more get 429.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds from acceptance to the answer.")] = 30.0,
     max_body_mb: Annotated[float, typer.Option(help="Size of a request.")] = 64.0,

@@ -58,11 +58,9 @@ def test_a_job_waits_for_announced_ones_but_not_longer_than_the_limit() -> None:
     slow = Slow(0.0)
     batcher = Batcher(slow, max_batch=8, max_wait_s=0.2)
     batcher.announce(3)
-    first = batcher.submit(1)
-    batcher.arrived()
+    first = batcher.submit(1, announced=True)
     time.sleep(0.05)
-    second = batcher.submit(2)
-    batcher.arrived()
+    second = batcher.submit(2, announced=True)
     assert (first.result(5), second.result(5)) == (2, 4)
     assert slow.batches == [[1, 2]]
     began = time.monotonic()
@@ -77,7 +75,7 @@ def test_nobody_waits_for_an_announced_job_that_will_never_be() -> None:
     future = batcher.submit(1)
     time.sleep(0.05)
     assert not future.done()
-    batcher.arrived()
+    batcher.turned_back()
     assert future.result(5) == 2
     batcher.close()
 

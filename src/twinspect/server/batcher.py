@@ -1,8 +1,8 @@
 """Dynamic micro-batching: many callers, one worker that takes what has come in, up to a limit. No HTTP here.
 
-An idle worker takes a lone job at once; only jobs that were announced together wait for each other, and not longer
-than ``max_wait_s``. While a batch runs, the next one gathers. It does not wait for strangers: what their larger batch
-would save, the first of them would pay.
+A batch leaves at once when nobody else is on the way, so a lone caller never waits; otherwise it waits for those who
+were announced, but not longer than ``max_wait_s``: a little for the first, a whole batch less for the others. While a
+batch runs, the next one gathers.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ class Batcher(Generic[Job, Answer]):
         self._thread.start()
 
     def submit(
-        self, job: Job, timeout_s: float = float("inf"), promise: Future[Answer] | None = None
+        self,
+        job: Job,
+        timeout_s: float = float("inf"),
+        promise: Future[Answer] | None = None,
+        announced: bool = False,
     ) -> Future[Answer]:
         """Queue a job; it is dropped (`Expired`) if its turn has not come within ``timeout_s``.
 
@@ -80,12 +84,14 @@ class Batcher(Generic[Job, Answer]):
             job: for the function.
             timeout_s: counted from now.
             promise: a future the caller waits for already; a new one without.
+            announced: whether it is one of those of `announce`.
 
         Raises:
             Closed: after `close`.
         """
         waiting = _Waiting(job, time.monotonic() + timeout_s, promise or Future[Answer]())
         with self._change:
+            self._announced -= announced
             if self._closing:
                 raise Closed("the server is stopping; send the request again to its successor")
             self._jobs.append(waiting)
@@ -93,12 +99,12 @@ class Batcher(Generic[Job, Answer]):
         return waiting.future
 
     def announce(self, count: int) -> None:
-        """So many jobs belong together and come soon; `arrived` has to follow for each, whatever becomes of it."""
+        """So many jobs come soon; each has to end in `submit` with ``announced``, or in `turned_back`."""
         with self._change:
             self._announced += count
 
-    def arrived(self) -> None:
-        """An announced job was submitted, or will never be."""
+    def turned_back(self) -> None:
+        """An announced job will never be."""
         with self._change:
             self._announced -= 1
             self._change.notify()

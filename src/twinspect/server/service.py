@@ -245,13 +245,9 @@ class Service:
     def _begin(self, served: Served, images: Sequence[Item], asked: Asked) -> list[asyncio.Future[Scored]]:
         """Results and keys to come; a decoder hands its image to the model itself, without a detour here."""
         promises = [Future[Scored]() for _ in images]
-        together = len(images) > 1
-        if together:
-            served.batcher.announce(len(images))
+        served.batcher.announce(len(images))
         for image, promise in zip(images, promises, strict=True):
-            work = self.decoders.submit(_decode, served, image, asked, self.settings.timeout_s, promise)
-            if together:
-                work.add_done_callback(lambda _work: served.batcher.arrived())
+            self.decoders.submit(_decode, served, image, asked, self.settings.timeout_s, promise)
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
@@ -328,19 +324,25 @@ class Service:
 
 
 def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise: Future[Scored]) -> None:
-    """Queue an image for the model; one that cannot be read is answered here."""
-    if promise.cancelled():  # nobody waits for it any more
-        return
+    """Queue an announced image for the model; one that cannot be read is answered here."""
+    queued = False
     try:
+        if promise.cancelled():  # nobody waits for it any more
+            return
         decoded = served.predictor.decode(image)
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
-            served.batcher.submit(Job(decoded, asked.class_name, asked.keep, key), timeout_s, promise)
+            queued = True
+            job = Job(decoded, asked.class_name, asked.keep, key)
+            served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))
     except Exception as error:  # whatever it is belongs to the request
         if promise.set_running_or_notify_cancel():
             promise.set_exception(error)
+    finally:
+        if not queued:
+            served.batcher.turned_back()
 
 
 def _refuse_failures(results: Sequence[Result]) -> None:
