@@ -4,12 +4,15 @@ python benchmarks/server.py parts.twin --image part.jpg
 python benchmarks/server.py simulated                     # a model whose call costs 20 ms + 1 ms per image (GPU-like)
 python benchmarks/server.py simulated --only soak --soak 1800
 
-Loopback only. The load comes from ``hey`` (apt-get install hey); tables for people, the last line is JSON.
+Loopback only. Clients that never pause are ``hey`` (apt-get install hey); requests at a given rate come from here.
+The client shares the cores with the server, and other work shows in every number, so the load average is printed.
+Tables for people, the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import http.client
 import io
@@ -27,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +101,8 @@ def serve_simulated(options: list[str]) -> None:
         parser.add_argument(name, type=kind, default=None)
     given = {k: v for k, v in vars(parser.parse_args(options)).items() if v is not None}
     log = InspectionLog(given.pop("log"))
-    settings = Settings(port=0, watch_s=0, header_timeout_s=2.0, body_timeout_s=2.0, **given)
+    # A small store of maps is full within minutes; what grows in a soak after that is a leak.
+    settings = Settings(port=0, watch_s=0, header_timeout_s=2.0, body_timeout_s=2.0, maps_mb=4.0, **given)
     app = build_app(settings, {"part": Predictor(Simulated(), Decision(good, ("part",), (0.0, 8.0)))}, log)
     serve(app, settings, lambda address: print(address, flush=True))
 
@@ -123,6 +127,15 @@ class Server(NamedTuple):
     def handles(self) -> tuple[int, int]:
         """Open files and threads."""
         return len(os.listdir(f"/proc/{self.pid}/fd")), len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def cpu_s(self) -> float:
+        """Seconds of a core that it has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def images_and_calls(self) -> tuple[float, float]:
+        """Images that went through the model, and in how many calls."""
+        return self.metric("twinspect_batch_images_sum"), self.metric("twinspect_batch_images_count")
 
     def metric(self, name: str) -> float:
         """Sum of a counter over its labels."""
@@ -171,12 +184,8 @@ def ready(server: Server) -> bool:
         connection.close()
 
 
-def load(server: Server, image: Path, seconds: float, clients: int, rate: float = 0.0) -> Load:
-    """Requests for some seconds; ``rate`` > 0 is the number a second of all clients together, evenly spread.
-
-    A single ``hey`` lets all its clients tick together, in bursts as large as their number; one for each client,
-    started one after the other, does not.
-    """
+def load(server: Server, image: Path, seconds: float, clients: int) -> Load:
+    """Closed loop: so many clients for some seconds, each sends its next request once it has its answer."""
     command = [
         "hey",
         "-z",
@@ -192,16 +201,61 @@ def load(server: Server, image: Path, seconds: float, clients: int, rate: float 
         "-t",
         "60",
     ]
-    each = ["-c", "1", "-q", f"{rate / clients:.4f}"] if rate else ["-c", str(clients)]
     began = time.monotonic()
-    running = []
-    for _ in range(clients if rate else 1):
-        running.append(subprocess.Popen([*command, *each, server.url], stdout=subprocess.PIPE, text=True))
-        time.sleep(1.0 / rate if rate else 0.0)
-    texts = [one.communicate()[0] for one in running]
+    text = subprocess.run([*command, "-c", str(clients), server.url], stdout=subprocess.PIPE, text=True).stdout
+    rows = list(csv.DictReader(io.StringIO(text)))
     wall = time.monotonic() - began
-    rows = [row for text in texts for row in csv.DictReader(io.StringIO(text))]
     return Load([float(r["response-time"]) for r in rows], [int(r["status-code"]) for r in rows], wall)
+
+
+def arrivals(server: Server, image: Path, gaps: Sequence[float]) -> Load:
+    """Open loop: a request after each gap, in seconds, whether or not the ones before are answered.
+
+    A request's time counts from the moment it was due, so that a client or server that falls behind shows.
+    """
+    return asyncio.run(_arrivals(server, image.read_bytes(), gaps))
+
+
+def even(rate: float, seconds: float) -> list[float]:
+    """Gaps of a line that takes a picture at regular intervals."""
+    return [1.0 / rate] * round(rate * seconds)
+
+
+def poisson(rate: float, seconds: float) -> list[float]:
+    """Gaps of many independent clients."""
+    return np.random.default_rng(0).exponential(1.0 / rate, round(rate * seconds)).tolist()
+
+
+async def _arrivals(server: Server, image: bytes, gaps: Sequence[float]) -> Load:
+    target = server.url.partition(str(server.port))[2]
+    head = f"POST {target} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: image/jpeg\r\n"
+    body = f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
+    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    found, loop = Load([], [], 0.0), asyncio.get_running_loop()
+
+    async def ask(due: float) -> None:
+        while idle and idle[-1][0].at_eof():  # the server hangs up on those that rest
+            idle.pop()[1].close()
+        reader, writer = idle.pop() if idle else await asyncio.open_connection(server.host, server.port)
+        writer.write(body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.findall(rb"content-length: (\d+)", answer)[0]))
+        found.seconds.append(loop.time() - due)
+        found.status.append(int(answer[9:12]))
+        if b"connection: close" in answer:
+            writer.close()
+        else:
+            idle.append((reader, writer))
+
+    began = due = loop.time()
+    async with asyncio.TaskGroup() as group:
+        for gap in gaps:
+            due += gap
+            await asyncio.sleep(due - loop.time())
+            group.create_task(ask(due))
+    for _, writer in idle:
+        writer.close()
+    return found._replace(wall_s=loop.time() - began)
 
 
 # ----------------------------------------------------------------------------------------------- parts
@@ -213,13 +267,12 @@ def batching(model: str, image: Path, folder: Path, seconds: float, clients: int
     for name, limit in (("batch 1", "1"), ("micro-batching", "16")):
         with started(model, folder, "--max-batch", limit) as server:
             load(server, image, min(3.0, seconds), clients)
-            before = server.metric("twinspect_batch_images_count"), server.metric("twinspect_batch_images_sum")
+            before = server.images_and_calls()
             one = load(server, image, seconds, clients)
-            calls = server.metric("twinspect_batch_images_count") - before[0]
-            images = server.metric("twinspect_batch_images_sum") - before[1]
+            images, calls = (b - a for a, b in zip(before, server.images_and_calls(), strict=True))
             found[name] = {
-                "images_per_s": round(one.rate, 1), "p50_ms": round(1000 * one.percentile(50), 1),
-                "p99_ms": round(1000 * one.percentile(99), 1), "images_per_call": round(images / max(calls, 1), 2),
+                "images_per_s": round(one.rate, 1), "p50_ms": milliseconds(one, 50),
+                "p99_ms": milliseconds(one, 99), "images_per_call": round(images / max(calls, 1), 2),
                 "not_200": len(one.status) - one.good,
             }  # fmt: skip
     found["gain"] = round(found["micro-batching"]["images_per_s"] / found["batch 1"]["images_per_s"], 2)
@@ -227,18 +280,36 @@ def batching(model: str, image: Path, folder: Path, seconds: float, clients: int
 
 
 def latency(model: str, image: Path, folder: Path, seconds: float, clients: int) -> dict[str, Any]:
-    """p99 at half of what the server can do, against one image at a time with nobody else there."""
+    """p99 at half of what the server can do, against one image at a time with nobody else there.
+
+    "What it can do" is what ``clients`` get that never pause. Half of that comes in an open loop: evenly spaced, as
+    from a line, and, harder, at random (Poisson), as from many independent clients.
+    """
     with started(model, folder) as server:
         load(server, image, min(3.0, seconds), 1)
         alone = load(server, image, seconds, 1)
         full = load(server, image, seconds, clients)
-        half = load(server, image, seconds, clients, full.rate / 2)
-    return {
-        "alone_p50_ms": round(1000 * alone.percentile(50), 1), "alone_p99_ms": round(1000 * alone.percentile(99), 1),
-        "full_images_per_s": round(full.rate, 1), "half_images_per_s": round(half.rate, 1),
-        "half_p50_ms": round(1000 * half.percentile(50), 1), "half_p99_ms": round(1000 * half.percentile(99), 1),
-        "half_p99_over_alone_p50": round(half.percentile(99) / alone.percentile(50), 2),
-    }  # fmt: skip
+        found: dict[str, Any] = {
+            "alone_p50_ms": milliseconds(alone, 50), "alone_p99_ms": milliseconds(alone, 99),
+            "full_images_per_s": round(full.rate, 1),
+        }  # fmt: skip
+        for name, gaps in (("even", even), ("poisson", poisson)):
+            before, spent = server.images_and_calls(), server.cpu_s()
+            half = arrivals(server, image, gaps(full.rate / 2, seconds))
+            images, calls = (b - a for a, b in zip(before, server.images_and_calls(), strict=True))
+            found[f"half_{name}"] = {
+                "images_per_s": round(half.rate, 1), "images_per_call": round(images / max(calls, 1), 2),
+                "p50_ms": milliseconds(half, 50), "p99_ms": milliseconds(half, 99),
+                "server_cpu_ms_per_image": round(1000 * (server.cpu_s() - spent) / max(images, 1), 2),
+                "p99_over_alone_p50": round(half.percentile(99) / alone.percentile(50), 2),
+                "not_200": len(half.status) - half.good,
+            }  # fmt: skip
+    return found
+
+
+def milliseconds(found: Load, percent: float) -> float:
+    """A percentile for people."""
+    return round(1000 * found.percentile(percent), 1)
 
 
 def overload(model: str, image: Path, folder: Path, seconds: float, clients: int) -> dict[str, Any]:
@@ -246,18 +317,18 @@ def overload(model: str, image: Path, folder: Path, seconds: float, clients: int
     with started(model, folder, "--queue", str(QUEUE)) as server:
         capacity = load(server, image, min(10.0, seconds), min(clients, QUEUE)).rate
         before, rss = server.metric("twinspect_images_total"), server.rss_mb()
-        found = load(server, image, seconds, 4 * QUEUE, 4 * capacity)
+        found = arrivals(server, image, even(4 * capacity, seconds))
         accepted = server.metric("twinspect_images_total") - before
         return {
             "capacity_per_s": round(capacity, 1), "offered_per_s": round(len(found.status) / found.wall_s, 1),
             "status": dict(Counter(found.status)), "accepted": int(accepted), "answered": found.good,
-            "answered_p99_ms": round(1000 * found.percentile(99), 1),
+            "answered_p99_ms": milliseconds(found, 99),
             "rss_mb": [round(rss, 1), round(server.rss_mb(), 1)], "alive": ready(server),
         }  # fmt: skip
 
 
 def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict[str, Any]:
-    """Good and hostile requests mixed; resident memory after a tenth of the time, and at the end."""
+    """Good and hostile requests mixed; memory after each sixth of the time, and growth after the first tenth."""
     stop = time.monotonic() + seconds
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()
@@ -276,19 +347,32 @@ def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict
     threads = [threading.Thread(target=work, args=(n,)) for n in range(workers)]
     for one in threads:
         one.start()
-    samples = []
+    samples: list[float] = []
+    course: list[tuple[int, float, int]] = []
     while any(one.is_alive() for one in threads):
         time.sleep(min(1.0, seconds / 20))
         samples.append(server.rss_mb())
+        if time.monotonic() > stop - seconds + (len(course) + 1) * seconds / 6:
+            course.append((round(time.monotonic() - stop + seconds), round(samples[-1], 1), sum(outcomes.values())))
+            print("  after {} s: {} MB, {} requests".format(*course[-1]), flush=True)
     warm = samples[max(1, len(samples) // 10) :]
     quarter = max(1, len(warm) // 4)
     return {
         "seconds": seconds, "requests": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items())),
+        "status": by_status(outcomes), "seconds_rss_mb_requests": course,
         "rss_mb_start": round(warm[0], 1), "rss_mb_end": round(samples[-1], 1),
         "rss_mb_first_quarter": round(statistics.median(warm[:quarter]), 1),
         "rss_mb_last_quarter": round(statistics.median(warm[-quarter:]), 1),
         "files_and_threads": server.handles(), "alive": ready(server),
     }  # fmt: skip
+
+
+def by_status(outcomes: Counter[str]) -> dict[str, int]:
+    """Requests by what was answered, whatever was sent."""
+    found: Counter[str] = Counter()
+    for what, count in outcomes.items():
+        found[what.rpartition(": ")[2]] += count
+    return dict(sorted(found.items()))
 
 
 # ----------------------------------------------------------------------------------------- the requests

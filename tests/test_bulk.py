@@ -278,7 +278,7 @@ def children(parent: int) -> list[int]:
     return [int(head.split(" ", 1)[0]) for head, tail in stats if int(tail.split()[1]) == parent]
 
 
-def wait_for(happened: Any, seconds: float = 30.0) -> None:
+def wait_for(happened: Any, seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until

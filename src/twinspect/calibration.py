@@ -50,6 +50,11 @@ def p_values(score_N: Floats, calibration_M: Floats) -> Floats:
     return np.asarray((1.0 + at_least) / (len(ordered) + 1.0), dtype=np.float64)
 
 
+def p_value(score: float, ordered_M: Floats) -> float:
+    """`p_values` of one score among calibration scores that are in order."""
+    return (1.0 + len(ordered_M) - int(ordered_M.searchsorted(score, side="left"))) / (len(ordered_M) + 1.0)
+
+
 def images_needed(max_fpr: float) -> int:
     """Fewest calibration images that can support a false-alarm budget: the smallest p-value is 1 / (n + 1)."""
     return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)

@@ -226,6 +226,10 @@ def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) 
     if others.any():
         kept = ", ".join(f"{n} ({c})" for n, c in sorted(Counter(decision.good.take(others).class_name).items()))
         notes.append(f"calibrated {', '.join(sorted(present))}; earlier calibration images are kept for {kept}")
+    before, now = Counter(decision.good.class_name), Counter(fresh.class_name)
+    for name in sorted(present):
+        if now[name] < before[name]:
+            notes.append(f"{name}: {now[name]} in the place of {before[name]} earlier ones; --add would keep both")
     return decision.good.take(others).join(fresh)
 
 

@@ -24,7 +24,7 @@ from twinspect.calibration import (
     extended_p_values,
     extended_threshold,
     images_needed,
-    p_values,
+    p_value,
 )
 from twinspect.errors import ConfigError
 
@@ -172,18 +172,18 @@ class Rule:
 
     def p_value(self, score: float) -> float:
         """p-value of a score: conformal, and by the class's own tail where its images are too few."""
-        new = np.array([score])
-        found = [float(p_values(new, one)[0]) for one in self.references]
+        found = [p_value(score, one) for one in self.references]
         if self.tail is not None:
-            found.append(float(extended_p_values(new, self.tail)[0]))
+            found.append(float(extended_p_values(np.array([score]), self.tail)[0]))
         return max(found)
 
     def class_p(self, distance: float) -> float:
         """p-value of a distance to the nearest prototype; NaN where distances are unknown."""
         if self.far is None or distance != distance:
             return float("nan")
-        own_p = extended_p_values if _has_tail(len(self.distances), self.far.max_fpr) else p_values
-        return float(own_p(np.array([distance]), self.distances)[0])
+        if _has_tail(len(self.distances), self.far.max_fpr):
+            return float(extended_p_values(np.array([distance]), self.distances)[0])
+        return p_value(distance, self.distances)
 
 
 def class_sentence(rule: Rule) -> str:
@@ -298,7 +298,9 @@ def _lenders(good: GoodScores, needed: int, given: bool) -> tuple[GoodScores, li
 
 
 def _say_pooled(image: Threshold, class_name: str, own: int, needed: int, names: Sequence[str]) -> Threshold:
-    head = f"{own} good images of {class_name} are too few for a promise of its own ({needed} are needed)"
+    images = "image of" if own == 1 else "images of"
+    head = f"{own} good {images} {class_name} {'is' if own == 1 else 'are'} too few for a promise of its own"
+    head += f" ({needed} are needed)"
     if names:
         listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
         whose = f"so it is judged with the other small classes ({listed}): {image.sentence}, over these together"

@@ -24,7 +24,10 @@ def serve(
         Optional[Path],  # noqa: UP045
         typer.Option(help="File with the API key; or set TWINSPECT_API_KEY."),
     ] = None,
-    log: Annotated[str, typer.Option(help="Inspection log: file, SQLite or PostgreSQL URL, none.")] = "",
+    log: Annotated[
+        str,
+        typer.Option(help="Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db."),
+    ] = "",
     log_required: Annotated[bool, typer.Option("--log-required", help="No answer without a row in the log.")] = False,
     log_days: Annotated[float, typer.Option(help="Delete rows older than so many days; 0 keeps them.")] = 0.0,
     runtime: Annotated[str, typer.Option(help="auto, torch, onnx or openvino; auto is what a file was made for.")] = (
@@ -32,7 +35,7 @@ def serve(
     ),
     threads: Annotated[int, typer.Option(help="CPU threads of each model; 0 is the runtime's own choice.")] = 0,
     max_batch: Annotated[int, typer.Option(help="Most images in one call of the model.")] = 16,
-    max_wait_ms: Annotated[float, typer.Option(help="Longest wait of a call for images on their way.")] = 5.0,
+    max_wait_ms: Annotated[float, typer.Option(help="Longest wait of a call for images being decoded.")] = 5.0,
     queue: Annotated[int, typer.Option(help="Images accepted at a time; more get 429.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds from acceptance to the answer.")] = 30.0,
     max_body_mb: Annotated[float, typer.Option(help="Size of a request.")] = 64.0,

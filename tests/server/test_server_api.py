@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_maps_inline_and_by_link_say_the_same(server: Running) -> None:
 
 
 def test_only_the_latest_maps_are_kept_and_memory_is_bounded() -> None:
-    with Running(maps_mb=1000 / (1 << 20)) as server:  # three maps of 8 x 8 float32
+    with Running(maps_mb=2400 / (1 << 20)) as server:  # three maps of 8 x 8 float32 in 768 bytes
         names = [server.post(encoded(seed=n)).json["results"][0]["map_id"] for n in range(5)]
         found = [server.get(f"/v1/maps/{name}?side=8").status for name in names]
         assert found == [404, 404, 200, 200, 200]
@@ -199,7 +200,10 @@ def test_drift_light_turns_red_can_be_reset_and_outlives_a_restart(log: Inspecti
         images = [encoded(DARK + 25, seed=n) for n in range(8)]  # good by threshold, but all at the upper end
         for _ in range(12):
             server.post(*images)
+        until = time.monotonic() + 20
         (found,) = server.get("/v1/drift").json["drift"]
+        while found["images"] < 96 and time.monotonic() < until:  # the monitor looks beside the answers
+            (found,) = server.get("/v1/drift").json["drift"]
         assert found["light"] == "red"
         assert found["images"] == 96
         assert b'twinspect_drift_alarm{bundle="bright"} 1.0' in server.get("/metrics").body
@@ -243,7 +247,9 @@ def test_other_content_types_are_refused(server: Running, kind: str) -> None:
 
 def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
     body, headers = form(("a.png", encoded()), field="other")
-    assert server.ask("POST", "/v1/predict", body, headers).code == "no_image"
+    answer = server.ask("POST", "/v1/predict", body, headers)
+    assert answer.code == "no_image"
+    assert "'other' with a file; type: curl -F file=@" in answer.json["error"]["message"]
     body, _ = form(("a.png", encoded()))
     for kind in ("multipart/form-data", "multipart/form-data; boundary=somethingelse"):
         assert server.ask("POST", "/v1/predict", body, {"Content-Type": kind}).code in ("bad_form", "no_image")
@@ -251,6 +257,29 @@ def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
     assert server.post_json("/v1/log/1/feedback", ["x"]).code == "bad_request"
     broken = server.ask("POST", "/v1/log/1/feedback", b"{", {"Content-Type": "application/json"})
     assert (broken.status, broken.code) == (400, "bad_request")
+    form_type = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl -d without a header
+    plain = server.ask("POST", "/v1/log/1/feedback", b'{"verdict": "missed"}', form_type)
+    for one in (broken, plain):
+        assert "Content-Type: application/json" in one.json["error"]["message"]
+
+
+def test_a_misspelt_verdict_does_not_take_feedback_back(server: Running) -> None:
+    number = server.post(encoded(BRIGHT)).json["results"][0]["log_id"]
+    where = f"/v1/log/{number}/feedback"
+    assert server.post_json(where, {"verdict": "confirmed"}).status == 200
+    wrong = server.post_json(where, {"verdikt": "false_alarm"})
+    assert (wrong.status, wrong.code) == (400, "bad_request")
+    assert "verdikt 'false_alarm'" in wrong.json["error"]["message"]
+    assert server.get("/v1/log?limit=1").json["rows"][0]["feedback"] == "confirmed"
+
+
+@pytest.mark.parametrize("path", ["/v1/log?class_name=part", "/v1/drift?bundle=x"])
+def test_unknown_parameters_are_refused_not_passed_over(server: Running, path: str) -> None:
+    answer = server.get(path)
+    assert (answer.status, answer.code) == (400, "bad_request")
+    assert "unknown parameter" in answer.json["error"]["message"]
+    typed = server.post(encoded(), query="?clas=part")
+    assert "Did you mean 'class'" in typed.json["error"]["message"]
 
 
 @pytest.mark.parametrize("query", ["maps=all", "keep=perhaps", "session=" + "x" * 300, "bundle=" + "x" * 300])
@@ -262,6 +291,7 @@ def test_unknown_paths_and_methods(server: Running) -> None:
     assert (server.get("/v2/predict").status, server.get("/v2/predict").code) == (404, "not_found")
     wrong = server.get("/v1/predict")
     assert (wrong.status, wrong.code, wrong.headers["allow"]) == (405, "wrong_method", "POST")
+    assert wrong.json["error"]["message"] == "GET /v1/predict: accepted POST"
     for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/static/../page.html"):
         assert server.get(path).status == 404
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -53,12 +54,13 @@ def test_a_lone_job_does_not_wait() -> None:
     batcher.close()
 
 
-def test_a_job_waits_for_others_on_the_way_but_not_longer_than_the_limit() -> None:
+def test_a_job_waits_for_announced_ones_but_not_longer_than_the_limit() -> None:
     slow = Slow(0.0)
-    batcher = Batcher(slow, max_batch=8, max_wait_s=0.2, on_the_way=lambda: 1)
-    first = batcher.submit(1)
+    batcher = Batcher(slow, max_batch=8, max_wait_s=0.2)
+    batcher.announce(3)
+    first = batcher.submit(1, announced=True)
     time.sleep(0.05)
-    second = batcher.submit(2)
+    second = batcher.submit(2, announced=True)
     assert (first.result(5), second.result(5)) == (2, 4)
     assert slow.batches == [[1, 2]]
     began = time.monotonic()
@@ -67,15 +69,22 @@ def test_a_job_waits_for_others_on_the_way_but_not_longer_than_the_limit() -> No
     batcher.close()
 
 
-def test_a_nudge_ends_waiting_for_somebody_who_turned_back() -> None:
-    coming = [1]
-    batcher = Batcher(double, max_batch=8, max_wait_s=30.0, on_the_way=lambda: coming[0])
+def test_nobody_waits_for_an_announced_job_that_will_never_be() -> None:
+    batcher = Batcher(double, max_batch=8, max_wait_s=30.0)
+    batcher.announce(1)
     future = batcher.submit(1)
     time.sleep(0.05)
     assert not future.done()
-    coming[0] = 0
-    batcher.nudge()
+    batcher.turned_back()
     assert future.result(5) == 2
+    batcher.close()
+
+
+def test_the_answer_goes_where_the_caller_waits_already() -> None:
+    promise: Future[int] = Future()
+    batcher = Batcher(double, max_batch=8)
+    assert batcher.submit(21, promise=promise) is promise
+    assert promise.result(5) == 42
     batcher.close()
 
 
@@ -142,7 +151,8 @@ def test_time_per_job_follows_the_load_and_is_observed() -> None:
 
 
 def test_many_threads() -> None:
-    batcher = Batcher(double, max_batch=16, max_wait_s=0.001, on_the_way=lambda: 1)
+    batcher = Batcher(double, max_batch=16, max_wait_s=0.001)
+    batcher.announce(1)  # and never comes: every batch waits its longest
     wrong = []
 
     def caller(start: int) -> None:

@@ -35,6 +35,15 @@ def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, c
     return log.append(rows)
 
 
+def test_few_images_in_the_place_of_many_are_spoken_of(log: InspectionLog) -> None:
+    before = decision(classes=("part", "lid"))  # 60 images each
+    fill(log, [1.5, 1.6])
+    _, notes = recalibrate(before, Wanted(max_fpr=0.05), learn(log, before).good)
+    assert "part: 2 in the place of 60 earlier ones; --add would keep both" in notes
+    _, notes = recalibrate(before, Wanted(max_fpr=0.05, add=True), learn(log, before).good)
+    assert not any("in the place of" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("answer", "feedback", "label"),
     [
@@ -59,8 +68,9 @@ def test_false_alarms_raise_the_threshold_until_the_promise_holds(log: Inspectio
             log.give_feedback(number, "false_alarm")
     found = learn(log, before)
     assert len(found.good.rows) == 400
-    after, _ = recalibrate(before, Wanted(), found.good)
+    after, notes = recalibrate(before, Wanted(), found.good)
     new = after.rule("part").image.value
+    assert not any("--add" in note for note in notes)  # 400 images replace 120
     fresh = rng.uniform(1.4, 3.0, 20_000)
     assert (fresh >= limit).mean() > 0.2
     assert new > limit

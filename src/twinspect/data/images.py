@@ -7,6 +7,7 @@ cropped. The model resizes the whole image to its own square input, and maps are
 from __future__ import annotations
 
 import io
+import os
 import stat
 import threading
 import warnings
@@ -48,9 +49,10 @@ class ImageLimits:
     max_bytes: int = 1 << 30
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: Path | str) -> bool:
     """Whether the name looks like an image and is not a hidden file (``._x.jpg`` from other systems)."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    name = os.path.basename(path)  # a Path for every string would be most of the time that listing a folder takes
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
 
 
 def read_rgb(

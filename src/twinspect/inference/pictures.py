@@ -53,9 +53,14 @@ class PictureOptions:
             _tifffile()
 
     @property
+    def wants_files(self) -> bool:
+        """Whether there are files for each image."""
+        return bool(self.maps or self.masks or self.overlays or self.submission)
+
+    @property
     def wants_maps(self) -> bool:
         """Whether any of them needs the anomaly map."""
-        return bool(self.maps or self.masks or self.overlays or self.submission or self.coco)
+        return self.wants_files or self.coco
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -80,7 +85,7 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
         DataError: a submission of images that do not lie in MVTec AD 2's folders.
         TwinspectError: a file cannot be written.
     """
-    if result.error:
+    if result.error or not options.wants_files:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
     heat = result.map if options.maps or options.masks or options.submission else None

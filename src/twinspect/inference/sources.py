@@ -170,10 +170,9 @@ def _file(path: Path) -> Iterator[Item | Stream]:
 
 def _kept(text: str) -> Item | Stream | None:
     """What a file in a folder is by its name: an image, an archive of images, or neither."""
-    name = PurePosixPath(text)
-    if is_image(Path(name)):
+    if is_image(text):
         return Item(text, text)
-    return Stream(text) if text.lower().endswith(ARCHIVES) and not name.name.startswith(".") else None
+    return Stream(text) if text.lower().endswith(ARCHIVES) and not os.path.basename(text).startswith(".") else None
 
 
 def _below(folder: str) -> Iterator[Item | Stream]:
@@ -340,7 +339,7 @@ def _archive_images(path: str) -> Iterator[Item]:
         with _archive(path, by_place) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
-                if member.isdir() or not is_image(Path(PurePosixPath(member.name))):
+                if member.isdir() or not is_image(member.name):
                     continue
                 count += 1
                 yield _member(path, archive, member, by_place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,14 +49,15 @@ def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
 
     Not-a-number becomes an empty cell, and names become what `as_text` makes of them.
     """
-    clean = [{name: _plain(row[name]) for name in _TYPES} for row in rows]
+    columns = {name: _plain([row[name] for row in rows], kind) for name, kind in _TYPES.items()}
     if suffix == ".parquet":
-        return _parquet(clean)
+        return _parquet(columns)
     text = io.StringIO(newline="")
+    lines = zip(*columns.values(), strict=True)
     if suffix == ".csv":
-        csv.DictWriter(text, list(_TYPES)).writerows(clean)
+        csv.writer(text).writerows(lines)
     else:
-        text.writelines(json.dumps(row) + "\n" for row in clean)
+        text.writelines(json.dumps(dict(zip(_TYPES, line, strict=True))) + "\n" for line in lines)
     return text.getvalue().encode("utf-8")
 
 
@@ -78,10 +78,11 @@ def join(parts: Iterable[bytes], out: Path) -> None:
         raise TwinspectError(f"{out} cannot be written ({error.strerror or error})") from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return as_text(value) if isinstance(value, str) else value
+def _plain(values: list[Any], kind: str) -> list[Any]:
+    """A column's values: no not-a-number, no text that a format cannot hold."""
+    if kind == "double":
+        return [None if value != value else value for value in values]
+    return [as_text(value) for value in values] if kind == "string" else values
 
 
 def as_text(value: str) -> str:
@@ -96,12 +97,12 @@ def _schema() -> Any:
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _TYPES.items()])
 
 
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
+def _parquet(columns: dict[str, list[Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     body = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), body)
+    pq.write_table(pa.table(columns, schema=_schema()), body)
     return body.getvalue()
 
 

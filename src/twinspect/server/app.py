@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from twinspect._version import __version__
-from twinspect.errors import TwinspectError
+from twinspect.errors import TwinspectError, unknown_name
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import COLOURS
@@ -115,6 +115,7 @@ class _Routes:
         return [
             APIRoute(
                 path, endpoint, methods=[method], response_model=None,
+                dependencies=[Depends(_refuse_unknown)] if path.startswith("/v1") else [],
                 responses={200: {"model": model} if model else {}, **(errors if path.startswith("/v1") else {})},
                 openapi_extra=openapi_body() if path == "/v1/predict" else None,
                 include_in_schema=path != "/",
@@ -185,7 +186,7 @@ class _Routes:
     async def feedback(self, number: Number, body: Annotated[schema.FeedbackBody, Body()]) -> Response:
         """Keep the operator's word on a decision; calibration can learn from it."""
         log = self.service.the_log()
-        row = await asyncio.to_thread(log.give_feedback, number, body.get("verdict", ""), body.get("note", ""))
+        row = await asyncio.to_thread(log.give_feedback, number, body["verdict"], body.get("note", ""))
         return JSONResponse(row)
 
     async def drift(self) -> Response:
@@ -222,6 +223,14 @@ class _Routes:
         return HTMLResponse(self._page, headers={"content-security-policy": self._policy})
 
 
+def _refuse_unknown(request: Request) -> None:
+    """A misspelt ``class`` would be passed over, and the class predicted instead."""
+    accepted = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in accepted:
+            raise Refused(400, "bad_request", unknown_name("parameter", name[:200], accepted or ["none"]))
+
+
 def page() -> tuple[str, str]:
     """The page, and the policy that lets only its own script and style in, and nothing from elsewhere."""
     text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
@@ -253,14 +262,25 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, Refused):  # while a body was read for us
         return _answer(request, error.__cause__)
-    code = _CODES.get(error.status_code, "refused")
-    return _answer(request, Refused(error.status_code, code, f"{request.url.path}: {error.detail}"), error.headers)
+    code, said = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
+    if allowed := (error.headers or {}).get("Allow"):
+        said = f"{request.method} {request.url.path}: accepted {allowed}"
+    return _answer(request, Refused(error.status_code, code, said), error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = "; ".join(f"{'.'.join(str(p) for p in one['loc'])}: {one['msg']}" for one in error.errors()[:3])
+    said = "; ".join(_complaint(one) for one in error.errors()[:3])
     return _answer(request, Refused(400, "bad_request", said))
+
+
+def _complaint(one: Mapping[str, Any]) -> str:
+    """What was got, and what is accepted."""
+    place, *names = one["loc"]
+    if place == "body" and (not names or one["type"] == "json_invalid"):
+        return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"
+    got = "" if one["type"] == "missing" else f" {plain_text(repr(one['input']), 80)}"
+    return f"{'.'.join(str(name) for name in names)}{got}: {one['msg']}"
 
 
 def _answer(request: Request, refused: Refused, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,7 +1,8 @@
 """Dynamic micro-batching: many callers, one worker that takes what has come in, up to a limit. No HTTP here.
 
-A batch leaves at once when nobody else is on the way, so a lone caller never waits; otherwise it waits for the
-others, but not longer than ``max_wait_s``. While a batch runs, the next one gathers.
+A batch leaves at once when nobody else is on the way, so a lone caller never waits; otherwise it waits for those who
+were announced, but not longer than ``max_wait_s``: a little for the first, a whole batch less for the others. While a
+batch runs, the next one gathers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from twinspect.errors import TwinspectError
@@ -33,7 +34,7 @@ class Expired(TwinspectError):
 class _Waiting(Generic[Job, Answer]):
     job: Job
     deadline: float
-    future: Future[Answer] = field(default_factory=Future)
+    future: Future[Answer]
 
 
 class Batcher(Generic[Job, Answer]):
@@ -42,8 +43,7 @@ class Batcher(Generic[Job, Answer]):
     Args:
         run: jobs to answers, one each, in order. What it raises reaches every job of the batch.
         max_batch: most jobs in a call.
-        max_wait_s: longest wait for jobs that are on the way, in seconds.
-        on_the_way: how many jobs will be submitted soon; 0 means that waiting is useless.
+        max_wait_s: longest wait for jobs that were announced, in seconds.
         observe: called with (jobs, seconds) after every batch.
         name: of the thread.
 
@@ -59,12 +59,11 @@ class Batcher(Generic[Job, Answer]):
         run: Callable[[Sequence[Job]], Sequence[Answer]],
         max_batch: int,
         max_wait_s: float = 0.0,
-        on_the_way: Callable[[], int] = lambda: 0,
         observe: Callable[[int, float], None] = lambda _jobs, _seconds: None,
         name: str = "batcher",
     ) -> None:
         self._run, self._max_batch, self._max_wait_s = run, max_batch, max_wait_s
-        self._on_the_way, self._observe = on_the_way, observe
+        self._observe, self._announced = observe, 0
         self._jobs: deque[_Waiting[Job, Answer]] = deque()
         self._change = threading.Condition()
         self._closing = False
@@ -72,23 +71,42 @@ class Batcher(Generic[Job, Answer]):
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job, timeout_s: float = float("inf")) -> Future[Answer]:
+    def submit(
+        self,
+        job: Job,
+        timeout_s: float = float("inf"),
+        promise: Future[Answer] | None = None,
+        announced: bool = False,
+    ) -> Future[Answer]:
         """Queue a job; it is dropped (`Expired`) if its turn has not come within ``timeout_s``.
+
+        Args:
+            job: for the function.
+            timeout_s: counted from now.
+            promise: a future the caller waits for already; a new one without.
+            announced: whether it is one of those of `announce`.
 
         Raises:
             Closed: after `close`.
         """
-        waiting: _Waiting[Job, Answer] = _Waiting(job, time.monotonic() + timeout_s)
+        waiting = _Waiting(job, time.monotonic() + timeout_s, promise or Future[Answer]())
         with self._change:
+            self._announced -= announced
             if self._closing:
                 raise Closed("the server is stopping; send the request again to its successor")
             self._jobs.append(waiting)
             self._change.notify()
         return waiting.future
 
-    def nudge(self) -> None:
-        """Look again at who is on the way (somebody turned back)."""
+    def announce(self, count: int) -> None:
+        """So many jobs come soon; each has to end in `submit` with ``announced``, or in `turned_back`."""
         with self._change:
+            self._announced += count
+
+    def turned_back(self) -> None:
+        """An announced job will never be."""
+        with self._change:
+            self._announced -= 1
             self._change.notify()
 
     def __len__(self) -> int:
@@ -113,7 +131,7 @@ class Batcher(Generic[Job, Answer]):
             while not self._jobs and not self._closing:
                 self._change.wait()
             until = time.monotonic() + self._max_wait_s
-            while len(self._jobs) < self._max_batch and not self._closing and self._on_the_way() > 0:
+            while len(self._jobs) < self._max_batch and not self._closing and self._announced > 0:
                 left = until - time.monotonic()
                 if left <= 0:
                     break

@@ -16,6 +16,7 @@ from PIL import Image
 from twinspect.inference.result import Result, colourise, resize_map
 from twinspect.server.refusals import Refused
 
+_OVERHEAD = 512  # bytes of the objects around a small map, as measured
 FORMATS = {"png": "image/png", "npy": "application/octet-stream"}
 
 
@@ -33,6 +34,11 @@ class KeptMap:
     height: int
     width: int
     scale: tuple[float, float]
+
+    @property
+    def memory(self) -> int:
+        """Memory it takes in a `MapStore`."""
+        return self.grid.nbytes + _OVERHEAD
 
     def inline(self) -> dict[str, Any]:
         """For JSON: base64 of little-endian float32, row by row, at the model's own size."""
@@ -71,14 +77,14 @@ class MapStore:
 
     def add(self, kept: KeptMap) -> str:
         """Keep a map; the name to fetch it by, empty if it is larger than the whole store."""
-        if kept.grid.nbytes > self.limit:
+        if kept.memory > self.limit:
             return ""
         name = secrets.token_urlsafe(16)
         self._kept[name] = kept
-        self.used += kept.grid.nbytes
+        self.used += kept.memory
         while self.used > self.limit:
             _, oldest = self._kept.popitem(last=False)
-            self.used -= oldest.grid.nbytes
+            self.used -= oldest.memory
         return name
 
     def get(self, name: str) -> KeptMap:
@@ -96,4 +102,5 @@ def kept_map(result: Result) -> KeptMap | None:
     """The map of a result, if it has one."""
     if result.grid is None:
         return None
-    return KeptMap(result.grid, result.height, result.width, result.scale)
+    # A copy: the grid is a view into the maps of its whole batch, which would live as long.
+    return KeptMap(result.grid.copy(), result.height, result.width, result.scale)

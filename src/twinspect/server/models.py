@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from twinspect.server.drifts import DriftLight
 from twinspect.server.refusals import Refused
 
 Stamp = tuple[int, int, int]
+Scored = tuple[Result, str]  # and the key of its image
+_WATCHED = 64  # results the drift monitor takes at a time
 _RETIRING_S = 0.05  # how often a replaced model looks whether its last request is answered
 
 
@@ -32,11 +32,13 @@ class Job:
         decoded: by the model's predictor.
         class_name: where the client knows it.
         watched: whether the drift light shall see it.
+        key: by which calibration recognises the image's file.
     """
 
     decoded: Decoded
     class_name: str | None = None
     watched: bool = True
+    key: str = ""
 
 
 class Served:
@@ -62,24 +64,28 @@ class Served:
     ) -> None:
         self.name, self.predictor, self.light, self._alarm = name, predictor, light, alarm
         self.users = 0  # requests that hold this version; changed on the event loop only
-        self.coming = 0  # images being decoded for it; changed on the event loop only
-        self.batcher: Batcher[Job, Result] = Batcher(
-            self._score, *batching, lambda: self.coming, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
+        self.batcher: Batcher[Job, Scored] = Batcher(
+            self._score, *batching, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
         )
+        # In a thread of its own: neither answers nor the next call of the model wait for the drift monitor.
+        self._watcher: Batcher[Result, None] = Batcher(self._watch, _WATCHED, name=f"drift-{name}")
 
-    def submit(self, job: Job, timeout_s: float) -> Future[Result]:
-        """Queue a decoded image."""
-        return self.batcher.submit(job, timeout_s)
+    def close(self) -> None:
+        """Finish what was accepted, then end the threads."""
+        self.batcher.close()
+        self._watcher.close()
 
-    def _score(self, jobs: Sequence[Job]) -> list[Result]:
+    def _score(self, jobs: Sequence[Job]) -> list[Scored]:
         results = list(self.predictor.score_batch([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
-        if self.light.watch([one for one, job in zip(results, jobs, strict=True) if job.watched]):
-            # In a thread of its own: the words take longer than the scores, once in a model's life.
-            threading.Thread(target=self._say_alarm, name=f"alarm-{self.name}", daemon=True).start()
-        return results
+        for one, job in zip(results, jobs, strict=True):
+            if job.watched:
+                self._watcher.submit(one)
+        return [(one, job.key) for one, job in zip(results, jobs, strict=True)]
 
-    def _say_alarm(self) -> None:
-        self._alarm(self.name, self.light.report()["message"])
+    def _watch(self, results: Sequence[Result]) -> list[None]:
+        if self.light.watch(results):
+            self._alarm(self.name, self.light.report()["message"])
+        return [None] * len(results)
 
     def describe(self) -> dict[str, Any]:
         """What clients may know of it."""
@@ -179,14 +185,14 @@ class Models:
     async def close(self) -> None:
         """Finish what was accepted, then end all threads."""
         for served in self._served.values():
-            await asyncio.to_thread(served.batcher.close)
+            await asyncio.to_thread(served.close)
         await asyncio.gather(*self._retiring)
 
 
 async def _retire(served: Served) -> None:
     while served.users:
         await asyncio.sleep(_RETIRING_S)
-    await asyncio.to_thread(served.batcher.close)
+    await asyncio.to_thread(served.close)
 
 
 def stamp(path: Path) -> Stamp | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NotRequired
+
+from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 
@@ -155,11 +158,13 @@ class LogAnswer(TypedDict):
     next: int | None
 
 
-class FeedbackBody(TypedDict, total=False):
+class FeedbackBody(TypedDict):
     """The operator's word: ``false_alarm``, ``missed``, ``confirmed``, or empty to take it back."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic reads it here
+
     verdict: str
-    note: str
+    note: NotRequired[str]
 
 
 class DriftAnswer(TypedDict):

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 from twinspect.decision import image_id
 from twinspect.errors import TwinspectError
-from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.sources import Item
@@ -27,7 +26,7 @@ from twinspect.server.guard import say
 from twinspect.server.log import Inspection, InspectionLog, LogError
 from twinspect.server.maps import MapStore, kept_map
 from twinspect.server.metrics import Metrics
-from twinspect.server.models import Job, Models, Served
+from twinspect.server.models import Job, Models, Scored, Served
 from twinspect.server.refusals import Refused
 from twinspect.server.settings import Settings
 
@@ -223,7 +222,7 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        found = await asyncio.gather(*(self._one(served, one, asked) for one in images))
+                        found = await asyncio.gather(*self._begin(served, images, asked))
                         results = [result for result, _ in found]
                         self._count(served, results)
                         _refuse_failures(results)
@@ -243,19 +242,13 @@ class Service:
             "results": rows,
         }
 
-    async def _one(self, served: Served, image: Item, asked: Asked) -> tuple[Result, str]:
-        """The result of an image, and the image's key."""
-        loop = asyncio.get_running_loop()
-        served.coming += 1
-        try:
-            decoded, key = await loop.run_in_executor(self.decoders, _decode, served.predictor, image)
-            if decoded.square is None:
-                return Result(decoded.name, error=decoded.error), key
-            future = served.submit(Job(decoded, asked.class_name, asked.keep), self.settings.timeout_s)
-        finally:
-            served.coming -= 1
-            served.batcher.nudge()
-        return await asyncio.wrap_future(future), key
+    def _begin(self, served: Served, images: Sequence[Item], asked: Asked) -> list[asyncio.Future[Scored]]:
+        """Results and keys to come; a decoder hands its image to the model itself, without a detour here."""
+        promises = [Future[Scored]() for _ in images]
+        served.batcher.announce(len(images))
+        for image, promise in zip(images, promises, strict=True):
+            self.decoders.submit(_decode, served, image, asked, self.settings.timeout_s, promise)
+        return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
         self, served: Served, found: Sequence[tuple[Result, str]], asked: Asked
@@ -330,9 +323,26 @@ class Service:
         return self.log
 
 
-def _decode(predictor: Predictor, image: Item) -> tuple[Decoded, str]:
-    """An image for the model, and the key by which calibration recognises its file."""
-    return predictor.decode(image), image_id(hashlib.sha256(image.data or b"").digest())
+def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise: Future[Scored]) -> None:
+    """Queue an announced image for the model; one that cannot be read is answered here."""
+    queued = False
+    try:
+        if promise.cancelled():  # nobody waits for it any more
+            return
+        decoded = served.predictor.decode(image)
+        key = image_id(hashlib.sha256(image.data or b"").digest())
+        if decoded.square is not None:
+            queued = True
+            job = Job(decoded, asked.class_name, asked.keep, key)
+            served.batcher.submit(job, timeout_s, promise, announced=True)
+        elif promise.set_running_or_notify_cancel():
+            promise.set_result((Result(decoded.name, error=decoded.error), key))
+    except Exception as error:  # whatever it is belongs to the request
+        if promise.set_running_or_notify_cancel():
+            promise.set_exception(error)
+    finally:
+        if not queued:
+            served.batcher.turned_back()
 
 
 def _refuse_failures(results: Sequence[Result]) -> None:

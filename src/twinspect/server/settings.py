@@ -19,7 +19,7 @@ class Settings:
         host, port: address to listen on.
         api_key: what clients must send; may be empty on a loopback address only.
         max_batch: most images in one call of the model.
-        max_wait_ms: longest time a call of the model waits for images that are on their way.
+        max_wait_ms: longest time a call of the model waits for images that are being decoded.
         queue: images accepted and not yet answered; more are refused with 429.
         timeout_s: from acceptance of a request to its answer.
         body_timeout_s: for a client to send its request, and to take a piece of the answer.

@@ -15,6 +15,7 @@ FIELD = "file"
 NAME_LENGTH = 200
 _FORM = "multipart/form-data"
 _RAW = "application/octet-stream"
+_CURL = f"curl -F {FIELD}=@a.png"
 _MOST_FIELDS = 16  # besides the files; none is used, some clients send a few
 
 
@@ -33,7 +34,7 @@ async def read_images(request: Request, most: int) -> list[Item]:
     raise Refused(
         415, "wrong_type",
         f"content type {plain_text(kind, 80)!r}; accepted {_FORM} with fields called {FIELD!r}, or one image as "
-        f"image/* or {_RAW}",
+        f"image/* or {_RAW}; type: {_CURL}",
     )  # fmt: skip
 
 
@@ -50,7 +51,15 @@ async def _from_form(request: Request, most: int) -> list[Item]:
     try:
         files = [part for name, part in form.multi_items() if isinstance(part, UploadFile) and name == FIELD]
         if not files:
-            raise Refused(400, "no_image", f"the form has no file in a field called {FIELD!r}")
+            found = ", ".join(
+                f"{plain_text(name, 80)!r} with {'a file' if isinstance(part, UploadFile) else 'text'}"
+                for name, part in form.multi_items()
+            )
+            raise Refused(
+                400,
+                "no_image",
+                f"the form has no file in a field called {FIELD!r}, but {found or 'nothing'}; type: {_CURL}",
+            )
         return [await _image(part, number) for number, part in enumerate(files)]
     finally:
         await form.close()
