@@ -192,7 +192,7 @@ class TokenDistance(nn.Module):
         """Means and shrunk covariances of normal vectors."""
         self.scale_E = vector_NE.std(0).clamp_min(1e-6)
         scaled = self.scaled(vector_NE)
-        moments = Moments(prototypes, scaled.shape[1])
+        moments = Moments(prototypes, scaled.shape[1], scaled.device)
         for k in range(prototypes):
             moments.update(scaled[prototype_N == k], k)
         mean, covariance = moments.mean_and_covariance(prior=100.0)
