@@ -1,8 +1,8 @@
 """A device that is none: tensors that say they lie on ``pretend:0``, computed on the CPU; mixing both is an error.
 
 As strict as a GPU about where tensors lie, and as exact as the CPU: a run on it must give the same model but for the
-rounding of attention, which it computes another way. It shows what is left on the wrong device; it shows nothing about
-speed, or about a GPU's own arithmetic.
+rounding of attention, which it computes another way. It shows what is left on the wrong device; nothing about speed,
+or about a GPU's own arithmetic.
 
     python pretend.py DATA MODEL TEACHER     trains on both and compares; prints "same"
 """

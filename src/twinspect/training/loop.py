@@ -75,17 +75,10 @@ def train(
     source.portion = min(source.portion, plan.micro)
     if config.compile:
         _compile(student, group)
-    began, terms, stopped = time.monotonic(), {}, "steps"
-    step = start
-    # Batches are read one step ahead of their use.
-    steps, coming = tee((step, group.mine(part)) for step, part in _batches(indices, config, start))
+    began, terms, stopped, step = time.monotonic(), {}, "steps", start
     with in_less_memory(student, plan, group), group.averaging(model):
-        batches = source.ahead(part for _, part in coming)
-        for step, part in steps:
+        for step, part, observed, small in _given(source, indices, config, start, group):
             _set_rates(optimiser, config, step)
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            with autocast(config.precision, group.device):
-                observed, small = next(batches)
             terms = _step(model, observed, small, optimiser, config, step, group)
             _refuse_non_finite(terms, source, part, step)
             log.write(step, terms, len(part) * group.world)
@@ -100,6 +93,19 @@ def train(
     model.eval()
     taken = step + 1 if terms else start
     return TrainReport(taken, time.monotonic() - began, stopped, terms, plan)
+
+
+def _given(
+    source: FeatureSource, indices: Sequence[int], config: TrainConfig, start: int, group: Group
+) -> Iterator[tuple[int, list[int], Observed, Tensor]]:
+    """(step, this process's images, teacher's answer, pixels), read one step ahead of their use; seeds every step."""
+    steps, coming = tee((step, group.mine(part)) for step, part in _batches(indices, config, start))
+    batches = source.ahead(part for _, part in coming)
+    for step, part in steps:
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        with autocast(config.precision, group.device):  # a teacher that is asked at every step
+            batch = next(batches)
+        yield step, part, *batch
 
 
 def _planned(
