@@ -4,8 +4,8 @@
 
 Synthetic images of 30 classes are written once. Then ``fit`` is started in processes of its own and stopped after its
 first step: *first* with an empty cache, *again* with a warm one, *stream* with a cache too small for the set (files
-known from the first start, the teacher asked at every step), and the same on a smaller set, for what an image costs in
-memory. The teacher is random; its own time (*first*) is that of the chosen network, and no matter here. Seconds of
+known from the first start, the teacher asked at every step), and the same on a smaller set, for what an image costs
+in memory. The teacher is random; its own time (*first*) is that of the chosen network, and no matter here. Seconds of
 the processor (of all threads) stand beside those of the clock, which on a busy machine say little. A table for
 people; the last line is JSON.
 """

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from twinspect import device as device_module
 from twinspect.app import merged
 from twinspect.cli import app
 from twinspect.config import RunConfig
-from twinspect.device import choose_device
+from twinspect.device import choose_device, in_fp32
 from twinspect.errors import ConfigError
-from twinspect.training.distributed import backend_of, joined, own_device
+from twinspect.training import loop
+from twinspect.training.distributed import Group, backend_of, joined, own_device
 from twinspect.training.fit import fit
 from twinspect.training.loop import autocast
 
@@ -93,6 +95,41 @@ def test_auto_precision_is_bf16_on_a_gpu_only() -> None:
     for precision, dtype in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(precision, torch.device("cpu")):
             assert (x @ x).dtype == dtype
+
+
+def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        with in_fp32("cuda"):
+            assert torch.backends.cudnn.allow_tf32 is False
+        with in_fp32("cpu"):
+            assert torch.backends.cudnn.allow_tf32 is before
+        assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_compiled_students_train_and_are_plain_again(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that changes nothing: what is tried here is who is compiled, and when."""
+    calls = [0]
+
+    def compiler(function: Any, **_: Any) -> Any:
+        def called(*values: Any, **named: Any) -> Any:
+            calls[0] += 1
+            return function(*values, **named)
+
+        return called
+
+    plain = fit(train_samples(parts), run_config())
+    monkeypatch.setattr(torch, "compile", compiler)
+    fitted = fit(train_samples(parts), run_config(compile=True))
+    assert calls[0] == 3 * 2  # steps, students; statistics and calibration run as prediction will
+    assert same_tensors(fitted.model.state_dict(), plain.model.state_dict())
+    with pytest.raises(ConfigError, match="compile together with --memory-gb"):
+        run_config(compile=True, memory_gb=1.0)
+    with (
+        pytest.raises(ConfigError, match="compile: for one process"),
+        loop._compiled(fitted.model.student, run_config(compile=True).train, Group(world=2)),
+    ):
+        raise AssertionError("entered")
 
 
 @pytest.mark.slow

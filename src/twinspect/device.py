@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from twinspect.errors import ConfigError
 
 
@@ -26,6 +29,26 @@ def choose_device(name: str) -> str:
             f"{', '.join(accepted_devices())}"
         ) from None
     return name
+
+
+@contextmanager
+def in_fp32(device: str) -> Iterator[None]:
+    """While entered, fp32 on a GPU means fp32.
+
+    Convolutions there round to ten bits (TF32) unless told not to; caches would then differ between devices, and
+    thresholds would be those of other features than a CPU sees.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def accepted_devices() -> list[str]:

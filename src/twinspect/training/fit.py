@@ -19,6 +19,7 @@ from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
+from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
@@ -110,10 +111,21 @@ def fit(
     Under ``torchrun`` the processes share every batch and all return the same model; see `training.distributed`.
     """
     group = joined(config.train.device)
-    progress = progress if group.leads else silent
     if resume is not None:
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
+    with in_fp32(group.device.type):
+        return _fitted(samples, config, work, progress if group.leads else silent, resume, group)
+
+
+def _fitted(
+    samples: Sequence[Sample],
+    config: RunConfig,
+    work: Path | None,
+    progress: Progress,
+    resume: Fitted | None,
+    group: Group,
+) -> Fitted:
     training, held = choose_images(samples, config)
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)

@@ -73,10 +73,8 @@ def train(
     student.train()
     plan = _planned(model, source, indices, config, group)
     source.portion = min(source.portion, plan.micro)
-    if config.compile:
-        _compile(student, group)
     began, terms, stopped, step = time.monotonic(), {}, "steps", start
-    with in_less_memory(student, plan, group), group.averaging(model):
+    with in_less_memory(student, plan, group), _compiled(student, config, group), group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             _set_rates(optimiser, config, step)
             terms = _step(model, observed, small, optimiser, config, step, group)
@@ -132,11 +130,19 @@ def _planned(
     return plan
 
 
-def _compile(student: nn.Module, group: Group) -> None:
-    if group.world > 1:
-        raise ConfigError("compile: for one process; several look at a whole batch through functions that it inlines")
-    for part in student.children():
+@contextlib.contextmanager
+def _compiled(student: nn.Module, config: TrainConfig, group: Group) -> Iterator[None]:
+    """While entered, the students are compiled if that is asked for; what is saved and predicts is not."""
+    if config.compile and group.world > 1:
+        raise ConfigError("compile: for one process; several see the whole batch through functions that it inlines")
+    parts = list(student.children()) if config.compile else []
+    for part in parts:
         part.compile()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
