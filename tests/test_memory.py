@@ -109,7 +109,7 @@ def needs(of_micro: dict[int, float]) -> Any:
     """Stands in for steps, which need so many bytes."""
     tried: list[int] = []
 
-    def needed(_device: torch.device, step: Any) -> float:
+    def needed(_device: torch.device, step: Any, _limit: float) -> float:
         tried.append(step.args[0].micro)
         return of_micro[tried[-1]]
 
@@ -167,6 +167,25 @@ def test_living_counts_what_lives_together() -> None:
         assert living.now == 4000
         torch.zeros(500)
     assert (living.now, living.most) == (4000, 8000)
+
+
+def test_a_step_that_is_tried_is_broken_off_before_it_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out by doing it, too large a step would end the process that asked."""
+    most = {1: 10_000_000, 2: 20_000_000, 4: 30_000_000, 8: 90_000_000}
+    lived: list[int] = []
+
+    def step(plan: StepPlan) -> None:
+        blocks = []
+        for _ in range(most[plan.micro] // 1_000_000):
+            blocks.append(torch.zeros(250_000))
+            lived.append(4 * 250_000 * len(blocks))
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1e8)
+    monkeypatch.setattr(memory, "peak_bytes", lambda: 1e8)
+    assert choose_plan(8, 0.14, 0, step, torch.device("cpu")) == StepPlan(8, 4)
+    assert max(lived) <= 40_000_000
+    with pytest.raises(ConfigError, match=r"needs 0.11 GB with one image"):
+        choose_plan(8, 0.105, 0, step, torch.device("cpu"))
 
 
 def test_fit_says_what_it_took_and_refuses_what_is_too_little(parts: Path, tmp_path: Path) -> None:

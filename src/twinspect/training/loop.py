@@ -115,13 +115,14 @@ def _planned(
 
     def tried(plan: StepPlan) -> None:
         source.portion = plan.micro
-        with unmoved(model.student), in_less_memory(model.student, plan, ALONE):
-            with autocast(config.precision, group.device):
-                observed, small = source.batch(list(indices[:batch]))
-                loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
-            torch.autograd.backward(loss)
-        for weight in weights:
-            weight.grad = None
+        try:
+            with unmoved(model.student), in_less_memory(model.student, plan, ALONE):
+                with autocast(config.precision, group.device):
+                    observed, small = source.batch(list(indices[:batch]))
+                    loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
+                torch.autograd.backward(loss)
+        finally:
+            model.student.zero_grad(set_to_none=True)
 
     kept = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
     usual = source.portion

@@ -19,6 +19,7 @@ largest micro-batch that fits.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -38,7 +39,6 @@ from twinspect.errors import ConfigError
 from twinspect.models.memory import peak_bytes, resident_bytes
 from twinspect.training.distributed import Group, dropout_of_slice
 
-_NOT_TRIED = 1.5  # times the budget
 _SLACK = 1.1  # of what a step was seen to need: workspaces inside of operations are not seen
 
 
@@ -192,16 +192,14 @@ def choose_plan(
     whole = StepPlan(batch, batch)
     if not budget_gb:
         return whole
-    budget, before = budget_gb * 1e9, 0.0
+    budget = budget_gb * 1e9
     best: StepPlan | None = None
     for plan in [*(StepPlan(batch, 1 << i) for i in range((batch - 1).bit_length())), whole]:
-        needed = kept + _needed(device, partial(step, plan))
+        # The first is tried to its end, to say what is least; the others are broken off before they take too much.
+        needed = kept + _needed(device, partial(step, plan), budget - kept if best else math.inf)
         if needed > budget:
             break
         best = plan
-        if before and needed + 2 * (needed - before) > _NOT_TRIED * budget:
-            break  # the next adds twice what this one did; trying it could end the process
-        before = needed
     if best is None:
         raise ConfigError(
             f"--memory-gb {budget_gb:g}: a step needs {needed / 1e9:.2f} GB with one image at a time, of which the "
@@ -215,24 +213,35 @@ def _rounded_up(value: float) -> str:
     return f"{int(value * 20 + 1) / 20:.2f}"
 
 
-def _needed(device: torch.device, step: Callable[[], None]) -> float:
-    """Bytes that a step is seen to need, with all that is there already."""
+def _needed(device: torch.device, step: Callable[[], None], limit: float) -> float:
+    """Bytes that a step is seen to need, with all that is there already; infinite if it was broken off."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            return math.inf
         return float(torch.cuda.max_memory_reserved(device))
     held = resident_bytes()
-    with _Living() as living:
-        step()
+    try:
+        with _Living((limit - held) / _SLACK) as living:
+            step()
+    except _TooMuch:
+        return math.inf
     return float(max(held + _SLACK * living.most, peak_bytes()))
 
 
-class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors made while it is entered, and the most that lived at a time."""
+class _TooMuch(Exception):
+    """A step that was tried went beyond its limit."""
 
-    def __init__(self) -> None:
+
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors made while it is entered, and the most that lived at a time; ends what goes beyond."""
+
+    def __init__(self, limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.limit = limit
         self.now = self.most = 0
         self._seen: dict[int, Any] = {}
 
@@ -256,3 +265,5 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen[place] = weakref.ref(storage, freed)
         self.now += size
         self.most = max(self.most, self.now)
+        if self.now > self.limit:
+            raise _TooMuch
