@@ -232,7 +232,8 @@ def dropout_of_slice(x: Tensor, p: float, first: int, total: int) -> Tensor:
     """
     order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
     sizes = [x.shape[axis] if axis else total for axis in order]
-    mask = F.dropout(x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())]), p)
+    ones = x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())])
+    mask = torch.dropout(ones, p, True)  # not F.dropout, which `OneBatch` would make the whole batch's once more
     return x * mask[first : first + x.shape[0]]
 
 
