@@ -1,8 +1,9 @@
-"""Speed and bf16 parity of system A on a CUDA GPU: ``PYTHONPATH=src python benchmarks/gpu.py``.
+"""Everything about a CUDA GPU in one command: ``PYTHONPATH=src python benchmarks/gpu.py``.
 
-Needs torch >= 2.10 and timm only; weights are random. For ViT-S/B/L at 224, 392 and 448 pixels: images per
-second of the bare teacher, of A (teacher, both students, scorer) and of the Encoder-Decoder alone, eager and
-compiled, in bf16; and how far bf16 scores are from fp32. Prints a table for people; the last line is JSON.
+Training first (`gpu_train`): 500 steps in bf16, and the time of a step beside its arithmetic bound. Then speed and
+bf16 parity of inference. Needs torch >= 2.10 and timm only; weights are random. For ViT-S/B/L at 224, 392 and 448
+pixels: images per second of the bare teacher, of A (teacher, both students, scorer) and of the Encoder-Decoder alone,
+eager and compiled, in bf16; and how far bf16 scores are from fp32. Prints a table for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gpu_train
 import torch
 
 Step = Callable[[torch.Tensor], Any]
@@ -28,26 +30,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="vit-s,vit-b,vit-l")
     parser.add_argument("--sizes", default="224,392,448")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--images", type=int, default=32, help="of a call, in inference")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent on each timing")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="inference eager only")
+    parser.add_argument("--only", choices=("training", "inference"), help="one half of it")
+    gpu_train.options(parser.add_argument_group("training"))
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing to measure")
-        print(json.dumps({"device": None, "rows": []}))
+        print(json.dumps({"device": None, "training": None, "rows": []}))
         return 0
+    training = gpu_train.measure(given) if given.only != "inference" else None
     torch.backends.cuda.matmul.allow_tf32 = False
     name, rows = torch.cuda.get_device_name(), []
-    print(f"{name}, torch {torch.__version__}, batch {given.batch}, bf16")
+    print(f"{name}, torch {torch.__version__}, {given.images} images a call, bf16")
     print("model  size  compiled   teacher      A   ED only   A / teacher   largest score gap of bf16")
-    for model in given.models.split(","):
+    for model in given.models.split(",") if given.only != "training" else ():
         for size in map(int, given.sizes.split(",")):
             for compiled in (False, True)[: 1 if given.no_compile else 2]:
                 rows.append(
                     {"model": model, "size": size, "compiled": compiled, **measure(given, model, size, compiled)}
                 )
                 print(line_of(rows[-1]), flush=True)
-    print(json.dumps({"device": name, "torch": torch.__version__, "batch": given.batch, "rows": rows}))
+    versions = {"device": name, "torch": torch.__version__, "images": given.images}
+    print(json.dumps({**versions, "training": training, "rows": rows}))
     return 0
 
 
@@ -55,7 +61,7 @@ def measure(given: argparse.Namespace, name: str, size: int, compiled: bool) -> 
     """Images per second of the three steps, or why they could not be measured."""
     try:
         model = build(TEACHERS[name], size)
-        image = torch.randint(0, 256, (given.batch, 3, size, size), dtype=torch.uint8, device="cuda")
+        image = torch.randint(0, 256, (given.images, 3, size, size), dtype=torch.uint8, device="cuda")
         with torch.inference_mode():
             found: dict[str, Any] = {
                 key: speed(prepared(step, compiled), image, given.seconds) for key, step in steps(model).items()
@@ -64,7 +70,7 @@ def measure(given: argparse.Namespace, name: str, size: int, compiled: bool) -> 
             found["bf16"] = parity(model, image[:8])
         return found
     except torch.OutOfMemoryError:
-        return {"error": "out of memory; give a smaller --batch"}
+        return {"error": "out of memory; give fewer --images"}
     finally:
         torch._dynamo.reset()
         torch.cuda.empty_cache()

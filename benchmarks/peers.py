@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twinspect.bench import peak_mb
 from twinspect.config import RunConfig
 from twinspect.data import load
 from twinspect.data.samples import has_pixel_truth, read_sample_mask
 from twinspect.inference.parity import spread
 from twinspect.metrics import auroc
+from twinspect.models.memory import peak_mb
 from twinspect.training.source import read_square
 from twinspect.types import TEST, TRAIN, Sample
 

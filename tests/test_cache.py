@@ -11,8 +11,10 @@ from twinspect import Detector
 from twinspect.errors import DataError
 from twinspect.models.contract import Observed
 from twinspect.models.dual import DualModel
+from twinspect.training import known
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.fit import build_model, cache_folder, silent
+from twinspect.training.known import KnownFiles
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample
 
@@ -66,7 +68,7 @@ class Counting:
 
 def test_records_come_back(tmp_path: Path) -> None:
     cache = filled(tmp_path, range(5))
-    observed, small = cache.read([key(3), key(1), key(3)])
+    observed, small = LAYOUT.unpack(cache.read([key(3), key(1), key(3)]))
     assert [tuple(m.shape) for m in observed.maps] == [(3, 2, 3, 3), (3, 4, 1, 1)]
     assert torch.equal(observed.maps[0][0], observed.maps[0][2])
     expected = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(3))
@@ -81,7 +83,7 @@ def test_another_process_reads_and_appends(tmp_path: Path) -> None:
     third = FeatureCache(tmp_path, "space", LAYOUT)
     assert all(key(n) in second for n in range(6))
     assert all(key(n) in third for n in range(6))
-    assert third.read([key(4)])[1].unique().tolist() == [4]
+    assert LAYOUT.unpack(third.read([key(4)]))[1].unique().tolist() == [4]
 
 
 def test_other_spaces_and_layouts_are_apart(tmp_path: Path) -> None:
@@ -97,10 +99,10 @@ def test_what_a_crash_cut_off_is_forgotten_and_the_rest_kept(tmp_path: Path, suf
     file.write_bytes(file.read_bytes()[:-10])
     cache = FeatureCache(tmp_path, "space", LAYOUT)
     assert [key(n) in cache for n in range(4)] == [True, True, True, False]
-    assert cache.read([key(2)])[1].unique().tolist() == [2]
+    assert LAYOUT.unpack(cache.read([key(2)]))[1].unique().tolist() == [2]
     cache.add(key(3), record(3))
     cache.flush()
-    assert cache.read([key(3)])[1].unique().tolist() == [3]
+    assert LAYOUT.unpack(cache.read([key(3)]))[1].unique().tolist() == [3]
 
 
 def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
@@ -120,7 +122,36 @@ def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
     huge = [torch.full(shape, 1e6) for shape in LAYOUT.map_shapes]
     cache.add(key(0), LAYOUT.pack(huge, torch.zeros(5), torch.zeros(3), torch.zeros(3, 4, 4)))
     cache.flush()
-    assert all(torch.isfinite(m).all() for m in cache.read([key(0)])[0].maps)
+    assert all(torch.isfinite(m).all() for m in LAYOUT.unpack(cache.read([key(0)]))[0].maps)
+
+
+@pytest.mark.parametrize("small_side", [3, 4])
+def test_records_of_any_length(small_side: int, tmp_path: Path) -> None:
+    """An odd number of bytes puts every other record where numbers of two bytes cannot lie."""
+    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), 3, 2, small_side)
+    assert layout.size % 2 == small_side % 2
+    cache = FeatureCache(tmp_path, "space", layout)
+    for number in range(3):
+        maps = [torch.full(shape, float(number + i)) for i, shape in enumerate(layout.map_shapes)]
+        small = torch.full((3, small_side, small_side), 10 + number)
+        cache.add(key(number), layout.pack(maps, torch.full((3,), 0.1 + number), torch.full((2,), -1.0), small))
+    cache.flush()
+    observed, small = layout.unpack(cache.read([key(n) for n in (2, 0, 1)]))
+    assert [m.dtype for m in observed.maps] == [torch.float32] * 2
+    assert observed.maps[0][:, 1, 2, 0].tolist() == [2.0, 0.0, 1.0]
+    assert observed.maps[1].flatten().tolist() == [3.0, 1.0, 2.0]
+    assert torch.equal(observed.token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]))
+    assert torch.equal(observed.embedding_BF, torch.full((3, 2), -1.0))
+    assert small.flatten(1).unique(dim=1).flatten().tolist() == [12, 10, 11]
+
+
+def test_a_file_cut_off_while_it_is_used(tmp_path: Path) -> None:
+    cache = filled(tmp_path, range(2))
+    file = next(tmp_path.rglob("*.data"))
+    file.write_bytes(file.read_bytes()[:-3])
+    assert LAYOUT.unpack(cache.read([key(0)]))[1].unique().tolist() == [0]
+    with pytest.raises(DataError, match="has become shorter.*--cache-gb 0"):
+        cache.read([key(1)])
 
 
 def test_a_record_of_another_size_is_our_mistake(tmp_path: Path) -> None:
@@ -197,6 +228,66 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
     assert counting.seen == 7
     plain = FeatureSource(model, samples_of(folder), None, silent)
     torch.testing.assert_close(source.batch([3])[0].token_BE, plain.batch([3])[0].token_BE, rtol=1e-3, atol=1e-3)
+
+
+def test_files_known_from_an_earlier_run_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, notes = good_folder(tmp_path / "good", 4), tmp_path / "notes"
+    (folder / "bad.png").write_text("not an image")
+    monkeypatch.setattr(known, "_SETTLED_NS", -1)  # these files were written this moment
+    model, read = model_of(), Reads(monkeypatch)
+    for root in (tmp_path / "cache", None):
+        first = FeatureSource(model, samples_of(folder), root, silent, KnownFiles(notes))
+        read.names.clear()
+        again = FeatureSource(model, samples_of(folder), root, silent, KnownFiles(notes))
+        assert again.keys == first.keys
+        assert [skipped.path.name for skipped in again.skipped] == ["bad.png"]
+        assert set(read.names) == {"bad.png"}  # what could not be read is tried again
+    save(folder / "002.png", picture(77))
+    changed = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent, KnownFiles(notes))
+    assert "002.png" in read.names
+    assert changed.keys[2] == image_key((folder / "002.png").read_bytes()) != first.keys[2]
+    assert changed.keys[:2] + changed.keys[3:] == first.keys[:2] + first.keys[3:]
+
+
+class Reads:
+    """Names of the files whose content was read whole, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        read = Path.read_bytes
+
+        def noted(path: Path) -> bytes:
+            if path.suffix == ".png":
+                self.names.append(path.name)
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", noted)
+
+
+def test_a_file_of_this_moment_is_not_noted_and_damaged_notes_are_left_out(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.png", picture(0))
+    fresh = KnownFiles(tmp_path / "notes")
+    fresh.note(file, file.stat(), b"k" * 16)
+    assert fresh.find(file) is None  # it may change again within one tick of the clock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "_SETTLED_NS", -1)
+        fresh.note(file, file.stat(), b"k" * 16)
+    assert fresh.find(file) == b"k" * 16
+    fresh.save()
+    assert KnownFiles(tmp_path / "notes").find(file) == b"k" * 16
+    notes = next((tmp_path / "notes").iterdir())
+    notes.write_bytes(b"x" + notes.read_bytes()[1:] + b"torn")
+    assert KnownFiles(tmp_path / "notes").find(file) is None
+    assert KnownFiles(tmp_path / "notes").find(tmp_path / "absent.png") is None
+
+
+def test_notes_that_cannot_be_written_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "_SETTLED_NS", -1)
+    (tmp_path / "notes").write_text("a file in the place of the folder")
+    source = FeatureSource(
+        model_of(), samples_of(good_folder(tmp_path / "good", 2)), None, silent, KnownFiles(tmp_path / "notes")
+    )
+    assert len(source) == 2
 
 
 def test_other_teacher_weights_and_sizes_have_their_own_features(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.config import RunConfig
+from twinspect.config import OF_MACHINE, RunConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
@@ -40,10 +40,10 @@ def fit_command(
     from twinspect.training.distributed import joined
     from twinspect.training.fit import fit
 
-    group = joined()
-    console.quiet |= not group.leads
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
+    group = joined(config.train.device)
+    console.quiet |= not group.leads
     refuse_unwritable(out)
     loaded = data_room.load(data, layout, images)
     for line in loaded.summary():
@@ -93,6 +93,8 @@ def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
 def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: RunConfig | None = None) -> RunConfig:
     """Settings of a TOML file, or of the run to go on from, under the options given on the command line."""
     base: dict[str, dict[str, Any]] = {"model": {}, "train": {}} if before is None else before.to_dict()
+    for name in OF_MACHINE:  # the one that the bundle comes from may be another
+        base["train"].pop(name, None)
     if config_file is not None:
         given = RunConfig.from_toml(config_file).to_dict()
         base = given if before is None else {**base, "train": given["train"]}
@@ -113,6 +115,8 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
         f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); "
         + ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
     )
+    if memory := record.get("memory"):
+        yield memory_line(memory)
     yield (
         f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, "
         + "".join(f"{name} student {counts[name] / 1e6:.1f} M, " for name in ("local", "semantic") if name in counts)
@@ -122,6 +126,15 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
+
+
+def memory_line(memory: dict[str, Any]) -> str:
+    """Peak memory, and how steps were cut to keep it there."""
+    peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
+    gpu = f", of the GPU {memory['gpu_peak_mb']:.0f} MB" if memory.get("gpu_peak_mb") else ""
+    parts = memory["micro_batches"]
+    cut = f"{parts} micro-batches of at most {memory['micro_batch']}" if parts > 1 else "in one piece"
+    return f"{peak}{gpu}; steps of {memory['batch']} images a process, {cut}"
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -26,6 +25,7 @@ from PIL import Image
 
 from twinspect.errors import ConfigError
 from twinspect.inference.predictor import Predictor, Runtime
+from twinspect.models.memory import peak_mb
 
 Progress = Callable[[str, int, int], None]
 Clock = Callable[[], float]
@@ -343,13 +343,3 @@ def onnx_parts(path: Path, threads: int, pixels: NDArray[np.uint8]) -> dict[str,
 
 def _percent(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())
-
-
-def peak_mb() -> float | None:
-    """Largest resident memory of this process so far; Windows does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from twinspect.bench import BenchOptions, Progress, peak_mb
+from twinspect.bench import BenchOptions, Progress
 from twinspect.errors import ConfigError, DataError
+from twinspect.models.memory import peak_mb
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
@@ -176,7 +177,8 @@ class _Profile:
         measure = partial(self._metered, counted=counted)
         at = list(range(self.batch))
         squares = measure(
-            "decode", call=lambda: np.stack([read_square(s, self.model.shape.size) for s in self.samples])
+            "decode",
+            call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.shape.size) for s in self.samples])),
         )
         measure("teacher", call=lambda: observe(self.model, squares))
         observed, small = measure("read", call=lambda: source.batch(at))
@@ -195,7 +197,7 @@ class _Profile:
         meter, marks = _Meter(counted), defaultdict[str, list[tuple[float, ...]]](list)
         children = self.model.student.named_children()
         hooks = [hook for name, child in children for hook in _watch(child, meter, marks[name])]
-        with autocast(self.config.precision), meter:
+        with autocast(self.config.precision, self.model.device), meter:
             terms = self.model.losses(observed, small, self.config.easy_ramp, self.config)
         for hook in hooks:
             hook.remove()

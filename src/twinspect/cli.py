@@ -108,7 +108,9 @@ def fit(
     batch: Annotated[int, typer.Option(help="Images per step; 0 takes the default.")] = 0,
     lr: Annotated[float, typer.Option(help="Learning rate of the Encoder-Decoder; 0 takes the default.")] = 0.0,
     noisy_or: Annotated[str, typer.Option(help="Reading of the Noisy-OR objective: n1, n2 or n3.")] = "",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:1.")] = "",
+    memory_gb: Annotated[float, typer.Option(help="Memory to stay within, same result; 0: no limit.")] = 0.0,
     time_budget: Annotated[float, typer.Option(help="Stop training after so many seconds; 0: no limit.")] = 0.0,
     cache_gb: Annotated[float, typer.Option(help="Largest feature cache; 0 turns it off.")] = -1.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = -1,
@@ -139,6 +141,7 @@ def fit(
         "train": {
             "steps": steps or None, "batch": batch or None, "lr": lr or None, "noisy_or": noisy_or or None,
             "precision": precision or None, "time_budget_s": time_budget or None,
+            "device": device or None, "memory_gb": memory_gb or None,
             "seed": seed if seed >= 0 else None,
             "cache_gb": cache_gb if cache_gb >= 0 else None,
         },

@@ -17,12 +17,13 @@ from twinspect.errors import ConfigError, unknown_name
 T = TypeVar("T")
 
 NOISY_OR = ("n1", "n2", "n3")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 MODELS = ("dual", "snl", "rd", "fd")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
+OF_MACHINE = ("device", "memory_gb", "compile")  # what a model does not depend on, and another machine may lack
 SCORINGS = ("plain", "whitened", "joint")
 
 
@@ -195,8 +196,14 @@ class TrainConfig:
     """Reading of the Noisy-OR objective: n1, n2 or n3."""
     easy_ramp: int = 1000
     """Steps over which the easy share of positions rises to 0.9 (hard mining)."""
-    precision: str = "fp32"
-    """fp32 or bf16 (autocast of the students)."""
+    precision: str = "auto"
+    """fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a GPU."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:1."""
+    memory_gb: float = 0.0
+    """Memory that training may use, in 10^9 bytes; steps are cut to fit, with the same result. 0 means no limit."""
+    compile: bool = False
+    """Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU."""
     time_budget_s: float = 0.0
     """Stop training after so many seconds; 0 means no limit."""
     checkpoint_every: int = 20
@@ -210,6 +217,11 @@ class TrainConfig:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
         _check(self.batch >= 2, f"--batch {self.batch}: at least 2")
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
+        _check(self.memory_gb >= 0, f"--memory-gb {self.memory_gb}: accepted 0 (no limit) or 10^9 bytes")
+        _check(
+            not (self.compile and self.memory_gb),
+            "compile together with --memory-gb: compiled students cannot be cut; leave one out",
+        )
         _check(self.precision in PRECISIONS, unknown_name("precision", self.precision, PRECISIONS))
         _check(0.05 <= self.holdout <= 0.5, f"holdout {self.holdout}: accepted 0.05 to 0.5")
         _check(self.lr > 0 and self.lr_ee > 0, "learning rates must be above 0")

@@ -21,8 +21,7 @@ def flat_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
 
     Source: the Encoder-Decoder loss of arXiv 2509.24448, one layer group.
     """
-    teacher, student = teacher_BDhw.detach().flatten(1).float(), student_BDhw.flatten(1).float()
-    return 1.0 - F.cosine_similarity(teacher, student, dim=1, eps=_EPS)
+    return 1.0 - _cosine(teacher_BDhw.detach().flatten(1).float(), student_BDhw.flatten(1).float())
 
 
 def position_cosine_distance(teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
@@ -39,15 +38,26 @@ def soften_easy(teacher_BDhw: Tensor, student_BDhw: Tensor, share: float, factor
     """Return the student map with the gradient of its easiest positions scaled by ``factor``.
 
     Easy are the ``share`` positions of the batch with the smallest cosine distance to the teacher. Values do
-    not change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x). Source: Dinomaly's loose loss.
+    not change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x), without the three copies of the map
+    that computing it so would take. Source: Dinomaly's loose loss.
     """
     if share <= 0.0:
         return student_BDhw
     with torch.no_grad():
-        distance = position_cosine_distance(teacher_BDhw, student_BDhw)
+        distance = 1.0 - _cosine(teacher_BDhw.float(), student_BDhw.float())
         limit = torch.quantile(distance.flatten()[:: max(1, distance.numel() // 100_000)], share)
         keep = torch.where(distance < limit, factor, 1.0)[:, None].to(student_BDhw.dtype)
-    return student_BDhw * keep + student_BDhw.detach() * (1.0 - keep)
+    softened = student_BDhw.view_as(student_BDhw)
+    if softened.requires_grad:
+        softened.register_hook(lambda gradient: gradient * keep)  # type: ignore[no-untyped-call]
+    return softened
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine along the second axis; `F.cosine_similarity` copies both, which are the largest tensors of a step."""
+    lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (x, y)]
+    cosine: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
+    return cosine
 
 
 def encoder_decoder_loss(

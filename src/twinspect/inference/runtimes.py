@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.device import choose_device
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.inference.exported import ExportMeta, is_export, read_export
 from twinspect.inference.predictor import Decision, Predictor, Runtime
@@ -211,24 +212,13 @@ def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weight
             f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
             f"twinspect export {path.name} --format {runtime} --out MODEL{_READS[runtime][0]}"
         )
-    chosen = _device(required("torch", path), device)
+    required("torch", path)
+    chosen = choose_device(device)
     from twinspect.storage import load
 
     fitted = load(path, weights)
     own = _GPU_BATCH if chosen.startswith("cuda") else 1
     return Predictor(TorchRuntime(fitted.model, chosen, threads), fitted.decision, batch or own)
-
-
-def _device(torch: Any, device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ConfigError(
-            f"--device {device} cannot be used ({str(error).splitlines()[0]}); accepted here: cpu"
-        ) from None
-    return device
 
 
 def check_counts(threads: int, batch: int) -> None:

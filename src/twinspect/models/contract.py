@@ -233,6 +233,11 @@ class AnomalyModel(nn.Module):
         self.teacher = teacher
         self.tokens = TokenScale(teacher.info)
 
+    @property
+    def device(self) -> torch.device:
+        """Where teacher, students and statistics lie."""
+        return self.teacher.mean_3.device
+
     def forward(self, image_BCHW: Tensor) -> Outputs:
         """Score uint8 RGB (or float 0..255) B x 3 x H x W; other sizes are resized to the model's."""
         x = self.teacher.normalise(fit_size(image_BCHW, self.shape.size))

@@ -1,10 +1,12 @@
-"""How the C library hands memory to the kernel, set once for work that allocates large blocks again and again."""
+"""Memory of this process: how the C library hands it to the kernel, and how much there is of it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 2**31 - 1  # bytes; the largest value the call takes
@@ -25,3 +27,33 @@ def keep_freed_memory() -> bool:
         return bool(library.mallopt(_M_MMAP_THRESHOLD, _KEPT) and library.mallopt(_M_TRIM_THRESHOLD, _KEPT))
     except (OSError, AttributeError):
         return False
+
+
+def resident_bytes() -> float:
+    """Memory in use, without what the C library keeps for later; the peak where the system says no more."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, AttributeError):
+        return peak_bytes()
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def peak_bytes() -> float:
+    """Most memory this process has had so far; 0 where the system does not say (Windows)."""
+    return 1e6 * (peak_mb() or 0.0)
+
+
+def peak_mb() -> float | None:
+    """Largest resident memory of this process so far; Windows does not say."""
+    try:  # Linux: what getrusage says of a child begins with its parent's memory
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -42,7 +42,7 @@ class DensityDistance(nn.Module):
         """Keep the coordinates of normal images, and each one's distance from its own nearest."""
         self.bank_NR, self.rest_N = point_NR, rest_N
         away_NM, _ = self._nearest(point_NR, rest_N, _TWINS + 1)
-        self.apart_N = away_NM[:, 1:].mean(1) if len(point_NR) > 1 else torch.ones(1)
+        self.apart_N = away_NM[:, 1:].mean(1) if len(point_NR) > 1 else torch.ones_like(rest_N)
 
     def _nearest(self, point_BR: Tensor, rest_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
         # As a norm, which needs no second bank in memory for the squares.
@@ -101,7 +101,7 @@ class NearestNormal(nn.Module):
         variance = scatter.square().sum() / len(unit) / unit.shape[1]
         ridge = (_RIDGE * variance).clamp_min(1e-12)
         along = scatter @ rows[:kept].T
-        covariance = along.T @ along / len(unit) + ridge * torch.eye(kept, dtype=torch.float64)
+        covariance = along.T @ along / len(unit) + ridge * torch.eye(kept, dtype=torch.float64, device=along.device)
         self.whiten_RR = torch.linalg.inv(torch.linalg.cholesky(covariance)).T.float().contiguous()
         self.ridge = ridge.float()
         order = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[: self.most]

@@ -6,6 +6,8 @@ P directions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +100,7 @@ def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float = 3.2) -> Te
     the sum of both standard deviations apart. Halves of one Gaussian score 1.3, of a uniform bar 1.7.
     """
     label = torch.cdist(points_NP, centres_VP).argmin(1)
-    owner = torch.arange(len(centres_VP))
+    owner = torch.arange(len(centres_VP), device=points_NP.device)
     while len(names := sorted(set(owner.tolist()))) > 1:
         pairs = [
             (_separation(points_NP[owner[label] == i], points_NP[owner[label] == j]), i, j)
@@ -109,7 +111,7 @@ def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float = 3.2) -> Te
         if least >= gap:
             break
         owner[owner == j] = i
-    return torch.tensor([names.index(int(one)) for one in owner])
+    return torch.tensor([names.index(one) for one in owner.tolist()], device=owner.device)
 
 
 def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
@@ -127,7 +129,8 @@ def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tenso
     centres = points_NP[torch.randint(len(points_NP), (1,), generator=generator)]
     for _ in range(count - 1):
         nearest = torch.cdist(points_NP, centres).amin(1).square()
-        pick = torch.multinomial(nearest.clamp_min(1e-12), 1, generator=generator)
+        # Drawn on the CPU, so that a seed means the same everywhere.
+        pick = torch.multinomial(nearest.clamp_min(1e-12).cpu(), 1, generator=generator)
         centres = torch.cat([centres, points_NP[pick]])
     for _ in range(rounds):
         owner = torch.cdist(points_NP, centres).argmin(1)
@@ -144,7 +147,7 @@ def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
         sizes = torch.bincount(torch.cdist(points_NP, centres_KP).argmin(1), minlength=len(centres_KP))
         if int(sizes.min()) >= smallest:
             break
-        keep = torch.arange(len(centres_KP)) != sizes.argmin()
+        keep = torch.arange(len(centres_KP), device=sizes.device) != sizes.argmin()
         centres_KP = centres_KP[keep]
     return centres_KP
 
@@ -182,7 +185,7 @@ def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int)
         rows = fit_NP[owner == k]
         variance = ((rows - centres[k]).square().sum(0) + 10 * pooled) / (len(rows) + 10)
         log_density = -0.5 * ((held_MP - centres[k]).square() / variance + variance.log()).sum(1)
-        terms.append(log_density + torch.log(torch.tensor(max(len(rows), 1) / len(fit_NP))))
+        terms.append(log_density + math.log(max(len(rows), 1) / len(fit_NP)))
     return torch.stack(terms).logsumexp(0)
 
 
@@ -196,13 +199,13 @@ def repetition(embedding_NF: Tensor, prototype_N: Tensor, prototypes: int, most:
     none) says it alone. Products stay below 0.013, object classes above 0.035; half the weight is lost at 0.022.
     """
     unit = nn.functional.normalize(embedding_NF, dim=1)
-    links = torch.ones(prototypes)
+    links = torch.ones(prototypes, device=embedding_NF.device)
     for k in range(prototypes):
         own = unit[prototype_N == k][:most]
         if len(own) < 4:
             continue  # too few to tell
         apart = (1.0 - own @ own.T).clamp_min(0.0)
-        away = apart[~torch.eye(len(own), dtype=torch.bool)].reshape(len(own), -1)
+        away = apart[~torch.eye(len(own), dtype=torch.bool, device=own.device)].reshape(len(own), -1)
         near = away.topk(2, dim=1, largest=False).values.mean(1).median()
         alike = near * (near / away.median().clamp_min(1e-9)).square()
         links[k] = 1.0 / (1.0 + (alike / 0.022) ** 4)

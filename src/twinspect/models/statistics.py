@@ -21,10 +21,10 @@ _TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
 class Moments:
     """Running count, sum and outer product of vectors, one set per prototype (float64)."""
 
-    def __init__(self, prototypes: int, dims: int) -> None:
-        self.count_K = torch.zeros(prototypes, dtype=torch.float64)
-        self.sum_KD = torch.zeros(prototypes, dims, dtype=torch.float64)
-        self.outer_KDD = torch.zeros(prototypes, dims, dims, dtype=torch.float64)
+    def __init__(self, prototypes: int, dims: int, device: torch.device | None = None) -> None:
+        self.count_K = torch.zeros(prototypes, dtype=torch.float64, device=device)
+        self.sum_KD = torch.zeros(prototypes, dims, dtype=torch.float64, device=device)
+        self.outer_KDD = torch.zeros(prototypes, dims, dims, dtype=torch.float64, device=device)
 
     def update(self, rows_ND: Tensor, prototype: int) -> None:
         """Add N vectors of one prototype."""
@@ -47,7 +47,7 @@ def whitening(covariance_KDD: Tensor, ridge: float) -> Tensor:
     """K x D x D maps W with W C W^T = I, after adding ``ridge`` times the mean variance to the diagonal."""
     dims = covariance_KDD.shape[-1]
     scale = covariance_KDD.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(dims, dtype=covariance_KDD.dtype)
+    eye = torch.eye(dims, dtype=covariance_KDD.dtype, device=covariance_KDD.device)
     lower = torch.linalg.cholesky(covariance_KDD + (ridge * scale)[:, None, None] * eye)
     whiten: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return whiten
@@ -125,9 +125,9 @@ def _rotation(dims: int, most_dims: int, seed: int) -> Tensor:
 class PositionScale:
     """Running mean and spread of W maps at every position, one set per prototype."""
 
-    def __init__(self, prototypes: int, windows: int, side: int) -> None:
-        self.count_K = torch.zeros(prototypes, dtype=torch.float64)
-        self.sum_KWhw = torch.zeros(prototypes, windows, side, side, dtype=torch.float64)
+    def __init__(self, prototypes: int, windows: int, side: int, device: torch.device | None = None) -> None:
+        self.count_K = torch.zeros(prototypes, dtype=torch.float64, device=device)
+        self.sum_KWhw = torch.zeros(prototypes, windows, side, side, dtype=torch.float64, device=device)
         self.square_KWhw = torch.zeros_like(self.sum_KWhw)
 
     def update(self, map_BWhw: Tensor, prototype_B: Tensor) -> None:
@@ -191,7 +191,7 @@ class TokenDistance(nn.Module):
         """Means and shrunk covariances of normal vectors."""
         self.scale_E = vector_NE.std(0).clamp_min(1e-6)
         scaled = self.scaled(vector_NE)
-        moments = Moments(prototypes, scaled.shape[1])
+        moments = Moments(prototypes, scaled.shape[1], scaled.device)
         for k in range(prototypes):
             moments.update(scaled[prototype_N == k], k)
         mean, covariance = moments.mean_and_covariance(prior=100.0)
@@ -206,7 +206,7 @@ def shrink_to_identity(covariance_KDD: Tensor, count: Tensor) -> Tensor:
     square = covariance_KDD.square().sum((1, 2))
     top = (1 - 2 / dims) * square + trace.square()
     rho = (top / ((count + 1 - 2 / dims) * (square - trace.square() / dims)).clamp_min(1e-12)).clamp(0.0, 1.0)
-    eye = torch.eye(dims, dtype=covariance_KDD.dtype)
+    eye = torch.eye(dims, dtype=covariance_KDD.dtype, device=covariance_KDD.device)
     target = (trace / dims)[:, None, None] * eye
     return (1 - rho)[:, None, None] * covariance_KDD + rho[:, None, None] * target
 
@@ -245,7 +245,8 @@ class Surprise(nn.Module):
 
     def reset(self, prototypes: int) -> None:
         """Forget everything; scores pass unscaled until `fit`."""
-        self.centre_K, self.width_K, self.rate_K = torch.zeros(prototypes), *torch.ones(2, prototypes)
+        self.centre_K = torch.zeros(prototypes, device=self.centre_K.device)
+        self.width_K, self.rate_K = (torch.ones_like(self.centre_K) for _ in range(2))
 
     def fit(self, score_N: Tensor, prototype_N: Tensor, prototypes: int, prior: float = 5.0) -> None:
         """Learn centre, width and rate per prototype, and the common curve, from held-out normal scores.
@@ -265,16 +266,18 @@ class Surprise(nn.Module):
         self.centre_K, self.width_K = torch.stack(centres).float(), torch.stack(widths).float()
         z = (score - self.centre_K[prototype_N].double()) / self.width_K[prototype_N].double()
         self._fit_curve(z)
-        self.rate_K = torch.ones(prototypes)
+        self.rate_K = torch.ones_like(self.centre_K)
         said = self(score_N.float(), prototype_N).clamp_min(0.0)
         counts = torch.bincount(prototype_N, minlength=prototypes)
         sums = torch.bincount(prototype_N, said.double(), minlength=prototypes)
         self.rate_K = ((counts + prior) / (sums + prior)).float()
 
     def _fit_curve(self, z_N: Tensor) -> None:
-        levels = torch.tensor(_TAIL_QUANTILES, dtype=torch.float64)
+        levels = torch.tensor(_TAIL_QUANTILES, dtype=torch.float64, device=z_N.device)
         knots = torch.quantile(z_N, levels)
-        knots = knots + torch.arange(len(knots), dtype=torch.float64) * 1e-6  # strictly rising with ties
+        knots = (
+            knots + torch.arange(len(knots), dtype=torch.float64, device=z_N.device) * 1e-6
+        )  # strictly rising with ties
         heights = -torch.log1p(-levels)
         excess = (z_N[z_N > knots[-1]] - knots[-1]).mean() if (z_N > knots[-1]).any() else z_N.std()
         tail = 1.0 / excess.clamp_min(1e-3)

@@ -9,11 +9,14 @@ written after its record is flushed, so a crash leaves at most a record nobody r
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import os
 import struct
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,28 +45,29 @@ class RecordLayout:
     def size(self) -> int:
         """Bytes of one record."""
         vectors = self.token_dims + self.embedding_dims
-        return 2 * sum(int(np.prod(s)) for s in self.map_shapes) + 4 * vectors + 3 * self.small_side**2
+        return 2 * sum(math.prod(s) for s in self.map_shapes) + 4 * vectors + 3 * self.small_side**2
 
     def pack(self, maps: Sequence[Tensor], token: Tensor, embedding: Tensor, small: Tensor) -> bytes:
         """One image's tensors to bytes."""
-        parts = [m.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).contiguous().numpy().tobytes() for m in maps]
+        parts = [as_stored(m).contiguous().numpy().tobytes() for m in maps]
         parts += [vector.float().contiguous().numpy().tobytes() for vector in (token, embedding)]
         parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
         return b"".join(parts)
 
-    def unpack(self, records: Sequence[NDArray[np.uint8]]) -> tuple[Observed, Tensor]:
-        """Records of a batch to (teacher's answer in fp32, shrunk uint8 pixels B x 3 x s x s)."""
-        block = np.stack(records)
+    def unpack(self, block_BR: Tensor) -> tuple[Observed, Tensor]:
+        """Records of a batch (uint8, B x size) to (teacher's answer in fp32, shrunk uint8 pixels B x 3 x s x s).
+
+        On the block's device: a GPU is sent half the bytes and widens them itself.
+        """
         maps, start = [], 0
         for shape in self.map_shapes:
-            stop = start + 2 * int(np.prod(shape))
-            values = block[:, start:stop].copy().view(np.float16).reshape(-1, *shape)
-            maps.append(torch.from_numpy(values).float())
+            stop = start + 2 * math.prod(shape)
+            maps.append(_typed(block_BR, start, stop, torch.float16).reshape(-1, *shape).float())
             start = stop
         stop = start + 4 * (self.token_dims + self.embedding_dims)
-        vectors = torch.from_numpy(block[:, start:stop].copy().view(np.float32))
-        token, embedding = vectors[:, : self.token_dims], vectors[:, self.token_dims :]
-        small = torch.from_numpy(block[:, stop:].reshape(len(block), 3, self.small_side, self.small_side).copy())
+        vectors = _typed(block_BR, start, stop, torch.float32)
+        token, embedding = vectors[:, : self.token_dims].clone(), vectors[:, self.token_dims :].clone()
+        small = block_BR[:, stop:].reshape(len(block_BR), 3, self.small_side, self.small_side)
         return Observed(tuple(maps), token, embedding), small
 
 
@@ -83,7 +87,7 @@ class FeatureCache:
         self.layout = layout
         self.folder = root / hashlib.sha256(f"{space}|{layout}".encode()).hexdigest()[:24]
         self._place: dict[bytes, tuple[int, int]] = {}
-        self._segments: list[NDArray[np.uint8]] = []
+        self._segments: list[Path] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for index in sorted(self.folder.glob("*.index")):
@@ -116,13 +120,29 @@ class FeatureCache:
             self._read_segment(index)
             self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
-    def read(self, keys: Sequence[bytes]) -> tuple[Observed, Tensor]:
-        """The teacher's answers and shrunk pixels of a batch of images."""
-        records = []
-        for key in keys:
-            segment, offset = self._place[key]
-            records.append(self._segments[segment][offset : offset + self.layout.size])
-        return self.layout.unpack(records)
+    def read(self, keys: Sequence[bytes], pinned: bool = False) -> Tensor:
+        """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
+
+        Read, not mapped: pages of a mapped file count as the process's memory until the kernel wants them back, and
+        every four kilobytes of them cost a fault. The files stay in the kernel's own cache either way.
+
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        block = torch.empty(len(keys), self.layout.size, dtype=torch.uint8, pin_memory=pinned)
+        files: dict[int, io.FileIO] = {}
+        try:
+            with ExitStack() as opened:
+                for key, row in zip(keys, block.numpy(), strict=True):
+                    segment, offset = self._place[key]
+                    if segment not in files:
+                        files[segment] = opened.enter_context(io.FileIO(self._segments[segment]))
+                    files[segment].seek(offset)
+                    if files[segment].readinto(row) != self.layout.size:
+                        raise OSError(f"{self._segments[segment].name} has become shorter")
+        except OSError as error:
+            raise self._unusable(error) from None
+        return block
 
     def _write(self) -> None:
         if not self._pending:
@@ -163,7 +183,20 @@ class FeatureCache:
                 self._place[key] = (number, offset)
                 found = True
         if found:
-            self._segments.append(np.memmap(data, dtype=np.uint8, mode="r"))
+            self._segments.append(data)
+
+
+def as_stored(map_BDhw: Tensor) -> Tensor:
+    """A map as records hold it: fp16, nothing infinite."""
+    return map_BDhw.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+
+
+def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Bytes of every record as numbers: in place where records lie so, else copied."""
+    part = block_BR[:, start:stop]
+    if block_BR.stride(0) % dtype.itemsize or start % dtype.itemsize:
+        part = part.contiguous()
+    return part.view(dtype)
 
 
 def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:

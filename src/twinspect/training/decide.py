@@ -37,13 +37,17 @@ def score_held(
 ) -> GoodScores:
     """Scores of good images of a source."""
     model.eval()
-    parts = [model.score(observed, small) for _, observed, small in source.batches(held_at, 8)]
+    parts = [model.score(observed, small) for _, observed, small in source.batches(held_at)]
     peak = torch.cat([out.map_B1HW.flatten(1).amax(1) for out in parts])
+
+    def column(values_B: torch.Tensor) -> NDArray[np.float64]:
+        return values_B.double().cpu().numpy()
+
     samples = [source.samples[i] for i in held_at]
     return GoodScores(
-        torch.cat([out.score_B for out in parts]).double().numpy(),
-        peak.double().numpy(),
-        torch.cat([out.prototype_distance_B for out in parts]).double().numpy(),
+        column(torch.cat([out.score_B for out in parts])),
+        column(peak),
+        column(torch.cat([out.prototype_distance_B for out in parts])),
         tuple(sample.class_name for sample in samples),
         tuple(class_of_prototype[int(k)] for out in parts for k in out.prototype_B),
         tuple(sample.group for sample in samples),
@@ -53,8 +57,8 @@ def score_held(
 
 @torch.no_grad()
 def _prototypes(model: AnomalyModel, source: FeatureSource, at: Sequence[int]) -> NDArray[np.int64]:
-    parts = [model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(at, 64)]
-    return np.asarray(torch.cat(parts).numpy(), dtype=np.int64)
+    parts = [model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(at)]
+    return np.asarray(torch.cat(parts).cpu().numpy(), dtype=np.int64)
 
 
 def model_id(model: AnomalyModel) -> str:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.models.contract import AnomalyModel
 
@@ -41,6 +42,7 @@ class Group:
         world: how many there are.
         local_rank, local_world: the same among those of this machine.
         whole: channel for what sees the whole batch; its traffic may cross that of the gradients.
+        device: of this process's model and batches.
     """
 
     rank: int = 0
@@ -48,6 +50,7 @@ class Group:
     local_rank: int = 0
     local_world: int = 1
     whole: Any = None
+    device: torch.device = torch.device("cpu")
 
     @property
     def leads(self) -> bool:
@@ -76,7 +79,7 @@ class Group:
         """Means over the processes: of equal slices, those of the whole batch."""
         if self.world == 1:
             return dict(values)
-        row = torch.tensor(list(values.values()), dtype=torch.float64)
+        row = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         self._guarded(lambda: dist.all_reduce(row))
         return dict(zip(values, (row / self.world).tolist(), strict=True))
 
@@ -165,27 +168,73 @@ class _Alone:
         return None
 
 
-def joined() -> Group:
+def joined(device: str = "cpu") -> Group:
     """The processes that ``torchrun`` or Ray Train started; this one alone if neither did.
 
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``; of several processes each takes the GPU of its local rank.
+
     Raises:
+        ConfigError: no such device here, or fewer of them than processes.
         TrainingError: the others cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_available() or (world == 1 and not dist.is_initialized()):
-        return ALONE
+        return Group(device=torch.device(choose_device(device)))
+    own = own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group(backend_of(own), timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"the processes of this run did not find each other ({error})") from None
-    return _group(dist.get_rank(), dist.get_world_size())
+    return _group(dist.get_rank(), dist.get_world_size(), own)
+
+
+def own_device(device: str, local_rank: int) -> torch.device:
+    """The device of one of several processes of a machine.
+
+    Raises:
+        ConfigError: a numbered GPU, which all of them would take, or fewer GPUs than processes.
+    """
+    chosen = torch.device(choose_device(device))
+    if chosen.type != "cuda":
+        return chosen
+    if ":" in device:
+        raise ConfigError(f"--device {device} with several processes: each takes its own GPU; type --device cuda")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank + 1} of this machine has no GPU of its own, there are {count}; "
+            f"type --nproc-per-node {count}, or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def backend_of(device: torch.device) -> str:
+    """What carries tensors between processes: NCCL those on GPUs, gloo all others."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @lru_cache(maxsize=1)
-def _group(rank: int, world: int) -> Group:
+def _group(rank: int, world: int, device: torch.device) -> Group:
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return Group(rank, world, *local, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    whole = dist.new_group(backend=backend_of(device), timeout=_PATIENCE)
+    return Group(rank, world, *local, whole, device)
+
+
+def dropout_of_slice(x: Tensor, p: float, first: int, total: int) -> Tensor:
+    """Dropout of a slice that begins at image ``first`` of a batch of ``total``, with that batch's mask.
+
+    The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step, and numbers
+    are drawn in the order of memory, which may be another than that of the axes.
+    """
+    order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
+    sizes = [x.shape[axis] if axis else total for axis in order]
+    ones = x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())])
+    mask = torch.dropout(ones, p, True)  # not F.dropout, which `OneBatch` would make the whole batch's once more
+    return x * mask[first : first + x.shape[0]]
 
 
 class OneBatch(TorchFunctionMode):
@@ -205,12 +254,7 @@ class OneBatch(TorchFunctionMode):
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0:
             return x
-        # The mask of the whole batch, as one process draws it: every process has the same seed at every step, and
-        # numbers are drawn in the order of memory, which may be another than that of the axes.
-        order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
-        sizes = [x.shape[axis] * (1 if axis else self.group.world) for axis in order]
-        mask = F.dropout(x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())]), p)
-        return x * mask[self.group.rank * x.shape[0] : (self.group.rank + 1) * x.shape[0]]
+        return dropout_of_slice(x, p, self.group.rank * x.shape[0], self.group.world * x.shape[0])
 
     def _quantile(self, values: Tensor, q: float) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(self.group.world)]

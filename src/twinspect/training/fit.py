@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from twinspect.config import ModelConfig, RunConfig
+from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
+from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
-from twinspect.models.memory import keep_freed_memory
+from twinspect.models.memory import keep_freed_memory, peak_mb
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import decide
-from twinspect.training.distributed import joined
+from twinspect.training.distributed import Group, joined
+from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
+from twinspect.training.memory import StepPlan
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped
 from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
@@ -111,22 +114,29 @@ def fit(
 
     Under ``torchrun`` the processes share every batch and all return the same model; see `training.distributed`.
     """
-    group = joined()
-    progress = progress if group.leads else silent
+    group = joined(config.train.device)
     if resume is not None:
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
+    with in_fp32(group.device.type):
+        return _fitted(samples, config, work, progress if group.leads else silent, resume, group)
+
+
+def _fitted(
+    samples: Sequence[Sample],
+    config: RunConfig,
+    work: Path | None,
+    progress: Progress,
+    resume: Fitted | None,
+    group: Group,
+) -> Fitted:
     training, held = choose_images(samples, config)
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
-    model = build_model(config.model, teacher)
-    root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
-    if root is not None and group.local_world > 1:  # each process fills its share of the cache that all then read
-        FeatureSource(model, group.share_of_work([*training, *held]), root, progress)
-        group.barrier()
-    source = FeatureSource(model, [*training, *held], root, progress)
+    model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
+    source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
         train_at, held_at = keep_sides(source, train_at, held_at, resume.decision)
@@ -146,12 +156,33 @@ def fit(
     scores = calibrate(model, source, held_at)
     if not np.isfinite(scores).all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    record = _record(model, source, train_at, held_at, report)
     decision = decide(model, source, train_at, held_at, (0.0, MAP_HIGH))
+    record = _record(model.cpu(), source, train_at, held_at, report)
+    record["memory"] = _memory(report.plan, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
     return Fitted(model, decision, config, record, source.skipped)
+
+
+def _source(
+    model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
+) -> FeatureSource:
+    root = cache_folder(model, len(samples), cache_gb)
+
+    def known() -> KnownFiles | None:
+        return KnownFiles(features_folder()) if cache_gb else None
+
+    if group.local_world > 1:  # each process prepares its share of what all then read
+        FeatureSource(model, group.share_of_work(samples), root, progress, known())
+        group.barrier()
+    return FeatureSource(model, samples, root, progress, known())
+
+
+def _memory(plan: StepPlan, device: torch.device) -> dict[str, Any]:
+    gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(device) / 1e6} if device.type == "cuda" else {}
+    cut = {"batch": plan.batch, "micro_batch": plan.micro, "micro_batches": plan.parts}
+    return {"peak_mb": peak_mb(), **gpu, **cut}
 
 
 @contextmanager
@@ -186,8 +217,11 @@ def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | No
     """Where features are cached, or None when that would need more than ``limit_gb``."""
     groups = model.groups
     values = sum(c * s * s for c, s in zip(groups.channels, groups.map_sides, strict=True))
-    if 2 * values * images > limit_gb * 1e9:
-        return None
+    return None if 2 * values * images > limit_gb * 1e9 else features_folder()
+
+
+def features_folder() -> Path:
+    """Where features, and what is known of files, are kept."""
     home = os.environ.get("TWINSPECT_HOME")
     base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinspect"
     return base / "features"
@@ -262,7 +296,7 @@ def _make_folder(work: Path) -> None:
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
     """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
-    for name in ("time_budget_s", "checkpoint_every", "cache_gb"):
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb", *OF_MACHINE):
         settings["train"].pop(name)
     digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
     for key in keys:

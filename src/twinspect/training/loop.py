@@ -8,32 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
-from twinspect.errors import TrainingError
-from twinspect.models.contract import AnomalyModel
+from twinspect.errors import ConfigError, TrainingError
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
+from twinspect.training.memory import StepPlan, choose_plan, in_less_memory, unmoved
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.source import FeatureSource, Progress
 
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What training did: steps taken, seconds, why it stopped, last loss terms."""
+    """What training did: steps taken, seconds, why it stopped, last loss terms, how steps were worked through."""
 
     steps: int
     seconds: float
     stopped: str
     terms: dict[str, float]
+    plan: StepPlan
 
 
 def train(
@@ -59,20 +63,23 @@ def train(
         group: the processes that share every batch; all end with the same weights.
 
     Raises:
+        ConfigError: ``memory_gb`` is less than a step needs.
         TrainingError: a loss that is not finite.
     """
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
     work = work if group.leads else None
     log = _Log(work, start)
-    began, terms, stopped = time.monotonic(), {}, "steps"
     student.train()
-    step = start
-    with group.averaging(model):
-        for step, part in _batches(indices, config, start):
+    plan = _planned(model, source, indices, config, group)
+    source.portion = min(source.portion, plan.micro)
+    began, terms, stopped, step = time.monotonic(), {}, "steps", start
+    with in_less_memory(student, plan, group), _compiled(student, config, group), group.averaging(model):
+        for step, part, observed, small in _given(source, indices, config, start, group):
             _set_rates(optimiser, config, step)
-            terms = _step(model, source, group.mine(part), optimiser, config, step, group)
-            log.write(step, terms, len(part))
+            terms = _step(model, observed, small, optimiser, config, step, group)
+            _refuse_non_finite(terms, source, part, step)
+            log.write(step, terms, len(part) * group.world)
             progress(f"training  {_say(terms)}", step + 1, config.steps)
             done = step + 1
             over = config.time_budget_s and group.agree(time.monotonic() - began > config.time_budget_s)
@@ -83,7 +90,60 @@ def train(
                 break
     model.eval()
     taken = step + 1 if terms else start
-    return TrainReport(taken, time.monotonic() - began, stopped, terms)
+    return TrainReport(taken, time.monotonic() - began, stopped, terms, plan)
+
+
+def _given(
+    source: FeatureSource, indices: Sequence[int], config: TrainConfig, start: int, group: Group
+) -> Iterator[tuple[int, list[int], Observed, Tensor]]:
+    """(step, this process's images, teacher's answer, pixels), read one step ahead of their use; seeds every step."""
+    steps, coming = tee((step, group.mine(part)) for step, part in _batches(indices, config, start))
+    batches = source.ahead(part for _, part in coming)
+    for step, part in steps:
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        with autocast(config.precision, group.device):  # a teacher that is asked at every step
+            batch = next(batches)
+        yield step, part, *batch
+
+
+def _planned(
+    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], config: TrainConfig, group: Group
+) -> StepPlan:
+    """How steps fit into memory; rank 0 tries, as blocks that see the whole batch must do the same on all."""
+    batch = min(config.batch, len(indices)) // group.world
+    weights = [p for p in model.student.parameters() if p.requires_grad]
+
+    def tried(plan: StepPlan) -> None:
+        source.portion = plan.micro
+        try:
+            with unmoved(model.student), in_less_memory(model.student, plan, ALONE):
+                with autocast(config.precision, group.device):
+                    observed, small = source.batch(list(indices[:batch]))
+                    loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
+                torch.autograd.backward(loss)
+        finally:
+            model.student.zero_grad(set_to_none=True)
+
+    kept = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+    usual = source.portion
+    plan = group.share(lambda: choose_plan(batch, config.memory_gb, kept, tried, group.device))
+    source.portion = usual
+    return plan
+
+
+@contextlib.contextmanager
+def _compiled(student: nn.Module, config: TrainConfig, group: Group) -> Iterator[None]:
+    """While entered, the students are compiled if that is asked for; what is saved and predicts is not."""
+    if config.compile and group.world > 1:
+        raise ConfigError("compile: for one process; several see the whole batch through functions that it inlines")
+    parts = list(student.children()) if config.compile else []
+    for part in parts:
+        part.compile()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
@@ -107,19 +167,19 @@ def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
 
 def _step(
     model: AnomalyModel,
-    source: FeatureSource,
-    part: list[int],
+    observed: Observed,
+    small: Tensor,
     optimiser: StableAdamW,
     config: TrainConfig,
     step: int,
     group: Group,
 ) -> dict[str, float]:
-    torch.manual_seed(config.seed * 1_000_003 + step)
-    observed, small = source.batch(part)
-    with autocast(config.precision), group.one_batch():
+    with autocast(config.precision, group.device), group.one_batch():
         terms = model.losses(observed, small, step, config)
-    values = group.mean({name: float(value.detach()) for name, value in terms.items()})
-    _refuse_non_finite(values, source, part, step)
+    said = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
+    values = group.mean(dict(zip(terms, said, strict=True)))
+    if not all(math.isfinite(value) for value in values.values()):
+        return values
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(terms["loss"])
     for students in optimiser.param_groups:
@@ -150,7 +210,7 @@ def _set_rates(optimiser: StableAdamW, config: TrainConfig, step: int) -> None:
 
 
 def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> None:
-    if all(value == value and abs(value) != float("inf") for value in values.values()):
+    if all(math.isfinite(value) for value in values.values()):
         return
     names = ", ".join(source.samples[i].image.name for i in part[:3])
     raise TrainingError(
@@ -159,10 +219,10 @@ def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part:
     )
 
 
-def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context a step's forward pass runs in at a precision, ``fp32`` or ``bf16``."""
-    if precision == "bf16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context a step's forward pass runs in at a precision (`config.PRECISIONS`) on a device."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+_PORTION = 1 << 24  # values updated at a time
 
 
 class StableAdamW(Optimizer):
@@ -36,28 +38,58 @@ class StableAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            for parameters in _portions(parameter for parameter in group["params"] if parameter.grad is not None):
+                self._update(parameters, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, grad = self.state[parameter], parameter.grad
-        assert grad is not None
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Many tensors together: a GPU gets a few large kernels, and is never waited for."""
+        grads = [cast(Tensor, parameter.grad) for parameter in parameters]
+        states = [self._state_of(parameter) for parameter in parameters]
+        averages = [state["exp_avg"] for state in states]
+        squares = [state["exp_avg_sq"] for state in states]
+        beta_1, beta_2 = group["betas"]
+        counts = [float(state["step"]) for state in states]  # on the CPU, whatever the device
+        torch._foreach_lerp_(averages, grads, 1 - beta_1)
+        torch._foreach_mul_(squares, beta_2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta_2)
+        unbiased = list(torch._foreach_div(squares, [1 - beta_2**count for count in counts]))
+        rates = self._rates(grads, unbiased, group)
+        torch._foreach_sqrt_(unbiased)
+        torch._foreach_add_(unbiased, group["eps"])
+        steps = torch._foreach_div(averages, [1 - beta_1**count for count in counts])
+        torch._foreach_div_(steps, unbiased)
+        torch._foreach_mul_(steps, rates)
+        torch._foreach_mul_(parameters, [1 - rate * group["weight_decay"] for rate in rates])
+        torch._foreach_sub_(parameters, steps)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
-        beta_1, beta_2 = group["betas"]
-        count = float(state["step"])
-        state["exp_avg"].lerp_(grad, 1 - beta_1)
-        state["exp_avg_sq"].mul_(beta_2).addcmul_(grad, grad, value=1 - beta_2)
-        mean = state["exp_avg"] / (1 - beta_1**count)
-        square = state["exp_avg_sq"] / (1 - beta_2**count)
-        rms = (grad.square() / square.clamp_min(group["eps"] ** 2)).mean().sqrt()
-        lr = group["lr"] / max(1.0, float(rms))
-        parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-lr)
+        return state
+
+    @staticmethod
+    def _rates(grads: list[Tensor], unbiased: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Learning rate of every tensor, divided where its gradient surprises the second moment; scalars."""
+        ratios = torch._foreach_mul(grads, grads)
+        torch._foreach_div_(ratios, torch._foreach_clamp_min(unbiased, group["eps"] ** 2))
+        rms = torch.stack([ratio.mean() for ratio in ratios]).sqrt()
+        return list((group["lr"] / rms.clamp_min(1.0)).unbind())
+
+
+def _portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in lists of so many values; what is computed of one list is as large as it several times over."""
+    part: list[Tensor] = []
+    for parameter in parameters:
+        part.append(parameter)
+        if sum(one.numel() for one in part) >= _PORTION:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def schedule(step: int, steps: int, warmup: int, final: float = 0.1) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.training.cache import FeatureCache, RecordLayout, image_key
+from twinspect.training.cache import FeatureCache, RecordLayout, as_stored, image_key
+from twinspect.training.known import KnownFiles
 from twinspect.types import Sample
 
 Progress = Callable[[str, int, int], None]
+_GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
 
 
@@ -36,13 +39,30 @@ class FeatureSource:
     """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples.
 
     With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
-    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``.
+    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Batches lie on
+    the model's device.
+
+    Attributes:
+        portion: images that are looked at together where a batch means nothing.
+
+    Args:
+        model: its teacher is asked.
+        samples: images.
+        cache_root: folder of cached features; None asks the teacher at every visit.
+        progress: called with (stage, done, total).
+        known: files read before, which are not read again only to learn that they have not changed.
     """
 
     def __init__(
-        self, model: AnomalyModel, samples: Sequence[Sample], cache_root: Path | None, progress: Progress
+        self,
+        model: AnomalyModel,
+        samples: Sequence[Sample],
+        cache_root: Path | None,
+        progress: Progress,
+        known: KnownFiles | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._known = model, known
+        self.portion = 8
         self.skipped: list[Skipped] = []
         self.samples: list[Sample] = []
         self.keys: list[bytes] = []
@@ -54,18 +74,42 @@ class FeatureSource:
 
     def batch(self, indices: Sequence[int]) -> tuple[Observed, Tensor]:
         """The teacher's answer and the Encoder-Encoder's input of some samples."""
+        return self.finish(self.prepare(indices))
+
+    def prepare(self, indices: Sequence[int]) -> Tensor:
+        """What disk and decoder have to give for a batch: records, or pixels B x S x S x 3; for another thread."""
+        pinned = self._model.device.type == "cuda"
         if self._cache is not None:
-            observed, small = self._cache.read([self.keys[i] for i in indices])
+            return self._cache.read([self.keys[i] for i in indices], pinned)
+        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices]))
+        return pixels.pin_memory() if pinned else pixels
+
+    def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
+        """The rest of `batch`, on the model's device."""
+        if self._cache is not None:
+            observed, small = self._cache.layout.unpack(prepared.to(self._model.device, non_blocking=True))
         else:
-            pixels = np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices])
-            observed, small = observe(self._model, pixels)
+            answers = [observe(self._model, part) for part in torch.split(prepared, self.portion)]
+            observed, small = tree_map(lambda *parts: torch.cat(parts), *answers)
         return observed, self._model.teacher.normalise(small)
 
-    def batches(self, indices: Sequence[int], size: int = 8) -> Iterator[tuple[list[int], Observed, Tensor]]:
+    def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
+        """Batches in order, each read and decoded while the one before it is worked on."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            waiting: Future[Tensor] | None = None
+            for part in parts:
+                coming = reader.submit(self.prepare, part)
+                if waiting is not None:
+                    yield self.finish(waiting.result())
+                waiting = coming
+            if waiting is not None:
+                yield self.finish(waiting.result())
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Observed, Tensor]]:
         """All samples of a list once, in order."""
-        for start in range(0, len(indices), size):
-            part = list(indices[start : start + size])
-            yield part, *self.batch(part)
+        parts = [list(indices[i : i + self.portion]) for i in range(0, len(indices), self.portion)]
+        for part, (observed, small) in zip(parts, self.ahead(parts), strict=True):
+            yield part, observed, small
 
     def _open(self, root: Path) -> FeatureCache:
         teacher, shape = self._model.teacher, self._model.shape
@@ -92,11 +136,13 @@ class FeatureSource:
             self.keys.append(key)
             if pixels is not None and self._cache is not None and key not in self._cache:
                 waiting.append((key, pixels))
-            if len(waiting) == _TEACHER_BATCH:
+            if len(waiting) == (_TEACHER_BATCH if self._model.device.type == "cpu" else _GPU_BATCH):
                 self._store(waiting)
         self._store(waiting)
         if self._cache is not None:
             self._cache.flush()
+        if self._known is not None:
+            self._known.save()
 
     def _decoded(
         self, samples: Sequence[Sample]
@@ -109,23 +155,31 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is None:
-                key = image_key(sample.image.read_bytes())
-                if self._cache is not None and key in self._cache:
-                    return key, None
-            pixels = read_square(sample, self._model.shape.size)
+            if sample.record is not None:
+                pixels = read_square(sample, self._model.shape.size)
+                return image_key(pixels), pixels
+            key = self._known.find(sample.image) if self._known is not None else None
+            if key is not None and (self._cache is None or key in self._cache):
+                return key, None
+            before = sample.image.stat()
+            key = image_key(sample.image.read_bytes())
+            there = self._cache is not None and key in self._cache
+            found = None if there else read_square(sample, self._model.shape.size)
+            if self._known is not None:
+                self._known.note(sample.image, before, key)
+            return key, found
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
-        return (key if sample.record is None else image_key(pixels)), pixels
 
     def _store(self, waiting: list[tuple[bytes, NDArray[np.uint8]]]) -> None:
         if not waiting or self._cache is None:
             return
-        observed, small = observe(self._model, np.stack([pixels for _, pixels in waiting]))
+        observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
+        maps = [as_stored(one).cpu() for one in observed.maps]
+        token_BE, embedding_BF, small = observed.token_BE.cpu(), observed.embedding_BF.cpu(), small.cpu()
         for i, (key, _) in enumerate(waiting):
-            maps = [m[i] for m in observed.maps]
             self._cache.add(
-                key, self._cache.layout.pack(maps, observed.token_BE[i], observed.embedding_BF[i], small[i])
+                key, self._cache.layout.pack([m[i] for m in maps], token_BE[i], embedding_BF[i], small[i])
             )
         waiting.clear()
 
@@ -136,9 +190,9 @@ def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
 
 
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
-def observe(model: AnomalyModel, pixels_BHWC: NDArray[np.uint8]) -> tuple[Observed, Tensor]:
+def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
+    image = pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2)
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small

@@ -15,7 +15,6 @@ from twinspect.training.source import FeatureSource, Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
 _START_IMAGES = 64  # images that a student is started from, and its gains are taken from
-_BATCH = 8
 
 
 @torch.no_grad()
@@ -25,8 +24,8 @@ def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int
     chosen = [indices[i] for i in order[:_INIT_IMAGES]]
     tokens: list[Tensor] = []
     levels = range(len(model.groups.channels))
-    sums = [torch.zeros(c, dtype=torch.float64) for c in model.groups.channels]
-    squares = [torch.zeros(c, dtype=torch.float64) for c in model.groups.channels]
+    sums = [torch.zeros(c, dtype=torch.float64, device=model.device) for c in model.groups.channels]
+    squares = [torch.zeros_like(one) for one in sums]
     counts = [0 for _ in levels]
     for _, observed, _ in source.batches(chosen):
         tokens.append(observed.token_BE)
@@ -50,7 +49,7 @@ def fit_statistics(
     """Prototypes, residual covariances, token covariances and position scales, from training images."""
     model.eval()
     scorer = model.scorer
-    seen = [(model.tokens(observed.token_BE), observed.embedding_BF) for _, observed, _ in source.batches(indices, 8)]
+    seen = [(model.tokens(observed.token_BE), observed.embedding_BF) for _, observed, _ in source.batches(indices)]
     tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
     scorer.prototypes.fit(tokens, seed)
     link_K = scorer.prototypes.join_varied(tokens, embeddings)
@@ -59,10 +58,10 @@ def fit_statistics(
     if modules:
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
         scorer.fit_gains(_groups(model, source, [indices[i] for i in order[:_START_IMAGES]]))
-    moments = [Moments(count, module.dims) for module in modules]
+    moments = [Moments(count, module.dims, model.device) for module in modules]
     said: list[Tensor] = []
     for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
-        progress("residual statistics", min((done + 1) * _BATCH, len(indices)), 2 * len(indices))
+        progress("residual statistics", min((done + 1) * source.portion, len(indices)), 2 * len(indices))
         said.append(said_BE)
         for module, gathered, residual_BDhw in zip(modules, moments, pairs, strict=True):
             for rows, k in zip(module.rows(residual_BDhw), owner.tolist(), strict=True):
@@ -78,9 +77,13 @@ def _fit_positions(
     model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
 ) -> None:
     modules = model.scorer.maps_of_groups()
-    scales = [PositionScale(model.scorer.prototypes.count, *module.level_KWhw.shape[1:3]) for module in modules]
+    count = model.scorer.prototypes.count
+    shapes = [module.level_KWhw.shape for module in modules]
+    scales = [PositionScale(count, windows, side, model.device) for _, windows, side, _ in shapes]
     for done, (owner, pairs, _) in enumerate(_residuals(model, source, indices, prototype_N)):
-        progress("residual statistics", len(indices) + min((done + 1) * _BATCH, len(indices)), 2 * len(indices))
+        progress(
+            "residual statistics", len(indices) + min((done + 1) * source.portion, len(indices)), 2 * len(indices)
+        )
         for module, scale, residual_BDhw in zip(modules, scales, pairs, strict=True):
             scale.update(module.length(residual_BDhw, owner), owner)
     for module, scale in zip(modules, scales, strict=True):
@@ -92,10 +95,10 @@ def _residuals(
 ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
     """(prototype of each image, residuals by group where statistics are kept of them, student's tokens B x E)."""
     scorer, start = model.scorer, 0
-    for part, observed, small in source.batches(indices, _BATCH):
+    for part, observed, small in source.batches(indices):
         groups, predicted = model.answer(observed, small)
         pairs = zip(groups, predicted.groups, strict=True) if len(scorer.residuals) else ()
-        said = torch.cat(predicted.tokens, 1) if predicted.tokens else torch.zeros(len(part), 0)
+        said = torch.cat(predicted.tokens, 1) if predicted.tokens else observed.token_BE.new_zeros(len(part), 0)
         residuals = [scorer.residual(g, t, s) for g, (t, s) in enumerate(pairs)]
         yield prototype_N[start : start + len(part)], residuals, said
         start += len(part)
@@ -104,7 +107,7 @@ def _residuals(
 def _groups(
     model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    for _, observed, small in source.batches(indices, _BATCH):
+    for _, observed, small in source.batches(indices):
         groups, predicted = model.answer(observed, small)
         yield groups, predicted.groups
 
@@ -116,14 +119,14 @@ def calibrate(model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
     for curve in model.scorer.curves():
         curve.reset(model.scorer.prototypes.count)
     joint = model.scorer.calibrate(*_raw_scores(model, source, indices))
-    return joint.double().numpy()
+    return joint.double().cpu().numpy()
 
 
 def _raw_scores(
     model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores of the groups (n x G), of both parts (n), and prototypes (n)."""
-    outputs = [model.score(observed, small) for _, observed, small in source.batches(indices, _BATCH)]
+    outputs = [model.score(observed, small) for _, observed, small in source.batches(indices)]
     return (
         torch.cat([out.groups_BG for out in outputs]),
         torch.cat([out.score_local_B for out in outputs]),

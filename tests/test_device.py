@@ -1,0 +1,147 @@
+"""Which device, in words where there is none; and a whole run on a device that only pretends to be one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import RANDOM, RANDOM_CNN, run_config, same_tensors, train_samples
+from typer.testing import CliRunner
+
+from twinspect import device as device_module
+from twinspect.app import merged
+from twinspect.cli import app
+from twinspect.config import RunConfig
+from twinspect.device import choose_device, in_fp32
+from twinspect.errors import ConfigError
+from twinspect.training import loop
+from twinspect.training.distributed import Group, backend_of, joined, own_device
+from twinspect.training.fit import fit
+from twinspect.training.loop import autocast
+
+HERE = Path(__file__).parent
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "gpu", "tpu:0"])
+def test_a_device_that_is_not_there_is_refused_with_what_is(name: str, parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--device {name} cannot be used .*; accepted here: auto, cpu$"):
+        choose_device(name)
+    found = CliRunner().invoke(app, ["fit", str(parts), "--device", name, "--out", str(tmp_path / "m.twin")])
+    assert found.exit_code != 0
+    assert "accepted here: auto, cpu" in found.output
+    assert not (tmp_path / "m.twin").exists()
+
+
+@no_gpu
+def test_auto_is_the_processor_without_a_gpu() -> None:
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    assert joined("auto").device == torch.device("cpu")
+
+
+def test_of_several_processes_each_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert device_module.accepted_devices() == ["auto", "cpu", "cuda", "cuda:0", "cuda:1"]
+    assert [own_device(name, 1) for name in ("auto", "cuda")] == [torch.device("cuda:1")] * 2
+    assert own_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="each takes its own GPU; type --device cuda"):
+        own_device("cuda:1", 0)
+    with pytest.raises(
+        ConfigError, match="process 3 of this machine has no GPU.*there are 2; type --nproc-per-node 2"
+    ):
+        own_device("cuda", 2)
+    assert "cuda:nccl" in backend_of(torch.device("cuda:1"))
+    assert backend_of(torch.device("cpu")) == "gloo"
+
+
+def test_the_processor_by_name_is_the_default_without_a_gpu(parts: Path) -> None:
+    found = [fit(train_samples(parts), run_config(device=name)) for name in ("auto", "cpu")]
+    assert same_tensors(found[0].model.state_dict(), found[1].model.state_dict())
+    assert found[0].decision.to_dict() == found[1].decision.to_dict()
+
+
+def test_going_on_takes_no_device_from_the_bundle() -> None:
+    before = RunConfig.from_dict({"train": {"device": "cuda:7", "memory_gb": 3.0, "steps": 9}})
+    train = merged(None, {"model": {}, "train": {"lr": 0.5}}, before).train
+    assert (train.device, train.memory_gb, train.steps, train.lr) == ("auto", 0.0, 9, 0.5)
+
+
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
+@pytest.mark.parametrize("cache_gb", [20.0, 0.0])
+def test_bf16_learns_and_stays_finite(teacher: str, cache_gb: float, parts: Path, tmp_path: Path) -> None:
+    """Without a cache the teacher is asked in bf16 as well; statistics are fp32 either way."""
+    config = run_config(teacher, precision="bf16", steps=16, warmup=2, cache_gb=cache_gb)
+    fitted = fit(train_samples(parts), config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row[term]) for row in rows for term in ("loss", "local", "semantic"))
+    assert sum(row["loss"] for row in rows[-4:]) < 0.9 * sum(row["loss"] for row in rows[:4])
+    for name, value in fitted.model.state_dict().items():
+        assert value.dtype not in (torch.bfloat16, torch.float16), name
+        assert bool(torch.isfinite(value.float()).all()), name
+
+
+def test_auto_precision_is_bf16_on_a_gpu_only() -> None:
+    x = torch.ones(2, 2)
+    for precision, dtype in (("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(precision, torch.device("cpu")):
+            assert (x @ x).dtype == dtype
+
+
+def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        with in_fp32("cuda"):
+            assert torch.backends.cudnn.allow_tf32 is False
+        with in_fp32("cpu"):
+            assert torch.backends.cudnn.allow_tf32 is before
+        assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_compiled_students_train_and_are_plain_again(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that changes nothing: what is tried here is who is compiled, and when."""
+    calls = [0]
+
+    def compiler(function: Any, **_: Any) -> Any:
+        def called(*values: Any, **named: Any) -> Any:
+            calls[0] += 1
+            return function(*values, **named)
+
+        return called
+
+    plain = fit(train_samples(parts), run_config())
+    monkeypatch.setattr(torch, "compile", compiler)
+    fitted = fit(train_samples(parts), run_config(compile=True))
+    assert calls[0] == 3 * 2  # steps, students; statistics and calibration run as prediction will
+    assert same_tensors(fitted.model.state_dict(), plain.model.state_dict())
+    with pytest.raises(ConfigError, match="compile together with --memory-gb"):
+        run_config(compile=True, memory_gb=1.0)
+    with (
+        pytest.raises(ConfigError, match="compile: for one process"),
+        loop._compiled(fitted.model.student, run_config(compile=True).train, Group(world=2)),
+    ):
+        raise AssertionError("entered")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "teacher"), [("dual", RANDOM), ("snl", RANDOM_CNN)])
+def test_nothing_is_left_on_another_device(model: str, teacher: str, parts: Path, tmp_path: Path) -> None:
+    """`fit` from the first look at the teacher to thresholds, with a cache and without, on `pretend`'s device."""
+    from torch.utils import backend_registration
+
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices made in Python")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TWINSPECT_HOME": str(tmp_path)}
+    command = [sys.executable, str(HERE / "pretend.py"), str(parts), model, teacher]
+    found = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.splitlines()[-1] == "same"
