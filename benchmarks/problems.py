@@ -192,7 +192,7 @@ def cached_scores(fitted, problem: Problem, config: RunConfig, console: Console)
     if source.skipped:
         raise DataError(f"images that cannot be read: {'; '.join(s.reason for s in source.skipped)}")
     with torch.inference_mode():
-        outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)), 16)]
+        outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)))]
     return {
         shown: torch.cat([getattr(out, f"{field}_B") for out in outputs]).numpy() for field, shown in READINGS.items()
     }
