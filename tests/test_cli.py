@@ -145,7 +145,7 @@ def test_fit_refuses_bad_toml(tmp_path: Path, text: str, words: str) -> None:
         (["--steps", "-1"], "--steps -1: at least 1"),
         (["--batch", "1"], "--batch 1: at least 2"),
         (["--noisy-or", "n4"], "Accepted: n1, n2, n3"),
-        (["--precision", "fp8"], "Accepted: fp32, bf16"),
+        (["--precision", "fp8"], "Accepted: auto, fp32, bf16"),
         (["--model", "dul"], "Did you mean 'dual'"),
         (["--layout", "mvtec"], "unknown layout 'mvtec'"),
         (["--weights", "none.pth", "--teacher", RANDOM], "no such weights file: none.pth"),
