@@ -37,7 +37,7 @@ from torch import Tensor
 from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Budget, Decision, GoodScores
+from twinspect.decision import Decision
 from twinspect.drift import DriftMonitor
 from twinspect.inference.predictor import classes_of_prototypes
 from twinspect.metrics import auroc
@@ -47,6 +47,7 @@ from twinspect.models.statistics import TokenDistance
 from twinspect.recalibrate import score_images
 from twinspect.report import Table
 from twinspect.results import text_table
+from twinspect.rules import Budget, GoodScores
 from twinspect.storage import Fitted
 from twinspect.training.fit import cache_folder, choose_images
 from twinspect.training.source import FeatureSource

@@ -18,18 +18,9 @@ from twinspect.calibration import (
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.decision import (
-    ANOMALY,
-    GOOD,
-    UNSURE,
-    Budget,
-    Decision,
-    GoodScores,
-    class_sentence,
-    promises,
-    refuse_other_model,
-)
+from twinspect.decision import ANOMALY, GOOD, UNSURE, Decision, promises, refuse_other_model
 from twinspect.errors import BundleError, ConfigError, DataError
+from twinspect.rules import Budget, GoodScores, class_sentence
 
 GOLDEN = Path(__file__).parent / "golden" / "nonconform_p_values.json"
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)

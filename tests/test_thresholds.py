@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from twinspect.calibration import Threshold
-from twinspect.decision import Budget, Decision, GoodScores
+from twinspect.decision import Decision
+from twinspect.rules import Budget, GoodScores
 from twinspect.thresholds import MOST_LINES, threshold_lines, threshold_table
 
 

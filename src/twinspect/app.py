@@ -140,8 +140,9 @@ def memory_line(memory: dict[str, Any]) -> str:
 def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
-    from twinspect.decision import Decision, class_sentence, promises
+    from twinspect.decision import Decision, promises
     from twinspect.inference.exported import export_info, is_export
+    from twinspect.rules import class_sentence
 
     if is_export(bundle):
         return export_info(bundle)

@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 
 from twinspect.calibration import Threshold
 from twinspect.errors import BundleError, ConfigError, unknown_name
-from twinspect.rules import Budget as Budget
-from twinspect.rules import GoodScores as GoodScores
-from twinspect.rules import Rule, make_rule
-from twinspect.rules import class_sentence as class_sentence
+from twinspect.rules import Budget, GoodScores, Rule, make_rule
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others

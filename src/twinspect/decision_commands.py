@@ -16,12 +16,13 @@ from twinspect.bundle import read_bundle, refuse_unwritable, write_bundle
 from twinspect.calibration import RULES
 from twinspect.charts import Histogram
 from twinspect.console import Console
-from twinspect.decision import Decision, GoodScores, class_sentence, promises, refuse_other_model
+from twinspect.decision import Decision, promises, refuse_other_model
 from twinspect.drift import DriftMonitor, DriftReport
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
 from twinspect.results import check_outputs, text_table, write_results, write_text
+from twinspect.rules import GoodScores, class_sentence
 from twinspect.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.types import Sample
 

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.calibration import Floats, p_values
-from twinspect.decision import GoodScores
 from twinspect.errors import ConfigError, DataError
+from twinspect.rules import GoodScores
 
 TAIL = 0.05  # share of ranks that counts as the tail
 KEPT = 2000  # latest images kept for saying what changed

@@ -27,9 +27,10 @@ from twinspect.calibration import (
 )
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Budget, Decision, GoodScores, image_id, kept_keys
+from twinspect.decision import Decision, image_id, kept_keys
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.predictor import Predictor, name_of
+from twinspect.rules import Budget, GoodScores
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 Progress = Callable[[str, int, int], None]

@@ -21,8 +21,9 @@ import needs_server  # noqa: F401  (skips where the extra is missing)
 import numpy as np
 from PIL import Image
 
-from twinspect.decision import Budget, Decision, GoodScores
+from twinspect.decision import Decision
 from twinspect.inference.predictor import Predictor
+from twinspect.rules import Budget, GoodScores
 from twinspect.server.app import build_app
 from twinspect.server.log import InspectionLog
 from twinspect.server.run import prepared

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from twinspect.decision import Decision, GoodScores, image_id
+from twinspect.decision import Decision, image_id
 from twinspect.inference.predictor import classes_of_prototypes
 from twinspect.models.contract import AnomalyModel
+from twinspect.rules import GoodScores
 from twinspect.training.source import FeatureSource
 
 
