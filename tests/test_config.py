@@ -32,7 +32,7 @@ def test_toml(tmp_path: Path) -> None:
         ({"model": {"size": 10}}, "--size 10: at least 64"),
         ({"model": {"dropout": 1.0}}, "dropout 1.0: accepted"),
         ({"model": {"ee_depth": 0.0}}, "ee_depth 0.0: accepted"),
-        ({"model": {"clusters": 0}}, "clusters 0: at least 1"),
+        ({"model": {"clusters": -1}}, "clusters -1: at least 1, or 0"),
         ({"train": {"steps": 0}}, "--steps 0: at least 1"),
         ({"train": {"batch": 1}}, "--batch 1: at least 2"),
         ({"train": {"lr": 0.0}}, "learning rates must be above 0"),

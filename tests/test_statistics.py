@@ -241,6 +241,20 @@ def test_prototypes_separate_clear_clusters() -> None:
         assert len(fresh_owner[module(fresh) == k].unique()) == 1
 
 
+@pytest.mark.parametrize("products", [2, 6, 15, 30, 40])
+def test_any_number_of_products_is_told_apart(products: int) -> None:
+    """Sixteen variants of forty products would mix them all; six products must not become seven."""
+    owner = torch.arange(products).repeat_interleave(60)
+    tokens = 2 * normal(products, 100, seed=8)[owner] + normal(60 * products, 100, seed=9)
+    prototypes = Prototypes(tokens.shape[1])
+    prototypes.fit(tokens, seed=0)
+    assert prototypes.count == products
+    assert len({(int(a), int(b)) for a, b in zip(owner, prototypes(tokens), strict=True)}) == products
+    limited = Prototypes(tokens.shape[1], most=4)
+    limited.fit(tokens, seed=0)
+    assert limited.count <= 4
+
+
 def test_prototypes_are_deterministic_and_bounded() -> None:
     tokens, _ = clusters()
     first, again = Prototypes(tokens.shape[1], most=2), Prototypes(tokens.shape[1], most=2)

@@ -90,13 +90,13 @@ class ModelConfig:
     dropout: float = 0.2
     """Noise of the bottleneck; 0.4 suits very large and varied sets."""
     ee_shrink: int = 0
-    """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 128 (CNN)."""
+    """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN)."""
     ee_depth: float = 1.0
     """Share of the teacher's blocks in the Encoder-Encoder (ViT only)."""
     view_shrink: int = 0
     """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
-    clusters: int = 16
-    """Largest number of scene prototypes for the residual statistics; the data choose how many."""
+    clusters: int = 0
+    """Largest number of variants of scene that are told apart; 0 takes 16, and more where there are more products."""
     direction: str = ""
     """snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse."""
     terms: str = ""
@@ -120,7 +120,7 @@ class ModelConfig:
         _check(self.size == 0 or self.size >= 64, f"--size {self.size}: at least 64 pixels, or 0 for the default")
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 < self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 < ee_depth <= 1")
-        _check(self.clusters >= 1, f"clusters {self.clusters}: at least 1")
+        _check(self.clusters >= 0, f"clusters {self.clusters}: at least 1, or 0 for as many as there are products")
         self._check_structure()
 
     def structure(self) -> Structure:

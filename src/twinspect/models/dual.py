@@ -371,14 +371,14 @@ class DualModel(AnomalyModel):
     Args:
         teacher: frozen teacher.
         shape: sizes of the students.
-        clusters: largest number of scene prototypes.
+        clusters: largest number of variants of scene; 0 leaves it to the data.
     """
 
     groups: LevelGroups
     student: DualStudent
     scorer: DualScorer
 
-    def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 16) -> None:
+    def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 0) -> None:
         super().__init__(teacher)
         self.shape = shape.resolved(teacher.info)
         self.groups = LevelGroups(teacher.info, self.shape.size)

@@ -11,6 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+_DIRECTIONS = 8  # principal directions at least; half as many as variants where those are many
+_MOST = (16, 32, 64, 128)  # limits of the number of variants that are tried in turn
+_JUDGED = 4096  # points that their number is chosen on
+_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)  # numbers of variants that are tried
+_STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
+
 
 class Prototypes(nn.Module):
     """Scene prototypes in the space of the teacher's global tokens: which kind of image is this?
@@ -26,13 +32,12 @@ class Prototypes(nn.Module):
     centres_VP: Tensor
     owner_V: Tensor
 
-    def __init__(self, token_dims: int, directions: int = 8, most: int = 16) -> None:
+    def __init__(self, token_dims: int, most: int = 0) -> None:
         super().__init__()
         self.most = most
-        directions = min(directions, token_dims)
         self.register_buffer("mean_E", torch.zeros(token_dims))
-        self.register_buffer("project_EP", torch.zeros(token_dims, directions))
-        self.register_buffer("centres_VP", torch.zeros(1, directions))
+        self.register_buffer("project_EP", torch.zeros(token_dims, 1))
+        self.register_buffer("centres_VP", torch.zeros(1, 1))
         self.register_buffer("owner_V", torch.zeros(1, dtype=torch.int64))
 
     @property
@@ -81,16 +86,23 @@ class Prototypes(nn.Module):
         token = token_NE.double()
         mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
         _, values, basis = torch.linalg.svd((token - mean) / scale, full_matrices=False)
-        kept = min(self.project_EP.shape[1], int((values > 1e-6 * values[0]).sum()))
-        spread = (values[:kept] / len(token) ** 0.5).clamp_min(1e-9)
+        spread = (values / len(token) ** 0.5).clamp_min(1e-9)
         # Square root of the spread: between raw axes (one direction rules) and whitened ones (noise rules).
-        project = basis[:kept].T / scale[:, None] / spread.sqrt()
+        project = basis.T / scale[:, None] / spread.sqrt()
+        telling = int((values > 1e-6 * values[0]).sum())
         self.mean_E = mean.float()
-        self.project_EP = project.float()
-        points = self.embed(token_NE)
-        most = min(self.most, max(1, len(points) // (2 * smallest)))
-        self.centres_VP = drop_small(points, choose_centres(points, most, seed), smallest)
-        self.owner_V = merge_centres(points, self.centres_VP)
+        room = max(1, len(token) // (2 * smallest))
+        for most in [self.most] if self.most else [_MOST[0], *(m for m in _MOST[1:] if m <= room)]:
+            further = most > _MOST[0] and not self.most
+            project_EP = project[:, : min(max(_DIRECTIONS, most // 2), telling)].float()
+            points = (token_NE - self.mean_E) @ project_EP
+            centres = choose_centres(points, min(most, room), seed, least=most // 4 if further else 1)
+            centres_VP = drop_small(points, centres, smallest)
+            owner_V = merge_centres(points, centres_VP)
+            # Sixteen variants of forty products mix them all, and a few are seen. More variants are better only if
+            # they tell more products apart than the fewer could: else they cut products in pieces.
+            if not further or 2 * (int(owner_V.max()) + 1) > most:
+                self.project_EP, self.centres_VP, self.owner_V = project_EP, centres_VP, owner_V
 
 
 def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float = 3.2) -> Tensor:
@@ -100,18 +112,19 @@ def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float = 3.2) -> Te
     the sum of both standard deviations apart. Halves of one Gaussian score 1.3, of a uniform bar 1.7.
     """
     label = torch.cdist(points_NP, centres_VP).argmin(1)
-    owner = torch.arange(len(centres_VP), device=points_NP.device)
-    while len(names := sorted(set(owner.tolist()))) > 1:
-        pairs = [
-            (_separation(points_NP[owner[label] == i], points_NP[owner[label] == j]), i, j)
-            for place, i in enumerate(names)
-            for j in names[place + 1 :]
-        ]
-        least, i, j = min(pairs)
-        if least >= gap:
+    members = {k: points_NP[label == k] for k in range(len(centres_VP))}
+    owner = list(range(len(centres_VP)))
+    apart = {(i, j): _separation(members[i], members[j]) for j in members for i in range(j)}
+    while apart:
+        i, j = min(apart, key=lambda pair: apart[pair])
+        if apart[i, j] >= gap:
             break
-        owner[owner == j] = i
-    return torch.tensor([names.index(one) for one in owner.tolist()], device=owner.device)
+        owner = [i if one == j else one for one in owner]
+        members[i] = torch.cat([members[i], members.pop(j)])
+        apart = {pair: value for pair, value in apart.items() if j not in pair}
+        apart |= {(min(i, k), max(i, k)): _separation(members[i], members[k]) for k in members if k != i}
+    names = sorted(members)
+    return torch.tensor([names.index(one) for one in owner], device=points_NP.device)
 
 
 def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
@@ -121,6 +134,12 @@ def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
     length = line.norm().clamp_min(1e-12)
     spread = (one_NP @ line).std() + (other_MP @ line).std()
     return float(length * length / spread.clamp_min(1e-12))
+
+
+def best_k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
+    """Centres (count x P) of the start that leaves the points nearest to them."""
+    found = [k_means(points_NP, count, seed + start) for start in range(_STARTS if count > 1 else 1)]
+    return min(found, key=lambda centres: float(torch.cdist(points_NP, centres).amin(1).square().sum()))
 
 
 def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
@@ -152,18 +171,18 @@ def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
     return centres_KP
 
 
-def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
-    """k-means centres, as few as explain held-out points as well as any number does.
+def choose_centres(points_NP: Tensor, most: int, seed: int, least: int = 1) -> Tensor:
+    """k-means centres, ``least`` to ``most``, as few as explain held-out points as well as any number does.
 
     The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one, fitted
     on half the points and judged on the other half, both ways. The smallest count within one standard error
     of the best is taken: splitting one kind of scene costs data for every statistic and gains nothing.
     """
-    order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))[:_JUDGED]
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     values: dict[int, Tensor] = {}
-    for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32):
-        if count <= min(most, len(halves[0])):
+    for count in _COUNTS:
+        if least <= count <= min(most, len(halves[0])):
             both = (halves, halves[::-1])
             parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
             values[count] = torch.cat(parts)
@@ -171,13 +190,13 @@ def choose_centres(points_NP: Tensor, most: int, seed: int) -> Tensor:
     for count, value in values.items():
         behind = values[best] - value
         if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
-            return k_means(points_NP, count, seed)
-    return k_means(points_NP, best, seed)
+            return best_k_means(points_NP[order], count, seed)
+    return best_k_means(points_NP[order], best, seed)
 
 
 def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:
     """Log density of each held-out point (M) under the mixture fitted on the others."""
-    centres = k_means(fit_NP, count, seed)
+    centres = best_k_means(fit_NP, count, seed)
     owner = torch.cdist(fit_NP, centres).argmin(1)
     pooled = (fit_NP - centres[owner]).square().mean(0)
     terms = []
