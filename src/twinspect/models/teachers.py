@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.fold import fold_batch_norms
+from twinspect.models.fold import fold_batch_norms, take_in_padding
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
@@ -172,6 +172,7 @@ def create_teacher(
         teacher.weights = source.described
     if not teacher.is_vit:
         fold_batch_norms(teacher.net)
+        take_in_padding(teacher.net)
     return teacher
 
 
