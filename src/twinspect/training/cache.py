@@ -44,8 +44,13 @@ class RecordLayout:
     @property
     def size(self) -> int:
         """Bytes of one record."""
-        vectors = self.token_dims + self.embedding_dims
-        return 2 * sum(math.prod(s) for s in self.map_shapes) + 4 * vectors + 3 * self.small_side**2
+        return self.vectors[1] + 3 * self.small_side**2
+
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """First and last byte (exclusive) of a record's tokens and embedding."""
+        start = 2 * sum(math.prod(s) for s in self.map_shapes)
+        return start, start + 4 * (self.token_dims + self.embedding_dims)
 
     def pack(self, maps: Sequence[Tensor], token: Tensor, embedding: Tensor, small: Tensor) -> bytes:
         """One image's tensors to bytes."""
@@ -64,11 +69,14 @@ class RecordLayout:
             stop = start + 2 * math.prod(shape)
             maps.append(_typed(block_BR, start, stop, torch.float16).reshape(-1, *shape).float())
             start = stop
-        stop = start + 4 * (self.token_dims + self.embedding_dims)
-        vectors = _typed(block_BR, start, stop, torch.float32)
-        token, embedding = vectors[:, : self.token_dims].clone(), vectors[:, self.token_dims :].clone()
+        start, stop = self.vectors
         small = block_BR[:, stop:].reshape(len(block_BR), 3, self.small_side, self.small_side)
-        return Observed(tuple(maps), token, embedding), small
+        return Observed(tuple(maps), *self.unpack_vectors(block_BR[:, start:stop])), small
+
+    def unpack_vectors(self, block_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes ``vectors`` of the records of a batch to (tokens B x E, embeddings B x F)."""
+        both = _typed(block_BR, 0, block_BR.shape[1], torch.float32)
+        return both[:, : self.token_dims].clone(), both[:, self.token_dims :].clone()
 
 
 class FeatureCache:
@@ -120,8 +128,10 @@ class FeatureCache:
             self._read_segment(index)
             self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
-    def read(self, keys: Sequence[bytes], pinned: bool = False) -> Tensor:
+    def read(self, keys: Sequence[bytes], pinned: bool = False, span: tuple[int, int] | None = None) -> Tensor:
         """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
+
+        With ``span`` only these bytes of every record, first and last (exclusive).
 
         Read, not mapped: pages of a mapped file count as the process's memory until the kernel wants them back, and
         every four kilobytes of them cost a fault. The files stay in the kernel's own cache either way.
@@ -129,7 +139,8 @@ class FeatureCache:
         Raises:
             DataError: a file cannot be read any more.
         """
-        block = torch.empty(len(keys), self.layout.size, dtype=torch.uint8, pin_memory=pinned)
+        start, stop = span or (0, self.layout.size)
+        block = torch.empty(len(keys), stop - start, dtype=torch.uint8, pin_memory=pinned)
         files: dict[int, io.FileIO] = {}
         try:
             with ExitStack() as opened:
@@ -137,8 +148,8 @@ class FeatureCache:
                     segment, offset = self._place[key]
                     if segment not in files:
                         files[segment] = opened.enter_context(io.FileIO(self._segments[segment]))
-                    files[segment].seek(offset)
-                    if files[segment].readinto(row) != self.layout.size:
+                    files[segment].seek(offset + start)
+                    if files[segment].readinto(row) != stop - start:
                         raise OSError(f"{self._segments[segment].name} has become shorter")
         except OSError as error:
             raise self._unusable(error) from None
@@ -194,8 +205,8 @@ def as_stored(map_BDhw: Tensor) -> Tensor:
 def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Bytes of every record as numbers: in place where records lie so, else copied."""
     part = block_BR[:, start:stop]
-    if block_BR.stride(0) % dtype.itemsize or start % dtype.itemsize:
-        part = part.contiguous()
+    if part.stride(0) % dtype.itemsize or part.storage_offset() % dtype.itemsize:
+        part = part.clone(memory_format=torch.contiguous_format)
     return part.view(dtype)
 
 

@@ -111,6 +111,19 @@ class FeatureSource:
         for part, (observed, small) in zip(parts, self.ahead(parts), strict=True):
             yield part, observed, small
 
+    def vectors(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The teacher's raw tokens (n x E) and embeddings (n x F) of some samples, on the model's device.
+
+        With a cache these few kilobytes of every record are all that is read.
+        """
+        if self._cache is None:
+            seen = [(observed.token_BE, observed.embedding_BF) for _, observed, _ in self.batches(indices)]
+            token_NE, embedding_NF = (torch.cat(column) for column in zip(*seen, strict=True))
+            return token_NE, embedding_NF
+        layout = self._cache.layout
+        block = self._cache.read([self.keys[i] for i in indices], span=layout.vectors)
+        return layout.unpack_vectors(block.to(self._model.device))
+
     def _open(self, root: Path) -> FeatureCache:
         teacher, shape = self._model.teacher, self._model.shape
         groups = self._model.groups
