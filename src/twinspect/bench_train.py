@@ -32,7 +32,7 @@ from twinspect.models.memory import peak_mb
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
-from twinspect.training.source import FeatureSource, observe, read_square
+from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch
 from twinspect.types import TRAIN, Sample
 
 _FEWEST_STEPS, _MOST_STEPS = 3, 200
@@ -180,7 +180,8 @@ class _Profile:
             "decode",
             call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.shape.size) for s in self.samples])),
         )
-        measure("teacher", call=lambda: observe(self.model, squares))
+        parts = squares.split(teacher_batch(self.model))  # as the pass that fills the cache shows them
+        measure("teacher", call=lambda: [observe(self.model, part) for part in parts])
         observed, small = measure("read", call=lambda: source.batch(at))
         terms = self._forward(observed, small, counted)
         for name, child in self.model.student.named_children():

@@ -132,7 +132,7 @@ class Teacher(Backbone):
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """Scale uint8 RGB (or float in 0..255) B x 3 x H x W to the statistics the teacher was trained with."""
         x = image_BCHW.to(self.mean_3.dtype) / 255.0
-        return (x - self.mean_3[:, None, None]) / self.std_3[:, None, None]
+        return x.sub_(self.mean_3[:, None, None]).div_(self.std_3[:, None, None])
 
     @torch.no_grad()
     def features(self, x_B3HW: Tensor) -> Features:

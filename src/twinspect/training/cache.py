@@ -3,7 +3,8 @@
 Content-addressed and append-only: a record belongs to (teacher weights, input size, image bytes), so runs,
 students and calibration share it, and an image that changes simply has another address. Every process
 appends to a segment of its own (``*.data`` and ``*.index``), so no locks are needed; an index line is
-written after its record is flushed, so a crash leaves at most a record nobody refers to.
+written after its record is flushed, so a crash leaves at most a record nobody refers to. A thread writes while the
+teacher looks at the next images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import os
 import struct
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ from twinspect.models.contract import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
 _HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
+_TOGETHER = 8  # records written and flushed at a time
+_WAITING = 3  # such portions that may wait for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,21 @@ class RecordLayout:
         start = 2 * sum(math.prod(s) for s in self.map_shapes)
         return start, start + 4 * (self.token_dims + self.embedding_dims)
 
-    def pack(self, maps: Sequence[Tensor], token: Tensor, embedding: Tensor, small: Tensor) -> bytes:
-        """One image's tensors to bytes."""
-        parts = [as_stored(m).contiguous().numpy().tobytes() for m in maps]
-        parts += [vector.float().contiguous().numpy().tobytes() for vector in (token, embedding)]
-        parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
-        return b"".join(parts)
+    def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
+        """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
+        batch = len(small_B3ss)
+        block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
+        maps = [as_stored(one) for one in observed.maps]
+        parts = [*maps, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
+        start = 0
+        for part in parts:
+            raw_BR = part.cpu().contiguous().flatten(1).view(torch.uint8)
+            stop = start + raw_BR.shape[1]
+            block_BR[:, start:stop] = raw_BR
+            start = stop
+        if start != self.size:
+            raise ValueError(f"records of {start} bytes, expected {self.size}")
+        return block_BR
 
     def unpack(self, block_BR: Tensor) -> tuple[Observed, Tensor]:
         """Records of a batch (uint8, B x size) to (teacher's answer in fp32, shrunk uint8 pixels B x 3 x s x s).
@@ -102,19 +116,28 @@ class FeatureCache:
                 self._read_segment(index)
         except OSError as error:
             raise self._unusable(error) from None
-        self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._pending: list[tuple[bytes, bytes]] = []
+        self._own = self._new_segment()
+        self._pending: list[tuple[bytes, Tensor]] = []
+        self._writing: deque[tuple[list[tuple[bytes, Tensor]], Future[None]]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
 
-    def add(self, key: bytes, record: bytes) -> None:
-        """Keep a record; it becomes readable after `flush`."""
-        if len(record) != self.layout.size:
-            raise ValueError(f"record of {len(record)} bytes, expected {self.layout.size}")
-        self._pending.append((key, record))
-        if len(self._pending) >= 64:
-            self._write()
+    def add(self, keys: Sequence[bytes], block_BR: Tensor) -> None:
+        """Keep the records of some images (see `RecordLayout.pack`); they become readable after `flush`.
+
+        Waits while more than a few dozen records are still to be written, so that memory stays bounded.
+
+        Raises:
+            DataError: the disk is full or the folder cannot be written, now or for records given before.
+        """
+        if block_BR.shape[1] != self.layout.size:
+            raise ValueError(f"records of {block_BR.shape[1]} bytes, expected {self.layout.size}")
+        self._pending.extend(zip(keys, block_BR, strict=True))
+        if len(self._pending) >= _TOGETHER:
+            self._hand_over()
+            self._wait(_WAITING)
 
     def flush(self) -> None:
         """Write what is pending and make it readable.
@@ -122,11 +145,39 @@ class FeatureCache:
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        self._write()
+        self._hand_over()
+        self._wait(0)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
         index = self._own.with_suffix(".index")
         if index.exists():
             self._read_segment(index)
-            self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._own = self._new_segment()
+
+    def _new_segment(self) -> Path:
+        return self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def _hand_over(self) -> None:
+        """Let the thread write what is pending; there is one thread, so that records stay in order."""
+        if not self._pending:
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
+        self._writing.append((self._pending, self._thread.submit(self._write, self._pending)))
+        self._pending = []
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most ``most`` portions are being written; what could not be written is pending again."""
+        while len(self._writing) > most:
+            failed = self._writing[0][1].exception()
+            if failed is None:
+                self._writing.popleft()
+                continue
+            unwritten = [records for records, written in self._writing if written.exception() is not None]
+            self._writing.clear()
+            self._pending = [one for records in unwritten for one in records] + self._pending
+            raise self._unusable(failed) if isinstance(failed, OSError) else failed
 
     def read(self, keys: Sequence[bytes], pinned: bool = False, span: tuple[int, int] | None = None) -> Tensor:
         """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
@@ -155,25 +206,20 @@ class FeatureCache:
             raise self._unusable(error) from None
         return block
 
-    def _write(self) -> None:
-        if not self._pending:
-            return
-        try:
-            with self._own.with_suffix(".data").open("ab") as data:
-                offset = data.tell()
-                data.write(b"".join(record for _, record in self._pending))
-                data.flush()
-                os.fsync(data.fileno())
-            lines = []
-            for key, record in self._pending:
-                body = struct.pack("<16sQ", key, offset)
-                lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
-                offset += len(record)
-            with self._own.with_suffix(".index").open("ab") as index:
-                index.write(b"".join(lines))
-        except OSError as error:
-            raise self._unusable(error) from None
-        self._pending = []
+    def _write(self, records: list[tuple[bytes, Tensor]]) -> None:
+        """Append records, and the index of them once they are on the disk; on the thread."""
+        with self._own.with_suffix(".data").open("ab", buffering=0) as data:
+            offset = data.tell()
+            for _, record in records:
+                _write_all(data, record.numpy().data)
+            os.fsync(data.fileno())
+        lines = []
+        for key, record in records:
+            body = struct.pack("<16sQ", key, offset)
+            lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
+            offset += len(record)
+        with self._own.with_suffix(".index").open("ab") as index:
+            index.write(b"".join(lines))
 
     def _unusable(self, error: OSError) -> DataError:
         return DataError(
@@ -199,7 +245,13 @@ class FeatureCache:
 
 def as_stored(map_BDhw: Tensor) -> Tensor:
     """A map as records hold it: fp16, nothing infinite."""
-    return map_BDhw.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+    return map_BDhw.to(torch.float16).clamp(-_HALF_MAX, _HALF_MAX)  # in this order: half the bytes to clamp
+
+
+def _write_all(file: io.FileIO, rest: memoryview) -> None:
+    """Write all of a buffer; an unbuffered file may take less at a time."""
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
