@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from twinspect.data.images import resize_rgb
 from twinspect.data.painting import ring
 from twinspect.errors import ConfigError, WeightsError
-from twinspect.models.fold import SameConv, take_in_padding
+from twinspect.models.fold import FrozenConv, pads_unevenly, take_in_padding
 from twinspect.models.teachers import Backbone, Teacher, create_teacher, timm
 from twinspect.models.weights import DEFAULT_EMBEDDED, EMBEDDED, PREFERRED, SHORT_NAMES, find_weights, read_state
 
@@ -100,8 +100,8 @@ def test_normalise_uses_the_teachers_statistics() -> None:
 def test_same_padding_inside_the_convolution(kernel: int, groups: int, sides: tuple[int, int]) -> None:
     torch.manual_seed(0)
     theirs = timm.layers.Conv2dSame(6, 12, kernel, stride=2, groups=groups, bias=groups == 1)
-    assert SameConv.replaces(theirs)
-    ours, x = SameConv(theirs), torch.randn(2, 6, *sides)
+    assert pads_unevenly(theirs)
+    ours, x = FrozenConv(theirs), torch.randn(2, 6, *sides)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     assert ours(x).shape[-2:] == tuple(-(-side // 2) for side in sides)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -111,7 +111,7 @@ def test_other_convolutions_are_left_alone() -> None:
     same = timm.layers.Conv2dSame
     others = [same(2, 2, 1, stride=2), same(2, 2, 4, stride=2), same(2, 2, 3, stride=3), same(2, 2, 3, stride=(2, 1))]
     others += [same(2, 2, 3, stride=2, dilation=2), same(2, 2, (3, 5), stride=2), torch.nn.Conv2d(2, 2, 3, stride=2)]
-    assert not any(SameConv.replaces(one) for one in others)
+    assert not any(pads_unevenly(one) for one in others)
     assert take_in_padding(torch.nn.Sequential(*others)) == 0
 
 
