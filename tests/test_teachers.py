@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from twinspect.data.images import resize_rgb
 from twinspect.data.painting import ring
 from twinspect.errors import ConfigError, WeightsError
+from twinspect.models import fold
 from twinspect.models.fold import FrozenConv, pads_unevenly, take_in_padding
 from twinspect.models.teachers import Backbone, Teacher, create_teacher, timm
 from twinspect.models.weights import DEFAULT_EMBEDDED, EMBEDDED, PREFERRED, SHORT_NAMES, find_weights, read_state
@@ -130,6 +131,18 @@ def test_taking_in_the_padding_changes_nothing_but_time(arch: str, sides: tuple[
     assert_same(before, net.state_dict())
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "mobilenetv2_100", "tf_mobilenetv3_small_100"])
+def test_clipping_within_the_convolution_is_exact(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = create_teacher(arch, pretrained=False)
+    clipped = [m for m in one.modules() if isinstance(m, FrozenConv) and m.then is not None]
+    assert clipped
+    x = noise(1, 96)
+    fast = one.features(x)
+    monkeypatch.setattr(fold, "_ON_X86", False)
+    for ours, theirs in zip(fast.maps, one.features(x).maps, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "dinov2-small", "resnet18"])
