@@ -93,9 +93,9 @@ def rescored(fitted, samples, config, console):
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
-    fit_statistics(model, source, train_at, config.train.seed, console.progress)
-    calibrate(model, source, held_at)
-    return model, decide(model, source, train_at, held_at, fitted.decision.map_scale)
+    train_prototypes = fit_statistics(model, source, train_at, config.train.seed, console.progress)
+    held = calibrate(model, source, held_at)
+    return model, decide(model, source, train_at, train_prototypes, held_at, held, fitted.decision.map_scale)
 
 
 def measured(rows, samples, configs, plan, console):

@@ -1,5 +1,8 @@
 """Feature cache: computed once, never the wrong image's, never in the way."""
 
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from twinspect.errors import DataError
 from twinspect.models.contract import Observed
 from twinspect.models.dual import DualModel
 from twinspect.training import known
+from twinspect.training import source as source_module
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.fit import build_model, cache_folder, silent
 from twinspect.training.known import KnownFiles
@@ -21,11 +25,12 @@ from twinspect.types import TRAIN, Sample
 LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 3, 4)
 
 
-def record(seed: int) -> bytes:
+def record(seed: int) -> torch.Tensor:
+    """The record of one image, as a batch of one."""
     generator = torch.Generator().manual_seed(seed)
-    maps = [torch.randn(*shape, generator=generator) for shape in LAYOUT.map_shapes]
-    token, embedding = torch.randn(5, generator=generator), torch.randn(3, generator=generator)
-    return LAYOUT.pack(maps, token, embedding, torch.full((3, 4, 4), seed))
+    maps = tuple(torch.randn(1, *shape, generator=generator) for shape in LAYOUT.map_shapes)
+    token, embedding = torch.randn(1, 5, generator=generator), torch.randn(1, 3, generator=generator)
+    return LAYOUT.pack(Observed(maps, token, embedding), torch.full((1, 3, 4, 4), seed))
 
 
 def key(number: int) -> bytes:
@@ -35,7 +40,7 @@ def key(number: int) -> bytes:
 def filled(root: Path, numbers: range) -> FeatureCache:
     cache = FeatureCache(root, "space", LAYOUT)
     for number in numbers:
-        cache.add(key(number), record(number))
+        cache.add([key(number)], record(number))
     cache.flush()
     return cache
 
@@ -100,7 +105,7 @@ def test_what_a_crash_cut_off_is_forgotten_and_the_rest_kept(tmp_path: Path, suf
     cache = FeatureCache(tmp_path, "space", LAYOUT)
     assert [key(n) in cache for n in range(4)] == [True, True, True, False]
     assert LAYOUT.unpack(cache.read([key(2)]))[1].unique().tolist() == [2]
-    cache.add(key(3), record(3))
+    cache.add([key(3)], record(3))
     cache.flush()
     assert LAYOUT.unpack(cache.read([key(3)]))[1].unique().tolist() == [3]
 
@@ -119,8 +124,8 @@ def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
 
 def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "space", LAYOUT)
-    huge = [torch.full(shape, 1e6) for shape in LAYOUT.map_shapes]
-    cache.add(key(0), LAYOUT.pack(huge, torch.zeros(5), torch.zeros(3), torch.zeros(3, 4, 4)))
+    huge = tuple(torch.full((1, *shape), 1e6) for shape in LAYOUT.map_shapes)
+    cache.add([key(0)], LAYOUT.pack(Observed(huge, torch.zeros(1, 5), torch.zeros(1, 3)), torch.zeros(1, 3, 4, 4)))
     cache.flush()
     assert all(torch.isfinite(m).all() for m in LAYOUT.unpack(cache.read([key(0)]))[0].maps)
 
@@ -132,9 +137,9 @@ def test_records_of_any_length(small_side: int, tmp_path: Path) -> None:
     assert layout.size % 2 == small_side % 2
     cache = FeatureCache(tmp_path, "space", layout)
     for number in range(3):
-        maps = [torch.full(shape, float(number + i)) for i, shape in enumerate(layout.map_shapes)]
-        small = torch.full((3, small_side, small_side), 10 + number)
-        cache.add(key(number), layout.pack(maps, torch.full((3,), 0.1 + number), torch.full((2,), -1.0), small))
+        maps = tuple(torch.full((1, *shape), float(number + i)) for i, shape in enumerate(layout.map_shapes))
+        observed = Observed(maps, torch.full((1, 3), 0.1 + number), torch.full((1, 2), -1.0))
+        cache.add([key(number)], layout.pack(observed, torch.full((1, 3, small_side, small_side), 10 + number)))
     cache.flush()
     observed, small = layout.unpack(cache.read([key(n) for n in (2, 0, 1)]))
     assert [m.dtype for m in observed.maps] == [torch.float32] * 2
@@ -143,6 +148,9 @@ def test_records_of_any_length(small_side: int, tmp_path: Path) -> None:
     assert torch.equal(observed.token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]))
     assert torch.equal(observed.embedding_BF, torch.full((3, 2), -1.0))
     assert small.flatten(1).unique(dim=1).flatten().tolist() == [12, 10, 11]
+    alone = layout.unpack_vectors(cache.read([key(n) for n in (2, 0, 1)], span=layout.vectors))
+    assert torch.equal(alone[0], observed.token_BE)
+    assert torch.equal(alone[1], observed.embedding_BF)
 
 
 def test_a_file_cut_off_while_it_is_used(tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_a_file_cut_off_while_it_is_used(tmp_path: Path) -> None:
 
 def test_a_record_of_another_size_is_our_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected"):
-        FeatureCache(tmp_path, "space", LAYOUT).add(key(0), b"short")
+        FeatureCache(tmp_path, "space", LAYOUT).add([key(0)], record(0)[:, 1:])
 
 
 # --------------------------------------------------------------------------------- places that refuse
@@ -170,7 +178,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_vanishes_or_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FeatureCache(tmp_path, "space", LAYOUT)
-    cache.add(key(0), record(0))
+    cache.add([key(0)], record(0))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -184,6 +192,51 @@ def test_a_folder_that_vanishes_or_a_full_disk(tmp_path: Path, monkeypatch: pyte
     assert key(0) in cache
 
 
+def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's error comes out in the caller's, soon after; what was written before stays, the rest is kept."""
+    cache, flushed, synced = FeatureCache(tmp_path, "space", LAYOUT), [], os.fsync
+
+    def full_later(file: int) -> None:
+        if len(flushed) == 2:
+            raise OSError(28, "No space left on device")
+        flushed.append(file)
+        synced(file)
+
+    monkeypatch.setattr("os.fsync", full_later)
+    portion, added = 8, []
+
+    def fill() -> None:
+        for number in range(16 * portion):
+            added.append(number)
+            cache.add([key(number)], record(number))
+
+    with pytest.raises(DataError, match=r"No space left on device.* --cache-gb 0"):
+        fill()
+    assert len(added) < 8 * portion  # not only at the end of a long pass
+    kept = FeatureCache(tmp_path, "space", LAYOUT)
+    assert [key(n) in kept for n in (0, 2 * portion - 1, 2 * portion)] == [True, True, False]
+    monkeypatch.undo()
+    cache.flush()
+    for one in added:
+        assert LAYOUT.unpack(cache.read([key(one)]))[1].unique().tolist() == [one]
+
+
+def test_an_index_never_names_what_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, seen = FeatureCache(tmp_path, "space", LAYOUT), []
+
+    def look(file: int) -> None:
+        named = sum(len(one.read_bytes()) for one in tmp_path.rglob("*.index")) // 28
+        seen.append((named, os.fstat(file).st_size // LAYOUT.size))
+
+    monkeypatch.setattr("os.fsync", look)
+    for number in range(30):
+        cache.add([key(number)], record(number))
+    cache.flush()
+    assert len(seen) > 2
+    assert [named for named, _ in seen] == [0, *(written for _, written in seen[:-1])]
+    assert seen[-1][1] == 30
+
+
 def test_too_large_a_cache_is_not_made() -> None:
     model = model_of()
     assert cache_folder(model, 10, 20.0) is not None
@@ -192,6 +245,45 @@ def test_too_large_a_cache_is_not_made() -> None:
 
 
 # ------------------------------------------------------------------------------------------- source
+
+
+def test_decoding_runs_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels of 90 images that wait for a slow teacher would be too much, and so would be waiting for each."""
+    folder = good_folder(tmp_path / "good", 3)
+    samples = [replace(one, group=str(n)) for n in range(30) for one in samples_of(folder)]
+    (folder / "001.png").write_bytes(b"no image")
+    model, decoded, gaps, order = model_of(RANDOM_CNN), [], [], []
+    read = source_module.read_square
+
+    def counted(sample: Sample, size: int) -> np.ndarray:
+        decoded.append(sample)
+        return read(sample, size)
+
+    def note(_stage: str, done: int, _total: int) -> None:
+        time.sleep(0.002)  # decoding is faster than any teacher
+        gaps.append(len(decoded) - done)
+        order.append(done)
+
+    monkeypatch.setattr(source_module, "read_square", counted)
+    source = FeatureSource(model, samples, tmp_path / "cache", note)
+    assert order == list(range(1, 91))
+    assert 8 < max(gaps) <= 32
+    assert source.samples == [one for one in samples if one.image.name != "001.png"]
+    assert [one.path.name for one in source.skipped] == ["001.png"] * 30
+
+
+@pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
+def test_tokens_alone_are_those_of_whole_records(teacher: str, tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "good", 5)
+    model = model_of(teacher)
+    on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
+    off = FeatureSource(model, samples_of(folder), None, silent)
+    whole = on.batch([4, 0, 2])[0]
+    token_NE, embedding_NF = on.vectors([4, 0, 2])
+    assert torch.equal(token_NE, whole.token_BE)
+    assert torch.equal(embedding_NF, whole.embedding_BF)
+    for ours, theirs in zip(on.vectors([4, 0, 2]), off.vectors([4, 0, 2]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN, "efficientnet-lite0"])

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from twinspect.data.images import resize_rgb
 from twinspect.data.painting import ring
 from twinspect.errors import ConfigError, WeightsError
+from twinspect.models import fold
+from twinspect.models.fold import FrozenConv, pads_unevenly, take_in_padding
 from twinspect.models.teachers import Backbone, Teacher, create_teacher, timm
 from twinspect.models.weights import DEFAULT_EMBEDDED, EMBEDDED, PREFERRED, SHORT_NAMES, find_weights, read_state
 
@@ -91,6 +93,56 @@ def test_normalise_uses_the_teachers_statistics() -> None:
 
 
 # ------------------------------------------------------------------------------------- frozen for life
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (17, 16), (16, 19), (13, 13)])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_same_padding_inside_the_convolution(kernel: int, groups: int, sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    theirs = timm.layers.Conv2dSame(6, 12, kernel, stride=2, groups=groups, bias=groups == 1)
+    assert pads_unevenly(theirs)
+    ours, x = FrozenConv(theirs), torch.randn(2, 6, *sides)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert ours(x).shape[-2:] == tuple(-(-side // 2) for side in sides)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_other_convolutions_are_left_alone() -> None:
+    same = timm.layers.Conv2dSame
+    others = [same(2, 2, 1, stride=2), same(2, 2, 4, stride=2), same(2, 2, 3, stride=3), same(2, 2, 3, stride=(2, 1))]
+    others += [same(2, 2, 3, stride=2, dilation=2), same(2, 2, (3, 5), stride=2), torch.nn.Conv2d(2, 2, 3, stride=2)]
+    assert not any(pads_unevenly(one) for one in others)
+    assert take_in_padding(torch.nn.Sequential(*others)) == 0
+
+
+@pytest.mark.parametrize(
+    "arch", ["tf_efficientnet_lite0", "tf_mobilenetv3_small_100", "tf_efficientnet_b0", "resnet18"]
+)
+@pytest.mark.parametrize("sides", [(64, 64), (75, 90)])
+def test_taking_in_the_padding_changes_nothing_but_time(arch: str, sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(arch, pretrained=False).eval()
+    x, before = torch.randn(1, 3, *sides), snapshot(net)
+    with torch.no_grad():
+        expected = net.forward_intermediates(x, intermediates_only=True)
+        assert (take_in_padding(net) > 0) == arch.startswith("tf_")
+        found = net.forward_intermediates(x, intermediates_only=True)
+    assert_same(before, net.state_dict())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "mobilenetv2_100", "tf_mobilenetv3_small_100"])
+def test_clipping_within_the_convolution_is_exact(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = create_teacher(arch, pretrained=False)
+    clipped = [m for m in one.modules() if isinstance(m, FrozenConv) and m.then is not None]
+    assert clipped
+    x = noise(1, 96)
+    fast = one.features(x)
+    monkeypatch.setattr(fold, "_ON_X86", False)
+    for ours, theirs in zip(fast.maps, one.features(x).maps, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "dinov2-small", "resnet18"])

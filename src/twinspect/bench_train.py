@@ -32,7 +32,7 @@ from twinspect.models.memory import peak_mb
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
-from twinspect.training.source import FeatureSource, observe, read_square
+from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch
 from twinspect.types import TRAIN, Sample
 
 _FEWEST_STEPS, _MOST_STEPS = 3, 200
@@ -180,7 +180,8 @@ class _Profile:
             "decode",
             call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.shape.size) for s in self.samples])),
         )
-        measure("teacher", call=lambda: observe(self.model, squares))
+        parts = squares.split(teacher_batch(self.model))  # as the pass that fills the cache shows them
+        measure("teacher", call=lambda: [observe(self.model, part) for part in parts])
         observed, small = measure("read", call=lambda: source.batch(at))
         terms = self._forward(observed, small, counted)
         for name, child in self.model.student.named_children():
@@ -226,7 +227,9 @@ class _Meter:
 
     def __init__(self, counted: bool) -> None:
         # Counters cannot be entered twice, so parts within a context are told apart by differences of `now`.
-        own = {torch.ops.aten.convolution_backward: _convolution_backward}
+        own: dict[Any, Any] = {torch.ops.aten.convolution_backward: _convolution_backward}
+        if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):  # a teacher's on x86: see `models.fold`
+            own[torch.ops.mkldnn._convolution_pointwise] = _convolution
         self._counters = (FlopCounterMode(display=False, custom_mapping=own), _Bytes()) if counted else None
         self.spent: tuple[float, ...] = ()
         self._began: tuple[float, ...] = ()
@@ -248,6 +251,11 @@ class _Meter:
             return (time.perf_counter(),)
         flops, moved = self._counters
         return float(flops.get_total_flops()), float(moved.moved)
+
+
+def _convolution(_x: Any, weight_DCkk: Sequence[int], *_: Any, out_shape: Sequence[int]) -> int:
+    """Operations by the shapes of weights and output."""
+    return 2 * math.prod(out_shape) * math.prod(weight_DCkk[1:])
 
 
 def _convolution_backward(out_BDhw: Sequence[int], _x: Any, weight_DCkk: Sequence[int], *rest: Any, **_: Any) -> int:

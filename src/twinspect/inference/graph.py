@@ -94,10 +94,18 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConfigError(f"this model cannot be written as ONNX: {_first_line(error)}") from error
     assert found is not None
+    _fold_weights(found.model)
     proto = found.model_proto
     _name_parts(proto)
     _name_axes(proto, any_size)
     return proto
+
+
+def _fold_weights(graph: Any) -> None:
+    """Work out what depends on weights alone, however large; quantisation wants every weight as a constant."""
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(graph, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
 
 
 def _name_parts(proto: Any) -> None:

@@ -1,40 +1,134 @@
-"""Fold frozen batch norms into the convolutions before them: same function, a third less time on a CPU."""
+"""Frozen networks made faster without changing what they compute, nor their weights by name, shape or hash.
+
+Batch norms are folded into the convolutions before them (a third less time on a CPU), and the 'same' padding of
+TensorFlow's networks (a fifth less) and activations that clip (a seventh) become part of the convolutions.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from twinspect.models.timm_import import timm
 
 if TYPE_CHECKING:
     from twinspect.models.contract import AnomalyModel
+
+_CLIPS = (nn.ReLU, nn.ReLU6)
+# Where it was measured. The operator is torch's own for compiled graphs, and not promised to stay.
+_ON_X86 = (
+    bool(torch._C._has_mkldnn)
+    and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+)
 
 
 @torch.no_grad()
 def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> int:
     """Fold every batch norm that follows a convolution directly; returns how many were folded.
 
+    What clips right behind a norm moves into the convolution too: see `FrozenConv`.
+
     Which norm follows which convolution is read from a forward pass (``run``; by default of a tiny image through
     ``net``), so any CNN works; a norm fed by anything else is left alone. A convolution that also feeds something
     else (pre-activation networks) is not folded. The network must be in eval mode and stays frozen for life.
     """
     pairs = _adjacent(net, run or (lambda: net(torch.zeros(1, 3, 64, 64))))
+    replaced: dict[int, nn.Module] = {}
     for conv, norm in pairs:
         _fold(conv, norm)
-    replaced = {id(norm) for _, norm in pairs}
+        then = _activation(norm)
+        if type(then) in _CLIPS and FrozenConv.accepts(conv):
+            replaced[id(conv)], then = FrozenConv(conv, then), nn.Identity()
+        replaced[id(norm)] = then
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in replaced:
-                setattr(parent, name, _activation(child))
+                setattr(parent, name, replaced[id(child)])
     return len(pairs)
+
+
+class FrozenConv(nn.Module):
+    """A convolution that pads TensorFlow's way without a copy, and clips its output before it leaves the CPU's cache.
+
+    TensorFlow's 'same' padding of a k x k convolution of stride 2 is (k - 3) / 2 before and (k - 1) / 2 behind an
+    even side. No convolution takes two paddings, so timm copies its input to pad it, which takes about as long as the
+    convolution. With a row and a column of zeros before its kernel the convolution has k // 2 on both sides. Odd
+    sides have equal paddings already. The kernel is enlarged at every call (a few kilobytes).
+
+    The weights stay as they are, so that hashes, bundles and whatever loads weights later know nothing of this.
+
+    Args:
+        conv: `accepts` it; its weights are shared.
+        then: follows the convolution directly: a ReLU, a ReLU6, or None.
+    """
+
+    def __init__(self, conv: nn.Conv2d, then: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        self.same = pads_unevenly(conv)
+        side = conv.kernel_size[0] // 2
+        self.padding = (side, side) if self.same else cast(tuple[int, int], conv.padding)
+        self.then = then
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether a module is a plain convolution, or one of TensorFlow's that a plain one can stand in for."""
+        if type(module) is nn.Conv2d:
+            return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return pads_unevenly(module)
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        """B x D x H x W to B x O x h x w, clipped."""
+        weight = self.weight
+        if self.same:
+            weight = F.pad(weight, (1 - x_BDHW.shape[3] % 2, 0, 1 - x_BDHW.shape[2] % 2, 0))
+        if self.then is not None and _can_clip_within(x_BDHW, weight):
+            kind, ends = ("hardtanh", [0.0, 6.0]) if isinstance(self.then, nn.ReLU6) else ("relu", [])
+            clipped: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x_BDHW, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, kind, ends, ""
+            )
+            return clipped
+        out = F.conv2d(x_BDHW, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return out if self.then is None else cast(Tensor, self.then(out))
+
+
+def pads_unevenly(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is one of timm's convolutions of stride 2 with TensorFlow's padding, as `FrozenConv` knows."""
+    if not isinstance(module, timm.layers.Conv2dSame):
+        return False
+    side, other = module.kernel_size
+    padded = side == other and side % 2 == 1 and side > 1  # a kernel of one position is never padded
+    return bool(padded and module.stride == (2, 2) and module.dilation == (1, 1))
+
+
+def _can_clip_within(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own compiler would let oneDNN clip here; it knows no gradients, no autocast and no export."""
+    usual = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return usual and _ON_X86 and not recorded
+
+
+def take_in_padding(net: nn.Module) -> int:
+    """Replace what `pads_unevenly` in a frozen network whose norms are folded already; returns how many."""
+    count = 0
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if pads_unevenly(child):
+                setattr(parent, name, FrozenConv(child))
+                count += 1
+    return count
 
 
 @torch.no_grad()
 def folded(model: AnomalyModel) -> AnomalyModel:
-    """The model for prediction: student's batch norms folded, channels last, in a copy; the rest is ``model``'s own.
+    """The model for prediction: its student folded (norms, padding), channels last, in a copy; the rest is its own.
 
     ``model`` itself stays as it is and can be trained on. It must be in eval mode, on the CPU.
     """
@@ -46,6 +140,7 @@ def folded(model: AnomalyModel) -> AnomalyModel:
     ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = model.shape.size
     fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))
+    take_in_padding(ready.student)
     return ready
 
 

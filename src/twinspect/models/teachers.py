@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.fold import fold_batch_norms
+from twinspect.models.fold import fold_batch_norms, take_in_padding
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
@@ -132,7 +132,7 @@ class Teacher(Backbone):
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """Scale uint8 RGB (or float in 0..255) B x 3 x H x W to the statistics the teacher was trained with."""
         x = image_BCHW.to(self.mean_3.dtype) / 255.0
-        return (x - self.mean_3[:, None, None]) / self.std_3[:, None, None]
+        return x.sub_(self.mean_3[:, None, None]).div_(self.std_3[:, None, None])
 
     @torch.no_grad()
     def features(self, x_B3HW: Tensor) -> Features:
@@ -172,6 +172,7 @@ def create_teacher(
         teacher.weights = source.described
     if not teacher.is_vit:
         fold_batch_norms(teacher.net)
+        take_in_padding(teacher.net)
     return teacher
 
 

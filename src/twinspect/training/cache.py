@@ -3,7 +3,8 @@
 Content-addressed and append-only: a record belongs to (teacher weights, input size, image bytes), so runs,
 students and calibration share it, and an image that changes simply has another address. Every process
 appends to a segment of its own (``*.data`` and ``*.index``), so no locks are needed; an index line is
-written after its record is flushed, so a crash leaves at most a record nobody refers to.
+written after its record is flushed, so a crash leaves at most a record nobody refers to. A thread writes while the
+teacher looks at the next images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import os
 import struct
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ from twinspect.models.contract import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
 _HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
+_TOGETHER = 8  # records written and flushed at a time
+_WAITING = 3  # such portions that may wait for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +49,29 @@ class RecordLayout:
     @property
     def size(self) -> int:
         """Bytes of one record."""
-        vectors = self.token_dims + self.embedding_dims
-        return 2 * sum(math.prod(s) for s in self.map_shapes) + 4 * vectors + 3 * self.small_side**2
+        return self.vectors[1] + 3 * self.small_side**2
 
-    def pack(self, maps: Sequence[Tensor], token: Tensor, embedding: Tensor, small: Tensor) -> bytes:
-        """One image's tensors to bytes."""
-        parts = [as_stored(m).contiguous().numpy().tobytes() for m in maps]
-        parts += [vector.float().contiguous().numpy().tobytes() for vector in (token, embedding)]
-        parts.append(small.to(torch.uint8).contiguous().numpy().tobytes())
-        return b"".join(parts)
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """First and last byte (exclusive) of a record's tokens and embedding."""
+        start = 2 * sum(math.prod(s) for s in self.map_shapes)
+        return start, start + 4 * (self.token_dims + self.embedding_dims)
+
+    def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
+        """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
+        batch = len(small_B3ss)
+        block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
+        maps = [as_stored(one) for one in observed.maps]
+        parts = [*maps, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
+        start = 0
+        for part in parts:
+            raw_BR = part.cpu().contiguous().flatten(1).view(torch.uint8)
+            stop = start + raw_BR.shape[1]
+            block_BR[:, start:stop] = raw_BR
+            start = stop
+        if start != self.size:
+            raise ValueError(f"records of {start} bytes, expected {self.size}")
+        return block_BR
 
     def unpack(self, block_BR: Tensor) -> tuple[Observed, Tensor]:
         """Records of a batch (uint8, B x size) to (teacher's answer in fp32, shrunk uint8 pixels B x 3 x s x s).
@@ -64,11 +83,14 @@ class RecordLayout:
             stop = start + 2 * math.prod(shape)
             maps.append(_typed(block_BR, start, stop, torch.float16).reshape(-1, *shape).float())
             start = stop
-        stop = start + 4 * (self.token_dims + self.embedding_dims)
-        vectors = _typed(block_BR, start, stop, torch.float32)
-        token, embedding = vectors[:, : self.token_dims].clone(), vectors[:, self.token_dims :].clone()
+        start, stop = self.vectors
         small = block_BR[:, stop:].reshape(len(block_BR), 3, self.small_side, self.small_side)
-        return Observed(tuple(maps), token, embedding), small
+        return Observed(tuple(maps), *self.unpack_vectors(block_BR[:, start:stop])), small
+
+    def unpack_vectors(self, block_BR: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes ``vectors`` of the records of a batch to (tokens B x E, embeddings B x F)."""
+        both = _typed(block_BR, 0, block_BR.shape[1], torch.float32)
+        return both[:, : self.token_dims].clone(), both[:, self.token_dims :].clone()
 
 
 class FeatureCache:
@@ -94,19 +116,28 @@ class FeatureCache:
                 self._read_segment(index)
         except OSError as error:
             raise self._unusable(error) from None
-        self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._pending: list[tuple[bytes, bytes]] = []
+        self._own = self._new_segment()
+        self._pending: list[tuple[bytes, Tensor]] = []
+        self._writing: deque[tuple[list[tuple[bytes, Tensor]], Future[None]]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
 
-    def add(self, key: bytes, record: bytes) -> None:
-        """Keep a record; it becomes readable after `flush`."""
-        if len(record) != self.layout.size:
-            raise ValueError(f"record of {len(record)} bytes, expected {self.layout.size}")
-        self._pending.append((key, record))
-        if len(self._pending) >= 64:
-            self._write()
+    def add(self, keys: Sequence[bytes], block_BR: Tensor) -> None:
+        """Keep the records of some images (see `RecordLayout.pack`); they become readable after `flush`.
+
+        Waits while more than a few dozen records are still to be written, so that memory stays bounded.
+
+        Raises:
+            DataError: the disk is full or the folder cannot be written, now or for records given before.
+        """
+        if block_BR.shape[1] != self.layout.size:
+            raise ValueError(f"records of {block_BR.shape[1]} bytes, expected {self.layout.size}")
+        self._pending.extend(zip(keys, block_BR, strict=True))
+        if len(self._pending) >= _TOGETHER:
+            self._hand_over()
+            self._wait(_WAITING)
 
     def flush(self) -> None:
         """Write what is pending and make it readable.
@@ -114,14 +145,44 @@ class FeatureCache:
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        self._write()
+        self._hand_over()
+        self._wait(0)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
         index = self._own.with_suffix(".index")
         if index.exists():
             self._read_segment(index)
-            self._own = self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._own = self._new_segment()
 
-    def read(self, keys: Sequence[bytes], pinned: bool = False) -> Tensor:
+    def _new_segment(self) -> Path:
+        return self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+    def _hand_over(self) -> None:
+        """Let the thread write what is pending; there is one thread, so that records stay in order."""
+        if not self._pending:
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
+        self._writing.append((self._pending, self._thread.submit(self._write, self._pending)))
+        self._pending = []
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most ``most`` portions are being written; what could not be written is pending again."""
+        while len(self._writing) > most:
+            failed = self._writing[0][1].exception()
+            if failed is None:
+                self._writing.popleft()
+                continue
+            unwritten = [records for records, written in self._writing if written.exception() is not None]
+            self._writing.clear()
+            self._pending = [one for records in unwritten for one in records] + self._pending
+            raise self._unusable(failed) if isinstance(failed, OSError) else failed
+
+    def read(self, keys: Sequence[bytes], pinned: bool = False, span: tuple[int, int] | None = None) -> Tensor:
         """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
+
+        With ``span`` only these bytes of every record, first and last (exclusive).
 
         Read, not mapped: pages of a mapped file count as the process's memory until the kernel wants them back, and
         every four kilobytes of them cost a fault. The files stay in the kernel's own cache either way.
@@ -129,7 +190,8 @@ class FeatureCache:
         Raises:
             DataError: a file cannot be read any more.
         """
-        block = torch.empty(len(keys), self.layout.size, dtype=torch.uint8, pin_memory=pinned)
+        start, stop = span or (0, self.layout.size)
+        block = torch.empty(len(keys), stop - start, dtype=torch.uint8, pin_memory=pinned)
         files: dict[int, io.FileIO] = {}
         try:
             with ExitStack() as opened:
@@ -137,32 +199,27 @@ class FeatureCache:
                     segment, offset = self._place[key]
                     if segment not in files:
                         files[segment] = opened.enter_context(io.FileIO(self._segments[segment]))
-                    files[segment].seek(offset)
-                    if files[segment].readinto(row) != self.layout.size:
+                    files[segment].seek(offset + start)
+                    if files[segment].readinto(row) != stop - start:
                         raise OSError(f"{self._segments[segment].name} has become shorter")
         except OSError as error:
             raise self._unusable(error) from None
         return block
 
-    def _write(self) -> None:
-        if not self._pending:
-            return
-        try:
-            with self._own.with_suffix(".data").open("ab") as data:
-                offset = data.tell()
-                data.write(b"".join(record for _, record in self._pending))
-                data.flush()
-                os.fsync(data.fileno())
-            lines = []
-            for key, record in self._pending:
-                body = struct.pack("<16sQ", key, offset)
-                lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
-                offset += len(record)
-            with self._own.with_suffix(".index").open("ab") as index:
-                index.write(b"".join(lines))
-        except OSError as error:
-            raise self._unusable(error) from None
-        self._pending = []
+    def _write(self, records: list[tuple[bytes, Tensor]]) -> None:
+        """Append records, and the index of them once they are on the disk; on the thread."""
+        with self._own.with_suffix(".data").open("ab", buffering=0) as data:
+            offset = data.tell()
+            for _, record in records:
+                _write_all(data, record.numpy().data)
+            os.fsync(data.fileno())
+        lines = []
+        for key, record in records:
+            body = struct.pack("<16sQ", key, offset)
+            lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
+            offset += len(record)
+        with self._own.with_suffix(".index").open("ab") as index:
+            index.write(b"".join(lines))
 
     def _unusable(self, error: OSError) -> DataError:
         return DataError(
@@ -188,14 +245,20 @@ class FeatureCache:
 
 def as_stored(map_BDhw: Tensor) -> Tensor:
     """A map as records hold it: fp16, nothing infinite."""
-    return map_BDhw.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+    return map_BDhw.to(torch.float16).clamp(-_HALF_MAX, _HALF_MAX)  # in this order: half the bytes to clamp
+
+
+def _write_all(file: io.FileIO, rest: memoryview) -> None:
+    """Write all of a buffer; an unbuffered file may take less at a time."""
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Bytes of every record as numbers: in place where records lie so, else copied."""
     part = block_BR[:, start:stop]
-    if block_BR.stride(0) % dtype.itemsize or start % dtype.itemsize:
-        part = part.contiguous()
+    if part.stride(0) % dtype.itemsize or part.storage_offset() % dtype.itemsize:
+        part = part.clone(memory_format=torch.contiguous_format)
     return part.view(dtype)
 
 

@@ -1,4 +1,4 @@
-"""After training: a decision from the held-out good images, scored on the same path as in prediction."""
+"""After training: a decision from the held-out good images, with the scores that prediction gives them."""
 
 from __future__ import annotations
 
@@ -6,60 +6,57 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from twinspect.decision import Decision, image_id
 from twinspect.inference.predictor import classes_of_prototypes
 from twinspect.models.contract import AnomalyModel
 from twinspect.rules import GoodScores
 from twinspect.training.source import FeatureSource
+from twinspect.training.statistics import Held
 
 
 def decide(
     model: AnomalyModel,
     source: FeatureSource,
     train_at: Sequence[int],
+    train_prototypes: Tensor,
     held_at: Sequence[int],
+    held: Held,
     map_scale: tuple[float, float],
 ) -> Decision:
-    """Calibration scores of the held-out images (positions ``held_at``) and the classes of the prototypes."""
+    """Calibration scores of the held-out images and the classes of the prototypes.
+
+    Args:
+        model: trained and calibrated.
+        source: images.
+        train_at: positions of the training images.
+        train_prototypes: of the training images (n), as `fit_statistics` returns them.
+        held_at: positions of the images held out.
+        held: of the images held out, as `calibrate` returns it.
+        map_scale: ends of the colour scale.
+    """
     names = [source.samples[i].class_name for i in train_at]
-    count = model.scorer.prototypes.count
-    classes = classes_of_prototypes(_prototypes(model, source, train_at), names, count)
-    good = score_held(model, source, held_at, classes)
+    owners = np.asarray(train_prototypes.cpu().numpy(), dtype=np.int64)
+    classes = classes_of_prototypes(owners, names, model.scorer.prototypes.count)
     trained = tuple(sorted({image_id(source.keys[i]) for i in train_at}))
+    good = _good_scores(source, held_at, held, classes)
     return Decision(good, classes, map_scale, model_id=model_id(model), trained=trained)
 
 
-@torch.no_grad()
-def score_held(
-    model: AnomalyModel, source: FeatureSource, held_at: Sequence[int], class_of_prototype: Sequence[str]
+def _good_scores(
+    source: FeatureSource, held_at: Sequence[int], held: Held, class_of_prototype: Sequence[str]
 ) -> GoodScores:
-    """Scores of good images of a source."""
-    model.eval()
-    parts = [model.score(observed, small) for _, observed, small in source.batches(held_at)]
-    peak = torch.cat([out.map_B1HW.flatten(1).amax(1) for out in parts])
-
-    def column(values_B: torch.Tensor) -> NDArray[np.float64]:
-        return values_B.double().cpu().numpy()
-
     samples = [source.samples[i] for i in held_at]
     return GoodScores(
-        column(torch.cat([out.score_B for out in parts])),
-        column(peak),
-        column(torch.cat([out.prototype_distance_B for out in parts])),
+        held.score_N.double().numpy(),
+        held.peak_N.double().numpy(),
+        held.distance_N.double().numpy(),
         tuple(sample.class_name for sample in samples),
-        tuple(class_of_prototype[int(k)] for out in parts for k in out.prototype_B),
+        tuple(class_of_prototype[k] for k in held.prototype_N.tolist()),
         tuple(sample.group for sample in samples),
         tuple(image_id(source.keys[i]) for i in held_at),
     )
-
-
-@torch.no_grad()
-def _prototypes(model: AnomalyModel, source: FeatureSource, at: Sequence[int]) -> NDArray[np.int64]:
-    parts = [model.scorer.prototypes(model.tokens(observed.token_BE)) for _, observed, _ in source.batches(at)]
-    return np.asarray(torch.cat(parts).cpu().numpy(), dtype=np.int64)
 
 
 def model_id(model: AnomalyModel) -> str:

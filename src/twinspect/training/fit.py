@@ -152,11 +152,11 @@ def _fitted(
     group.refuse_difference("images or settings", fingerprint, len(source))
     report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     with _enough_variety():
-        fit_statistics(model, source, train_at, config.train.seed, progress)
-    scores = calibrate(model, source, held_at)
-    if not np.isfinite(scores).all():
+        train_prototypes = fit_statistics(model, source, train_at, config.train.seed, progress)
+    said = calibrate(model, source, held_at)
+    if not said.score_N.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decide(model, source, train_at, held_at, (0.0, MAP_HIGH))
+    decision = decide(model, source, train_at, train_prototypes, held_at, said, (0.0, MAP_HIGH))
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["memory"] = _memory(report.plan, group.device)
     if resume is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.training.cache import FeatureCache, RecordLayout, as_stored, image_key
+from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.known import KnownFiles
 from twinspect.types import Sample
 
 Progress = Callable[[str, int, int], None]
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
+_AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,19 @@ class FeatureSource:
         for part, (observed, small) in zip(parts, self.ahead(parts), strict=True):
             yield part, observed, small
 
+    def vectors(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The teacher's raw tokens (n x E) and embeddings (n x F) of some samples, on the model's device.
+
+        With a cache these few kilobytes of every record are all that is read.
+        """
+        if self._cache is None:
+            seen = [(observed.token_BE, observed.embedding_BF) for _, observed, _ in self.batches(indices)]
+            token_NE, embedding_NF = (torch.cat(column) for column in zip(*seen, strict=True))
+            return token_NE, embedding_NF
+        layout = self._cache.layout
+        block = self._cache.read([self.keys[i] for i in indices], span=layout.vectors)
+        return layout.unpack_vectors(block.to(self._model.device))
+
     def _open(self, root: Path) -> FeatureCache:
         teacher, shape = self._model.teacher, self._model.shape
         groups = self._model.groups
@@ -136,7 +151,7 @@ class FeatureSource:
             self.keys.append(key)
             if pixels is not None and self._cache is not None and key not in self._cache:
                 waiting.append((key, pixels))
-            if len(waiting) == (_TEACHER_BATCH if self._model.device.type == "cpu" else _GPU_BATCH):
+            if len(waiting) == teacher_batch(self._model):
                 self._store(waiting)
         self._store(waiting)
         if self._cache is not None:
@@ -148,10 +163,18 @@ class FeatureSource:
         self, samples: Sequence[Sample]
     ) -> Iterator[tuple[Sample, bytes | Skipped, NDArray[np.uint8] | None]]:
         """Keys and, where still needed, pixels; decoding runs in threads ahead of the teacher."""
+        waiting: deque[tuple[Sample, Future[tuple[bytes | Skipped, NDArray[np.uint8] | None]]]] = deque()
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(samples), 64):
-                part = samples[start : start + 64]
-                yield from zip(part, *zip(*pool.map(self._decode, part), strict=True), strict=True)
+            try:
+                for sample in samples:
+                    waiting.append((sample, pool.submit(self._decode, sample)))
+                    if len(waiting) == _AHEAD:
+                        first, found = waiting.popleft()
+                        yield first, *found.result()
+                for first, found in waiting:
+                    yield first, *found.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
@@ -175,18 +198,18 @@ class FeatureSource:
         if not waiting or self._cache is None:
             return
         observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
-        maps = [as_stored(one).cpu() for one in observed.maps]
-        token_BE, embedding_BF, small = observed.token_BE.cpu(), observed.embedding_BF.cpu(), small.cpu()
-        for i, (key, _) in enumerate(waiting):
-            self._cache.add(
-                key, self._cache.layout.pack([m[i] for m in maps], token_BE[i], embedding_BF[i], small[i])
-            )
+        self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
         waiting.clear()
 
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
     return resize_rgb(read_sample_rgb(sample, draft_side=size), size)
+
+
+def teacher_batch(model: AnomalyModel) -> int:
+    """Images that the teacher is shown together when a cache is filled."""
+    return _TEACHER_BATCH if model.device.type == "cpu" else _GPU_BATCH
 
 
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph

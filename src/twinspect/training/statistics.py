@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
@@ -45,15 +44,20 @@ def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int
 @torch.no_grad()
 def fit_statistics(
     model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int, progress: Progress
-) -> None:
-    """Prototypes, residual covariances, token covariances and position scales, from training images."""
+) -> Tensor:
+    """Prototypes, residual covariances, token covariances and position scales, from training images.
+
+    Returns:
+        The prototype of every training image (n).
+    """
     model.eval()
     scorer = model.scorer
-    seen = [(model.tokens(observed.token_BE), observed.embedding_BF) for _, observed, _ in source.batches(indices)]
-    tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
+    raw, embeddings = source.vectors(indices)
+    tokens = model.tokens(raw)
     scorer.prototypes.fit(tokens, seed)
     link_K = scorer.prototypes.join_varied(tokens, embeddings)
-    prototype_N, count = scorer.prototypes(tokens), scorer.prototypes.count
+    prototype_N: Tensor = scorer.prototypes(tokens)
+    count = scorer.prototypes.count
     modules = scorer.maps_of_groups()
     if modules:
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -71,6 +75,7 @@ def fit_statistics(
     scorer.fit_tokens(tokens, torch.cat(said), embeddings, link_K, seed)
     if modules:
         _fit_positions(model, source, indices, prototype_N, progress)
+    return prototype_N
 
 
 def _fit_positions(
@@ -112,24 +117,38 @@ def _groups(
         yield groups, predicted.groups
 
 
+class Held(NamedTuple):
+    """What the calibrated model says of the held-out normal images: `Outputs` of the same names, all on the CPU.
+
+    Attributes:
+        score_N: joint scores.
+        peak_N: highest values of the maps.
+        distance_N: distances from the prototypes.
+        prototype_N: indices of the prototypes.
+    """
+
+    score_N: Tensor
+    peak_N: Tensor
+    distance_N: Tensor
+    prototype_N: Tensor
+
+
 @torch.no_grad()
-def calibrate(model: AnomalyModel, source: FeatureSource, indices: Sequence[int]) -> NDArray[np.float64]:
-    """Fit the calibration curves on held-out normal images and return their joint scores (n)."""
+def calibrate(model: AnomalyModel, source: FeatureSource, indices: Sequence[int]) -> Held:
+    """Fit the calibration curves on held-out normal images.
+
+    Every image is scored once: maps, distances and prototypes do not depend on the curves, and the joint score that
+    `Scorer.calibrate` forms of the readings is the one that prediction forms of them.
+    """
     model.eval()
     for curve in model.scorer.curves():
         curve.reset(model.scorer.prototypes.count)
-    joint = model.scorer.calibrate(*_raw_scores(model, source, indices))
-    return joint.double().cpu().numpy()
-
-
-def _raw_scores(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the groups (n x G), of both parts (n), and prototypes (n)."""
-    outputs = [model.score(observed, small) for _, observed, small in source.batches(indices)]
-    return (
-        torch.cat([out.groups_BG for out in outputs]),
-        torch.cat([out.score_local_B for out in outputs]),
-        torch.cat([out.score_semantic_B for out in outputs]),
-        torch.cat([out.prototype_B for out in outputs]),
-    )
+    rows = []
+    for _, observed, small in source.batches(indices):
+        out = model.score(observed, small)
+        peak_B = out.map_B1HW.flatten(1).amax(1)
+        readings = (out.groups_BG, out.score_local_B, out.score_semantic_B, out.prototype_B)
+        rows.append((*readings, peak_B, out.prototype_distance_B))
+    groups, local, semantic, prototype, peak, distance = (torch.cat(column) for column in zip(*rows, strict=True))
+    joint = model.scorer.calibrate(groups, local, semantic, prototype)
+    return Held(joint.cpu(), peak.cpu(), distance.cpu(), prototype.cpu())
