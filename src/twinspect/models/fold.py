@@ -7,6 +7,7 @@ TensorFlow's networks (a fifth less) and activations that clip (a seventh) becom
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
     from twinspect.models.contract import AnomalyModel
 
 _CLIPS = (nn.ReLU, nn.ReLU6)
-# Where it was measured. The operator is torch's own for compiled graphs, and not promised to stay.
-_ON_X86 = (
-    bool(torch._C._has_mkldnn)
-    and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-)
 
 
 @torch.no_grad()
@@ -90,11 +85,8 @@ class FrozenConv(nn.Module):
         if self.same:
             weight = F.pad(weight, (1 - x_BDHW.shape[3] % 2, 0, 1 - x_BDHW.shape[2] % 2, 0))
         if self.then is not None and _can_clip_within(x_BDHW, weight):
-            kind, ends = ("hardtanh", [0.0, 6.0]) if isinstance(self.then, nn.ReLU6) else ("relu", [])
-            clipped: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x_BDHW, weight, self.bias, self.padding, self.stride, self.dilation, self.groups, kind, ends, ""
-            )
-            return clipped
+            where = (self.padding, self.stride, self.dilation, self.groups)
+            return _clipped(x_BDHW, weight, self.bias, where, isinstance(self.then, nn.ReLU6))
         out = F.conv2d(x_BDHW, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return out if self.then is None else cast(Tensor, self.then(out))
 
@@ -112,7 +104,32 @@ def _can_clip_within(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own compiler would let oneDNN clip here; it knows no gradients, no autocast and no export."""
     usual = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return usual and _ON_X86 and not recorded
+    return usual and not recorded and _has_clipping()
+
+
+def _clipped(
+    x_BDHW: Tensor, weight: Tensor, bias: Tensor | None, where: tuple[Any, Any, Any, int], at_six: bool
+) -> Tensor:
+    kind, ends = ("hardtanh", [0.0, 6.0]) if at_six else ("relu", [])
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x_BDHW, weight, bias, *where, kind, ends, "")
+    return out
+
+
+@functools.cache
+def _has_clipping() -> bool:
+    """Whether this torch on this CPU has the operator, and it does what is expected.
+
+    It is torch's own for compiled graphs, not promised to stay, and was measured on x86 only.
+    """
+    if not torch._C._has_mkldnn or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    x, weight = torch.linspace(-9.0, 9.0, 50).reshape(1, 2, 5, 5), torch.ones(3, 2, 1, 1)
+    plain = F.conv2d(x, weight)
+    try:
+        found = [_clipped(x, weight, None, ((0, 0), (1, 1), (1, 1), 1), at_six) for at_six in (False, True)]
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.allclose(found[0], plain.relu()) and torch.allclose(found[1], plain.clamp(0.0, 6.0))
 
 
 def take_in_padding(net: nn.Module) -> int:
