@@ -35,7 +35,7 @@ def easy_share(step: int, ramp_steps: int = 1000, final: float = 0.9) -> float:
 
 
 def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor: float = 0.1) -> list[Tensor]:
-    """Return what is summed per position (B x N each) with the gradient of the easiest positions scaled by ``factor``.
+    """Return sums per position (B x N each) with the gradient of the easiest positions scaled by ``factor``.
 
     Easy are the ``share`` positions of the batch with the largest cosine to the teacher. Values do not change, only
     gradients: x -> factor * x + (1 - factor) * stopgrad(x). Whatever a loss takes from a position passes through its
@@ -76,6 +76,13 @@ def _mined_distance(teacher_BND: Tensor, student_BND: Tensor, share_easy: float)
     lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (own_BN, length_BN)]
     distance: Tensor = 1.0 - shared_BN.sum(1) / lengths[0] / lengths[1]
     return distance
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine along the second axis; `F.cosine_similarity` copies both, which are the largest tensors of a step."""
+    lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (x, y)]
+    cosine: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
+    return cosine
 
 
 def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Sequence[Tensor]) -> Tensor:

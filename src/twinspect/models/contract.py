@@ -291,7 +291,10 @@ class AnomalyModel(nn.Module):
 
 def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
-    return map_BDhw if here == side else Resample(here, side).to(map_BDhw.device)(map_BDhw.movedim(1, 3)).movedim(3, 1)
+    if here == side:
+        return map_BDhw
+    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw.movedim(1, 3))
+    return found.movedim(3, 1)
 
 
 def _shrunk(x_B3SS: Tensor, factor: int) -> Tensor:

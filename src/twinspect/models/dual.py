@@ -121,9 +121,12 @@ class LevelGroups(Selection):
         self.trunk_side = min(self.sides)
         self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
         self.factors = [side // self.trunk_side for side in self.sides]
-        places = {(i, side) for group, side in zip(self.members, self.sides, strict=True) for i in group}
-        places |= {(i, self.trunk_side) for i in range(len(sides))}
-        self.at_side = nn.ModuleDict({f"{i}_{side}": Resample(sides[i], side) for i, side in sorted(places)})
+        self.steps = [(i, *step) for i, side in enumerate(sides) for step in _resampling(side, self._sides_of(i))]
+        self.moves = nn.ModuleList(Resample(here, side) for _, here, side in self.steps)
+
+    def _sides_of(self, i: int) -> set[int]:
+        """Sides of the grids that a selected map is needed on."""
+        return {self.trunk_side, *(s for s, own in zip(self.sides, self.members, strict=True) if i in own)}
 
     def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
         """Selected maps to (groups as rows B x N x D, decoder input B x T x D_in)."""
@@ -131,12 +134,14 @@ class LevelGroups(Selection):
         if self.averaged:
             groups = [to_rows(one) for one in grids]
             return groups, torch.stack(groups).mean(0)
-        found = {name: cast(Tensor, move(grids[int(name.split("_")[0])])) for name, move in self.at_side.items()}
+        found = {(i, side): grid for i, (grid, side) in enumerate(zip(grids, self.map_sides, strict=True))}
+        for (i, here, side), move in zip(self.steps, self.moves, strict=True):
+            found[i, side] = move(found[i, here])
         groups = [
-            to_rows(torch.cat([found[f"{i}_{side}"] for i in group], 3), factor)
+            to_rows(torch.cat([found[i, side] for i in group], 3), factor)
             for group, side, factor in zip(self.members, self.sides, self.factors, strict=True)
         ]
-        trunk = torch.cat([found[f"{i}_{self.trunk_side}"] for i in range(len(grids))], 3)
+        trunk = torch.cat([found[i, self.trunk_side] for i in range(len(grids))], 3)
         return groups, to_rows(trunk)
 
 
@@ -307,7 +312,7 @@ class DualScorer(Scorer):
         said_BR = surprises(self.curves()[:-2], readings_BR, prototype_B)
         split = len(self.plans)
         surface_B, token_B, nearest_B = said_BR[:, split:].unbind(1)
-        link_B = self.link_K[prototype_B]
+        link_B = self.link_K.index_select(0, prototype_B)
         spread_B = TOKEN_WEIGHT + (1.0 - TOKEN_WEIGHT) * link_B
         return said_BR[:, :split].sum(1) + SURFACE_WEIGHT * surface_B, spread_B * token_B + (1.0 - link_B) * nearest_B
 
@@ -332,7 +337,7 @@ class DualScorer(Scorer):
         """
         curves, raw_B2 = self.curves()[-2:], torch.stack([local_B, semantic_B], 1)
         local, semantic = _squared(surprises(curves, raw_B2, prototype_B)).unbind(1)
-        local = self.link_K[prototype_B] * local
+        local = self.link_K.index_select(0, prototype_B) * local
         return noisy_or(local, semantic)[0], local, semantic
 
     def read_tokens(
@@ -349,7 +354,7 @@ class DualScorer(Scorer):
     def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted, embedding_BF: Tensor) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V[variant_B]
+        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
         maps = self.group_maps(groups, predicted.groups, prototype_B)
         maps_BR, grid_Bhw = self.read_maps(maps)
         unusual_B = self.token_of_teacher(token_BE, variant_B)
@@ -434,6 +439,15 @@ def sine_positions(side: int, width: int) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], 1)
     both = torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], 2)
     return F.pad(both.reshape(side * side, -1), (0, width - 4 * quarter))
+
+
+def _resampling(own: int, wanted: set[int]) -> list[tuple[int, int]]:
+    """(from side, to side) in an order that can be followed; means are taken of the smallest grid of means."""
+    steps, here = [], own
+    for side in sorted(wanted - {own}, reverse=True):
+        steps.append((here if here % side == 0 else own, side))
+        here = side if own % side == 0 else here
+    return steps
 
 
 def _vit_groups(strides: tuple[int, ...]) -> list[GroupPlan]:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _BUNDLE = 128  # channels up to which heads share a matrix product
 
 
@@ -42,7 +41,8 @@ class LinearAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = TokenLinear(width, width)
         size = width // heads
-        self.bundles = next(g for g in range(1, heads + 1) if heads % g == 0 and (width // g <= _BUNDLE or g == heads))
+        fitting = [g for g in range(1, heads) if heads % g == 0 and width // g <= _BUNDLE]
+        self.bundles = min(fitting, default=heads)
         own_head_CH = torch.eye(heads // self.bundles, dtype=torch.bool).repeat_interleave(size, 0)
         self.register_buffer("own_head_CH", own_head_CH, persistent=False)
         self.register_buffer("same_head_CC", own_head_CH.repeat_interleave(size, 1), persistent=False)
@@ -58,13 +58,16 @@ class LinearAttention(nn.Module):
             context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
             total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
             norm = (q @ total).clamp_min(1e-6)
-            mixed = (q @ context).unflatten(-1, (norm.shape[-1], -1)) / norm[..., None]
+            mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-1], width // self.heads) / norm[
+                ..., None
+            ]
         out: Tensor = self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype))
         return out
 
     def _bundled(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x G x N x C."""
-        return x_BND.unflatten(-1, (self.bundles, -1)).transpose(1, 2)
+        _, count, width = x_BND.shape
+        return x_BND.reshape(-1, count, self.bundles, width // self.bundles).transpose(1, 2)
 
 
 class DecoderBlock(nn.Module):
@@ -118,8 +121,8 @@ class BlockHead(nn.Linear):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """B x N x W to B x (N * factor * factor) x D."""
-        weight = self.weight.unflatten(0, (self.dims, -1)).transpose(0, 1).flatten(0, 1)
-        bias = self.bias.unflatten(0, (self.dims, -1)).T.flatten()
+        weight = self.weight.reshape(self.dims, -1, self.in_features).transpose(0, 1).flatten(0, 1)
+        bias = self.bias.reshape(self.dims, -1).T.flatten()
         rows = x_BNW.shape[1] * len(bias) // self.dims
         return _on_tokens(x_BNW, weight, bias).reshape(-1, rows, self.dims)
 
@@ -139,8 +142,10 @@ def pool(grid: Tensor, factor: int, row_axis: int = 1) -> Tensor:
 
     One axis after the other: ONNX Runtime is slow at pooling few channels, and at means over two axes at once.
     """
-    rows = grid.unflatten(row_axis, (-1, factor)).mean(row_axis + 1)
-    return rows.unflatten(row_axis + 1, (-1, factor)).mean(row_axis + 2)
+    for axis in (row_axis, row_axis + 1):
+        before, behind = grid.shape[1:axis], grid.shape[axis + 1 :]
+        grid = grid.reshape(-1, *before, grid.shape[axis] // factor, factor, *behind).mean(axis + 1)
+    return grid
 
 
 class Resample(nn.Module):
@@ -166,7 +171,8 @@ class Resample(nn.Module):
             return pool(grid_BhwD, self.factor) if self.factor > 1 else grid_BhwD
         with torch.autocast(grid_BhwD.device.type, enabled=False):  # features are what is compared: fp32
             rows = self.weight_oi @ grid_BhwD.float().flatten(2)
-            return self.weight_oi @ rows.unflatten(2, grid_BhwD.shape[2:])
+            found: Tensor = self.weight_oi @ rows.reshape(-1, rows.shape[1], *grid_BhwD.shape[2:])
+            return found
 
 
 def to_rows(grid_BhwD: Tensor, factor: int = 1) -> Tensor:

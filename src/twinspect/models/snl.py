@@ -199,7 +199,7 @@ class StructuralScorer(Scorer):
     def forward(self, stages: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V[variant_B]
+        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
         maps = self.stage_maps(stages, predicted.groups, prototype_B)
         groups_BG = torch.stack([top_mean(one, TOP_SHARE) if self.whitened else one.amax((1, 2)) for one in maps], 1)
         raised = torch.stack([upsample(one, self.side)[:, 0] for one in maps])

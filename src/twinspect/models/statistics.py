@@ -102,7 +102,8 @@ class ResidualMap(nn.Module):
             white = nn.functional.linear((rows - self.mean_KD).flatten(0, 1), self.whiten_KDD[0])
             white = white.reshape(-1, *rows.shape[1:])
         else:
-            white = (rows - self.mean_KD[prototype_B][:, None]) @ self.whiten_KDD[prototype_B].transpose(1, 2)
+            mean_BD, whiten_BDD = (one.index_select(0, prototype_B) for one in (self.mean_KD, self.whiten_KDD))
+            white = (rows - mean_BD[:, None]) @ whiten_BDD.transpose(1, 2)
         square_BN = torch.linalg.vector_norm(white, dim=2).square() / self.dims
         square = from_rows(square_BN, self.factor)[:, None]
         return torch.cat([_pooled(square, window) for window in self.windows], 1).sqrt()
@@ -110,7 +111,8 @@ class ResidualMap(nn.Module):
     def forward(self, residual_BND: Tensor, prototype_B: Tensor) -> Tensor:
         """How many normal spreads the residual at a position lies above its normal level: B x h x w."""
         length = self.length(residual_BND, prototype_B)
-        return ((length - self.level_KWhw[prototype_B]) / self.spread_KWhw[prototype_B]).amax(1)
+        level, spread = (one.index_select(0, prototype_B) for one in (self.level_KWhw, self.spread_KWhw))
+        return ((length - level) / spread).amax(1)
 
     def set_moments(self, moments: Moments) -> None:
         """Take means and covariances gathered over the training images."""
@@ -192,9 +194,10 @@ class TokenDistance(nn.Module):
 
     def forward(self, vector_BE: Tensor, prototype_B: Tensor) -> Tensor:
         """Root mean square of the whitened vector (B), near 1 on normal images."""
-        centred = self.scaled(vector_BE) - self.mean_KE[prototype_B]
-        white = (self.whiten_KEE[prototype_B] @ centred[:, :, None])[:, :, 0]
-        return torch.linalg.vector_norm(white, dim=1) / white.shape[1] ** 0.5
+        centred = self.scaled(vector_BE) - self.mean_KE.index_select(0, prototype_B)
+        white = (self.whiten_KEE.index_select(0, prototype_B) @ centred[:, :, None])[:, :, 0]
+        length: Tensor = torch.linalg.vector_norm(white, dim=1) / white.shape[1] ** 0.5
+        return length
 
     def fit(self, vector_NE: Tensor, prototype_N: Tensor, prototypes: int) -> None:
         """Means and shrunk covariances of normal vectors."""
@@ -295,7 +298,7 @@ class Surprise(nn.Module):
 def surprises(curves: Sequence[Surprise], score_BR: Tensor, prototype_B: Tensor) -> Tensor:
     """Surprise in nats of R readings (B x R), each by its own curve, all at once."""
     of_prototype = torch.stack([torch.stack([c.centre_K, c.width_K, c.rate_K], 1) for c in curves], 2)
-    centre_BR, width_BR, rate_BR = of_prototype[prototype_B].unbind(1)
+    centre_BR, width_BR, rate_BR = of_prototype.index_select(0, prototype_B).unbind(1)
     knots_RM, bends_RM = torch.stack([c.knots_M for c in curves]), torch.stack([c.bends_M for c in curves])
     start_R = torch.cat([c.start for c in curves])
     # Beyond anything real; without the limit, copies of one image would overflow.
