@@ -297,13 +297,15 @@ class Surprise(nn.Module):
 
 def surprises(curves: Sequence[Surprise], score_BR: Tensor, prototype_B: Tensor) -> Tensor:
     """Surprise in nats of R readings (B x R), each by its own curve, all at once."""
-    of_prototype = torch.stack([torch.stack([c.centre_K, c.width_K, c.rate_K], 1) for c in curves], 2)
-    centre_BR, width_BR, rate_BR = of_prototype.index_select(0, prototype_B).unbind(1)
-    knots_RM, bends_RM = torch.stack([c.knots_M for c in curves]), torch.stack([c.bends_M for c in curves])
+    centre_BR, width_BR, rate_BR = (
+        torch.stack(columns, 1).index_select(0, prototype_B)
+        for columns in zip(*((c.centre_K, c.width_K, c.rate_K) for c in curves), strict=True)
+    )
+    knots_MR, bends_MR = torch.stack([c.knots_M for c in curves], 1), torch.stack([c.bends_M for c in curves], 1)
     start_R = torch.cat([c.start for c in curves])
     # Beyond anything real; without the limit, copies of one image would overflow.
     z_BR = ((score_BR - centre_BR) / width_BR).clamp(-1e12, 1e12)
-    above_BRM = z_BR[:, :, None] - knots_RM
-    bent_BR = start_R + (above_BRM.clamp_min(0.0) * bends_RM).sum(2)
+    # Knots not last: OpenVINO 2026.4 sums five values of a last axis wrongly where other axes are short.
+    bent_BR = start_R + ((z_BR[:, None] - knots_MR).clamp_min(0.0) * bends_MR).sum(1)
     # Below the first knot the curve goes on with a small slope, so that no two scores tie.
-    return rate_BR * (bent_BR + 0.05 * above_BRM[:, :, 0].clamp_max(0.0))
+    return rate_BR * (bent_BR - 0.05 * (knots_MR[0] - z_BR).clamp_min(0.0))
