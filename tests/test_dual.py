@@ -79,7 +79,7 @@ def test_raw_scores_are_reported_beside_the_joint_one(detector: Detector, parts:
 def test_residual_forgives_a_students_length_and_ignores_one_that_knows_nothing() -> None:
     scorer = build_model(run_config("test_efficientnet").model).scorer
     generator = torch.Generator().manual_seed(0)
-    groups = [torch.randn(3, dims, 8, 8, generator=generator) for dims in (len(scorer.gain(g)) for g in range(2))]
+    groups = [torch.randn(3, 64, dims, generator=generator) for dims in (len(scorer.gain(g)) for g in range(2))]
     knows, guesses = [3.0 * t for t in groups], [torch.randn(t.shape, generator=generator) for t in groups]
     for said, left in ((knows, 0.0), (guesses, 1.0), ([torch.zeros_like(t) for t in groups], 1.0)):
         scorer.fit_gains([(groups, said)])

@@ -7,7 +7,19 @@ from tiny import RANDOM, RANDOM_CNN, run_config, same_tensors
 
 from twinspect.models.contract import Outputs
 from twinspect.models.fold import fold_batch_norms, folded
-from twinspect.models.layers import DecoderBlock, LinearAttention, NoisyBottleneck, resample, to_map, to_tokens
+from twinspect.models.layers import (
+    BlockHead,
+    DecoderBlock,
+    LinearAttention,
+    NoisyBottleneck,
+    Resample,
+    from_rows,
+    pool,
+    standardise,
+    to_map,
+    to_rows,
+    to_tokens,
+)
 from twinspect.models.teachers import timm
 from twinspect.training.fit import build_model
 
@@ -62,15 +74,45 @@ def test_tokens_and_maps_are_inverse() -> None:
     assert torch.equal(to_tokens(maps)[0, 7], maps[0, :, 1, 1])
 
 
-def test_resample() -> None:
-    maps = torch.randn(1, 3, 8, 8)
-    assert resample(maps, 8) is maps
-    torch.testing.assert_close(resample(maps, 4)[0, 0, 1, 2], maps[0, 0, 2:4, 4:6].mean())
-    assert resample(maps, 12).shape == (1, 3, 12, 12)
-    assert resample(maps, 5).shape == (1, 3, 5, 5)
-    constant = torch.full((1, 1, 8, 8), 2.0)
-    for side in (2, 5, 13):
-        torch.testing.assert_close(resample(constant, side), torch.full((1, 1, side, side), 2.0))
+def test_resample_is_torchs_pooling_and_bilinear_interpolation() -> None:
+    maps = torch.randn(2, 3, 8, 8)
+    grids = maps.permute(0, 2, 3, 1)
+    assert Resample(8, 8)(grids) is grids
+    for side in (1, 2, 4):
+        expected = F.avg_pool2d(maps, 8 // side)
+        torch.testing.assert_close(Resample(8, side)(grids).permute(0, 3, 1, 2), expected)
+    for side in (3, 5, 12, 16, 19):
+        expected = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(Resample(8, side)(grids).permute(0, 3, 1, 2), expected)
+
+
+def test_pool_of_the_last_axes() -> None:
+    pixels = torch.randn(2, 3, 12, 8)
+    torch.testing.assert_close(pool(pixels, 4, row_axis=2), F.avg_pool2d(pixels, 4))
+
+
+def test_standardise_is_minus_mean_over_scale() -> None:
+    maps, mean, scale = torch.randn(2, 3, 4, 4), torch.randn(3), torch.rand(3) + 1e-3
+    slow = torch.stack([(maps[:, c] - mean[c]) / scale[c] for c in range(3)], 1)
+    torch.testing.assert_close(standardise(maps, mean, scale), slow, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_rows_come_in_blocks_and_go_back_to_their_places(factor: int) -> None:
+    grid = torch.arange(2 * 8 * 8).reshape(2, 8, 8, 1).float()
+    rows = to_rows(grid, factor)
+    assert torch.equal(from_rows(rows[..., 0], factor), grid[..., 0])
+    block = rows[1].reshape(-1, factor, factor)[1]  # the second token's, in the first line of tokens
+    assert torch.equal(block, grid[1, :factor, factor : 2 * factor, 0])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_a_block_head_is_a_linear_layer_and_a_pixel_shuffle(factor: int) -> None:
+    head, tokens = BlockHead(6, 3, factor), torch.randn(2, 16, 6)
+    plain = torch.nn.Linear(6, 3 * factor**2)
+    plain.load_state_dict(head.state_dict())
+    slow = F.pixel_shuffle(to_map(plain(tokens)), factor)
+    torch.testing.assert_close(head(tokens), to_rows(slow.permute(0, 2, 3, 1), factor))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,18 @@ from twinspect.losses import (
     position_cosine_distance,
     soften_easy,
 )
+from twinspect.models.layers import to_tokens
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 2, 3), (3, 1, 1, 2)]
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    """The same maps as B x N x D."""
+    return to_tokens(maps(*shape, seed=seed))
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -76,7 +82,8 @@ def test_group_losses_are_means_of_their_terms() -> None:
     student = [maps(2, 3, 4, 4, seed=2), maps(2, 6, 2, 2, seed=3)]
     first, second = (slow_flat(t, s) for t, s in zip(teacher, student, strict=True))
     slow = [(first[0] + second[0]) / 2, (first[1] + second[1]) / 2]
-    assert encoder_decoder_loss(teacher, student).tolist() == pytest.approx(slow, abs=1e-6)
+    found = encoder_decoder_loss([to_tokens(t) for t in teacher], [to_tokens(s) for s in student])
+    assert found.tolist() == pytest.approx(slow, abs=1e-6)
     tokens = [maps(2, 5), maps(2, 8, seed=1), maps(2, 5, seed=4)]
     guesses = [maps(2, 5, seed=5), maps(2, 8, seed=6), maps(2, 5, seed=7)]
     slow = [
@@ -84,20 +91,21 @@ def test_group_losses_are_means_of_their_terms() -> None:
         for i in range(2)
     ]
     assert encoder_encoder_loss(tokens, guesses).tolist() == pytest.approx(slow, abs=1e-6)
-    assert encoder_decoder_loss(teacher, teacher).abs().max() < 1e-6
+    same = [to_tokens(t) for t in teacher]
+    assert encoder_decoder_loss(same, same).abs().max() < 1e-6
     assert encoder_encoder_loss(tokens, tokens).abs().max() < 1e-6
 
 
 def test_another_number_of_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="shorter|longer"):
-        encoder_decoder_loss([maps(1, 2, 2, 2)], [maps(1, 2, 2, 2)] * 2)
+        encoder_decoder_loss([rows(1, 2, 2, 2)], [rows(1, 2, 2, 2)] * 2)
     with pytest.raises(ValueError, match="shorter|longer"):
         encoder_encoder_loss([maps(1, 2)] * 2, [maps(1, 2)])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_gradient_reaches_the_student_only(share: float) -> None:
-    teacher, student = maps(2, 3, 4, 4).requires_grad_(), maps(2, 3, 4, 4, seed=1).requires_grad_()
+    teacher, student = rows(2, 3, 4, 4).requires_grad_(), rows(2, 3, 4, 4, seed=1).requires_grad_()
     encoder_decoder_loss([teacher], [student], share).sum().backward()
     assert teacher.grad is None
     assert student.grad is not None
@@ -110,35 +118,34 @@ def test_gradient_reaches_the_student_only(share: float) -> None:
 
 
 def test_hard_mining_keeps_values_and_shrinks_gradients_of_easy_positions() -> None:
-    teacher = maps(2, 8, 6, 6)
-    student = (teacher + 0.5 * maps(2, 8, 6, 6, seed=1)).requires_grad_()
+    cosine_BN, sums = maps(2, 36), [maps(2, 36, seed=seed).requires_grad_() for seed in (1, 2)]
     share, factor = 0.6, 0.1
-    softened = soften_easy(teacher, student, share, factor)
-    torch.testing.assert_close(softened, student)
-    softened.sum().backward()  # the gradient of every element is then its factor
-    distance = position_cosine_distance(teacher, student.detach())
-    easy = distance < torch.quantile(distance.flatten(), share)
+    easy = cosine_BN > torch.quantile(cosine_BN.flatten(), 1.0 - share)
     assert easy.float().mean().item() == pytest.approx(share, abs=0.02)
-    expected = torch.where(easy, factor, 1.0)[:, None].expand_as(student)
-    assert student.grad is not None
-    torch.testing.assert_close(student.grad, expected)
-    assert soften_easy(teacher, student, 0.0) is student
+    softened = soften_easy(cosine_BN, sums, share, factor)
+    for one, own in zip(softened, sums, strict=True):
+        torch.testing.assert_close(one, own)
+        one.sum().backward()  # the gradient of every element is then its factor
+        torch.testing.assert_close(own.grad, torch.where(easy, factor, 1.0))
+    assert soften_easy(cosine_BN, sums, 0.0) == sums
 
 
-def test_hard_mining_scales_the_loss_gradient_too() -> None:
-    teacher = maps(1, 8, 4, 4)
-    plain = (teacher + 0.5 * maps(1, 8, 4, 4, seed=1)).requires_grad_()
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_hard_mining_scales_the_loss_gradient_too(share: float) -> None:
+    teacher = rows(2, 8, 4, 4)
+    plain = (teacher + 0.5 * rows(2, 8, 4, 4, seed=1)).requires_grad_()
     mined = plain.detach().clone().requires_grad_()
-    first = encoder_decoder_loss([teacher], [plain], 0.0).sum()
-    second = encoder_decoder_loss([teacher], [mined], 0.5).sum()
+    first = flat_cosine_distance(teacher, plain)
+    second = encoder_decoder_loss([teacher], [mined], share)
     torch.testing.assert_close(first, second)
-    first.backward()
-    second.backward()
+    weight = torch.tensor([1.0, 3.0])
+    (weight * first).sum().backward()
+    (weight * second).sum().backward()
     assert plain.grad is not None
-    assert mined.grad is not None
-    distance = position_cosine_distance(teacher, plain.detach())
-    factor = torch.where(distance < torch.quantile(distance.flatten(), 0.5), 0.1, 1.0)[:, None]
-    torch.testing.assert_close(mined.grad, plain.grad * factor)
+    distance = position_cosine_distance(teacher.transpose(1, 2)[..., None], plain.detach().transpose(1, 2)[..., None])
+    easy = distance[..., 0] < torch.quantile(distance.flatten(), share)
+    assert easy.float().mean() == share
+    torch.testing.assert_close(mined.grad, plain.grad * torch.where(easy, 0.1, 1.0)[..., None])
 
 
 def test_easy_share_rises_linearly_then_stays() -> None:

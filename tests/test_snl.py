@@ -247,8 +247,8 @@ def test_whitened_residuals_are_measured_on_normal_images(parts: Path) -> None:
     model = trained(parts, "snl").fitted.model.eval()
     assert isinstance(model, StructuralModel)
     teacher, student = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
-    half = model.scorer.residual(0, teacher, student).square().sum(1) / 2
-    torch.testing.assert_close(half, position_cosine_distance(teacher, student))
+    half = model.scorer.residual(0, teacher, student).square().sum(2) / 2
+    torch.testing.assert_close(half, position_cosine_distance(teacher, student).flatten(1))
     assert all(float(m.whiten_KDD.diagonal(dim1=1, dim2=2).std()) > 0 for m in model.scorer.maps_of_groups())
     with torch.no_grad():
         out = model(noise())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.covariance import OAS
 
+from twinspect.models.layers import to_rows
 from twinspect.models.prototypes import Prototypes, repetition
 from twinspect.models.statistics import (
     Moments,
@@ -13,6 +14,7 @@ from twinspect.models.statistics import (
     Surprise,
     TokenDistance,
     shrink_to_identity,
+    surprises,
     whitening,
 )
 
@@ -83,14 +85,18 @@ def test_shrinkage_equals_scikit_learns_oas(count: int) -> None:
 # --------------------------------------------------------------------------------------- residual map
 
 
+def rows_of(maps: torch.Tensor) -> torch.Tensor:
+    return to_rows(maps.permute(0, 2, 3, 1))
+
+
 def fitted_map(residuals: torch.Tensor, owner: torch.Tensor, count: int = 1) -> ResidualMap:
     module = ResidualMap(residuals.shape[1], residuals.shape[2])
     moments = Moments(count, module.dims)
-    for rows, k in zip(module.rows(residuals), owner.tolist(), strict=True):
+    for rows, k in zip(module.rows(rows_of(residuals)), owner.tolist(), strict=True):
         moments.update(rows, k)
     module.set_moments(moments)
     scale = PositionScale(count, 1, residuals.shape[2])
-    scale.update(module.length(residuals, owner), owner)
+    scale.update(module.length(rows_of(residuals), owner), owner)
     module.set_scale(scale)
     return module
 
@@ -100,12 +106,12 @@ def test_whitened_length_is_one_on_normal_images_whatever_the_channels_scales() 
     owner = torch.zeros(40, dtype=torch.long)
     module = fitted_map(normal(40, 4, 12, 12) * loud, owner)
     fresh = normal(10, 4, 12, 12, seed=9) * loud
-    length = module.length(fresh, owner[:10])
+    length = module.length(rows_of(fresh), owner[:10])
     assert length.shape == (10, 1, 12, 12)
     assert length.square().mean().item() == pytest.approx(1.0, abs=0.1)
     small = fresh.clone()
     small[0, 2, 5, 5] += 4.0  # ten spreads of the quiet channel, one of the loud one
-    z = module(small, owner[:10])
+    z = module(rows_of(small), owner[:10])
     assert int(z[0].argmax()) == 5 * 12 + 5
 
 
@@ -115,11 +121,11 @@ def test_a_large_window_sees_a_weak_patch_and_a_small_one_still_sees_a_point() -
     for windows in ((1,), (5,), (1, 5)):
         module = ResidualMap(6, 24, windows)
         moments = Moments(1, 6)
-        for rows in module.rows(images):
+        for rows in module.rows(rows_of(images)):
             moments.update(rows, 0)
         module.set_moments(moments)
         scale = PositionScale(1, len(windows), 24)
-        scale.update(module.length(images, owner), owner)
+        scale.update(module.length(rows_of(images), owner), owner)
         module.set_scale(scale)
         modules[windows] = module
     patch, point = normal(100, 6, 24, 24, seed=3), normal(100, 6, 24, 24, seed=4)
@@ -129,7 +135,7 @@ def test_a_large_window_sees_a_weak_patch_and_a_small_one_still_sees_a_point() -
 
     def found(windows: tuple[int, ...], kind: str) -> float:
         shown, where = inside[kind]
-        maps = modules[windows](shown, owner[:100])
+        maps = modules[windows](rows_of(shown), owner[:100])
         return (maps[:, where, where].flatten(1).amax(1) >= maps.flatten(1).amax(1)).float().mean().item()
 
     assert found((5,), "patch") > found((1,), "patch") + 0.2
@@ -197,10 +203,10 @@ def test_position_scale_removes_a_rim() -> None:
         where = maps.flatten(1).argmax(1)
         return (loud.flatten()[where] > 1).float().mean().item()
 
-    assert rim_wins(module.length(fresh, owner)[:, 0]) > 0.95
-    assert rim_wins(module(fresh, owner)) < 0.85  # the rim is 0.44 of the area
+    assert rim_wins(module.length(rows_of(fresh), owner)[:, 0]) > 0.95
+    assert rim_wins(module(rows_of(fresh), owner)) < 0.85  # the rim is 0.44 of the area
     fresh[:, :, 8, 8] += 8.0
-    assert (module(fresh, owner).flatten(1).argmax(1) == 8 * 16 + 8).float().mean() > 0.9
+    assert (module(rows_of(fresh), owner).flatten(1).argmax(1) == 8 * 16 + 8).float().mean() > 0.9
 
 
 def test_prototypes_have_their_own_scale() -> None:
@@ -208,13 +214,13 @@ def test_prototypes_have_their_own_scale() -> None:
     quiet_and_loud = normal(60, 4, 8, 8) * torch.where(owner == 0, 0.1, 5.0)[:, None, None, None]
     module = fitted_map(quiet_and_loud, owner, 2)
     probe = torch.full((2, 4, 8, 8), 1.0)
-    z = module(probe, torch.tensor([0, 1]))
+    z = module(rows_of(probe), torch.tensor([0, 1]))
     assert z[0].mean() > 3 > z[1].mean()
 
 
 def test_wide_residuals_are_rotated_down_the_same_way_every_time() -> None:
     first, again = ResidualMap(96, 4, most_dims=32), ResidualMap(96, 4, most_dims=32)
-    x = normal(2, 96, 4, 4)
+    x = normal(2, 16, 96)
     assert first.rows(x).shape == (2, 16, 32)
     assert torch.equal(first.rows(x), again.rows(x))
 
@@ -329,3 +335,18 @@ def test_surprise_of_ties_and_of_two_images_stays_finite_and_rising(scores: list
     values = module(torch.tensor([-5.0, 0.5, 1.5, 4.0, 20.0, 500.0]), torch.zeros(6, dtype=torch.long))
     assert torch.isfinite(values).all()
     assert (values[1:] > values[:-1]).all()
+
+
+def test_curves_at_once_say_what_each_says_alone() -> None:
+    owner = torch.arange(300) % 3
+    scores = torch.stack([normal(300) + owner, 2 + normal(300, seed=1).abs(), 5 * normal(300, seed=2) ** 3], 1)
+    curves = [fitted_surprise(column, owner, 3) for column in scores.unbind(1)]
+    found = surprises(curves, scores, owner)
+    slow = torch.zeros_like(found)
+    for i, k in enumerate(owner.tolist()):
+        for r, curve in enumerate(curves):
+            z = (float(scores[i, r]) - float(curve.centre_K[k])) / float(curve.width_K[k])
+            knots, bends = curve.knots_M.tolist(), curve.bends_M.tolist()
+            bent = float(curve.start) + sum(max(0.0, z - m) * b for m, b in zip(knots, bends, strict=True))
+            slow[i, r] = float(curve.rate_K[k]) * (bent - 0.05 * max(0.0, knots[0] - z))
+    torch.testing.assert_close(found, slow, rtol=1e-4, atol=1e-4)

@@ -34,23 +34,48 @@ def easy_share(step: int, ramp_steps: int = 1000, final: float = 0.9) -> float:
     return final * min(1.0, step / max(1, ramp_steps))
 
 
-def soften_easy(teacher_BDhw: Tensor, student_BDhw: Tensor, share: float, factor: float = 0.1) -> Tensor:
-    """Return the student map with the gradient of its easiest positions scaled by ``factor``.
+def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor: float = 0.1) -> list[Tensor]:
+    """Return sums per position (B x N each) with the gradient of the easiest positions scaled by ``factor``.
 
-    Easy are the ``share`` positions of the batch with the smallest cosine distance to the teacher. Values do
-    not change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x), without the three copies of the map
-    that computing it so would take. Source: Dinomaly's loose loss.
+    Easy are the ``share`` positions of the batch with the largest cosine to the teacher. Values do not change, only
+    gradients: x -> factor * x + (1 - factor) * stopgrad(x). Whatever a loss takes from a position passes through its
+    sums, so that scaling their gradients scales that of its features, which are far larger. Source: Dinomaly's loose
+    loss.
     """
     if share <= 0.0:
-        return student_BDhw
+        return list(sums)
     with torch.no_grad():
-        distance = 1.0 - _cosine(teacher_BDhw.float(), student_BDhw.float())
+        distance = 1.0 - cosine_BN
         limit = torch.quantile(distance.flatten()[:: max(1, distance.numel() // 100_000)], share)
-        keep = torch.where(distance < limit, factor, 1.0)[:, None].to(student_BDhw.dtype)
-    softened = student_BDhw.view_as(student_BDhw)
-    if softened.requires_grad:
-        softened.register_hook(lambda gradient: gradient * keep)  # type: ignore[no-untyped-call]
-    return softened
+        keep = torch.where(distance < limit, factor, 1.0)
+    return [keep * one + ((1.0 - keep) * one).detach() for one in sums]
+
+
+def encoder_decoder_loss(
+    teacher_groups: Sequence[Tensor], student_groups: Sequence[Tensor], share_easy: float = 0.0
+) -> Tensor:
+    """L_ED per image (B): mean over groups (B x N x D each) of 1 - cos of the flattened group features.
+
+    Source: arXiv 2509.24448; hard mining as in Dinomaly (``share_easy`` of positions get small gradients).
+    """
+    terms = [
+        _mined_distance(t.detach().float(), s.float(), share_easy)
+        for t, s in zip(teacher_groups, student_groups, strict=True)
+    ]
+    return torch.stack(terms).mean(0)
+
+
+def _mined_distance(teacher_BND: Tensor, student_BND: Tensor, share_easy: float) -> Tensor:
+    """`flat_cosine_distance` from sums over channels, which hard mining needs as well."""
+    shared_BN = (teacher_BND * student_BND).sum(2)
+    length_BN = torch.linalg.vector_norm(student_BND, dim=2)
+    own_BN = torch.linalg.vector_norm(teacher_BND, dim=2)
+    with torch.no_grad():
+        cosine_BN = shared_BN / own_BN.clamp_min(_EPS) / length_BN.clamp_min(_EPS)
+    shared_BN, length_BN = soften_easy(cosine_BN, (shared_BN, length_BN), share_easy)
+    lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (own_BN, length_BN)]
+    distance: Tensor = 1.0 - shared_BN.sum(1) / lengths[0] / lengths[1]
+    return distance
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -58,20 +83,6 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
     lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (x, y)]
     cosine: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
     return cosine
-
-
-def encoder_decoder_loss(
-    teacher_groups: Sequence[Tensor], student_groups: Sequence[Tensor], share_easy: float = 0.0
-) -> Tensor:
-    """L_ED per image (B): mean over groups of 1 - cos of the flattened group features.
-
-    Source: arXiv 2509.24448; hard mining as in Dinomaly (``share_easy`` of positions get small gradients).
-    """
-    terms = [
-        flat_cosine_distance(t, soften_easy(t, s, share_easy))
-        for t, s in zip(teacher_groups, student_groups, strict=True)
-    ]
-    return torch.stack(terms).mean(0)
 
 
 def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Sequence[Tensor]) -> Tensor:

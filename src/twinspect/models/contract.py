@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
-from twinspect.models.layers import resample
+from twinspect.models.layers import Resample, pool, standardise
 from twinspect.models.prototypes import Prototypes
 from twinspect.models.statistics import ResidualMap, Surprise, TokenDistance
 from twinspect.models.teachers import BackboneInfo, Teacher
@@ -70,7 +70,10 @@ class Observed(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What the students say the teacher should have said; a family without a semantic student has no tokens."""
+    """What the students say the teacher should have said; a family without a semantic student has no tokens.
+
+    Groups are as the family's own groups are: rows B x N x D (dual) or maps B x D x h x w (structural).
+    """
 
     groups: list[Tensor]
     tokens: tuple[Tensor, ...]
@@ -116,14 +119,13 @@ class Selection(nn.Module):
             torch.stack([maps[i] for i in members]).mean(0) if len(members) > 1 else maps[members[0]]
             for members in self.levels
         )
-        return tuple(resample(one, side) for one, side in zip(joined, self.map_sides, strict=True))
+        return tuple(_at_side(one, side) for one, side in zip(joined, self.map_sides, strict=True))
 
     def standardise(self, map_BDhw: Tensor, i: int) -> Tensor:
         """The i-th selected map with channels of mean 0 and spread 1 on normal images."""
         if not self.standardised:
             return map_BDhw
-        mean, scale = self.get_buffer(f"mean_{i}"), self.get_buffer(f"scale_{i}")
-        return (map_BDhw - mean[:, None, None]) / scale[:, None, None]
+        return standardise(map_BDhw, self.get_buffer(f"mean_{i}"), self.get_buffer(f"scale_{i}"))
 
     def fit(self, i: int, mean_D: Tensor, scale_D: Tensor) -> None:
         """Take a selected map's channel statistics on normal images."""
@@ -170,12 +172,13 @@ class Scorer(nn.Module):
         map_side: int,
         windows: list[tuple[int, ...]] | None = None,
         ridge: float = 1e-3,
+        factors: list[int] | None = None,
     ) -> None:
         super().__init__()
         token_dims = sum(info.token_channels)
         self.prototypes = Prototypes(token_dims, most=clusters)
-        each = zip(dims, sides, windows or [(1,)] * len(dims), strict=True)
-        self.residuals = nn.ModuleList(ResidualMap(d, side, own, ridge=ridge) for d, side, own in each)
+        each = zip(dims, sides, windows or [(1,)] * len(dims), factors or [1] * len(dims), strict=True)
+        self.residuals = nn.ModuleList(ResidualMap(d, side, own, f, ridge=ridge) for d, side, own, f in each)
         self.token_of_teacher = TokenDistance(token_dims)
         self.map_side = map_side
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * map_side), persistent=False)
@@ -185,8 +188,8 @@ class Scorer(nn.Module):
         return [cast(ResidualMap, module) for module in self.residuals]
 
     @abstractmethod
-    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        """What of a group's map of the teacher the student's does not explain: B x D x h x w."""
+    def residual(self, group: int, teacher: Tensor, student: Tensor) -> Tensor:
+        """What of a group of the teacher's the student's does not explain, as rows: B x N x D."""
 
     def fit_gains(self, answers: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
         """Learn what `residual` needs from (teacher's groups, student's groups) of some normal images."""
@@ -248,7 +251,7 @@ class AnomalyModel(nn.Module):
         features = self.teacher.features(x_B3SS)
         view = features
         if self.shape.view_shrink > 1:
-            view = self.teacher.features(F.avg_pool2d(x_B3SS, self.shape.view_shrink))
+            view = self.teacher.features(_shrunk(x_B3SS, self.shape.view_shrink))
         embedding_BF = self.teacher.embedding(view).float()
         return Observed(self.groups.select(features.maps), torch.cat(view.tokens, 1).float(), embedding_BF)
 
@@ -263,7 +266,7 @@ class AnomalyModel(nn.Module):
         if not self.pixel_side:
             return x_B3SS[:, :, :0, :0]
         factor = self.shape.size // self.pixel_side
-        return F.avg_pool2d(x_B3SS, factor) if factor > 1 else x_B3SS
+        return _shrunk(x_B3SS, factor) if factor > 1 else x_B3SS
 
     @abstractmethod
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
@@ -284,6 +287,19 @@ class AnomalyModel(nn.Module):
             batches: gives (teacher's answer, shrunk pixels) of some training images.
             seed: of whatever is drawn.
         """
+
+
+def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
+    here = map_BDhw.shape[-1]
+    if here == side:
+        return map_BDhw
+    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw.movedim(1, 3))
+    return found.movedim(3, 1)
+
+
+def _shrunk(x_B3SS: Tensor, factor: int) -> Tensor:
+    """Mean of every factor x factor pixels."""
+    return pool(x_B3SS, factor, row_axis=2)
 
 
 def fit_size(image_BCHW: Tensor, size: int) -> Tensor:

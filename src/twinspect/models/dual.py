@@ -11,7 +11,8 @@ What is ours: a CNN can be the teacher (its stages play the layers, pooled stage
 residuals are whitened by their statistics on normal images (`models.statistics`), because raw cosine
 distances do not see a small defect in a stochastic texture.
 
-Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens together, S input side.
+Shapes: B images, D channels, h w grid, T positions of the decoder's grid, N rows of a group (its positions in blocks,
+one for every position of the decoder's: see `layers.to_rows`), E width of all global tokens together, S input side.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
-from twinspect.models.layers import DecoderBlock, NoisyBottleneck, resample, to_map, to_tokens, whole_divisor
+from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, Resample, to_rows, whole_divisor
 from twinspect.models.nearest import NearestNormal
-from twinspect.models.statistics import Surprise, TokenDistance
+from twinspect.models.statistics import Surprise, TokenDistance, surprises
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
@@ -119,21 +120,33 @@ class LevelGroups(Selection):
         self.dims = [sum(self.channels[i] for i in group) for group in self.members]
         self.trunk_side = min(self.sides)
         self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
+        self.factors = [side // self.trunk_side for side in self.sides]
+        self.steps = [(i, *step) for i, side in enumerate(sides) for step in _resampling(side, self._sides_of(i))]
+        self.moves = nn.ModuleList(Resample(here, side) for _, here, side in self.steps)
+
+    def _sides_of(self, i: int) -> set[int]:
+        """Sides of the grids that a selected map is needed on."""
+        return {self.trunk_side, *(s for s, own in zip(self.sides, self.members, strict=True) if i in own)}
 
     def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
-        """Selected maps to (groups, decoder input B x D_in x t x t)."""
+        """Selected maps to (groups as rows B x N x D, decoder input B x T x D_in)."""
+        grids = [self.standardise(one, i).permute(0, 2, 3, 1) for i, one in enumerate(selected)]
         if self.averaged:
-            return list(selected), torch.stack(selected).mean(0)
-        scaled = [self.standardise(one, i) for i, one in enumerate(selected)]
+            groups = [to_rows(one) for one in grids]
+            return groups, torch.stack(groups).mean(0)
+        found = {(i, side): grid for i, (grid, side) in enumerate(zip(grids, self.map_sides, strict=True))}
+        for (i, here, side), move in zip(self.steps, self.moves, strict=True):
+            found[i, side] = move(found[i, here])
         groups = [
-            torch.cat([resample(scaled[i], side) for i in group], 1)
-            for group, side in zip(self.members, self.sides, strict=True)
+            to_rows(torch.cat([found[i, side] for i in group], 3), factor)
+            for group, side, factor in zip(self.members, self.sides, self.factors, strict=True)
         ]
-        return groups, torch.cat([resample(one, self.trunk_side) for one in scaled], 1)
+        trunk = torch.cat([found[i, self.trunk_side] for i in range(len(grids))], 3)
+        return groups, to_rows(trunk)
 
 
 class EncoderDecoder(nn.Module):
-    """Bottleneck and decoder: B x D_in x t x t to one predicted map per group."""
+    """Bottleneck and decoder: B x T x D_in to the predicted rows of every group."""
 
     def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
         super().__init__()
@@ -142,34 +155,30 @@ class EncoderDecoder(nn.Module):
         ratio = 4.0 if self.averaged else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout, ratio)
         self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio) for _ in range(shape.depth))
-        self.factors = [side // groups.trunk_side for side in groups.sides]
         if not self.averaged:
             position = sine_positions(groups.trunk_side, shape.width)
-            self.register_buffer("position_ND", position, persistent=False)
-            self.heads = nn.ModuleList(
-                nn.Linear(shape.width, dims * factor**2)
-                for dims, factor in zip(groups.dims, self.factors, strict=True)
-            )
+            self.register_buffer("position_TW", position, persistent=False)
+            each = zip(groups.dims, groups.factors, strict=True)
+            self.heads = nn.ModuleList(BlockHead(shape.width, dims, factor) for dims, factor in each)
 
-    def forward(self, trunk_BDtt: Tensor) -> list[Tensor]:
-        """Predicted group maps, in the order of the groups."""
-        x_BND = self.bottleneck(to_tokens(trunk_BDtt))
+    def forward(self, trunk_BTD: Tensor) -> list[Tensor]:
+        """Predicted rows (B x N x D), in the order of the groups."""
+        x_BTW = self.bottleneck(trunk_BTD)
         if self.averaged:
-            return self._block_means(x_BND)
-        x_BND = x_BND + self.position_ND
+            return self._block_means(x_BTW)
+        x_BTW = x_BTW + self.position_TW
         for block in self.blocks:
-            x_BND = block(x_BND)
-        maps = [to_map(head(x_BND)) for head in self.heads]
-        return [F.pixel_shuffle(m, f) if f > 1 else m for m, f in zip(maps, self.factors, strict=True)]
+            x_BTW = block(x_BTW)
+        return [head(x_BTW) for head in self.heads]
 
-    def _block_means(self, x_BND: Tensor) -> list[Tensor]:
+    def _block_means(self, x_BTW: Tensor) -> list[Tensor]:
         """Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group."""
         outputs = []
         for block in self.blocks:
-            x_BND = block(x_BND)
-            outputs.append(x_BND)
+            x_BTW = block(x_BTW)
+            outputs.append(x_BTW)
         half = len(outputs) // 2
-        return [to_map(torch.stack(part).mean(0)) for part in (outputs[half:], outputs[:half])]
+        return [torch.stack(part).mean(0) for part in (outputs[half:], outputs[:half])]
 
 
 class EncoderEncoder(nn.Module):
@@ -200,9 +209,9 @@ class DualStudent(nn.Module):
         self.local = EncoderDecoder(groups, shape, info)
         self.semantic = EncoderEncoder(info, shape)
 
-    def forward(self, trunk_BDtt: Tensor, small_B3SS: Tensor) -> Predicted:
+    def forward(self, trunk_BTD: Tensor, small_B3SS: Tensor) -> Predicted:
         """Predictions of both students."""
-        return Predicted(self.local(trunk_BDtt), self.semantic(small_B3SS))
+        return Predicted(self.local(trunk_BTD), self.semantic(small_B3SS))
 
 
 class DualScorer(Scorer):
@@ -216,7 +225,7 @@ class DualScorer(Scorer):
         windows = [plan.windows for plan in groups.plans]
         # A quarter of the input side: twice the fine group's grid, whether there is a grain group or not.
         map_side = self.side if groups.plans[0].stride == 4 else 2 * self.side
-        super().__init__(info, groups.dims, groups.sides, clusters, map_side, windows)
+        super().__init__(info, groups.dims, groups.sides, clusters, map_side, windows, factors=groups.factors)
         token_dims = sum(info.token_channels)
         self.nearest = NearestNormal(info.embedding_channels)
         self.register_buffer("link_K", torch.ones(1))
@@ -238,13 +247,13 @@ class DualScorer(Scorer):
         readings = [*self.curves_of_groups(), self.surprise_surface, self.surprise_token, self.surprise_nearest]
         return [*readings, self.surprise_local, self.surprise_semantic]
 
-    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
+    def residual(self, group: int, teacher: Tensor, student: Tensor) -> Tensor:
         """Teacher minus the student at its least-squares gain per channel.
 
         The cosine loss leaves the student's length free. One gain for all images: fitted to each anew it would
         let a student that has learnt nothing explain a part of every defect.
         """
-        return teacher_BDhw - self.gain(group)[:, None, None] * student_BDhw
+        return torch.addcmul(teacher, -self.gain(group), student)
 
     def gain(self, group: int) -> Tensor:
         """The student's gain per channel of a group (D)."""
@@ -256,8 +265,8 @@ class DualScorer(Scorer):
         length = [torch.zeros_like(one) for one in shared]
         for groups, predicted in answers:
             for g, (teacher, student) in enumerate(zip(groups, predicted, strict=True)):
-                shared[g] += (teacher * student).double().sum((0, 2, 3))
-                length[g] += student.double().square().sum((0, 2, 3))
+                shared[g] += (teacher * student).double().sum((0, 1))
+                length[g] += student.double().square().sum((0, 1))
         for g, (one, other) in enumerate(zip(shared, length, strict=True)):
             self.register_buffer(f"gain_{g}", (one / other.clamp_min(1e-12)).float())
 
@@ -285,22 +294,27 @@ class DualScorer(Scorer):
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit every reading's curve, then both students', whose scores are formed anew from the readings."""
-        count, split = self.prototypes.count, len(self.plans) + 1
+        count = self.prototypes.count
         for reading, curve in enumerate(self.curves()[:-2]):
             curve.fit(groups_NG[:, reading], prototype_N, count)
-        local_N, semantic_N = (
-            self.local(groups_NG[:, :split], prototype_N),
-            self.semantic(groups_NG[:, split:], prototype_N),
-        )
+        local_N, semantic_N = self.both(groups_NG, prototype_N)
         self.surprise_local.fit(local_N, prototype_N, count)
         self.surprise_semantic.fit(semantic_N, prototype_N, count)
         return self.joined(local_N, semantic_N, prototype_N)[0]
 
-    def local(self, readings_BR: Tensor, prototype_B: Tensor) -> Tensor:
-        """Local score: Noisy-OR over the layer groups and the surface, as a sum of surprises (B)."""
-        parts = [curve(readings_BR[:, g], prototype_B) for g, curve in enumerate(self.surprise_groups)]
-        parts.append(SURFACE_WEIGHT * self.surprise_surface(readings_BR[:, -1], prototype_B))
-        return torch.stack(parts).sum(0)
+    def both(self, readings_BR: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and semantic score (B each): Noisy-ORs over their readings, as sums of surprises.
+
+        Local are the layer groups and the surface. Semantic are two: where normal images repeat each other, their
+        spread says all, and the nearest of them adds but noise; where they are as different as photographs, no
+        spread describes them well.
+        """
+        said_BR = surprises(self.curves()[:-2], readings_BR, prototype_B)
+        split = len(self.plans)
+        surface_B, token_B, nearest_B = said_BR[:, split:].unbind(1)
+        link_B = self.link_K.index_select(0, prototype_B)
+        spread_B = TOKEN_WEIGHT + (1.0 - TOKEN_WEIGHT) * link_B
+        return said_BR[:, :split].sum(1) + SURFACE_WEIGHT * surface_B, spread_B * token_B + (1.0 - link_B) * nearest_B
 
     def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""
@@ -321,22 +335,10 @@ class DualScorer(Scorer):
         is not inhibited. Here it tempers the local student's probability, (1 - p) ** link, where normal images do
         not repeat each other: see `repetition`.
         """
-        local = self.link_K[prototype_B] * _squared(self.surprise_local(local_B, prototype_B))
-        semantic = _squared(self.surprise_semantic(semantic_B, prototype_B))
+        curves, raw_B2 = self.curves()[-2:], torch.stack([local_B, semantic_B], 1)
+        local, semantic = _squared(surprises(curves, raw_B2, prototype_B)).unbind(1)
+        local = self.link_K.index_select(0, prototype_B) * local
         return noisy_or(local, semantic)[0], local, semantic
-
-    def semantic(self, readings_B2: Tensor, prototype_B: Tensor) -> Tensor:
-        """Semantic score: Noisy-OR of its two readings, as a sum of surprises (B).
-
-        Where normal images repeat each other, their spread says all, and the nearest of them adds but noise; where
-        they are as different as photographs, no spread describes them well.
-        """
-        token, nearest = readings_B2.unbind(1)
-        link = self.link_K[prototype_B]
-        spread = TOKEN_WEIGHT + (1.0 - TOKEN_WEIGHT) * link
-        own, other = self.surprise_token(token, prototype_B), self.surprise_nearest(nearest, prototype_B)
-        total: Tensor = spread * own + (1.0 - link) * other
-        return total
 
     def read_tokens(
         self, token_BE: Tensor, said: tuple[Tensor, ...], embedding_BF: Tensor, variant_B: Tensor, unusual_B: Tensor
@@ -352,16 +354,17 @@ class DualScorer(Scorer):
     def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted, embedding_BF: Tensor) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V[variant_B]
+        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
         maps = self.group_maps(groups, predicted.groups, prototype_B)
         maps_BR, grid_Bhw = self.read_maps(maps)
         unusual_B = self.token_of_teacher(token_BE, variant_B)
         tokens_B2 = self.read_tokens(token_BE, predicted.tokens, embedding_BF, variant_B, unusual_B)
-        local_B, semantic_B = self.local(maps_BR, prototype_B), self.semantic(tokens_B2, prototype_B)
+        readings_BR = torch.cat([maps_BR, tokens_B2], 1)
+        local_B, semantic_B = self.both(readings_BR, prototype_B)
         joint_B, surprise_local, surprise_semantic = self.joined(local_B, semantic_B, prototype_B)
         return Outputs(
             smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, local_B, semantic_B,
-            surprise_local, surprise_semantic, prototype_B, torch.cat([maps_BR, tokens_B2], 1), unusual_B,
+            surprise_local, surprise_semantic, prototype_B, readings_BR, unusual_B,
         )  # fmt: skip
 
 
@@ -423,9 +426,9 @@ def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     return DualModel(teacher, shape, config.clusters)
 
 
-def _squared(surprise_B: Tensor) -> Tensor:
+def _squared(surprise: Tensor) -> Tensor:
     """Half the square, with its sign, so that no two scores tie below the normal range."""
-    return 0.5 * surprise_B * surprise_B.abs()
+    return 0.5 * surprise * surprise.abs()
 
 
 def sine_positions(side: int, width: int) -> Tensor:
@@ -436,6 +439,15 @@ def sine_positions(side: int, width: int) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], 1)
     both = torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], 2)
     return F.pad(both.reshape(side * side, -1), (0, width - 4 * quarter))
+
+
+def _resampling(own: int, wanted: set[int]) -> list[tuple[int, int]]:
+    """(from side, to side) in an order that can be followed; means are taken of the smallest grid of means."""
+    steps, here = [], own
+    for side in sorted(wanted - {own}, reverse=True):
+        steps.append((here if here % side == 0 else own, side))
+        here = side if own % side == 0 else here
+    return steps
 
 
 def _vit_groups(strides: tuple[int, ...]) -> list[GroupPlan]:

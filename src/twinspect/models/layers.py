@@ -1,4 +1,7 @@
-"""Small blocks shared by the students. Shapes: B images, N tokens, D width, h w grid."""
+"""Small blocks shared by the students.
+
+Shapes: B images, N tokens, D width, h w grid, H heads, G bundles of heads, C channels of a bundle.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_BUNDLE = 128  # channels up to which heads share a matrix product
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer on B x N x D tokens, as one product of a matrix of all of them (exports fuse its bias then)."""
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """B x N x D to B x N x D_out."""
+        return _on_tokens(x_BND, self.weight, self.bias)
+
 
 class LinearAttention(nn.Module):
     """Softmax-free multi-head attention, feature map elu + 1 (Katharopoulos et al., 2020).
 
     It cannot focus on single tokens, which keeps a decoder from copying anomalies through (Dinomaly,
     CVPR 2025). Cost is linear in N: keys and values are summed before queries see them.
+
+    Narrow heads go in bundles, as block-diagonal matrices: tokens need not be sorted by head, and one product of
+    useful size replaces several small ones that take longer together.
     """
+
+    same_head_CC: Tensor
+    own_head_CH: Tensor
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -20,21 +39,35 @@ class LinearAttention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.out = TokenLinear(width, width)
+        size = width // heads
+        fitting = [g for g in range(1, heads) if heads % g == 0 and width // g <= _BUNDLE]
+        self.bundles = min(fitting, default=heads)
+        own_head_CH = torch.eye(heads // self.bundles, dtype=torch.bool).repeat_interleave(size, 0)
+        self.register_buffer("own_head_CH", own_head_CH, persistent=False)
+        self.register_buffer("same_head_CC", own_head_CH.repeat_interleave(size, 1), persistent=False)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x N x D."""
-        batch, count, width = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(batch, count, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        _, count, width = x_BND.shape
+        parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+        q, k, v = (_on_tokens(x_BND, weight, bias) for weight, bias in parts)
         # Sums over N in fp32: thousands of positive terms lose digits in bf16.
-        q, k, v = (F.elu(q) + 1).float(), (F.elu(k) + 1).float(), v.float()
+        q, k, v = (self._bundled(one) for one in ((F.elu(q) + 1).float(), (F.elu(k) + 1).float(), v.float()))
         with torch.autocast(x_BND.device.type, enabled=False):
-            context = k.transpose(-1, -2) @ v
-            norm = (q @ k.sum(-2, keepdim=True).transpose(-1, -2)).clamp_min(1e-6)
-            mixed = (q @ context) / norm
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, count, width).to(x_BND.dtype))
+            context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
+            total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
+            norm = (q @ total).clamp_min(1e-6)
+            mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-1], width // self.heads) / norm[
+                ..., None
+            ]
+        out: Tensor = self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype))
         return out
+
+    def _bundled(self, x_BND: Tensor) -> Tensor:
+        """B x N x D to B x G x N x C."""
+        _, count, width = x_BND.shape
+        return x_BND.reshape(-1, count, self.bundles, width // self.bundles).transpose(1, 2)
 
 
 class DecoderBlock(nn.Module):
@@ -45,7 +78,7 @@ class DecoderBlock(nn.Module):
         hidden = int(width * ratio)
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = LinearAttention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(TokenLinear(width, hidden), nn.GELU(), TokenLinear(hidden, width))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x N x D."""
@@ -61,8 +94,8 @@ class NoisyBottleneck(nn.Module):
         super().__init__()
         hidden = int(width * ratio)
         self.net = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(width_in, hidden), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(hidden, width), nn.Dropout(dropout),
+            nn.Dropout(dropout), TokenLinear(width_in, hidden), nn.GELU(), nn.Dropout(dropout),
+            TokenLinear(hidden, width), nn.Dropout(dropout),
         )  # fmt: skip
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -71,14 +104,91 @@ class NoisyBottleneck(nn.Module):
         return out
 
 
-def resample(map_BDhw: Tensor, side: int) -> Tensor:
-    """Bring a square map to side x side: mean pooling downwards by whole factors, else bilinear."""
-    here = map_BDhw.shape[-1]
-    if here == side:
-        return map_BDhw
-    if here > side and here % side == 0:
-        return F.avg_pool2d(map_BDhw, here // side)
-    return F.interpolate(map_BDhw, size=(side, side), mode="bilinear", align_corners=False)
+class BlockHead(nn.Linear):
+    """A linear layer whose answer for a token is a block of factor x factor rows: see `to_rows`.
+
+    Weights are kept as those of a 1 x 1 convolution before a pixel shuffle, channels first.
+
+    Args:
+        width: of the tokens.
+        dims: D of the rows.
+        factor: side of a token's block.
+    """
+
+    def __init__(self, width: int, dims: int, factor: int) -> None:
+        super().__init__(width, dims * factor**2)
+        self.dims = dims
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """B x N x W to B x (N * factor * factor) x D."""
+        weight = self.weight.reshape(self.dims, -1, self.in_features).transpose(0, 1).flatten(0, 1)
+        bias = self.bias.reshape(self.dims, -1).T.flatten()
+        rows = x_BNW.shape[1] * len(bias) // self.dims
+        return _on_tokens(x_BNW, weight, bias).reshape(-1, rows, self.dims)
+
+
+def _on_tokens(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = F.linear(x_BND.flatten(0, 1), weight, bias)
+    return rows.reshape(-1, x_BND.shape[1], rows.shape[1])
+
+
+def standardise(map_BDhw: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
+    """(map - mean) / scale of every channel, in one pass over the map: a batch norm that learns nothing."""
+    return F.batch_norm(map_BDhw, mean_D, scale_D.square(), eps=0.0)
+
+
+def pool(grid: Tensor, factor: int, row_axis: int = 1) -> Tensor:
+    """Means of blocks of factor x factor positions; columns are the axis behind the rows'.
+
+    One axis after the other: ONNX Runtime is slow at pooling few channels, and at means over two axes at once.
+    """
+    for axis in (row_axis, row_axis + 1):
+        before, behind = grid.shape[1:axis], grid.shape[axis + 1 :]
+        grid = grid.reshape(-1, *before, grid.shape[axis] // factor, factor, *behind).mean(axis + 1)
+    return grid
+
+
+class Resample(nn.Module):
+    """Brings square grids of one side to another: mean pooling downwards by whole factors, else bilinear.
+
+    Bilinear weights are a matrix a side, so that channels may lie last, where rows need them.
+    """
+
+    weight_oi: Tensor
+
+    def __init__(self, here: int, side: int) -> None:
+        super().__init__()
+        self.factor = here // side if here % side == 0 else 0
+        weight_oi = torch.zeros(0)
+        if not self.factor:
+            line = torch.eye(here)[None]
+            weight_oi = F.interpolate(line, size=side, mode="linear", align_corners=False)[0].T.contiguous()
+        self.register_buffer("weight_oi", weight_oi, persistent=False)
+
+    def forward(self, grid_BhwD: Tensor) -> Tensor:
+        """B x h x h x D to B x side x side x D."""
+        if self.factor:
+            return pool(grid_BhwD, self.factor) if self.factor > 1 else grid_BhwD
+        with torch.autocast(grid_BhwD.device.type, enabled=False):  # features are what is compared: fp32
+            rows = self.weight_oi @ grid_BhwD.float().flatten(2)
+            found: Tensor = self.weight_oi @ rows.reshape(-1, rows.shape[1], *grid_BhwD.shape[2:])
+            return found
+
+
+def to_rows(grid_BhwD: Tensor, factor: int = 1) -> Tensor:
+    """B x h x w x D to B x (h*w) x D; blocks of factor x factor positions follow each other, rows inside first."""
+    if factor == 1:
+        return grid_BhwD.flatten(1, 2)
+    _, height, width, dims = grid_BhwD.shape
+    lines = grid_BhwD.reshape(-1, height // factor, factor, width // factor, factor * dims)
+    return lines.transpose(2, 3).reshape(-1, height * width, dims)
+
+
+def from_rows(value_BN: Tensor, factor: int = 1) -> Tensor:
+    """One value a position, in the order of `to_rows`, to a square map B x h x h."""
+    side = int(round(value_BN.shape[1] ** 0.5))
+    blocks = value_BN.reshape(-1, side // factor, side // factor, factor, factor)
+    return blocks.transpose(2, 3).reshape(-1, side, side)
 
 
 def to_tokens(map_BDhw: Tensor) -> Tensor:

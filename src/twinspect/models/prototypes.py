@@ -79,7 +79,7 @@ class Prototypes(nn.Module):
 
     def forward(self, token_BE: Tensor) -> Tensor:
         """Index of the prototype for each image (B)."""
-        return self.owner_V[self.variant(token_BE)]
+        return self.owner_V.index_select(0, self.variant(token_BE))
 
     def fit(self, token_NE: Tensor, seed: int, smallest: int = 16) -> None:
         """Find directions, variants and prototypes from the tokens of normal training images."""

@@ -41,9 +41,9 @@ from twinspect.losses import (
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.cram import Cram
 from twinspect.models.gather import gather_batch
-from twinspect.models.layers import whole_divisor
+from twinspect.models.layers import to_tokens, whole_divisor
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
-from twinspect.models.statistics import Surprise
+from twinspect.models.statistics import Surprise, surprises
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
@@ -156,9 +156,9 @@ class StructuralScorer(Scorer):
         stages = [cast(Surprise, curve) for curve in self.surprise_stages]
         return [*stages, self.surprise_local, self.surprise_semantic]
 
-    def residual(self, group: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        """Difference of unit vectors: half its squared length is 1 - cos."""
-        return F.normalize(teacher_BDhw, dim=1) - F.normalize(student_BDhw, dim=1)
+    def residual(self, group: int, teacher: Tensor, student: Tensor) -> Tensor:
+        """Difference of unit vectors of two maps, as rows B x N x D: half its squared length is 1 - cos."""
+        return to_tokens(F.normalize(teacher, dim=1) - F.normalize(student, dim=1))
 
     def stage_maps(self, stages: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
         """Anomaly map of every stage on its own grid: B x h x w each."""
@@ -178,12 +178,12 @@ class StructuralScorer(Scorer):
         """Local score (B): the map's maximum, or the Noisy-OR of the stages in nats."""
         if not self.whitened:
             return peak_B
-        parts = [curve(groups_BG[:, g], prototype_B) for g, curve in enumerate(self.surprise_stages)]
-        return torch.stack(parts).sum(0)
+        return surprises(self.curves()[:-2], groups_BG, prototype_B).sum(1)
 
     def joint(self, local_B: Tensor, semantic_B: Tensor, owner_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Joint score and both calibrated surprises (B each)."""
-        local, semantic = self.surprise_local(local_B, owner_B), self.surprise_semantic(semantic_B, owner_B)
+        raw_B2 = torch.stack([local_B, semantic_B], 1)
+        local, semantic = surprises(self.curves()[-2:], raw_B2, owner_B).unbind(1)
         return noisy_or(local, semantic)[0] if self.joined else local, local, semantic
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class StructuralScorer(Scorer):
     def forward(self, stages: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
         """Maps, raw and calibrated scores of a batch."""
         variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V[variant_B]
+        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
         maps = self.stage_maps(stages, predicted.groups, prototype_B)
         groups_BG = torch.stack([top_mean(one, TOP_SHARE) if self.whitened else one.amax((1, 2)) for one in maps], 1)
         raised = torch.stack([upsample(one, self.side)[:, 0] for one in maps])

@@ -12,8 +12,12 @@ keep one product's spread from excusing another's defects.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from twinspect.models.layers import from_rows
 
 _TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
 
@@ -54,12 +58,13 @@ def whitening(covariance_KDD: Tensor, ridge: float) -> Tensor:
 
 
 class ResidualMap(nn.Module):
-    """Whitened, position-scaled length of residual vectors: B x D x h x w to a z-map B x h x w.
+    """Whitened, position-scaled length of residual vectors: rows B x N x D (N = h * w) to a z-map B x h x w.
 
     Residuals of more than ``most_dims`` channels are first projected by a fixed random rotation, which keeps
     the state small for a ViT (D = 768) and changes distances little. Squared lengths are averaged over windows of
     several sides (in positions), each with a scale of its own, and the most unusual counts: a thin scratch is
-    seen by the small window, a patch of another texture by the large one.
+    seen by the small window, a patch of another texture by the large one. Rows come in the order of
+    `layers.to_rows` in blocks of side ``factor``; only lengths are ever brought to a map.
     """
 
     mean_KD: Tensor
@@ -73,35 +78,41 @@ class ResidualMap(nn.Module):
         dims: int,
         side: int,
         windows: tuple[int, ...] = (1,),
+        factor: int = 1,
         seed: int = 0,
         most_dims: int = 512,
         ridge: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.ridge, self.dims, self.windows = ridge, min(dims, most_dims), windows
+        self.ridge, self.dims, self.windows, self.factor = ridge, min(dims, most_dims), windows, factor
         self.register_buffer("rotate_DR", _rotation(dims, most_dims, seed))
         self.register_buffer("mean_KD", torch.zeros(1, self.dims))
         self.register_buffer("whiten_KDD", torch.eye(self.dims)[None])
         self.register_buffer("level_KWhw", torch.zeros(1, len(windows), side, side))
         self.register_buffer("spread_KWhw", torch.ones(1, len(windows), side, side))
 
-    def rows(self, residual_BDhw: Tensor) -> Tensor:
-        """B x D x h x w to B x (h*w) x R rows, rotated where the width asks for it."""
-        rows = residual_BDhw.flatten(2).transpose(1, 2)
-        return rows @ self.rotate_DR if self.rotate_DR.numel() else rows
+    def rows(self, residual_BND: Tensor) -> Tensor:
+        """B x N x D to B x N x R rows, rotated where the width asks for it."""
+        return residual_BND @ self.rotate_DR if self.rotate_DR.numel() else residual_BND
 
-    def length(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
+    def length(self, residual_BND: Tensor, prototype_B: Tensor) -> Tensor:
         """Root mean square of the whitened residual in every window: B x W x h x w, near 1 on normal images."""
-        batch, _, height, width = residual_BDhw.shape
-        centred = self.rows(residual_BDhw) - self.mean_KD[prototype_B][:, None]
-        white = centred @ self.whiten_KDD[prototype_B].transpose(1, 2)
-        square = white.square().mean(2).reshape(batch, 1, height, width)
+        rows = self.rows(residual_BND)
+        if len(self.mean_KD) == 1:  # one matrix for all images: one product of all rows
+            white = nn.functional.linear((rows - self.mean_KD).flatten(0, 1), self.whiten_KDD[0])
+            white = white.reshape(-1, *rows.shape[1:])
+        else:
+            mean_BD, whiten_BDD = (one.index_select(0, prototype_B) for one in (self.mean_KD, self.whiten_KDD))
+            white = (rows - mean_BD[:, None]) @ whiten_BDD.transpose(1, 2)
+        square_BN = torch.linalg.vector_norm(white, dim=2).square() / self.dims
+        square = from_rows(square_BN, self.factor)[:, None]
         return torch.cat([_pooled(square, window) for window in self.windows], 1).sqrt()
 
-    def forward(self, residual_BDhw: Tensor, prototype_B: Tensor) -> Tensor:
+    def forward(self, residual_BND: Tensor, prototype_B: Tensor) -> Tensor:
         """How many normal spreads the residual at a position lies above its normal level: B x h x w."""
-        length = self.length(residual_BDhw, prototype_B)
-        return ((length - self.level_KWhw[prototype_B]) / self.spread_KWhw[prototype_B]).amax(1)
+        length = self.length(residual_BND, prototype_B)
+        level, spread = (one.index_select(0, prototype_B) for one in (self.level_KWhw, self.spread_KWhw))
+        return ((length - level) / spread).amax(1)
 
     def set_moments(self, moments: Moments) -> None:
         """Take means and covariances gathered over the training images."""
@@ -183,9 +194,10 @@ class TokenDistance(nn.Module):
 
     def forward(self, vector_BE: Tensor, prototype_B: Tensor) -> Tensor:
         """Root mean square of the whitened vector (B), near 1 on normal images."""
-        centred = self.scaled(vector_BE) - self.mean_KE[prototype_B]
-        white = (self.whiten_KEE[prototype_B] @ centred[:, :, None])[:, :, 0]
-        return white.square().mean(1).sqrt()
+        centred = self.scaled(vector_BE) - self.mean_KE.index_select(0, prototype_B)
+        white = (self.whiten_KEE.index_select(0, prototype_B) @ centred[:, :, None])[:, :, 0]
+        length: Tensor = torch.linalg.vector_norm(white, dim=1) / white.shape[1] ** 0.5
+        return length
 
     def fit(self, vector_NE: Tensor, prototype_N: Tensor, prototypes: int) -> None:
         """Means and shrunk covariances of normal vectors."""
@@ -230,18 +242,15 @@ class Surprise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, size in (("centre_K", 1), ("knots_M", 6), ("bends_M", 6), ("start", 1)):
+        knots = len(_TAIL_QUANTILES)
+        for name, size in (("centre_K", 1), ("knots_M", knots), ("bends_M", knots), ("start", 1)):
             self.register_buffer(name, torch.zeros(size))
         for name in ("width_K", "rate_K"):
             self.register_buffer(name, torch.ones(1))
 
     def forward(self, score_B: Tensor, prototype_B: Tensor) -> Tensor:
         """Surprise in nats (B); strictly rising with the raw score."""
-        # Beyond anything real; without the limit, copies of one image would overflow.
-        z = ((score_B - self.centre_K[prototype_B]) / self.width_K[prototype_B]).clamp(-1e12, 1e12)
-        bent: Tensor = self.start + ((z[:, None] - self.knots_M).clamp_min(0.0) * self.bends_M).sum(1)
-        # Below the first knot the curve goes on with a small slope, so that no two scores tie.
-        return self.rate_K[prototype_B] * (bent - 0.05 * (self.knots_M[0] - z).clamp_min(0.0))
+        return surprises([self], score_B[:, None], prototype_B)[:, 0]
 
     def reset(self, prototypes: int) -> None:
         """Forget everything; scores pass unscaled until `fit`."""
@@ -284,3 +293,19 @@ class Surprise(nn.Module):
         slopes = torch.cat([(heights[1:] - heights[:-1]) / (knots[1:] - knots[:-1]), tail[None]])
         self.knots_M, self.start = knots.float(), heights[:1].float()
         self.bends_M = torch.cat([slopes[:1], slopes[1:] - slopes[:-1]]).float()
+
+
+def surprises(curves: Sequence[Surprise], score_BR: Tensor, prototype_B: Tensor) -> Tensor:
+    """Surprise in nats of R readings (B x R), each by its own curve, all at once."""
+    centre_BR, width_BR, rate_BR = (
+        torch.stack(columns, 1).index_select(0, prototype_B)
+        for columns in zip(*((c.centre_K, c.width_K, c.rate_K) for c in curves), strict=True)
+    )
+    knots_MR, bends_MR = torch.stack([c.knots_M for c in curves], 1), torch.stack([c.bends_M for c in curves], 1)
+    start_R = torch.cat([c.start for c in curves])
+    # Beyond anything real; without the limit, copies of one image would overflow.
+    z_BR = ((score_BR - centre_BR) / width_BR).clamp(-1e12, 1e12)
+    # Knots not last: OpenVINO 2026.4 sums five values of a last axis wrongly where other axes are short.
+    bent_BR = start_R + ((z_BR[:, None] - knots_MR).clamp_min(0.0) * bends_MR).sum(1)
+    # Below the first knot the curve goes on with a small slope, so that no two scores tie.
+    return rate_BR * (bent_BR - 0.05 * (knots_MR[0] - z_BR).clamp_min(0.0))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
 from twinspect.models.fold import fold_batch_norms, take_in_padding
+from twinspect.models.layers import standardise
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
@@ -131,8 +132,7 @@ class Teacher(Backbone):
 
     def normalise(self, image_BCHW: Tensor) -> Tensor:
         """Scale uint8 RGB (or float in 0..255) B x 3 x H x W to the statistics the teacher was trained with."""
-        x = image_BCHW.to(self.mean_3.dtype) / 255.0
-        return x.sub_(self.mean_3[:, None, None]).div_(self.std_3[:, None, None])
+        return standardise(image_BCHW.to(self.mean_3.dtype), 255.0 * self.mean_3, 255.0 * self.std_3)
 
     @torch.no_grad()
     def features(self, x_B3HW: Tensor) -> Features:

@@ -67,8 +67,8 @@ def fit_statistics(
     for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
         progress("residual statistics", min((done + 1) * source.portion, len(indices)), 2 * len(indices))
         said.append(said_BE)
-        for module, gathered, residual_BDhw in zip(modules, moments, pairs, strict=True):
-            for rows, k in zip(module.rows(residual_BDhw), owner.tolist(), strict=True):
+        for module, gathered, residual_BND in zip(modules, moments, pairs, strict=True):
+            for rows, k in zip(module.rows(residual_BND), owner.tolist(), strict=True):
                 gathered.update(rows, k)
     for module, gathered in zip(modules, moments, strict=True):
         module.set_moments(gathered)
@@ -89,8 +89,8 @@ def _fit_positions(
         progress(
             "residual statistics", len(indices) + min((done + 1) * source.portion, len(indices)), 2 * len(indices)
         )
-        for module, scale, residual_BDhw in zip(modules, scales, pairs, strict=True):
-            scale.update(module.length(residual_BDhw, owner), owner)
+        for module, scale, residual_BND in zip(modules, scales, pairs, strict=True):
+            scale.update(module.length(residual_BND, owner), owner)
     for module, scale in zip(modules, scales, strict=True):
         module.set_scale(scale)
 
