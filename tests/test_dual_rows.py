@@ -11,7 +11,7 @@ from tiny import RANDOM, RANDOM_CNN, picture, run_config
 from twinspect import Detector
 from twinspect.models.contract import Observed, Outputs
 from twinspect.models.dual import DualModel, LevelGroups
-from twinspect.models.layers import DecoderBlock, to_map, to_tokens
+from twinspect.models.layers import DecoderBlock, from_rows, to_map, to_tokens
 from twinspect.models.statistics import ResidualMap, Surprise
 from twinspect.scoring import noisy_or, top_mean
 from twinspect.training.fit import build_model
@@ -72,7 +72,8 @@ def slow_z_map(module: ResidualMap, residual: torch.Tensor, owner: torch.Tensor)
     """Whitened length at every position, image by image, in spreads above its normal level."""
     maps = []
     for one, k in zip(residual, owner.tolist(), strict=True):
-        rows = one.flatten(1).T - module.mean_KD[k]
+        away = torch.stack([from_rows(column[None], module.factor)[0] for column in module.away_KND[k].float().T])
+        rows = (one - away).flatten(1).T - module.mean_KD[k]
         square = (rows @ module.whiten_KDD[k].T).square().mean(1).reshape(1, 1, *one.shape[1:])
         own = []
         for w, window in enumerate(module.windows):
@@ -103,7 +104,8 @@ def slow_scores(model: DualModel, out: Outputs, observed: Observed, small: torch
     parts = [said(curve, one, owner) for curve, one in zip(scorer.curves(), readings.unbind(1), strict=False)]
     local = sum(parts[: len(tops)]) + 2.0 * parts[-3]
     link = scorer.link_K[owner]
-    semantic = (0.25 + 0.75 * link) * parts[-2] + (1 - link) * parts[-1]
+    near = (1 - link) * (1 - scorer.even_K[owner])
+    semantic = (0.25 + 0.75 * (1 - near)) * parts[-2] + near * parts[-1]
     last = [said(curve, one, owner) for curve, one in zip(scorer.curves()[-2:], (local, semantic), strict=True)]
     doubts = [0.5 * one * one.abs() for one in last]
     return {

@@ -8,11 +8,15 @@ from sklearn.covariance import OAS
 from twinspect.models.layers import to_rows
 from twinspect.models.prototypes import Prototypes, repetition
 from twinspect.models.statistics import (
+    PLACE_PRIOR,
     Moments,
+    PlaceMoments,
     PositionScale,
     ResidualMap,
     Surprise,
     TokenDistance,
+    evenness,
+    left_out,
     shrink_to_identity,
     surprises,
     whitening,
@@ -64,6 +68,38 @@ def test_moments_far_from_zero_stay_positive() -> None:
     np.testing.assert_allclose(covariance[0], np.cov(rows.double().T, bias=True), atol=0.02)
 
 
+@pytest.mark.parametrize("far", [0.0, 1000.0])
+def test_place_moments_compare_every_image_with_the_others(far: float) -> None:
+    """Against a transcription that leaves each image out of the mean of its positions, as later images are."""
+    images = normal(12, 9, 3) * torch.tensor([3.0, 1.0, 0.3]) + 2 * normal(9, 3, seed=4) + far
+    moments = PlaceMoments(2, 9, 3)
+    for rows in images:
+        moments.update(rows, 1)
+    mean_KD, away_KND = moments.means()
+    own = images.double().mean((0, 1))
+    np.testing.assert_allclose(mean_KD[1], own, rtol=1e-6, atol=1e-5)
+    drawn = (images.double().sum(0) + PLACE_PRIOR * own) / (12 + PLACE_PRIOR)
+    np.testing.assert_allclose(mean_KD[1] + away_KND[1], drawn, rtol=1e-6, atol=1e-5)
+    apart = []
+    for i in range(12):
+        others = torch.cat([images[:i], images[i + 1 :]]).double()
+        apart.append(images[i] - (others.sum(0) + PLACE_PRIOR * own) / (11 + PLACE_PRIOR))
+    rows = torch.cat(apart)
+    np.testing.assert_allclose(moments.covariance(mean_KD, away_KND, 0.0)[1], rows.T @ rows / len(rows), rtol=1e-3)
+
+
+def test_a_whole_part_in_the_wrong_place_is_seen() -> None:
+    """Left and right half look different on every normal image; on an odd one they have changed places."""
+    sides = torch.tensor([2.0, -2.0]).repeat_interleave(6)[None, None, None].expand(1, 4, 12, 12)
+    owner = torch.zeros(60, dtype=torch.long)
+    module = fitted_map(sides + normal(60, 4, 12, 12), owner)
+    fresh = sides + normal(20, 4, 12, 12, seed=3)
+    usual = module(rows_of(fresh), owner[:20]).flatten(1).mean(1)
+    odd = module(rows_of(fresh.flip(3)), owner[:20]).flatten(1).mean(1)
+    assert odd.min() > usual.max() + 1.0
+    assert usual.mean().abs() < 0.2  # later images are as far from the means as the training images were
+
+
 def test_whitening_gives_identity() -> None:
     covariance = torch.stack([torch.cov(correlated(500, 12, seed=s).double().T) for s in (0, 5)])
     white = whitening(covariance, 0.0)
@@ -91,12 +127,13 @@ def rows_of(maps: torch.Tensor) -> torch.Tensor:
 
 def fitted_map(residuals: torch.Tensor, owner: torch.Tensor, count: int = 1) -> ResidualMap:
     module = ResidualMap(residuals.shape[1], residuals.shape[2])
-    moments = Moments(count, module.dims)
+    moments = PlaceMoments(count, module.positions, module.dims)
     for rows, k in zip(module.rows(rows_of(residuals)), owner.tolist(), strict=True):
         moments.update(rows, k)
     module.set_moments(moments)
     scale = PositionScale(count, 1, residuals.shape[2])
-    scale.update(module.length(rows_of(residuals), owner), owner)
+    longer = left_out(len(residuals) / count)
+    scale.update(longer * module.length(rows_of(residuals), owner), owner)
     module.set_scale(scale)
     return module
 
@@ -120,7 +157,7 @@ def test_a_large_window_sees_a_weak_patch_and_a_small_one_still_sees_a_point() -
     modules = {}
     for windows in ((1,), (5,), (1, 5)):
         module = ResidualMap(6, 24, windows)
-        moments = Moments(1, 6)
+        moments = PlaceMoments(1, module.positions, 6)
         for rows in module.rows(rows_of(images)):
             moments.update(rows, 0)
         module.set_moments(moments)
@@ -175,6 +212,15 @@ def test_kinds_of_photographs_share_one_prototype_products_keep_theirs() -> None
     # Together they seem to repeat more than each does, as other kinds are far away: not believed.
     each = [repetition(embeddings[i : i + 60], torch.zeros(60, dtype=torch.long), 1) for i in (120, 180)]
     assert float(link_K[2]) == pytest.approx(float(sum(each)) / 2, rel=1e-4)
+
+
+def test_evenness_tells_draws_of_one_gaussian_from_a_mixture() -> None:
+    drawn = normal(200, 400).norm(dim=1)  # in 400 directions: all about equally far
+    mixed = drawn * torch.where(torch.arange(200) % 2 == 0, 1.0, 1.5)
+    even = evenness(torch.cat([drawn, mixed, drawn[:4]]), torch.tensor([0] * 200 + [1] * 200 + [2] * 4), 4)
+    assert even[0] > 0.95
+    assert even[1] < 0.05
+    assert even[2:].tolist() == [0.0, 0.0]  # too few to tell
 
 
 def test_surprises_of_every_prototype_have_mean_one() -> None:

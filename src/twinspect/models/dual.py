@@ -30,12 +30,12 @@ from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_l
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
 from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, Resample, to_rows, whole_divisor
 from twinspect.models.nearest import NearestNormal
-from twinspect.models.statistics import Surprise, TokenDistance, surprises
+from twinspect.models.statistics import Surprise, TokenDistance, evenness, surprises
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions whose mean is a layer group's score
-TOKEN_WEIGHT = 0.25  # of the tokens' reading where normal images do not repeat each other; 1 where they do
+TOKEN_WEIGHT = 0.25  # of the tokens' reading where normal images are photographs; 1 where they repeat each other
 SURFACE_SHARE = 0.002  # the same for the mean map of the groups that lie on the surface, on the finest grid
 SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place says more than one group alone
 GRAIN_WINDOWS, FINE_WINDOWS = (3, 5), (1, 3)  # a position of stride 4 is too small to judge alone
@@ -219,6 +219,7 @@ class DualScorer(Scorer):
 
     gain_E: Tensor
     link_K: Tensor
+    even_K: Tensor
 
     def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
         self.side, self.plans = max(groups.sides), groups.plans
@@ -229,6 +230,7 @@ class DualScorer(Scorer):
         token_dims = sum(info.token_channels)
         self.nearest = NearestNormal(info.embedding_channels)
         self.register_buffer("link_K", torch.ones(1))
+        self.register_buffer("even_K", torch.zeros(1))
         self.register_buffer("gain_E", torch.ones(token_dims))
         self.token_of_student = TokenDistance(token_dims)
         for group, dims in enumerate(groups.dims):
@@ -290,13 +292,14 @@ class DualScorer(Scorer):
         self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
         self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, self.prototypes.variants)
         self.nearest.fit(embedding_NF, variant_N, seed)
-        self.link_K = link_K
+        self.link_K, self.even_K = link_K, torch.zeros_like(link_K)
 
     def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
         """Fit every reading's curve, then both students', whose scores are formed anew from the readings."""
         count = self.prototypes.count
         for reading, curve in enumerate(self.curves()[:-2]):
             curve.fit(groups_NG[:, reading], prototype_N, count)
+        self.even_K = evenness(groups_NG[:, len(self.plans) + 1], prototype_N, count)
         local_N, semantic_N = self.both(groups_NG, prototype_N)
         self.surprise_local.fit(local_N, prototype_N, count)
         self.surprise_semantic.fit(semantic_N, prototype_N, count)
@@ -305,16 +308,16 @@ class DualScorer(Scorer):
     def both(self, readings_BR: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor]:
         """Local and semantic score (B each): Noisy-ORs over their readings, as sums of surprises.
 
-        Local are the layer groups and the surface. Semantic are two: where normal images repeat each other, their
-        spread says all, and the nearest of them adds but noise; where they are as different as photographs, no
-        spread describes them well.
+        Local are the layer groups and the surface. Semantic are two: where normal images repeat each other, or are
+        draws of one Gaussian, their spread says all, and the nearest of them adds but noise; where they are as
+        different as photographs, no spread describes them well. See `repetition` and `evenness`.
         """
         said_BR = surprises(self.curves()[:-2], readings_BR, prototype_B)
         split = len(self.plans)
         surface_B, token_B, nearest_B = said_BR[:, split:].unbind(1)
-        link_B = self.link_K.index_select(0, prototype_B)
-        spread_B = TOKEN_WEIGHT + (1.0 - TOKEN_WEIGHT) * link_B
-        return said_BR[:, :split].sum(1) + SURFACE_WEIGHT * surface_B, spread_B * token_B + (1.0 - link_B) * nearest_B
+        near_B = ((1.0 - self.link_K) * (1.0 - self.even_K)).index_select(0, prototype_B)
+        spread_B = 1.0 - (1.0 - TOKEN_WEIGHT) * near_B
+        return said_BR[:, :split].sum(1) + SURFACE_WEIGHT * surface_B, spread_B * token_B + near_B * nearest_B
 
     def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""

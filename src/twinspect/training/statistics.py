@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.statistics import Moments, PositionScale
+from twinspect.models.statistics import PlaceMoments, PositionScale, left_out
 from twinspect.training.source import FeatureSource, Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
@@ -62,7 +62,7 @@ def fit_statistics(
     if modules:
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
         scorer.fit_gains(_groups(model, source, [indices[i] for i in order[:_START_IMAGES]]))
-    moments = [Moments(count, module.dims, model.device) for module in modules]
+    moments = [PlaceMoments(count, module.positions, module.dims, model.device) for module in modules]
     said: list[Tensor] = []
     for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
         progress("residual statistics", min((done + 1) * source.portion, len(indices)), 2 * len(indices))
@@ -85,12 +85,15 @@ def _fit_positions(
     count = model.scorer.prototypes.count
     shapes = [module.level_KWhw.shape for module in modules]
     scales = [PositionScale(count, windows, side, model.device) for _, windows, side, _ in shapes]
+    # A training image is nearer to a mean that it is a part of than an image that comes later.
+    longer_K = torch.tensor([left_out(images) for images in torch.bincount(prototype_N, minlength=count).tolist()])
+    longer_K = longer_K.to(model.device)
     for done, (owner, pairs, _) in enumerate(_residuals(model, source, indices, prototype_N)):
         progress(
             "residual statistics", len(indices) + min((done + 1) * source.portion, len(indices)), 2 * len(indices)
         )
         for module, scale, residual_BND in zip(modules, scales, pairs, strict=True):
-            scale.update(module.length(residual_BND, owner), owner)
+            scale.update(longer_K[owner][:, None, None, None] * module.length(residual_BND, owner), owner)
     for module, scale in zip(modules, scales, strict=True):
         module.set_scale(scale)
 
