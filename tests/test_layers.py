@@ -39,9 +39,11 @@ def slow_attention(module: LinearAttention, x: torch.Tensor) -> torch.Tensor:
     return module.out(out)
 
 
-def test_linear_attention_equals_its_transcription() -> None:
+@pytest.mark.parametrize(("width", "heads", "bundles"), [(12, 3, 1), (256, 8, 2), (192, 3, 3)])
+def test_linear_attention_equals_its_transcription(width: int, heads: int, bundles: int) -> None:
     torch.manual_seed(0)
-    module, x = LinearAttention(12, 3), torch.randn(2, 7, 12)
+    module, x = LinearAttention(width, heads), torch.randn(2, 7, width)
+    assert module.bundles == bundles
     torch.testing.assert_close(module(x), slow_attention(module, x), rtol=1e-4, atol=1e-5)
     order = torch.randperm(7)
     torch.testing.assert_close(module(x)[:, order], module(x[:, order]))  # no position in it
