@@ -71,8 +71,8 @@ class DualShape:
         multiple = info.multiple if vit else 1
         return DualShape(
             self.size,
-            self.width or (info.channels[0] if vit else 128),
-            self.depth or (8 if vit else 2),
+            self.width or (info.channels[0] if vit else 64),
+            self.depth or (8 if vit else 1),
             self.dropout,
             whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
             self.ee_depth,
