@@ -10,7 +10,8 @@ from tiny import RANDOM, RANDOM_CNN, picture, run_config
 
 from twinspect import Detector
 from twinspect.models.contract import Observed, Outputs
-from twinspect.models.dual import DualModel, LevelGroups
+from twinspect.models.dual import DualModel
+from twinspect.models.groups import LevelGroups
 from twinspect.models.layers import DecoderBlock, from_rows, to_map, to_tokens
 from twinspect.models.statistics import ResidualMap, Surprise
 from twinspect.scoring import noisy_or, top_mean

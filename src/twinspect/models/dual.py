@@ -17,9 +17,8 @@ one for every position of the decoder's: see `layers.to_rows`), E width of all g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +26,11 @@ from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
-from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, Resample, to_rows, whole_divisor
-from twinspect.models.nearest import NearestNormal
-from twinspect.models.statistics import Surprise, TokenDistance, evenness, surprises
+from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted
+from twinspect.models.dual_scorer import DualScorer
+from twinspect.models.groups import LevelGroups
+from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, whole_divisor
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import noisy_or, smooth, top_mean, upsample
-
-TOP_SHARE = 0.005  # share of positions whose mean is a layer group's score
-TOKEN_WEIGHT = 0.25  # of the tokens' reading where normal images are photographs; 1 where they repeat each other
-SURFACE_SHARE = 0.002  # the same for the mean map of the groups that lie on the surface, on the finest grid
-SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place says more than one group alone
-GRAIN_WINDOWS, FINE_WINDOWS = (3, 5), (1, 3)  # a position of stride 4 is too small to judge alone
-GRAIN_SHARE = 0.0005  # the same for the grain group, which has four times the positions of the next
-GRAIN_WEIGHT = 0.25  # in the anomaly map: most defects are coarser, and its noise is the finest
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,71 +68,6 @@ class DualShape:
             self.ee_depth,
             whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
         )
-
-
-class GroupPlan(NamedTuple):
-    """A layer group: indices of the teacher's levels, its grid in pixels a step, and how its map is read.
-
-    Attributes:
-        windows: sides, in positions, over which squared lengths of residuals are averaged.
-        share: of positions, the highest, whose mean is the group's score.
-        on_surface: whether its map says where on a surface a defect is; such maps are also read together.
-        weight: in the anomaly map.
-    """
-
-    levels: tuple[int, ...]
-    stride: int
-    windows: tuple[int, ...] = (1,)
-    share: float = TOP_SHARE
-    on_surface: bool = True
-    weight: float = 1.0
-
-
-class LevelGroups(Selection):
-    """Forms the teacher's layer groups and the decoder's input from its levels.
-
-    ViT: the mean of each half of the levels, untouched (Dinomaly). CNN: every channel standardised by its
-    statistics on normal images, in four groups: grain (stride 4 alone, on its own grid: what a surface is made
-    of), fine (strides 4 and 8, first stage of 16, on the grid of 8), middle (last stage of 16) and deep (last
-    stages of 16 and 32, on the grid of 16).
-    """
-
-    def __init__(self, info: BackboneInfo, size: int) -> None:
-        self.averaged = info.kind == "vit"
-        plans = _vit_groups(info.strides) if self.averaged else _cnn_groups(info.strides)
-        singles = sorted({i for plan in plans for i in plan.levels})
-        levels = [list(plan.levels) for plan in plans] if self.averaged else [[i] for i in singles]
-        sides = [-(-size // info.strides[members[0]]) for members in levels]
-        super().__init__(info, levels, sides, not self.averaged)
-        self.plans = plans
-        self.members = [[0], [1]] if self.averaged else [[singles.index(i) for i in p.levels] for p in plans]
-        self.sides = [-(-size // plan.stride) for plan in plans]
-        self.dims = [sum(self.channels[i] for i in group) for group in self.members]
-        self.trunk_side = min(self.sides)
-        self.trunk_dims = self.channels[0] if self.averaged else sum(self.channels)
-        self.factors = [side // self.trunk_side for side in self.sides]
-        self.steps = [(i, *step) for i, side in enumerate(sides) for step in _resampling(side, self._sides_of(i))]
-        self.moves = nn.ModuleList(Resample(here, side) for _, here, side in self.steps)
-
-    def _sides_of(self, i: int) -> set[int]:
-        """Sides of the grids that a selected map is needed on."""
-        return {self.trunk_side, *(s for s, own in zip(self.sides, self.members, strict=True) if i in own)}
-
-    def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
-        """Selected maps to (groups as rows B x N x D, decoder input B x T x D_in)."""
-        grids = [self.standardise(one, i).permute(0, 2, 3, 1) for i, one in enumerate(selected)]
-        if self.averaged:
-            groups = [to_rows(one) for one in grids]
-            return groups, torch.stack(groups).mean(0)
-        found = {(i, side): grid for i, (grid, side) in enumerate(zip(grids, self.map_sides, strict=True))}
-        for (i, here, side), move in zip(self.steps, self.moves, strict=True):
-            found[i, side] = move(found[i, here])
-        groups = [
-            to_rows(torch.cat([found[i, side] for i in group], 3), factor)
-            for group, side, factor in zip(self.members, self.sides, self.factors, strict=True)
-        ]
-        trunk = torch.cat([found[i, self.trunk_side] for i in range(len(grids))], 3)
-        return groups, to_rows(trunk)
 
 
 class EncoderDecoder(nn.Module):
@@ -214,163 +139,6 @@ class DualStudent(nn.Module):
         return Predicted(self.local(trunk_BTD), self.semantic(small_B3SS))
 
 
-class DualScorer(Scorer):
-    """Turns what teacher and students said into maps and scores; buffers only."""
-
-    gain_E: Tensor
-    link_K: Tensor
-    even_K: Tensor
-
-    def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
-        self.side, self.plans = max(groups.sides), groups.plans
-        windows = [plan.windows for plan in groups.plans]
-        # A quarter of the input side: twice the fine group's grid, whether there is a grain group or not.
-        map_side = self.side if groups.plans[0].stride == 4 else 2 * self.side
-        super().__init__(info, groups.dims, groups.sides, clusters, map_side, windows, factors=groups.factors)
-        token_dims = sum(info.token_channels)
-        self.nearest = NearestNormal(info.embedding_channels)
-        self.register_buffer("link_K", torch.ones(1))
-        self.register_buffer("even_K", torch.zeros(1))
-        self.register_buffer("gain_E", torch.ones(token_dims))
-        self.token_of_student = TokenDistance(token_dims)
-        for group, dims in enumerate(groups.dims):
-            self.register_buffer(f"gain_{group}", torch.ones(dims))
-        self.surprise_groups = nn.ModuleList(Surprise() for _ in groups.dims)
-        self.surprise_surface = Surprise()
-        self.surprise_token, self.surprise_nearest = Surprise(), Surprise()
-        self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
-
-    def curves_of_groups(self) -> list[Surprise]:
-        """The calibration curve of every layer group."""
-        return [cast(Surprise, module) for module in self.surprise_groups]
-
-    def curves(self) -> list[Surprise]:
-        """Every calibration curve."""
-        readings = [*self.curves_of_groups(), self.surprise_surface, self.surprise_token, self.surprise_nearest]
-        return [*readings, self.surprise_local, self.surprise_semantic]
-
-    def residual(self, group: int, teacher: Tensor, student: Tensor) -> Tensor:
-        """Teacher minus the student at its least-squares gain per channel.
-
-        The cosine loss leaves the student's length free. One gain for all images: fitted to each anew it would
-        let a student that has learnt nothing explain a part of every defect.
-        """
-        return torch.addcmul(teacher, -self.gain(group), student)
-
-    def gain(self, group: int) -> Tensor:
-        """The student's gain per channel of a group (D)."""
-        return self.get_buffer(f"gain_{group}")
-
-    def fit_gains(self, answers: Iterable[tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Learn the gains from (teacher's groups, student's groups) of some normal images."""
-        shared = [torch.zeros_like(self.gain(g), dtype=torch.float64) for g in range(len(self.plans))]
-        length = [torch.zeros_like(one) for one in shared]
-        for groups, predicted in answers:
-            for g, (teacher, student) in enumerate(zip(groups, predicted, strict=True)):
-                shared[g] += (teacher * student).double().sum((0, 1))
-                length[g] += student.double().square().sum((0, 1))
-        for g, (one, other) in enumerate(zip(shared, length, strict=True)):
-            self.register_buffer(f"gain_{g}", (one / other.clamp_min(1e-12)).float())
-
-    def group_maps(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
-        """The z-map of every layer group on its own grid: B x h x w each."""
-        return [
-            module(self.residual(g, groups[g], predicted[g]), prototype_B) for g, module in enumerate(self.residuals)
-        ]
-
-    def token_residual(self, token_BE: Tensor, predicted: tuple[Tensor, ...]) -> Tensor:
-        """Teacher's tokens minus the student's at its least-squares gain per channel: B x E.
-
-        Where the student has learnt nothing the gain is near zero and its noise is kept out.
-        """
-        return token_BE - self.gain_E * torch.cat(predicted, 1)
-
-    def fit_tokens(self, token_NE: Tensor, said_NE: Tensor, embedding_NF: Tensor, link_K: Tensor, seed: int) -> None:
-        """Learn how tokens and what the student misses of them scatter, and where normal images lie."""
-        super().fit_tokens(token_NE, said_NE, embedding_NF, link_K, seed)
-        variant_N = self.prototypes.variant(token_NE)
-        self.gain_E = (token_NE * said_NE).sum(0) / said_NE.square().sum(0).clamp_min(1e-12)
-        self.token_of_student.fit(token_NE - self.gain_E * said_NE, variant_N, self.prototypes.variants)
-        self.nearest.fit(embedding_NF, variant_N, seed)
-        self.link_K, self.even_K = link_K, torch.zeros_like(link_K)
-
-    def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
-        """Fit every reading's curve, then both students', whose scores are formed anew from the readings."""
-        count = self.prototypes.count
-        for reading, curve in enumerate(self.curves()[:-2]):
-            curve.fit(groups_NG[:, reading], prototype_N, count)
-        self.even_K = evenness(groups_NG[:, len(self.plans) + 1], prototype_N, count)
-        local_N, semantic_N = self.both(groups_NG, prototype_N)
-        self.surprise_local.fit(local_N, prototype_N, count)
-        self.surprise_semantic.fit(semantic_N, prototype_N, count)
-        return self.joined(local_N, semantic_N, prototype_N)[0]
-
-    def both(self, readings_BR: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and semantic score (B each): Noisy-ORs over their readings, as sums of surprises.
-
-        Local are the layer groups and the surface. Semantic are two: where normal images repeat each other, or are
-        draws of one Gaussian, their spread says all, and the nearest of them adds but noise; where they are as
-        different as photographs, no spread describes them well. See `repetition` and `evenness`.
-        """
-        said_BR = surprises(self.curves()[:-2], readings_BR, prototype_B)
-        split = len(self.plans)
-        surface_B, token_B, nearest_B = said_BR[:, split:].unbind(1)
-        near_B = ((1.0 - self.link_K) * (1.0 - self.even_K)).index_select(0, prototype_B)
-        spread_B = 1.0 - (1.0 - TOKEN_WEIGHT) * near_B
-        return said_BR[:, :split].sum(1) + SURFACE_WEIGHT * surface_B, spread_B * token_B + near_B * nearest_B
-
-    def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""
-        tops = [top_mean(one, plan.share) for one, plan in zip(maps, self.plans, strict=True)]
-        fine = [upsample(one, self.side)[:, 0] for one in maps]
-        surface = [one for one, plan in zip(fine, self.plans, strict=True) if plan.on_surface]
-        tops.append(top_mean(torch.stack(surface).mean(0), SURFACE_SHARE))
-        weights = [plan.weight for plan in self.plans]
-        weighted = [weight * one for weight, one in zip(weights, fine, strict=True)]
-        return torch.stack(tops, 1), torch.stack(weighted).sum(0) / sum(weights)
-
-    def joined(self, local_B: Tensor, semantic_B: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Joint score and both students' surprises (B each), the local one weighed by its link.
-
-        Each student is calibrated as one, or the layer groups would outvote the semantic student. Doubt grows
-        with the square, p = 1 - exp(-s^2 / 2): a student within its normal range then says nearly nothing, and the
-        Noisy-OR pays little for listening to it. In a Noisy-OR every cause has a link strength, the chance that it
-        is not inhibited. Here it tempers the local student's probability, (1 - p) ** link, where normal images do
-        not repeat each other: see `repetition`.
-        """
-        curves, raw_B2 = self.curves()[-2:], torch.stack([local_B, semantic_B], 1)
-        local, semantic = _squared(surprises(curves, raw_B2, prototype_B)).unbind(1)
-        local = self.link_K.index_select(0, prototype_B) * local
-        return noisy_or(local, semantic)[0], local, semantic
-
-    def read_tokens(
-        self, token_BE: Tensor, said: tuple[Tensor, ...], embedding_BF: Tensor, variant_B: Tensor, unusual_B: Tensor
-    ) -> Tensor:
-        """Two raw readings of the whole image (B x 2): how far it is from its kind, and from any normal image.
-
-        The first is how unusual the teacher's tokens are (``unusual_B``) and how far the student missed them.
-        """
-        missed_B = self.token_of_student(self.token_residual(token_BE, said), variant_B)
-        wrong_B = (unusual_B.square() + missed_B.square()).sqrt()
-        return torch.stack([wrong_B, self.nearest(embedding_BF)], 1)
-
-    def forward(self, groups: list[Tensor], token_BE: Tensor, predicted: Predicted, embedding_BF: Tensor) -> Outputs:
-        """Maps, raw and calibrated scores of a batch."""
-        variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
-        maps = self.group_maps(groups, predicted.groups, prototype_B)
-        maps_BR, grid_Bhw = self.read_maps(maps)
-        unusual_B = self.token_of_teacher(token_BE, variant_B)
-        tokens_B2 = self.read_tokens(token_BE, predicted.tokens, embedding_BF, variant_B, unusual_B)
-        readings_BR = torch.cat([maps_BR, tokens_B2], 1)
-        local_B, semantic_B = self.both(readings_BR, prototype_B)
-        joint_B, surprise_local, surprise_semantic = self.joined(local_B, semantic_B, prototype_B)
-        return Outputs(
-            smooth(upsample(grid_Bhw, self.map_side), self.kernel), joint_B, local_B, semantic_B,
-            surprise_local, surprise_semantic, prototype_B, readings_BR, unusual_B,
-        )  # fmt: skip
-
-
 class DualModel(AnomalyModel):
     """Teacher, both students and scorer.
 
@@ -429,11 +197,6 @@ def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     return DualModel(teacher, shape, config.clusters)
 
 
-def _squared(surprise: Tensor) -> Tensor:
-    """Half the square, with its sign, so that no two scores tie below the normal range."""
-    return 0.5 * surprise * surprise.abs()
-
-
 def sine_positions(side: int, width: int) -> Tensor:
     """Fixed sine and cosine codes of row and column: (side*side) x width."""
     quarter = max(1, width // 4)
@@ -442,33 +205,3 @@ def sine_positions(side: int, width: int) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], 1)
     both = torch.cat([line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)], 2)
     return F.pad(both.reshape(side * side, -1), (0, width - 4 * quarter))
-
-
-def _resampling(own: int, wanted: set[int]) -> list[tuple[int, int]]:
-    """(from side, to side) in an order that can be followed; means are taken of the smallest grid of means."""
-    steps, here = [], own
-    for side in sorted(wanted - {own}, reverse=True):
-        steps.append((here if here % side == 0 else own, side))
-        here = side if own % side == 0 else here
-    return steps
-
-
-def _vit_groups(strides: tuple[int, ...]) -> list[GroupPlan]:
-    levels, half = len(strides), max(1, len(strides) // 2)
-    parts = tuple(range(half)), tuple(range(half, levels)) or (levels - 1,)
-    return [GroupPlan(part, strides[0]) for part in parts]
-
-
-def _cnn_groups(strides: tuple[int, ...]) -> list[GroupPlan]:
-    """The grain, fine, middle and deep group; a CNN without a stride repeats the next, or has no grain."""
-    last = {stride: max(i for i, s in enumerate(strides) if s == stride) for stride in set(strides)}
-    first_16 = min((i for i, s in enumerate(strides) if s == 16), default=len(strides) - 1)
-    middle, deep = last.get(16, len(strides) - 1), last.get(32, len(strides) - 1)
-    fine = sorted({last[stride] for stride in (4, 8) if stride in last} | {first_16})
-    plans = [
-        GroupPlan(tuple(fine), max(8, strides[fine[0]]), FINE_WINDOWS),
-        GroupPlan((middle,), strides[middle]),
-        GroupPlan(tuple(sorted({middle, deep})), strides[middle], on_surface=False),
-    ]
-    grain = [GroupPlan((last[4],), 4, GRAIN_WINDOWS, GRAIN_SHARE, weight=GRAIN_WEIGHT)] if 4 in last else []
-    return grain + plans
