@@ -171,7 +171,7 @@ class Scorer(nn.Module):
         clusters: int,
         map_side: int,
         windows: list[tuple[int, ...]] | None = None,
-        ridge: float = 1e-3,
+        ridge: float = 3e-3,
         factors: list[int] | None = None,
     ) -> None:
         super().__init__()

@@ -146,7 +146,7 @@ class ResidualMap(nn.Module):
         factor: int = 1,
         seed: int = 0,
         most_dims: int = 512,
-        ridge: float = 1e-3,
+        ridge: float = 3e-3,
     ) -> None:
         super().__init__()
         self.ridge, self.dims, self.windows, self.factor = ridge, min(dims, most_dims), windows, factor
