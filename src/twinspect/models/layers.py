@@ -57,10 +57,8 @@ class LinearAttention(nn.Module):
         with torch.autocast(x_BND.device.type, enabled=False):
             context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
             total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
-            norm = (q @ total).clamp_min(1e-6)
-            mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-1], width // self.heads) / norm[
-                ..., None
-            ]
+            norm = (q @ total).clamp_min(1e-6)[..., None]
+            mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-2], width // self.heads) / norm
         out: Tensor = self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype))
         return out
 
@@ -206,3 +204,9 @@ def to_map(tokens_BND: Tensor) -> Tensor:
 def whole_divisor(size: int, wanted: int, multiple: int) -> int:
     """The largest factor up to ``wanted`` that leaves a whole side, a multiple of the patch."""
     return next(f for f in range(max(1, wanted), 0, -1) if size % f == 0 and (size // f) % multiple == 0)
+
+
+def in_fp16(x: Tensor) -> Tensor:
+    """Half precision with nothing infinite, for what is kept in bulk."""
+    most = torch.finfo(torch.float16).max
+    return x.to(torch.float16).clamp(-most, most)  # in this order: half the bytes to clamp

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from twinspect.models.layers import from_rows
+from twinspect.models.layers import from_rows, in_fp16
 
 PLACE_PRIOR = 4.0  # pseudo-images that the mean of a position is drawn to the prototype's own by
-_HALF_MAX = torch.finfo(torch.float16).max
 _FEWEST = 8  # images that a spread is taken from
 _TAIL_QUANTILES = (0.1, 0.25, 0.5, 0.65, 0.8)
 
@@ -46,9 +45,7 @@ class Moments:
         count = self.count_K.clamp_min(1.0)
         mean_KD = self.sum_KD / count[:, None]
         centred_KDD = self.outer_KDD - count[:, None, None] * mean_KD[:, :, None] * mean_KD[:, None, :]
-        pooled_DD = centred_KDD.sum(0) / count.sum()
-        weight = (count / (count + prior))[:, None, None]
-        return mean_KD, weight * centred_KDD / count[:, None, None] + (1 - weight) * pooled_DD
+        return mean_KD, drawn_to_pooled(centred_KDD, count, prior)
 
 
 class PlaceMoments:
@@ -96,10 +93,14 @@ class PlaceMoments:
             cross = total.T @ mean
             around = self.outer_KDD[k] - cross - cross.T + images * (mean.T @ mean)
             scattered[k] = around * left_out(images) ** 2
-        count = (self.images_K * away_KND.shape[1]).clamp_min(1.0)
-        pooled = scattered.sum(0) / count.sum()
-        weight = (count / (count + prior))[:, None, None]
-        return weight * scattered / count[:, None, None] + (1 - weight) * pooled
+        return drawn_to_pooled(scattered, (self.images_K * away_KND.shape[1]).clamp_min(1.0), prior)
+
+
+def drawn_to_pooled(scattered_KDD: Tensor, count_K: Tensor, prior: float) -> Tensor:
+    """Covariances (K x D x D) from sums of outer products, drawn to the pooled one by ``prior`` pseudo-vectors."""
+    pooled_DD = scattered_KDD.sum(0) / count_K.sum()
+    weight = (count_K / (count_K + prior))[:, None, None]
+    return weight * scattered_KDD / count_K[:, None, None] + (1 - weight) * pooled_DD
 
 
 def left_out(images: float) -> float:
@@ -186,7 +187,7 @@ class ResidualMap(nn.Module):
     def set_moments(self, moments: PlaceMoments) -> None:
         """Take means and covariances gathered over the training images."""
         self.mean_KD, away_KND = moments.means()
-        self.away_KND = away_KND.clamp(-_HALF_MAX, _HALF_MAX).half()
+        self.away_KND = in_fp16(away_KND)
         covariance = moments.covariance(self.mean_KD, self.away_KND, prior=2.0 * self.dims)
         self.whiten_KDD = whitening(covariance, self.ridge).float()
 

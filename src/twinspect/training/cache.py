@@ -30,9 +30,9 @@ from torch import Tensor
 
 from twinspect.errors import DataError
 from twinspect.models.contract import Observed
+from twinspect.models.layers import in_fp16
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
-_HALF_MAX = 65504.0  # largest fp16; beyond it a feature would become infinite
 _TOGETHER = 8  # records written and flushed at a time
 _WAITING = 3  # such portions that may wait for the disk
 
@@ -61,7 +61,7 @@ class RecordLayout:
         """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
         batch = len(small_B3ss)
         block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
-        maps = [as_stored(one) for one in observed.maps]
+        maps = [in_fp16(one) for one in observed.maps]
         parts = [*maps, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
         start = 0
         for part in parts:
@@ -241,11 +241,6 @@ class FeatureCache:
                 found = True
         if found:
             self._segments.append(data)
-
-
-def as_stored(map_BDhw: Tensor) -> Tensor:
-    """A map as records hold it: fp16, nothing infinite."""
-    return map_BDhw.to(torch.float16).clamp(-_HALF_MAX, _HALF_MAX)  # in this order: half the bytes to clamp
 
 
 def _write_all(file: io.FileIO, rest: memoryview) -> None:
