@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import RANDOM, images_to_test, picture, run_config
+from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config
 
 from twinspect import Detector
-from twinspect.models.contract import fit_size
+from twinspect.config import TrainConfig
+from twinspect.losses import encoder_decoder_loss
+from twinspect.models.contract import Observed, fit_size
 from twinspect.models.dual import DualModel, DualShape
-from twinspect.models.teachers import create_teacher
+from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import noisy_or
 from twinspect.training.fit import build_model
 
@@ -38,6 +40,46 @@ def test_depth_dial_makes_the_encoder_encoder_cheaper() -> None:
     full, half = (meta_model("dinov2-small", 112, ee_depth=d) for d in (1.0, 0.5))
     assert count(half.student.semantic) < 0.65 * count(full.student.semantic)
     assert count(half.student.local) == count(full.student.local)
+
+
+def test_depth_dial_keeps_a_part_of_every_stage_of_a_cnn() -> None:
+    full, half, least = (Backbone("resnet18", depth) for depth in (1.0, 0.5, 0.01))
+    assert [len(half.net.get_submodule(f"layer{i}")) for i in range(1, 5)] == [1] * 4
+    assert count(least) == count(half) < 0.5 * count(full)
+    x = torch.randn(2, 3, 64, 64)
+    assert [m.shape for m in half.features(x).maps] == [m.shape for m in full.features(x).maps]
+
+
+def test_a_step_compares_some_positions_others_at_the_next() -> None:
+    model = build_model(run_config(RANDOM_CNN).model).train()
+    config = TrainConfig(compared=0.25)
+    kept = [model.compared(step, config) for step in (0, 0, 1)]
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+    assert len(kept[0].unique()) == len(kept[0]) == model.groups.trunk_side**2 // 4
+
+    def loss(observed: Observed, share: float) -> float:
+        torch.manual_seed(0)
+        return float(model.losses(observed, small, 0, TrainConfig(compared=share))["local"])
+
+    x = torch.randn(2, 3, 64, 64)
+    observed, small = model.observe(x), model.shrink(x)
+    groups, trunk = model.groups(observed.maps)
+    torch.manual_seed(0)
+    said = model.student.local(trunk)
+    torch.manual_seed(0)
+    some = model.student.local(trunk, kept[0].expand(2, -1))
+    for own, part, factor in zip(said, some, model.groups.factors, strict=True):
+        blocks = own.reshape(2, -1, factor**2 * own.shape[2])[:, kept[0]]
+        torch.testing.assert_close(part.reshape(blocks.shape), blocks)
+    assert loss(observed, 0.25) != loss(observed, 1.0)
+    torch.manual_seed(0)
+    expected = encoder_decoder_loss(groups, model.student.local(trunk), 0.0).mean()
+    assert loss(observed, 1.0) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_every_position_of_a_vit_is_compared() -> None:
+    assert build_model(run_config().model).compared(0, TrainConfig()) is None
 
 
 @pytest.mark.parametrize("depth", [0.3, 0.5, 1.0])

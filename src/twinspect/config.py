@@ -84,15 +84,15 @@ class ModelConfig:
     size: int = 0
     """Input side in pixels; 0 takes the teacher's default."""
     width: int = 0
-    """Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 128 (CNN)."""
+    """Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN)."""
     depth: int = 0
-    """Blocks of the Encoder-Decoder; 0 takes 8 (ViT) or 3 (CNN)."""
+    """Blocks of the Encoder-Decoder; 0 takes 8 (ViT) or 1 (CNN)."""
     dropout: float = 0.2
     """Noise of the bottleneck; 0.4 suits very large and varied sets."""
     ee_shrink: int = 0
     """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN)."""
-    ee_depth: float = 1.0
-    """Share of the teacher's blocks in the Encoder-Encoder (ViT only)."""
+    ee_depth: float = 0.0
+    """Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25."""
     view_shrink: int = 0
     """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
     clusters: int = 0
@@ -119,7 +119,7 @@ class ModelConfig:
             raise ConfigError(unknown_name("model", self.model, MODELS))
         _check(self.size == 0 or self.size >= 64, f"--size {self.size}: at least 64 pixels, or 0 for the default")
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
-        _check(0.0 < self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 < ee_depth <= 1")
+        _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
         _check(self.clusters >= 0, f"clusters {self.clusters}: at least 1, or 0 for as many as there are products")
         self._check_structure()
 
@@ -196,6 +196,8 @@ class TrainConfig:
     """Reading of the Noisy-OR objective: n1, n2 or n3."""
     easy_ramp: int = 1000
     """Steps over which the easy share of positions rises to 0.9 (hard mining)."""
+    compared: float = 0.25
+    """Share of positions, others at every step, where a CNN's features are compared with the local student's."""
     precision: str = "auto"
     """fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a GPU."""
     device: str = "auto"
@@ -217,6 +219,7 @@ class TrainConfig:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
         _check(self.batch >= 2, f"--batch {self.batch}: at least 2")
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
+        _check(0.0 < self.compared <= 1.0, f"compared {self.compared}: accepted 0 < compared <= 1")
         _check(self.memory_gb >= 0, f"--memory-gb {self.memory_gb}: accepted 0 (no limit) or 10^9 bytes")
         _check(
             not (self.compile and self.memory_gb),

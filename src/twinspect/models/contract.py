@@ -293,13 +293,13 @@ def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
     if here == side:
         return map_BDhw
-    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw.movedim(1, 3))
-    return found.movedim(3, 1)
+    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
+    return found
 
 
 def _shrunk(x_B3SS: Tensor, factor: int) -> Tensor:
     """Mean of every factor x factor pixels."""
-    return pool(x_B3SS, factor, row_axis=2)
+    return pool(x_B3SS, factor)
 
 
 def fit_size(image_BCHW: Tensor, size: int) -> Tensor:

@@ -42,7 +42,7 @@ class DualShape:
         width, depth: of the Encoder-Decoder's decoder.
         dropout: noise of its bottleneck.
         ee_shrink: factor by which the Encoder-Encoder's input is smaller.
-        ee_depth: share of the teacher's blocks in the Encoder-Encoder (ViT).
+        ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
         view_shrink: factor by which the view is smaller that global tokens are taken from. A CNN recognises
             objects at the size it was trained with; small defects need more pixels than that.
     """
@@ -52,7 +52,7 @@ class DualShape:
     depth: int = 0
     dropout: float = 0.2
     ee_shrink: int = 0
-    ee_depth: float = 1.0
+    ee_depth: float = 0.0
     view_shrink: int = 0
 
     def resolved(self, info: BackboneInfo) -> DualShape:
@@ -65,7 +65,7 @@ class DualShape:
             self.depth or (8 if vit else 1),
             self.dropout,
             whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
-            self.ee_depth,
+            self.ee_depth or (1.0 if vit else 0.25),
             whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
         )
 
@@ -86,15 +86,25 @@ class EncoderDecoder(nn.Module):
             each = zip(groups.dims, groups.factors, strict=True)
             self.heads = nn.ModuleList(BlockHead(shape.width, dims, factor) for dims, factor in each)
 
-    def forward(self, trunk_BTD: Tensor) -> list[Tensor]:
-        """Predicted rows (B x N x D), in the order of the groups."""
-        x_BTW = self.bottleneck(trunk_BTD)
+    def forward(self, trunk_BTD: Tensor, kept_BP: Tensor | None = None) -> list[Tensor]:
+        """Predicted rows (B x N x D), in the order of the groups.
+
+        Of a CNN's positions ``kept_BP`` only, if given: the same for every image, but one row each, so that a batch
+        can be cut into parts.
+        """
         if self.averaged:
-            return self._block_means(x_BTW)
-        x_BTW = x_BTW + self.position_TW
+            return self._block_means(self.bottleneck(trunk_BTD))
+        x_BTW = self.tokens(trunk_BTD)
+        if kept_BP is not None:
+            x_BTW = x_BTW.index_select(1, kept_BP[0])
+        return [head(x_BTW) for head in self.heads]
+
+    def tokens(self, trunk_BTD: Tensor) -> Tensor:
+        """What the heads of a CNN's decoder see: B x T x W."""
+        x_BTW: Tensor = self.bottleneck(trunk_BTD) + self.position_TW
         for block in self.blocks:
             x_BTW = block(x_BTW)
-        return [head(x_BTW) for head in self.heads]
+        return x_BTW
 
     def _block_means(self, x_BTW: Tensor) -> list[Tensor]:
         """Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group."""
@@ -131,12 +141,12 @@ class DualStudent(nn.Module):
 
     def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
         super().__init__()
-        self.local = EncoderDecoder(groups, shape, info)
+        self.local: nn.Module = EncoderDecoder(groups, shape, info)
         self.semantic = EncoderEncoder(info, shape)
 
-    def forward(self, trunk_BTD: Tensor, small_B3SS: Tensor) -> Predicted:
-        """Predictions of both students."""
-        return Predicted(self.local(trunk_BTD), self.semantic(small_B3SS))
+    def forward(self, trunk_BTD: Tensor, small_B3SS: Tensor, kept_BP: Tensor | None = None) -> Predicted:
+        """Predictions of both students; the local one's at positions ``kept_BP`` only, if given."""
+        return Predicted(self.local(trunk_BTD, kept_BP), self.semantic(small_B3SS))
 
 
 class DualModel(AnomalyModel):
@@ -174,12 +184,30 @@ class DualModel(AnomalyModel):
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Noisy-OR of both students' distances, and the two on their own."""
-        groups, predicted = self.answer(observed, small_B3SS)
+        groups, trunk = self.groups(observed.maps)
+        kept_P = self.compared(step, config)
+        if kept_P is None:
+            predicted = self.student(trunk, small_B3SS)
+        else:
+            groups = [_kept(one, trunk.shape[1], kept_P) for one in groups]
+            predicted = self.student(trunk, small_B3SS, kept_P.expand(len(trunk), -1))
         local_B = encoder_decoder_loss(groups, predicted.groups, easy_share(step, config.easy_ramp))
         split = torch.split(self.tokens(observed.token_BE), list(self.teacher.info.token_channels), 1)
         semantic_B = encoder_encoder_loss(split, predicted.tokens)
         loss = noisy_or_loss(local_B, semantic_B, config.noisy_or)
         return {"loss": loss, "local": local_B.mean().detach(), "semantic": semantic_B.mean().detach()}
+
+    def compared(self, step: int, config: TrainConfig) -> Tensor | None:
+        """Positions of the decoder's grid whose features a step compares: others at every step, the same for all.
+
+        A CNN's heads and their loss are most of a step, and neighbouring positions teach nearly the same. A ViT's
+        decoder has no heads: every position is compared.
+        """
+        if self.groups.averaged:
+            return None
+        count = self.groups.trunk_side**2
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
+        return order[: max(1, round(config.compared * count))].sort().values.to(self.device)
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """A group per student: their safe learning rates differ."""
@@ -195,6 +223,12 @@ def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
         size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink
     )
     return DualModel(teacher, shape, config.clusters)
+
+
+def _kept(rows_BND: Tensor, positions: int, kept_P: Tensor) -> Tensor:
+    """The rows of some of the decoder's positions."""
+    blocks = rows_BND.reshape(len(rows_BND), positions, -1).index_select(1, kept_P)
+    return blocks.reshape(len(rows_BND), -1, rows_BND.shape[2])
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -70,19 +70,23 @@ class LevelGroups(Selection):
 
     def forward(self, selected: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
         """Selected maps to (groups as rows B x N x D, decoder input B x T x D_in)."""
-        grids = [self.standardise(one, i).permute(0, 2, 3, 1) for i, one in enumerate(selected)]
+        maps = [self.standardise(one, i) for i, one in enumerate(selected)]
         if self.averaged:
-            groups = [to_rows(one) for one in grids]
+            groups = [to_rows(one.permute(0, 2, 3, 1)) for one in maps]
             return groups, torch.stack(groups).mean(0)
-        found = {(i, side): grid for i, (grid, side) in enumerate(zip(grids, self.map_sides, strict=True))}
+        found = {(i, side): one for i, (one, side) in enumerate(zip(maps, self.map_sides, strict=True))}
         for (i, here, side), move in zip(self.steps, self.moves, strict=True):
             found[i, side] = move(found[i, here])
         groups = [
-            to_rows(torch.cat([found[i, side] for i in group], 3), factor)
+            to_rows(_joined([found[i, side] for i in group]), factor)
             for group, side, factor in zip(self.members, self.sides, self.factors, strict=True)
         ]
-        trunk = torch.cat([found[i, self.trunk_side] for i in range(len(grids))], 3)
-        return groups, to_rows(trunk)
+        return groups, to_rows(_joined([found[i, self.trunk_side] for i in range(len(maps))]))
+
+
+def _joined(maps: list[Tensor]) -> Tensor:
+    """Maps of one side as one grid, B x h x w x D."""
+    return torch.cat([one.permute(0, 2, 3, 1) for one in maps], 3)
 
 
 def _resampling(own: int, wanted: set[int]) -> list[tuple[int, int]]:

@@ -119,10 +119,14 @@ class BlockHead(nn.Linear):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """B x N x W to B x (N * factor * factor) x D."""
-        weight = self.weight.reshape(self.dims, -1, self.in_features).transpose(0, 1).flatten(0, 1)
-        bias = self.bias.reshape(self.dims, -1).T.flatten()
+        weight, bias = self.by_block()
         rows = x_BNW.shape[1] * len(bias) // self.dims
         return _on_tokens(x_BNW, weight, bias).reshape(-1, rows, self.dims)
+
+    def by_block(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the order of a block's rows: one row's channels follow each other."""
+        weight = self.weight.reshape(self.dims, -1, self.in_features).transpose(0, 1).flatten(0, 1)
+        return weight, self.bias.reshape(self.dims, -1).T.flatten()
 
 
 def _on_tokens(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -135,21 +139,30 @@ def standardise(map_BDhw: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
     return F.batch_norm(map_BDhw, mean_D, scale_D.square(), eps=0.0)
 
 
-def pool(grid: Tensor, factor: int, row_axis: int = 1) -> Tensor:
-    """Means of blocks of factor x factor positions; columns are the axis behind the rows'.
+def pool(map_BDhw: Tensor, factor: int, lying: int = 1) -> Tensor:
+    """Means of blocks of factor x factor positions.
 
-    One axis after the other: ONNX Runtime is slow at pooling few channels, and at means over two axes at once.
+    Torch pools four times as fast as it takes means. ONNX Runtime is slow at pooling maps whose channels lie last, or
+    are few, and at means over two axes at once: exports take means over one axis after the other.
+
+    Args:
+        map_BDhw: maps.
+        factor: side of a block.
+        lying: axis of the channels in memory, 1 or 3.
     """
-    for axis in (row_axis, row_axis + 1):
+    if not torch.compiler.is_exporting():
+        return F.avg_pool2d(map_BDhw, factor)
+    grid = map_BDhw.movedim(1, lying)
+    for axis in {1: (2, 3), 3: (1, 2)}[lying]:
         before, behind = grid.shape[1:axis], grid.shape[axis + 1 :]
         grid = grid.reshape(-1, *before, grid.shape[axis] // factor, factor, *behind).mean(axis + 1)
-    return grid
+    return grid.movedim(lying, 1)
 
 
 class Resample(nn.Module):
-    """Brings square grids of one side to another: mean pooling downwards by whole factors, else bilinear.
+    """Brings square maps of one side to another: mean pooling downwards by whole factors, else bilinear.
 
-    Bilinear weights are a matrix a side, so that channels may lie last, where rows need them.
+    Bilinear weights are a matrix a side, and channels lie last in memory, where rows need them.
     """
 
     weight_oi: Tensor
@@ -163,14 +176,14 @@ class Resample(nn.Module):
             weight_oi = F.interpolate(line, size=side, mode="linear", align_corners=False)[0].T.contiguous()
         self.register_buffer("weight_oi", weight_oi, persistent=False)
 
-    def forward(self, grid_BhwD: Tensor) -> Tensor:
-        """B x h x h x D to B x side x side x D."""
+    def forward(self, map_BDhw: Tensor) -> Tensor:
+        """B x D x h x h to B x D x side x side."""
         if self.factor:
-            return pool(grid_BhwD, self.factor) if self.factor > 1 else grid_BhwD
-        with torch.autocast(grid_BhwD.device.type, enabled=False):  # features are what is compared: fp32
-            rows = self.weight_oi @ grid_BhwD.float().flatten(2)
-            found: Tensor = self.weight_oi @ rows.reshape(-1, rows.shape[1], *grid_BhwD.shape[2:])
-            return found
+            return pool(map_BDhw, self.factor, lying=3) if self.factor > 1 else map_BDhw
+        with torch.autocast(map_BDhw.device.type, enabled=False):  # features are what is compared: fp32
+            grid_BhwD = map_BDhw.float().permute(0, 2, 3, 1)
+            lines = (self.weight_oi @ grid_BhwD.flatten(2)).reshape(-1, len(self.weight_oi), *grid_BhwD.shape[2:])
+            return (self.weight_oi @ lines).permute(0, 3, 1, 2)
 
 
 def to_rows(grid_BhwD: Tensor, factor: int = 1) -> Tensor:

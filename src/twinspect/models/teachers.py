@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
 
     Args:
         arch: timm architecture name, without tag.
-        depth: share of a ViT's blocks to build (0 < depth <= 1); a CNN always has all its stages.
+        depth: share of the blocks to build (0 < depth <= 1); a CNN keeps all its stages, and of each that share.
         img_size: only a hint for ViT position tables; any multiple of the patch works.
 
     Raises:
@@ -186,9 +187,34 @@ def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
         full = len(timm.create_model(arch, pretrained=False, num_classes=0).blocks)
         options["depth"] = max(2, round(full * depth))
     net = timm.create_model(arch, pretrained=False, **options)
+    if not is_vit and depth < 1.0:
+        _thin_stages(net, depth)
     if not hasattr(net, "forward_intermediates"):
         raise ConfigError(f"{arch} exposes no intermediate features in this timm; choose another teacher")
     return net, is_vit
+
+
+def _thin_stages(net: Any, depth: float) -> None:
+    """Drop the last of the blocks that repeat each other in every stage of a CNN.
+
+    Which ones do is read from a tiny forward pass: rows whose blocks are all of one class, and behind the first of
+    which nothing changes its shape. A network without such rows keeps all it has.
+    """
+    shapes: dict[int, tuple[Any, Any]] = {}
+
+    def note(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        shapes[id(block)] = getattr(inputs[0], "shape", None), getattr(output, "shape", None)
+
+    rows = [row for row in net.modules() if type(row) is nn.Sequential and len(row) > 1]
+    hooks = [block.register_forward_hook(note) for row in rows for block in row]
+    _cnn_stages(net)
+    for hook in hooks:
+        hook.remove()
+    for row in rows:
+        first, *others = row
+        repeats = [type(one) is type(first) and len(set(shapes.get(id(one), (0, 1)))) == 1 for one in others]
+        if all(repeats):
+            del row[math.ceil(depth * len(row)) :]
 
 
 def _refuse_unknown(arch: str) -> None:
