@@ -1,15 +1,13 @@
 """How fast a model is here: throughput, latency, memory, and where the time goes. Numbers are of this machine.
 
 Each stage is timed alone, on one thread of ours: decode (file to RGB), preprocess (resize), graph (the
-runtime), post (p-value, threshold, regions). Inside the graph, torch is timed by its parts and ONNX Runtime by
-its own profile; OpenVINO does not say. Images per second are measured apart from that, through the whole
-predictor with its decoding threads.
+runtime), post (p-value, threshold, regions). Inside the graph: see `twinspect.bench_parts`. Images per second are
+measured apart from that, through the whole predictor with its decoding threads.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -23,15 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.bench_parts import graph_parts, ratio_to_teacher
 from twinspect.errors import ConfigError
-from twinspect.inference.predictor import Predictor, Runtime
+from twinspect.inference.predictor import Predictor
 from twinspect.models.memory import peak_mb
 
 Progress = Callable[[str, int, int], None]
-Clock = Callable[[], float]
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
-_PROFILED = 10  # calls in a profile
-PARTS = ("teacher", "local", "semantic", "scorer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,8 @@ class BatchTimes:
         latency_ms: p50, p95 and p99 of one image (or batch) from file to result, nothing in parallel.
         share: of that time by stage: decode, preprocess, graph, post.
         graph_share: of the graph by part: teacher, local, semantic, scorer, other; empty where unknown.
-        ratio_to_teacher: time of the graph over that of one pass of the bare teacher; None where unknown.
+        ratio_to_teacher: time of the graph over that of its bare teacher, from the same pixels on the same runtime;
+            None where it cannot be cut out.
     """
 
     batch: int
@@ -174,8 +171,8 @@ def _measure(predictor: Predictor, files: list[bytes], batch: int, options: Benc
     stages = _stages(predictor, files, batch, options.seconds / 2)
     total = stages["total"]
     graph = float(np.median(stages["graph"]))
-    parts = _parts(predictor.runtime, options, batch)
-    bare = parts.pop("bare teacher", None)
+    pixels = np.zeros((batch, predictor.runtime.size, predictor.runtime.size, 3), np.uint8)
+    parts = graph_parts(predictor.runtime, options.path, options.threads, pixels)
     inside = sum(parts.values())
     shares = {name: float(stages[name].sum() / total.sum()) for name in stages if name != "total"}
     return BatchTimes(
@@ -185,7 +182,7 @@ def _measure(predictor: Predictor, files: list[bytes], batch: int, options: Benc
         {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
         shares,
         {name: value / inside for name, value in parts.items()} if inside else {},
-        inside / bare if bare else None,  # both from one profile: profiling itself costs time
+        ratio_to_teacher(predictor.runtime, options.path, options.threads, pixels),
     )
 
 
@@ -242,103 +239,6 @@ def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: f
             if time.perf_counter() - began > seconds and done >= 2 * batch:
                 break
         return done / (time.perf_counter() - began)
-
-
-def _parts(runtime: Runtime, options: BenchOptions, batch: int) -> dict[str, float]:
-    """Seconds of the graph's parts and of the bare teacher; empty where the runtime does not say."""
-    from twinspect.inference.exported import is_export
-    from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime
-
-    pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
-    if isinstance(runtime, TorchRuntime):
-        return torch_parts(runtime, pixels)
-    if isinstance(runtime, OnnxRuntime) and is_export(options.path):
-        return onnx_parts(options.path, options.threads, pixels)
-    return {}
-
-
-def torch_parts(runtime: Any, pixels: NDArray[np.uint8]) -> dict[str, float]:
-    """Median seconds of the parts of the torch model, and of its bare teacher, by timing them inside a run."""
-    import torch
-
-    model, clock = runtime.model, _torch_clock(runtime.device)
-    spent: dict[str, list[float]] = defaultdict(list)
-    modules = {**dict(model.student.named_children()), "scorer": model.scorer}
-    hooks = [hook for name, module in modules.items() for hook in _time_module(module, spent[name], clock)]
-    features = model.teacher.features
-
-    def timed(x: Any) -> Any:
-        began = clock()
-        found = features(x)
-        spent["teacher"].append(clock() - began)
-        return found
-
-    model.teacher.features = timed
-    try:
-        for _ in range(_PROFILED):
-            began = clock()
-            runtime.run(pixels)
-            spent["whole"].append(clock() - began)
-    finally:
-        del model.teacher.features
-        for hook in hooks:
-            hook.remove()
-    image = torch.from_numpy(pixels).to(runtime.device).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        for _ in range(_PROFILED):
-            began = clock()
-            model.teacher.features(model.teacher.normalise(image))
-            spent["bare teacher"].append(clock() - began)
-    passes = len(spent["teacher"]) // _PROFILED  # a CNN looks at large images twice
-    # A model without a semantic student spends nothing there.
-    found = {name: float(np.median(spent[name] or [0.0])) for name in (*PARTS, "whole", "bare teacher")}
-    found["teacher"] = float(np.sum(spent["teacher"])) / _PROFILED if passes > 1 else found["teacher"]
-    found["other"] = max(0.0, found.pop("whole") - sum(found[name] for name in PARTS))
-    return found
-
-
-def _torch_clock(device: str) -> Clock:
-    if not str(device).startswith("cuda"):
-        return time.perf_counter
-    import torch
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
-
-
-def _time_module(module: Any, spent: list[float], clock: Clock) -> tuple[Any, Any]:
-    began: list[float] = []
-
-    def before(_module: Any, _inputs: Any) -> None:
-        began.append(clock())
-
-    def after(_module: Any, _inputs: Any, _output: Any) -> None:
-        spent.append(clock() - began.pop())
-
-    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
-
-
-def onnx_parts(path: Path, threads: int, pixels: NDArray[np.uint8]) -> dict[str, float]:
-    """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
-    import onnxruntime as ort
-
-    spent: dict[str, float] = defaultdict(float)
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for _ in range(_PROFILED):
-            session.run(None, {"image": pixels})
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            part = event["name"].split("/")[0]
-            spent[part if part in PARTS else "other"] += event["dur"] / 1e6 / _PROFILED
-    return {**spent, "bare teacher": spent["teacher"]} if spent.get("teacher") else dict(spent)
 
 
 def _percent(shares: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
 from twinspect.models.contract import AnomalyModel
+from twinspect.models.prepared import prepared
 
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
@@ -66,7 +67,7 @@ def trace(model: AnomalyModel, batch: int, any_size: bool) -> torch.export.Expor
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
     if any_size:
         dims |= {i + 1: torch.export.Dim(side, min=2, max=_MOST_SIDE) for i, side in enumerate(("height", "width"))}
-    graph = DeployedGraph(model, any_size).eval()
+    graph = DeployedGraph(prepared(model.eval()), any_size).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -25,8 +25,13 @@ SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place
 
 
 class DualScorer(Scorer):
-    """Turns what teacher and students said into maps and scores; buffers only."""
+    """Turns what teacher and students said into maps and scores; buffers only.
 
+    Attributes:
+        merged: whether gains and the student's heads have become part of the residual maps (`models.prepared`).
+    """
+
+    merged = False
     gain_E: Tensor
     link_K: Tensor
     even_K: Tensor
@@ -84,6 +89,9 @@ class DualScorer(Scorer):
 
     def group_maps(self, groups: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
         """The z-map of every layer group on its own grid: B x h x w each."""
+        if self.merged:
+            each = zip(self.residuals, groups, predicted, strict=True)
+            return [module(rows, said, prototype_B) for module, rows, said in each]
         return [
             module(self.residual(g, groups[g], predicted[g]), prototype_B) for g, module in enumerate(self.residuals)
         ]

@@ -6,19 +6,15 @@ TensorFlow's networks (a fifth less) and activations that clip (a seventh) becom
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.models.timm_import import timm
-
-if TYPE_CHECKING:
-    from twinspect.models.contract import AnomalyModel
 
 _CLIPS = (nn.ReLU, nn.ReLU6)
 
@@ -141,24 +137,6 @@ def take_in_padding(net: nn.Module) -> int:
                 setattr(parent, name, FrozenConv(child))
                 count += 1
     return count
-
-
-@torch.no_grad()
-def folded(model: AnomalyModel) -> AnomalyModel:
-    """The model for prediction: its student folded (norms, padding), channels last, in a copy; the rest is its own.
-
-    ``model`` itself stays as it is and can be trained on. It must be in eval mode, on the CPU.
-    """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
-        return model
-    ready = copy.copy(model)
-    ready._modules = dict(model._modules)
-    ready.student = copy.deepcopy(model.student)
-    ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = model.shape.size
-    fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))
-    take_in_padding(ready.student)
-    return ready
 
 
 def _adjacent(net: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Conv2d, Any]]:

@@ -121,22 +121,47 @@ def whitening(covariance_KDD: Tensor, ridge: float) -> Tensor:
     return whiten
 
 
-class ResidualMap(nn.Module):
+class LengthMap(nn.Module):
+    """Lengths of whitened residuals at every position, as spreads above the normal level there.
+
+    Squared lengths are averaged over windows of several sides (in positions), each with a scale of its own, and the
+    most unusual counts: a thin scratch is seen by the small window, a patch of another texture by the large one.
+    Lengths come in the order of `layers.to_rows` in blocks of side ``factor``.
+    """
+
+    level_KWhw: Tensor
+    spread_KWhw: Tensor
+
+    def __init__(self, windows: tuple[int, ...], factor: int, side: int) -> None:
+        super().__init__()
+        self.windows, self.factor = windows, factor
+        self.register_buffer("level_KWhw", torch.zeros(1, len(windows), side, side))
+        self.register_buffer("spread_KWhw", torch.ones(1, len(windows), side, side))
+
+    def in_windows(self, length_BN: Tensor) -> Tensor:
+        """Root mean square length in every window: B x W x h x w."""
+        if self.windows == (1,):
+            return from_rows(length_BN, self.factor)[:, None]
+        square = from_rows(length_BN.square(), self.factor)[:, None]
+        return torch.cat([_pooled(square, window) for window in self.windows], 1).sqrt()
+
+    def z_map(self, length_BWhw: Tensor, prototype_B: Tensor) -> Tensor:
+        """How many normal spreads the length at a position lies above its normal level: B x h x w."""
+        level, spread = (one.index_select(0, prototype_B) for one in (self.level_KWhw, self.spread_KWhw))
+        return ((length_BWhw - level) / spread).amax(1)
+
+
+class ResidualMap(LengthMap):
     """Whitened, position-scaled length of residual vectors: rows B x N x D (N = h * w) to a z-map B x h x w.
 
     Residuals of more than ``most_dims`` channels are first projected by a fixed random rotation, which keeps
-    the state small for a ViT (D = 768) and changes distances little. Squared lengths are averaged over windows of
-    several sides (in positions), each with a scale of its own, and the most unusual counts: a thin scratch is
-    seen by the small window, a patch of another texture by the large one. Rows come in the order of
-    `layers.to_rows` in blocks of side ``factor``; only lengths are ever brought to a map. What is whitened is what
-    a residual differs by from the mean of its position.
+    the state small for a ViT (D = 768) and changes distances little. What is whitened is what a residual differs by
+    from the mean of its position.
     """
 
     mean_KD: Tensor
     away_KND: Tensor
     whiten_KDD: Tensor
-    level_KWhw: Tensor
-    spread_KWhw: Tensor
     rotate_DR: Tensor
 
     def __init__(
@@ -149,16 +174,14 @@ class ResidualMap(nn.Module):
         most_dims: int = 512,
         ridge: float = 3e-3,
     ) -> None:
-        super().__init__()
-        self.ridge, self.dims, self.windows, self.factor = ridge, min(dims, most_dims), windows, factor
+        super().__init__(windows, factor, side)
+        self.ridge, self.dims = ridge, min(dims, most_dims)
         self.positions = side * side
         self.register_buffer("rotate_DR", _rotation(dims, most_dims, seed))
         self.register_buffer("mean_KD", torch.zeros(1, self.dims))
         # By far the most of the state, and small differences: fp16 costs a thousandth of a spread.
         self.register_buffer("away_KND", torch.zeros(1, self.positions, self.dims, dtype=torch.float16))
         self.register_buffer("whiten_KDD", torch.eye(self.dims)[None])
-        self.register_buffer("level_KWhw", torch.zeros(1, len(windows), side, side))
-        self.register_buffer("spread_KWhw", torch.ones(1, len(windows), side, side))
 
     def rows(self, residual_BND: Tensor) -> Tensor:
         """B x N x D to B x N x R rows, rotated where the width asks for it."""
@@ -174,15 +197,11 @@ class ResidualMap(nn.Module):
             away_BND, mean_BD = (one.index_select(0, prototype_B) for one in (self.away_KND, self.mean_KD))
             differing = rows - (away_BND.float() + mean_BD[:, None])
             white = differing @ self.whiten_KDD.index_select(0, prototype_B).transpose(1, 2)
-        square_BN = torch.linalg.vector_norm(white, dim=2).square() / self.dims
-        square = from_rows(square_BN, self.factor)[:, None]
-        return torch.cat([_pooled(square, window) for window in self.windows], 1).sqrt()
+        return self.in_windows(torch.linalg.vector_norm(white, dim=2) / self.dims**0.5)
 
     def forward(self, residual_BND: Tensor, prototype_B: Tensor) -> Tensor:
         """How many normal spreads the residual at a position lies above its normal level: B x h x w."""
-        length = self.length(residual_BND, prototype_B)
-        level, spread = (one.index_select(0, prototype_B) for one in (self.level_KWhw, self.spread_KWhw))
-        return ((length - level) / spread).amax(1)
+        return self.z_map(self.length(residual_BND, prototype_B), prototype_B)
 
     def set_moments(self, moments: PlaceMoments) -> None:
         """Take means and covariances gathered over the training images."""
