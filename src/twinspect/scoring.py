@@ -33,8 +33,13 @@ def smooth(map_B1hw: Tensor, kernel: Tensor) -> Tensor:
 
 
 def upsample(map_Bhw: Tensor, side: int) -> Tensor:
-    """B x h x w to B x 1 x side x side, bilinear."""
-    return F.interpolate(map_Bhw[:, None], size=(side, side), mode="bilinear", align_corners=False)
+    """Square maps B x h x h to B x 1 x side x side, bilinear."""
+    here, map_B1hw = map_Bhw.shape[-1], map_Bhw[:, None]
+    if here == side:
+        return map_B1hw
+    if side % here == 0:  # by a factor, which exports as a constant
+        return F.interpolate(map_B1hw, scale_factor=float(side // here), mode="bilinear", align_corners=False)
+    return F.interpolate(map_B1hw, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def noisy_or(surprise_local_B: Tensor, surprise_semantic_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,12 +140,11 @@ class DualScorer(Scorer):
     def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""
         tops = [top_mean(one, plan.share) for one, plan in zip(maps, self.plans, strict=True)]
-        fine = [upsample(one, self.side)[:, 0] for one in maps]
-        surface = [one for one, plan in zip(fine, self.plans, strict=True) if plan.on_surface]
-        tops.append(top_mean(torch.stack(surface).mean(0), SURFACE_SHARE))
-        weights = [plan.weight for plan in self.plans]
-        weighted = [weight * one for weight, one in zip(weights, fine, strict=True)]
-        return torch.stack(tops, 1), torch.stack(weighted).sum(0) / sum(weights)
+        fine_BGhw = torch.cat([upsample(one, self.side) for one in maps], 1)
+        surface = [g for g, plan in enumerate(self.plans) if plan.on_surface]
+        tops.append(top_mean(fine_BGhw[:, surface].mean(1), SURFACE_SHARE))
+        weight_G = fine_BGhw.new_tensor([plan.weight for plan in self.plans])
+        return torch.stack(tops, 1), torch.einsum("bghw,g->bhw", fine_BGhw, weight_G / weight_G.sum())
 
     def joined(self, local_B: Tensor, semantic_B: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Joint score and both students' surprises (B each), the local one weighed by its link.
