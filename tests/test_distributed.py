@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from twinspect.cli import app
 from twinspect.errors import ConfigError
+from twinspect.models.layers import Noise
 from twinspect.training import distributed
 from twinspect.training.distributed import ALONE, Group, OneBatch
 from twinspect.training.fit import fit
@@ -169,7 +170,7 @@ def test_noise_is_that_of_the_whole_batch(channels_first: bool) -> None:
     """Also where memory is in another order than the axes, as after a transpose."""
     x = torch.randn(6, 5, 7)
     x = x.transpose(1, 2) if channels_first else x
-    layer = nn.Dropout(0.3)
+    layer = Noise(0.3)
     torch.manual_seed(1)
     whole = layer(x)
     for rank in range(3):

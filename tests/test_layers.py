@@ -9,6 +9,7 @@ from twinspect.models.layers import (
     BlockHead,
     DecoderBlock,
     LinearAttention,
+    Noise,
     NoisyBottleneck,
     Resample,
     from_rows,
@@ -65,6 +66,23 @@ def test_blocks_keep_shape_and_noise_is_for_training_only() -> None:
     assert bottleneck(x).shape == (2, 9, 8)
     assert not torch.equal(bottleneck.train()(x), bottleneck(x))
     assert torch.equal(bottleneck.eval()(x), bottleneck(x))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.4])
+def test_noise_silences_its_share_and_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(40, 50, 61, requires_grad=True)
+    out = Noise(p)(x)
+    silent = out == 0
+    assert float(silent.float().mean()) == pytest.approx(round(256 * p) / 256, abs=0.005)
+    assert float(out.detach().mean()) == pytest.approx(0.5, abs=0.01)
+    out.sum().backward()
+    assert torch.equal(x.grad == 0, silent)
+    # No pattern from the bytes of a drawn number: neighbours at any distance are silent independently.
+    flat = silent.flatten().float() - silent.float().mean()
+    for apart in (1, 4, 8, 16):
+        assert abs(float((flat[:-apart] * flat[apart:]).mean())) < 0.003
+    assert torch.equal(Noise(p).eval()(x), x)
 
 
 def test_tokens_and_maps_are_inverse() -> None:

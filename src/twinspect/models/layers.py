@@ -5,9 +5,13 @@ Shapes: B images, N tokens, D width, h w grid, H heads, G bundles of heads, C ch
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 _BUNDLE = 128  # channels up to which heads share a matrix product
 
@@ -85,6 +89,44 @@ class DecoderBlock(nn.Module):
         return out
 
 
+class Noise(nn.Module):
+    """Dropout whose random numbers are bytes: torch draws a number for every value, which takes most of a CPU's step.
+
+    The chance is a whole number of 1/256.
+
+    Args:
+        p: chance that a value becomes 0 in training; the others grow so that the mean stays.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as x."""
+        return noise(x, self.p) if self.training and round(256 * self.p) else x
+
+
+def noise(x: Tensor, p: float) -> Tensor:
+    """What `Noise` does in training. Like torch's own functions it can be replaced by a `TorchFunctionMode`."""
+    if has_torch_function_unary(x):
+        replaced: Tensor = handle_torch_function(noise, (x,), x, p)
+        return replaced
+    return silenced(x, noise_mask(x.shape, p, x.device), p)
+
+
+def noise_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Which values become 0; drawn in the order of the axes."""
+    count = math.prod(shape)
+    drawn = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
+    return (drawn.view(torch.uint8)[:count] < round(256 * p)).view(*shape)
+
+
+def silenced(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """X with 0 at the mask, the rest grown."""
+    return torch.where(mask, 0.0, x).mul_(256.0 / (256 - round(256 * p)))
+
+
 class NoisyBottleneck(nn.Module):
     """MLP D_in -> ratio D -> D whose dropout is the noise that makes reconstruction a denoising task (Dinomaly)."""
 
@@ -92,8 +134,8 @@ class NoisyBottleneck(nn.Module):
         super().__init__()
         hidden = int(width * ratio)
         self.net = nn.Sequential(
-            nn.Dropout(dropout), TokenLinear(width_in, hidden), nn.GELU(), nn.Dropout(dropout),
-            TokenLinear(hidden, width), nn.Dropout(dropout),
+            Noise(dropout), TokenLinear(width_in, hidden), nn.GELU(), Noise(dropout),
+            TokenLinear(hidden, width), Noise(dropout),
         )  # fmt: skip
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 The batch of a step is cut into equal slices, one a process; `DistributedDataParallel` averages students' gradients.
 Three things of a step see the whole batch, and would differ from one process if every process went by its own slice:
-dropout noise, batch norms, and the quantile that tells easy positions from hard ones. `OneBatch` gives them the whole
-batch, so that the loss does not depend on the number of processes. Only the process of rank 0 writes files.
+the bottleneck's noise, batch norms, and the quantile that tells easy positions from hard ones. `OneBatch` gives them
+the whole batch, so that the loss does not depend on the number of processes. Only the process of rank 0 writes files.
 
 Everything after the steps (statistics, calibration) every process computes for itself from the same weights, so all
 of them end with the same model.
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.models.contract import AnomalyModel
+from twinspect.models.layers import noise, noise_mask, silenced
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
@@ -224,17 +225,13 @@ def _group(rank: int, world: int, device: torch.device) -> Group:
     return Group(rank, world, *local, whole, device)
 
 
-def dropout_of_slice(x: Tensor, p: float, first: int, total: int) -> Tensor:
-    """Dropout of a slice that begins at image ``first`` of a batch of ``total``, with that batch's mask.
+def noise_of_slice(x: Tensor, p: float, first: int, total: int) -> Tensor:
+    """`noise` of a slice that begins at image ``first`` of a batch of ``total``, with that batch's mask.
 
-    The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step, and numbers
-    are drawn in the order of memory, which may be another than that of the axes.
+    The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step.
     """
-    order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
-    sizes = [x.shape[axis] if axis else total for axis in order]
-    ones = x.new_ones(sizes).permute([order.index(axis) for axis in range(x.dim())])
-    mask = torch.dropout(ones, p, True)  # not F.dropout, which `OneBatch` would make the whole batch's once more
-    return x * mask[first : first + x.shape[0]]
+    mask = noise_mask((total, *x.shape[1:]), p, x.device)
+    return silenced(x, mask[first : first + x.shape[0]], p)
 
 
 class OneBatch(TorchFunctionMode):
@@ -243,7 +240,7 @@ class OneBatch(TorchFunctionMode):
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.group = group
-        self._ours = {F.dropout: self._dropout, F.batch_norm: self._batch_norm, torch.quantile: self._quantile}
+        self._ours = {noise: self._noise, F.batch_norm: self._batch_norm, torch.quantile: self._quantile}
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -251,10 +248,8 @@ class OneBatch(TorchFunctionMode):
         """Called by torch for every function while the context is entered."""
         return self._ours.get(function, function)(*arguments, **(named or {}))
 
-    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0:
-            return x
-        return dropout_of_slice(x, p, self.group.rank * x.shape[0], self.group.world * x.shape[0])
+    def _noise(self, x: Tensor, p: float) -> Tensor:
+        return noise_of_slice(x, p, self.group.rank * x.shape[0], self.group.world * x.shape[0])
 
     def _quantile(self, values: Tensor, q: float) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(self.group.world)]

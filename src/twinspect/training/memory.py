@@ -2,7 +2,7 @@
 
 Naive accumulation sums the gradients of micro-batches, and is wrong here. Batch norms (of a CNN's students, of a
 CRAM) take their statistics from a batch, hard mining takes a quantile over it, the inter-affinity compares its
-images, and dropout draws one mask for all of it. So the losses are always taken of the whole batch, and two things
+images, and noise is drawn once for all of it. So the losses are always taken of the whole batch, and two things
 are done to what lies below them, both exact:
 
 * A part of the student without batch norms answers image by image. It runs in *micro-batches* that keep nothing but
@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from twinspect.errors import ConfigError
+from twinspect.models.layers import noise
 from twinspect.models.memory import peak_bytes, resident_bytes
-from twinspect.training.distributed import Group, dropout_of_slice
+from twinspect.training.distributed import Group, noise_of_slice
 
 _SLACK = 1.1  # of what a step was seen to need: workspaces inside of operations are not seen
 
@@ -153,7 +154,7 @@ def _parts_of_batch(first: int, total: int) -> tuple[_PartOfBatch, _PartOfBatch]
 
 
 class _PartOfBatch(TorchFunctionMode):
-    """Gives a micro-batch its part of the whole batch's dropout mask."""
+    """Gives a micro-batch its part of the whole batch's noise."""
 
     def __init__(self, first: int, total: int) -> None:
         super().__init__()
@@ -163,12 +164,12 @@ class _PartOfBatch(TorchFunctionMode):
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:
         """Called by torch for every function while the context is entered."""
-        if function is not torch.nn.functional.dropout:
+        if function is not noise:
             return function(*arguments, **(named or {}))
-        return self._dropout(*arguments, **(named or {}))
+        return self._noise(*arguments)
 
-    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return dropout_of_slice(x, p, self._first, self._total) if training and p > 0.0 else x
+    def _noise(self, x: Tensor, p: float) -> Tensor:
+        return noise_of_slice(x, p, self._first, self._total)
 
 
 # ------------------------------------------------------------------------------------------- the plan
