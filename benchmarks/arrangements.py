@@ -3,8 +3,8 @@
     PYTHONPATH=src python benchmarks/arrangements.py --data DIR/parts [--sets fixed,free] [--steps 20]
 
 Pictures of trays are put together from good training photographs of real parts (MVTec layout), each shifted a little
-in its cell and turned by half at random. No part is defective; only what lies where is wrong. Photographs in test
-trays appear in no training tray. Sets:
+in its cell and turned by half at random. No part is defective; only what lies where is wrong. Trays to learn from, to
+calibrate on (``validation``) and to test on share no photograph, as they would not on a line. Sets:
 
 * fixed: two each of four kinds and an empty cell, every kind at its place (200 good trays);
 * free: the same in any order (200);
@@ -38,7 +38,7 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.metrics import auroc
 from twinspect.report import Table
 from twinspect.results import text_table
-from twinspect.types import TRAIN
+from twinspect.types import TEST, TRAIN
 
 KINDS = ("casting", "magnetic_tile", "cubes", "piston", "pcb", "fabric")
 A, B, C, D, E, F = range(6)  # positions in the given kinds
@@ -56,7 +56,7 @@ class Tray:
         faults: names of the faults.
         side: cells a side.
         slack: pixels that a part may lie off the middle of its cell.
-        good: training trays; there are 80 good test trays and 40 of every fault.
+        good: training trays; there are 50 to calibrate on, 80 good ones to test on and 40 of every fault.
     """
 
     fill: Callable[[random.Random, str], Cells]
@@ -125,8 +125,8 @@ TRAYS = {
 }
 
 
-def photographs(data: Path, kinds: tuple[str, ...]) -> list[tuple[list[Picture], list[Picture]]]:
-    """Good training photographs of every kind at the size of a part: for training trays, then for test trays."""
+def photographs(data: Path, kinds: tuple[str, ...]) -> list[tuple[list[Picture], ...]]:
+    """Good training photographs of every kind at the size of a part: to learn from, calibrate and test on."""
     samples = data_room.load(data).samples
     found = []
     for kind in kinds:
@@ -134,7 +134,8 @@ def photographs(data: Path, kinds: tuple[str, ...]) -> list[tuple[list[Picture],
         if len(own) < 8:
             raise SystemExit(f"{data} has {len(own)} good training images of {kind}; 8 are needed. See --kinds")
         shown = [resize_rgb(read_sample_rgb(s, draft_side=PART), PART) for s in own]
-        found.append((shown[: len(shown) // 2], shown[len(shown) // 2 :]))
+        half, rest = len(shown) // 2, 3 * len(shown) // 4
+        found.append((shown[:half], shown[half:rest], shown[rest:]))
     return found
 
 
@@ -151,15 +152,15 @@ def painted(cells: Cells, tray: Tray, parts: list[list[Picture]], rng: random.Ra
     return ground
 
 
-def written(folder: Path, tray: Tray, parts: list[tuple[list[Picture], list[Picture]]], seed: int) -> Path:
+def written(folder: Path, tray: Tray, parts: list[tuple[list[Picture], ...]], seed: int) -> Path:
     """All trays of a set, in MVTec layout."""
     rng = random.Random(seed)
-    plan = [("train/good", tray.good, "", 0), ("test/good", 80, "", 1)]
-    plan += [(f"test/{fault}", 40, fault, 1) for fault in tray.faults]
-    for place, count, fault, half in plan:
+    plan = [("train/good", tray.good, "", 0), ("validation/good", 50, "", 1), ("test/good", 80, "", 2)]
+    plan += [(f"test/{fault}", 40, fault, 2) for fault in tray.faults]
+    for place, count, fault, use in plan:
         (folder / place).mkdir(parents=True)
         for number in range(count):
-            picture = painted(tray.fill(rng, fault), tray, [both[half] for both in parts], rng)
+            picture = painted(tray.fill(rng, fault), tray, [own[use] for own in parts], rng)
             Image.fromarray(picture).save(folder / place / f"{number:04d}.png", compress_level=1)
     return folder
 
@@ -169,7 +170,7 @@ def measured(
 ) -> list[tuple[str, str, float, float, float]]:
     """Rows of (set, fault, AUROC of the joint score and of both students), all faults together last."""
     samples = data_room.load(root).samples
-    known, test = (tuple(s for s in samples if (s.split == TRAIN) == wanted) for wanted in (True, False))
+    known, test = (tuple(s for s in samples if (s.split == TEST) == wanted) for wanted in (False, True))
     kinds, labels = np.array([s.defect_type for s in test]), np.array([s.label for s in test])
     at = {
         fault: np.flatnonzero((kinds == fault) | (labels == 0)) for fault in sorted(set(kinds[labels == 1].tolist()))

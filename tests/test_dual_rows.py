@@ -103,12 +103,12 @@ def slow_scores(model: DualModel, out: Outputs, observed: Observed, small: torch
     tops = [top_mean(one, plan.share) for one, plan in zip(maps, scorer.plans, strict=True)]
     readings = torch.cat([torch.stack(tops, 1), out.groups_BG[:, len(tops) :]], 1)
     parts = [said(curve, one, owner) for curve, one in zip(scorer.curves(), readings.unbind(1), strict=False)]
-    local = sum(parts[: len(tops)]) + 2.0 * parts[-3]
+    local = sum(parts[: len(tops)]) + 4.0 * parts[-3]
     link = scorer.link_K[owner]
     near = (1 - link) * (1 - scorer.even_K[owner])
     semantic = (0.25 + 0.75 * (1 - near)) * parts[-2] + near * parts[-1]
     last = [said(curve, one, owner) for curve, one in zip(scorer.curves()[-2:], (local, semantic), strict=True)]
-    doubts = [0.5 * one * one.abs() for one in last]
+    doubts = [0.5 * one.sign() * one.abs() ** 2.5 for one in last]
     return {
         "groups_BG": readings,
         "score_local_B": local,

@@ -18,7 +18,7 @@ from typing import Any
 from twinspect._version import __version__
 from twinspect.errors import BundleError
 
-FORMAT = 4  # raised when the statistics of a model change: 4 keeps the mean of every position
+FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
 _META, _TENSORS, _HASHES = "bundle.json", "model.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.

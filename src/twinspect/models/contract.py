@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
             model: its two students, each the Noisy-OR of its readings in nats. Structural models have one student:
             where it fails most, and how it fails on the whole.
         surprise_local_B, surprise_semantic_B: what the joint score adds up, -log(1 - p) of each part. In the dual
-            model half the square of its calibrated surprise, the local one times its link strength.
+            model a power of its calibrated surprise, the local one times its link strength.
         prototype_B: index of the nearest scene prototype.
         groups_BG: raw readings that the scores are made of: one of every layer group, then (dual model) one of
             the surface and two of the global tokens.

@@ -21,7 +21,8 @@ from twinspect.scoring import noisy_or, smooth, top_mean, upsample
 
 TOKEN_WEIGHT = 0.25  # of the tokens' reading where normal images are photographs; 1 where they repeat each other
 SURFACE_SHARE = 0.002  # of positions, on the finest grid, whose mean is the reading of all surface groups together
-SURFACE_WEIGHT = 2.0  # of that reading in the local score: agreement on a place says more than one group alone
+SURFACE_WEIGHT = 4.0  # of that reading in the local score: agreement on a place says more than one group alone
+DOUBT_POWER = 2.5  # with which a student's surprise counts in the joint score: see `DualScorer.joined`
 
 
 class DualScorer(Scorer):
@@ -150,13 +151,13 @@ class DualScorer(Scorer):
         """Joint score and both students' surprises (B each), the local one weighed by its link.
 
         Each student is calibrated as one, or the layer groups would outvote the semantic student. Doubt grows
-        with the square, p = 1 - exp(-s^2 / 2): a student within its normal range then says nearly nothing, and the
+        faster than s, p = 1 - exp(-s^2.5 / 2): a student within its normal range then says nearly nothing, and the
         Noisy-OR pays little for listening to it. In a Noisy-OR every cause has a link strength, the chance that it
         is not inhibited. Here it tempers the local student's probability, (1 - p) ** link, where normal images do
         not repeat each other: see `repetition`.
         """
         curves, raw_B2 = self.curves()[-2:], torch.stack([local_B, semantic_B], 1)
-        local, semantic = _squared(surprises(curves, raw_B2, prototype_B)).unbind(1)
+        local, semantic = _doubt(surprises(curves, raw_B2, prototype_B)).unbind(1)
         local = self.link_K.index_select(0, prototype_B) * local
         return noisy_or(local, semantic)[0], local, semantic
 
@@ -188,6 +189,6 @@ class DualScorer(Scorer):
         )  # fmt: skip
 
 
-def _squared(surprise: Tensor) -> Tensor:
-    """Half the square, with its sign, so that no two scores tie below the normal range."""
-    return 0.5 * surprise * surprise.abs()
+def _doubt(surprise: Tensor) -> Tensor:
+    """Half a power of the surprise, with its sign, so that no two scores tie below the normal range."""
+    return 0.5 * surprise * surprise.abs() ** (DOUBT_POWER - 1.0)

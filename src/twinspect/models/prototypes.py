@@ -227,5 +227,5 @@ def repetition(embedding_NF: Tensor, prototype_N: Tensor, prototypes: int, most:
         away = apart[~torch.eye(len(own), dtype=torch.bool, device=own.device)].reshape(len(own), -1)
         near = away.topk(2, dim=1, largest=False).values.mean(1).median()
         alike = near * (near / away.median().clamp_min(1e-9)).square()
-        links[k] = 1.0 / (1.0 + (alike / 0.022) ** 4)
+        links[k] = 1.0 / (1.0 + (alike / 0.022) ** 6)
     return links
