@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("charts", "recipes"),
     ("report",),
     ("results",),
-    ("thresholds",),
+    ("thresholds", "bench_parts"),
     ("app", "demo", "doctor", "bench", "eval_command", "data_commands", "decision_commands", "predict_commands"),
     ("reproduce", "bench_train", "diagnose_commands", "serve_commands"),
     ("export_commands",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
     Raises:
         ConfigError: an operator without ONNX equivalent.
     """
+    # Its remarks on single nodes ("Skipping constant folding for op Split") are of no use to who exports.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     program = trace(model, batch, any_size)
     names = list(DeployedGraph(model, any_size)(torch.zeros(1, model.shape.size, model.shape.size, 3).byte()))
     try:
