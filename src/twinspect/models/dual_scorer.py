@@ -36,6 +36,7 @@ class DualScorer(Scorer):
     gain_E: Tensor
     link_K: Tensor
     even_K: Tensor
+    share_G: Tensor
 
     def __init__(self, groups: LevelGroups, info: BackboneInfo, clusters: int) -> None:
         self.side, self.plans = max(groups.sides), groups.plans
@@ -48,6 +49,8 @@ class DualScorer(Scorer):
         self.register_buffer("link_K", torch.ones(1))
         self.register_buffer("even_K", torch.zeros(1))
         self.register_buffer("gain_E", torch.ones(token_dims))
+        weight_G = torch.tensor([plan.weight for plan in groups.plans])
+        self.register_buffer("share_G", weight_G / weight_G.sum(), persistent=False)
         self.token_of_student = TokenDistance(token_dims)
         for group, dims in enumerate(groups.dims):
             self.register_buffer(f"gain_{group}", torch.ones(dims))
@@ -141,11 +144,10 @@ class DualScorer(Scorer):
     def read_maps(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw readings of the groups' z-maps, then of the surface (B x G+1), and the anomaly map (B x h x w)."""
         tops = [top_mean(one, plan.share) for one, plan in zip(maps, self.plans, strict=True)]
-        fine_BGhw = torch.cat([upsample(one, self.side) for one in maps], 1)
-        surface = [g for g, plan in enumerate(self.plans) if plan.on_surface]
-        tops.append(top_mean(fine_BGhw[:, surface].mean(1), SURFACE_SHARE))
-        weight_G = fine_BGhw.new_tensor([plan.weight for plan in self.plans])
-        return torch.stack(tops, 1), torch.einsum("bghw,g->bhw", fine_BGhw, weight_G / weight_G.sum())
+        fine = [upsample(one, self.side) for one in maps]
+        surface = [one for one, plan in zip(fine, self.plans, strict=True) if plan.on_surface]
+        tops.append(top_mean(torch.cat(surface, 1).mean(1), SURFACE_SHARE))
+        return torch.stack(tops, 1), torch.einsum("bghw,g->bhw", torch.cat(fine, 1), self.share_G)
 
     def joined(self, local_B: Tensor, semantic_B: Tensor, prototype_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Joint score and both students' surprises (B each), the local one weighed by its link.
