@@ -68,7 +68,7 @@ def test_blocks_keep_shape_and_noise_is_for_training_only() -> None:
     assert torch.equal(bottleneck.eval()(x), bottleneck(x))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2, 0.4])
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.4, 0.9])
 def test_noise_silences_its_share_and_keeps_the_mean(p: float) -> None:
     torch.manual_seed(0)
     x = torch.rand(40, 50, 61, requires_grad=True)
@@ -83,6 +83,7 @@ def test_noise_silences_its_share_and_keeps_the_mean(p: float) -> None:
     for apart in (1, 4, 8, 16):
         assert abs(float((flat[:-apart] * flat[apart:]).mean())) < 0.003
     assert torch.equal(Noise(p).eval()(x), x)
+    assert Noise(0.999)(x).isfinite().all()
 
 
 def test_tokens_and_maps_are_inverse() -> None:

@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ _TURNS, _CALLS = 5, 4  # of the graph and the bare teacher, and calls in a turn
 
 def graph_parts(runtime: Runtime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
     """Seconds of the graph's parts; empty where the runtime does not say."""
+    pixels = _of_a_call(runtime, pixels)
     if isinstance(runtime, TorchRuntime):
         return torch_parts(runtime, pixels)
-    return onnx_parts(path, threads, pixels) if isinstance(runtime, OnnxRuntime) else {}
+    return onnx_parts(runtime, path, threads, pixels) if isinstance(runtime, OnnxRuntime) else {}
 
 
 def ratio_to_teacher(runtime: Runtime, path: Path, threads: int, pixels: Pixels) -> float | None:
     """Time of the graph over that of its bare teacher; None where that cannot be cut out."""
+    pixels = _of_a_call(runtime, pixels)
     bare = _bare_teacher(runtime, path, threads, pixels)
     if bare is None:
         return None
@@ -54,10 +56,16 @@ def ratio_to_teacher(runtime: Runtime, path: Path, threads: int, pixels: Pixels)
     return float(np.median(spent["whole"]) / np.median(spent["bare"]))
 
 
+def _of_a_call(runtime: Runtime, pixels: Pixels) -> Pixels:
+    """As many images as an export is fixed to, if it is: parts and bare teacher take no other number."""
+    fixed = runtime.batch if isinstance(runtime, OnnxRuntime) else 0
+    return np.resize(pixels, (fixed or len(pixels), *pixels.shape[1:]))
+
+
 def _bare_teacher(runtime: Runtime, path: Path, threads: int, pixels: Pixels) -> Call | None:
     if isinstance(runtime, TorchRuntime):
         return _bare_torch(runtime, pixels)
-    return _bare_onnx(path, threads, pixels) if isinstance(runtime, OnnxRuntime) else None
+    return _bare_onnx(runtime, path, threads, pixels) if isinstance(runtime, OnnxRuntime) else None
 
 
 def _bare_torch(runtime: TorchRuntime, pixels: Pixels) -> Call:
@@ -74,41 +82,44 @@ def _bare_torch(runtime: TorchRuntime, pixels: Pixels) -> Call:
     return call
 
 
-def _bare_onnx(path: Path, threads: int, pixels: Pixels) -> Call | None:
-    import onnx
+def _bare_onnx(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> Call | None:
+    try:
+        import onnx
+    except ImportError:  # a line PC needs the runtime only
+        return None
     import onnxruntime as ort
 
     proto = onnx.load(str(path))
-    graph = proto.graph
-    said = _leaving((node.name, list(node.input), list(node.output)) for node in graph.node)
-    if not said:
+    if not cut_to_teacher(proto):
         return None
+    providers = runtime.session.get_providers()
+    session = ort.InferenceSession(proto.SerializeToString(), OnnxRuntime.options(threads), providers=providers)
+    return lambda: session.run(None, {"image": pixels})
+
+
+def cut_to_teacher(proto: Any) -> list[str]:
+    """Leave of an exported ONNX model its teacher alone; the names of what that says, none if there is no teacher."""
+    import onnx
+
+    graph = proto.graph
     maker = {name: node for node in graph.node for name in node.output}
-    needed, waiting = set[str](), list(said)
+    own = {name for name, node in maker.items() if node.name.startswith(_TEACHER)}
+    needed, waiting = set[str](), list(own)
     while waiting:
         node = maker.get(waiting.pop())
         if node is not None and node.name not in needed:
             needed.add(node.name)
             waiting += node.input
-    for kept in (node for node in list(graph.node) if node.name not in needed):
-        graph.node.remove(kept)
+    others = [node for node in graph.node if node.name not in needed]
+    said = list(dict.fromkeys(name for node in others for name in node.input if name in own))
+    for node in others:
+        graph.node.remove(node)
     read = {name for node in graph.node for name in node.input}
-    for unused in (one for one in list(graph.initializer) if one.name not in read):
+    for unused in [one for one in graph.initializer if one.name not in read]:
         graph.initializer.remove(unused)
     del graph.output[:], graph.value_info[:]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in said)
-    session = ort.InferenceSession(
-        proto.SerializeToString(), OnnxRuntime.options(threads), providers=["CPUExecutionProvider"]
-    )
-    return lambda: session.run(None, {"image": pixels})
-
-
-def _leaving(nodes: Iterable[tuple[str, list[str], list[str]]]) -> list[str]:
-    """Values that the teacher makes and other nodes read."""
-    listed = list(nodes)
-    made = {value for name, _, outputs in listed if name.startswith(_TEACHER) for value in outputs}
-    read = (value for name, inputs, _ in listed if not name.startswith(_TEACHER) for value in inputs)
-    return [value for value in dict.fromkeys(read) if value in made]
+    return said
 
 
 def torch_parts(runtime: TorchRuntime, pixels: Pixels) -> dict[str, float]:
@@ -166,7 +177,7 @@ def _time_module(module: Any, spent: list[float], clock: Clock) -> tuple[Any, An
     return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 
 
-def onnx_parts(path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
+def onnx_parts(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
     """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
     import onnxruntime as ort
 
@@ -174,7 +185,7 @@ def onnx_parts(path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         options = OnnxRuntime.options(threads)
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=runtime.session.get_providers())
         for _ in range(_PROFILED):
             session.run(None, {"image": pixels})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.prepared import prepared
 
 OPSET = 20
@@ -86,13 +86,12 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
     # Its remarks on single nodes ("Skipping constant folding for op Split") are of no use to who exports.
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     program = trace(model, batch, any_size)
-    names = list(DeployedGraph(model, any_size)(torch.zeros(1, model.shape.size, model.shape.size, 3).byte()))
     try:
         # The exporter reports its progress on stdout, which belongs to the commands' own results.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=names,
+                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=list(Outputs._fields),
                 external_data=False, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:

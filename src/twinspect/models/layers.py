@@ -104,7 +104,7 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x."""
-        return noise(x, self.p) if self.training and round(256 * self.p) else x
+        return noise(x, self.p) if self.training and _of_256(self.p) else x
 
 
 def noise(x: Tensor, p: float) -> Tensor:
@@ -119,12 +119,17 @@ def noise_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Which values become 0; drawn in the order of the axes."""
     count = math.prod(shape)
     drawn = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (drawn.view(torch.uint8)[:count] < round(256 * p)).view(*shape)
+    return (drawn.view(torch.uint8)[:count] < _of_256(p)).view(*shape)
 
 
 def silenced(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """X with 0 at the mask, the rest grown."""
-    return torch.where(mask, 0.0, x).mul_(256.0 / (256 - round(256 * p)))
+    """The values with 0 at the mask, the rest grown."""
+    return torch.where(mask, 0.0, x).mul_(256.0 / (256 - _of_256(p)))
+
+
+def _of_256(p: float) -> int:
+    """The chance in steps of a byte; something always gets through."""
+    return min(255, round(256 * p))
 
 
 class NoisyBottleneck(nn.Module):
