@@ -152,7 +152,7 @@ def _kind(options: BenchOptions) -> tuple[str, str]:
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
     from twinspect.inference.decode import encoded
-    from twinspect.inference.sources import expand
+    from twinspect.inference.frames import expand
 
     if images is not None:
         files = [encoded(item) for item in islice(expand(images), 64)]
@@ -234,7 +234,7 @@ def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: f
             path.write_bytes(body)
         predictor.batch = batch
         began, done = time.perf_counter(), 0
-        for _ in predictor.predict(cycle(paths), maps=False, pixels=False):
+        for _ in predictor.predict(cycle(paths), maps=False, pixels=False, live=False):
             done += 1
             if time.perf_counter() - began > seconds and done >= 2 * batch:
                 break

@@ -94,21 +94,22 @@ def inspect(
     for line in _leak_lines(pairs):
         console.say(line)
     if console.quiet:
-        console.result(json.dumps(_as_json(loaded, splits, pairs), indent=1, ensure_ascii=False))
+        console.result(json.dumps(_as_json(loaded, splits, pairs), indent=1))
 
 
 def manifest(path: Path, out: Path, layout: str, images: Path | None, details: bool, console: Console) -> None:
     """Read a data set in any layout and write it as a manifest."""
     from twinspect import data as data_room
-    from twinspect.data.manifest import write_manifest
+    from twinspect.data.manifest import is_manifest, write_manifest
     from twinspect.errors import DataError
+    from twinspect.files import refuse_unwritable
 
+    refuse_unwritable(out, "--out", ours=is_manifest)
     loaded = data_room.load(path, layout, images)
     root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():
         console.say(line)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         rows = write_manifest(loaded.samples, out, root, details)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None

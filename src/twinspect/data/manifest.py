@@ -28,6 +28,7 @@ NAMES = ("manifest.parquet", "manifest.csv")
 # Names that other tools' tables use for the same things.
 ALIASES = {
     "image_path": "image",
+    "path": "image",
     "filename": "image",
     "mask_path": "mask",
     "label_index": "label",
@@ -96,6 +97,14 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path, details: b
         raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
     os.replace(partial, path)
     return len(rows)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest that `write_manifest` may replace."""
+    try:
+        return bool(_rows(path)[0])
+    except DataError:
+        return False
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:

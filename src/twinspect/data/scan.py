@@ -19,6 +19,8 @@ from twinspect.errors import DataError
 GOOD_NAMES = frozenset({"good", "normal", "ok"})
 NOT_IMAGE = "not an image file"
 HIDDEN = "hidden file"
+# Folders that systems make, with copies, thumbnails or what was deleted.
+_SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ def existing_folder(root: Path | str) -> Path:
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [entry for entry in _entries(folder) if entry.is_dir() and not _is_hidden(entry)]
+    return [entry for entry in _entries(folder) if entry.is_dir() and not is_hidden(entry.name)]
 
 
 def images_in(folder: Path, log: ScanLog) -> list[Path]:
@@ -94,7 +96,7 @@ def images_below(folder: Path, log: ScanLog) -> list[Path]:
             continue
         for entry in _entries(here, log):
             if entry.is_dir():
-                stack.extend([] if _is_hidden(entry) else [entry])
+                stack.extend([] if is_hidden(entry.name) else [entry])
             elif _accept(entry, log):
                 found.append(entry)
     return sorted(found)
@@ -123,6 +125,11 @@ def child(folder: Path, names: Iterable[str]) -> Path | None:
     """The folder inside whose lower-case name is one of ``names``, or None."""
     wanted = frozenset(names)
     return next((sub for sub in subfolders(folder) if sub.name.lower() in wanted), None)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over in a folder: hidden, or made by the system."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def folder_name(folder: Path) -> str:
@@ -199,16 +206,12 @@ def _entries(folder: Path, log: ScanLog | None = None) -> list[Path]:
 
 def _accept(entry: Path, log: ScanLog) -> bool:
     if not is_image(entry):
-        log.skip(entry, HIDDEN if _is_hidden(entry) else NOT_IMAGE)
+        log.skip(entry, HIDDEN if is_hidden(entry.name) else NOT_IMAGE)
         return False
     if not entry.is_file():
         log.skip(entry, "broken link")
         return False
     return True
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def _first_visit(folder: Path, visited: set[tuple[int, int]]) -> bool:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twinspect._version import __version__
-from twinspect.bundle import refuse_unwritable
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.files import refuse_unwritable
 from twinspect.inference.exported import KEY, ExportMeta, companion, read_export, seal, sha256_of
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 
@@ -98,7 +98,7 @@ def export(
     if options.precision == "int8" and images is None:
         raise ConfigError("int8 needs good images to measure ranges and to prove itself on; add --images DIR")
     _refuse_missing(options)
-    refuse_unwritable(out)
+    refuse_unwritable(out, "--out", error=BundleError)
     report = progress or (lambda _stage, _done, _total: None)
     checked = images or painted(fitted.model.shape.size)
     try:

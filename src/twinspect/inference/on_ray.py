@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinspect.errors import ConfigError, TwinspectError
+from twinspect.inference.archives import Item, Stream
 from twinspect.inference.bulk import Scorer
 from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
-from twinspect.inference.sources import Item, Stream
 
 
 @dataclass(frozen=True, slots=True)
