@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.bench_parts import graph_parts, ratio_to_teacher
-from twinspect.errors import ConfigError
-from twinspect.inference.predictor import Predictor
+from twinspect.errors import check_range
+from twinspect.inference.predictor import Predictor, check_counts
 from twinspect.models.memory import peak_mb
 
 Progress = Callable[[str, int, int], None]
@@ -53,8 +53,9 @@ class BenchOptions:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise ConfigError(f"--seconds {self.seconds}: accepted more than 0")
+        check_range("--seconds", self.seconds, 0.001, 86_400)
+        for batch in self.batches:
+            check_counts(self.threads, batch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,14 @@ def main(version: Version = False) -> None:
 
 def run() -> None:
     """The command line as a process."""
-    from twinspect.console import refuse_lost_output
+    from twinspect.console import end_lost
 
     try:
         app()
-    except OSError as error:  # --help and --version are printed outside of a Console
-        refuse_lost_output(error)
-        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        end_lost(error)  # only --help and --version are printed outside of a Console, which ends in its own words
 
 
 @app.command()

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.files import read_text
 
 T = TypeVar("T")
 
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
+LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOISY_OR = ("n1", "n2", "n3")
@@ -227,8 +228,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
-        _check(self.batch >= 2, f"--batch {self.batch}: at least 2")
-        _check(0 <= self.seed <= LARGEST_SEED, f"--seed {self.seed}: accepted 0 to {LARGEST_SEED:,}")
+        _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
+        check_range("--seed", self.seed, 0, LARGEST_SEED)
         _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
         for name in ("warmup", "weight_decay", "easy_ramp"):
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")

@@ -78,6 +78,8 @@ class Console:
             SystemExit: its reader has gone (``| head``).
         """
         self.finish()
+        if sys.stdout is None:
+            raise TwinspectError("standard output is closed, and the answer goes there; open it, or write to a file")
         try:
             print(text, flush=True)
         except OSError as error:
@@ -150,8 +152,8 @@ def _in_words(error: BaseException | None) -> str:
     """What a person is told of an error that is no fault of the program; empty for a fault."""
     if isinstance(error, TwinspectError):
         return str(error)
-    if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
-        return f"{error.filename}: {error.strerror or error}"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
+        return f"{error.filename or 'the system says'}: {error.strerror or error}"
     text = str(error).splitlines()[0] if str(error) else ""
     # torch raises a RuntimeError of its own; asking for its class would load torch.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
@@ -161,13 +163,14 @@ def _in_words(error: BaseException | None) -> str:
     return ""
 
 
-def refuse_lost_output(error: OSError) -> None:
-    """End the command where an error came from standard output, which then fails again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        drop_output()
-        _stop(_lost_words(error))
+def end_lost(error: OSError) -> NoReturn:
+    """End a command whose output was lost.
+
+    Raises:
+        SystemExit: 2, after a sentence on stderr.
+    """
+    drop_output()
+    _stop(_lost_words(error))
 
 
 def _lost_words(error: OSError) -> str:

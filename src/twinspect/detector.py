@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -54,7 +55,7 @@ class Detector:
 
     def fit(
         self,
-        data: str | Path | Sequence[Sample] | Sequence[str | Path],
+        data: str | Path | Iterable[Sample] | Iterable[str | Path],
         steps: int | None = None,
         seed: int | None = None,
         work: str | Path | None = None,
@@ -93,7 +94,7 @@ class Detector:
 
     def calibrate(
         self,
-        good: str | Path | Sequence[Sample] | Sequence[str | Path],
+        good: str | Path | Iterable[Sample] | Iterable[str | Path],
         max_fpr: float | None = None,
         class_name: str | None = None,
         unsure: float | None = None,
@@ -225,11 +226,11 @@ def as_samples(data: Any) -> list[Sample]:
     """What `Detector.fit` was given, as samples."""
     from twinspect import data as data_room
 
-    if isinstance(data, (str, Path)):
+    if isinstance(data, (str, os.PathLike)):
         return list(data_room.load(Path(data)).samples)
-    items = list(data)
+    items = list(data) if isinstance(data, Iterable) else [data]
     if all(isinstance(item, Sample) for item in items):
         return items
-    if all(isinstance(item, (str, Path)) for item in items):
+    if all(isinstance(item, (str, os.PathLike)) for item in items):
         return [Sample(Path(item), TRAIN, "normal") for item in items]
     raise ConfigError("fit takes a folder, a list of Sample, or a list of paths of good images")

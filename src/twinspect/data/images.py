@@ -121,7 +121,7 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
     if layers.ndim != 3 or layers.shape[2] not in _CHANNELS or min(layers.shape[:2]) < limits.min_side:
         raise ImageError(
             f"array of shape {values.shape}; accepted H x W (grey), H x W x C or C x H x W, where C is 1 (grey), "
-            f"3 (RGB) or 4 (RGBA), and at least {limits.min_side} pixels per side"
+            f"3 (RGB) or 4 (RGBA), at least {limits.min_side} pixels per side; a stack of images has four dimensions"
         )
     eight = _eight_bits(layers)
     if eight.shape[2] == 4:

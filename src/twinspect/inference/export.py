@@ -23,6 +23,7 @@ from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_n
 from twinspect.files import refuse_unwritable
 from twinspect.inference.exported import KEY, ExportMeta, companion, read_export, seal, sha256_of
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
+from twinspect.inference.predictor import check_counts
 
 if TYPE_CHECKING:
     from twinspect.training.fit import Fitted
@@ -59,8 +60,7 @@ class ExportOptions:
             raise ConfigError(unknown_name("format", self.format, FORMATS))
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
-        if self.batch < 0:
-            raise ConfigError(f"--batch {self.batch}: accepted 0 (any number) or more")
+        check_counts(0, self.batch)
         if self.format == "torch" and self.precision != "fp32":
             raise ConfigError(f"--format torch is written as fp32 only, not {self.precision}; type --format onnx")
         if self.format == "openvino" and self.any_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -113,9 +114,12 @@ def _encoded(one: Any) -> Any:
 def _content(one: Any) -> bytes:
     if isinstance(one, (bytes, bytearray, memoryview)):
         return bytes(one)
-    if hasattr(one, "seekable") and one.seekable():
-        one.seek(0)  # whoever has just written an image into it left it at its end
-    body = one.read()
+    try:
+        if hasattr(one, "seekable") and one.seekable():
+            one.seek(0)  # whoever has just written an image into it left it at its end
+        body = one.read() if not isinstance(one, io.TextIOBase) else ""
+    except (OSError, ValueError) as error:  # ValueError: it was closed
+        raise ImageError(f"{type(one).__name__} cannot be read ({error})") from None
     if not isinstance(body, bytes):
         raise ImageError(f"{type(one).__name__} gives {type(body).__name__} instead of bytes; open files with 'rb'")
     return body

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
-from twinspect.errors import BundleError, ConfigError
+from twinspect.errors import BundleError, ConfigError, check_range
 from twinspect.files import refuse_unwritable
 from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
+from twinspect.inference.predictor import check_counts
 from twinspect.inference.sources import would_find
 from twinspect.inference.table import check_format, is_own
 
-FILE_ROWS, FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
+MOST_WORKERS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,9 @@ class Job:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows < 0 or self.workers < -1 or self.batch < 0:
-            raise ConfigError(
-                f"--part-rows {self.rows} --workers {self.workers} --batch {self.batch}: accepted 0 (automatic) or "
-                "more"
-            )
+        check_range("--part-rows", self.rows, 0, MOST_ROWS)
+        check_range("--workers", self.workers, -1, MOST_WORKERS)
+        check_counts(self.threads, self.batch)
         number, of = self.shard
         if not 0 <= number < of:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")

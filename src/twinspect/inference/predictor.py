@@ -20,12 +20,14 @@ from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decision import ANOMALY
 from twinspect.decision import Decision as Decision
-from twinspect.errors import ImageError
+from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode
 from twinspect.inference.decode import name_of as name_of
 from twinspect.inference.frames import expand, is_live, is_single
 from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
+
+MOST_BATCH, MOST_THREADS = 4096, 1024
 
 
 class Runtime(Protocol):
@@ -167,6 +169,12 @@ class Predictor:
             result.threshold_region = said.rule.region.value
             shape = (result.height, result.width)
             result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
+
+
+def check_counts(threads: int, batch: int) -> None:
+    """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
+    check_range("--threads", threads, 0, MOST_THREADS)
+    check_range("--batch", batch, 0, MOST_BATCH)
 
 
 def classes_of_prototypes(prototype_N: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:

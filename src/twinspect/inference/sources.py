@@ -41,13 +41,14 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     path = Path(text)
     if path.is_file():
         return _file(path)
-    if path.is_dir():
+    if text and path.is_dir():
         found = _own_rows(path) if parts_in(path) else _below(text, set())
         return _first(found, f"no image files in {path} (looked for {suffixes()})")
     if text.startswith("@"):
         return _list(Path(text[1:]))
     return _first(
-        _globbed(text), f"nothing found at {path}: give an image, a folder, or a quoted glob such as 'new/*.png'"
+        _globbed(text),
+        f"nothing found at {text or 'an empty path'}: give an image, a folder, or a quoted glob such as 'new/*.png'",
     )
 
 

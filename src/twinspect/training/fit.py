@@ -171,7 +171,7 @@ def _source(
     root = cache_folder(model, len(samples), cache_gb)
 
     def known() -> KnownFiles | None:
-        return KnownFiles(features_folder()) if cache_gb else None
+        return KnownFiles(features_folder()) if cache_gb and not why_unwritable(features_folder()) else None
 
     if group.local_world > 1:  # each process prepares its share of what all then read
         FeatureSource(model, group.share_of_work(samples), root, progress, known())
