@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
 _MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+NOTHING_SCORED = 1  # exit code of a command that went through its images and could read none
 _SIGPIPE = 141  # what a shell reports of a program whose reader has gone
 
 

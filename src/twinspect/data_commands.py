@@ -104,11 +104,12 @@ def inspect(
 def manifest(path: Path, out: Path, layout: str, images: Path | None, details: bool, console: Console) -> None:
     """Read a data set in any layout and write it as a manifest."""
     from twinspect import data as data_room
-    from twinspect.data.manifest import is_manifest, write_manifest
+    from twinspect.data.manifest import write_manifest
     from twinspect.errors import DataError
     from twinspect.files import refuse_unwritable
+    from twinspect.inference.table import has_columns
 
-    refuse_unwritable(out, "--out", ours=is_manifest)
+    refuse_unwritable(out, "--out", ours=lambda file: has_columns(file, {"image", "split"}))
     loaded = data_room.load(path, layout, images)
     root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():

@@ -96,9 +96,9 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     before = Decision.from_dict(content.meta["decision"])
     start = _taken_from(options.source, before) if options.source is not None else before
     scored, labelled = _from_log(options, before, console) if options.from_log else _score(options, console)
-    after, notes = recalibrate(start, options.wanted, scored, labelled)
     for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
         console.warn(f"left out {failure}")
+    after, notes = recalibrate(start, options.wanted, scored, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import data as data_room
-from twinspect.console import Console
+from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.carving import relative_lines, short_hash
 from twinspect.data.leaks import find_leaks
 from twinspect.data.loaded import Loaded
@@ -100,7 +100,11 @@ class TestSet:
 
 
 def eval_command(options: EvalOptions, console: Console) -> None:
-    """Score the test images of a data set, print the metrics and write them where asked."""
+    """Score the test images of a data set, print the metrics and write them where asked.
+
+    Raises:
+        SystemExit: 1, where no image could be scored.
+    """
     check_outputs(options.out, options.json_file, "--out")
     detector = Detector.load(options.bundle, options.weights)
     loaded = data_room.load(options.data, options.layout, options.images)
@@ -121,6 +125,8 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     for line in (*found.failed, *notes):
         console.warn(line if line in notes else f"not scored: {line}")
     publish(options, values, notes, console)
+    if not found.rows:
+        raise SystemExit(NOTHING_SCORED)
 
 
 def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:

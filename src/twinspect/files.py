@@ -119,11 +119,11 @@ def refuse_unwritable(
         path: file to be written.
         option: that names it.
         example: a file name, for who has named a folder.
-        ours: whether a file that is there was written by this library, so that it may be replaced; None: any may.
+        ours: whether a file that is there is of the same kind, so that it may be replaced; None: any may.
         error: class of the error that is raised.
 
     Raises:
-        TwinspectError: the folder cannot be made or written, the name is taken by a folder, or by another's file.
+        TwinspectError: the folder cannot be made or written, or the name is taken by a folder or another kind of file.
     """
     other = f"choose another {option}"
     try:
@@ -136,7 +136,7 @@ def refuse_unwritable(
             draft.touch()
             draft.unlink()
         if ours is not None and path.is_file() and path.stat().st_size and not ours(path):
-            raise error(f"{path} exists, and twinspect did not write it; move it away, or {other}")
+            raise error(f"{path} exists and holds something else; move it away, or {other}")
     except OSError as reason:
         raise error(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
 

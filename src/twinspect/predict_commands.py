@@ -51,7 +51,7 @@ def predict(
 
     Exit code 1: none of the images could be read.
     """
-    from twinspect.console import Console
+    from twinspect.console import NOTHING_SCORED, Console
 
     with Console() as console:
         from twinspect.inference.bulk import run, say_totals
@@ -67,7 +67,7 @@ def predict(
         totals = run(job, console, chosen)
         console.say(say_totals(totals, out))
         if totals.nothing_scored:
-            raise typer.Exit(1)
+            raise typer.Exit(NOTHING_SCORED)
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -99,14 +99,6 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path, details: b
     return len(rows)
 
 
-def is_manifest(path: Path) -> bool:
-    """Whether a file is a manifest that `write_manifest` may replace."""
-    try:
-        return bool(_rows(path)[0])
-    except DataError:
-        return False
-
-
 def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     rows: list[dict[str, Any]]
     rows, recorded = (read_csv(path), "") if path.suffix.lower() == ".csv" else _parquet_rows(path)

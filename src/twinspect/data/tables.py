@@ -55,8 +55,8 @@ def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
             reader = csv.DictReader(file, restval="", delimiter=separator, strict=True)
             line = reader.line_num if reader.fieldnames else 0
             while (row := next(reader, None)) is not None:
+                _refuse_misread(row, separator, f"{path} line {line + 1}")
                 line = reader.line_num
-                _refuse_misread(row, separator, f"{path} line {line}")
                 yield {(key or "").strip(): value for key, value in row.items() if key is not None}
     except csv.Error as error:
         raise DataError(f"{path} line {line + 1}: not valid CSV ({error}); a quote is missing, or too many") from None

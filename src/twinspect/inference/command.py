@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twinspect._version import __version__
-from twinspect.console import Console, plain_streams
+from twinspect.console import NOTHING_SCORED, Console, plain_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _predict(given: argparse.Namespace, console: Console) -> int:
     )  # fmt: skip
     totals = run(job, console)
     console.say(say_totals(totals, job.out))
-    return 1 if totals.nothing_scored else 0
+    return NOTHING_SCORED if totals.nothing_scored else 0
 
 
 if __name__ == "__main__":

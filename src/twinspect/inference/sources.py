@@ -21,7 +21,7 @@ from twinspect.errors import DataError
 from twinspect.files import open_text
 from twinspect.inference.archives import ARCHIVES, Item, Stream, holds_paths, image_column, suffixes
 from twinspect.inference.remote import below, is_url
-from twinspect.inference.table import columns_of, is_own, parts_in, read_rows
+from twinspect.inference.table import OWN, columns_of, parts_in, read_rows
 
 TABLES = (".parquet", ".csv", ".jsonl")
 _DEEP = "**"  # of a glob: folders at any depth
@@ -234,19 +234,19 @@ def _spelled(folder: Path, line: str) -> str:
 
 def _table(path: Path) -> Iterator[Item | Stream]:
     """Images of a manifest, of a table of predictions, or of a Parquet file that holds encoded images itself."""
-    columns = columns_of(path)
-    if is_own(path):
+    columns, binary = columns_of(path), path.suffix.lower() == ".parquet"
+    for _ in read_rows(path) if not binary else ():  # a row that cannot be read is found before the work
+        pass
+    if set(columns) >= OWN:
         return _first(_own_rows(path), f"{path}: holds no row")
-    if path.suffix.lower() == ".parquet":
+    if binary:
         column, encoded = image_column(str(path))
         if encoded:
             return iter([Stream(str(path))])
         return _first(_manifest(read_rows(path, (column, "record")), column, path), f"{path}: holds no row")
     column = next(filter(holds_paths, columns), "")
-    if not column:
-        raise DataError(f"{path}: columns {', '.join(columns) or 'none'}; image (a path) is needed")
-    for _ in read_rows(path):  # a row that cannot be read is found before the work
-        pass
+    if columns and not column:
+        raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
     return _first(_manifest(read_rows(path), column, path), f"{path}: holds no row")
 
 
@@ -264,17 +264,25 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
 
 def _own_rows(path: Path) -> Iterator[Item]:
     """Images of a table of predictions, by the names that its run gave them; an archive's are read together."""
-    names = (_unescaped(str(row.get("path") or "")) for row in read_rows(path, ("path",)))
+    names = (_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
     for holder, group in groupby(names, key=_holder):
-        if not holder:
-            yield from (_named(name, path.parent) for name in group)
-            continue
-        wanted = dict.fromkeys(group)
-        for item in Stream(holder).items():
-            if item.name in wanted or item.error:
-                wanted.pop(item.name, None)
-                yield item
-        yield from (Item(name, error=f"{name}: no longer in the archive") for name in wanted)
+        yield from (_members if holder else _files)(holder, group)
+
+
+def _files(_holder: str, names: Iterable[str]) -> Iterator[Item]:
+    return map(_file_or_record, names)
+
+
+def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
+    wanted = dict.fromkeys(names)
+    reason = "no longer in the archive"
+    for item in Stream(holder).items():
+        if item.name in wanted:
+            del wanted[item.name]
+            yield item
+        elif item.name == holder:  # the archive itself cannot be read
+            reason = item.error
+    yield from (Item(name, error=f"{name}: {reason}") for name in wanted)
 
 
 def _holder(name: str) -> str:
@@ -283,15 +291,18 @@ def _holder(name: str) -> str:
     return name[: found.end() - 1] if found else ""
 
 
-def _named(name: str, folder: Path) -> Item:
-    """An image by its name in a table, which is relative to where its run was started."""
-    if is_url(name) or os.path.exists(name):
-        return Item(name, name)
+def _placed(name: str, folder: Path) -> str:
+    """A name of a table: relative to where its run was started, or else to the table."""
+    file = _holder(name) or name
+    beside = not is_url(file) and not os.path.exists(file) and os.path.exists(folder / file)
+    return str(folder / name) if beside else name
+
+
+def _file_or_record(name: str) -> Item:
     file, mark, record = name.rpartition("#")
-    if mark and record.isdecimal() and os.path.isfile(file):
+    if mark and record.isdecimal() and not os.path.exists(name) and os.path.isfile(file):
         return Item(name, file, record=int(record))
-    beside = str(folder / name)
-    return Item(beside, beside) if os.path.exists(beside) else Item(name, name)
+    return Item(name, name)
 
 
 def _unescaped(name: str) -> str:

@@ -6,12 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from twinspect.data.tables import csv_rows
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import open_text, replacing
 
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
@@ -24,6 +25,7 @@ _TYPES = {
     "width": "int32", "height": "int32", "map_path": "string", "mask_path": "string", "model_id": "string",
     "ms": "double", "error": "string",
 }  # fmt: skip
+OWN = frozenset({"path", "score"})  # what tells a table of predictions from others
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
@@ -127,10 +129,15 @@ def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file is a table of predictions, by its columns."""
+    """Whether a file is a table of predictions."""
+    return has_columns(path, OWN)
+
+
+def has_columns(path: Path, names: AbstractSet[str]) -> bool:
+    """Whether a file is a table with these columns, and perhaps others."""
     try:
-        return {"path", "score"} <= set(columns_of(path))
-    except DataError:
+        return names <= set(columns_of(path))
+    except TwinspectError:
         return False
 
 
