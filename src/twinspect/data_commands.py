@@ -101,17 +101,21 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
     """Read a data set in any layout and write it as a manifest."""
     from twinspect import data as data_room
     from twinspect.data.manifest import write_manifest
+    from twinspect.data.scan import ScanLog
     from twinspect.errors import DataError
 
     loaded = data_room.load(path, layout, images)
     root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():
         console.say(line)
+    log = ScanLog()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        rows = write_manifest(loaded.samples, out, root, details)
+        rows = write_manifest(loaded.samples, out, root, details, log)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
+    for _, reason in log.skipped:
+        console.warn(f"no details: {reason}")
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {_quoted(out)} --images {_quoted(root)}")

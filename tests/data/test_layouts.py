@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twinspect.data import DATASETS, detect, load
-from twinspect.data.industrial import LOGICAL, STRUCTURAL
+from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.listed import view_of
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask, read_sample_rgb

@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from twinspect.data.images import is_image
+from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
 
-GOOD_NAMES = frozenset({"good", "normal", "ok"})
 NOT_IMAGE = "not an image file"
+UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 HIDDEN = "hidden file"
+READ_BEFORE = "link to a folder that was already read"
 
 
 @dataclass(slots=True)
@@ -28,14 +29,21 @@ class ScanLog:
     Attributes:
         skipped: path and reason, in the order met.
         notes: sentences about choices made for the user; each is kept once.
+        undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    undecided: list[tuple[Path, str]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
         """Remember a file or folder that is not used."""
         self.skipped.append((path, reason))
+
+    def leave(self, path: Path, reason: str) -> None:
+        """Remember a folder of images that cannot be used as it is, so that its user has to decide."""
+        self.skip(path, reason)
+        self.undecided.append((path, reason))
 
     def note(self, text: str) -> None:
         """Remember a sentence, once."""
@@ -46,9 +54,14 @@ class ScanLog:
 def existing_root(root: Path | str) -> Path:
     """The path with ``~`` expanded; an error with the nearest names if nothing is there."""
     path = Path(root).expanduser()
-    if path.exists():
+    try:
+        path.stat()
         return path
-    names = [entry.name for entry in _entries(path.parent)]
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    except OSError as error:
+        raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
+    names = [entry.name for entries in _entries(path.parent) for entry in entries]
     near = get_close_matches(path.name, names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(str(path.parent / n)) for n in near)}?" if near else ""
     raise DataError(f"{path}: no such file or folder.{hint}")
@@ -57,7 +70,7 @@ def existing_root(root: Path | str) -> Path:
 def existing_folder(root: Path | str) -> Path:
     """Like ``existing_root``, and it must be a folder that can be listed."""
     path = existing_root(root)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path}: is a file, and a folder is needed; name the folder that holds it")
     try:
         os.scandir(path).close()
@@ -68,41 +81,49 @@ def existing_folder(root: Path | str) -> Path:
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [entry for entry in _entries(folder) if entry.is_dir() and not _is_hidden(entry)]
+    return [sub for sub in _entries(folder)[0] if not _is_hidden(sub)]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Visible files directly inside, sorted by name."""
+    return [path for path in _entries(folder)[1] if os.path.isfile(path) and not _is_hidden(path)]
 
 
 def images_in(folder: Path, log: ScanLog) -> list[Path]:
     """Images directly inside a folder, sorted by name; folders inside and other files are logged."""
-    found = []
-    for entry in _entries(folder, log):
-        if entry.is_dir():
-            log.skip(entry, "folder inside a folder of images")
-        elif _accept(entry, log):
-            found.append(entry)
-    return found
+    folders, files = _entries(folder, log)
+    for sub in folders:
+        log.skip(sub, "folder inside a folder of images")
+    return [path for path in files if _accept(path, log)]
 
 
-def images_below(folder: Path, log: ScanLog) -> list[Path]:
-    """Images at any depth, sorted by path; each real folder is visited once, so links cannot loop."""
-    found: list[Path] = []
+def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Path]]]:
+    """Every visible folder from ``folder`` on, sorted, with the images and the other files directly in it.
+
+    Each real folder is visited once, so links cannot loop. Where there are images, other files are logged.
+    """
     visited: set[tuple[int, int]] = set()
     stack = [folder]
     while stack:
         here = stack.pop()
         if not _first_visit(here, visited):
-            log.skip(here, "link to a folder that was already read")
+            log.skip(here, READ_BEFORE)
             continue
-        for entry in _entries(here, log):
-            if entry.is_dir():
-                stack.extend([] if _is_hidden(entry) else [entry])
-            elif _accept(entry, log):
-                found.append(entry)
-    return sorted(found)
+        inner, files = _entries(here, log)
+        quiet = log if any(map(is_image, files)) or not inner else ScanLog()  # a licence beside folders is no news
+        images = [path for path in files if _accept(path, quiet)]
+        yield here, images, [path for path in files if not is_image(path) and not _is_hidden(path)]
+        stack.extend(sub for sub in reversed(inner) if not _is_hidden(sub))
+
+
+def images_below(folder: Path, log: ScanLog) -> list[Path]:
+    """Images at any depth, sorted by path."""
+    return sorted(image for _, images, _ in walk(folder, log) for image in images)
 
 
 def has_images(folder: Path) -> bool:
     """Whether at least one image lies directly inside."""
-    return any(is_image(entry) and entry.is_file() for entry in _entries(folder))
+    return any(is_image(path) and os.path.isfile(path) for path in _entries(folder)[1])
 
 
 def has_images_below(folder: Path) -> bool:
@@ -119,10 +140,11 @@ def has_images_below(folder: Path) -> bool:
     return False
 
 
-def child(folder: Path, names: Iterable[str]) -> Path | None:
-    """The folder inside whose lower-case name is one of ``names``, or None."""
-    wanted = frozenset(names)
-    return next((sub for sub in subfolders(folder) if sub.name.lower() in wanted), None)
+def why_without_images(folder: Path) -> str:
+    """The reason for which no image was found below a folder."""
+    log = ScanLog()
+    _entries(folder, log)
+    return next((reason for path, reason in log.skipped if path == folder), "folder without images")
 
 
 def folder_name(folder: Path) -> str:
@@ -132,7 +154,8 @@ def folder_name(folder: Path) -> str:
 
 def listing(folder: Path, limit: int = 8) -> str:
     """Names inside a folder for an error message."""
-    names = [entry.name + ("/" if entry.is_dir() else "") for entry in _entries(folder)]
+    folders, files = _entries(folder)
+    names = sorted([f"{sub.name}/" for sub in folders] + [path.name for path in files])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
@@ -154,7 +177,15 @@ def inside(root: Path, text: str, where: str) -> Path:
     if _depth(relative) < 0:
         raise DataError(f"{where}: {text!r} points outside {root}; only files below it are read")
     plain = posixpath.normpath(posix)
-    return next((p for p in _spellings(root, plain, text) if p.exists()), root / plain)
+    return next((p for p in _spellings(root, plain, text) if os.path.exists(p)), root / plain)
+
+
+def relative_to_root(path: Path, root: Path) -> str:
+    """Path below ``root`` with forward slashes, for a list."""
+    absolute, base = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+    if not absolute.is_relative_to(base):
+        raise DataError(f"{path}: not below {root}; lists hold paths relative to one folder")
+    return absolute.relative_to(base).as_posix()
 
 
 def _absolute_inside(root: Path, posix: str, where: str) -> Path:
@@ -188,20 +219,42 @@ def _spellings(root: Path, posix: str, text: str) -> Iterator[Path]:
         yield root / text  # a real backslash in a POSIX file name
 
 
-def _entries(folder: Path, log: ScanLog | None = None) -> list[Path]:
+def _entries(folder: Path, log: ScanLog | None = None) -> tuple[list[Path], list[Path]]:
+    """Folders and files directly inside, each sorted by name; a file system is not asked about every file."""
+    folders: list[Path] = []
+    files: list[Path] = []
     try:
-        return sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() and _leads_up(folder, entry):
+                    if log is not None:
+                        log.skip(folder / entry.name, READ_BEFORE)
+                    continue
+                (folders if _is_folder(entry) else files).append(folder / entry.name)
     except OSError as error:
         if log is not None:
             log.skip(folder, f"cannot be listed ({error.strerror or error})")
-        return []
+    return sorted(folders), sorted(files)
+
+
+def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder that it lies in; what is beside it there is not a part of this folder."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(link))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to where nobody may look
+        return False
 
 
 def _accept(entry: Path, log: ScanLog) -> bool:
     if not is_image(entry):
-        log.skip(entry, HIDDEN if _is_hidden(entry) else NOT_IMAGE)
+        known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
+        log.skip(entry, HIDDEN if _is_hidden(entry) else known)
         return False
-    if not entry.is_file():
+    if not os.path.isfile(entry):
         log.skip(entry, "broken link")
         return False
     return True

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW, VISA
-from twinspect.data.industrial import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.listed import relative_to_root, write_meta_json
+from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
+from twinspect.data.listed import write_meta_json
 from twinspect.data.loaded import ClassCounts
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
+from twinspect.data.scan import relative_to_root
 from twinspect.data.synthetic_containers import cifar_binary, cifar_python, idx, parquet
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.types import TEST, TRAIN

@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from twinspect.data.names import BAD, GOOD, UNSORTED, meaning
 from twinspect.data.scan import ScanLog, inside
 from twinspect.errors import DataError
+from twinspect.types import CALIBRATION, TEST, TRAIN
 
 MISSING = "listed, but there is no such file"
+_SEPARATORS = ",;\t|"
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-")
 
 
 def read_json(path: Path) -> Any:
@@ -25,24 +30,92 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON-lines file, each with its place for error messages."""
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
+    """Objects of a JSON-lines file, each with its place for error messages.
+
+    One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
+    """
+    text = _text(path)
+    if text.lstrip()[:1] == "[" and (entries := _json_list(text)) is not None:
+        for number, entry in enumerate(entries, start=1):
+            yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip(" \t\r,"):
             where = f"{path} line {number}"
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.rstrip(" \t\r,"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
             yield where, as_object(entry, where)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header, as text; missing cells are empty."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restval="", strict=True)
+def _json_list(text: str) -> list[Any] | None:
     try:
-        return [{(key or "").strip(): value for key, value in row.items() if key is not None} for row in reader]
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # the line that is wrong is named when lines are read
+    return found if isinstance(found, list) else None
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of text with a header, as text; missing cells are empty.
+
+    Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
+    """
+    reader = _reader(path)
+    try:
+        return [{(name or "").strip(): value for name, value in row.items() if name is not None} for row in reader]
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def csv_header(path: Path) -> list[str]:
+    """Names of the columns of a table of text."""
+    try:
+        return [name.strip() for name in _reader(path).fieldnames or ()]
+    except csv.Error as error:
+        raise DataError(f"{path}: not valid CSV ({error})") from None
+
+
+def _reader(path: Path) -> csv.DictReader[str]:
+    text = _text(path)
+    first, _, rest = text.partition("\n")
+    separator = ""
+    if first.lower().startswith("sep=") and len(first.rstrip("\r")) == 5:
+        text, separator = rest, first[4]
+    text = text.lstrip("\r\n")
+    separator = separator or max(_SEPARATORS, key=text.partition("\n")[0].count)  # of equals, and of none, the comma
+    return csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True, delimiter=separator)
+
+
+def is_empty(cell: Any) -> bool:
+    """Whether a cell holds nothing: also not-a-number, and what other tools write for it."""
+    return cell is None or cell != cell or (isinstance(cell, str) and cell.strip().lower() in _NOTHING)
+
+
+def split_of(word: Any, where: str) -> str:
+    """Our name of a split from the word a list uses."""
+    found = meaning(str(word)).split
+    if not found:
+        raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
+    return found
+
+
+def label_of(value: Any, where: str) -> int | None:
+    """0, 1 or None from a cell: a number, its text, a word such as OK or NG (`names.meaning`), or empty."""
+    if is_empty(value):
+        return None
+    text = str(value).strip().lower()
+    if text in ("0", "1", "0.0", "1.0", "true", "false"):
+        return int(text in ("1", "1.0", "true"))
+    role = meaning(str(value)).role
+    if role == UNSORTED:
+        return None
+    if role not in (GOOD, BAD):
+        raise DataError(
+            f"{where}: label is {value!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)"
+        )
+    return int(role == BAD)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
@@ -70,15 +143,17 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 def listed_file(root: Path, text: str, where: str, log: ScanLog) -> Path | None:
     """File that a list names, or None with a log entry if it does not exist; outside ``root`` is an error."""
     path = inside(root, text, where)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     log.skip(path, MISSING)
     return None
 
 
 def _text(path: Path) -> str:
+    """Text of a file in UTF-8, or in UTF-16 with a mark (Excel's "Unicode text", PowerShell)."""
     try:
-        return path.read_text("utf-8-sig")
+        raw = path.read_bytes()
+        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
