@@ -13,17 +13,27 @@ from functools import partial
 from pathlib import Path
 
 from twinspect.data import folders, listed, semantic
-from twinspect.data.images import count_pictures
+from twinspect.data.images import count_pictures, is_image
 from twinspect.data.loaded import ClassCounts, Loaded
 from twinspect.data.manifest import looks_like_manifest, manifest
-from twinspect.data.names import MASK, meaning
-from twinspect.data.scan import ScanLog, existing_root, has_images_below, listing, subfolders
+from twinspect.data.names import BAD, MASK, meaning
+from twinspect.data.scan import (
+    ScanLog,
+    existing_root,
+    files_in,
+    folder_name,
+    has_images_below,
+    listing,
+    subfolders,
+    unread_picture,
+)
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.types import TEST, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
 
 _SHOWN = 5  # of what is wrong in one message
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +43,14 @@ class Dataset:
     Attributes:
         read: the samples at a folder or file; what is left out goes to the log.
         looks_like: whether a folder or file has this layout.
-        listed: whether it is a list, whose images may lie in another folder: ``read`` takes it as third argument.
-        whole: whether folders of images that it does not name must be a mistake.
+        listed: whether images are named in a list, so that folders of others must be a mistake.
+        elsewhere: whether they may lie in another folder than the list: ``read`` takes it as third argument.
     """
 
     read: Callable[..., list[Sample]]
     looks_like: Callable[[Path], bool]
     listed: bool = False
-    whole: bool = False
+    elsewhere: bool = False
 
     def __call__(self, root: Path, log: ScanLog | None = None) -> list[Sample]:
         """Read the data set at ``root``."""
@@ -57,9 +67,9 @@ def _set(read: Callable[..., list[Sample]], image_set: semantic.ImageSet) -> Dat
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "manifest": Dataset(manifest, looks_like_manifest, listed=True),
-    "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, whole=True),
-    "visa": Dataset(listed.visa, listed.looks_like_visa, whole=True),
+    "manifest": Dataset(manifest, looks_like_manifest, listed=True, elsewhere=True),
+    "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
+    "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
     **{
         name: Dataset(read, partial(_is, name))
         for name, read in (
@@ -68,8 +78,8 @@ DATASETS: dict[str, Dataset] = {
             (folders.MVTEC_AD, folders.mvtec_ad),
         )
     },
-    "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True),
-    "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True),
+    "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
+    "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
     "cifar10": _set(semantic.cifar10, semantic.CIFAR10_SET),
     "view": _set(semantic.view, semantic.VIEW_SET),
     "fashion-mnist": _set(semantic.fashion_mnist, semantic.FASHION_SET),
@@ -102,6 +112,8 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
     given = existing_root(root)
     name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
+    if layout == "auto":
+        _refuse_own_name(name, found)
     log = ScanLog()
     samples = _known_labels(_read(name, found, log, images), log)
     _unnamed_folders(name, found, samples, log)
@@ -120,8 +132,8 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
 def _read(name: str, root: Path, log: ScanLog, images: Path | str | None) -> list[Sample]:
     if images is None:
         return DATASETS[name](root, log)
-    if not DATASETS[name].listed:
-        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.listed)
+    if not DATASETS[name].elsewhere:
+        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
         raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
     return DATASETS[name].read(root, log, Path(images))
 
@@ -138,9 +150,22 @@ def _locate(root: Path) -> tuple[str, Path]:
     if os.path.isdir(root) and has_images_below(root):
         return folders.FOLDER, root
     raise DataError(
-        f"{root}: no known layout; found: {_found(root)}. "
+        f"{root}: no known layout; found: {_found(root)}. {_advice(root)}"
         f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
     )
+
+
+def _advice(root: Path) -> str:
+    """What to do about what people give in place of a data set."""
+    if os.path.isdir(root):
+        archive = next((path.name for path in files_in(root) if path.name.lower().endswith(_ARCHIVES)), "")
+        if archive:
+            return f"Unpack {archive} first. "
+        other = unread_picture(root)
+        return f"{other.name} is in a format that is not read; save such pictures as PNG or JPEG. " if other else ""
+    if root.name.lower().endswith(_ARCHIVES):
+        return "It is an archive: unpack it, and give the folder. "
+    return "It is one image: give the folder of many. " if is_image(root) else ""
 
 
 def _known(place: Path) -> str | None:
@@ -167,6 +192,17 @@ def _wrapped(root: Path) -> list[Path]:
     return chain
 
 
+def _refuse_own_name(name: str, root: Path) -> None:
+    """A folder called bad or masks, in which nothing says that its images are good."""
+    said = meaning(folder_name(root))
+    if name == folders.FOLDER and said.role in (BAD, MASK) and not said.rest and not folders.layout_of(root):
+        what = "defects" if said.role == BAD else "masks"
+        raise DataError(
+            f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
+            "they are, type --layout folder"
+        )
+
+
 def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
     """Without what is in a training part and has no label, where others have one: nobody says that it is good."""
     if not any(sample.label is not None for sample in samples):
@@ -180,15 +216,14 @@ def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
 
 def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog) -> None:
     """Folders of images of which a list names none."""
-    dataset = DATASETS[name]
-    if not (dataset.listed or dataset.whole) or not os.path.isdir(root):
+    if not DATASETS[name].listed or not os.path.isdir(root):
         return
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
     said = {path for path, _ in log.skipped}
     for sub in subfolders(root):
         if sub.name not in inside and sub not in said and meaning(sub.name).role != MASK and has_images_below(sub):
-            (log.leave if dataset.whole else log.skip)(sub, "no list names an image in it")
+            log.leave(sub, "no list names an image in it")
 
 
 def _undecided(name: str, root: Path, samples: list[Sample], log: ScanLog) -> str:

@@ -22,6 +22,7 @@ from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import (
     ScanLog,
     existing_folder,
+    files_in,
     folder_name,
     has_images,
     has_images_below,
@@ -42,8 +43,11 @@ _EXPECTED = {
 }
 # Names of which one means good, and nobody can tell which.
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
-_LIST_SUFFIXES = frozenset(".csv .tsv .json .jsonl .xlsx .xls .ods .xml .parquet".split())
+_LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # tables that are read are not among them
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
+
+
+_NOT_USED = "{} is not used: the names of folders say which images are good"
 
 
 class ClassFolders(NamedTuple):
@@ -104,8 +108,10 @@ def layout_of(root: Path) -> str:
     if not os.path.isdir(root):
         return ""
     classes = find_classes(root, ScanLog())
-    shapes = {shape_of(found) for found in classes if any(_states(place) for place, _ in found.places)}
-    return "" if not shapes else shapes.pop() if len(shapes) == 1 else FOLDER
+    if not any(_states(place) for found in classes for place, _ in found.places):
+        return ""
+    shapes = {shape_of(found) for found in classes}
+    return shapes.pop() if len(shapes) == 1 else FOLDER
 
 
 def shape_of(found: ClassFolders) -> str:
@@ -126,8 +132,6 @@ def shape_of(found: ClassFolders) -> str:
 def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
     """The classes at a folder: itself, or folders in it. Folders of images that belong to none are logged."""
     whole = ClassFolders(folder_name(root), [(root, ())])
-    if label_tables(root):
-        return [whole]
     inner = []
     for sub in subfolders(root):
         if has_images_below(sub):
@@ -141,18 +145,14 @@ def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
     learns = any(_is_learnt(sub.name) for sub in speaking)
     stated = any(_states(sub) for sub in silent)
     wrapped = all(meaning(sub.name).pictures and not _holds_classes(sub) for sub in silent)  # images/ beside masks/
-    if learns or wrapped or (has_images(root) and not stated):
+    if learns or wrapped or ((has_images(root) or label_tables(root)) and not stated):
         return [whole] if inner or has_images(root) else []
     return _classes_among(root, silent, speaking, log)
 
 
 def _classes_among(root: Path, silent: list[Path], speaking: list[Path], log: ScanLog) -> list[ClassFolders]:
     """Folders beside each other as classes; folders whose names say something go to the class that they name."""
-    if {sub.name.lower() for sub in silent} in _PAIRS:
-        names = " and ".join(sub.name for sub in silent)
-        for sub in silent:
-            log.leave(sub, f"nobody can tell which of {names} is good; rename the folder of good images to good")
-        return []
+    _refuse_pair(root, [sub.name for sub in silent])
     classes = []
     for sub in silent:
         if _holds_classes(sub):
@@ -166,6 +166,14 @@ def _classes_among(root: Path, silent: list[Path], speaking: list[Path], log: Sc
     for image in next(walk(root, ScanLog()))[1] if classes else ():
         log.skip(image, "image beside the folders of classes")
     return classes
+
+
+def _refuse_pair(place: Path, names: Iterable[str]) -> None:
+    if {name.lower() for name in names} in _PAIRS:
+        raise DataError(
+            f"{place}: nobody can tell which of {' and '.join(sorted(names))} is good; rename the folder of good "
+            "images to good and the other to bad"
+        )
 
 
 def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
@@ -259,24 +267,31 @@ def _read(root: Path, log: ScanLog, layout: str) -> list[Sample]:
     if layout != FOLDER:
         classes = _of_layout(root, classes, layout, log)
     samples: list[Sample] = []
-    assumed = []
+    assumed: dict[str, int] = {}
     for found in classes:
-        reader = _ClassReader(found, log)
         try:
+            reader = _ClassReader(found, log)
             samples += reader.samples()
         except DataError as error:
             if len(classes) == 1:
                 raise
             log.leave(found.places[0][0], str(error))
+            continue
         if reader.assumed:
-            assumed.append(found.name)
+            assumed[found.name] = reader.assumed
     if not samples and layout == FOLDER and not log.undecided:
         raise DataError(
             f"{root}: no image found in it or below; found: {listing(root)}. "
             "Give a folder of good images, or one with good/ and folders of defects"
         )
+    if len(classes) > 1:
+        for path, reason in _odd_lists((), files_in(root), False):
+            log.skip(path, reason)
+        for table in label_tables(root):
+            log.note(_NOT_USED.format(table))
     if assumed and len(classes) == 1:
-        log.note(f"every image below {root} is taken as a good image of one class, {assumed[0]!r}")
+        ((name, count),) = assumed.items()
+        log.note(f"no folder is called good: {count:,} images are taken as good images of one class, {name!r}")
     elif len(assumed) == len(classes) and assumed:
         log.note(f"no folder is called good: each folder is one class of good images ({len(assumed)} classes)")
     elif assumed:
@@ -300,16 +315,17 @@ class _ClassReader:
     """Images of one class by what is said of them.
 
     Attributes:
-        assumed: whether images are taken as good only because nothing says otherwise.
+        assumed: how many images are taken as good only because nothing says otherwise.
     """
 
     def __init__(self, found: ClassFolders, log: ScanLog) -> None:
         self._name, self._log = found.name, log
-        self.assumed = False
+        self.assumed = 0
         self._listed: list[tuple[Place, Sample]] = []
         self._images: list[Place] = []
         self._masks: list[Place] = []
         self._odd: list[tuple[Path, str]] = []
+        self._tables: set[Path] = set()
         self._seen: set[tuple[Path, str]] = set()
         for place, context in found.places:
             if names := _unnamed_training(place):
@@ -328,8 +344,11 @@ class _ClassReader:
         placed = [(place, sample) for place in self._images if (sample := self._sample(*place)) is not None]
         judged = [*placed, *self._listed]
         # Good images often have the names of defects in other folders, and masks of those are not theirs.
-        open_to_masks = [place for place, sample in judged if sample.label != 0 or not role_of(place[1])]
-        masks = match(open_to_masks, self._masks, self._log)
+        defects = [place for place, sample in judged if sample.label == 1]
+        others = [
+            place for place, sample in judged if sample.label is None or not (sample.label or role_of(place[1]))
+        ]
+        masks = match((defects, others), self._masks, self._log)
         found = [
             self._masked(sample, masks.get(path, ()), free=not _split(parts) or sample.split == TEST)
             for (path, parts), sample in placed
@@ -338,37 +357,67 @@ class _ClassReader:
             replace(sample, masks=masks.get(path, ())) if sample.label == 1 and not sample.masks else sample
             for (path, _), sample in self._listed
         ]
+        kept = sorted((one for one in found if one is not None), key=lambda sample: SPLITS.index(sample.split))
+        self._say(kept)
+        return kept
+
+    def _say(self, kept: Sequence[Sample]) -> None:
+        told = {*self._tables, *(path for path, _ in self._odd)}
+        self._log.skipped = [(path, reason) for path, reason in self._log.skipped if path not in told]
         for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
             (self._log.leave if self.assumed else self._log.skip)(path, reason)
-        return sorted((one for one in found if one is not None), key=lambda sample: SPLITS.index(sample.split))
-
-    # What follows first collects files, then judges them one by one.
+        unknown = [one for one in kept if one.label is None and not one.defect_type.startswith("test_private")]
+        if unknown:
+            places = sorted({one.image.parent.name for one in unknown})
+            self._log.note(
+                f"{len(unknown):,} images of {self._name} are neither learnt nor tested, as nothing says whether "
+                f"they are good ({', '.join(places[:5])}); folders called good and bad in there would"
+            )
 
     def _gather(self, place: Path, context: tuple[str, ...]) -> None:
-        tables: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
+        governed: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
         for here, images, others in walk(place, self._log):
+            _refuse_pair(here, [sub.name for sub in subfolders(here)])
             parts = (*context, *here.relative_to(place).parts)
-            in_masks = role_of(parts) == MASK
-            read = label_tables(here) if others and not in_masks else []
-            if read:
-                rows = [row for table in read for row in self._rows(table, parts, place)]
-                tables[here] = {path for row in rows for path in (row.image, *row.masks)}
-                self._listed += [((row.image, _parts_of(row.image, place)), row) for row in rows]
-            self._odd += _odd_lists(images, [path for path in others if path not in read], in_masks)
-            masks, lost = (images, []) if in_masks else masks_among(images)
+            role = role_of(parts)
+            tables = label_tables(here) if others and not role else []
+            if tables:
+                governed[here] = self._read_tables(tables, place, context)
+            self._odd += _odd_lists(images, [path for path in others if path not in tables], role == MASK)
+            masks, lost = (images, []) if role == MASK else masks_among(images)
             for path in lost:
                 self._log.skip(path, "a mask by its name, of an image that is not there")
-            listed = next((found for above, found in tables.items() if here.is_relative_to(above)), None)
+            listed = next((found for above, found in governed.items() if here.is_relative_to(above)), None)
             self._masks += [(path, parts) for path in masks if listed is None or path not in listed]
             for path in (path for path in images if path not in {*masks, *lost}):
-                if listed is None:
+                if listed is None or role:  # a folder called good or bad says more than a table above it
                     self._images.append((path, parts))
                 elif path not in listed:
                     self._log.skip(path, "an image that the table of labels does not list")
 
-    def _rows(self, table: Path, parts: tuple[str, ...], place: Path) -> list[Sample]:
-        split = _split(parts) or meaning(table.stem).split
-        return read_list(table, self._log, None, split, self._name, place)
+    def _read_tables(self, tables: Sequence[Path], place: Path, context: tuple[str, ...]) -> set[Path]:
+        """Read tables of labels in one folder; the files that they list. Rows of images in ``good/`` are not used."""
+
+        def parts_of(image: Path) -> tuple[str, ...]:
+            inside = image.parent.relative_to(place).parts if image.is_relative_to(place) else ()
+            return (*context, *inside)
+
+        def split_at(image: Path) -> str:
+            return _split(parts_of(image)) or meaning(table.stem).split
+
+        listed: set[Path] = set()
+        for table in tables:
+            rows = read_list(table, self._log, None, self._name, place, split_at)
+            fresh = [row for row in rows if not role_of(parts_of(row.image))]
+            twice = next((row.image for row in fresh if row.image in listed), None)
+            if twice is not None:
+                raise DataError(f"{table}: {twice} is listed twice, here or in another table beside it")
+            self._listed += [((row.image, parts_of(row.image)), row) for row in fresh]
+            listed.update(path for row in fresh for path in (row.image, *row.masks))
+            self._tables.add(table)
+            if not fresh:
+                self._log.note(_NOT_USED.format(table))
+        return listed
 
     def _sample(self, path: Path, parts: tuple[str, ...]) -> Sample | None:
         """An image by the folders above it, then by its own name; None, with a log entry, if it is not used."""
@@ -379,6 +428,7 @@ class _ClassReader:
             return None
         if not role and own in (GOOD, BAD) and (own == BAD or not kinds):
             role = own
+            self._log.note("some images are good, or defects, by their own names, such as OK_1.png and NG_1.png")
         if split in (TRAIN, CALIBRATION):
             return self._learnt(path, parts, split, role)
         if role == GOOD:
@@ -407,7 +457,7 @@ class _ClassReader:
         return self._assumed(path, split)
 
     def _assumed(self, path: Path, split: str) -> Sample:
-        self.assumed = True
+        self.assumed += 1
         return Sample(path, split, self._name)
 
     def _masked(self, sample: Sample, masks: tuple[Path, ...], free: bool) -> Sample | None:
@@ -432,10 +482,6 @@ class _ClassReader:
             self._log.skip(path, reason)
 
 
-def _parts_of(image: Path, place: Path) -> tuple[str, ...]:
-    return image.parent.relative_to(place).parts if image.is_relative_to(place) else ()
-
-
 def _split(parts: Iterable[str]) -> str:
     return next((split for part in parts if (split := meaning(part).split)), "")
 
@@ -457,7 +503,8 @@ def _odd_lists(images: Sequence[Path], others: Sequence[Path], in_masks: bool) -
     """Files that list images by their names, or mark defects in another way than by masks, and are not read."""
     for path in others:
         words = set(re.findall(r"[a-z]+", path.stem.lower()))
-        if path.suffix.lower() in _LIST_SUFFIXES and words & _LIST_WORDS and not path.name.endswith(".train.jsonl"):
+        ours = path.name.endswith(".train.jsonl")  # the log of a training run
+        if path.suffix.lower() in _LIST_SUFFIXES and words & _LIST_WORDS and not ours:
             yield path, "it seems to list images, and it is not read; a CSV with the columns image, label would be"
     if in_masks and not images and others:
         yield others[0].parent, f"labels that are no pictures are not read, such as {others[0].name}"

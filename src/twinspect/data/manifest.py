@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,9 +92,9 @@ def read_list(
     path: Path,
     log: ScanLog,
     base: Path | None = None,
-    split: str = "",
     class_name: str = "",
     within: Path | None = None,
+    split_at: Callable[[Path], str] = lambda _: "",
 ) -> list[Sample]:
     """Samples of one table.
 
@@ -102,9 +102,9 @@ def read_list(
         path: of the table.
         log: where notes go.
         base: folder that the paths are relative to; None: the table's own, or one in it where the first image is.
-        split: of rows that name none.
         class_name: of rows that name none; empty: the folder's name.
         within: data set that the table is a part of; paths may then be relative to any folder above the table.
+        split_at: split of an image whose row names none, where it is known.
 
     Raises:
         DataError: the table cannot be read, or a row of it cannot be used.
@@ -116,7 +116,7 @@ def read_list(
             f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
         )
     base = base or _base(path.parent, rows[0], names["image"], within)
-    reader = _Reader(rows, names, base, split, class_name or folder_name(base))
+    reader = _Reader(rows, names, base, class_name or folder_name(base), split_at)
     samples: list[Sample] = []
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
@@ -167,17 +167,26 @@ def _named(folder: Path) -> list[Path]:
 def _lists_labels(path: Path) -> bool:
     try:
         header = _header(path)
+        names = _columns(header)
+        if "image" not in names or set(header) >= _PREDICTED:
+            return False
+        if set(names) - {"image", "record", "group"}:
+            return True
+        rows, _ = _rows(path)
     except DataError:
         if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
             raise
         return False
-    informs = set(_columns(header)) - {"image", "record", "group"}
-    informs |= {name for name in header if meaning(name).role in (GOOD, BAD)}
-    return "image" in _columns(header) and bool(informs) and not set(header) >= _PREDICTED
+    return bool(_judging_column(rows, names))
 
 
 def _names_images(path: Path) -> bool:
     return "image" in _columns(_header(path))
+
+
+def is_image_column(name: str) -> bool:
+    """Whether a column of this name holds the paths of images, in one of the spellings that are read."""
+    return key(name) in _ALIASES["image"].split()
 
 
 def _header(path: Path) -> list[str]:
@@ -258,13 +267,20 @@ def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
 class _Reader:
     """Rows of one table as samples. Where it says which images are good is found once, for all rows."""
 
-    def __init__(self, rows: Sequence[Row], names: dict[str, str], base: Path, split: str, class_name: str) -> None:
-        self._rows, self._base, self._class_name = rows, base, class_name
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        names: dict[str, str],
+        base: Path,
+        class_name: str,
+        split_at: Callable[[Path], str],
+    ) -> None:
+        self._rows, self._base, self._class_name, self._split_at = rows, base, class_name, split_at
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
-        self._names, self._split = names, split or (TEST if self._predicted else "")
-        self._judge = names.get("label", "") or ("" if self._predicted else self._judging_column())
+        self._names = names
+        self._judge = names.get("label", "") or ("" if self._predicted else _judging_column(rows, names))
         if self._judge and self._judge == names.get("class_name"):
             del names["class_name"]
         texts = [str(row.get(self._judge)) for row in rows if not is_empty(row.get(self._judge))]
@@ -285,7 +301,7 @@ class _Reader:
         image = self._existing(text, where)
         masks = tuple(self._existing(one, where) for one in _mask_texts(row.get(self._names.get("mask", ""))))
         word = self._text(row, "split")
-        split = split_of(word, where) if word else self._split
+        split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
         label, kind = self._label(row, where, split, text, masks)
         if not split:
             split = TEST if label == 1 or (label is None and self._labelled) else TRAIN
@@ -312,21 +328,6 @@ class _Reader:
         if other:
             yield f"columns not used: {', '.join(other)}"
 
-    def _judging_column(self) -> str:
-        """Without a column called label: one whose name or whose every cell says good or bad, or kinds of defects."""
-        header = [name for name in self._rows[0] if name]
-        known = {self._names.get(ours) for ours in COLUMNS if ours != "class_name"}
-        free = [name for name in header if name not in known]
-        for name in free:
-            found = meaning(name)
-            if found.role in (GOOD, BAD) and (found.plain or found.rest in ("", "is")):
-                return name
-        for name in free:
-            roles = {meaning(str(row[name])).role for row in self._rows if not is_empty(row[name])}
-            if roles and roles <= {GOOD, BAD, UNSORTED} and roles & {GOOD, BAD}:
-                return name
-        return self._names.get("defect_type", "")
-
     def _label(self, row: Row, where: str, split: str, image: str, masks: Sequence[Path]) -> tuple[int | None, str]:
         """Label, and the kind of defect if the label names one."""
         if self._judge:
@@ -339,8 +340,9 @@ class _Reader:
                 if not self._kinds:
                     raise
                 return 1, str(cell).strip()
-            yes = meaning(self._judge).role == GOOD and not meaning(str(cell)).role  # a column called is_good
-            return (1 - label if yes and label is not None else label), ""
+            word = meaning(str(cell)).role
+            yes = meaning(self._judge).role == GOOD and not word  # a column called is_good
+            return (1 - label if yes and label is not None else label), (str(cell).strip() if word == BAD else "")
         if masks:
             return int(marks_a_defect(masks) is not False), ""
         role = role_of(PurePosixPath(image.replace("\\", "/")).parts[:-1])
@@ -364,6 +366,21 @@ class _Reader:
         if not os.path.isfile(path):
             raise DataError(f"{where}: no such file: {text}")
         return path
+
+
+def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """Without a column called label: one whose name or whose every cell says good or bad, or kinds of defects."""
+    known = {name for ours, name in names.items() if ours != "class_name"}
+    free = [name for name in rows[0] if name and name not in known]
+    for name in free:
+        said = meaning(name)
+        if said.role in (GOOD, BAD) and (said.plain or said.rest in ("", "is")):
+            return name
+    for name in free:
+        roles = {meaning(str(row[name])).role for row in rows if not is_empty(row[name])}
+        if roles & {GOOD, BAD} and roles <= {GOOD, BAD, UNSORTED}:
+            return name
+    return names.get("defect_type", "")
 
 
 def _record(cell: Any, where: str) -> int | None:

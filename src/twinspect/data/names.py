@@ -166,11 +166,20 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
         found, rest = {GOOD if key(name) == "io" else BAD}, []
     both = {GOOD, BAD} <= found and MASK not in found  # good_bad, ok-nok: holds either
-    plain = all(word in _IS_PLAIN or word.isdigit() for word in rest)
-    if not plain and not split:
+    plain = _is_plain(rest)
+    if rest and not plain and not split:
         found.discard(UNSORTED)  # a new_bottle is a product
     role = UNSORTED if both else next((one for one in (MASK, BAD, UNSORTED, GOOD) if one in found), "")
-    return Meaning(role, split, " ".join(rest), plain and bool(rest), bool(rest) and _IS_PICTURES.issuperset(rest))
+    return Meaning(role, split, " ".join(rest), plain, bool(rest) and _IS_PICTURES.issuperset(rest))
+
+
+def _is_plain(rest: list[str]) -> bool:
+    """Words for images or lots with their numbers and letters, or a date; a bare number may be a label."""
+    dated = all(map(str.isdigit, rest)) and len("".join(rest)) >= 6
+    return dated or (
+        any(word in _IS_PLAIN for word in rest)
+        and all(word in _IS_PLAIN or word.isdigit() or len(word) == 1 for word in rest)
+    )
 
 
 def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]]:

@@ -100,9 +100,10 @@ def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
 def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[np.bool_]:
     mask = read_mask(path)
     if mask.shape != shape:
+        turned = " (the image as it lies in its file, before its EXIF turns it?)" if mask.shape == shape[::-1] else ""
         raise DataError(
             f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, expected {shape[1]} x {shape[0]} as "
-            f"the image {sample.image}; resize the mask to the image's size with nearest neighbour"
+            f"the image {sample.image}{turned}; resize the mask to the image's size with nearest neighbour"
         )
     return mask
 

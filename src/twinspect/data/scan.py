@@ -140,6 +140,12 @@ def has_images_below(folder: Path) -> bool:
     return False
 
 
+def unread_picture(folder: Path) -> Path | None:
+    """A picture in a format that is not read, at any depth."""
+    found = (path for _, _, files in walk(folder, ScanLog()) for path in files)
+    return next((path for path in found if path.suffix.lower() in UNREAD_SUFFIXES), None)
+
+
 def why_without_images(folder: Path) -> str:
     """The reason for which no image was found below a folder."""
     log = ScanLog()

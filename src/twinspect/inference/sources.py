@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
-from twinspect.data.manifest import ALIASES
+from twinspect.data.manifest import is_image_column
 from twinspect.data.scan import inside
 from twinspect.errors import DataError
 from twinspect.inference.remote import below, is_url, open_stream
@@ -254,7 +254,7 @@ def _manifest(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[Item | Str
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
-        names = [ALIASES.get(name, name) for name in reader.fieldnames or ()]
+        names = ["image" if is_image_column(name) else name for name in reader.fieldnames or ()]
         if "image" not in names:
             raise DataError(f"{path}: columns {', '.join(names) or 'none'}; image (a path) is needed")
         reader.fieldnames = names
@@ -288,7 +288,7 @@ def _image_column(path: str) -> tuple[str, bool]:
         if name in _IMAGE_BYTES and "binary" in kind:
             return name, True
     for name, kind in columns.items():
-        if ALIASES.get(name, name) == "image" and "string" in kind:
+        if is_image_column(name) and "string" in kind:
             return name, False
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
 
