@@ -1,7 +1,7 @@
 """Training: deterministic, resumable after kill -9, and clear about what stops it."""
 
-import math
 import json
+import math
 import signal
 import subprocess
 import sys

@@ -11,6 +11,7 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
+_FEW = 200  # images that are decoded to find copies: some seconds at most
 _PEEK = 1 << 12  # bytes from the middle of a file that tell most files of equal size apart
 
 
@@ -33,22 +34,34 @@ def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
 def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[list[Sample], list[str]]:
     """Good images without copies of each other and of defects, in their order, and sentences about what was left out.
 
-    Of copies the first one stays, a training image before one of calibration: what is held out must not be known.
+    Copies are byte-equal. Of few images, which copies harm most, also equal pixels make one: the same picture saved
+    anew. The first copy stays, a training image before one of calibration: what is held out must not be known.
     """
     copies: dict[Sample, Sample] = {}
     both: dict[Sample, Sample] = {}
-    for twins in _equal([*good, *defects], lambda group: len(group) > 1):
-        first, *others = sorted(twins, key=lambda one: (one.label != 1, one.split != TRAIN, sort_key(one)))
-        (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
+
+    def leave_out(groups: Iterable[list[Sample]]) -> None:
+        for twins in groups:
+            first, *others = sorted(twins, key=lambda one: (one.label != 1, one.split != TRAIN, sort_key(one)))
+            (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
+
+    leave_out(_equal([*good, *defects], _several))
+    kept = [sample for sample in good if sample not in copies and sample not in both]
+    if len(kept) <= _FEW:
+        leave_out(_split((sample for sample in kept if sample.record is None), _pixel_hash, _several))
     notes = [
-        f"{len(found):,} of {len(good):,} good images are {what}, byte for byte (first: {_named(found)}): {done}"
+        f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
         for found, what, done in (
-            (copies, "copies of others", "each image is counted once"),
-            (both, "copies of images that are called defects", "they are left out"),
+            (copies, "are copies of others", "each picture is counted once"),
+            (both, "are copies of images that are called defects", "they are left out"),
         )
         if found
     ]
-    return [sample for sample in good if sample not in copies and sample not in both], notes
+    return [sample for sample in kept if sample not in copies], notes
+
+
+def _several(group: list[Sample]) -> bool:
+    return len(group) > 1
 
 
 def _named(found: dict[Sample, Sample]) -> str:
@@ -104,4 +117,5 @@ def _file_hash(sample: Sample) -> str:
 
 
 def _pixel_hash(sample: Sample) -> str:
-    return hashlib.sha256(read_sample_rgb(sample).tobytes()).hexdigest()
+    rgb = read_sample_rgb(sample)
+    return hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()

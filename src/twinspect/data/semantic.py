@@ -15,7 +15,15 @@ from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW
 from twinspect.data.containers import open_container, parquet_columns, parquet_labels, read_idx
 from twinspect.data.images import ImageLimits
 from twinspect.data.names import UNSORTED, meaning
-from twinspect.data.scan import ScanLog, existing_folder, has_images_below, images_below, listing, subfolders
+from twinspect.data.scan import (
+    ScanLog,
+    existing_folder,
+    files_in,
+    has_images_below,
+    images_below,
+    listing,
+    subfolders,
+)
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -147,7 +155,8 @@ def _container_files(root: Path, image_set: ImageSet) -> Files:
 
 
 def _named(place: Path, stems: Sequence[str], suffix: str) -> list[Path]:
-    return [place / (stem + suffix) for stem in stems if os.path.isfile(place / (stem + suffix))]
+    there = {path.name.lower(): path for path in files_in(place)}
+    return [there[name] for stem in stems if (name := stem + suffix) in there]
 
 
 def _from_containers(files: Files, log: ScanLog, image_set: ImageSet) -> list[Sample]:
@@ -193,8 +202,8 @@ def _name_of(label: int | str, image_set: ImageSet, path: Path) -> str:
 def _parquet_files(root: Path) -> Files:
     files: Files = {TRAIN: [], TEST: []}
     for place in (root, *subfolders(root), *(s for sub in subfolders(root) for s in subfolders(sub))):
-        for path in sorted(place.glob("*.parquet")):
-            split = next((s for s in files if path.name.startswith(s) or place.name == s), None)
+        for path in (path for path in files_in(place) if path.suffix.lower() == ".parquet"):
+            split = next((s for s in files if path.name.lower().startswith(s) or place.name.lower() == s), None)
             if split and {"img", "image"} & set(columns := parquet_columns(path)) and "split" not in columns:
                 files[split].append(path)
     return files if any(files.values()) else {}
