@@ -19,11 +19,13 @@ from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
 from twinspect.data.scan import (
     ScanLog,
+    existing_folder,
     existing_root,
     files_in,
     folder_name,
     has_images_below,
     listing,
+    listing_once,
     subfolders,
     unread_picture,
 )
@@ -94,7 +96,8 @@ def detect(root: Path | str) -> str:
     Raises:
         DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
     """
-    return _locate(existing_root(root))[0]
+    with listing_once():
+        return _locate(existing_root(root))[0]
 
 
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:
@@ -110,7 +113,12 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     """
     if layout != "auto" and layout not in DATASETS:
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    given = existing_root(root)
+    with listing_once():
+        return _load(existing_root(root), layout, images)
+
+
+def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
+    given = existing_folder(given) if os.path.isdir(given) else given
     name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
     if layout == "auto":
         _refuse_own_name(name, found)

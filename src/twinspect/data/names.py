@@ -229,7 +229,8 @@ def _anywhere(name: str) -> Iterable[str]:
     return ()
 
 
-def role_of(folders: Iterable[str]) -> str:
+@lru_cache(maxsize=1 << 14)
+def role_of(folders: tuple[str, ...]) -> str:
     """What the names of the folders above an image say together: mask, else bad, else good, else unsorted.
 
     A test that its owner keeps private (``test_private``) stays unsorted whatever is in it.

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
@@ -19,6 +22,7 @@ from twinspect.errors import DataError
 NOT_IMAGE = "not an image file"
 UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 HIDDEN = "hidden file"
+_UNLISTED = "cannot be listed"
 READ_BEFORE = "link to a folder that was already read"
 
 
@@ -75,7 +79,7 @@ def existing_folder(root: Path | str) -> Path:
     try:
         os.scandir(path).close()
     except OSError as error:
-        raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from None
+        raise DataError(f"{path}: {_UNLISTED} ({error.strerror or error})") from None
     return path
 
 
@@ -86,7 +90,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 def files_in(folder: Path) -> list[Path]:
     """Visible files directly inside, sorted by name."""
-    return [path for path in _entries(folder)[1] if os.path.isfile(path) and not _is_hidden(path)]
+    return list(_listing(folder).plain)
 
 
 def images_in(folder: Path, log: ScanLog) -> list[Path]:
@@ -123,7 +127,7 @@ def images_below(folder: Path, log: ScanLog) -> list[Path]:
 
 def has_images(folder: Path) -> bool:
     """Whether at least one image lies directly inside."""
-    return any(is_image(path) and os.path.isfile(path) for path in _entries(folder)[1])
+    return any(map(is_image, _listing(folder).plain))
 
 
 def has_images_below(folder: Path) -> bool:
@@ -149,8 +153,9 @@ def unread_picture(folder: Path) -> Path | None:
 def why_without_images(folder: Path) -> str:
     """The reason for which no image was found below a folder."""
     log = ScanLog()
-    _entries(folder, log)
-    return next((reason for path, reason in log.skipped if path == folder), "folder without images")
+    for _ in walk(folder, log):
+        pass
+    return next((f"{path}: {why}" for path, why in log.skipped if why.startswith(_UNLISTED)), "folder without images")
 
 
 def folder_name(folder: Path) -> str:
@@ -225,22 +230,82 @@ def _spellings(root: Path, posix: str, text: str) -> Iterator[Path]:
         yield root / text  # a real backslash in a POSIX file name
 
 
-def _entries(folder: Path, log: ScanLog | None = None) -> tuple[list[Path], list[Path]]:
-    """Folders and files directly inside, each sorted by name; a file system is not asked about every file."""
-    folders: list[Path] = []
-    files: list[Path] = []
+class _Listing(NamedTuple):
+    """What is directly in a folder, each kind sorted by name.
+
+    Attributes:
+        folders: and links to folders that do not lead upwards.
+        files: and whatever else is no folder.
+        plain: those of ``files`` that are visible and really files.
+        broken: those of ``files`` that are none: links that lead nowhere, devices.
+        skipped: what is left out, or why nothing can be listed.
+    """
+
+    folders: tuple[Path, ...]
+    files: tuple[Path, ...]
+    plain: tuple[Path, ...]
+    broken: frozenset[Path]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+_remembered: ContextVar[dict[Path, _Listing] | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def listing_once() -> Iterator[None]:
+    """Inside, every folder is listed once: it is looked into many times until its layout is known."""
+    token = _remembered.set({}) if _remembered.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _remembered.reset(token)
+
+
+def _listing(folder: Path) -> _Listing:
+    known = _remembered.get()
+    if known is not None and folder in known:
+        return known[folder]
+    found = _listed(folder)
+    if known is not None:
+        known[folder] = found
+    return found
+
+
+def _listed(folder: Path) -> _Listing:
+    folders: list[str] = []
+    files: list[str] = []
+    broken: list[str] = []
+    skipped: list[tuple[Path, str]] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_symlink() and _leads_up(folder, entry):
-                    if log is not None:
-                        log.skip(folder / entry.name, READ_BEFORE)
-                    continue
-                (folders if _is_folder(entry) else files).append(folder / entry.name)
+                    skipped.append((folder / entry.name, READ_BEFORE))
+                elif _is(entry.is_dir):
+                    folders.append(entry.name)
+                else:
+                    files.append(entry.name)
+                    broken += [] if _is(entry.is_file) else [entry.name]
     except OSError as error:
-        if log is not None:
-            log.skip(folder, f"cannot be listed ({error.strerror or error})")
-    return sorted(folders), sorted(files)
+        skipped.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
+    paths = tuple(folder / name for name in sorted(files))
+    nowhere = frozenset(folder / name for name in broken)
+    return _Listing(
+        tuple(folder / name for name in sorted(folders)),
+        paths,
+        tuple(path for path in paths if path not in nowhere and not _is_hidden(path)),
+        nowhere,
+        tuple(skipped),
+    )
+
+
+def _entries(folder: Path, log: ScanLog | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Folders and other things directly inside; what is left out goes to the log."""
+    found = _listing(folder)
+    if log is not None:
+        log.skipped += found.skipped
+    return found.folders, found.files
 
 
 def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
@@ -248,9 +313,9 @@ def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(link))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
+        return kind()
     except OSError:  # a link to where nobody may look
         return False
 
@@ -260,7 +325,7 @@ def _accept(entry: Path, log: ScanLog) -> bool:
         known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
         log.skip(entry, HIDDEN if _is_hidden(entry) else known)
         return False
-    if not os.path.isfile(entry):
+    if entry in _listing(entry.parent).broken:
         log.skip(entry, "broken link")
         return False
     return True
