@@ -127,14 +127,16 @@ def synth(layout: str, folder: Path, plan: Any, console: Console) -> None:
     Raises:
         ConfigError: the folder holds something, or layout or shape is unknown.
     """
-    from twinspect.data.synthetic import SHAPES, write
+    from twinspect.data.synthetic import WRITERS, write
     from twinspect.errors import ConfigError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not an empty folder; name a new one")
     counts = write(layout, folder, plan)
     images = sum(sum(asdict(row).values()) - row.masks for row in counts.values())
-    console.say(f"{folder}: {layout} ({plan.shape or SHAPES[layout][0]}), {len(counts)} classes, {images} images")
+    console.say(
+        f"{folder}: {layout} ({plan.shape or WRITERS[layout].shapes[0]}), {len(counts)} classes, {images} images"
+    )
     console.say(f"look at it with: twinspect data inspect {_quoted(folder)}")
 
 

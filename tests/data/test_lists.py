@@ -10,10 +10,10 @@ import pytest
 from twinspect.data import load
 from twinspect.data.listed import write_meta_json
 from twinspect.data.manifest import write_manifest
-from twinspect.data.synthetic import SHAPES, Plan, write
+from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import DataError
 
-CASES = [(layout, shape) for layout, shapes in SHAPES.items() for shape in shapes]
+CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])

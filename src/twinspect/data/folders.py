@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from twinspect.data.manifest import label_tables, read_list
 from twinspect.data.masks import Place, masks_among, match
-from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_file, role_of, same_product
+from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import (
     ScanLog,
@@ -45,8 +45,6 @@ _EXPECTED = {
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
 _LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # tables that are read are not among them
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
-
-
 _NOT_USED = "{} is not used: the names of folders say which images are good"
 
 
@@ -107,7 +105,10 @@ def layout_of(root: Path) -> str:
     """Name of the layout that all classes at ``root`` have, ``folder`` for several; empty where nothing is said."""
     if not os.path.isdir(root):
         return ""
-    classes = find_classes(root, ScanLog())
+    try:
+        classes = find_classes(root, ScanLog())
+    except DataError:
+        return FOLDER  # whoever reads it says what is wrong
     if not any(_states(place) for found in classes for place, _ in found.places):
         return ""
     shapes = {shape_of(found) for found in classes}
@@ -138,8 +139,8 @@ def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
             inner.append(sub)
         else:
             log.skip(sub, why_without_images(sub))
-    speaking = [sub for sub in inner if meaning(sub.name).says]
-    silent = [sub for sub in inner if not meaning(sub.name).says]
+    speaking = [sub for sub in inner if _speaks(sub, inner)]
+    silent = [sub for sub in inner if sub not in speaking]
     if products := _by_product(speaking, silent):
         return products
     learns = any(_is_learnt(sub.name) for sub in speaking)
@@ -176,40 +177,68 @@ def _refuse_pair(place: Path, names: Iterable[str]) -> None:
         )
 
 
+def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
+    """Whether the name of a folder says what is in it, and does not only name a product: test_tube, good_year_tire.
+
+    Raises:
+        DataError: a name like ok_front, of which nobody can tell.
+    """
+    said = meaning(sub.name)
+    if not said.says or said.role in (BAD, MASK, UNSORTED) or not said.rest or said.plain:
+        return said.says
+    others = [meaning(other.name) for other in beside if other != sub]
+    if any(is_of_product(other.rest, said.rest) for other in others):  # bottle_good and bottle_bad, or bottle
+        return True
+    if said.role == GOOD and not all(other.says for other in others):
+        raise DataError(
+            f"{sub}: is it the name of a product, or are its images good, and those beside it not? Give a folder "
+            "good with folders of defects beside it, or a folder for each product with good in it"
+        )
+    return said.role == GOOD
+
+
 def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
     """A folder whose name says what is in it, beside classes: to the class that it names, or to the only one."""
     said = meaning(sub.name)
-    owner = next((found for found in classes if same_product(said.rest, meaning(found.name).rest)), None)
+    owner = next((found for found in classes if is_of_product(said.rest, meaning(found.name).rest)), None)
     inner = {child: found for child in subfolders(sub) for found in classes if child.name == found.name}
     if owner is None and len(classes) == 1:
         owner = classes[0]
     if said.role in (MASK, BAD) and _learns(sub) and not inner:  # a product: label/train/good
         classes.append(ClassFolders(sub.name, [(sub, ())]))
     elif owner is not None:
-        owner.places.append((sub, (sub.name,)))
+        owner.places.append((sub, _context(sub)))
     elif inner:  # NG/bottle, NG/cap
         for child, found in inner.items():
-            found.places.append((child, (sub.name,)))
+            found.places.append((child, _context(sub)))
     elif said.role == BAD:
-        log.leave(sub, "its name says defects, and not of which class; move it into the folder of its class")
+        log.leave(
+            sub, "its name says defects, and not of which class; move it into the folder of its class, or rename it"
+        )
     else:
         log.skip(sub, "its name does not say to which class it belongs")
 
 
 def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
     """Classes of folders such as bottle_good, bottle_bad, cap_good, cap_bad; empty for any other shape."""
-    if silent or not speaking:
+    products = [meaning(sub.name).rest for sub in speaking if _is_learnt(sub.name) and not meaning(sub.name).plain]
+    products = [
+        one for one in products if one and not any(one != two and is_of_product(one, two) for two in products)
+    ]
+    owners: dict[str, list[Path]] = defaultdict(list)
+    for sub in (*speaking, *silent):
+        product = next((one for one in products if is_of_product(meaning(sub.name).rest, one)), "")
+        owners[product].append(sub)
+    if "" in owners or len(owners) < 2:
         return []
-    rests: dict[str, list[Path]] = defaultdict(list)
-    for sub in speaking:
-        said = meaning(sub.name)
-        known = next((rest for rest in rests if same_product(rest, said.rest)), said.rest)
-        rests["" if said.plain else known].append(sub)
-    learns = [any(_is_learnt(sub.name) for sub in subs) for subs in rests.values()]
-    if "" in rests or len(rests) < 2 or not all(learns):
-        return []
-    named = {rest.replace(" ", "_"): subs for rest, subs in rests.items()}
-    return [ClassFolders(name, [(sub, (sub.name,)) for sub in subs]) for name, subs in named.items()]
+    named = {product.replace(" ", "_"): subs for product, subs in owners.items()}
+    return [ClassFolders(name, [(sub, _context(sub)) for sub in subs]) for name, subs in named.items()]
+
+
+def _context(sub: Path) -> tuple[str, ...]:
+    """What the name of a folder says, without the product: it counts as a folder above its images."""
+    said = meaning(sub.name)
+    return (said.split,) if said.split and not said.role else (sub.name,)
 
 
 def _states(place: Path) -> bool:

@@ -91,7 +91,7 @@ _SPLITS = {
 }
 _PICTURES = """
     image images img imgs picture pictures pic pics photo photos foto fotos bild bilder data dataset frame frames
-    capture captures public set dir folder all
+    capture captures public set dir folder all seg
 """
 _LOTS = "lot lots batch batches day days date dates session sessions cam cams camera cameras kamera part parts"
 _NOT = frozenset("no not non without ohne sans sin sem senza kein keine nicht nie bez ikke inte".split())
@@ -140,9 +140,10 @@ def key(text: str) -> str:
     return "".join(c for c in plain if c.isalnum() and not unicodedata.combining(c))
 
 
-def same_product(a: str, b: str) -> bool:
-    """Whether two rests name one product, in the singular or plural."""
-    return bool(a) and [word.rstrip("s") for word in a.split()] == [word.rstrip("s") for word in b.split()]
+def is_of_product(rest: str, product: str) -> bool:
+    """Whether a rest names a product, in the singular or plural, or something of it: apple black rot of apple."""
+    words, wanted = ([word.rstrip("s") for word in text.split()] for text in (rest, product))
+    return bool(wanted) and words[: len(wanted)] == wanted
 
 
 def _words(name: str) -> list[str]:
