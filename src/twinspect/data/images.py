@@ -37,6 +37,7 @@ _UNREAD = (
 UNREAD_SUFFIXES = frozenset(f".{ending}" for ending in _UNREAD.split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that white is zero
+_RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
 # What turns the pixels upright, by EXIF orientation. Pillow's own function also writes the EXIF anew, which fails
@@ -137,7 +138,7 @@ def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.boo
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]  # alpha says nothing about the defect
     largest = values if values.ndim == 2 else values.max(axis=2)
-    return np.asarray(largest > (0 if exact else largest.max() / 2), dtype=np.bool_)
+    return np.asarray(largest > (0 if exact else max(largest.max() / 2, _RINGING)), dtype=np.bool_)
 
 
 def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
