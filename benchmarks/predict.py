@@ -37,10 +37,10 @@ import pyarrow.parquet as pq
 
 from twinspect.inference.bulk import local, run
 from twinspect.inference.decode import decode
+from twinspect.inference.frames import expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor
-from twinspect.inference.sources import expand
 
 Values = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Clock:
     def __init__(self) -> None:
         self.marks: list[tuple[float, float, int]] = []
 
-    def say(self, text: str) -> None:
+    def result(self, text: str) -> None:
         """Not used: there is a table."""
 
     def progress(self, stage: str, done: int, total: int) -> None:

@@ -37,7 +37,7 @@ class Silent:
         self.lines: list[str] = []
         self.seen: list[tuple[int, int]] = []
 
-    def say(self, text: str) -> None:
+    def result(self, text: str) -> None:
         self.lines.append(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -210,7 +210,7 @@ def test_changed_input_is_refused(model: Path, tmp_path: Path) -> None:
     one = job(model, tmp_path / "t.csv", tmp_path / "in")
     first_parts(one, 2)
     save(tmp_path / "in" / "00a.png", picture())
-    with pytest.raises(DataError, match="files were added, removed or renamed.*--restart"):
+    with pytest.raises(DataError, match="files were added, removed, renamed or overwritten.*--restart"):
         run(one, Silent())
     totals, _ = runs(replace(one, restart=True))
     assert (totals.rows, totals.before) == (13, 0)

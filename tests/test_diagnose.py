@@ -41,10 +41,10 @@ class Truth:
     blind: bool = False
 
     def predict(self, source, maps: bool = True, pixels: bool = True):  # type: ignore[no-untyped-def]
-        from twinspect.inference.decode import name_of, to_rgb
+        from twinspect.inference.decode import name_of
 
         for item in source:
-            rgb = to_rgb(item if isinstance(item, np.ndarray) else np.asarray(_read(item)))
+            rgb = item if isinstance(item, np.ndarray) else np.asarray(_read(item))
             main = rgb.reshape(-1, 3).astype(int).sum(0).argmax()
             grid = 255.0 - rgb[..., main].astype(np.float32) + rgb.sum(2) - rgb[..., main]
             grid = np.zeros_like(grid) if self.blind else grid

@@ -18,6 +18,7 @@ ROOT = Path(twinspect.__file__).parent
 # A name with a dot at its end stands for a whole folder; the longest name that fits counts.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "types", "errors"),
+    ("files",),
     ("config", "device", "losses", "scoring", "calibration", "bundle", "console", "metrics."),
     ("rules",),
     ("decision",),

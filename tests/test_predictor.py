@@ -12,7 +12,8 @@ from tiny import images_to_test, picture, save
 
 from twinspect import Detector
 from twinspect.errors import DataError
-from twinspect.inference.predictor import Predictor, expand
+from twinspect.inference.frames import expand
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, colourise
 from twinspect.types import TEST, Sample
 

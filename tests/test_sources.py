@@ -13,8 +13,10 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect.errors import DataError
+from twinspect.inference.archives import Item, Stream
 from twinspect.inference.decode import DecodePool, decode
-from twinspect.inference.sources import Item, Stream, expand, walk, walk_all
+from twinspect.inference.frames import expand
+from twinspect.inference.sources import walk, walk_all
 
 
 def png(number: int = 0) -> bytes:

@@ -1,6 +1,6 @@
 """``python -m twinspect``."""
 
-from twinspect.cli import app
+from twinspect.cli import run
 
 if __name__ == "__main__":
-    app()
+    run()

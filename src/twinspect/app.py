@@ -33,18 +33,26 @@ def fit_command(
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
+    from twinspect import files
     from twinspect.bundle import refuse_unwritable
     from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
-    from twinspect.training.checkpoint import leave_work, remove_checkpoint
+    from twinspect.training.checkpoint import LOG, leave_work, remove_checkpoint
     from twinspect.training.distributed import joined
-    from twinspect.training.fit import fit
+    from twinspect.training.fit import features_folder, fit
 
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
     group = joined(config.train.device)
     console.quiet |= not group.leads
     refuse_unwritable(out)
+    folder = work or out.with_name(f"{out.name}.work")
+    files.refuse_unwritable(folder / LOG, "--work")
+    if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
+        console.warn(
+            f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
+            "folder with TWINSPECT_HOME"
+        )
     loaded = data_room.load(data, layout, images)
     for line in loaded.summary():
         console.say(line)
@@ -53,7 +61,6 @@ def fit_command(
         console.say(split.describe())
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
-    folder = work or out.with_name(f"{out.name}.work")
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
     fitted = fit(samples, config, folder, console.progress, before, forget)
     if not group.leads:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.bench_parts import graph_parts, ratio_to_teacher
-from twinspect.errors import ConfigError
-from twinspect.inference.predictor import Predictor
+from twinspect.errors import check_range
+from twinspect.inference.predictor import Predictor, check_counts
 from twinspect.models.memory import peak_mb
 
 Progress = Callable[[str, int, int], None]
@@ -53,8 +53,9 @@ class BenchOptions:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise ConfigError(f"--seconds {self.seconds}: accepted more than 0")
+        check_range("--seconds", self.seconds, 0.001, 86_400)
+        for batch in self.batches:
+            check_counts(self.threads, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def _kind(options: BenchOptions) -> tuple[str, str]:
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
     from twinspect.inference.decode import encoded
-    from twinspect.inference.sources import expand
+    from twinspect.inference.frames import expand
 
     if images is not None:
         files = [encoded(item) for item in islice(expand(images), 64)]
@@ -234,7 +235,7 @@ def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: f
             path.write_bytes(body)
         predictor.batch = batch
         began, done = time.perf_counter(), 0
-        for _ in predictor.predict(cycle(paths), maps=False, pixels=False):
+        for _ in predictor.predict(cycle(paths), maps=False, pixels=False, live=False):
             done += 1
             if time.perf_counter() - began > seconds and done >= 2 * batch:
                 break

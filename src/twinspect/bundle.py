@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinspect import files
 from twinspect._version import __version__
 from twinspect.errors import BundleError
+from twinspect.files import replacing
 
 FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
@@ -43,35 +44,20 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes) -> None:
     parts = {_META: json.dumps(head, indent=1, allow_nan=False).encode(), _TENSORS: tensors}
     hashes = {name: hashlib.sha256(body).hexdigest() for name, body in parts.items()}
     refuse_unwritable(path)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as raw:
-            with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
-                for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
-                    file.writestr(zipfile.ZipInfo(name), body)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be written ({error.strerror or error})") from None
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
+        for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
+            file.writestr(zipfile.ZipInfo(name), body)
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Make the folder of a bundle to be written; called before training too, so that no work is lost.
+    """As `files.refuse_unwritable`, for a bundle; called before training, so that no work is lost."""
+    files.refuse_unwritable(path, "--out", f"model{SUFFIX}", _looks_like_bundle, BundleError)
 
-    Raises:
-        BundleError: the folder cannot be made or written, or the name is taken by a folder.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
-    if path.is_dir():
-        raise BundleError(f"{path} is a folder; choose another --out, such as {path / ('model' + SUFFIX)}")
-    if not os.access(path.parent, os.W_OK):
-        raise BundleError(f"{path} cannot be written (no permission in {path.parent}); choose another --out")
+
+def _looks_like_bundle(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(64)
+    return head[:2] == b"PK" and _META.encode() in head
 
 
 def read_bundle(path: Path) -> BundleContent:

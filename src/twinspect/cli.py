@@ -55,6 +55,21 @@ Version = Annotated[
 @app.callback()
 def main(version: Version = False) -> None:
     """Generalist visual anomaly detection: one model, many classes, good images only."""
+    from twinspect.console import plain_streams
+
+    plain_streams()
+
+
+def run() -> None:
+    """The command line as a process."""
+    from twinspect.console import end_lost
+
+    try:
+        app()
+    except OSError as error:
+        if error.errno is None:
+            raise
+        end_lost(error)  # only --help and --version are printed outside of a Console, which ends in its own words
 
 
 @app.command()
@@ -112,8 +127,8 @@ def fit(
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:1.")] = "",
     memory_gb: Annotated[float, typer.Option(help="Memory to stay within, same result; 0: no limit.")] = 0.0,
     time_budget: Annotated[float, typer.Option(help="Stop training after so many seconds; 0: no limit.")] = 0.0,
-    cache_gb: Annotated[float, typer.Option(help="Largest feature cache; 0 turns it off.")] = -1.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = -1,
+    cache_gb: Annotated[Optional[float], typer.Option(help="Largest feature cache; 0 turns it off.")] = None,  # noqa: UP045
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = None,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Images = None,
     split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
@@ -142,8 +157,7 @@ def fit(
             "steps": steps or None, "batch": batch or None, "lr": lr or None, "noisy_or": noisy_or or None,
             "precision": precision or None, "time_budget_s": time_budget or None,
             "device": device or None, "memory_gb": memory_gb or None,
-            "seed": seed if seed >= 0 else None,
-            "cache_gb": cache_gb if cache_gb >= 0 else None,
+            "seed": seed, "cache_gb": cache_gb,
         },
     }  # fmt: skip
     with _console() as console:
@@ -340,7 +354,3 @@ def _console(quiet: bool = False) -> Console:
     from twinspect.console import Console
 
     return Console(quiet)
-
-
-if __name__ == "__main__":
-    app()

@@ -7,15 +7,21 @@ has one default for all data sets and classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from twinspect.errors import ConfigError, unknown_name
+from twinspect.errors import ConfigError, DataError, check_range, unknown_name
+from twinspect.files import read_text
 
 T = TypeVar("T")
 
+SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
+LARGEST_BATCH = 1 << 16
+LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
+_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOISY_OR = ("n1", "n2", "n3")
 PRECISIONS = ("auto", "fp32", "bf16")
 MODELS = ("dual", "snl", "rd", "fd")
@@ -117,7 +123,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ConfigError(unknown_name("model", self.model, MODELS))
-        _check(self.size == 0 or self.size >= 64, f"--size {self.size}: at least 64 pixels, or 0 for the default")
+        _check(
+            self.size == 0 or SMALLEST <= self.size <= LARGEST,
+            f"--size {self.size}: at least {SMALLEST} pixels and at most {LARGEST:,}, or 0 for the default",
+        )
+        for name in ("width", "depth", "ee_shrink", "view_shrink"):
+            _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: at least 1, or 0 (automatic)")
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
         _check(self.clusters >= 0, f"clusters {self.clusters}: at least 1, or 0 for as many as there are products")
@@ -217,7 +228,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
-        _check(self.batch >= 2, f"--batch {self.batch}: at least 2")
+        _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
+        check_range("--seed", self.seed, 0, LARGEST_SEED)
+        _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
+        for name in ("warmup", "weight_decay", "easy_ramp"):
+            _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")
+        for name in ("clip", "checkpoint_every"):
+            _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
         _check(0.0 < self.compared <= 1.0, f"compared {self.compared}: accepted 0 < compared <= 1")
         _check(self.memory_gb >= 0, f"--memory-gb {self.memory_gb}: accepted 0 (no limit) or 10^9 bytes")
@@ -254,16 +271,23 @@ class RunConfig:
     def from_toml(cls, path: Path) -> RunConfig:
         """Read a TOML file with the tables ``[model]`` and ``[train]``."""
         try:
-            return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+            return cls.from_dict(tomllib.loads(read_text(path)))
+        except (DataError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
 
 
-def _build(kind: type[T], values: dict[str, Any]) -> T:
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in names:
-            raise ConfigError(unknown_name("setting", key, names))
+def _build(kind: type[T], values: Any) -> T:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{values!r} stands where a table of settings is needed, such as [model] or [train]")
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in defaults:
+            raise ConfigError(unknown_name("setting", key, defaults))
+        wanted = type(defaults[key])
+        if type(value) is not wanted and (wanted, type(value)) != (float, int):
+            raise ConfigError(f"{key} {value!r}: {_KINDS[wanted]} is needed")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} {value}: a finite number is needed")
     return kind(**values)
 
 

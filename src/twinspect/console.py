@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from twinspect.errors import TwinspectError
 
@@ -13,6 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
+_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+NOTHING_SCORED = 1  # exit code of a command that went through its images and could read none
+_SIGPIPE = 141  # what a shell reports of a program whose reader has gone
 
 
 class Console:
@@ -29,6 +36,8 @@ class Console:
         self._stage = ""
         self._began = self._said = 0.0
         self._first = 0
+        self._deaf = False
+        self._lost: OSError | None = None
 
     def __enter__(self) -> Console:
         return self
@@ -37,33 +46,48 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish()
-        if isinstance(error, TwinspectError):
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
         if isinstance(error, KeyboardInterrupt):
-            print(
-                "stopped; training, or predict --out, resumes when the same command is typed again", file=sys.stderr
-            )
+            _say("stopped; training, or predict --out, resumes when the same command is typed again")
             raise SystemExit(130) from None
-        if isinstance(error, OSError) and error.filename and not isinstance(error, BrokenPipeError):
-            print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        reason = _in_words(error)
+        if error is None and self._lost is not None:
+            reason = f"{_lost_words(self._lost)}; everything else is done"
+        if reason:
+            _stop(reason)
 
     def say(self, text: str) -> None:
-        """One line on stdout."""
+        """One line on stdout. Where it cannot be written, the command does its work all the same."""
         self.finish()
-        if not self.quiet:
-            print(text, flush=True)
+        if not self.quiet and not self._deaf:
+            try:
+                print(text, flush=True)
+            except OSError as error:
+                self._deaf = True
+                self._lost = None if isinstance(error, BrokenPipeError) else error
+                drop_output()
 
     def warn(self, text: str) -> None:
         """One line on stderr."""
         self.finish()
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        _say(f"note: {text}")
 
     def result(self, text: str) -> None:
-        """What was asked for, on stdout, also when quiet."""
+        """What was asked for, on stdout, also when quiet.
+
+        Raises:
+            TwinspectError: it cannot be written.
+            SystemExit: its reader has gone (``| head``).
+        """
         self.finish()
-        print(text, flush=True)
+        if sys.stdout is None:
+            raise TwinspectError("standard output is closed, and the answer goes there; open it, or write to a file")
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            drop_output()
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(_SIGPIPE) from None
+            raise TwinspectError(_lost_words(error)) from None
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` of a stage is done (total 0: not known); the first word names the stage.
@@ -83,7 +107,7 @@ class Console:
         elif time.monotonic() - self._said > _PLAIN_SECONDS:
             self._said = time.monotonic()
             left = f", {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
-            print(f"{stage}: {done}/{total or '?'}, {rate:.1f}/s{left}", file=sys.stderr, flush=True)
+            _say(f"{stage}: {done}/{total or '?'}, {rate:.1f}/s{left}")
 
     def finish(self) -> None:
         """Close the bar of the stage that was running."""
@@ -93,14 +117,74 @@ class Console:
         self._stage = ""
 
     def _open(self, name: str, total: int) -> None:
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             return
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+        try:
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError:  # the light install
+            return
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=RichConsole(stderr=True),
         )  # fmt: skip
         self._bar.start()
         self._task = self._bar.add_task(name, total=total or None)
+
+
+def plain_streams() -> None:
+    """Let both streams take every name: letters that a code page lacks, and bytes that are no text, are escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Send to nowhere what standard output still holds, or Python would fail on it once more when it ends."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # no file behind it
+        pass
+
+
+def _in_words(error: BaseException | None) -> str:
+    """What a person is told of an error that is no fault of the program; empty for a fault."""
+    if isinstance(error, TwinspectError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
+        return f"{error.filename or 'the system says'}: {error.strerror or error}"
+    text = str(error).splitlines()[0] if str(error) else ""
+    # torch raises a RuntimeError of its own; asking for its class would load torch.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
+        return (
+            f"not enough memory ({text or 'for the next array'}); a smaller --size, --batch or --workers needs less"
+        )
+    return ""
+
+
+def end_lost(error: OSError) -> NoReturn:
+    """End a command whose output was lost.
+
+    Raises:
+        SystemExit: 2, after a sentence on stderr.
+    """
+    drop_output()
+    _stop(_lost_words(error))
+
+
+def _lost_words(error: OSError) -> str:
+    return f"standard output cannot be written ({error.strerror or error})"
+
+
+def _stop(reason: str) -> NoReturn:
+    _say(f"error: {reason}")
+    raise SystemExit(2) from None
+
+
+def _say(text: str) -> None:
+    """One line on stderr, if somebody listens."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)

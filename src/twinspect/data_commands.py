@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from twinspect.config import LARGEST, LARGEST_SEED
+
 if TYPE_CHECKING:
     from twinspect.console import Console
     from twinspect.data.loaded import Loaded
@@ -32,7 +34,7 @@ def inspect_command(
     images: Images = None,
     protocol: Annotated[str, typer.Option(help="Also list the splits of a protocol, or of all: all.")] = "",
     leaks: Annotated[bool, typer.Option("--leaks", help="Look for byte-equal training and test images.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the splits.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what is there: layout, classes, counts, masks, what is skipped and why."""
@@ -62,11 +64,13 @@ def synth_command(
     layout: Annotated[str, typer.Argument(help="Layout to write, such as mvtec-ad.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write to; must be empty or absent.")],
     shape: Annotated[str, typer.Option(help="One of the shapes a layout has on disk; empty for the usual.")] = "",
-    classes: Annotated[int, typer.Option(help="Classes.")] = 2,
-    train: Annotated[int, typer.Option(help="Good training images per class.")] = 24,
-    test: Annotated[int, typer.Option(help="Good test images per class, and as many with defects.")] = 6,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of every picture.")] = 0,
+    classes: Annotated[int, typer.Option(min=1, max=1000, help="Classes.")] = 2,
+    train: Annotated[int, typer.Option(min=1, max=100_000, help="Good training images per class.")] = 24,
+    test: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Good test images per class, and as many with defects.")
+    ] = 6,
+    size: Annotated[int, typer.Option(min=16, max=LARGEST, help="Side of the images in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every picture.")] = 0,
 ) -> None:
     """Write a tiny synthetic data set in a layout, for tests, documentation and a first try."""
     from twinspect.console import Console
@@ -94,7 +98,7 @@ def inspect(
     for line in _leak_lines(pairs):
         console.say(line)
     if console.quiet:
-        console.result(json.dumps(_as_json(loaded, splits, pairs), indent=1, ensure_ascii=False))
+        console.result(json.dumps(_as_json(loaded, splits, pairs), indent=1))
 
 
 def manifest(path: Path, out: Path, layout: str, images: Path | None, details: bool, console: Console) -> None:
@@ -103,14 +107,16 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
     from twinspect.data.manifest import write_manifest
     from twinspect.data.scan import ScanLog
     from twinspect.errors import DataError
+    from twinspect.files import refuse_unwritable
+    from twinspect.inference.table import has_columns
 
+    refuse_unwritable(out, "--out", ours=lambda file: has_columns(file, {"image", "split"}))
     loaded = data_room.load(path, layout, images)
     root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():
         console.say(line)
     log = ScanLog()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         rows = write_manifest(loaded.samples, out, root, details, log)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None

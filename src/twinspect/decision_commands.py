@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,10 @@ from twinspect.console import Console
 from twinspect.decision import Decision, promises, refuse_other_model
 from twinspect.drift import DriftMonitor, DriftReport
 from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.inference.table import parts_in, read_rows
 from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
-from twinspect.results import check_outputs, text_table, write_results, write_text
+from twinspect.results import check_outputs, publish_json, text_table, write_results
 from twinspect.rules import GoodScores, class_sentence
 from twinspect.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.types import Sample
@@ -91,15 +90,15 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
     out = options.out or options.bundle
     refuse_unwritable(out)
-    check_outputs(options.report)
+    check_outputs(options.report, options.json_file)
     _refuse_sources(options)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     start = _taken_from(options.source, before) if options.source is not None else before
     scored, labelled = _from_log(options, before, console) if options.from_log else _score(options, console)
-    after, notes = recalibrate(start, options.wanted, scored, labelled)
     for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
         console.warn(f"left out {failure}")
+    after, notes = recalibrate(start, options.wanted, scored, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
@@ -215,19 +214,11 @@ def _publish(
     if values["sessions"]:
         for line in text_table(session_table(values)):
             console.say(line)
-    _publish_json(options.json_file, values, console)
+    publish_json(options.json_file, values, console)
     facts = {"model": decision.model_id, "calibration images": str(len(decision.good))}
     for path in options.report:
         write_results(path, f"Calibration of {options.bundle.name}", sections(values, decision, notes), facts, values)
         console.say(f"wrote {path}")
-
-
-def _publish_json(target: str, values: dict[str, Any], console: Console) -> None:
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-    if target == "-":
-        console.result(text)
-    elif target:
-        write_text(Path(target), text + "\n")
 
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
@@ -280,7 +271,7 @@ class DriftOptions:
 
 def drift_command(options: DriftOptions, console: Console) -> None:
     """``twinspect drift``: watch the predictions of one or more tables, in their order."""
-    check_outputs(options.report)
+    check_outputs(options.report, options.json_file)
     decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
     monitor = DriftMonitor(decision.good, options.false_alarm_rate)
     left_out = 0
@@ -297,7 +288,7 @@ def drift_command(options: DriftOptions, console: Console) -> None:
     table = drift_table(found)
     for line in text_table(table):
         console.say(line)
-    _publish_json(options.json_file, found.to_dict(), console)
+    publish_json(options.json_file, found.to_dict(), console)
     facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
     for path in options.report:
         shown = [Section(found.kind.capitalize(), (found.message,), (table, *_drift_charts(options, decision.good)))]
@@ -328,47 +319,12 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: no such file, another kind of file, or no scores in it.
     """
-    if path.is_dir() and (parts := sorted(path.glob("part-*.parquet"))):
-        for part in parts:
-            yield from read_predictions(part)
-        return
-    if not path.is_file():
+    if not path.is_file() and not parts_in(path):
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
-    kinds = {".parquet": _parquet_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
-    if path.suffix not in kinds:
-        raise ConfigError(f"{path.name}: accepted tables end in {', '.join(kinds)}")
-    try:
-        for number, row in enumerate(kinds[path.suffix](path)):
-            if number == 0 and "score" not in row:
-                raise DataError(f"{path} has no column score; give a table written by twinspect predict")
-            yield row
-    except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read as a table ({error})") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    names = [name for name in _COLUMNS if name in file.schema_arrow.names]
-    if "score" not in names:
-        raise DataError(f"{path} has no column score; give a table written by twinspect predict")
-    for batch in file.iter_batches(1024, columns=names):
-        yield from batch.to_pylist()
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield dict(json.loads(line))
+    for number, row in enumerate(read_rows(path, _COLUMNS)):
+        if number == 0 and "score" not in row:
+            raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+        yield row
 
 
 def _number(value: Any) -> float:

@@ -7,7 +7,6 @@ settings are the library's defaults; only the number of images and the time for 
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.bundle import refuse_unwritable
 from twinspect.charts import Histogram, LineChart, Series
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
@@ -27,6 +27,7 @@ from twinspect.inference.result import Result
 from twinspect.metrics import auroc, bootstrap_interval, roc_curve
 from twinspect.models.weights import DEFAULT_EMBEDDED
 from twinspect.report import Gallery, Section, Table, write_report
+from twinspect.results import check_outputs, write_json
 from twinspect.types import TEST, TRAIN, Sample
 
 PACKAGE = "conformal_clip_data"
@@ -71,6 +72,9 @@ def run_demo(out: Path, quick: bool, console: Console) -> None:
 
 def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     """`run_demo` on a folder with ``nominal``, ``local`` and ``global`` images, with a given size."""
+    bundle, page, numbers = out / "demo.twin", out / "report.html", out / "metrics.json"
+    refuse_unwritable(bundle)
+    check_outputs([page], str(numbers), "--out")
     training, test = split(root, size)
     console.say(
         f"learning from {len(training)} good textile images with teacher {DEFAULT_EMBEDDED}; "
@@ -81,7 +85,7 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     began = time.monotonic()
     detector.fit(training, progress=console.progress)
     fit_s = time.monotonic() - began
-    detector.save(out / "demo.twin")
+    detector.save(bundle)
     gallery = Gallery()
 
     def visit(sample: Sample, result: Result) -> None:
@@ -89,13 +93,11 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
 
     found = evaluate(detector.predictor(), test, console.progress, visit)
     metrics = measure(detector, found, fit_s)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    write_report(
-        out / "report.html", "twinspect demo: textile", sections(metrics, found, detector, gallery), facts(metrics)
-    )
+    write_json(numbers, metrics)
+    write_report(page, "twinspect demo: textile", sections(metrics, found, detector, gallery), facts(metrics))
     for line in summary(metrics):
         console.say(line)
-    console.say(f"report: {out / 'report.html'}\nnumbers: {out / 'metrics.json'}\nmodel: {out / 'demo.twin'}")
+    console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
 
 def find_images() -> Path:

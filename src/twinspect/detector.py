@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -54,7 +55,7 @@ class Detector:
 
     def fit(
         self,
-        data: str | Path | Sequence[Sample] | Sequence[str | Path],
+        data: str | Path | Iterable[Sample] | Iterable[str | Path],
         steps: int | None = None,
         seed: int | None = None,
         work: str | Path | None = None,
@@ -93,7 +94,7 @@ class Detector:
 
     def calibrate(
         self,
-        good: str | Path | Sequence[Sample] | Sequence[str | Path],
+        good: str | Path | Iterable[Sample] | Iterable[str | Path],
         max_fpr: float | None = None,
         class_name: str | None = None,
         unsure: float | None = None,
@@ -143,20 +144,31 @@ class Detector:
         """Score images.
 
         Args:
-            source: path, folder, glob, ``@list``, tar or Parquet file, URL, uint8 RGB array, PIL image, or a list
-                of them.
-            stream: True gives an iterator with constant memory instead of a list.
+            source: path, folder, glob, ``@list``, archive, table, URL, PIL image, bytes of an image file, open file,
+                array (H x W, H x W x C or C x H x W of 1, 3 or 4 channels; uint8, uint16, or floats from 0 to 1; of
+                numpy or torch; four dimensions are a stack), or any iterable of these.
+            stream: True gives an iterator with constant memory instead of a list. An iterable without a length, such
+                as a generator that reads a camera, is then answered image by image, before the next one is taken.
             maps: keep anomaly maps and images (needed for overlays).
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
 
         Returns:
             One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+
+        Raises:
+            DataError: nothing found.
+            ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
+                read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name)
+        from twinspect.inference.frames import is_single
+
+        single = is_single(source)
+        live = None if stream else False
+        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live)
         if stream:
             return found
         results = list(found)
-        return results[0] if is_single(source) else results
+        return results[0] if single else results
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""
@@ -214,22 +226,11 @@ def as_samples(data: Any) -> list[Sample]:
     """What `Detector.fit` was given, as samples."""
     from twinspect import data as data_room
 
-    if isinstance(data, (str, Path)):
+    if isinstance(data, (str, os.PathLike)):
         return list(data_room.load(Path(data)).samples)
-    items = list(data)
+    items = list(data) if isinstance(data, Iterable) else [data]
     if all(isinstance(item, Sample) for item in items):
         return items
-    if all(isinstance(item, (str, Path)) for item in items):
+    if all(isinstance(item, (str, os.PathLike)) for item in items):
         return [Sample(Path(item), TRAIN, "normal") for item in items]
     raise ConfigError("fit takes a folder, a list of Sample, or a list of paths of good images")
-
-
-def is_single(source: Any) -> bool:
-    """Whether a source stands for exactly one image."""
-    if isinstance(source, (list, tuple)):
-        return False
-    if isinstance(source, (str, Path)):
-        from twinspect.inference.sources import ARCHIVES, TABLES
-
-        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES))
-    return getattr(source, "ndim", 2) != 4

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.config import LARGEST_SEED
 from twinspect.data.carving import by_class
 from twinspect.data.samples import read_sample_rgb
-from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
@@ -84,10 +85,9 @@ class Plan:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ConfigError(f"--count {self.count}: at least 1 image per pair of classes")
-        if self.normals < 2:
-            raise ConfigError(f"--normals {self.normals}: at least 2 normal images per class")
+        check_range("--count", self.count, 1, 10_000)
+        check_range("--normals", self.normals, 2, 1_000_000)
+        check_range("--seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +74,9 @@ def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
     from twinspect.diagnose import diagnose as run
     from twinspect.inference import load
     from twinspect.report import Gallery
-    from twinspect.results import check_outputs, text_table, write_results, write_text
+    from twinspect.results import check_outputs, publish_json, text_table, write_results
 
-    check_outputs(options.report)
+    check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)
     samples = data_room.load(options.data, options.layout, options.images).samples
     gallery = Gallery(keep=_HARDEST)
@@ -88,11 +87,6 @@ def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
         "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
         "seed": options.plan.seed, "count": options.plan.count, "normals": options.plan.normals, **found.values(),
     }  # fmt: skip
-    text = json.dumps(values, indent=1, ensure_ascii=False)
-    if options.json_file == "-":
-        console.result(text)
-    elif options.json_file:
-        write_text(Path(options.json_file), text + "\n")
     for failure in found.failed:
         console.warn(f"left out {failure}")
     for table in matrices(found):
@@ -100,6 +94,7 @@ def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
             console.say(line)
     for line in sentences(found):
         console.say(line)
+    publish_json(options.json_file, values, console)
     for path in options.report:
         shown = sections(found, gallery, predictor.decision.map_scale)
         write_results(path, f"How classes interfere in {options.bundle.name}", shown, facts(values), values)

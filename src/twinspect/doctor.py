@@ -152,8 +152,17 @@ def _where(name: str) -> str:
 def _stores() -> Iterator[str]:
     features = store_dir().with_name("features")
     for what, folder, remark in (("weights", store_dir(), ""), ("feature cache", features, ", may be deleted")):
-        size = f"{_size(folder) / 1e9:.2f} GB{remark}" if folder.is_dir() else "empty"
-        yield f"{what}: {folder} ({size})"
+        yield f"{what}: {folder} ({_content(folder, remark)})"
+
+
+def _content(folder: Path, remark: str) -> str:
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        return "empty"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}; set another folder with TWINSPECT_HOME"
+    return f"{_size(folder) / 1e9:.2f} GB{remark}"
 
 
 def _size(folder: Path) -> int:

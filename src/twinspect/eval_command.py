@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from twinspect import data as data_room
-from twinspect.console import Console
+from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.carving import relative_lines, short_hash
 from twinspect.data.leaks import find_leaks
 from twinspect.data.loaded import Loaded
@@ -32,9 +31,9 @@ from twinspect.results import (
     check_outputs,
     grouped,
     metric_table,
+    publish_json,
     text_table,
     write_results,
-    write_text,
 )
 from twinspect.types import TEST, Sample
 
@@ -102,8 +101,12 @@ class TestSet:
 
 
 def eval_command(options: EvalOptions, console: Console) -> None:
-    """Score the test images of a data set, print the metrics and write them where asked."""
-    check_outputs(options.out)
+    """Score the test images of a data set, print the metrics and write them where asked.
+
+    Raises:
+        SystemExit: 1, where no image could be scored.
+    """
+    check_outputs(options.out, options.json_file, "--out")
     detector = Detector.load(options.bundle, options.weights)
     loaded = data_room.load(options.data, options.layout, options.images)
     for line in loaded.summary():
@@ -125,6 +128,8 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     for line in notes:
         console.warn(line)
     publish(options, values, notes, console)
+    if not found.rows:
+        raise SystemExit(NOTHING_SCORED)
 
 
 def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:
@@ -229,13 +234,9 @@ def problem_lines(values: dict[str, Any]) -> Iterator[str]:
 
 def publish(options: EvalOptions, values: dict[str, Any], notes: Sequence[str], console: Console) -> None:
     """Print the tables and write the files that were asked for."""
-    text = json.dumps(values, indent=1, ensure_ascii=False)
-    if options.json_file == "-":
-        console.result(text)
-    elif options.json_file:
-        write_text(Path(options.json_file), text + "\n")
     for line in metric_lines(values):
         console.say(line)
+    publish_json(options.json_file, values, console)
     title = f"{options.bundle.name} on {options.data.name}"
     for path in options.out:
         write_results(path, title, sections(values, notes), facts(values), values)

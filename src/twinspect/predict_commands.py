@@ -15,7 +15,7 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="Trained model (.twin) or exported model.")],
     paths: Annotated[
         list[str],
-        typer.Argument(help="Images, folders, quoted globs, @lists, tar files, Parquet or CSV manifests, URLs."),
+        typer.Argument(help="Images, folders, quoted globs, @lists, tar or zip files, tables, URLs."),
     ],
     out: Annotated[
         str,
@@ -47,8 +47,11 @@ def predict(
     actor_gpus: Annotated[float, typer.Option(help="Ray: GPUs of an actor.")] = 0.0,
     ray_address: Annotated[str, typer.Option(help="Ray: running cluster.")] = "",
 ) -> None:
-    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on."""
-    from twinspect.console import Console
+    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+
+    Exit code 1: none of the images could be read.
+    """
+    from twinspect.console import NOTHING_SCORED, Console
 
     with Console() as console:
         from twinspect.inference.bulk import run, say_totals
@@ -61,7 +64,10 @@ def predict(
             class_name or None, workers, part_rows, shard_of(shard), restart,
         )  # fmt: skip
         chosen = chosen_engine(engine, job.out, actors, actor_cpus, actor_gpus, ray_address)
-        console.say(say_totals(run(job, console, chosen), out))
+        totals = run(job, console, chosen)
+        console.say(say_totals(totals, out))
+        if totals.nothing_scored:
+            raise typer.Exit(NOTHING_SCORED)
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from PIL import Image
 
 from twinspect._version import __version__
 from twinspect.charts import Histogram, LineChart
-from twinspect.errors import TwinspectError
+from twinspect.files import write_text
 from twinspect.inference.result import Result, colourise
 
 THUMB = 224  # longest side in pixels of a picture, when there are few
@@ -158,21 +157,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section], facts: Map
         made=__version__,
         pictures=any(isinstance(p, Cases) for s in sections for p in s.parts),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, html)
-    except OSError as error:
-        raise TwinspectError(f"{path} cannot be written ({error.strerror or error})") from None
-    return path
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    return write_text(path, html)
 
 
 class _Album:

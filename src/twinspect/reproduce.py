@@ -32,12 +32,14 @@ from twinspect.report import Section, Table
 from twinspect.results import (
     MAP_SIZE,
     MASK_RULE,
+    SUFFIXES,
+    check_outputs,
     grouped,
     mean_of,
     metric_table,
     text_table,
+    write_json,
     write_results,
-    write_text,
 )
 from twinspect.types import TEST, TRAIN
 
@@ -142,6 +144,7 @@ def reproduce(
     Raises:
         DataError: the data are not of the recipe's layout, or a split has too few images.
     """
+    check_outputs([out / f"results{suffix}" for suffix in SUFFIXES], option="--out")
     loaded = data_room.load(root, recipe.layout)
     for line in loaded.summary():
         console.say(line)
@@ -219,7 +222,7 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
 
     work = out / "work" / stem
     result = run_split(split, config, work, console) | {"key": key}
-    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, result)
     remove_checkpoint(work)
     return result
 
@@ -301,7 +304,7 @@ def summarise(
 def publish(recipe: Recipe, out: Path, values: dict[str, Any]) -> None:
     """Write ``results.md``, ``results.json`` and ``results.html``."""
     shown = sections(recipe, values)
-    for suffix in (".md", ".html", ".json"):
+    for suffix in SUFFIXES:
         write_results(out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values)
 
 

@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinspect.errors import ConfigError, TwinspectError
+from twinspect._version import __version__
+from twinspect.console import Console
+from twinspect.errors import ConfigError
+from twinspect.files import refuse_unwritable, write_text
 from twinspect.metrics import METRICS
 from twinspect.report import Section, Table, write_report
 
 SUFFIXES = (".md", ".html", ".json")
+WRITER = f"twinspect {__version__}"
 MASK_RULE, MAP_SIZE = "> 0", "original image"
 _NAMED = 4  # names that a sentence about many classes lists
 
 Rows = Mapping[str, Mapping[str, float]]
 
 
-def check_outputs(paths: Iterable[Path]) -> None:
-    """Refuse a results file whose suffix says nothing, before any work is done.
+def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "--report") -> None:
+    """Refuse, before any work is done, files that could not be written or that would replace another program's.
+
+    Args:
+        reports: results files; the suffix is their format.
+        json_file: file for the values alone; ``-`` and empty are none.
+        option: that names the reports.
 
     Raises:
-        ConfigError: another suffix than .md, .html or .json.
+        ConfigError: no permission, another program's file, or another suffix than .md, .html or .json.
     """
-    for path in paths:
+    for path in reports:
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(
-                f"--out {path}: accepted endings are {', '.join(SUFFIXES)}; type --out {path.with_suffix('.md')}"
+                f"{option} {path}: accepted endings are {', '.join(SUFFIXES)}; type {option} "
+                f"{path.with_suffix('.md')}"
             )
+        refuse_unwritable(path, option, ours=_names_us)
+    if json_file not in ("", "-"):
+        refuse_unwritable(Path(json_file), "--json", ours=_names_us)
+
+
+def _names_us(path: Path) -> bool:
+    return b"twinspect" in path.read_bytes()
 
 
 def write_results(
@@ -47,26 +63,21 @@ def write_results(
     if path.suffix.lower() == ".html":
         return write_report(path, title, sections, facts)
     if path.suffix.lower() == ".json":
-        return write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    return write_text(path, markdown(title, sections, facts))
+        return write_json(path, values)
+    return write_text(path, markdown(title, sections, {**facts, "written by": WRITER}))
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file so that a kill leaves the old one or the new one, never a part.
+def write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write values as JSON, with who wrote them."""
+    return write_text(path, json.dumps({**values, "written_by": WRITER}, indent=1, ensure_ascii=False) + "\n")
 
-    Raises:
-        TwinspectError: it cannot be written.
-    """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    except OSError as error:
-        raise TwinspectError(f"{path} cannot be written ({error.strerror or error})") from None
-    finally:
-        new.unlink(missing_ok=True)
-    return path
+
+def publish_json(target: str, values: Mapping[str, Any], console: Console) -> None:
+    """What ``--json`` asks for: ``-`` prints the values, empty does nothing."""
+    if target == "-":
+        console.result(json.dumps({**values, "written_by": WRITER}, indent=1))  # ASCII, which every code page takes
+    elif target:
+        write_json(Path(target), values)
 
 
 def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:

@@ -299,11 +299,11 @@ def test_files_that_list_nothing_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree(tmp_path, screw=3, nut=3, **{"lost+found": 1, "nut/deep": 1})
+    tree(tmp_path, screw=3, nut=3, **{"locked": 1, "nut/deep": 1})
     scandir = os.scandir
 
     def refuse(path: str) -> object:
-        if Path(path).name in ("lost+found", "deep"):
+        if Path(path).name in ("locked", "deep"):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 

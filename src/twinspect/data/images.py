@@ -25,6 +25,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from twinspect.errors import ImageError
 
 _OPENING = threading.Lock()
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+_OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave them; they are clipped
 # The file formats of the endings below. Pillow knows dozens more, and some of them start programs (EPS) or are
 # meant for other things than photographs; whatever an upload calls itself, they are refused.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
@@ -123,6 +125,53 @@ def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str =
     with _refusals(name, limits):
         _check_size(image.size, limits, name)
         return _to_rgb(image)
+
+
+def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
+    """Pixels in memory to H x W x 3 RGB, by the rules of files: 16 bits by their full range, alpha over black.
+
+    Args:
+        values: H x W, H x W x C or C x H x W, where C is 1 (grey), 3 (RGB) or 4 (RGBA); uint8, uint16, or floats
+            from 0 to 1.
+        limits: what an image may hold.
+
+    Raises:
+        ImageError: another type, shape or range, with what to type.
+    """
+    layers = values[..., None] if values.ndim == 2 else values
+    if layers.ndim == 3 and layers.shape[2] not in _CHANNELS and layers.shape[0] in _CHANNELS:
+        layers = np.moveaxis(layers, 0, -1)
+    if layers.ndim != 3 or layers.shape[2] not in _CHANNELS or min(layers.shape[:2]) < limits.min_side:
+        raise ImageError(
+            f"array of shape {values.shape}; accepted H x W (grey), H x W x C or C x H x W, where C is 1 (grey), "
+            f"3 (RGB) or 4 (RGBA), at least {limits.min_side} pixels per side; a stack of images has four dimensions"
+        )
+    eight = eight_bit(_checked_values(layers))
+    if eight.shape[2] == 4:
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)))
+    return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
+
+
+def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
+    """Values of an array that say by themselves what is black and what is white."""
+    kind = values.dtype
+    if kind not in (np.uint8, np.uint16) and kind.kind != "f":
+        raise ImageError(
+            f"array of type {kind}; accepted uint8, uint16, or floats from 0 to 1{_how_to_convert(kind.kind)}"
+        )
+    low, high = (float(values.min()), float(values.max())) if kind.kind == "f" else (0.0, 1.0)
+    if not (-_OVERSHOOT <= low and high <= 1 + _OVERSHOOT):  # not a number is refused as well
+        raise ImageError(
+            f"array of type {kind} with values from {low:g} to {high:g}; accepted floats from 0 to 1, so type: "
+            "a / 255 if a is within 0..255, and undo any normalisation"
+        )
+    return values
+
+
+def _how_to_convert(kind: str) -> str:
+    """What to type for an array of another type, by numpy's letter of its kind."""
+    advice = {"b": "a.astype('uint8') * 255", **dict.fromkeys("iu", "a.astype('uint8') if a is within 0..255")}
+    return f", so type: {advice[kind]}" if kind in advice else ""
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:

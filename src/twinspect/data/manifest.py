@@ -76,7 +76,14 @@ def looks_like_manifest(root: Path) -> bool:
     if os.path.isdir(root):
         return bool(_named(root))
     suffix = root.suffix.lower()
-    return os.path.isfile(root) and (suffix in (".parquet", ".csv") or (suffix in SUFFIXES and _names_images(root)))
+    return os.path.isfile(root) and (
+        suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(root))))
+    )
+
+
+def path_column(names: Iterable[str]) -> str:
+    """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
+    return _columns(names).get("image", "")
 
 
 def label_tables(folder: Path) -> list[Path]:
@@ -178,15 +185,6 @@ def _lists_labels(path: Path) -> bool:
             raise
         return False
     return bool(_judging_column(rows, names))
-
-
-def _names_images(path: Path) -> bool:
-    return "image" in _columns(_header(path))
-
-
-def is_image_column(name: str) -> bool:
-    """Whether a column of this name holds the paths of images, in one of the spellings that are read."""
-    return key(name) in _ALIASES["image"].split()
 
 
 def _header(path: Path) -> list[str]:

@@ -24,6 +24,8 @@ UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 HIDDEN = "hidden file"
 _UNLISTED = "cannot be listed"
 READ_BEFORE = "link to a folder that was already read"
+# Folders that systems make, with copies, thumbnails or what was deleted.
+_SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
 
 
 @dataclass(slots=True)
@@ -85,7 +87,7 @@ def existing_folder(root: Path | str) -> Path:
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [sub for sub in _entries(folder)[0] if not _is_hidden(sub)]
+    return [sub for sub in _entries(folder)[0] if not is_hidden(sub.name)]
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -116,8 +118,8 @@ def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Pa
         inner, files = _entries(here, log)
         quiet = log if any(map(is_image, files)) or not inner else ScanLog()  # a licence beside folders is no news
         images = [path for path in files if _accept(path, quiet)]
-        yield here, images, [path for path in files if not is_image(path) and not _is_hidden(path)]
-        stack.extend(sub for sub in reversed(inner) if not _is_hidden(sub))
+        yield here, images, [path for path in files if not is_image(path) and not is_hidden(path.name)]
+        stack.extend(sub for sub in reversed(inner) if not is_hidden(sub.name))
 
 
 def images_below(folder: Path, log: ScanLog) -> list[Path]:
@@ -156,6 +158,11 @@ def why_without_images(folder: Path) -> str:
     for _ in walk(folder, log):
         pass
     return next((f"{path}: {why}" for path, why in log.skipped if why.startswith(_UNLISTED)), "folder without images")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over in a folder: hidden, or made by the system."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def folder_name(folder: Path) -> str:
@@ -294,7 +301,7 @@ def _listed(folder: Path) -> _Listing:
     return _Listing(
         tuple(folder / name for name in sorted(folders)),
         paths,
-        tuple(path for path in paths if path not in nowhere and not _is_hidden(path)),
+        tuple(path for path in paths if path not in nowhere and not is_hidden(path.name)),
         nowhere,
         tuple(skipped),
     )
@@ -323,16 +330,12 @@ def _is(kind: Callable[[], bool]) -> bool:
 def _accept(entry: Path, log: ScanLog) -> bool:
     if not is_image(entry):
         known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
-        log.skip(entry, HIDDEN if _is_hidden(entry) else known)
+        log.skip(entry, HIDDEN if is_hidden(entry.name) else known)
         return False
     if entry in _listing(entry.parent).broken:
         log.skip(entry, "broken link")
         return False
     return True
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def _first_visit(folder: Path, visited: set[tuple[int, int]]) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.names import BAD, GOOD, UNSORTED, meaning
 from twinspect.data.scan import ScanLog, inside
 from twinspect.errors import DataError
+from twinspect.files import open_text, read_text
 from twinspect.types import CALIBRATION, TEST, TRAIN
 
 MISSING = "listed, but there is no such file"
@@ -22,7 +23,7 @@ _NOTHING = ("", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-")
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file."""
-    text = _text(path)
+    text = read_text(path)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -34,7 +35,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
     """
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip()[:1] == "[" and (entries := _json_list(text)) is not None:
         for number, entry in enumerate(entries, start=1):
             yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
@@ -58,34 +59,64 @@ def _json_list(text: str) -> list[Any] | None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of text with a header, as text; missing cells are empty.
+    """Rows of a table of text with a header, as text; missing cells are empty. Raises as `csv_rows`."""
+    return list(csv_rows(path))
+
+
+def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
+    """As `read_csv`, a row at a time.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
+
+    Raises:
+        DataError: not text, or quotes or separators that make other rows of it than were meant.
     """
-    reader = _reader(path)
-    try:
-        return [{(name or "").strip(): value for name, value in row.items() if name is not None} for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: not valid CSV ({error})") from None
+    with _opened(path, errors) as (reader, separator):
+        line = reader.line_num if reader.fieldnames else 0
+        try:
+            while (row := next(reader, None)) is not None:
+                _refuse_misread(row, separator, f"{path} line {line + 1}")
+                line = reader.line_num
+                yield {(name or "").strip(): value for name, value in row.items() if name is not None}
+        except csv.Error as error:
+            where = f"{path} line {line + 1}"
+            raise DataError(f"{where}: not valid CSV ({error}); a quote is missing, or too many") from None
 
 
 def csv_header(path: Path) -> list[str]:
-    """Names of the columns of a table of text."""
+    """Names of the columns of a table of text. Raises as `csv_rows`."""
+    with _opened(path, "strict") as (reader, _):
+        return [name.strip() for name in reader.fieldnames or ()]
+
+
+@contextmanager
+def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
+    """A table of text, and what lies between its cells."""
     try:
-        return [name.strip() for name in _reader(path).fieldnames or ()]
+        with open_text(path, errors, newline="") as file:
+            start, first = 0, file.readline()
+            while first and not first.strip():
+                start, first = file.tell(), file.readline()
+            if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:
+                separator = first[4]
+            else:
+                separator = max(_SEPARATORS, key=first.count)  # of equals, and of none, the comma
+                file.seek(start)
+            yield csv.DictReader(file, restval="", strict=True, delimiter=separator), separator
     except csv.Error as error:
-        raise DataError(f"{path}: not valid CSV ({error})") from None
+        raise DataError(f"{path}: not valid CSV ({error}); a quote is missing, or too many") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
-def _reader(path: Path) -> csv.DictReader[str]:
-    text = _text(path)
-    first, _, rest = text.partition("\n")
-    separator = ""
-    if first.lower().startswith("sep=") and len(first.rstrip("\r")) == 5:
-        text, separator = rest, first[4]
-    text = text.lstrip("\r\n")
-    separator = separator or max(_SEPARATORS, key=text.partition("\n")[0].count)  # of equals, and of none, the comma
-    return csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True, delimiter=separator)
+def _refuse_misread(row: Mapping[str | None, Any], separator: str, where: str) -> None:
+    """Rows that a stray quote has joined, and cells that a separator in a name has cut."""
+    if any(row.get(None) or ()):
+        raise DataError(f"{where}: more cells than the header has; put a name that holds {separator!r} into quotes")
+    for cell in row.values():
+        lines = cell.splitlines() if isinstance(cell, str) else ()
+        if len(lines) > 1 and max(line.count(separator) for line in lines) >= len(row) - 1:
+            raise DataError(f"{where}: not valid CSV (one cell holds several rows); a quote is missing, or too many")
 
 
 def is_empty(cell: Any) -> bool:
@@ -147,14 +178,3 @@ def listed_file(root: Path, text: str, where: str, log: ScanLog) -> Path | None:
         return path
     log.skip(path, MISSING)
     return None
-
-
-def _text(path: Path) -> str:
-    """Text of a file in UTF-8, or in UTF-16 with a mark (Excel's "Unicode text", PowerShell)."""
-    try:
-        raw = path.read_bytes()
-        return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

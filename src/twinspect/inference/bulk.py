@@ -18,20 +18,21 @@ from typing import Any, NamedTuple, Protocol
 
 from twinspect.errors import DataError
 from twinspect.inference import remote
+from twinspect.inference.archives import Item, Stream
 from twinspect.inference.decode import Decoded, DecodePool
 from twinspect.inference.job import Job, Unit, units
 from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.sources import Item, Stream, walk_all
+from twinspect.inference.sources import walk_all
 from twinspect.inference.table import encode, join
 
 
 class Listener(Protocol):
     """Who is told how a run goes."""
 
-    def say(self, text: str) -> None:
+    def result(self, text: str) -> None:
         """One line of the answer."""
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -39,7 +40,10 @@ class Listener(Protocol):
 
 
 class Tag(NamedTuple):
-    """Where an image's row belongs: unit, part of it, place in the unit; whether the part, the unit end with it."""
+    """Where an image's row belongs: unit, part of it, place in the unit; whether the part, the unit end with it.
+
+    ``source`` and ``image`` are the identities of unit and image when they were listed.
+    """
 
     unit: int
     sub: int
@@ -47,6 +51,7 @@ class Tag(NamedTuple):
     last: bool
     end: bool
     source: str
+    image: str
 
 
 @dataclass(slots=True)
@@ -57,6 +62,11 @@ class Totals:
     bad: int = 0
     errors: int = 0
     before: int = 0
+
+    @property
+    def nothing_scored(self) -> bool:
+        """Whether there were images, and none could be read."""
+        return self.rows == self.errors > 0
 
     def add(self, part: Part, before: bool = False) -> None:
         """Count a part."""
@@ -113,38 +123,39 @@ class Scorer:
 
     def parts(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
         """Score units and keep their rows; a part is given when it is safely stored."""
-        rows, lines = list[dict[str, Any]](), list[bytes]()
+        rows, lines, images = list[dict[str, Any]](), list[bytes](), list[str]()
         for tag, result in self.results(wanted, skipped):
             rows.append(result.row())
+            images.append(tag.image)
             lines += [coco_line(result)] if self.job.pictures.coco else []
             if tag.last:
-                yield self._stored(tag, rows, b"".join(lines) if self.job.pictures.coco else None)
-                rows, lines = [], []
+                aside = b"".join(lines) if self.job.pictures.coco else None
+                yield self._stored(tag, rows, digest(tag.source, images), aside)
+                rows, lines, images = [], [], []
 
-    def _stored(self, tag: Tag, rows: list[dict[str, Any]], aside: bytes | None) -> Part:
+    def _stored(self, tag: Tag, rows: list[dict[str, Any]], key: str, aside: bytes | None) -> Part:
         assert self.store is not None
         bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
-        key = digest(tag.source, (row["path"] for row in rows))
         part = Part(tag.unit, tag.sub, len(rows), bad, errors, key, tag.end, self.store.suffix)
         self.store.put(part, encode(rows, part.suffix), aside)
         return part
 
     def _tagged(self, unit: Unit, skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Item]]:
         """A unit's images with their places, without those of parts that are there."""
-        images, number = _with_end(unit.images()), 0
+        images, number, source = _with_end(unit.images()), 0, unit.identity
         for sub in count():
             end = True  # should nothing follow
             known = self.store.known.get((unit.number, sub)) if self.store is not None else None
-            chunk, names = islice(images, self.job.part_rows), list[str]()
+            chunk, done = islice(images, self.job.part_rows), list[str]()
             for place, (item, end) in enumerate(chunk, start=1):
                 if known is None:
                     last = end or place == self.job.part_rows
-                    yield Tag(unit.number, sub, number, last, end, unit.source), item
+                    yield Tag(unit.number, sub, number, last, end, source, item.identity), item
                 else:
-                    names.append(item.name)
+                    done.append(item.identity)
                 number += 1
             if known is not None and self.store is not None:
-                self.store.check(known, digest(unit.source, names))
+                self.store.check(known, digest(source, done))
                 skipped(known)
             if end:
                 return
@@ -182,7 +193,8 @@ def pending(wanted: Iterable[Unit], store: PartStore, skipped: Callable[[Part], 
             yield unit
             continue
         listed = unit.stream is None
-        expected = digest("", (item.name for item in unit.items)) if listed else source_digest(unit.source)
+        images = (item.identity for item in unit.items)
+        expected = digest(unit.identity, images) if listed else source_digest(unit.identity)
         for part in done:
             store.check(part, expected)
             skipped(part)
@@ -205,12 +217,11 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
         TwinspectError: something cannot be written.
     """
     found = walk_all(job.sources)  # an empty source is refused before the model is loaded
+    job.check_outputs()
     if not job.out:
         return _print(job, found, listener)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
-    if job.coco:  # found out now, not after hours
-        Path(job.coco).parent.mkdir(parents=True, exist_ok=True)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
         return _run_parts(job, store, found, label, listener, engine or local)
@@ -256,7 +267,7 @@ def _print(job: Job, found: Iterable[Item | Stream], listener: Listener) -> Tota
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
-            listener.say(say_result(result))
+            listener.result(say_result(result))
     return totals
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from twinspect._version import __version__
-from twinspect.errors import TwinspectError
+from twinspect.console import NOTHING_SCORED, Console, plain_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = _parser().parse_args(arguments)
+    plain_streams()
     try:
-        return _info(given.model) if given.command == "info" else _predict(given)
-    except TwinspectError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with Console() as console:
+            return _info(given.model, console) if given.command == "info" else _predict(given, console)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     predict = commands.add_parser("predict", help="score images")
     predict.add_argument("model", type=Path, help="exported model (.onnx)")
-    predict.add_argument("paths", nargs="+", help="images, folders, quoted globs, @lists, tar files")
+    predict.add_argument("paths", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
     predict.add_argument("--out", type=Path, help="table to write: .csv or .jsonl")
     predict.add_argument("--threads", type=int, default=0, help="threads of the runtime; 0 is its own choice")
     predict.add_argument("--batch", type=int, default=0, help="images per call; 0 is 1")
@@ -40,14 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _info(model: Path) -> int:
+def _info(model: Path, console: Console) -> int:
     from twinspect.inference.exported import export_info
 
-    print(json.dumps(export_info(model), indent=1))
+    console.result(json.dumps(export_info(model), indent=1))
     return 0
 
 
-def _predict(given: argparse.Namespace) -> int:
+def _predict(given: argparse.Namespace, console: Console) -> int:
     from twinspect.inference.bulk import run, say_totals
     from twinspect.inference.job import Job
 
@@ -55,25 +55,9 @@ def _predict(given: argparse.Namespace) -> int:
         str(given.model), tuple(given.paths), str(given.out or ""), threads=given.threads, batch=given.batch,
         class_name=given.class_name, workers=given.workers, restart=given.restart,
     )  # fmt: skip
-    print(say_totals(run(job, _Lines()), job.out), file=sys.stderr)
-    return 0
-
-
-class _Lines:
-    """Answers on stdout, progress on stderr every ten seconds."""
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-
-    def say(self, text: str) -> None:
-        """One line of the answer."""
-        print(text)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` images."""
-        if time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            print(f"{stage}: {done} of {total or '?'}", file=sys.stderr)
+    totals = run(job, console)
+    console.say(say_totals(totals, job.out))
+    return NOTHING_SCORED if totals.nothing_scored else 0
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from twinspect.data.containers import read_record
-from twinspect.data.images import ImageLimits, pil_rgb, read_sized_rgb, resize_rgb
+from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb, resize_rgb
 from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
 from twinspect.errors import DataError, ImageError
+from twinspect.inference.archives import Item
+from twinspect.inference.frames import as_array, is_array
 from twinspect.inference.remote import is_url, read
-from twinspect.inference.sources import Item
 from twinspect.types import Sample
 
 T = TypeVar("T")
@@ -151,15 +151,21 @@ def decode_all(items: list[Any], size: int, limits: ImageLimits, pixels: bool) -
 
 
 def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False) -> Decoded:
-    """One image to a square for the model; what cannot be read gives an error instead.
+    """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: path, `Item`, `Sample`, array or PIL image.
+        item: one of what `frames.expand` gives, or a path.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
+
+    Raises:
+        ImageError: an array of a wrong kind. No file is bad then, but the program that made the array.
     """
     name = name_of(item)
+    if is_array(item):
+        rgb = array_rgb(as_array(item), limits)
+        return Decoded(name, "", rgb.shape[0], rgb.shape[1], resize_rgb(rgb, size), rgb if pixels else None)
     try:
         rgb, (height, width) = _pixels(item, limits, size)
         square = resize_rgb(rgb, size)
@@ -189,7 +195,7 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
         item = item.image
     if isinstance(item, (str, Path)):
         return read_sized_rgb(Path(item), limits, draft_side=draft_side)
-    rgb = read_sample_rgb(item, limits) if isinstance(item, Sample) else to_rgb(item, limits)
+    rgb = read_sample_rgb(item, limits) if isinstance(item, Sample) else pil_rgb(item, limits)
     return rgb, (rgb.shape[0], rgb.shape[1])
 
 
@@ -220,28 +226,3 @@ def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
             return file.read(item.size)
     except OSError as error:
         raise ImageError(f"{item.name}: cannot be opened ({error.strerror or error})") from None
-
-
-def to_rgb(item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """An array or PIL image to H x W x 3 uint8 RGB; a PIL image is read as its file would be.
-
-    Raises:
-        ImageError: another type, shape or value type.
-    """
-    if isinstance(item, Image.Image):
-        return pil_rgb(item, limits)
-    array = np.asarray(item)
-    if array.dtype != np.uint8:
-        raise ImageError(f"array of type {array.dtype}; accepted uint8 RGB, {_how_to_convert(array.dtype.kind)}")
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(f"array of shape {array.shape}; accepted H x W x 3 (RGB) or H x W (grey)")
-    return np.ascontiguousarray(array)
-
-
-def _how_to_convert(kind: str) -> str:
-    """What to type for an array of another type, by numpy's letter of its kind."""
-    advice = {"f": "(a * 255).astype('uint8') if a is within 0..1", "b": "a.astype('uint8') * 255"}
-    advice |= dict.fromkeys("iu", "(a // 257).astype('uint8') if a is 16-bit")
-    return f"so type: {advice[kind]}" if kind in advice else "a path or a PIL image"

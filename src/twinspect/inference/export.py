@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twinspect._version import __version__
-from twinspect.bundle import refuse_unwritable
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.files import refuse_unwritable
 from twinspect.inference.exported import KEY, ExportMeta, companion, read_export, seal, sha256_of
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
+from twinspect.inference.predictor import check_counts
 
 if TYPE_CHECKING:
     from twinspect.training.fit import Fitted
@@ -59,8 +60,7 @@ class ExportOptions:
             raise ConfigError(unknown_name("format", self.format, FORMATS))
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
-        if self.batch < 0:
-            raise ConfigError(f"--batch {self.batch}: accepted 0 (any number) or more")
+        check_counts(0, self.batch)
         if self.format == "torch" and self.precision != "fp32":
             raise ConfigError(f"--format torch is written as fp32 only, not {self.precision}; type --format onnx")
         if self.format == "openvino" and self.any_size:
@@ -98,7 +98,7 @@ def export(
     if options.precision == "int8" and images is None:
         raise ConfigError("int8 needs good images to measure ranges and to prove itself on; add --images DIR")
     _refuse_missing(options)
-    refuse_unwritable(out)
+    refuse_unwritable(out, "--out", error=BundleError)
     report = progress or (lambda _stage, _done, _total: None)
     checked = images or painted(fitted.model.shape.size)
     try:

@@ -10,14 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinspect.errors import BundleError, ConfigError
+from twinspect.data.images import is_image
+from twinspect.errors import BundleError, ConfigError, check_range
+from twinspect.files import refuse_unwritable
 from twinspect.inference import remote
+from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
-from twinspect.inference.pictures import PictureOptions
-from twinspect.inference.sources import Item, Stream
-from twinspect.inference.table import check_format
+from twinspect.inference.pictures import PictureOptions, is_own_coco
+from twinspect.inference.predictor import check_counts
+from twinspect.inference.sources import would_find
+from twinspect.inference.table import check_format, is_own
 
-FILE_ROWS, FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
+MOST_WORKERS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,9 @@ class Job:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows < 0 or self.workers < -1 or self.batch < 0:
-            raise ConfigError(
-                f"--part-rows {self.rows} --workers {self.workers} --batch {self.batch}: accepted 0 (automatic) or "
-                "more"
-            )
+        check_range("--part-rows", self.rows, 0, MOST_ROWS)
+        check_range("--workers", self.workers, -1, MOST_WORKERS)
+        check_counts(self.threads, self.batch)
         number, of = self.shard
         if not 0 <= number < of:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
@@ -86,6 +89,31 @@ class Job:
         if self.workers >= 0:
             return self.workers
         return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.out else 0
+
+    def check_outputs(self) -> None:
+        """Find out before the work whether all can be written, and that no picture comes to lie among the images.
+
+        Raises:
+            ConfigError: it cannot be, or another program's file would be replaced.
+        """
+        if self.out and not self.is_folder:
+            refuse_unwritable(Path(self.out), "--out", ours=is_own)
+        if self.coco:
+            refuse_unwritable(Path(self.coco), "--coco", ours=is_own_coco)
+        for option, place in self.pictures.places():
+            if not remote.is_url(place):
+                refuse_unwritable(Path(place), option)
+            if is_image(place) and self._would_find(place):
+                raise ConfigError(
+                    f"{option} {os.path.dirname(place)}: images are read from there, and the next run would take "
+                    f"these pictures for images; choose a folder outside of {', '.join(self.sources[:3])}"
+                )
+
+    def _would_find(self, place: str) -> bool:
+        """Whether the same command would read a picture that it has written; a shell expands globs to their files."""
+        like = (path for path in self.sources if is_image(path) and path.lower().endswith(Path(place).suffix))
+        beside = sum(Path(path).resolve().parent == Path(place).resolve().parent for path in like)
+        return beside > 1 or any(would_find(source, place) for source in self.sources)
 
     def store(self) -> PartStore:
         """Where parts are kept: the folder itself, or one beside the file until it is whole."""
@@ -121,6 +149,11 @@ class Unit:
     def source(self) -> str:
         """The stream's path; empty for listed images."""
         return self.stream.path if self.stream is not None else ""
+
+    @property
+    def identity(self) -> str:
+        """As `Stream.identity`; empty for listed images, which have their own."""
+        return self.stream.identity if self.stream is not None else ""
 
     def images(self) -> Iterator[Item]:
         """Its images, lazily."""

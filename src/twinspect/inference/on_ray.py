@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from twinspect.errors import ConfigError, TwinspectError
+from twinspect.errors import TwinspectError, check_range
+from twinspect.inference.archives import Item, Stream
 from twinspect.inference.bulk import Scorer
 from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
-from twinspect.inference.sources import Item, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,9 @@ class RayEngine:
     address: str = ""
 
     def __post_init__(self) -> None:
-        if self.actors < 0 or self.cpus <= 0 or self.gpus < 0:
-            raise ConfigError(
-                f"--actors {self.actors} --actor-cpus {self.cpus:g} --actor-gpus {self.gpus:g}: accepted 0 or more, "
-                "and CPUs above 0"
-            )
+        check_range("--actors", self.actors, 0, 100_000)
+        check_range("--actor-cpus", self.cpus, 0.01, 1024)
+        check_range("--actor-gpus", self.gpus, 0, 64)
 
     def __call__(
         self, job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]

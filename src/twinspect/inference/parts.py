@@ -1,8 +1,9 @@
 """Finished parts of a long run in a folder: written whole or not at all, so that a killed run goes on. No torch.
 
 The input is cut into units (so many listed images, or one archive) and units into parts of at most so many rows. A
-part's file name says its place, its counts and a digest of the names of its images. That is the whole journal: what
-is there is done, what is not there is done again, and a digest that differs means that the input has changed.
+part's file name says its place, its counts and a digest of its images: their names, and size and time of change of
+their files. That is the whole journal: what is there is done, what is not there is done again, and a digest that
+differs means that the input has changed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Part(NamedTuple):
     Attributes:
         unit, sub: its place: unit of the input, and part of that unit.
         rows, bad, errors: images in it, anomalous ones, and ones that could not be read.
-        digest: of the unit's source (first half) and of its images' names (second half).
+        digest: of the identities of the unit's source (first half) and of its images (second half).
         end: whether the unit ends with it.
         suffix: format of the rows.
     """
@@ -65,10 +66,10 @@ class Part(NamedTuple):
         return cls(unit, sub, rows, bad, errors, found["digest"], bool(found["end"]), found["suffix"])
 
 
-def digest(source: str, names: Iterable[str]) -> str:
-    """What identifies a part's input: 8 hex digits for the unit's source, 8 for its images' names in order."""
+def digest(source: str, images: Iterable[str]) -> str:
+    """What identifies a part's input: 8 hex digits for the identity of its unit's source, 8 for its images."""
     whole = hashlib.sha256()
-    for name in names:
+    for name in images:
         whole.update(name.encode("utf-8", "backslashreplace") + b"\0")
     return source_digest(source) + whole.hexdigest()[:8]
 
@@ -124,12 +125,13 @@ class PartStore:
         """Refuse a part that was made from other images than those at its place now.
 
         Raises:
-            DataError: the input changed while the run was interrupted.
+            DataError: the input has changed since.
         """
         if not part.digest.startswith(expected):
             raise DataError(
-                f"the images given are not those of the unfinished run in {self.folder} (part {part.unit}): files "
-                "were added, removed or renamed. Give the same ones, or type --restart to begin anew"
+                f"the images given are no longer those of the run in {self.folder} (part {part.unit}): files were "
+                "added, removed, renamed or overwritten. Type --restart to score all of them anew, or take another "
+                "--out"
             )
 
     def refuse_stale(self, seen: Iterable[Place]) -> None:

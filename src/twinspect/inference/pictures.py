@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.files import replacing
 from twinspect.inference.label import components, pixels_of
 from twinspect.inference.table import as_text
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MAP_FORMATS = ("npz", "tiff")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
 
 
@@ -56,6 +58,15 @@ class PictureOptions:
     def wants_files(self) -> bool:
         """Whether there are files for each image."""
         return bool(self.maps or self.masks or self.overlays or self.submission)
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """The option of every folder that is written, with a file as it is written there."""
+        for name, file in (
+            ("maps", f"000000-000000_a.{self.map_format}"), ("masks", "000000-000000_a.png"),
+            ("overlays", "000000-000000_a.png"), ("submission", "anomaly_images.tiff"),
+        ):  # fmt: skip
+            if folder := getattr(self, name):
+                yield f"--{name}", f"{folder.rstrip('/')}/{file}"
 
     @property
     def wants_maps(self) -> bool:
@@ -254,18 +265,18 @@ def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:
     Raises:
         TwinspectError: the file cannot be written.
     """
-    draft = out.with_name(f"{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as file:
-            file.write('{"categories": [{"id": 1, "name": "anomaly"}], "images": [')
-            _comma_separated(file, ({"id": number, **line["image"]} for number, line in _lines(parts())))
-            file.write('], "annotations": [')
-            _comma_separated(file, _annotations(parts()))
-            file.write("]}\n")
-        draft.replace(out)
-    except OSError as error:
-        raise TwinspectError(f"{out} cannot be written ({error.strerror or error})") from None
+    with replacing(out) as file:
+        file.write(_COCO_HEAD)
+        _comma_separated(file, ({"id": number, **line["image"]} for number, line in _lines(parts())))
+        file.write(b'], "annotations": [')
+        _comma_separated(file, _annotations(parts()))
+        file.write(b"]}\n")
+
+
+def is_own_coco(path: Path) -> bool:
+    """Whether a file is one of `write_coco`."""
+    with path.open("rb") as file:
+        return file.read(len(_COCO_HEAD)) == _COCO_HEAD
 
 
 def _lines(parts: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -283,6 +294,6 @@ def _annotations(parts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, **region, "segmentation": rle}
 
 
-def _comma_separated(file: Any, values: Iterable[dict[str, Any]]) -> None:
+def _comma_separated(file: IO[bytes], values: Iterable[dict[str, Any]]) -> None:
     for number, value in enumerate(values):
-        file.write(("," if number else "") + "\n" + json.dumps(value))
+        file.write((("," if number else "") + "\n" + json.dumps(value)).encode())

@@ -20,11 +20,14 @@ from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decision import ANOMALY
 from twinspect.decision import Decision as Decision
+from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode
 from twinspect.inference.decode import name_of as name_of
+from twinspect.inference.frames import expand, is_live, is_single
 from twinspect.inference.regions import find_regions
 from twinspect.inference.result import Result
-from twinspect.inference.sources import expand as expand
+
+MOST_BATCH, MOST_THREADS = 4096, 1024
 
 
 class Runtime(Protocol):
@@ -60,27 +63,56 @@ class Predictor:
         self.workers = workers or min(4, os.cpu_count() or 1)
 
     def predict(
-        self, source: Any, maps: bool = True, pixels: bool = True, class_name: str | None = None
+        self,
+        source: Any,
+        maps: bool = True,
+        pixels: bool = True,
+        class_name: str | None = None,
+        live: bool | None = None,
     ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
         Args:
-            source: a path, folder, glob, ``@list``, tar or Parquet file, URL, array (H x W x 3 or H x W, uint8
-                RGB), PIL image, `Sample`, or a list or iterator of them.
+            source: a path, folder, glob, ``@list``, tar, zip or table file, URL, PIL image, `Sample`, the bytes of an
+                image file or an open one, an array, or any iterable of these. Arrays are H x W (grey), H x W x C or
+                C x H x W with 1, 3 (RGB) or 4 (RGBA) channels, of uint8, uint16 or floats from 0 to 1, and may be
+                torch's; four dimensions are a stack of images.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
+            live: answer each image before the next one is taken, instead of reading ahead; None: where the source is
+                an iterable without a length, such as a generator.
 
         Raises:
             ConfigError: a class that the bundle does not know.
-            DataError: nothing to score. An image that cannot be read gives a result with ``error`` instead.
+            DataError: nothing to score.
+            ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
+                read. An unreadable file among several gives a result with ``error`` instead.
         """
         self.decision.checked_class(class_name)
-        return self._predict(iter(expand(source)), maps, pixels, class_name)
+        one_by_one = is_live(source) if live is None else live
+        items = expand(source)
+        results = (
+            self._live(items, maps, pixels, class_name)
+            if one_by_one
+            else self._ahead(items, maps, pixels, class_name)
+        )
+        return self._readable(results) if is_single(source) else results
 
-    def _predict(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
+    def _live(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
+        for item in items:
+            yield from self.score_batch([self.decode(item, pixels)], maps, [class_name])
+
+    def _ahead(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
         with DecodePool(self.runtime.size, self.limits, pixels, self.workers, batch=self.batch) as pool:
             yield from self.score((image for _, image in pool.stream((None, i) for i in items)), maps, class_name)
+
+    @staticmethod
+    def _readable(results: Iterator[Result]) -> Iterator[Result]:
+        for result in results:
+            if result.error:
+                raise ImageError(result.error)
+            yield result
 
     def score(self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None) -> Iterator[Result]:
         """Results of images that were decoded to ``runtime.size``, in order, a batch at a time."""
@@ -137,6 +169,12 @@ class Predictor:
             result.threshold_region = said.rule.region.value
             shape = (result.height, result.width)
             result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
+
+
+def check_counts(threads: int, batch: int) -> None:
+    """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
+    check_range("--threads", threads, 0, MOST_THREADS)
+    check_range("--batch", batch, 0, MOST_BATCH)
 
 
 def classes_of_prototypes(prototype_N: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ whose packages (such as ``adlfs``) the user installs. Credentials are those of t
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from twinspect.data.scan import is_hidden
 from twinspect.errors import DataError
 
 _PIECE = 1 << 22
@@ -24,8 +26,10 @@ def is_url(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
-def below(url: str) -> Iterator[str]:
-    """URLs of the files at or below a URL, depth first and sorted by name; one folder's names at a time in memory.
+def below(url: str) -> Iterator[tuple[str, str]]:
+    """URLs of the files at or below a URL, each with its `state`, depth first and sorted by name.
+
+    One folder's names are in memory at a time. Hidden folders are passed over, no folder of this disk is read twice.
 
     Raises:
         DataError: nothing there, no such scheme, or no access.
@@ -37,9 +41,9 @@ def below(url: str) -> Iterator[str]:
     try:
         (info,) = system.get_file_info([path])
         if info.type == fs.FileType.File:
-            yield url
+            yield url, _state(info)
         elif info.type == fs.FileType.Directory:
-            yield from _folder(system, path, url)
+            yield from _folder(system, path, url, set())
         else:
             raise DataError(f"nothing found at {url}")
     except (OSError, ValueError) as error:
@@ -48,15 +52,33 @@ def below(url: str) -> Iterator[str]:
         raise DataError(f"{url} cannot be listed ({_short(error)})") from None
 
 
-def _folder(system: Any, path: str, url: str) -> Iterator[str]:
+def _folder(system: Any, path: str, url: str, visited: set[str]) -> Iterator[tuple[str, str]]:
     from pyarrow import fs
 
+    real = os.path.realpath(path) if system.type_name == "local" else path  # links may lead back
+    if real in visited:
+        return
+    visited.add(real)
     for info in sorted(system.get_file_info(fs.FileSelector(path)), key=lambda one: str(one.base_name)):
         here = f"{url}/{info.base_name}"
-        if info.type == fs.FileType.Directory:
-            yield from _folder(system, info.path, here)
+        if info.type == fs.FileType.Directory and not is_hidden(info.base_name):
+            yield from _folder(system, info.path, here, visited)
         elif info.type == fs.FileType.File:
-            yield here
+            yield here, _state(info)
+
+
+def state(url: str) -> str:
+    """Size and time of change of a file, as text; empty where they are not known."""
+    try:
+        system, path = _opened(url)
+        (info,) = system.get_file_info([path])
+    except (OSError, ValueError):
+        return ""
+    return _state(info)
+
+
+def _state(info: Any) -> str:
+    return f"{info.size}-{info.mtime_ns}" if info.size is not None else ""
 
 
 def open_stream(url: str) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from twinspect.device import choose_device
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.inference.exported import ExportMeta, is_export, read_export
-from twinspect.inference.predictor import Decision, Predictor, Runtime
+from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
 if TYPE_CHECKING:
     from twinspect.models.contract import AnomalyModel
@@ -227,12 +227,6 @@ def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weight
     fitted = load(path, weights)
     own = _GPU_BATCH if chosen.startswith("cuda") else 1
     return Predictor(TorchRuntime(fitted.model, chosen, threads), fitted.decision, batch or own)
-
-
-def check_counts(threads: int, batch: int) -> None:
-    """Refuse negative settings with the options' names."""
-    if threads < 0 or batch < 0:
-        raise ConfigError(f"--threads {threads} --batch {batch}: accepted 0 (automatic) or more")
 
 
 def required(runtime: str, path: Path) -> Any:

@@ -6,86 +6,28 @@ was killed go on, and no more than one folder's names are held at a time. No tor
 
 from __future__ import annotations
 
-import csv
+import fnmatch
 import glob as globbing
 import os
-import tarfile
-import zlib
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import chain
-from pathlib import Path, PurePosixPath
+from itertools import chain, groupby
+from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-
-from twinspect.data.images import SUFFIXES, ImageLimits, is_image
-from twinspect.data.manifest import is_image_column
-from twinspect.data.scan import inside
+from twinspect.data.images import is_image
+from twinspect.data.manifest import path_column
+from twinspect.data.scan import inside, is_hidden
 from twinspect.errors import DataError
-from twinspect.inference.remote import below, is_url, open_stream
+from twinspect.files import open_text
+from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
+from twinspect.inference.remote import below, is_url
+from twinspect.inference.table import OWN, columns_of, parts_in, read_rows
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
-TABLES = (".parquet", ".csv")
-MOST_BYTES = ImageLimits().max_bytes
-_IMAGE_BYTES = ("image", "img", "jpg", "png", "bytes")  # columns of encoded images in other people's tables
-_ROWS = 256  # of a list of paths, read at a time; encoded images are read 16 at a time
-_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error)
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image, by reference, so that another process can read it.
-
-    Attributes:
-        name: what the table's ``path`` column says; ``archive#member`` inside an archive.
-        path: file or URL that holds it; empty where ``data`` or ``error`` says all.
-        offset, size: its bytes inside ``path``; -1 is the whole file.
-        record: position inside a container file, else None.
-        data: encoded bytes, where whoever listed the image had to read them anyway.
-        error: why it must not be read.
-    """
-
-    name: str
-    path: str = ""
-    offset: int = -1
-    size: int = -1
-    record: int | None = None
-    data: bytes | None = field(default=None, repr=False)
-    error: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without what is at its default."""
-        return {name: value for name, value in asdict(self).items() if value != getattr(_PLAIN, name)}
-
-
-_PLAIN = Item("")
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """An archive or a table of encoded images, read in order by whoever scores it.
-
-    Attributes:
-        path: file or URL.
-    """
-
-    path: str
-
-    def items(self) -> Iterator[Item]:
-        """Its images; damage becomes a last item with an error."""
-        return _table_images(self.path) if self.path.endswith(".parquet") else _archive_images(self.path)
-
-    def count(self) -> int | None:
-        """Number of images, where finding out needs no reading of all its bytes."""
-        if is_url(self.path) or self.path.endswith(ARCHIVES[1:]):
-            return None
-        if self.path.endswith(".parquet"):
-            import pyarrow.parquet as pq
-
-            return int(pq.read_metadata(self.path).num_rows)
-        return sum(1 for _ in self.items())
+TABLES = (".parquet", ".csv", ".jsonl")
+_DEEP = "**"  # of a glob: folders at any depth
+_PACKED = tuple(f"{suffix}#" for suffix in (*ARCHIVES, ".parquet"))  # after these, a name is that of a member
+Visited = set[tuple[int, int]]  # folders by device and inode
 
 
 def walk(source: str | Path) -> Iterator[Item | Stream]:
@@ -96,61 +38,53 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     """
     text = str(source)
     if is_url(text):
-        return _first(_remote(text), f"no image files in {text} (looked for {_suffixes()})")
+        return _first(_remote(text), f"no image files in {text} (looked for {suffixes()})")
     path = Path(text)
     if path.is_file():
         return _file(path)
-    if path.is_dir():
-        return _first(_below(text), f"no image files in {path} (looked for {_suffixes()})")
+    if text and path.is_dir():
+        found = _own_rows(path) if parts_in(path) else _below(text, set())
+        return _first(found, f"no image files in {path} (looked for {suffixes()})")
     if text.startswith("@"):
         return _list(Path(text[1:]))
     return _first(
-        _globbed(text), f"nothing found at {path}: give an image, a folder, or a quoted glob such as 'new/*.png'"
+        _globbed(text),
+        f"nothing found at {text or 'an empty path'}: give an image, a folder, or a quoted glob such as 'new/*.png'",
     )
 
 
 def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
-    """As `walk`, one source after the other; of several, a missing file stays in, so that its row can say so.
+    """As `walk`, one source after the other; of several, one without any image stays in, so that its row can say so.
 
     Raises:
-        DataError: at once, where there is nothing behind one of them.
+        DataError: at once, where nothing is behind the only one.
     """
     listed = list(sources)
-    return chain.from_iterable(_or_missing(one) if len(listed) > 1 else walk(one) for one in listed)
+    return chain.from_iterable(among(one) for one in listed) if len(listed) > 1 else walk(listed[0])
 
 
-def expand(source: Any) -> Iterable[Any]:
-    """One image, many, or the images a path, folder, glob, list, archive, table or URL stands for, in fixed order.
-
-    A file that is missing among others in a list stays in it, so that its row can say so.
-
-    Raises:
-        DataError: nothing found; the message says what was looked for.
-    """
-    if isinstance(source, np.ndarray) and source.ndim == 4:
-        return list(source)
-    if isinstance(source, Iterator):
-        return (item for one in source for item in _expanded(one, among=True))
-    if isinstance(source, (list, tuple)):
-        return chain.from_iterable([_expanded(one, among=len(source) > 1) for one in source])
-    return _expanded(source, among=False)
+def among(source: str | Path) -> Iterator[Item | Stream]:
+    """As `walk`, for one source of several: an item with an error where nothing is behind it."""
+    text = str(source)
+    if not (is_url(text) or text.startswith("@") or globbing.has_magic(text) or os.path.exists(text)):
+        return iter([Item(text, text)])
+    try:
+        return walk(source)
+    except DataError as error:
+        return iter([Item(text, error=str(error))])
 
 
-def _expanded(one: Any, among: bool) -> Iterable[Any]:
-    if not isinstance(one, (str, Path)):
-        return [one] if not isinstance(one, (list, tuple)) and not _is_stack(one) else expand(one)
-    found = _or_missing(one) if among else walk(one)
-    return (item for part in found for item in (part.items() if isinstance(part, Stream) else (part,)))
-
-
-def _is_stack(one: Any) -> bool:
-    return isinstance(one, np.ndarray) and one.ndim == 4
-
-
-def _or_missing(one: str | Path) -> Iterator[Item | Stream]:
-    text = str(one)
-    special = is_url(text) or text.startswith("@") or globbing.has_magic(text)
-    return iter([Item(text, text)]) if not special and not os.path.exists(text) else walk(one)
+def would_find(source: str, file: str) -> bool:
+    """Whether a source that is walked again would come upon a file that is written in the meantime."""
+    if is_url(source) or is_url(file):
+        return file.startswith(source.rstrip("/") + "/")
+    place, here = Path(file).resolve(), Path(source).resolve()
+    if here.is_dir():
+        return place.is_relative_to(here) and not any(map(is_hidden, place.relative_to(here).parts))
+    head, deep, _ = source.partition(_DEEP)
+    if deep and not globbing.has_magic(head):
+        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, PurePath(source).name)
+    return place.match(os.path.abspath(source)) if globbing.has_magic(source) else False
 
 
 def _first(found: Iterator[Item | Stream], otherwise: str) -> Iterator[Item | Stream]:
@@ -168,40 +102,98 @@ def _file(path: Path) -> Iterator[Item | Stream]:
     return iter([Stream(str(path)) if name.endswith(ARCHIVES) else Item(str(path), str(path))])
 
 
-def _kept(text: str) -> Item | Stream | None:
+def _kept(text: str, state: str = "") -> Item | Stream | None:
     """What a file in a folder is by its name: an image, an archive of images, or neither."""
     if is_image(text):
-        return Item(text, text)
-    return Stream(text) if text.lower().endswith(ARCHIVES) and not os.path.basename(text).startswith(".") else None
+        return Item(text, text, state=state)
+    return Stream(text) if text.lower().endswith(ARCHIVES) and not is_hidden(os.path.basename(text)) else None
 
 
-def _below(folder: str) -> Iterator[Item | Stream]:
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
+    """Images in and below a folder. Links to folders are followed, and no folder is read twice."""
     try:
+        if not _is_new(folder, visited):
+            return
         with os.scandir(folder) as entries:
-            found = sorted((e.name, e.is_dir(follow_symlinks=False), e.is_file()) for e in entries)
+            found = sorted((entry.name, _kind(entry)) for entry in entries if not is_hidden(entry.name))
     except OSError as error:
         yield Item(folder, error=f"{folder}: the folder cannot be listed ({error.strerror or error})")
         return
-    for name, is_folder, is_file in found:
+    for name, kind in found:
         path = os.path.join(folder, name)
-        if is_folder:
-            yield from _below(path)
-        elif is_file and (kept := _kept(path)) is not None:
+        kept = _kept(path)
+        if kind == "folder":
+            yield from _below(path, visited)
+        elif kept is not None:
             yield kept
+        elif kind == "broken link" and "." not in name:  # by its name the link to a folder: of a disk not mounted?
+            yield Item(path, error=f"{path}: a link to what is not there or may not be read")
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "file"
+    except OSError:  # of what a link leads to
+        return "broken link"
+
+
+def _is_new(folder: str, visited: Visited) -> bool:
+    """Whether a folder is met for the first time, by whatever name."""
+    status = os.stat(folder)
+    known = (status.st_dev, status.st_ino) in visited
+    visited.add((status.st_dev, status.st_ino))
+    return not known
 
 
 def _remote(url: str) -> Iterator[Item | Stream]:
     found = below(url)
-    first = next(found)
+    first, state = next(found)
     if first == url.rstrip("/"):
-        yield Stream(first) if first.lower().endswith((*ARCHIVES, ".parquet")) else Item(first, first)
+        packed = first.lower().endswith((*ARCHIVES, ".parquet"))
+        yield Stream(first) if packed else Item(first, first, state=state)
         return
-    yield from (kept for one in chain([first], found) if (kept := _kept(one)) is not None)
+    yield from (kept for one in chain([(first, state)], found) if (kept := _kept(*one)) is not None)
 
 
 def _globbed(pattern: str) -> Iterator[Item | Stream]:
-    names = sorted(globbing.iglob(pattern, recursive=True), key=lambda p: p.split(os.sep))
-    return (part for name in names if os.path.isfile(name) for part in _file(Path(name)))
+    pattern = pattern.replace(os.altsep or os.sep, os.sep)
+    typed = pattern.split(os.sep)
+    for name in sorted(set(_matches(pattern)), key=lambda path: path.split(os.sep)):
+        passed_over = any(is_hidden(part) and part not in typed for part in name.split(os.sep)[:-1])
+        if not passed_over and not os.path.isdir(name):
+            yield from _file(Path(name))
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """As `glob.iglob`, but ``**`` reads no folder twice, whatever links lead back to it."""
+    head, deep, tail = f"{os.sep}{pattern}".partition(f"{os.sep}{_DEEP}")
+    if not deep or tail[:1] not in ("", os.sep):
+        return globbing.iglob(pattern)
+    head, tail = head[1:] or (os.sep if pattern.startswith(os.sep) else ""), tail[1:] or "*"
+    folders = (inner for top in (_matches(head) if head else [""]) for inner in _folders(top, set()))
+    return (name for one in folders for name in _matches(os.path.join(globbing.escape(one), tail)))
+
+
+def _folders(top: str, visited: Visited) -> Iterator[str]:
+    """A folder and all below it, each once."""
+    try:
+        if not _is_new(top or os.curdir, visited):
+            return
+        with os.scandir(top or os.curdir) as entries:
+            inner = sorted(entry.name for entry in entries if not is_hidden(entry.name) and _kind(entry) == "folder")
+    except OSError:  # as glob passes over it
+        return
+    yield top
+    for name in inner:
+        yield from _folders(os.path.join(top, name), visited)
+
+
+# ------------------------------------------------------------------------------------------------ lists
 
 
 def _list(path: Path) -> Iterator[Item | Stream]:
@@ -213,35 +205,55 @@ def _list(path: Path) -> Iterator[Item | Stream]:
     if not path.is_file():
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
     lines = (line for line in _lines(path) if line and not line.startswith("#"))
-    return _first((_listed(line, path.parent) for line in lines), f"{path}: the list holds no path")
+    return _first((_listed(line, path) for line in lines), f"{path}: the list holds no path")
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from (line.rstrip("\r\n") for line in file)
+    with open_text(path, "surrogateescape") as file:
+        yield from (line.rstrip("\n") for line in file)
 
 
-def _listed(line: str, folder: Path) -> Item | Stream:
-    where = line if is_url(line) else str(folder / line)
+def _listed(line: str, path: Path) -> Item | Stream:
+    if "\0" in line:
+        name = line.partition("\0")[0]
+        return Item(name, error=f"{name}: {path} holds a zero byte here; save the list as UTF-8, one path a line")
+    where = line if is_url(line) else _spelled(path.parent, line)
     return Stream(where) if where.lower().endswith(ARCHIVES) else Item(where, where)
+
+
+def _spelled(folder: Path, line: str) -> str:
+    """The file of a line; where there is none, without blanks and quotes around it, or with Windows' separators."""
+    bare = line.strip().strip('"')
+    for text in (line, bare, bare.replace("\\", "/")):
+        if os.path.lexists(folder / text):
+            return str(folder / text)
+    return str(folder / line)
 
 
 # ----------------------------------------------------------------------------------------------- tables
 
 
 def _table(path: Path) -> Iterator[Item | Stream]:
-    """Images of a manifest (Parquet or CSV), or of a Parquet file that holds encoded images itself."""
-    if path.suffix.lower() == ".csv":
-        return _first(_manifest(_csv_rows(path), path), f"{path}: holds no row")
-    column, encoded = _image_column(str(path))
-    if encoded:
-        return iter([Stream(str(path))])
-    return _first(_manifest(_parquet_rows(path, column), path), f"{path}: holds no row")
+    """Images of a manifest, of a table of predictions, or of a Parquet file that holds encoded images itself."""
+    columns, binary = columns_of(path), path.suffix.lower() == ".parquet"
+    for _ in read_rows(path) if not binary else ():  # a row that cannot be read is found before the work
+        pass
+    if set(columns) >= OWN:
+        return _first(_own_rows(path), f"{path}: holds no row")
+    if binary:
+        column, encoded = image_column(str(path))
+        if encoded:
+            return iter([Stream(str(path))])
+        return _first(_manifest(read_rows(path, (column, "record")), column, path), f"{path}: holds no row")
+    column = path_column(columns)
+    if columns and not column:
+        raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
+    return _first(_manifest(read_rows(path), column, path), f"{path}: holds no row")
 
 
-def _manifest(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[Item | Stream]:
+def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterator[Item]:
     for number, row in enumerate(rows, start=1):
-        text, record = str(row["image"] or ""), row.get("record")
+        text, record = str(row.get(column) or ""), row.get("record")
         try:
             found = str(inside(path.parent, text, f"{path} row {number}"))
         except DataError as error:
@@ -251,128 +263,49 @@ def _manifest(rows: Iterator[dict[str, Any]], path: Path) -> Iterator[Item | Str
         yield Item(f"{found}#{record}", found, record=int(str(record))) if known else Item(found, found)
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        names = ["image" if is_image_column(name) else name for name in reader.fieldnames or ()]
-        if "image" not in names:
-            raise DataError(f"{path}: columns {', '.join(names) or 'none'}; image (a path) is needed")
-        reader.fieldnames = names
-        yield from reader
+def _own_rows(path: Path) -> Iterator[Item]:
+    """Images of a table of predictions, by the names that its run gave them; an archive's are read together."""
+    names = (_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
+    for holder, group in groupby(names, key=_holder):
+        yield from (_members if holder else _files)(holder, group)
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    names = [column, *(["record"] if "record" in file.schema_arrow.names else [])]
-    for batch in file.iter_batches(_ROWS, columns=names):
-        yield from ({**row, "image": row[column]} for row in batch.to_pylist())
+def _files(_holder: str, names: Iterable[str]) -> Iterator[Item]:
+    return map(_file_or_record, names)
 
 
-def _image_column(path: str) -> tuple[str, bool]:
-    """Name of the column with images, and whether it holds their bytes instead of paths.
-
-    Raises:
-        DataError: not Parquet, or no such column.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with _seekable(path) as file:
-            columns = {one.name: str(one.type) for one in pq.read_schema(file)}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
-    for name, kind in columns.items():
-        if name in _IMAGE_BYTES and "binary" in kind:
-            return name, True
-    for name, kind in columns.items():
-        if is_image_column(name) and "string" in kind:
-            return name, False
-    raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
+def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
+    wanted = dict.fromkeys(names)
+    reason = "no longer in the archive"
+    for item in Stream(holder).items():
+        if item.name in wanted:
+            del wanted[item.name]
+            yield item
+        elif item.name == holder:  # the archive itself cannot be read
+            reason = item.error
+    yield from (Item(name, error=f"{name}: {reason}") for name in wanted)
 
 
-def _table_images(path: str) -> Iterator[Item]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        column, _ = _image_column(path)
-        with _seekable(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
-                for cell in batch.column(0).to_pylist():
-                    raw = cell.get("bytes") if isinstance(cell, dict) else cell
-                    yield _of_bytes(f"{path}#{number}", raw if isinstance(raw, bytes) else b"")
-                    number += 1
-    except (pa.ArrowException, OSError, DataError) as error:
-        yield Item(path, error=f"{path}: damaged table after {number} images ({error}); copy it again")
-        return
-    if not number:
-        yield Item(path, error=f"{path}: no image in the table")
+def _holder(name: str) -> str:
+    """The archive or table that a name is in; empty for a file."""
+    found = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
+    return name[: found.end() - 1] if found else ""
 
 
-def _seekable(path: str) -> Any:
-    from pyarrow import BufferReader
-
-    from twinspect.inference.remote import read
-
-    # Footers are at the end: a table of a store is read whole. Large sets there belong into shards.
-    return BufferReader(read(path, 4 * MOST_BYTES)) if is_url(path) else open(path, "rb")
+def _placed(name: str, folder: Path) -> str:
+    """A name of a table: relative to where its run was started, or else to the table."""
+    file = _holder(name) or name
+    beside = not is_url(file) and not os.path.exists(file) and os.path.exists(folder / file)
+    return str(folder / name) if beside else name
 
 
-def _of_bytes(name: str, raw: bytes) -> Item:
-    if len(raw) > MOST_BYTES:
-        return Item(name, error=f"{name}: {len(raw):,} bytes; an image file of that size is not read")
-    return Item(name, data=raw)
+def _file_or_record(name: str) -> Item:
+    file, mark, record = name.rpartition("#")
+    if mark and record.isdecimal() and not os.path.exists(name) and os.path.isfile(file):
+        return Item(name, file, record=int(record))
+    return Item(name, name)
 
 
-# --------------------------------------------------------------------------------------------- archives
-
-
-def _archive_images(path: str) -> Iterator[Item]:
-    """Images of a tar file. A plain one on this disk is read by place; others as a stream, bytes at hand."""
-    by_place = not is_url(path) and path.lower().endswith(".tar")
-    count = 0
-    try:
-        with _archive(path, by_place) as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
-                if member.isdir() or not is_image(member.name):
-                    continue
-                count += 1
-                yield _member(path, archive, member, by_place)
-    except (*_DAMAGED, DataError) as error:
-        count += 1
-        yield Item(path, error=f"{path}: damaged archive after {count - 1} images ({error}); copy it again")
-    if not count:
-        yield Item(path, error=f"{path}: no image in the archive (looked for {_suffixes()})")
-
-
-@contextmanager
-def _archive(path: str, by_place: bool) -> Iterator[tarfile.TarFile]:
-    with (
-        open_stream(path) if is_url(path) else open(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r:" if by_place else "r|*") as archive,
-    ):
-        yield archive
-
-
-def _member(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, by_place: bool) -> Item:
-    name = f"{path}#{member.name}"
-    parts = PurePosixPath(member.name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts:
-        return Item(name, error=f"{name}: the name leaves the archive; refused")
-    if not member.isreg() or member.issparse():
-        return Item(name, error=f"{name}: a link, device or sparse file; only plain files of an archive are read")
-    if member.size > MOST_BYTES:
-        return Item(name, error=f"{name}: {member.size:,} bytes; an image file of that size is not read")
-    if by_place:
-        return Item(name, path, member.offset_data, member.size)
-    body = archive.extractfile(member)
-    return Item(name, data=body.read() if body is not None else b"")
-
-
-def _suffixes() -> str:
-    return ", ".join(sorted(SUFFIXES))
+def _unescaped(name: str) -> str:
+    """A file's name from what `table.as_text` has made of it."""
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda found: chr(int(found[1], 16)), name)

@@ -1,16 +1,19 @@
-"""Rows of results as Parquet, CSV or JSON lines: the columns, one part of a table as bytes, and parts to one file."""
+"""Rows of results as Parquet, CSV or JSON lines: the columns, parts of a table as bytes and as one file, and back."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from twinspect.errors import ConfigError, TwinspectError
+from twinspect.data.tables import csv_rows
+from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.files import open_text, replacing
 
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
 _TYPES = {
@@ -22,6 +25,7 @@ _TYPES = {
     "width": "int32", "height": "int32", "map_path": "string", "mask_path": "string", "model_id": "string",
     "ms": "double", "error": "string",
 }  # fmt: skip
+OWN = frozenset({"path", "score"})  # what tells a table of predictions from others
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
@@ -67,15 +71,8 @@ def join(parts: Iterable[bytes], out: Path) -> None:
     Raises:
         TwinspectError: the folder cannot be written.
     """
-    draft = out.with_name(f"{out.name}.part")
-    try:
-        with draft.open("wb") as file:
-            _join_parquet(parts, file) if out.suffix == ".parquet" else _join_text(parts, file, out.suffix)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, out)
-    except OSError as error:
-        raise TwinspectError(f"{out} cannot be written ({error.strerror or error})") from None
+    with replacing(out) as file:
+        _join_parquet(parts, file) if out.suffix == ".parquet" else _join_text(parts, file, out.suffix)
 
 
 def _plain(values: list[Any], kind: str) -> list[Any]:
@@ -126,3 +123,95 @@ def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
         csv.DictWriter(header, list(_TYPES)).writeheader()
         file.write(header.getvalue().encode())
     file.writelines(parts)
+
+
+# ------------------------------------------------------------------------------------------- and back again
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a table of predictions."""
+    return has_columns(path, OWN)
+
+
+def has_columns(path: Path, names: AbstractSet[str]) -> bool:
+    """Whether a file is a table with these columns, and perhaps others."""
+    try:
+        return names <= set(columns_of(path))
+    except TwinspectError:
+        return False
+
+
+def columns_of(path: Path) -> list[str]:
+    """Names of a table's columns; of JSON lines, those of the first one. None in an empty file.
+
+    Raises:
+        DataError: it cannot be read as a table.
+    """
+    if path.suffix.lower() == ".parquet":
+        with _readable(path):
+            import pyarrow.parquet as pq
+
+            return [str(name) for name in pq.read_schema(path).names]
+    return list(next(read_rows(path), {}))
+
+
+def parts_in(folder: Path) -> list[Path]:
+    """Parts of a table that were written to a folder, in their order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet, CSV or JSON-lines table, or of a folder of parts, a few at a time.
+
+    Args:
+        path: file or folder.
+        columns: all that is wanted, so that no more of a Parquet file is read; those that it lacks are left out.
+
+    Raises:
+        DataError: it cannot be read as a table.
+        ConfigError: another kind of file.
+    """
+    if path.is_dir():
+        for part in parts_in(path):
+            yield from read_rows(part, columns)
+        return
+    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(f"{path.name}: accepted tables end in {', '.join(readers)}")
+    with _readable(path):
+        yield from readers[path.suffix.lower()](path, columns)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow; type: pip install pyarrow") from None
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:  # pyarrow's are of these kinds
+        raise DataError(f"{path} cannot be read as a table ({error})") from None
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    names = [name for name in columns if name in file.schema_arrow.names] if columns else None
+    for batch in file.iter_batches(1024, columns=names):
+        yield from batch.to_pylist()
+
+
+def _csv_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return csv_rows(path, "surrogateescape")
+
+
+def _json_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{path} line {number}: no object of names and values")
+                yield row

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from twinspect.errors import WeightsError
+from twinspect.files import cache_home
 
 # Short name -> timm architecture. DINOv2 with registers, as the published recipes use.
 SHORT_NAMES = {
@@ -52,10 +53,8 @@ class WeightsSource:
 
 
 def store_dir() -> Path:
-    """Folder of fetched weights: ``TWINSPECT_HOME`` or the user's cache folder."""
-    home = os.environ.get("TWINSPECT_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinspect"
-    return base / "weights"
+    """Folder of fetched weights."""
+    return cache_home() / "weights"
 
 
 def resolve_auto() -> str:
@@ -77,7 +76,7 @@ def stored_file(name: str) -> Path | None:
     """The fetched file of a teacher, if it is on this disk."""
     for suffix in _SUFFIXES:
         path = store_dir() / store_name(name, suffix)
-        if path.is_file():
+        if os.path.isfile(path):  # False where the folder may not be read; Path.is_file would raise
             return path
     return None
 

@@ -17,7 +17,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, DataError
+from twinspect.files import read_text
 from twinspect.server.guard import MOST_HEAD, JsonLines
 from twinspect.server.refusals import error_body
 from twinspect.server.settings import Settings
@@ -154,6 +155,6 @@ def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> 
     if file is None:
         return environment.get(KEY_VARIABLE, "").strip()
     try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {file}: cannot be read ({error})") from None
+        return read_text(file).strip()
+    except DataError as error:
+        raise ConfigError(f"--api-key-file {error}") from None

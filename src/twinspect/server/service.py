@@ -17,9 +17,9 @@ from typing import Any
 
 from twinspect.decision import image_id
 from twinspect.errors import TwinspectError
+from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.sources import Item
 from twinspect.server.batcher import Batcher
 from twinspect.server.drifts import DriftLight, fingerprint
 from twinspect.server.guard import say

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from twinspect.inference.sources import Item
+from twinspect.inference.archives import Item
 from twinspect.server.log import plain_text
 from twinspect.server.refusals import Refused
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
 from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
+from twinspect.files import cache_home, why_unwritable
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
 from twinspect.models.memory import keep_freed_memory, peak_mb
@@ -174,7 +174,7 @@ def _source(
     root = cache_folder(model, len(samples), cache_gb)
 
     def known() -> KnownFiles | None:
-        return KnownFiles(features_folder()) if cache_gb else None
+        return KnownFiles(features_folder()) if cache_gb and not why_unwritable(features_folder()) else None
 
     if group.local_world > 1:  # each process prepares its share of what all then read
         FeatureSource(model, group.share_of_work(samples), root, progress, known())
@@ -233,17 +233,16 @@ def choose_images(
 
 
 def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
-    """Where features are cached, or None when that would need more than ``limit_gb``."""
+    """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
     groups = model.groups
     values = sum(c * s * s for c, s in zip(groups.channels, groups.map_sides, strict=True))
-    return None if 2 * values * images > limit_gb * 1e9 else features_folder()
+    folder = features_folder()
+    return None if 2 * values * images > limit_gb * 1e9 or why_unwritable(folder) else folder
 
 
 def features_folder() -> Path:
     """Where features, and what is known of files, are kept."""
-    home = os.environ.get("TWINSPECT_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twinspect"
-    return base / "features"
+    return cache_home() / "features"
 
 
 def _positions(

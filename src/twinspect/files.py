@@ -1,0 +1,167 @@
+"""Files: text in the encodings that editors write, outputs that appear whole or not at all, the folder of caches."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TextIO
+
+from twinspect.errors import ConfigError, DataError, TwinspectError
+
+# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
+    """A text file, opened in the encoding that its byte order mark names, else UTF-8.
+
+    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16.
+
+    Args:
+        path: the file.
+        errors: what Python does about bytes that are no UTF-8.
+        newline: as in `open`.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if errors != "strict" and _encoding(head) != "utf-8":
+            errors = "replace"  # surrogate escapes stand for single bytes, which UTF-16 does not have
+        return path.open(encoding=_encoding(head), errors=errors, newline=newline)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_text(path: Path) -> str:
+    """Content of a text file; encodings as in `open_text`.
+
+    Raises:
+        DataError: it cannot be read, or is not text in one of these encodings.
+    """
+    try:
+        with open_text(path) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _encoding(head: bytes) -> str:
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    if b"\0" in head[:2] and len(head) > 1 and head[:2] != b"\0\0":  # ASCII characters in UTF-16 without a mark
+        return "utf-16-be" if head[0] == 0 else "utf-16-le"
+    return "utf-8"
+
+
+@contextmanager
+def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Iterator[IO[bytes]]:
+    """A file to write. It takes its name when it is whole, so that a crash or a full disk leaves the old one.
+
+    A device or pipe is written as it is.
+
+    Args:
+        path: the file; its folder is made.
+        error: class of the error that is raised.
+
+    Raises:
+        TwinspectError: it cannot be written.
+    """
+    draft = _draft(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            if draft != path:
+                os.fsync(file.fileno())
+        if draft != path:
+            os.replace(draft, path)
+    except OSError as reason:
+        raise error(f"{path} cannot be written ({reason.strerror or reason})") from None
+    finally:
+        if draft != path:
+            draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file as `replacing` does; what is no UTF-8 in it, such as old file names, is escaped.
+
+    Raises:
+        TwinspectError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def refuse_unwritable(
+    path: Path,
+    option: str,
+    example: str = "",
+    ours: Callable[[Path], bool] | None = None,
+    error: type[TwinspectError] = ConfigError,
+) -> None:
+    """Find out before the work whether its result can be written; the result's folder is made.
+
+    Args:
+        path: file to be written.
+        option: that names it.
+        example: a file name, for who has named a folder.
+        ours: whether a file that is there is of the same kind, so that it may be replaced; None: any may.
+        error: class of the error that is raised.
+
+    Raises:
+        TwinspectError: the folder cannot be made or written, or the name is taken by a folder or another kind of file.
+    """
+    other = f"choose another {option}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
+        if path.exists() and not os.access(path, os.W_OK):
+            raise error(f"{path} cannot be written (no permission); {other}")
+        if (draft := _draft(path)) != path:
+            draft.touch()
+            draft.unlink()
+        if ours is not None and path.is_file() and path.stat().st_size and not ours(path):
+            raise error(f"{path} exists and holds something else; move it away, or {other}")
+    except OSError as reason:
+        raise error(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why no file can be made in a folder, which is made if it is not there; empty if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = _draft(folder / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _draft(path: Path) -> Path:
+    special = path.exists() and not path.is_file()
+    return path if special else path.with_name(f"{path.name}.{os.getpid()}.new")
+
+
+def cache_home() -> Path:
+    """Folder of fetched weights and features: ``TWINSPECT_HOME``, or ours in the user's cache folder."""
+    if home := os.environ.get("TWINSPECT_HOME"):
+        return Path(home)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # "~" stays where a user has neither HOME nor an entry of his own; containers set HOME=/ for such users.
+    return Path(cache.removeprefix("~")) / "twinspect"
