@@ -9,6 +9,7 @@ from tiny import save
 from trees import MARKED, learnt, seen, tree
 
 from twinspect.data import load
+from twinspect.data.folders import good_files
 from twinspect.errors import DataError
 
 PART = {"train/good": 3, "test/good": 1, "test/bad": 2, "*ground_truth/bad/{:03d}_mask.png": 2}
@@ -163,6 +164,14 @@ def test_names_of_which_nobody_knows_which_is_good(tmp_path: Path, names: tuple[
 def test_a_good_product_or_good_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="good_year_tire: is it the name of a product, or are its images good"):
         load(tree(tmp_path, good_year_tire=3, snow_tire=3))
+
+
+def test_paths_that_are_given_as_good() -> None:
+    fine = ["a/good/1.png", "defects/2024/good/1.png", "new/1.png", "1.png", "anomaly/day/1/x.png"]
+    assert [s.split for s in good_files(map(Path, fine))] == ["train"] * 5
+    for path in ("a/NG/1.png", "a/bad/lot1/1.png", "gt/1.png", "x/NG_1.png", "x/1_mask.png"):
+        with pytest.raises(DataError, match="by its name this is a (defect|mask), and only good images are taken"):
+            good_files([Path("good/1.png"), Path(path)])
 
 
 def test_names_of_files(tmp_path: Path) -> None:

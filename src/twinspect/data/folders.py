@@ -101,6 +101,26 @@ def folder(root: Path, log: ScanLog | None = None) -> list[Sample]:
     return _read(root, log or ScanLog(), FOLDER)
 
 
+def good_files(paths: Iterable[Path]) -> list[Sample]:
+    """Images that are called good by being given, as training samples of one class.
+
+    Raises:
+        DataError: the name of a file, or of the folder that it lies in, calls it a defect or a mask.
+    """
+    samples = [Sample(path, TRAIN, "normal") for path in paths]
+    for sample in samples:
+        folders = sample.image.parts[-3:-1]  # further up, names are those of projects: defects/2024/good/1.png
+        said = next((role for name in reversed(folders) if (role := meaning(name).role)), "")
+        said = said or meaning_of_file(sample.image.name).role
+        if said in (BAD, MASK):
+            kind = "mask" if said == MASK else "defect"
+            raise DataError(
+                f"{sample.image}: by its name this is a {kind}, and only good images are taken; leave such paths out, or "
+                "give Sample(path, 'train', class_name, label=0) if it is good"
+            )
+    return samples
+
+
 def layout_of(root: Path) -> str:
     """Name of the layout that all classes at ``root`` have, ``folder`` for several; empty where nothing is said."""
     if not os.path.isdir(root):

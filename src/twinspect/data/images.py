@@ -32,6 +32,7 @@ _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave t
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
 _ENDINGS = "png apng jpg jpeg jpe jfif mpo bmp dib tif tiff webp ppm pgm pbm pnm pfm gif jp2 j2k jpx avif"
 SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+SEVERAL_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".webp", ".apng", ".avif"})  # may hold several pictures
 # Pictures and volumes that people have and that are not read: worth other words than "not an image file".
 _UNREAD = (
     "heic heif hif jxl dng cr2 cr3 nef arw raw psd exr hdr svg ico tga pcx dcm dicom nii czi lif nd2 npy npz pdf"
@@ -233,7 +234,7 @@ def count_pictures(path: Path) -> int:
         if suffix in (".tif", ".tiff"):
             with _tifffile("").TiffFile(path) as file:
                 return sum(not page.is_reduced for page in file.pages)  # smaller copies of a page are none
-        if suffix in (".gif", ".webp", ".apng", ".avif"):
+        if suffix in SEVERAL_SUFFIXES:
             with Image.open(path, formats=_FORMATS) as image:
                 return int(getattr(image, "n_frames", 1))
     return 1
