@@ -268,7 +268,7 @@ def test_a_list_without_labels_goes_by_its_paths(tmp_path: Path) -> None:
     paths = ["good/000.png", "good/001.png", "other/NG/000.png"]
     samples = load(rows_to(tmp_path / "m.csv", *({"image": path} for path in paths))).samples
     assert [(s.split, s.label) for s in samples] == [("train", 0), ("train", 0), ("test", 1)]
-    with pytest.raises(DataError, match=r"row 2: masks/000\.png is a mask by the name of its folder"):
+    with pytest.raises(DataError, match=r"row 2: .*000\.png is a mask by its name"):
         load(rows_to(tmp_path / "m.csv", {"image": "good/000.png"}, {"image": "masks/000.png"}))
     marked = rows_to(tmp_path / "m.csv", {"image": "good/000.png", "mask": "masks/000.png"})
     assert [s.label for s in load(marked).samples] == [1]

@@ -115,8 +115,8 @@ def good_files(paths: Iterable[Path]) -> list[Sample]:
         if said in (BAD, MASK):
             kind = "mask" if said == MASK else "defect"
             raise DataError(
-                f"{sample.image}: by its name this is a {kind}, and only good images are taken; leave such paths out, or "
-                "give Sample(path, 'train', class_name, label=0) if it is good"
+                f"{sample.image}: by its name this is a {kind}, and only good images are taken; leave such paths "
+                "out, or give Sample(path, 'train', class_name, label=0) if it is good"
             )
     return samples
 

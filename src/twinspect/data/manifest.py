@@ -12,11 +12,11 @@ import csv
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns
-from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, role_of
+from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect, read_sample_rgb
 from twinspect.data.scan import (
     ScanLog,
@@ -26,6 +26,7 @@ from twinspect.data.scan import (
     folder_name,
     inside,
     listing,
+    once,
     relative_to_root,
     subfolders,
 )
@@ -86,6 +87,7 @@ def path_column(names: Iterable[str]) -> str:
     return _columns(names).get("image", "")
 
 
+@once
 def label_tables(folder: Path) -> list[Path]:
     """Tables directly in a folder that say whether images are good, or which split, class or mask they have.
 
@@ -245,7 +247,7 @@ def _parquet_rows(path: Path) -> tuple[list[Row], str]:
 
 def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
     """The folder that paths are relative to: the table's, one in it, or one above it, where the first image is."""
-    text = str(first[column] or "").partition("#")[0]
+    text = str(first.get(column) or "").partition("#")[0]
     if _PREDICTED <= set(first) and os.path.isfile(text):
         return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
     above = [place for place in folder.parents if within is not None and place.is_relative_to(within.parent)]
@@ -300,7 +302,7 @@ class _Reader:
         masks = tuple(self._existing(one, where) for one in _mask_texts(row.get(self._names.get("mask", ""))))
         word = self._text(row, "split")
         split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
-        label, kind = self._label(row, where, split, text, masks)
+        label, kind = self._label(row, where, split, image, masks)
         if not split:
             split = TEST if label == 1 or (label is None and self._labelled) else TRAIN
         return Sample(
@@ -326,7 +328,7 @@ class _Reader:
         if other:
             yield f"columns not used: {', '.join(other)}"
 
-    def _label(self, row: Row, where: str, split: str, image: str, masks: Sequence[Path]) -> tuple[int | None, str]:
+    def _label(self, row: Row, where: str, split: str, image: Path, masks: Sequence[Path]) -> tuple[int | None, str]:
         """Label, and the kind of defect if the label names one."""
         if self._judge:
             cell = row.get(self._judge)
@@ -343,9 +345,10 @@ class _Reader:
             return (1 - label if yes and label is not None else label), (str(cell).strip() if word == BAD else "")
         if masks:
             return int(marks_a_defect(masks) is not False), ""
-        role = role_of(PurePosixPath(image.replace("\\", "/")).parts[:-1])
+        folders = image.parent.relative_to(self._base).parts if image.is_relative_to(self._base) else ()
+        role = role_of(folders) or meaning_of_file(image.name).role
         if role == MASK:
-            raise DataError(f"{where}: {image} is a mask by the name of its folder, and is listed as an image")
+            raise DataError(f"{where}: {image} is a mask by its name, and is listed as an image")
         if role:
             return {GOOD: 0, BAD: 1}.get(role), ""
         return (0 if split != TEST else None), ""
@@ -375,7 +378,7 @@ def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
         if said.role in (GOOD, BAD) and (said.plain or said.rest in ("", "is")):
             return name
     for name in free:
-        roles = {meaning(str(row[name])).role for row in rows if not is_empty(row[name])}
+        roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
         if roles & {GOOD, BAD} and roles <= {GOOD, BAD, UNSORTED}:
             return name
     return names.get("defect_type", "")

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
@@ -26,6 +27,37 @@ _UNLISTED = "cannot be listed"
 READ_BEFORE = "link to a folder that was already read"
 # Folders that systems make, with copies, thumbnails or what was deleted.
 _SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
+
+
+_remembered: ContextVar[dict[tuple[object, Path], Any] | None] = ContextVar("remembered", default=None)
+T = TypeVar("T")
+
+
+@contextmanager
+def listing_once() -> Iterator[None]:
+    """Inside, every folder is listed once: it is looked into many times until its layout is known."""
+    token = _remembered.set({}) if _remembered.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _remembered.reset(token)
+
+
+def once(function: Callable[[Path], T]) -> Callable[[Path], T]:
+    """A function of a folder that is asked once for each inside `listing_once`."""
+
+    @wraps(function)
+    def asked(folder: Path) -> T:
+        known = _remembered.get()
+        if known is None:
+            return function(folder)
+        if (function, folder) not in known:
+            known[function, folder] = function(folder)
+        answer: T = known[function, folder]
+        return answer
+
+    return asked
 
 
 @dataclass(slots=True)
@@ -132,6 +164,7 @@ def has_images(folder: Path) -> bool:
     return any(map(is_image, _listing(folder).plain))
 
 
+@once
 def has_images_below(folder: Path) -> bool:
     """Whether at least one image lies inside at any depth."""
     visited: set[tuple[int, int]] = set()
@@ -255,31 +288,8 @@ class _Listing(NamedTuple):
     skipped: tuple[tuple[Path, str], ...]
 
 
-_remembered: ContextVar[dict[Path, _Listing] | None] = ContextVar("remembered", default=None)
-
-
-@contextmanager
-def listing_once() -> Iterator[None]:
-    """Inside, every folder is listed once: it is looked into many times until its layout is known."""
-    token = _remembered.set({}) if _remembered.get() is None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _remembered.reset(token)
-
-
+@once
 def _listing(folder: Path) -> _Listing:
-    known = _remembered.get()
-    if known is not None and folder in known:
-        return known[folder]
-    found = _listed(folder)
-    if known is not None:
-        known[folder] = found
-    return found
-
-
-def _listed(folder: Path) -> _Listing:
     folders: list[str] = []
     files: list[str] = []
     broken: list[str] = []
