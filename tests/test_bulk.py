@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -10,10 +11,13 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -217,6 +221,62 @@ def test_changed_input_is_refused(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "t.csv.parts").exists()
 
 
+def overwritten_image(root: Path) -> Path:
+    save(root / "01.png", picture(50))
+    return root
+
+
+def overwritten_member(root: Path) -> Path:
+    path = root.parent / "s.tar"
+    with tarfile.open(path, "w") as file:
+        for one in sorted(root.iterdir()):
+            file.add(one, one.name)
+    return path
+
+
+def overwritten_cell(root: Path) -> Path:
+    path = root.parent / "images.parquet"
+    pq.write_table(pa.table({"image": [one.read_bytes() for one in sorted(root.iterdir())]}), path)
+    return path
+
+
+def manifest_of(root: Path) -> Path:
+    path = root.parent / "l.csv"
+    path.write_text("image\n" + "".join(f"{root.name}/{one.name}\n" for one in sorted(root.iterdir())))
+    return path
+
+
+SAME_NAMES: dict[str, Callable[[Path], str]] = {
+    "folder": lambda root: str(root),
+    "glob": lambda root: f"{root}/*.png",
+    "url": lambda root: f"file://{root}",
+    "manifest": lambda root: str(manifest_of(root)),
+    "archive": lambda root: str(overwritten_member(root)),
+    "archive in a store": lambda root: f"file://{overwritten_member(root)}",
+    "encoded images": lambda root: str(overwritten_cell(root)),
+}
+
+
+@pytest.mark.parametrize("source", SAME_NAMES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_under_the_same_names_are_refused(
+    model: Path, tmp_path: Path, source: str, finished: bool
+) -> None:
+    root = tmp_path / "cam"
+    for number in range(6):
+        save(root / f"{number:02d}.png", picture(number))
+    one = job(model, f"{tmp_path}/t/" if finished else tmp_path / "t.csv", SAME_NAMES[source](root), part_rows=2)
+    runs(one) if finished else first_parts(one, 2)
+    again = runs(one)[0] if finished else None
+    assert again is None or again.before == 6
+    save(root / "01.png", picture(50))
+    SAME_NAMES[source](root)
+    with pytest.raises(DataError, match="files were added, removed, renamed or overwritten"):
+        run(one, Silent())
+    totals, _ = runs(replace(one, restart=True))
+    assert (totals.rows, totals.before) == (6, 0)
+
+
 def test_input_that_shrank_is_refused(model: Path, tmp_path: Path) -> None:
     for number in range(8):
         save(tmp_path / "in" / f"{number:02d}.png", picture())
@@ -362,6 +422,136 @@ def test_full_disk_is_said_and_leaves_no_draft(
             run(one, Silent())
     assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))
     assert runs(one)[0].before == 8
+
+
+def test_nothing_scored(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.png").write_text("x")
+    for out in ("", tmp_path / "t.csv", f"{tmp_path}/t/", f"{tmp_path}/t/"):  # the last one again, finished before
+        totals, _ = runs(job(model, out, tmp_path / "in"))
+        assert totals.nothing_scored
+    save(tmp_path / "in" / "3.png", picture())
+    assert not runs(job(model, tmp_path / "t.csv", tmp_path / "in"))[0].nothing_scored
+    assert not Totals().nothing_scored  # a machine without a share of the work has not failed
+
+
+# ------------------------------------------------------------------------------------- outputs beforehand
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "sources"),
+    [
+        *((name, "in/pictures", ["in"]) for name in ("maps", "masks", "overlays", "submission")),
+        ("overlays", "in", ["in"]),
+        ("overlays", "in/a/b", ["file://in"]),
+        ("overlays", "in", ["in/*.png"]),
+        ("masks", "in/pictures", ["in/**/*.png"]),
+        ("maps", "in", ["in/*.tif*"]),
+        ("overlays", "in", ["in/a.png", "in/b.png"]),  # as a shell expands in/*.png
+        ("overlays", "in/pictures", ["other", "in"]),
+    ],
+)
+def test_pictures_are_not_put_among_the_images(tmp_path: Path, name: str, folder: str, sources: list[str]) -> None:
+    for file in ("in/a.png", "in/b.png", "in/c.tiff", "other/a.png"):
+        save(tmp_path / file, picture())
+    placed = [one.replace("in", f"{tmp_path}/in", 1).replace("other", f"{tmp_path}/other") for one in sources]
+    pictures = PictureOptions(map_format="tiff", **{name: f"{tmp_path}/{folder}"})
+    with pytest.raises(ConfigError, match=f"--{name} .*images are read from there.*choose a folder outside"):
+        run(job("no model is opened", tmp_path / "t.csv", *placed, pictures=pictures), Silent())
+
+
+def test_pictures_that_no_later_run_would_take_for_images(model: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", picture())
+    for source, options in (
+        (tmp_path, PictureOptions(overlays=f"{tmp_path}/.pictures")),
+        (tmp_path, PictureOptions(maps=f"{tmp_path}/maps")),  # .npz is no picture
+        (path, PictureOptions(overlays=str(tmp_path))),
+    ):
+        one = job(model, "", source, pictures=options)
+        assert runs(one)[0].rows == runs(one)[0].rows == 1
+    job(model, "", f"{tmp_path}/*.jpg", pictures=PictureOptions(masks=str(tmp_path))).check_outputs()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"out": "{}/file/t.csv"},
+        {"out": "{}/t.csv", "coco": "{}/file/c.json"},
+        {"out": "{}/t.csv", "coco": "{}"},
+        {"pictures": PictureOptions(maps="{}/file")},
+        {"pictures": PictureOptions(masks="{}/file/masks")},
+    ],
+)
+def test_outputs_that_cannot_be_written_are_found_before_the_work(
+    shots: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "file").write_text("x")
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, PictureOptions):
+            return replace(value, maps=value.maps.format(tmp_path), masks=value.masks.format(tmp_path))
+        return value.format(tmp_path)
+
+    one = replace(job("no model is opened", "", shots), **{key: placed(value) for key, value in changes.items()})
+    with pytest.raises(ConfigError, match="cannot be written|is a folder"):
+        run(one, Silent())
+
+
+def test_a_file_of_another_kind_is_not_replaced(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png", picture())
+    texts = {
+        "notes.csv": "my notes\n", "list.csv": "image,label\nin/a.png,0\n", "x.jsonl": '{"image": "in/a.png"}\n',
+        "y.parquet": "no table", "z.csv": "\0\1\2",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --out"):
+            run(job(model, tmp_path / name, tmp_path / "in"), Silent())
+        assert (tmp_path / name).read_text() == text
+    (tmp_path / "c.json").write_text('{"images": []}')
+    coco = {"pictures": PictureOptions(coco=True), "coco": str(tmp_path / "c.json")}
+    with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --coco"):
+        run(job(model, tmp_path / "t.csv", tmp_path / "in", **coco), Silent())
+    (tmp_path / "c.json").unlink()
+    for suffix in (".csv", ".jsonl", ".parquet"):  # our own are, and so is an empty file
+        (tmp_path / f"t{suffix}").touch()
+        for _ in range(2):
+            assert runs(job(model, tmp_path / f"t{suffix}", tmp_path / "in", **coco))[0].rows == 1
+
+
+# ------------------------------------------------------------------------------- a table as the next input
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl", "t/"])
+def test_a_table_of_predictions_is_an_input(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shots.parent)
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as file:
+        file.write(shots / "000.png", "in.png")
+    sources = [shots.name, tmp_path / "z.zip"]
+    out = f"{tmp_path}/{name}" if name.endswith("/") else tmp_path / name
+    first, _ = runs(job(model, out, *sources))
+    again, _ = runs(job(model, tmp_path / "again.parquet", out))
+    assert (again.rows, again.errors) == (first.rows, first.errors) == (47, 1)
+    found = table(tmp_path / "again.parquet")
+    assert [row["score"] for row in found[:46]] == [row["score"] for row in whole]
+    assert found[-1]["path"] == f"{tmp_path}/z.zip#in.png"
+
+
+def test_some_rows_of_a_table_are_an_input(model: Path, shots: Path, tmp_path: Path) -> None:
+    runs(job(model, tmp_path / "t.csv", shots))
+    with (tmp_path / "t.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    wanted = [rows[number] for number in (4, 42, 44, 2)]
+    wanted.insert(3, [f"{shots}/shard.tar#gone.png", *rows[0][1:]])
+    wanted.append([f"{shots}/gone.tar#1.png", *rows[0][1:]])
+    with (tmp_path / "some.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *wanted])
+    found = {item.name: item.error for item in walk_all([str(tmp_path / "some.csv")])}
+    assert list(found) == [row[0] for row in wanted]
+    assert [bool(text) for text in found.values()] == [False, False, False, True, False, True]
 
 
 def test_images_are_counted_beside_the_work(shots: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save
+from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save, train_samples
 
 from twinspect import Detector
 from twinspect.errors import DataError
@@ -304,6 +304,14 @@ def test_cache_off_equals_cache_on(teacher: str, tmp_path: Path) -> None:
 def test_training_without_a_cache(teacher: str, parts: Path) -> None:
     detector = Detector(config=run_config(teacher, cache_gb=0.0)).fit(parts)
     assert np.isfinite(detector.predict(picture()).score)
+
+
+def test_a_home_that_cannot_be_written_costs_the_cache_only(
+    tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TWINSPECT_HOME", str(tmp_path / "file" / "home"))
+    assert Detector(config=run_config()).fit(train_samples(parts)).record_["images"]["train"] > 0
 
 
 def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from twinspect import console as console_room
 from twinspect.bundle import read_bundle
 from twinspect.cli import app
 from twinspect.console import Console
-from twinspect.errors import DataError
+from twinspect.errors import DataError, TwinspectError
 
 TINY = ["--teacher", RANDOM, "--random-teacher", "--size", "64", "--steps", "2", "--batch", "4"]
 
@@ -142,6 +143,11 @@ def test_fit_refuses_bad_toml(tmp_path: Path, text: str, words: str) -> None:
         (["--teacher", "effcientnet-lite0"], "Did you mean 'efficientnet-lite0'"),
         (["--teacher", "dinov2-base"], "Three ways to get them"),
         (["--size", "32"], "at least 64 pixels"),
+        (["--size", "100000"], "at most 4,096"),
+        (["--seed", "-5"], "--seed -5: accepted 0 to"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999: accepted 0 to"),
+        (["--cache-gb", "-5"], "--cache-gb -5: accepted 0"),
+        (["--lr", "nan"], "lr nan: a finite number is needed"),
         (["--steps", "-1"], "--steps -1: at least 1"),
         (["--batch", "1"], "--batch 1: at least 2"),
         (["--noisy-or", "n4"], "Accepted: n1, n2, n3"),
@@ -252,6 +258,9 @@ def test_predict_that_breaks_off_leaves_no_whole_looking_table(
 ) -> None:
     from twinspect.inference.runtimes import TorchRuntime
 
+    out = tmp_path / f"t{suffix}"
+    ok("predict", bundle, good_folder(tmp_path / "old", 1), "--out", out, "--workers", 0)
+    yesterday = out.read_bytes()
     inner, calls = TorchRuntime.run, []
 
     def breaks(self, pixels):
@@ -261,12 +270,10 @@ def test_predict_that_breaks_off_leaves_no_whole_looking_table(
         return inner(self, pixels)
 
     monkeypatch.setattr(TorchRuntime, "run", breaks)
-    out = tmp_path / f"t{suffix}"
-    out.write_text("the table of yesterday")
     folder = good_folder(tmp_path / "new", 8)
     again = ["predict", bundle, folder, "--out", out, "--batch", 2, "--workers", 0, "--part-rows", 4]
     assert "the machine went away" in failed(*again)
-    assert out.read_text() == "the table of yesterday"
+    assert out.read_bytes() == yesterday
     kept = list(out.with_name(f"{out.name}.parts").glob("part-*"))
     assert [path.suffix for path in kept] == [suffix]
     assert "8 images (4 of them by an earlier run)" in ok(*again).stdout
@@ -282,6 +289,111 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")
     assert str(tmp_path / "file") in failed("predict", bundle, image, "--maps", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["predict", "M", "D", "--batch", 10**6], "--batch 1000000: accepted 0 to 4,096"),
+        (["predict", "M", "D", "--workers", 10**9], "--workers 1000000000: accepted -1 to 512"),
+        (["predict", "M", "D", "--threads", 10**9], "--threads 1000000000: accepted 0 to 1,024"),
+        (["predict", "M", "D", "--part-rows", 10**9], "--part-rows 1000000000: accepted 0 to"),
+        (["bench", "M", "--seconds", "nan"], "--seconds nan: accepted 0.001 to 86,400"),
+        (["bench", "M", "--threads", 10**9], "--threads 1000000000: accepted 0 to 1,024"),
+        (["bench", "M", "--batch", f"1,{10**9}"], "--batch 1000000000: accepted 0 to 4,096"),
+        (["diagnose", "M", "D", "--seed", -5], "--seed -5: accepted 0 to"),
+        (["diagnose", "M", "D", "--count", 10**9], "--count 1000000000: accepted 1 to 10,000"),
+        (["export", "M", "--out", "x.onnx", "--batch", 10**9], "--batch 1000000000: accepted 0 to 4,096"),
+        (["reproduce", "mvtec-ad-multi", "--smoke", "--seed", -5], "--seed -5: accepted 0 to"),
+        (["data", "inspect", "D", "--seed", -5], "--seed -5: accepted 0 to"),
+        (["data", "synth", "mvtec-ad", "none", "--seed", -5], "--seed -5: accepted 0 to"),
+        (["data", "synth", "mvtec-ad", "none", "--test", -5], "--test -5: accepted 0 to 100,000"),
+        (["drift", "M", "t.csv", "--false-alarm-rate", "nan"], "--false-alarm-rate nan: accepted"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    bundle: Path, parts: Path, words: list[object], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "drift":
+        ok("predict", bundle, parts / "weave" / "test" / "good", "--out", "t.csv", "--workers", 0)
+    assert sentence in failed(*({"M": bundle, "D": parts}.get(str(word), word) for word in words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "M", "D", "--json", "X/a.json"],
+        ["eval", "M", "D", "--out", "X/a.md"],
+        ["calibrate", "M", "D", "--out", "new.twin", "--report", "X/a.md"],
+        ["calibrate", "M", "D", "--out", "X/a.twin"],
+        ["drift", "M", "t.csv", "--json", "X/a.json"],
+        ["diagnose", "M", "D", "--report", "X/a.html"],
+        ["data", "manifest", "D", "--out", "X/a.csv"],
+        ["fit", "D", "--out", "new.twin", "--work", "X/work"],
+        ["demo", "--out", "X/demo"],
+        ["reproduce", "mvtec-ad-multi", "--smoke", "--out", "X/out"],
+        ["predict", "M", "D", "--out", "X/a.csv"],
+    ],
+)
+def test_outputs_that_cannot_be_written_are_found_before_the_work(
+    parts: Path, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle is none: whoever reads it first has begun the work."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "X").write_text("x")
+    (tmp_path / "M").write_text("no bundle")
+    found = failed(*(parts if word == "D" else word for word in words))
+    assert "X/" in found
+    assert "cannot be written" in found
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["eval", "M", "D", "--json", "mine"], "mine"),
+        (["eval", "M", "D", "--out", "mine.md"], "mine.md"),
+        (["drift", "M", "t.csv", "--json", "mine.json"], "mine.json"),
+        (["data", "manifest", "D", "--out", "mine.csv"], "mine.csv"),
+        (["fit", "D", "--out", "mine.twin"], "mine.twin"),
+        (["calibrate", "M", "D", "--out", "mine.twin"], "mine.twin"),
+    ],
+)
+def test_files_of_another_kind_are_not_replaced(
+    parts: Path, words: list[object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("image,comment\na.png,mine\n")
+    assert f"{name} exists and holds something else; move it away" in failed(
+        *(parts if word == "D" else word for word in words)
+    )
+    assert (tmp_path / name).read_text() == "image,comment\na.png,mine\n"
+
+
+def test_results_of_an_earlier_run_are_replaced(bundle: Path, parts: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"r{suffix}" for suffix in (".md", ".html", ".json")]
+    for _ in range(2):
+        outs = [word for path in files for word in ("--out", path)]
+        ok("eval", bundle, parts, *outs, "--json", tmp_path / "v.json")
+        ok("data", "manifest", parts, "--out", tmp_path / "m.csv")
+        ok("data", "manifest", parts, "--out", tmp_path / "m.parquet")
+    assert json.loads((tmp_path / "v.json").read_text())["written_by"].startswith("twinspect ")
+
+
+def test_exit_code_where_nothing_could_be_scored(bundle: Path, parts: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(parts / "weave", bad / "weave")
+    for path in (bad / "weave" / "test").rglob("*.png"):
+        path.write_text("x")
+    for words in (["predict", bundle, bad / "weave" / "test"], ["eval", bundle, bad, "--json", tmp_path / "m.json"]):
+        found = run(*words)
+        assert found.exit_code == 1
+        assert "Traceback" not in found.output
+    assert json.loads((tmp_path / "m.json").read_text())["failed"]
+    table = run("predict", bundle, bad / "weave" / "test", "--out", tmp_path / "t.csv", "--workers", 0)
+    assert table.exit_code == 1
+    assert (tmp_path / "t.csv").is_file()
+    assert run("predict", bundle, parts / "weave" / "test" / "good").exit_code == 0
 
 
 # ----------------------------------------------------------------------------------------- the process
@@ -314,6 +426,70 @@ def test_console_turns_our_errors_into_sentences(capsys: pytest.CaptureFixture[s
         assert words in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError), Console():  # ours: shown in full
         _ = 1 / 0
+
+
+def process(words: list[object], stdout: int, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "twinspect", *map(str, words)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_names_that_a_code_page_lacks_are_escaped(bundle: Path, tmp_path: Path, encoding: str) -> None:
+    for name in ("a.png", "\u90e8\u54c1.png", "\u0161roub.png"):
+        save(tmp_path / "in" / name, picture())
+    os.rename(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/\xff.png")
+    words = ["predict", bundle, tmp_path / "in"]
+    found = process(words, subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.decode(encoding).splitlines()
+    assert len(lines) == 4
+    shown = "\u90e8\u54c1.png" if encoding == "utf-8" else r"\u90e8\u54c1.png"
+    assert lines[1].endswith(shown)
+    assert lines[2].endswith(r"\udcff.png")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_full_standard_output(bundle: Path, tmp_path: Path) -> None:
+    words = ["predict", bundle, good_folder(tmp_path / "in", 2)]
+    with open("/dev/full", "wb") as full:
+        for more in ([], ["--out", tmp_path / "t.csv"], ["--help"]):
+            found = process([*words, *more], full.fileno())
+            assert found.returncode == 2
+            text = found.stderr.decode()
+            assert "error: standard output cannot be written (No space left on device)" in text
+            assert text.count("\n") == 1
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 3  # the work was done
+
+
+def test_a_reader_that_leaves(bundle: Path, tmp_path: Path) -> None:
+    words = ["predict", bundle, good_folder(tmp_path / "in", 2)]
+    for more, code in (([], 141), (["--out", tmp_path / "t.csv"], 0)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        found = process([*words, *more], writing)
+        os.close(writing)
+        assert (found.returncode, found.stderr) == (code, b"")
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 3
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are None where a process has none, and remarks must not end a run."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with Console() as console:
+        console.say("a line")
+        console.warn("a remark")
+        console.progress("training", 1, 2)
+    with pytest.raises(TwinspectError, match="standard output is closed"):
+        Console().result("the answer")
+
+
+def test_too_little_memory_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+        with pytest.raises(SystemExit) as stopped, Console():
+            raise error
+        assert stopped.value.code == 2
+        assert "error: not enough memory (" in capsys.readouterr().err
 
 
 def test_progress_without_a_terminal_is_plain_lines(

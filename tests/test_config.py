@@ -24,6 +24,16 @@ def test_toml(tmp_path: Path) -> None:
         RunConfig.from_toml(tmp_path / "none.toml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes('[model]\r\nteacher = "resnet18"\r\n'.encode(encoding))
+    assert RunConfig.from_toml(path).model.teacher == "resnet18"
+    path.write_bytes('[model]\nteacher = "caf\xe9"\n'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read as TOML .*save it as UTF-8"):
+        RunConfig.from_toml(path)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -39,6 +49,21 @@ def test_toml(tmp_path: Path) -> None:
         ({"train": {"lr": 0.0}}, "learning rates must be above 0"),
         ({"train": {"holdout": 0.9}}, "holdout 0.9: accepted 0.05 to 0.5"),
         ({"train": {"time_budget_s": -1.0}}, "--time-budget -1.0: accepted 0"),
+        ({"model": {"size": 100_000}}, "--size 100000: at least 64 pixels and at most 4,096"),
+        ({"model": {"depth": -1}}, "depth -1: at least 1, or 0"),
+        ({"train": {"seed": -5}}, "--seed -5: accepted 0 to 4,294,967,295"),
+        ({"train": {"seed": 2**32}}, "--seed 4294967296: accepted 0 to"),
+        ({"train": {"batch": 1_000_000}}, "--batch 1000000: at least 2, at most 65,536"),
+        ({"train": {"cache_gb": -1}}, "--cache-gb -1: accepted 0"),
+        ({"train": {"checkpoint_every": 0}}, "checkpoint_every 0: accepted above 0"),
+        ({"train": {"lr": float("nan")}}, "lr nan: a finite number is needed"),
+        ({"train": {"memory_gb": float("inf")}}, "memory_gb inf: a finite number is needed"),
+        ({"train": {"steps": "ten"}}, "steps 'ten': a whole number is needed"),
+        ({"train": {"steps": 2.5}}, "steps 2.5: a whole number is needed"),
+        ({"train": {"steps": True}}, "steps True: a whole number is needed"),
+        ({"train": {"compile": 1}}, "compile 1: true or false is needed"),
+        ({"model": {"teacher": 3}}, "teacher 3: a text is needed"),
+        ({"model": "resnet18"}, "'resnet18' stands where a table of settings is needed"),
     ],
 )
 def test_refusals(values: dict[str, dict[str, object]], words: str) -> None:

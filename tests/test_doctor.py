@@ -40,6 +40,14 @@ def test_weights_on_disk_are_found_and_auto_takes_them(home: Path) -> None:
     assert "fetched, sha256 recorded" in "\n".join(examine())
 
 
+def test_a_home_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TWINSPECT_HOME", str(tmp_path / "file" / "home"))
+    lines = examine()
+    assert sum("cannot be read: Not a directory; set another folder with TWINSPECT_HOME" in one for one in lines) == 2
+    assert lines[-1].startswith("ready")
+
+
 def test_missing_embedded_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
 

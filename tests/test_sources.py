@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from twinspect.errors import DataError
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.decode import DecodePool, decode
 from twinspect.inference.frames import expand
-from twinspect.inference.sources import walk, walk_all
+from twinspect.inference.sources import walk, walk_all, would_find
 
 
 def png(number: int = 0) -> bytes:
@@ -74,10 +76,139 @@ def test_folder_is_walked_lazily(folder: Path) -> None:
     assert not any(one.name.endswith("1.jpg") for one in found)
 
 
-def test_links_to_folders_are_not_followed(folder: Path) -> None:
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(folder: Path) -> None:
     before = names(folder)
-    (folder / "loop").symlink_to(folder, target_is_directory=True)
-    assert names(folder) == before
+    save(folder.parent / "elsewhere" / "x.png", picture())
+    (folder / "lot").symlink_to(folder.parent / "elsewhere")
+    (folder / "again").symlink_to(folder.parent / "elsewhere")
+    for name in ("loop", "a/up", "aa/loop"):
+        (folder / name).symlink_to(folder, target_is_directory=True)
+    expected = sorted([*before, str(folder / "again" / "x.png")])
+    assert sorted(names(folder)) == expected
+    assert sorted(names(f"{folder}/**/*.*g")) == expected
+    assert sorted(one.replace("file://", "") for one in names(f"file://{folder}")) == expected
+
+
+def test_a_deep_glob_is_that_of_python(folder: Path) -> None:
+    import glob
+    import os
+
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        for pattern in ("**/*.png", "a/**", "**/b/*.png", "**/**/*.png", "./**/*.png", "a*/**/*.*", "**"):
+            found = [one for one in glob.glob(pattern, recursive=True) if os.path.isfile(one)]
+            assert sorted(names(pattern)) == sorted({str(Path(one)) for one in found}), pattern
+    finally:
+        os.chdir(here)
+
+
+def test_broken_links_and_pipes_are_rows(folder: Path) -> None:
+    before = set(names(folder))
+    (folder / "lot").symlink_to("/nowhere/lot")
+    (folder / "gone.png").symlink_to("/nowhere/gone.png")
+    (folder / "gone.txt").symlink_to("/nowhere/gone.txt")
+    os.mkfifo(folder / "pipe.png")
+    found = {name: text for name, text in errors(folder).items() if name not in before}
+    assert list(found) == [str(folder / name) for name in ("gone.png", "lot", "pipe.png")]
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".Trash-1000/files", "__MACOSX", "@eaDir", "$RECYCLE.BIN"])
+def test_hidden_folders_are_passed_over(folder: Path, name: str) -> None:
+    before = names(folder)
+    hidden = save(folder / name / "x.png", picture()).parent
+    save(folder / "a" / name / "x.png", picture())
+    with tarfile.open(folder / "s.tar", "w") as file:
+        file.add(folder / name, f"in/{name}")
+        file.add(folder / "b.png", "./in/b.png")
+    with zipfile.ZipFile(folder / "s.zip", "w") as packed:
+        packed.write(folder / "b.png", f"{name}/x.png")
+        packed.write(folder / "b.png", "b.png")
+    expected = [*before, f"{folder}/s.tar#./in/b.png", f"{folder}/s.zip#b.png"]
+    assert sorted(names(folder)) == sorted(expected)
+    assert sorted(one.replace("file://", "") for one in names(f"file://{folder}")) == sorted(expected)
+    assert sorted(names(f"{folder}/**/*.png")) == sorted(one for one in before if one.endswith(".png"))
+    with pytest.raises(DataError, match="nothing found"):
+        names(f"{folder}/*/x.png")
+    assert names(hidden) == names([hidden / "x.png"]) == [str(hidden / "x.png")]  # named by whoever asks
+
+
+def test_a_source_without_images_among_others_is_a_row(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    sources = [str(folder / "b.png"), str(tmp_path / "empty"), f"{tmp_path}/*.bmp", "gone.png"]
+    found = [(one.name, bool(decode(one, 64).error)) for one in walk_all(sources)]
+    assert found == [(sources[0], False), *((one, True) for one in sources[1:])]
+    (tmp_path / "l.csv").write_text('image\n"b.png\n')
+    for bad in (f"@{tmp_path}/none.txt", f"{tmp_path}/l.csv"):  # a mistake of the command, found before the work
+        with pytest.raises(DataError, match="no such list|line 2: not valid CSV"):
+            walk_all([str(folder / "b.png"), bad])
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lists_and_tables_in_every_encoding_of_windows(folder: Path, encoding: str) -> None:
+    wanted = [str(folder / name) for name in ("b.png", "a/z.png", "Z.png")]
+    lines = ["b.png", "# comment", r"a\z.png" if os.sep == "/" else "a/z.png", '"Z.png"  ']
+    (folder / "l.txt").write_bytes("\r\n".join(lines).encode(encoding))
+    assert names(f"@{folder}/l.txt") == wanted
+    for separator in ",;\t":
+        rows = [separator.join(row) for row in (("Image", "label"), ("b.png", "0"), ("a/z.png", "1"), ("Z.png", "0"))]
+        (folder / "l.csv").write_bytes("\r\n".join(rows).encode(encoding))
+        assert names(folder / "l.csv") == wanted
+    rows = "".join(f'{{"image": "{name}"}}\n' for name in ("b.png", "a/z.png", "Z.png"))
+    (folder / "l.jsonl").write_bytes(rows.encode(encoding))
+    assert names(folder / "l.jsonl") == wanted
+
+
+def test_a_list_with_zero_bytes(folder: Path) -> None:
+    (folder / "l.txt").write_bytes(b"b.png\0a.png\0")  # of find -print0
+    (text,) = errors(f"@{folder}/l.txt").values()
+    assert "holds a zero byte here; save the list as UTF-8, one path a line" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('image,split\n"b.png,test\na.png,test\n', "line 2: not valid CSV"),
+        ('image,split\nb.png,"test\na.png,test\n', "line 2: not valid CSV"),
+        ('image,split\na.png,test\n"b.png,test\nZ.png",test\n', "line 3: not valid CSV .one cell holds several rows"),
+        ('image,split\nb.png,"test\na.png,test\nZ.png,test"\n', "line 2: not valid CSV .one cell holds several rows"),
+        ('image\nb.png\n"a.png\nZ.png"\n', "line 3: not valid CSV .one cell holds several rows"),
+        ("image,split\nb,1.png,test\n", "line 2: more cells than the header has"),
+        ('"image,split\nb.png,test\n', "line 1: not valid CSV"),
+        ("image\n", "holds no row"),
+        ("", "holds no row"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(folder: Path, text: str, words: str) -> None:
+    (folder / "l.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        walk(folder / "l.csv")
+
+
+def test_cells_of_several_lines_and_empty_last_cells_are_read(folder: Path) -> None:
+    (folder / "l.csv").write_text('image,note,by\nb.png,"a scratch,\non the left",me\na.png,,,\n')
+    assert names(folder / "l.csv") == [str(folder / "b.png"), str(folder / "a.png")]
+
+
+def test_what_a_walk_would_find_again(folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    again = [
+        (folder, "o.png"), (folder, "sub/o.png"), (folder.parent / "link", "o.png"), (f"{folder}/*.png", "o.png"),
+        (f"{folder}/**/*.png", "sub/o.png"), (f"{folder.parent}/n*/*.png", "o.png"), (f"file://{folder}", "o.png"),
+    ]  # fmt: skip
+    assert all(would_find(str(source), str(folder / file)) for source, file in again)
+    never = [
+        (folder / "a", "o.png"), (folder, ".sub/o.png"), (f"{folder}/*.png", "sub/o.png"),
+        (f"{folder}/*.jpg", "o.png"),
+        (f"{folder}/**/*.jpg", "sub/o.png"), (folder / "b.png", "o.png"), (f"@{folder}/l.txt", "o.png"),
+    ]  # fmt: skip
+    assert not any(would_find(str(source), str(folder / file)) for source, file in never)
+    assert would_find("s3://b/new", "s3://b/new/pictures/o.png")
+    assert not would_find("s3://b/new", "s3://b/newer/o.png")
 
 
 def test_list_of_paths(folder: Path) -> None:
@@ -112,7 +243,10 @@ def test_devices_and_giants_are_not_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- archives
 
 
-@pytest.mark.parametrize(("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz"), ("s.TAR.XZ", "w:xz"), ("s.tar.bz2", "w:bz2")],
+)
 def test_archive_members_equal_their_files(tmp_path: Path, name: str, mode: str) -> None:
     bodies = {f"{n:04d}.png": png(n) for n in range(3)}
     pairs = [pair for key, body in bodies.items() for pair in (member(key, body), member(f"{key[:4]}.json", b"{}"))]
@@ -124,6 +258,35 @@ def test_archive_members_equal_their_files(tmp_path: Path, name: str, mode: str)
         assert np.array_equal(decode(item, 64).square, decode(tmp_path / "one.png", 64).square)
     assert Stream(str(path)).count() == (3 if name == "s.tar" else None)
     assert [type(one) for one in walk(tmp_path)] == [Item, Stream]  # shards in a folder are found as well
+
+
+def test_zip_members_equal_their_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.ZIP"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for number in range(3):
+            file.writestr(f"in/{number}.png", png(number))
+        file.writestr("in/notes.txt", "x")
+        file.writestr("in/bad.png", "junk")
+        file.writestr("../up.png", png())
+        file.writestr("/abs.png", png())
+    found = {name.split("#")[1]: text for name, text in errors(path).items()}
+    assert [bool(text) for text in found.values()] == [False] * 3 + [True] * 3
+    assert list(found) == ["in/0.png", "in/1.png", "in/2.png", "in/bad.png", "../up.png", "/abs.png"]
+    assert [type(one) for one in walk(tmp_path)] == [Stream]
+    assert names(f"file://{path}") == [f"file://{path}#{name}" for name in found]
+    path.write_bytes(path.read_bytes()[:300])
+    assert "damaged archive after 0 images" in errors(path)[str(path)]
+
+
+def test_a_zip_member_that_unpacks_to_more_than_it_says_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", b"\0" * 50_000_000)
+    raw = path.read_bytes()
+    size = struct.pack("<I", 50_000_000)
+    path.write_bytes(raw.replace(size, struct.pack("<I", 1000)))
+    (item,) = expand(path)
+    assert item.error or len(item.data) <= 1000
 
 
 def test_hostile_members_become_errors(tmp_path: Path) -> None:
@@ -221,7 +384,7 @@ def test_table_of_encoded_images(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
     assert list(errors(path).values()) == [f"{path}: no image in the table"]
     path.write_bytes(b"PAR1 junk")
-    with pytest.raises(DataError, match="not a Parquet file"):
+    with pytest.raises(DataError, match="cannot be read as a table"):
         walk(path)
 
 

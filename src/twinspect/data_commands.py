@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from twinspect.config import LARGEST, LARGEST_SEED
+from twinspect.errors import check_range
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -34,13 +35,14 @@ def inspect_command(
     images: Images = None,
     protocol: Annotated[str, typer.Option(help="Also list the splits of a protocol, or of all: all.")] = "",
     leaks: Annotated[bool, typer.Option("--leaks", help="Look for byte-equal training and test images.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what is there: layout, classes, counts, masks, what is skipped and why."""
     from twinspect.console import Console
 
     with Console(quiet=as_json) as console:
+        check_range("--seed", seed, 0, LARGEST_SEED)
         inspect(path, layout, images, protocol, leaks, seed, console)
 
 
@@ -64,19 +66,22 @@ def synth_command(
     layout: Annotated[str, typer.Argument(help="Layout to write, such as mvtec-ad.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write to; must be empty or absent.")],
     shape: Annotated[str, typer.Option(help="One of the shapes a layout has on disk; empty for the usual.")] = "",
-    classes: Annotated[int, typer.Option(min=1, max=1000, help="Classes.")] = 2,
-    train: Annotated[int, typer.Option(min=1, max=100_000, help="Good training images per class.")] = 24,
-    test: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Good test images per class, and as many with defects.")
-    ] = 6,
-    size: Annotated[int, typer.Option(min=16, max=LARGEST, help="Side of the images in pixels.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every picture.")] = 0,
+    classes: Annotated[int, typer.Option(help="Classes.")] = 2,
+    train: Annotated[int, typer.Option(help="Good training images per class.")] = 24,
+    test: Annotated[int, typer.Option(help="Good test images per class, and as many with defects.")] = 6,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of every picture.")] = 0,
 ) -> None:
     """Write a tiny synthetic data set in a layout, for tests, documentation and a first try."""
     from twinspect.console import Console
     from twinspect.data.synthetic import Plan
 
     with Console() as console:
+        for option, value, low, high in (
+            ("--classes", classes, 1, 1000), ("--train", train, 1, 100_000), ("--test", test, 0, 100_000),
+            ("--size", size, 16, LARGEST), ("--seed", seed, 0, LARGEST_SEED),
+        ):  # fmt: skip
+            check_range(option, value, low, high)
         plan = Plan(seed, size, classes, train, max(2, test // 2), test, test, shape)
         synth(layout, folder, plan, console)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -92,7 +92,8 @@ def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Itera
         raise error(f"{path} cannot be written ({reason.strerror or reason})") from None
     finally:
         if draft != path:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -123,7 +124,7 @@ def refuse_unwritable(
         error: class of the error that is raised.
 
     Raises:
-        TwinspectError: the folder cannot be made or written, or the name is taken by a folder or another kind of file.
+        TwinspectError: the folder cannot be made or written, or the name is taken by a folder or another file.
     """
     other = f"choose another {option}"
     try:

@@ -52,6 +52,8 @@ def load(path: Path, weights: str = "") -> Fitted:
     content = read_bundle(path)
     try:
         return _rebuild(content, path, weights)
+    except ConfigError as error:
+        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, TwinspectError):
             raise

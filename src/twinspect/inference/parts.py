@@ -26,7 +26,7 @@ _NAME = re.compile(
     r"part-(?P<unit>\d{8})-(?P<sub>\d{6})-(?P<rows>\d+)-(?P<bad>\d+)-(?P<errors>\d+)-(?P<digest>[0-9a-f]{16})"
     r"(?P<end>-end)?(?P<suffix>\.\w+)"
 )
-_RUN, _DRAFT, _LOCK = "_run.json", "_tmp-", "_lock"  # readers of Parquet folders pass over names that begin with _
+RUN, _DRAFT, _LOCK = "_run.json", "_tmp-", "_lock"  # readers of Parquet folders pass over names that begin with _
 Place = tuple[int, int]
 
 
@@ -107,10 +107,10 @@ class PartStore:
             self.clear()
         text = json.dumps(dict(settings), indent=1, sort_keys=True)
         names = self._names()
-        if _RUN in names:
-            self._refuse_other(json.loads(self.read(_RUN)), json.loads(text), restart)
+        if RUN in names:
+            self._refuse_other(json.loads(self.read(RUN)), json.loads(text), restart)
         else:
-            self._put(_RUN, text.encode())
+            self._put(RUN, text.encode())
         found = [part for name in names if (part := Part.of(name)) is not None and not restart]
         self.known = {(part.unit, part.sub): part for part in found}
 
@@ -165,7 +165,7 @@ class PartStore:
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
         for name in self._names():
-            if Part.of(name) is not None or name.startswith((_RUN, _DRAFT, "_coco-", "_SUCCESS")):
+            if Part.of(name) is not None or name.startswith((RUN, _DRAFT, "_coco-", "_SUCCESS")):
                 self._remove(name)
             elif all_of_it and name.startswith(_LOCK):
                 self._remove(name)

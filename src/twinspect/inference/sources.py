@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
@@ -21,13 +21,19 @@ from twinspect.data.scan import inside, is_hidden
 from twinspect.errors import DataError
 from twinspect.files import open_text
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
+from twinspect.inference.parts import RUN
 from twinspect.inference.remote import below, is_url
-from twinspect.inference.table import OWN, columns_of, parts_in, read_rows
+from twinspect.inference.table import OWN, columns_of, read_rows
 
 TABLES = (".parquet", ".csv", ".jsonl")
+_LOCAL = "file://"
 _DEEP = "**"  # of a glob: folders at any depth
 _PACKED = tuple(f"{suffix}#" for suffix in (*ARCHIVES, ".parquet"))  # after these, a name is that of a member
 Visited = set[tuple[int, int]]  # folders by device and inode
+
+
+class NothingFound(DataError):
+    """No image is behind a path, which says nothing about others given with it."""
 
 
 def walk(source: str | Path) -> Iterator[Item | Stream]:
@@ -38,29 +44,28 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     """
     text = str(source)
     if is_url(text):
-        return _first(_remote(text), f"no image files in {text} (looked for {suffixes()})")
+        return _first(_remote(text), NothingFound(f"no image files in {text} (looked for {suffixes()})"))
     path = Path(text)
     if path.is_file():
         return _file(path)
     if text and path.is_dir():
-        found = _own_rows(path) if parts_in(path) else _below(text, set())
-        return _first(found, f"no image files in {path} (looked for {suffixes()})")
+        found = _own_rows(path) if (path / RUN).is_file() else _below(text, set())
+        return _first(found, NothingFound(f"no image files in {path} (looked for {suffixes()})"))
     if text.startswith("@"):
         return _list(Path(text[1:]))
-    return _first(
-        _globbed(text),
-        f"nothing found at {text or 'an empty path'}: give an image, a folder, or a quoted glob such as 'new/*.png'",
-    )
+    where = text or "an empty path"
+    advice = f"nothing found at {where}: give an image, a folder, or a quoted glob such as 'new/*.png'"
+    return _first(_globbed(text), NothingFound(advice))
 
 
 def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
     """As `walk`, one source after the other; of several, one without any image stays in, so that its row can say so.
 
     Raises:
-        DataError: at once, where nothing is behind the only one.
+        DataError: at once, where nothing is behind the only one, or a list or table cannot be read.
     """
     listed = list(sources)
-    return chain.from_iterable(among(one) for one in listed) if len(listed) > 1 else walk(listed[0])
+    return walk(listed[0]) if len(listed) == 1 else chain.from_iterable([among(one) for one in listed])
 
 
 def among(source: str | Path) -> Iterator[Item | Stream]:
@@ -70,12 +75,13 @@ def among(source: str | Path) -> Iterator[Item | Stream]:
         return iter([Item(text, text)])
     try:
         return walk(source)
-    except DataError as error:
+    except NothingFound as error:
         return iter([Item(text, error=str(error))])
 
 
 def would_find(source: str, file: str) -> bool:
     """Whether a source that is walked again would come upon a file that is written in the meantime."""
+    source, file = source.removeprefix(_LOCAL), file.removeprefix(_LOCAL)
     if is_url(source) or is_url(file):
         return file.startswith(source.rstrip("/") + "/")
     place, here = Path(file).resolve(), Path(source).resolve()
@@ -83,15 +89,15 @@ def would_find(source: str, file: str) -> bool:
         return place.is_relative_to(here) and not any(map(is_hidden, place.relative_to(here).parts))
     head, deep, _ = source.partition(_DEEP)
     if deep and not globbing.has_magic(head):
-        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, PurePath(source).name)
-    return place.match(os.path.abspath(source)) if globbing.has_magic(source) else False
+        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, here.name)
+    return globbing.has_magic(source) and place.match(str(here))
 
 
-def _first(found: Iterator[Item | Stream], otherwise: str) -> Iterator[Item | Stream]:
+def _first(found: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Item | Stream]:
     """The same items; an error at once where there are none."""
     first = next(found, None)
     if first is None:
-        raise DataError(otherwise)
+        raise otherwise
     return chain([first], found)
 
 
@@ -205,7 +211,7 @@ def _list(path: Path) -> Iterator[Item | Stream]:
     if not path.is_file():
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
     lines = (line for line in _lines(path) if line and not line.startswith("#"))
-    return _first((_listed(line, path) for line in lines), f"{path}: the list holds no path")
+    return _first((_listed(line, path) for line in lines), DataError(f"{path}: the list holds no path"))
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -238,17 +244,20 @@ def _table(path: Path) -> Iterator[Item | Stream]:
     columns, binary = columns_of(path), path.suffix.lower() == ".parquet"
     for _ in read_rows(path) if not binary else ():  # a row that cannot be read is found before the work
         pass
+    empty = DataError(f"{path}: holds no row")
     if set(columns) >= OWN:
-        return _first(_own_rows(path), f"{path}: holds no row")
+        return _first(_own_rows(path), empty)
     if binary:
         column, encoded = image_column(str(path))
         if encoded:
             return iter([Stream(str(path))])
-        return _first(_manifest(read_rows(path, (column, "record")), column, path), f"{path}: holds no row")
-    column = path_column(columns)
+        return _first(
+            _manifest(read_rows(path, (column, "record")), column, path), DataError(f"{path}: holds no row")
+        )
+    column = next(filter(columns), "")
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
-    return _first(_manifest(read_rows(path), column, path), f"{path}: holds no row")
+    return _first(_manifest(read_rows(path), column, path), empty)
 
 
 def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterator[Item]:
