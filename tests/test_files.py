@@ -73,9 +73,7 @@ def test_what_cannot_be_written_is_found_beforehand(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             refuse_unwritable(path, "--json", "x.json")
-    with pytest.raises(
-        ConfigError, match="file exists and holds something else; move it away"
-    ):
+    with pytest.raises(ConfigError, match="file exists and holds something else; move it away"):
         refuse_unwritable(tmp_path / "file", "--json", ours=lambda path: False)
     assert why_unwritable(tmp_path / "deep") == ""
     assert why_unwritable(tmp_path / "file" / "x") == "Not a directory"

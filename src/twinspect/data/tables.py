@@ -104,7 +104,7 @@ def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]
                 file.seek(start)
             yield csv.DictReader(file, restval="", strict=True, delimiter=separator), separator
     except csv.Error as error:
-        raise DataError(f"{path}: not valid CSV ({error}); a quote is missing, or too many") from None
+        raise DataError(f"{path} line 1: not valid CSV ({error}); a quote is missing, or too many") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 

@@ -254,7 +254,7 @@ def _table(path: Path) -> Iterator[Item | Stream]:
         return _first(
             _manifest(read_rows(path, (column, "record")), column, path), DataError(f"{path}: holds no row")
         )
-    column = next(filter(columns), "")
+    column = path_column(columns)
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
     return _first(_manifest(read_rows(path), column, path), empty)
