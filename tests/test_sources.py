@@ -178,7 +178,7 @@ def test_a_list_with_zero_bytes(folder: Path) -> None:
         ('image,split\nb.png,"test\na.png,test\nZ.png,test"\n', "line 2: not valid CSV .one cell holds several rows"),
         ('image\nb.png\n"a.png\nZ.png"\n', "line 3: not valid CSV .one cell holds several rows"),
         ("image,split\nb,1.png,test\n", "line 2: more cells than the header has"),
-        ('"image,split\nb.png,test\n', "line 1: not valid CSV"),
+        ('"image,split\nb.png,test\n', "not valid CSV"),
         ("image\n", "holds no row"),
         ("", "holds no row"),
     ],

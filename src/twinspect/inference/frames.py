@@ -91,9 +91,9 @@ def _several(one: Any) -> Iterable[Any] | None:
         ImageError: it holds no image at all.
     """
     if is_array(one):
-        array = as_array(one)
-        names = array.ndim == 1 and array.dtype.kind in "OUT"  # a column of paths
-        return list(array) if array.ndim == 4 or names else None
+        dimensions = one.ndim if hasattr(one, "ndim") else as_array(one).ndim
+        names = dimensions == 1 and as_array(one).dtype.kind in "OUT"  # a column of paths
+        return list(as_array(one) if names else one) if dimensions == 4 or names else None
     if isinstance(one, (Item, Sample, Image.Image, bytes, bytearray, memoryview)) or hasattr(one, "read"):
         return None
     if any(hasattr(type(one), name) for name in ("__iter__", "__getitem__")) and not isinstance(one, Mapping):

@@ -251,9 +251,7 @@ def _table(path: Path) -> Iterator[Item | Stream]:
         column, encoded = image_column(str(path))
         if encoded:
             return iter([Stream(str(path))])
-        return _first(
-            _manifest(read_rows(path, (column, "record")), column, path), DataError(f"{path}: holds no row")
-        )
+        return _first(_manifest(read_rows(path, (column, "record")), column, path), empty)
     column = path_column(columns)
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
