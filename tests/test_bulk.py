@@ -26,7 +26,7 @@ from tiny import picture, save
 from twinspect import Detector
 from twinspect.decision_commands import read_predictions
 from twinspect.errors import ConfigError, DataError, TwinspectError
-from twinspect.inference.bulk import Totals, _Counter, run
+from twinspect.inference.bulk import Totals, _Counter, run, say_totals
 from twinspect.inference.job import Job, units
 from twinspect.inference.parts import Part, PartStore, digest
 from twinspect.inference.pictures import PictureOptions
@@ -580,3 +580,15 @@ def test_archives_from_python(quick: Detector, shots: Path) -> None:
     found = quick.predict(shots / "shard.tar")
     assert [result.path for result in found] == [f"{shots / 'shard.tar'}#{n}.png" for n in range(6)]
     assert all(result.map is not None for result in found)
+
+
+def test_files_of_several_pictures_are_counted(model: Path, tmp_path: Path) -> None:
+    pages = [Image.fromarray(picture(number)) for number in range(3)]
+    for name in ("a.tif", "b.gif"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        pages[0].save(tmp_path / "new" / name, save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "new" / "c.tif")
+    for out in (str(tmp_path / "t.csv"), ""):
+        totals = run(Job(str(model), (str(tmp_path / "new"),), out), Silent())
+        assert (totals.rows, totals.errors, totals.several) == (3, 0, 2)
+        assert say_totals(totals, "").endswith("2 files hold several pictures: the first of each was read")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import RANDOM, run_config
 from typer.testing import CliRunner
 
@@ -108,6 +109,52 @@ def test_without_masks_pixel_metrics_are_absent_and_this_is_said_once(tmp_path: 
     assert set(values["mean"]) == {"image_auroc", "image_ap", "image_f1max"}
     assert said.count("have no mask") == 1
     assert "mask" not in problem
+
+
+def test_masks_that_cannot_be_used_cost_pixel_metrics_of_their_images_only(
+    tmp_path: Path, bundle_of_loco: Path
+) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(classes=1, size=48, train=3, good=3, defect=6))
+    samples = load(tmp_path / "set").samples
+    whole = [s for s in samples if s.label == 1]
+    cut, larger, black, other, gone, fine = (s.masks[0] for s in whole)
+    cut.write_bytes(cut.read_bytes()[:60])
+    Image.new("L", (49, 48), 255).save(larger)
+    Image.new("L", (48, 48)).save(black)
+    other.write_text("no image")
+    gone.unlink()
+    code, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--json", tmp_path / "out.json")
+    assert code == 0, problem
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert {"image_auroc", "pixel_auroc", "aupro"} <= set(values["mean"])
+    assert [sum(path.name in text for text in values["masks_not_used"]) for path in (cut, larger, black, other)] == [
+        1
+    ] * 4
+    assert not any(fine.name in text for text in values["masks_not_used"])
+    assert problem.count("mask not used, image metrics only:") == 4
+    assert f"{black}: marks no pixel, and" in problem
+    assert "1 of 6 defect images have no mask" in said
+    only = [replace(s, masks=(fine,)) if s == whole[-1] else replace(s, masks=()) for s in samples if s.split == TEST]
+    pixels = evaluate(Detector.load(bundle_of_loco).predictor(), only, silent).table["mean"]["pixel_auroc"]
+    assert values["mean"]["pixel_auroc"] == pytest.approx(pixels, abs=1e-9)
+
+
+def test_mask_of_a_good_image_and_regions_that_say_nothing(
+    loco: Path, detector_of_loco: Detector, tmp_path: Path
+) -> None:
+    shutil.copytree(loco, tmp_path / "loco")
+    samples = room.test_samples(load(tmp_path / "loco").samples)
+    marked = next(s for s in samples if s.label == 1)
+    good = next(s for s in samples if s.label == 0)
+    empty = next(s for s in samples if s.label == 1 and s != marked)
+    for path in empty.masks:
+        Image.new("L", (48, 48)).save(path)
+    wrong = [replace(s, masks=marked.masks) if s == good else s for s in samples]
+    found = evaluate(detector_of_loco.predictor(), wrong, silent)
+    assert len(found.rows) == len(samples)
+    assert sorted(text.partition(": ")[2] for text in found.masks) == sorted(
+        [f"marks a defect, and {good.image} is called good", f"marks no pixel, and {empty.image} is called a defect"]
+    )
 
 
 def test_some_masks_missing(tmp_path: Path, bundle_of_loco: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+import tifffile
+from PIL import Image, ImageDraw, PngImagePlugin
 from tiny import picture, save
 
-from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_mask, read_rgb, resize_rgb
+from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_mask, read_rgb, read_sized_rgb, resize_rgb
 from twinspect.errors import ImageError
 
 
@@ -38,7 +39,9 @@ def test_rgb_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert np.array_equal(pil_rgb(Image.fromarray(pixels)), pixels)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp", "ppm", "gif"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "jfif", "bmp", "dib", "tif", "webp", "ppm", "pnm", "gif", "jp2", "j2k", "avif"]
+)
 def test_every_accepted_format(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a.{suffix}", picture())
     assert is_image(path)
@@ -76,13 +79,108 @@ def test_sixteen_bit_grey_has_a_fixed_window(tmp_path: Path) -> None:
 
 def test_float_images(tmp_path: Path) -> None:
     unit = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
-    Image.fromarray(unit).save(tmp_path / "unit.tif")
-    Image.fromarray(unit * 255).save(tmp_path / "bytes.tif")
-    assert np.abs(read_rgb(tmp_path / "unit.tif").astype(int) - read_rgb(tmp_path / "bytes.tif")).max() <= 1
-    holes = unit.copy()
-    holes[3, 3] = np.nan
-    Image.fromarray(holes).save(tmp_path / "nan.tif")
-    assert read_rgb(tmp_path / "nan.tif")[3, 3].tolist() == [0, 0, 0]
+    expected = (unit * 255).round()
+    for name, values in {"unit": unit, "bytes": unit * 255, "words": unit * 65535}.items():
+        for change in ("as it is", "overshoot", "hot pixel", "hole", "infinite"):
+            changed = values.copy()
+            top = float(values.max())
+            changed[3, 3] = {"overshoot": 1.01 * top, "hot pixel": 90 * top, "hole": np.nan, "infinite": np.inf}.get(
+                change, changed[3, 3]
+            )
+            Image.fromarray(changed).save(tmp_path / "a.tif")
+            found = read_rgb(tmp_path / "a.tif")[..., 0].astype(int)
+            difference = np.abs(found - expected)
+            difference[3, 3] = 0
+            assert difference.max() <= 1, (name, change)
+            assert found[3, 3] == {"hole": 0, "as it is": expected[3, 3]}.get(change, 255)
+
+
+@pytest.mark.parametrize("order", ["contig", "separate"])
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "uint16", "uint32"])
+@pytest.mark.parametrize("colour", [True, False])
+def test_tiff_of_any_number_type(tmp_path: Path, kind: str, colour: bool, order: str) -> None:
+    pixels = picture()[..., : 3 if colour else 1]
+    values = (pixels / 255.0 if kind.startswith("f") else pixels * 257.0).astype(kind)
+    values = np.moveaxis(values, -1, 0) if order == "separate" else values
+    shape = {"photometric": "rgb", "planarconfig": order} if colour else {"photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "a.tif", values if colour else values.squeeze(), compression="zlib", **shape)
+    found = read_rgb(tmp_path / "a.tif")
+    assert found.shape == (96, 96, 3)
+    assert np.abs(found.astype(int) - pixels).max() <= 1
+
+
+def test_tiff_with_alpha_and_with_too_many_channels(tmp_path: Path) -> None:
+    values = np.ones((8, 8, 4), np.float32)
+    values[:4, :, 3] = 0
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+    assert read_rgb(tmp_path / "a.tif")[[0, 7], 0].tolist() == [[0, 0, 0], [255, 255, 255]]
+    tifffile.imwrite(
+        tmp_path / "b.tif", np.ones((8, 8, 7), np.float32), photometric="minisblack", planarconfig="contig"
+    )
+    with pytest.raises(ImageError, match=r"b\.tif: a TIFF of 7 channels"):
+        read_rgb(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "float16"])
+def test_white_is_zero(tmp_path: Path, kind: str) -> None:
+    top = np.iinfo(kind).max if kind.startswith("u") else 1
+    grey = np.linspace(0, 1, 64).reshape(8, 8)
+    tifffile.imwrite(tmp_path / "a.tif", (grey * top).astype(kind), photometric="miniswhite")
+    assert np.abs(read_rgb(tmp_path / "a.tif")[..., 0] - 255 * (1 - grey)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "avif", "tif", "float tif", "jpg draft"])
+def test_orientation_turns_pixels_and_shape_alike(tmp_path: Path, orientation: int, kind: str) -> None:
+    pixels = np.zeros((320, 480, 3), np.uint8)
+    pixels[:64, :96, 0] = pixels[:64, 96:] = pixels[128:, :96] = 255
+    path = tmp_path / f"a.{kind.split()[0] if kind != 'float tif' else 'tif'}"
+    if kind == "float tif":
+        tag = [(274, 3, 1, orientation, True)]
+        tifffile.imwrite(path, (pixels / 255).astype(np.float16), photometric="rgb", extratags=tag)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"tiffinfo": {274: orientation}} if kind == "tif" else {"exif": exif}
+        Image.fromarray(pixels).save(path, **options)
+    turns = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1)}
+    turns |= {6: np.rot90(pixels, -1), 7: turns[5][::-1, ::-1], 8: np.rot90(pixels)}
+    found, shape = read_sized_rgb(path, draft_side=64 if kind == "jpg draft" else 0)
+    assert shape == turns[orientation].shape[:2]
+    if kind == "jpg draft":
+        assert found.shape[0] < shape[0]
+        found = np.asarray(Image.fromarray(found).resize(shape[::-1]))
+    assert np.abs(found.astype(int) - turns[orientation]).mean() < 6
+    with contextlib.suppress(OSError), Image.open(path) as opened:
+        assert pil_rgb(opened).shape[:2] == shape
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_that_cannot_be_written_back(tmp_path: Path, suffix: str) -> None:
+    entries = [(0x112, 3, 1, struct.pack("<HH", 6, 0)), (0x100, 9, 1, struct.pack("<i", -5))]
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + b"\0" * 4
+    path = save(tmp_path / f"a.{suffix}", picture(0, 40, 60), exif=exif)
+    assert read_rgb(path).shape == (60, 40, 3)
+    with Image.open(path) as opened:
+        assert pil_rgb(opened).shape == (60, 40, 3)
+    assert read_mask(path).shape == (60, 40)
+
+
+@pytest.mark.parametrize("where", ["profile", "text", "late text", "xmp", "bad sum"])
+def test_large_or_damaged_notes_in_a_png_do_no_harm(tmp_path: Path, where: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    if where in ("text", "xmp"):
+        info.add_itxt("XML:com.adobe.xmp" if where == "xmp" else "note", "x" * (2 << 20), zip=True)
+    profile = {"icc_profile": b"\0" * (2 << 20)} if where == "profile" else {}
+    path = save(tmp_path / "a.png", picture(), pnginfo=info, **profile)
+    if where in ("late text", "bad sum"):
+        body = b"note\0\0" + zlib.compress(b"x" * (2 << 20)) if where == "late text" else b"note\0x"
+        chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+        chunk = chunk[:-1] + b"?" if where == "bad sum" else chunk
+        raw = path.read_bytes()
+        path.write_bytes(raw[:33] + chunk + raw[33:] if where == "bad sum" else raw[:-12] + chunk + raw[-12:])
+    assert np.array_equal(read_rgb(path), picture())
 
 
 def test_cmyk_palette_grey_alpha_and_one_bit(tmp_path: Path) -> None:
@@ -113,7 +211,7 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 20, 200, 0.5, 0.95])
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp", "gif", "jp2", "avif"])
 def test_truncated_files_name_themselves(tmp_path: Path, suffix: str, keep: float) -> None:
     whole = save(tmp_path / f"w.{suffix}", picture()).read_bytes()
     cut = tmp_path / f"cut.{suffix}"
@@ -122,7 +220,7 @@ def test_truncated_files_name_themselves(tmp_path: Path, suffix: str, keep: floa
         read_rgb(cut)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "gif", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "gif", "bmp", "jp2", "avif"])
 def test_damaged_bytes_never_raise_anything_else(tmp_path: Path, suffix: str) -> None:
     whole = bytearray(save(tmp_path / f"w.{suffix}", picture()).read_bytes())
     rng = np.random.default_rng(0)
@@ -145,7 +243,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
         read_rgb(empty)
     text = tmp_path / "text.png"
     text.write_text("hello")
-    with pytest.raises(ImageError, match=r"text\.png: not an image that can be read; accepted: bmp, gif, "):
+    with pytest.raises(ImageError, match=r"text\.png: not an image that can be read; accepted: apng, avif, "):
         read_rgb(text)
     with pytest.raises(ImageError, match=r"none\.png: cannot be opened \(No such file or directory\)"):
         read_rgb(tmp_path / "none.png")
@@ -218,8 +316,47 @@ def test_masks(tmp_path: Path) -> None:
     opaque.save(tmp_path / "m.png")
     assert np.array_equal(read_mask(tmp_path / "m.png"), expected)
     (tmp_path / "m.png").write_bytes(b"x")
-    with pytest.raises(ImageError, match=r"m\.png: mask cannot be read"):
+    with pytest.raises(ImageError, match=r"m\.png: mask: not an image that can be read"):
         read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "avif", "jp2", "tif"])
+def test_masks_in_formats_that_change_values(tmp_path: Path, suffix: str) -> None:
+    y, x = np.mgrid[:256, :256]
+    truth = (x - 128) ** 2 + (y - 128) ** 2 < 900
+    lossy = {"jp2": {"quality_layers": [20], "irreversible": True}, "tif": {"compression": "jpeg"}}
+    path = save(tmp_path / f"m.{suffix}", truth.astype(np.uint8) * 255, **lossy.get(suffix, {"quality": 75}))
+    assert abs(int(read_mask(path).sum()) - int(truth.sum())) < 0.03 * truth.sum()
+    empty = save(tmp_path / f"e.{suffix}", np.zeros((64, 64), np.uint8), **lossy.get(suffix, {"quality": 75}))
+    assert not read_mask(empty).any()
+
+
+def test_masks_turned_by_their_exif_in_floats_and_without_loss(tmp_path: Path) -> None:
+    truth = np.zeros((20, 30), np.uint8)
+    truth[2:5, 3:9] = 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "m.png", truth, exif=exif)
+    assert np.array_equal(read_mask(tmp_path / "m.png"), np.rot90(truth, -1) > 0)
+    save(tmp_path / "m.webp", truth, lossless=True)
+    assert np.array_equal(read_mask(tmp_path / "m.webp"), truth > 0)
+    for kind in ("float16", "float32", "int16"):
+        values = truth.astype(kind)
+        values[0, 0] = -1
+        tifffile.imwrite(tmp_path / "m.tif", values)
+        assert np.array_equal(read_mask(tmp_path / "m.tif"), truth > 0), kind
+    save(tmp_path / "m.png", truth)
+    save(tmp_path / "m.png", truth, icc_profile=b"\0" * (2 << 20))
+    assert np.array_equal(read_mask(tmp_path / "m.png"), truth > 0)
+
+
+def test_words_for_what_people_give_instead(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(ImageError, match=r"a\.jpg: a HEIC picture, and HEIC is not read; save it as JPEG or PNG"):
+        read_rgb(tmp_path / "a.jpg")
+    (tmp_path / "b.png").write_text("<!DOCTYPE html><html>Not found</html>")
+    with pytest.raises(ImageError, match="was a web page saved in place of the image"):
+        read_rgb(tmp_path / "b.png")
 
 
 def test_limits_are_the_callers() -> None:

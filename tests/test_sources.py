@@ -365,7 +365,7 @@ def test_manifests(folder: Path) -> None:
         assert list(found.values())[:2] == ["", ""]
         assert "points outside" in found["../outside.png"]
         assert "cannot be opened" in found[str(folder / "none.png")]
-    (folder / "m.csv").write_text("picture\nx\n")
+    (folder / "m.csv").write_text("thing\nx\n")
     with pytest.raises(DataError, match="image .* is needed"):
         walk(folder / "m.csv")
 

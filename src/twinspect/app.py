@@ -67,6 +67,8 @@ def fit_command(
         return
     if split is not None:
         fitted.record["split"] = {"name": split.name, "hash": split.hash}
+    for note in fitted.record["notes"]:
+        console.warn(note)
     for skipped in fitted.skipped:
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)

@@ -110,6 +110,7 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
     """Read a data set in any layout and write it as a manifest."""
     from twinspect import data as data_room
     from twinspect.data.manifest import write_manifest
+    from twinspect.data.scan import ScanLog
     from twinspect.errors import DataError
     from twinspect.files import refuse_unwritable
     from twinspect.inference.table import has_columns
@@ -119,10 +120,13 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
     root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():
         console.say(line)
+    log = ScanLog()
     try:
-        rows = write_manifest(loaded.samples, out, root, details)
+        rows = write_manifest(loaded.samples, out, root, details, log)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
+    for _, reason in log.skipped:
+        console.warn(f"no details: {reason}")
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {_quoted(out)} --images {_quoted(root)}")
@@ -134,14 +138,16 @@ def synth(layout: str, folder: Path, plan: Any, console: Console) -> None:
     Raises:
         ConfigError: the folder holds something, or layout or shape is unknown.
     """
-    from twinspect.data.synthetic import SHAPES, write
+    from twinspect.data.synthetic import WRITERS, write
     from twinspect.errors import ConfigError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and is not an empty folder; name a new one")
     counts = write(layout, folder, plan)
     images = sum(sum(asdict(row).values()) - row.masks for row in counts.values())
-    console.say(f"{folder}: {layout} ({plan.shape or SHAPES[layout][0]}), {len(counts)} classes, {images} images")
+    console.say(
+        f"{folder}: {layout} ({plan.shape or WRITERS[layout].shapes[0]}), {len(counts)} classes, {images} images"
+    )
     console.say(f"look at it with: twinspect data inspect {_quoted(folder)}")
 
 

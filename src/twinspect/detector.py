@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from twinspect.config import ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.errors import ConfigError, TwinspectError
-from twinspect.types import TRAIN, Sample
+from twinspect.types import Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
@@ -225,6 +225,7 @@ class Detector:
 def as_samples(data: Any) -> list[Sample]:
     """What `Detector.fit` was given, as samples."""
     from twinspect import data as data_room
+    from twinspect.data.folders import good_files
 
     if isinstance(data, (str, os.PathLike)):
         return list(data_room.load(Path(data)).samples)
@@ -232,5 +233,5 @@ def as_samples(data: Any) -> list[Sample]:
     if all(isinstance(item, Sample) for item in items):
         return items
     if all(isinstance(item, (str, os.PathLike)) for item in items):
-        return [Sample(Path(item), TRAIN, "normal") for item in items]
+        return good_files(Path(item) for item in items)
     raise ConfigError("fit takes a folder, a list of Sample, or a list of paths of good images")

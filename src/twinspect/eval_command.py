@@ -38,6 +38,7 @@ from twinspect.results import (
 from twinspect.types import TEST, Sample
 
 AS_GIVEN = "test as the data say"
+_SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
 
 
@@ -122,8 +123,10 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     found = evaluate(detector.predictor(), test.samples, console.progress, pooled=test.pooled)
     values = as_values(options, loaded, detector, test, found, pairs)
     notes = remarks(values, loaded)
-    for line in (*found.failed, *notes):
-        console.warn(line if line in notes else f"not scored: {line}")
+    for line in problems(found):
+        console.warn(line)
+    for line in notes:
+        console.warn(line)
     publish(options, values, notes, console)
     if not found.rows:
         raise SystemExit(NOTHING_SCORED)
@@ -193,6 +196,7 @@ def as_values(
         "students": {name: table["mean"] for name, table in found.students.items()},
         "split": {"name": test.name, "hash": test.hash, "kind": SEMANTIC if test.pooled else INDUSTRIAL},
         "failed": found.failed,
+        "masks_not_used": found.masks,
         "config": {
             "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
             "seconds": round(found.seconds, 2), "images": len(found.rows), "failed": len(found.failed),
@@ -212,6 +216,20 @@ def remarks(values: dict[str, Any], loaded: Loaded) -> list[str]:
     said = any("no mask" in note for note in loaded.notes)
     sentences = [text for text in values["undefined"] if not (said and "mask" in text)]
     return grouped(sentences, values["classes"])
+
+
+def problems(found: Evaluation) -> Iterator[str]:
+    """Images that were not scored and masks that were not used, the first of many."""
+    for what, lines in (("not scored", found.failed), ("mask not used, image metrics only", found.masks)):
+        yield from (f"{what}: {line}" for line in lines[:_SHOWN])
+        if len(lines) > _SHOWN:
+            yield f"{what}: {len(lines) - _SHOWN:,} more (all of them are in the JSON)"
+
+
+def problem_lines(values: dict[str, Any]) -> Iterator[str]:
+    """All of them, for a document."""
+    yield from (f"Not scored: {text}" for text in values["failed"])
+    yield from (f"Mask not used: {text}" for text in values["masks_not_used"])
 
 
 def publish(options: EvalOptions, values: dict[str, Any], notes: Sequence[str], console: Console) -> None:
@@ -271,7 +289,7 @@ def _interval_table(intervals: dict[str, dict[str, Sequence[float]]]) -> Table:
 def sections(values: dict[str, Any], notes: Sequence[str]) -> list[Section]:
     """The same tables for a document, with what is undefined."""
     shown = [Section("Metrics", (), tuple(tables(values)))]
-    lines = [*notes, *(f"Not scored: {text}" for text in values["failed"])]
+    lines = [*notes, *problem_lines(values)]
     return [*shown, Section("Remarks", tuple(lines))] if lines else shown
 
 

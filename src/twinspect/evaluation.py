@@ -20,6 +20,8 @@ from twinspect.types import TEST, Sample
 SCORES = ("score", "score_local", "score_semantic")
 Progress = Callable[[str, int, int], None]
 Visit = Callable[[Sample, Result], None]
+_Mask = NDArray[np.bool_]
+_Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Evaluation:
         rows: one plain dict per image.
         seconds: wall time of decoding and prediction.
         failed: images that could not be scored, with reasons.
+        masks: masks that could not be used, with reasons; their images add to image metrics only.
         joint: the accumulator of the joint score, for intervals or to merge with others.
     """
 
@@ -40,6 +43,7 @@ class Evaluation:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     failed: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     joint: Evaluator = field(default_factory=Evaluator)
 
     def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -68,6 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Score labelled samples and compute every metric; pixel metrics at the images' own resolution.
 
+    An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
     Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
 
     Args:
@@ -79,12 +84,12 @@ def evaluate(
             test split); empty gives metrics per class.
 
     Raises:
-        DataError: a score or map that is not finite (names the image), or a mask that does not fit its image.
+        DataError: a score or map that is not finite (names the image).
     """
     masked = {s.class_name for s in samples if s.masks} if not pooled else set()
     joint = Evaluator(pixel=not pooled)
     students = {name: Evaluator(pixel=False) for name in SCORES[1:]}
-    rows, failed, began = [], [], time.monotonic()
+    rows, failed, unused, began = [], [], [], time.monotonic()
     results = predictor.predict(samples, maps=bool(masked or visit), pixels=visit is not None)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("evaluating", done + 1, len(samples))
@@ -92,7 +97,7 @@ def evaluate(
             failed.append(f"{result.path}: {result.error}")
             continue
         class_name = pooled or sample.class_name
-        _update(joint, sample, result, class_name, sample.class_name in masked)
+        unused += _update(joint, sample, result, class_name, sample.class_name in masked)
         for name, evaluator in students.items():
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
@@ -101,30 +106,45 @@ def evaluate(
             visit(sample, result)
     table = _plain(joint.compute())
     alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
-    return Evaluation(table, alone, rows, time.monotonic() - began, failed, joint)
+    return Evaluation(table, alone, rows, time.monotonic() - began, failed, unused, joint)
 
 
-def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> None:
-    use_map = masked and has_pixel_truth(sample)
-    mask, regions = _truth_of_pixels(sample, result) if use_map else (None, None)
+def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> list[str]:
+    """Add one image; what is wrong with its mask, if its pixels cannot count."""
+    use_map, wrong = masked and has_pixel_truth(sample), []
+    truth: _Truth = (None, None)
+    if use_map and sample.masks:
+        try:
+            truth = _truth_of_pixels(sample, result)
+        except DataError as error:
+            use_map, wrong = False, [str(error)]
     evaluator.update(
         result.score, sample.label, class_name, sample.defect_type,
-        map_HW=result.map if use_map else None, mask_HW=mask, regions=regions, name=result.path, group=sample.group,
+        map_HW=result.map if use_map else None, mask_HW=truth[0], regions=truth[1], name=result.path,
+        group=sample.group,
     )  # fmt: skip
+    return wrong
 
 
-def _truth_of_pixels(
-    sample: Sample, result: Result
-) -> tuple[NDArray[np.bool_] | None, list[tuple[NDArray[np.bool_], float]] | None]:
-    """The mask of an image, or its regions where the data set states saturation areas."""
+def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
+    """The mask of an image, or its regions where the data set states saturation areas.
+
+    Raises:
+        DataError: a mask cannot be used, or says another thing than the label.
+    """
     shape = (result.height, result.width)
-    if not sample.masks:
-        return None, None
-    if has_saturation(sample):
+    names = ", ".join(str(path) for path in sample.masks)
+    if sample.label == 1 and has_saturation(sample):
         regions = [(region.mask, region.saturation) for region in read_regions(sample, shape)]
-        if regions:
-            return None, regions
-    return read_sample_mask(sample, shape), None
+        mask, marks = None, bool(regions)
+    else:
+        mask, regions = read_sample_mask(sample, shape), None
+        marks = bool(mask.any())
+    if marks and sample.label == 0:
+        raise DataError(f"{names}: marks a defect, and {sample.image} is called good")
+    if not marks and sample.label == 1:
+        raise DataError(f"{names}: marks no pixel, and {sample.image} is called a defect")
+    return mask, regions
 
 
 def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

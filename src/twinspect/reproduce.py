@@ -26,7 +26,7 @@ from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.data.synthetic import write
 from twinspect.errors import ConfigError
-from twinspect.eval_command import defect_tables, leak_line, of_split
+from twinspect.eval_command import defect_tables, leak_line, of_split, problem_lines, problems
 from twinspect.recipes import RECIPES, Recipe, find_recipe
 from twinspect.report import Section, Table
 from twinspect.results import (
@@ -246,19 +246,22 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     began = time.monotonic()
     fitted = fit([*split.train, *split.calibration], config, work, console.progress)
     fit_s = time.monotonic() - began
+    for note in fitted.record["notes"]:
+        console.warn(note)
     for skipped in fitted.skipped:
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     test = of_split(split)
     predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
     found = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
-    for failure in found.failed:
-        console.warn(f"not scored: {failure}")
+    for line in problems(found):
+        console.warn(line)
     return {
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
         **found.table,
         "students": {name: table["classes"] for name, table in found.students.items()},
         "failed": found.failed,
+        "masks_not_used": found.masks,
         "seconds": {"fit": round(fit_s, 1), "evaluate": round(found.seconds, 1)},
         "record": fitted.record,
     }
@@ -284,6 +287,7 @@ def summarise(
         "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
         "undefined": grouped([text for result in done for text in result["undefined"]], rows),
         "failed": [text for result in done for text in result["failed"]],
+        "masks_not_used": [text for result in done for text in result.get("masks_not_used", ())],
         "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [
@@ -310,7 +314,7 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
     if not values["complete"]:
         notes.append(f"Only {values['splits_done']} of {values['splits']} splits are finished: no final mean.")
     notes += [recipe.remark] if recipe.remark else []
-    undefined = [*values["undefined"], *(f"Not scored: {text}" for text in values["failed"])]
+    undefined = [*values["undefined"], *problem_lines(values)]
     return [
         Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
         Section("Ours in full", tuple(undefined), (own_table(values), *defect_tables(values))),

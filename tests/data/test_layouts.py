@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from twinspect.data import DATASETS, detect, load
-from twinspect.data.industrial import LOGICAL, STRUCTURAL
+from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.listed import view_of
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask, read_sample_rgb
-from twinspect.data.synthetic import SHAPES, WRITERS, Plan, write
+from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import ConfigError, DataError
 
-CASES = [(layout, shape) for layout, shapes in SHAPES.items() for shape in shapes]
+CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]
 
 
 def test_every_layout_has_a_loader_and_a_writer() -> None:
-    assert set(DATASETS) == set(WRITERS) == set(SHAPES)
+    assert set(DATASETS) == set(WRITERS)
 
 
 @pytest.mark.parametrize(("layout", "shape"), CASES)
@@ -58,7 +58,7 @@ def test_splits_do_not_depend_on_sample_order(tmp_path: Path, layout: str) -> No
 @pytest.mark.parametrize("layout", ["cifar10", "cifar100", "fashion-mnist"])
 def test_shapes_of_one_set_hold_the_same_pixels(tmp_path: Path, layout: str) -> None:
     seen = []
-    for shape in SHAPES[layout]:
+    for shape in WRITERS[layout].shapes:
         write(layout, tmp_path / shape, Plan(shape=shape, train=7))
         samples = load(tmp_path / shape).samples
         seen.append(sorted((s.split, s.class_name, read_sample_rgb(s).tobytes()) for s in samples))

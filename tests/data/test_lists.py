@@ -2,18 +2,25 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from trees import tree
 
 from twinspect.data import load
+from twinspect.data.images import read_rgb
 from twinspect.data.listed import write_meta_json
 from twinspect.data.manifest import write_manifest
-from twinspect.data.synthetic import SHAPES, Plan, write
+from twinspect.data.samples import read_sample_rgb
+from twinspect.data.scan import ScanLog
+from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import DataError
 
-CASES = [(layout, shape) for layout, shapes in SHAPES.items() for shape in shapes]
+CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
@@ -193,3 +200,137 @@ def test_uniad_single_file_and_bad_lines(tmp_path: Path) -> None:
         stream.write("{broken\n")
     with pytest.raises(DataError, match="test.json line 15: not valid JSON"):
         load(tmp_path, "uniad-json")
+
+
+# ------------------------------------------------------------------------- tables as other tools write them
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four pictures, ``img/000.png`` to ``img/003.png``."""
+    return tree(tmp_path, img=4)
+
+
+IMAGES = [f"img/{number:03d}.png" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Image,Label\n{}",
+        "\ufeffimage;label\r\n{}",
+        "sep=;\nimage;label\n{}",
+        "FilePath\tlabel\n{}",
+        " image , label \n{}",
+        "image|label\n{}",
+    ],
+)
+def test_separators_headers_and_marks(pictures: Path, text: str) -> None:
+    separator = next(c for c in "\t|;," if c in text.replace("sep=;", ""))
+    rows = "\n".join(
+        f"{image}{separator}{label}" for image, label in zip(IMAGES, ("OK", "NG", "0", "1"), strict=True)
+    )
+    (pictures / "m.csv").write_text(text.format(rows), encoding="utf-8")
+    assert [(s.split, s.label) for s in load(pictures / "m.csv").samples] == [("train", 0), ("test", 1)] * 2
+
+
+def test_utf16_as_spreadsheets_write_it(pictures: Path) -> None:
+    (pictures / "m.txt").write_text("Image\tlabel\n" + "\n".join(f"{i}\tOK" for i in IMAGES), encoding="utf-16")
+    assert len(load(pictures / "m.txt").samples) == 4
+
+
+def test_cells_of_data_frames(pictures: Path) -> None:
+    nothing = pa.array([float("nan")] * 4)
+    columns = {"image": IMAGES, "class_name": [0, 1, 0, 2], "group": [0.0, 0.0, 1.0, float("nan")], "mask": nothing}
+    pq.write_table(
+        pa.table({**columns, "record": nothing, "label": [0.0, float("nan"), 1.0, 0.0]}), pictures / "M.PARQUET"
+    )
+    samples = load(pictures / "M.PARQUET").samples
+    assert [(s.class_name, s.group, s.label, s.split) for s in samples] == [
+        ("0", "0", 0, "train"), ("1", "0", None, "test"), ("0", "1", 1, "test"), ("2", "", 0, "train"),
+    ]  # fmt: skip
+    assert all(s.masks == () and s.record is None for s in samples)
+    assert load(tree(pictures / "set", **{"a/train/good": 1, "a/test/bad": 1})).counts["a"].train == 1
+
+
+def test_images_inside_a_table_are_records(pictures: Path) -> None:
+    body = [{"bytes": (pictures / image).read_bytes(), "path": image} for image in IMAGES]
+    pq.write_table(pa.table({"image": body, "label": ["OK", "OK", "NG", "OK"]}), pictures / "t.parquet")
+    samples = load(pictures / "t.parquet").samples
+    assert [(s.record, s.label, s.split) for s in samples] == [
+        (0, 0, "train"), (1, 0, "train"), (2, 1, "test"), (3, 0, "train"),
+    ]  # fmt: skip
+    assert np.array_equal(read_sample_rgb(samples[2]), read_rgb(pictures / IMAGES[2]))
+
+
+def test_a_list_without_labels_goes_by_its_paths(tmp_path: Path) -> None:
+    tree(tmp_path, good=2, **{"other/NG": 1, "*masks/{:03d}.png": 1})
+    paths = ["good/000.png", "good/001.png", "other/NG/000.png"]
+    samples = load(rows_to(tmp_path / "m.csv", *({"image": path} for path in paths))).samples
+    assert [(s.split, s.label) for s in samples] == [("train", 0), ("train", 0), ("test", 1)]
+    with pytest.raises(DataError, match=r"row 2: .*000\.png is a mask by its name"):
+        load(rows_to(tmp_path / "m.csv", {"image": "good/000.png"}, {"image": "masks/000.png"}))
+    marked = rows_to(tmp_path / "m.csv", {"image": "good/000.png", "mask": "masks/000.png"})
+    assert [s.label for s in load(marked).samples] == [1]
+
+
+def test_training_rows_without_a_label_are_not_good(pictures: Path) -> None:
+    cells = zip(IMAGES, ("0", "", "1", "0"), ("train", "train", "test", "train"), strict=True)
+    path = rows_to(pictures / "m.csv", *({"image": i, "label": label, "split": s} for i, label, s in cells))
+    found = load(path)
+    assert [s.image.name for s in found.samples] == ["000.png", "002.png", "003.png"]
+    assert found.skipped == (
+        (pictures / IMAGES[1], "no label, while other images have one; write 0 for good images"),
+    )
+
+
+def test_a_table_of_predictions_holds_no_labels(pictures: Path) -> None:
+    row = {"score": "1.0", "model_id": "x", "answer": "good", "is_anomaly": "False", "mask_path": "img/000.png"}
+    path = rows_to(pictures / "p.csv", *({"path": str(pictures / image), **row} for image in IMAGES))
+    found = load(path)
+    assert {(s.split, s.label, s.masks) for s in found.samples} == {("test", None, ())}
+    assert found.notes == ("p.csv: a table of predictions; what a model has answered is no label",)
+    judged = rows_to(pictures / "p.csv", {"path": str(pictures / IMAGES[0]), **row, "label": "1"})
+    assert [s.label for s in load(judged).samples] == [1]
+
+
+def test_columns_that_are_not_used_are_named(pictures: Path) -> None:
+    path = rows_to(pictures / "m.csv", {"image": IMAGES[0], "label": "OK", "exposure": "3"})
+    assert load(path).notes == ("m.csv: columns not used: exposure",)
+
+
+def test_json_lines_with_commas_and_as_one_list(tmp_path: Path) -> None:
+    write("uniad-json", tmp_path)
+    expected = load(tmp_path).samples
+    path = tmp_path / "train.json"
+    lines = path.read_text().splitlines()
+    path.write_text(",\n".join(lines) + ",\n")
+    assert load(tmp_path).samples == expected
+    path.write_text("[" + ",\n".join(lines) + "]")
+    assert load(tmp_path).samples == expected
+    path.rename(tmp_path / "TRAIN.JSON")
+    assert load(tmp_path).samples == expected
+
+
+def test_names_that_are_no_unicode_are_named(tmp_path: Path) -> None:
+    tree(tmp_path, good=2)
+    try:
+        os.rename(os.fsencode(tmp_path / "good" / "000.png"), os.fsencode(tmp_path / "good") + b"/sch\xe4den.png")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    samples = load(tmp_path).samples
+    assert len(samples) == 2
+    for ending in ("csv", "parquet"):
+        with pytest.raises(DataError, match=r"1 names are not UTF-8, .*sch\\udce4den\.png.* convmv"):
+            write_manifest(samples, tmp_path / f"m.{ending}", tmp_path)
+        assert not list(tmp_path.glob("m.*"))
+
+
+def test_details_of_an_unreadable_image_stay_empty(tmp_path: Path) -> None:
+    tree(tmp_path, good=2)
+    (tmp_path / "good" / "001.png").write_bytes(b"x")
+    log = ScanLog()
+    assert write_manifest(load(tmp_path).samples, tmp_path / "m.csv", tmp_path, details=True, log=log) == 2
+    with (tmp_path / "m.csv").open() as stream:
+        assert [row["width"] for row in csv.DictReader(stream)] == ["16", ""]
+    assert "001.png" in log.skipped[0][1]

@@ -1,15 +1,19 @@
 """Splits: counts, disjoint roles, the same on every machine, a hash that notices every change."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import save
+from trees import colour, tree
 
+from twinspect.config import RunConfig
 from twinspect.data import load
 from twinspect.data.carving import carve_calibration, hold_out_good, pick
 from twinspect.data.class_names import CIFAR100, CIFAR100_SUPERCLASSES, FASHION
-from twinspect.data.leaks import drop_leaks, find_leaks
+from twinspect.data.leaks import count_once, drop_leaks, find_leaks
 from twinspect.data.protocols import (
     PROTOCOLS,
     Split,
@@ -20,6 +24,7 @@ from twinspect.data.protocols import (
 )
 from twinspect.data.synthetic import Plan, write
 from twinspect.errors import ConfigError, DataError
+from twinspect.training.fit import choose_images
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 
@@ -288,3 +293,64 @@ def test_leaks_in_records(tmp_path: Path, shape: str) -> None:
     samples.append(replace(test, split=TRAIN))
     assert [b for _, b in find_leaks(samples)] == [test]
     assert len(drop_leaks(samples)) == len(samples) - 1
+
+
+# --------------------------------------------------------------------------------------- copies in training
+
+
+def test_copies_are_counted_once(tmp_path: Path) -> None:
+    root = tree(tmp_path, **{"train/good": 12, "validation/good": 3, "test/bad": 2})
+    train, held = root / "train" / "good", root / "validation" / "good"
+    for number in range(12):
+        for copy in (1, 2):
+            shutil.copy(train / f"{number:03d}.png", train / f"{number:03d} - Copy ({copy}).png")
+    shutil.copy(train / "000.png", held / "000.png")
+    shutil.copy(root / "test" / "bad" / "001.png", train / "900.png")
+    samples = load(root).samples
+    kept, notes = count_once([s for s in samples if s.label == 0], [s for s in samples if s.label == 1])
+    assert Counter(s.split for s in kept) == {TRAIN: 12, CALIBRATION: 2}
+    assert train / "900.png" not in {s.image for s in kept}
+    assert [note[: note.index(" (first")] for note in notes] == [
+        "25 of 40 good images are copies of others",
+        "1 of 40 good images are copies of images that are called defects",
+    ]
+
+
+def test_the_same_picture_saved_anew_is_a_copy(tmp_path: Path) -> None:
+    pixels = colour(Path("a"))
+    for number, options in enumerate(({}, {"compress_level": 0}, {"dpi": (300, 300)})):
+        save(tmp_path / f"{number}.png", pixels, **options)
+    save(tmp_path / "3.bmp", pixels)
+    save(tmp_path / "4.png", 255 - pixels)
+    kept, _ = count_once(load(tmp_path).samples)
+    assert [s.image.name for s in kept] == ["0.png", "4.png"]
+
+
+@pytest.mark.parametrize("shape", ["python", "parquet"])
+def test_copies_among_records(tmp_path: Path, shape: str) -> None:
+    write("cifar10", tmp_path, Plan(shape=shape))
+    train = [s for s in load(tmp_path).samples if s.split == TRAIN]
+    assert count_once(train) == (train, [])
+    kept, notes = count_once([*train, replace(train[0], split=CALIBRATION)])
+    assert kept == train
+    assert len(notes) == 1
+
+
+def test_no_held_out_image_was_learnt(tmp_path: Path) -> None:
+    root = tree(tmp_path, good=30)
+    for number in range(30):
+        for copy in (1, 2):
+            shutil.copy(root / "good" / f"{number:03d}.png", root / "good" / f"{number:03d} - Copy ({copy}).png")
+    notes: list[str] = []
+    training, held = choose_images(load(root).samples, RunConfig(), notes)
+    assert len(training) + len(held) == 30
+    assert not {s.image.read_bytes() for s in training} & {s.image.read_bytes() for s in held}
+    assert "60 of 90 good images are copies of others" in notes[0]
+
+
+def test_what_is_not_there_is_equal_to_nothing(tmp_path: Path) -> None:
+    samples = [*load(tree(tmp_path, good=2)).samples, *good(2)]
+    for path in (tmp_path / "good").iterdir():
+        path.write_bytes(b"")
+    assert count_once(samples) == (samples, [])
+    assert find_leaks(samples) == []

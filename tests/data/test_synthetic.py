@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
-from twinspect.data.synthetic import SHAPES, WRITERS, Plan, write
+from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import ConfigError
 
 
@@ -56,4 +56,4 @@ def test_wrong_requests(tmp_path: Path) -> None:
 
 
 def test_every_layout_has_shapes() -> None:
-    assert all(SHAPES[layout] for layout in WRITERS)
+    assert all(writer.shapes for writer in WRITERS.values())

@@ -1,66 +1,92 @@
 """Data sets as people have them on disk: one function per layout, ``root -> list[Sample]``.
 
 ``load(root)`` recognises the layout, reads it and keeps what it left out; ``.summary()`` says so in words.
-Choose by name from ``DATASETS``; a new layout is one function, one row here and one writer in ``synthetic``.
+Choose by name from ``DATASETS``; a new layout is one function and one row there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from twinspect.data import industrial, listed, semantic
-from twinspect.data.folder import folder
+from twinspect.data import folders, listed, semantic
+from twinspect.data.images import count_pictures, is_image
 from twinspect.data.loaded import ClassCounts, Loaded
 from twinspect.data.manifest import looks_like_manifest, manifest
-from twinspect.data.scan import ScanLog, existing_root, has_images_below, listing, subfolders
+from twinspect.data.names import BAD, MASK, meaning
+from twinspect.data.scan import (
+    ScanLog,
+    existing_folder,
+    existing_root,
+    files_in,
+    folder_name,
+    has_images_below,
+    listing,
+    listing_once,
+    subfolders,
+    unread_picture,
+)
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.types import TEST, Sample
 
-__all__ = ["DATASETS", "ClassCounts", "DatasetFn", "Loaded", "ScanLog", "detect", "load"]
+__all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
+
+_SHOWN = 5  # of what is wrong in one message
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
 
 
-class DatasetFn(Protocol):
-    """A loader: a folder (or file) in, samples out; what is left out goes to the log, if one is given."""
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A layout on disk.
+
+    Attributes:
+        read: the samples at a folder or file; what is left out goes to the log.
+        looks_like: whether a folder or file has this layout.
+        listed: whether images are named in a list, so that folders of others must be a mistake.
+        elsewhere: whether they may lie in another folder than the list: ``read`` takes it as third argument.
+    """
+
+    read: Callable[..., list[Sample]]
+    looks_like: Callable[[Path], bool]
+    listed: bool = False
+    elsewhere: bool = False
 
     def __call__(self, root: Path, log: ScanLog | None = None) -> list[Sample]:
         """Read the data set at ``root``."""
+        return self.read(root, log)
 
 
-DATASETS: dict[str, DatasetFn] = {
-    "mvtec-ad": industrial.mvtec_ad,
-    "mvtec-ad-2": industrial.mvtec_ad_2,
-    "mvtec-loco": industrial.mvtec_loco,
-    "visa": listed.visa,
-    "real-iad": listed.real_iad,
-    "cifar10": semantic.cifar10,
-    "cifar100": semantic.cifar100,
-    "fashion-mnist": semantic.fashion_mnist,
-    "view": semantic.view,
-    "folder": folder,
-    "manifest": manifest,
-    "meta-json": listed.meta_json,
-    "uniad-json": listed.uniad_json,
-}
+def _is(layout: str, root: Path) -> bool:
+    return folders.layout_of(root) == layout
 
-# Layouts whose images may lie elsewhere than the list of them.
-_LISTS = {"manifest": manifest, "meta-json": listed.meta_json, "uniad-json": listed.uniad_json}
+
+def _set(read: Callable[..., list[Sample]], image_set: semantic.ImageSet) -> Dataset:
+    return Dataset(read, partial(semantic.looks_like, image_set=image_set))
+
 
 # In order of asking: the special shape before the general one that would also fit.
-_LOOKS_LIKE: dict[str, Callable[[Path], bool]] = {
-    "manifest": looks_like_manifest,
-    "real-iad": listed.looks_like_real_iad,
-    "mvtec-ad-2": lambda root: bool(industrial.class_folders(root, industrial.is_ad2_class)),
-    "mvtec-loco": lambda root: bool(industrial.class_folders(root, industrial.is_loco_class)),
-    "visa": listed.looks_like_visa,
-    "mvtec-ad": lambda root: bool(industrial.class_folders(root, industrial.is_mvtec_class)),
-    "meta-json": listed.looks_like_meta_json,
-    "uniad-json": listed.looks_like_uniad,
-    "cifar10": lambda root: semantic.looks_like(root, semantic.CIFAR10_SET),
-    "view": lambda root: semantic.looks_like(root, semantic.VIEW_SET),
-    "fashion-mnist": lambda root: semantic.looks_like(root, semantic.FASHION_SET),
-    "cifar100": lambda root: semantic.looks_like(root, semantic.CIFAR100_SET),
+DATASETS: dict[str, Dataset] = {
+    "manifest": Dataset(manifest, looks_like_manifest, listed=True, elsewhere=True),
+    "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
+    "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
+    **{
+        name: Dataset(read, partial(_is, name))
+        for name, read in (
+            (folders.MVTEC_AD_2, folders.mvtec_ad_2),
+            (folders.MVTEC_LOCO, folders.mvtec_loco),
+            (folders.MVTEC_AD, folders.mvtec_ad),
+        )
+    },
+    "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
+    "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
+    "cifar10": _set(semantic.cifar10, semantic.CIFAR10_SET),
+    "view": _set(semantic.view, semantic.VIEW_SET),
+    "fashion-mnist": _set(semantic.fashion_mnist, semantic.FASHION_SET),
+    "cifar100": _set(semantic.cifar100, semantic.CIFAR100_SET),
+    folders.FOLDER: Dataset(folders.folder, partial(_is, folders.FOLDER)),
 }
 
 
@@ -70,7 +96,8 @@ def detect(root: Path | str) -> str:
     Raises:
         DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
     """
-    return _locate(existing_root(root))[0]
+    with listing_once():
+        return _locate(existing_root(root))[0]
 
 
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:
@@ -86,66 +113,144 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     """
     if layout != "auto" and layout not in DATASETS:
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    given = existing_root(root)
+    with listing_once():
+        return _load(existing_root(root), layout, images)
+
+
+def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
+    given = existing_folder(given) if os.path.isdir(given) else given
     name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
+    if layout == "auto":
+        _refuse_own_name(name, found)
     log = ScanLog()
-    samples = _read(name, found, log, images)
+    samples = _known_labels(_read(name, found, log, images), log)
+    _unnamed_folders(name, found, samples, log)
+    if log.undecided and layout == "auto":
+        raise DataError(_undecided(name, found, samples, log))
     if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:5])
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
         raise DataError(f"{found}: no usable image found as {name}; found: {_found(found)}{reasons}")
     if found != given:
         log.note(f"{given} only wraps {found.name}, which was read")
     _note_missing_masks(samples, log)
+    _note_more_pictures(samples, log)
     return Loaded(name, found, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
 def _read(name: str, root: Path, log: ScanLog, images: Path | str | None) -> list[Sample]:
     if images is None:
         return DATASETS[name](root, log)
-    if name not in _LISTS:
-        raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {', '.join(_LISTS)}")
-    return _LISTS[name](root, log, Path(images))
+    if not DATASETS[name].elsewhere:
+        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
+        raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
+    return DATASETS[name].read(root, log, Path(images))
 
 
 def _locate(root: Path) -> tuple[str, Path]:
-    for place in _wrapped(root):
+    chain = _wrapped(root)
+    for place in chain:
         name = _known(place)
         if name is not None:
             return name, place
     several = [f"{sub.name} ({name})" for sub in subfolders(root) if (name := _known(sub)) is not None]
-    if several:
+    if several and folders.find_classes(root, ScanLog()) == []:
         raise DataError(f"{root}: holds data sets: {', '.join(several)}. Name one of these folders")
-    if root.is_dir() and has_images_below(root):
-        return "folder", root
+    if os.path.isdir(root) and has_images_below(root):
+        return folders.FOLDER, root
     raise DataError(
-        f"{root}: no known layout; found: {_found(root)}. "
+        f"{root}: no known layout; found: {_found(root)}. {_advice(root)}"
         f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
     )
 
 
+def _advice(root: Path) -> str:
+    """What to do about what people give in place of a data set."""
+    if os.path.isdir(root):
+        archive = next((path.name for path in files_in(root) if path.name.lower().endswith(_ARCHIVES)), "")
+        if archive:
+            return f"Unpack {archive} first. "
+        other = unread_picture(root)
+        return f"{other.name} is in a format that is not read; save such pictures as PNG or JPEG. " if other else ""
+    if root.name.lower().endswith(_ARCHIVES):
+        return "It is an archive: unpack it, and give the folder. "
+    return "It is one image: give the folder of many. " if is_image(root) else ""
+
+
 def _known(place: Path) -> str | None:
-    return next((name for name, looks_like in _LOOKS_LIKE.items() if looks_like(place)), None)
+    return next((name for name, dataset in DATASETS.items() if dataset.looks_like(place)), None)
 
 
 def _found(root: Path) -> str:
-    return listing(root) if root.is_dir() else "a file"
+    return listing(root) if os.path.isdir(root) else "a file"
 
 
 def _entered(root: Path, layout: str) -> Path:
-    looks_like = _LOOKS_LIKE.get(layout)
-    return next((p for p in _wrapped(root) if looks_like(p)), root) if looks_like else root
+    return next((place for place in _wrapped(root) if DATASETS[layout].looks_like(place)), root)
 
 
 def _wrapped(root: Path) -> list[Path]:
     """The path itself, then what lies inside as long as there is a single folder (three deep at most)."""
     chain = [root]
-    while root.is_dir() and len(chain) < 4:
+    while os.path.isdir(root) and len(chain) < 4:
         inner = subfolders(root)
         if len(inner) != 1:
             break
         root = inner[0]
         chain.append(root)
     return chain
+
+
+def _refuse_own_name(name: str, root: Path) -> None:
+    """A folder called bad or masks, in which nothing says that its images are good."""
+    said = meaning(folder_name(root))
+    if name == folders.FOLDER and said.role in (BAD, MASK) and not said.rest and not folders.layout_of(root):
+        what = "defects" if said.role == BAD else "masks"
+        raise DataError(
+            f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
+            "they are, type --layout folder"
+        )
+
+
+def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
+    """Without what is in a training part and has no label, where others have one: nobody says that it is good."""
+    if not any(sample.label is not None for sample in samples):
+        return samples  # a semantic set
+    unknown = [sample for sample in samples if sample.split != TEST and sample.label is None]
+    for sample in unknown:
+        log.skip(sample.image, "no label, while other images have one; write 0 for good images")
+    left_out = set(unknown)
+    return [sample for sample in samples if sample not in left_out]
+
+
+def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog) -> None:
+    """Folders of images of which a list names none."""
+    if not DATASETS[name].listed or not os.path.isdir(root):
+        return
+    used = {path for sample in samples for path in (sample.image, *sample.masks)}
+    inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
+    said = {path for path, _ in log.skipped}
+    for sub in subfolders(root):
+        if sub.name not in inside and sub not in said and meaning(sub.name).role != MASK and has_images_below(sub):
+            log.leave(sub, "no list names an image in it")
+
+
+def _undecided(name: str, root: Path, samples: list[Sample], log: ScanLog) -> str:
+    shown = "".join(f"\n  {path}: {reason}" for path, reason in log.undecided[:_SHOWN])
+    more = f"\n  ... and {len(log.undecided) - _SHOWN} more" if len(log.undecided) > _SHOWN else ""
+    classes = len({sample.class_name for sample in samples})
+    count = f"{classes} classes can be read, and " if samples else ""
+    advice = f"\nMend that, or type --layout {name} to leave them out" if samples else ""
+    return f"{root}: {count}these cannot be used as they are:{shown}{more}{advice}"
+
+
+def _note_more_pictures(samples: list[Sample], log: ScanLog) -> None:
+    several = [(s.image, count) for s in samples if s.record is None and (count := count_pictures(s.image)) > 1]
+    if several:
+        path, count = several[0]
+        log.note(
+            f"{len(several):,} files hold several pictures (first: {path}, {count}): the first of each is read; save "
+            "the others as files of their own"
+        )
 
 
 def _note_missing_masks(samples: list[Sample], log: ScanLog) -> None:

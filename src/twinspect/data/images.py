@@ -7,33 +7,54 @@ cropped. The model resizes the whole image to its own square input, and maps are
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from twinspect.errors import ImageError
 
 _OPENING = threading.Lock()
-# Pillow's plug-ins raise all of these on damaged files (warnings where Python makes them errors); none of
-# them may end a run.
-_DAMAGED = (OSError, ValueError, SyntaxError, IndexError, EOFError, TypeError, AttributeError, KeyError, Warning)
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave them; they are clipped
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
-# The file formats of those endings. Pillow knows dozens more, and some of them start programs (EPS) or are
+# The file formats of the endings below. Pillow knows dozens more, and some of them start programs (EPS) or are
 # meant for other things than photographs; whatever an upload calls itself, they are refused.
-_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
+_ENDINGS = "png apng jpg jpeg jpe jfif mpo bmp dib tif tiff webp ppm pgm pbm pnm pfm gif jp2 j2k jpx avif"
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+SEVERAL_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".webp", ".apng", ".avif"})  # may hold several pictures
+# Pictures and volumes that people have and that are not read: worth other words than "not an image file".
+_UNREAD = (
+    "heic heif hif jxl dng cr2 cr3 nef arw raw psd exr hdr svg ico tga pcx dcm dicom nii czi lif nd2 npy npz pdf"
+)
+UNREAD_SUFFIXES = frozenset(f".{ending}" for ending in _UNREAD.split())
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
+_PHOTOMETRIC = 262  # TIFF tag; 0 means that white is zero
+_RINGING = 8  # of 255: what black becomes at most in a format that changes values
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
+# What turns the pixels upright, by EXIF orientation. Pillow's own function also writes the EXIF anew, which fails
+# where it can be read and not be written.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +83,9 @@ def read_rgb(
 ) -> NDArray[np.uint8]:
     """Decode a file or its bytes to an H x W x 3 array of 8-bit RGB.
 
-    EXIF rotation is applied; 16-bit images are scaled by their full range (a fixed window, so that two
-    images of one camera stay comparable); palettes, CMYK and alpha become RGB (alpha over black); of an
-    animation the first frame counts. ``draft_side`` > 0 lets a JPEG be decoded at a half, quarter or
-    eighth of its size as long as the short side stays at least that long.
+    EXIF rotation is applied; more than 8 bits become 8 by `eight_bit`; palettes, CMYK and alpha become RGB (alpha
+    over black); of an animation, or a TIFF of several pages, the first picture counts. ``draft_side`` > 0 lets a
+    JPEG be decoded at a half, quarter or eighth of its size as long as the short side stays at least that long.
 
     Raises:
         ImageError: with the file's name, what was found and what to do about it.
@@ -82,15 +102,19 @@ def read_sized_rgb(
         ImageError: as `read_rgb`.
     """
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
-    raw = _file_bytes(source, limits, label) if isinstance(source, Path) else source
-    if not raw:
-        raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
-    with _refusals(label, limits), _opened(raw) as image:
-        _check_size(image, limits, label)
-        shape = _upright_shape(image)
+    with _picture(source, limits, label) as picture:
+        if not isinstance(picture, Image.Image):
+            rgb = _values_to_rgb(picture)
+            return rgb, (rgb.shape[0], rgb.shape[1])
+        width, height = picture.size
         if draft_side > 0:
-            image.draft("RGB", _draft_size(image.size, draft_side))
-        return _to_rgb(ImageOps.exif_transpose(image)), shape
+            picture.draft("RGB", _draft_size(picture.size, draft_side))
+        drafted = picture.size != (width, height)
+        sideways = drafted and _orientation(picture) in _SIDEWAYS
+        rgb = _to_rgb(picture)
+        # A TIFF turns itself while it is decoded, so that its header's size is not to be trusted.
+        shape = ((width, height) if sideways else (height, width)) if drafted else (rgb.shape[0], rgb.shape[1])
+        return rgb, shape
 
 
 def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
@@ -100,8 +124,8 @@ def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str =
         ImageError: as `read_rgb`.
     """
     with _refusals(name, limits):
-        _check_size(image, limits, name)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        _check_size(image.size, limits, name)
+        return _to_rgb(image)
 
 
 def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
@@ -123,29 +147,26 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
             f"array of shape {values.shape}; accepted H x W (grey), H x W x C or C x H x W, where C is 1 (grey), "
             f"3 (RGB) or 4 (RGBA), at least {limits.min_side} pixels per side; a stack of images has four dimensions"
         )
-    eight = _eight_bits(layers)
+    eight = eight_bit(_checked_values(layers))
     if eight.shape[2] == 4:
         return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)))
     return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
 
 
-def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
+    """Values of an array that say by themselves what is black and what is white."""
     kind = values.dtype
-    if kind == np.uint8:
-        return values
-    if kind == np.uint16:
-        return np.asarray((values / 257.0).round(), dtype=np.uint8)
-    if kind.kind != "f":
+    if kind not in (np.uint8, np.uint16) and kind.kind != "f":
         raise ImageError(
             f"array of type {kind}; accepted uint8, uint16, or floats from 0 to 1{_how_to_convert(kind.kind)}"
         )
-    low, high = float(values.min()), float(values.max())
+    low, high = (float(values.min()), float(values.max())) if kind.kind == "f" else (0.0, 1.0)
     if not (-_OVERSHOOT <= low and high <= 1 + _OVERSHOOT):  # not a number is refused as well
         raise ImageError(
             f"array of type {kind} with values from {low:g} to {high:g}; accepted floats from 0 to 1, so type: "
             "a / 255 if a is within 0..255, and undo any normalisation"
         )
-    return np.asarray((values.astype(np.float64) * 255.0).clip(0, 255).round(), dtype=np.uint8)
+    return values
 
 
 def _how_to_convert(kind: str) -> str:
@@ -157,19 +178,46 @@ def _how_to_convert(kind: str) -> str:
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
     """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``).
 
-    Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it.
+    Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it. Of a
+    mask in a format that changes values (JPEG and such), half of its largest value counts: it rings around edges.
+
+    Raises:
+        ImageError: as `read_rgb`.
     """
-    try:
-        with Image.open(path) as image:
-            _check_size(image, limits, str(path))
-            values: NDArray[Any] = np.asarray(image)
-    except ImageError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{path}: mask cannot be read ({error})") from None
+    values, exact = read_mask_values(path, limits)
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]  # alpha says nothing about the defect
-    return np.asarray(values if values.ndim == 2 else values.any(axis=2), dtype=np.bool_)
+    largest = values if values.ndim == 2 else values.max(axis=2)
+    return np.asarray(largest > (0 if exact else max(largest.max() / 2, _RINGING)), dtype=np.bool_)
+
+
+def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
+    """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly.
+
+    Raises:
+        ImageError: as `read_rgb`.
+    """
+    with _picture(path, limits, f"{path}: mask") as picture:
+        if not isinstance(picture, Image.Image):
+            return picture, True
+        exact = not _changes_values(picture)
+        return _grey_upright(picture) if _is_deep(picture) else np.asarray(_upright(picture)), exact
+
+
+def eight_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Values of any type to 8 bits, by a window that does not follow the image's own range.
+
+    Images of one camera must stay comparable, so integers of more than 8 bits are divided by 257 (the 16-bit range).
+    Floats lie in 0 to 1, 0 to 255 or 0 to 65,535, whichever holds all but the few largest values; a little
+    overshoot (interpolation, gain) and single hot pixels do not change the range. What is not a number is 0.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
+    scaled = np.nan_to_num(values.astype(np.float64) * scale, nan=0.0, posinf=255.0, neginf=0.0)
+    return scaled.clip(0, 255).round().astype(np.uint8)
 
 
 def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -177,6 +225,35 @@ def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if rgb.shape[:2] == (size, size):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def count_pictures(path: Path) -> int:
+    """How many pictures a file of a format that can hold several holds; 1 for any other, and for a damaged one."""
+    suffix = path.suffix.lower()
+    with suppress(Exception):  # whoever reads the file says what is wrong with it
+        if suffix in (".tif", ".tiff"):
+            with _tifffile("").TiffFile(path) as file:
+                return sum(not page.is_reduced for page in file.pages)  # smaller copies of a page are none
+        if suffix in SEVERAL_SUFFIXES:
+            with Image.open(path, formats=_FORMATS) as image:
+                return int(getattr(image, "n_frames", 1))
+    return 1
+
+
+@contextmanager
+def _picture(source: Path | bytes, limits: ImageLimits, label: str) -> Iterator[Image.Image | NDArray[Any]]:
+    """A file or its bytes, opened and of an accepted size; a kind of TIFF that Pillow lacks comes as its values."""
+    raw = _file_bytes(source, limits, label) if isinstance(source, Path) else source
+    if not raw:
+        raise ImageError(f"{label}: the file is empty (0 bytes); copy it again from its source")
+    with _refusals(label, limits, raw):
+        opened = _opened(raw)
+        if opened is None:
+            yield _tiff_values(raw, limits, label)
+            return
+        with opened as image:
+            _check_size(image.size, limits, label)
+            yield image
 
 
 def _file_bytes(path: Path, limits: ImageLimits, label: str) -> bytes:
@@ -193,30 +270,103 @@ def _file_bytes(path: Path, limits: ImageLimits, label: str) -> bytes:
 
 
 @contextmanager
-def _refusals(label: str, limits: ImageLimits) -> Iterator[None]:
-    """Whatever Pillow raises on a bad file becomes an ImageError that names it."""
+def _refusals(label: str, limits: ImageLimits, raw: bytes = b"") -> Iterator[None]:
+    """What a bad file raises becomes an ImageError that names it: Pillow's plug-ins raise nearly anything."""
     try:
         yield
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{label}: not an image that can be read; accepted: {_accepted()}") from None
+        raise ImageError(f"{label}: {_unread(raw)}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{label}: more than {limits.max_pixels:,} pixels; resize it or cut it into tiles") from None
-    except _DAMAGED as error:
+    except Exception as error:
         raise ImageError(f"{label}: damaged or truncated image ({error}); copy it again from its source") from None
 
 
-def _opened(raw: bytes) -> Image.Image:
+def _unread(raw: bytes) -> str:
+    if raw[4:8] == b"ftyp" and raw[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        return "a HEIC picture, and HEIC is not read; save it as JPEG or PNG"
+    if raw.lstrip()[:1] == b"<":
+        return "text (HTML, XML or SVG), and not an image; was a web page saved in place of the image?"
+    return f"not an image that can be read; accepted: {', '.join(sorted(_ENDINGS.split()))}"
+
+
+def _opened(raw: bytes) -> Image.Image | None:
+    """Bytes as an image whose header was read; None for a TIFF of a kind that Pillow lacks."""
     # Our own limit, checked on the header, replaces Pillow's warning at 89 Mpx. The lock is for threads that
     # decode at the same time: filters are global, and catch_warnings would restore each other's.
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(raw), formats=_FORMATS)
+        try:
+            return Image.open(io.BytesIO(_without_notes(raw, 1000)), formats=_FORMATS)
+        except Exception:
+            if raw[:4] in _TIFF:
+                return None
+            if raw[:8] != _PNG:
+                raise
+            return Image.open(io.BytesIO(_without_notes(raw, 0)), formats=_FORMATS)
 
 
-def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:
-    width, height = image.size
+def _without_notes(raw: bytes, longest: int) -> bytes:
+    """A PNG without colour profile and texts of more than ``longest`` bytes: Pillow refuses what they may unpack to.
+
+    1,000 bytes unpack to less than Pillow's limit of 1 MB. Texts that may say which way is up stay if they can.
+    """
+    if raw[:8] != _PNG:
+        return raw
+    kept, place = [_PNG], 8
+    while place + 8 <= len(raw):
+        length = int.from_bytes(raw[place : place + 4], "big")
+        kind, start, end = raw[place + 4 : place + 8], place + 8, place + 12 + length
+        turns = longest > 0 and raw[start : start + 17] in (b"Raw profile type ", b"XML:com.adobe.xmp")
+        if kind not in _PNG_NOTES or length <= longest or turns:
+            kept.append(raw[place:end])
+        place = end
+    return b"".join(kept) if sum(map(len, kept)) < len(raw) else raw
+
+
+def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
+    """First page of a TIFF that Pillow lacks (half floats, floats in colour), upright: H x W or H x W x channels."""
+    with _tifffile(label).TiffFile(io.BytesIO(raw)) as file:
+        page = file.pages[0]
+        _check_size((page.imagewidth, page.imagelength), limits, label)
+        if page.samplesperpixel > 4 or page.axes not in ("YX", "YXS", "SYX"):
+            raise ImageError(
+                f"{label}: a TIFF of {page.samplesperpixel} channels and axes {page.axes}; accepted: one picture of "
+                "1 (grey), 3 (RGB) or 4 (RGB and alpha) channels"
+            )
+        values: NDArray[Any] = page.asarray(maxworkers=1)
+        tag = page.tags.get(ExifTags.Base.Orientation.value)
+        white_is_zero = page.photometric == 0
+    if values.dtype.kind not in "biuf":
+        raise ImageError(f"{label}: a TIFF of {values.dtype} values; accepted: whole numbers and floats")
+    values = np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+    return _turned(_negative(values) if white_is_zero else values, tag.value if tag is not None else 1)
+
+
+def _tifffile(label: str) -> Any:
+    try:
+        import tifffile
+    except ImportError:
+        raise ImageError(f"{label}: this kind of TIFF is read by tifffile; type: pip install tifffile") from None
+    log = logging.getLogger("tifffile")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())  # it speaks of every odd tag, on standard error where nobody listens
+    return tifffile
+
+
+def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """An array by EXIF orientation, as `_TURNS` turns images."""
+    if orientation >= 5:
+        values = values.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values[::-1] if orientation in (3, 4, 7, 8) else values
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
+    width, height = size
     if width * height > limits.max_pixels:
         raise ImageError(
             f"{label}: {width} x {height} pixels are more than the limit of {limits.max_pixels:,}; "
@@ -226,10 +376,41 @@ def _check_size(image: Image.Image, limits: ImageLimits, label: str) -> None:
         raise ImageError(f"{label}: {width} x {height} pixels; at least {limits.min_side} per side are needed")
 
 
-def _upright_shape(image: Image.Image) -> tuple[int, int]:
-    """Height and width after EXIF rotation, from the header."""
-    width, height = image.size
-    return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS else (height, width)
+def _orientation(image: Image.Image) -> int:
+    with suppress(Exception):  # EXIF that cannot be read turns nothing
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # first: a TIFF turns itself here, and only then says that it lies right
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _grey_upright(image: Image.Image) -> NDArray[Any]:
+    """Grey values of more than 8 bits, upright, white being the largest."""
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns only 8 bits and fewer
+    values = np.asarray(_upright(image))
+    return _negative(values) if white_is_zero else values
+
+
+def _negative(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype.kind != "f":
+        return np.asarray((255 if values.dtype.itemsize == 1 else 65535) - values.astype(np.int64))
+    return np.asarray(255 / _float_scale(values) - values)
+
+
+def _changes_values(image: Image.Image) -> bool:
+    """Whether the file's compression gives back other values than were put in."""
+    if image.format == "WEBP":
+        stream: Any = image.fp  # type: ignore[attr-defined]
+        return b"VP8L" not in stream.getvalue()[:4096]
+    return image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or image.info.get("compression") in ("jpeg", "webp")
 
 
 def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -238,24 +419,31 @@ def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _window(np.asarray(image), image.mode)
+    if _is_deep(image):
+        return _values_to_rgb(_grey_upright(image))
+    image = _upright(image)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         rgba = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB"))
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def _window(values: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits to RGB: integers by the 16-bit range, floats in [0, 1] or [0, 255]."""
-    grey = values.astype(np.float64)
-    if mode == "F":
-        grey = grey * 255.0 if np.nanmax(grey, initial=0.0) <= 1.0 else grey
-    else:
-        grey = grey / 257.0  # never by the image's own range: images of one camera must stay comparable
-    eight = np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8)
-    return np.repeat(eight[..., None], 3, axis=2)
+def _values_to_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Values of any type, H x W or H x W x 1 to 4 channels, to RGB; alpha over black."""
+    channels = values[..., None] if values.ndim == 2 else values
+    colour = channels[..., :-1] if channels.shape[2] in (2, 4) else channels
+    eight = eight_bit(colour)
+    if colour is not channels:
+        opaque = eight_bit(channels[..., -1:]) / np.float64(255)
+        eight = (eight * opaque).round().astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(eight, (*eight.shape[:2], 3)))
 
 
-def _accepted() -> str:
-    return ", ".join(sorted(s.lstrip(".") for s in SUFFIXES))
+def _float_scale(values: NDArray[Any]) -> float:
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size:
+        return 1.0
+    rare = min(1 + finite.size // 10_000, finite.size - 1)  # overshoot and hot pixels, which say nothing of the range
+    high = float(np.partition(finite, -rare - 1)[-rare - 1])
+    # Twice the end of a range is more than any overshoot, and as good as black in the next one.
+    return 255.0 if high <= 2 else 1.0 if high <= 510 else 1 / 257

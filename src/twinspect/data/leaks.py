@@ -1,4 +1,4 @@
-"""Byte-equal images on both sides of a split: known sets hold some, and they flatter every number."""
+"""Byte-equal images: on both sides of a split they flatter every number, among training images they count double."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
+from twinspect.data.carving import sort_key
 from twinspect.data.samples import read_sample_rgb
-from twinspect.types import TEST, Sample
+from twinspect.errors import DataError
+from twinspect.types import TEST, TRAIN, Sample
+
+_FEW = 200  # images that are decoded to find copies: some seconds at most
+_PEEK = 1 << 12  # bytes from the middle of a file that tell most files of equal size apart
 
 
 def find_leaks(samples: Iterable[Sample]) -> list[tuple[Sample, Sample]]:
     """Pairs ``(training or calibration sample, test sample)`` with the same bytes.
 
-    Only files of equal size are read. Records of container files are compared by their pixels.
+    Only files of equal size are read. Records of container files are compared by their pixels. What cannot be read is
+    equal to nothing.
     """
-    by_kind: dict[bool, list[Sample]] = {False: [], True: []}
-    for sample in samples:
-        by_kind[sample.record is not None].append(sample)
-    suspects = [group for group in _shared(by_kind[False], _size)]
-    pairs = [pair for group in suspects for twins in _shared(group, _file_hash) for pair in _pairs(twins)]
-    return pairs + [pair for twins in _shared(by_kind[True], _pixel_hash) for pair in _pairs(twins)]
+    groups = _equal(samples, lambda group: len({sample.split == TEST for sample in group}) == 2)
+    return [pair for twins in groups for pair in _pairs(twins)]
 
 
 def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
@@ -29,12 +31,66 @@ def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample not in leaked]
 
 
-def _shared(samples: Iterable[Sample], key: Callable[[Sample], Hashable]) -> list[list[Sample]]:
-    """Groups of equal key that lie on both sides."""
+def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[list[Sample], list[str]]:
+    """Good images without copies of each other and of defects, in their order, and sentences about what was left out.
+
+    Copies are byte-equal. Of few images, which copies harm most, also equal pixels make one: the same picture saved
+    anew. The first copy stays, a training image before one of calibration: what is held out must not be known.
+    """
+    copies: dict[Sample, Sample] = {}
+    both: dict[Sample, Sample] = {}
+
+    def leave_out(groups: Iterable[list[Sample]]) -> None:
+        for twins in groups:
+            first, *others = sorted(twins, key=lambda one: (one.label != 1, one.split != TRAIN, sort_key(one)))
+            (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
+
+    leave_out(_equal([*good, *defects], _several))
+    kept = [sample for sample in good if sample not in copies and sample not in both]
+    if len(kept) <= _FEW:
+        leave_out(_split((sample for sample in kept if sample.record is None), _pixel_hash, _several))
+    notes = [
+        f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
+        for found, what, done in (
+            (copies, "are copies of others", "each picture is counted once"),
+            (both, "are copies of images that are called defects", "they are left out"),
+        )
+        if found
+    ]
+    return [sample for sample in kept if sample not in copies], notes
+
+
+def _several(group: list[Sample]) -> bool:
+    return len(group) > 1
+
+
+def _named(found: dict[Sample, Sample]) -> str:
+    copy, first = next(iter(found.items()))
+    return f"{copy.image} = {first.image}"
+
+
+def _equal(samples: Iterable[Sample], wanted: Callable[[list[Sample]], bool]) -> list[list[Sample]]:
+    """Groups of samples with the same content, as far as they are wanted."""
+    files: list[Sample] = []
+    records: list[Sample] = []
+    for sample in samples:
+        (files if sample.record is None else records).append(sample)
+    groups = [files]
+    for key in (_size, _peek, _file_hash):
+        groups = [part for group in groups for part in _split(group, key, wanted)]
+    return groups + _split(records, _pixel_hash, wanted)
+
+
+def _split(
+    samples: Iterable[Sample], key: Callable[[Sample], Hashable], wanted: Callable[[list[Sample]], bool]
+) -> list[list[Sample]]:
     groups: dict[Hashable, list[Sample]] = defaultdict(list)
     for sample in samples:
-        groups[key(sample)].append(sample)
-    return [group for group in groups.values() if len({sample.split == TEST for sample in group}) == 2]
+        try:
+            groups[key(sample)].append(sample)
+        except (OSError, DataError):
+            continue  # whoever reads the image says what is wrong with it
+    return [group for group in groups.values() if wanted(group)]
 
 
 def _pairs(twins: list[Sample]) -> list[tuple[Sample, Sample]]:
@@ -43,7 +99,16 @@ def _pairs(twins: list[Sample]) -> list[tuple[Sample, Sample]]:
 
 
 def _size(sample: Sample) -> int:
-    return sample.image.stat().st_size
+    size = sample.image.stat().st_size
+    if size == 0:
+        raise DataError(f"{sample.image}: empty")
+    return size
+
+
+def _peek(sample: Sample) -> bytes:
+    with sample.image.open("rb") as stream:
+        stream.seek(sample.image.stat().st_size // 2)
+        return stream.read(_PEEK)
 
 
 def _file_hash(sample: Sample) -> str:
@@ -52,4 +117,5 @@ def _file_hash(sample: Sample) -> str:
 
 
 def _pixel_hash(sample: Sample) -> str:
-    return hashlib.sha256(read_sample_rgb(sample).tobytes()).hexdigest()
+    rgb = read_sample_rgb(sample)
+    return hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()

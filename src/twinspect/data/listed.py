@@ -9,44 +9,41 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.class_names import VISA
+from twinspect.data.folders import MVTEC_AD, find_classes, mvtec_ad, shape_of
 from twinspect.data.images import is_image
-from twinspect.data.industrial import class_folders, is_mvtec_class, mvtec_class
+from twinspect.data.names import meaning
 from twinspect.data.scan import (
     ScanLog,
     existing_folder,
     existing_root,
+    files_in,
     images_in,
     inside,
     listing,
+    relative_to_root,
     subfolders,
 )
 from twinspect.data.tables import (
     as_list,
     as_object,
+    label_of,
     listed_file,
     read_csv,
     read_json,
     read_json_lines,
+    split_of,
     text_of,
 )
 from twinspect.errors import DataError
-from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+from twinspect.types import TEST, TRAIN, Sample
 
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
-SPLIT_WORDS = {
-    TRAIN: TRAIN,
-    "training": TRAIN,
-    CALIBRATION: CALIBRATION,
-    "validation": CALIBRATION,
-    "val": CALIBRATION,
-    TEST: TEST,
-    "testing": TEST,
-}
 
 
 # ----------------------------------------------------------------------------------------------- VisA
@@ -73,19 +70,19 @@ def visa(root: Path, log: ScanLog | None = None) -> list[Sample]:
 
 def looks_like_visa(root: Path) -> bool:
     """Whether a folder is VisA: by its split files, or by class names of a converted tree."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return False
-    if (root / "split_csv").is_dir() or (root / "visa_pytorch").is_dir():
+    if os.path.isdir(root / "split_csv") or os.path.isdir(root / "visa_pytorch"):
         return True
-    folders = _visa_class_folders(root)
-    return bool(folders) and {folder.name for folder in folders} <= set(VISA)
+    classes = find_classes(_visa_place(root), ScanLog())
+    return bool(classes) and all(one.name in VISA and shape_of(one) == MVTEC_AD for one in classes)
 
 
 def _visa_table(root: Path) -> Path | None:
     folder = root / "split_csv"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
-    if (folder / "1cls.csv").is_file():
+    if os.path.isfile(folder / "1cls.csv"):
         return folder / "1cls.csv"
     raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
 
@@ -104,18 +101,18 @@ def _visa_sample(root: Path, row: dict[str, str], where: str, log: ScanLog) -> S
 
 
 def _converted_visa(root: Path, log: ScanLog) -> list[Sample]:
-    folders = _visa_class_folders(root)
-    if not folders:
+    try:
+        return mvtec_ad(_visa_place(root), log)
+    except DataError:
         raise DataError(
             f"{root}: neither split_csv/1cls.csv (raw VisA) nor 1cls/<class>/train/good (converted); "
             f"found: {listing(root)}"
-        )
-    return [sample for folder in folders for sample in mvtec_class(folder, log)]
+        ) from None
 
 
-def _visa_class_folders(root: Path) -> list[Path]:
-    places = (root / "visa_pytorch" / "1cls", root / "visa_pytorch", root / "1cls", root)
-    return next((found for p in places if (found := class_folders(p, is_mvtec_class))), [])
+def _visa_place(root: Path) -> Path:
+    places = (root / "visa_pytorch" / "1cls", root / "visa_pytorch", root / "1cls")
+    return next((place for place in places if os.path.isdir(place)), root)
 
 
 # ------------------------------------------------------------------------------------------- Real-IAD
@@ -133,7 +130,7 @@ def real_iad(root: Path, log: ScanLog | None = None) -> list[Sample]:
     images = _real_iad_images(root, jsons, log)
     samples: list[Sample] = []
     for path in sorted(jsons.glob("*.json")):
-        if (images / path.stem).is_dir():
+        if os.path.isdir(images / path.stem):
             samples += _real_iad_class(images / path.stem, path, log)
         else:
             log.skip(path, "list of a class without image folder")
@@ -159,11 +156,13 @@ def _real_iad_jsons(root: Path, log: ScanLog) -> Path:
 
 
 def _real_iad_images(root: Path, jsons: Path, log: ScanLog) -> Path:
-    found = [root / name for name in REAL_IAD_FOLDERS if (root / name).is_dir()]
+    found = [root / name for name in REAL_IAD_FOLDERS if os.path.isdir(root / name)]
     if not found:
         return root
     if len(found) > 1:
         log.note(f"images are here as {', '.join(f.name for f in found)}: {found[0].name} is read")
+    for other in found[1:]:
+        log.skip(other, f"the same images in another size; {found[0].name} is read")
     return found[0]
 
 
@@ -208,23 +207,23 @@ def meta_json(root: Path, log: ScanLog | None = None, images: Path | None = None
     ``images``.
     """
     log = log or ScanLog()
-    path = _file_in(root, "meta.json")
+    path = _meta_file(root)
     base = existing_folder(images) if images is not None else path.parent
     content = as_object(read_json(path), str(path))
     samples: list[Sample] = []
     for word, classes in content.items():
-        if word.lower() not in SPLIT_WORDS:
+        if not meaning(word).split:
             log.skip(path, f"part {word!r} is neither train, calibration nor test")
             continue
         for where, entry in _meta_entries(path, word, classes):
-            sample = _meta_sample(base, entry, SPLIT_WORDS[word.lower()], where, log)
+            sample = _meta_sample(base, entry, meaning(word).split, where, log)
             samples += [sample] if sample is not None else []
     return samples
 
 
 def looks_like_meta_json(root: Path) -> bool:
     """Whether it is such a file, or a folder that holds one."""
-    return (root.name == "meta.json" and root.is_file()) or (root / "meta.json").is_file()
+    return any(path.name.lower() == "meta.json" for path in ([root] if os.path.isfile(root) else files_in(root)))
 
 
 def write_meta_json(samples: Iterable[Sample], path: Path, root: Path) -> None:
@@ -241,12 +240,12 @@ def write_meta_json(samples: Iterable[Sample], path: Path, root: Path) -> None:
     os.replace(partial, path)
 
 
-def _file_in(root: Path, name: str) -> Path:
+def _meta_file(root: Path) -> Path:
     path = existing_root(root)
-    path = path / name if path.is_dir() else path
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; found: {listing(path.parent)}")
-    return path
+    found = [one for one in files_in(path) if one.name.lower() == "meta.json"] if os.path.isdir(path) else [path]
+    if not found:
+        raise DataError(f"{path / 'meta.json'}: no such file; found: {listing(path)}")
+    return found[0]
 
 
 def _meta_entries(path: Path, word: str, classes: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -270,7 +269,7 @@ def _meta_masks(base: Path, text: Any, where: str, log: ScanLog) -> tuple[Path, 
     if not isinstance(text, str) or not text.strip():
         return ()
     path = inside(base, text, where)
-    if path.is_dir():
+    if os.path.isdir(path):
         return tuple(images_in(path, log))
     mask = listed_file(base, text, where, log)
     return (mask,) if mask is not None else ()
@@ -307,7 +306,7 @@ def uniad_json(root: Path, log: ScanLog | None = None, images: Path | None = Non
 
     ``root`` is a folder with ``train.json`` and ``test.json`` (also ``.jsonl``), or one such file. Paths
     are relative to ``images``, else to that folder, else to a folder inside it where the first file is
-    found.
+    found. Training images without a label are normal.
     """
     log = log or ScanLog()
     files = _uniad_files(existing_root(root))
@@ -323,19 +322,26 @@ def uniad_json(root: Path, log: ScanLog | None = None, images: Path | None = Non
 
 
 def looks_like_uniad(root: Path) -> bool:
-    """Whether it is a file of such lines, or a folder with one."""
+    """Whether it is a file of such lines, or a folder with one: also where a line of it cannot be read."""
+    return any(_names_files(path) for path, _ in _uniad_files(root))
+
+
+def _names_files(path: Path) -> bool:
     try:
-        return any("filename" in next(read_json_lines(path))[1] for path, _ in _uniad_files(root))
-    except (DataError, StopIteration):
+        first = next(read_json_lines(path), None)
+    except DataError:
+        with suppress(OSError):
+            return b'"filename"' in path.read_bytes()
         return False
+    return first is not None and "filename" in first[1]
 
 
 def _uniad_files(root: Path) -> list[tuple[Path, str]]:
-    if root.is_file():
-        split = next((s for s in (TRAIN, TEST) if root.stem.lower().startswith(s)), TEST)
-        return [(root, split)] if root.suffix.lower() in (".json", ".jsonl") else []
-    names = [(f"{split}{suffix}", split) for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
-    return [(root / name, split) for name, split in names if (root / name).is_file()]
+    if os.path.isfile(root):
+        return [(root, meaning(root.stem).split or TEST)] if root.suffix.lower() in (".json", ".jsonl") else []
+    names = {f"{split}{suffix}": split for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")}
+    found = [(path, names[path.name.lower()]) for path in files_in(root) if path.name.lower() in names]
+    return sorted(found, key=lambda one: list(names).index(one[0].name.lower()))
 
 
 def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path:
@@ -343,13 +349,14 @@ def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path
         return folder
     where, first = entries[0]
     name = text_of(first, "filename", where)
-    return next((base for base in (folder, *subfolders(folder)) if inside(base, name, where).is_file()), folder)
+    places = (folder, *subfolders(folder))
+    return next((base for base in places if os.path.isfile(inside(base, name, where))), folder)
 
 
 def _uniad_sample(base: Path, entry: dict[str, Any], split: str, where: str, log: ScanLog) -> Sample | None:
     name = text_of(entry, "filename", where)
     image = listed_file(base, name, where, log)
-    label = label_of(entry.get("label"), where)
+    label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
     text = entry.get("maskname")
     mask = listed_file(base, text, where, log) if label == 1 and isinstance(text, str) and text else None
     if image is None:
@@ -357,34 +364,3 @@ def _uniad_sample(base: Path, entry: dict[str, Any], split: str, where: str, log
     class_name = str(entry.get("clsname") or image.relative_to(base).parts[0])
     kind = "" if label != 1 else image.parent.name  # label_name only says defective
     return Sample(image, split, class_name, label, kind, (mask,) if mask is not None else ())
-
-
-# --------------------------------------------------------------------------------------------- shared
-
-
-def split_of(word: str, where: str) -> str:
-    """Our name of a split from the word a list uses."""
-    try:
-        return SPLIT_WORDS[word.strip().lower()]
-    except KeyError:
-        raise DataError(f"{where}: split is {word!r}; accepted: {', '.join(SPLIT_WORDS)}") from None
-
-
-def label_of(value: Any, where: str) -> int | None:
-    """0, 1 or None from a cell: a number, its text, or empty."""
-    if value is None or value == "" or value != value:
-        return None
-    if value in (0, 1):
-        return int(value)
-    text = str(value).strip().lower()
-    if text in ("0", "1", "0.0", "1.0", "true", "false"):
-        return int(text in ("1", "1.0", "true"))
-    raise DataError(f"{where}: label is {value!r}; accepted: 0 (normal), 1 (anomaly), empty (unknown)")
-
-
-def relative_to_root(path: Path, root: Path) -> str:
-    """Path below ``root`` with forward slashes, for a list."""
-    absolute, base = Path(os.path.abspath(path)), Path(os.path.abspath(root))
-    if not absolute.is_relative_to(base):
-        raise DataError(f"{path}: not below {root}; lists hold paths relative to one folder")
-    return absolute.relative_to(base).as_posix()

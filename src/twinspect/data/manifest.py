@@ -1,9 +1,9 @@
-"""Our own list of images, Parquet or CSV: one row per image, and every layout can be written as one.
+"""Tables that list images, one row each: our own manifest, which every layout can be written as, and other people's.
 
 Columns: ``image`` (required), ``split``, ``class_name``, ``label`` (0, 1 or empty), ``defect_type``,
     ``mask`` (a list, or ``;`` between paths), ``group``, ``record`` (position inside a container file), and
     on request ``width``, ``height``, ``sha256``. Paths are relative to the manifest's folder, or to the
-    folder given when reading.
+    folder given when reading. Headers and labels are read as people write them (``_ALIASES``, `names.meaning`).
 """
 
 from __future__ import annotations
@@ -11,155 +11,393 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinspect.data.listed import label_of, relative_to_root, split_of
-from twinspect.data.samples import read_sample_rgb
-from twinspect.data.scan import ScanLog, existing_folder, existing_root, folder_name, inside, listing
-from twinspect.data.tables import read_csv
+from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns
+from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
+from twinspect.data.samples import marks_a_defect, read_sample_rgb
+from twinspect.data.scan import (
+    ScanLog,
+    existing_folder,
+    existing_root,
+    files_in,
+    folder_name,
+    inside,
+    listing,
+    once,
+    relative_to_root,
+    subfolders,
+)
+from twinspect.data.tables import csv_header, is_empty, label_of, read_csv, read_json_lines, split_of
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
 DETAILS = ("width", "height", "sha256")
 NAMES = ("manifest.parquet", "manifest.csv")
-# Names that other tools' tables use for the same things.
-ALIASES = {
-    "image_path": "image",
-    "path": "image",
-    "filename": "image",
-    "mask_path": "mask",
-    "label_index": "label",
-    "class": "class_name",
+SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")
+# Headers that other tools' tables have for the same things, as `names.key` spells them, the best first.
+_ALIASES = {
+    "image": "image imagepath imgpath filepath path img imagefile imagefilename imagename filename file picture "
+    "photo bild datei dateiname pfad",
+    "split": "split subset set partition",
+    "class_name": "classname clsname class cls object objectname product category",
+    "label": "label labels labelindex target isanomaly anomaly anomalous",
+    "defect_type": "defecttype defect anomalytype anomalyclass speciename defectclass",
+    "mask": "mask maskpath maskfile maskname masks gt groundtruth",
+    "group": "group session",
+    "record": "record",
 }
+_PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
 SHOWN_PROBLEMS = 5
 ROOT_KEY = b"twinspect.root"
+Row = dict[str, Any]
 
 
 def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
-    """Samples listed in a manifest file, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
+    """Samples listed in a table, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
 
-    ``images`` is the folder that the paths are relative to; without it, the manifest's own. Any row that
-    cannot be used (no such file, outside that folder, unknown split) refuses the whole manifest, with the
+    ``images`` is the folder that the paths are relative to; without it, the table's own. Any row that
+    cannot be used (no such file, outside that folder, unknown split) refuses the whole table, with the
     row's number: a list that is half true is not a data set. Row 1 is the first below the header.
     """
-    path = manifest_file(root)
-    base = existing_folder(images) if images is not None else path.parent
-    rows, recorded = _rows(path)
-    samples: list[Sample] = []
-    problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            samples.append(_sample(row, base, f"row {number}"))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(_refusal(path, problems, len(rows), base, recorded))
-    return samples
+    path = existing_root(root)
+    if os.path.isdir(path):
+        named = _named(path)
+        if not named:
+            raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
+        path = named[0]
+    return read_list(path, log or ScanLog(), existing_folder(images) if images is not None else None)
 
 
 def looks_like_manifest(root: Path) -> bool:
     """Whether it is a table with an image column, or a folder that holds a manifest."""
-    if root.is_dir():
-        return any((root / name).is_file() for name in NAMES)
-    return root.suffix.lower() in (".csv", ".parquet") and root.is_file()
+    if os.path.isdir(root):
+        return bool(_named(root))
+    suffix = root.suffix.lower()
+    return os.path.isfile(root) and (
+        suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(root))))
+    )
 
 
-def manifest_file(root: Path) -> Path:
-    """The manifest meant by a path: itself, or the one in that folder."""
-    path = existing_root(root)
-    if path.is_dir():
-        found = next((path / name for name in NAMES if (path / name).is_file()), None)
-        if found is None:
-            raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
-        return found
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise DataError(f"{path}: a manifest ends in .parquet or .csv")
-    return path
+def path_column(names: Iterable[str]) -> str:
+    """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
+    return _columns(names).get("image", "")
 
 
-def write_manifest(samples: Iterable[Sample], path: Path, root: Path, details: bool = False) -> int:
+@once
+def label_tables(folder: Path) -> list[Path]:
+    """Tables directly in a folder that say whether images are good, or which split, class or mask they have.
+
+    Raises:
+        DataError: a file whose name says that it lists labels, and that cannot be read.
+    """
+    return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES and _lists_labels(path)]
+
+
+def read_list(
+    path: Path,
+    log: ScanLog,
+    base: Path | None = None,
+    class_name: str = "",
+    within: Path | None = None,
+    split_at: Callable[[Path], str] = lambda _: "",
+) -> list[Sample]:
+    """Samples of one table.
+
+    Args:
+        path: of the table.
+        log: where notes go.
+        base: folder that the paths are relative to; None: the table's own, or one in it where the first image is.
+        class_name: of rows that name none; empty: the folder's name.
+        within: data set that the table is a part of; paths may then be relative to any folder above the table.
+        split_at: split of an image whose row names none, where it is known.
+
+    Raises:
+        DataError: the table cannot be read, or a row of it cannot be used.
+    """
+    rows, recorded = _rows(path)
+    names = _columns(rows[0])
+    if "image" not in names:
+        raise DataError(
+            f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
+        )
+    base = base or _base(path.parent, rows[0], names["image"], within)
+    reader = _Reader(rows, names, base, class_name or folder_name(base), split_at)
+    samples: list[Sample] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            samples.append(reader.sample(row, f"row {number}"))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(_refusal(path, problems, len(rows), base, recorded))
+    for note in reader.notes():
+        log.note(f"{path.name}: {note}")
+    return samples
+
+
+def write_manifest(
+    samples: Iterable[Sample], path: Path, root: Path, details: bool = False, log: ScanLog | None = None
+) -> int:
     """Write samples to ``.parquet`` or ``.csv`` with paths relative to ``root``; how many rows were written.
 
     With ``details`` each image is read for ``width``, ``height`` and ``sha256`` (of the file, or of the
-    pixels of a record). If the manifest does not lie in ``root``, name that folder when reading it.
+    pixels of a record); they stay empty for an image that cannot be read, which goes to the log. If the manifest does
+    not lie in ``root``, name that folder when reading it.
+
+    Raises:
+        DataError: a name that the table cannot hold, or an ending that is none of the two.
     """
-    rows = [_row(sample, root, details) for sample in samples]
+    if path.suffix.lower() not in (".parquet", ".csv"):
+        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
+    rows = [_row(sample, root, details, log or ScanLog()) for sample in samples]
+    _refuse_other_names(rows)
     names = (*COLUMNS, *DETAILS) if details else COLUMNS
     partial = path.with_name(path.name + ".part")
     if path.suffix.lower() == ".parquet":
         _write_parquet(rows, names, partial, root)
-    elif path.suffix.lower() == ".csv":
-        _write_csv(rows, names, partial)
     else:
-        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
+        _write_csv(rows, names, partial)
     os.replace(partial, path)
     return len(rows)
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]]
-    rows, recorded = (read_csv(path), "") if path.suffix.lower() == ".csv" else _parquet_rows(path)
-    rows = [{ALIASES.get(key, key): value for key, value in row.items()} for row in rows]
+# --------------------------------------------------------------------------------------------- tables
+
+
+def _named(folder: Path) -> list[Path]:
+    return [path for name in NAMES for path in files_in(folder) if path.name.lower() == name][:1]
+
+
+def _lists_labels(path: Path) -> bool:
+    try:
+        header = _header(path)
+        names = _columns(header)
+        if "image" not in names or set(header) >= _PREDICTED:
+            return False
+        if set(names) - {"image", "record", "group"}:
+            return True
+        rows, _ = _rows(path)
+    except DataError:
+        if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
+            raise
+        return False
+    return bool(_judging_column(rows, names))
+
+
+def _header(path: Path) -> list[str]:
+    """Columns of a table; none where it is a list of another kind. Images that are in a Parquet file are no list."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+    if suffix == ".jsonl":
+        first = next(read_json_lines(path), None)
+        return list(first[1]) if first is not None and "filename" not in first[1] else []  # that would be UniAD's
+    header = csv_header(path)
+    return header if suffix != ".txt" or len(header) > 1 else []
+
+
+def _columns(header: Iterable[str]) -> dict[str, str]:
+    """Our name of a column -> the table's, for those that are there."""
+    by_key = {key(name): name for name in reversed(list(header))}
+    found = {
+        ours: next((by_key[alias] for alias in aliases.split() if alias in by_key), "")
+        for ours, aliases in _ALIASES.items()
+    }
+    return {ours: name for ours, name in found.items() if name}
+
+
+def _rows(path: Path) -> tuple[list[Row], str]:
+    """Rows, and the folder that the table was written for, where it says so."""
+    suffix, recorded = path.suffix.lower(), ""
+    rows: list[Row]
+    if suffix == ".parquet":
+        rows, recorded = _parquet_rows(path)
+    elif suffix == ".jsonl":
+        rows = [row for _, row in read_json_lines(path)]
+    elif suffix in SUFFIXES:
+        rows = [dict(row) for row in read_csv(path)]
+    else:
+        raise DataError(f"{path}: a manifest ends in .parquet or .csv (accepted too: {', '.join(SUFFIXES[2:])})")
     if not rows:
         raise DataError(f"{path}: holds no row")
-    if "image" not in rows[0]:
-        raise DataError(
-            f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
-        )
     return rows, recorded
 
 
-def _parquet_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
+def _parquet_rows(path: Path) -> tuple[list[Row], str]:
+    """Rows of a Parquet file; images that it holds itself become records of it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kinds = parquet_columns(path)
     try:
-        names = [n for n in pq.read_schema(path).names if ALIASES.get(n, n) in COLUMNS]
-        table = pq.read_table(path, columns=names)
+        table = pq.read_table(path, columns=[name for name, kind in kinds.items() if "binary" not in kind])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
     recorded = (table.schema.metadata or {}).get(ROOT_KEY, b"").decode("utf-8", "replace")
-    return table.to_pylist(), recorded
+    rows: list[Row] = table.to_pylist()
+    if "image" not in _columns(kinds) or any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
+        rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
+    return rows, recorded
 
 
-def _sample(row: dict[str, Any], base: Path, where: str) -> Sample:
-    image = _existing(base, row["image"], where)
-    split = split_of(str(row.get("split") or TRAIN), where)
-    unlabelled = 0 if split != TEST else None  # training and calibration images are normal unless said otherwise
-    label = label_of(row["label"], where) if "label" in row else unlabelled
-    return Sample(
-        image=image,
-        split=split,
-        class_name=str(row.get("class_name") or folder_name(base)),
-        label=label,
-        defect_type=str(row.get("defect_type") or ""),
-        masks=tuple(_existing(base, text, where) for text in _mask_texts(row.get("mask"))),
-        group=str(row.get("group") or ""),
-        record=_record(row.get("record"), where),
-    )
+def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
+    """The folder that paths are relative to: the table's, one in it, or one above it, where the first image is."""
+    text = str(first.get(column) or "").partition("#")[0]
+    if _PREDICTED <= set(first) and os.path.isfile(text):
+        return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
+    above = [place for place in folder.parents if within is not None and place.is_relative_to(within.parent)]
+    for place in (folder, *subfolders(folder), *above):
+        try:
+            found = inside(place, text, "")
+        except DataError:
+            break
+        if os.path.isfile(found) and (place not in above or within is None or found.is_relative_to(within)):
+            return place
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------- rows
+
+
+class _Reader:
+    """Rows of one table as samples. Where it says which images are good is found once, for all rows."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        names: dict[str, str],
+        base: Path,
+        class_name: str,
+        split_at: Callable[[Path], str],
+    ) -> None:
+        self._rows, self._base, self._class_name, self._split_at = rows, base, class_name, split_at
+        self._predicted = _PREDICTED <= set(rows[0])
+        if self._predicted:  # what a model has said is no label, and its masks are no ground truth
+            names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
+        self._names = names
+        self._judge = names.get("label", "") or ("" if self._predicted else _judging_column(rows, names))
+        if self._judge and self._judge == names.get("class_name"):
+            del names["class_name"]
+        texts = [str(row.get(self._judge)) for row in rows if not is_empty(row.get(self._judge))]
+        self._labelled = bool(texts)
+        # Where one label says good, any other word names a kind of defect.
+        self._kinds = self._judge == names.get("defect_type") or any(meaning(text).role == GOOD for text in texts)
+
+    def sample(self, row: Row, where: str) -> Sample:
+        """One row.
+
+        Raises:
+            DataError: it cannot be used; the words begin with ``where``.
+        """
+        text = self._text(row, "image")
+        record = row.get(self._names.get("record", ""))
+        if self._predicted:
+            text, _, record = text.partition("#")
+        image = self._existing(text, where)
+        masks = tuple(self._existing(one, where) for one in _mask_texts(row.get(self._names.get("mask", ""))))
+        word = self._text(row, "split")
+        split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
+        label, kind = self._label(row, where, split, image, masks)
+        if not split:
+            split = TEST if label == 1 or (label is None and self._labelled) else TRAIN
+        return Sample(
+            image=image,
+            split=split,
+            class_name=self._text(row, "class_name") or self._class_name,
+            label=label,
+            defect_type=self._text(row, "defect_type") or kind,
+            masks=masks,
+            group=self._text(row, "group"),
+            record=_record(record, where),
+        )
+
+    def notes(self) -> Iterable[str]:
+        """What was made of the table."""
+        if self._predicted:
+            yield "a table of predictions; what a model has answered is no label"
+            return
+        if self._judge and self._judge != self._names.get("label"):
+            yield f"column {self._judge!r} says which images are good"
+        used = {*self._names.values(), self._judge, *DETAILS}
+        other = [name for name in self._rows[0] if name and name not in used]
+        if other:
+            yield f"columns not used: {', '.join(other)}"
+
+    def _label(self, row: Row, where: str, split: str, image: Path, masks: Sequence[Path]) -> tuple[int | None, str]:
+        """Label, and the kind of defect if the label names one."""
+        if self._judge:
+            cell = row.get(self._judge)
+            if is_empty(cell):
+                return (0 if self._judge == self._names.get("defect_type") else None), ""
+            try:
+                label = label_of(cell, where)
+            except DataError:
+                if not self._kinds:
+                    raise
+                return 1, str(cell).strip()
+            word = meaning(str(cell)).role
+            yes = meaning(self._judge).role == GOOD and not word  # a column called is_good
+            return (1 - label if yes and label is not None else label), (str(cell).strip() if word == BAD else "")
+        if masks:
+            return int(marks_a_defect(masks) is not False), ""
+        folders = image.parent.relative_to(self._base).parts if image.is_relative_to(self._base) else ()
+        role = role_of(folders) or meaning_of_file(image.name).role
+        if role == MASK:
+            raise DataError(f"{where}: {image} is a mask by its name, and is listed as an image")
+        if role:
+            return {GOOD: 0, BAD: 1}.get(role), ""
+        return (0 if split != TEST else None), ""
+
+    def _text(self, row: Row, ours: str) -> str:
+        cell = row.get(self._names.get(ours, ""))
+        if cell is None or cell != cell:
+            return ""
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)  # whole numbers become floats where cells of their column are empty
+        text = cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)
+        return "" if ours in ("split", "defect_type") and is_empty(text) else text.strip()
+
+    def _existing(self, text: str, where: str) -> Path:
+        path = inside(self._base, text, where)
+        if not os.path.isfile(path):
+            raise DataError(f"{where}: no such file: {text}")
+        return path
+
+
+def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """Without a column called label: one whose name or whose every cell says good or bad, or kinds of defects."""
+    known = {name for ours, name in names.items() if ours != "class_name"}
+    free = [name for name in rows[0] if name and name not in known]
+    for name in free:
+        said = meaning(name)
+        if said.role in (GOOD, BAD) and (said.plain or said.rest in ("", "is")):
+            return name
+    for name in free:
+        roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
+        if roles & {GOOD, BAD} and roles <= {GOOD, BAD, UNSORTED}:
+            return name
+    return names.get("defect_type", "")
 
 
 def _record(cell: Any, where: str) -> int | None:
-    if cell is None or cell == "":
+    if is_empty(cell):
         return None
-    if not str(cell).isdecimal():
+    text = str(cell).strip().removesuffix(".0")
+    if not text.isdecimal():
         raise DataError(f"{where}: record is {cell!r}; a whole number from 0, or empty")
-    return int(cell)
-
-
-def _existing(base: Path, text: Any, where: str) -> Path:
-    path = inside(base, str(text or ""), where)
-    if not path.is_file():
-        raise DataError(f"{where}: no such file: {text}")
-    return path
+    return int(text)
 
 
 def _mask_texts(cell: Any) -> list[str]:
-    parts = cell.split(";") if isinstance(cell, str) else list(cell or [])
-    return [str(part).strip() for part in parts if str(part).strip()]
+    if isinstance(cell, str):
+        cell = cell.split(";")
+    parts = cell if isinstance(cell, (list, tuple)) else [] if is_empty(cell) else [cell]
+    return [str(part).strip() for part in parts if not is_empty(part)]
 
 
 def _refusal(path: Path, problems: Sequence[str], count: int, base: Path, recorded: str) -> str:
@@ -168,12 +406,15 @@ def _refusal(path: Path, problems: Sequence[str], count: int, base: Path, record
     shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
     return (
         f"{path}: {len(problems):,} of {count:,} rows cannot be used. Paths are taken relative to {base}; if "
-        f"the images are elsewhere, name their folder (images=...).{hint}\n  {shown}{more}"
+        f"the images are elsewhere, name their folder (--images DIR).{hint}\n  {shown}{more}"
     )
 
 
-def _row(sample: Sample, root: Path, details: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {
+# -------------------------------------------------------------------------------------------- writing
+
+
+def _row(sample: Sample, root: Path, details: bool, log: ScanLog) -> Row:
+    row: Row = {
         "image": relative_to_root(sample.image, root),
         "split": sample.split,
         "class_name": sample.class_name,
@@ -183,13 +424,33 @@ def _row(sample: Sample, root: Path, details: bool) -> dict[str, Any]:
         "group": sample.group,
         "record": sample.record,
     }
-    return row | _details(sample) if details else row
+    return row | _details(sample, log) if details else row
 
 
-def _details(sample: Sample) -> dict[str, Any]:
-    rgb = read_sample_rgb(sample)
-    content = sample.image.read_bytes() if sample.record is None else rgb.tobytes()
+def _details(sample: Sample, log: ScanLog) -> Row:
+    try:
+        rgb = read_sample_rgb(sample)
+        content = sample.image.read_bytes() if sample.record is None else rgb.tobytes()
+    except (DataError, OSError) as error:
+        log.skip(sample.image, str(error))
+        return dict.fromkeys(DETAILS)
     return {"width": rgb.shape[1], "height": rgb.shape[0], "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _refuse_other_names(rows: Sequence[Row]) -> None:
+    """Names that are no Unicode: bytes of an old system, which neither Parquet nor a CSV in UTF-8 can hold."""
+    texts = [text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])]
+    bad = list(dict.fromkeys(text for text in texts if _escaped(text) != text))
+    if bad:
+        shown = ", ".join(map(_escaped, bad[:SHOWN_PROBLEMS])) + (", ..." if len(bad) > SHOWN_PROBLEMS else "")
+        raise DataError(
+            f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {shown}. Rename them, for example "
+            "with: convmv -f latin1 -t utf8 -r --notest DIR"
+        )
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _write_parquet(rows: list[dict[str, Any]], names: Sequence[str], path: Path, root: Path) -> None:
@@ -204,7 +465,7 @@ def _write_parquet(rows: list[dict[str, Any]], names: Sequence[str], path: Path,
         "height": pa.int32(),
     }
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
-    schema = schema.with_metadata({ROOT_KEY: os.path.abspath(root).encode()})
+    schema = schema.with_metadata({ROOT_KEY: os.fsencode(os.path.abspath(root))})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 

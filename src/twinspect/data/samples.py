@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from twinspect.data.containers import read_record
-from twinspect.data.images import ImageLimits, read_mask, read_rgb
+from twinspect.data.images import ImageLimits, read_mask, read_mask_values, read_rgb
 from twinspect.errors import DataError
 from twinspect.types import Sample
 
@@ -48,6 +49,18 @@ def read_sample_rgb(sample: Sample, limits: ImageLimits = DEFAULT_LIMITS, draft_
 def has_pixel_truth(sample: Sample) -> bool:
     """Whether pixel metrics can use the sample: it is normal, or it is anomalous and has masks."""
     return sample.label == 0 or (sample.label == 1 and bool(sample.masks))
+
+
+def marks_a_defect(masks: Sequence[Path]) -> bool | None:
+    """Whether any of an image's masks marks a pixel; None where one cannot be read, and no other does."""
+    found: bool | None = False
+    for path in masks:
+        try:
+            if read_mask(path).any():
+                return True
+        except DataError:
+            found = None
+    return found
 
 
 def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -87,15 +100,16 @@ def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
 def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[np.bool_]:
     mask = read_mask(path)
     if mask.shape != shape:
+        turned = " (the image as it lies in its file, before its EXIF turns it?)" if mask.shape == shape[::-1] else ""
         raise DataError(
             f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, expected {shape[1]} x {shape[0]} as "
-            f"the image {sample.image}; resize the mask to the image's size with nearest neighbour"
+            f"the image {sample.image}{turned}; resize the mask to the image's size with nearest neighbour"
         )
     return mask
 
 
 def _saturation_config(path: Path) -> Path | None:
-    return next((p / SATURATION_FILE for p in path.parents[:4] if (p / SATURATION_FILE).is_file()), None)
+    return next((p / SATURATION_FILE for p in path.parents[:4] if os.path.isfile(p / SATURATION_FILE)), None)
 
 
 def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
@@ -103,8 +117,7 @@ def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
     config = _saturation_config(path)
     if config is None:
         return area
-    with Image.open(path) as image:
-        values = np.unique(np.asarray(image)[mask])
+    values = np.unique(read_mask_values(path)[0][mask])
     table = _saturation_table(config)
     if len(values) != 1 or int(values[0]) not in table:
         raise DataError(

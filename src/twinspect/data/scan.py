@@ -8,19 +8,56 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
 
-from twinspect.data.images import is_image
+from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
 
-GOOD_NAMES = frozenset({"good", "normal", "ok"})
 NOT_IMAGE = "not an image file"
+UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 HIDDEN = "hidden file"
+_UNLISTED = "cannot be listed"
+READ_BEFORE = "link to a folder that was already read"
 # Folders that systems make, with copies, thumbnails or what was deleted.
 _SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
+
+
+_remembered: ContextVar[dict[tuple[object, Path], Any] | None] = ContextVar("remembered", default=None)
+T = TypeVar("T")
+
+
+@contextmanager
+def listing_once() -> Iterator[None]:
+    """Inside, every folder is listed once: it is looked into many times until its layout is known."""
+    token = _remembered.set({}) if _remembered.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _remembered.reset(token)
+
+
+def once(function: Callable[[Path], T]) -> Callable[[Path], T]:
+    """A function of a folder that is asked once for each inside `listing_once`."""
+
+    @wraps(function)
+    def asked(folder: Path) -> T:
+        known = _remembered.get()
+        if known is None:
+            return function(folder)
+        if (function, folder) not in known:
+            known[function, folder] = function(folder)
+        answer: T = known[function, folder]
+        return answer
+
+    return asked
 
 
 @dataclass(slots=True)
@@ -30,14 +67,21 @@ class ScanLog:
     Attributes:
         skipped: path and reason, in the order met.
         notes: sentences about choices made for the user; each is kept once.
+        undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    undecided: list[tuple[Path, str]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
         """Remember a file or folder that is not used."""
         self.skipped.append((path, reason))
+
+    def leave(self, path: Path, reason: str) -> None:
+        """Remember a folder of images that cannot be used as it is, so that its user has to decide."""
+        self.skip(path, reason)
+        self.undecided.append((path, reason))
 
     def note(self, text: str) -> None:
         """Remember a sentence, once."""
@@ -48,9 +92,14 @@ class ScanLog:
 def existing_root(root: Path | str) -> Path:
     """The path with ``~`` expanded; an error with the nearest names if nothing is there."""
     path = Path(root).expanduser()
-    if path.exists():
+    try:
+        path.stat()
         return path
-    names = [entry.name for entry in _entries(path.parent)]
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    except OSError as error:
+        raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
+    names = [entry.name for entries in _entries(path.parent) for entry in entries]
     near = get_close_matches(path.name, names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(str(path.parent / n)) for n in near)}?" if near else ""
     raise DataError(f"{path}: no such file or folder.{hint}")
@@ -59,54 +108,63 @@ def existing_root(root: Path | str) -> Path:
 def existing_folder(root: Path | str) -> Path:
     """Like ``existing_root``, and it must be a folder that can be listed."""
     path = existing_root(root)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"{path}: is a file, and a folder is needed; name the folder that holds it")
     try:
         os.scandir(path).close()
     except OSError as error:
-        raise DataError(f"{path}: cannot be listed ({error.strerror or error})") from None
+        raise DataError(f"{path}: {_UNLISTED} ({error.strerror or error})") from None
     return path
 
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [entry for entry in _entries(folder) if entry.is_dir() and not is_hidden(entry.name)]
+    return [sub for sub in _entries(folder)[0] if not is_hidden(sub.name)]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Visible files directly inside, sorted by name."""
+    return list(_listing(folder).plain)
 
 
 def images_in(folder: Path, log: ScanLog) -> list[Path]:
     """Images directly inside a folder, sorted by name; folders inside and other files are logged."""
-    found = []
-    for entry in _entries(folder, log):
-        if entry.is_dir():
-            log.skip(entry, "folder inside a folder of images")
-        elif _accept(entry, log):
-            found.append(entry)
-    return found
+    folders, files = _entries(folder, log)
+    for sub in folders:
+        log.skip(sub, "folder inside a folder of images")
+    return [path for path in files if _accept(path, log)]
 
 
-def images_below(folder: Path, log: ScanLog) -> list[Path]:
-    """Images at any depth, sorted by path; each real folder is visited once, so links cannot loop."""
-    found: list[Path] = []
+def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Path]]]:
+    """Every visible folder from ``folder`` on, sorted, with the images and the other files directly in it.
+
+    Each real folder is visited once, so links cannot loop. Where there are images, other files are logged.
+    """
     visited: set[tuple[int, int]] = set()
     stack = [folder]
     while stack:
         here = stack.pop()
         if not _first_visit(here, visited):
-            log.skip(here, "link to a folder that was already read")
+            log.skip(here, READ_BEFORE)
             continue
-        for entry in _entries(here, log):
-            if entry.is_dir():
-                stack.extend([] if is_hidden(entry.name) else [entry])
-            elif _accept(entry, log):
-                found.append(entry)
-    return sorted(found)
+        inner, files = _entries(here, log)
+        quiet = log if any(map(is_image, files)) or not inner else ScanLog()  # a licence beside folders is no news
+        images = [path for path in files if _accept(path, quiet)]
+        yield here, images, [path for path in files if not is_image(path) and not is_hidden(path.name)]
+        stack.extend(sub for sub in reversed(inner) if not is_hidden(sub.name))
+
+
+def images_below(folder: Path, log: ScanLog) -> list[Path]:
+    """Images at any depth, sorted by path."""
+    return sorted(image for _, images, _ in walk(folder, log) for image in images)
 
 
 def has_images(folder: Path) -> bool:
     """Whether at least one image lies directly inside."""
-    return any(is_image(entry) and entry.is_file() for entry in _entries(folder))
+    return any(map(is_image, _listing(folder).plain))
 
 
+@once
 def has_images_below(folder: Path) -> bool:
     """Whether at least one image lies inside at any depth."""
     visited: set[tuple[int, int]] = set()
@@ -121,10 +179,18 @@ def has_images_below(folder: Path) -> bool:
     return False
 
 
-def child(folder: Path, names: Iterable[str]) -> Path | None:
-    """The folder inside whose lower-case name is one of ``names``, or None."""
-    wanted = frozenset(names)
-    return next((sub for sub in subfolders(folder) if sub.name.lower() in wanted), None)
+def unread_picture(folder: Path) -> Path | None:
+    """A picture in a format that is not read, at any depth."""
+    found = (path for _, _, files in walk(folder, ScanLog()) for path in files)
+    return next((path for path in found if path.suffix.lower() in UNREAD_SUFFIXES), None)
+
+
+def why_without_images(folder: Path) -> str:
+    """The reason for which no image was found below a folder."""
+    log = ScanLog()
+    for _ in walk(folder, log):
+        pass
+    return next((f"{path}: {why}" for path, why in log.skipped if why.startswith(_UNLISTED)), "folder without images")
 
 
 def is_hidden(name: str) -> bool:
@@ -139,7 +205,8 @@ def folder_name(folder: Path) -> str:
 
 def listing(folder: Path, limit: int = 8) -> str:
     """Names inside a folder for an error message."""
-    names = [entry.name + ("/" if entry.is_dir() else "") for entry in _entries(folder)]
+    folders, files = _entries(folder)
+    names = sorted([f"{sub.name}/" for sub in folders] + [path.name for path in files])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
@@ -161,7 +228,15 @@ def inside(root: Path, text: str, where: str) -> Path:
     if _depth(relative) < 0:
         raise DataError(f"{where}: {text!r} points outside {root}; only files below it are read")
     plain = posixpath.normpath(posix)
-    return next((p for p in _spellings(root, plain, text) if p.exists()), root / plain)
+    return next((p for p in _spellings(root, plain, text) if os.path.exists(p)), root / plain)
+
+
+def relative_to_root(path: Path, root: Path) -> str:
+    """Path below ``root`` with forward slashes, for a list."""
+    absolute, base = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+    if not absolute.is_relative_to(base):
+        raise DataError(f"{path}: not below {root}; lists hold paths relative to one folder")
+    return absolute.relative_to(base).as_posix()
 
 
 def _absolute_inside(root: Path, posix: str, where: str) -> Path:
@@ -195,20 +270,79 @@ def _spellings(root: Path, posix: str, text: str) -> Iterator[Path]:
         yield root / text  # a real backslash in a POSIX file name
 
 
-def _entries(folder: Path, log: ScanLog | None = None) -> list[Path]:
+class _Listing(NamedTuple):
+    """What is directly in a folder, each kind sorted by name.
+
+    Attributes:
+        folders: and links to folders that do not lead upwards.
+        files: and whatever else is no folder.
+        plain: those of ``files`` that are visible and really files.
+        broken: those of ``files`` that are none: links that lead nowhere, devices.
+        skipped: what is left out, or why nothing can be listed.
+    """
+
+    folders: tuple[Path, ...]
+    files: tuple[Path, ...]
+    plain: tuple[Path, ...]
+    broken: frozenset[Path]
+    skipped: tuple[tuple[Path, str], ...]
+
+
+@once
+def _listing(folder: Path) -> _Listing:
+    folders: list[str] = []
+    files: list[str] = []
+    broken: list[str] = []
+    skipped: list[tuple[Path, str]] = []
     try:
-        return sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink() and _leads_up(folder, entry):
+                    skipped.append((folder / entry.name, READ_BEFORE))
+                elif _is(entry.is_dir):
+                    folders.append(entry.name)
+                else:
+                    files.append(entry.name)
+                    broken += [] if _is(entry.is_file) else [entry.name]
     except OSError as error:
-        if log is not None:
-            log.skip(folder, f"cannot be listed ({error.strerror or error})")
-        return []
+        skipped.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
+    paths = tuple(folder / name for name in sorted(files))
+    nowhere = frozenset(folder / name for name in broken)
+    return _Listing(
+        tuple(folder / name for name in sorted(folders)),
+        paths,
+        tuple(path for path in paths if path not in nowhere and not is_hidden(path.name)),
+        nowhere,
+        tuple(skipped),
+    )
+
+
+def _entries(folder: Path, log: ScanLog | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Folders and other things directly inside; what is left out goes to the log."""
+    found = _listing(folder)
+    if log is not None:
+        log.skipped += found.skipped
+    return found.folders, found.files
+
+
+def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
+    """Whether a link leads to a folder that it lies in; what is beside it there is not a part of this folder."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(link))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to where nobody may look
+        return False
 
 
 def _accept(entry: Path, log: ScanLog) -> bool:
     if not is_image(entry):
-        log.skip(entry, HIDDEN if is_hidden(entry.name) else NOT_IMAGE)
+        known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
+        log.skip(entry, HIDDEN if is_hidden(entry.name) else known)
         return False
-    if not entry.is_file():
+    if entry in _listing(entry.parent).broken:
         log.skip(entry, "broken link")
         return False
     return True

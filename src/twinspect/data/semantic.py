@@ -6,6 +6,7 @@ Convention: ``class_name`` is the true class, ``label`` is None, and the split i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,19 @@ from pathlib import Path
 from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW
 from twinspect.data.containers import open_container, parquet_columns, parquet_labels, read_idx
 from twinspect.data.images import ImageLimits
-from twinspect.data.scan import ScanLog, child, existing_folder, has_images, images_in, listing, subfolders
+from twinspect.data.names import UNSORTED, meaning
+from twinspect.data.scan import (
+    ScanLog,
+    existing_folder,
+    files_in,
+    has_images_below,
+    images_below,
+    listing,
+    subfolders,
+)
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
-SPLIT_FOLDERS = {TRAIN: ("train", "seg_train", "training"), TEST: ("test", "seg_test", "testing")}
 ALIASES = {"plane": "airplane", "car": "automobile", "tshirt": "t-shirt-top"}
 Files = dict[str, list[Path]]  # split -> files
 
@@ -100,7 +109,7 @@ def view(root: Path, log: ScanLog | None = None) -> list[Sample]:
 
 def looks_like(root: Path, image_set: ImageSet) -> bool:
     """Whether a folder holds this set in one of its shapes; class folders must carry known names."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return False
     if _container_files(root, image_set) or _parquet_set(root) == image_set.name:
         return True
@@ -146,7 +155,8 @@ def _container_files(root: Path, image_set: ImageSet) -> Files:
 
 
 def _named(place: Path, stems: Sequence[str], suffix: str) -> list[Path]:
-    return [place / (stem + suffix) for stem in stems if (place / (stem + suffix)).is_file()]
+    there = {path.name.lower(): path for path in files_in(place)}
+    return [there[name] for stem in stems if (name := stem + suffix) in there]
 
 
 def _from_containers(files: Files, log: ScanLog, image_set: ImageSet) -> list[Sample]:
@@ -164,7 +174,7 @@ def _from_containers(files: Files, log: ScanLog, image_set: ImageSet) -> list[Sa
 
 def _idx_labels(images: Path) -> Sequence[int | str]:
     path = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; the classes of {images.name} are in it")
     labels: Sequence[int | str] = [int(x) for x in read_idx(path).ravel()]
     count = len(open_container(images))
@@ -192,8 +202,8 @@ def _name_of(label: int | str, image_set: ImageSet, path: Path) -> str:
 def _parquet_files(root: Path) -> Files:
     files: Files = {TRAIN: [], TEST: []}
     for place in (root, *subfolders(root), *(s for sub in subfolders(root) for s in subfolders(sub))):
-        for path in sorted(place.glob("*.parquet")):
-            split = next((s for s in files if path.name.startswith(s) or place.name == s), None)
+        for path in (path for path in files_in(place) if path.suffix.lower() == ".parquet"):
+            split = next((s for s in files if path.name.lower().startswith(s) or place.name.lower() == s), None)
             if split and {"img", "image"} & set(columns := parquet_columns(path)) and "split" not in columns:
                 files[split].append(path)
     return files if any(files.values()) else {}
@@ -229,12 +239,17 @@ def _from_parquet(files: Files, image_set: ImageSet) -> list[Sample]:
 def _class_folders(root: Path) -> dict[str, list[Path]]:
     """Folders of images per split, through doubled folders such as ``seg_train/seg_train``."""
     found: dict[str, list[Path]] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        place = child(root, names)
-        while place is not None and (place / place.name).is_dir() and len(subfolders(place)) == 1:
+    for split in (TRAIN, TEST):
+        place = next((sub for sub in subfolders(root) if _is_part(sub.name, split)), None)
+        while place is not None and os.path.isdir(place / place.name) and len(subfolders(place)) == 1:
             place = place / place.name
-        found[split] = [sub for sub in subfolders(place) if has_images(sub)] if place is not None else []
+        found[split] = [sub for sub in subfolders(place) if has_images_below(sub)] if place is not None else []
     return found
+
+
+def _is_part(name: str, split: str) -> bool:
+    said = meaning(name)
+    return said.split == split and not said.role and said.rest in ("", "seg")
 
 
 def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, image_set: ImageSet) -> list[Sample]:
@@ -245,10 +260,11 @@ def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, imag
             if name not in image_set.classes and not image_set.open_names:
                 log.skip(sub, f"not a class of {image_set.name}")
                 continue
-            samples += [Sample(image, split, name, None) for image in images_in(sub, log)]
+            samples += [Sample(image, split, name, None) for image in images_below(sub, log)]
     for sub in subfolders(root):
         if not any(used.is_relative_to(sub) for subs in folders.values() for used in subs):
-            log.skip(sub, "holds no class folders of train or test")
+            official = sub.name == "seg_pred" or meaning(sub.name).role == UNSORTED or not has_images_below(sub)
+            (log.skip if official else log.leave)(sub, "holds no class folders of train or test")
     return samples
 
 

@@ -1,7 +1,6 @@
 """Write a tiny data set in any layout: for tests, documentation and a first try without a download.
 
-``write("mvtec-loco", root)`` returns the counts per class that the loader must find. ``SHAPES`` lists the
-shapes that one layout has on disk; the first is the default. Same plan, same pixels.
+``write("mvtec-loco", root)`` returns the counts per class that the loader must find. Same plan, same pixels.
 """
 
 from __future__ import annotations
@@ -12,18 +11,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW, VISA
-from twinspect.data.industrial import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.listed import relative_to_root, write_meta_json
+from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
+from twinspect.data.listed import write_meta_json
 from twinspect.data.loaded import ClassCounts
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
+from twinspect.data.scan import relative_to_root
 from twinspect.data.synthetic_containers import cifar_binary, cifar_python, idx, parquet
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.types import TEST, TRAIN
@@ -46,7 +46,7 @@ class Plan:
         calibration: images per class where the layout has its own validation split.
         good: normal test images per class (semantic sets: test images per class; Real-IAD: objects).
         defect: anomalous test images per class (Real-IAD: objects).
-        shape: one of ``SHAPES[layout]``; empty for the first.
+        shape: one of ``WRITERS[layout].shapes``; empty for the first.
     """
 
     seed: int = 0
@@ -68,13 +68,14 @@ def write(layout: str, root: Path | str, plan: Plan | None = None) -> Counts:
     plan = plan or Plan()
     if layout not in WRITERS:
         raise ConfigError(unknown_name("layout", layout, WRITERS))
-    if plan.shape and plan.shape not in SHAPES[layout]:
-        raise ConfigError(unknown_name(f"shape of {layout}", plan.shape, SHAPES[layout]))
+    writer = WRITERS[layout]
+    if plan.shape and plan.shape not in writer.shapes:
+        raise ConfigError(unknown_name(f"shape of {layout}", plan.shape, writer.shapes))
     if min(plan.classes, plan.train) < 1 or plan.size < 16:
         raise ConfigError("at least one class, one training image and 16 pixels per side are needed")
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
-    return WRITERS[layout](folder, plan, plan.shape or SHAPES[layout][0])
+    return writer.write(folder, plan, plan.shape or writer.shapes[0])
 
 
 # -------------------------------------------------------------------------------------- MVTec's family
@@ -406,34 +407,30 @@ def _save_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-Writer = Callable[[Path, Plan, str], Counts]
+class Writer(NamedTuple):
+    """A layout that can be written.
+
+    Attributes:
+        write: root, plan and shape to the counts that are there.
+        shapes: that the layout has on disk, the usual one first.
+    """
+
+    write: Callable[[Path, Plan, str], Counts]
+    shapes: tuple[str, ...] = ("classes",)
+
+
 WRITERS: dict[str, Writer] = {
-    "mvtec-ad": _mvtec_ad,
-    "mvtec-ad-2": _mvtec_ad_2,
-    "mvtec-loco": _mvtec_loco,
-    "visa": _visa,
-    "real-iad": _real_iad,
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
-    "fashion-mnist": _fashion_mnist,
-    "view": _view,
-    "folder": _folder,
-    "manifest": _manifest,
-    "meta-json": _meta_json,
-    "uniad-json": _uniad_json,
-}
-SHAPES: dict[str, tuple[str, ...]] = {
-    "mvtec-ad": ("classes", "one-class", "no-masks"),
-    "mvtec-ad-2": ("classes",),
-    "mvtec-loco": ("classes",),
-    "visa": ("raw", "converted"),
-    "real-iad": ("official", "beside"),
-    "cifar10": ("python", "binary", "folders", "parquet"),
-    "cifar100": ("python", "binary", "folders", "parquet"),
-    "fashion-mnist": ("gz", "plain", "folders", "parquet"),
-    "view": ("nested", "plain"),
-    "folder": ("masks", "defects", "good", "flat", "classes"),
-    "manifest": ("parquet", "csv"),
-    "meta-json": ("classes",),
-    "uniad-json": ("classes",),
+    "mvtec-ad": Writer(_mvtec_ad, ("classes", "one-class", "no-masks")),
+    "mvtec-ad-2": Writer(_mvtec_ad_2),
+    "mvtec-loco": Writer(_mvtec_loco),
+    "visa": Writer(_visa, ("raw", "converted")),
+    "real-iad": Writer(_real_iad, ("official", "beside")),
+    "cifar10": Writer(_cifar10, ("python", "binary", "folders", "parquet")),
+    "cifar100": Writer(_cifar100, ("python", "binary", "folders", "parquet")),
+    "fashion-mnist": Writer(_fashion_mnist, ("gz", "plain", "folders", "parquet")),
+    "view": Writer(_view, ("nested", "plain")),
+    "folder": Writer(_folder, ("masks", "defects", "good", "flat", "classes")),
+    "manifest": Writer(_manifest, ("parquet", "csv")),
+    "meta-json": Writer(_meta_json),
+    "uniad-json": Writer(_uniad_json),
 }

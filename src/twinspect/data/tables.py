@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from twinspect.data.names import BAD, GOOD, UNSORTED, meaning
 from twinspect.data.scan import ScanLog, inside
 from twinspect.errors import DataError
 from twinspect.files import open_text, read_text
+from twinspect.types import CALIBRATION, TEST, TRAIN
 
 MISSING = "listed, but there is no such file"
+_SEPARATORS = ",;\t|"
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-")
 
 
 def read_json(path: Path) -> Any:
@@ -25,41 +31,80 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON-lines file, each with its place for error messages."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
+    """Objects of a JSON-lines file, each with its place for error messages.
+
+    One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
+    """
+    text = read_text(path)
+    if text.lstrip()[:1] == "[" and (entries := _json_list(text)) is not None:
+        for number, entry in enumerate(entries, start=1):
+            yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip(" \t\r,"):
             where = f"{path} line {number}"
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.rstrip(" \t\r,"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
             yield where, as_object(entry, where)
 
 
+def _json_list(text: str) -> list[Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # the line that is wrong is named when lines are read
+    return found if isinstance(found, list) else None
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header, as text; missing cells are empty. Raises as `csv_rows`."""
+    """Rows of a table of text with a header, as text; missing cells are empty. Raises as `csv_rows`."""
     return list(csv_rows(path))
 
 
 def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
-    """As `read_csv`, a row at a time; cells are separated by commas, semicolons or tabs, as the header has them.
+    """As `read_csv`, a row at a time.
+
+    Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
 
     Raises:
         DataError: not text, or quotes or separators that make other rows of it than were meant.
     """
-    line = 0
-    try:
-        with open_text(path, errors, newline="") as file:
-            separator = max(",;\t", key=file.readline().count)
-            file.seek(0)
-            reader = csv.DictReader(file, restval="", delimiter=separator, strict=True)
-            line = reader.line_num if reader.fieldnames else 0
+    with _opened(path, errors) as (reader, separator):
+        line = reader.line_num if reader.fieldnames else 0
+        try:
             while (row := next(reader, None)) is not None:
                 _refuse_misread(row, separator, f"{path} line {line + 1}")
                 line = reader.line_num
-                yield {(key or "").strip(): value for key, value in row.items() if key is not None}
+                yield {(name or "").strip(): value for name, value in row.items() if name is not None}
+        except csv.Error as error:
+            where = f"{path} line {line + 1}"
+            raise DataError(f"{where}: not valid CSV ({error}); a quote is missing, or too many") from None
+
+
+def csv_header(path: Path) -> list[str]:
+    """Names of the columns of a table of text. Raises as `csv_rows`."""
+    with _opened(path, "strict") as (reader, _):
+        return [name.strip() for name in reader.fieldnames or ()]
+
+
+@contextmanager
+def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
+    """A table of text, and what lies between its cells."""
+    try:
+        with open_text(path, errors, newline="") as file:
+            start, first = 0, file.readline()
+            while first and not first.strip():
+                start, first = file.tell(), file.readline()
+            if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:
+                separator = first[4]
+            else:
+                separator = max(_SEPARATORS, key=first.count)  # of equals, and of none, the comma
+                file.seek(start)
+            yield csv.DictReader(file, restval="", strict=True, delimiter=separator), separator
     except csv.Error as error:
-        raise DataError(f"{path} line {line + 1}: not valid CSV ({error}); a quote is missing, or too many") from None
+        raise DataError(f"{path} line 1: not valid CSV ({error}); a quote is missing, or too many") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
@@ -72,6 +117,36 @@ def _refuse_misread(row: Mapping[str | None, Any], separator: str, where: str) -
         lines = cell.splitlines() if isinstance(cell, str) else ()
         if len(lines) > 1 and max(line.count(separator) for line in lines) >= len(row) - 1:
             raise DataError(f"{where}: not valid CSV (one cell holds several rows); a quote is missing, or too many")
+
+
+def is_empty(cell: Any) -> bool:
+    """Whether a cell holds nothing: also not-a-number, and what other tools write for it."""
+    return cell is None or cell != cell or (isinstance(cell, str) and cell.strip().lower() in _NOTHING)
+
+
+def split_of(word: Any, where: str) -> str:
+    """Our name of a split from the word a list uses."""
+    found = meaning(str(word)).split
+    if not found:
+        raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
+    return found
+
+
+def label_of(value: Any, where: str) -> int | None:
+    """0, 1 or None from a cell: a number, its text, a word such as OK or NG (`names.meaning`), or empty."""
+    if is_empty(value):
+        return None
+    text = str(value).strip().lower()
+    if text in ("0", "1", "0.0", "1.0", "true", "false"):
+        return int(text in ("1", "1.0", "true"))
+    role = meaning(str(value)).role
+    if role == UNSORTED:
+        return None
+    if role not in (GOOD, BAD):
+        raise DataError(
+            f"{where}: label is {value!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)"
+        )
+    return int(role == BAD)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
@@ -99,7 +174,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 def listed_file(root: Path, text: str, where: str, log: ScanLog) -> Path | None:
     """File that a list names, or None with a log entry if it does not exist; outside ``root`` is an error."""
     path = inside(root, text, where)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     log.skip(path, MISSING)
     return None

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
-from twinspect.data.manifest import ALIASES
+from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.errors import DataError
 from twinspect.inference import remote
@@ -110,16 +110,9 @@ def image_column(path: str) -> tuple[str, bool]:
     for name, kind in columns.items():
         if name.lower() in _IMAGE_BYTES and "binary" in kind:
             return name, True
-    for name, kind in columns.items():
-        if holds_paths(name) and "string" in kind:
-            return name, False
+    if name := path_column(name for name, kind in columns.items() if "string" in kind):
+        return name, False
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
-
-
-def holds_paths(column: str) -> bool:
-    """Whether a column of that name holds the paths of images."""
-    name = column.strip().lower()
-    return ALIASES.get(name, name) == "image"
 
 
 def _table_images(path: str) -> Iterator[Item]:

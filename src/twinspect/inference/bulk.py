@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures
 from twinspect.errors import DataError
 from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
@@ -27,6 +28,8 @@ from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.sources import walk_all
 from twinspect.inference.table import encode, join
+
+_LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 
 
 class Listener(Protocol):
@@ -56,12 +59,16 @@ class Tag(NamedTuple):
 
 @dataclass(slots=True)
 class Totals:
-    """Images so far: all, anomalous, unreadable, and how many of them an earlier run had done."""
+    """Images so far: all, anomalous, unreadable, and how many of them an earlier run had done.
+
+    ``several`` counts files that hold several pictures, such as TIFFs of many pages, among the first ones.
+    """
 
     rows: int = 0
     bad: int = 0
     errors: int = 0
     before: int = 0
+    several: int = 0
 
     @property
     def nothing_scored(self) -> bool:
@@ -216,24 +223,44 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
         ConfigError, DataError, BundleError: of the job, its sources or its model.
         TwinspectError: something cannot be written.
     """
-    found = walk_all(job.sources)  # an empty source is refused before the model is loaded
+    totals = Totals()
+    # An empty source is refused before the model is loaded.
+    found = _counting_several(walk_all(job.sources), totals)
     job.check_outputs()
     if not job.out:
-        return _print(job, found, listener)
+        return _print(job, found, listener, totals)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        return _run_parts(job, store, found, label, listener, engine or local)
+        return _run_parts(job, store, found, label, listener, engine or local, totals)
+
+
+def _counting_several(found: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
+    """The same, and counts the files that hold several pictures: of the first ones, as each must be opened for it."""
+    looked = 0
+    for one in found:
+        whole = isinstance(one, Item) and one.path and one.offset < 0 and one.record is None
+        if isinstance(one, Item) and whole and looked < _LOOKED_INTO and not remote.is_url(one.path):
+            path = Path(one.path)
+            looked += path.suffix.lower() in SEVERAL_SUFFIXES
+            totals.several += count_pictures(path) > 1
+        yield one
 
 
 def _run_parts(
-    job: Job, store: PartStore, found: Iterable[Item | Stream], label: str, listener: Listener, engine: Engine
+    job: Job,
+    store: PartStore,
+    found: Iterable[Item | Stream],
+    label: str,
+    listener: Listener,
+    engine: Engine,
+    totals: Totals,
 ) -> Totals:
     number, of = job.shard
     # The other shards' parts are not this one's to judge.
     store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
-    totals, seen = Totals(), set[Place]()
+    seen = set[Place]()
 
     def skipped(part: Part) -> None:
         seen.add((part.unit, part.sub))
@@ -260,8 +287,7 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
         yield from scorer.parts(chain([first], wanted), skipped)
 
 
-def _print(job: Job, found: Iterable[Item | Stream], listener: Listener) -> Totals:
-    totals = Totals()
+def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals: Totals) -> Totals:
     with Scorer(job) as scorer:
         for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
             totals.rows += 1
@@ -295,7 +321,8 @@ def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
     where = f"; {out}" if out else ""
-    return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}"
+    several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
+    return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}{several}"
 
 
 class _Counter:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
+from twinspect.data.manifest import path_column
 from twinspect.data.scan import inside, is_hidden
 from twinspect.errors import DataError
 from twinspect.files import open_text
-from twinspect.inference.archives import ARCHIVES, Item, Stream, holds_paths, image_column, suffixes
+from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.parts import RUN
 from twinspect.inference.remote import below, is_url
 from twinspect.inference.table import OWN, columns_of, read_rows
@@ -251,7 +252,7 @@ def _table(path: Path) -> Iterator[Item | Stream]:
         if encoded:
             return iter([Stream(str(path))])
         return _first(_manifest(read_rows(path, (column, "record")), column, path), empty)
-    column = next(filter(holds_paths, columns), "")
+    column = path_column(columns)
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
     return _first(_manifest(read_rows(path), column, path), empty)

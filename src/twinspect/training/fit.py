@@ -16,6 +16,7 @@ import torch
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
+from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
 from twinspect.device import in_fp32
@@ -130,7 +131,8 @@ def _fitted(
     resume: Fitted | None,
     group: Group,
 ) -> Fitted:
-    training, held = choose_images(samples, config)
+    notes: list[str] = []
+    training, held = choose_images(samples, config, notes)
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)
     if resume is None:
@@ -158,6 +160,7 @@ def _fitted(
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision = decide(model, source, train_at, train_prototypes, held_at, said, (0.0, MAP_HIGH))
     record = _record(model.cpu(), source, train_at, held_at, report)
+    record["notes"] = notes
     record["memory"] = _memory(report.plan, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
@@ -197,16 +200,32 @@ def _enough_variety() -> Iterator[None]:
         ) from error
 
 
-def choose_images(samples: Sequence[Sample], config: RunConfig) -> tuple[list[Sample], list[Sample]]:
-    """Normal training images, and those held out for calibration (by the data set itself or carved)."""
-    normal = [s for s in samples if s.split == TRAIN and s.label in (0, None)]
-    held = [s for s in samples if s.split == CALIBRATION and s.label in (0, None)]
+def choose_images(
+    samples: Sequence[Sample], config: RunConfig, notes: list[str] | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Normal training images, and those held out for calibration (by the data set itself or carved).
+
+    Copies are counted once, so that no image that is held out was learnt.
+
+    Args:
+        samples: of any splits.
+        config: how much is held out, and the seed.
+        notes: takes sentences about copies that were left out.
+
+    Raises:
+        DataError: too few good images; the message says how many are copies.
+    """
+    good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
+    kept, said = count_once(good, [s for s in samples if s.label == 1])
+    normal = [s for s in kept if s.split == TRAIN]
     if len(normal) < FEWEST:
         raise DataError(
             f"{len(normal)} good training images found; at least {FEWEST} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside"
+            "better. Give a folder of good images, or one with train/good inside" + "".join(f". {n}" for n in said)
         )
-    if held:
+    if notes is not None:
+        notes += said
+    if held := [s for s in kept if s.split == CALIBRATION]:
         return normal, held
     minimum = min(20, len(normal) // 4)
     train_part, held = carve_calibration(normal, config.train.holdout, config.train.seed, minimum)

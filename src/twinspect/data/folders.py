@@ -1,0 +1,559 @@
+"""Folders of images as people have them: benchmark sets of parts, and plain folders with names in any language.
+
+One reader for all of them. It finds the classes (products) of a folder, and asks of every image what the names of the
+folders above it say (`names.meaning`): which split, good or defect, image or mask. Each class is judged by itself, so
+that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from twinspect.data.manifest import label_tables, read_list
+from twinspect.data.masks import Place, masks_among, match
+from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meaning, meaning_of_file, role_of
+from twinspect.data.samples import marks_a_defect
+from twinspect.data.scan import (
+    ScanLog,
+    existing_folder,
+    files_in,
+    folder_name,
+    has_images,
+    has_images_below,
+    listing,
+    subfolders,
+    walk,
+    why_without_images,
+)
+from twinspect.errors import DataError
+from twinspect.types import CALIBRATION, SPLITS, TEST, TRAIN, Sample
+
+LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
+MVTEC_AD, MVTEC_AD_2, MVTEC_LOCO, FOLDER = "mvtec-ad", "mvtec-ad-2", "mvtec-loco", "folder"
+_EXPECTED = {
+    MVTEC_AD: "<class>/train/good, <class>/test/<kind>",
+    MVTEC_AD_2: "<class>/test_public/{good,bad}",
+    MVTEC_LOCO: f"<class>/test/{LOGICAL}",
+}
+# Names of which one means good, and nobody can tell which.
+_PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
+_LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # tables that are read are not among them
+_LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
+_NOT_USED = "{} is not used: the names of folders say which images are good"
+
+
+class ClassFolders(NamedTuple):
+    """A class and where its images lie: folders, each with names that count as if they stood above what is in it."""
+
+    name: str
+    places: list[tuple[Path, tuple[str, ...]]]
+
+
+def mvtec_ad(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """MVTec AD and everything laid out like it: one class folder, or a folder of class folders.
+
+    ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
+    ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). Without masks everything at
+    image level works. Official counts: 15 classes, 3,629 training and 1,725 test images (467 good, 1,258
+    with defects).
+    """
+    return _read(root, log or ScanLog(), MVTEC_AD)
+
+
+def mvtec_loco(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """MVTec LOCO AD: logical and structural anomalies, several masks per image, own validation images.
+
+    ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
+    structural_anomalies}``, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation areas for sPRO
+    come from ``defects_config.json`` through ``twinspect.data.samples.read_regions``. Official counts: 5
+    classes, 1,772 training, 304 validation and 1,568 test images.
+    """
+    return _read(root, log or ScanLog(), MVTEC_LOCO)
+
+
+def mvtec_ad_2(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """MVTec AD 2: ``{train,validation}/good``, ``test_public`` with masks, private test sets without labels.
+
+    The images of ``test_private`` and ``test_private_mixed`` have label None; ``defect_type`` names the
+    folder they come from, so that a submission can tell them apart.
+    """
+    return _read(root, log or ScanLog(), MVTEC_AD_2)
+
+
+def folder(root: Path, log: ScanLog | None = None) -> list[Sample]:
+    """A folder in one of many shapes; the notes say what was taken for good without being called so.
+
+    * images in the folder itself, with or without folders below: all good, one class named like the folder;
+    * ``good/`` (also ``ok``, ``normal`` and others, see `names`) with folders of defects beside it, optional masks,
+      optional ``good_test/``; or ``train/``, ``val/`` and ``test/``, each with good images and defects: one class;
+    * folders that are classes, each in one of these shapes or in that of a benchmark set.
+
+    What a name calls a defect or a mask is never a good image. Good images without a split are the training split.
+    If there are defects and no good test images, the protocols hold some good images out
+    (``twinspect.data.protocols.hold_out_good``); this loader moves nothing.
+    """
+    return _read(root, log or ScanLog(), FOLDER)
+
+
+def good_files(paths: Iterable[Path]) -> list[Sample]:
+    """Images that are called good by being given, as training samples of one class.
+
+    Raises:
+        DataError: the name of a file, or of the folder that it lies in, calls it a defect or a mask.
+    """
+    samples = [Sample(path, TRAIN, "normal") for path in paths]
+    for sample in samples:
+        folders = sample.image.parts[-3:-1]  # further up, names are those of projects: defects/2024/good/1.png
+        said = next((role for name in reversed(folders) if (role := meaning(name).role)), "")
+        said = said or meaning_of_file(sample.image.name).role
+        if said in (BAD, MASK):
+            kind = "mask" if said == MASK else "defect"
+            raise DataError(
+                f"{sample.image}: by its name this is a {kind}, and only good images are taken; leave such paths "
+                "out, or give Sample(path, 'train', class_name, label=0) if it is good"
+            )
+    return samples
+
+
+def layout_of(root: Path) -> str:
+    """Name of the layout that all classes at ``root`` have, ``folder`` for several; empty where nothing is said."""
+    if not os.path.isdir(root):
+        return ""
+    try:
+        classes = find_classes(root, ScanLog())
+    except DataError:
+        return FOLDER  # whoever reads it says what is wrong
+    if not any(_states(place) for found in classes for place, _ in found.places):
+        return ""
+    shapes = {shape_of(found) for found in classes}
+    return shapes.pop() if len(shapes) == 1 else FOLDER
+
+
+def shape_of(found: ClassFolders) -> str:
+    """Name of the layout of one class."""
+    place = found.places[0][0]
+    inside = {sub.name.lower(): sub for sub in subfolders(place)}
+    if "test_public" in inside:
+        return MVTEC_AD_2
+    tests = {sub.name.lower() for name in ("test",) if name in inside for sub in subfolders(inside[name])}
+    if tests & {LOGICAL, STRUCTURAL}:
+        return MVTEC_LOCO
+    splits = {meaning(name).split: sub for name, sub in inside.items() if not meaning(name).role}
+    good = {split for split, sub in splits.items() if split and _holds_good(sub)}
+    masks = any(meaning(name).role == MASK for name in inside)
+    return MVTEC_AD if TRAIN in good or (TEST in good and masks) else FOLDER
+
+
+def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
+    """The classes at a folder: itself, or folders in it. Folders of images that belong to none are logged."""
+    whole = ClassFolders(folder_name(root), [(root, ())])
+    inner = []
+    for sub in subfolders(root):
+        if has_images_below(sub):
+            inner.append(sub)
+        else:
+            log.skip(sub, why_without_images(sub))
+    speaking = [sub for sub in inner if _speaks(sub, inner)]
+    silent = [sub for sub in inner if sub not in speaking]
+    if products := _by_product(speaking, silent):
+        return products
+    learns = any(_is_learnt(sub.name) for sub in speaking)
+    stated = any(_states(sub) for sub in silent)
+    wrapped = all(meaning(sub.name).pictures and not _holds_classes(sub) for sub in silent)  # images/ beside masks/
+    if learns or wrapped or ((has_images(root) or label_tables(root)) and not stated):
+        return [whole] if inner or has_images(root) else []
+    return _classes_among(root, silent, speaking, log)
+
+
+def _classes_among(root: Path, silent: list[Path], speaking: list[Path], log: ScanLog) -> list[ClassFolders]:
+    """Folders beside each other as classes; folders whose names say something go to the class that they name."""
+    _refuse_pair(root, [sub.name for sub in silent])
+    classes = []
+    for sub in silent:
+        if _holds_classes(sub):
+            log.leave(sub, "holds classes itself; give this folder alone")
+        elif names := _unnamed_training(sub):
+            log.leave(sub, f"its training part holds {names}, and none of them is called good")
+        else:
+            classes.append(ClassFolders(sub.name, [(sub, ())]))
+    for sub in speaking:
+        _give(sub, classes, log)
+    for image in next(walk(root, ScanLog()))[1] if classes else ():
+        log.skip(image, "image beside the folders of classes")
+    return classes
+
+
+def _refuse_pair(place: Path, names: Iterable[str]) -> None:
+    if {name.lower() for name in names} in _PAIRS:
+        raise DataError(
+            f"{place}: nobody can tell which of {' and '.join(sorted(names))} is good; rename the folder of good "
+            "images to good and the other to bad"
+        )
+
+
+def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
+    """Whether the name of a folder says what is in it, and does not only name a product: test_tube, good_year_tire.
+
+    Raises:
+        DataError: a name like ok_front, of which nobody can tell.
+    """
+    said = meaning(sub.name)
+    if not said.says or said.role in (BAD, MASK, UNSORTED) or not said.rest or said.plain:
+        return said.says
+    others = [meaning(other.name) for other in beside if other != sub]
+    if any(is_of_product(other.rest, said.rest) for other in others):  # bottle_good and bottle_bad, or bottle
+        return True
+    if said.role == GOOD and not all(other.says for other in others):
+        raise DataError(
+            f"{sub}: is it the name of a product, or are its images good, and those beside it not? Give a folder "
+            "good with folders of defects beside it, or a folder for each product with good in it"
+        )
+    return said.role == GOOD
+
+
+def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
+    """A folder whose name says what is in it, beside classes: to the class that it names, or to the only one."""
+    said = meaning(sub.name)
+    owner = next((found for found in classes if is_of_product(said.rest, meaning(found.name).rest)), None)
+    inner = {child: found for child in subfolders(sub) for found in classes if child.name == found.name}
+    if owner is None and len(classes) == 1:
+        owner = classes[0]
+    if said.role in (MASK, BAD) and _learns(sub) and not inner:  # a product: label/train/good
+        classes.append(ClassFolders(sub.name, [(sub, ())]))
+    elif owner is not None:
+        owner.places.append((sub, _context(sub)))
+    elif inner:  # NG/bottle, NG/cap
+        for child, found in inner.items():
+            found.places.append((child, _context(sub)))
+    elif said.role == BAD:
+        log.leave(
+            sub, "its name says defects, and not of which class; move it into the folder of its class, or rename it"
+        )
+    else:
+        log.skip(sub, "its name does not say to which class it belongs")
+
+
+def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
+    """Classes of folders such as bottle_good, bottle_bad, cap_good, cap_bad; empty for any other shape."""
+    products = [meaning(sub.name).rest for sub in speaking if _is_learnt(sub.name) and not meaning(sub.name).plain]
+    products = [
+        one for one in products if one and not any(one != two and is_of_product(one, two) for two in products)
+    ]
+    owners: dict[str, list[Path]] = defaultdict(list)
+    for sub in (*speaking, *silent):
+        product = next((one for one in products if is_of_product(meaning(sub.name).rest, one)), "")
+        owners[product].append(sub)
+    if "" in owners or len(owners) < 2:
+        return []
+    named = {product.replace(" ", "_"): subs for product, subs in owners.items()}
+    return [ClassFolders(name, [(sub, _context(sub)) for sub in subs]) for name, subs in named.items()]
+
+
+def _context(sub: Path) -> tuple[str, ...]:
+    """What the name of a folder says, without the product: it counts as a folder above its images."""
+    said = meaning(sub.name)
+    return (said.split,) if said.split and not said.role else (sub.name,)
+
+
+def _states(place: Path) -> bool:
+    """Whether folders or tables in a folder say what its images are; words for images are looked through."""
+    if label_tables(place):
+        return True
+    inner = [sub for sub in subfolders(place) if has_images_below(sub)]
+    return any(meaning(sub.name).says or (meaning(sub.name).pictures and _states(sub)) for sub in inner)
+
+
+def _holds_classes(place: Path) -> bool:
+    """Whether a folder is no class, but a folder of classes that say what their images are."""
+    if has_images(place) or _states(place):
+        return False
+    return any(_states(sub) or _holds_classes(sub) for sub in subfolders(place))
+
+
+def _learns(place: Path) -> bool:
+    """Whether a folder has good images of a training split."""
+    return any(meaning(sub.name).split == TRAIN and _holds_good(sub) for sub in subfolders(place))
+
+
+def _holds_good(place: Path) -> bool:
+    return any(meaning(sub.name).role == GOOD for sub in subfolders(place))
+
+
+def _unnamed_training(place: Path) -> str:
+    """Names of folders in a training part that say nothing, where none says good: classes of scenes, or parts."""
+    for sub in subfolders(place):
+        said = meaning(sub.name)
+        if said.split == TRAIN and not said.role and not _holds_good(sub):
+            if any(_is_kind(one.name) and has_images_below(one) for one in subfolders(sub)):
+                return listing(sub)
+            if names := _unnamed_training(sub):  # seg_train/seg_train
+                return names
+    return ""
+
+
+def _is_learnt(name: str) -> bool:
+    said = meaning(name)
+    return said.role == GOOD or (said.split == TRAIN and not said.role)
+
+
+def _is_kind(name: str) -> bool:
+    said = meaning(name)
+    return not said.says and not said.plain
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def _read(root: Path, log: ScanLog, layout: str) -> list[Sample]:
+    root = existing_folder(root)
+    classes = find_classes(root, log)
+    if layout != FOLDER:
+        classes = _of_layout(root, classes, layout, log)
+    samples: list[Sample] = []
+    assumed: dict[str, int] = {}
+    for found in classes:
+        try:
+            reader = _ClassReader(found, log)
+            samples += reader.samples()
+        except DataError as error:
+            if len(classes) == 1:
+                raise
+            log.leave(found.places[0][0], str(error))
+            continue
+        if reader.assumed:
+            assumed[found.name] = reader.assumed
+    if not samples and layout == FOLDER and not log.undecided:
+        raise DataError(
+            f"{root}: no image found in it or below; found: {listing(root)}. "
+            "Give a folder of good images, or one with good/ and folders of defects"
+        )
+    if len(classes) > 1:
+        for path, reason in _odd_lists((), files_in(root), False):
+            log.skip(path, reason)
+        for table in label_tables(root):
+            log.note(_NOT_USED.format(table))
+    if assumed and len(classes) == 1:
+        ((name, count),) = assumed.items()
+        log.note(f"no folder is called good: {count:,} images are taken as good images of one class, {name!r}")
+    elif len(assumed) == len(classes) and assumed:
+        log.note(f"no folder is called good: each folder is one class of good images ({len(assumed)} classes)")
+    elif assumed:
+        log.note(f"nothing says which images of {', '.join(assumed)} are good: all of them are taken as good")
+    return samples
+
+
+def _of_layout(root: Path, classes: list[ClassFolders], layout: str, log: ScanLog) -> list[ClassFolders]:
+    """Classes of one layout; the others are left out, because that is what was asked for."""
+    wanted = (MVTEC_AD, MVTEC_LOCO) if layout == MVTEC_AD else (layout,)
+    fit = [found for found in classes if shape_of(found) in wanted]
+    if not fit:
+        raise DataError(f"{root}: no class folder of the shape {_EXPECTED[layout]}; found: {listing(root)}")
+    for found in classes:
+        if found not in fit:
+            log.skip(found.places[0][0], f"not a class folder ({_EXPECTED[layout]})")
+    return fit
+
+
+class _ClassReader:
+    """Images of one class by what is said of them.
+
+    Attributes:
+        assumed: how many images are taken as good only because nothing says otherwise.
+    """
+
+    def __init__(self, found: ClassFolders, log: ScanLog) -> None:
+        self._name, self._log = found.name, log
+        self.assumed = 0
+        self._listed: list[tuple[Place, Sample]] = []
+        self._images: list[Place] = []
+        self._masks: list[Place] = []
+        self._odd: list[tuple[Path, str]] = []
+        self._tables: set[Path] = set()
+        self._seen: set[tuple[Path, str]] = set()
+        for place, context in found.places:
+            if names := _unnamed_training(place):
+                raise DataError(
+                    f"{place}: train/ holds the folders {names} and none is called good. For parts, rename the "
+                    "folder of good images to good; for classes of objects or scenes with a test split, type "
+                    "--layout view"
+                )
+            self._gather(place, context)
+        roles = [(_split(parts), role_of(parts)) for _, parts in self._images]
+        self._good_in = {split for split, role in roles if role == GOOD}
+        self._trains = any(split == TRAIN and role in (GOOD, "") for split, role in roles)
+
+    def samples(self) -> list[Sample]:
+        """All of them, training first, each part in the order of paths."""
+        placed = [(place, sample) for place in self._images if (sample := self._sample(*place)) is not None]
+        judged = [*placed, *self._listed]
+        # Good images often have the names of defects in other folders, and masks of those are not theirs.
+        defects = [place for place, sample in judged if sample.label == 1]
+        others = [
+            place for place, sample in judged if sample.label is None or not (sample.label or role_of(place[1]))
+        ]
+        masks = match((defects, others), self._masks, self._log)
+        found = [
+            self._masked(sample, masks.get(path, ()), free=not _split(parts) or sample.split == TEST)
+            for (path, parts), sample in placed
+        ]
+        found += [
+            replace(sample, masks=masks.get(path, ())) if sample.label == 1 and not sample.masks else sample
+            for (path, _), sample in self._listed
+        ]
+        kept = sorted((one for one in found if one is not None), key=lambda sample: SPLITS.index(sample.split))
+        self._say(kept)
+        return kept
+
+    def _say(self, kept: Sequence[Sample]) -> None:
+        told = {*self._tables, *(path for path, _ in self._odd)}
+        self._log.skipped = [(path, reason) for path, reason in self._log.skipped if path not in told]
+        for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
+            (self._log.leave if self.assumed else self._log.skip)(path, reason)
+        unknown = [one for one in kept if one.label is None and not one.defect_type.startswith("test_private")]
+        if unknown:
+            places = sorted({one.image.parent.name for one in unknown})
+            self._log.note(
+                f"{len(unknown):,} images of {self._name} are neither learnt nor tested, as nothing says whether "
+                f"they are good ({', '.join(places[:5])}); folders called good and bad in there would"
+            )
+
+    def _gather(self, place: Path, context: tuple[str, ...]) -> None:
+        governed: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
+        for here, images, others in walk(place, self._log):
+            _refuse_pair(here, [sub.name for sub in subfolders(here)])
+            parts = (*context, *here.relative_to(place).parts)
+            role = role_of(parts)
+            tables = label_tables(here) if others and not role else []
+            if tables:
+                governed[here] = self._read_tables(tables, place, context)
+            self._odd += _odd_lists(images, [path for path in others if path not in tables], role == MASK)
+            masks, lost = (images, []) if role == MASK else masks_among(images)
+            for path in lost:
+                self._log.skip(path, "a mask by its name, of an image that is not there")
+            listed = next((found for above, found in governed.items() if here.is_relative_to(above)), None)
+            self._masks += [(path, parts) for path in masks if listed is None or path not in listed]
+            for path in (path for path in images if path not in {*masks, *lost}):
+                if listed is None or role:  # a folder called good or bad says more than a table above it
+                    self._images.append((path, parts))
+                elif path not in listed:
+                    self._log.skip(path, "an image that the table of labels does not list")
+
+    def _read_tables(self, tables: Sequence[Path], place: Path, context: tuple[str, ...]) -> set[Path]:
+        """Read tables of labels in one folder; the files that they list. Rows of images in ``good/`` are not used."""
+
+        def parts_of(image: Path) -> tuple[str, ...]:
+            inside = image.parent.relative_to(place).parts if image.is_relative_to(place) else ()
+            return (*context, *inside)
+
+        def split_at(image: Path) -> str:
+            return _split(parts_of(image)) or meaning(table.stem).split
+
+        listed: set[Path] = set()
+        for table in tables:
+            rows = read_list(table, self._log, None, self._name, place, split_at)
+            fresh = [row for row in rows if not role_of(parts_of(row.image))]
+            twice = next((row.image for row in fresh if row.image in listed), None)
+            if twice is not None:
+                raise DataError(f"{table}: {twice} is listed twice, here or in another table beside it")
+            self._listed += [((row.image, parts_of(row.image)), row) for row in fresh]
+            listed.update(path for row in fresh for path in (row.image, *row.masks))
+            self._tables.add(table)
+            if not fresh:
+                self._log.note(_NOT_USED.format(table))
+        return listed
+
+    def _sample(self, path: Path, parts: tuple[str, ...]) -> Sample | None:
+        """An image by the folders above it, then by its own name; None, with a log entry, if it is not used."""
+        split, role, kinds = _split(parts), role_of(parts), _kinds(parts)
+        own = meaning_of_file(path.name).role
+        if role == GOOD and own == BAD:
+            self._skip(path, "its name says defect, and its folder good")
+            return None
+        if not role and own in (GOOD, BAD) and (own == BAD or not kinds):
+            role = own
+            self._log.note("some images are good, or defects, by their own names, such as OK_1.png and NG_1.png")
+        if split in (TRAIN, CALIBRATION):
+            return self._learnt(path, parts, split, role)
+        if role == GOOD:
+            return Sample(path, split or TRAIN, self._name)
+        if role == BAD:
+            return Sample(path, TEST, self._name, 1, _kind(parts))
+        if role == UNSORTED:
+            return Sample(path, TEST, self._name, None, next(p for p in parts if meaning(p).role == UNSORTED))
+        if split == TEST or "" in self._good_in:  # what stands beside good images under a name of its own is a defect
+            return Sample(path, TEST, self._name, 1, _kind(parts)) if kinds else Sample(path, TEST, self._name, None)
+        if self._trains:
+            self._skip(path.parent, "neither in the training nor in the test part")
+            return None
+        return self._assumed(path, TRAIN)
+
+    def _learnt(self, path: Path, parts: tuple[str, ...], split: str, role: str) -> Sample | None:
+        """An image of a training or calibration part."""
+        if role in (BAD, UNSORTED) or (not role and (split in self._good_in or _kinds(parts))):
+            inside = not meaning(path.parent.name).split or meaning(path.parent.name).role
+            self._skip(path.parent if inside else path, f"only good images are used for {split}")
+            return None
+        if role == GOOD:
+            return Sample(path, split, self._name)
+        if split == CALIBRATION and self._good_in & {TRAIN, ""}:  # good is said of others, and not of these
+            return Sample(path, TEST, self._name, None)
+        return self._assumed(path, split)
+
+    def _assumed(self, path: Path, split: str) -> Sample:
+        self.assumed += 1
+        return Sample(path, split, self._name)
+
+    def _masked(self, sample: Sample, masks: tuple[Path, ...], free: bool) -> Sample | None:
+        """A defect with its masks; an image of which nothing else is said, by what its masks say."""
+        if not masks or sample.label == 1:
+            return replace(sample, masks=masks)
+        marks = marks_a_defect(masks)
+        if marks is None:
+            self._skip(sample.image, "its mask cannot be read, and nothing else says whether it is good")
+            return None
+        if not marks:
+            return replace(sample, label=0)
+        if not free:
+            self._skip(sample.image, f"its mask marks a defect; only good images are used for {sample.split}")
+            return None
+        self._log.note("images of which only a mask says whether they are good are defects if it marks a pixel")
+        return replace(sample, split=TEST, label=1, defect_type=sample.defect_type or "anomaly", masks=masks)
+
+    def _skip(self, path: Path, reason: str) -> None:
+        if (path, reason) not in self._seen:
+            self._seen.add((path, reason))
+            self._log.skip(path, reason)
+
+
+def _split(parts: Iterable[str]) -> str:
+    return next((split for part in parts if (split := meaning(part).split)), "")
+
+
+def _kinds(parts: Iterable[str]) -> list[str]:
+    """Names that say nothing that is known: kinds of defects, or of products."""
+    return [part for part in parts if _is_kind(part)]
+
+
+def _kind(parts: Sequence[str]) -> str:
+    """Name of the kind of defect: the first folder that names one; below a plain ``bad/``, what stands in it."""
+    found = [part for part in parts if _is_kind(part) or meaning(part).role == BAD]
+    if len(found) > 1 and not _split(parts) and meaning(found[0]).role == BAD:
+        return found[1]
+    return found[0] if found else "anomaly"
+
+
+def _odd_lists(images: Sequence[Path], others: Sequence[Path], in_masks: bool) -> Iterator[tuple[Path, str]]:
+    """Files that list images by their names, or mark defects in another way than by masks, and are not read."""
+    for path in others:
+        words = set(re.findall(r"[a-z]+", path.stem.lower()))
+        ours = path.name.endswith(".train.jsonl")  # the log of a training run
+        if path.suffix.lower() in _LIST_SUFFIXES and words & _LIST_WORDS and not ours:
+            yield path, "it seems to list images, and it is not read; a CSV with the columns image, label would be"
+    if in_masks and not images and others:
+        yield others[0].parent, f"labels that are no pictures are not read, such as {others[0].name}"

@@ -1,0 +1,134 @@
+"""Which mask belongs to which image, by the names of both and of the folders above them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from twinspect.data.names import GOOD, MASK, meaning
+from twinspect.data.scan import ScanLog
+
+_WORDS = r"(?:masks?|maske|gt|ground[_-]?truth|labels?|seg|segmentation|annotations?|anno)"
+# 000_mask, 000-mask, 000_mask_0, 000_GT; and mask_000.
+_AFTER = re.compile(rf"^(?P<stem>.+?)[ ._-]{_WORDS}(?:[ ._-]?\d+)?$", re.IGNORECASE)
+_BEFORE = re.compile(rf"^{_WORDS}[ ._-](?P<stem>.+)$", re.IGNORECASE)
+_SURE = re.compile(r"[ ._-](?:masks?|gt|ground[_-]?truth)(?:[ ._-]?\d+)?$", re.IGNORECASE)
+_OF_IMAGE = re.compile(r"^(?:(?:image|img|rgb)[ ._-](?P<a>.+)|(?P<b>.+?)[ ._-](?:image|img|rgb))$", re.IGNORECASE)
+
+Place = tuple[Path, tuple[str, ...]]  # a file, and the names of the folders between its class and itself
+
+
+def masks_among(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Of files in one folder, those that are masks of others, and those that are masks of images not there."""
+    stems = {_plain(image.stem) for image in images}
+    mine = [image for image in images if any(stem in stems for stem in _bare(image.stem))]
+    known = set(mine)
+    return mine, [image for image in images if image not in known and _SURE.search(image.stem)]
+
+
+def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLog) -> dict[Path, tuple[Path, ...]]:
+    """Masks per image; a mask that belongs to none, or to one of several, is logged.
+
+    A mask lies where its image lies, in a folder of masks instead of one of images: ``ground_truth/bad/000.png``
+    belongs to ``test/bad/000.png``. Its name may say that it is a mask (``000_mask``). Several masks of one image lie
+    in a folder that is named like the image, or are numbered. Where folders do not tell, the name alone decides.
+
+    Args:
+        groups: images, those first that are known to be defects: a mask that fits one of them is not another's.
+        masks: to be given to them.
+        log: where the others go.
+    """
+    names = [_Names(group) for group in groups]
+    kinds = {kind for group in names for kind in group.kinds}
+    found: dict[Path, list[Path]] = defaultdict(list)
+    for path, parts in masks:
+        if any(meaning(part).role == GOOD for part in parts):
+            _log_once(path.parent if _in_masks(parts) else path, "masks of good images are not needed", log)
+            continue
+        hard = _folders(part for part in parts if meaning(part).role != MASK)
+        soft = _folders(_first(_bare(part)) if meaning(part).role == MASK else part for part in parts)
+        owners: list[Path] = next((fits for group in names if (fits := group.owners(path, soft, hard))), [])
+        if len(owners) == 1:
+            found[owners[0]].append(path)
+        elif owners:
+            log.skip(path, "mask that fits images of several folders")
+        elif hard and not kinds & set(hard):
+            _log_once(path.parent, "masks of a kind that has no images", log)
+        else:
+            log.skip(path, "mask without image")
+    return {image: tuple(sorted(paths)) for image, paths in found.items()}
+
+
+class _Names:
+    """Images by the folders that tell them apart, and by their own names."""
+
+    def __init__(self, images: Iterable[Place]) -> None:
+        self._exact: dict[tuple[tuple[str, ...], str], list[Path]] = defaultdict(list)
+        self._by_stem: dict[str, list[tuple[tuple[str, ...], Path]]] = defaultdict(list)
+        places = [(path, _folders(parts)) for path, parts in images]
+        self.kinds = {folder for _, folders in places for folder in folders}
+        for path, folders in places:
+            for name in (path.stem, path.name):  # a mask of 000.jpg may be 000.jpg.png
+                self._exact[folders, _plain(name)].append(path)
+        for path, folders in places:
+            other = _OF_IMAGE.match(path.stem)
+            if other and (folders, _plain(other["a"] or other["b"])) not in self._exact:
+                self._exact[folders, _plain(other["a"] or other["b"])].append(path)
+        for (folders, stem), paths in self._exact.items():
+            self._by_stem[stem] += [(folders, path) for path in paths]
+
+    def owners(self, mask: Path, soft: tuple[str, ...], hard: tuple[str, ...]) -> list[Path]:
+        """Images that a mask may belong to, the best fit only.
+
+        Args:
+            mask: its file.
+            soft: names of the folders above it, also those that folders of masks have besides (``bad_mask``).
+            hard: names of the folders above it that are no folders of masks.
+        """
+        stems = [_plain(mask.stem), *_bare(mask.stem)]
+        for folders in dict.fromkeys((soft, hard)):
+            for stem in stems:
+                if owners := self._exact.get((folders, stem)):
+                    return owners
+            if folders and (owners := self._exact.get((folders[:-1], folders[-1]))):  # 000/0.png, 000/1.png
+                return owners
+        fits = (
+            image for stem in stems for folders, image in self._by_stem.get(stem, ()) if set(hard) <= set(folders)
+        )
+        return list(dict.fromkeys(fits))
+
+
+def _folders(parts: Iterable[str]) -> tuple[str, ...]:
+    """Names of folders that tell images of one class apart: kinds of defects, lots of one kind."""
+    told = (part for part in parts if part)
+    return tuple(_plain(part) for part in told if not _tells_nothing(part))
+
+
+def _tells_nothing(part: str) -> bool:
+    found = meaning(part)
+    return not found.role and (found.pictures or not found.rest)
+
+
+def _bare(stem: str) -> list[str]:
+    """``scratch`` of ``scratch_mask`` or ``mask_scratch``, nothing of ``ground_truth``."""
+    return [_plain(found["stem"]) for pattern in (_AFTER, _BEFORE) if (found := pattern.match(stem))]
+
+
+def _first(texts: Sequence[str]) -> str:
+    return texts[0] if texts else ""
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _in_masks(parts: Iterable[str]) -> bool:
+    return any(meaning(part).role == MASK for part in parts)
+
+
+def _log_once(path: Path, reason: str, log: ScanLog) -> None:
+    if (path, reason) not in log.skipped:
+        log.skip(path, reason)
