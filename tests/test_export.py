@@ -17,10 +17,6 @@ from twinspect.inference.exported import read_export
 from twinspect.inference.parity import CheckImages, Comparison, ParityError, load_labelled, rank_correlation
 from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
-
 
 @pytest.fixture(scope="module")
 def images(parts: Path, quick) -> CheckImages:
@@ -262,7 +258,6 @@ def test_small_precisions_rank_alike_or_are_refused(detector, parts: Path, tmp_p
 
 @pytest.mark.slow
 def test_openvino_equals_torch(quick, images, onnx_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     found, _ = check(onnx_file, quick.fitted, images, "openvino")
     assert not found.problems("fp32")
     out = tmp_path / "model.xml"
