@@ -55,6 +55,9 @@ Version = Annotated[
 @app.callback()
 def main(version: Version = False) -> None:
     """Generalist visual anomaly detection: one model, many classes, good images only."""
+    from twinspect.device import share_cores
+
+    share_cores()
 
 
 @app.command()
