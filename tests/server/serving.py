@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import needs_server  # noqa: F401  (skips where the extra is missing)
 import numpy as np
 from PIL import Image
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import needs_server  # noqa: F401
 import numpy as np
 import pytest
 from log_cases import result
