@@ -35,7 +35,9 @@ class Busy:
     """Processes that never pause, stopped until they are wanted. A context."""
 
     def __init__(self, count: int) -> None:
-        self.all = [psutil.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        # In groups of their own: a stopped process is woken when the shell that started its group ends.
+        spin = [sys.executable, "-c", "while True: pass"]
+        self.all = [psutil.Popen(spin, process_group=0) for _ in range(count)]
 
     def __enter__(self) -> Busy:
         for one in self.all:

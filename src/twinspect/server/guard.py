@@ -145,7 +145,7 @@ class _Exchange:
         """Read and drop what is left of a body that was refused, for a moment."""
         try:
             async with asyncio.timeout(LINGER_S):
-                while not self.complete and self.read <= self.settings.body_bytes:
+                while not self.complete:
                     message = await self.receive()
                     self.read += len(message.get("body", b""))
                     self.complete = message["type"] != "http.request" or not message.get("more_body", False)
