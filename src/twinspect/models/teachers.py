@@ -40,6 +40,8 @@ class BackboneInfo:
         arch: timm architecture name.
         kind: ``vit`` or ``cnn``.
         channels: D_l of each map level, fine to coarse for a CNN.
+        prefix_tokens: P, class and register tokens in front of a ViT's patches; 0 for a CNN.
+        class_token: whether the first of them is a class token.
         strides: pixels per grid step of each map level.
         token_channels: D_l of each global token.
         embedding_channels: F of the embedding.
@@ -51,6 +53,8 @@ class BackboneInfo:
     arch: str
     kind: str
     channels: tuple[int, ...]
+    prefix_tokens: int
+    class_token: bool
     strides: tuple[int, ...]
     token_channels: tuple[int, ...]
     embedding_channels: int
@@ -99,13 +103,17 @@ class Backbone(nn.Module):
         return wide.mean((2, 3))
 
     def _vit_features(self, x_B3HW: Tensor) -> Features:
+        asked, has_prefix = sorted({*self.levels, *self.token_levels}), self.net.num_prefix_tokens > 0
         pairs = self.net.forward_intermediates(
-            x_B3HW, indices=sorted({*self.levels, *self.token_levels}), intermediates_only=True,
-            return_prefix_tokens=True, output_fmt="NCHW",
-        )  # fmt: skip
-        by_level = dict(zip(sorted({*self.levels, *self.token_levels}), pairs, strict=True))
-        maps = tuple(by_level[level][0] for level in self.levels)
-        return Features(maps, tuple(_class_token(*by_level[level]) for level in self.token_levels))
+            x_B3HW, indices=asked, intermediates_only=True, return_prefix_tokens=has_prefix, output_fmt="NCHW"
+        )
+        if not has_prefix:  # timm then gives maps alone
+            pairs = [(one, one.new_zeros(one.shape[0], 0, one.shape[1])) for one in pairs]
+        by_level = dict(zip(asked, pairs, strict=True))
+        maps, prefix = (tuple(by_level[level][which] for level in self.levels) for which in (0, 1))
+        said = (by_level[level] for level in self.token_levels)
+        tokens = tuple(p[:, 0] if self.info.class_token else one.mean((2, 3)) for one, p in said)
+        return Features(maps, tokens, prefix)
 
 
 class Teacher(Backbone):
@@ -266,18 +274,14 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
         levels, tokens = len(backbone.levels), len(backbone.token_levels)
         size = 448 // patch * patch
         return BackboneInfo(
-            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, width, patch, size, mean, std
-        )
+            arch, "vit", (width,) * levels, net.num_prefix_tokens, net.cls_token is not None, (patch,) * levels,
+            (width,) * tokens, width, patch, size, mean, std,
+        )  # fmt: skip
     stages = _cnn_stages(net)
     channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
     token_channels = tuple(stages[i][0] for i in backbone.token_levels)
     wide = net.conv_head.out_channels if _has_wide_head(net) else token_channels[-1]
-    return BackboneInfo(arch, "cnn", channels, strides, token_channels, wide, max(strides), 512, mean, std)
-
-
-def _class_token(map_BDhw: Tensor, prefix_BPD: Tensor) -> Tensor:
-    """The class token, or the mean patch of a ViT that has none."""
-    return prefix_BPD[:, 0] if prefix_BPD.shape[1] else map_BDhw.mean((2, 3))
+    return BackboneInfo(arch, "cnn", channels, 0, False, strides, token_channels, wide, max(strides), 512, mean, std)
 
 
 def _has_wide_head(net: Any) -> bool:
