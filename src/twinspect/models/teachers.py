@@ -26,8 +26,8 @@ from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
 
-# Published settings of the Dinomaly line for a 12-block ViT: blocks 2..9 are rebuilt, in two groups.
-_VIT_FIRST_BLOCK, _VIT_LAST_SHARE = 2, 10 / 12
+# Dinomaly rebuilds eight blocks, in two groups: 2, 3 ... 9 of a ViT of 12 blocks, 4, 6 ... 18 of one of 24.
+_VIT_TWELFTHS = range(2, 10)
 # The last stages of a CNN say what an image shows; pooled early stages say what it is made of.
 _CNN_TOKEN_LEVELS = 3
 
@@ -242,8 +242,11 @@ def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
     """Indices of the levels whose maps, and of those whose global tokens are used."""
     if is_vit:
         depth = len(net.blocks)
-        first, last = min(_VIT_FIRST_BLOCK, depth - 1), max(2, round(depth * _VIT_LAST_SHARE))
-        return list(range(first, last)), list(range(first, depth))
+        first = min(2, depth - 1)
+        if depth < 12:
+            return list(range(first, max(2, round(depth * 10 / 12)))), list(range(first, depth))
+        levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
+        return levels, list(range(levels[0], depth))
     kept = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
     if not kept:
         raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
