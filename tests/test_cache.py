@@ -22,7 +22,7 @@ from twinspect.training.known import KnownFiles
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample
 
-LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 3, 4)
+LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), (2, 3, 4), 5, 3, 4)
 
 
 def record(seed: int) -> torch.Tensor:
@@ -30,7 +30,8 @@ def record(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     maps = tuple(torch.randn(1, *shape, generator=generator) for shape in LAYOUT.map_shapes)
     token, embedding = torch.randn(1, 5, generator=generator), torch.randn(1, 3, generator=generator)
-    return LAYOUT.pack(Observed(maps, token, embedding), torch.full((1, 3, 4, 4), seed))
+    prefix = torch.randn(1, *LAYOUT.prefix_shape, generator=generator)
+    return LAYOUT.pack(Observed(maps, token, embedding, prefix), torch.full((1, 3, 4, 4), seed))
 
 
 def key(number: int) -> bytes:
@@ -94,7 +95,7 @@ def test_another_process_reads_and_appends(tmp_path: Path) -> None:
 def test_other_spaces_and_layouts_are_apart(tmp_path: Path) -> None:
     filled(tmp_path, range(3))
     assert key(0) not in FeatureCache(tmp_path, "other teacher", LAYOUT)
-    assert key(0) not in FeatureCache(tmp_path, "space", RecordLayout(((2, 3, 3), (4, 1, 1)), 5, 3, 8))
+    assert key(0) not in FeatureCache(tmp_path, "space", replace(LAYOUT, small_side=8))
 
 
 @pytest.mark.parametrize("suffix", [".data", ".index"])
@@ -125,26 +126,31 @@ def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
 def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "space", LAYOUT)
     huge = tuple(torch.full((1, *shape), 1e6) for shape in LAYOUT.map_shapes)
-    cache.add([key(0)], LAYOUT.pack(Observed(huge, torch.zeros(1, 5), torch.zeros(1, 3)), torch.zeros(1, 3, 4, 4)))
+    observed = Observed(huge, torch.zeros(1, 5), torch.zeros(1, 3), torch.full((1, *LAYOUT.prefix_shape), -1e6))
+    cache.add([key(0)], LAYOUT.pack(observed, torch.zeros(1, 3, 4, 4)))
     cache.flush()
-    assert all(torch.isfinite(m).all() for m in LAYOUT.unpack(cache.read([key(0)]))[0].maps)
+    found = LAYOUT.unpack(cache.read([key(0)]))[0]
+    assert all(torch.isfinite(m).all() for m in (*found.maps, found.prefix_BMPD))
 
 
+@pytest.mark.parametrize("prefix", [(0, 0, 0), (2, 1, 2)])
 @pytest.mark.parametrize("small_side", [3, 4])
-def test_records_of_any_length(small_side: int, tmp_path: Path) -> None:
+def test_records_of_any_length(small_side: int, prefix: tuple[int, int, int], tmp_path: Path) -> None:
     """An odd number of bytes puts every other record where numbers of two bytes cannot lie."""
-    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), 3, 2, small_side)
+    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), prefix, 3, 2, small_side)
     assert layout.size % 2 == small_side % 2
     cache = FeatureCache(tmp_path, "space", layout)
     for number in range(3):
         maps = tuple(torch.full((1, *shape), float(number + i)) for i, shape in enumerate(layout.map_shapes))
-        observed = Observed(maps, torch.full((1, 3), 0.1 + number), torch.full((1, 2), -1.0))
+        tokens = torch.full((1, *prefix), 0.5 - number)
+        observed = Observed(maps, torch.full((1, 3), 0.1 + number), torch.full((1, 2), -1.0), tokens)
         cache.add([key(number)], layout.pack(observed, torch.full((1, 3, small_side, small_side), 10 + number)))
     cache.flush()
     observed, small = layout.unpack(cache.read([key(n) for n in (2, 0, 1)]))
     assert [m.dtype for m in observed.maps] == [torch.float32] * 2
     assert observed.maps[0][:, 1, 2, 0].tolist() == [2.0, 0.0, 1.0]
     assert observed.maps[1].flatten().tolist() == [3.0, 1.0, 2.0]
+    assert torch.equal(observed.prefix_BMPD, torch.tensor([-1.5, 0.5, -0.5])[:, None, None, None].expand(3, *prefix))
     assert torch.equal(observed.token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]))
     assert torch.equal(observed.embedding_BF, torch.full((3, 2), -1.0))
     assert small.flatten(1).unique(dim=1).flatten().tolist() == [12, 10, 11]

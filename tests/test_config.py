@@ -43,6 +43,7 @@ def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
         ({"model": {"dropout": 1.0}}, "dropout 1.0: accepted"),
         ({"model": {"ee_depth": 1.5}}, "ee_depth 1.5: accepted"),
         ({"train": {"compared": 0.0}}, "compared 0.0: accepted"),
+        ({"model": {"model": "snl", "recentre": True}}, "recentre: for --model dual only, not snl"),
         ({"model": {"clusters": -1}}, "clusters -1: at least 1, or 0"),
         ({"train": {"steps": 0}}, "--steps 0: at least 1"),
         ({"train": {"batch": 1}}, "--batch 1: at least 2"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from twinspect.cli import app
 from twinspect.errors import ConfigError
+from twinspect.losses import easy_limit
 from twinspect.models.layers import Noise
 from twinspect.training import distributed
 from twinspect.training.distributed import ALONE, Group, OneBatch
@@ -181,7 +182,7 @@ def test_noise_is_that_of_the_whole_batch(channels_first: bool) -> None:
         assert torch.equal(layer.eval()(x), x)
 
 
-def test_batch_norm_and_quantile_see_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_and_easy_limit_see_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(8, 3, 4, 4, dtype=torch.float32) * 5 + 7
     ours, theirs = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -190,12 +191,12 @@ def test_batch_norm_and_quantile_see_the_whole_batch(monkeypatch: pytest.MonkeyP
     whole = theirs(x)
     mine, other = x[:4], x[4:]
     sums = [other.sum((0, 2, 3)), (other - x.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))]
-    fake = Alternating([*sums, other.flatten()])
+    fake = Alternating([*sums, other])
     monkeypatch.setattr(distributed, "dist", SimpleNamespace(all_reduce=fake.all_reduce, all_gather=fake.all_gather))
-    quantile = torch.quantile(x.flatten(), 0.3)
+    limit = easy_limit(x, 0.3)
     with OneBatch(Group(0, 2)):
         torch.testing.assert_close(ours(mine), whole[:4], atol=1e-5, rtol=1e-5)
-        assert torch.quantile(mine.flatten(), 0.3) == quantile
+        assert easy_limit(mine, 0.3) == limit
         assert torch.equal(
             ours.eval()(other), F.batch_norm(other, ours.running_mean, ours.running_var, ours.weight, ours.bias)
         )

@@ -9,6 +9,7 @@ from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config
 
 from twinspect import Detector
 from twinspect.config import TrainConfig
+from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss
 from twinspect.models.contract import Observed, fit_size
 from twinspect.models.dual import DualModel, DualShape
@@ -64,7 +65,7 @@ def test_a_step_compares_some_positions_others_at_the_next() -> None:
 
     x = torch.randn(2, 3, 64, 64)
     observed, small = model.observe(x), model.shrink(x)
-    groups, trunk = model.groups(observed.maps)
+    groups, trunk = model.groups(observed)
     torch.manual_seed(0)
     said = model.student.local(trunk)
     torch.manual_seed(0)
@@ -80,6 +81,46 @@ def test_a_step_compares_some_positions_others_at_the_next() -> None:
 
 def test_every_position_of_a_vit_is_compared() -> None:
     assert build_model(run_config().model).compared(0, TrainConfig()) is None
+
+
+def test_class_and_register_tokens_go_through_the_decoder_but_are_not_compared() -> None:
+    model = build_model(run_config("test_vit2", size=64).model).eval()
+    observed = model.observe(torch.randn(2, 3, 64, 64))
+    groups, trunk = model.groups(observed)
+    assert [tuple(one.shape) for one in groups] == [(2, 16, 64)] * 2
+    assert trunk.shape == (2, 17, 64)
+    other = observed._replace(prefix_BMPD=observed.prefix_BMPD + 1.0)
+    same, moved = model.groups(other)
+    assert all(torch.equal(a, b) for a, b in zip(groups, same, strict=True))
+    before, after = model.student.local(trunk), model.student.local(moved)
+    assert [one.shape for one in before] == [one.shape for one in groups]
+    assert not torch.equal(before[0], after[0])  # linear attention carries them to every patch
+
+
+def test_recentred_targets_lose_what_the_class_token_says() -> None:
+    """Layer norm of patches minus class token; what the decoder sees stays as it is."""
+    plain, recentred = (build_model(run_config(RANDOM, recentre=on).model) for on in (False, True))
+    observed = plain.observe(torch.randn(2, 3, 64, 64))
+    (groups, trunk), (found, same) = plain.groups(observed), recentred.groups(observed)
+    assert torch.equal(trunk, same)
+    for g, (patches, target) in enumerate(zip(groups, found, strict=True)):
+        away = patches - observed.prefix_BMPD[:, g, :1]
+        away = away - away.mean(2, keepdim=True)
+        torch.testing.assert_close(target, away / away.square().mean(2, keepdim=True).sqrt(), rtol=1e-4, atol=1e-4)
+    for teacher in (RANDOM_CNN, "test_vit2"):
+        with pytest.raises(ConfigError, match="no class token"):
+            build_model(run_config(teacher, recentre=True).model)
+
+
+def test_the_decoder_of_a_vit_starts_small_and_learns_as_published() -> None:
+    model = build_model(run_config("test_vit").model)
+    weight = model.student.local.blocks[0].mlp[0].weight
+    assert float(weight.detach().abs().max()) <= 0.03
+    assert float(weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+    local, semantic = model.parameter_groups(TrainConfig())
+    assert (local["amsgrad"], local["eps"]) == (True, 1e-10)
+    assert "amsgrad" not in semantic
+    assert "amsgrad" not in build_model(run_config(RANDOM_CNN).model).parameter_groups(TrainConfig())[0]
 
 
 @pytest.mark.parametrize("depth", [0.3, 0.5, 1.0])

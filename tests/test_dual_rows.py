@@ -24,12 +24,16 @@ def slow_resample(maps: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def slow_groups(groups: LevelGroups, selected: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Maps of the layer groups and of the decoder's input."""
+def slow_groups(groups: LevelGroups, observed: Observed) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Maps of the layer groups, and the decoder's input: maps of a CNN, tokens of a ViT."""
     if groups.averaged:
-        return list(selected), torch.stack(selected).mean(0)
+        levels = []  # every level as its group's mean: the mean of all levels is then the mean of these
+        for g, members in enumerate(groups.levels):
+            tokens = torch.cat([observed.prefix_BMPD[:, g], to_tokens(observed.maps[g])], 1)
+            levels += [tokens] * len(members)
+        return list(observed.maps), torch.stack(levels).mean(0)
     scaled = []
-    for i, one in enumerate(selected):
+    for i, one in enumerate(observed.maps):
         mean, scale = groups.get_buffer(f"mean_{i}"), groups.get_buffer(f"scale_{i}")
         scaled.append((one - mean[:, None, None]) / scale[:, None, None])
     found = [
@@ -57,11 +61,12 @@ def slow_block(block: DecoderBlock, x: torch.Tensor) -> torch.Tensor:
 def slow_decoder(model: DualModel, trunk: torch.Tensor) -> list[torch.Tensor]:
     """Predicted maps of the groups."""
     local = model.student.local
-    x = local.bottleneck.net(to_tokens(trunk))
     if local.averaged:
+        x = local.bottleneck.net(trunk)
         outputs = list(itertools.accumulate(local.blocks, lambda y, block: slow_block(block, y), initial=x))[1:]
-        half = len(outputs) // 2
-        return [to_map(torch.stack(part).mean(0)) for part in (outputs[half:], outputs[:half])]
+        half, prefix = len(outputs) // 2, model.teacher.info.prefix_tokens
+        return [to_map(torch.stack(part).mean(0)[:, prefix:]) for part in (outputs[half:], outputs[:half])]
+    x = local.bottleneck.net(to_tokens(trunk))
     x = x + local.position_TW
     for block in local.blocks:
         x = slow_block(block, x)
@@ -94,7 +99,7 @@ def said(curve: Surprise, score: torch.Tensor, owner: torch.Tensor) -> torch.Ten
 def slow_scores(model: DualModel, out: Outputs, observed: Observed, small: torch.Tensor) -> dict[str, torch.Tensor]:
     """Readings of the groups and the scores made of all readings."""
     scorer, owner = model.scorer, out.prototype_B
-    groups, trunk = slow_groups(model.groups, observed.maps)
+    groups, trunk = slow_groups(model.groups, observed)
     predicted = slow_decoder(model, trunk)
     residuals = [
         t - scorer.gain(g)[:, None, None] * s for g, (t, s) in enumerate(zip(groups, predicted, strict=True))
@@ -150,9 +155,9 @@ def test_every_teacher_trains_on_rows_as_the_transcription_does(teacher: str) ->
     torch.manual_seed(0)
     model = build_model(run_config(teacher, size=64).model).eval()
     observed = model.observe(torch.randn(2, 3, 64, 64))
-    groups, trunk = model.groups(observed.maps)
+    groups, trunk = model.groups(observed)
     predicted = model.student.local(trunk)
-    slow, slow_trunk = slow_groups(model.groups, observed.maps)
+    slow, slow_trunk = slow_groups(model.groups, observed)
     slow_predicted = slow_decoder(model, slow_trunk)
     weight = model.student.local.bottleneck.net[1].weight
     grads = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from twinspect.losses import (
+    easy_limit,
     easy_share,
     encoder_decoder_loss,
     encoder_encoder_loss,
@@ -120,8 +121,9 @@ def test_gradient_reaches_the_student_only(share: float) -> None:
 def test_hard_mining_keeps_values_and_shrinks_gradients_of_easy_positions() -> None:
     cosine_BN, sums = maps(2, 36), [maps(2, 36, seed=seed).requires_grad_() for seed in (1, 2)]
     share, factor = 0.6, 0.1
-    easy = cosine_BN > torch.quantile(cosine_BN.flatten(), 1.0 - share)
-    assert easy.float().mean().item() == pytest.approx(share, abs=0.02)
+    hard = cosine_BN.flatten().sort().values[: int(72 * (1 - share))]  # 28 of 72 positions
+    easy = cosine_BN > hard[-1]
+    assert int(easy.sum()) == 44
     softened = soften_easy(cosine_BN, sums, share, factor)
     for one, own in zip(softened, sums, strict=True):
         torch.testing.assert_close(one, own)
@@ -143,9 +145,16 @@ def test_hard_mining_scales_the_loss_gradient_too(share: float) -> None:
     (weight * second).sum().backward()
     assert plain.grad is not None
     distance = position_cosine_distance(teacher.transpose(1, 2)[..., None], plain.detach().transpose(1, 2)[..., None])
-    easy = distance[..., 0] < torch.quantile(distance.flatten(), share)
+    easy = distance[..., 0] < easy_limit(distance, share)
     assert easy.float().mean() == share
     torch.testing.assert_close(mined.grad, plain.grad * torch.where(easy, 0.1, 1.0)[..., None])
+
+
+@pytest.mark.parametrize(("count", "share", "hard"), [(72, 0.6, 28), (100, 0.9, 9), (100, 0.5, 50), (5, 0.9, 1)])
+def test_easy_limit_is_the_smallest_distance_of_the_hard_positions(count: int, share: float, hard: int) -> None:
+    """Dinomaly rounds their number down, in floating point: 9 of 100 at 0.9."""
+    distance = torch.randperm(count, generator=torch.Generator().manual_seed(0)).float()
+    assert int((distance >= easy_limit(distance, share)).sum()) == hard
 
 
 def test_easy_share_rises_linearly_then_stays() -> None:

@@ -34,6 +34,25 @@ def test_equals_adamw_while_no_step_is_clipped() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_amsgrad_equals_its_formula() -> None:
+    """Dinomaly's: v never falls, and the clipping goes by the same denominator."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(6, 5, generator=generator) * scale for scale in (1.0, 10.0, 0.1, 0.1, 5.0)]
+    lr, decay, eps = 0.01, 0.1, 1e-10
+    options = {"lr": lr, "weight_decay": decay, "eps": eps, "betas": (0.9, 0.8)}
+    ours = steps(lambda p: StableAdamW(p, amsgrad=True, **options), gradients)
+    weight, average, square, largest = problem()[0].detach(), *[torch.zeros(6, 5) for _ in range(3)]
+    for count, gradient in enumerate(gradients, start=1):
+        average = 0.9 * average + 0.1 * gradient
+        square = 0.8 * square + 0.2 * gradient**2
+        largest = torch.maximum(largest, square)
+        length = (largest / (1 - 0.8**count)).sqrt() + eps
+        rate = lr / max(1.0, float((gradient / length).square().mean().sqrt()))
+        weight = weight * (1 - lr * decay) - rate * average / (1 - 0.9**count) / length
+    torch.testing.assert_close(ours, weight, rtol=1e-5, atol=1e-6)
+    assert float((ours - steps(lambda p: StableAdamW(p, **options), gradients)).abs().max()) > 1e-3
+
+
 def test_a_surprising_gradient_gets_a_smaller_step() -> None:
     base = problem(1)[1]
     gradients = [base] * 5 + [base * 1000]

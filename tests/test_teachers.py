@@ -84,6 +84,28 @@ def test_vit_tokens_are_the_class_tokens_up_to_the_last_block() -> None:
     assert one.levels == list(range(2, 10))  # the published choice: blocks 2 to 9
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix", "class_token"),
+    [
+        ("dinov2-small", 5, True),
+        ("test_vit", 1, True),
+        ("test_vit2", 1, False),
+        ("vit_medium_patch16_gap_240", 0, False),
+    ],
+)
+def test_class_and_register_tokens_stand_in_front_of_the_patches(name: str, prefix: int, class_token: bool) -> None:
+    one = teacher(name)
+    assert (one.info.prefix_tokens, one.info.class_token) == (prefix, class_token)
+    x = noise(2, 4 * one.info.multiple)
+    features = one.features(x)
+    assert [tuple(p.shape) for p in features.prefix] == [(2, prefix, c) for c in one.info.channels]
+    last = one.net.forward_intermediates(x, indices=one.levels[-1:], intermediates_only=True, output_fmt="NLC")[0]
+    torch.testing.assert_close(features.maps[-1].flatten(2).transpose(1, 2), last)
+    shared = one.token_levels.index(one.levels[-1])
+    global_token = features.prefix[-1][:, 0] if class_token else last.mean(1)  # a ViT without one: the mean patch
+    torch.testing.assert_close(features.tokens[shared], global_token)
+
+
 def test_normalise_uses_the_teachers_statistics() -> None:
     one = teacher("efficientnet-lite0")
     pixels = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)

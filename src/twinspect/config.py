@@ -101,6 +101,8 @@ class ModelConfig:
     """Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25."""
     view_shrink: int = 0
     """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
+    recentre: bool = False
+    """dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2)."""
     clusters: int = 0
     """Largest number of variants of scene that are told apart; 0 takes 16, and more where there are more products."""
     direction: str = ""
@@ -132,6 +134,7 @@ class ModelConfig:
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
         _check(self.clusters >= 0, f"clusters {self.clusters}: at least 1, or 0 for as many as there are products")
+        _check(not self.recentre or self.model == "dual", f"recentre: for --model dual only, not {self.model}")
         self._check_structure()
 
     def structure(self) -> Structure:

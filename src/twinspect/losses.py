@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 _EPS = 1e-8
 Gather = Callable[[Tensor], Tensor]
@@ -37,18 +38,30 @@ def easy_share(step: int, ramp_steps: int = 1000, final: float = 0.9) -> float:
 def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor: float = 0.1) -> list[Tensor]:
     """Return sums per position (B x N each) with the gradient of the easiest positions scaled by ``factor``.
 
-    Easy are the ``share`` positions of the batch with the largest cosine to the teacher. Values do not change, only
-    gradients: x -> factor * x + (1 - factor) * stopgrad(x). Whatever a loss takes from a position passes through its
-    sums, so that scaling their gradients scales that of its features, which are far larger. Source: Dinomaly's loose
-    loss.
+    Easy are the ``share`` positions of the batch nearest to the teacher: all below `easy_limit`. Values do not
+    change, only gradients: x -> factor * x + (1 - factor) * stopgrad(x). Whatever a loss takes from a position passes
+    through its sums, so that scaling their gradients scales that of its features, which are far larger. Source:
+    Dinomaly's loose loss.
     """
     if share <= 0.0:
         return list(sums)
     with torch.no_grad():
-        distance = 1.0 - cosine_BN
-        limit = torch.quantile(distance.flatten()[:: max(1, distance.numel() // 100_000)], share)
-        keep = torch.where(distance < limit, factor, 1.0)
+        distance_BN = 1.0 - cosine_BN
+        keep = torch.where(distance_BN < easy_limit(distance_BN, share), factor, 1.0)
     return [keep * one + ((1.0 - keep) * one).detach() for one in sums]
+
+
+def easy_limit(distance_BN: Tensor, share: float) -> Tensor:
+    """The smallest distance of the hard positions of a batch, which are int(count * (1 - share)) (Dinomaly).
+
+    Like torch's own functions it can be replaced by a `TorchFunctionMode`.
+    """
+    if has_torch_function_unary(distance_BN):
+        replaced: Tensor = handle_torch_function(easy_limit, (distance_BN,), distance_BN, share)
+        return replaced
+    count = distance_BN.numel()
+    hard = max(1, int(count * (1 - share)))
+    return torch.kthvalue(distance_BN.flatten(), count - hard + 1).values
 
 
 def encoder_decoder_loss(

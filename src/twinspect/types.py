@@ -59,7 +59,10 @@ class Features(NamedTuple):
     Attributes:
         maps: one B x D_l x h_l x w_l tensor per level, fine to coarse for a CNN.
         tokens: one B x D_l global token per level (ViT class token, pooled stage of a CNN).
+        prefix: one B x P x D_l tensor per map: the class and register tokens in front of a ViT's patches. Empty
+            for a CNN.
     """
 
     maps: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
+    prefix: tuple[Tensor, ...] = ()

@@ -22,6 +22,7 @@ from twinspect.models.prototypes import Prototypes
 from twinspect.models.statistics import ResidualMap, Surprise, TokenDistance
 from twinspect.models.teachers import BackboneInfo, Teacher
 from twinspect.scoring import gaussian_kernel
+from twinspect.types import Features
 
 MAP_SIGMA = 4.0 / 256.0  # smoothing of the map, as a share of its side (4 pixels at 256)
 
@@ -62,11 +63,14 @@ class Observed(NamedTuple):
         maps: the maps the layer groups are made of (see `LevelGroups.select`).
         token_BE: all global tokens joined, raw.
         embedding_BF: what the teacher's own classifier would see.
+        prefix_BMPD: class and register tokens of the kept maps, averaged as the maps are: M maps, P tokens. No
+            maps and no tokens (B x 0 x 0 x 0) for a CNN.
     """
 
     maps: tuple[Tensor, ...]
     token_BE: Tensor
     embedding_BF: Tensor
+    prefix_BMPD: Tensor
 
 
 class Predicted(NamedTuple):
@@ -102,6 +106,7 @@ class Selection(nn.Module):
     Attributes:
         levels: members of every map, as indices of the teacher's levels.
         channels, map_sides: of every map.
+        prefix_shape: M x P x D of the kept class and register tokens; zeros for a CNN.
         standardised: whether `standardise` uses the statistics, or leaves maps as they are.
     """
 
@@ -109,17 +114,25 @@ class Selection(nn.Module):
         super().__init__()
         self.levels, self.map_sides, self.standardised = levels, map_sides, standardised
         self.channels = [info.channels[members[0]] for members in levels]
+        self.prefix_shape = (len(levels), info.prefix_tokens, self.channels[0]) if info.prefix_tokens else (0, 0, 0)
         for i, channels in enumerate(self.channels):
             self.register_buffer(f"mean_{i}", torch.zeros(channels))
             self.register_buffer(f"scale_{i}", torch.ones(channels))
 
     def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the teacher's."""
-        joined = (
-            torch.stack([maps[i] for i in members]).mean(0) if len(members) > 1 else maps[members[0]]
-            for members in self.levels
-        )
+        joined = (self._mean(maps, members) for members in self.levels)
         return tuple(_at_side(one, side) for one, side in zip(joined, self.map_sides, strict=True))
+
+    def select_prefix(self, features: Features) -> Tensor:
+        """Class and register tokens of the kept maps: B x M x P x D."""
+        if 0 in self.prefix_shape:
+            return features.maps[0].new_zeros(features.maps[0].shape[0], *self.prefix_shape)  # `len` fixes an export
+        return torch.stack([self._mean(features.prefix, members) for members in self.levels], 1)
+
+    @staticmethod
+    def _mean(levels: tuple[Tensor, ...], members: list[int]) -> Tensor:
+        return torch.stack([levels[i] for i in members]).mean(0) if len(members) > 1 else levels[members[0]]
 
     def standardise(self, map_BDhw: Tensor, i: int) -> Tensor:
         """The i-th selected map with channels of mean 0 and spread 1 on normal images."""
@@ -253,7 +266,8 @@ class AnomalyModel(nn.Module):
         if self.shape.view_shrink > 1:
             view = self.teacher.features(_shrunk(x_B3SS, self.shape.view_shrink))
         embedding_BF = self.teacher.embedding(view).float()
-        return Observed(self.groups.select(features.maps), torch.cat(view.tokens, 1).float(), embedding_BF)
+        tokens = torch.cat(view.tokens, 1).float()
+        return Observed(self.groups.select(features.maps), tokens, embedding_BF, self.groups.select_prefix(features))
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""

@@ -3,7 +3,8 @@
 One frozen teacher, two heterogeneous students trained and scored together through a Noisy-OR:
 
 * `EncoderDecoder` rebuilds the teacher's mid-level patch features, in two groups, behind a noisy
-  bottleneck with linear attention. It finds small, local defects. Recipe after Dinomaly (CVPR 2025).
+  bottleneck with linear attention. It finds small, local defects. With a ViT it is the network of
+  Dinomaly (CVPR 2025) to the digit: see docs/papers.md and benchmarks/parity.py.
 * `EncoderEncoder` is the teacher's own architecture trained from scratch to give the teacher's global
   tokens only. Sparse supervision keeps it from learning the identity. It finds semantic anomalies.
 
@@ -12,7 +13,8 @@ residuals are whitened by their statistics on normal images (`models.statistics`
 distances do not see a small defect in a stochastic texture.
 
 Shapes: B images, D channels, h w grid, T positions of the decoder's grid, N rows of a group (its positions in blocks,
-one for every position of the decoder's: see `layers.to_rows`), E width of all global tokens together, S input side.
+one for every position of the decoder's: see `layers.to_rows`), P class and register tokens, E width of all global
+tokens together, S input side.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted
 from twinspect.models.dual_scorer import DualScorer
-from twinspect.models.groups import LevelGroups
-from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, whole_divisor
+from twinspect.models.groups import LAYER_NORM_EPS, LevelGroups
+from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, start_small, whole_divisor
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 
 
@@ -45,6 +47,7 @@ class DualShape:
         ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
         view_shrink: factor by which the view is smaller that global tokens are taken from. A CNN recognises
             objects at the size it was trained with; small defects need more pixels than that.
+        recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
     """
 
     size: int
@@ -54,6 +57,7 @@ class DualShape:
     ee_shrink: int = 0
     ee_depth: float = 0.0
     view_shrink: int = 0
+    recentre: bool = False
 
     def resolved(self, info: BackboneInfo) -> DualShape:
         """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
@@ -67,20 +71,27 @@ class DualShape:
             whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
             self.ee_depth or (1.0 if vit else 0.25),
             whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
+            self.recentre,
         )
 
 
 class EncoderDecoder(nn.Module):
-    """Bottleneck and decoder: B x T x D_in to the predicted rows of every group."""
+    """Bottleneck and decoder: B x T x D_in to the predicted rows of every group.
+
+    ViT: class and register tokens go with the patches through bottleneck and decoder, and are dropped at its end.
+    """
 
     def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
         super().__init__()
-        self.averaged = groups.averaged
+        self.averaged, self.prefix_tokens = groups.averaged, groups.prefix_tokens
         heads = max(1, shape.width // 64 if self.averaged else shape.width // 32)
         ratio = 4.0 if self.averaged else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout, ratio)
-        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio) for _ in range(shape.depth))
-        if not self.averaged:
+        eps = LAYER_NORM_EPS if self.averaged else 1e-5
+        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio, eps) for _ in range(shape.depth))
+        if self.averaged:
+            start_small(self)
+        else:
             position = sine_positions(groups.trunk_side, shape.width)
             self.register_buffer("position_TW", position, persistent=False)
             each = zip(groups.dims, groups.factors, strict=True)
@@ -113,7 +124,7 @@ class EncoderDecoder(nn.Module):
             x_BTW = block(x_BTW)
             outputs.append(x_BTW)
         half = len(outputs) // 2
-        return [torch.stack(part).mean(0) for part in (outputs[half:], outputs[:half])]
+        return [torch.stack(part).mean(0)[:, self.prefix_tokens :] for part in (outputs[half:], outputs[:half])]
 
 
 class EncoderEncoder(nn.Module):
@@ -165,14 +176,14 @@ class DualModel(AnomalyModel):
     def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 0) -> None:
         super().__init__(teacher)
         self.shape = shape.resolved(teacher.info)
-        self.groups = LevelGroups(teacher.info, self.shape.size)
+        self.groups = LevelGroups(teacher.info, self.shape.size, self.shape.recentre)
         self.student = DualStudent(self.groups, self.shape, teacher.info)
         self.scorer = DualScorer(self.groups, teacher.info, clusters)
         self.pixel_side = self.shape.size // self.shape.ee_shrink
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
         """The teacher's layer groups, and what both students say."""
-        groups, trunk = self.groups(observed.maps)
+        groups, trunk = self.groups(observed)
         return groups, self.student(trunk, small_B3SS)
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
@@ -184,7 +195,7 @@ class DualModel(AnomalyModel):
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Noisy-OR of both students' distances, and the two on their own."""
-        groups, trunk = self.groups(observed.maps)
+        groups, trunk = self.groups(observed)
         kept_P = self.compared(step, config)
         if kept_P is None:
             predicted = self.student(trunk, small_B3SS)
@@ -211,8 +222,9 @@ class DualModel(AnomalyModel):
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """A group per student: their safe learning rates differ."""
+        theirs = {"amsgrad": True, "eps": 1e-10} if self.groups.averaged else {}  # Dinomaly's
         return [
-            {"params": list(self.student.local.parameters()), "lr": config.lr},
+            {"params": list(self.student.local.parameters()), "lr": config.lr, **theirs},
             {"params": list(self.student.semantic.parameters()), "lr": config.lr_ee},
         ]
 
@@ -220,8 +232,9 @@ class DualModel(AnomalyModel):
 def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     shape = DualShape(
-        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink
-    )
+        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink,
+        config.recentre,
+    )  # fmt: skip
     return DualModel(teacher, shape, config.clusters)
 
 

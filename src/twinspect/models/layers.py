@@ -75,10 +75,10 @@ class LinearAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm transformer block with linear attention."""
 
-    def __init__(self, width: int, heads: int, ratio: float = 4.0) -> None:
+    def __init__(self, width: int, heads: int, ratio: float = 4.0, eps: float = 1e-5) -> None:
         super().__init__()
         hidden = int(width * ratio)
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attention = LinearAttention(width, heads)
         self.mlp = nn.Sequential(TokenLinear(width, hidden), nn.GELU(), TokenLinear(hidden, width))
 
@@ -87,6 +87,14 @@ class DecoderBlock(nn.Module):
         x_BND = x_BND + self.attention(self.norm_1(x_BND))
         out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
         return out
+
+
+def start_small(module: nn.Module) -> None:
+    """Dinomaly's start: weights of linear layers from a normal of 0.01 cut at three times that, biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.03, b=0.03)
+            nn.init.zeros_(layer.bias)
 
 
 class Noise(nn.Module):

@@ -26,8 +26,8 @@ from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
 
-# Published settings of the Dinomaly line for a 12-block ViT: blocks 2..9 are rebuilt, in two groups.
-_VIT_FIRST_BLOCK, _VIT_LAST_SHARE = 2, 10 / 12
+# Dinomaly rebuilds eight blocks, in two groups: 2, 3 ... 9 of a ViT of 12 blocks, 4, 6 ... 18 of one of 24.
+_VIT_TWELFTHS = range(2, 10)
 # The last stages of a CNN say what an image shows; pooled early stages say what it is made of.
 _CNN_TOKEN_LEVELS = 3
 
@@ -40,6 +40,8 @@ class BackboneInfo:
         arch: timm architecture name.
         kind: ``vit`` or ``cnn``.
         channels: D_l of each map level, fine to coarse for a CNN.
+        prefix_tokens: P, class and register tokens in front of a ViT's patches; 0 for a CNN.
+        class_token: whether the first of them is a class token.
         strides: pixels per grid step of each map level.
         token_channels: D_l of each global token.
         embedding_channels: F of the embedding.
@@ -51,6 +53,8 @@ class BackboneInfo:
     arch: str
     kind: str
     channels: tuple[int, ...]
+    prefix_tokens: int
+    class_token: bool
     strides: tuple[int, ...]
     token_channels: tuple[int, ...]
     embedding_channels: int
@@ -99,13 +103,17 @@ class Backbone(nn.Module):
         return wide.mean((2, 3))
 
     def _vit_features(self, x_B3HW: Tensor) -> Features:
+        asked, has_prefix = sorted({*self.levels, *self.token_levels}), self.net.num_prefix_tokens > 0
         pairs = self.net.forward_intermediates(
-            x_B3HW, indices=sorted({*self.levels, *self.token_levels}), intermediates_only=True,
-            return_prefix_tokens=True, output_fmt="NCHW",
-        )  # fmt: skip
-        by_level = dict(zip(sorted({*self.levels, *self.token_levels}), pairs, strict=True))
-        maps = tuple(by_level[level][0] for level in self.levels)
-        return Features(maps, tuple(_class_token(*by_level[level]) for level in self.token_levels))
+            x_B3HW, indices=asked, intermediates_only=True, return_prefix_tokens=has_prefix, output_fmt="NCHW"
+        )
+        if not has_prefix:  # timm then gives maps alone
+            pairs = [(one, one.new_zeros(one.shape[0], 0, one.shape[1])) for one in pairs]
+        by_level = dict(zip(asked, pairs, strict=True))
+        maps, prefix = (tuple(by_level[level][which] for level in self.levels) for which in (0, 1))
+        said = (by_level[level] for level in self.token_levels)
+        tokens = tuple(p[:, 0] if self.info.class_token else one.mean((2, 3)) for one, p in said)
+        return Features(maps, tokens, prefix)
 
 
 class Teacher(Backbone):
@@ -234,8 +242,11 @@ def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
     """Indices of the levels whose maps, and of those whose global tokens are used."""
     if is_vit:
         depth = len(net.blocks)
-        first, last = min(_VIT_FIRST_BLOCK, depth - 1), max(2, round(depth * _VIT_LAST_SHARE))
-        return list(range(first, last)), list(range(first, depth))
+        first = min(2, depth - 1)
+        if depth < 12:
+            return list(range(first, max(2, round(depth * 10 / 12)))), list(range(first, depth))
+        levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
+        return levels, list(range(levels[0], depth))
     kept = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
     if not kept:
         raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
@@ -266,18 +277,14 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
         levels, tokens = len(backbone.levels), len(backbone.token_levels)
         size = 448 // patch * patch
         return BackboneInfo(
-            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * tokens, width, patch, size, mean, std
-        )
+            arch, "vit", (width,) * levels, net.num_prefix_tokens, net.cls_token is not None, (patch,) * levels,
+            (width,) * tokens, width, patch, size, mean, std,
+        )  # fmt: skip
     stages = _cnn_stages(net)
     channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
     token_channels = tuple(stages[i][0] for i in backbone.token_levels)
     wide = net.conv_head.out_channels if _has_wide_head(net) else token_channels[-1]
-    return BackboneInfo(arch, "cnn", channels, strides, token_channels, wide, max(strides), 512, mean, std)
-
-
-def _class_token(map_BDhw: Tensor, prefix_BPD: Tensor) -> Tensor:
-    """The class token, or the mean patch of a ViT that has none."""
-    return prefix_BPD[:, 0] if prefix_BPD.shape[1] else map_BDhw.mean((2, 3))
+    return BackboneInfo(arch, "cnn", channels, 0, False, strides, token_channels, wide, max(strides), 512, mean, std)
 
 
 def _has_wide_head(net: Any) -> bool:

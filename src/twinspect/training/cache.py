@@ -39,9 +39,12 @@ _WAITING = 3  # such portions that may wait for the disk
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Byte layout of one image's record: maps in fp16, tokens and embedding in fp32, shrunk pixels in uint8."""
+    """Byte layout of one image's record: maps and prefix tokens in fp16, tokens and embedding in fp32, shrunk pixels
+    in uint8.
+    """
 
     map_shapes: tuple[tuple[int, int, int], ...]
+    prefix_shape: tuple[int, int, int]
     token_dims: int
     embedding_dims: int
     small_side: int
@@ -54,15 +57,15 @@ class RecordLayout:
     @property
     def vectors(self) -> tuple[int, int]:
         """First and last byte (exclusive) of a record's tokens and embedding."""
-        start = 2 * sum(math.prod(s) for s in self.map_shapes)
+        start = 2 * sum(math.prod(s) for s in (*self.map_shapes, self.prefix_shape))
         return start, start + 4 * (self.token_dims + self.embedding_dims)
 
     def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
         """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
         batch = len(small_B3ss)
         block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
-        maps = [in_fp16(one) for one in observed.maps]
-        parts = [*maps, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
+        features = [in_fp16(one) for one in (*observed.maps, observed.prefix_BMPD)]
+        parts = [*features, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
         start = 0
         for part in parts:
             raw_BR = part.cpu().contiguous().flatten(1).view(torch.uint8)
@@ -78,14 +81,14 @@ class RecordLayout:
 
         On the block's device: a GPU is sent half the bytes and widens them itself.
         """
-        maps, start = [], 0
-        for shape in self.map_shapes:
+        features, start, batch = [], 0, len(block_BR)
+        for shape in (*self.map_shapes, self.prefix_shape):
             stop = start + 2 * math.prod(shape)
-            maps.append(_typed(block_BR, start, stop, torch.float16).reshape(-1, *shape).float())
+            features.append(_typed(block_BR, start, stop, torch.float16).reshape(batch, *shape).float())
             start = stop
         start, stop = self.vectors
-        small = block_BR[:, stop:].reshape(len(block_BR), 3, self.small_side, self.small_side)
-        return Observed(tuple(maps), *self.unpack_vectors(block_BR[:, start:stop])), small
+        small = block_BR[:, stop:].reshape(batch, 3, self.small_side, self.small_side)
+        return Observed(tuple(features[:-1]), *self.unpack_vectors(block_BR[:, start:stop]), features[-1]), small
 
     def unpack_vectors(self, block_BR: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes ``vectors`` of the records of a batch to (tokens B x E, embeddings B x F)."""
@@ -251,6 +254,8 @@ def _write_all(file: io.FileIO, rest: memoryview) -> None:
 
 def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Bytes of every record as numbers: in place where records lie so, else copied."""
+    if start == stop:  # torch sees no numbers of two bytes in none at all
+        return block_BR.new_empty(len(block_BR), 0, dtype=dtype)
     part = block_BR[:, start:stop]
     if part.stride(0) % dtype.itemsize or part.storage_offset() % dtype.itemsize:
         part = part.clone(memory_format=torch.contiguous_format)

@@ -2,7 +2,7 @@
 
 The batch of a step is cut into equal slices, one a process; `DistributedDataParallel` averages students' gradients.
 Three things of a step see the whole batch, and would differ from one process if every process went by its own slice:
-the bottleneck's noise, batch norms, and the quantile that tells easy positions from hard ones. `OneBatch` gives them
+the bottleneck's noise, batch norms, and the limit that tells easy positions from hard ones. `OneBatch` gives them
 the whole batch, so that the loss does not depend on the number of processes. Only the process of rank 0 writes files.
 
 Everything after the steps (statistics, calibration) every process computes for itself from the same weights, so all
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
+from twinspect.losses import easy_limit
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.layers import noise, noise_mask, silenced
 
@@ -240,7 +241,7 @@ class OneBatch(TorchFunctionMode):
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.group = group
-        self._ours = {noise: self._noise, F.batch_norm: self._batch_norm, torch.quantile: self._quantile}
+        self._ours = {noise: self._noise, F.batch_norm: self._batch_norm, easy_limit: self._easy_limit}
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
@@ -251,10 +252,10 @@ class OneBatch(TorchFunctionMode):
     def _noise(self, x: Tensor, p: float) -> Tensor:
         return noise_of_slice(x, p, self.group.rank * x.shape[0], self.group.world * x.shape[0])
 
-    def _quantile(self, values: Tensor, q: float) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(self.group.world)]
-        dist.all_gather(parts, values.contiguous(), group=self.group.whole)
-        return torch.quantile(torch.cat(parts), q)
+    def _easy_limit(self, distance_BN: Tensor, share: float) -> Tensor:
+        parts = [torch.empty_like(distance_BN) for _ in range(self.group.world)]
+        dist.all_gather(parts, distance_BN.contiguous(), group=self.group.whole)
+        return easy_limit(torch.cat(parts), share)
 
     def _batch_norm(
         self,

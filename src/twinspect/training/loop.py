@@ -111,7 +111,6 @@ def _planned(
 ) -> StepPlan:
     """How steps fit into memory; rank 0 tries, as blocks that see the whole batch must do the same on all."""
     batch = min(config.batch, len(indices)) // group.world
-    weights = [p for p in model.student.parameters() if p.requires_grad]
 
     def tried(plan: StepPlan) -> None:
         source.portion = plan.micro
@@ -124,7 +123,11 @@ def _planned(
         finally:
             model.student.zero_grad(set_to_none=True)
 
-    kept = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+    kept = sum(
+        (3 if one.get("amsgrad") else 2) * weight.numel() * weight.element_size()  # the optimiser's state
+        for one in model.parameter_groups(config)
+        for weight in one["params"]
+    )
     usual = source.portion
     plan = group.share(lambda: choose_plan(batch, config.memory_gb, kept, tried, group.device))
     source.portion = usual

@@ -1,7 +1,7 @@
 """Steps in less memory, with the same result: what a batch couples sees all of it, the rest goes in parts.
 
 Naive accumulation sums the gradients of micro-batches, and is wrong here. Batch norms (of a CNN's students, of a
-CRAM) take their statistics from a batch, hard mining takes a quantile over it, the inter-affinity compares its
+CRAM) take their statistics from a batch, hard mining orders its positions, the inter-affinity compares its
 images, and noise is drawn once for all of it. So the losses are always taken of the whole batch, and two things
 are done to what lies below them, both exact:
 

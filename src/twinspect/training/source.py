@@ -132,12 +132,13 @@ class FeatureSource:
         sides = zip(groups.channels, groups.map_sides, strict=True)
         layout = RecordLayout(
             tuple((c, s, s) for c, s in sides),
+            groups.prefix_shape,
             sum(teacher.info.token_channels),
             teacher.info.embedding_channels,
             self._model.pixel_side,
         )
         inputs = f"{shape.size}|{shape.view_shrink}|{groups.levels}"
-        return FeatureCache(root, f"v3|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
+        return FeatureCache(root, f"v4|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
