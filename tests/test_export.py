@@ -275,13 +275,13 @@ class Scores:
 
     def run(self, pixels_BHWC: np.ndarray) -> dict[str, np.ndarray]:
         rows, self.rows = self.rows[: len(pixels_BHWC)], self.rows[len(pixels_BHWC) :]
-        score_B, prototype_B = (np.array(column) for column in zip(*rows, strict=True))
-        return {"score_B": score_B, "prototype_B": prototype_B, "map_B1HW": np.zeros((len(rows), 1, 2, 2))}
+        score_B, cluster_B = (np.array(column) for column in zip(*rows, strict=True))
+        return {"score_B": score_B, "cluster_B": cluster_B, "map_B1HW": np.zeros((len(rows), 1, 2, 2))}
 
 
 def test_changed_answers_are_counted_by_class_and_rounding_is_none(quick) -> None:
     decision = dataclasses.replace(
-        quick.fitted.decision, class_of_prototype=("ring", "weave"),
+        quick.fitted.decision, class_of_cluster=("ring", "weave"),
         fixed={"ring": Threshold(5.0, 0.01, False, ""), "weave": Threshold(9.0, 0.01, False, "")},
     )  # fmt: skip
     images = CheckImages([picture(i, 8, 8) for i in range(5)], [0, 0, 1, 0, 0], ["ring", "", "", "", "weave"])

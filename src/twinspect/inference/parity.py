@@ -79,7 +79,7 @@ class Comparison:
         images: compared, those at their own size included.
         synthetic: whether they were painted.
         score_gap, map_gap: largest relative gaps.
-        scene_changes: images whose nearest scene prototype differs.
+        scene_changes: images whose nearest cluster differs.
         rank: rank correlation of the joint scores; None below 8 images.
         auroc: (reference, export) mean image AUROC over classes, where labels allow.
         decisions: images (not painted ones) that were judged.
@@ -187,7 +187,7 @@ def compare(
         a, b = reference.run(pixels), export.run(pixels)
         gaps.append(_gap(a["score_B"], b["score_B"]))
         maps.append(_gap(a["map_B1HW"], b["map_B1HW"]))
-        changes += int((a["prototype_B"] != b["prototype_B"]).sum())
+        changes += int((a["cluster_B"] != b["cluster_B"]).sum())
         ours += _said(a)
         theirs += _said(b)
         progress("comparing with torch", done + 1, len(parts))
@@ -217,20 +217,20 @@ class _Said(NamedTuple):
     """What `Decision.judge` asks about an image."""
 
     score: float
-    prototype: int
+    cluster: int
     distance: float
 
 
 def _said(out: Mapping[str, NDArray[Any]]) -> list[_Said]:
-    distance_B = out.get("prototype_distance_B", np.full(len(out["score_B"]), np.nan))
-    columns = (one.tolist() for one in (out["score_B"], out["prototype_B"], distance_B))
+    distance_B = out.get("cluster_distance_B", np.full(len(out["score_B"]), np.nan))
+    columns = (one.tolist() for one in (out["score_B"], out["cluster_B"], distance_B))
     return [_Said(*values) for values in zip(*columns, strict=True)]
 
 
 def _alike(a: _Said, b: _Said) -> bool:
     """Whether two answers can differ only because a score lies on the threshold itself."""
     limit = TOLERANCES["fp32"].score or 0.0
-    return a.prototype == b.prototype and abs(a.score - b.score) <= limit * max(1.0, abs(a.score))
+    return a.cluster == b.cluster and abs(a.score - b.score) <= limit * max(1.0, abs(a.score))
 
 
 def _parts(squares: Sequence[Pixels]) -> Iterator[list[Pixels]]:
