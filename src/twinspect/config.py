@@ -110,8 +110,8 @@ class ModelConfig:
     cram_place: str = ""
     """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
     scoring: str = ""
-    """plain: the students' own distances, as in the papers; default: beside them statistics of good images. Empty takes
-    default, plain for rd and fd."""
+    """plain: the students' own distances, as in the papers; default: beside them statistics of good images. Empty
+    takes default, plain for rd and fd."""
     channel_reading: str = "kl"
     """snl: reading of the channel term, kl or cosine."""
     temperature: float = 1.0
