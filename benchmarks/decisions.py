@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from twinspect.models.prototypes import Prototypes
 
 from twinspect import Detector
 from twinspect import data as data_room
@@ -42,7 +43,6 @@ from twinspect.drift import DriftMonitor
 from twinspect.inference.predictor import classes_of_clusters
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, TokenScale
-from twinspect.models.prototypes import Prototypes
 from twinspect.models.statistics import TokenDistance
 from twinspect.recalibrate import score_images
 from twinspect.report import Table

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import RANDOM, RANDOM_CNN, picture, run_config
+from twinspect.models.groups import LevelGroups
 
 from twinspect import Detector
 from twinspect.models.contract import Observed, Outputs
 from twinspect.models.dual import DualModel
-from twinspect.models.groups import LevelGroups
 from twinspect.models.layers import DecoderBlock, from_rows, to_map, to_tokens
 from twinspect.models.statistics import ResidualMap, Surprise
 from twinspect.scoring import noisy_or, top_mean

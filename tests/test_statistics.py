@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.covariance import OAS
+from twinspect.models.prototypes import Prototypes, repetition
 
 from twinspect.models.layers import to_rows
-from twinspect.models.prototypes import Prototypes, repetition
 from twinspect.models.statistics import (
     PLACE_PRIOR,
     Moments,

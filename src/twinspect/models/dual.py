@@ -175,6 +175,7 @@ class EncoderEncoder(nn.Module):
         super().__init__()
         self.shrink = shape.ee_shrink
         self.net = Backbone(info.arch, depth=shape.ee_depth, img_size=shape.size // shape.ee_shrink)
+        self.net.drop_head()
         own = len(self.net.info.token_channels)
         wanted = len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.

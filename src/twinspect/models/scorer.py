@@ -163,6 +163,14 @@ class Scorer(nn.Module):
         link_B = 1.0 if self.plain else self.clusters.link_K.index_select(0, cluster_B)
         return link_B * local_B + semantic_B, z_B2
 
+    def calibrate(self, reading_nR: Tensor, cluster_n: Tensor, counted_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit both standardisations on readings of the good images that count; what `joined` gives of all."""
+        owner_n, clusters = self.owner(cluster_n), 1 if self.plain else self.clusters.count
+        self.standardise.fit(reading_nR[counted_n], owner_n[counted_n], clusters)
+        students_n2 = self.students(reading_nR, cluster_n)
+        self.standardise_students.fit(students_n2[counted_n], owner_n[counted_n], clusters)
+        return self.joined(students_n2, cluster_n)
+
     def cluster_distance(self, reading_BR: Tensor, z_B2: Tensor) -> Tensor:
         """How unusual the whole image is for its cluster (B): of its tokens, or as the students see it when plain."""
         return z_B2[:, 1] if self.plain else reading_BR[:, self.local_count + self.student_readings[1]]

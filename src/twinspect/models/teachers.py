@@ -89,6 +89,13 @@ class Backbone(nn.Module):
         by_level = dict(zip(self.levels, maps, strict=True))
         return Features(tuple(maps), tuple(by_level[level].mean((2, 3)) for level in self.token_levels))
 
+    def drop_head(self) -> None:
+        """Let go of what only classifies: a CNN's classifier and the widened stage before it."""
+        if not self.is_vit:
+            self.net.reset_classifier(0)
+            if _has_wide_head(self.net):
+                self.net.conv_head, self.net.bn2 = nn.Identity(), nn.Identity()
+
     def embedding(self, features: Features) -> Tensor:
         """What the network's own classifier would see of these features: B x F.
 
@@ -178,6 +185,7 @@ def create_teacher(
         load_state(teacher.net, source, name)
         teacher.weights = source.described
     if not teacher.is_vit:
+        teacher.net.reset_classifier(0)  # after loading: files hold it, and nothing here asks it
         fold_batch_norms(teacher.net)
         take_in_padding(teacher.net)
     return teacher

@@ -33,7 +33,7 @@ from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import StepPlan
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
-from twinspect.training.statistics import fit_scales, fit_statistics
+from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
 
 FEWEST = 8  # images below which neither training nor calibration means anything
@@ -51,6 +51,7 @@ class Fitted:
     config: RunConfig
     record: dict[str, Any] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    good: GoodImages | None = None  # of a model that was just trained
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -163,7 +164,7 @@ def _fitted(
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
-    return Fitted(model, decision, config, record, source.skipped)
+    return Fitted(model, decision, config, record, source.skipped, good)
 
 
 def _source(

@@ -66,6 +66,7 @@ class GoodImages(NamedTuple):
         distance_n: distances from the clusters.
         cluster_n: indices of the clusters.
         counted_n: whether the image counts for thresholds: with plain scoring only those held out.
+        readings_nR: raw readings, as `Outputs` has them.
     """
 
     score_n: Tensor
@@ -73,6 +74,7 @@ class GoodImages(NamedTuple):
     distance_n: Tensor
     cluster_n: Tensor
     counted_n: Tensor
+    readings_nR: Tensor
 
 
 @torch.no_grad()
@@ -130,8 +132,7 @@ class _Fitting:
         """The students' readings calibrate on the images held out, all clusters together."""
         rows = [(plain.local_BR, plain.semantic_BR, peak_B) for _, plain, _, peak_B in self._answers(peaks=True)]
         local, semantic, peak_n = (torch.cat(column) for column in zip(*rows, strict=True))
-        score_n, distance_n = self._calibrated(torch.cat([local, semantic], 1), self.held_n)
-        return self._good(score_n, peak_n, distance_n, self.held_n)
+        return self._calibrated(torch.cat([local, semantic], 1), peak_n, self.held_n)
 
     def default(self, tokens: tuple[Tensor, ...], embedding_nF: Tensor, seed: int) -> GoodImages:
         """Everything: see the module."""
@@ -149,11 +150,7 @@ class _Fitting:
         parts = [students[:, : count[0]], local, students[:, count[0] :], torch.stack(semantic, 1)]
         scorer.weight_R[: count[0]] = skills[0]
         scorer.weight_R[scorer.local_count : scorer.local_count + count[1]] = skills[1]
-        score_n, distance_n = self._calibrated(torch.cat(parts, 1), torch.ones_like(self.held_n))
-        return self._good(score_n, peak_n, distance_n, torch.ones_like(self.held_n))
-
-    def _good(self, score_n: Tensor, peak_n: Tensor, distance_n: Tensor, counted_n: Tensor) -> GoodImages:
-        return GoodImages(score_n.cpu(), peak_n.cpu(), distance_n.cpu(), self.cluster_n.cpu(), counted_n.cpu())
+        return self._calibrated(torch.cat(parts, 1), peak_n, torch.ones_like(self.held_n))
 
     def _batches(self, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Observed, Tensor]]:
         """(places among the good images, teacher's answer, shrunk pixels); says how far the work is."""
@@ -324,15 +321,13 @@ class _Fitting:
             peak_n[part] = self.scorer.map_of(maps, self.cluster_n[part]).amax((1, 2, 3))
         return torch.stack(readings, 1).to(self.model.device), peak_n
 
-    def _calibrated(self, reading_nR: Tensor, counted_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the calibration on the images that count; joint scores and cluster distances of all (n)."""
-        scorer, owner_n = self.scorer, self.scorer.owner(self.cluster_n)
-        clusters = int(owner_n.max()) + 1 if scorer.plain else scorer.clusters.count
-        scorer.standardise.fit(reading_nR[counted_n], owner_n[counted_n], clusters)
-        students_n2 = scorer.students(reading_nR, self.cluster_n)
-        scorer.standardise_students.fit(students_n2[counted_n], owner_n[counted_n], clusters)
-        score_n, z_n2 = scorer.joined(students_n2, self.cluster_n)
-        return score_n, scorer.cluster_distance(reading_nR, z_n2)
+    def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
+        """Fit the calibration on the images that count; what is said of all."""
+        score_n, z_n2 = self.scorer.calibrate(reading_nR, self.cluster_n, counted_n)
+        distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
+        return GoodImages(
+            *(one.cpu() for one in (score_n, peak_n, distance_n, self.cluster_n, counted_n, reading_nR))
+        )
 
 
 def _add(totals: list[Tensor], parts: list[Tensor], variant_B: Tensor, variants: int) -> None:
