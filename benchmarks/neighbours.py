@@ -5,7 +5,8 @@
     python benchmarks/neighbours.py commands GOOD IMAGES m.twin            `fit GOOD` and `predict IMAGES` together
 
 A neighbour is a process that never pauses. Every model lives in a process of its own, with each of the settings
-(variables of the environment) that `--also` names; they take turns, a few images each. A turn begins when the machine
+(variables of the environment) that `--also` names; they take turns, a few images each: one by one, as single requests
+come, and in batches of the size that `predict` takes for many images. A turn begins when the machine
 has been idle for a moment, and is repeated if anybody else took more than a twentieth of it meanwhile, so a machine
 that is never quiet gives no numbers (`--patience` seconds, then what there is). Medians; the last line is JSON.
 """
@@ -25,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 DISTURBED = 0.05  # share of all cores' time that others may take
@@ -72,12 +74,14 @@ class Worker:
         self.process = psutil.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **given}
         )
-        if self.process.stdout.readline() != "ready\n":
+        said = self.process.stdout.readline()
+        if not said.startswith("ready "):
             raise SystemExit(f"{self.name} did not start")
+        self.batches = sorted({1, int(said.split()[1])})
 
-    def milliseconds(self, images: int) -> float:
+    def milliseconds(self, images: int, batch: int) -> float:
         """Of an image, in a row of so many."""
-        self.process.stdin.write(f"{images}\n")
+        self.process.stdin.write(f"{images} {batch}\n")
         self.process.stdin.flush()
         return 1e3 * float(self.process.stdout.readline()) / images
 
@@ -85,19 +89,21 @@ class Worker:
 def serve(given: argparse.Namespace) -> int:
     """The other side of `Worker`."""
     from twinspect.inference.decode import decode
+    from twinspect.inference.frames import expand
     from twinspect.inference.runtimes import load_predictor
-    from twinspect.inference.sources import expand
 
-    runtime = load_predictor(given.models[0]).runtime
-    found = [decode(item, runtime.size).square for item in islice(expand(given.images), 8)]
-    squares = [one[None] for one in found if one is not None]
-    for one in squares:
-        runtime.run(one)
-    print("ready", flush=True)
+    predictor = load_predictor(given.models[0])
+    runtime = predictor.runtime
+    found = [decode(item, runtime.size).square for item in islice(expand(given.images), 64)]
+    squares = np.stack([one for one in found if one is not None])
+    for batch in (1, predictor.batch):
+        runtime.run(squares[:batch])
+    print(f"ready {predictor.batch}", flush=True)
     for line in sys.stdin:
+        images, batch = (int(word) for word in line.split())
         began = time.perf_counter()
-        for number in range(int(line)):
-            runtime.run(squares[number % len(squares)])
+        for first in range(0, images, batch):
+            runtime.run(squares[first : first + batch])
         print(time.perf_counter() - began, flush=True)
     return 0
 
@@ -136,20 +142,23 @@ def calls(given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of an image, for every model and setting, beside so many neighbours."""
     until = time.monotonic() + given.patience
     workers = [Worker(model, given.images, also) for model in given.models for also in ("", *given.also)]
-    found: dict[str, dict[int, list[float]]] = {one.name: {n: [] for n in NEIGHBOURS} for one in workers}
+    turns = [(one, batch) for one in workers for batch in one.batches]
+    found: dict[str, dict[int, list[float]]] = {
+        f"{one.name} batch {batch}": {n: [] for n in NEIGHBOURS} for one, batch in turns
+    }
     with Busy(max(NEIGHBOURS)) as others:
         for _ in range(given.rounds):
-            for worker in workers:
+            for worker, batch in turns:
                 for count in NEIGHBOURS:
 
-                    def task(worker: Worker = worker, count: int = count) -> tuple[float, float]:
-                        before = seconds_of(worker.process)
-                        value, theirs = others.beside(count, lambda: worker.milliseconds(given.count))
-                        return value, theirs + seconds_of(worker.process) - before
+                    def task(one: Worker = worker, batch: int = batch, count: int = count) -> tuple[float, float]:
+                        before = seconds_of(one.process)
+                        value, theirs = others.beside(count, lambda: one.milliseconds(given.count, batch))
+                        return value, theirs + seconds_of(one.process) - before
 
                     value = undisturbed(task, until)
                     if value is not None:
-                        found[worker.name][count].append(value)
+                        found[f"{worker.name} batch {batch}"][count].append(value)
     for worker in workers:
         worker.process.kill()
     print("ms an image, beside 0, 1 and 2 busy processes (times the first); number of turns")
@@ -200,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--also", action="append", default=[], help="VARIABLE=VALUE, several with blanks between")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=8, help="images of a turn")
+    parser.add_argument("--count", type=int, default=8, help="images of a turn, at most 64")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for quiet moments")
     given = parser.parse_args(arguments)
     if given.what == "serve":
