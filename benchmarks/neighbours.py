@@ -2,7 +2,7 @@
 
     python benchmarks/neighbours.py calls IMAGES m.twin m.onnx m.xml       calls of a model, beside 0, 1 and 2 others
     python benchmarks/neighbours.py calls IMAGES m.twin --also GOMP_SPINCOUNT=300000 --also OMP_WAIT_POLICY=PASSIVE
-    python benchmarks/neighbours.py commands GOOD IMAGES m.twin            `fit GOOD` and `predict IMAGES` together
+    python benchmarks/neighbours.py commands GOOD IMAGES m.twin            whole `predict`, `fit`, both at once
 
 A neighbour is a process that never pauses. Every model lives in a process of its own, with each of the settings
 (variables of the environment) that `--also` names; they take turns, a few images each: one by one, as single requests
@@ -21,14 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 
+Found = TypeVar("Found")
 DISTURBED = 0.05  # share of all cores' time that others may take
 NEIGHBOURS = (0, 1, 2)
 
@@ -51,7 +53,7 @@ class Busy:
             one.kill()
             one.wait()
 
-    def beside(self, count: int, task: Callable[[], float]) -> tuple[float, float]:
+    def beside(self, count: int, task: Callable[[], Found]) -> tuple[Found, float]:
         """What a task says while so many run, and the processor's time that they took."""
         awake = self.all[:count]
         before = sum(seconds_of(one) for one in awake)
@@ -67,12 +69,11 @@ class Busy:
 class Worker:
     """A loaded model in a process of its own, with some variables of the environment."""
 
-    def __init__(self, model: Path, images: Path, variables: str) -> None:
-        self.name = f"{model.name} {variables}".strip()
+    def __init__(self, model: Path, images: Path, also: str) -> None:
+        self.name = f"{model.name} {also}".strip()
         command = [sys.executable, __file__, "serve", str(images), str(model)]
-        given = dict(one.split("=", 1) for one in variables.split())
         self.process = psutil.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **given}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables(also)}
         )
         said = self.process.stdout.readline()
         if not said.startswith("ready "):
@@ -120,11 +121,11 @@ def busy() -> float:
     return float(sum(found) - found.idle - getattr(found, "iowait", 0.0) - getattr(found, "guest", 0.0))
 
 
-def undisturbed(task: Callable[[], tuple[float, float]], until: float) -> float | None:
+def undisturbed(task: Callable[[], tuple[Found, float]], until: float) -> Found | None:
     """What a task says once nobody else was there meanwhile; None if that never happened.
 
     Args:
-        task: gives the number, and the processor's time that is known to be ours.
+        task: gives what it found, and the processor's time that is known to be ours.
         until: by the clock of `time.monotonic`.
     """
     cores = psutil.cpu_count()
@@ -170,29 +171,58 @@ def calls(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def commands(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of `fit` and `predict`, each alone and both together, in turns."""
-    found: dict[str, list[float]] = {"fit": [], "predict": [], "fit beside predict": [], "predict beside fit": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(given.rounds):
-            fit = ["fit", given.good, "--out", f"{folder}/{number}.twin", "--cache-gb", 0]
-            predict = ["predict", given.models[0], given.images, "--out", f"{folder}/{number}.csv", "--restart"]
-            for names in (["fit"], ["predict"], ["fit beside predict", "predict beside fit"]):
-                began = time.perf_counter()
-                words = [fit if name.startswith("fit") else predict for name in names]
-                running = [
-                    subprocess.Popen([sys.executable, "-m", "twinspect", *map(str, one)], stdout=subprocess.DEVNULL)
-                    for one in words
-                ]
-                left = dict(zip(names, running, strict=True))
-                while left:
-                    time.sleep(0.05)
-                    for name in [name for name, one in left.items() if one.poll() is not None]:
-                        if left.pop(name).returncode:
-                            raise SystemExit(f"{name} failed")
-                        found[name].append(time.perf_counter() - began)
+    """Seconds of `predict` and `fit`, each beside so many neighbours, and of both together."""
+    until = time.monotonic() + given.patience
+    found: dict[str, list[float]] = defaultdict(list)
+    with Busy(max(NEIGHBOURS)) as others, tempfile.TemporaryDirectory() as folder:
+        fit = ["fit", given.good, "--out", f"{folder}/m.twin", "--cache-gb", 0]
+        predict = ["predict", given.models[0], given.images, "--out", f"{folder}/t.csv", "--restart"]
+        turns = [(one, count) for one in ([predict], [fit]) for count in NEIGHBOURS] + [([fit, predict], 0)]
+        for _ in range(given.rounds):
+            for also in ("", *given.also):
+                for words, count in turns:
+
+                    def task(
+                        words: list[list[Any]] = words, count: int = count, also: str = also
+                    ) -> tuple[list[float], float]:
+                        before = seconds_of(psutil.Process())
+                        seconds, theirs = others.beside(count, lambda: together(words, also))
+                        return seconds, theirs + seconds_of(psutil.Process()) - before
+
+                    seconds = undisturbed(task, until)
+                    names = [
+                        f"{one[0]} beside {count} busy" if len(words) == 1 else f"{one[0]}, both" for one in words
+                    ]
+                    for name, value in zip(names, seconds or [], strict=False):
+                        found[f"{also} {name}".strip()].append(value)
     for name, values in found.items():
-        print(f"{name:20s} {statistics.median(values):6.1f} s  of {', '.join(f'{one:.1f}' for one in values)}")
+        print(f"{name:48s} {statistics.median(values):6.1f} s  of {', '.join(f'{one:.1f}' for one in values)}")
     return dict(found)
+
+
+def together(words: list[list[Any]], also: str) -> list[float]:
+    """Seconds of commands that are started at once."""
+    began, seconds = time.perf_counter(), [0.0] * len(words)
+    environment = {**os.environ, **variables(also)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "twinspect", *map(str, one)], stdout=subprocess.DEVNULL, env=environment
+        )
+        for one in words
+    ]
+    while not all(seconds):
+        time.sleep(0.02)
+        for place, one in enumerate(running):
+            if not seconds[place] and one.poll() is not None:
+                seconds[place] = time.perf_counter() - began
+                if one.returncode:
+                    raise SystemExit(f"twinspect {words[place][0]} failed")
+    return seconds
+
+
+def variables(text: str) -> dict[str, str]:
+    """``A=1 B=2`` as a dict."""
+    return dict(one.split("=", 1) for one in text.split())
 
 
 WHAT: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"calls": calls, "commands": commands}
