@@ -2,10 +2,11 @@
 
     python benchmarks/neighbours.py calls IMAGES m.twin m.onnx m.xml       calls of a model, beside 0, 1 and 2 others
     python benchmarks/neighbours.py calls IMAGES m.twin --also GOMP_SPINCOUNT=300000 --also OMP_WAIT_POLICY=PASSIVE
-    python benchmarks/neighbours.py commands GOOD IMAGES m.twin            `fit GOOD` and `predict IMAGES` together
+    python benchmarks/neighbours.py commands GOOD IMAGES m.twin            whole `predict`, `fit`, both at once
 
 A neighbour is a process that never pauses. Every model lives in a process of its own, with each of the settings
-(variables of the environment) that `--also` names; they take turns, a few images each. A turn begins when the machine
+(variables of the environment) that `--also` names; they take turns, a few images each: one by one, as single requests
+come, and in batches of the size that `predict` takes for many images. A turn begins when the machine
 has been idle for a moment, and is repeated if anybody else took more than a twentieth of it meanwhile, so a machine
 that is never quiet gives no numbers (`--patience` seconds, then what there is). Medians; the last line is JSON.
 """
@@ -20,13 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 
+Found = TypeVar("Found")
 DISTURBED = 0.05  # share of all cores' time that others may take
 NEIGHBOURS = (0, 1, 2)
 
@@ -49,7 +53,7 @@ class Busy:
             one.kill()
             one.wait()
 
-    def beside(self, count: int, task: Callable[[], float]) -> tuple[float, float]:
+    def beside(self, count: int, task: Callable[[], Found]) -> tuple[Found, float]:
         """What a task says while so many run, and the processor's time that they took."""
         awake = self.all[:count]
         before = sum(seconds_of(one) for one in awake)
@@ -65,19 +69,20 @@ class Busy:
 class Worker:
     """A loaded model in a process of its own, with some variables of the environment."""
 
-    def __init__(self, model: Path, images: Path, variables: str) -> None:
-        self.name = f"{model.name} {variables}".strip()
+    def __init__(self, model: Path, images: Path, also: str) -> None:
+        self.name = f"{model.name} {also}".strip()
         command = [sys.executable, __file__, "serve", str(images), str(model)]
-        given = dict(one.split("=", 1) for one in variables.split())
         self.process = psutil.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **given}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables(also)}
         )
-        if self.process.stdout.readline() != "ready\n":
+        said = self.process.stdout.readline()
+        if not said.startswith("ready "):
             raise SystemExit(f"{self.name} did not start")
+        self.batches = sorted({1, int(said.split()[1])})
 
-    def milliseconds(self, images: int) -> float:
+    def milliseconds(self, images: int, batch: int) -> float:
         """Of an image, in a row of so many."""
-        self.process.stdin.write(f"{images}\n")
+        self.process.stdin.write(f"{images} {batch}\n")
         self.process.stdin.flush()
         return 1e3 * float(self.process.stdout.readline()) / images
 
@@ -85,19 +90,21 @@ class Worker:
 def serve(given: argparse.Namespace) -> int:
     """The other side of `Worker`."""
     from twinspect.inference.decode import decode
+    from twinspect.inference.frames import expand
     from twinspect.inference.runtimes import load_predictor
-    from twinspect.inference.sources import expand
 
-    runtime = load_predictor(given.models[0]).runtime
-    found = [decode(item, runtime.size).square for item in islice(expand(given.images), 8)]
-    squares = [one[None] for one in found if one is not None]
-    for one in squares:
-        runtime.run(one)
-    print("ready", flush=True)
+    predictor = load_predictor(given.models[0])
+    runtime = predictor.runtime
+    found = [decode(item, runtime.size).square for item in islice(expand(given.images), 64)]
+    squares = np.stack([one for one in found if one is not None])
+    for batch in (1, predictor.batch):
+        runtime.run(squares[:batch])
+    print(f"ready {predictor.batch}", flush=True)
     for line in sys.stdin:
+        images, batch = (int(word) for word in line.split())
         began = time.perf_counter()
-        for number in range(int(line)):
-            runtime.run(squares[number % len(squares)])
+        for first in range(0, images, batch):
+            runtime.run(squares[first : first + batch])
         print(time.perf_counter() - began, flush=True)
     return 0
 
@@ -114,11 +121,11 @@ def busy() -> float:
     return float(sum(found) - found.idle - getattr(found, "iowait", 0.0) - getattr(found, "guest", 0.0))
 
 
-def undisturbed(task: Callable[[], tuple[float, float]], until: float) -> float | None:
+def undisturbed(task: Callable[[], tuple[Found, float]], until: float) -> Found | None:
     """What a task says once nobody else was there meanwhile; None if that never happened.
 
     Args:
-        task: gives the number, and the processor's time that is known to be ours.
+        task: gives what it found, and the processor's time that is known to be ours.
         until: by the clock of `time.monotonic`.
     """
     cores = psutil.cpu_count()
@@ -136,20 +143,23 @@ def calls(given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of an image, for every model and setting, beside so many neighbours."""
     until = time.monotonic() + given.patience
     workers = [Worker(model, given.images, also) for model in given.models for also in ("", *given.also)]
-    found: dict[str, dict[int, list[float]]] = {one.name: {n: [] for n in NEIGHBOURS} for one in workers}
+    turns = [(one, batch) for one in workers for batch in one.batches]
+    found: dict[str, dict[int, list[float]]] = {
+        f"{one.name} batch {batch}": {n: [] for n in NEIGHBOURS} for one, batch in turns
+    }
     with Busy(max(NEIGHBOURS)) as others:
         for _ in range(given.rounds):
-            for worker in workers:
+            for worker, batch in turns:
                 for count in NEIGHBOURS:
 
-                    def task(worker: Worker = worker, count: int = count) -> tuple[float, float]:
-                        before = seconds_of(worker.process)
-                        value, theirs = others.beside(count, lambda: worker.milliseconds(given.count))
-                        return value, theirs + seconds_of(worker.process) - before
+                    def task(one: Worker = worker, batch: int = batch, count: int = count) -> tuple[float, float]:
+                        before = seconds_of(one.process)
+                        value, theirs = others.beside(count, lambda: one.milliseconds(given.count, batch))
+                        return value, theirs + seconds_of(one.process) - before
 
                     value = undisturbed(task, until)
                     if value is not None:
-                        found[worker.name][count].append(value)
+                        found[f"{worker.name} batch {batch}"][count].append(value)
     for worker in workers:
         worker.process.kill()
     print("ms an image, beside 0, 1 and 2 busy processes (times the first); number of turns")
@@ -161,29 +171,58 @@ def calls(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def commands(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of `fit` and `predict`, each alone and both together, in turns."""
-    found: dict[str, list[float]] = {"fit": [], "predict": [], "fit beside predict": [], "predict beside fit": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(given.rounds):
-            fit = ["fit", given.good, "--out", f"{folder}/{number}.twin", "--cache-gb", 0]
-            predict = ["predict", given.models[0], given.images, "--out", f"{folder}/{number}.csv", "--restart"]
-            for names in (["fit"], ["predict"], ["fit beside predict", "predict beside fit"]):
-                began = time.perf_counter()
-                words = [fit if name.startswith("fit") else predict for name in names]
-                running = [
-                    subprocess.Popen([sys.executable, "-m", "twinspect", *map(str, one)], stdout=subprocess.DEVNULL)
-                    for one in words
-                ]
-                left = dict(zip(names, running, strict=True))
-                while left:
-                    time.sleep(0.05)
-                    for name in [name for name, one in left.items() if one.poll() is not None]:
-                        if left.pop(name).returncode:
-                            raise SystemExit(f"{name} failed")
-                        found[name].append(time.perf_counter() - began)
+    """Seconds of `predict` and `fit`, each beside so many neighbours, and of both together."""
+    until = time.monotonic() + given.patience
+    found: dict[str, list[float]] = defaultdict(list)
+    with Busy(max(NEIGHBOURS)) as others, tempfile.TemporaryDirectory() as folder:
+        fit = ["fit", given.good, "--out", f"{folder}/m.twin", "--cache-gb", 0]
+        predict = ["predict", given.models[0], given.images, "--out", f"{folder}/t.csv", "--restart"]
+        turns = [(one, count) for one in ([predict], [fit]) for count in NEIGHBOURS] + [([fit, predict], 0)]
+        for _ in range(given.rounds):
+            for also in ("", *given.also):
+                for words, count in turns:
+
+                    def task(
+                        words: list[list[Any]] = words, count: int = count, also: str = also
+                    ) -> tuple[list[float], float]:
+                        before = seconds_of(psutil.Process())
+                        seconds, theirs = others.beside(count, lambda: together(words, also))
+                        return seconds, theirs + seconds_of(psutil.Process()) - before
+
+                    seconds = undisturbed(task, until)
+                    names = [
+                        f"{one[0]} beside {count} busy" if len(words) == 1 else f"{one[0]}, both" for one in words
+                    ]
+                    for name, value in zip(names, seconds or [], strict=False):
+                        found[f"{also} {name}".strip()].append(value)
     for name, values in found.items():
-        print(f"{name:20s} {statistics.median(values):6.1f} s  of {', '.join(f'{one:.1f}' for one in values)}")
+        print(f"{name:48s} {statistics.median(values):6.1f} s  of {', '.join(f'{one:.1f}' for one in values)}")
     return dict(found)
+
+
+def together(words: list[list[Any]], also: str) -> list[float]:
+    """Seconds of commands that are started at once."""
+    began, seconds = time.perf_counter(), [0.0] * len(words)
+    environment = {**os.environ, **variables(also)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "twinspect", *map(str, one)], stdout=subprocess.DEVNULL, env=environment
+        )
+        for one in words
+    ]
+    while not all(seconds):
+        time.sleep(0.02)
+        for place, one in enumerate(running):
+            if not seconds[place] and one.poll() is not None:
+                seconds[place] = time.perf_counter() - began
+                if one.returncode:
+                    raise SystemExit(f"twinspect {words[place][0]} failed")
+    return seconds
+
+
+def variables(text: str) -> dict[str, str]:
+    """``A=1 B=2`` as a dict."""
+    return dict(one.split("=", 1) for one in text.split())
 
 
 WHAT: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"calls": calls, "commands": commands}
@@ -200,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--also", action="append", default=[], help="VARIABLE=VALUE, several with blanks between")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=8, help="images of a turn")
+    parser.add_argument("--count", type=int, default=8, help="images of a turn, at most 64")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for quiet moments")
     given = parser.parse_args(arguments)
     if given.what == "serve":

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import venv
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from installed import needed
-from tiny import images_to_test
+from tiny import images_to_test, picture
 
+from twinspect.inference import load
 from twinspect.inference.label import components
-from twinspect.inference.runtimes import in_batches
+from twinspect.inference.runtimes import TorchRuntime, in_batches
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "timm", "scipy", "pyarrow")
@@ -71,6 +74,73 @@ def test_fixed_batch_fills_up_the_last_part() -> None:
     pixels = np.arange(5, dtype=np.uint8).repeat(3).reshape(5, 1, 1, 3)
     assert in_batches(call, pixels, 2)["score_B"].tolist() == [0, 1, 2, 3, 4]
     assert seen == [2, 2, 2]
+
+
+@pytest.fixture
+def cores() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for a test; conftest leaves one."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("threads", "images", "share"), [(2, 2, 1), (2, 5, 1), (5, 2, 2), (4, 3, 1)])
+def test_images_of_a_batch_are_computed_side_by_side(cores, quick, threads: int, images: int, share: int) -> None:
+    import torch
+
+    cores(threads)
+    runtime, meeting = TorchRuntime(quick.fitted.model), threading.Barrier(2)
+    pixels = np.arange(images, dtype=np.uint8).repeat(3).reshape(images, 1, 1, 3)
+
+    def call(one: np.ndarray) -> tuple[int, int]:
+        if one[0, 0, 0, 0] < 2:  # the first two wait for each other: one after the other they would never meet
+            meeting.wait(20)
+        return int(one[0, 0, 0, 0]), torch.get_num_threads()
+
+    assert runtime.spread(call, pixels) == [(i, share) for i in range(images)]
+    assert torch.get_num_threads() == threads
+    assert runtime.spread(len, pixels[:1]) == [1]
+
+
+def test_scores_of_a_batch_do_not_depend_on_its_size_or_on_the_number_of_threads(cores, quick) -> None:
+    import torch
+
+    size = quick.fitted.model.shape.size
+    pixels = np.stack([picture(i, size, size) for i in range(5)])
+    cores(1)
+    single = TorchRuntime(quick.fitted.model)
+    expected = [single.run(one[None]) for one in pixels]
+    cores(2)
+    runtime = TorchRuntime(quick.fitted.model)
+    for batch in (2, 3, 5):
+        found = runtime.run(pixels[:batch])
+        for name in found:
+            np.testing.assert_array_equal(found[name], np.concatenate([one[name] for one in expected[:batch]]))
+    assert torch.get_num_threads() == 2
+
+
+def test_threads_are_as_before_when_a_call_fails(cores, quick) -> None:
+    import torch
+
+    cores(2)
+    runtime = TorchRuntime(quick.fitted.model)
+
+    def fails(_: np.ndarray) -> None:
+        raise ValueError("out of memory")
+
+    with pytest.raises(ValueError, match="out of memory"):
+        runtime.spread(fails, np.zeros((2, 1, 1, 3), np.uint8))
+    assert torch.get_num_threads() == 2
+    assert runtime.spread(len, np.zeros((3, 1, 1, 3), np.uint8)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 2), (20, 8)])
+def test_the_usual_batch_has_an_image_for_every_thread(cores, bundle: Path, threads: int, batch: int) -> None:
+    cores(threads)
+    assert load(bundle).batch == batch
+    assert load(bundle, batch=5).batch == 5
 
 
 def test_components_equal_scipys() -> None:

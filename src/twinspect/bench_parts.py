@@ -73,13 +73,13 @@ def _bare_torch(runtime: TorchRuntime, pixels: Pixels) -> Call:
 
     teacher, clock = runtime.model.teacher, _torch_clock(runtime.device)
 
-    def call() -> None:
+    def call(part: Pixels) -> None:
         with torch.inference_mode():
-            image = torch.from_numpy(pixels).to(runtime.device).permute(0, 3, 1, 2)
+            image = torch.from_numpy(part).to(runtime.device).permute(0, 3, 1, 2)
             teacher.embedding(teacher.features(teacher.normalise(image)))
         clock()
 
-    return call
+    return lambda: runtime.spread(call, pixels)
 
 
 def _bare_onnx(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> Call | None:
@@ -140,7 +140,7 @@ def torch_parts(runtime: TorchRuntime, pixels: Pixels) -> dict[str, float]:
     try:
         for _ in range(_PROFILED):
             began = clock()
-            runtime.run(pixels)
+            runtime.call(pixels)
             spent["whole"].append(clock() - began)
     finally:
         del model.teacher.features

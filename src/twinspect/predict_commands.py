@@ -30,7 +30,9 @@ def predict(
     submission: Annotated[
         str, typer.Option(help="Folder for MVTec AD 2's submission: maps and thresholded maps.")
     ] = "",
-    batch: Annotated[int, typer.Option(help="Images per call of the model; 0: 1 on a CPU, 16 on a GPU.")] = 0,
+    batch: Annotated[
+        int, typer.Option(help="Images per call of the model; 0: one for each CPU thread, 16 on a GPU.")
+    ] = 0,
     workers: Annotated[int, typer.Option(help="Processes that decode; -1: automatic, 0: threads.")] = -1,
     weights: Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")] = None,  # noqa: UP045
     runtime: Annotated[
