@@ -1,50 +1,225 @@
-"""Statistics and calibration after training: every image is looked at as often as needed, not more."""
+"""What is learnt from good images after training: each is scored by statistics that did not see it."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import RANDOM, RANDOM_CNN, good_folder, run_config
+import torch.nn.functional as F
+from scipy.ndimage import uniform_filter
+from test_statistics import slow_token
+from tiny import RANDOM, RANDOM_CNN, run_config, save
 
+from twinspect.data.painting import part
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.scorer import TOP_SHARE
+from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
 from twinspect.training.decide import decide
 from twinspect.training.fit import build_model, silent
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
+from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
 from twinspect.types import TRAIN, Sample
 
-MODELS = [
-    {"teacher": RANDOM},
-    {"teacher": RANDOM_CNN},
-    {"teacher": RANDOM_CNN, "model": "snl", "scoring": "plain"},
-    {"teacher": RANDOM_CNN, "model": "snl", "scoring": "joint"},
+PLAIN = [
+    {"teacher": RANDOM_CNN, "scoring": "plain"},
+    {"teacher": RANDOM, "scoring": "plain"},
+    {"teacher": RANDOM_CNN, "model": "rd"},
+    {"teacher": RANDOM, "model": "snl", "scoring": "plain"},
 ]
+DEFAULT = [{"teacher": RANDOM_CNN}, {"teacher": RANDOM}, {"teacher": RANDOM_CNN, "model": "snl"}]
+TRAINED, HELD = list(range(0, 24, 2)), list(range(1, 24, 2))
 
 
-@pytest.mark.parametrize("options", MODELS, ids=lambda one: "-".join(one.values()))
+def named(options: dict[str, Any]) -> str:
+    return "-".join(options.values())
+
+
+def source_of(options: dict[str, Any], folder: Path, cached: bool) -> tuple[AnomalyModel, FeatureSource]:
+    """An untrained model with scales, and 24 pictures of two products in two classes."""
+    samples = []
+    for index, name in enumerate(("weave", "ring")):
+        for number in range(12):
+            pixels = part(index, np.random.default_rng([index, number]), 64)
+            samples.append(Sample(save(folder / name / f"{number:02d}.png", pixels), TRAIN, name))
+    torch.manual_seed(0)
+    model = build_model(run_config(**options).model).eval()
+    source = FeatureSource(model, samples, folder / "cache" if cached else None, silent)
+    fit_scales(model, source, TRAINED, 0)
+    return model, source
+
+
+# ------------------------------------------------------------------------------------------------- plain
+
+
+@pytest.mark.parametrize("options", PLAIN, ids=named)
 @pytest.mark.parametrize("cached", [True, False])
-def test_held_out_images_scored_once_have_the_scores_of_prediction(
+def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], cached: bool, tmp_path: Path) -> None:
+    model, source = source_of(options, tmp_path, cached)
+    good = fit_statistics(model, source, TRAINED, HELD, 0, silent)
+    with torch.no_grad():
+        out = model.score(*source.batch(list(range(24))))
+    assert good.counted_n.tolist() == [i in HELD for i in range(24)]
+    peak_B = out.map_B1HW.flatten(1).amax(1)
+    expected = GoodImages(out.score_B, peak_B, out.cluster_distance_B, out.cluster_B, good.counted_n)
+    torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
+    z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
+    made = decide(model, source, TRAINED, HELD, good)
+    assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
+    assert made.good.class_name == tuple(source.samples[i].class_name for i in HELD)
+    assert made.class_of_cluster == ("ring", "weave")
+    assert len(made.trained) == len(TRAINED)
+
+
+# ----------------------------------------------------------------------------------------------- default
+
+
+class Slow:
+    """A transcription of cross-fitting for sets whose classes are one cluster and one variant each."""
+
+    def __init__(self, model: AnomalyModel, source: FeatureSource) -> None:
+        self.model = model
+        with torch.no_grad():
+            self.observed, _ = source.batch(list(range(24)))
+        names = [one.class_name for one in source.samples]
+        self.own = [np.array([i for i in range(24) if names[i] == name]) for name in sorted(set(names))]
+
+    def distances(self, g: int) -> np.ndarray:
+        """Of patches (n x h x w): from the means without the image, by the covariance of the other half."""
+        scorer, side = self.model.scorer, self.model.scorer.all_grids()[g].side
+        gaussian = scorer.gaussians()[g]
+        feature_nND = gaussian.rows(scorer.all_grids()[g](self.observed)).double().numpy()
+        found = np.zeros((24, side, side))
+        for own in self.own:
+            rows, centre = feature_nND[own], feature_nND[own].mean((0, 1))
+            total, count = rows.sum(0) + PLACE_PRIOR * centre, len(own) + PLACE_PRIOR - 1
+            away = np.stack([row - (total - row) / count for row in rows])
+            for half in (0, 1):
+                others = away[1 - half :: 2].reshape(-1, rows.shape[2])
+                covariance = others.T @ others / len(others)
+                covariance += RIDGE * np.diag(covariance.diagonal())
+                inverse = np.linalg.inv(covariance)
+                square = np.einsum("bnd,de,bne->bn", away[half::2], inverse, away[half::2]) / rows.shape[2]
+                maps = square.reshape(-1, side, side)
+                found[own[half::2]] = np.sqrt(
+                    uniform_filter(maps, (0, gaussian.window, gaussian.window), mode="nearest")
+                )
+        return found
+
+    def local(self, g: int) -> np.ndarray:
+        """Top shares of distances in spreads above their level, both of the other images (n)."""
+        distance, found = self.distances(g), np.zeros(24)
+        for own in self.own:
+            for i in own:
+                others = distance[own[own != i]]
+                level = uniform_filter(others.mean(0), 3, mode="nearest")
+                variance = uniform_filter(others.var(0), 3, mode="nearest")
+                count = len(others)
+                spread = np.sqrt((count * variance + SPREAD_PRIOR * variance.mean()) / (count + SPREAD_PRIOR))
+                z = np.sort(((distance[i] - level) / np.maximum(spread, 1e-3 * level)).ravel())[::-1]
+                found[i] = z[: max(1, int(z.size * TOP_SHARE))].mean()
+        return found
+
+    def tokens(self, view: int) -> np.ndarray:
+        """Distances of tokens by the images of the other four folds (n)."""
+        token_nE = self.observed.tokens[view]
+        fold = np.zeros(24, int)
+        fold[torch.randperm(24, generator=torch.Generator().manual_seed(0)).numpy()] = np.arange(24) % 5
+        found = np.zeros(24)
+        for own in self.own:
+            for i in own:
+                found[i] = slow_token(token_nE[own[fold[own] != fold[i]]], token_nE[i])
+        return found
+
+    def nearest(self) -> np.ndarray:
+        """Mean cosine distance of the five nearest other images, of whatever class (n)."""
+        unit = F.normalize(self.observed.embedding_BF.double(), dim=1)
+        distance = 1 - unit @ unit.T + 9 * torch.eye(24).double()
+        return distance.sort(1).values[:, :NEIGHBOURS].mean(1).numpy()
+
+    def calibration(self, reading_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and spread of a reading in every class."""
+        mean = np.array([reading_n[own].mean() for own in self.own])
+        square = np.array([np.square(reading_n[own] - m).sum() for own, m in zip(self.own, mean, strict=True)])
+        spread = np.sqrt((square + SPREAD_PRIOR * square.sum() / 24) / (12 + SPREAD_PRIOR))
+        return mean, np.maximum(spread, 1e-3 * np.abs(mean))
+
+
+@pytest.mark.parametrize("options", DEFAULT, ids=named)
+def test_readings_are_calibrated_by_what_statistics_without_the_image_say(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, source = source_of(options, tmp_path, cached=True)
+    fit_statistics(model, source, TRAINED, HELD, 0, silent)
+    scorer, slow = model.scorer, Slow(model, source)
+    assert scorer.clusters.count == scorer.clusters.variants == 2
+    first = scorer.student_readings[0]
+    readings = {first + g: slow.local(g) for g in range(len(scorer.plans))}
+    first = scorer.local_count + scorer.student_readings[1]
+    readings |= {first + view: slow.tokens(view) for view in range(len(scorer.tokens))}
+    readings[len(scorer.weight_R) - 1] = slow.nearest()
+    assert len(readings) == len(scorer.weight_R) - sum(scorer.student_readings)
+    for r, reading_n in readings.items():
+        mean, spread = slow.calibration(reading_n)
+        np.testing.assert_allclose(scorer.standardise.mean_KR[:, r], mean, rtol=2e-2, atol=1e-3, err_msg=str(r))
+        np.testing.assert_allclose(scorer.standardise.spread_KR[:, r], spread, rtol=2e-2, err_msg=str(r))
+
+
+@pytest.mark.parametrize("options", DEFAULT, ids=named)
+def test_maps_have_one_level_and_one_spread_and_positions_their_own(options: dict[str, Any], tmp_path: Path) -> None:
+    model, source = source_of(options, tmp_path, cached=True)
+    fit_statistics(model, source, TRAINED, HELD, 0, silent)
+    scorer, slow = model.scorer, Slow(model, source)
+    for g, gaussian in enumerate(scorer.gaussians()):
+        distance = slow.distances(g)
+        for k, own in enumerate(slow.own):
+            assert float(scorer.map_level_KG[k, g]) == pytest.approx(distance[own].mean(), rel=5e-3)
+            assert float(scorer.map_spread_KG[k, g]) == pytest.approx(distance[own].std(), rel=1e-2)
+            level = uniform_filter(distance[own].mean(0), 3, mode="nearest")
+            np.testing.assert_allclose(gaussian.level_Vhw[k], level, rtol=1e-2)
+
+
+@pytest.mark.parametrize("options", DEFAULT, ids=named)
+@pytest.mark.parametrize("cached", [True, False])
+def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     options: dict[str, Any], cached: bool, tmp_path: Path
 ) -> None:
-    samples = [Sample(path, TRAIN, "cloth") for path in sorted(good_folder(tmp_path / "good", 30).iterdir())]
-    torch.manual_seed(0)
-    model = build_model(run_config(**options).model)
-    source = FeatureSource(model, samples, tmp_path / "cache" if cached else None, silent)
-    train_at, held_at = list(range(20)), list(range(20, 30))
-    fit_scales(model, source, train_at, 0)
-    owners = fit_statistics(model, source, train_at, 0, silent)
-    held = calibrate(model, source, held_at)
+    model, source = source_of(options, tmp_path, cached)
+    good = fit_statistics(model, source, TRAINED, HELD, 0, silent)
     with torch.no_grad():
-        out = model.score(*source.batch(held_at))
-        tokens = torch.cat([source.batch([i])[0].token_BE for i in train_at])
-        assert torch.equal(owners, model.scorer.prototypes(model.tokens(tokens)))
-    assert torch.equal(held.cluster_n, out.cluster_B)
-    for ours, theirs in (
-        (held.score_N, out.score_B),
-        (held.peak_N, out.map_B1HW.flatten(1).amax(1)),
-        (held.distance_N, out.cluster_distance_B),
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    good = decide(model, source, train_at, owners, held_at, held, (0.0, 8.0)).good
-    assert good.score.tolist() == held.score_N.double().tolist()
-    assert good.class_name == ("cloth",) * 10
+        out = model.score(*source.batch(list(range(24))))
+    assert good.counted_n.all()
+    assert torch.equal(good.cluster_n, out.cluster_B)
+    assert out.score_B.mean() < good.score_n.mean()
+    assert out.cluster_distance_B.mean() < good.distance_n.mean()
+    assert all(one.double().isfinite().all() for one in (*good, *out))
+    made = decide(model, source, TRAINED, HELD, good)
+    assert len(made.good) == len(made.trained) == 24
+    assert len(made.held) == len(HELD)
+    assert made.class_of_cluster == ("ring", "weave")
+
+
+def test_students_readings_of_images_they_were_trained_on_are_raised_to_those_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student that is two units better on what it has learnt leaves no trace of that in the calibration."""
+    model, source = source_of(DEFAULT[0], tmp_path, cached=True)
+    noise = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)).abs() + 3.0
+    plain, gone = model.plain, []
+
+    def partial(observed: Any, small: torch.Tensor) -> Any:
+        at = list(range(len(gone), len(gone) + len(small)))
+        gone.extend(at)
+        own = noise[at] - torch.tensor([2.0 * (i in TRAINED) for i in at])[:, None]
+        return plain(observed, small)._replace(local_BR=own[:, :1], semantic_BR=own[:, 1:])
+
+    monkeypatch.setattr(model, "plain", partial)
+    fit_statistics(model, source, TRAINED, HELD, 0, silent)
+    scorer = model.scorer
+    assert len(gone) == 24
+    for k, own in enumerate((range(12, 24), range(12))):
+        held = [i for i in own if i in HELD]
+        students = [0, scorer.local_count]
+        torch.testing.assert_close(scorer.standardise.mean_KR[k, students], noise[held].mean(0), rtol=1e-4, atol=1e-4)
+        assert (scorer.standardise.spread_KR[k, students] < 0.9).all()

@@ -12,8 +12,8 @@ from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save, tra
 
 from twinspect import Detector
 from twinspect.errors import DataError
-from twinspect.models.contract import Observed
 from twinspect.models.dual import DualModel
+from twinspect.models.observed import Observed
 from twinspect.training import known
 from twinspect.training import source as source_module
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
@@ -22,16 +22,19 @@ from twinspect.training.known import KnownFiles
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample
 
-LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), (2, 3, 4), 5, 3, 4)
+LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), ((3, 2, 2),), (2, 3, 4), (5, 5), 3, 4)
 
 
 def record(seed: int) -> torch.Tensor:
     """The record of one image, as a batch of one."""
     generator = torch.Generator().manual_seed(seed)
-    maps = tuple(torch.randn(1, *shape, generator=generator) for shape in LAYOUT.map_shapes)
-    token, embedding = torch.randn(1, 5, generator=generator), torch.randn(1, 3, generator=generator)
+    maps, coarse = (
+        tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
+        for shapes in (LAYOUT.map_shapes, LAYOUT.coarse_shapes)
+    )
+    *tokens, embedding = (torch.randn(1, dims, generator=generator) for dims in (*LAYOUT.token_dims, 3))
     prefix = torch.randn(1, *LAYOUT.prefix_shape, generator=generator)
-    return LAYOUT.pack(Observed(maps, token, embedding, prefix), torch.full((1, 3, 4, 4), seed))
+    return LAYOUT.pack(Observed(maps, coarse, tuple(tokens), embedding, prefix), torch.full((1, 3, 4, 4), seed))
 
 
 def key(number: int) -> bytes:
@@ -125,38 +128,49 @@ def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
 
 def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "space", LAYOUT)
-    huge = tuple(torch.full((1, *shape), 1e6) for shape in LAYOUT.map_shapes)
-    observed = Observed(huge, torch.zeros(1, 5), torch.zeros(1, 3), torch.full((1, *LAYOUT.prefix_shape), -1e6))
+    huge, coarse = (
+        tuple(torch.full((1, *shape), 1e6) for shape in shapes)
+        for shapes in (LAYOUT.map_shapes, LAYOUT.coarse_shapes)
+    )
+    prefix = torch.full((1, *LAYOUT.prefix_shape), -1e6)
+    observed = Observed(huge, coarse, (torch.zeros(1, 5), torch.zeros(1, 5)), torch.zeros(1, 3), prefix)
     cache.add([key(0)], LAYOUT.pack(observed, torch.zeros(1, 3, 4, 4)))
     cache.flush()
     found = LAYOUT.unpack(cache.read([key(0)]))[0]
-    assert all(torch.isfinite(m).all() for m in (*found.maps, found.prefix_BMPD))
+    assert all(torch.isfinite(m).all() for m in (*found.maps, *found.coarse, found.prefix_BMPD))
 
 
+@pytest.mark.parametrize("coarse", [(), ((1, 2, 1),)])
 @pytest.mark.parametrize("prefix", [(0, 0, 0), (2, 1, 2)])
 @pytest.mark.parametrize("small_side", [3, 4])
-def test_records_of_any_length(small_side: int, prefix: tuple[int, int, int], tmp_path: Path) -> None:
+def test_records_of_any_length(
+    small_side: int, prefix: tuple[int, int, int], coarse: tuple[tuple[int, int, int], ...], tmp_path: Path
+) -> None:
     """An odd number of bytes puts every other record where numbers of two bytes cannot lie."""
-    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), prefix, 3, 2, small_side)
+    views = 1 + len(coarse)
+    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), coarse, prefix, (3,) * views, 2, small_side)
     assert layout.size % 2 == small_side % 2
     cache = FeatureCache(tmp_path, "space", layout)
     for number in range(3):
         maps = tuple(torch.full((1, *shape), float(number + i)) for i, shape in enumerate(layout.map_shapes))
-        tokens = torch.full((1, *prefix), 0.5 - number)
-        observed = Observed(maps, torch.full((1, 3), 0.1 + number), torch.full((1, 2), -1.0), tokens)
+        halves = tuple(torch.full((1, *shape), number + 0.5) for shape in coarse)
+        tokens = tuple(torch.full((1, 3), 0.1 + number + 10 * view) for view in range(views))
+        observed = Observed(maps, halves, tokens, torch.full((1, 2), -1.0), torch.full((1, *prefix), 0.5 - number))
         cache.add([key(number)], layout.pack(observed, torch.full((1, 3, small_side, small_side), 10 + number)))
     cache.flush()
     observed, small = layout.unpack(cache.read([key(n) for n in (2, 0, 1)]))
-    assert [m.dtype for m in observed.maps] == [torch.float32] * 2
+    assert [m.dtype for m in (*observed.maps, *observed.coarse)] == [torch.float32] * (1 + views)
     assert observed.maps[0][:, 1, 2, 0].tolist() == [2.0, 0.0, 1.0]
     assert observed.maps[1].flatten().tolist() == [3.0, 1.0, 2.0]
+    assert [one[:, 0, 1, 0].tolist() for one in observed.coarse] == [[2.5, 0.5, 1.5]] * len(coarse)
     assert torch.equal(observed.prefix_BMPD, torch.tensor([-1.5, 0.5, -0.5])[:, None, None, None].expand(3, *prefix))
-    assert torch.equal(observed.token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]))
+    for view, token_BE in enumerate(observed.tokens):
+        assert torch.equal(token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]) + 10 * view)
     assert torch.equal(observed.embedding_BF, torch.full((3, 2), -1.0))
     assert small.flatten(1).unique(dim=1).flatten().tolist() == [12, 10, 11]
-    alone = layout.unpack_vectors(cache.read([key(n) for n in (2, 0, 1)], span=layout.vectors))
-    assert torch.equal(alone[0], observed.token_BE)
-    assert torch.equal(alone[1], observed.embedding_BF)
+    tokens, embedding_BF = layout.unpack_vectors(cache.read([key(n) for n in (2, 0, 1)], span=layout.vectors))
+    assert all(torch.equal(a, b) for a, b in zip(tokens, observed.tokens, strict=True))
+    assert torch.equal(embedding_BF, observed.embedding_BF)
 
 
 def test_a_file_cut_off_while_it_is_used(tmp_path: Path) -> None:
@@ -285,11 +299,11 @@ def test_tokens_alone_are_those_of_whole_records(teacher: str, tmp_path: Path) -
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
     whole = on.batch([4, 0, 2])[0]
-    token_NE, embedding_NF = on.vectors([4, 0, 2])
-    assert torch.equal(token_NE, whole.token_BE)
-    assert torch.equal(embedding_NF, whole.embedding_BF)
-    for ours, theirs in zip(on.vectors([4, 0, 2]), off.vectors([4, 0, 2]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    tokens, embedding_nF = on.vectors([4, 0, 2])
+    assert len(tokens) == len(whole.tokens) == 1 + model.selection.second_view
+    assert all(torch.equal(a, b) for a, b in zip(tokens, whole.tokens, strict=True))
+    assert torch.equal(embedding_nF, whole.embedding_BF)
+    torch.testing.assert_close((tokens, embedding_nF), off.vectors([4, 0, 2]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN, "efficientnet-lite0"])
@@ -299,8 +313,9 @@ def test_cache_off_equals_cache_on(teacher: str, tmp_path: Path) -> None:
     on = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     off = FeatureSource(model, samples_of(folder), None, silent)
     (first, small), (second, same) = on.batch([4, 0, 2]), off.batch([4, 0, 2])
-    torch.testing.assert_close(first.token_BE, second.token_BE, rtol=1e-3, atol=1e-3)
-    for a, b in zip(first.maps, second.maps, strict=True):
+    torch.testing.assert_close(first.tokens, second.tokens, rtol=1e-3, atol=1e-3)
+    assert len(first.coarse) == len(model.selection.coarse_levels)
+    for a, b in zip((*first.maps, *first.coarse), (*second.maps, *second.coarse), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
     assert torch.equal(small, same)
     assert on.keys == off.keys
@@ -333,7 +348,7 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
     source = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent)
     assert counting.seen == 7
     plain = FeatureSource(model, samples_of(folder), None, silent)
-    torch.testing.assert_close(source.batch([3])[0].token_BE, plain.batch([3])[0].token_BE, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(source.batch([3])[0].tokens, plain.batch([3])[0].tokens, rtol=1e-3, atol=1e-3)
 
 
 def test_files_known_from_an_earlier_run_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

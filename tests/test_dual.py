@@ -1,21 +1,27 @@
-"""System A: sizes of the students, the joint score, the residual, and what a defect does to it."""
+"""System A: sizes of the students, plain and default scores, and what a defect does to them."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config
+import torch.nn.functional as F
+from scipy.stats import norm
+from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config, train_samples
 
 from twinspect import Detector
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss
-from twinspect.models.contract import Observed, fit_size
+from twinspect.models.contract import fit_size
 from twinspect.models.dual import DualModel, DualShape
+from twinspect.models.observed import Observed
+from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
-from twinspect.scoring import noisy_or
-from twinspect.training.fit import build_model
+from twinspect.scoring import smooth, surprise
+from twinspect.training.fit import build_model, choose_images, silent
+from twinspect.training.source import FeatureSource
+from twinspect.training.statistics import fit_scales, fit_statistics
 
 
 def count(module: torch.nn.Module) -> int:
@@ -51,36 +57,25 @@ def test_depth_dial_keeps_a_part_of_every_stage_of_a_cnn() -> None:
     assert [m.shape for m in half.features(x).maps] == [m.shape for m in full.features(x).maps]
 
 
-def test_a_step_compares_some_positions_others_at_the_next() -> None:
+def test_all_positions_of_both_groups_are_compared() -> None:
     model = build_model(run_config(RANDOM_CNN).model).train()
-    config = TrainConfig(compared=0.25)
-    kept = [model.compared(step, config) for step in (0, 0, 1)]
-    assert torch.equal(kept[0], kept[1])
-    assert not torch.equal(kept[0], kept[2])
-    assert len(kept[0].unique()) == len(kept[0]) == model.groups.trunk_side**2 // 4
-
-    def loss(observed: Observed, share: float) -> float:
-        torch.manual_seed(0)
-        return float(model.losses(observed, small, 0, TrainConfig(compared=share))["local"])
-
     x = torch.randn(2, 3, 64, 64)
     observed, small = model.observe(x), model.shrink(x)
     groups, trunk = model.groups(observed)
     torch.manual_seed(0)
-    said = model.student.local(trunk)
-    torch.manual_seed(0)
-    some = model.student.local(trunk, kept[0].expand(2, -1))
-    for own, part, factor in zip(said, some, model.groups.factors, strict=True):
-        blocks = own.reshape(2, -1, factor**2 * own.shape[2])[:, kept[0]]
-        torch.testing.assert_close(part.reshape(blocks.shape), blocks)
-    assert loss(observed, 0.25) != loss(observed, 1.0)
-    torch.manual_seed(0)
     expected = encoder_decoder_loss(groups, model.student.local(trunk), 0.0).mean()
-    assert loss(observed, 1.0) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.manual_seed(0)
+    assert float(model.losses(observed, small, 0, TrainConfig())["local"]) == pytest.approx(float(expected.detach()))
 
 
-def test_every_position_of_a_vit_is_compared() -> None:
-    assert build_model(run_config().model).compared(0, TrainConfig()) is None
+def test_groups_of_a_cnn_are_halves_of_its_levels_on_one_grid() -> None:
+    model = build_model(run_config("efficientnet-lite0", size=128).model)
+    channels = model.teacher.info.channels
+    half = len(channels) // 2
+    assert model.groups.widths == [sum(channels[:half]), sum(channels[half:])]
+    groups, trunk = model.groups(model.observe(torch.randn(1, 3, 128, 128)))
+    assert [tuple(one.shape) for one in groups] == [(1, 64, width) for width in model.groups.widths]
+    assert torch.equal(torch.cat(groups, 2), trunk)
 
 
 def test_class_and_register_tokens_go_through_the_decoder_but_are_not_compared() -> None:
@@ -138,62 +133,142 @@ def test_size_dials() -> None:
     assert count(flat.student.local) < count(deep.student.local)
 
 
-def test_joint_score_is_the_noisy_or_of_the_calibrated_students(detector: Detector, parts: Path) -> None:
+# ------------------------------------------------------------------------------------------- plain scoring
+
+
+@pytest.fixture(scope="module", params=[RANDOM_CNN, RANDOM])
+def plain(request: pytest.FixtureRequest, parts: Path) -> Detector:
+    return Detector(config=run_config(request.param, scoring="plain")).fit(train_samples(parts))
+
+
+def squares(model: DualModel, paths: list[Path]) -> torch.Tensor:
     from twinspect.data.images import read_rgb, resize_rgb
 
-    model = detector.fitted.model
-    squares = [resize_rgb(read_rgb(p), model.shape.size) for p in images_to_test(parts, None)]
+    pixels = np.stack([resize_rgb(read_rgb(path), model.shape.size) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def paper_readings(model: DualModel, pixels: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """Maps, and both students' distances (B x 2), as the paper states them."""
+    x = model.teacher.normalise(pixels)
+    observed, small = model.observe(x), model.shrink(x)
+    groups, trunk = model.groups(observed)
+    pairs = zip(groups, model.student.local(trunk), strict=True)
+    distance = torch.stack([1 - (t * s).sum(2) / t.norm(dim=2) / s.norm(dim=2) for t, s in pairs]).mean(0)
+    side = round(distance.shape[1] ** 0.5)
+    maps = distance.reshape(-1, 1, side, side)
+    maps = F.interpolate(maps, size=(model.scorer.map_side,) * 2, mode="bilinear", align_corners=False)
+    maps = smooth(maps, model.scorer.kernel)
+    top = int(0.01 * maps[0].numel())
+    local = maps.flatten(1).sort(1, descending=True).values[:, :top].mean(1)
+    scaled = (observed.tokens[0] - model.standardised.mean_E) / model.standardised.scale_E
+    pairs = zip(scaled.split(list(model.teacher.info.token_channels), 1), model.student.semantic(small), strict=True)
+    semantic = torch.stack([1 - (t * s).sum(1) / t.norm(dim=1) / s.norm(dim=1) for t, s in pairs]).mean(0)
+    return maps, torch.stack([local, semantic], 1).double().numpy()
+
+
+def test_plain_scores_are_the_paper_and_nothing_else(plain: Detector, parts: Path) -> None:
+    """Top 1 % of the mean of 1 - cos, 1 - cos of class tokens, and the Noisy-OR of both students' probabilities."""
+    model = plain.fitted.model
+    assert isinstance(model, DualModel)
+    held = [s.image for s in choose_images(train_samples(parts), plain.config)[1]]
+    _, good = paper_readings(model, squares(model, held))
+    pixels = squares(model, images_to_test(parts, None))
+    maps, readings = paper_readings(model, pixels)
+    lower = norm.cdf((readings - good.mean(0)) / good.std(0))  # probability that a good image's distance is lower
+    joint = 1 - (1 - lower[:, 0]) * (1 - lower[:, 1])
     with torch.no_grad():
-        out = model(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2))
-    local, semantic = out.surprise_local_B.double(), out.surprise_semantic_B.double()
-    joint, probability = noisy_or(local, semantic)
-    torch.testing.assert_close(out.score_B.double(), joint, rtol=1e-4, atol=1e-4)
-    p, q = -torch.expm1(-local), -torch.expm1(-semantic)
-    torch.testing.assert_close(probability, 1 - (1 - p) * (1 - q))
-    assert len(out.score_B.unique()) == len(squares)  # nothing saturates, no ties
+        out = model(pixels)
+    torch.testing.assert_close(out.map_B1HW, maps, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out.readings_BR, readings, rtol=1e-4, atol=1e-5)
+    z = torch.stack([out.score_local_B, out.score_semantic_B], 1).double().numpy()
+    np.testing.assert_allclose(norm.cdf(z), lower, atol=2e-3)
+    np.testing.assert_allclose(1 - np.exp(-out.score_B.double().numpy()), joint, atol=2e-3)
+    np.testing.assert_allclose(out.score_B, -norm.logsf(z).sum(1), rtol=2e-3, atol=1e-5)
 
 
-def test_raw_scores_are_reported_beside_the_joint_one(detector: Detector, parts: Path) -> None:
+def test_plain_scoring_keeps_no_statistics_of_good_images_but_its_calibration(plain: Detector) -> None:
+    scorer = plain.fitted.model.scorer
+    kinds = (PositionGaussian, TokenGaussian, NearestImages)
+    assert not [module for module in scorer.modules() if isinstance(module, kinds)]
+    sizes = {name: value.numel() for name, value in scorer.state_dict().items() if not name.startswith("clusters.")}
+    assert sum(sizes.values()) <= 16, sizes
+    default = build_model(run_config(RANDOM_CNN).model).scorer
+    assert {type(module) for module in default.modules()} >= set(kinds)
+
+
+def test_plain_thresholds_go_by_the_images_that_were_held_out(plain: Detector, parts: Path) -> None:
+    decision = plain.fitted.decision
+    training, held = choose_images(train_samples(parts), plain.config)
+    assert len(decision.good) == len(held)
+    assert set(decision.good.key) == set(decision.held)
+    assert len(decision.trained) == len(training)
+    assert not set(decision.trained) & set(decision.held)
+    scores = sorted(result.score for result in plain.predict([s.image for s in held]))
+    np.testing.assert_allclose(scores, sorted(decision.good.score), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ default scoring
+
+
+def test_default_score_is_the_noisy_or_of_the_calibrated_students(detector: Detector, parts: Path) -> None:
+    model = detector.fitted.model
+    pixels = squares(model, images_to_test(parts, None))
+    with torch.no_grad():
+        out = model(pixels)
+    link = model.scorer.clusters.link_K[out.cluster_B]
+    torch.testing.assert_close(out.score_B, link * surprise(out.score_local_B) + surprise(out.score_semantic_B))
+    assert len(out.score_B.unique()) == len(pixels)  # nothing saturates, no ties
+
+
+def test_scores_of_both_students_are_reported_beside_the_joint_one(detector: Detector, parts: Path) -> None:
     results = detector.predict(images_to_test(parts, None))
     for name in ("score", "score_local", "score_semantic"):
         assert len({getattr(r, name) for r in results}) == len(results)
 
 
-def test_residual_forgives_a_students_length_and_ignores_one_that_knows_nothing() -> None:
-    scorer = build_model(run_config("test_efficientnet").model).scorer
-    generator = torch.Generator().manual_seed(0)
-    groups = [torch.randn(3, 64, dims, generator=generator) for dims in (len(scorer.gain(g)) for g in range(2))]
-    knows, guesses = [3.0 * t for t in groups], [torch.randn(t.shape, generator=generator) for t in groups]
-    for said, left in ((knows, 0.0), (guesses, 1.0), ([torch.zeros_like(t) for t in groups], 1.0)):
-        scorer.fit_gains([(groups, said)])
-        for g, (teacher, student) in enumerate(zip(groups, said, strict=True)):
-            share = scorer.residual(g, teacher, student).square().sum() / teacher.square().sum()
-            assert float(share) == pytest.approx(left, abs=0.02)
-
-
-def test_a_student_in_its_normal_range_adds_little() -> None:
-    """Doubt grows faster than surprise: beside a clear defect, ordinary noise of the other student moves little."""
-    scorer = build_model(run_config("test_efficientnet").model).scorer
-    clear, usual = torch.tensor([6.0]), torch.tensor([1.0])
-    for curve in (scorer.surprise_local, scorer.surprise_semantic):
-        curve.fit(torch.linspace(0, 1, 50), torch.zeros(50, dtype=torch.long), 1)
-    owner = torch.zeros(1, dtype=torch.long)
-    both = scorer.joined(clear, usual, owner)
-    torch.testing.assert_close(both[0], both[1] + both[2])  # the Noisy-OR of two tempered probabilities
-    local, semantic = float(both[1]), float(both[2])
-    plain = float(scorer.surprise_semantic(usual, owner)) / float(scorer.surprise_local(clear, owner))
-    assert semantic / local == pytest.approx(plain**2.5, rel=1e-3)
-
-
 def test_local_surprise_counts_by_its_link() -> None:
-    scorer = build_model(run_config("test_efficientnet").model).scorer
+    scorer = build_model(run_config(RANDOM_CNN).model).scorer
+    scorer.standardise_students.fit(torch.randn(40, 2), torch.arange(40) % 2, 2)
+    students = torch.tensor([[3.0, 3.0], [3.0, 3.0]])
     owner = torch.tensor([0, 1])
-    for curve in scorer.curves():
-        curve.reset(2)
-    scorer.link_K = torch.tensor([1.0, 0.1])
-    _, local, semantic = scorer.joined(torch.full((2,), 3.0), torch.full((2,), 3.0), owner)
-    assert float(local[1]) == pytest.approx(0.1 * float(local[0]))
-    assert float(semantic[1]) == pytest.approx(float(semantic[0]))
+    scorer.clusters.link_K = torch.tensor([1.0, 1.0])
+    whole, _ = scorer.joined(students, owner)
+    scorer.clusters.link_K = torch.tensor([1.0, 0.1])
+    found, z = scorer.joined(students, owner)
+    torch.testing.assert_close(whole - found, torch.stack([torch.tensor(0.0), 0.9 * surprise(z[1, 0])]))
+
+
+def test_a_student_counts_by_its_skill_in_predicting_good_images(parts: Path) -> None:
+    """1 where it says what the teacher says, 0 where the mean of good images says it better."""
+    torch.manual_seed(0)
+    model = build_model(run_config(RANDOM_CNN).model).eval()
+    source = FeatureSource(model, train_samples(parts), None, silent)
+    train_at, held_at = list(range(16)), list(range(16, 24))
+    fit_scales(model, source, train_at, 0)
+    scorer = model.scorer
+    local, semantic = 0, scorer.local_count
+
+    def weights() -> list[float]:
+        fit_statistics(model, source, train_at, held_at, 0, silent)
+        others = [i for i in range(len(scorer.weight_R)) if i not in (local, semantic)]
+        assert scorer.weight_R[others].tolist() == [1.0] * len(others)
+        return [float(scorer.weight_R[i]) for i in (local, semantic)]
+
+    assert weights() == [0.0, 0.0]  # not trained at all
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "predictions", lambda observed, small: model.targets(observed))
+        assert weights() == pytest.approx([1.0, 1.0], abs=1e-5)
+    with pytest.MonkeyPatch.context() as patch:  # the local student knows everything, the other nothing
+        own = model.predictions
+
+        def mixed(observed: Observed, small: torch.Tensor) -> list[torch.Tensor]:
+            pairs = zip(model.targets(observed), own(observed, small), strict=True)
+            return [target if target.dim() == 3 else said for target, said in pairs]
+
+        patch.setattr(model, "predictions", mixed)
+        assert weights() == pytest.approx([1.0, 0.0], abs=1e-5)
 
 
 def test_nothing_is_cropped_when_an_image_is_brought_to_size() -> None:

@@ -12,6 +12,7 @@ from twinspect.models.layers import (
     Noise,
     NoisyBottleneck,
     Resample,
+    Shrink,
     from_rows,
     pool,
     standardise,
@@ -101,6 +102,28 @@ def test_resample_is_torchs_pooling_and_bilinear_interpolation() -> None:
     for side in (3, 5, 12, 16, 19):
         expected = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
         torch.testing.assert_close(Resample(8, side)(maps), expected)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
+def test_shrink_is_antialiased_interpolation(factor: int) -> None:
+    """Away from the rim, where torch weighs fewer pixels and `Shrink` repeats the last one."""
+    images = torch.randn(2, 3, 12 * factor, 24 * factor)
+    found = Shrink(factor)(images)
+    expected = F.interpolate(images, scale_factor=1 / factor, mode="bilinear", antialias=True)
+    assert found.shape == expected.shape
+    inside = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(found[inside], expected[inside], rtol=1e-5, atol=1e-5)
+    constant = torch.full((1, 3, 8 * factor, 8 * factor), 2.5)
+    torch.testing.assert_close(Shrink(factor)(constant), constant[..., :8, :8])
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_shrink_lets_no_fine_texture_through(factor: int) -> None:
+    """Means of blocks alias stripes that are finer than a block; weighted means leave little of them."""
+    stripes = torch.cos(torch.arange(96.0) * 2 * torch.pi * 5 / 12).expand(1, 1, 96, 96)
+    inside = (..., slice(2, -2), slice(2, -2))
+    left, of_blocks = (f(stripes)[inside].std() for f in (Shrink(factor), lambda x: F.avg_pool2d(x, factor)))
+    assert left < 0.3 * of_blocks
 
 
 def test_pool_of_the_last_axes() -> None:

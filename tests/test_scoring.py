@@ -1,9 +1,11 @@
 """Distances to maps and scores: pure functions against their definitions."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
-from twinspect.scoring import gaussian_kernel, noisy_or, smooth, top_mean, upsample
+from twinspect.scoring import gaussian_kernel, smooth, surprise, top_mean, upsample
 
 
 def test_top_mean_is_the_mean_of_the_largest() -> None:
@@ -54,15 +56,24 @@ def test_upsample_keeps_place_and_constants() -> None:
     torch.testing.assert_close(upsample(torch.full((1, 8, 8), 2.5), 20), torch.full((1, 1, 20, 20), 2.5))
 
 
-def test_noisy_or_is_the_joint_probability() -> None:
-    p, q = torch.rand(50, dtype=torch.float64), torch.rand(50, dtype=torch.float64)
-    surprise, joint = noisy_or(-torch.log1p(-p), -torch.log1p(-q))
-    torch.testing.assert_close(joint, 1 - (1 - p) * (1 - q))
-    torch.testing.assert_close(surprise, -torch.log1p(-joint))
+def test_surprise_is_minus_log_of_the_normal_tail() -> None:
+    """Exact to single precision up to 3 standard deviations, then to a thousandth (Birnbaum)."""
+    near, far = np.linspace(-3.0, 2.99, 300), np.linspace(3.0, 30.0, 300)
+    np.testing.assert_allclose(surprise(torch.from_numpy(near)), -norm.logsf(near), rtol=1e-9)
+    np.testing.assert_allclose(surprise(torch.from_numpy(near).float()), -norm.logsf(near), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(surprise(torch.from_numpy(far)), -norm.logsf(far), rtol=1.1e-3)
 
 
-def test_noisy_or_still_ranks_where_the_probability_is_one() -> None:
-    local, semantic = torch.tensor([40.0, 60.0, 900.0]), torch.tensor([1.0, 1.0, 1.0])
-    surprise, joint = noisy_or(local, semantic)
-    assert joint.tolist() == [1.0, 1.0, 1.0]
-    assert surprise.tolist() == sorted(set(surprise.tolist()))
+def test_surprise_rises_strictly_and_never_overflows() -> None:
+    line = torch.cat([torch.arange(-4.0, 40.0, 0.005), torch.tensor([1e2, 1e3, 1e6, 1e20])])
+    found = surprise(line)
+    assert found.isfinite().all()
+    assert (found[1:] > found[:-1]).all()
+    assert (surprise(torch.tensor([-1e20, -1e3, -10.0])) >= 0.0).all()  # no image is less than not surprising
+
+
+def test_surprises_add_up_to_the_noisy_or() -> None:
+    z = torch.linspace(-2.9, 2.9, 20, dtype=torch.float64)
+    p, q = torch.from_numpy(norm.cdf(z)), torch.from_numpy(norm.cdf(z.flip(0)))
+    joint = 1 - (1 - p) * (1 - q)
+    torch.testing.assert_close(surprise(z) + surprise(z.flip(0)), -torch.log1p(-joint))

@@ -149,9 +149,10 @@ class Scorer(nn.Module):
         return torch.zeros_like(cluster_B) if self.plain else cluster_B
 
     def students(self, reading_BR: Tensor, cluster_B: Tensor) -> Tensor:
-        """Local and semantic score before their own calibration (B x 2): Noisy-ORs of readings."""
-        surprise_BR = self.weight_R * surprise(self.standardise(reading_BR, self.owner(cluster_B)))
-        local, semantic = surprise_BR[:, : self.local_count], surprise_BR[:, self.local_count :]
+        """Local and semantic score before their own calibration (B x 2): Noisy-ORs of readings, or the only one."""
+        if not self.plain:
+            reading_BR = self.weight_R * surprise(self.standardise(reading_BR, cluster_B))
+        local, semantic = reading_BR[:, : self.local_count], reading_BR[:, self.local_count :]
         return torch.stack([local.sum(1), semantic.sum(1)], 1)
 
     def joined(self, students_B2: Tensor, cluster_B: Tensor) -> tuple[Tensor, Tensor]:
