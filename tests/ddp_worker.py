@@ -1,28 +1,23 @@
-"""One process of a run that goes wrong on purpose, or cuts its steps; started by torchrun from test_distributed.py.
+"""One process of a run that goes wrong on purpose; started by torchrun from test_distributed.py.
 
-python ddp_worker.py DATA WORK fail|other-data|cut STEP
+python ddp_worker.py DATA WORK fail|other-data STEP
 """
 
 import sys
 from pathlib import Path
 
-from tiny import RANDOM, RANDOM_CNN, run_config, train_samples
+from tiny import RANDOM, run_config, train_samples
 
 from twinspect.console import Console
 from twinspect.errors import DataError
-from twinspect.training import loop
 from twinspect.training.distributed import joined
 from twinspect.training.fit import fit
-from twinspect.training.memory import StepPlan
 from twinspect.training.source import FeatureSource
 
 
 def main(data: Path, work: Path, what: str, step: int) -> None:
-    """Rank 1 breaks off at a step, or has one image less than rank 0; or both take one image at a time."""
+    """Rank 1 breaks off at a step, or has one image less than rank 0."""
     config = run_config(RANDOM, steps=20, batch=8, easy_ramp=10, checkpoint_every=5)
-    if what == "cut":
-        config = run_config(RANDOM_CNN, steps=20, batch=8, easy_ramp=10)
-        loop.choose_plan = lambda batch, *_: StepPlan(batch, 1)
     samples, steps = train_samples(data), [0]
     if joined().rank == 1 and what == "other-data":
         samples = samples[:-1]

@@ -58,7 +58,7 @@ def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
         ({"train": {"cache_gb": -1}}, "--cache-gb -1: accepted 0"),
         ({"train": {"checkpoint_every": 0}}, "checkpoint_every 0: accepted above 0"),
         ({"train": {"lr": float("nan")}}, "lr nan: a finite number is needed"),
-        ({"train": {"memory_gb": float("inf")}}, "memory_gb inf: a finite number is needed"),
+        ({"train": {"time_budget_s": float("inf")}}, "time_budget_s inf: a finite number is needed"),
         ({"train": {"steps": "ten"}}, "steps 'ten': a whole number is needed"),
         ({"train": {"steps": 2.5}}, "steps 2.5: a whole number is needed"),
         ({"train": {"steps": True}}, "steps True: a whole number is needed"),

@@ -72,9 +72,9 @@ def test_the_processor_by_name_is_the_default_without_a_gpu(parts: Path) -> None
 
 
 def test_going_on_takes_no_device_from_the_bundle() -> None:
-    before = RunConfig.from_dict({"train": {"device": "cuda:7", "memory_gb": 3.0, "steps": 9}})
+    before = RunConfig.from_dict({"train": {"device": "cuda:7", "compile": True, "steps": 9}})
     train = merged(None, {"model": {}, "train": {"lr": 0.5}}, before).train
-    assert (train.device, train.memory_gb, train.steps, train.lr) == ("auto", 0.0, 9, 0.5)
+    assert (train.device, train.compile, train.steps, train.lr) == ("auto", False, 9, 0.5)
 
 
 @pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
@@ -125,8 +125,6 @@ def test_compiled_students_train_and_are_plain_again(parts: Path, monkeypatch: p
     fitted = fit(train_samples(parts), run_config(compile=True))
     assert calls[0] == 3 * 2  # steps, students; statistics and calibration run as prediction will
     assert same_tensors(fitted.model.state_dict(), plain.model.state_dict())
-    with pytest.raises(ConfigError, match="compile together with --memory-gb"):
-        run_config(compile=True, memory_gb=1.0)
     with (
         pytest.raises(ConfigError, match="compile: for one process"),
         loop._compiled(fitted.model.student, run_config(compile=True).train, Group(world=2)),

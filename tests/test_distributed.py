@@ -92,15 +92,6 @@ def test_two_processes_equal_one(parts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_cut_their_steps_equal_one_that_does_not(parts: Path, tmp_path: Path) -> None:
-    """Batch norms see the images of both processes when their block runs a second time as well."""
-    found = torchrun(HERE / "ddp_worker.py", parts, tmp_path / "both", "cut", 0, home=tmp_path / "home")
-    assert found.returncode == 0, found.stderr
-    fit(train_samples(parts), run_config(RANDOM_CNN, steps=20, batch=8, easy_ramp=10), tmp_path / "alone")
-    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5, rel=0)
-
-
-@pytest.mark.slow
 def test_affinity_between_images_sees_the_whole_batch(parts: Path, tmp_path: Path) -> None:
     """The structural model: rounding errors grow tenfold every other step (reversing a batch shows the same in one
     process), so the first five steps are compared; the second already hangs on the gradients of the first.

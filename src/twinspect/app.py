@@ -138,12 +138,10 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
 
 
 def memory_line(memory: dict[str, Any]) -> str:
-    """Peak memory, and how steps were cut to keep it there."""
+    """Peak memory, and the batch that it was needed for."""
     peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
     gpu = f", of the GPU {memory['gpu_peak_mb']:.0f} MB" if memory.get("gpu_peak_mb") else ""
-    parts = memory["micro_batches"]
-    cut = f"{parts} micro-batches of at most {memory['micro_batch']}" if parts > 1 else "in one piece"
-    return f"{peak}{gpu}; steps of {memory['batch']} images a process, {cut}"
+    return f"{peak}{gpu}; steps of {memory['batch']} images a process"
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:

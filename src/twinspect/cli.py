@@ -127,7 +127,6 @@ def fit(
     noisy_or: Annotated[str, typer.Option(help="Reading of the Noisy-OR objective: n1, n2 or n3.")] = "",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "",
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:1.")] = "",
-    memory_gb: Annotated[float, typer.Option(help="Memory to stay within, same result; 0: no limit.")] = 0.0,
     time_budget: Annotated[float, typer.Option(help="Stop training after so many seconds; 0: no limit.")] = 0.0,
     cache_gb: Annotated[Optional[float], typer.Option(help="Largest feature cache; 0 turns it off.")] = None,  # noqa: UP045
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = None,
@@ -158,7 +157,7 @@ def fit(
         "train": {
             "steps": steps or None, "batch": batch or None, "lr": lr or None, "noisy_or": noisy_or or None,
             "precision": precision or None, "time_budget_s": time_budget or None,
-            "device": device or None, "memory_gb": memory_gb or None,
+            "device": device or None,
             "seed": seed, "cache_gb": cache_gb,
         },
     }  # fmt: skip

@@ -29,7 +29,7 @@ DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
-OF_MACHINE = ("device", "memory_gb", "compile")  # what a model does not depend on, and another machine may lack
+OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
 SCORINGS = ("plain", "default")
 
 
@@ -210,8 +210,6 @@ class TrainConfig:
     """fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a GPU."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:1."""
-    memory_gb: float = 0.0
-    """Memory that training may use, in 10^9 bytes; steps are cut to fit, with the same result. 0 means no limit."""
     compile: bool = False
     """Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU."""
     time_budget_s: float = 0.0
@@ -233,11 +231,6 @@ class TrainConfig:
         for name in ("clip", "checkpoint_every"):
             _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
-        _check(self.memory_gb >= 0, f"--memory-gb {self.memory_gb}: accepted 0 (no limit) or 10^9 bytes")
-        _check(
-            not (self.compile and self.memory_gb),
-            "compile together with --memory-gb: compiled students cannot be cut; leave one out",
-        )
         _check(self.precision in PRECISIONS, unknown_name("precision", self.precision, PRECISIONS))
         _check(0.05 <= self.holdout <= 0.5, f"holdout {self.holdout}: accepted 0.05 to 0.5")
         _check(self.lr > 0 and self.lr_ee > 0, "learning rates must be above 0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -27,21 +26,6 @@ def keep_freed_memory() -> bool:
         return bool(library.mallopt(_M_MMAP_THRESHOLD, _KEPT) and library.mallopt(_M_TRIM_THRESHOLD, _KEPT))
     except (OSError, AttributeError):
         return False
-
-
-def resident_bytes() -> float:
-    """Memory in use, without what the C library keeps for later; the peak where the system says no more."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, AttributeError):
-        return peak_bytes()
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def peak_bytes() -> float:
-    """Most memory this process has had so far; 0 where the system does not say (Windows)."""
-    return 1e6 * (peak_mb() or 0.0)
 
 
 def peak_mb() -> float | None:

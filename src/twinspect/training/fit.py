@@ -30,7 +30,6 @@ from twinspect.training.decide import decide
 from twinspect.training.distributed import Group, joined
 from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
-from twinspect.training.memory import StepPlan
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
@@ -160,7 +159,7 @@ def _fitted(
     decision = decide(model, source, train_at, held_at, good)
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["notes"] = notes
-    record["memory"] = _memory(report.plan, group.device)
+    record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
@@ -181,10 +180,9 @@ def _source(
     return FeatureSource(model, samples, root, progress, known())
 
 
-def _memory(plan: StepPlan, device: torch.device) -> dict[str, Any]:
+def _memory(batch: int, device: torch.device) -> dict[str, Any]:
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(device) / 1e6} if device.type == "cuda" else {}
-    cut = {"batch": plan.batch, "micro_batch": plan.micro, "micro_batches": plan.parts}
-    return {"peak_mb": peak_mb(), **gpu, **cut}
+    return {"peak_mb": peak_mb(), **gpu, "batch": batch}
 
 
 @contextmanager

@@ -25,20 +25,19 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
-from twinspect.training.memory import StepPlan, choose_plan, in_less_memory, unmoved
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.source import FeatureSource, Progress
 
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What training did: steps taken, seconds, why it stopped, last loss terms, how steps were worked through."""
+    """What training did: steps taken, seconds, why it stopped, last loss terms, images of a step here."""
 
     steps: int
     seconds: float
     stopped: str
     terms: dict[str, float]
-    plan: StepPlan
+    batch: int
 
 
 def train(
@@ -64,7 +63,6 @@ def train(
         group: the processes that share every batch; all end with the same weights.
 
     Raises:
-        ConfigError: ``memory_gb`` is less than a step needs.
         TrainingError: a loss that is not finite.
     """
     student, optimiser = model.student, make_optimiser(model, config)
@@ -72,10 +70,9 @@ def train(
     work = work if group.leads else None
     log = _Log(work, start)
     student.train()
-    plan = _planned(model, source, indices, config, group)
-    source.portion = min(source.portion, plan.micro)
+    batch = min(config.batch, len(indices)) // group.world
     began, terms, stopped, step = time.monotonic(), {}, "steps", start
-    with in_less_memory(student, plan, group), _compiled(student, config, group), group.averaging(model):
+    with _compiled(student, config, group), group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             _set_rates(optimiser, config, step)
             terms = _step(model, observed, small, optimiser, config, step, group)
@@ -91,7 +88,7 @@ def train(
                 break
     model.eval()
     taken = step + 1 if terms else start
-    return TrainReport(taken, time.monotonic() - began, stopped, terms, plan)
+    return TrainReport(taken, time.monotonic() - began, stopped, terms, batch)
 
 
 def _given(
@@ -105,34 +102,6 @@ def _given(
         with autocast(config.precision, group.device):  # a teacher that is asked at every step
             batch = next(batches)
         yield step, part, *batch
-
-
-def _planned(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], config: TrainConfig, group: Group
-) -> StepPlan:
-    """How steps fit into memory; rank 0 tries, as blocks that see the whole batch must do the same on all."""
-    batch = min(config.batch, len(indices)) // group.world
-
-    def tried(plan: StepPlan) -> None:
-        source.portion = plan.micro
-        try:
-            with unmoved(model.student), in_less_memory(model.student, plan, ALONE):
-                with autocast(config.precision, group.device):
-                    observed, small = source.batch(list(indices[:batch]))
-                    loss = model.losses(observed, small, config.easy_ramp, config)["loss"]
-                torch.autograd.backward(loss)
-        finally:
-            model.student.zero_grad(set_to_none=True)
-
-    kept = sum(
-        (3 if one.get("amsgrad") else 2) * weight.numel() * weight.element_size()  # the optimiser's state
-        for one in model.parameter_groups(config)
-        for weight in one["params"]
-    )
-    usual = source.portion
-    plan = group.share(lambda: choose_plan(batch, config.memory_gb, kept, tried, group.device))
-    source.portion = usual
-    return plan
 
 
 @contextlib.contextmanager
