@@ -128,7 +128,7 @@ def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int)
     cram = Cram(inside, structure.cram) if structure.cram and structure.cram_place == "bottleneck" else None
     if vit:
         return TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
-    return ConvReverse(stages.channels, stages.map_sides, width, config.depth or 1, cram)
+    return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
 
 
 class StructuralScorer(Scorer):
