@@ -92,7 +92,7 @@ class ModelConfig:
     width: int = 0
     """Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN)."""
     depth: int = 0
-    """Blocks of the Encoder-Decoder; 0 takes 8 (ViT) or 1 (CNN)."""
+    """Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage."""
     dropout: float = 0.2
     """Noise of the bottleneck; 0.4 suits very large and varied sets."""
     ee_shrink: int = 0

@@ -66,7 +66,7 @@ class ConvReverse(nn.Module):
         channels, sides: of the stages, fine to coarse.
         width: of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64.
         depth: blocks of the embedding and of every stage of the decoder; 0 takes RD4AD's for a rectified teacher,
-            else 2.
+            else 3.
         rectified: whether the teacher's stages end in a ReLU, as ResNet's do. The decoder's last ReLU can then give
             them; other stages are given by a linear head.
         at_bottleneck: made for the bottleneck's width; sits between bottleneck and decoder.
@@ -84,7 +84,7 @@ class ConvReverse(nn.Module):
         super().__init__()
         self.sides = tuple(sides)
         widths = reverse_widths(channels, width)
-        depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 2,) * len(widths)
+        depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 3,) * len(widths)
         embedded = bottleneck_width(channels, width)
         self.fuse = nn.ModuleList(_downwards([channels[i], *widths[i + 1 :]], sides[i:]) for i in range(len(widths)))
         fused = sum(widths[-1] for _ in channels[:-1]) + channels[-1]
