@@ -1,34 +1,35 @@
 # One command on a fresh machine: `make demo`. Needs Python >= 3.11; name another one with PYTHON=...
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,demo
 OUT ?= demo-out
 
 comma := ,
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# What is installed: extras of pyproject.toml. The tests need all of them.
+DEMO := $(VENV)/.installed-demo
+ALL := $(VENV)/.installed-dev-demo-server-onnx-openvino-ray
 
 .PHONY: demo quick test check bench picture clean
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/twinspect demo --out $(OUT)
 
-quick: $(STAMP)
+quick: $(DEMO)
 	$(BIN)/twinspect demo --quick --out $(OUT)
 
-test: $(STAMP)
+test: $(ALL)
 	$(BIN)/python -m pytest
 
-check: $(STAMP)
+check: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(ALL)
 	$(BIN)/python benchmarks/metrics.py
 
 # The picture of the README, drawn by the demo's own model.
-picture: $(STAMP)
+picture: $(ALL)
 	$(BIN)/python docs/images/draw.py $(OUT)/demo.twin docs/images/demo.png
 
 clean:
@@ -36,9 +37,9 @@ clean:
 	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once; again when the requirements change.
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python >= 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Type: make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(subst -,$(comma),$*)]'
 	@touch $@

@@ -39,7 +39,7 @@ from twinspect import data as data_room
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
 from twinspect.drift import DriftMonitor
-from twinspect.inference.predictor import classes_of_prototypes
+from twinspect.inference.predictor import classes_of_clusters
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, TokenScale
 from twinspect.models.prototypes import Prototypes
@@ -215,7 +215,7 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     length = TokenDistance(token.shape[1])
     length.fit(token[learnt], found.variant(token[learnt]), found.variants)
     distance, prototype = length(token, found.variant(token)).double().numpy(), found(token).numpy()
-    owners = classes_of_prototypes(prototype[learnt.numpy()], seen.class_name[learnt.numpy()].tolist(), found.count)
+    owners = classes_of_clusters(prototype[learnt.numpy()], seen.class_name[learnt.numpy()].tolist(), found.count)
     held = (seen.part == "held") & known
     nothing = np.zeros(int(held.sum()))
     predicted = tuple(owners[k] for k in prototype[held])
@@ -348,7 +348,7 @@ def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, fact
     rows = [r for part in results for r in part]
     numbers = {
         "score": np.array([r.score for r in rows]), "peak": np.array([r.peak for r in rows]),
-        "distance": np.array([r.prototype_distance for r in rows]),
+        "distance": np.array([r.cluster_distance for r in rows]),
     }  # fmt: skip
     texts = {"predicted": tuple(r.predicted_class for r in rows), "class_name": tuple(s.class_name for s in samples)}
     return GoodScores.of_columns({**numbers, **texts, "group": (), "key": ()})

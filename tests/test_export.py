@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,16 +11,20 @@ import numpy as np
 import pytest
 from tiny import images_to_test, picture
 
+from twinspect.calibration import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.inference import exported, load
 from twinspect.inference.export import ExportOptions, check, export
 from twinspect.inference.exported import read_export
-from twinspect.inference.parity import CheckImages, Comparison, ParityError, load_labelled, rank_correlation
+from twinspect.inference.parity import (
+    CheckImages,
+    Comparison,
+    ParityError,
+    compare,
+    load_labelled,
+    rank_correlation,
+)
 from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
-
-pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +265,72 @@ def test_small_precisions_rank_alike_or_are_refused(detector, parts: Path, tmp_p
     assert read_export(out).precision == precision
 
 
+class Scores:
+    """A runtime that gives prepared scores, whatever it is shown."""
+
+    size = 8
+
+    def __init__(self, *scores: float, prototypes: tuple[int, ...] = ()) -> None:
+        self.rows = list(zip(scores, prototypes or [0] * len(scores), strict=True))
+
+    def run(self, pixels_BHWC: np.ndarray) -> dict[str, np.ndarray]:
+        rows, self.rows = self.rows[: len(pixels_BHWC)], self.rows[len(pixels_BHWC) :]
+        score_B, cluster_B = (np.array(column) for column in zip(*rows, strict=True))
+        return {"score_B": score_B, "cluster_B": cluster_B, "map_B1HW": np.zeros((len(rows), 1, 2, 2))}
+
+
+def test_changed_answers_are_counted_by_class_and_rounding_is_none(quick) -> None:
+    decision = dataclasses.replace(
+        quick.fitted.decision, class_of_cluster=("ring", "weave"),
+        fixed={"ring": Threshold(5.0, 0.01, False, ""), "weave": Threshold(9.0, 0.01, False, "")},
+    )  # fmt: skip
+    images = CheckImages([picture(i, 8, 8) for i in range(5)], [0, 0, 1, 0, 0], ["ring", "", "", "", "weave"])
+    ours = Scores(4.0, 4.9999, 6.0, 7.0, 7.0, prototypes=(0, 0, 0, 1, 0))
+    theirs = Scores(6.0, 5.0001, 4.0, 7.0, 7.0, prototypes=(0, 0, 0, 0, 0))
+    # The first is called bad now, the second moved by rounding, the third is missed, the fourth is judged as another
+    # class; the fifth's class is known, so that its prototype does not matter.
+    found = compare(ours, theirs, images, decision, lambda *_: None)
+    assert (found.decisions, found.changed, found.good_called_bad) == (5, 3, (0, 3))
+    said = "the answers for 3 of 5 images differ (good images called bad: 0 with torch, 3 exported)"
+    assert said in list(found.lines())
+    for precision in ("fp32", "fp16", "int8"):
+        assert said in found.problems(precision)
+    same = compare(Scores(1, 2, 6, 7, 8), Scores(1, 2, 6, 7, 8), images, decision, lambda *_: None)
+    assert (same.changed, list(same.lines())[-1]) == (0, "the answers for all 5 images are the same")
+    assert same.loss < found.loss
+
+
+@pytest.mark.slow
+def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
+    detector, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threshold is put between the model's score of an image and the export's: the image changes sides."""
+    monkeypatch.setattr("twinspect.inference.quantise.SKIPPED_SHARES", (0.0, 1.0))
+    out, size = tmp_path / "small.onnx", detector.fitted.model.shape.size
+    images = load_labelled(parts, size)
+    accepting = ExportOptions(precision="int8", accept_loss=True)
+    export(detector.fitted, out, accepting, images)
+    share = read_export(out).check["teacher_fp32_share"]
+    monkeypatch.setattr("twinspect.inference.quantise.SKIPPED_SHARES", (share,))
+    runtimes = TorchRuntime(detector.fitted.model), load_runtime(out)[0]
+    ours, theirs = (np.array([one.run(np.array(x)[None])["score_B"][0] for x in images.squares]) for one in runtimes)
+    place = np.abs(ours - theirs).argmax()
+    between = Threshold(float(ours[place] + theirs[place]) / 2, 0.01, False, "")
+    names = ["", *detector.fitted.decision.classes]
+    decision = dataclasses.replace(detector.fitted.decision, fixed=dict.fromkeys(names, between))
+    fitted = dataclasses.replace(detector.fitted, decision=decision)
+    out.unlink()
+    with pytest.raises(ParityError, match=r"the answers for \d+ of \d+ images differ.*--accept-loss"):
+        export(fitted, out, ExportOptions(precision="int8"), images)
+    assert not list(tmp_path.iterdir())
+    found = export(fitted, out, accepting, images)
+    assert found.changed >= 1
+    assert read_export(out).check["accepted_loss"] is True
+    assert read_export(out).check["changed"] == found.changed
+
+
 @pytest.mark.slow
 def test_openvino_equals_torch(quick, images, onnx_file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     found, _ = check(onnx_file, quick.fitted, images, "openvino")
     assert not found.problems("fp32")
     out = tmp_path / "model.xml"

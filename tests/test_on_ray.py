@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from tiny import picture, save
 
 from twinspect import Detector
@@ -21,7 +22,6 @@ from twinspect.inference.bulk import run
 from twinspect.inference.job import Job
 from twinspect.inference.on_ray import RayEngine
 
-ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's own: of its settings, and of sockets it leaves to the collector

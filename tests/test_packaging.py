@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from installed import needed
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -38,6 +42,13 @@ def test_every_declared_package_is_pinned(extra: str) -> None:
         assert numbers(PINNED[name]) >= numbers(found[2]), requirement
 
 
+def test_all_that_the_packages_need_is_pinned_at_the_version_that_is_installed() -> None:
+    """So the tests run in the one environment that the constraints describe, complete."""
+    asked = [one for extra in PROJECT["optional-dependencies"].values() for one in extra]
+    for name, found in needed([*PROJECT["dependencies"], *asked]).items():
+        assert PINNED.get(name) == found.version.split("+")[0], f"{name} {found.version}: not as constraints.txt says"
+
+
 def numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
@@ -62,13 +73,57 @@ def test_light_runtime_holds_every_module_that_its_modules_load() -> None:
         assert not missing, f"{module} loads {missing}"
 
 
-def test_ci_script_is_strict_and_executable() -> None:
+def test_ci_runs_what_a_user_types() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
     assert text.index("make check") < text.index("make test")
+    assert not re.search(
+        r"^\s*(export\b|[A-Z_]+=)|make \w+ +\w", text, re.M
+    )  # nothing that a user would not have set
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a clone in an empty folder: without what git ignores, an environment above all."""
+    folder = tmp_path_factory.mktemp("clone") / "twinspect"
+    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listing, capture_output=True, text=True)
+    if done.returncode:  # an unpacked archive
+        ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*(line.rstrip("/") for line in ignored), ".git"))
+        return folder
+    for name in done.stdout.rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():  # git still lists what was deleted since the last commit
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["demo", "quick", "test", "check", "bench"])
+def test_targets_of_a_bare_clone_resolve(clone: Path, target: str) -> None:
+    """Dry runs: of make, which says what it would install, and of pip, which finds all of that as it is pinned."""
+    command = ["make", "--dry-run", target, f"PYTHON={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    made = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (install,) = [shlex.split(line) for line in made.stdout.splitlines() if " pip install " in line]
+    extras = re.findall(r"\w+", install[-1])
+    assert set(extras) == ({"demo"} if target in ("demo", "quick") else set(PROJECT["optional-dependencies"]))
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    resolve = [sys.executable, *install[1:], *options]
+    done = subprocess.run(resolve, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_that_the_tests_and_the_build_read_are_in_a_clone(clone: Path) -> None:
+    """Git keeps them: nothing that only this folder has is imported or packed."""
+    for folder in ("src", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert (clone / path.relative_to(ROOT)).is_file(), f"{path} is ignored by git"
+    assert not (clone / ".venv").exists()
 
 
 def test_makefile_refuses_an_old_python(tmp_path: Path) -> None:

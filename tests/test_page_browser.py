@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from playwright import sync_api as playwright
 
 sys.path.insert(0, str(Path(__file__).parent / "server"))
 from serving import BRIGHT, DARK, Running, encoded, predictor
 
 from twinspect.server.log import Filter, InspectionLog
 
-playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 KEY = "0123456789abcdef-secret"
@@ -230,6 +230,19 @@ def test_a_phone_in_the_dark(browser, server: Running, images: list[Path]) -> No
     heights = page.evaluate("[...document.querySelectorAll('button')].map(b => b.offsetHeight).filter(h => h)")
     assert min(heights) >= 36  # large enough for a finger
     context.close()
+
+
+def test_below_a_path_of_a_proxy_everything_is_found(browser, images: list[Path]) -> None:
+    with Running(root_path="/line/7") as server:
+        context = browser.new_context()
+        page = context.new_page()
+        own, asked = f"http://127.0.0.1:{server.port}/line/7", []
+        page.on("request", lambda one: asked.append(one.url))
+        page.goto(own)
+        upload(page, images)
+        assert page.inner_text("#answer") == "anomaly"
+        assert [url for url in asked if not url.startswith((own, "blob:", "data:"))] == []
+        context.close()
 
 
 def test_a_key_is_asked_for_once(browser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from test_bulk import Silent, job, runs, table
 from tiny import images_to_test, picture, save
@@ -45,7 +46,6 @@ def beside(
 
 
 def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[Path]], quick: Detector) -> None:
-    tifffile = pytest.importorskip("tifffile")
     root, rows, images = beside
     assert all(len(list((root / name).iterdir())) == 5 for name in ("maps", "masks", "over"))
     assert rows[-1]["error"]
@@ -108,7 +108,6 @@ def test_run_lengths_of_random_masks() -> None:
 
 
 def test_submission_folders(model: Path, tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
     names = ["can/test_private/000_regular.png", "can/test_private_mixed/001_shift.png"]
     for number, name in enumerate(names):
         save(tmp_path / "in" / name, picture(number, 50, 70))

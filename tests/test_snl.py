@@ -321,8 +321,6 @@ def test_batches_mix_classes() -> None:
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
     """In fp16, the harder case; `export` compares with torch itself and refuses to write what differs."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
     from twinspect.inference import load
     from twinspect.inference.export import ExportOptions, export
 

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -404,7 +405,6 @@ def test_urls_through_pyarrow(folder: Path) -> None:
 
 
 def test_urls_through_fsspec() -> None:
-    fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
     system.pipe({"/set/b.png": png(1), "/set/in/a.png": png(2), "/set/c.png": b"junk"})
     try:

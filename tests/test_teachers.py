@@ -156,15 +156,15 @@ def test_taking_in_the_padding_changes_nothing_but_time(arch: str, sides: tuple[
 
 
 @pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "mobilenetv2_100", "tf_mobilenetv3_small_100"])
-def test_clipping_within_the_convolution_is_exact(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_within_the_convolution_changes_rounding_at_most(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = create_teacher(arch, pretrained=False)
     clipped = [m for m in one.modules() if isinstance(m, FrozenConv) and m.then is not None]
     assert clipped
     x = noise(1, 96)
     fast = one.features(x)
     monkeypatch.setattr(fold, "_has_clipping", lambda: False)
-    for ours, theirs in zip(fast.maps, one.features(x).maps, strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(fast.maps, one.features(x).maps, strict=True):  # equal bits on Intel's processors
+        assert float((ours - theirs).abs().max()) <= 2e-6 * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("name", [*SMALL, "dinov2-small", "resnet18"])

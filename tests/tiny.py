@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from twinspect.data import load
 from twinspect.data.painting import weave
 from twinspect.types import TEST, TRAIN, Sample
 
+# Development images, where somebody has them beside the checkout.
+SHARED = Path(os.environ.get("TWINSPECT_SHARED_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
 RANDOM = "test_vit"  # timm's own test networks: 0.3 M weights
 RANDOM_CNN = "test_efficientnet"
 

@@ -22,5 +22,8 @@ _HOME = {"Detector": "twinspect.detector", "Sample": "twinspect.types", "Twinspe
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        from twinspect.device import share_cores
+
+        share_cores()
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'twinspect' has no attribute {name!r}")

@@ -56,8 +56,10 @@ Version = Annotated[
 def main(version: Version = False) -> None:
     """Generalist visual anomaly detection: one model, many classes, good images only."""
     from twinspect.console import plain_streams
+    from twinspect.device import share_cores
 
     plain_streams()
+    share_cores()
 
 
 def run() -> None:
@@ -225,6 +227,9 @@ def export(
     any_size: Annotated[bool, typer.Option("--any-size", help="Let the graph itself resize images.")] = False,
     images: Annotated[Optional[Path], typer.Option(help="Good images, 32 or more, to prove it on.")] = None,  # noqa: UP045
     data: Annotated[Optional[Path], typer.Option(help="Labelled data set, to compare image AUROC.")] = None,  # noqa: UP045
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Write it although some answers differ from the model's.")
+    ] = False,
     weights: Weights = None,
 ) -> None:
     """Write the model as one graph for another runtime, after it agreed with torch on images."""
@@ -232,7 +237,7 @@ def export(
     from twinspect.inference.export import ExportOptions, format_of
 
     with _console() as console:
-        options = ExportOptions(format_of(out, format), precision, batch, any_size)
+        options = ExportOptions(format_of(out, format), precision, batch, any_size, accept_loss)
         export_command(bundle, out, options, images, data, str(weights or ""), console)
 
 

@@ -30,7 +30,7 @@ TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
 OF_MACHINE = ("device", "memory_gb", "compile")  # what a model does not depend on, and another machine may lack
-SCORINGS = ("plain", "whitened", "joint")
+SCORINGS = ("plain", "default")
 
 
 # The one dial: what costs time. Everything else is the same at every position; docs/results.md has what each gives.
@@ -68,11 +68,11 @@ class Structure:
 
 # What each structural family is where nothing else is asked for. The baselines are asked for nothing else.
 _PRESETS: dict[str, dict[str, Any]] = {
-    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "joint"},
+    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"},
     "rd": {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"},
     "fd": {"direction": "forward", "terms": "flat", "cram": 0, "scoring": "plain"},
 }
-_STRUCTURAL = ("direction", "terms", "cram", "cram_place", "scoring")
+_STRUCTURAL = ("direction", "terms", "cram", "cram_place")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +99,8 @@ class ModelConfig:
     """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN)."""
     ee_depth: float = 0.0
     """Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25."""
-    view_shrink: int = 0
-    """Factor by which the view for global tokens is smaller; 0 takes 1 (ViT) or about size / 256 (CNN)."""
     recentre: bool = False
     """dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2)."""
-    clusters: int = 0
-    """Largest number of variants of scene that are told apart; 0 takes 16, and more where there are more products."""
     direction: str = ""
     """snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse."""
     terms: str = ""
@@ -114,7 +110,8 @@ class ModelConfig:
     cram_place: str = ""
     """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
     scoring: str = ""
-    """snl: plain (as in RD4AD), whitened (statistics of residuals) or joint (and of tokens); empty takes joint."""
+    """plain: the students' own distances, as in the papers; default: beside them statistics of good images. Empty takes
+    default, plain for rd and fd."""
     channel_reading: str = "kl"
     """snl: reading of the channel term, kl or cosine."""
     temperature: float = 1.0
@@ -129,11 +126,11 @@ class ModelConfig:
             self.size == 0 or SMALLEST <= self.size <= LARGEST,
             f"--size {self.size}: at least {SMALLEST} pixels and at most {LARGEST:,}, or 0 for the default",
         )
-        for name in ("width", "depth", "ee_shrink", "view_shrink"):
+        for name in ("width", "depth", "ee_shrink"):
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: at least 1, or 0 (automatic)")
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
-        _check(self.clusters >= 0, f"clusters {self.clusters}: at least 1, or 0 for as many as there are products")
+        _check(not self.scoring or self.scoring in SCORINGS, unknown_name("scoring", self.scoring, SCORINGS))
         _check(not self.recentre or self.model == "dual", f"recentre: for --model dual only, not {self.model}")
         self._check_structure()
 
@@ -171,7 +168,6 @@ class ModelConfig:
             _check(name in TERMS, unknown_name("term", name, TERMS))
         _check(len(set(found.terms)) == len(found.terms), f"terms {self.terms!r}: one is named twice")
         _check(found.cram_place in CRAM_PLACES, unknown_name("cram_place", found.cram_place, CRAM_PLACES))
-        _check(found.scoring in SCORINGS, unknown_name("scoring", found.scoring, SCORINGS))
         _check(
             self.channel_reading in CHANNEL_READINGS,
             unknown_name("channel reading", self.channel_reading, CHANNEL_READINGS),
@@ -210,8 +206,6 @@ class TrainConfig:
     """Reading of the Noisy-OR objective: n1, n2 or n3."""
     easy_ramp: int = 1000
     """Steps over which the easy share of positions rises to 0.9 (hard mining)."""
-    compared: float = 0.25
-    """Share of positions, others at every step, where a CNN's features are compared with the local student's."""
     precision: str = "auto"
     """fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a GPU."""
     device: str = "auto"
@@ -239,7 +233,6 @@ class TrainConfig:
         for name in ("clip", "checkpoint_every"):
             _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
-        _check(0.0 < self.compared <= 1.0, f"compared {self.compared}: accepted 0 < compared <= 1")
         _check(self.memory_gb >= 0, f"--memory-gb {self.memory_gb}: accepted 0 (no limit) or 10^9 bytes")
         _check(
             not (self.compile and self.memory_gb),

@@ -43,7 +43,7 @@ class Decision:
 
     Attributes:
         good: calibration images.
-        class_of_prototype: most common training class of each scene prototype.
+        class_of_cluster: most common training class of each cluster.
         map_scale: (low, high) of map values for colours, one for all images.
         budget: error budgets of every class.
         budgets: of single classes, instead.
@@ -54,7 +54,7 @@ class Decision:
     """
 
     good: GoodScores
-    class_of_prototype: tuple[str, ...]
+    class_of_cluster: tuple[str, ...]
     map_scale: tuple[float, float]
     budget: Budget = field(default_factory=Budget)
     budgets: Mapping[str, Budget] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Decision:
     @property
     def classes(self) -> list[str]:
         """Classes that are known, sorted."""
-        return sorted({*self.class_of_prototype, *self.good.class_name} - {""})
+        return sorted({*self.class_of_cluster, *self.good.class_name} - {""})
 
     @property
     def threshold(self) -> Threshold:
@@ -88,17 +88,17 @@ class Decision:
         return self._rules[key]
 
     def judge(
-        self, score: float, prototype: int, distance: float = float("nan"), class_name: str | None = None
+        self, score: float, cluster: int, distance: float = float("nan"), class_name: str | None = None
     ) -> Verdict:
         """The answer for one image.
 
         Args:
             score: joint score.
-            prototype: index of the nearest scene prototype.
+            cluster: index of the nearest cluster.
             distance: to it; NaN where the model does not say.
-            class_name: class of the image, if known; else the prototype's class is taken.
+            class_name: class of the image, if known; else the cluster's class is taken.
         """
-        predicted = self.class_of_prototype[prototype]
+        predicted = self.class_of_cluster[cluster]
         rule = self.rule(class_name or predicted, class_name is not None)
         near = self.rule(predicted, given=False)
         known = near.far is not None and distance == distance
@@ -126,7 +126,7 @@ class Decision:
         fixed = {n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()}
         return {
             "good": self.good.to_dict(),
-            "class_of_prototype": list(self.class_of_prototype),
+            "class_of_cluster": list(self.class_of_cluster),
             "map_scale": list(self.map_scale),
             "budget": self.budget.to_dict(),
             "budgets": {name: one.to_dict() for name, one in self.budgets.items()},
@@ -144,7 +144,7 @@ class Decision:
         step = 2 * KEY_BYTES
         return cls(
             GoodScores.from_dict(values["good"]),
-            tuple(str(name) for name in values["class_of_prototype"]),
+            tuple(str(name) for name in values["class_of_cluster"]),
             (float(low), float(high)),
             Budget(**values["budget"]),
             {str(name): Budget(**one) for name, one in values["budgets"].items()},

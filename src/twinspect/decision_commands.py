@@ -26,7 +26,7 @@ from twinspect.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
-_COLUMNS = ("score", "predicted_class", "class_name", "prototype_distance", "model_id", "error")
+_COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ def _refuse_other_table(path: Path, found: str, expected: str) -> None:
 
 def watch(monitor: DriftMonitor, row: dict[str, Any]) -> bool:
     """Show one row of a table to a monitor; False for a row without a score."""
-    score, distance = _number(row.get("score")), _number(row.get("prototype_distance"))
+    score, distance = _number(row.get("score")), _number(row.get("cluster_distance"))
     if row.get("error") or not np.isfinite(score):
         return False
     monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)

@@ -1,11 +1,85 @@
-"""Where a model runs: a device by name, or words about what there is. Imports torch when asked, not before."""
+"""Where a model runs: devices by name and the processor's cores. Imports torch when asked, not before."""
 
 from __future__ import annotations
 
+import math
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from twinspect.errors import ConfigError
+
+# Turns that a thread of torch waits for the others before it sleeps; each takes 10 to 50 ns. OpenMP's own 300,000
+# take milliseconds of a core that another process could have used: beside one busy process everything takes three
+# times as long. None at all costs a quarter of the speed of a machine with nothing else to do (docs/results.md).
+_SPINS = 4000
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def share_cores() -> None:
+    """Let the threads of torch get along with other processes: they wait briefly, on the cores that there are.
+
+    Call it before torch is imported, which reads the environment once. What the user has set holds.
+    """
+    if "torch" in sys.modules:
+        return
+    if not any(name in os.environ for name in _WAITING):
+        os.environ[_WAITING[0]] = str(_SPINS)
+    if granted_threads() and not any(name in os.environ for name in _THREADS):
+        os.environ[_THREADS[0]] = str(granted_threads())
+
+
+def waiting() -> str:
+    """How the threads of torch wait for each other, in words."""
+    said = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
+    return said or "as OpenMP does by default: torch was imported before twinspect"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: a container often has fewer than the machine."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        cores = os.cpu_count() or 1
+    return granted_threads() or cores
+
+
+def granted_threads() -> int:
+    """As many threads as a container is granted cores' time for; 0 without a limit, where runtimes know best."""
+    quota = cpu_quota()
+    return max(1, int(quota)) if quota < (os.cpu_count() or 1) else 0
+
+
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of time that Linux grants to this process; infinite without a limit.
+
+    Args:
+        groups: where control groups are mounted.
+        own: the file that names those of this process.
+    """
+    found = [math.inf]
+    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = groups / controllers
+        here = mounted / path.lstrip("/")  # in a container perhaps the name on its host; what is mounted then counts
+        found += [_limit(one) for one in (here, *here.parents) if one.is_relative_to(mounted)]
+    return min(found)
+
+
+def _limit(group: Path) -> float:
+    """Of one control group, of the second or the first version."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
+        except (OSError, ValueError):
+            continue
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    return math.inf
 
 
 def choose_device(name: str) -> str:

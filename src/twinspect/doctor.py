@@ -6,12 +6,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from twinspect._version import __version__
+from twinspect.device import usable_cores, waiting
 from twinspect.errors import TwinspectError
 from twinspect.models.weights import (
     EMBEDDED,
@@ -26,6 +28,7 @@ from twinspect.models.weights import (
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
+_BUSY = 0.5  # load average of a machine that other work is using
 _OLDEST_PYTHON = (3, 11)
 
 
@@ -78,11 +81,13 @@ def declared_extras() -> dict[str, list[str]]:
         metadata = importlib.metadata.metadata("twinspect")
     except importlib.metadata.PackageNotFoundError:
         return {}
-    extras: dict[str, list[str]] = {name: [] for name in metadata.get_all("Provides-Extra") or []}
-    for line in metadata.get_all("Requires-Dist") or []:
-        wanted = re.match(r"""([\w.-]+)[^;]*;.*extra\s*==\s*['"]([\w-]+)['"]""", line)
-        if wanted is not None:
-            extras[wanted[2]].append(wanted[1])
+    optional = [
+        one for line in metadata.get_all("Requires-Dist") or [] if (one := Requirement(line)).marker is not None
+    ]
+    extras = {
+        extra: [one.name for one in optional if one.marker is not None and one.marker.evaluate({"extra": extra})]
+        for extra in metadata.get_all("Provides-Extra") or []
+    }
     return {name: wanted for name, wanted in extras.items() if wanted}
 
 
@@ -91,15 +96,17 @@ def _machine(problems: list[str]) -> Iterator[str]:
     if 0 < memory < _LITTLE_MEMORY:
         problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
     said = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
-    yield f"processor: {usable_cores()} cores, {said}"
+    yield f"processor: {usable_cores()} cores, {said}{_load()}"
+    yield f"threads of torch wait for each other {waiting()}"
 
 
-def usable_cores() -> int:
-    """Cores this process may use; a container often has fewer than the machine."""
+def _load() -> str:
+    """How many processes want a core; with more than there are, everything takes longer."""
     try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
+        wanted = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return ""
+    return f", {wanted:.1f} processes busy in the last minute" if wanted >= _BUSY else ""
 
 
 def _memory() -> int:
@@ -192,6 +199,6 @@ def _automatic(problems: list[str]) -> Sequence[str]:
 def _version(distribution: str) -> str:
     """Version of an installed distribution, empty if absent."""
     try:
-        return importlib.metadata.version(re.split(r"[\[<>=~!; ]", distribution)[0])
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""

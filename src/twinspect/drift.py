@@ -8,7 +8,7 @@ reached with probability at most a, at any time, ever (Ville). Averaging over th
 began costs little and keeps the delay short after a long quiet time.
 
 Three things are bet on: the *bulk* of the scores (ranks outside the top 5 %), their *tail* (how many are in
-the top 5 %, and how deep), and the *scene* (distance to the nearest prototype). A change of light or camera
+the top 5 %, and how deep), and the *scene* (distance to the nearest cluster). A change of light or camera
 moves the bulk; more defects move the tail only; another product or background moves the scene.
 """
 
@@ -63,7 +63,7 @@ class ClassDrift:
         images: latest images of this class, since the change where there is an alarm.
         median_p: median p-value of their scores; 0.5 is usual, lower means higher scores.
         tail: share of p-values up to 0.05; 0.05 is usual.
-        median_scene_p: median p-value of their distances to the prototype; NaN where unknown.
+        median_scene_p: median p-value of their distances to the cluster; NaN where unknown.
         moved: whether scores or distances differ from the calibration's (two-sample Kolmogorov-Smirnov,
             1 % over all classes together).
     """
@@ -231,7 +231,7 @@ class DriftMonitor:
     Example:
         >>> monitor = DriftMonitor(detector.fitted.decision.good)
         >>> for result in detector.predict("today/", stream=True):
-        ...     if monitor.update(result.score, result.predicted_class, result.prototype_distance):
+        ...     if monitor.update(result.score, result.predicted_class, result.cluster_distance):
         ...         print(monitor.report().message)
     """
 

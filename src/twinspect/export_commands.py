@@ -39,6 +39,8 @@ def export_command(
     found = export(fitted, out, options, compared, calibration, console.progress)
     for line in found.lines():
         console.say(line)
+    if problems := found.problems(options.precision):
+        console.warn(f"accepted all the same (--accept-loss): {'; '.join(problems)}")
     files = [p for p in sorted(out.parent.glob(f"{out.stem}.*")) if p.suffix in (out.suffix, ".bin", ".json")]
     for path in files if out.suffix != ".onnx" else [out]:
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -50,7 +52,7 @@ def check_command(
     """``twinspect check``: an export beside its bundle on images of the user's choice.
 
     Raises:
-        ParityError: they differ by more than the precision's tolerance.
+        ParityError: they differ by more than the precision's tolerance, which was not accepted when it was written.
     """
     from twinspect.inference.export import check, too_few
     from twinspect.inference.parity import TOLERANCES, ParityError
@@ -67,6 +69,9 @@ def check_command(
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
     problems = found.problems(meta.precision)
+    if problems and meta.check.get("accepted_loss") and not found.broken:
+        console.warn(f"{path.name} was written with --accept-loss: {'; '.join(problems)}")
+        return
     if problems:
         raise ParityError(
             f"{path.name} ({meta.precision}) does not say what {bundle.name} says: {'; '.join(problems)}"

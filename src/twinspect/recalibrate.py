@@ -130,7 +130,7 @@ def score_images(
             continue
         own = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
         row = (
-            result.score, result.peak, result.prototype_distance, own, result.predicted_class,
+            result.score, result.peak, result.cluster_distance, own, result.predicted_class,
             sample.group or session_of(sample, root), _key(sample, predictor.runtime.size),
         )  # fmt: skip
         for column, value in zip(columns.values(), row, strict=True):

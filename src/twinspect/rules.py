@@ -48,9 +48,9 @@ class GoodScores:
     Attributes:
         score: joint score.
         peak: highest value of the map; NaN where unknown.
-        distance: to the nearest scene prototype; NaN where unknown.
+        distance: to the nearest cluster; NaN where unknown.
         class_name: class as the data say.
-        predicted: class of the nearest prototype.
+        predicted: class of the nearest cluster.
         group: session or physical object; empty where unknown.
         key: `image_id` of the image; empty where unknown.
     """
@@ -150,7 +150,7 @@ class Rule:
         image: threshold of the score.
         unsure: lower threshold of the score, where a third answer is wanted.
         region: threshold of map values.
-        far: threshold of the distance to the nearest prototype; None where distances are unknown. By the tail of
+        far: threshold of the distance to the nearest cluster; None where distances are unknown. By the tail of
             the distances where they are too few for the budget.
         references: sorted scores, one array a group (or one in all); a p-value is the largest among them.
         tail: scores of the class itself where they are too few; one more to be the largest among.
@@ -178,7 +178,7 @@ class Rule:
         return max(found)
 
     def class_p(self, distance: float) -> float:
-        """p-value of a distance to the nearest prototype; NaN where distances are unknown."""
+        """p-value of a distance to the nearest cluster; NaN where distances are unknown."""
         if self.far is None or distance != distance:
             return float("nan")
         if _has_tail(len(self.distances), self.far.max_fpr):

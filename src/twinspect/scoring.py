@@ -5,6 +5,7 @@ Shapes: B images, h w grid positions, H W output pixels, S output side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,12 +106,17 @@ def upsample(map_Bhw: Tensor, side: int) -> Tensor:
     return F.interpolate(map_B1hw, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def noisy_or(surprise_local_B: Tensor, surprise_semantic_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Join two students: (surprise, probability), both B.
+_LIMIT = 30.0  # standard deviations beyond which a surprise grows in proportion
 
-    A surprise is -log(1 - p), p = the probability that a normal image scores lower. Noisy-OR
-    P = 1 - (1 - p_local)(1 - p_semantic) is a sum there, and keeps ranking images where P rounds to 1.
-    Source: joint probability of arXiv 2509.24448.
+
+def surprise(z: Tensor) -> Tensor:
+    """-log(1 - Phi(z)) in nats: how surprising z standard deviations above the mean are. Any shape.
+
+    In a Noisy-OR, P = 1 - product of (1 - p), surprises add up, and images whose P rounds to 1 keep their order.
+    Far out the asymptote of Birnbaum is used, exact to 0.1 %, and beyond 30 its tangent, so that nothing overflows.
     """
-    surprise = surprise_local_B + surprise_semantic_B
-    return surprise, -torch.expm1(-surprise)
+    near = z.clamp_max(3.0)
+    exact = -torch.log(0.5 * (1.0 - torch.erf(near / math.sqrt(2.0))))
+    far = z.clamp(3.0, _LIMIT)
+    asymptote = 0.5 * far.square() + torch.log(math.sqrt(math.pi / 2.0) * (far + (far.square() + 4.0).sqrt()))
+    return torch.where(z < 3.0, exact, asymptote) + _LIMIT * (z - _LIMIT).clamp_min(0.0)

@@ -42,6 +42,7 @@ def serve(
     max_memory_mb: Annotated[float, typer.Option(help="Size of all requests being answered.")] = 512.0,
     max_files: Annotated[int, typer.Option(help="Images in a request.")] = 32,
     max_megapixels: Annotated[float, typer.Option(help="Size of an image.")] = 50.0,
+    root_path: Annotated[str, typer.Option(help="Where a proxy shows the server, such as /inspect.")] = "",
     watch: Annotated[float, typer.Option(help="Seconds between looks for a new version of a file; 0: never.")] = 5.0,
 ) -> None:
     """Answer images over HTTP, with a page at /, an inspection log and metrics."""
@@ -57,7 +58,7 @@ def serve(
         settings = Settings(
             host, port, read_key(api_key_file), max_batch, max_wait_ms, queue, timeout, max_body_mb=max_body_mb,
             max_memory_mb=max_memory_mb, max_files=max_files, max_megapixels=max_megapixels, watch_s=watch,
-            log_required=log_required, log_days=log_days,
+            log_required=log_required, log_days=log_days, root_path=root_path,
         )  # fmt: skip
         run_server(bundles, settings, log, runtime, threads, console)
 

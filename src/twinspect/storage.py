@@ -95,7 +95,7 @@ def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:
 
 
 def resize_buffers(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give statistics buffers the sizes of the stored ones: their number of prototypes is learnt."""
+    """Give statistics buffers the sizes of the stored ones: their number of clusters is learnt."""
     for name, buffer in list(model.named_buffers()):
         stored = tensors.get(name)
         if stored is not None and stored.shape != buffer.shape:

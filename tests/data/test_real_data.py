@@ -1,9 +1,7 @@
 """The shared development images, if they are beside the checkout (or where TWINSPECT_SHARED_DATA says)."""
 
-import os
-from pathlib import Path
-
 import pytest
+from tiny import SHARED
 
 from twinspect.data import load
 from twinspect.data.leaks import find_leaks
@@ -11,7 +9,6 @@ from twinspect.data.loaded import ClassCounts
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 
-SHARED = Path(os.environ.get("TWINSPECT_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 # train good, test good, test defects, masks: the table of the folder's own README
 PARTS = {
     "casting": (300, 100, 120, 0),
@@ -21,10 +18,6 @@ PARTS = {
     "pcb": (250, 80, 120, 120),
     "piston": (64, 28, 80, 0),
 }
-
-pytestmark = pytest.mark.skipif(
-    not (SHARED / "parts").is_dir(), reason=f"no shared data at {SHARED}; set TWINSPECT_SHARED_DATA"
-)
 
 
 def test_parts() -> None:

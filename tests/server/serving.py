@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import needs_server  # noqa: F401  (skips where the extra is missing)
 import numpy as np
 from PIL import Image
 
@@ -50,7 +49,7 @@ class Brightness:
         grid_B1HW = grey.reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4))[:, None].astype(np.float32)
         return {
             "score_B": score_B, "score_local_B": score_B, "score_semantic_B": 0 * score_B, "map_B1HW": grid_B1HW,
-            "prototype_B": np.zeros(len(score_B), int), "prototype_distance_B": np.ones(len(score_B)),
+            "cluster_B": np.zeros(len(score_B), int), "cluster_distance_B": np.ones(len(score_B)),
         }  # fmt: skip
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import TypeAdapter
-from serving import BRIGHT, DARK, Brightness, Broken, Running, decision, encoded, form, predictor
+from serving import BOUNDARY, BRIGHT, DARK, Brightness, Broken, Running, decision, encoded, form, predictor
 
 from twinspect import Detector
+from twinspect.errors import ConfigError
 from twinspect.inference.predictor import Predictor
 from twinspect.server import schema
 from twinspect.server.log import Filter, InspectionLog
+from twinspect.server.settings import Settings
 
 KEY = "0123456789abcdef-secret"
 
@@ -52,6 +54,51 @@ def test_the_body_may_be_the_image(server: Running, kind: str) -> None:
     assert answer.status == 200
     assert answer.json["results"][0]["answer"] == "good"
     assert answer.json["results"][0]["name"] == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        ("filename*=utf-8''geh%C3%A4use.png", "gehäuse.png"),  # requests with urllib3 1
+        ("filename=\"=?utf-8?B?Z2Vow6R1c2UucG5n?=\"; filename*=utf-8''geh%C3%A4use.png", "gehäuse.png"),  # .NET
+        ('filename="=?UTF-8?Q?geh=C3=A4use.png?="', "gehäuse.png"),
+        ("filename*=ISO-8859-1'de'geh%E4use.png; filename=gehause.png", "gehäuse.png"),
+        ("FileName*0*=utf-8''geh%C3%A4; filename*1=\"use.png\"", "gehäuse.png"),
+        ('filename="gehäuse; 2.png"', "gehäuse; 2.png"),
+        ("filename*=utf-8''..%2F..%2Fetc%2Fpasswd%00%0A.png", "passwd  .png"),
+        ("filename*=no-such-code''a%FF.png", "aÿ.png"),
+        ("filename*=plain.png", "plain.png"),
+        ('filename="=?utf-8?B?not base64?="', "=?utf-8?B?not base64?="),
+        ('filename=""', "image-0"),
+    ],
+)
+def test_every_way_to_write_a_name_is_read(server: Running, disposition: str, name: str) -> None:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; {disposition}\r\n\r\n'
+    body = head.encode() + encoded() + f"\r\n--{BOUNDARY}--\r\n".encode()
+    answer = server.ask("POST", "/v1/predict", body, form()[1])
+    assert answer.status == 200, answer.body
+    assert [one["name"] for one in answer.json["results"]] == [name]
+
+
+def test_a_part_that_names_its_kind_but_no_file_is_an_image(server: Running) -> None:
+    head = f"--{BOUNDARY}\r\nContent-Type: image/png\r\ncontent-disposition: form-data; name=file\r\n\r\n"
+    body = head.encode() + encoded() + f"\r\n--{BOUNDARY}--\r\n".encode()
+    kind = {"Content-Type": f'Multipart/Form-Data; Boundary="{BOUNDARY}"; charset=utf-8'}
+    answer = server.ask("POST", "/v1/predict", body, kind)
+    assert [one["name"] for one in answer.json["results"]] == ["image-0"]
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("X-Filename", "gehäuse.png".encode()),
+        ("X-Filename", "gehäuse.png".encode("latin-1")),
+        ("Content-Disposition", b"attachment; filename*=utf-8''geh%C3%A4use.png"),
+    ],
+)
+def test_names_beside_a_body_that_is_the_image(server: Running, header: str, value: bytes) -> None:
+    answer = server.post_raw(encoded(), **{header: value})
+    assert answer.json["results"][0]["name"] == "gehäuse.png"
 
 
 def test_answers_of_a_batch_are_in_order_and_one_bad_file_stops_nothing(server: Running, log: InspectionLog) -> None:
@@ -296,6 +343,34 @@ def test_unknown_paths_and_methods(server: Running) -> None:
         assert server.get(path).status == 404
 
 
+def test_head_is_answered_like_get_without_a_body(server: Running) -> None:
+    number = server.post(encoded()).json["results"][0]["map_id"]
+    for path in (
+        "/",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/v1/models",
+        "/v1/log",
+        f"/v1/maps/{number}",
+        "/openapi.json",
+    ):
+        got, head = server.get(path), server.ask("HEAD", path)
+        assert (head.status, head.body) == (got.status, b"") == (200, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"]
+        if path != "/metrics":  # its numbers grow with every request
+            assert head.headers["content-length"] == str(len(got.body))
+    assert [server.ask("HEAD", path).status for path in ("/nothing", "/v1/predict", "/v1/maps/x")] == [404, 405, 404]
+    raw = server.socket()
+    with raw:  # the connection goes on behind the head: nothing of a body is sent
+        raw.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = b""
+        while b'"ok"' not in found:
+            found += raw.recv(1 << 16)
+    assert found.count(b"HTTP/1.1 200") == 2
+    assert b"<html" not in found
+
+
 def test_a_log_that_is_full_does_not_stop_the_line_unless_it_must(log: InspectionLog, monkeypatch) -> None:
     from twinspect.server.log import LogError
 
@@ -379,6 +454,8 @@ def test_key_is_asked_for_everywhere_but_on_the_open_paths() -> None:
         server.headers = {}
         for path in ("/", "/healthz", "/readyz"):
             assert server.get(path).status == 200
+            assert server.ask("HEAD", path).status == 200
+        assert server.ask("HEAD", "/v1/models").status == 401
         for path in ("/v1/models", "/v1/log", "/v1/drift", "/metrics", "/openapi.json", "/nothing"):
             answer = server.get(path)
             assert (answer.status, answer.code) == (401, "wrong_key")
@@ -397,10 +474,44 @@ def test_without_a_key_other_sites_cannot_reach_in_through_a_browser() -> None:
         assert server.get("/v1/models", Host="rebound.example").code == "other_host"
         assert server.get("/v1/models", Host=f"localhost:{server.port}").status == 200
         assert server.get("/v1/models", Host="[::1]:80").status == 200
+        for name in (f"LOCALHOST:{server.port}", "Localhost", "LocalHost.", "[0:0:0:0:0:0:0:1]", "127.1.2.3"):
+            assert server.get("/v1/models", Host=name).status == 200, name
+        for name in ("LOCALHOST.example", "localhost.example:80", "127.0.0.1.example", ""):
+            assert server.get("/v1/models", Host=name).code == "other_host", name
+        mixed = {"Host": "LocalHost:8000", "Origin": "http://localhost:8000"}
+        assert server.ask("POST", "/v1/drift/bright/reset", b"", mixed).status == 200
         answer = server.ask("POST", "/v1/drift/bright/reset", b"", {"Origin": "https://evil.example"})
         assert (answer.status, answer.code) == (403, "other_origin")
         own = f"http://127.0.0.1:{server.port}"
         assert server.ask("POST", "/v1/drift/bright/reset", b"", {"Origin": own}).status == 200
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_below_a_path_of_a_proxy(stripped: bool) -> None:
+    """Some proxies take their own part of the path away before they pass a request on, some do not."""
+    with Running(root_path="/line/7", api_key=KEY) as server:
+        own, server.headers = server.headers, {}
+        at = "" if stripped else "/line/7"
+        for path in ("/healthz", "/readyz", "/") if stripped else ("/healthz", "/readyz", "/", ""):
+            assert server.get(at + path).status == 200
+            assert server.ask("HEAD", at + path).status == 200
+        assert b'ROOT = "/line/7"' in server.get(f"{at}/").body
+        for path in ("/v1/models", "/metrics", "/nothing"):
+            assert server.get(at + path).status == 401
+        server.headers = own
+        assert server.get(f"{at}/nothing").code == "not_found"
+        assert server.get("/line/77/v1/models").code == "not_found"
+        body, headers = form(("a.png", encoded()))
+        answer = server.ask("POST", f"{at}/v1/predict?maps=link", body, headers)
+        assert server.get(f"{at}/v1/maps/{answer.json['results'][0]['map_id']}").status == 200
+        assert server.get(f"{at}/openapi.json").json["servers"] == [{"url": "/line/7"}]
+        assert b'="/v1/predict"' in server.get(f"{at}/metrics").body  # counted under its route
+
+
+@pytest.mark.parametrize("root", ["line", "/line/", "/", "//line", "/a b", '/"x', "https://factory.example/line"])
+def test_root_paths_that_are_none(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"--root-path .*accepted a path such as /inspect"):
+        Settings(root_path=root)
 
 
 def test_answers_carry_what_browsers_need_and_request_ids_are_kept_or_made() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import needs_server  # noqa: F401
 import numpy as np
 import pytest
 from log_cases import result
@@ -27,7 +26,7 @@ def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, c
     rows = [
         Inspection(
             result(f"{start + n}.png", "anomaly" if s >= 2.6 else "good", float(s), model_id=model_id,
-                   class_name=class_name, prototype_distance=1.0),
+                   class_name=class_name, cluster_distance=1.0),
             "bright", "r", f"{start + n:016x}", f"shift-{n % 2}", 1_000_000 + start + n,
         )
         for n, s in enumerate(scores)

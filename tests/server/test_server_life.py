@@ -298,6 +298,22 @@ def test_models_are_named_by_file_or_by_hand(tmp_path: Path) -> None:
             named_paths(given)
 
 
+def test_paths_may_hold_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    swept = Path("runs/lr=0.1/seed=2/m.twin")
+    swept.parent.mkdir(parents=True)
+    for path in (swept, Path("a=b.twin"), Path("lr=1.twin")):
+        path.write_bytes(b"x")
+    assert named_paths([str(swept)]) == {"m": swept}
+    assert named_paths([f"best={swept}"]) == {"best": swept}
+    assert named_paths([str(tmp_path / swept)]) == {"m": tmp_path / swept}
+    with pytest.raises(ConfigError, match=r"'lr=1' cannot be a name.*type NAME=lr=1\.twin"):
+        named_paths(["lr=1.twin"])
+    assert named_paths(["rate=lr=1.twin"]) == {"rate": Path("lr=1.twin")}
+    with pytest.raises(ConfigError, match=r"no such model: runs/lr=0\.1/other\.twin\."):
+        named_paths(["runs/lr=0.1/other.twin"])
+
+
 def test_levels_of_a_bright_and_a_dark_image_differ() -> None:
     """The stand-in model tells them apart, or nothing above would mean anything."""
     with Running() as server:

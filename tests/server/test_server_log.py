@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import needs_server  # noqa: F401
 import pytest
 import sqlalchemy as sa
 from log_cases import CASES, row

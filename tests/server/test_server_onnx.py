@@ -15,8 +15,6 @@ from twinspect import Detector
 
 @pytest.mark.slow
 def test_an_exported_model_is_served_without_torch(quick: Detector, tmp_path: Path) -> None:
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(name)
     quick.save(tmp_path / "parts.twin")
     image = save(tmp_path / "a.png", picture(3)).read_bytes()
     export = [sys.executable, "-m", "twinspect", "export", "parts.twin", "--out", "parts.onnx"]

@@ -13,14 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import needs_server  # noqa: F401
 import pytest
 import sqlalchemy as sa
 from log_cases import CASES, row
 
 from twinspect.server.log import Filter, InspectionLog, LogError
 
-pytest.importorskip("psycopg")
 PASSWORD = "for-this-test-only"
 _NOBODY = "nobody"  # PostgreSQL refuses to run as root
 

@@ -1,18 +1,16 @@
 """Good and hostile requests mixed, for a while: the server lives, answers, and does not grow.
 
-TWINSPECT_SOAK_S sets the seconds; `.ci/run` takes two minutes, `benchmarks/server.py simulated --only soak` any time.
+For longer: python benchmarks/server.py simulated --only soak --soak 1800.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
-import needs_server  # noqa: F401
 import pytest
 
-SECONDS = float(os.environ.get("TWINSPECT_SOAK_S", "12"))
+SECONDS = 12.0
 GROWTH_MB = 12.0  # allowed between the first and the last quarter, after a tenth of the time
 LEFT = 24  # files and threads of an idle server
 

@@ -11,10 +11,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -48,12 +48,14 @@ class ExportOptions:
         precision: ``fp32``, ``fp16`` (statistics stay fp32) or ``int8``.
         batch: images per call; 0 leaves it open.
         any_size: resize images of any height and width in the graph.
+        accept_loss: write the best there is where none keeps the model's answers; the metadata then say so.
     """
 
     format: str = "onnx"
     precision: str = "fp32"
     batch: int = 0
     any_size: bool = False
+    accept_loss: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -90,7 +92,7 @@ def export(
 
     Raises:
         ConfigError: options that do not go together, or an operator that cannot be exported.
-        ParityError: the export does not say what the model says; nothing is written.
+        ParityError: the export does not say what the model says, and that was not accepted; nothing is written.
         BundleError: the folder cannot be written.
         TwinspectError: a package is missing (the message is the line to type).
     """
@@ -170,44 +172,52 @@ class _Build:
 
     def accepted(self) -> Comparison:
         """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
-        said: list[str] = []
-        for share in self._written():
-            found = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
-            problems = found.problems(self.options.precision)
-            if not problems:
+        from twinspect.inference.quantise import SKIPPED_SHARES
+
+        tried: dict[float, Comparison] = {}
+        write = self._writer()
+        for share in SKIPPED_SHARES if self.options.precision == "int8" else (-1.0,):
+            write(share)
+            tried[share] = found = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
+            if not found.problems(self.options.precision):
                 self._describe(found, share)
                 return found
-            said.append("; ".join(problems) + (f" with {share:.0%} of the teacher in fp32" if share >= 0 else ""))
+        best = min(tried, key=lambda one: tried[one].loss)
+        if not self.options.accept_loss or tried[best].broken:
+            self._refuse(tried)
+        if best != share:
+            write(best)
+        self._describe(tried[best], best, accepted_loss=True)
+        return tried[best]
+
+    def _refuse(self, tried: Mapping[float, Comparison]) -> NoReturn:
+        said = [
+            "; ".join(found.problems(self.options.precision))
+            + (f" with {share:.0%} of the teacher in fp32" if share >= 0 else "")
+            for share, found in tried.items()
+        ]
         raise ParityError(
             f"the {self.options.precision} export does not say what the model says: {' | '.join(said)}. "
             "Nothing was written. "
             + (
-                "Type --precision fp32"
+                "Type --precision fp32, or add --accept-loss to get the best of these all the same"
                 if self.options.precision != "fp32"
                 else "Please report this with the versions that twinspect doctor prints"
             )
         )
 
-    def _written(self) -> Iterator[float]:
-        """Write the draft, once or (int8) several times; yields the share of the teacher kept in fp32, or -1."""
+    def _writer(self) -> Callable[[float], None]:
+        """What writes the draft, given the share of the teacher that stays in fp32 (int8 only)."""
         self.progress("exporting", 0, 1)
         if self.options.format == "torch":
-            self._torch()
-            yield -1.0
-            return
+            return lambda _share: self._torch()
         from twinspect.inference.graph import to_onnx
 
         proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
         self.progress("exporting", 1, 1)
         if self.options.precision != "int8":
-            self._plain(proto)
-            yield -1.0
-            return
-        from twinspect.inference.quantise import SKIPPED_SHARES
-
-        for share in SKIPPED_SHARES:
-            self._int8(proto, share)
-            yield share
+            return lambda _share: self._plain(proto)
+        return lambda share: self._int8(proto, share)
 
     def _torch(self) -> None:
         import torch
@@ -260,9 +270,10 @@ class _Build:
             int8_openvino(step, self.draft, chosen, skipped)
         self._seal()
 
-    def _describe(self, found: Comparison, share: float) -> None:
+    def _describe(self, found: Comparison, share: float, accepted_loss: bool = False) -> None:
         """Put what was found into the metadata."""
-        self._seal({**found.to_dict(), **({"teacher_fp32_share": share} if share >= 0 else {})})
+        part = {"teacher_fp32_share": share} if share >= 0 else {}
+        self._seal({**found.to_dict(), "accepted_loss": accepted_loss, **part})
 
     def _seal(self, checked: dict[str, Any] | None = None) -> None:
         """Attach metadata and their hash to the draft."""
@@ -307,7 +318,7 @@ def _compare(path: Path, fitted: Fitted, images: CheckImages, runtime: str, prog
     engine, meta = load_runtime(path, runtime)
     kept = images if meta.any_size else dataclasses.replace(images, raw=())
     reference = TorchRuntime(fitted.model)
-    return compare(reference, engine, kept, fitted.decision.rule("").image.value, progress)
+    return compare(reference, engine, kept, fitted.decision, progress)
 
 
 def too_few(images: CheckImages) -> str:

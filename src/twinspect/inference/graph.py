@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.contract import AnomalyModel, Outputs
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.observed import Outputs
 from twinspect.models.prepared import prepared
 
 OPSET = 20

@@ -5,14 +5,15 @@ Gaps are relative to max(1, |reference|), for scores and for every value of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.decision import ANOMALY, Decision
 from twinspect.errors import TwinspectError
 from twinspect.inference.predictor import Runtime
 
@@ -78,10 +79,13 @@ class Comparison:
         images: compared, those at their own size included.
         synthetic: whether they were painted.
         score_gap, map_gap: largest relative gaps.
-        scene_changes: images whose nearest scene prototype differs.
+        scene_changes: images whose nearest cluster differs.
         rank: rank correlation of the joint scores; None below 8 images.
         auroc: (reference, export) mean image AUROC over classes, where labels allow.
-        good_called_bad: (reference, export) good images at or above the threshold for all classes together.
+        decisions: images (not painted ones) that were judged.
+        changed: of them, how many got another answer from the export than from the model, by more than rounding of
+            their scores (the tolerance of fp32).
+        good_called_bad: (reference, export) good images called anomalous.
     """
 
     images: int
@@ -91,14 +95,28 @@ class Comparison:
     scene_changes: int
     rank: float | None
     auroc: tuple[float, float] | None
-    good_called_bad: tuple[int, int] | None
+    decisions: int
+    changed: int
+    good_called_bad: tuple[int, int]
+
+    @property
+    def broken(self) -> bool:
+        """Whether the export gives no usable numbers at all."""
+        return not bool(np.isfinite([self.score_gap, self.map_gap]).all())
+
+    @property
+    def loss(self) -> tuple[float, float]:
+        """By which exports of one model are put in order, the best first."""
+        return (float("inf") if self.broken else self.changed, -(self.rank or 0.0))
 
     def problems(self, precision: str) -> list[str]:
         """Why an export of this precision is refused; empty when it is accepted."""
         limit = TOLERANCES[precision]
         found = []
-        if not np.isfinite([self.score_gap, self.map_gap]).all():
+        if self.broken:
             found.append("a score or map value is not finite")
+        if self.changed:
+            found.append(self._decisions())
         if limit.score is not None and self.score_gap > limit.score:
             found.append(f"scores differ by up to {self.score_gap:.2g} (accepted {limit.score:g})")
         if limit.map is not None and self.map_gap > limit.map:
@@ -124,17 +142,24 @@ class Comparison:
             yield f"rank correlation of scores {self.rank:.4f}"
         if self.auroc is not None:
             yield f"image AUROC {self.auroc[0]:.4f} with torch, {self.auroc[1]:.4f} exported"
-        if self.good_called_bad is not None and self.good_called_bad[0] != self.good_called_bad[1]:
-            yield (
-                f"good images called bad: {self.good_called_bad[0]} with torch, {self.good_called_bad[1]} exported"
-            )
+        if self.decisions:
+            yield self._decisions()
+
+    def _decisions(self) -> str:
+        if not self.changed:
+            return f"the answers for all {self.decisions} images are the same"
+        ours, theirs = self.good_called_bad
+        return (
+            f"the answers for {self.changed} of {self.decisions} images differ "
+            f"(good images called bad: {ours} with torch, {theirs} exported)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "images": self.images, "synthetic": self.synthetic, "score_gap": self.score_gap,
             "map_gap": self.map_gap, "scene_changes": self.scene_changes, "rank": self.rank, "auroc": self.auroc,
-            "good_called_bad": self.good_called_bad,
+            "decisions": self.decisions, "changed": self.changed, "good_called_bad": self.good_called_bad,
         }  # fmt: skip
 
 
@@ -142,7 +167,7 @@ def compare(
     reference: Runtime,
     export: Runtime,
     images: CheckImages,
-    threshold: float,
+    decision: Decision,
     progress: Callable[[str, int, int], None],
 ) -> Comparison:
     """Run both on the same pixels, one at a time and in threes in turn.
@@ -151,30 +176,61 @@ def compare(
         reference: the model itself.
         export: what is judged.
         images: at least 32 where the caller has them.
-        threshold: of the joint score, for the count of good images called bad.
+        decision: of the model, which judges the scores of both.
         progress: called with (stage, done, total).
     """
     gaps, maps, changes = [0.0], [0.0], 0
-    ours: list[float] = []
-    theirs: list[float] = []
+    ours: list[_Said] = []
+    theirs: list[_Said] = []
     parts = [*_parts(images.squares), *([one[None]] for one in images.raw)]
     for done, (pixels,) in enumerate(parts):
         a, b = reference.run(pixels), export.run(pixels)
         gaps.append(_gap(a["score_B"], b["score_B"]))
         maps.append(_gap(a["map_B1HW"], b["map_B1HW"]))
-        changes += int((a["prototype_B"] != b["prototype_B"]).sum())
-        ours += a["score_B"].tolist()
-        theirs += b["score_B"].tolist()
+        changes += int((a["cluster_B"] != b["cluster_B"]).sum())
+        ours += _said(a)
+        theirs += _said(b)
         progress("comparing with torch", done + 1, len(parts))
     count = len(images.squares)
-    first, second = np.array(ours[:count], dtype=np.float64), np.array(theirs[:count], dtype=np.float64)
-    good = np.array([label != 1 for label in images.labels], dtype=np.bool_)
-    bad = (int((first[good] >= threshold).sum()), int((second[good] >= threshold).sum()))
+    first, second = (np.array([one.score for one in said[:count]], dtype=np.float64) for said in (ours, theirs))
+    judged = 0 if images.synthetic else count  # painted images are all anomalies
+    known = [name if name in decision.classes else None for name in images.classes]
+    answers = [
+        [decision.judge(*one, name).answer for one, name in zip(said[:judged], known[:judged], strict=True)]
+        for said in (ours, theirs)
+    ]
+    changed = [
+        x != y and not _alike(a, b) for a, b, x, y in zip(ours[:judged], theirs[:judged], *answers, strict=True)
+    ]
+    bad = [
+        sum(x == ANOMALY and label != 1 for x, label in zip(one, images.labels[:judged], strict=True))
+        for one in answers
+    ]
     return Comparison(
         len(ours), images.synthetic, max(gaps), max(maps), changes,
         rank_correlation(first, second) if count >= FEWEST_RANKED else None,
-        _aurocs(first, second, images), None if images.synthetic else bad,
+        _aurocs(first, second, images), judged, sum(changed), (bad[0], bad[1]),
     )  # fmt: skip
+
+
+class _Said(NamedTuple):
+    """What `Decision.judge` asks about an image."""
+
+    score: float
+    cluster: int
+    distance: float
+
+
+def _said(out: Mapping[str, NDArray[Any]]) -> list[_Said]:
+    distance_B = out.get("cluster_distance_B", np.full(len(out["score_B"]), np.nan))
+    columns = (one.tolist() for one in (out["score_B"], out["cluster_B"], distance_B))
+    return [_Said(*values) for values in zip(*columns, strict=True)]
+
+
+def _alike(a: _Said, b: _Said) -> bool:
+    """Whether two answers can differ only because a score lies on the threshold itself."""
+    limit = TOLERANCES["fp32"].score or 0.0
+    return a.cluster == b.cluster and abs(a.score - b.score) <= limit * max(1.0, abs(a.score))
 
 
 def _parts(squares: Sequence[Pixels]) -> Iterator[list[Pixels]]:

@@ -154,9 +154,9 @@ class Predictor:
             float(out["score_semantic_B"][i]),
         )
         result.p_joint = float(-np.expm1(-max(result.score, 0.0)))
-        if "prototype_distance_B" in out:
-            result.prototype_distance = float(out["prototype_distance_B"][i])
-        said = decision.judge(result.score, int(out["prototype_B"][i]), result.prototype_distance, class_name)
+        if "cluster_distance_B" in out:
+            result.cluster_distance = float(out["cluster_distance_B"][i])
+        said = decision.judge(result.score, int(out["cluster_B"][i]), result.cluster_distance, class_name)
         result.p_value, result.threshold = said.p_value, said.threshold
         result.threshold_unsure, result.answer = said.threshold_unsure, said.answer
         result.is_anomaly = said.answer == ANOMALY
@@ -177,7 +177,7 @@ def check_counts(threads: int, batch: int) -> None:
     check_range("--batch", batch, 0, MOST_BATCH)
 
 
-def classes_of_prototypes(prototype_N: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
-    """Most common training class of each prototype; empty for one no image belongs to."""
-    owners = [Counter(c for c, k in zip(classes, prototype_N, strict=True) if k == one) for one in range(count)]
+def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
+    """Most common training class of each cluster; empty for one no image belongs to."""
+    owners = [Counter(c for c, k in zip(classes, cluster_n, strict=True) if k == one) for one in range(count)]
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)

@@ -33,11 +33,11 @@ class Result:
             bundle was calibrated with a third answer.
         threshold_unsure: NaN where there are two answers only.
         class_name: class whose thresholds were used: the one given, else the predicted one.
-        predicted_class: most common training class of the nearest scene prototype.
-        class_p: p-value of belonging to a known class (of the distance to that prototype); small means that
+        predicted_class: most common training class of the nearest cluster.
+        class_p: p-value of belonging to a known class (of the distance to that cluster); small means that
             the image shows none of the classes the model knows.
         unknown_class: whether the distance reaches its threshold; None where the model gives no distance.
-        prototype_distance: that distance, for comparison within one model only.
+        cluster_distance: that distance, for comparison within one model only.
         peak: highest value of the map.
         threshold_region: map value from which on pixels belong to a region.
         regions: connected regions in original pixels, strongest first (at most 100).
@@ -64,7 +64,7 @@ class Result:
     predicted_class: str = ""
     class_p: float = float("nan")
     unknown_class: bool | None = None
-    prototype_distance: float = float("nan")
+    cluster_distance: float = float("nan")
     peak: float = float("nan")
     threshold_region: float = float("nan")
     regions: list[Region] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Result:
         names = (
             "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value", "threshold",
             "margin", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p", "unknown_class",
-            "prototype_distance", "peak", "threshold_region", "width", "height", "map_path", "mask_path", "model_id",
+            "cluster_distance", "peak", "threshold_region", "width", "height", "map_path", "mask_path", "model_id",
             "ms", "error",
         )  # fmt: skip
         return {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.device import choose_device
+from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.inference.exported import ExportMeta, is_export, read_export
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
@@ -110,7 +110,7 @@ class OnnxRuntime:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or granted_threads()
         # Threads that spin between calls take the cores from those that decode the next images; within a call they
         # save a quarter of a single image's time.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -137,7 +137,7 @@ class OpenVinoRuntime:
             # OpenVINO would otherwise compute in bf16 where the CPU can, and scores would no longer agree.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        if threads:
+        if threads := threads or granted_threads():
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             self.compiled = ov.compile_model(str(path), "CPU", options)
@@ -220,6 +220,7 @@ def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weight
             f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
             f"twinspect export {path.name} --format {runtime} --out MODEL{_READS[runtime][0]}"
         )
+    share_cores()
     required("torch", path)
     chosen = choose_device(device)
     from twinspect.storage import load

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from twinspect.models.prototypes import k_means
+from twinspect.models.clusters import k_means
 
 _ONE_TO_NEXT = 100.0  # how much more the nearest centre weighs than the second nearest, for a typical vector
 

@@ -1,20 +1,26 @@
 """System A: dual-student distillation (our re-implementation of arXiv 2509.24448, Park, Seo, Kim 2025).
 
-One frozen teacher, two heterogeneous students trained and scored together through a Noisy-OR:
+A frozen teacher T answers an image x with patch features, in two layer groups F_T^1 and F_T^2, and one class token
+c_T^l for every block l. Two students learn these answers on good images:
 
-* `EncoderDecoder` rebuilds the teacher's mid-level patch features, in two groups, behind a noisy
-  bottleneck with linear attention. It finds small, local defects. With a ViT it is the network of
-  Dinomaly (CVPR 2025) to the digit: see docs/papers.md and benchmarks/parity.py.
-* `EncoderEncoder` is the teacher's own architecture trained from scratch to give the teacher's global
-  tokens only. Sparse supervision keeps it from learning the identity. It finds semantic anomalies.
+* the **Encoder-Decoder** (ED, `EncoderDecoder`) rebuilds the layer groups from the teacher's own middle features,
+  through a noisy bottleneck and a decoder with linear attention. Where it fails there is a small, local defect;
+* the **Encoder-Encoder** (EE, `EncoderEncoder`) has the teacher's architecture and learns its class tokens from the
+  pixels, from scratch. Where it fails the image is wrong as a whole.
 
-What is ours: a CNN can be the teacher (its stages play the layers, pooled stages the class tokens), and
-residuals are whitened by their statistics on normal images (`models.statistics`), because raw cosine
-distances do not see a small defect in a stochastic texture.
+    L_ED(x) = 1/2 sum_i (1 - cos(vec F_T^i, vec F_S^i))     L_EE(x) = mean_l (1 - cos(c_T^l, c_S^l))
+    training: Noisy-OR of both (`losses.noisy_or_loss`)
+    map(x)      = mean_i (1 - cos(F_T^i, F_S^i)) at every position, smoothed
+    local(x)    = mean of the largest 1 % of the map        semantic(x) = L_EE(x)
+    score(x)    = Noisy-OR of the probabilities that a good image's local and semantic distance are lower
 
-Shapes: B images, D channels, h w grid, T positions of the decoder's grid, N rows of a group (its positions in blocks,
-one for every position of the decoder's: see `layers.to_rows`), P class and register tokens, E width of all global
-tokens together, S input side.
+This is scoring ``plain``, and the paper. With scoring ``default``, `models.scorer` adds what good images teach in
+closed form. With a ViT the Encoder-Decoder is the network of Dinomaly (CVPR 2025) to the digit: see docs/papers.md.
+What is ours: a CNN can be the teacher. Then its stages play the layers, standardised and brought to one grid, the
+first half of them one group and the second half the other; pooled stages play the class tokens.
+
+Shapes: B images, D channels, h w grid, N positions of the decoder's grid, P class and register tokens, E width of all
+global tokens together, S input side, W width of the decoder.
 """
 
 from __future__ import annotations
@@ -27,12 +33,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, TrainConfig
+from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted
-from twinspect.models.dual_scorer import DualScorer
-from twinspect.models.groups import LAYER_NORM_EPS, LevelGroups
-from twinspect.models.layers import BlockHead, DecoderBlock, NoisyBottleneck, start_small, whole_divisor
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.layers import DecoderBlock, NoisyBottleneck, Resample, TokenLinear, start_small, to_rows
+from twinspect.models.layers import whole_divisor as whole_divisor
+from twinspect.models.observed import Observed, Plain, Selection
+from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
+from twinspect.scoring import top_mean
+
+LAYER_NORM_EPS = 1e-8  # Dinomaly's, in the decoder of a ViT and of recentred groups
+TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (Dinomaly)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +57,6 @@ class DualShape:
         dropout: noise of its bottleneck.
         ee_shrink: factor by which the Encoder-Encoder's input is smaller.
         ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
-        view_shrink: factor by which the view is smaller that global tokens are taken from. A CNN recognises
-            objects at the size it was trained with; small defects need more pixels than that.
         recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
     """
 
@@ -56,7 +66,6 @@ class DualShape:
     dropout: float = 0.2
     ee_shrink: int = 0
     ee_depth: float = 0.0
-    view_shrink: int = 0
     recentre: bool = False
 
     def resolved(self, info: BackboneInfo) -> DualShape:
@@ -70,59 +79,91 @@ class DualShape:
             self.dropout,
             whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
             self.ee_depth or (1.0 if vit else 0.25),
-            whole_divisor(self.size, self.view_shrink or (1 if vit else round(self.size / 256)), multiple),
             self.recentre,
         )
 
 
+class LayerGroups(nn.Module):
+    """The teacher's two layer groups and the decoder's input, from its kept maps.
+
+    ViT (Dinomaly): the mean of each half of the levels, untouched. The decoder's input is the mean of all levels,
+    with their class and register tokens in front. Recentred (Dinomaly2), a group is the layer norm of its patches
+    minus its class token; the decoder's input stays as it is.
+
+    CNN: every channel standardised by its statistics on good images, on the grid of stride 16.
+
+    Raises:
+        ConfigError: recentred groups of a teacher that has no class token.
+    """
+
+    def __init__(self, selection: Selection, info: BackboneInfo, size: int, recentre: bool) -> None:
+        super().__init__()
+        if recentre and not info.class_token:
+            raise ConfigError(f"recentre: {info.arch} has no class token; take a ViT such as --teacher dinov2-base")
+        self.vit, self.recentre, self.select = info.kind == "vit", recentre, [selection]  # in a list: not a child
+        self.prefix_tokens, half = info.prefix_tokens, len(selection.channels) // 2
+        self.side = max(selection.map_sides) if self.vit else min(-(-size // 16), max(selection.map_sides))
+        self.widths = (
+            selection.channels if self.vit else [sum(selection.channels[:half]), sum(selection.channels[half:])]
+        )
+        self.trunk_dims = selection.channels[0] if self.vit else sum(selection.channels)
+        self.moves = nn.ModuleList(Resample(here, self.side) for here in selection.map_sides)
+
+    def forward(self, observed: Observed) -> tuple[list[Tensor], Tensor]:
+        """The teacher's answer to (two groups B x N x D, decoder input B x N x D_in, of a ViT B x P+N x D)."""
+        if self.vit:
+            return self._averaged(observed)
+        selection = self.select[0]
+        maps = (
+            move(selection.standardise(one, i))
+            for i, (one, move) in enumerate(zip(observed.maps, self.moves, strict=True))
+        )
+        trunk = to_rows(torch.cat([one.permute(0, 2, 3, 1) for one in maps], 3))
+        return list(torch.split(trunk, self.widths, 2)), trunk
+
+    def _averaged(self, observed: Observed) -> tuple[list[Tensor], Tensor]:
+        groups = [to_rows(one.permute(0, 2, 3, 1)) for one in observed.maps]
+        prefixes, levels = observed.prefix_BMPD.unbind(1), self.select[0].levels
+        total = sum(len(members) for members in levels)
+        each = zip(prefixes, groups, levels, strict=True)
+        trunk = torch.stack([torch.cat([p, one], 1) * (len(members) / total) for p, one, members in each]).sum(0)
+        if self.recentre:
+            away = (one - prefix[:, :1] for one, prefix in zip(groups, prefixes, strict=True))
+            groups = [F.layer_norm(one, one.shape[-1:], eps=LAYER_NORM_EPS) for one in away]
+        return groups, trunk
+
+
 class EncoderDecoder(nn.Module):
-    """Bottleneck and decoder: B x T x D_in to the predicted rows of every group.
+    """Bottleneck and decoder: the decoder's input to the predicted layer groups, B x N x D each.
 
     ViT: class and register tokens go with the patches through bottleneck and decoder, and are dropped at its end.
     """
 
-    def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
+    def __init__(self, groups: LayerGroups, shape: DualShape) -> None:
         super().__init__()
-        self.averaged, self.prefix_tokens = groups.averaged, groups.prefix_tokens
-        heads = max(1, shape.width // 64 if self.averaged else shape.width // 32)
-        ratio = 4.0 if self.averaged else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
+        self.vit, self.prefix_tokens, self.widths = groups.vit, groups.prefix_tokens, groups.widths
+        heads = max(1, shape.width // 64 if self.vit else shape.width // 32)
+        ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
         self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout, ratio)
-        eps = LAYER_NORM_EPS if self.averaged else 1e-5
+        eps = LAYER_NORM_EPS if self.vit else 1e-5
         self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio, eps) for _ in range(shape.depth))
-        if self.averaged:
+        if self.vit:
             start_small(self)
         else:
-            position = sine_positions(groups.trunk_side, shape.width)
-            self.register_buffer("position_TW", position, persistent=False)
-            each = zip(groups.dims, groups.factors, strict=True)
-            self.heads = nn.ModuleList(BlockHead(shape.width, dims, factor) for dims, factor in each)
+            self.register_buffer("position_NW", sine_positions(groups.side, shape.width), persistent=False)
+            self.head = TokenLinear(shape.width, sum(groups.widths))
 
-    def forward(self, trunk_BTD: Tensor, kept_BP: Tensor | None = None) -> list[Tensor]:
-        """Predicted rows (B x N x D), in the order of the groups.
-
-        Of a CNN's positions ``kept_BP`` only, if given: the same for every image, but one row each, so that a batch
-        can be cut into parts.
-        """
-        if self.averaged:
-            return self._block_means(self.bottleneck(trunk_BTD))
-        x_BTW = self.tokens(trunk_BTD)
-        if kept_BP is not None:
-            x_BTW = x_BTW.index_select(1, kept_BP[0])
-        return [head(x_BTW) for head in self.heads]
-
-    def tokens(self, trunk_BTD: Tensor) -> Tensor:
-        """What the heads of a CNN's decoder see: B x T x W."""
-        x_BTW: Tensor = self.bottleneck(trunk_BTD) + self.position_TW
+    def forward(self, trunk_BND: Tensor) -> list[Tensor]:
+        """Predicted groups, in the order of the teacher's."""
+        x_BNW, outputs = self.bottleneck(trunk_BND), []
+        if not self.vit:
+            x_BNW = x_BNW + self.position_NW
         for block in self.blocks:
-            x_BTW = block(x_BTW)
-        return x_BTW
-
-    def _block_means(self, x_BTW: Tensor) -> list[Tensor]:
-        """Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group."""
-        outputs = []
-        for block in self.blocks:
-            x_BTW = block(x_BTW)
-            outputs.append(x_BTW)
+            x_BNW = block(x_BNW)
+            outputs.append(x_BNW)
+        if not self.vit:
+            return list(torch.split(self.head(x_BNW), self.widths, 2))
+        # Deep blocks of the encoder are rebuilt first: the first half of the decoder is the deep group.
         half = len(outputs) // 2
         return [torch.stack(part).mean(0)[:, self.prefix_tokens :] for part in (outputs[half:], outputs[:half])]
 
@@ -150,98 +191,81 @@ class EncoderEncoder(nn.Module):
 class DualStudent(nn.Module):
     """Both students behind one forward, so that one call reaches every trainable weight."""
 
-    def __init__(self, groups: LevelGroups, shape: DualShape, info: BackboneInfo) -> None:
+    def __init__(self, groups: LayerGroups, shape: DualShape, info: BackboneInfo) -> None:
         super().__init__()
-        self.local: nn.Module = EncoderDecoder(groups, shape, info)
-        self.semantic = EncoderEncoder(info, shape)
+        self.local, self.semantic = EncoderDecoder(groups, shape), EncoderEncoder(info, shape)
 
-    def forward(self, trunk_BTD: Tensor, small_B3SS: Tensor, kept_BP: Tensor | None = None) -> Predicted:
-        """Predictions of both students; the local one's at positions ``kept_BP`` only, if given."""
-        return Predicted(self.local(trunk_BTD, kept_BP), self.semantic(small_B3SS))
+    def forward(self, trunk_BND: Tensor, small_B3SS: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Predicted layer groups and class tokens."""
+        return self.local(trunk_BND), self.semantic(small_B3SS)
 
 
 class DualModel(AnomalyModel):
-    """Teacher, both students and scorer.
+    """Teacher, both students, scorer.
 
     Args:
         teacher: frozen teacher.
         shape: sizes of the students.
-        clusters: largest number of variants of scene; 0 leaves it to the data.
+        scoring: ``plain`` (the paper) or ``default``.
     """
 
-    groups: LevelGroups
     student: DualStudent
-    scorer: DualScorer
 
-    def __init__(self, teacher: Teacher, shape: DualShape, clusters: int = 0) -> None:
-        super().__init__(teacher)
+    def __init__(self, teacher: Teacher, shape: DualShape, scoring: str = "default") -> None:
         self.shape = shape.resolved(teacher.info)
-        self.groups = LevelGroups(teacher.info, self.shape.size, self.shape.recentre)
+        super().__init__(teacher, self.shape.size, parts=2)
+        self.groups = LayerGroups(self.selection, teacher.info, self.shape.size, self.shape.recentre)
         self.student = DualStudent(self.groups, self.shape, teacher.info)
-        self.scorer = DualScorer(self.groups, teacher.info, clusters)
+        self.scorer = Scorer(teacher.info, self.selection, self.shape.size, scoring, (1, 1))
         self.pixel_side = self.shape.size // self.shape.ee_shrink
 
-    def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
-        """The teacher's layer groups, and what both students say."""
-        groups, trunk = self.groups(observed)
-        return groups, self.student(trunk, small_B3SS)
+    def targets(self, observed: Observed) -> list[Tensor]:
+        """What the students should have said: both layer groups (B x N x D), then the class tokens (B x D)."""
+        return [*self.groups(observed)[0], *self._class_tokens(observed)]
 
-    def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
-        """Outputs from the teacher's answer and the shrunk pixels."""
-        groups, predicted = self.answer(observed, small_B3SS)
-        tokens = self.tokens(observed.token_BE)
-        outputs: Outputs = self.scorer(groups, tokens, predicted, observed.embedding_BF)
-        return outputs
+    def predictions(self, observed: Observed, small_B3SS: Tensor) -> list[Tensor]:
+        """What they say, in the order of `targets`."""
+        groups, tokens = self.student(self.groups(observed)[1], small_B3SS)
+        return [*groups, *tokens]
+
+    def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
+        """Both students' distances from the teacher, as the paper reads them."""
+        groups, trunk = self.groups(observed)
+        predicted, said = self.student(trunk, small_B3SS)
+        pairs = zip(groups, predicted, strict=True)
+        distance_BN = torch.stack([1.0 - F.cosine_similarity(t, s, dim=2) for t, s in pairs]).mean(0)
+        map_Bhw = distance_BN.reshape(-1, self.groups.side, self.groups.side)
+        local_B = top_mean(self.scorer.finish(map_Bhw)[:, 0], TOP_SHARE)
+        semantic_B = encoder_encoder_loss(self._class_tokens(observed), said)
+        return Plain(map_Bhw, local_B[:, None], semantic_B[:, None])
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Noisy-OR of both students' distances, and the two on their own."""
         groups, trunk = self.groups(observed)
-        kept_P = self.compared(step, config)
-        if kept_P is None:
-            predicted = self.student(trunk, small_B3SS)
-        else:
-            groups = [_kept(one, trunk.shape[1], kept_P) for one in groups]
-            predicted = self.student(trunk, small_B3SS, kept_P.expand(len(trunk), -1))
-        local_B = encoder_decoder_loss(groups, predicted.groups, easy_share(step, config.easy_ramp))
-        split = torch.split(self.tokens(observed.token_BE), list(self.teacher.info.token_channels), 1)
-        semantic_B = encoder_encoder_loss(split, predicted.tokens)
+        predicted, said = self.student(trunk, small_B3SS)
+        local_B = encoder_decoder_loss(groups, predicted, easy_share(step, config.easy_ramp))
+        semantic_B = encoder_encoder_loss(self._class_tokens(observed), said)
         loss = noisy_or_loss(local_B, semantic_B, config.noisy_or)
         return {"loss": loss, "local": local_B.mean().detach(), "semantic": semantic_B.mean().detach()}
 
-    def compared(self, step: int, config: TrainConfig) -> Tensor | None:
-        """Positions of the decoder's grid whose features a step compares: others at every step, the same for all.
-
-        A CNN's heads and their loss are most of a step, and neighbouring positions teach nearly the same. A ViT's
-        decoder has no heads: every position is compared.
-        """
-        if self.groups.averaged:
-            return None
-        count = self.groups.trunk_side**2
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
-        return order[: max(1, round(config.compared * count))].sort().values.to(self.device)
-
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """A group per student: their safe learning rates differ."""
-        theirs = {"amsgrad": True, "eps": 1e-10} if self.groups.averaged else {}  # Dinomaly's
+        theirs = {"amsgrad": True, "eps": 1e-10} if self.groups.vit else {}  # Dinomaly's
         return [
             {"params": list(self.student.local.parameters()), "lr": config.lr, **theirs},
             {"params": list(self.student.semantic.parameters()), "lr": config.lr_ee},
         ]
 
+    def _class_tokens(self, observed: Observed) -> list[Tensor]:
+        return list(torch.split(self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels), 1))
+
 
 def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     shape = DualShape(
-        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.view_shrink,
-        config.recentre,
-    )  # fmt: skip
-    return DualModel(teacher, shape, config.clusters)
-
-
-def _kept(rows_BND: Tensor, positions: int, kept_P: Tensor) -> Tensor:
-    """The rows of some of the decoder's positions."""
-    blocks = rows_BND.reshape(len(rows_BND), positions, -1).index_select(1, kept_P)
-    return blocks.reshape(len(rows_BND), -1, rows_BND.shape[2])
+        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.recentre
+    )
+    return DualModel(teacher, shape, config.scoring or "default")
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -9,12 +9,10 @@ centres of what is normal (`models.cram`). One file for all configurations:
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
     cram       number of centres, 0 without
     scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD
-               whitened  differences of unit vectors measured by their statistics on normal images, each stage
-                         calibrated, stages joined by a Noisy-OR (`models.statistics`)
-               joint     whitened, joined by a Noisy-OR with how unusual the teacher's global tokens are
+               default   the same reading beside what good images teach in closed form (`models.scorer`)
 
-``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, every scoring but plain,
-and what the paper's abstract leaves open (see `losses`).
+``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, default scoring, and
+what the paper's abstract leaves open (see `losses`).
 
 Shapes: B images, D channels, h w grid, E width of all global tokens together, S input side.
 """
@@ -26,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
@@ -38,45 +35,53 @@ from twinspect.losses import (
     position_cosine_distance,
     spatial_loss,
 )
-from twinspect.models.contract import AnomalyModel, Observed, Outputs, Predicted, Scorer, Selection
+from twinspect.models.contract import AnomalyModel
 from twinspect.models.cram import Cram
 from twinspect.models.gather import gather_batch
-from twinspect.models.layers import to_tokens, whole_divisor
+from twinspect.models.layers import to_tokens
+from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
-from twinspect.models.statistics import Surprise, surprises
+from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import noisy_or, smooth, top_mean, upsample
+from twinspect.scoring import upsample
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
-TOP_SHARE = 0.005  # share of positions whose mean is a stage's score when whitened
-# Between whitening (0) and plain distances (infinity), as a share of the mean variance: students of a few hundred
-# steps leave residuals whose small directions are noise, and whitening them fully loses small defects (see LOG.md).
-RIDGE = 1.0
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
 _START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
 @dataclass(frozen=True, slots=True)
 class StructuralShape:
-    """Sizes: input side, factor of the smaller view for global tokens (see `dual.DualShape`)."""
+    """Sizes: input side."""
 
     size: int
-    view_shrink: int
 
 
-class Stages(Selection):
-    """The teacher's stages that are distilled, fine to coarse, each on its own grid.
+class Stages:
+    """The kept maps that are distilled, fine to coarse, each on its own grid.
 
     CNN: the last level of its three finest strides from 4 on. ViT: its levels averaged in three parts.
     """
 
-    def __init__(self, info: BackboneInfo, size: int) -> None:
-        levels = _thirds(len(info.channels)) if info.kind == "vit" else _finest(info.strides)
-        super().__init__(info, levels, [-(-size // info.strides[one[0]]) for one in levels], True)
+    def __init__(self, info: BackboneInfo, selection: Selection) -> None:
+        self.selection = selection
+        every = list(range(len(selection.channels)))
+        self.at = every if info.kind == "vit" else _finest(info.strides)
+        self.channels = [selection.channels[i] for i in self.at]
+        self.map_sides = [selection.map_sides[i] for i in self.at]
+
+    def of(self, observed: Observed) -> list[Tensor]:
+        """The teacher's stages."""
+        return [observed.maps[i] for i in self.at]
+
+    def select(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        """The stages of a network of the teacher's architecture."""
+        kept = self.selection.select(maps)
+        return [kept[i] for i in self.at]
 
     def in_spreads(self, map_BDhw: Tensor, i: int) -> Tensor:
-        """A map of the i-th stage in units of each channel's spread on normal images."""
-        return map_BDhw / self.get_buffer(f"scale_{i}")[:, None, None]
+        """A map of the i-th stage in units of each channel's standard deviation on good images."""
+        return map_BDhw / self.selection.get_buffer(f"scale_{self.at[i]}")[:, None, None]
 
 
 class ForwardEncoder(nn.Module):
@@ -89,7 +94,7 @@ class ForwardEncoder(nn.Module):
 
     def forward(self, stages: Sequence[Tensor], pixels_B3SS: Tensor) -> list[Tensor]:
         """Normalised pixels to predictions of the stages; the teacher's are not looked at."""
-        return list(self.select(self.net.features(pixels_B3SS).maps))
+        return self.select(self.net.features(pixels_B3SS).maps)
 
 
 class StructuralStudent(nn.Module):
@@ -131,90 +136,6 @@ def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int)
     return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
 
 
-class StructuralScorer(Scorer):
-    """Turns stages and predictions into maps and scores; buffers only.
-
-    plain: the map is the sum over stages of 1 - cos, the local score its maximum. The joint score is a strictly
-    rising function of the local one, the same for all images: it ranks as RD4AD's does. The semantic score is the
-    mean of the map: how badly the student predicts the image as a whole. It is reported and joins nothing.
-    whitened: as in the dual model, stages are z-maps, calibrated one by one; the local score is their Noisy-OR, the
-    joint score its calibration by scene. The semantic score is the distance of the teacher's tokens from those of
-    normal images of the scene; it is reported, and with ``joint`` scoring joins the local one.
-    """
-
-    def __init__(self, stages: Stages, info: BackboneInfo, clusters: int, scoring: str) -> None:
-        self.whitened, self.joined = scoring != "plain", scoring == "joint"
-        self.side = max(stages.map_sides)
-        dims, sides = (stages.channels, stages.map_sides) if self.whitened else ([], [])
-        # At a quarter of the input, whatever the finest stage is.
-        super().__init__(info, dims, sides, clusters, max(self.side, 2 * min(stages.map_sides)), ridge=RIDGE)
-        self.surprise_stages = nn.ModuleList(Surprise() for _ in dims)
-        self.surprise_local, self.surprise_semantic = Surprise(), Surprise()
-
-    def curves(self) -> list[Surprise]:
-        """Every calibration curve."""
-        stages = [cast(Surprise, curve) for curve in self.surprise_stages]
-        return [*stages, self.surprise_local, self.surprise_semantic]
-
-    def residual(self, group: int, teacher: Tensor, student: Tensor) -> Tensor:
-        """Difference of unit vectors of two maps, as rows B x N x D: half its squared length is 1 - cos."""
-        return to_tokens(F.normalize(teacher, dim=1) - F.normalize(student, dim=1))
-
-    def stage_maps(self, stages: list[Tensor], predicted: list[Tensor], prototype_B: Tensor) -> list[Tensor]:
-        """Anomaly map of every stage on its own grid: B x h x w each."""
-        pairs = list(zip(stages, predicted, strict=True))
-        if not self.whitened:
-            return [position_cosine_distance(t, s) for t, s in pairs]
-        return [
-            module(self.residual(g, t, s), prototype_B)
-            for g, (module, (t, s)) in enumerate(zip(self.residuals, pairs, strict=True))
-        ]
-
-    def owner(self, prototype_B: Tensor) -> Tensor:
-        """Whose curve an image is calibrated by: its prototype's, or everybody's when plain."""
-        return prototype_B if self.whitened else torch.zeros_like(prototype_B)
-
-    def local(self, groups_BG: Tensor, peak_B: Tensor, prototype_B: Tensor) -> Tensor:
-        """Local score (B): the map's maximum, or the Noisy-OR of the stages in nats."""
-        if not self.whitened:
-            return peak_B
-        return surprises(self.curves()[:-2], groups_BG, prototype_B).sum(1)
-
-    def joint(self, local_B: Tensor, semantic_B: Tensor, owner_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Joint score and both calibrated surprises (B each)."""
-        raw_B2 = torch.stack([local_B, semantic_B], 1)
-        local, semantic = surprises(self.curves()[-2:], raw_B2, owner_B).unbind(1)
-        return noisy_or(local, semantic)[0] if self.joined else local, local, semantic
-
-    def calibrate(self, groups_NG: Tensor, local_N: Tensor, semantic_N: Tensor, prototype_N: Tensor) -> Tensor:
-        """Fit the curves on raw scores of held-out normal images; their joint scores (N)."""
-        count, owner_N = self.prototypes.count, self.owner(prototype_N)
-        for g, curve in enumerate(self.surprise_stages):
-            cast(Surprise, curve).fit(groups_NG[:, g], prototype_N, count)
-        local_N = self.local(groups_NG, local_N, prototype_N)
-        self.surprise_local.fit(local_N, owner_N, count)
-        self.surprise_semantic.fit(semantic_N, owner_N, count)
-        return self.joint(local_N, semantic_N, owner_N)[0]
-
-    def forward(self, stages: list[Tensor], token_BE: Tensor, predicted: Predicted) -> Outputs:
-        """Maps, raw and calibrated scores of a batch."""
-        variant_B = self.prototypes.variant(token_BE)
-        prototype_B = self.prototypes.owner_V.index_select(0, variant_B)
-        maps = self.stage_maps(stages, predicted.groups, prototype_B)
-        groups_BG = torch.stack([top_mean(one, TOP_SHARE) if self.whitened else one.amax((1, 2)) for one in maps], 1)
-        raised = torch.stack([upsample(one, self.side)[:, 0] for one in maps])
-        grid_Bhw = raised.mean(0) if self.whitened else raised.sum(0)
-        map_B1HW = smooth(upsample(grid_Bhw, self.map_side), self.kernel)
-        local_B = self.local(groups_BG, map_B1HW.amax((1, 2, 3)), prototype_B)
-        distance_B: Tensor = self.token_of_teacher(token_BE, variant_B)
-        semantic_B = distance_B if self.whitened else grid_Bhw.mean((1, 2))
-        joint_B, surprise_local, surprise_semantic = self.joint(local_B, semantic_B, self.owner(prototype_B))
-        return Outputs(
-            map_B1HW, joint_B, local_B, semantic_B, surprise_local, surprise_semantic, prototype_B, groups_BG,
-            distance_B,
-        )  # fmt: skip
-
-
 class StructuralModel(AnomalyModel):
     """Teacher, one student, scorer.
 
@@ -227,31 +148,44 @@ class StructuralModel(AnomalyModel):
         gather: joins a batch's features over training processes for the inter-affinity; does nothing in one.
     """
 
-    groups: Stages
     student: StructuralStudent
-    scorer: StructuralScorer
 
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
-        super().__init__(teacher)
+        super().__init__(teacher, size, STAGES)
         self.structure: Structure = config.structure()
-        vit = teacher.info.kind == "vit"
-        shrink = config.view_shrink or (1 if vit else round(size / 256))
-        self.shape = StructuralShape(size, whole_divisor(size, shrink, teacher.info.multiple if vit else 1))
-        self.groups = Stages(teacher.info, size)
-        self.student = StructuralStudent(teacher.info, self.groups, config, size)
-        self.scorer = StructuralScorer(self.groups, teacher.info, config.clusters, self.structure.scoring)
+        self.shape = StructuralShape(size)
+        self.stages = Stages(teacher.info, self.selection)
+        self.student = StructuralStudent(teacher.info, self.stages, config, size)
+        self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
         self.pixel_side = size if self.structure.direction == "forward" else 0
         self.gather: Callable[[Tensor], Tensor] = gather_batch
 
-    def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], Predicted]:
+    def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's stages, and the student's predictions of them."""
-        stages = list(observed.maps)
-        return stages, Predicted(self.student(stages, small_B3SS), ())
+        stages = self.stages.of(observed)
+        return stages, self.student(stages, small_B3SS)
+
+    def targets(self, observed: Observed) -> list[Tensor]:
+        """The teacher's stages as rows: B x N x D."""
+        return [to_tokens(one) for one in self.stages.of(observed)]
+
+    def predictions(self, observed: Observed, small_B3SS: Tensor) -> list[Tensor]:
+        """The student's, in their order."""
+        return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
+
+    def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
+        """Sum over stages of 1 - cos, and its maximum once smoothed (RD4AD)."""
+        stages, predicted = self.answer(observed, small_B3SS)
+        side = max(self.stages.map_sides)
+        maps = [upsample(position_cosine_distance(t, s), side) for t, s in zip(stages, predicted, strict=True)]
+        map_Bhw = torch.cat(maps, 1).sum(1)
+        peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
+        return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Sum over stages of every term that is switched on, and each term's own sum."""
         stages, predicted = self.answer(observed, small_B3SS)
-        pairs = list(enumerate(zip(stages, predicted.groups, strict=True)))
+        pairs = list(enumerate(zip(stages, predicted, strict=True)))
         terms = {
             name: torch.stack([self._term(name, i, t, s) for i, (t, s) in pairs]).sum()
             for name in self.structure.terms
@@ -268,7 +202,7 @@ class StructuralModel(AnomalyModel):
                 return spatial_loss(teacher_BDhw, student_BDhw)
             case "channel":
                 # A softmax needs a scale: temperature 1 is one spread of the channel on normal images.
-                teacher_BDhw, student_BDhw = (self.groups.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
+                teacher_BDhw, student_BDhw = (self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
                 return channel_loss(teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading)
             case "intra":
                 return intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
@@ -309,13 +243,7 @@ def build_structural(teacher: Teacher, config: ModelConfig, size: int) -> Struct
     return StructuralModel(teacher, config, size)
 
 
-def _finest(strides: tuple[int, ...]) -> list[list[int]]:
+def _finest(strides: tuple[int, ...]) -> list[int]:
     """The last level of each of the three finest strides."""
     last = {stride: i for i, stride in enumerate(strides)}
-    return [[last[stride]] for stride in sorted(last)[:STAGES]]
-
-
-def _thirds(levels: int) -> list[list[int]]:
-    """Levels in three consecutive parts, as even as may be; fewer levels are a part each."""
-    count = min(STAGES, levels)
-    return [list(range(i * levels // count, (i + 1) * levels // count)) for i in range(count)]
+    return [last[stride] for stride in sorted(last)[:STAGES]]

@@ -29,8 +29,6 @@ from twinspect.types import Features
 
 # Dinomaly rebuilds eight blocks, in two groups: 2, 3 ... 9 of a ViT of 12 blocks, 4, 6 ... 18 of one of 24.
 _VIT_TWELFTHS = range(2, 10)
-# The last stages of a CNN say what an image shows; pooled early stages say what it is made of.
-_CNN_TOKEN_LEVELS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +271,7 @@ def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
     kept = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
     if not kept:
         raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
-    return kept, kept[-_CNN_TOKEN_LEVELS:]
+    return kept, kept
 
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:

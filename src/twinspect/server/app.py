@@ -90,7 +90,7 @@ class _Routes:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._page, self._policy = page()
+        self._page, self._policy = page(service.settings.root_path)
 
     def routes(self) -> list[APIRoute]:
         """All of them, in order."""
@@ -231,10 +231,10 @@ def _refuse_unknown(request: Request) -> None:
             raise Refused(400, "bad_request", unknown_name("parameter", name[:200], accepted or ["none"]))
 
 
-def page() -> tuple[str, str]:
-    """The page, and the policy that lets only its own script and style in, and nothing from elsewhere."""
+def page(root: str = "") -> tuple[str, str]:
+    """The page for clients that see it below ``root``, and its policy: no script or style from elsewhere."""
     text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
-    text = text.replace("__COLOURS__", json.dumps(COLOURS.astype(int).tolist()))
+    text = text.replace("__COLOURS__", json.dumps(COLOURS.astype(int).tolist())).replace("__ROOT__", json.dumps(root))
     hashes = {
         kind: " ".join(f"'sha256-{_digest(part)}'" for part in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S))
         for kind in ("script", "style")

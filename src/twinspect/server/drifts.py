@@ -34,7 +34,7 @@ class DriftLight:
                 alarm
                 for one in results
                 if not one.error
-                for alarm in self._monitor.update(one.score, one.predicted_class, one.prototype_distance)
+                for alarm in self._monitor.update(one.score, one.predicted_class, one.cluster_distance)
             ]
 
     @property

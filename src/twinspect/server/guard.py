@@ -89,6 +89,7 @@ class _Exchange:
     settings: Settings
     memory: Memory
     request_id: str
+    method: str
     until: float  # when the body must have come
     began: float = field(default_factory=time.perf_counter)
     read: int = 0
@@ -136,13 +137,15 @@ class _Exchange:
             present = {name.lower() for name, _ in message.get("headers", ())}
             headers = [*message.get("headers", ()), *((n, v) for n, v in own if n not in present)]
             message = {**message, "headers": headers}
+        elif self.method == "HEAD":
+            message = {**message, "body": b""}
         await self.send(message)
 
     async def linger(self) -> None:
         """Read and drop what is left of a body that was refused, for a moment."""
         try:
             async with asyncio.timeout(LINGER_S):
-                while not self.complete and self.read <= self.settings.body_bytes:
+                while not self.complete:
                     message = await self.receive()
                     self.read += len(message.get("body", b""))
                     self.complete = message["type"] != "http.request" or not message.get("more_body", False)
@@ -174,20 +177,28 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        root = self.settings.root_path or str(scope.get("root_path", ""))
+        path = _local_path(str(scope["path"]), root)
+        scope["root_path"], scope["path"] = root, root + path
+        method = str(scope["method"])
+        if method == "HEAD":  # answered like GET, without the body
+            scope["method"] = "GET"
         until = asyncio.get_running_loop().time() + self.settings.body_timeout_s
-        exchange = _Exchange(receive, send, self.settings, self.memory, request_id, until)
+        exchange = _Exchange(receive, send, self.settings, self.memory, request_id, method, until)
         try:
-            await self._pass(scope, headers, exchange)
+            await self._pass(scope, path, headers, exchange)
         finally:
             self.memory.give(exchange.reserved)
             self.metrics.memory.set(self.memory.used)
             self._count(scope, exchange)
 
-    async def _pass(self, scope: MutableMapping[str, Any], headers: dict[str, str], exchange: _Exchange) -> None:
+    async def _pass(
+        self, scope: MutableMapping[str, Any], path: str, headers: dict[str, str], exchange: _Exchange
+    ) -> None:
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEAD:
                 raise Refused(431, "head_too_large", f"the head of the request has more than {MOST_HEAD} bytes")
-            self._refuse_strangers(str(scope["path"]), headers)
+            self._refuse_strangers(path, headers)
             length = headers.get("content-length", "")
             exchange.complete = length == "0" or (not length and "transfer-encoding" not in headers)
             if length.isdigit():
@@ -215,8 +226,8 @@ class Guard:
 
     def _refuse_strangers(self, path: str, headers: dict[str, str]) -> None:
         """Key, or without one the names by which only this machine's own pages call it."""
-        host = headers.get("host", "")
-        origin = headers.get("origin", "")
+        host = headers.get("host", "").lower()
+        origin = headers.get("origin", "").lower()
         if origin and origin.partition("://")[2] != host:
             raise Refused(403, "other_origin", "pages of other sites may not use this server")
         if not self._key_hash:
@@ -242,7 +253,7 @@ class Guard:
         client = scope.get("client") or ("",)
         say(
             "request", logging.WARNING if status >= 500 else logging.INFO, request_id=exchange.request_id,
-            method=scope["method"], route=path, status=status, ms=round(1000 * seconds, 1), bytes=exchange.read,
+            method=exchange.method, route=path, status=status, ms=round(1000 * seconds, 1), bytes=exchange.read,
             client=client[0],
         )  # fmt: skip
 
@@ -251,6 +262,11 @@ def extra_headers(refused: Refused) -> list[tuple[bytes, bytes]]:
     """What HTTP wants with some refusals."""
     found = [(b"retry-after", str(refused.retry_after_s).encode())] if refused.retry_after_s else []
     return [*found, (b"www-authenticate", b"Bearer")] if refused.status == 401 else found
+
+
+def _local_path(path: str, root: str) -> str:
+    """The path as our routes know it: some proxies take their own part away, others leave it."""
+    return path.removeprefix(root) or "/" if f"{path}/".startswith(f"{root}/") else path
 
 
 def _host_name(host: str) -> str:

@@ -109,7 +109,7 @@ def _scored(rows: Sequence[dict[str, Any]], labels: Sequence[int]) -> Scored:
         return tuple(str(row[name]) for row in rows)
 
     columns = GoodScores(
-        numbers("score"), numbers("peak"), numbers("prototype_distance"), texts("class_name"),
+        numbers("score"), numbers("peak"), numbers("cluster_distance"), texts("class_name"),
         texts("predicted_class"), texts("session"), texts("image_key"),
     )  # fmt: skip
     return Scored(columns, texts("name"), np.array(labels, np.int64), ())

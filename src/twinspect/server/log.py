@@ -65,7 +65,7 @@ inspections = sa.Table(
             "threshold",
             "threshold_unsure",
             "class_p",
-            "prototype_distance",
+            "cluster_distance",
             "peak",
             "threshold_region",
         )  # fmt: skip
@@ -372,7 +372,7 @@ def _values(one: Inspection) -> dict[str, Any]:
         name: _finite(getattr(result, name))
         for name in (
             "score", "score_local", "score_semantic", "p_value", "threshold", "threshold_unsure", "class_p",
-            "prototype_distance", "peak", "threshold_region", "unknown_class", "width", "height", "answer",
+            "cluster_distance", "peak", "threshold_region", "unknown_class", "width", "height", "answer",
         )
     }  # fmt: skip
     texts = {

@@ -205,7 +205,7 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FILE`` or ``FILE`` (then its stem is the name) to files by name.
+    """``NAME=FILE`` or ``FILE`` (then its stem is the name) to files by name. A path may hold an equals sign itself.
 
     Raises:
         ConfigError: no file, a name that cannot stand in an address, or one name twice.
@@ -213,8 +213,9 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         name, equals, file = text.partition("=")
-        path = Path(file if equals else text)
-        name = name if equals else path.stem
+        named = bool(equals) and not Path(text).is_file() and (Path(file).is_file() or not set(name) & {"/", "\\"})
+        path = Path(file if named else text)
+        name = name if named else path.stem
         if not path.is_file():
             raise ConfigError(f"no such model: {path}. Make one with: twinspect fit DATA --out {path}")
         if not name or not all(c.isalnum() or c in "-_." for c in name):

@@ -63,7 +63,7 @@ class ImageAnswer(TypedDict):
     predicted_class: str
     class_p: float | None
     unknown_class: bool | None
-    prototype_distance: float | None
+    cluster_distance: float | None
     peak: float | None
     threshold_region: float | None
     width: int
@@ -138,7 +138,7 @@ class LogRow(TypedDict):
     threshold: float | None
     threshold_unsure: float | None
     class_p: float | None
-    prototype_distance: float | None
+    cluster_distance: float | None
     peak: float | None
     threshold_region: float | None
     unknown_class: bool | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
 from twinspect.data.images import ImageLimits
@@ -35,6 +36,7 @@ class Settings:
         log_required: refuse to answer what the inspection log cannot keep.
         log_days: age at which rows of the log are deleted; 0 keeps them.
         drift_rate: chance of any false drift alarm, ever.
+        root_path: where a proxy shows this server to its clients, such as ``/inspect``; empty for the top.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +59,7 @@ class Settings:
     log_required: bool = False
     log_days: float = 0.0
     drift_rate: float = 0.01
+    root_path: str = ""
 
     def __post_init__(self) -> None:
         positive = (
@@ -71,6 +74,11 @@ class Settings:
                 raise ConfigError(f"{_option(name)} {getattr(self, name):g}: accepted 0 or more")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port}: accepted 1 to 65535 (0 takes a free one)")
+        if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path):
+            raise ConfigError(
+                f"--root-path {self.root_path}: accepted a path such as /inspect, with a slash before it and none "
+                "behind, of letters, digits, - . _ ~"
+            )
         if self.max_body_mb > self.max_memory_mb:
             raise ConfigError(
                 f"--max-body-mb {self.max_body_mb:g} is more than --max-memory-mb {self.max_memory_mb:g} for all "
@@ -113,7 +121,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.rstrip(".").lower() == "localhost"
 
 
 def _option(name: str) -> str:

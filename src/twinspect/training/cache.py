@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.errors import DataError
-from twinspect.models.contract import Observed
 from twinspect.models.layers import in_fp16
+from twinspect.models.observed import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
 _TOGETHER = 8  # records written and flushed at a time
@@ -44,8 +44,9 @@ class RecordLayout:
     """
 
     map_shapes: tuple[tuple[int, int, int], ...]
+    coarse_shapes: tuple[tuple[int, int, int], ...]
     prefix_shape: tuple[int, int, int]
-    token_dims: int
+    token_dims: tuple[int, ...]
     embedding_dims: int
     small_side: int
 
@@ -57,17 +58,21 @@ class RecordLayout:
     @property
     def vectors(self) -> tuple[int, int]:
         """First and last byte (exclusive) of a record's tokens and embedding."""
-        start = 2 * sum(math.prod(s) for s in (*self.map_shapes, self.prefix_shape))
-        return start, start + 4 * (self.token_dims + self.embedding_dims)
+        start = 2 * sum(math.prod(s) for s in self._fp16_shapes)
+        return start, start + 4 * (sum(self.token_dims) + self.embedding_dims)
+
+    @property
+    def _fp16_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        return (*self.map_shapes, *self.coarse_shapes, self.prefix_shape)
 
     def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
         """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
         batch = len(small_B3ss)
         block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
-        features = [in_fp16(one) for one in (*observed.maps, observed.prefix_BMPD)]
-        parts = [*features, observed.token_BE.float(), observed.embedding_BF.float(), small_B3ss.to(torch.uint8)]
+        features = [in_fp16(one) for one in (*observed.maps, *observed.coarse, observed.prefix_BMPD)]
+        vectors = [one.float() for one in (*observed.tokens, observed.embedding_BF)]
         start = 0
-        for part in parts:
+        for part in (*features, *vectors, small_B3ss.to(torch.uint8)):
             raw_BR = part.cpu().contiguous().flatten(1).view(torch.uint8)
             stop = start + raw_BR.shape[1]
             block_BR[:, start:stop] = raw_BR
@@ -82,18 +87,22 @@ class RecordLayout:
         On the block's device: a GPU is sent half the bytes and widens them itself.
         """
         features, start, batch = [], 0, len(block_BR)
-        for shape in (*self.map_shapes, self.prefix_shape):
+        for shape in self._fp16_shapes:
             stop = start + 2 * math.prod(shape)
             features.append(_typed(block_BR, start, stop, torch.float16).reshape(batch, *shape).float())
             start = stop
         start, stop = self.vectors
         small = block_BR[:, stop:].reshape(batch, 3, self.small_side, self.small_side)
-        return Observed(tuple(features[:-1]), *self.unpack_vectors(block_BR[:, start:stop]), features[-1]), small
+        maps, count = tuple(features[:-1]), len(self.map_shapes)
+        tokens, embedding_BF = self.unpack_vectors(block_BR[:, start:stop])
+        return Observed(maps[:count], maps[count:], tokens, embedding_BF, features[-1]), small
 
-    def unpack_vectors(self, block_BR: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes ``vectors`` of the records of a batch to (tokens B x E, embeddings B x F)."""
+    def unpack_vectors(self, block_BR: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Bytes ``vectors`` of the records of a batch to (tokens of every view B x E, embeddings B x F)."""
         both = _typed(block_BR, 0, block_BR.shape[1], torch.float32)
-        return both[:, : self.token_dims].clone(), both[:, self.token_dims :].clone()
+        parts = torch.split(both, [*self.token_dims, self.embedding_dims], 1)
+        *tokens, embedding_BF = (one.clone() for one in parts)
+        return tuple(tokens), embedding_BF
 
 
 class FeatureCache:

@@ -1,4 +1,4 @@
-"""After training: a decision from the held-out good images, with the scores that prediction gives them."""
+"""After training: a decision from the scores of good images."""
 
 from __future__ import annotations
 
@@ -6,57 +6,47 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from twinspect.decision import Decision, image_id
-from twinspect.inference.predictor import classes_of_prototypes
+from twinspect.inference.predictor import classes_of_clusters
 from twinspect.models.contract import AnomalyModel
 from twinspect.rules import GoodScores
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import Held
+from twinspect.training.statistics import GoodImages
+
+MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
 
 
 def decide(
-    model: AnomalyModel,
-    source: FeatureSource,
-    train_at: Sequence[int],
-    train_prototypes: Tensor,
-    held_at: Sequence[int],
-    held: Held,
-    map_scale: tuple[float, float],
+    model: AnomalyModel, source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], good: GoodImages
 ) -> Decision:
-    """Calibration scores of the held-out images and the classes of the prototypes.
+    """Scores of the good images and the classes of the clusters.
 
     Args:
         model: trained and calibrated.
         source: images.
-        train_at: positions of the training images.
-        train_prototypes: of the training images (n), as `fit_statistics` returns them.
-        held_at: positions of the images held out.
-        held: of the images held out, as `calibrate` returns it.
-        map_scale: ends of the colour scale.
+        train_at: positions of the images that the students were trained on.
+        held_at: positions of the others.
+        good: what `fit_statistics` returns of both, in the order of positions.
     """
-    names = [source.samples[i].class_name for i in train_at]
-    owners = np.asarray(train_prototypes.cpu().numpy(), dtype=np.int64)
-    classes = classes_of_prototypes(owners, names, model.scorer.prototypes.count)
+    images = sorted([*train_at, *held_at])
+    names = [source.samples[i].class_name for i in images]
+    owners = np.asarray(good.cluster_n.numpy(), dtype=np.int64)
+    classes = classes_of_clusters(owners, names, model.scorer.clusters.count)
     trained = tuple(sorted({image_id(source.keys[i]) for i in train_at}))
-    good = _good_scores(source, held_at, held, classes)
-    return Decision(good, classes, map_scale, model_id=model_id(model), trained=trained)
-
-
-def _good_scores(
-    source: FeatureSource, held_at: Sequence[int], held: Held, class_of_prototype: Sequence[str]
-) -> GoodScores:
-    samples = [source.samples[i] for i in held_at]
-    return GoodScores(
-        held.score_N.double().numpy(),
-        held.peak_N.double().numpy(),
-        held.distance_N.double().numpy(),
+    counted = good.counted_n.numpy()
+    samples = [source.samples[i] for i, wanted in zip(images, counted, strict=True) if wanted]
+    keys = tuple(image_id(source.keys[i]) for i, wanted in zip(images, counted, strict=True) if wanted)
+    scores = GoodScores(
+        good.score_n.double().numpy()[counted],
+        good.peak_n.double().numpy()[counted],
+        good.distance_n.double().numpy()[counted],
         tuple(sample.class_name for sample in samples),
-        tuple(class_of_prototype[k] for k in held.prototype_N.tolist()),
+        tuple(classes[k] for k in owners[counted]),
         tuple(sample.group for sample in samples),
-        tuple(image_id(source.keys[i]) for i in held_at),
+        keys,
     )
+    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained)
 
 
 def model_id(model: AnomalyModel) -> str:

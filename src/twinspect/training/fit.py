@@ -33,15 +33,14 @@ from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import StepPlan
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, Progress, Skipped
-from twinspect.training.statistics import calibrate, fit_scales, fit_statistics
+from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
+from twinspect.training.statistics import fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
 
 FEWEST = 8  # images below which neither training nor calibration means anything
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
-MAP_HIGH = 8.0  # red end of the colour scale, in normal spreads; white noise stays far below
 
 
 @dataclass(slots=True)
@@ -155,11 +154,10 @@ def _fitted(
     group.refuse_difference("images or settings", fingerprint, len(source))
     report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     with _enough_variety():
-        train_prototypes = fit_statistics(model, source, train_at, config.train.seed, progress)
-    said = calibrate(model, source, held_at)
-    if not said.score_N.isfinite().all():
+        good = fit_statistics(model, source, train_at, held_at, config.train.seed, progress)
+    if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decide(model, source, train_at, train_prototypes, held_at, said, (0.0, MAP_HIGH))
+    decision = decide(model, source, train_at, held_at, good)
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["notes"] = notes
     record["memory"] = _memory(report.plan, group.device)
@@ -235,10 +233,8 @@ def choose_images(
 
 def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
     """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
-    groups = model.groups
-    values = sum(c * s * s for c, s in zip(groups.channels, groups.map_sides, strict=True))
     folder = features_folder()
-    return None if 2 * values * images > limit_gb * 1e9 or why_unwritable(folder) else folder
+    return None if record_layout(model).size * images > limit_gb * 1e9 or why_unwritable(folder) else folder
 
 
 def features_folder() -> Path:
@@ -280,7 +276,8 @@ def _record(
         "size": model.shape.size,
         "classes": dict(sorted(counts.items())),
         "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
-        "prototypes": model.scorer.prototypes.count,
+        "clusters": model.scorer.clusters.count,
+        "variants": model.scorer.clusters.variants,
         "training": {
             "steps": report.steps,
             "seconds": round(report.seconds, 1),

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError, TrainingError
-from twinspect.models.contract import AnomalyModel, Observed
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.observed import Observed
 from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.memory import StepPlan, choose_plan, in_less_memory, unmoved

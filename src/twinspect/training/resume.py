@@ -1,7 +1,7 @@
 """Go on from a trained model with more images or classes, and say what that did to the old ones.
 
 The students keep their weights and the teacher's channel statistics; everything learnt from residuals
-(prototypes, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among
+(clusters, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among
 them. Images keep their side: what was trained on stays training, what was held out stays held out.
 """
 
@@ -82,7 +82,8 @@ def keep_sides(
     source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], decision: Decision
 ) -> tuple[list[int], list[int]]:
     """Positions to train on and to hold out, every known image on the side where it was."""
-    held_before, trained_before = set(decision.good.key) - {""}, set(decision.trained)
+    trained_before = set(decision.trained)
+    held_before = set(decision.good.key) - {""} - trained_before
     held = set(held_at)
     for i, key in enumerate(source.keys):
         name = image_id(key)
@@ -100,7 +101,7 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
         DataError: the shapes differ.
     """
     try:
-        for part in ("student", "groups", "tokens"):
+        for part in ("student", "selection", "standardised"):
             getattr(model, part).load_state_dict(getattr(before, part).state_dict())
     except RuntimeError:
         raise DataError(

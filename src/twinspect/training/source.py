@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
-from twinspect.models.contract import AnomalyModel, Observed
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.known import KnownFiles
 from twinspect.types import Sample
@@ -113,32 +114,23 @@ class FeatureSource:
         for part, (observed, small) in zip(parts, self.ahead(parts), strict=True):
             yield part, observed, small
 
-    def vectors(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The teacher's raw tokens (n x E) and embeddings (n x F) of some samples, on the model's device.
+    def vectors(self, indices: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The teacher's raw tokens (n x E, a view each) and embeddings (n x F), on the model's device.
 
         With a cache these few kilobytes of every record are all that is read.
         """
         if self._cache is None:
-            seen = [(observed.token_BE, observed.embedding_BF) for _, observed, _ in self.batches(indices)]
-            token_NE, embedding_NF = (torch.cat(column) for column in zip(*seen, strict=True))
-            return token_NE, embedding_NF
+            seen = [(*observed.tokens, observed.embedding_BF) for _, observed, _ in self.batches(indices)]
+            *tokens, embedding_nF = (torch.cat(column) for column in zip(*seen, strict=True))
+            return tuple(tokens), embedding_nF
         layout = self._cache.layout
         block = self._cache.read([self.keys[i] for i in indices], span=layout.vectors)
         return layout.unpack_vectors(block.to(self._model.device))
 
     def _open(self, root: Path) -> FeatureCache:
-        teacher, shape = self._model.teacher, self._model.shape
-        groups = self._model.groups
-        sides = zip(groups.channels, groups.map_sides, strict=True)
-        layout = RecordLayout(
-            tuple((c, s, s) for c, s in sides),
-            groups.prefix_shape,
-            sum(teacher.info.token_channels),
-            teacher.info.embedding_channels,
-            self._model.pixel_side,
-        )
-        inputs = f"{shape.size}|{shape.view_shrink}|{groups.levels}"
-        return FeatureCache(root, f"v4|{teacher.info.arch}|{teacher.hash()}|{inputs}", layout)
+        teacher, kept = self._model.teacher, self._model.selection
+        inputs = f"{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
+        return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
@@ -201,6 +193,19 @@ class FeatureSource:
         observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
         self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
         waiting.clear()
+
+
+def record_layout(model: AnomalyModel) -> RecordLayout:
+    """What is kept of an image for a model."""
+    kept, info = model.selection, model.teacher.info
+    return RecordLayout(
+        tuple((c, s, s) for c, s in zip(kept.channels, kept.map_sides, strict=True)),
+        tuple((c, s, s) for c, s in zip(kept.coarse_channels, kept.coarse_sides, strict=True)),
+        kept.prefix_shape,
+        (sum(info.token_channels),) * len(kept.shrinks),
+        info.embedding_channels,
+        model.pixel_side,
+    )
 
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:

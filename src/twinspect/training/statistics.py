@@ -1,19 +1,35 @@
-"""After training: learn the normal statistics of residuals, then calibrate on held-out normal images."""
+"""Statistics of good images: before training the scales of the teacher's answers, after it what the scorer needs.
+
+All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
+as if it had not been learnt (cross-fitting): means of positions and scales leave the image itself out, covariances
+leave its half or fifth of the images out. So all good images count, and none twice.
+
+Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.statistics import PlaceMoments, PositionScale, left_out
+from twinspect.models.observed import Observed, Plain
+from twinspect.models.scorer import TOP_SHARE
+from twinspect.models.statistics import SPREAD_PRIOR, average, cross_fitted_tokens, left_out, whitening
+from twinspect.scoring import top_mean
 from twinspect.training.source import FeatureSource, Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
-_START_IMAGES = 64  # images that a student is started from, and its gains are taken from
+_START_IMAGES = 64  # images that a student is started from
+_FOLDS = 5  # of the covariances of tokens
+_HALF_IMAGES = 64  # images of a cluster that each of the two covariances of patches is learnt from
 
 
 @torch.no_grad()
@@ -22,136 +38,340 @@ def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [indices[i] for i in order[:_INIT_IMAGES]]
     tokens: list[Tensor] = []
-    levels = range(len(model.groups.channels))
-    sums = [torch.zeros(c, dtype=torch.float64, device=model.device) for c in model.groups.channels]
+    kept = model.selection
+    sums = [torch.zeros(c, dtype=torch.float64, device=model.device) for c in kept.channels]
     squares = [torch.zeros_like(one) for one in sums]
-    counts = [0 for _ in levels]
+    counts = [0 for _ in sums]
     for _, observed, _ in source.batches(chosen):
-        tokens.append(observed.token_BE)
+        tokens.append(observed.tokens[0])
         for i, one in enumerate(observed.maps):
             sums[i] += one.double().sum((0, 2, 3))
             squares[i] += one.double().square().sum((0, 2, 3))
             counts[i] += one.shape[0] * one.shape[2] * one.shape[3]
-    for i in levels:
-        mean = sums[i] / counts[i]
-        variance = (squares[i] / counts[i] - mean.square()).clamp_min(0.0)
-        model.groups.fit(i, mean.float(), variance.sqrt().float())
-    model.tokens.fit(torch.cat(tokens))
+    for i, (total, square, count) in enumerate(zip(sums, squares, counts, strict=True)):
+        mean = total / count
+        variance = (square / count - mean.square()).clamp_min(0.0)
+        kept.fit(i, mean.float(), variance.sqrt().float())
+    model.standardised.fit(torch.cat(tokens))
     few = chosen[:_START_IMAGES]
     model.initialise(lambda: ((observed, small) for _, observed, small in source.batches(few)), seed)
 
 
-@torch.no_grad()
-def fit_statistics(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int, progress: Progress
-) -> Tensor:
-    """Prototypes, residual covariances, token covariances and position scales, from training images.
-
-    Returns:
-        The prototype of every training image (n).
-    """
-    model.eval()
-    scorer = model.scorer
-    raw, embeddings = source.vectors(indices)
-    tokens = model.tokens(raw)
-    scorer.prototypes.fit(tokens, seed)
-    link_K = scorer.prototypes.join_varied(tokens, embeddings)
-    prototype_N: Tensor = scorer.prototypes(tokens)
-    count = scorer.prototypes.count
-    modules = scorer.maps_of_groups()
-    if modules:
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-        scorer.fit_gains(_groups(model, source, [indices[i] for i in order[:_START_IMAGES]]))
-    moments = [PlaceMoments(count, module.positions, module.dims, model.device) for module in modules]
-    said: list[Tensor] = []
-    for done, (owner, pairs, said_BE) in enumerate(_residuals(model, source, indices, prototype_N)):
-        progress("residual statistics", min((done + 1) * source.portion, len(indices)), 2 * len(indices))
-        said.append(said_BE)
-        for module, gathered, residual_BND in zip(modules, moments, pairs, strict=True):
-            for rows, k in zip(module.rows(residual_BND), owner.tolist(), strict=True):
-                gathered.update(rows, k)
-    for module, gathered in zip(modules, moments, strict=True):
-        module.set_moments(gathered)
-    scorer.fit_tokens(tokens, torch.cat(said), embeddings, link_K, seed)
-    if modules:
-        _fit_positions(model, source, indices, prototype_N, progress)
-    return prototype_N
-
-
-def _fit_positions(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor, progress: Progress
-) -> None:
-    modules = model.scorer.maps_of_groups()
-    count = model.scorer.prototypes.count
-    shapes = [module.level_KWhw.shape for module in modules]
-    scales = [PositionScale(count, windows, side, model.device) for _, windows, side, _ in shapes]
-    # A training image is nearer to a mean that it is a part of than an image that comes later.
-    longer_K = torch.tensor([left_out(images) for images in torch.bincount(prototype_N, minlength=count).tolist()])
-    longer_K = longer_K.to(model.device)
-    for done, (owner, pairs, _) in enumerate(_residuals(model, source, indices, prototype_N)):
-        progress(
-            "residual statistics", len(indices) + min((done + 1) * source.portion, len(indices)), 2 * len(indices)
-        )
-        for module, scale, residual_BND in zip(modules, scales, pairs, strict=True):
-            scale.update(longer_K[owner][:, None, None, None] * module.length(residual_BND, owner), owner)
-    for module, scale in zip(modules, scales, strict=True):
-        module.set_scale(scale)
-
-
-def _residuals(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int], prototype_N: Tensor
-) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-    """(prototype of each image, residuals by group where statistics are kept of them, student's tokens B x E)."""
-    scorer, start = model.scorer, 0
-    for part, observed, small in source.batches(indices):
-        groups, predicted = model.answer(observed, small)
-        pairs = zip(groups, predicted.groups, strict=True) if len(scorer.residuals) else ()
-        said = torch.cat(predicted.tokens, 1) if predicted.tokens else observed.token_BE.new_zeros(len(part), 0)
-        residuals = [scorer.residual(g, t, s) for g, (t, s) in enumerate(pairs)]
-        yield prototype_N[start : start + len(part)], residuals, said
-        start += len(part)
-
-
-def _groups(
-    model: AnomalyModel, source: FeatureSource, indices: Sequence[int]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    for _, observed, small in source.batches(indices):
-        groups, predicted = model.answer(observed, small)
-        yield groups, predicted.groups
-
-
-class Held(NamedTuple):
-    """What the calibrated model says of the held-out normal images: `Outputs` of the same names, all on the CPU.
+class GoodImages(NamedTuple):
+    """What the model says of the good images, each scored by statistics that did not see it; on the CPU.
 
     Attributes:
-        score_N: joint scores.
-        peak_N: highest values of the maps.
-        distance_N: distances from the prototypes.
-        prototype_N: indices of the prototypes.
+        score_n: joint scores.
+        peak_n: highest values of the maps.
+        distance_n: distances from the clusters.
+        cluster_n: indices of the clusters.
+        counted_n: whether the image counts for thresholds: with plain scoring only those held out.
     """
 
-    score_N: Tensor
-    peak_N: Tensor
-    distance_N: Tensor
-    prototype_N: Tensor
+    score_n: Tensor
+    peak_n: Tensor
+    distance_n: Tensor
+    cluster_n: Tensor
+    counted_n: Tensor
 
 
 @torch.no_grad()
-def calibrate(model: AnomalyModel, source: FeatureSource, indices: Sequence[int]) -> Held:
-    """Fit the calibration curves on held-out normal images.
+def fit_statistics(
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    seed: int,
+    progress: Progress,
+) -> GoodImages:
+    """Learn the scorer's statistics and calibrate it.
 
-    Every image is scored once: maps, distances and prototypes do not depend on the curves, and the joint score that
-    `Scorer.calibrate` forms of the readings is the one that prediction forms of them.
+    Args:
+        model: trained.
+        source: images.
+        train_at: positions of the images that the students were trained on.
+        held_at: positions of the others.
+        seed: of whatever is drawn.
+        progress: called with (stage, done, total).
     """
     model.eval()
-    for curve in model.scorer.curves():
-        curve.reset(model.scorer.prototypes.count)
-    rows = []
-    for _, observed, small in source.batches(indices):
-        out = model.score(observed, small)
-        peak_B = out.map_B1HW.flatten(1).amax(1)
-        readings = (out.groups_BG, out.score_local_B, out.score_semantic_B, out.prototype_B)
-        rows.append((*readings, peak_B, out.prototype_distance_B))
-    groups, local, semantic, prototype, peak, distance = (torch.cat(column) for column in zip(*rows, strict=True))
-    joint = model.scorer.calibrate(groups, local, semantic, prototype)
-    return Held(joint.cpu(), peak.cpu(), distance.cpu(), prototype.cpu())
+    images = sorted([*train_at, *held_at])
+    held = set(held_at)
+    held_n = torch.tensor([i in held for i in images], device=model.device)
+    tokens, embedding_nF = source.vectors(images)
+    names = [source.samples[i].class_name for i in images]
+    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed)
+    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, progress)
+    if model.scorer.plain:
+        return fitting.plain()
+    return fitting.default(tokens, embedding_nF, seed)
+
+
+class _Fitting:
+    """The passes over the good images, and what they share."""
+
+    def __init__(
+        self,
+        model: AnomalyModel,
+        source: FeatureSource,
+        images: Sequence[int],
+        variant_n: Tensor,
+        cluster_n: Tensor,
+        held_n: Tensor,
+        progress: Progress,
+    ) -> None:
+        self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
+        self.variant_n, self.cluster_n, self.held_n, self.progress = variant_n, cluster_n, held_n, progress
+        self.owner_V = model.scorer.clusters.owner_V
+        self.images_V = torch.bincount(variant_n, minlength=len(self.owner_V)).to(torch.float32)
+        self.passes, self.gone = (1 if model.scorer.plain else 3), 0
+
+    def plain(self) -> GoodImages:
+        """The students' readings calibrate on the images held out, all clusters together."""
+        rows = [(plain.local_BR, plain.semantic_BR, peak_B) for _, plain, _, peak_B in self._answers(peaks=True)]
+        local, semantic, peak_n = (torch.cat(column) for column in zip(*rows, strict=True))
+        score_n, distance_n = self._calibrated(torch.cat([local, semantic], 1), self.held_n)
+        return self._good(score_n, peak_n, distance_n, self.held_n)
+
+    def default(self, tokens: tuple[Tensor, ...], embedding_nF: Tensor, seed: int) -> GoodImages:
+        """Everything: see the module."""
+        scorer = self.scorer
+        targets = self._means()
+        halves = self._covariances()
+        semantic = [self._tokens(g, token_nE, seed) for g, token_nE in enumerate(tokens)]
+        assert scorer.nearest is not None
+        semantic.append(scorer.nearest.fit(embedding_nF, seed))
+        with tempfile.TemporaryFile() as file:
+            stored, students, skills = self._distances(halves, targets, file)
+            self._scale(stored)
+            local, peak_n = self._local(stored)
+        count = scorer.student_readings
+        parts = [students[:, : count[0]], local, students[:, count[0] :], torch.stack(semantic, 1)]
+        scorer.weight_R[: count[0]] = skills[0]
+        scorer.weight_R[scorer.local_count : scorer.local_count + count[1]] = skills[1]
+        score_n, distance_n = self._calibrated(torch.cat(parts, 1), torch.ones_like(self.held_n))
+        return self._good(score_n, peak_n, distance_n, torch.ones_like(self.held_n))
+
+    def _good(self, score_n: Tensor, peak_n: Tensor, distance_n: Tensor, counted_n: Tensor) -> GoodImages:
+        return GoodImages(score_n.cpu(), peak_n.cpu(), distance_n.cpu(), self.cluster_n.cpu(), counted_n.cpu())
+
+    def _batches(self, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Observed, Tensor]]:
+        """(places among the good images, teacher's answer, shrunk pixels); says how far the work is."""
+        places = list(range(len(self.images))) if which is None else list(which)
+        start = 0
+        for part, observed, small in self.source.batches([self.images[i] for i in places]):
+            yield torch.tensor(places[start : start + len(part)], device=self.model.device), observed, small
+            start += len(part)
+            done = self.gone + start if which is None else self.gone
+            self.progress("statistics", done, self.passes * len(self.images))
+        self.gone += len(self.images) if which is None else 0
+
+    def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
+        for places, observed, small in self._batches():
+            plain = self.model.plain(observed, small)
+            yield places, plain, observed, self.scorer.finish(plain.map_Bhw).amax((1, 2, 3)) if peaks else places
+
+    def _means(self) -> list[Tensor]:
+        """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
+        groups: list[Tensor] = []
+        targets: list[Tensor] = []
+        for places, observed, _ in self._batches():
+            pairs = zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)
+            rows = [gaussian.rows(grid(observed)) for grid, gaussian in pairs]
+            _add(groups, rows, self.variant_n[places], len(self.owner_V))
+            _add(targets, self.model.targets(observed), self.variant_n[places], len(self.owner_V))
+        for gaussian, total in zip(self.scorer.gaussians(), groups, strict=True):
+            gaussian.set_means(total, self.images_V)
+        return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in targets]
+
+    def _covariances(self) -> list[Tensor]:
+        """Whitening matrices of both halves of some images of every cluster: 2 x K x D x D a group."""
+        chosen: list[int] = []
+        for k in range(self.scorer.clusters.count):
+            own = (self.cluster_n == k).nonzero()[:, 0].tolist()
+            step = max(1, len(own) // (2 * _HALF_IMAGES))
+            chosen += own[::step][: 2 * _HALF_IMAGES]
+        half_n = self._halves()
+        clusters = self.scorer.clusters.count
+        sums = [
+            torch.zeros(2, clusters, one.dims, one.dims, dtype=torch.float64, device=self.model.device)
+            for one in self.scorer.gaussians()
+        ]
+        counts = torch.zeros(2, clusters, dtype=torch.float64, device=self.model.device)
+        means = [one.means() for one in self.scorer.gaussians()]
+        factor_V = left_out(self.images_V)
+        for places, observed, _ in self._batches(chosen):
+            for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)):
+                difference = gaussian.rows(grid(observed)) - means[g][self.variant_n[places]]
+                difference = difference * factor_V[self.variant_n[places]][:, None, None]
+                for rows, place in zip(difference, places.tolist(), strict=True):
+                    sums[g][half_n[place], self.cluster_n[place]] += (rows.T @ rows).double() / len(rows)
+            for place in places.tolist():
+                counts[half_n[place], self.cluster_n[place]] += 1
+        found = []
+        for gaussian, total in zip(self.scorer.gaussians(), sums, strict=True):
+            both = total.sum(0) / counts.sum(0)[:, None, None]
+            # A cluster with images in one half only is measured by all of them.
+            each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
+            found.append(torch.stack([torch.stack([whitening(one) for one in half]) for half in each]).half())
+            gaussian.whiten_KDD = torch.stack([whitening(one) for one in both]).half()
+        return found
+
+    def _halves(self) -> Tensor:
+        """Half (0 or 1) of every image: alternating within its cluster, so that copies' neighbours are parted."""
+        half_n = torch.zeros_like(self.cluster_n)
+        for k in range(self.scorer.clusters.count):
+            own = (self.cluster_n == k).nonzero()[:, 0]
+            half_n[own] = torch.arange(len(own), device=own.device) % 2
+        return half_n
+
+    def _tokens(self, view: int, token_nE: Tensor, seed: int) -> Tensor:
+        order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
+        fold_n = torch.zeros_like(order)
+        fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+        self.scorer.token_gaussians()[view].fit(token_nE, self.variant_n, self.owner_V)
+        return cross_fitted_tokens(token_nE, self.variant_n, self.owner_V, fold_n)
+
+    def _distances(
+        self, halves: list[Tensor], targets: list[Tensor], file: object
+    ) -> tuple[list[NDArray[np.float16]], Tensor, tuple[float, float]]:
+        """Third pass: distances by the other half's covariances, kept on disk; the students' readings and skills."""
+        gaussians, half_n, factor_V = self.scorer.gaussians(), self._halves(), left_out(self.images_V)
+        sides = [one.side for one in gaussians]
+        stored = _arrays(file, len(self.images), sides)
+        means = [one.means() for one in gaussians]
+        readings: list[Tensor] = []
+        apart = torch.zeros(len(targets), 2, dtype=torch.float64)
+        for places, observed, small in self._batches():
+            variant_B, cluster_B = self.variant_n[places], self.cluster_n[places]
+            for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), gaussians, strict=True)):
+                difference = gaussian.rows(grid(observed)) - means[g][variant_B]
+                difference = difference * factor_V[variant_B][:, None, None]
+                by_half = halves[g].flatten(0, 1)
+                other = (1 - half_n[places]) * self.scorer.clusters.count + cluster_B
+                stored[g][places.cpu().numpy()] = gaussian.distance(difference, by_half, other).cpu().numpy()
+            plain = self.model.plain(observed, small)
+            readings.append(torch.cat([plain.local_BR, plain.semantic_BR], 1))
+            if self.held_n[places].any():
+                apart += self._apart(places, observed, small, targets)
+        skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
+        local = torch.tensor([one.dim() == 3 for one in targets])
+        skills = tuple(float(skill[at].mean()) if bool(at.any()) else 0.0 for at in (local, ~local))
+        return stored, self._shifted(torch.cat(readings)), (skills[0], skills[1])
+
+    def _apart(self, places: Tensor, observed: Observed, small: Tensor, targets: list[Tensor]) -> Tensor:
+        """1 - cos of the teacher's answers from the student's, and from the mean of good images: targets x 2, sums.
+
+        Of the images held out only, each left out of that mean.
+        """
+        held = self.held_n[places]
+        found = []
+        pairs = zip(self.model.targets(observed), self.model.predictions(observed, small), targets, strict=True)
+        for target, said, mean in pairs:
+            target, said = target[held], said[held]
+            count = self.images_V[self.variant_n[places][held]].reshape(-1, *[1] * (target.dim() - 1))
+            others = (count * mean[self.variant_n[places][held]] - target) / (count - 1).clamp_min(1.0)
+            distances = (1.0 - F.cosine_similarity(target, one, dim=-1) for one in (said, others))
+            found.append(
+                torch.stack([one.flatten(1).mean(1).sum() if one.dim() > 1 else one.sum() for one in distances])
+            )
+        return torch.stack(found).double().cpu()
+
+    def _shifted(self, reading_nR: Tensor) -> Tensor:
+        """Students' readings; those of images that they were trained on are raised to the level of the others."""
+        shifted = reading_nR.clone()
+        for k in range(self.scorer.clusters.count):
+            seen, unseen = (self.cluster_n == k) & ~self.held_n, (self.cluster_n == k) & self.held_n
+            if seen.any() and unseen.any():
+                shifted[seen] += reading_nR[unseen].mean(0) - reading_nR[seen].mean(0)
+        return shifted
+
+    def _scale(self, stored: list[NDArray[np.float16]]) -> None:
+        """Level and standard deviation of the distances: at every position, and over the whole map."""
+        clusters = self.scorer.clusters.count
+        levels, spreads = [], []
+        for gaussian, array in zip(self.scorer.gaussians(), stored, strict=True):
+            found = [
+                _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
+                for v in range(len(self.owner_V))
+            ]
+            gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in zip(*found, strict=True)))
+            whole = [_sums(array, (self.cluster_n == k).cpu().numpy()) for k in range(clusters)]
+            mean = torch.stack([total.mean() / count for total, _, count in whole])
+            square = torch.stack([total.mean() / count for _, total, count in whole])
+            levels.append(mean)
+            spreads.append((square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean))
+        self.scorer.map_level_KG = torch.stack(levels, 1).float().to(self.model.device)
+        self.scorer.map_spread_KG = torch.stack(spreads, 1).float().to(self.model.device)
+
+    def _local(self, stored: list[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
+        """Readings of the groups (n x G) by scales that leave the image out, and peaks of the maps (n)."""
+        readings, peak_n = [], torch.zeros(len(self.images), device=self.model.device)
+        for array in stored:
+            reading_n = torch.zeros(len(self.images))
+            for v in range(len(self.owner_V)):
+                places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
+                total, square, count = _sums(array, places)
+                for place in places:
+                    own = torch.from_numpy(array[place].astype(np.float64))
+                    others = (total - own, square - own.square(), count - 1) if count > 1 else (total, square, count)
+                    level, spread = _level_and_spread(*others)
+                    reading_n[place] = top_mean(((own - level) / spread)[None], TOP_SHARE)[0]
+            readings.append(reading_n)
+        for start in range(0, len(self.images), 16):
+            part = slice(start, start + 16)
+            maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
+            peak_n[part] = self.scorer.map_of(maps, self.cluster_n[part]).amax((1, 2, 3))
+        return torch.stack(readings, 1).to(self.model.device), peak_n
+
+    def _calibrated(self, reading_nR: Tensor, counted_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit the calibration on the images that count; joint scores and cluster distances of all (n)."""
+        scorer, owner_n = self.scorer, self.scorer.owner(self.cluster_n)
+        clusters = int(owner_n.max()) + 1 if scorer.plain else scorer.clusters.count
+        scorer.standardise.fit(reading_nR[counted_n], owner_n[counted_n], clusters)
+        students_n2 = scorer.students(reading_nR, self.cluster_n)
+        scorer.standardise_students.fit(students_n2[counted_n], owner_n[counted_n], clusters)
+        score_n, z_n2 = scorer.joined(students_n2, self.cluster_n)
+        return score_n, scorer.cluster_distance(reading_nR, z_n2)
+
+
+def _add(totals: list[Tensor], parts: list[Tensor], variant_B: Tensor, variants: int) -> None:
+    """Add the images of a batch to the sums of their variants, of every part."""
+    if not totals:
+        totals += [torch.zeros(variants, *one.shape[1:], device=one.device) for one in parts]
+    for total, one in zip(totals, parts, strict=True):
+        total.index_add_(0, variant_B, one.float())
+
+
+def _arrays(file: object, images: int, sides: Sequence[int]) -> list[NDArray[np.float16]]:
+    """One array of maps a group, in a file: n x h x w each."""
+    offset, found = 0, []
+    for side in sides:
+        shape = (images, side, side)
+        found.append(np.memmap(file, np.float16, "w+", offset, shape))  # type: ignore[call-overload]
+        offset += 2 * images * side * side
+    return found
+
+
+def _sums(array: NDArray[np.float16], at: NDArray[np.bool_] | NDArray[np.int64]) -> tuple[Tensor, Tensor, int]:
+    """Sum and sum of squares of some maps (h x w each), and their number."""
+    places = np.flatnonzero(at) if at.dtype == bool else at
+    total, square = np.zeros(array.shape[1:]), np.zeros(array.shape[1:])
+    for start in range(0, len(places), 64):
+        part = array[places[start : start + 64]].astype(np.float64)
+        total += part.sum(0)
+        square += np.square(part).sum(0)
+    return torch.from_numpy(total), torch.from_numpy(square), len(places)
+
+
+def _level_and_spread(total_hw: Tensor, square_hw: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation at every position, over its 3 x 3 neighbours; variances are shrunk towards their
+    average by `SPREAD_PRIOR` images, as a handful of images says little about one position.
+    """
+    count = max(1, count)
+    mean = total_hw / count
+    variance = (square_hw / count - mean.square()).clamp_min(0.0)
+    mean, variance = average(mean[None], 3)[0], average(variance[None], 3)[0]
+    typical = variance.mean()
+    variance = (count * variance + SPREAD_PRIOR * typical) / (count + SPREAD_PRIOR)
+    return mean, variance.sqrt().maximum(1e-3 * mean).clamp_min(1e-6)

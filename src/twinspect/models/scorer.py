@@ -1,0 +1,228 @@
+"""From what teacher and students said to `Outputs`: plain, or with what good images teach beside the students.
+
+A **reading** is one number per image, higher is more anomalous. The students' own readings are the family's
+(`AnomalyModel.plain`). With ``scoring`` "plain" nothing else is used: that is the paper's system. With "default",
+these join them, each learnt in closed form from the same good images (`models.statistics`):
+
+1. clusters and variants: every product is measured by its own statistics (`models.clusters`);
+2. local: of every layer group, how far patches lie from the mean of good images at their position;
+3. semantic: how far global tokens lie from those of good images, in two views; how far the nearest good images are.
+
+Every reading is standardised by its mean and standard deviation on good images, z, and becomes a surprise, -log of
+the probability that a good image's is higher if readings are normal. In a Noisy-OR independent causes multiply
+1 - p, so surprises add up:
+
+    local = sum over local readings of w s(z)          semantic = the same over semantic readings
+    score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
+
+The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
+the rest. ``link`` is small where good images do not repeat each other, as photographs do.
+
+Shapes: B images, h w grid, R readings, n good images, K clusters, V variants, H W map.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from twinspect.models.clusters import Clusters
+from twinspect.models.layers import Resample, to_rows
+from twinspect.models.observed import Observed, Outputs, Plain, Selection
+from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
+from twinspect.models.teachers import BackboneInfo
+from twinspect.scoring import gaussian_kernel, smooth, surprise, top_mean, upsample
+
+TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
+WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
+MAP_SIGMA = 4.0 / 256.0  # smoothing of the map, as a share of its side
+
+
+class GroupPlan(NamedTuple):
+    """A layer group that patches are judged on: the kept maps it joins, and pixels a step of its grid.
+
+    Attributes:
+        maps: indices of the maps.
+        stride: pixels of the model's input per position.
+        coarse: whether the maps are those of the coarse view.
+    """
+
+    maps: tuple[int, ...]
+    stride: int
+    coarse: bool = False
+
+
+class Scorer(nn.Module):
+    """Maps and scores of a batch; buffers only, learnt from good images after training.
+
+    Args:
+        info: the teacher.
+        selection: which of its maps are kept.
+        size: input side in pixels.
+        scoring: ``plain`` or ``default``.
+        student_readings: number of local and of semantic readings that the family's students give.
+    """
+
+    kernel: Tensor
+    weight_R: Tensor
+    map_level_KG: Tensor
+    map_spread_KG: Tensor
+
+    def __init__(
+        self, info: BackboneInfo, selection: Selection, size: int, scoring: str, student_readings: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.plain, self.student_readings = scoring == "plain", student_readings
+        self.clusters = Clusters(sum(info.token_channels))
+        plans = [] if self.plain else group_plans(info, selection)
+        self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
+        self.patches = nn.ModuleList(
+            PositionGaussian(grid.dims, grid.side, _window(plan.stride))
+            for plan, grid in zip(plans, self.all_grids(), strict=True)
+        )
+        views = 0 if self.plain else 1 + selection.second_view
+        self.tokens = nn.ModuleList(TokenGaussian(sum(info.token_channels)) for _ in range(views))
+        self.nearest = NearestImages(info.embedding_channels) if not self.plain else None
+        self.local_count = student_readings[0] + len(plans)
+        semantic = student_readings[1] + views + (not self.plain)
+        self.standardise = Standardiser(self.local_count + semantic)
+        self.standardise_students = Standardiser(2)
+        self.register_buffer("weight_R", torch.ones(self.local_count + semantic))
+        self.register_buffer("map_level_KG", torch.zeros(1, max(1, len(plans))))
+        self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
+        self.map_side = size // 4
+        self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
+
+    def all_grids(self) -> list[Grid]:
+        """What forms the features of every layer group."""
+        return [cast(Grid, one) for one in self.grids]
+
+    def gaussians(self) -> list[PositionGaussian]:
+        """The statistics of every layer group."""
+        return [cast(PositionGaussian, one) for one in self.patches]
+
+    def token_gaussians(self) -> list[TokenGaussian]:
+        """The statistics of the global tokens of every view."""
+        return [cast(TokenGaussian, one) for one in self.tokens]
+
+    def distances(self, observed: Observed, variant_B: Tensor, cluster_B: Tensor) -> list[Tensor]:
+        """How far patches lie from those of good images at their position, a group each: B x h x w."""
+        pairs = zip(self.all_grids(), self.gaussians(), strict=True)
+        return [gaussian(gaussian.rows(grid(observed)), variant_B, cluster_B) for grid, gaussian in pairs]
+
+    def map_of(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
+        """The anomaly map, B x 1 x H x W: mean of the groups' distances in standard deviations of the whole map.
+
+        One level and one spread a map: where good images hardly vary, as on a black ground, a spread of its own
+        would make dust there louder than a cut in the product.
+        """
+        level, spread = (one.index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
+        side = max(one.shape[-1] for one in distances)
+        scaled = [
+            upsample((one - level[:, g, None, None]) / spread[:, g, None, None], side)
+            for g, one in enumerate(distances)
+        ]
+        return self.finish(torch.cat(scaled, 1).mean(1))
+
+    def finish(self, map_Bhw: Tensor) -> Tensor:
+        """A coarse map at the size of the outputs, smoothed: B x 1 x H x W."""
+        return smooth(upsample(map_Bhw, self.map_side), self.kernel)
+
+    def readings(
+        self, plain: Plain, observed: Observed, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor
+    ) -> Tensor:
+        """All readings (B x R), local ones first."""
+        local = [plain.local_BR]
+        for gaussian, distance in zip(self.gaussians(), distances, strict=True):
+            local.append(top_mean(gaussian.scaled(distance, variant_B), TOP_SHARE)[:, None])
+        semantic = [plain.semantic_BR]
+        for one, token_BE in zip(self.token_gaussians(), observed.tokens, strict=not self.plain):
+            semantic.append(one(token_BE, variant_B, cluster_B)[:, None])
+        if self.nearest is not None:
+            semantic.append(self.nearest(observed.embedding_BF)[:, None])
+        return torch.cat([*local, *semantic], 1)
+
+    def owner(self, cluster_B: Tensor) -> Tensor:
+        """Whose calibration an image goes by: its cluster's, or everybody's when plain."""
+        return torch.zeros_like(cluster_B) if self.plain else cluster_B
+
+    def students(self, reading_BR: Tensor, cluster_B: Tensor) -> Tensor:
+        """Local and semantic score before their own calibration (B x 2): Noisy-ORs of readings."""
+        surprise_BR = self.weight_R * surprise(self.standardise(reading_BR, self.owner(cluster_B)))
+        local, semantic = surprise_BR[:, : self.local_count], surprise_BR[:, self.local_count :]
+        return torch.stack([local.sum(1), semantic.sum(1)], 1)
+
+    def joined(self, students_B2: Tensor, cluster_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Joint score (B) and the calibrated scores of both (B x 2), in standard deviations."""
+        z_B2 = self.standardise_students(students_B2, self.owner(cluster_B))
+        local_B, semantic_B = surprise(z_B2).unbind(1)
+        if self.local_count == len(self.weight_R):  # a family without any semantic reading
+            return local_B, z_B2
+        link_B = 1.0 if self.plain else self.clusters.link_K.index_select(0, cluster_B)
+        return link_B * local_B + semantic_B, z_B2
+
+    def cluster_distance(self, reading_BR: Tensor, z_B2: Tensor) -> Tensor:
+        """How unusual the whole image is for its cluster (B): of its tokens, or as the students see it when plain."""
+        return z_B2[:, 1] if self.plain else reading_BR[:, self.local_count + self.student_readings[1]]
+
+    def forward(self, plain: Plain, observed: Observed) -> Outputs:
+        """Maps and scores of a batch."""
+        variant_B, cluster_B = self.clusters(observed.tokens[0])
+        distances = self.distances(observed, variant_B, cluster_B)
+        map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, cluster_B)
+        reading_BR = self.readings(plain, observed, distances, variant_B, cluster_B)
+        score_B, z_B2 = self.joined(self.students(reading_BR, cluster_B), cluster_B)
+        distance_B = self.cluster_distance(reading_BR, z_B2)
+        return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR)
+
+
+class Grid(nn.Module):
+    """Features of a layer group: its maps, each brought to the group's grid, as rows B x N x D."""
+
+    def __init__(self, plan: GroupPlan, selection: Selection, size: int) -> None:
+        super().__init__()
+        self.plan = plan
+        sides = selection.coarse_sides if plan.coarse else selection.map_sides
+        channels = selection.coarse_channels if plan.coarse else selection.channels
+        self.side = max(sides) if plan.coarse else -(-size // plan.stride)
+        self.dims = sum(channels[i] for i in plan.maps)
+        self.moves = nn.ModuleList(Resample(sides[i], self.side) for i in plan.maps)
+
+    def forward(self, observed: Observed) -> Tensor:
+        """B x N x D."""
+        maps = observed.coarse if self.plan.coarse else observed.maps
+        moved = [move(maps[i]).permute(0, 2, 3, 1) for i, move in zip(self.plan.maps, self.moves, strict=True)]
+        return to_rows(torch.cat(moved, 3) if len(moved) > 1 else moved[0])
+
+
+def _window(stride: int) -> int:
+    """The odd number of positions nearest to `WINDOW` pixels, at least 1."""
+    return 2 * int(WINDOW / stride / 2) + 1 if stride < WINDOW // 2 else 1
+
+
+def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
+    """The layer groups that patches are judged on.
+
+    ViT: the kept maps, one each. CNN: what a surface is made of (stride 4 alone), fine (strides 4, 8 and the first of
+    16, on the grid of 8), middle (stride 8 and all of 16, on the grid of 16), deep (the last of 16 and of 32, on the
+    grid of 16), and deep once more in the coarse view, which sees what is large.
+    """
+    if info.kind == "vit":
+        return [GroupPlan((i,), info.strides[0]) for i in range(len(selection.channels))]
+    last = {stride: max(i for i, s in enumerate(info.strides) if s == stride) for stride in set(info.strides)}
+    of_16 = [i for i, s in enumerate(info.strides) if s == 16] or [len(info.strides) - 1]
+    fine = sorted({last[s] for s in (4, 8) if s in last} | {of_16[0]})
+    middle = sorted({last[s] for s in (8,) if s in last} | set(of_16))
+    deep = tuple(sorted({of_16[-1], last.get(32, len(info.strides) - 1)}))
+    grid_16 = info.strides[of_16[-1]]
+    plans = [GroupPlan((last[4],), 4)] if 4 in last else []
+    plans += [
+        GroupPlan(tuple(fine), max(8, info.strides[fine[0]])),
+        GroupPlan(tuple(middle), grid_16),
+        GroupPlan(deep, grid_16),
+    ]
+    if selection.coarse_levels:
+        plans.append(GroupPlan(tuple(range(len(selection.coarse_levels))), grid_16, coarse=True))
+    return plans
