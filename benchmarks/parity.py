@@ -140,8 +140,10 @@ class SameNoise(TorchFunctionMode):
 
 
 def our_dinomaly(teacher: Teacher, size: int, recentre: bool = False) -> Any:
-    """System A with a ViT at a size; a shallow Encoder-Encoder, which takes no part."""
-    config = ModelConfig(teacher=teacher.name, size=size, dropout=DROPOUT, ee_depth=0.1, recentre=recentre)
+    """System A with a ViT at a size, scored as published; a shallow Encoder-Encoder, which takes no part."""
+    config = ModelConfig(
+        teacher=teacher.name, size=size, dropout=DROPOUT, ee_depth=0.1, recentre=recentre, scoring="published"
+    )
     model = build_model(config, teacher)
     fill(model.student.local, seed=1, spread=0.01)  # as at the published start: where small numbers are normed
     return model
@@ -155,14 +157,12 @@ def dinomaly_answers(model: Any, image: Tensor) -> Values:
     for i, (one, prefix) in enumerate(zip(features.maps, features.prefix, strict=True)):
         found[f"features of target {i}"] = torch.cat([prefix, one.flatten(2).transpose(1, 2)], 1)
     with torch.no_grad():
-        groups, trunk = model.groups(model.observe(x))
-        predicted = model.student.local(trunk)
-    pairs = [(to_map(t), to_map(s)) for t, s in zip(groups, predicted, strict=True)]
-    for i, (target, said) in enumerate(pairs):
-        found |= {f"target of group {i}": target, f"prediction of group {i}": said}
-    distances = [1.0 - F.cosine_similarity(t, s) for t, s in pairs]
-    found["map"], found["score"] = published_map(distances, image.shape[-1], "dinomaly")
-    return found
+        observed = model.observe(x)
+        groups, trunk = model.groups(observed)
+        predicted, plain = model.student.local(trunk), model.plain(observed, model.shrink(x))
+    for i, (target, said) in enumerate(zip(groups, predicted, strict=True)):
+        found |= {f"target of group {i}": to_map(target), f"prediction of group {i}": to_map(said)}
+    return found | {"map": model.scorer.finish(plain.map_Bhw), "score": plain.local_BR[:, 0]}
 
 
 def dinomaly_training(model: Any, image: Tensor) -> Values:
@@ -257,7 +257,6 @@ def small_case(name: str) -> Values:
     if name == "dinomaly":
         teacher = Teacher("dinov2-small", SHORT_NAMES["dinov2-small"])
         fill(teacher.net, seed=0)
-        teacher.resample_positions(size)
         model, image = our_dinomaly(teacher, size), images(2, size)
         return dinomaly_answers(model, image) | dinomaly_training(model, image)
     sides = (size // 4, size // 8, size // 16)
@@ -521,7 +520,6 @@ def compare_dinomaly(given: argparse.Namespace, comparison: Comparison, name: st
         loaded = create_teacher(name, file)
     pairs = zip(loaded.net.state_dict().values(), teacher.net.state_dict().values(), strict=True)
     comparison.add("teacher's weights, read from their file", pairs, 0.0)
-    loaded.resample_positions(size)
     ours, image = our_dinomaly(loaded, size, second), images(given.images, size)
     mapped = take_weights(theirs, ours.student.local, DINOMALY_NAMES)
     values = their_dinomaly_answers(theirs, utils, image, teacher)
@@ -544,17 +542,22 @@ def compare_reverse(given: argparse.Namespace, comparison: Comparison, size: int
             file = Path(folder) / "encoder.pth"
             torch.save(encoder.state_dict(), file)
             teacher = create_teacher("wide-resnet50-2", file)
-        model = build_model(ModelConfig(model="rd", teacher="wide-resnet50-2", size=size), teacher).eval()
+        config = ModelConfig(model="rd", teacher="wide-resnet50-2", size=size, scoring="published")
+        model = build_model(config, teacher).eval()
         image = images(given.images, size)
         with torch.no_grad():
             stages = encoder(their_input(image, teacher).float())
-        seen = model.observe(teacher.normalise(image)).maps
-        comparison.add("features of stages 1 to 3", zip(seen, stages, strict=True))
-        fill(model.student.local.net, seed=1)
+        observed = model.observe(teacher.normalise(image))
+        comparison.add("features (3)", zip(model.stages.of(observed), stages, strict=True))
         student = model.student.local.net
+        fill(student, seed=1)
     mapped = take_weights(theirs, student, RD4AD_NAMES)
     exact = [one.to(theirs["bn"].conv1.weight.dtype) for one in stages]
     values = their_reverse_answers(theirs, exact, test, size)
+    if whole:
+        with torch.no_grad():
+            plain = model.plain(observed, image[:, :, :0, :0])
+        comparison.add("map, from the image", [(model.scorer.finish(plain.map_Bhw), values["map"])])
     comparison.each(reverse_answers(student, stages, size), values)
     trained = their_reverse_training(theirs, exact, main, mapped)
     comparison.each(reverse_training(student, stages), trained)
