@@ -91,17 +91,14 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     # p <= max_fpr means: at most k - 1 calibration scores reach the image's score.
     allowed = math.floor(max_fpr * (count + 1) + 1e-9) - 1
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
-    called = int((scores >= value).sum())
     if allowed < 0:
         sentence = (
-            f"with {count} good images a rate under {100 / (count + 1):.2g} % cannot be promised; "
-            f"for {100 * max_fpr:g} % at least {images_needed(max_fpr)} are needed"
+            f"from {count} good images: about 1 good image in {count + 1} will be called bad, at best; for "
+            f"{100 * max_fpr:g} % at least {images_needed(max_fpr)} good images are needed"
         )
     else:
-        sentence = (
-            f"{called} of {count} good images would be called bad; the promised rate is {100 * max_fpr:g} % "
-            "on good images taken like these"
-        )
+        share = f"{100 * max_fpr:g} %"
+        sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
     return Threshold(value, max_fpr, allowed >= 0, sentence)
 
 

@@ -50,7 +50,8 @@ class Decision:
         by_group: whether every group (session) must keep the budget, not only all together.
         fixed: thresholds chosen on labelled images, by class.
         model_id: of the model the scores belong to.
-        trained: sorted `image_id`s of the training images.
+        trained: sorted `image_id`s of the images that the model learnt from.
+        held: those of the images that the students were not trained on.
     """
 
     good: GoodScores
@@ -62,6 +63,7 @@ class Decision:
     fixed: Mapping[str, Threshold] = field(default_factory=dict)
     model_id: str = ""
     trained: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -133,15 +135,14 @@ class Decision:
             "by_group": self.by_group,
             "fixed": fixed,
             "model_id": self.model_id,
-            "trained": base64.b64encode(bytes.fromhex("".join(self.trained))).decode("ascii"),
+            "trained": _packed(self.trained),
+            "held": _packed(self.held),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
         """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
         low, high = values["map_scale"]
-        packed = base64.b64decode(values["trained"], validate=True).hex()
-        step = 2 * KEY_BYTES
         return cls(
             GoodScores.from_dict(values["good"]),
             tuple(str(name) for name in values["class_of_cluster"]),
@@ -154,8 +155,18 @@ class Decision:
                 for name, t in values["fixed"].items()
             },
             str(values["model_id"]),
-            tuple(packed[i : i + step] for i in range(0, len(packed), step)),
+            _unpacked(values["trained"]),
+            _unpacked(values["held"]),
         )
+
+
+def _packed(keys: tuple[str, ...]) -> str:
+    return base64.b64encode(bytes.fromhex("".join(keys))).decode("ascii")
+
+
+def _unpacked(text: str) -> tuple[str, ...]:
+    digits, step = base64.b64decode(text, validate=True).hex(), 2 * KEY_BYTES
+    return tuple(digits[i : i + step] for i in range(0, len(digits), step))
 
 
 def image_id(digest: bytes) -> str:

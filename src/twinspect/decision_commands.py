@@ -196,7 +196,6 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "called": called,
             "max_fpr": rule.image.max_fpr,
             "guaranteed": rule.image.guaranteed,
-            "pooled": rule.pooled,
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
             "threshold_region": rule.region.value if rule.region is not None else None,
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,

@@ -1,10 +1,7 @@
 """Whose good images and which rule give a class its threshold. Numpy only.
 
-A class with images enough for its budget has a threshold of its own, conformal: a promise. One with too few is
-judged by the highest of three: the conformal threshold of all such classes together (which keeps the promise for
-these together), its own highest score (which promises 1 / (n + 1)), and where the tail of its own scores reaches
-the budget (`extended_threshold`: a model). Scores of one class may be larger than those of the others; without
-the last two its good images pay for theirs.
+A class goes by its own good images. Where they are enough for its budget, its threshold is conformal: a promise.
+Where they are too few, the threshold lies just above the highest of them, which promises 1 / (n + 1) and no more.
 """
 
 from __future__ import annotations
@@ -29,15 +26,8 @@ from twinspect.calibration import (
 from twinspect.errors import ConfigError
 
 # What decided a threshold, as tables name it.
-OWN, SESSIONS, SMALL, ALL, TAIL, LABELS = (
-    "own images",
-    "sessions",
-    "small classes",
-    "every class",
-    "own tail",
-    "labels",
-)
-_NAMED = 4  # small classes that a sentence lists
+OWN, SESSIONS, EVERY, LABELS = "own images", "sessions", "every class", "labels"
+MAX_FPR = 0.02  # share of good images that may be called bad, where nothing else is asked for
 _FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 
 
@@ -119,9 +109,9 @@ class Budget:
         region_fpr: share of good images that may show a region.
     """
 
-    max_fpr: float = 0.01
+    max_fpr: float = MAX_FPR
     unsure: float | None = None
-    region_fpr: float = 0.01
+    region_fpr: float = MAX_FPR
 
     def __post_init__(self) -> None:
         for name, rate in (("max-fpr", self.max_fpr), ("unsure", self.unsure), ("region-fpr", self.region_fpr)):
@@ -145,37 +135,30 @@ class Rule:
     Attributes:
         class_name: empty for all classes together.
         images: good images behind it.
-        pooled: whether the class had too few and those of other classes are used as well.
         basis: what decided the threshold of the score.
         image: threshold of the score.
         unsure: lower threshold of the score, where a third answer is wanted.
         region: threshold of map values.
-        far: threshold of the distance to the nearest cluster; None where distances are unknown. By the tail of
-            the distances where they are too few for the budget.
+        far: threshold of the distance to the nearest cluster; None where distances are unknown. By the tail of the
+            distances where they are too few for the budget.
         references: sorted scores, one array a group (or one in all); a p-value is the largest among them.
-        tail: scores of the class itself where they are too few; one more to be the largest among.
         peaks, distances: sorted map maxima and distances.
     """
 
     class_name: str
     images: int
-    pooled: bool
     basis: str
     image: Threshold
     unsure: Threshold | None
     region: Threshold | None
     far: Threshold | None
     references: tuple[Floats, ...]
-    tail: Floats | None
     peaks: Floats
     distances: Floats
 
     def p_value(self, score: float) -> float:
-        """p-value of a score: conformal, and by the class's own tail where its images are too few."""
-        found = [p_value(score, one) for one in self.references]
-        if self.tail is not None:
-            found.append(float(extended_p_values(np.array([score]), self.tail)[0]))
-        return max(found)
+        """Conformal p-value of a score."""
+        return max(p_value(score, one) for one in self.references)
 
     def class_p(self, distance: float) -> float:
         """p-value of a distance to the nearest cluster; NaN where distances are unknown."""
@@ -210,43 +193,24 @@ def make_rule(
         fixed: threshold chosen on labelled images, instead.
     """
     own = good.of_class(class_name, given)
-    count, needed = int(own.sum()), images_needed(budget.max_fpr)
-    pooled = bool(class_name) and count < needed and count < len(good)
-    rows, names = _lenders(good, needed, given) if pooled else (good.take(own), [])
-    tail = np.sort(good.score[own]) if _has_tail(count, budget.max_fpr) else None
-    references = _references(rows, needed if by_group else 0) if pooled or tail is None else ()
-    image, raised = _threshold(references, tail, budget.max_fpr, len(rows))
-    basis = SESSIONS if len(references) > 1 else OWN
-    if pooled:
-        basis = SMALL if names else ALL
-        image = _say_pooled(image, class_name, count, needed, names)
-    if tail is not None:
-        basis = TAIL if raised or not references else basis
-        image = _say_tail(image, count, raised)
+    # A class without any image of its own can only be judged with the others.
+    rows, basis = (good.take(own), OWN) if own.any() else (good, EVERY)
+    references = _references(rows, images_needed(budget.max_fpr) if by_group else 0)
+    image = _strictest(references, budget.max_fpr, len(rows))
+    basis = SESSIONS if len(references) > 1 else basis
     unsure = None
     if fixed is not None:
         image, basis = fixed, LABELS
     if budget.unsure is not None:
-        unsure = _threshold(references, tail, budget.unsure, len(rows))[0]
+        unsure = _strictest(references, budget.unsure, len(rows))
         unsure = unsure if unsure.value <= image.value else None
     peaks, distances = _known(rows.peak), _known(_near(good, class_name, given).distance)
     return Rule(
-        class_name, len(rows), pooled, basis, image, unsure,
+        class_name, len(rows), basis, image, unsure,
         conformal_threshold(peaks, budget.region_fpr) if len(peaks) else None,
         _far(distances, budget.max_fpr) if len(distances) else None,
-        references, tail, peaks, distances,
+        references, peaks, distances,
     )  # fmt: skip
-
-
-def _threshold(
-    references: Sequence[Floats], tail: Floats | None, max_fpr: float, images: int
-) -> tuple[Threshold, bool]:
-    """The highest of the references' thresholds and the tail's, and whether the tail decided."""
-    if tail is None:
-        return _strictest(references, max_fpr, images), False
-    base = _strictest(references, max_fpr, images) if references else conformal_threshold(tail, max_fpr)
-    value = max(base.value, extended_threshold(tail, max_fpr))
-    return replace(base, value=value), value > base.value
 
 
 def _has_tail(count: int, max_fpr: float) -> bool:
@@ -284,42 +248,6 @@ def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Thr
         f"session with images enough ({len(found)} thresholds, the highest is taken); a new session is not covered"
     )
     return Threshold(best.value, max_fpr, all(one.guaranteed for one in found), sentence)
-
-
-def _lenders(good: GoodScores, needed: int, given: bool) -> tuple[GoodScores, list[str]]:
-    """Images of all classes that are too small alone, with their names; of all classes if they are too few still."""
-    owners = np.array(good.class_name if given else good.predicted)
-    names, counts = np.unique(owners, return_counts=True)
-    small = names[counts < needed]
-    together = np.isin(owners, small)
-    if int(together.sum()) < needed:
-        return good, []
-    return good.take(together), [str(name) for name in small]
-
-
-def _say_pooled(image: Threshold, class_name: str, own: int, needed: int, names: Sequence[str]) -> Threshold:
-    images = "image of" if own == 1 else "images of"
-    head = f"{own} good {images} {class_name} {'is' if own == 1 else 'are'} too few for a promise of its own"
-    head += f" ({needed} are needed)"
-    if names:
-        listed = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-        whose = f"so it is judged with the other small classes ({listed}): {image.sentence}, over these together"
-    else:
-        whose = f"so it is judged with all classes: {image.sentence}, over these together"
-    nothing = "" if own >= FEWEST_TAIL else "; nothing is promised for it alone"
-    return Threshold(image.value, image.max_fpr, image.guaranteed and bool(names), f"{head}, {whose}{nothing}")
-
-
-def _say_tail(image: Threshold, own: int, raised: bool) -> Threshold:
-    """What the class's own tail did, and what is promised whatever the tail: 1 / (n + 1), above the largest score."""
-    rate = f"{100 * image.max_fpr:g} %"
-    how = (
-        f"its threshold was raised to where the tail of its own scores reaches {rate}"
-        if raised
-        else f"the tail of its own scores asks for no more to reach {rate}"
-    )
-    sentence = f"{image.sentence}; {how}, which is a model; {own} images alone promise {100 / (own + 1):.2g} %"
-    return replace(image, sentence=sentence)
 
 
 def _near(good: GoodScores, class_name: str, given: bool) -> GoodScores:

@@ -8,57 +8,51 @@ from collections.abc import Iterator
 from twinspect.decision import Decision, promises
 from twinspect.report import Table
 from twinspect.results import text_table
-from twinspect.rules import ALL, LABELS, OWN, SESSIONS, SMALL, TAIL, Rule
+from twinspect.rules import EVERY, LABELS, SESSIONS, Rule
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
-# What a rule is worth, by its name in the table; the order is from most to least.
-_WORTH = {
-    OWN: "at most the budget on average, whatever the scores look like",
-    SESSIONS: "at most the budget on average in every session with images enough",
-    SMALL: "at most the budget over these classes together, for each alone it is a model",
-    ALL: "too few images to say; a model",
-    TAIL: "about the budget if its scores end like an exponential, a model and no promise",
-    LABELS: "as few as among the labelled images at best, no promise",
-}
-_TOO_FEW = "too few images to promise the budget"
-
 
 def threshold_table(decision: Decision) -> Table:
-    """One row a class: good images, budget, threshold, the rule that decided it, and good images it calls bad."""
+    """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
     found = list(promises(decision))
     third = any(rule.unsure is not None for _, rule in found)
     columns = (
         "class",
         "good images",
-        "budget",
         *(("unsure from",) if third else ()),
         "threshold",
-        "rule",
+        "false alarms",
         "called bad",
     )
     rows = []
     for name, rule in found:
         images, called = own_counts(decision, rule)
         unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
-        budget = "-" if rule.basis == LABELS else f"{100 * rule.image.max_fpr:g} %"
-        rows.append((name, images, budget, *unsure, rule.image.value, rule.basis, called))
-    return Table("Thresholds by class", columns, tuple(rows), _worth(decision))
+        rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
+    return Table("Thresholds by class", columns, tuple(rows), _NOTE)
+
+
+def false_alarms(rule: Rule) -> str:
+    """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
+    if rule.basis == LABELS:
+        return "chosen on labelled images"
+    if rule.basis == EVERY:
+        return "unknown: no good image of this class"
+    share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
+    return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
+
+
+_NOTE = (
+    "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
+    "the good images here the threshold calls bad."
+)
 
 
 def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
     """Good images of a rule's class, and how many of them its threshold calls bad."""
     own = decision.good.of_class(rule.class_name, given=True)
     return int(own.sum()), int((decision.good.score[own] >= rule.image.value).sum())
-
-
-def _worth(decision: Decision) -> str:
-    """One sentence: what the rules in the table say about the next good images, taken like these."""
-    rules = [rule for _, rule in promises(decision)]
-    few = any(rule.basis == OWN and not rule.image.guaranteed for rule in rules)
-    said = {**_WORTH, OWN: _TOO_FEW} if few else _WORTH
-    parts = [f"{name}: {text}" for name, text in said.items() if name in {rule.basis for rule in rules}]
-    return f"Of the next good images taken like these, called bad by the rule {'; '.join(parts)}."
 
 
 def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
-from twinspect.models.layers import pool
+from twinspect.models.layers import Shrink, pool
 from twinspect.models.observed import Observed, Outputs, Plain, Selection, TokenScale
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
@@ -62,6 +62,10 @@ class AnomalyModel(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.selection = Selection(teacher.info, size, parts)
+        shrinks = self.selection.shrinks
+        self.views = nn.ModuleList(
+            Shrink(after // before) for before, after in zip((1, *shrinks), shrinks, strict=False)
+        )
         self.standardised = TokenScale(sum(teacher.info.token_channels))
 
     @property
@@ -78,9 +82,10 @@ class AnomalyModel(nn.Module):
         """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
         whole, kept = self.teacher.features(x_B3SS), self.selection
         views: dict[int, Features] = {1: whole}
-        for shrink in kept.shrinks:
+        for shrink, smaller in zip(kept.shrinks, self.views, strict=True):
+            x_B3SS = smaller(x_B3SS)
             if shrink not in views:
-                views[shrink] = self.teacher.features(pool(x_B3SS, shrink))
+                views[shrink] = self.teacher.features(x_B3SS)
         tokens = tuple(torch.cat(views[shrink].tokens, 1).float() for shrink in kept.shrinks)
         coarse = kept.select_coarse(views[kept.coarse_shrink].maps) if kept.coarse_levels else ()
         embedding_BF = self.teacher.embedding(views[kept.shrinks[0]]).float()

@@ -33,7 +33,8 @@ def decide(
     names = [source.samples[i].class_name for i in images]
     owners = np.asarray(good.cluster_n.numpy(), dtype=np.int64)
     classes = classes_of_clusters(owners, names, model.scorer.clusters.count)
-    trained = tuple(sorted({image_id(source.keys[i]) for i in train_at}))
+    learnt = train_at if model.scorer.plain else images
+    trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
     counted = good.counted_n.numpy()
     samples = [source.samples[i] for i, wanted in zip(images, counted, strict=True) if wanted]
     keys = tuple(image_id(source.keys[i]) for i, wanted in zip(images, counted, strict=True) if wanted)
@@ -46,7 +47,7 @@ def decide(
         tuple(sample.group for sample in samples),
         keys,
     )
-    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained)
+    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained, held=held)
 
 
 def model_id(model: AnomalyModel) -> str:

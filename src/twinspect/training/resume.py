@@ -82,8 +82,8 @@ def keep_sides(
     source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], decision: Decision
 ) -> tuple[list[int], list[int]]:
     """Positions to train on and to hold out, every known image on the side where it was."""
-    trained_before = set(decision.trained)
-    held_before = set(decision.good.key) - {""} - trained_before
+    held_before = set(decision.held)
+    trained_before = set(decision.trained) - held_before
     held = set(held_at)
     for i, key in enumerate(source.keys):
         name = image_id(key)

@@ -129,7 +129,7 @@ class FeatureSource:
 
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
+        inputs = f"triangle|{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
