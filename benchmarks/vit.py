@@ -1,6 +1,6 @@
 """The ViT path on real images. Three questions, one command each:
 
-    python benchmarks/vit.py path DATA --classes metal_plate
+    python benchmarks/vit.py path DATA/metal_plate
     python benchmarks/vit.py saliency DATA --scratch FOLDER
     TWINSPECT_WEIGHTS=FOLDER python benchmarks/vit.py published MVTEC
 
@@ -71,26 +71,24 @@ def chosen(data: Path, classes: str) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------- end to end
 
 
-def path(folder: Path, classes: str, size: int, batch: int, out: Path) -> list[dict[str, Any]]:
+def path(folder: Path, size: int, batch: int, out: Path) -> list[dict[str, Any]]:
     """Every command of a user's way in turn: what it took and the last line that it printed.
 
     Raises:
         SystemExit: a command failed; its words are shown.
     """
-    samples = chosen(folder, classes)
+    samples = data_room.load(folder).samples
     training, _ = choose_images(samples, RunConfig())
     steps = -(-len(training) // batch)
     settings, bundle, exported = out / "vit.toml", out / "vit.twin", out / "vit.onnx"
     settings.write_text("[model]\npretrained = false\n", encoding="utf-8")
-    manifest = out / "images.csv"
-    write_manifest(samples, manifest)
     one = next(s.image for s in samples if s.split == TEST and s.label)
     commands = {
-        "fit": ["fit", manifest, "--config", settings, "--teacher", RANDOM_TEACHER, "--size", size, "--steps", steps,
+        "fit": ["fit", folder, "--config", settings, "--teacher", RANDOM_TEACHER, "--size", size, "--steps", steps,
                 "--batch", batch, "--out", bundle],
-        "eval": ["eval", bundle, manifest],
+        "eval": ["eval", bundle, folder],
         "export": ["export", bundle, "--out", exported],
-        "check": ["check", exported, one.parent],
+        "check": ["check", exported, bundle, one.parent],
     }  # fmt: skip
     rows = []
     for name, words in commands.items():
@@ -102,13 +100,6 @@ def path(folder: Path, classes: str, size: int, batch: int, out: Path) -> list[d
         rows.append({"command": name, **served(served_file, one.read_bytes(), out)})
         print(f"{name:<12} {rows[-1]['seconds']:7.2f} s an answer   {rows[-1]['said']}", flush=True)
     return rows
-
-
-def write_manifest(samples: Sequence[Sample], place: Path) -> None:
-    """The samples as a list, so that the commands see the chosen classes only."""
-    from twinspect.data.manifest import write_manifest as write
-
-    write(samples, place)
 
 
 def ran(words: list[str]) -> dict[str, Any]:
@@ -218,7 +209,7 @@ def by_scoring(
     """One training, scored in several ways: numbers of every class, seconds of a step, largest memory."""
     rows, fitted, took = [], None, 0.0
     for scoring in scorings:
-        # The students are trained once: going on from them with one step of next to no length leaves them as they are.
+        # The students are trained once: one more step of next to no length leaves them as they are.
         settings = replace(train, steps=1, lr=1e-12, lr_ee=1e-12) if fitted else train
         fitted = fit(samples, RunConfig(replace(model, scoring=scoring), settings), None, report, resume=fitted)
         took = took or fitted.record["training"]["seconds"] / train.steps
@@ -287,7 +278,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.what == "path":
         with tempfile.TemporaryDirectory() as out:
-            rows = path(given.data, given.classes, given.size, given.batch, Path(out))
+            rows = path(given.data.resolve(), given.size, given.batch, Path(out))
     elif given.what == "published":
         rows = published(given, chosen(given.data, given.classes))
     else:
