@@ -126,7 +126,7 @@ def test_width_dial_and_bottleneck() -> None:
     assert reverse_widths((24, 40, 112), 0) == [64, 64, 112]
     assert reverse_widths((24, 40, 112), 16) == [16, 32, 64]
     assert bottleneck_width((24, 40, 112), 16) == 128
-    student = ConvReverse(**CNN_64, width=8, depth=1, at_bottleneck=None)
+    student = ConvReverse(**CNN_64, width=8, depth=1, rectified=False, at_bottleneck=None)
     shapes = []
     student.at_bottleneck.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
     stages = [torch.randn(2, c, s, s) for c, s in zip(CNN_64["channels"], CNN_64["sides"], strict=True)]

@@ -102,7 +102,7 @@ def fetch(
     revision: Annotated[str, typer.Option(help="Commit or branch of the hub repository; empty takes main.")] = "",
     sha256: Annotated[str, typer.Option(help="Refuse any other file; empty takes the hub's word.")] = "",
 ) -> None:
-    """Download a teacher's weights (resumable, recorded with commit and sha256) and verify them."""
+    """Download a teacher's weights, verify them, and record their commit and sha256."""
     from twinspect.models.fetch import fetch_lines
 
     with _console() as console:

@@ -30,7 +30,7 @@ TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
 OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
-SCORINGS = ("plain", "default")
+SCORINGS = ("plain", "default", "published")
 
 
 # The one dial: what costs time. Everything else is the same at every position; docs/results.md has what each gives.
@@ -92,7 +92,7 @@ class ModelConfig:
     width: int = 0
     """Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN)."""
     depth: int = 0
-    """Blocks of the Encoder-Decoder; 0 takes 8 (ViT) or 1 (CNN)."""
+    """Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage."""
     dropout: float = 0.2
     """Noise of the bottleneck; 0.4 suits very large and varied sets."""
     ee_shrink: int = 0
@@ -110,8 +110,9 @@ class ModelConfig:
     cram_place: str = ""
     """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
     scoring: str = ""
-    """plain: the students' own distances, as in the papers; default: beside them statistics of good images. Empty
-    takes default, plain for rd and fd."""
+    """plain: the students' own distances, as in the papers; default: beside them statistics of good images;
+    published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes default, plain
+    for rd and fd."""
     channel_reading: str = "kl"
     """snl: reading of the channel term, kl or cosine."""
     temperature: float = 1.0

@@ -119,7 +119,7 @@ def published_settings(steps: int, size: int, dropout: float = 0.2) -> RunConfig
 def structural_settings(steps: int, model: str) -> RunConfig:
     """RD4AD's settings; the falling learning rate and the clipped updates are this library's for every model."""
     return RunConfig(
-        ModelConfig(model=model, teacher="wide-resnet50-2", size=STRUCTURAL_SIZE, depth=3),
+        ModelConfig(model=model, teacher="wide-resnet50-2", size=STRUCTURAL_SIZE),
         TrainConfig(steps=steps, batch=16, lr=5e-3, warmup=100, weight_decay=0.0, clip=10.0),
     )
 

@@ -6,6 +6,8 @@ Shapes: B images, h w grid positions, H W output pixels, S output side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +21,79 @@ def top_mean(map_Bhw: Tensor, share: float) -> Tensor:
     return flat.topk(count, dim=1).values.mean(1)
 
 
-def gaussian_kernel(sigma: float) -> Tensor:
-    """One-dimensional Gaussian, normalised, cut at three sigma."""
-    radius = max(1, int(3 * sigma + 0.5))
+def gaussian_kernel(sigma: float, radius: int = 0) -> Tensor:
+    """One-dimensional Gaussian, normalised, cut at ``radius`` positions from its middle; 0 takes three sigma."""
+    radius = radius or max(1, int(3 * sigma + 0.5))
     x = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-(x**2) / (2 * sigma**2))
     return kernel / kernel.sum()
 
 
-def smooth(map_B1hw: Tensor, kernel: Tensor) -> Tensor:
-    """Separable Gaussian with edge values repeated, so that nothing fades at the rim."""
+def smooth(map_B1hw: Tensor, kernel: Tensor, rim: str = "replicate") -> Tensor:
+    """Separable Gaussian.
+
+    Args:
+        map_B1hw: maps.
+        kernel: of one axis.
+        rim: what stands outside the map. ``replicate``: its edge values, so that nothing fades at the rim;
+            ``zeros``; ``mirror``: the map again, edge values included.
+    """
     radius = kernel.numel() // 2
-    padded = F.pad(map_B1hw, (radius,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    if rim == "mirror":
+        for axis in (2, 3):
+            side = map_B1hw.shape[axis]
+            ends = (
+                map_B1hw.narrow(axis, 0, radius).flip(axis),
+                map_B1hw.narrow(axis, side - radius, radius).flip(axis),
+            )
+            map_B1hw = torch.cat([ends[0], map_B1hw, ends[1]], axis)
+    else:
+        map_B1hw = F.pad(map_B1hw, (radius,) * 4, mode="constant" if rim == "zeros" else rim)
+    return F.conv2d(F.conv2d(map_B1hw, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+
+
+class PublishedMap(NamedTuple):
+    """How a public code turns distances of layer groups into a map and a score.
+
+    Attributes:
+        mean: whether the groups are averaged; they are summed otherwise.
+        side: of the map; 0 leaves it at the input's.
+        radius: of the Gaussian of sigma 4, in pixels.
+        rim: see `smooth`.
+        share: of the map's highest values, whose mean is the score; 0 takes the highest.
+    """
+
+    mean: bool
+    side: int
+    radius: int
+    rim: str
+    share: float
+
+
+# Dinomaly's blur is a kernel of 5 x 5, of which sigma 4 makes nearly a box. RD4AD's is scipy's, cut at four sigma.
+PUBLISHED_MAPS = {
+    "dinomaly": PublishedMap(True, 256, 2, "zeros", 0.01),
+    "rd4ad": PublishedMap(False, 0, 16, "mirror", 0.0),
+}
+
+
+def published_map(distances: Sequence[Tensor], size: int, name: str) -> tuple[Tensor, Tensor]:
+    """Map (B x 1 x S x S) and image score (B) as a public code makes them.
+
+    Args:
+        distances: 1 - cos of every layer group at every position, B x h x w each.
+        size: side of the model's input in pixels.
+        name: a key of `PUBLISHED_MAPS`.
+    """
+    how = PUBLISHED_MAPS[name]
+    raised = [
+        F.interpolate(one[:, None], size=(size, size), mode="bilinear", align_corners=True) for one in distances
+    ]
+    joined = torch.stack(raised).mean(0) if how.mean else torch.stack(raised).sum(0)
+    if how.side:
+        joined = F.interpolate(joined, size=(how.side, how.side), mode="bilinear", align_corners=False)
+    map_B1SS = smooth(joined, gaussian_kernel(4.0, how.radius).to(joined), how.rim)
+    return map_B1SS, top_mean(map_B1SS, how.share)
 
 
 def upsample(map_Bhw: Tensor, side: int) -> Tensor:

@@ -15,7 +15,8 @@ c_T^l for every block l. Two students learn these answers on good images:
     score(x)    = Noisy-OR of the probabilities that a good image's local and semantic distance are lower
 
 This is scoring ``plain``, and the paper. With scoring ``default``, `models.scorer` adds what good images teach in
-closed form. With a ViT the Encoder-Decoder is the network of Dinomaly (CVPR 2025) to the digit: see docs/papers.md.
+closed form. With a ViT the Encoder-Decoder is the network of Dinomaly (CVPR 2025) to the digit; with scoring
+``published`` so are its map, its score and the teacher's position table: see docs/papers.md and benchmarks/parity.py.
 What is ours: a CNN can be the teacher. Then its stages play the layers, standardised and brought to one grid, the
 first half of them one group and the second half the other; pooled stages play the class tokens.
 
@@ -41,7 +42,7 @@ from twinspect.models.layers import whole_divisor as whole_divisor
 from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import top_mean
+from twinspect.scoring import published_map, top_mean
 
 LAYER_NORM_EPS = 1e-8  # Dinomaly's, in the decoder of a ViT and of recentred groups
 TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (Dinomaly)
@@ -207,13 +208,15 @@ class DualModel(AnomalyModel):
     Args:
         teacher: frozen teacher.
         shape: sizes of the students.
-        scoring: ``plain`` (the paper) or ``default``.
+        scoring: ``plain`` (the paper), ``default``, or ``published`` (plain, with Dinomaly's map and score).
     """
 
     student: DualStudent
 
     def __init__(self, teacher: Teacher, shape: DualShape, scoring: str = "default") -> None:
         self.shape = shape.resolved(teacher.info)
+        if scoring == "published":
+            teacher.resample_positions(self.shape.size)
         super().__init__(teacher, self.shape.size, parts=2)
         self.groups = LayerGroups(self.selection, teacher.info, self.shape.size, self.shape.recentre)
         self.student = DualStudent(self.groups, self.shape, teacher.info)
@@ -233,11 +236,14 @@ class DualModel(AnomalyModel):
         """Both students' distances from the teacher, as the paper reads them."""
         groups, trunk = self.groups(observed)
         predicted, said = self.student(trunk, small_B3SS)
-        pairs = zip(groups, predicted, strict=True)
-        distance_BN = torch.stack([1.0 - F.cosine_similarity(t, s, dim=2) for t, s in pairs]).mean(0)
-        map_Bhw = distance_BN.reshape(-1, self.groups.side, self.groups.side)
-        local_B = top_mean(self.scorer.finish(map_Bhw)[:, 0], TOP_SHARE)
         semantic_B = encoder_encoder_loss(self._class_tokens(observed), said)
+        pairs, side = zip(groups, predicted, strict=True), self.groups.side
+        maps = [(1.0 - F.cosine_similarity(t, s, dim=2)).reshape(-1, side, side) for t, s in pairs]
+        if self.scorer.published:
+            map_B1HW, local_B = published_map(maps, self.shape.size, "dinomaly")
+            return Plain(map_B1HW[:, 0], local_B[:, None], semantic_B[:, None])
+        map_Bhw = torch.stack(maps).mean(0)
+        local_B = top_mean(self.scorer.finish(map_Bhw)[:, 0], TOP_SHARE)
         return Plain(map_Bhw, local_B[:, None], semantic_B[:, None])
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
-"""``twinspect fetch``: the only code of this library that downloads. Explicit, resumable, verified.
+"""``twinspect fetch``: the only code of this library that downloads. Explicit and verified.
 
-The hub is asked for the commit behind a revision and for the sha256 of the file (the etag of its large-file
-storage); the bytes must agree. Commit and sha256 are written beside the file, and every later load compares.
-The table below names repositories but no commits: a pin that nobody has checked would be worth nothing. Pin
-with ``--revision`` and ``--sha256``, or copy them from the record of a machine that you trust.
+`huggingface_hub` speaks with the hub: endpoint, mirror, token and proxy are its own settings (``HF_ENDPOINT``,
+``HF_TOKEN`` ...), and a connection that breaks goes on from its last byte. What is ours is the record. The hub is
+asked for the commit behind a revision and for the sha256 of the file (the etag of its large-file storage); the bytes
+must agree. Commit and sha256 are written beside the file, and every later load compares.
 
-Why not ``hf_hub_download``: since huggingface-hub 2 it deletes what a killed process had downloaded.
+The table below names repositories but no commits: a pin that nobody has checked would be worth nothing. Pin with
+``--revision`` and ``--sha256``, or copy them from the record of a machine that you trust.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import urllib.error
-import urllib.request
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from twinspect.errors import ConfigError, WeightsError, unknown_name
@@ -28,6 +26,7 @@ from twinspect.models.weights import (
     SHORT_NAMES,
     file_sha256,
     find_weights,
+    licence,
     record_file,
     store_dir,
     store_name,
@@ -37,6 +36,7 @@ from twinspect.models.weights import (
 )
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 # Short name -> hub repository of the timm weights; the file is always model.safetensors.
 REPOSITORIES = {
@@ -51,22 +51,8 @@ REPOSITORIES = {
     "wide-resnet50-2": "timm/wide_resnet50_2.racm_in1k",
 }
 FILE = "model.safetensors"
-_ATTEMPTS = 4  # connections of one run; a later run goes on from the same byte
 _TIMEOUT_S = 30.0
-_CHUNK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """A file on the hub as its metadata describe it; ``sha256`` is empty where the hub does not tell."""
-
-    repo: str
-    revision: str
-    sha256: str
-    size: int
-    url: str
-    token: str
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -76,8 +62,7 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: str = "") -> Path:
     """Download a teacher's weights into the store, verify them, and return the file.
 
-    What is there already, and still is what was fetched, is not downloaded again. An interrupted download
-    goes on from its last byte.
+    What is there already, and still is what was fetched, is not downloaded again.
 
     Args:
         name: short name of a teacher or a timm name (``model.tag``).
@@ -87,7 +72,8 @@ def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: st
 
     Raises:
         ConfigError: unknown name, or ``sha256`` is not one.
-        WeightsError: no network, offline mode, a file that is not what the hub or ``sha256`` says, a full disk.
+        WeightsError: no network, offline mode, no access, a file that is not what the hub or ``sha256`` says, a full
+            disk, or another process that is fetching the same.
     """
     if name in EMBEDDED:
         return find_weights(name).path
@@ -98,13 +84,120 @@ def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: st
     present = _present(name, revision, sha256)
     if present is not None:
         return present
-    remote = _describe(name, repo, revision)
-    if sha256 and remote.sha256 and sha256 != remote.sha256:
+    from filelock import FileLock, Timeout
+
+    path = store_dir() / store_name(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=0):
+            _download(name, repo, revision, sha256, path, progress)
+    except Timeout:
+        raise WeightsError(f"another process is fetching {name}; wait for it") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def _download(name: str, repo: str, revision: str, sha256: str, path: Path, progress: Progress) -> None:
+    """Into a folder beside the file; the file is replaced only by verified bytes."""
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    url = hf_hub_url(repo, FILE, revision=revision or "main", endpoint=endpoint)
+    if is_offline():
+        raise WeightsError(f"HF_HUB_OFFLINE is set, so {name} is not fetched. {three_ways(name)}")
+    remote = _answered(
+        name, url, lambda: get_hf_file_metadata(url, token=get_token(), timeout=_TIMEOUT_S, endpoint=endpoint)
+    )
+    if not remote.size or not remote.commit_hash:
+        raise WeightsError(f"{url} gave no size or commit; is HF_ENDPOINT a hub? {three_ways(name)}")
+    commit, etag, size = str(remote.commit_hash), remote.etag or "", int(remote.size)
+    promised = etag if _SHA256.fullmatch(etag) else ""  # files outside the large-file storage have another etag
+    if sha256 and promised and sha256 != promised:
         raise WeightsError(
-            f"{repo} at {remote.revision[:12]} has a file of sha256 {remote.sha256}, asked for was {sha256}; "
+            f"{repo} at {commit[:12]} has a file of sha256 {promised}, asked for was {sha256}; "
             "name the commit that has it with --revision"
         )
-    return _download(name, remote, sha256 or remote.sha256, progress)
+    folder = path.with_name(f"{path.name}.incoming")
+    bar = _bar(lambda done: progress(f"fetching {name} (MiB)", done >> 20, size >> 20))
+    try:
+        file = _answered(
+            name, url,
+            lambda: hf_hub_download(
+                repo, FILE, revision=commit, local_dir=folder, endpoint=endpoint, etag_timeout=_TIMEOUT_S,
+                tqdm_class=bar,
+            ),
+        )  # fmt: skip
+        found = _verified(Path(file), repo, sha256 or promised)
+        path.unlink(missing_ok=True)  # an older file must never stand beside the new record
+        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": found, "size": size}
+        record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(file, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answered(name: str, url: str, call: Callable[[], T]) -> T:
+    """What the hub answers; what it or the way to it refuses becomes a sentence, what our disk refuses is raised.
+
+    Raises:
+        WeightsError: the hub cannot be reached or refuses.
+        OSError: the disk.
+    """
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    try:
+        return call()
+    except Exception as error:  # the hub's client raises dozens of kinds, of three libraries
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise
+        if isinstance(error, GatedRepoError) or (isinstance(error, HfHubHTTPError) and _status(error) in (401, 403)):
+            raise WeightsError(_gated(name, url)) from None
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise WeightsError(
+            f"{urlsplit(url).netloc} cannot be reached or refuses {name} ({type(error).__name__}: {first}). "
+            f"{three_ways(name)}"
+        ) from None
+
+
+def _status(error: Any) -> int:
+    return int(error.response.status_code) if error.response is not None else 0
+
+
+def _gated(name: str, url: str) -> str:
+    parts = urlsplit(url)
+    page = f"{parts.scheme}://{parts.netloc}/{repository(name)}"
+    return (
+        f"{parts.netloc} gives {name} only to accounts that have access (licence: {licence(name)}). Read and accept "
+        f"the terms at {page}, make a token in the settings of your account, and type: hf auth login (or set "
+        f"HF_TOKEN). {three_ways(name)}"
+    )
+
+
+def _bar(tell: Callable[[int], None]) -> type:
+    """The hub's progress bar, drawn by our own."""
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]  # untyped
+        def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
+            super().__init__(disable=True)
+            self.n = initial
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            tell(int(self.n))
+
+    return Bar
+
+
+def _verified(file: Path, repo: str, sha256: str) -> str:
+    found = file_sha256(file)
+    if sha256 and found != sha256:
+        raise WeightsError(
+            f"the file fetched from {repo} has sha256 {found}, expected {sha256}; it was deleted. "
+            "Try again; if it happens twice, the file or the way to it is tampered with"
+        )
+    return found
 
 
 def repository(name: str) -> str:
@@ -147,127 +240,6 @@ def _present(name: str, revision: str, sha256: str) -> Path | None:
     return path if agrees else None
 
 
-def _describe(name: str, repo: str, revision: str) -> Remote:
-    """Ask the hub which commit a revision is, and what the file must look like."""
-    if is_offline():
-        raise WeightsError(f"HF_HUB_OFFLINE is set, so {name} is not fetched. {three_ways(name)}")
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    url = hf_hub_url(repo, FILE, revision=revision or "main", endpoint=endpoint)
-    try:
-        found = get_hf_file_metadata(url, timeout=_TIMEOUT_S, endpoint=endpoint)
-    except Exception as error:  # the hub's client raises dozens of kinds, of three libraries
-        raise WeightsError(_no_answer(name, url, error)) from None
-    if not found.size or not found.commit_hash:
-        raise WeightsError(f"{url} gave no size or commit; is HF_ENDPOINT a hub? {three_ways(name)}")
-    etag = found.etag or ""
-    own_host = urlsplit(found.location).netloc == urlsplit(url).netloc
-    return Remote(
-        repo, found.commit_hash, etag if _SHA256.fullmatch(etag) else "", found.size, found.location,
-        (get_token() or "") if own_host else "",
-    )  # fmt: skip
-
-
-def _download(name: str, remote: Remote, sha256: str, progress: Progress) -> Path:
-    from filelock import FileLock, Timeout
-
-    path = store_dir() / store_name(name)
-    part = path.with_name(f"{path.name}.{(sha256 or remote.revision)[:16]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=0):
-            if not (sha256 and path.is_file() and file_sha256(path) == sha256):
-                _fill(part, remote, name, progress)
-                found = _verified(part, remote, sha256)
-                path.unlink(missing_ok=True)  # an older file must never stand beside the new record
-                _write_record(path, remote, found)
-                os.replace(part, path)
-    except Timeout:
-        raise WeightsError(f"another process is fetching {name}; wait for it") from None
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from None
-    return path
-
-
-def _fill(part: Path, remote: Remote, name: str, progress: Progress) -> None:
-    """Append what is missing, over several connections if need be."""
-    reason: Exception | str = ""
-    for _ in range(_ATTEMPTS):
-        with part.open("ab") as file:
-            if file.tell() > remote.size:
-                _restart(file)
-            try:
-                _receive(file, remote, lambda done: progress(f"fetching {name} (MiB)", done >> 20, remote.size >> 20))
-            except _NetworkError as error:
-                reason = error
-            if file.tell() == remote.size:
-                return
-    raise WeightsError(_no_answer(name, remote.url, reason or "the connection ends too early"))
-
-
-def _receive(file: BinaryIO, remote: Remote, tell: Callable[[int], None]) -> None:
-    start = file.tell()
-    request = urllib.request.Request(remote.url, headers={"User-Agent": "twinspect", "Range": f"bytes={start}-"})
-    if remote.token:  # never sent on to another host by a redirect
-        request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
-    if start == remote.size:
-        return
-    with _open(request) as response:
-        if start and response.status != 206:  # the server sends everything from the first byte
-            _restart(file)
-        while chunk := _read(response):
-            file.write(chunk)
-            tell(file.tell())
-
-
-def _restart(file: BinaryIO) -> None:
-    file.truncate(0)
-    file.seek(0)
-
-
-class _NetworkError(Exception):
-    """The other side failed; not our disk, although both are OSErrors."""
-
-
-def _open(request: urllib.request.Request) -> Any:
-    try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-    except (OSError, HTTPException) as error:
-        raise _NetworkError(str(error)) from None
-
-
-def _read(response: Any) -> bytes:
-    try:
-        chunk: bytes = response.read(_CHUNK)
-    except (OSError, HTTPException) as error:
-        raise _NetworkError(str(error)) from None
-    return chunk
-
-
-def _verified(part: Path, remote: Remote, sha256: str) -> str:
-    found = file_sha256(part)
-    if sha256 and found != sha256:
-        part.unlink()
-        raise WeightsError(
-            f"the file fetched from {remote.repo} has sha256 {found}, expected {sha256}; it was deleted. "
-            "Try again; if it happens twice, the file or the way to it is tampered with"
-        )
-    return found
-
-
-def _write_record(path: Path, remote: Remote, sha256: str) -> None:
-    record = {"repo": remote.repo, "file": FILE, "revision": remote.revision, "sha256": sha256, "size": remote.size}
-    record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _no_answer(name: str, url: str, error: Exception | str) -> str:
-    first = "".join(str(error).strip().splitlines()[:1])
-    foreign = isinstance(error, Exception) and not isinstance(error, _NetworkError)
-    said = f"{type(error).__name__}: {first}" if foreign else first
-    return f"{urlsplit(url).netloc} cannot be reached or refuses {name} ({said}). {three_ways(name)}"
-
-
 def fetch_lines(name: str, revision: str, sha256: str, progress: Progress) -> list[str]:
     """``twinspect fetch``: what to tell the user afterwards."""
     path = fetch(name, progress, revision, sha256)
@@ -278,6 +250,6 @@ def fetch_lines(name: str, revision: str, sha256: str, progress: Progress) -> li
         return [f"{name} was put there by hand and is left alone: {path}"]
     known = json.loads(record.read_text(encoding="utf-8"))
     return [
-        f"weights of {name}: {path} ({known['size'] / 1e6:.0f} MB)",
+        f"weights of {name}: {path} ({known['size'] / 1e6:.0f} MB), licence: {licence(name)}",
         f"from {known['repo']} at {known['revision']}, sha256 {known['sha256']} (verified at every load)",
     ]

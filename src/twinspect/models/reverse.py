@@ -1,7 +1,8 @@
 """Reverse distillation: a bottleneck that forgets, and a decoder that rebuilds the teacher's stages from it.
 
-For a CNN teacher after RD4AD (Deng, Li, CVPR 2022: multi-scale fusion, one-class embedding, mirrored decoder);
-for a ViT, whose layers share one grid, the same with transformer blocks.
+For a CNN teacher it is RD4AD's student (Deng, Li, CVPR 2022): multi-scale fusion, one-class embedding, and a decoder
+of ResNet's blocks that rises by transposed convolutions. With a WideResNet-50-2 it is that network to the digit: see
+docs/papers.md and benchmarks/parity.py. For a ViT, whose layers share one grid, the same with transformer blocks.
 
 Shapes: B images, D channels, h w grid, N tokens.
 """
@@ -16,25 +17,46 @@ from torch import Tensor, nn
 
 from twinspect.models.layers import DecoderBlock, to_map, to_tokens
 
-
-def conv_norm(width_in: int, width: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-    )
+RD4AD_DEPTHS = (6, 4, 3)  # blocks of the decoder's stages, fine to coarse; the embedding has as many as the last
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut."""
+def conv_norm(width_in: int, width: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    """Convolution and batch norm."""
+    conv = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return [conv, nn.BatchNorm2d(width)]
 
-    def __init__(self, width: int) -> None:
+
+def rise_norm(width_in: int, width: int, factor: int) -> list[nn.Module]:
+    """Transposed convolution that makes a square of every position, and batch norm."""
+    return [nn.ConvTranspose2d(width_in, width, factor, factor, bias=False), nn.BatchNorm2d(width)]
+
+
+class WideBottleneck(nn.Module):
+    """ResNet's block of three convolutions around a shortcut, half as wide inside (WideResNet-50-2).
+
+    Args:
+        width_in, width: channels.
+        stride: of the middle convolution.
+        rise: factor by which a transposed convolution in its place enlarges the grid.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int = 1, rise: int = 1) -> None:
         super().__init__()
-        self.first = conv_norm(width, width)
-        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        inner = width // 2
+        middle = conv_norm(inner, inner, stride=stride) if rise == 1 else rise_norm(inner, inner, rise)
+        self.body = nn.Sequential(
+            *conv_norm(width_in, inner, 1), nn.ReLU(), *middle, nn.ReLU(), *conv_norm(inner, width, 1)
+        )
+        self.shortcut = nn.Sequential()
+        if rise > 1:
+            self.shortcut.extend(rise_norm(width_in, width, rise))
+        elif stride > 1 or width_in != width:
+            self.shortcut.extend(conv_norm(width_in, width, 1, stride))
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        """B x D x h x w to the same shape."""
-        return F.relu(x_BDhw + self.second(self.first(x_BDhw)))
+        """B x D x h x w to B x D_out x h_out x w_out."""
+        return F.relu(self.body(x_BDhw) + self.shortcut(x_BDhw))
 
 
 class ConvReverse(nn.Module):
@@ -43,37 +65,48 @@ class ConvReverse(nn.Module):
     Args:
         channels, sides: of the stages, fine to coarse.
         width: of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64.
-        depth: residual blocks per stage.
+        depth: blocks of the embedding and of every stage of the decoder; 0 takes RD4AD's for a rectified teacher,
+            else 3.
+        rectified: whether the teacher's stages end in a ReLU, as ResNet's do. The decoder's last ReLU can then give
+            them; other stages are given by a linear head.
         at_bottleneck: made for the bottleneck's width; sits between bottleneck and decoder.
     """
 
     def __init__(
-        self, channels: Sequence[int], sides: Sequence[int], width: int, depth: int, at_bottleneck: nn.Module | None
+        self,
+        channels: Sequence[int],
+        sides: Sequence[int],
+        width: int,
+        depth: int,
+        rectified: bool,
+        at_bottleneck: nn.Module | None,
     ) -> None:
         super().__init__()
         self.sides = tuple(sides)
         widths = reverse_widths(channels, width)
-        deepest, embedded = widths[-1], bottleneck_width(channels, width)
-        self.fuse = nn.ModuleList(
-            _downwards(c, deepest, side // sides[-1]) for c, side in zip(channels, sides, strict=True)
-        )
+        depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 3,) * len(widths)
+        embedded = bottleneck_width(channels, width)
+        self.fuse = nn.ModuleList(_downwards([channels[i], *widths[i + 1 :]], sides[i:]) for i in range(len(widths)))
+        fused = sum(widths[-1] for _ in channels[:-1]) + channels[-1]
         self.embed = nn.Sequential(
-            conv_norm(deepest * len(channels), embedded, stride=2), *(ResidualBlock(embedded) for _ in range(depth))
+            WideBottleneck(fused, embedded, stride=2),
+            *(WideBottleneck(embedded, embedded) for _ in range(depths[-1] - 1)),
         )
         self.at_bottleneck = at_bottleneck or nn.Identity()
         self.rise, self.heads = nn.ModuleList(), nn.ModuleList()
-        above = embedded
-        for own, c in zip(reversed(widths), reversed(channels), strict=True):
-            self.rise.append(nn.Sequential(conv_norm(above, own), *(ResidualBlock(own) for _ in range(depth))))
-            self.heads.append(nn.Conv2d(own, c, 1))
-            above = own
+        above, here = embedded, -(-sides[-1] // 2)
+        for own, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
+            first = WideBottleneck(above, own, rise=-(-side // here))
+            self.rise.append(nn.Sequential(first, *(WideBottleneck(own, own) for _ in range(blocks - 1))))
+            self.heads.append(nn.Identity() if rectified and own == c else nn.Conv2d(own, c, 1))
+            above, here = own, side
 
     def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
         """Predictions of the stages, fine to coarse; pixels are not looked at."""
         x = self.at_bottleneck(self.embed(torch.cat([f(s) for f, s in zip(self.fuse, stages, strict=True)], 1)))
         found = []
         for rise, head, side in zip(self.rise, self.heads, reversed(self.sides), strict=True):
-            x = rise(F.interpolate(x, size=(side, side), mode="nearest"))
+            x = rise(x)[..., :side, :side]  # of an odd side a row too many was made
             found.append(head(x))
         return found[::-1]
 
@@ -114,12 +147,9 @@ def bottleneck_width(channels: Sequence[int], width: int) -> int:
     return 2 * reverse_widths(channels, width)[-1]
 
 
-def _downwards(width_in: int, width: int, factor: int) -> nn.Module:
-    """Strided convolutions that bring a stage to the coarsest one's grid."""
-    if factor == 1:
-        return conv_norm(width_in, width, kernel=1)
-    steps, here = [], width_in
-    for _ in range(factor.bit_length() - 1):
-        steps.append(conv_norm(here, width, stride=2))
-        here = width
+def _downwards(widths: Sequence[int], sides: Sequence[int]) -> nn.Module:
+    """Convolutions that bring a stage to the coarsest one's grid, one for every stage between."""
+    steps: list[nn.Module] = []
+    for i in range(len(sides) - 1):
+        steps += [*conv_norm(widths[i], widths[i + 1], stride=round(sides[i] / sides[i + 1])), nn.ReLU()]
     return nn.Sequential(*steps)

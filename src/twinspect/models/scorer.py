@@ -1,7 +1,8 @@
 """From what teacher and students said to `Outputs`: plain, or with what good images teach beside the students.
 
 A **reading** is one number per image, higher is more anomalous. The students' own readings are the family's
-(`AnomalyModel.plain`). With ``scoring`` "plain" nothing else is used: that is the paper's system. With "default",
+(`AnomalyModel.plain`). With ``scoring`` "plain" nothing else is used: that is the paper's system ("published": with
+maps as the public code of its relatives makes them, see `scoring.published_map`). With "default",
 these join them, each learnt in closed form from the same good images (`models.statistics`):
 
 1. clusters and variants: every product is measured by its own statistics (`models.clusters`);
@@ -61,7 +62,7 @@ class Scorer(nn.Module):
         info: the teacher.
         selection: which of its maps are kept.
         size: input side in pixels.
-        scoring: ``plain`` or ``default``.
+        scoring: ``plain``, ``published`` (plain, and the family's maps are finished already) or ``default``.
         student_readings: number of local and of semantic readings that the family's students give.
     """
 
@@ -74,7 +75,8 @@ class Scorer(nn.Module):
         self, info: BackboneInfo, selection: Selection, size: int, scoring: str, student_readings: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.plain, self.student_readings = scoring == "plain", student_readings
+        self.plain, self.published = scoring != "default", scoring == "published"
+        self.student_readings = student_readings
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
         self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
@@ -128,7 +130,7 @@ class Scorer(nn.Module):
 
     def finish(self, map_Bhw: Tensor) -> Tensor:
         """A coarse map at the size of the outputs, smoothed: B x 1 x H x W."""
-        return smooth(upsample(map_Bhw, self.map_side), self.kernel)
+        return map_Bhw[:, None] if self.published else smooth(upsample(map_Bhw, self.map_side), self.kernel)
 
     def readings(
         self, plain: Plain, observed: Observed, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor

@@ -9,6 +9,7 @@ centres of what is normal (`models.cram`). One file for all configurations:
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
     cram       number of centres, 0 without
     scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD
+               published plain, with the very map of RD4AD's code
                default   the same reading beside what good images teach in closed form (`models.scorer`)
 
 ``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, default scoring, and
@@ -43,7 +44,7 @@ from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import upsample
+from twinspect.scoring import published_map, upsample
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
@@ -133,7 +134,7 @@ def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int)
     cram = Cram(inside, structure.cram) if structure.cram and structure.cram_place == "bottleneck" else None
     if vit:
         return TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
-    return ConvReverse(stages.channels, stages.map_sides, width, config.depth or 1, cram)
+    return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
 
 
 class StructuralModel(AnomalyModel):
@@ -176,10 +177,14 @@ class StructuralModel(AnomalyModel):
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
         """Sum over stages of 1 - cos, and its maximum once smoothed (RD4AD)."""
         stages, predicted = self.answer(observed, small_B3SS)
-        side = max(self.stages.map_sides)
-        maps = [upsample(position_cosine_distance(t, s), side) for t, s in zip(stages, predicted, strict=True)]
-        map_Bhw = torch.cat(maps, 1).sum(1)
-        peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
+        maps = [position_cosine_distance(t, s) for t, s in zip(stages, predicted, strict=True)]
+        if self.scorer.published:
+            map_B1HW, peak_B = published_map(maps, self.shape.size, "rd4ad")
+            map_Bhw = map_B1HW[:, 0]
+        else:
+            side = max(self.stages.map_sides)
+            map_Bhw = torch.cat([upsample(one, side) for one in maps], 1).sum(1)
+            peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
         return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:

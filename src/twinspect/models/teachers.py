@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
@@ -38,21 +39,20 @@ class BackboneInfo:
         arch: timm architecture name.
         kind: ``vit`` or ``cnn``.
         channels: D_l of each map level, fine to coarse for a CNN.
-        prefix_tokens: P, class and register tokens in front of a ViT's patches; 0 for a CNN.
-        class_token: whether the first of them is a class token.
         strides: pixels per grid step of each map level.
         token_channels: D_l of each global token.
         embedding_channels: F of the embedding.
         multiple: input sides must be a multiple of this.
         default_size: input side in pixels that suits a two-core CPU (CNN) or the published recipe (ViT).
         mean, std: input statistics for RGB in [0, 1].
+        prefix_tokens: P, class and register tokens in front of a ViT's patches; 0 for a CNN.
+        class_token: whether the first of them is a class token.
+        rectified: whether the maps end in a ReLU, so that no value is below 0 (ResNet).
     """
 
     arch: str
     kind: str
     channels: tuple[int, ...]
-    prefix_tokens: int
-    class_token: bool
     strides: tuple[int, ...]
     token_channels: tuple[int, ...]
     embedding_channels: int
@@ -60,6 +60,9 @@ class BackboneInfo:
     default_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    prefix_tokens: int = 0
+    class_token: bool = False
+    rectified: bool = False
 
 
 class Backbone(nn.Module):
@@ -153,6 +156,26 @@ class Teacher(Backbone):
         """Features of normalised input, never part of a gradient graph."""
         super().train(False)  # for callers who switched a module inside, past `train`
         return super().features(x_B3HW)
+
+    @torch.no_grad()
+    def resample_positions(self, size: int) -> None:
+        """Bring a ViT's position table to an input side in pixels as Dinomaly's code does.
+
+        Bicubic with a tenth of a position added to the wanted side, as DINOv2 does without registers. Left alone,
+        timm resamples the table at every size antialiased, as DINOv2 does with registers. A network without a table
+        of learnt positions, or with one of this side, stays as it is.
+        """
+        net, side = self.net, size // self.info.multiple
+        table = getattr(net, "pos_embed", None)
+        if table is None or tuple(net.patch_embed.grid_size) == (side, side):
+            return
+        here = net.patch_embed.grid_size[0]
+        front, patches_1ND = table[:, : table.shape[1] - here**2], table[:, table.shape[1] - here**2 :]
+        scale = (side + 0.1) / here
+        grid = patches_1ND.reshape(1, here, here, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+        net.set_input_size(img_size=size)
+        net.pos_embed.copy_(torch.cat([front, grid.flatten(2).transpose(1, 2)], 1))
 
     def hash(self) -> str:
         """Short sha256 over all weights and buffers; two teachers agree exactly when the hashes do."""
@@ -280,17 +303,19 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if backbone.is_vit:
         patch, width = net.patch_embed.patch_size[0], net.embed_dim
-        levels, tokens = len(backbone.levels), len(backbone.token_levels)
-        size = 448 // patch * patch
+        levels, said = len(backbone.levels), len(backbone.token_levels)
         return BackboneInfo(
-            arch, "vit", (width,) * levels, net.num_prefix_tokens, net.cls_token is not None, (patch,) * levels,
-            (width,) * tokens, width, patch, size, mean, std,
+            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * said, width, patch, 448 // patch * patch,
+            mean, std, prefix_tokens=net.num_prefix_tokens, class_token=net.cls_token is not None,
         )  # fmt: skip
     stages = _cnn_stages(net)
     channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
-    token_channels = tuple(stages[i][0] for i in backbone.token_levels)
-    wide = net.conv_head.out_channels if _has_wide_head(net) else token_channels[-1]
-    return BackboneInfo(arch, "cnn", channels, 0, False, strides, token_channels, wide, max(strides), 512, mean, std)
+    tokens = tuple(stages[i][0] for i in backbone.token_levels)
+    wide = net.conv_head.out_channels if _has_wide_head(net) else tokens[-1]
+    rectified = isinstance(net, timm.models.ResNet) and isinstance(net.act1, nn.ReLU)
+    return BackboneInfo(
+        arch, "cnn", channels, strides, tokens, wide, max(strides), 512, mean, std, rectified=rectified
+    )
 
 
 def _has_wide_head(net: Any) -> bool:

@@ -110,6 +110,19 @@ def three_ways(name: str) -> str:
     )
 
 
+def licence(name: str) -> str:
+    """Licence of the published weights of a teacher (short or timm name), as timm states it."""
+    from twinspect.models.timm_import import timm
+
+    config = (
+        timm.get_pretrained_cfg(SHORT_NAMES.get(name, name)) if timm.is_model(SHORT_NAMES.get(name, name)) else None
+    )
+    stated = str(config.license or "") if config is not None else ""
+    return {"": "not stated", "dinov3-license": "DINOv3 License, Meta's own terms (access on request)"}.get(
+        stated, stated
+    )
+
+
 def store_name(name: str, suffix: str = ".safetensors") -> str:
     """File name of a teacher's weights in the store."""
     return f"{name.replace('/', '_')}{suffix}"

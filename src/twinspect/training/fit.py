@@ -26,6 +26,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.families import build_family
 from twinspect.models.memory import keep_freed_memory, peak_mb
 from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.models.weights import licence
 from twinspect.training.decide import decide
 from twinspect.training.distributed import Group, joined
 from twinspect.training.known import KnownFiles
@@ -268,6 +269,7 @@ def _record(
             "name": teacher.name,
             "arch": teacher.info.arch,
             "weights": teacher.weights,
+            "licence": licence(teacher.name) if teacher.weights != "random" else "none (random weights)",
             "hash": teacher.hash(),
         },
         "size": model.shape.size,
