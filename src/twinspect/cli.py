@@ -219,8 +219,8 @@ app.command()(predict)
 @app.command()
 def export(
     bundle: Bundle,
-    out: Annotated[Path, typer.Option(help="File to write: .onnx, .xml (OpenVINO) or .pt2 (torch).")],
-    format: Annotated[str, typer.Option(help="onnx, openvino or torch; empty reads it from --out.")] = "",
+    out: Annotated[Path, typer.Option(help="File to write: .onnx or .xml (OpenVINO).")],
+    format: Annotated[str, typer.Option(help="onnx or openvino; empty reads it from --out.")] = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     batch: Annotated[int, typer.Option(help="Fix the number of images per call; 0 leaves it open.")] = 0,
     any_size: Annotated[bool, typer.Option("--any-size", help="Let the graph itself resize images.")] = False,
@@ -242,7 +242,7 @@ def export(
 
 @app.command()
 def check(
-    export: Annotated[Path, typer.Argument(help="Exported model (.onnx, .xml or .pt2).")],
+    export: Annotated[Path, typer.Argument(help="Exported model (.onnx or .xml).")],
     bundle: Bundle,
     images: Annotated[Path, typer.Argument(help="Images, 32 or more: a file, folder or quoted glob.")],
     data: Annotated[Optional[Path], typer.Option(help="Labelled data set, to compare image AUROC.")] = None,  # noqa: UP045
