@@ -264,14 +264,13 @@ def bench(
     threads: Threads = 0,
     images: Annotated[Optional[Path], typer.Option(help="Images to decode; painted JPEGs without.")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="Spent on each batch size.")] = 10.0,
-    train: Annotated[bool, typer.Option("--train", help="Steps of training instead; the largest batch.")] = False,
     weights: Weights = None,
 ) -> None:
     """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
     from twinspect.export_commands import bench_command
 
     with _console() as console:
-        bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), train, console)
+        bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
 
 
 @app.command()
