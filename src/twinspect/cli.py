@@ -197,7 +197,6 @@ def reproduce(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; without one they are listed.")] = "",
     root: Annotated[Optional[Path], typer.Option(help="Folder of the data set.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Folder for results.")] = None,  # noqa: UP045
-    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds on synthetic data: shows that it runs.")] = False,
     teacher: Annotated[str, typer.Option(help="Instead of the recipe's teacher.")] = "",
     weights: Weights = None,
     seed: Seed = 0,
@@ -208,7 +207,7 @@ def reproduce(
     """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
     from twinspect.reproduce import Choices, reproduce_command
 
-    choices = Choices(recipe, root, out, smoke, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
+    choices = Choices(recipe, root, out, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
     with _console() as console:
         reproduce_command(choices, console)
 

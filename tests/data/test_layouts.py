@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import WRITERS, Plan, write
 
 from twinspect.data import DATASETS, detect, load
 from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.listed import view_of
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask, read_sample_rgb
-from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import ConfigError, DataError
 
 CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from layouts import WRITERS, Plan, write
 from trees import tree
 
 from twinspect.data import load
@@ -17,7 +18,6 @@ from twinspect.data.listed import write_meta_json
 from twinspect.data.manifest import write_manifest
 from twinspect.data.samples import read_sample_rgb
 from twinspect.data.scan import ScanLog
-from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import DataError
 
 CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from layouts import Plan, write
 from tiny import save
 from trees import colour, tree
 
@@ -22,7 +23,6 @@ from twinspect.data.protocols import (
     default_protocol,
     make_splits,
 )
-from twinspect.data.synthetic import Plan, write
 from twinspect.errors import ConfigError, DataError
 from twinspect.training.fit import choose_images
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
