@@ -22,12 +22,11 @@ from PIL import Image
 
 from twinspect.data.class_names import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW, VISA
 from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.listed import write_meta_json
 from twinspect.data.loaded import ClassCounts
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
 from twinspect.data.scan import relative_to_root
-from twinspect.types import TEST, TRAIN
+from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
 Counts = dict[str, ClassCounts]
@@ -335,6 +334,22 @@ def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
     write_meta_json(mvtec_ad(root / "images"), root / "meta.json", root)
     return counts
+
+
+def write_meta_json(samples: Sequence[Sample], path: Path, root: Path) -> None:
+    """``meta.json`` with paths relative to ``root``."""
+    content: dict[str, dict[str, list[dict[str, Any]]]] = {TRAIN: {}, TEST: {}}
+    for sample in samples:
+        masks = sample.masks if len(sample.masks) < 2 else (sample.masks[0].parent,)  # several: their folder
+        entry = {
+            "img_path": relative_to_root(sample.image, root),
+            "mask_path": relative_to_root(masks[0], root) if masks else "",
+            "cls_name": sample.class_name,
+            "specie_name": sample.defect_type or ("good" if sample.label == 0 else ""),
+            "anomaly": sample.label,
+        }
+        content.setdefault(sample.split, {}).setdefault(sample.class_name, []).append(entry)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:

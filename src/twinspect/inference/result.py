@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,13 +115,6 @@ class Result:
         colours = colourise(resize_map(self.grid, *side), self.scale)
         mixed = (1 - opacity) * self.rgb + opacity * colours
         return Image.fromarray(mixed.round().astype(np.uint8))
-
-    def save_overlay(self, path: Path | str, opacity: float = 0.5) -> Path:
-        """Write `overlay` as PNG or JPEG and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.overlay(opacity).save(target)
-        return target
 
 
 def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
