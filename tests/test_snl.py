@@ -14,6 +14,7 @@ from twinspect.config import MODELS, RunConfig, TrainConfig
 from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
+from twinspect.models.contract import fit_size
 from twinspect.models.cram import Cram
 from twinspect.models.families import FAMILIES
 from twinspect.models.observed import Selection
@@ -227,7 +228,7 @@ def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
 @torch.no_grad()
 def rd4ad(model: StructuralModel, pixels: torch.Tensor) -> torch.Tensor:
     """Cosine distances of the stages, raised to the finest grid, summed, raised to the map's size and smoothed."""
-    x = model.teacher.normalise(pixels)
+    x = model.teacher.normalise(fit_size(pixels, model.shape.size))
     observed = model.observe(x)
     stages, predicted = model.answer(observed, model.shrink(x))
     assert torch.equal(stages[0], observed.maps[model.stages.at[0]])  # raw features, nothing standardised
@@ -245,7 +246,9 @@ def test_plain_scores_are_those_of_reverse_distillation(name: str, parts: Path) 
     model = detector.fitted.model.eval()
     assert isinstance(model, StructuralModel)
     pixels, held = noise(12), choose_images(train_samples(parts), detector.config)[1]
-    good = torch.from_numpy(np.stack([resize_rgb(read_rgb(s.image), 64) for s in held])).permute(0, 3, 1, 2)
+    good = torch.from_numpy(np.stack([resize_rgb(read_rgb(s.image), model.shape.size) for s in held])).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
         out = model(pixels)
     map_B1HW = rd4ad(model, pixels)
@@ -266,19 +269,19 @@ def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
     scorer = model.scorer
     assert scorer.gaussians()
     assert all(float(one.whiten_KDD.float().diagonal(dim1=1, dim2=2).std()) > 0 for one in scorer.gaussians())
-    pixels = noise()
+    pixels = noise(3, model.shape.size)
     with torch.no_grad():
         out = model(pixels)
     torch.testing.assert_close(out.readings_BR[:, 0], rd4ad(model, pixels).amax((1, 2, 3)))
     link = scorer.clusters.link_K[out.cluster_B]
     torch.testing.assert_close(out.score_B, link * surprise(out.score_local_B) + surprise(out.score_semantic_B))
     grids = zip(model.stages.map_sides, model.stages.channels, strict=True)
-    assert [t.shape for t in model.targets(model.observe(pixels.float()))] == [(3, n * n, d) for n, d in grids]
+    assert [t.shape for t in model.targets(model.observe(pixels))] == [(3, n * n, d) for n, d in grids]
 
 
 def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("rd").eval()
-    observed = model.observe(model.teacher.normalise(noise(2)))
+    observed = model.observe(model.teacher.normalise(noise(2, model.shape.size)))
     said = [torch.stack([stage[0], -stage[1]]) for stage in model.stages.of(observed)]
     monkeypatch.setattr(model.student, "forward", lambda stages, pixels: said)
     with torch.no_grad():
