@@ -233,8 +233,8 @@ class Scores:
 
     size = 8
 
-    def __init__(self, *scores: float, prototypes: tuple[int, ...] = ()) -> None:
-        self.rows = list(zip(scores, prototypes or [0] * len(scores), strict=True))
+    def __init__(self, *scores: float, clusters: tuple[int, ...] = ()) -> None:
+        self.rows = list(zip(scores, clusters or [0] * len(scores), strict=True))
 
     def run(self, pixels_BHWC: np.ndarray) -> dict[str, np.ndarray]:
         rows, self.rows = self.rows[: len(pixels_BHWC)], self.rows[len(pixels_BHWC) :]
@@ -248,10 +248,10 @@ def test_changed_answers_are_counted_by_class_and_rounding_is_none(quick) -> Non
         fixed={"ring": Threshold(5.0, 0.01, False, ""), "weave": Threshold(9.0, 0.01, False, "")},
     )  # fmt: skip
     images = CheckImages([picture(i, 8, 8) for i in range(5)], [0, 0, 1, 0, 0], ["ring", "", "", "", "weave"])
-    ours = Scores(4.0, 4.9999, 6.0, 7.0, 7.0, prototypes=(0, 0, 0, 1, 0))
-    theirs = Scores(6.0, 5.0001, 4.0, 7.0, 7.0, prototypes=(0, 0, 0, 0, 0))
+    ours = Scores(4.0, 4.9999, 6.0, 7.0, 7.0, clusters=(0, 0, 0, 1, 0))
+    theirs = Scores(6.0, 5.0001, 4.0, 7.0, 7.0, clusters=(0, 0, 0, 0, 0))
     # The first is called bad now, the second moved by rounding, the third is missed, the fourth is judged as another
-    # class; the fifth's class is known, so that its prototype does not matter.
+    # class; the fifth's class is known, so that its cluster does not matter.
     found = compare(ours, theirs, images, decision, lambda *_: None)
     assert (found.decisions, found.changed, found.good_called_bad) == (5, 3, (0, 3))
     said = "the answers for 3 of 5 images differ (good images called bad: 0 with torch, 3 exported)"
