@@ -32,6 +32,7 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
+from twinspect.training.rounding import add_rounded
 from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
@@ -133,6 +134,8 @@ def _fitted(
 ) -> Fitted:
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
+    training, held, said = add_rounded(training, held)
+    notes += said
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)
     if resume is None:
