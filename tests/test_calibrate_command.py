@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, write
 from tiny import RANDOM, images_to_test, picture, run_config, save, train_samples
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from twinspect import Detector
 from twinspect.bundle import read_bundle, write_bundle
 from twinspect.cli import app
 from twinspect.data.images import read_rgb
-from twinspect.data.synthetic import Plan, write
 from twinspect.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError
 
@@ -74,11 +74,11 @@ def test_calibrate_replaces_scores_and_leaves_the_model(trained: Path, fresh: Pa
     out, report = tmp_path / "new.twin", tmp_path / "r.html"
     said = run("calibrate", trained, fresh, *FEW, "--out", out, "--report", report, "--json", tmp_path / "v.json")
     header, ring, weave, together, worth = said[said.index("Thresholds by class") :].splitlines()[1:6]
-    assert header.split() == ["class", "good", "images", "budget", "threshold", "rule", "called", "bad"]
-    assert ring.split()[:4] == ["ring", "24", "5", "%"]
-    assert weave.split()[-3:-1] == ["own", "images"]
-    assert together.split()[:4] == ["all", "classes", "48", "5"]
-    assert worth.endswith("by the rule own images: at most the budget on average, whatever the scores look like.")
+    assert header.split() == ["class", "good", "images", "threshold", "false", "alarms", "called", "bad"]
+    assert ring.split()[:2] == ["ring", "24"]
+    assert weave.split()[-4:-1] == ["about", "5", "%"]
+    assert together.split()[:3] == ["all", "classes", "48"]
+    assert worth.startswith("false alarms: share of the next good images, taken like these, that will be called bad.")
     before, after = decision_of(trained), decision_of(out)
     assert len(after.good) == 48
     assert not set(after.good.key) & set(before.good.key)
@@ -90,7 +90,7 @@ def test_calibrate_replaces_scores_and_leaves_the_model(trained: Path, fresh: Pa
     assert int(ring.split()[-1]) == values["classes"]["ring"]["called"] <= 1
     page = report.read_text(encoding="utf-8")
     assert "Thresholds by class" in page
-    assert "promised rate" in page
+    assert "at most 5 % of the next ones, taken like these, will be called bad" in page
     loaded = Detector.load(out)
     for path in images_to_test(fresh, None)[:6]:
         found = loaded.predict(path, class_name="ring")

@@ -52,7 +52,8 @@ def test_a_budget_that_too_few_images_cannot_promise() -> None:
     assert found.value > 49
     assert not (scores >= found.value).any()
     assert found.sentence == (
-        "with 50 good images a rate under 2 % cannot be promised; for 1 % at least 99 are needed"
+        "from 50 good images: about 1 good image in 51 will be called bad, at best; "
+        "for 1 % at least 99 good images are needed"
     )
     assert conformal_threshold(np.arange(98.0), 0.01).guaranteed is False
     assert conformal_threshold(np.arange(99.0), 0.01).guaranteed is True
@@ -60,10 +61,13 @@ def test_a_budget_that_too_few_images_cannot_promise() -> None:
 
 def test_the_promise_in_words_and_counts() -> None:
     found = conformal_threshold(np.arange(199.0), 0.01)
-    assert found.sentence.startswith("1 of 199 good images would be called bad; the promised rate is 1 %")
+    assert found.sentence == (
+        "from 199 good images: at most 1 % of the next ones, taken like these, will be called bad"
+    )
+    assert (np.arange(199.0) >= found.value).sum() == 1
     assert found.max_fpr == 0.01
     ties = conformal_threshold(np.ones(200), 0.05)  # all alike: no threshold may call them all bad
-    assert ties.sentence.startswith("0 of 200")
+    assert ties.value == np.nextafter(1.0, 2.0)
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.0, -0.1, 1.5, float("nan")])

@@ -36,8 +36,8 @@ def good(scores, classes="a", predicted=None, groups=(), distance=None) -> GoodS
 
 def decision(scores, max_fpr=0.05, **changes) -> Decision:
     rows = scores if isinstance(scores, GoodScores) else good(scores)
-    prototypes = tuple(sorted(set(rows.predicted)))
-    return Decision(rows, prototypes, (0.0, 8.0), **{"budget": Budget(max_fpr, region_fpr=max_fpr), **changes})
+    clusters = tuple(sorted(set(rows.predicted)))
+    return Decision(rows, clusters, (0.0, 8.0), **{"budget": Budget(max_fpr, region_fpr=max_fpr), **changes})
 
 
 # ------------------------------------------------------------------------------------------- p-values
@@ -79,7 +79,7 @@ def test_the_threshold_calls_exactly_what_the_p_value_calls(ties: bool) -> None:
                 assert ((new >= found.value) == (p_values(new, calibration) <= rate + 1e-12)).all()
             else:
                 assert found.value > calibration.max()
-                assert "cannot be promised" in found.sentence
+                assert f"about 1 good image in {count + 1} will be called bad" in found.sentence
 
 
 @pytest.mark.parametrize(("rate", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.01, 99), (0.005, 199), (0.001, 999)])
@@ -117,7 +117,7 @@ def test_coverage_per_class_over_random_splits() -> None:
             bad = np.array([s >= values[n].image.value for s, n in zip(scores, predicted, strict=True)])
             every[rate].append(bad[~inside].mean())
             for name in "ab":
-                if not values[name].pooled:
+                if values[name].image.guaranteed:
                     called[rate, name].append(bad[~inside & np.array([n == name for n in predicted])].mean())
     for key, rates in called.items():
         rate = key[0]
@@ -144,50 +144,59 @@ def test_coverage_on_fresh_draws_is_exact() -> None:
 # ------------------------------------------------------------------------------------ classes and groups
 
 
-def test_a_rare_class_borrows_all_images_and_says_so() -> None:
+def test_a_rare_class_goes_by_its_own_images_and_promises_what_they_can() -> None:
     rng = np.random.default_rng(0)
-    made = decision(good(rng.normal(size=209), ("big",) * 200 + ("rare",) * 9), 0.01)
-    rare, pooled = made.rule("rare"), made.rule("")
-    assert rare.pooled
-    assert rare.basis == "every class"
-    assert rare.image.value == pooled.image.value
-    assert "9 good images of rare are too few" in class_sentence(rare)
-    assert "99 are needed" in class_sentence(rare)
-    assert "nothing is promised for it alone" in class_sentence(rare)
+    scores = np.r_[rng.normal(size=200), rng.normal(6, 1, size=9)]
+    made = decision(good(scores, ("big",) * 200 + ("rare",) * 9), 0.01)
+    rare = made.rule("rare")
+    assert (rare.basis, rare.images) == ("own images", 9)
+    assert rare.image.value == np.nextafter(scores[200:].max(), np.inf)
+    assert made.rule("").image.value < rare.image.value
+    assert "from 9 good images: about 1 good image in 10 will be called bad" in class_sentence(rare)
+    assert "at least 99 good images are needed" in class_sentence(rare)
     assert not rare.image.guaranteed
-    assert not made.rule("big").pooled
-    assert made.rule("big").basis == "own images"
+    big = made.rule("big")
+    assert (big.basis, big.image.guaranteed) == ("own images", True)
+    assert big.image == conformal_threshold(scores[:200], 0.01)
     assert [name for name, _ in promises(made)] == ["big", "rare", "all classes"]
 
 
-# How a score is drawn, and how far above the budget the rate may be: heavier than exponential is outside the model.
-TAILS = {
-    "light": (lambda rng, size: rng.normal(size=size), 1.0),
-    "exponential": (lambda rng, size: rng.exponential(size=size), 1.0),
-    "skewed": (lambda rng, size: rng.gamma(2.0, size=size), 1.0),
-    "student": (lambda rng, size: rng.standard_t(4, size=size), 1.3),
-    "log-normal": (lambda rng, size: rng.lognormal(0.0, 1.0, size=size), 1.5),
+def test_a_class_without_any_good_image_is_judged_with_the_others() -> None:
+    made = Decision(good(np.arange(120.0)), ("a", "new"), (0.0, 8.0), budget=Budget(0.01))
+    assert (made.rule("new").basis, made.rule("new").images) == ("every class", 120)
+    assert made.rule("new").image == made.rule("").image
+    assert made.judge(200.0, cluster=1).answer == ANOMALY
+
+
+DRAWS = {
+    "light": lambda rng, size: rng.normal(size=size),
+    "exponential": lambda rng, size: rng.exponential(size=size),
+    "student": lambda rng, size: rng.standard_t(4, size=size),
+    "log-normal": lambda rng, size: rng.lognormal(0.0, 1.0, size=size),
 }
 
 
-@pytest.mark.parametrize("shape", list(TAILS))
-@pytest.mark.parametrize("rate", [0.005, 0.01, 0.02])
-def test_a_small_class_of_larger_scores_keeps_the_budget(shape: str, rate: float) -> None:
-    """Scores of the third class are three times the others': the pooled threshold alone calls too many of them."""
-    rng, (draw, slack) = np.random.default_rng(5), TAILS[shape]
+@pytest.mark.parametrize("shape", list(DRAWS))
+@pytest.mark.parametrize(("rate", "expected"), [(0.005, 1 / 41), (0.02, 1 / 41), (0.05, 2 / 41)])
+def test_a_small_class_of_larger_scores_has_the_rate_that_its_own_images_support(
+    shape: str, rate: float, expected: float
+) -> None:
+    """Scores of the third class are three times the others': the threshold of all classes calls too many of them."""
+    rng, draw = np.random.default_rng(5), DRAWS[shape]
     scale = np.r_[np.ones(180), np.full(40, 3.0)]
     names = ("a",) * 90 + ("b",) * 90 + ("c",) * 40
-    ours, pooled = [], []
+    ours, together = [], []
     for _ in range(200):
         scores = draw(rng, 220) * scale
         fresh = 3.0 * draw(rng, 2000)
-        ours.append((fresh >= decision(good(scores, names), rate).rule("c").image.value).mean())
-        pooled.append((fresh >= conformal_threshold(scores, rate).value).mean())
-    assert np.mean(pooled) > 2.5 * rate
-    assert np.mean(ours) <= slack * rate + 3 * np.std(ours) / math.sqrt(len(ours))
+        made = decision(good(scores, names), rate)
+        ours.append((fresh >= made.rule("c").image.value).mean())
+        together.append((fresh >= made.rule("").image.value).mean())
+    assert np.mean(together) > 2.5 * rate
+    assert np.mean(ours) == pytest.approx(expected, abs=4 * np.std(ours) / math.sqrt(len(ours)))
 
 
-def test_a_class_alone_with_too_few_images_goes_by_its_own_tail() -> None:
+def test_an_extended_threshold_keeps_a_rate_beyond_what_ranks_can_say() -> None:
     """Exact for an exponential tail of any place and scale, where the largest score is not above it."""
     rng = np.random.default_rng(2)
     for rate in (0.001, 0.005):
@@ -195,13 +204,15 @@ def test_a_class_alone_with_too_few_images_goes_by_its_own_tail() -> None:
         beyond = [extended_threshold(one, rate) for one in drawn]
         realised = np.exp(-(np.array(beyond) - 7.0) / 3.0)
         assert np.mean(realised) == pytest.approx(rate, abs=4 * np.std(realised) / math.sqrt(4000))
-    made = decision(drawn[0], 0.005)
-    rule = made.rule("a")
-    assert rule.basis == "own tail"
-    assert rule.image.value == made.threshold.value == beyond[0] > drawn[0].max()
-    assert not rule.image.guaranteed
-    assert "a model" in class_sentence(rule)
-    assert "40 images alone promise 2.4 %" in class_sentence(rule)
+    # Distances go by it, so that an image of no known kind needs no hundred good ones to be told.
+    rule = decision(good(np.arange(40.0), distance=drawn[0]), 0.005).rule("a")
+    assert rule.far is not None
+    assert rule.far.value == beyond[0] > drawn[0].max()
+    assert rule.class_p(beyond[0]) == pytest.approx(0.005)
+    assert not rule.far.guaranteed
+    few = decision(good(np.arange(9.0), distance=drawn[0, :9]), 0.005).rule("a")
+    assert few.far is not None
+    assert few.far.value == np.nextafter(drawn[0, :9].max(), np.inf)
 
 
 @pytest.mark.parametrize("sizes", [(200, 60, 40), (120, 12, 5), (30,), (95, 9)])
@@ -218,11 +229,10 @@ def test_answers_follow_p_values_whatever_rule_decided(sizes: tuple[int, ...]) -
                 p = rule.p_value(score)
                 assert 0.0 < p <= last
                 last = p
-                if rule.image.guaranteed or rule.tail is not None:  # else no p-value reaches the budget
-                    said = made.judge(float(score), 0, class_name=name)
-                    limit = 1e-9 + np.array([0.01, 0.04])
-                    assert (said.answer != GOOD) == (p <= limit[1])
-                    assert (said.answer == ANOMALY) == (p <= limit[0])
+                said = made.judge(float(score), 0, class_name=name)
+                limit = 1e-9 + np.maximum([0.01, 0.04], 1 / (rule.images + 1))  # no p-value is lower
+                assert (said.answer != GOOD) == (p <= limit[1])
+                assert (said.answer == ANOMALY) == (p <= limit[0])
 
 
 def test_a_tail_of_ties_puts_the_threshold_above_them() -> None:
@@ -232,34 +242,18 @@ def test_a_tail_of_ties_puts_the_threshold_above_them() -> None:
         extended_threshold(np.arange(9.0), 0.01)
 
 
-def test_small_classes_are_judged_together_where_that_is_enough() -> None:
-    """Classes, or groups of them, are a partition, so the rate over all images keeps the budget as well."""
-    rng = np.random.default_rng(0)
-    names = ("big",) * 200 + ("s1", "s2") * 80
-    scores = np.where([n == "big" for n in names], rng.normal(0, 1, 360), rng.normal(6, 1, 360))
-    made = decision(good(scores, names), 0.01)
-    assert min(made.rule("s1").image.value, made.rule("s2").image.value) > made.rule("").image.value
-    assert made.rule("s1").images == 160
-    assert "judged with the other small classes (s1, s2)" in class_sentence(made.rule("s1"))
-    assert made.rule("s1").image.guaranteed
-    fresh = rng.normal(6, 1, 4000)
-    assert (fresh >= made.rule("s1").image.value).mean() < 0.03
-    assert (fresh >= made.rule("").image.value).mean() > 0.01
-
-
 def test_given_and_predicted_classes_have_their_own_images() -> None:
     scores = np.r_[np.full(50, 1.0), np.full(50, 9.0)] + np.arange(100) / 1000
     made = decision(good(scores, ("a",) * 50 + ("b",) * 50, ("b",) * 50 + ("a",) * 50))
     assert made.rule("a", given=True).image.value < 2 < made.rule("a", given=False).image.value
-    assert made.judge(5.0, prototype=0).answer == GOOD  # predicted a
-    said = made.judge(5.0, prototype=0, class_name="a")
+    assert made.judge(5.0, cluster=0).answer == GOOD  # predicted a
+    said = made.judge(5.0, cluster=0, class_name="a")
     assert said.answer == ANOMALY
     assert (said.class_name, said.predicted_class) == ("a", "a")
 
 
-def test_one_class_alone_needs_no_pooling() -> None:
+def test_one_class_alone_is_all_classes() -> None:
     made = decision(np.arange(60.0), 0.01)
-    assert not made.rule("a").pooled
     assert made.threshold.value == made.rule("").image.value
     assert not made.threshold.guaranteed
     assert [name for name, _ in promises(made)] == ["a"]
@@ -406,9 +400,9 @@ def test_json_round_trip_keeps_every_answer() -> None:
     back = Decision.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False)))
     assert back.trained == made.trained
     assert np.isnan(back.good.distance).all()
-    for prototype in (0, 1):
+    for cluster in (0, 1):
         for score in rng.normal(size=20):
-            ours, theirs = made.judge(score, prototype), back.judge(score, prototype)
+            ours, theirs = made.judge(score, cluster), back.judge(score, cluster)
             assert (ours.p_value, ours.threshold, ours.answer) == (theirs.p_value, theirs.threshold, theirs.answer)
     assert class_sentence(made.rule("a")) == class_sentence(back.rule("a"))
 

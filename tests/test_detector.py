@@ -24,7 +24,7 @@ def test_fit_returns_itself_and_keeps_what_was_asked(tmp_path: Path) -> None:
     assert detector.fit(folder, steps=2, seed=9, progress=lambda stage, done, total: stages.append(stage)) is detector
     assert (detector.config.train.steps, detector.config.train.seed) == (2, 9)
     assert detector.record_["training"]["steps"] == 2
-    assert {stage.split()[0] for stage in stages} >= {"teacher", "training", "residual"}
+    assert {stage.split()[0] for stage in stages} >= {"teacher", "training", "statistics"}
     before = detector.predict(picture()).score
     assert detector.fit(folder, seed=10).predict(picture()).score != before  # the old predictor is forgotten
 

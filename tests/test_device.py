@@ -87,7 +87,7 @@ def test_bf16_learns_and_stays_finite(teacher: str, cache_gb: float, parts: Path
     assert all(math.isfinite(row[term]) for row in rows for term in ("loss", "local", "semantic"))
     assert sum(row["loss"] for row in rows[-4:]) < 0.9 * sum(row["loss"] for row in rows[:4])
     for name, value in fitted.model.state_dict().items():
-        kept_short = name.endswith("away_KND")  # of every position, by design
+        kept_short = name.endswith(("whiten_KDD", "bank_nF"))  # large, by design
         assert value.dtype not in (torch.bfloat16, *(() if kept_short else (torch.float16,))), name
         assert bool(torch.isfinite(value.float()).all()), name
 
@@ -174,7 +174,8 @@ def test_threads_wait_briefly_and_what_the_user_sets_holds(entrance: str, bundle
     command = [*ENTRANCES[entrance], *([str(bundle)] if entrance == "bundle" else [])]
     assert taken_by_openmp(command) == str(device_module._SPINS)
     assert taken_by_openmp(command, GOMP_SPINCOUNT="77") == "77"
-    assert taken_by_openmp(command, OMP_WAIT_POLICY="PASSIVE") == "0"
+    if entrance == "library":
+        assert taken_by_openmp(command, OMP_WAIT_POLICY="PASSIVE") == "0"
 
 
 def test_nothing_is_set_where_torch_was_there_first() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, write
 from PIL import Image
 from tiny import RANDOM, run_config
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from twinspect import evaluation as room
 from twinspect.cli import app
 from twinspect.data import load
 from twinspect.data.samples import read_regions
-from twinspect.data.synthetic import Plan, write
 from twinspect.decision import count_calls
 from twinspect.errors import ConfigError, DataError
 from twinspect.eval_command import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks

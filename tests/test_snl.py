@@ -1,4 +1,4 @@
-"""System B: stages, students of both directions, the residual aggregation, plain and whitened scores."""
+"""System B: stages, students of both directions, the residual aggregation, plain and default scores."""
 
 import dataclasses
 from pathlib import Path
@@ -6,20 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import RANDOM, RANDOM_CNN, run_config, train_samples
 
 from twinspect import Detector
 from twinspect.config import MODELS, RunConfig, TrainConfig
+from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
-from twinspect.losses import flat_cosine_distance, position_cosine_distance
-from twinspect.models.contract import Predicted
+from twinspect.losses import flat_cosine_distance
+from twinspect.models.contract import fit_size
 from twinspect.models.cram import Cram
 from twinspect.models.families import FAMILIES
+from twinspect.models.observed import Selection
 from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
-from twinspect.models.snl import Stages, StructuralModel
+from twinspect.models.snl import STAGES, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import smooth, upsample
-from twinspect.training.fit import build_model
+from twinspect.scoring import smooth, surprise
+from twinspect.training.fit import build_model, choose_images
 from twinspect.training.loop import _batches
 
 CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}
@@ -54,7 +57,7 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
     assert fd == dataclasses.replace(same, direction="forward", cram_place="stages")
     full = RunConfig.from_dict({"model": {"model": "snl"}}).model.structure()
     assert (full.direction, full.terms) == ("reverse", ("spatial", "channel", "intra", "inter"))
-    assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "joint")
+    assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "default")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
         ({"model": "snl", "cram": 1}, "one centre is a mean"),
         ({"model": "snl", "direction": "forward", "cram_place": "bottleneck"}, "a forward student has none"),
         ({"model": "snl", "cram_place": "decoder"}, "bottleneck, stages"),
-        ({"model": "snl", "scoring": "white"}, "'whitened'"),
+        ({"model": "snl", "scoring": "plan"}, "'plain'"),
         ({"model": "snl", "channel_reading": "js"}, "kl, cosine"),
         ({"model": "snl", "temperature": 0.0}, "above 0"),
         ({"model": "snl", "affinity_side": 1}, "at least 2"),
@@ -91,11 +94,11 @@ def test_the_direction_of_a_baseline_may_be_said() -> None:
 
 def test_stages_of_a_cnn_keep_their_own_grids_and_a_vit_gives_thirds() -> None:
     cnn = model_of(teacher="efficientnet-lite0", size=128)
-    assert cnn.groups.channels == [24, 40, 112]  # last stages of strides 4, 8 and 16
-    assert cnn.groups.map_sides == [32, 16, 8]
+    assert cnn.stages.channels == [24, 40, 112]  # last stages of strides 4, 8 and 16
+    assert cnn.stages.map_sides == [32, 16, 8]
     vit = model_of(teacher=RANDOM)
-    assert sorted(i for part in vit.groups.levels for i in part) == list(range(len(vit.teacher.info.channels)))
-    assert len(set(vit.groups.map_sides)) == 1
+    assert sorted(i for part in vit.selection.levels for i in part) == list(range(len(vit.teacher.info.channels)))
+    assert len(set(vit.stages.map_sides)) == 1
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
@@ -108,7 +111,7 @@ def test_students_answer_in_the_shapes_of_the_stages(direction: str, teacher: st
         assert pixels.shape[-1] == (64 if direction == "forward" else 0)
         with torch.no_grad():
             stages, predicted = model.answer(model.observe(x), pixels)
-        assert [p.shape for p in predicted.groups] == [s.shape for s in stages]
+        assert [p.shape for p in predicted] == [s.shape for s in stages]
 
 
 def test_a_reverse_student_sees_only_the_teacher_and_a_forward_one_only_pixels() -> None:
@@ -118,7 +121,7 @@ def test_a_reverse_student_sees_only_the_teacher_and_a_forward_one_only_pixels()
         seen, pixels = model.observe(x), model.shrink(x)
         other = seen._replace(maps=tuple(m + 1 for m in seen.maps))
         with torch.no_grad():
-            before, after = (model.answer(o, pixels)[1].groups for o in (seen, other))
+            before, after = (model.answer(o, pixels)[1] for o in (seen, other))
         assert torch.equal(before[0], after[0]) == (direction == "forward")
 
 
@@ -204,7 +207,7 @@ def test_terms_are_summed_over_stages_and_can_be_switched_off() -> None:
     assert not any(value.requires_grad for name, value in terms.items() if name != "loss")
     with torch.no_grad():
         stages, predicted = model.answer(observed, pixels)
-    flat = sum(float(flat_cosine_distance(t, s).mean()) for t, s in zip(stages, predicted.groups, strict=True))
+    flat = sum(float(flat_cosine_distance(t, s).mean()) for t, s in zip(stages, predicted, strict=True))
     assert float(terms["flat"]) == pytest.approx(flat, rel=1e-4)
     only = model_of("rd").train()
     assert list(only.losses(only.observe(x), only.shrink(x), 0, TrainConfig())) == ["loss", "flat"]
@@ -216,56 +219,76 @@ def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
     seen = []
     model.gather = lambda part: seen.append(part.shape[0]) or part.repeat(2, 1, 1)
     model.losses(model.observe(x), model.shrink(x), 0, TrainConfig())
-    assert seen == [2, 2] * len(model.groups.channels)
+    assert seen == [2, 2] * len(model.stages.channels)
 
 
 # -------------------------------------------------------------------------------------------- scoring
 
 
-def test_plain_scores_are_those_of_reverse_distillation(parts: Path) -> None:
-    """Map = cosine distances summed over stages; score = a rising function of its maximum, the same for all."""
-    model = trained(parts, "rd").fitted.model.eval()
+@torch.no_grad()
+def rd4ad(model: StructuralModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Cosine distances of the stages, raised to the finest grid, summed, raised to the map's size and smoothed."""
+    x = model.teacher.normalise(fit_size(pixels, model.shape.size))
+    observed = model.observe(x)
+    stages, predicted = model.answer(observed, model.shrink(x))
+    assert torch.equal(stages[0], observed.maps[model.stages.at[0]])  # raw features, nothing standardised
+    distances = [1 - (t * s).sum(1) / t.norm(dim=1) / s.norm(dim=1) for t, s in zip(stages, predicted, strict=True)]
+    side = max(model.stages.map_sides)
+    summed = sum(F.interpolate(d[:, None], size=(side, side), mode="bilinear") for d in distances)
+    large = F.interpolate(summed, size=(model.scorer.map_side,) * 2, mode="bilinear")
+    return smooth(large, model.scorer.kernel)
+
+
+@pytest.mark.parametrize("name", ["rd", "fd"])
+def test_plain_scores_are_those_of_reverse_distillation(name: str, parts: Path) -> None:
+    """Score = surprise of the maximum of the map in standard deviations of images held out: rising with it."""
+    detector = trained(parts, name)
+    model = detector.fitted.model.eval()
     assert isinstance(model, StructuralModel)
-    x = model.teacher.normalise(noise(12))
+    pixels, held = noise(12), choose_images(train_samples(parts), detector.config)[1]
+    good = torch.from_numpy(np.stack([resize_rgb(read_rgb(s.image), model.shape.size) for s in held])).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
-        observed = model.observe(x)
-        out = model.score(observed, model.shrink(x))
-        stages, predicted = model.answer(observed, model.shrink(x))
-    assert torch.equal(stages[0], observed.maps[0])  # raw features, nothing standardised
-    distances = [position_cosine_distance(t, s) for t, s in zip(stages, predicted.groups, strict=True)]
-    summed = torch.stack([upsample(d, model.scorer.side)[:, 0] for d in distances]).sum(0)
-    torch.testing.assert_close(out.map_B1HW, smooth(upsample(summed, model.scorer.map_side), model.scorer.kernel))
-    torch.testing.assert_close(out.score_local_B, out.map_B1HW.amax((1, 2, 3)))
-    torch.testing.assert_close(out.score_semantic_B, summed.mean((1, 2)))
-    torch.testing.assert_close(out.groups_BG, torch.stack([d.amax((1, 2)) for d in distances], 1))
-    order = out.score_local_B.argsort()
-    assert (out.score_B[order].diff() > 0).all()
-    assert not list(model.scorer.residuals)
+        out = model(pixels)
+    map_B1HW = rd4ad(model, pixels)
+    torch.testing.assert_close(out.map_B1HW, map_B1HW, rtol=1e-4, atol=1e-5)
+    peak_B, good_n = map_B1HW.amax((1, 2, 3)), rd4ad(model, good).amax((1, 2, 3))
+    torch.testing.assert_close(out.readings_BR, peak_B[:, None], rtol=1e-4, atol=1e-5)
+    z = ((peak_B - good_n.mean()) / good_n.std(correction=0)).double()
+    torch.testing.assert_close(out.score_local_B.double(), z, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out.score_B, surprise(out.score_local_B))
+    assert not out.score_semantic_B.any()  # no semantic student: nothing is said
+    assert (out.score_B[peak_B.argsort()].diff() > 0).all()
+    assert not model.scorer.gaussians()
 
 
-def test_whitened_residuals_are_measured_on_normal_images(parts: Path) -> None:
+def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
     model = trained(parts, "snl").fitted.model.eval()
     assert isinstance(model, StructuralModel)
-    teacher, student = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
-    half = model.scorer.residual(0, teacher, student).square().sum(2) / 2
-    torch.testing.assert_close(half, position_cosine_distance(teacher, student).flatten(1))
-    assert all(float(m.whiten_KDD.diagonal(dim1=1, dim2=2).std()) > 0 for m in model.scorer.maps_of_groups())
+    scorer = model.scorer
+    assert scorer.gaussians()
+    assert all(float(one.whiten_KDD.float().diagonal(dim1=1, dim2=2).std()) > 0 for one in scorer.gaussians())
+    pixels = noise(3, model.shape.size)
     with torch.no_grad():
-        out = model(noise())
-    torch.testing.assert_close(out.score_B, out.surprise_local_B + out.surprise_semantic_B)
+        out = model(pixels)
+    torch.testing.assert_close(out.readings_BR[:, 0], rd4ad(model, pixels).amax((1, 2, 3)))
+    link = scorer.clusters.link_K[out.cluster_B]
+    torch.testing.assert_close(out.score_B, link * surprise(out.score_local_B) + surprise(out.score_semantic_B))
+    grids = zip(model.stages.map_sides, model.stages.channels, strict=True)
+    assert [t.shape for t in model.targets(model.observe(pixels))] == [(3, n * n, d) for n, d in grids]
 
 
-def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees() -> None:
+def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("rd").eval()
-    token = torch.zeros(2, sum(model.teacher.info.token_channels))
-    sides = zip(model.groups.channels, model.groups.map_sides, strict=True)
-    stages = [torch.randn(2, c, s, s) for c, s in sides]
-    good = [torch.stack([stage[0], -stage[1]]) for stage in stages]
+    observed = model.observe(model.teacher.normalise(noise(2, model.shape.size)))
+    said = [torch.stack([stage[0], -stage[1]]) for stage in model.stages.of(observed)]
+    monkeypatch.setattr(model.student, "forward", lambda stages, pixels: said)
     with torch.no_grad():
-        out = model.scorer(stages, token, Predicted(good, ()))
-    assert float(out.score_local_B[0]) == pytest.approx(0.0, abs=1e-5)
-    assert float(out.score_local_B[1]) == pytest.approx(2.0 * len(stages), abs=1e-4)
-    assert float(out.score_semantic_B[1]) > float(out.score_semantic_B[0])
+        out = model.score(observed, noise(2)[:, :, :0, :0])
+    assert float(out.readings_BR[0, 0]) == pytest.approx(0.0, abs=1e-5)
+    assert float(out.readings_BR[1, 0]) == pytest.approx(2.0 * len(said), abs=1e-4)
+    assert float(out.score_B[1]) > float(out.score_B[0])
 
 
 @pytest.mark.parametrize("name", ["snl", "rd", "fd"])
@@ -306,7 +329,7 @@ def test_input_side_where_none_is_asked_for() -> None:
 def test_the_paper_like_teacher_gives_its_first_three_layers() -> None:
     with torch.device("meta"):
         teacher = create_teacher("wide-resnet50-2", pretrained=False)
-        stages = Stages(teacher.info, 256)
+        stages = Stages(teacher.info, Selection(teacher.info, 256, STAGES))
     assert stages.channels == [256, 512, 1024]
     assert stages.map_sides == [64, 32, 16]
 

@@ -19,39 +19,45 @@ def decision(sizes: dict[str, int], **changes: object) -> Decision:
     return Decision(good, tuple(sizes), (0.0, 8.0), **{"budget": Budget(0.01), **changes})
 
 
-def test_every_rule_is_named_and_explained_once() -> None:
-    fixed = {"labelled": Threshold(2.0, 0.1, False, "chosen")}
-    made = decision({"big": 150, "wide": 40, "narrow": 80, "tiny": 5, "labelled": 120}, fixed=fixed)
+def rows_of(made: Decision) -> dict[str, dict[str, object]]:
     table = threshold_table(made)
-    rules = {row[0]: row[-2] for row in table.rows}
-    assert rules == {
-        "big": "own images", "wide": "own tail", "narrow": "small classes", "tiny": "small classes",
-        "labelled": "labels", "all classes": "own images",
+    return {str(row[0]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def test_every_class_has_its_own_threshold_and_says_how_often_it_is_wrong() -> None:
+    fixed = {"labelled": Threshold(2.0, 0.1, False, "chosen")}
+    made = decision({"big": 150, "wide": 40, "tiny": 5, "labelled": 120}, fixed=fixed)
+    rows = rows_of(made)
+    assert {name: row["false alarms"] for name, row in rows.items()} == {
+        "big": "about 1 %", "wide": "about 1 in 41", "tiny": "about 1 in 6",
+        "labelled": "chosen on labelled images", "all classes": "about 1 %",
     }  # fmt: skip
-    for name in set(rules.values()):
-        assert table.note.count(f"{name}: ") == 1
-    assert "every class: " not in table.note
-    values = dict(zip(table.columns, next(row for row in table.rows if row[0] == "wide"), strict=True))
-    assert values["good images"] == 40
-    assert values["budget"] == "1 %"
-    assert values["called bad"] == 0
-    assert values["threshold"] == made.rule("wide").image.value > made.rule("narrow").image.value
-    assert list(threshold_lines(made))[-1] == "labelled: chosen"
-    called = next(row for row in table.rows if row[0] == "labelled")[-1]
+    assert {name: row["good images"] for name, row in rows.items()} == {
+        "big": 150, "wide": 40, "tiny": 5, "labelled": 120, "all classes": 315
+    }  # fmt: skip
+    assert (rows["big"]["called bad"], rows["wide"]["called bad"], rows["tiny"]["called bad"]) == (0, 0, 0)
+    assert rows["wide"]["threshold"] == made.rule("wide").image.value > made.rule("big").image.value
+    called = rows["labelled"]["called bad"]
     assert called == int((made.good.score[made.good.of_class("labelled", given=True)] >= 2.0).sum()) > 0
+    lines = list(threshold_lines(made))
+    assert lines[-1] == "labelled: chosen"
+    assert threshold_table(made).note in lines
 
 
-def test_too_few_images_are_not_called_a_promise() -> None:
-    assert "too few images to promise the budget" in threshold_table(decision({"a": 9})).note
-    assert "a model and no promise" in threshold_table(decision({"a": 60})).note
-    assert "whatever the scores look like" in threshold_table(decision({"a": 99})).note
-    assert "every class: too few images to say" in threshold_table(decision({"a": 150, "b": 9})).note
+def test_sessions_and_classes_without_images_are_not_called_a_promise_of_their_own() -> None:
+    strict = decision({"a": 240}, by_group=True)
+    good = GoodScores(**{**strict.good.to_dict(), "score": strict.good.score, "peak": strict.good.peak,
+                         "distance": strict.good.distance, "group": ("day", "night") * 120})  # fmt: skip
+    sessions = Decision(good, ("a", "new"), (0.0, 8.0), Budget(0.01), by_group=True)
+    assert rows_of(sessions)["a"]["false alarms"] == "at most 1 % in every session"
+    unseen = Decision(strict.good, ("a", "new"), (0.0, 8.0), Budget(0.01))
+    assert rows_of(unseen)["new"]["false alarms"] == "unknown: no good image of this class"
 
 
 def test_a_third_answer_has_its_column() -> None:
     table = threshold_table(decision({"a": 120}, budget=Budget(0.01, unsure=0.1)))
-    assert table.columns[3:5] == ("unsure from", "threshold")
-    assert table.rows[0][3] < table.rows[0][4]
+    assert table.columns[2:4] == ("unsure from", "threshold")
+    assert table.rows[0][2] < table.rows[0][3]
 
 
 def test_of_many_classes_one_row_is_printed() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,13 +121,6 @@ class Result:
         colours = colourise(resize_map(self.grid, *side), self.scale)
         mixed = (1 - opacity) * self.rgb + opacity * colours
         return Image.fromarray(mixed.round().astype(np.uint8))
-
-    def save_overlay(self, path: Path | str, opacity: float = 0.5) -> Path:
-        """Write `overlay` as PNG or JPEG and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.overlay(opacity).save(target)
-        return target
 
 
 def severity(score: float, threshold: float) -> float:

@@ -117,8 +117,11 @@ def left_out(images_V: Tensor) -> Tensor:
 
 
 def whitening(covariance_DD: Tensor) -> Tensor:
-    """D x D matrix W with x W of identity covariance, after adding ``RIDGE`` to the correlations' diagonal."""
-    scale_D = covariance_DD.diagonal().sqrt().clamp_min(1e-9)
+    """D x D matrix W with x W of identity covariance, after adding ``RIDGE`` to the correlations' diagonal.
+
+    Standard deviations are at least what keeps W finite in fp16: a ReLU can be silent on all good images.
+    """
+    scale_D = covariance_DD.diagonal().sqrt().clamp_min(RIDGE**-0.5 / torch.finfo(torch.float16).max)
     correlation = covariance_DD / scale_D / scale_D[:, None]
     eye = torch.eye(len(scale_D), dtype=correlation.dtype, device=correlation.device)
     lower = torch.linalg.cholesky(correlation + RIDGE * eye)
