@@ -18,7 +18,7 @@ from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision
+from twinspect.decision import Decision, mixed_up
 from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
@@ -162,7 +162,7 @@ def _fitted(
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision = decide(model, source, train_at, held_at, good)
     record = _record(model.cpu(), source, train_at, held_at, report)
-    record["notes"] = notes
+    record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
