@@ -14,10 +14,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from sklearn.covariance import OAS
 from torch import Tensor
 from torch.nn import functional
-
-from twinspect.models.statistics import shrink_to_identity
 
 Batches = Callable[[], Iterable[Tensor]]  # every call goes through all normal images, B x P x D at a time
 READINGS = ("max", "max of 3 x 3 means", "top 1 %", "mean")
@@ -141,8 +140,7 @@ def gaussian_distance(known_NF: Tensor, tested_BF: Tensor, classes: Sequence[str
     owners = {name: [i for i, own in enumerate(names) if own == name] for name in sorted(set(names))}
     means = {name: known[at].mean(0) for name, at in owners.items()}
     centred = torch.cat([known[at] - means[name] for name, at in owners.items()])
-    covariance = (centred.T @ centred / len(known))[None]
-    shrunk = shrink_to_identity(covariance, torch.tensor(float(len(known))))[0]
+    shrunk = torch.from_numpy(OAS(assume_centered=True).fit(centred.numpy()).covariance_)
     shrunk += 1e-6 * shrunk.diagonal().mean().clamp_min(1e-12) * torch.eye(len(shrunk), dtype=shrunk.dtype)
     lower = torch.linalg.cholesky(shrunk)
     whiten = [torch.linalg.solve_triangular(lower, (tested - mean).T, upper=False) for mean in means.values()]

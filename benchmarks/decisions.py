@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from twinspect.models.prototypes import Prototypes
 
 from twinspect import Detector
 from twinspect import data as data_room
@@ -42,8 +41,9 @@ from twinspect.decision import Decision
 from twinspect.drift import DriftMonitor
 from twinspect.inference.predictor import classes_of_clusters
 from twinspect.metrics import auroc
-from twinspect.models.contract import AnomalyModel, TokenScale
-from twinspect.models.statistics import TokenDistance
+from twinspect.models.clusters import Clusters
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
 from twinspect.recalibrate import score_images
 from twinspect.report import Table
 from twinspect.results import text_table
@@ -182,7 +182,7 @@ def scenes(model: AnomalyModel, parts: dict[str, Sequence[Sample]], cache_gb: fl
     source = FeatureSource(model, samples, cache_folder(model, len(samples), cache_gb), progress)
     if source.skipped:
         raise SystemExit(f"cannot be read: {source.skipped[0].path}: {source.skipped[0].reason}")
-    seen = [(one.token_BE, one.embedding_BF) for _, one, _ in source.batches(range(len(samples)))]
+    seen = [(one.tokens[0], one.embedding_BF) for _, one, _ in source.batches(range(len(samples)))]
     tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
     names = [name for name, members in parts.items() for _ in members]
     return Scenes(tokens, embeddings, np.array([s.class_name for s in samples]), np.array(names))
@@ -192,8 +192,8 @@ def scenes(model: AnomalyModel, parts: dict[str, Sequence[Sample]], cache_gb: fl
 def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]:
     """For every class: how well its good images stand apart by `class_p`, if the model has not seen the class.
 
-    The distance behind it is the length of the teacher's token, whitened by the spread around the nearest scene
-    variant. That is learnt anew without each class, by the steps that `fit` takes; students would not change it.
+    The distance behind it is the Mahalanobis distance of the teacher's tokens from the nearest variant. That is
+    learnt anew without each class, by the steps that `fit` takes; students would not change it.
     """
     train, held = choose_images(samples, detector.config)
     test = [s for s in samples if s.split == TEST and s.label == 0]
@@ -204,25 +204,28 @@ def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]
 
 
 def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
-    info, known = fitted.model.teacher.info, seen.class_name != name
-    learnt = torch.from_numpy((seen.part == "train") & known)
-    scale = TokenScale(info)
-    scale.fit(seen.token_NE[learnt])
-    token = scale(seen.token_NE)
-    found = Prototypes(token.shape[1], most=fitted.model.scorer.prototypes.most)
-    found.fit(token[learnt], fitted.config.train.seed)
-    found.join_varied(token[learnt], seen.embedding_NF[learnt])
-    length = TokenDistance(token.shape[1])
-    length.fit(token[learnt], found.variant(token[learnt]), found.variants)
-    distance, prototype = length(token, found.variant(token)).double().numpy(), found(token).numpy()
-    owners = classes_of_clusters(prototype[learnt.numpy()], seen.class_name[learnt.numpy()].tolist(), found.count)
-    held = (seen.part == "held") & known
-    nothing = np.zeros(int(held.sum()))
-    predicted = tuple(owners[k] for k in prototype[held])
-    good = GoodScores(nothing, nothing, distance[held], tuple(seen.class_name[held]), predicted)
+    known = seen.class_name != name
+    learnt = torch.from_numpy(np.isin(seen.part, ("train", "held")) & known)
+    token, names = seen.token_NE, seen.class_name[learnt.numpy()].tolist()
+    clusters = Clusters(token.shape[1])
+    seed = fitted.config.train.seed
+    variant_n, _ = clusters.fit(token[learnt], seen.embedding_NF[learnt], names, seed)
+    length = TokenGaussian(token.shape[1])
+    length.fit(token[learnt], variant_n, clusters.owner_V)
+    order = torch.randperm(len(variant_n), generator=torch.Generator().manual_seed(seed))
+    fitted_on = cross_fitted_tokens(token[learnt], variant_n, clusters.owner_V, order % 5)
+    variant, cluster = clusters(token)
+    distance = length(token, variant, cluster)
+    distance[learnt] = fitted_on
+    distance, cluster = distance.double().numpy(), cluster.numpy()
+    owners = classes_of_clusters(cluster[learnt.numpy()], names, clusters.count)
+    own = learnt.numpy()
+    nothing = np.zeros(int(own.sum()))
+    predicted = tuple(owners[k] for k in cluster[own])
+    good = GoodScores(nothing, nothing, distance[own], tuple(names), predicted)
     decision = Decision(good, owners, (0.0, 1.0), Budget())
     test = seen.part == "test"
-    said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(prototype[test], distance[test], strict=True)]
+    said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(cluster[test], distance[test], strict=True)]
     p, flagged = np.array([one.class_p for one in said]), np.array([bool(one.unknown_class) for one in said])
     unknown = (~known[test]).astype(int)
     return {

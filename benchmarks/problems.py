@@ -31,8 +31,13 @@ from twinspect.types import Sample
 
 DRAWS = 400
 PIXEL = ("pixel_auroc", "aupro")
-FOLDERS = {"parts": ("parts", "auto"), "scenes": ("scenes", "view"), "cifar10": ("cifar10", "cifar10")}
-SETS = ("parts", "textile", "scenes", "cifar10")
+FOLDERS = {
+    "parts": ("parts", "auto"),
+    "parts2": ("parts2", "auto"),
+    "scenes": ("scenes", "view"),
+    "cifar10": ("cifar10", "cifar10"),
+}
+SETS = ("parts", "parts2", "textile", "scenes", "cifar10")
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def problems_of(name: str, data: Path, limit: int) -> list[Problem]:
         return [textile(limit)]
     folder, layout = FOLDERS[name]
     samples = limited(data_room.load(data / folder, layout).samples, limit)
-    protocols = ("multi-class",) if name == "parts" else ("one-vs-rest", "unified")
+    protocols = ("multi-class",) if name.startswith("parts") else ("one-vs-rest", "unified")
     return [of_split(name, p, split) for p in protocols for split in make_splits(samples, p)]
 
 

@@ -50,7 +50,7 @@ def pooled_embeddings(config, samples, console):
     model = build_model(config.model)
     source = FeatureSource(model, samples, cache_folder(model, len(samples), config.train.cache_gb), console.progress)
     found = [observed for _, observed, _ in source.batches(range(len(source)))]
-    tokens = torch.cat([observed.token_BE for observed in found]).float()
+    tokens = torch.cat([observed.tokens[0] for observed in found]).float()
     head = torch.cat([observed.embedding_BF for observed in found]).float()
     stages = [*torch.split(tokens, list(model.teacher.info.token_channels), dim=1), head]
     return {place(s): row for row, s in enumerate(source.samples)}, stages

@@ -37,7 +37,7 @@ from twinspect.training.decide import decide
 from twinspect.training.fit import build_model, cache_folder, choose_images, fit
 from twinspect.training.resume import take_over
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import calibrate, fit_statistics
+from twinspect.training.statistics import fit_statistics
 
 TERMS = "spatial,channel,intra,inter"
 # Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.
@@ -93,9 +93,8 @@ def rescored(fitted, samples, config, console):
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
-    train_prototypes = fit_statistics(model, source, train_at, config.train.seed, console.progress)
-    held = calibrate(model, source, held_at)
-    return model, decide(model, source, train_at, train_prototypes, held_at, held, fitted.decision.map_scale)
+    good = fit_statistics(model, source, train_at, held_at, config.train.seed, console.progress)
+    return model, decide(model, source, train_at, held_at, good)
 
 
 def measured(rows, samples, configs, plan, console):

@@ -46,7 +46,7 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
-from twinspect.recipes import mvtec_ad_multi
+from twinspect.recipes import RECIPES
 from twinspect.training.fit import choose_images, fit
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -256,7 +256,7 @@ def published(given: argparse.Namespace, samples: Sequence[Sample]) -> list[dict
         model = ModelConfig(teacher=file.stem, weights=str(file), size=given.size)
         found += [{"teacher": file.stem, **row} for row in by_scoring(samples, model, trained(given), given.scorings)]
         print_table(found[-len(given.scorings) :])
-    for other in mvtec_ad_multi().published:
+    for other in RECIPES["mvtec-ad-multi"].published:
         print(f"published  {other.system:<20} image AUROC {other.values['image_auroc']:.1f}   {other.source}")
     return found
 

@@ -12,9 +12,8 @@ import pytest
 # Before torch is imported, and in the environment, so that processes started by tests compute the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from layouts import Plan, write
 from tiny import RANDOM, good_folder, run_config, train_samples
-
-from twinspect.data.synthetic import Plan, write
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from tiny import picture
 from typer.testing import CliRunner
 
+from twinspect.bench import BenchOptions, bench
 from twinspect.cli import app
 from twinspect.errors import ConfigError
 from twinspect.export_commands import parse_batches
+from twinspect.inference.runtimes import load_predictor
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a script of ``benchmarks/``."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def onnx_of_two(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that is fixed to two images a call."""
+    from twinspect.inference.export import ExportOptions, export
+
+    path = tmp_path_factory.mktemp("bench") / "two.onnx"
+    export(quick.fitted, path, ExportOptions(batch=2))
+    return path
 
 
 def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) -> None:
@@ -26,7 +51,6 @@ def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) ->
         assert set(one["share"]) == {"decode", "preprocess", "graph", "post"}
         assert sum(one["share"].values()) == pytest.approx(1, abs=1e-6)
         assert set(one["graph_share"]) == {"teacher", "local", "semantic", "scorer", "other"}
-        assert one["ratio_to_teacher"] > 0
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "1,,2", "-1"])
@@ -35,13 +59,48 @@ def test_batches_that_are_none(text: str) -> None:
         parse_batches(text)
 
 
-def test_train_profile_says_time_and_bound_of_every_part(quick, parts: Path, tmp_path: Path) -> None:
+def test_parts_of_an_export_fixed_to_a_number_of_images(onnx_of_two: Path) -> None:
+    report = bench(BenchOptions(onnx_of_two, batches=(1, 4), seconds=0.1), lambda _stage, _done, _total: None)
+    for one in report.batches:
+        assert set(one.graph_share) <= {"teacher", "local", "semantic", "scorer", "other"}
+        assert sum(one.graph_share.values()) == pytest.approx(1)
+
+
+def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benchmark_module) -> None:
+    """What is timed as the bare teacher reads raw pixels and says what the teacher says."""
+    import onnx
+    import onnxruntime as ort
+    import torch
+
+    bare = benchmark_module("bare_teacher")
+    proto = onnx.load(str(onnx_of_two))
+    said = bare.cut_to_teacher(proto)
+    assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
+    model = quick.fitted.model
+    pixels = np.stack([picture(i, model.shape.size, model.shape.size) for i in range(2)])
+    found = ort.InferenceSession(proto.SerializeToString()).run(said, {"image": pixels})
+    with torch.no_grad():
+        features = model.teacher.features(model.teacher.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    # Every number of the deepest map is somewhere in what the cut graph says, in whatever layout.
+    deepest = np.sort(features.maps[-1].numpy().ravel())
+    assert any(one.size >= deepest.size and _holds(np.sort(one.ravel()), deepest) for one in found)
+    assert bare.cut_to_teacher(proto) == []  # nothing leaves a teacher that stands alone
+    runtime = load_predictor(onnx_of_two).runtime
+    assert bare.ratio(runtime, onnx_of_two, 1, pixels) > 0
+
+
+def _holds(sorted_values: np.ndarray, wanted: np.ndarray) -> bool:
+    at = np.searchsorted(sorted_values, wanted).clip(1, len(sorted_values) - 1)
+    apart = np.minimum(np.abs(sorted_values[at] - wanted), np.abs(sorted_values[at - 1] - wanted))
+    return bool(apart.max() < 1e-3)
+
+
+def test_training_says_time_and_bound_of_every_part(quick, parts: Path, tmp_path: Path, benchmark_module) -> None:
     bundle = quick.save(tmp_path / "m.twin")
     before = bundle.read_bytes()
-    options = ["--train", "--batch", "1,4", "--seconds", "0.1", "--images", str(parts)]
-    found = CliRunner().invoke(app, ["bench", str(bundle), *options])
-    assert found.exit_code == 0, found.output
-    report = json.loads(found.stdout.splitlines()[-1])
+    found = benchmark_module("training").profile(bundle, parts, batch=4, seconds=0.1)
+    assert len(list(found.lines())) >= 4
+    report = dataclasses.asdict(found)
     students = [f"{name} {way}" for name in ("local", "semantic") for way in ("forward", "backward")]
     assert set(report["parts"]) == {"decode", "teacher", "read", *students, "rest", "optimiser"}
     assert report["batch"] == 4
@@ -62,20 +121,10 @@ def test_train_profile_says_time_and_bound_of_every_part(quick, parts: Path, tmp
     assert bundle.read_bytes() == before
 
 
-def test_an_export_cannot_be_trained(quick, parts: Path, tmp_path: Path) -> None:
-    from twinspect.bench import BenchOptions
-    from twinspect.bench_train import bench_train
-
-    path = tmp_path / "m.onnx"
-    path.write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"give its bundle \(\.twin\)"):
-        bench_train(BenchOptions(path), lambda _stage, _done, _total: None)
-
-
-def test_operations_of_a_depthwise_convolution_are_counted_by_group() -> None:
+def test_operations_of_a_depthwise_convolution_are_counted_by_group(benchmark_module) -> None:
     import torch
 
-    from twinspect.bench_train import _Meter
+    _Meter = benchmark_module("training")._Meter
 
     layer, x = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), torch.randn(2, 8, 5, 5, requires_grad=True)
     with _Meter(counted=True) as forward:

@@ -112,6 +112,7 @@ def test_rows_and_columns(whole: list[dict[str, Any]], quick: Detector, shots: P
         if not row["error"]:
             assert row["score"] == pytest.approx(result.score, rel=1e-3, abs=1e-3)
             assert row["margin"] == row["score"] - row["threshold"]
+            assert row["severity"] == row["score"] / row["threshold"]
             assert row["is_anomaly"] == (row["margin"] >= 0)
     assert whole[3]["path"].endswith("003.png")
     assert whole[3]["score"] is None

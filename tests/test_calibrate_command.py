@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, write
 from tiny import RANDOM, images_to_test, picture, run_config, save, train_samples
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from twinspect import Detector
 from twinspect.bundle import read_bundle, write_bundle
 from twinspect.cli import app
 from twinspect.data.images import read_rgb
-from twinspect.data.synthetic import Plan, write
 from twinspect.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError
 

@@ -304,10 +304,8 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
         (["diagnose", "M", "D", "--seed", -5], "--seed -5: accepted 0 to"),
         (["diagnose", "M", "D", "--count", 10**9], "--count 1000000000: accepted 1 to 10,000"),
         (["export", "M", "--out", "x.onnx", "--batch", 10**9], "--batch 1000000000: accepted 0 to 4,096"),
-        (["reproduce", "mvtec-ad-multi", "--smoke", "--seed", -5], "--seed -5: accepted 0 to"),
+        (["reproduce", "mvtec-ad-multi", "--root", "D", "--seed", -5], "--seed -5: accepted 0 to"),
         (["data", "inspect", "D", "--seed", -5], "--seed -5: accepted 0 to"),
-        (["data", "synth", "mvtec-ad", "none", "--seed", -5], "--seed -5: accepted 0 to"),
-        (["data", "synth", "mvtec-ad", "none", "--test", -5], "--test -5: accepted 0 to 100,000"),
         (["drift", "M", "t.csv", "--false-alarm-rate", "nan"], "--false-alarm-rate nan: accepted"),
     ],
 )
@@ -332,7 +330,7 @@ def test_numbers_out_of_range_are_refused(
         ["data", "manifest", "D", "--out", "X/a.csv"],
         ["fit", "D", "--out", "new.twin", "--work", "X/work"],
         ["demo", "--out", "X/demo"],
-        ["reproduce", "mvtec-ad-multi", "--smoke", "--out", "X/out"],
+        ["reproduce", "mvtec-ad-multi", "--root", "D", "--out", "X/out"],
         ["predict", "M", "D", "--out", "X/a.csv"],
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, write
 from PIL import Image
 from tiny import RANDOM, run_config
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ from twinspect import evaluation as room
 from twinspect.cli import app
 from twinspect.data import load
 from twinspect.data.samples import read_regions
-from twinspect.data.synthetic import Plan, write
+from twinspect.decision import count_calls
 from twinspect.errors import ConfigError, DataError
 from twinspect.eval_command import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
 from twinspect.evaluation import evaluate, shared_defects
@@ -337,6 +338,57 @@ def test_lines_show_a_dash_where_nothing_is_defined() -> None:
         "classes": {"a": {"m": 0.25}, "b": {}}, "mean": {"m": 0.25}, "students": {"score_local": {"m": 0.5}},
         "defects": {},
     }  # fmt: skip
+    values |= {"decisions": {}, "decisions_mean": {}}
     lines = list(metric_lines(values))
     assert any(line.split() == ["b", "-"] for line in lines)
     assert any(line.split() == ["a", "0.2500"] for line in lines)
+
+
+def test_decisions_at_the_thresholds_stand_beside_auroc(tmp_path: Path, loco: Path, bundle_of_loco: Path) -> None:
+    outputs = [tmp_path / f"r{suffix}" for suffix in (".md", ".html")]
+    written = [word for path in outputs for word in ("--out", path)]
+    code, said, _ = call("eval", bundle_of_loco, loco, "--json", tmp_path / "r.json", *written)
+    assert code == 0
+    values = json.loads((tmp_path / "r.json").read_text())
+    detector = Detector.load(bundle_of_loco)
+    samples = room.test_samples(load(loco).samples)
+    for name, counts in values["decisions"].items():
+        own = [s for s in samples if s.class_name == name]
+        called = [r.is_anomaly for r in detector.predictor().predict(own)]
+        found = sum(c for s, c in zip(own, called, strict=True) if s.label)
+        alarms = sum(c for s, c in zip(own, called, strict=True) if not s.label)
+        assert counts == {
+            "defects": 6, "found": found, "found_rate": found / 6,
+            "good": 4, "false_alarms": alarms, "false_alarm_rate": alarms / 4,
+        }  # fmt: skip
+        assert f"{found} of 6" in said
+        assert f"{alarms} of 4" in said
+    rates = [row["found_rate"] for row in values["decisions"].values()]
+    assert values["decisions_mean"]["found_rate"] == pytest.approx(np.mean(rates))
+    heading = next(line for line in said.splitlines() if "defects found" in line)
+    assert "image AUROC" in heading
+    assert "false alarms" in heading
+    for path in outputs:
+        assert "decisions at the thresholds in use" in path.read_text()
+
+
+def test_only_good_images_give_their_false_alarms_and_no_empty_columns(tmp_path: Path, bundle_of_loco: Path) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(classes=1, size=48, good=3, defect=4))
+    for folder in (tmp_path / "set").glob("*/test/*"):
+        if folder.name != "good":
+            shutil.rmtree(folder)
+    code, said, problem = call("eval", bundle_of_loco, tmp_path / "set", "--json", tmp_path / "r.json")
+    assert code == 0
+    (counts,) = json.loads((tmp_path / "r.json").read_text())["decisions"].values()
+    assert set(counts) == {"defects", "found", "good", "false_alarms", "false_alarm_rate"}
+    assert "false alarms" in said
+    assert not [word for word in ("defects found", "AUROC", "alone", "metrics") if word in said]
+    assert "image metrics are undefined" in problem
+
+
+def test_only_defects_give_what_is_found() -> None:
+    counts = count_calls([("b", 1, True), ("a", 1, False), ("a", 1, True)])
+    assert counts == {
+        "a": {"defects": 2, "found": 1, "good": 0, "false_alarms": 0, "found_rate": 0.5},
+        "b": {"defects": 1, "found": 1, "good": 0, "false_alarms": 0, "found_rate": 1.0},
+    }

@@ -6,14 +6,12 @@ import torch.nn.functional as F
 
 from twinspect.models.fold import fold_batch_norms
 from twinspect.models.layers import (
-    BlockHead,
     DecoderBlock,
     LinearAttention,
     Noise,
     NoisyBottleneck,
     Resample,
     Shrink,
-    from_rows,
     pool,
     standardise,
     to_map,
@@ -138,21 +136,12 @@ def test_standardise_is_minus_mean_over_scale() -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_rows_come_in_blocks_and_go_back_to_their_places(factor: int) -> None:
+def test_rows_come_in_blocks(factor: int) -> None:
     grid = torch.arange(2 * 8 * 8).reshape(2, 8, 8, 1).float()
     rows = to_rows(grid, factor)
-    assert torch.equal(from_rows(rows[..., 0], factor), grid[..., 0])
+    assert torch.equal(rows.flatten(1).sort(1).values, grid.flatten(1))  # every position once
     block = rows[1].reshape(-1, factor, factor)[1]  # the second token's, in the first line of tokens
     assert torch.equal(block, grid[1, :factor, factor : 2 * factor, 0])
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_a_block_head_is_a_linear_layer_and_a_pixel_shuffle(factor: int) -> None:
-    head, tokens = BlockHead(6, 3, factor), torch.randn(2, 16, 6)
-    plain = torch.nn.Linear(6, 3 * factor**2)
-    plain.load_state_dict(head.state_dict())
-    slow = F.pixel_shuffle(to_map(plain(tokens)), factor)
-    torch.testing.assert_close(head(tokens), to_rows(slow.permute(0, 2, 3, 1), factor))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_upload_heat_map_slider_mask_and_feedback(page, images: list[Path], log:
     upload(page, images)
     assert page.inner_text("#answer") == "anomaly"
     facts = page.inner_text("#facts")
-    for word in ("local student", "semantic student", "p-value", "0.0083", "bad.jpg"):
+    for word in ("local student", "semantic student", "p-value", "severity", "0.0083", "bad.jpg"):
         assert word in facts
     heat = canvas(page, "heat")
     assert heat[:60, 140:, 0].mean() > heat[100:, :, 0].mean() + 50  # red where it is bright

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from layouts import Plan, write
 
 from twinspect import Detector
 from twinspect.cli import app
-from twinspect.data.synthetic import Plan, write
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from twinspect.charts import Axis, Histogram, LineChart, Series, _thin
 from twinspect.errors import TwinspectError
 from twinspect.inference.result import Result
+from twinspect.inference.table import encode
 from twinspect.report import Case, Cases, Gallery, Section, Table, case_of, write_report
 
 VOID = {"meta", "img", "br", "path", "link", "hr", "input"}
@@ -46,7 +48,7 @@ class Page(HTMLParser):
 def result(score: float = 3.0, name: str = "a/b.png") -> Result:
     rng = np.random.default_rng(0)
     return Result(
-        name, score=score, is_anomaly=score > 2, width=300, height=200, scale=(0.0, 8.0),
+        name, score=score, threshold=2.0, is_anomaly=score > 2, width=300, height=200, scale=(0.0, 8.0),
         grid=rng.random((12, 12), dtype=np.float32) * 8,
         rgb=rng.integers(0, 256, (200, 300, 3), dtype=np.uint8),
     )  # fmt: skip
@@ -217,3 +219,18 @@ def test_the_threshold_is_written_inside_the_chart(value: float) -> None:
     bars = re.search(r'class="bar s0" d="([^"]+)"', svg)[1]
     assert min(float(y) for y in re.findall(r"V([0-9.]+)", bars)) > 20
     assert ">good<" not in svg
+
+
+def test_a_caption_says_how_severe_a_score_is() -> None:
+    assert case_of(result(3.0), "local").caption == "b.png: local, score 3.00, severity 1.50, called anomalous"
+
+
+@pytest.mark.parametrize("threshold", [math.nan, 0.0])
+def test_there_is_no_severity_without_a_threshold(threshold: float) -> None:
+    found = Result("a.png", score=3.0, threshold=threshold)
+    assert math.isnan(found.severity)
+    assert '"severity": null' in encode([found.row()], ".jsonl").decode()
+
+
+def test_severity_is_not_clamped() -> None:
+    assert Result("a.png", score=1e6, threshold=2.0).severity == 5e5

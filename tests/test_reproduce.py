@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from layouts import Plan, write
 from tiny import RANDOM
 from typer.testing import CliRunner
 
@@ -16,27 +18,43 @@ from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import DATASETS, load
 from twinspect.data.protocols import PROTOCOLS, SEMANTIC, make_splits
-from twinspect.data.synthetic import write
 from twinspect.errors import ConfigError
-from twinspect.recipes import RECIPES, find_recipe, is_vit
-from twinspect.reproduce import Choices, reproduce_command
+from twinspect.recipes import RECIPES, SEMANTIC_SIZE, Recipe, find_recipe, is_vit
 from twinspect.results import mean_of
 
 DOCS = Path(__file__).parents[1] / "docs" / "reproduce.md"
 
 
-def smoke(name: str, out: Path, teacher: str = RANDOM, seed: int = 0) -> dict:
-    """Results of a smoke run."""
-    reproduce_command(Choices(name, out=out, smoke=True, teacher=teacher, seed=seed), Console(quiet=True))
-    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+def small(recipe: Recipe, seed: int = 0) -> RunConfig:
+    """Settings of a recipe with few steps, small images, a tiny random teacher and no cache."""
+    base = recipe.config(RANDOM, seed=seed, limit_steps=2, size=64)
+    narrow = {"width": 16, "depth": 1} if base.model.model != "dual" else {}
+    train = replace(base.train, batch=8, cache_gb=0.0)
+    return RunConfig(replace(base.model, pretrained=False, **narrow), train)
+
+
+def write_small(recipe: Recipe, root: Path) -> None:
+    """A painted set of the recipe's layout."""
+    plan = Plan(size=48, train=16, calibration=6, good=3, defect=4)
+    if recipe.layout == "real-iad":
+        plan = Plan(size=48, train=4, good=1, defect=1)  # objects of five views
+    elif recipe.settings.model.size == SEMANTIC_SIZE:
+        plan = Plan(size=32, train=16, good=6)
+    write(recipe.layout, root, plan)
+
+
+def run_small(name: str, out: Path, seed: int = 0) -> dict:
+    """Results of a recipe on its painted set."""
+    recipe = find_recipe(name)
+    write_small(recipe, out / "data")
+    return room.reproduce(recipe, out / "data", out, small(recipe, seed), Console(quiet=True))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_recipe_runs_on_its_synthetic_set(tmp_path: Path, name: str) -> None:
     recipe, out = find_recipe(name), tmp_path / "out"
-    write(recipe.layout, tmp_path / "data", recipe.plan)
-    splits = make_splits(load(tmp_path / "data", recipe.layout).samples, recipe.protocol)
-    values = smoke(name, out)
+    values = run_small(name, out)
+    splits = make_splits(load(out / "data", recipe.layout).samples, recipe.protocol)
     assert values["complete"]
     assert values["splits"] == len(splits)
     assert [(r["name"], r["hash"]) for r in values["runs"]] == [(s.name, s.hash) for s in splits]
@@ -60,7 +78,9 @@ def test_every_recipe_runs_on_its_synthetic_set(tmp_path: Path, name: str) -> No
 
 
 def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
-    words = ["reproduce", "mvtec-loco-multi", "--smoke", "--out", str(tmp_path), "--limit-steps", "1"]
+    write_small(find_recipe("mvtec-loco-multi"), tmp_path / "data")
+    words = ["reproduce", "mvtec-loco-multi", "--root", tmp_path / "data", "--out", tmp_path, "--limit-steps", 1]
+    words = [str(word) for word in (*words, "--teacher", "efficientnet-lite0", "--size", 64)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "dual-student paper" in result.stdout
@@ -72,19 +92,12 @@ def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
     assert values["config"]["teacher"]["name"] == "efficientnet-lite0"
 
 
-def test_a_smoke_run_without_a_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    reproduce_command(Choices("view-unified", smoke=True, teacher=RANDOM), Console(quiet=True))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = find_recipe("visa-single")
-    root, out, config = tmp_path / "data", tmp_path / "out", recipe.smoke_config(RANDOM)
-    write(recipe.layout, root, recipe.plan)
+    root, out, config = tmp_path / "data", tmp_path / "out", small(recipe)
+    write_small(recipe, root)
     real, names = room.run_split, []
 
     def dies_at_the_second(split, config, work, console):
@@ -111,12 +124,12 @@ def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
 
 def test_other_settings_or_damage_run_again(tmp_path: Path) -> None:
     recipe = find_recipe("mvtec-ad-multi")
-    write(recipe.layout, tmp_path / "data", recipe.plan)
+    write_small(recipe, tmp_path / "data")
     (split,) = make_splits(load(tmp_path / "data").samples)
-    base, other = recipe.smoke_config(RANDOM), recipe.smoke_config(RANDOM, seed=1)
+    base, other = small(recipe), small(recipe, 1)
     key = room.run_key(split, base)
     assert key != room.run_key(split, other)
-    assert key == room.run_key(split, recipe.smoke_config(RANDOM))
+    assert key == room.run_key(split, small(recipe))
     path = tmp_path / "split.json"
     assert room.read_result(path, key) is None
     path.write_text('{"key": "')
@@ -129,7 +142,7 @@ def test_other_settings_or_damage_run_again(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     first, second, third = (
-        smoke("view-one-vs-rest", tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 5))
+        run_small("view-one-vs-rest", tmp_path / str(i), seed=seed) for i, seed in enumerate((0, 0, 5))
     )
     assert first["classes"] == second["classes"]
     assert [r["hash"] for r in first["runs"]] != [r["hash"] for r in third["runs"]]
@@ -137,8 +150,8 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 
 def test_training_copies_of_test_images_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = find_recipe("mvtec-ad-multi")
-    root, config = tmp_path / "data", recipe.smoke_config(RANDOM)
-    write(recipe.layout, root, recipe.plan)
+    root, config = tmp_path / "data", small(recipe)
+    write_small(recipe, root)
     good = root / "ring" / "test" / "good" / "000.png"
     (root / "ring" / "train" / "good" / "copy.png").write_bytes(good.read_bytes())
     full = room.reproduce(recipe, root, tmp_path / "full", config, Console())
@@ -163,17 +176,16 @@ def test_recipes_are_listed_and_refusals_say_what_to_type() -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_docstrings_say_command_cost_and_published_numbers(name: str) -> None:
-    recipe, text = find_recipe(name), RECIPES[name].__doc__ or ""
-    assert recipe.name == name
+def test_the_page_says_runs_and_published_numbers(name: str) -> None:
+    recipe = find_recipe(name)
     assert recipe.layout in DATASETS
     assert recipe.protocol in PROTOCOLS
-    assert f"twinspect reproduce {name} --root DIR" in text
-    assert f"{recipe.settings.train.steps:,} steps" in text
-    assert f"{recipe.settings.model.size} pixels" in text
-    numbers = set(re.findall(r"\d+\.\d", text.partition("Published")[2]))
-    assert numbers == {f"{value:.1f}" for p in recipe.published for value in p.values.values()}
-    assert all(p.source and p.system.split(" (")[0] in text for p in recipe.published)
+    (row,) = (line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |"))
+    runs, published = row.strip("| ").split(" | ")[-2:]
+    assert int(runs) == recipe.runs
+    assert all(f"{p.system.split(' (')[0]} {p.values['image_auroc']:.1f}" in published for p in recipe.published)
+    assert len(re.findall(r"\d+\.\d", published)) >= len(recipe.published)
+    assert all(p.source for p in recipe.published)
 
 
 def test_settings_are_the_published_ones_for_a_vit_and_the_defaults_for_a_cnn() -> None:
@@ -190,8 +202,3 @@ def test_settings_are_the_published_ones_for_a_vit_and_the_defaults_for_a_cnn() 
     assert cnn.model.size == 0
     assert is_vit("dinov3-base")
     assert not is_vit("wide-resnet50-2")
-
-
-def test_every_recipe_is_in_the_docs() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in RECIPES)

@@ -197,7 +197,6 @@ def reproduce(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; without one they are listed.")] = "",
     root: Annotated[Optional[Path], typer.Option(help="Folder of the data set.")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="Folder for results.")] = None,  # noqa: UP045
-    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds on synthetic data: shows that it runs.")] = False,
     teacher: Annotated[str, typer.Option(help="Instead of the recipe's teacher.")] = "",
     weights: Weights = None,
     seed: Seed = 0,
@@ -208,7 +207,7 @@ def reproduce(
     """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
     from twinspect.reproduce import Choices, reproduce_command
 
-    choices = Choices(recipe, root, out, smoke, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
+    choices = Choices(recipe, root, out, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
     with _console() as console:
         reproduce_command(choices, console)
 
@@ -219,8 +218,8 @@ app.command()(predict)
 @app.command()
 def export(
     bundle: Bundle,
-    out: Annotated[Path, typer.Option(help="File to write: .onnx, .xml (OpenVINO) or .pt2 (torch).")],
-    format: Annotated[str, typer.Option(help="onnx, openvino or torch; empty reads it from --out.")] = "",
+    out: Annotated[Path, typer.Option(help="File to write: .onnx or .xml (OpenVINO).")],
+    format: Annotated[str, typer.Option(help="onnx or openvino; empty reads it from --out.")] = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     batch: Annotated[int, typer.Option(help="Fix the number of images per call; 0 leaves it open.")] = 0,
     any_size: Annotated[bool, typer.Option("--any-size", help="Let the graph itself resize images.")] = False,
@@ -242,7 +241,7 @@ def export(
 
 @app.command()
 def check(
-    export: Annotated[Path, typer.Argument(help="Exported model (.onnx, .xml or .pt2).")],
+    export: Annotated[Path, typer.Argument(help="Exported model (.onnx or .xml).")],
     bundle: Bundle,
     images: Annotated[Path, typer.Argument(help="Images, 32 or more: a file, folder or quoted glob.")],
     data: Annotated[Optional[Path], typer.Option(help="Labelled data set, to compare image AUROC.")] = None,  # noqa: UP045
@@ -264,14 +263,13 @@ def bench(
     threads: Threads = 0,
     images: Annotated[Optional[Path], typer.Option(help="Images to decode; painted JPEGs without.")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="Spent on each batch size.")] = 10.0,
-    train: Annotated[bool, typer.Option("--train", help="Steps of training instead; the largest batch.")] = False,
     weights: Weights = None,
 ) -> None:
     """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
     from twinspect.export_commands import bench_command
 
     with _console() as console:
-        bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), train, console)
+        bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
 
 
 @app.command()

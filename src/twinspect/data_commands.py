@@ -1,4 +1,4 @@
-"""``twinspect data``: look at a data set, list it in a manifest, write a tiny synthetic one."""
+"""``twinspect data``: look at a data set, list it in a manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from twinspect.config import LARGEST, LARGEST_SEED
+from twinspect.config import LARGEST_SEED
 from twinspect.errors import check_range
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from twinspect.types import Sample
 
 data_app = typer.Typer(
-    name="data", help="Look at data sets, list them in manifests, write tiny ones.", no_args_is_help=True,
+    name="data", help="Look at data sets, list them in manifests.", no_args_is_help=True,
     rich_markup_mode=None,
 )  # fmt: skip
 
@@ -59,31 +59,6 @@ def manifest_command(
 
     with Console() as console:
         manifest(path, out, layout, images, details, console)
-
-
-@data_app.command("synth")
-def synth_command(
-    layout: Annotated[str, typer.Argument(help="Layout to write, such as mvtec-ad.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write to; must be empty or absent.")],
-    shape: Annotated[str, typer.Option(help="One of the shapes a layout has on disk; empty for the usual.")] = "",
-    classes: Annotated[int, typer.Option(help="Classes.")] = 2,
-    train: Annotated[int, typer.Option(help="Good training images per class.")] = 24,
-    test: Annotated[int, typer.Option(help="Good test images per class, and as many with defects.")] = 6,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of every picture.")] = 0,
-) -> None:
-    """Write a tiny synthetic data set in a layout, for tests, documentation and a first try."""
-    from twinspect.console import Console
-    from twinspect.data.synthetic import Plan
-
-    with Console() as console:
-        for option, value, low, high in (
-            ("--classes", classes, 1, 1000), ("--train", train, 1, 100_000), ("--test", test, 0, 100_000),
-            ("--size", size, 16, LARGEST), ("--seed", seed, 0, LARGEST_SEED),
-        ):  # fmt: skip
-            check_range(option, value, low, high)
-        plan = Plan(seed, size, classes, train, max(2, test // 2), test, test, shape)
-        synth(layout, folder, plan, console)
 
 
 def inspect(
@@ -130,25 +105,6 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {_quoted(out)} --images {_quoted(root)}")
-
-
-def synth(layout: str, folder: Path, plan: Any, console: Console) -> None:
-    """Write a synthetic set into an empty folder and say what is there.
-
-    Raises:
-        ConfigError: the folder holds something, or layout or shape is unknown.
-    """
-    from twinspect.data.synthetic import WRITERS, write
-    from twinspect.errors import ConfigError
-
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: exists and is not an empty folder; name a new one")
-    counts = write(layout, folder, plan)
-    images = sum(sum(asdict(row).values()) - row.masks for row in counts.values())
-    console.say(
-        f"{folder}: {layout} ({plan.shape or WRITERS[layout].shapes[0]}), {len(counts)} classes, {images} images"
-    )
-    console.say(f"look at it with: twinspect data inspect {_quoted(folder)}")
 
 
 def _split_lines(loaded: Loaded, protocol: str, seed: int) -> list[str]:

@@ -195,6 +195,28 @@ def promises(decision: Decision) -> Iterator[tuple[str, Rule]]:
         yield "all classes", decision.rule("")
 
 
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class.
+
+    Args:
+        rows: class, label and whether the image is called anomalous.
+
+    Returns:
+        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
+        ``false_alarm_rate``; a share of no images is absent.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        own = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        own["defects" if label else "good"] += 1
+        own["found" if label else "false_alarms"] += called
+    for own in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if own[whole]:
+                own[rate] = own[part] / own[whole]
+    return dict(sorted(counts.items()))
+
+
 def kept_keys(good: GoodScores, keys: Iterable[str]) -> NDArray[np.bool_]:
     """Which of these images are not among the calibration images yet."""
     present = set(good.key) - {""}

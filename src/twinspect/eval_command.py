@@ -30,6 +30,7 @@ from twinspect.results import (
     MASK_RULE,
     check_outputs,
     grouped,
+    mean_of,
     metric_table,
     publish_json,
     text_table,
@@ -38,6 +39,7 @@ from twinspect.results import (
 from twinspect.types import TEST, Sample
 
 AS_GIVEN = "test as the data say"
+_DECISIONS = "An image is called bad from the threshold of its predicted class on (severity 1)."
 _SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
 
@@ -194,6 +196,8 @@ def as_values(
         **found.table,
         "defects_mean": shared_defects(found.table["defects"]),
         "students": {name: table["mean"] for name, table in found.students.items()},
+        "decisions": found.decisions,
+        "decisions_mean": {k: v for k, v in mean_of(found.decisions).items() if k.endswith("_rate")},
         "split": {"name": test.name, "hash": test.hash, "kind": SEMANTIC if test.pooled else INDUSTRIAL},
         "failed": found.failed,
         "masks_not_used": found.masks,
@@ -251,15 +255,34 @@ def metric_lines(values: dict[str, Any]) -> Iterator[str]:
 
 def tables(values: dict[str, Any]) -> list[Table]:
     """The tables of an evaluation."""
-    found = [metric_table("metrics", values["classes"], values["mean"])]
-    students = {f"{name} alone": row for name, row in values["students"].items()}
-    columns = list(dict.fromkeys(metric for row in students.values() for metric in row))
-    rows = tuple((name, *(row.get(metric, "-") for metric in columns)) for name, row in students.items())
-    found.append(Table("mean of each student alone", ("score", *columns), rows))
+    found = [decision_table(values)] if values["decisions"] else []
+    if values["mean"]:  # undefined with one label only, which a remark says
+        found.append(metric_table("metrics", values["classes"], values["mean"]))
+        students = {f"{name} alone": row for name, row in values["students"].items()}
+        columns = list(dict.fromkeys(metric for row in students.values() for metric in row))
+        rows = tuple((name, *(row.get(metric, "-") for metric in columns)) for name, row in students.items())
+        found.append(Table("mean of each student alone", ("score", *columns), rows))
     found += defect_tables(values)
     if values.get("intervals"):
         found.append(_interval_table(values["intervals"]))
     return found
+
+
+def decision_table(values: dict[str, Any]) -> Table:
+    """Defects found and good images called bad, beside image AUROC; a column that no class has is left out."""
+    counts, mean = values["decisions"], {**values["mean"], **values["decisions_mean"]}
+    rows = {name: {**values["classes"].get(name, {}), **row} for name, row in counts.items()}
+    rows |= {"mean": mean} if len(rows) > 1 else {}
+    columns: dict[str, list[str | float]] = {}
+    if "image_auroc" in mean:
+        columns["image AUROC"] = [row.get("image_auroc", "-") for row in rows.values()]
+    for title, part, whole in (("defects found", "found", "defects"), ("false alarms", "false_alarms", "good")):
+        rate = f"{part.removesuffix('s')}_rate"
+        if rate in mean:
+            columns[title] = [f"{row[part]} of {row[whole]}" if part in row else "" for row in rows.values()]
+            columns[f"{title}, %"] = [f"{100 * row[rate]:.1f}" if rate in row else "-" for row in rows.values()]
+    body = tuple(zip(rows, *columns.values(), strict=True))
+    return Table("decisions at the thresholds in use", ("class", *columns), body, _DECISIONS)
 
 
 def defect_tables(values: dict[str, Any]) -> list[Table]:

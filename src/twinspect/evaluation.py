@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
+from twinspect.decision import count_calls
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
@@ -32,6 +33,7 @@ class Evaluation:
         table: ``classes``, ``mean``, ``defects``, ``images``, ``undefined`` of the joint score, ready for JSON.
         students: mean and per-class image metrics of each student alone.
         rows: one plain dict per image.
+        decisions: what the thresholds in use make of the images, by class; see `count_calls`.
         seconds: wall time of decoding and prediction.
         failed: images that could not be scored, with reasons.
         masks: masks that could not be used, with reasons; their images add to image metrics only.
@@ -41,6 +43,7 @@ class Evaluation:
     table: dict[str, Any]
     students: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    decisions: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     failed: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
@@ -106,7 +109,9 @@ def evaluate(
             visit(sample, result)
     table = _plain(joint.compute())
     alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
-    return Evaluation(table, alone, rows, time.monotonic() - began, failed, unused, joint)
+    seconds = time.monotonic() - began
+    decisions = count_calls((pooled or row["true_class"], row["label"], row["is_anomaly"]) for row in rows)
+    return Evaluation(table, alone, rows, decisions, seconds, failed, unused, joint)
 
 
 def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> list[str]:

@@ -10,7 +10,6 @@ from twinspect.console import Console
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.bench_train import TrainProfile
     from twinspect.inference.export import ExportOptions
     from twinspect.inference.parity import CheckImages
 
@@ -89,20 +88,13 @@ def bench_command(
     images: Path | None,
     seconds: float,
     weights: str,
-    train: bool,
     console: Console,
 ) -> None:
     """``twinspect bench``: a table for people, one line of JSON at the end."""
-    from twinspect.bench import BenchOptions, BenchReport, bench
+    from twinspect.bench import BenchOptions, bench
 
     options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
-    report: BenchReport | TrainProfile
-    if train:
-        from twinspect.bench_train import bench_train
-
-        report = bench_train(options, console.progress)
-    else:
-        report = bench(options, console.progress)
+    report = bench(options, console.progress)
     for line in report.lines():
         console.say(line)
     console.result(json.dumps(report.to_dict()))

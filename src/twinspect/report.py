@@ -128,7 +128,8 @@ def case_of(result: Result, kind: str) -> Case:
     for picture in (overlay, image):
         picture.thumbnail((THUMB, THUMB))
     said = "called anomalous" if result.is_anomaly else "called good"
-    return Case(f"{Path(result.path).name}: {kind}, score {result.score:.2f}, {said}", image, overlay)
+    numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
+    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay)
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:

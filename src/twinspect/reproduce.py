@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from twinspect.console import Console
 from twinspect.data.leaks import drop_leaks, find_leaks
 from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
-from twinspect.data.synthetic import write
 from twinspect.errors import ConfigError
 from twinspect.eval_command import defect_tables, leak_line, of_split, problem_lines, problems
 from twinspect.recipes import RECIPES, Recipe, find_recipe
@@ -56,8 +54,7 @@ class Choices:
     Attributes:
         recipe: name; empty lists them.
         root: folder of the data set.
-        out: folder for results; empty takes ``reproduce-out/<recipe>`` (a smoke run keeps nothing then).
-        smoke: synthetic data, few steps, small images.
+        out: folder for results; empty takes ``reproduce-out/<recipe>``.
         teacher: instead of the recipe's.
         weights: teacher's file.
         seed: of weights, order, noise and splits.
@@ -69,7 +66,6 @@ class Choices:
     recipe: str
     root: Path | None = None
     out: Path | None = None
-    smoke: bool = False
     teacher: str = ""
     weights: str = ""
     seed: int = 0
@@ -89,27 +85,13 @@ def reproduce_command(choices: Choices, console: Console) -> None:
             console.say(line)
         return
     recipe = find_recipe(choices.recipe)
-    if choices.smoke:
-        smoke(recipe, choices, console)
-        return
     if choices.root is None:
         raise ConfigError(
-            f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR "
-            "(or --smoke for seconds on synthetic data)"
+            f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
         )
     config = recipe.config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps, choices.size)
     out = choices.out or Path("reproduce-out") / recipe.name
     reproduce(recipe, choices.root, out, config, console, choices.drop_leaks)
-
-
-def smoke(recipe: Recipe, choices: Choices, console: Console) -> None:
-    """Run a recipe on a synthetic set of its layout, in a folder that is removed afterwards."""
-    config = recipe.smoke_config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps)
-    with tempfile.TemporaryDirectory(prefix="twinspect-smoke-") as folder:
-        root = Path(folder) / "data"
-        write(recipe.layout, root, recipe.plan)
-        out = choices.out or Path(folder) / "out"
-        reproduce(recipe, root, out, config, console, choices.drop_leaks)
 
 
 def named(teacher: str) -> str:
@@ -120,9 +102,9 @@ def named(teacher: str) -> str:
 
 
 def recipe_lines() -> Iterator[str]:
-    """Every recipe with the first line of its docstring."""
-    for name, function in RECIPES.items():
-        yield f"{name:<28}{(function.__doc__ or '').splitlines()[0]}"
+    """Every recipe with its title and what has to be computed."""
+    for name, recipe in RECIPES.items():
+        yield f"{name:<28}{recipe.title}: {recipe.cost}"
 
 
 def reproduce(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, write
 from PIL import Image
 
 from twinspect.data import load
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 from twinspect.data.scan import inside
-from twinspect.data.synthetic import Plan, write
 from twinspect.errors import DataError, ImageError
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import Plan, cifar_python, idx, write
 
 from twinspect.data import load
 from twinspect.data.containers import open_container, read_idx, read_record
 from twinspect.data.images import ImageLimits
-from twinspect.data.synthetic import Plan, write
-from twinspect.data.synthetic_containers import cifar_python, idx
 from twinspect.errors import DataError
 
 LIMITS = ImageLimits()

@@ -9,15 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from layouts import WRITERS, Plan, write, write_meta_json
 from trees import tree
 
 from twinspect.data import load
 from twinspect.data.images import read_rgb
-from twinspect.data.listed import write_meta_json
 from twinspect.data.manifest import write_manifest
 from twinspect.data.samples import read_sample_rgb
 from twinspect.data.scan import ScanLog
-from twinspect.data.synthetic import WRITERS, Plan, write
 from twinspect.errors import DataError
 
 CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]

@@ -39,6 +39,9 @@ def keeps_rows_and_gives_them_back(log: InspectionLog) -> None:
     last = found[0]
     assert (last["name"], last["at_ms"], last["bundle"], last["feedback"]) == ("5.png", 5, "parts", "")
     assert last["score_semantic"] is None  # NaN is nothing
+    assert [one["severity"] for one in found] == [1.25, 1.0, 0.75, 0.5, 0.25]
+    log.append([row(threshold=math.nan)])
+    assert log.query(Filter(limit=1))[0]["severity"] is None
     assert math.isclose(last["p_value"], 0.5)
     assert last["regions"] == []
 

@@ -42,9 +42,11 @@ def test_a_form_with_one_image_is_answered_and_kept(server: Running, log: Inspec
     assert (one["answer"], one["is_anomaly"], one["class_name"], one["error"]) == ("anomaly", True, "part", "")
     assert one["score"] == pytest.approx(BRIGHT / 25.5, rel=0.05)
     assert (one["width"], one["height"], one["n_regions"]) == (48, 40, 1)
+    assert one["severity"] == pytest.approx(one["score"] / one["threshold"])
     assert one["p_value"] == pytest.approx(1 / 121)
     (kept,) = log.query(Filter())
     assert (kept["id"], kept["name"], kept["score"]) == (one["log_id"], "part 1.png", one["score"])
+    assert kept["severity"] == one["severity"]
     assert kept["request_id"] == answer.json["request_id"] == answer.headers["x-request-id"]
 
 

@@ -5,17 +5,14 @@ A row that names a missing file is skipped and reported; one that points outside
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.class_names import VISA
 from twinspect.data.folders import MVTEC_AD, find_classes, mvtec_ad, shape_of
-from twinspect.data.images import is_image
 from twinspect.data.names import meaning
 from twinspect.data.scan import (
     ScanLog,
@@ -25,7 +22,6 @@ from twinspect.data.scan import (
     images_in,
     inside,
     listing,
-    relative_to_root,
     subfolders,
 )
 from twinspect.data.tables import (
@@ -191,12 +187,6 @@ def _real_iad_sample(images: Path, entry: dict[str, Any], split: str, where: str
     return Sample(image, split, class_name, int(anomaly), kind if anomaly else "", masks, f"{class_name}/{group}")
 
 
-def view_of(sample: Sample) -> str:
-    """Camera of a Real-IAD image, ``C1`` to ``C5``, from its file name; empty for other sets."""
-    found = re.search(r"_(C\d)_", sample.image.name)
-    return found.group(1) if found else ""
-
-
 # ------------------------------------------------------------------------------------------ meta.json
 
 
@@ -224,20 +214,6 @@ def meta_json(root: Path, log: ScanLog | None = None, images: Path | None = None
 def looks_like_meta_json(root: Path) -> bool:
     """Whether it is such a file, or a folder that holds one."""
     return any(path.name.lower() == "meta.json" for path in ([root] if os.path.isfile(root) else files_in(root)))
-
-
-def write_meta_json(samples: Iterable[Sample], path: Path, root: Path) -> None:
-    """Write ``meta.json`` with paths relative to ``root``; images inside containers cannot be listed in it.
-
-    Several masks of one image are written as their folder, if it holds nothing else.
-    """
-    content: dict[str, dict[str, list[dict[str, Any]]]] = {TRAIN: {}, TEST: {}}
-    for sample in samples:
-        entry = _meta_entry(sample, root)
-        content.setdefault(sample.split, {}).setdefault(sample.class_name, []).append(entry)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _meta_file(root: Path) -> Path:
@@ -273,29 +249,6 @@ def _meta_masks(base: Path, text: Any, where: str, log: ScanLog) -> tuple[Path, 
         return tuple(images_in(path, log))
     mask = listed_file(base, text, where, log)
     return (mask,) if mask is not None else ()
-
-
-def _meta_entry(sample: Sample, root: Path) -> dict[str, Any]:
-    if sample.record is not None:
-        raise DataError(f"{sample.image}: meta.json cannot name a record inside a file; write a manifest instead")
-    return {
-        "img_path": relative_to_root(sample.image, root),
-        "mask_path": _one_mask_path(sample, root),
-        "cls_name": sample.class_name,
-        "specie_name": sample.defect_type or ("good" if sample.label == 0 else ""),
-        "anomaly": sample.label,
-    }
-
-
-def _one_mask_path(sample: Sample, root: Path) -> str:
-    if not sample.masks:
-        return ""
-    if len(sample.masks) == 1:
-        return relative_to_root(sample.masks[0], root)
-    folder = sample.masks[0].parent
-    if sorted(p for p in folder.iterdir() if is_image(p)) != sorted(sample.masks):
-        raise DataError(f"{sample.image}: meta.json holds one mask per image, and it has {len(sample.masks)}")
-    return relative_to_root(folder, root)
 
 
 # -------------------------------------------------------------------------------------- UniAD's lines

@@ -54,11 +54,6 @@ class Split:
         roles = ((TRAIN, self.train), (CALIBRATION, self.calibration), (TEST, self.test))
         return short_hash(relative_lines(roles))
 
-    @property
-    def normal_classes(self) -> list[str]:
-        """Classes that the model learns as normal, sorted."""
-        return sorted({sample.class_name for sample in self.train})
-
     def describe(self) -> str:
         """One line with name, hash and counts, to print beside the numbers."""
         normal = sum(sample.label == 0 for sample in self.test)

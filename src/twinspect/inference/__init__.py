@@ -17,7 +17,7 @@ __all__ = ["load"]
 def load(
     path: Path | str, runtime: str = "auto", threads: int = 0, batch: int = 0, weights: Path | str = ""
 ) -> Predictor:
-    """Open a bundle (.twin) or an exported model (.onnx, .xml, .pt2); see `runtimes.load_predictor`.
+    """Open a bundle (.twin) or an exported model (.onnx, .xml); see `runtimes.load_predictor`.
 
     Example:
         >>> for result in load("model.onnx").predict("new/"):

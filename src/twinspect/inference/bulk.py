@@ -314,7 +314,8 @@ def say_result(result: Result) -> str:
     word = "ANOMALY" if result.is_anomaly else result.answer
     kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
     regions = f"  {len(result.regions)} regions" if result.regions else ""
-    return f"{word:<8} score {result.score:9.3f}  p {result.p_value:.4f}  {kind}{regions}  {result.path}"
+    numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
+    return f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
 
 
 def say_totals(totals: Totals, out: str) -> str:

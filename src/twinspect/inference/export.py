@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +27,12 @@ from twinspect.inference.predictor import check_counts
 if TYPE_CHECKING:
     from twinspect.training.fit import Fitted
 
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")
 Progress = Callable[[str, int, int], None]
 _NEEDS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
-    "torch": (),
 }
 _MOST_CALIBRATION = 100  # images whose ranges int8 takes; more changes nothing
 
@@ -44,7 +42,7 @@ class ExportOptions:
     """What is written.
 
     Attributes:
-        format: ``onnx``, ``openvino`` or ``torch``.
+        format: ``onnx`` or ``openvino``.
         precision: ``fp32``, ``fp16`` (statistics stay fp32) or ``int8``.
         batch: images per call; 0 leaves it open.
         any_size: resize images of any height and width in the graph.
@@ -63,8 +61,6 @@ class ExportOptions:
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         check_counts(0, self.batch)
-        if self.format == "torch" and self.precision != "fp32":
-            raise ConfigError(f"--format torch is written as fp32 only, not {self.precision}; type --format onnx")
         if self.format == "openvino" and self.any_size:
             raise ConfigError(
                 "--any-size with --format openvino: its antialiased resize differs from torch's, so scores would "
@@ -84,7 +80,7 @@ def export(
 
     Args:
         fitted: trained model with its decision.
-        out: file to write: ``.onnx``, ``.xml`` (with ``.bin`` and ``.json`` beside it) or ``.pt2`` (with ``.json``).
+        out: file to write: ``.onnx``, or ``.xml`` (with ``.bin`` and ``.json`` beside it).
         options: format and precision.
         images: to compare on, at least 32; painted ones without any (fp32 and fp16 only).
         calibration: good images whose ranges int8 takes; ``images`` without any.
@@ -209,8 +205,6 @@ class _Build:
     def _writer(self) -> Callable[[float], None]:
         """What writes the draft, given the share of the teacher that stays in fp32 (int8 only)."""
         self.progress("exporting", 0, 1)
-        if self.options.format == "torch":
-            return lambda _share: self._torch()
         from twinspect.inference.graph import to_onnx
 
         proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
@@ -218,17 +212,6 @@ class _Build:
         if self.options.precision != "int8":
             return lambda _share: self._plain(proto)
         return lambda share: self._int8(proto, share)
-
-    def _torch(self) -> None:
-        import torch
-
-        from twinspect.inference.graph import trace
-
-        program = trace(self.fitted.model, self.options.batch, self.options.any_size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about weights that are views of others; the comparison decides
-            torch.export.save(program, self.draft)
-        self._seal()
 
     def _plain(self, proto: Any) -> None:
         from twinspect.inference.graph import refuse_too_large, save_proto

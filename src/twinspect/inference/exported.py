@@ -1,7 +1,7 @@
 """What an exported model says of itself: metadata, precision, hash. Standard library only.
 
-An ONNX file carries everything in its ``metadata_props``, so that a line PC needs one file; OpenVINO and
-torch exports have the same JSON in a file beside them. Both are read here without any runtime: the few
+An ONNX file carries everything in its ``metadata_props``, so that a line PC needs one file; an OpenVINO
+export has the same JSON in a file beside it. Both are read here without any runtime: the few
 bytes of protobuf that are needed are walked by hand.
 """
 
@@ -23,7 +23,7 @@ from twinspect.errors import BundleError, ConfigError
 FORMAT = 1  # of the metadata; raised when a reader of an older library would misunderstand it
 OLDEST = 1  # the oldest format this library still runs
 KEY = "twinspect"
-RUNTIME_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+RUNTIME_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}
 _ONNX_METADATA_FIELD = 14  # ModelProto.metadata_props
 _SEAL = b'"sealed_sha256": "'
 _BLANK = b"0" * 64
@@ -34,7 +34,7 @@ class ExportMeta:
     """Metadata of an export.
 
     Attributes:
-        runtime: ``onnx``, ``openvino`` or ``torch``: what the file was made for.
+        runtime: ``onnx`` or ``openvino``: what the file was made for.
         precision: ``fp32``, ``fp16`` or ``int8``.
         size: input side in pixels.
         batch: images per call; 0 means any number.
@@ -70,7 +70,7 @@ class ExportMeta:
 
 
 def is_export(path: Path | str) -> bool:
-    """Whether a path names an exported model (.onnx, .xml, .pt2) rather than a bundle."""
+    """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
     return Path(path).suffix in RUNTIME_OF_SUFFIX
 
 
@@ -128,7 +128,7 @@ def export_info(path: Path) -> dict[str, Any]:
 
 
 def companion(path: Path) -> Path:
-    """The JSON file beside an OpenVINO or torch export."""
+    """The JSON file beside an OpenVINO export."""
     return path.with_suffix(".json")
 
 

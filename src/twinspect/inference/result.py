@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,11 @@ class Result:
         return self.score - self.threshold
 
     @property
+    def severity(self) -> float:
+        """Score / threshold: 1 and more is anomalous, 2 is twice the threshold. NaN without a threshold."""
+        return severity(self.score, self.threshold)
+
+    @property
     def map(self) -> NDArray[np.float32] | None:
         """Anomaly map resized (bilinear, nothing cropped) to the original height and width."""
         return None if self.grid is None else resize_map(self.grid, self.height, self.width)
@@ -93,9 +98,9 @@ class Result:
         """Plain values for a table; ``regions`` is JSON text, as tables hold no lists."""
         names = (
             "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value", "threshold",
-            "margin", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p", "unknown_class",
-            "cluster_distance", "peak", "threshold_region", "width", "height", "map_path", "mask_path", "model_id",
-            "ms", "error",
+            "severity", "margin", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p",
+            "unknown_class", "cluster_distance", "peak", "threshold_region", "width", "height", "map_path",
+            "mask_path", "model_id", "ms", "error",
         )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},
@@ -117,12 +122,10 @@ class Result:
         mixed = (1 - opacity) * self.rgb + opacity * colours
         return Image.fromarray(mixed.round().astype(np.uint8))
 
-    def save_overlay(self, path: Path | str, opacity: float = 0.5) -> Path:
-        """Write `overlay` as PNG or JPEG and return the path."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.overlay(opacity).save(target)
-        return target
+
+def severity(score: float, threshold: float) -> float:
+    """A score in multiples of its threshold, never cut off; NaN where there is no threshold above 0."""
+    return score / threshold if threshold > 0.0 else math.nan
 
 
 def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:

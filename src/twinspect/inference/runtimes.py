@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,33 +97,6 @@ class TorchRuntime:
         return {name: value.cpu().numpy() for name, value in out._asdict().items()}
 
 
-class ExportedTorchRuntime:
-    """A ``.pt2`` file (torch.export): needs torch, but neither timm nor this library's models."""
-
-    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
-        self._torch = required("torch", path)
-        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
-        if threads:
-            self._torch.set_num_threads(threads)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.program = self._torch.export.load(path).module()
-        except Exception as error:  # zip, pickle and schema errors alike
-            raise BundleError(f"{path}: torch {self._torch.__version__} cannot load it ({error})") from None
-
-    def run(self, pixels_BHWC: Pixels) -> Answers:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-        checked = check_pixels(pixels_BHWC, self.size, self.any_size)
-
-        def call(part: Pixels) -> Answers:
-            with self._torch.inference_mode():
-                answers: Mapping[str, Any] = self.program(self._torch.from_numpy(part))
-            return {name: value.numpy() for name, value in answers.items()}
-
-        return in_batches(call, checked, self.batch)
-
-
 class OnnxRuntime:
     """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
 
@@ -197,12 +169,12 @@ class OpenVinoRuntime:
 
 
 # Runtime name -> class that runs an exported file of its own format. OpenVINO also reads .onnx.
-RUNTIMES: dict[str, type[ExportedTorchRuntime] | type[OnnxRuntime] | type[OpenVinoRuntime]] = {
-    "torch": ExportedTorchRuntime,
+RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVinoRuntime]] = {
     "onnx": OnnxRuntime,
     "openvino": OpenVinoRuntime,
 }
-_READS = {"torch": (".pt2",), "onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+_ACCEPTED = ("auto", "torch", *RUNTIMES)
+_READS = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 
 
 def load_predictor(
@@ -213,7 +185,7 @@ def load_predictor(
     weights: Path | str = "",
     device: str = "cpu",
 ) -> Predictor:
-    """A predictor for a bundle (.twin) or an exported model (.onnx, .xml, .pt2).
+    """A predictor for a bundle (.twin) or an exported model (.onnx, .xml).
 
     Args:
         path: the file.
@@ -232,8 +204,8 @@ def load_predictor(
     """
     path = Path(path)
     check_counts(threads, batch)
-    if runtime not in ("auto", *RUNTIMES):
-        raise ConfigError(unknown_name("runtime", runtime, ("auto", *RUNTIMES)))
+    if runtime not in _ACCEPTED:
+        raise ConfigError(unknown_name("runtime", runtime, _ACCEPTED))
     if not is_export(path):
         return _bundle_predictor(path, runtime, threads, batch, str(weights), device)
     engine, meta = load_runtime(path, runtime, threads)
@@ -244,6 +216,8 @@ def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[R
     """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
     meta = read_export(path)
     name = meta.runtime if runtime == "auto" else runtime
+    if name == "torch":
+        raise ConfigError(f"runtime torch runs bundles (.twin), not {path.name}; type --runtime {meta.runtime}")
     if path.suffix not in _READS[name]:
         raise ConfigError(
             f"runtime {name} reads {' or '.join(_READS[name])}, not {path.name}; type: "

@@ -18,8 +18,9 @@ from twinspect.files import open_text, replacing
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
 _TYPES = {
     "path": "string", "class_name": "string", "score": "double", "score_local": "double",
-    "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double", "margin": "double",
-    "threshold_unsure": "double", "answer": "string", "is_anomaly": "bool", "predicted_class": "string",
+    "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double",
+    "severity": "double", "margin": "double", "threshold_unsure": "double", "answer": "string",
+    "is_anomaly": "bool", "predicted_class": "string",
     "class_p": "double", "unknown_class": "bool", "cluster_distance": "double", "peak": "double",
     "threshold_region": "double", "n_regions": "int32", "max_region_area": "int64", "regions": "string",
     "width": "int32", "height": "int32", "map_path": "string", "mask_path": "string", "model_id": "string",

@@ -1,8 +1,8 @@
 """The accumulator behind every results table: images in, one dictionary of metrics out.
 
 Image scores are kept (a few bytes per image), maps are not: each class has a ``ScoreHistogram``, and all of
-them share one memory limit. Everything commutes, so any number of processes can each hold an ``Evaluator``,
-send ``state()`` and merge, in any order, with bit-identical results.
+them share one memory limit. Everything commutes: evaluators of parts of the images merge, in any order, with
+bit-identical results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from twinspect.errors import DataError
 from twinspect.metrics import ranking
 from twinspect.metrics.pages import Budget
 from twinspect.metrics.regions import SPRO_LIMIT, check_limit
-from twinspect.metrics.stream import FPR_LIMITS, MEMORY_LIMIT, ScoreHistogram, State
+from twinspect.metrics.stream import FPR_LIMITS, MEMORY_LIMIT, ScoreHistogram
 from twinspect.metrics.sweep import PixelSummary, Totals, summarise
 
 TOLERANCE = 1e-4
@@ -290,41 +290,6 @@ class Evaluator:
         if summary is not None and summary.totals.positives == summary.totals.pixels:
             out.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
         return out
-
-    def state(self) -> State:
-        """Everything as numpy arrays, to send to another process or to store; read by ``from_state``."""
-        meters = [(c, p, m) for c, parts in sorted(self.meters.items()) for p, m in sorted(parts.items())]
-        out: State = {
-            "settings": np.array([int(self.pixel), self.budget.limit], np.int64),
-            "fpr_limits": np.array(self.fpr_limits, np.float64),
-            "classes": np.array(sorted(self.records), str),
-            "meters": np.array([[c, p] for c, p, _ in meters], str).reshape(-1, 2),
-        }
-        for i, name in enumerate(sorted(self.records)):
-            record = self.records[name]
-            out[f"{i}/scores"], out[f"{i}/labels"] = record.arrays()
-            out[f"{i}/defects"], out[f"{i}/groups"] = (
-                np.array(record.defects, str),
-                np.array(record.groups, str),
-            )
-            out[f"{i}/counts"] = np.array([record.without_mask, record.unlabelled], np.int64)
-        for i, (_, _, meter) in enumerate(meters):
-            out |= {f"meter{i}/{key}": value for key, value in meter.state().items()}
-        return out
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[np.generic]]) -> Evaluator:
-        """Evaluator from ``state()``."""
-        pixel, limit = (int(v) for v in np.asarray(state["settings"], np.int64))
-        new = cls(bool(pixel), np.asarray(state["fpr_limits"], np.float64).tolist(), limit)
-        for i, name in enumerate(np.asarray(state["classes"], str).tolist()):
-            columns = [state[f"{i}/{key}"].tolist() for key in ("scores", "labels", "defects", "groups")]
-            new.records[name] = ClassRecords(*columns, *state[f"{i}/counts"].tolist())
-        for i, (name, part) in enumerate(np.asarray(state["meters"], str).tolist()):
-            prefix = f"meter{i}/"
-            own = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-            new.meters.setdefault(name, {})[part] = ScoreHistogram.from_state(own, new.budget)
-        return new
 
 
 def _check(score: float, label: int | None, who: str) -> None:

@@ -1,7 +1,7 @@
-"""Pixel metrics over any number of maps, in constant memory, mergeable across processes.
+"""Pixel metrics over any number of maps, in constant memory; histograms of parts can be merged.
 
 A ``ScoreHistogram`` keeps integer counts per score (see ``pages``), so updates and merges commute: any order
-and any number of processes end in the same bits. Results come from one sweep over the bins (see ``sweep``)
+and any number of parts end in the same bits. Results come from one sweep over the bins (see ``sweep``)
 and carry their own error bound.
 
 Why the error stays below 1e-4: while the pages fit (128 MiB by default: any 7,000 different
@@ -13,21 +13,19 @@ spread over a decade the default limit gives about 7 million bins: about 1e-6. D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twinspect.errors import DataError
 from twinspect.metrics.components import Region, connected_regions, given_regions, region_weights
-from twinspect.metrics.pages import CHUNK_PAGES, Bins, Budget, PagedCounts, keys_of
+from twinspect.metrics.pages import Bins, Budget, PagedCounts, keys_of
 from twinspect.metrics.sweep import PixelSummary, Tables, Totals, summarise
 
 MEMORY_LIMIT = 128 << 20
 FPR_LIMITS = (0.3, 0.05)
-STATE_VERSION = 1
 
-State = dict[str, NDArray[np.generic]]
 Mask = NDArray[np.bool_]
 
 
@@ -182,44 +180,6 @@ class ScoreHistogram:
             fpr_limits: false positive rates at which AUPRO and AU-sPRO end, each in (0, 1].
         """
         return summarise([self.tables], self.totals, fpr_limits, self.rounded)
-
-    def state(self) -> State:
-        """Everything as numpy arrays, to send to another process or to store."""
-        meta = (
-            STATE_VERSION,
-            self.budget.limit,
-            self.budget.drop,
-            self.maps,
-            int(self.rounded),
-            *self.totals,
-        )
-        out: State = {"meta": np.array(meta, np.int64)}
-        for name, table in zip(Tables._fields, self.tables, strict=True):
-            out[f"{name}_pages"] = table.pages()
-            out[f"{name}_rows"] = table.rows(table.pages())
-        return out
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[np.generic]], budget: Budget | None = None) -> ScoreHistogram:
-        """Histogram from ``state()``.
-
-        Raises:
-            DataError: the state is of another version.
-        """
-        version, limit, drop, maps, rounded, *totals = (int(v) for v in np.asarray(state["meta"], np.int64))
-        if version != STATE_VERSION:
-            raise DataError(f"metric state has version {version}; this library reads {STATE_VERSION}")
-        new = cls(limit, budget)
-        while new.budget.drop < drop:
-            new.budget.coarsen()
-        for name, table in zip(Tables._fields, new.tables, strict=True):
-            pages = np.asarray(state[f"{name}_pages"], np.uint32)
-            rows = np.asarray(state[f"{name}_rows"], np.int64)
-            for start in range(0, len(pages), CHUNK_PAGES):
-                part = slice(start, start + CHUNK_PAGES)
-                table.add_pages(pages[part], rows[part], drop)
-        new.totals, new.maps, new.rounded = Totals(*totals), maps, bool(rounded)
-        return new
 
 
 def _as_area(area: float, who: str) -> float:

@@ -157,33 +157,6 @@ class NoisyBottleneck(nn.Module):
         return out
 
 
-class BlockHead(nn.Linear):
-    """A linear layer whose answer for a token is a block of factor x factor rows: see `to_rows`.
-
-    Weights are kept as those of a 1 x 1 convolution before a pixel shuffle, channels first.
-
-    Args:
-        width: of the tokens.
-        dims: D of the rows.
-        factor: side of a token's block.
-    """
-
-    def __init__(self, width: int, dims: int, factor: int) -> None:
-        super().__init__(width, dims * factor**2)
-        self.dims = dims
-
-    def forward(self, x_BNW: Tensor) -> Tensor:
-        """B x N x W to B x (N * factor * factor) x D."""
-        weight, bias = self.by_block()
-        rows = x_BNW.shape[1] * len(bias) // self.dims
-        return _on_tokens(x_BNW, weight, bias).reshape(-1, rows, self.dims)
-
-    def by_block(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias in the order of a block's rows: one row's channels follow each other."""
-        weight = self.weight.reshape(self.dims, -1, self.in_features).transpose(0, 1).flatten(0, 1)
-        return weight, self.bias.reshape(self.dims, -1).T.flatten()
-
-
 def _on_tokens(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows = F.linear(x_BND.flatten(0, 1), weight, bias)
     return rows.reshape(-1, x_BND.shape[1], rows.shape[1])
@@ -278,13 +251,6 @@ def to_rows(grid_BhwD: Tensor, factor: int = 1) -> Tensor:
     _, height, width, dims = grid_BhwD.shape
     lines = grid_BhwD.reshape(-1, height // factor, factor, width // factor, factor * dims)
     return lines.transpose(2, 3).reshape(-1, height * width, dims)
-
-
-def from_rows(value_BN: Tensor, factor: int = 1) -> Tensor:
-    """One value a position, in the order of `to_rows`, to a square map B x h x h."""
-    side = int(round(value_BN.shape[1] ** 0.5))
-    blocks = value_BN.reshape(-1, side // factor, side // factor, factor, factor)
-    return blocks.transpose(2, 3).reshape(-1, side, side)
 
 
 def to_tokens(map_BDhw: Tensor) -> Tensor:

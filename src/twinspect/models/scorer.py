@@ -9,11 +9,12 @@ these join them, each learnt in closed form from the same good images (`models.s
 2. local: of every layer group, how far patches lie from the mean of good images at their position;
 3. semantic: how far global tokens lie from those of good images, in two views; how far the nearest good images are.
 
-Every reading is standardised by its mean and standard deviation on good images, z, and becomes a surprise, -log of
-the probability that a good image's is higher if readings are normal. In a Noisy-OR independent causes multiply
-1 - p, so surprises add up:
+Every reading is standardised by its mean and standard deviation on good images, z. A surprise is -log of the
+probability that a good image's z is higher if readings are normal. In a Noisy-OR independent causes multiply 1 - p,
+so surprises add up. Layer groups look for defects of different size: each is a cause. Semantic readings measure the
+same thing in different ways: they are averaged (a sum, as both are standardised once more).
 
-    local = sum over local readings of w s(z)          semantic = the same over semantic readings
+    local = sum over local readings of w s(z)          semantic = sum over semantic readings of w z
     score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
 
 The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
@@ -48,11 +49,15 @@ class GroupPlan(NamedTuple):
         maps: indices of the maps.
         stride: pixels of the model's input per position.
         coarse: whether the maps are those of the coarse view.
+        scored: whether the group gives a local reading.
+        mapped: whether it is part of the anomaly map.
     """
 
     maps: tuple[int, ...]
     stride: int
     coarse: bool = False
+    scored: bool = True
+    mapped: bool = True
 
 
 class Scorer(nn.Module):
@@ -79,6 +84,8 @@ class Scorer(nn.Module):
         self.student_readings = student_readings
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
+        self.scored = [g for g, plan in enumerate(plans) if plan.scored]
+        self.mapped = [g for g, plan in enumerate(plans) if plan.mapped]
         self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
         self.patches = nn.ModuleList(
             PositionGaussian(grid.dims, grid.side, _window(plan.stride))
@@ -87,7 +94,7 @@ class Scorer(nn.Module):
         views = 0 if self.plain else 1 + selection.second_view
         self.tokens = nn.ModuleList(TokenGaussian(sum(info.token_channels)) for _ in range(views))
         self.nearest = NearestImages(info.embedding_channels) if not self.plain else None
-        self.local_count = student_readings[0] + len(plans)
+        self.local_count = student_readings[0] + len(self.scored)
         semantic = student_readings[1] + views + (not self.plain)
         self.standardise = Standardiser(self.local_count + semantic)
         self.standardise_students = Standardiser(2)
@@ -115,16 +122,15 @@ class Scorer(nn.Module):
         return [gaussian(gaussian.rows(grid(observed)), variant_B, cluster_B) for grid, gaussian in pairs]
 
     def map_of(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
-        """The anomaly map, B x 1 x H x W: mean of the groups' distances in standard deviations of the whole map.
+        """The anomaly map, B x 1 x H x W: mean of mapped groups' distances in standard deviations of the whole map.
 
         One level and one spread a map: where good images hardly vary, as on a black ground, a spread of its own
         would make dust there louder than a cut in the product.
         """
         level, spread = (one.index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
-        side = max(one.shape[-1] for one in distances)
+        side = max(distances[g].shape[-1] for g in self.mapped)
         scaled = [
-            upsample((one - level[:, g, None, None]) / spread[:, g, None, None], side)
-            for g, one in enumerate(distances)
+            upsample((distances[g] - level[:, g, None, None]) / spread[:, g, None, None], side) for g in self.mapped
         ]
         return self.finish(torch.cat(scaled, 1).mean(1))
 
@@ -137,8 +143,8 @@ class Scorer(nn.Module):
     ) -> Tensor:
         """All readings (B x R), local ones first."""
         local = [plain.local_BR]
-        for gaussian, distance in zip(self.gaussians(), distances, strict=True):
-            local.append(top_mean(gaussian.scaled(distance, variant_B), TOP_SHARE)[:, None])
+        for g in self.scored:
+            local.append(top_mean(self.gaussians()[g].scaled(distances[g], variant_B), TOP_SHARE)[:, None])
         semantic = [plain.semantic_BR]
         for one, token_BE in zip(self.token_gaussians(), observed.tokens, strict=not self.plain):
             semantic.append(one(token_BE, variant_B, cluster_B)[:, None])
@@ -151,11 +157,12 @@ class Scorer(nn.Module):
         return torch.zeros_like(cluster_B) if self.plain else cluster_B
 
     def students(self, reading_BR: Tensor, cluster_B: Tensor) -> Tensor:
-        """Local and semantic score before their own calibration (B x 2): Noisy-ORs of readings, or the only one."""
+        """Local and semantic score before their own calibration (B x 2): Noisy-OR and sum, or the only reading."""
+        local = self.local_count
         if not self.plain:
-            reading_BR = self.weight_R * surprise(self.standardise(reading_BR, cluster_B))
-        local, semantic = reading_BR[:, : self.local_count], reading_BR[:, self.local_count :]
-        return torch.stack([local.sum(1), semantic.sum(1)], 1)
+            z_BR = self.standardise(reading_BR, cluster_B)
+            reading_BR = self.weight_R * torch.cat([surprise(z_BR[:, :local]), z_BR[:, local:]], 1)
+        return torch.stack([reading_BR[:, :local].sum(1), reading_BR[:, local:].sum(1)], 1)
 
     def joined(self, students_B2: Tensor, cluster_B: Tensor) -> tuple[Tensor, Tensor]:
         """Joint score (B) and the calibrated scores of both (B x 2), in standard deviations."""

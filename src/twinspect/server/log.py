@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from twinspect.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.result import Result
+from twinspect.inference.result import Result, severity
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
@@ -396,7 +396,9 @@ def _finite(value: Any) -> Any:
 
 
 def _row(found: Mapping[Any, Any]) -> dict[str, Any]:
-    return {**{str(k): v for k, v in found.items()}, "regions": json.loads(found["regions"])}
+    row = {str(k): v for k, v in found.items()}
+    scores = (math.nan if row[name] is None else row[name] for name in ("score", "threshold"))
+    return {**row, "severity": _finite(severity(*scores)), "regions": json.loads(row["regions"])}
 
 
 def _refuse_contradiction(row: Mapping[Any, Any], verdict: str) -> None:

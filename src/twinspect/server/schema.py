@@ -56,6 +56,7 @@ class ImageAnswer(TypedDict):
     p_joint: float | None
     p_value: float | None
     threshold: float | None
+    severity: float | None
     margin: float | None
     threshold_unsure: float | None
     answer: str
@@ -136,6 +137,7 @@ class LogRow(TypedDict):
     score_semantic: float | None
     p_value: float | None
     threshold: float | None
+    severity: float | None
     threshold_unsure: float | None
     class_p: float | None
     cluster_distance: float | None

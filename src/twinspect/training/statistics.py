@@ -304,7 +304,7 @@ class _Fitting:
     def _local(self, stored: list[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
         """Readings of the groups (n x G) by scales that leave the image out, and peaks of the maps (n)."""
         readings, peak_n = [], torch.zeros(len(self.images), device=self.model.device)
-        for array in stored:
+        for array in (stored[g] for g in self.scorer.scored):
             reading_n = torch.zeros(len(self.images))
             for v in range(len(self.owner_V)):
                 places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()

@@ -1,13 +1,12 @@
-"""The synthetic writer: same plan, same bytes; masks are exactly what was painted."""
+"""Painted pictures: same plan, same bytes; masks are exactly what was painted."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import WRITERS, Plan, write
 
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
-from twinspect.data.synthetic import WRITERS, Plan, write
-from twinspect.errors import ConfigError
 
 
 def content(root: Path) -> dict[str, bytes]:
@@ -44,16 +43,3 @@ def test_classes_differ_and_images_of_one_class_too() -> None:
     assert len({tuple(c) for c in colours}) == 10
     grey = scene(3, 10, np.random.default_rng(0), 28, grey=True)
     assert np.array_equal(grey[..., 0], grey[..., 2])
-
-
-def test_wrong_requests(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'visa'"):
-        write("vissa", tmp_path)
-    with pytest.raises(ConfigError, match="shape of visa 'x'.*raw, converted"):
-        write("visa", tmp_path, Plan(shape="x"))
-    with pytest.raises(ConfigError, match="at least one class"):
-        write("visa", tmp_path, Plan(train=0))
-
-
-def test_every_layout_has_shapes() -> None:
-    assert all(writer.shapes for writer in WRITERS.values())

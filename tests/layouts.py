@@ -1,4 +1,4 @@
-"""Write a tiny data set in any layout: for tests, documentation and a first try without a download.
+"""Write a tiny data set in any layout, for the tests.
 
 ``write("mvtec-loco", root)`` returns the counts per class that the loader must find. Same plan, same pixels.
 """
@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW, VISA
+from twinspect.data.class_names import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW, VISA
 from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.listed import write_meta_json
 from twinspect.data.loaded import ClassCounts
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
 from twinspect.data.scan import relative_to_root
-from twinspect.data.synthetic_containers import cifar_binary, cifar_python, idx, parquet
-from twinspect.errors import ConfigError, unknown_name
-from twinspect.types import TEST, TRAIN
+from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
 Counts = dict[str, ClassCounts]
@@ -60,19 +60,9 @@ class Plan:
 
 
 def write(layout: str, root: Path | str, plan: Plan | None = None) -> Counts:
-    """Write a set of this layout below ``root`` (created if absent); the counts per class that are there.
-
-    Raises:
-        ConfigError: unknown layout or shape, or a number that is too small.
-    """
-    plan = plan or Plan()
-    if layout not in WRITERS:
-        raise ConfigError(unknown_name("layout", layout, WRITERS))
-    writer = WRITERS[layout]
-    if plan.shape and plan.shape not in writer.shapes:
-        raise ConfigError(unknown_name(f"shape of {layout}", plan.shape, writer.shapes))
-    if min(plan.classes, plan.train) < 1 or plan.size < 16:
-        raise ConfigError("at least one class, one training image and 16 pixels per side are needed")
+    """Write a set of this layout below ``root`` (created if absent); the counts per class that are there."""
+    plan, writer = plan or Plan(), WRITERS[layout]
+    assert plan.shape in ("", *writer.shapes), (layout, plan.shape)
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
     return writer.write(folder, plan, plan.shape or writer.shapes[0])
@@ -346,6 +336,22 @@ def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
     return counts
 
 
+def write_meta_json(samples: Sequence[Sample], path: Path, root: Path) -> None:
+    """``meta.json`` with paths relative to ``root``."""
+    content: dict[str, dict[str, list[dict[str, Any]]]] = {TRAIN: {}, TEST: {}}
+    for sample in samples:
+        masks = sample.masks if len(sample.masks) < 2 else (sample.masks[0].parent,)  # several: their folder
+        entry = {
+            "img_path": relative_to_root(sample.image, root),
+            "mask_path": relative_to_root(masks[0], root) if masks else "",
+            "cls_name": sample.class_name,
+            "specie_name": sample.defect_type or ("good" if sample.label == 0 else ""),
+            "anomaly": sample.label,
+        }
+        content.setdefault(sample.split, {}).setdefault(sample.class_name, []).append(entry)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
 def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
     images = root / "mvtec_anomaly_detection"
     counts = _mvtec_ad(images, plan, "classes")
@@ -358,6 +364,84 @@ def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         (root / f"{split}.json").write_text("".join(lines), encoding="utf-8")
     return counts
+
+
+# ------------------------------------------------------------------------- container files as their owners wrote them
+
+
+def cifar_binary(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
+    """One or two label bytes (CIFAR-100: super-class, class), then the red, green and blue plane."""
+    rows = []
+    for rgb, label in zip(images, labels, strict=True):
+        head = bytes([_coarse(label), label]) if fine else bytes([label])
+        rows.append(head + _planes(rgb))
+    path.write_bytes(b"".join(rows))
+
+
+def cifar_python(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
+    """A batch as Python 2 pickled it, opcode by opcode (protocol 2, byte strings, numpy's old names)."""
+    data = b"".join(_planes(rgb) for rgb in images)
+    label_key = b"fine_labels" if fine else b"labels"
+    items = _string(b"batch_label") + _string(b"testing batch 1 of 1")
+    items += _string(label_key) + _ints(labels)
+    if fine:
+        items += _string(b"coarse_labels") + _ints([_coarse(label) for label in labels])
+    items += _string(b"data") + _array(data, len(images))
+    names = b"".join(_string(f"picture_{i:06d}.png".encode()) for i in range(len(images)))
+    items += _string(b"filenames") + b"](" + names + b"e"
+    path.write_bytes(b"\x80\x02}(" + items + b"u.")
+
+
+def idx(path: Path, values: NDArray[np.uint8]) -> None:
+    """An IDX file of unsigned bytes, compressed if the name ends in ``.gz``."""
+    raw = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
+
+
+def parquet(path: Path, images: Sequence[RGB], labels: Sequence[int], image_column: str, label_column: str) -> None:
+    """PNG bytes in a struct column and class numbers, as data hubs publish image sets."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{"bytes": _png(rgb), "path": f"{i}.png"} for i, rgb in enumerate(images)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {image_column: pa.array(cells, kind), label_column: pa.array(labels, pa.int64())}
+    pq.write_table(pa.table(columns), path)
+
+
+def _planes(rgb: RGB) -> bytes:
+    return np.ascontiguousarray(np.moveaxis(rgb, -1, 0)).tobytes()
+
+
+def _coarse(fine: int) -> int:
+    return list(CIFAR100_SUPERCLASSES).index(list(CIFAR100.values())[fine])
+
+
+def _png(rgb: RGB) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(rgb).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _string(text: bytes) -> bytes:
+    return b"U" + bytes([len(text)]) + text
+
+
+def _int(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def _ints(values: Sequence[int]) -> bytes:
+    return b"](" + b"".join(_int(value) for value in values) + b"e"
+
+
+def _array(data: bytes, rows: int) -> bytes:
+    """``numpy.core.multiarray._reconstruct(ndarray, (0,), "b")`` with its state, as numpy 1 writes it."""
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + _int(0) + b"\x85" + _string(b"b") + b"\x87R"
+    kind = b"cnumpy\ndtype\n" + _string(b"u1") + _int(0) + _int(1) + b"\x87R"
+    kind += b"(" + _int(3) + _string(b"|") + b"NNN" + _int(-1) + _int(-1) + _int(0) + b"tb"
+    shape = _int(rows) + _int(len(data) // max(rows, 1)) + b"\x86"
+    return made + b"(" + _int(1) + shape + kind + b"\x89" + b"T" + struct.pack("<i", len(data)) + data + b"tb"
 
 
 # ---------------------------------------------------------------------------------------------- shared

@@ -3,10 +3,17 @@
 The bound of a part is the larger of two: its arithmetic at the rate of a large matrix product, and the bytes its
 operations read and write, one operation at a time, at the rate of a large copy. Both rates are measured in the same
 run. A part far above its bound is overhead, or small operations; one at its bound can only be made smaller.
+
+    PYTHONPATH=src python benchmarks/training.py model.twin --batch 16 --images good/
+
+takes steps from the bundle's model; its file is not changed, and the cache is a new one that is removed. Decoding and
+the cache read are numpy's and count no operations. The last line is JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import tempfile
 import time
@@ -26,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from twinspect.bench import BenchOptions, Progress
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import DataError
 from twinspect.models.memory import peak_mb
+from twinspect.storage import load
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
@@ -83,10 +90,6 @@ class TrainProfile:
     gigabytes_per_s: float
     peak_memory_mb: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     def lines(self) -> Iterator[str]:
         """A table for people."""
         yield f"{self.model}: steps of {self.batch} images at {self.size} px, {self.precision}, {self.steps} measured"
@@ -106,28 +109,30 @@ class TrainProfile:
             yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
 
 
-def bench_train(options: BenchOptions, progress: Progress) -> TrainProfile:
-    """Measure steps of training a bundle's model on; the largest of ``options.batches`` is the batch.
+def main() -> None:
+    """Measure, print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="trained model (.twin)")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 is its own choice")
+    parser.add_argument("--images", type=Path, help="images to decode; painted JPEGs without")
+    parser.add_argument("--seconds", type=float, default=10.0, help="spent on steps")
+    parser.add_argument("--weights", default="", help="teacher's file of a thin bundle")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    found = profile(given.bundle, given.images, given.batch, given.seconds, given.weights)
+    for line in found.lines():
+        print(line)
+    print(json.dumps(asdict(found)))
 
-    The bundle's file is not changed, and the cache used is a new one that is removed.
 
-    Raises:
-        ConfigError: an exported model, which cannot be trained.
-        DataError: no images found.
-        BundleError: damaged, changed, too new or too old.
-    """
-    from twinspect.inference.exported import is_export
-    from twinspect.storage import load
-
-    if is_export(options.path):
-        raise ConfigError(f"--train with {options.path.name}: an export cannot be trained; give its bundle (.twin)")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    fitted, batch = load(options.path, options.weights), max(options.batches)
+def profile(bundle: Path, images: Path | None, batch: int, seconds: float, weights: str = "") -> TrainProfile:
+    """Measure steps of ``batch`` images of training a bundle's model on, for so many seconds."""
+    fitted = load(bundle, weights)
     with tempfile.TemporaryDirectory() as folder:
-        samples = _samples(options.images, batch, Path(folder))
-        profile = _Profile(fitted, samples, Path(folder) / "cache", batch)
-        return profile.measured(options, progress)
+        samples = _samples(images, batch, Path(folder))
+        return _Profile(fitted, samples, Path(folder) / "cache", batch).measured(bundle.name, seconds)
 
 
 class _Profile:
@@ -140,10 +145,9 @@ class _Profile:
         self.spent: dict[str, list[float]] = defaultdict(list)
         self.work: dict[str, tuple[float, float]] = {}
 
-    def measured(self, options: BenchOptions, progress: Progress) -> TrainProfile:
+    def measured(self, name: str, seconds: float) -> TrainProfile:
         """Fill a cache, then take steps for as long as asked."""
         flops, rate = _matrix_rate(), _copy_rate()
-        progress("filling a cache", 0, 1)
         source = FeatureSource(self.model, self.samples, self.cache, lambda _stage, _done, _total: None)
         if source.skipped:
             raise DataError(f"{source.skipped[0].path}: {source.skipped[0].reason}")
@@ -152,15 +156,14 @@ class _Profile:
         self.spent.clear()
         self._step(source, counted=True)
         began, steps = time.perf_counter(), 0
-        while steps < _FEWEST_STEPS or (time.perf_counter() - began < options.seconds and steps < _MOST_STEPS):
+        while steps < _FEWEST_STEPS or (time.perf_counter() - began < seconds and steps < _MOST_STEPS):
             self._step(source, counted=False)
             steps += 1
-            progress("measuring", steps, max(steps, _FEWEST_STEPS))
-        parts = {name: self._part(name, flops, rate) for name in self.spent}
-        cold = sum(one.seconds for name, one in parts.items() if name != "read")
-        warm = sum(one.seconds for name, one in parts.items() if name not in ("decode", "teacher"))
+        parts = {part: self._part(part, flops, rate) for part in self.spent}
+        cold = sum(one.seconds for part, one in parts.items() if part != "read")
+        warm = sum(one.seconds for part, one in parts.items() if part not in ("decode", "teacher"))
         return TrainProfile(
-            options.path.name, self.model.shape.size, self.batch, self.config.precision, steps, parts, cold, warm,
+            name, self.model.shape.size, self.batch, self.config.precision, steps, parts, cold, warm,
             flops / 1e9, rate / 1e9, peak_mb(),
         )  # fmt: skip
 
@@ -328,3 +331,7 @@ def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
     for number, path in enumerate(paths):
         Image.fromarray(part(number, rng, _PAINTED_SIDE)).save(path, quality=90)
     return [Sample(path, TRAIN, "") for path in paths]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""What is each addition of scoring ``default`` worth? Starts at ``plain`` and adds one thing at a time.
+
+    python benchmarks/additions.py --data DIR --sets parts,parts2,textile --out additions.json
+    python benchmarks/additions.py --data DIR --sets parts2 --limit 20 --steps 5 --size 256     # a quick look
+    python benchmarks/additions.py --table additions.json                                       # the table again
+
+The students of a problem are trained once. Statistics of good images are then learnt four times (the first four
+additions change what is learnt); every other row reads the same answers again. A row holds the mean over classes of
+image AUROC, and of pixel AUROC where there are masks (maps and masks at 128 x 128: coarser than `twinspect eval`).
+Labels are read here to judge; nothing that is learnt reads them. What is finished is written and not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from problems import Problem, Store, key_of, problems_of
+from torch import Tensor
+
+from twinspect.config import ModelConfig, RunConfig, TrainConfig
+from twinspect.console import Console
+from twinspect.data.samples import read_sample_mask, read_sample_rgb
+from twinspect.metrics import auroc
+from twinspect.models import clusters as clusters_room
+from twinspect.models import statistics as statistics_room
+from twinspect.models.contract import AnomalyModel
+from twinspect.report import Table
+from twinspect.reproduce import code_hash
+from twinspect.results import text_table
+from twinspect.training import statistics as fitting_room
+from twinspect.training.fit import cache_folder, choose_images, fit
+from twinspect.training.source import FeatureSource
+from twinspect.training.statistics import GoodImages, fit_statistics
+
+MASK_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is in use.
+
+    Attributes:
+        name: what this row adds to the one above.
+        clusters: statistics and calibration are kept for every product.
+        places: means of features are kept for every position.
+        scaled: distances are standardised at every position before an image's reading is taken.
+        groups: number of layer groups, in the order of `ORDER`.
+        views: of the global tokens, whose distances are read.
+        nearest: whether the distance from the nearest good images is read.
+        link: whether local readings count less where good images do not repeat each other.
+        skill: whether the students' readings count by their skill, instead of fully.
+    """
+
+    name: str
+    clusters: bool = False
+    places: bool = False
+    scaled: bool = False
+    groups: int = 0
+    views: int = 0
+    nearest: bool = False
+    link: bool = False
+    skill: bool = False
+
+    @property
+    def learnt(self) -> tuple[bool, bool, bool]:
+        """What its statistics were learnt with."""
+        return self.clusters, self.places, self.scaled
+
+
+def rows() -> list[Row]:
+    """The list of additions, each on top of the one before."""
+    found = [Row("plain: the two students")]
+    steps = [
+        ("+ Mahalanobis distance of patches, middle group", {"groups": 1}),
+        ("+ statistics for every product", {"clusters": True}),
+        ("+ means of positions", {"places": True}),
+        ("+ readings scaled at every position", {"scaled": True}),
+        ("+ fine group", {"groups": 2}),
+        ("+ deep group", {"groups": 3}),
+        ("+ finest stage alone", {"groups": 4}),
+        ("+ deep group of the coarse view", {"groups": 5}),
+        ("+ Mahalanobis distance of global tokens", {"views": 1}),
+        ("+ global tokens of a second view", {"views": 2}),
+        ("+ nearest good images", {"nearest": True}),
+        ("+ link: less weight of local readings on photographs", {"link": True}),
+        ("+ students weighed by skill (default)", {"skill": True}),
+    ]
+    for name, change in steps:
+        found.append(replace(found[-1], name=name, **change))
+    return found
+
+
+ORDER = (2, 1, 3, 0, 4)  # layer groups of a CNN by `group_plans`: middle, fine, deep, finest stage, coarse view
+
+
+@contextmanager
+def learning(row: Row) -> Iterator[None]:
+    """Statistics are learnt with what the row has."""
+    kept = statistics_room.PLACE_PRIOR, fitting_room._level_and_spread, clusters_room.Clusters.fit
+    if not row.places:
+        statistics_room.PLACE_PRIOR = 1e12
+    if not row.scaled:
+        fitting_room._level_and_spread = lambda total, square, count: (total * 0, torch.ones_like(total))
+    if not row.clusters:
+        clusters_room.Clusters.fit = lambda self, token, embedding, names, seed: _one_cluster(self, token)
+    try:
+        yield
+    finally:
+        statistics_room.PLACE_PRIOR, fitting_room._level_and_spread, clusters_room.Clusters.fit = kept
+
+
+def _one_cluster(clusters: clusters_room.Clusters, token_nE: Tensor) -> tuple[Tensor, Tensor]:
+    nobody = torch.zeros(len(token_nE), dtype=torch.int64)
+    clusters.owner_V, clusters.link_K = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    clusters.project_EP, clusters.centres_VP = torch.zeros(token_nE.shape[1], 1), torch.zeros(1, 1)
+    return nobody, nobody
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model says of the good images and of the test images, before any weighing."""
+
+    good: GoodImages
+    reading_tR: Tensor
+    cluster_t: Tensor
+    distances: list[Tensor]  # a group each: masked test images x h x w, fp16
+    plain_mhw: Tensor
+
+
+@torch.inference_mode()
+def answers_of(model: AnomalyModel, good: GoodImages, source: FeatureSource, masked: NDArray[np.int64]) -> Answers:
+    """Readings of all test images, maps of those of classes with masks."""
+    readings, clusters, maps, plains = [], [], [], []
+    wanted = set(masked.tolist())
+    for part, observed, small in source.batches(range(len(source))):
+        plain = model.plain(observed, small)
+        variant_B, cluster_B = model.scorer.clusters(observed.tokens[0])
+        distances = model.scorer.distances(observed, variant_B, cluster_B)
+        readings.append(model.scorer.readings(plain, observed, distances, variant_B, cluster_B))
+        clusters.append(cluster_B)
+        chosen = [i for i, place in enumerate(part) if place in wanted]
+        maps.append([one[chosen].half() for one in distances])
+        plains.append(plain.map_Bhw[chosen])
+    joined = [torch.cat(column) for column in zip(*maps, strict=True)]
+    return Answers(good, torch.cat(readings), torch.cat(clusters), joined, torch.cat(plains))
+
+
+def weigh(model: AnomalyModel, row: Row, answers: Answers, cluster_masked: Tensor) -> tuple[NDArray, Tensor]:
+    """Image scores of the test images and maps of the masked ones, by what the row uses."""
+    scorer, good = model.scorer, answers.good
+    local, semantic = scorer.student_readings
+    first = scorer.local_count + semantic
+    order = [i for i in ORDER if i < len(scorer.plans)][: row.groups]
+    place = {g: local + i for i, g in enumerate(scorer.scored)}
+    weight_R = torch.zeros_like(scorer.weight_R)
+    students = [*range(local), *range(scorer.local_count, first)]
+    weight_R[students] = SKILL[id(model)][students] if row.skill else 1.0
+    weight_R[[place[g] for g in order if g in place]] = 1.0
+    weight_R[[first + i for i in range(row.views)]] = 1.0
+    if row.nearest:
+        weight_R[-1] = 1.0
+    scorer.weight_R.copy_(weight_R)
+    link_K = scorer.clusters.link_K.clone()
+    if not row.link:
+        scorer.clusters.link_K = torch.ones_like(link_K)
+    scorer.calibrate(good.readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
+    score, _ = scorer.joined(scorer.students(answers.reading_tR, answers.cluster_t), answers.cluster_t)
+    scorer.clusters.link_K = link_K
+    if not len(cluster_masked):
+        return score.numpy(), torch.zeros(0)
+    if not order:
+        return score.numpy(), scorer.finish(answers.plain_mhw)
+    mapped = scorer.mapped
+    scorer.mapped = [i for i in mapped if i in order] or order
+    found = [
+        scorer.map_of([one[i : i + 32].float() for one in answers.distances], cluster_masked[i : i + 32])
+        for i in range(0, len(cluster_masked), 32)
+    ]
+    scorer.mapped = mapped
+    return score.numpy(), torch.cat(found)
+
+
+SKILL: dict[int, Tensor] = {}
+
+
+def masks_of(problem: Problem, at: NDArray[np.int64]) -> Tensor:
+    """Masks of some test images at `MASK_SIDE`."""
+    found = []
+    for sample in (problem.test[i] for i in at):
+        if sample.label == 0:
+            found.append(torch.zeros(MASK_SIDE, MASK_SIDE, dtype=torch.bool))
+            continue
+        mask = read_sample_mask(sample, read_sample_rgb(sample).shape[:2])
+        whole = torch.from_numpy(mask.astype(np.float32))[None, None]
+        found.append(F.interpolate(whole, (MASK_SIDE, MASK_SIDE), mode="area")[0, 0] >= 0.5)
+    return torch.stack(found)
+
+
+def judge(problem: Problem, at: NDArray[np.int64], masks: Tensor, score: NDArray, maps: Tensor) -> dict:
+    """Image AUROC of every part of the problem, pixel AUROC of every masked class."""
+    labels = np.array([s.label for s in problem.test])
+    parts = {name: auroc(score[own], labels[own]) for name, own in problem.parts.items()}
+    pixel = {}
+    for name in sorted(problem.masked):
+        own = [i for i, place in enumerate(at) if problem.test[place].class_name == name]
+        small = F.interpolate(maps[own], (MASK_SIDE, MASK_SIDE), mode="bilinear")[:, 0]
+        pixel[name] = auroc(small.flatten().numpy(), masks[own].flatten().numpy().astype(int))
+    return {"parts": parts, "pixel": pixel, "headline": problem.headline}
+
+
+def run_problem(problem: Problem, args: argparse.Namespace, store: Store, console: Console) -> None:
+    """Train once, learn the statistics of every kind, judge every row."""
+    config = RunConfig(ModelConfig(size=args.size), TrainConfig(steps=args.steps, seed=args.seed))
+    key = key_of(problem.hash, config.to_dict(), code_hash())
+    if key in store.entries:
+        return
+    fitted = fit(problem.known, config, None, console.progress)
+    model = fitted.model.eval()
+    SKILL[id(model)] = model.scorer.weight_R.clone()
+    training, held = choose_images(problem.known, config)
+    folder = cache_folder(model, len(problem.known) + len(problem.test), config.train.cache_gb)
+    known = FeatureSource(model, [*training, *held], folder, console.progress)
+    tested = FeatureSource(model, problem.test, folder, console.progress)
+    at = np.array([i for i, s in enumerate(problem.test) if s.class_name in problem.masked], np.int64)
+    masks = masks_of(problem, at) if len(at) else torch.zeros(0)
+    found: dict[str, dict] = {}
+    seen: dict[tuple[bool, bool, bool], Answers] = {}
+    state = {}
+    for row in rows():
+        row_key = row.learnt
+        if row_key not in seen:
+            if row_key == (True, True, True):
+                model = fitted.model = build_again(fitted, state)
+                good = fitted.good
+            else:
+                state = state or {name: one.clone() for name, one in model.state_dict().items()}
+                places = range(len(training)), range(len(training), len(training) + len(held))
+                with learning(row):
+                    good = fit_statistics(model, known, *map(list, places), args.seed, console.progress)
+            seen = {row_key: answers_of(model, good, tested, at)}
+        answers = seen[row_key]
+        score, maps = weigh(model, row, answers, answers.cluster_t[at])
+        found[row.name] = judge(problem, at, masks, score, maps)
+        console.say(f"{problem.set} {problem.name}: {row.name}: {headline(found[row.name])}")
+    store.add(key, {"set": problem.set, "protocol": problem.protocol, "problem": problem.name, "rows": found})
+
+
+def build_again(fitted, state: dict[str, Tensor]) -> AnomalyModel:
+    """The model as `fit` left it."""
+    model = fitted.model
+    for name, value in state.items():
+        room, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(room)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value.clone()
+    return model
+
+
+def headline(found: dict) -> str:
+    image = found["parts"].get(found["headline"]) or float(np.mean(list(found["parts"].values())))
+    pixel = f", pixel {np.mean(list(found['pixel'].values())):.4f}" if found["pixel"] else ""
+    return f"image {image:.4f}{pixel}"
+
+
+def table_of(store: Store) -> Table:
+    """One row an addition; a column for the images and one for the pixels of every set and protocol."""
+    columns = sorted({(e["set"], e["protocol"]) for e in store.entries.values()})
+    body = []
+    for row in rows():
+        cells: list[str] = []
+        for one in columns:
+            own = [e["rows"][row.name] for e in store.entries.values() if (e["set"], e["protocol"]) == one]
+            image = [p.get(e["headline"]) or np.mean(list(p.values())) for e in own for p in [e["parts"]]]
+            pixel = [v for e in own for v in e["pixel"].values()]
+            cells += [f"{np.mean(image):.4f}", f"{np.mean(pixel):.4f}" if pixel else "-"]
+        body.append((row.name, *cells))
+    names = [f"{a} {b} {kind}" for a, b in columns for kind in ("image", "pixel")]
+    return Table("Additions", ("in use", *names), tuple(body))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds parts/, parts2/, scenes/ and cifar10/")
+    parser.add_argument("--sets", default="parts,parts2,textile")
+    parser.add_argument("--limit", type=int, default=0, help="images of every kind in a class; 0 takes all")
+    parser.add_argument("--steps", type=int, default=TrainConfig().steps)
+    parser.add_argument("--size", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("additions.json"))
+    parser.add_argument("--table", type=Path, help="only print the table of a file")
+    args = parser.parse_args()
+    console = Console()
+    store = Store(args.table or args.out)
+    if args.table is None:
+        for name in args.sets.split(","):
+            for problem in problems_of(name, args.data, args.limit):
+                run_problem(problem, args, store, console)
+    print(text_table(table_of(store)))
+
+
+if __name__ == "__main__":
+    main()
