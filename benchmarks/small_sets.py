@@ -148,7 +148,7 @@ def main() -> None:
     console, store = Console(), Store(args.out)
     makers = {"decisions": decisions, "products": products}
     for part in args.parts.split(","):
-        print(text_table(makers[part](args, store, console)))
+        print("\n".join(text_table(makers[part](args, store, console))))
 
 
 if __name__ == "__main__":
