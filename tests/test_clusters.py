@@ -7,6 +7,7 @@ from test_statistics import normal
 from tiny import run_config
 
 from twinspect.data.painting import part
+from twinspect.decision import mixed_up
 from twinspect.models.clusters import (
     GAP_CLUSTERS,
     SMALLEST,
@@ -64,6 +65,29 @@ def test_named_products_are_told_apart_by_any_number_of_images(painted, each: in
     assert clusters.count == 3
     for name, found in zip(PRODUCTS, of_fresh(clusters, painted), strict=True):
         assert found == [sorted(PRODUCTS).index(name)] * _FRESH
+
+
+def test_two_names_of_one_product_are_mixed_up_and_this_is_said(painted) -> None:
+    clusters = learnt(painted, [40, 20, 20], ["lot1", "lot2"] * 20 + ["ring"] * 20 + ["brushed"] * 20)
+    assert clusters.taken.total() == 80
+    assert clusters.taken["ring", "ring"] == clusters.taken["brushed", "brushed"] == 20
+    said = mixed_up(clusters.taken)
+    assert said.startswith("classes that look alike are mixed up: ")
+    assert f"{clusters.taken['lot1', 'lot2']} of 20 good images of lot1 are taken for lot2" in said
+    assert "ring" not in said
+
+
+def test_products_that_are_told_apart_are_not_spoken_of(painted) -> None:
+    clusters = learnt(painted, [12] * 3, [name for name in PRODUCTS for _ in range(12)])
+    assert mixed_up(clusters.taken) == ""
+
+
+def test_a_sentence_names_the_worst_pairs_only() -> None:
+    taken = {(name, name): 10 for name in "abcdef"} | {(name, "f"): n for n, name in enumerate("abcde", 1)}
+    said = mixed_up(taken)
+    assert "of a are" not in said  # one image
+    assert said.index("5 of 15 good images of e are taken for f") < said.index("2 of 12 good images of b")
+    assert mixed_up({("a", "a"): 99, ("a", "b"): 2}) == ""
 
 
 def test_a_large_class_does_not_swallow_a_small_one(painted) -> None:

@@ -177,6 +177,21 @@ def test_which_class_hides_which_is_found_in_its_own_cell(colours: list[Sample])
     assert {"kind", "base", "other", "box", "weight", "score"} <= set(found.images[0])
 
 
+def test_classes_that_are_taken_for_another_are_named(colours: list[Sample]) -> None:
+    class Colourblind(Truth):
+        def predict(self, source, maps: bool = True, pixels: bool = True):  # type: ignore[no-untyped-def]
+            for result in super().predict(source, maps, pixels):
+                main = result.rgb.reshape(-1, 3).astype(int).sum(0).argmax()
+                result.predicted_class = ("red", "red", "blue")[main]
+                yield result
+
+    found = diagnose(Colourblind(), colours, Plan(count=2), silent)  # type: ignore[arg-type]
+    count = sum(s.class_name == "green" and s.split == TEST for s in colours)
+    assert f"{count} of {count} good images of green are taken for red" in list(sentences(found))[-1]
+    assert not any("of red are taken" in text or "of blue are taken" in text for text in sentences(found))
+    assert sum(row["images"] for row in found.values()["predicted_class"]) == 3 * count
+
+
 def test_classes_can_be_chosen_and_results_are_plain(colours: list[Sample]) -> None:
     found = diagnose(Truth(), colours, Plan(count=2, classes=("red", "blue")), silent)  # type: ignore[arg-type]
     values = json.loads(json.dumps(found.values(), allow_nan=False))

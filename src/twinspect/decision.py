@@ -8,6 +8,7 @@ that the promise holds with wrong predictions too. What becomes of classes with 
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from twinspect.errors import BundleError, ConfigError, unknown_name
 from twinspect.rules import Budget, GoodScores, Rule, make_rule
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
+_FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
+_NAMED = 4  # pairs of classes that a sentence names
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
@@ -215,6 +218,32 @@ def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, fl
             if own[whole]:
                 own[rate] = own[part] / own[whole]
     return dict(sorted(counts.items()))
+
+
+def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
+    """One sentence on classes whose good images are taken for another's, and what to do; empty where none are.
+
+    Args:
+        taken: (class, class that its good images are taken for) to number of images.
+    """
+    images = Counter[str]()
+    for (name, _), count in taken.items():
+        images[name] += count
+    wrong = sorted(
+        ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
+    )
+    told = [
+        f"{count} of {images[name]} good images of {name} are taken for {other}"
+        for share, name, other, count in wrong
+        if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
+    ]
+    if not told:
+        return ""
+    more = f" and {len(told) - _NAMED} more pairs" if len(told) > _NAMED else ""
+    return (
+        f"classes that look alike are mixed up: {', '.join(told[:_NAMED])}{more}. Name the class when you predict "
+        "(--class NAME), or give what is one product one name"
+    )
 
 
 def kept_keys(good: GoodScores, keys: Iterable[str]) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ predictor, and compared with normal images of the class they were made from.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,7 @@ class Diagnosis:
         images: one dict per made image: how it was made and how it scored.
         splits: class -> split its normal images come from.
         failed: normal images that could not be read.
+        taken: (class, class that its normal images are taken for) to number of images.
     """
 
     classes: list[str]
@@ -107,6 +109,7 @@ class Diagnosis:
     images: list[dict[str, Any]]
     splits: dict[str, str]
     failed: list[str]
+    taken: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def mean(self) -> dict[str, float]:
         """Mean of every measure over the pairs."""
@@ -122,6 +125,10 @@ class Diagnosis:
         return {
             "classes": self.classes, "mean": self.mean(), "pairs": self.pairs, "normal_images_from": self.splits,
             "failed": self.failed, "images": self.images,
+            "predicted_class": [
+                {"class": name, "predicted": other, "images": count}
+                for (name, other), count in sorted(self.taken.items())
+            ],
         }  # fmt: skip
 
 
@@ -265,6 +272,8 @@ def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagn
             found.failed.append(f"{result.path}: {result.error}")
             continue
         kept += 1
+        if result.predicted_class in found.classes:  # a model may know them by other names
+            found.taken[name, result.predicted_class] += 1
         for evaluator in evaluators.values():
             evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
     if not kept:

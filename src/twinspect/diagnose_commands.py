@@ -115,7 +115,9 @@ def matrices(found: Diagnosis) -> Iterator[Table]:
 
 
 def sentences(found: Diagnosis) -> Iterator[str]:
-    """The means, and which class hides which."""
+    """The means, which class hides which, and which classes are mixed up."""
+    from twinspect.decision import mixed_up
+
     mean = found.mean()
     yield (
         f"mean over {len(found.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
@@ -132,6 +134,8 @@ def sentences(found: Diagnosis) -> Iterator[str]:
             f"no class hides in another: the lowest value is {_noticed(ranked[0]):.3f}, {ranked[0]['other']} in "
             f"{ranked[0]['base']}"
         )
+    if said := mixed_up(found.taken):
+        yield said
 
 
 def _noticed(pair: dict[str, Any]) -> float:

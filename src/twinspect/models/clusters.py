@@ -14,6 +14,7 @@ Shapes: B images, n good images, V variants, K clusters, E width of the tokens, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ _DIRECTIONS = 8  # principal directions that groups are looked for in; half as m
 _MOST = (16, 32, 64, 128)  # limits of the number of groups that are tried in turn
 _JUDGED = 4096  # images that their number is chosen on
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)  # numbers that are tried
+_FOLDS = 5  # that images are parted in, to see which class each is taken for
 _STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
 
 
@@ -38,6 +40,7 @@ class Clusters(nn.Module):
     Attributes:
         owner_V: cluster of every variant.
         link_K: how far a local deviation tells something, 0 to 1; see `repetition`.
+        taken: after `fit` on several names: (class, class that a good image is taken for) to number of images.
     """
 
     project_EP: Tensor
@@ -51,6 +54,7 @@ class Clusters(nn.Module):
         self.register_buffer("centres_VP", torch.zeros(1, 1))
         self.register_buffer("owner_V", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("link_K", torch.ones(1))
+        self.taken: Counter[tuple[str, str]] = Counter()
 
     @property
     def count(self) -> int:
@@ -91,8 +95,23 @@ class Clusters(nn.Module):
             owners += [k] * (int(found.max()) + 1)
         self.owner_V = torch.tensor(owners, device=token_nE.device)
         self.link_K = repetition(embedding_nF, cluster_n, int(cluster_n.max()) + 1)
+        if len(known) > 1:
+            taken_n = self._taken(token_nE, variant_n, seed).tolist()
+            self.taken = Counter((name, known[k]) for name, k in zip(names, taken_n, strict=True))
         self._discriminate(token_nE, variant_n)
         return variant_n, cluster_n
+
+    def _taken(self, token_nE: Tensor, variant_n: Tensor, seed: int) -> Tensor:
+        """Cluster (n) that each image is taken for by centres that did not see it, or that saw its whole variant."""
+        order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
+        fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
+        fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+        for fold in range(min(_FOLDS, len(order))):
+            away, here = fold_n != fold, fold_n == fold
+            away |= (torch.bincount(variant_n[away], minlength=self.variants) == 0)[variant_n]
+            self._discriminate(token_nE[away], variant_n[away])
+            taken_n[here] = self(token_nE[here])[1]
+        return taken_n
 
     def _discriminate(self, token_nE: Tensor, variant_n: Tensor) -> None:
         centres = torch.stack([token_nE[variant_n == v].mean(0) for v in range(self.variants)])

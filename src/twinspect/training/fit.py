@@ -18,7 +18,7 @@ from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision
+from twinspect.decision import Decision, mixed_up
 from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
@@ -32,6 +32,7 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
+from twinspect.training.rounding import add_rounded
 from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample
@@ -133,6 +134,8 @@ def _fitted(
 ) -> Fitted:
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
+    training, held, said = add_rounded(training, held)
+    notes += said
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else _teacher(config.model)
     if resume is None:
@@ -159,7 +162,7 @@ def _fitted(
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision = decide(model, source, train_at, held_at, good)
     record = _record(model.cpu(), source, train_at, held_at, report)
-    record["notes"] = notes
+    record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]

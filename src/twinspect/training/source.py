@@ -22,6 +22,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
 from twinspect.training.known import KnownFiles
+from twinspect.training.rounding import Rounded
 from twinspect.types import Sample
 
 Progress = Callable[[str, int, int], None]
@@ -171,7 +172,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is not None:
+            if sample.record is not None or isinstance(sample, Rounded):
                 pixels = read_square(sample, self._model.shape.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -210,7 +211,8 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
-    return resize_rgb(read_sample_rgb(sample, draft_side=size), size)
+    pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
+    return sample.around(pixels) if isinstance(sample, Rounded) else pixels
 
 
 def teacher_batch(model: AnomalyModel) -> int:
