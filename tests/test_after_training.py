@@ -155,7 +155,7 @@ def test_readings_are_calibrated_by_what_statistics_without_the_image_say(
     scorer, slow = model.scorer, Slow(model, source)
     assert scorer.clusters.count == scorer.clusters.variants == 2
     first = scorer.student_readings[0]
-    readings = {first + g: slow.local(g) for g in range(len(scorer.plans))}
+    readings = {first + i: slow.local(g) for i, g in enumerate(scorer.scored)}
     first = scorer.local_count + scorer.student_readings[1]
     readings |= {first + view: slow.tokens(view) for view in range(len(scorer.tokens))}
     readings[len(scorer.weight_R) - 1] = slow.nearest()
