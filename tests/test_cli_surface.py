@@ -3,10 +3,12 @@
 After a deliberate change type: python tests/test_cli_surface.py > tests/golden/cli.txt
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
 
@@ -45,6 +47,26 @@ def test_every_flag_and_command_has_help() -> None:
             check(sub, f"{name} {key}")
 
     check(typer.main.get_command(app), "twinspect")
+
+
+def test_fit_shows_what_people_use_and_the_rest_on_demand() -> None:
+    from twinspect.cli import app
+
+    short, full = (CliRunner().invoke(app, ["fit", name]).stdout for name in ("--help", "--help-all"))
+    shown, every = (set(re.findall(r"^\s+(--[a-z-]+)", text, re.M)) for text in (short, full))
+    usual = {
+        "--out",
+        "--effort",
+        "--config",
+        "--resume-from",
+        "--model",
+        "--teacher",
+        "--size",
+        "--steps",
+        "--device",
+    }
+    assert shown == usual | {"--help", "--help-all"}
+    assert {f"--{name}" for name in ("clip", "warmup", "noisy-or", "time-budget", "cram", "thin")} <= every - shown
 
 
 if __name__ == "__main__":

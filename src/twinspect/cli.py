@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from twinspect.config import FAMILIES
+from twinspect.config import ModelConfig, TrainConfig
 from twinspect.data_commands import Images, data_app
 from twinspect.diagnose_commands import diagnose
 from twinspect.predict_commands import predict
@@ -29,16 +32,17 @@ app.add_typer(data_app)
 app.command()(diagnose)
 app.command()(serve)
 
-_FAMILIES = "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items())
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
-Teacher = Annotated[
-    str, typer.Option(help="auto (the default), a short name (see: twinspect doctor) or any timm name.")
-]
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
 Runtime = Annotated[str, typer.Option(help="auto, torch, onnx or openvino; auto is what the file was made for.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the runtime; 0 is its own choice.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights, order, noise and splits.")]
+
+
+# Of the options that settings of a run have: those that --help shows, and those whose name is not the setting's.
+_USUAL = ("model", "teacher", "size", "steps", "device")
+_FLAGS = {"time_budget_s": "--time-budget", "pretrained": "--pretrained/--random-teacher"}
 
 
 def _say_version(wanted: bool) -> None:
@@ -112,57 +116,65 @@ def fetch(
             console.say(line)
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every setting of a run; those in `_USUAL` are shown by ``--help``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    for one in (*fields(ModelConfig), *fields(TrainConfig)):
+        flag = _FLAGS.get(one.name, f"--{one.name.replace('_', '-')}")
+        option = typer.Option(flag, help=one.metadata["help"], hidden=one.name not in _USUAL, show_default=False)
+        kind: Any = Annotated[type(one.default) | None, option]
+        own.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return command
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 @app.command()
+@_with_settings
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    model: Annotated[str, typer.Option(help=f"Family: {_FAMILIES}.")] = "",
-    direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
-    terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
-    teacher: Teacher = "",
-    effort: Annotated[str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")] = "default",
-    weights: Weights = None,
-    size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images per step; 0 takes the default.")] = 0,
-    lr: Annotated[float, typer.Option(help="Learning rate of the Encoder-Decoder; 0 takes the default.")] = 0.0,
-    noisy_or: Annotated[str, typer.Option(help="Reading of the Noisy-OR objective: n1, n2 or n3.")] = "",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "",
-    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:1.")] = "",
-    time_budget: Annotated[float, typer.Option(help="Stop training after so many seconds; 0: no limit.")] = 0.0,
-    cache_gb: Annotated[Optional[float], typer.Option(help="Largest feature cache; 0 turns it off.")] = None,  # noqa: UP045
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order, noise and splits; 0 by default.")] = None,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Images = None,
-    split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
-    config: Annotated[Optional[Path], typer.Option(help="TOML file; options given here win.")] = None,  # noqa: UP045
-    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
-    thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
-    random_teacher: Annotated[
-        bool,
-        typer.Option("--random-teacher", help="Random teacher weights, for tests of shape and speed only."),
-    ] = False,
+    effort: Annotated[str, typer.Option(help="One dial: fast, default or max. Other options win.")] = "default",
+    config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
-    forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.", hidden=True)
+    ] = False,
+    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.", hidden=True)] = "auto",
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder that the paths of a manifest are relative to.", hidden=True),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.", hidden=True)
+    ] = "",
+    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.", hidden=True)] = None,  # noqa: UP045
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.", hidden=True)
+    ] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option, and stop."),
+    ] = False,
+    **settings: Any,
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
     from twinspect.app import fit_command
     from twinspect.config import of_effort
 
-    # None is "not given": a TOML file's value, or the default, then holds.
-    chosen: dict[str, dict[str, Any]] = {
-        "model": {
-            "model": model or None, "direction": direction or None, "terms": terms or None,
-            "teacher": teacher or None, "weights": str(weights) if weights else None,
-            "size": size or None, "pretrained": False if random_teacher else None,
-        },
-        "train": {
-            "steps": steps or None, "batch": batch or None, "lr": lr or None, "noisy_or": noisy_or or None,
-            "precision": precision or None, "time_budget_s": time_budget or None,
-            "device": device or None,
-            "seed": seed, "cache_gb": cache_gb,
-        },
-    }  # fmt: skip
+    # None is "not given": the dial's value, a TOML file's, or the default then holds.
+    chosen = {
+        section: {one.name: settings[one.name] for one in fields(kind)}
+        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
+    }
     with _console() as console:
         for section, values in of_effort(effort).items():
             chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}

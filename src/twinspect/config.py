@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses whose checks speak the user's language.
 
-A string under each field is its help. One dial, ``effort``, sets what costs time; every other field
-has one default for all data sets and classes.
+Each field says its default and its help once; ``twinspect fit`` has an option for each. One dial, ``effort``, sets
+what costs time; every other field has one default for all data sets and classes.
 """
 
 from __future__ import annotations
@@ -96,50 +96,69 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def _setting(default: T, text: str) -> T:
+    """A field with its default and its help."""
+    found: T = field(default=default, metadata={"help": text})
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What is built: teacher, students, input size."""
 
-    model: str = "dual"
-    """Family of the model."""
-    teacher: str = "auto"
-    """Short name, any timm name, or auto."""
-    weights: str = ""
-    """Local weights file of the teacher; empty searches the known places on disk."""
-    pretrained: bool = True
-    """False builds a random-weight teacher, for tests of shape and speed only."""
-    size: int = 0
-    """Input side in pixels; 0 takes the teacher's default."""
-    width: int = 0
-    """Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN)."""
-    depth: int = 0
-    """Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage."""
-    dropout: float = 0.2
-    """Noise of the bottleneck; 0.4 suits very large and varied sets."""
-    ee_shrink: int = 0
-    """Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN)."""
-    ee_depth: float = 0.0
-    """Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25."""
-    recentre: bool = False
-    """dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2)."""
-    direction: str = ""
-    """snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse."""
-    terms: str = ""
-    """snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; empty takes the last four."""
-    cram: int = -1
-    """snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32."""
-    cram_place: str = ""
-    """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
-    scoring: str = ""
-    """plain: the students' own distances, as in the papers; default: beside them statistics of good images;
-    published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes default, plain
-    for rd and fd."""
-    channel_reading: str = "kl"
-    """snl: reading of the channel term, kl or cosine."""
-    temperature: float = 1.0
-    """snl: of the channel term's softmax, in spreads of a channel on normal images."""
-    affinity_side: int = 16
-    """snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power."""
+    model: str = _setting(
+        "dual", "Family: " + "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items()) + "."
+    )
+    teacher: str = _setting("auto", "Short name, any timm name, or auto.")
+    weights: str = _setting("", "Local weights file of the teacher; empty searches the known places on disk.")
+    pretrained: bool = _setting(True, "False builds a random-weight teacher, for tests of shape and speed only.")
+    size: int = _setting(0, "Input side in pixels; 0 takes the teacher's default.")
+    width: int = _setting(0, "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).")
+    depth: int = _setting(
+        0,
+        "Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage.",
+    )
+    dropout: float = _setting(0.2, "Noise of the bottleneck; 0.4 suits very large and varied sets.")
+    ee_shrink: int = _setting(
+        0,
+        "Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN).",
+    )
+    ee_depth: float = _setting(
+        0.0,
+        "Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25.",
+    )
+    recentre: bool = _setting(
+        False,
+        "dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2).",
+    )
+    direction: str = _setting(
+        "",
+        "snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse.",
+    )
+    terms: str = _setting(
+        "",
+        "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; empty takes the last four.",
+    )
+    cram: int = _setting(-1, "snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.")
+    cram_place: str = _setting(
+        "",
+        "snl: bottleneck (reverse only) or stages; empty takes the first that is possible.",
+    )
+    scoring: str = _setting(
+        "",
+        "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
+        "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
+        "default, plain for rd and fd.",
+    )
+    channel_reading: str = _setting("kl", "snl: reading of the channel term, kl or cosine.")
+    temperature: float = _setting(
+        1.0,
+        "snl: of the channel term's softmax, in spreads of a channel on normal images.",
+    )
+    affinity_side: int = _setting(
+        16,
+        "snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power.",
+    )
 
     def __post_init__(self) -> None:
         if self.model not in FAMILIES:
@@ -199,40 +218,30 @@ class ModelConfig:
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = 100
-    """Optimiser steps."""
-    batch: int = 16
-    """Images per step."""
-    seed: int = 0
-    """Seed of weights, order, noise and splits."""
-    lr: float = 2e-3
-    """Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine."""
-    lr_ee: float = 1e-3
-    """Peak learning rate of the Encoder-Encoder."""
-    warmup: int = 10
-    """Steps of linear warm-up."""
-    weight_decay: float = 1e-4
-    """Decoupled weight decay."""
-    clip: float = 0.1
-    """Largest gradient norm of each student."""
-    noisy_or: str = "n2"
-    """Reading of the Noisy-OR objective: n1, n2 or n3."""
-    easy_ramp: int = 1000
-    """Steps over which the easy share of positions rises to 0.9 (hard mining)."""
-    precision: str = "auto"
-    """fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a GPU."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:1."""
-    compile: bool = False
-    """Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU."""
-    time_budget_s: float = 0.0
-    """Stop training after so many seconds; 0 means no limit."""
-    checkpoint_every: int = 20
-    """Steps between checkpoints that a killed run resumes from."""
-    holdout: float = 0.2
-    """Share of the normal training images kept for calibration."""
-    cache_gb: float = 20.0
-    """Largest teacher-feature cache on disk; 0 turns it off."""
+    steps: int = _setting(100, "Optimiser steps.")
+    batch: int = _setting(16, "Images per step.")
+    seed: int = _setting(0, "Seed of weights, order, noise and splits.")
+    lr: float = _setting(2e-3, "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.")
+    lr_ee: float = _setting(1e-3, "Peak learning rate of the Encoder-Encoder.")
+    warmup: int = _setting(10, "Steps of linear warm-up.")
+    weight_decay: float = _setting(1e-4, "Decoupled weight decay.")
+    clip: float = _setting(0.1, "Largest gradient norm of each student.")
+    noisy_or: str = _setting("n2", "Reading of the Noisy-OR objective: n1, n2 or n3.")
+    easy_ramp: int = _setting(1000, "Steps over which the easy share of positions rises to 0.9 (hard mining).")
+    precision: str = _setting(
+        "auto",
+        "fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a "
+        "GPU.",
+    )
+    device: str = _setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:1.")
+    compile: bool = _setting(
+        False,
+        "Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU.",
+    )
+    time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
+    checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
+    holdout: float = _setting(0.2, "Share of the normal training images kept for calibration.")
+    cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
