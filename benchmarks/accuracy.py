@@ -43,7 +43,10 @@ from twinspect.report import Section, Table
 from twinspect.reproduce import code_hash
 from twinspect.results import markdown, write_text
 
-OURS = {"ours-a": "dual", "ours-b": "snl"}
+OURS = {
+    "ours-a": ("dual", "default"), "ours-b": ("snl", "default"),
+    "ours-a-plain": ("dual", "plain"), "ours-b-plain": ("snl", "plain"),
+}  # fmt: skip
 BASELINES = {
     "patchcore": "nearest patch neighbours (PatchCore-like)",
     "padim": "Gaussian per position (PaDiM-like)",
@@ -51,6 +54,7 @@ BASELINES = {
     "mahalanobis": "Mahalanobis of pooled embeddings",
 }
 VERSION = 1  # of the baselines; results of another version are not taken up
+RATES = ("found", "false_alarms")  # at the default threshold
 BLUR = 4.0  # pixels of the original image, as both papers smooth their maps
 
 
@@ -190,7 +194,8 @@ def pixel_metrics(problem, map_Bhw):
 def run_ours(problems, args, store, console):
     """System A, and B where asked for, with the library's defaults but for what was typed."""
     for method, seed in itertools.product((m for m in OURS if m in args.methods), args.seed):
-        model = ModelConfig(model=OURS[method], teacher=args.teacher, size=args.size)
+        family, scoring = OURS[method]
+        model = ModelConfig(model=family, scoring=scoring, teacher=args.teacher, size=args.size)
         config = RunConfig(model, TrainConfig(seed=seed, steps=args.steps or TrainConfig().steps))
         facts = {"method": method, "teacher": args.teacher, **shown_of(args), "seed": seed}
         for problem in problems:
@@ -254,12 +259,14 @@ def summed(setting, seeds, part):
     runs = [run for own in seeds.values() for run in own]
     per_part = {n: float(np.mean([parts[n]["auroc"] for parts, _ in runs if n in parts])) for n in names}
     pixel = {m: [row[m] for _, entry in runs for row in entry["pixel"].values()] for m in PIXEL}
+    decided = [row for _, entry in runs for row in entry.get("decisions", {}).values() if setting[3] == "joint"]
     return {
         "method": setting[0], "size": setting[1], "variant": setting[2], "reading": setting[3],
         "auroc": float(np.mean([value for value, _ in found])), "draws": np.mean([d for _, d in found], axis=0),
         "seeds": sorted(seeds), "spread": float(np.std([value for value, _ in found])), "parts": per_part,
         "pixel": {m: float(np.mean(values)) for m, values in pixel.items() if values},
         "seconds": float(sum(entry["seconds"] for _, entry in runs)) / len(seeds),
+        "decided": {k: float(np.mean([row[k] for row in decided])) for k in RATES if decided},
     }  # fmt: skip
 
 
@@ -285,7 +292,8 @@ def interval(draws):
 
 def title_of(row):
     if row["method"] in OURS:
-        return f"{'A' if row['method'] == 'ours-a' else 'B'}, {row['reading']}"
+        family, scoring = OURS[row["method"]]
+        return f"{'A' if family == 'dual' else 'B'}{' plain' * (scoring == 'plain')}, {row['reading']}"
     return BASELINES[row["method"]]
 
 
@@ -300,6 +308,8 @@ def table_of(name, protocol, rows):
         "A joint - this",
         *parts,
         *metrics,
+        "found",
+        "false alarms",
         "setting",
         "of",
         "seeds",
@@ -312,7 +322,8 @@ def table_of(name, protocol, rows):
         setting = ", ".join(v for v in (f"{row['size']} px", row["variant"], reading) if v)
         less = "-" if joint in (None, row) else interval(joint["draws"] - row["draws"])
         spread = f" ± {row['spread']:.4f}" if len(row["seeds"]) > 1 else ""
-        numbers = (*(row["parts"][n] for n in parts), *(row["pixel"].get(m, "-") for m in metrics))
+        decided = (row["decided"].get(k, "-") for k in RATES)
+        numbers = (*(row["parts"][n] for n in parts), *(row["pixel"].get(m, "-") for m in metrics), *decided)
         seeds = " ".join(map(str, row["seeds"]))
         body.append(
             (title_of(row), f"{row['auroc']:.4f}{spread}", interval(row["draws"]), less, *numbers, setting,

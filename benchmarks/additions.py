@@ -3,11 +3,15 @@
     python benchmarks/additions.py --data DIR --sets parts,parts2,textile --out additions.json
     python benchmarks/additions.py --data DIR --sets parts2 --limit 20 --steps 5 --size 256     # a quick look
     python benchmarks/additions.py --table additions.json                                       # the table again
+    python benchmarks/additions.py --data DIR --sets parts,parts2 --limit 30 --constants --out constants.json
 
 The students of a problem are trained once. Statistics of good images are then learnt four times (the first four
 additions change what is learnt); every other row reads the same answers again. A row holds the mean over classes of
 image AUROC, and of pixel AUROC where there are masks (maps and masks at 128 x 128: coarser than `twinspect eval`).
 Labels are read here to judge; nothing that is learnt reads them. What is finished is written and not done again.
+
+``--constants`` tries other values of every constant that was chosen by looking at data, one at a time, and says which
+value each set would have had if it had been chosen on the other sets (leave-one-set-out).
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 from twinspect.metrics import auroc
 from twinspect.models import clusters as clusters_room
+from twinspect.models import scorer as scorer_room
 from twinspect.models import statistics as statistics_room
 from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
 from twinspect.reproduce import code_hash
 from twinspect.results import text_table
+from twinspect.scoring import gaussian_kernel
 from twinspect.training import statistics as fitting_room
 from twinspect.training.fit import cache_folder, choose_images, fit
 from twinspect.training.source import FeatureSource
@@ -180,12 +186,15 @@ def weigh(model: AnomalyModel, row: Row, answers: Answers, cluster_masked: Tenso
         return score.numpy(), scorer.finish(answers.plain_mhw)
     mapped = scorer.mapped
     scorer.mapped = [i for i in mapped if i in order] or order
-    found = [
-        scorer.map_of([one[i : i + 32].float() for one in answers.distances], cluster_masked[i : i + 32])
-        for i in range(0, len(cluster_masked), 32)
-    ]
+    found = maps_of(scorer, answers, cluster_masked)
     scorer.mapped = mapped
     return score.numpy(), torch.cat(found)
+
+
+def maps_of(scorer: scorer_room.Scorer, answers: Answers, cluster_m: Tensor) -> list[Tensor]:
+    """Anomaly maps of the masked images, in parts."""
+    starts = range(0, len(cluster_m), 32)
+    return [scorer.map_of([d[i : i + 32].float() for d in answers.distances], cluster_m[i : i + 32]) for i in starts]
 
 
 SKILL: dict[int, Tensor] = {}
@@ -253,6 +262,99 @@ def run_problem(problem: Problem, args: argparse.Namespace, store: Store, consol
     store.add(key, {"set": problem.set, "protocol": problem.protocol, "problem": problem.name, "rows": found})
 
 
+CONSTANTS: dict[str, tuple[float, ...]] = {
+    "PLACE_PRIOR": (1.0, 4.0, 16.0),
+    "SPREAD_PRIOR": (2.0, 8.0, 32.0),
+    "RIDGE": (3e-4, 3e-3, 3e-2),
+    "NEIGHBOURS": (1, 5, 15),
+    "TOP_SHARE": (0.001, 0.005, 0.02),
+    "WINDOW": (10, 20, 40),
+    "MAP_SIGMA": (1 / 256, 2 / 256, 4 / 256),
+    "GAP_VARIANTS": (2.2, 3.2, 4.8),
+}
+_ROOMS = (statistics_room, fitting_room, scorer_room, clusters_room)
+
+
+@contextmanager
+def another(model: AnomalyModel, name: str, value: float) -> Iterator[None]:
+    """A constant has another value, wherever it is used."""
+    rooms = [room for room in _ROOMS if hasattr(room, name)]
+    scorer, kept = model.scorer, getattr(rooms[0], name)
+    windows, kernel = [one.window for one in scorer.gaussians()], scorer.kernel
+    for room in rooms:
+        setattr(room, name, value)
+    for gaussian, plan in zip(scorer.gaussians(), scorer.plans, strict=True):
+        gaussian.window = scorer_room._window(plan.stride)
+    scorer.kernel = gaussian_kernel(scorer_room.MAP_SIGMA * scorer.map_side)
+    try:
+        yield
+    finally:
+        for room in rooms:
+            setattr(room, name, kept)
+        for gaussian, window in zip(scorer.gaussians(), windows, strict=True):
+            gaussian.window = window
+        scorer.kernel = kernel
+
+
+def run_constants(problem: Problem, args: argparse.Namespace, store: Store, console: Console) -> None:
+    """Train once; learn and judge again with every other value of every constant."""
+    config = RunConfig(ModelConfig(size=args.size), TrainConfig(steps=args.steps, seed=args.seed))
+    training, held = choose_images(problem.known, config)
+    parts = list(range(len(training))), list(range(len(training), len(training) + len(held)))
+    at = np.array([i for i, s in enumerate(problem.test) if s.class_name in problem.masked], np.int64)
+    masks = masks_of(problem, at) if len(at) else torch.zeros(0)
+    fitted = None
+    for name, values in CONSTANTS.items():
+        for value in values:
+            key = key_of(problem.hash, config.to_dict(), code_hash(), name, value)
+            if key in store.entries:
+                continue
+            if fitted is None:
+                fitted = fit(problem.known, config, None, console.progress)
+                model = fitted.model.eval()
+                folder = cache_folder(model, len(problem.known) + len(problem.test), config.train.cache_gb)
+                known = FeatureSource(model, [*training, *held], folder, console.progress)
+                tested = FeatureSource(model, problem.test, folder, console.progress)
+            with another(model, name, value):
+                good = fit_statistics(model, known, *parts, args.seed, console.progress)
+                answers = answers_of(model, good, tested, at)
+                scorer = model.scorer
+                students = scorer.students(answers.reading_tR, answers.cluster_t)
+                score, _ = scorer.joined(students, answers.cluster_t)
+                maps = maps_of(scorer, answers, answers.cluster_t[at])
+                found = judge(problem, at, masks, score.numpy(), torch.cat(maps) if maps else torch.zeros(0))
+            console.say(f"{problem.set}: {name} {value:g}: {headline(found)}")
+            store.add(key, {"set": problem.set, "constant": name, "value": value, "found": found})
+
+
+def table_of_constants(store: Store) -> Table:
+    """A line a constant: image AUROC of every set with each value, and the value that the other sets choose."""
+    entries = list(store.entries.values())
+    sets = sorted({e["set"] for e in entries})
+    body = []
+    for name, values in CONSTANTS.items():
+        by = {(e["set"], e["value"]): e["found"] for e in entries if e["constant"] == name}
+        measure = _pixel if name == "MAP_SIGMA" else _image
+        numbers = {k: measure(found) for k, found in by.items()}
+        if len(numbers) < len(sets) * len(values):
+            continue
+        cells = [" / ".join(f"{numbers[s, v]:.4f}" for v in values) for s in sets]
+        picks = []
+        for s in sets:
+            others = [o for o in sets if o != s] or [s]
+            picks.append(f"{max(values, key=lambda v: np.mean([numbers[o, v] for o in others])):.3g}")
+        body.append((name, " / ".join(f"{v:.3g}" for v in values), *cells, ", ".join(picks)))
+    return Table("Constants", ("constant", "values", *sets, "chosen without " + ", ".join(sets)), tuple(body))
+
+
+def _image(found: dict) -> float:
+    return found["parts"].get(found["headline"]) or float(np.mean(list(found["parts"].values())))
+
+
+def _pixel(found: dict) -> float:
+    return float(np.mean(list(found["pixel"].values())))
+
+
 def build_again(fitted, state: dict[str, Tensor]) -> AnomalyModel:
     """The model as `fit` left it."""
     model = fitted.model
@@ -265,9 +367,8 @@ def build_again(fitted, state: dict[str, Tensor]) -> AnomalyModel:
 
 
 def headline(found: dict) -> str:
-    image = found["parts"].get(found["headline"]) or float(np.mean(list(found["parts"].values())))
-    pixel = f", pixel {np.mean(list(found['pixel'].values())):.4f}" if found["pixel"] else ""
-    return f"image {image:.4f}{pixel}"
+    pixel = f", pixel {_pixel(found):.4f}" if found["pixel"] else ""
+    return f"image {_image(found):.4f}{pixel}"
 
 
 def table_of(store: Store) -> Table:
@@ -278,7 +379,7 @@ def table_of(store: Store) -> Table:
         cells: list[str] = []
         for one in columns:
             own = [e["rows"][row.name] for e in store.entries.values() if (e["set"], e["protocol"]) == one]
-            image = [p.get(e["headline"]) or np.mean(list(p.values())) for e in own for p in [e["parts"]]]
+            image = [_image(e) for e in own]
             pixel = [v for e in own for v in e["pixel"].values()]
             cells += [f"{np.mean(image):.4f}", f"{np.mean(pixel):.4f}" if pixel else "-"]
         body.append((row.name, *cells))
@@ -295,6 +396,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("additions.json"))
+    parser.add_argument("--constants", action="store_true", help="other values of every constant, instead")
     parser.add_argument("--table", type=Path, help="only print the table of a file")
     args = parser.parse_args()
     console = Console()
@@ -302,8 +404,8 @@ def main() -> None:
     if args.table is None:
         for name in args.sets.split(","):
             for problem in problems_of(name, args.data, args.limit):
-                run_problem(problem, args, store, console)
-    print(text_table(table_of(store)))
+                (run_constants if args.constants else run_problem)(problem, args, store, console)
+    print("\n".join(text_table((table_of_constants if args.constants else table_of)(store))))
 
 
 if __name__ == "__main__":

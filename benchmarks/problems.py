@@ -19,6 +19,7 @@ from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.carving import by_class, relative_lines, short_hash
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
+from twinspect.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
@@ -86,6 +87,15 @@ class Problem:
             }
             for name, at in self.parts.items()
         }
+
+    def rates(self, called: NDArray[np.bool_]) -> dict[str, dict[str, float]]:
+        """Part -> share of defects found and of good images called bad."""
+        bad = np.array([s.label == 1 for s in self.test])
+        found = {}
+        for name, at in self.parts.items():
+            here, wrong = called[at], bad[at]
+            found[name] = {"found": float(here[wrong].mean()), "false_alarms": float(here[~wrong].mean())}
+        return found
 
     def _stratum(self, sample: Sample) -> str:
         """Images that are drawn from together.
@@ -173,11 +183,12 @@ READINGS = {"score": "joint", "score_local": "local student", "score_semantic": 
 
 
 def ours(problem: Problem, config: RunConfig, console: Console) -> tuple[dict, dict, dict]:
-    """Train and test: reading -> scores, class -> pixel metrics of the joint map, and what it took in seconds."""
+    """Train and test: reading -> scores, class -> pixel metrics of the joint map, and facts: seconds, decisions."""
     began = time.monotonic()
     fitted = fit(problem.known, config, None, console.progress)
     trained = time.monotonic() - began
-    found, pixel = cached_scores(fitted, problem, config, console), {}
+    found, called = cached_scores(fitted, problem, config, console)
+    pixel: dict[str, dict] = {}
     if problem.masked:
         predictor = Predictor(TorchRuntime(fitted.model), fitted.decision, batch=8)
         masked = [s for s in problem.test if s.class_name in problem.masked]
@@ -186,11 +197,14 @@ def ours(problem: Problem, config: RunConfig, console: Console) -> tuple[dict, d
             raise DataError(f"images that cannot be scored: {'; '.join(evaluation.failed)}")
         pixel = {n: {m: row[m] for m in PIXEL} for n, row in evaluation.table["classes"].items()}
     total = time.monotonic() - began
-    return found, pixel, {"seconds": round(total, 1), "fit_s": round(trained, 1), "test_s": round(total - trained, 1)}
+    facts = {"seconds": round(total, 1), "fit_s": round(trained, 1), "test_s": round(total - trained, 1)}
+    return found, pixel, {**facts, "decisions": problem.rates(called)}
 
 
-def cached_scores(fitted, problem: Problem, config: RunConfig, console: Console) -> dict[str, NDArray]:
-    """Image scores of the joint score and both students, from cached teacher features."""
+def cached_scores(
+    fitted, problem: Problem, config: RunConfig, console: Console
+) -> tuple[dict[str, NDArray], NDArray[np.bool_]]:
+    """Joint score and both students' of the test images, from cached features, and which are called bad."""
     model = fitted.model.eval()
     count = len(problem.known) + len(problem.test)
     source = FeatureSource(model, problem.test, cache_folder(model, count, config.train.cache_gb), console.progress)
@@ -198,9 +212,12 @@ def cached_scores(fitted, problem: Problem, config: RunConfig, console: Console)
         raise DataError(f"images that cannot be read: {'; '.join(s.reason for s in source.skipped)}")
     with torch.inference_mode():
         outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)))]
-    return {
+    found = {
         shown: torch.cat([getattr(out, f"{field}_B") for out in outputs]).numpy() for field, shown in READINGS.items()
     }
+    clusters = torch.cat([out.cluster_B for out in outputs]).tolist()
+    verdicts = [fitted.decision.judge(float(s), k) for s, k in zip(found["joint"], clusters, strict=True)]
+    return found, np.array([one.answer == ANOMALY for one in verdicts])
 
 
 class Store:

@@ -61,7 +61,7 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
         out = model.score(*source.batch(list(range(24))))
     assert good.counted_n.tolist() == [i in HELD for i in range(24)]
     peak_B = out.map_B1HW.flatten(1).amax(1)
-    expected = GoodImages(out.score_B, peak_B, out.cluster_distance_B, out.cluster_B, good.counted_n)
+    expected = GoodImages(out.score_B, peak_B, out.cluster_distance_B, out.cluster_B, good.counted_n, out.readings_BR)
     torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
@@ -155,7 +155,7 @@ def test_readings_are_calibrated_by_what_statistics_without_the_image_say(
     scorer, slow = model.scorer, Slow(model, source)
     assert scorer.clusters.count == scorer.clusters.variants == 2
     first = scorer.student_readings[0]
-    readings = {first + g: slow.local(g) for g in range(len(scorer.plans))}
+    readings = {first + i: slow.local(g) for i, g in enumerate(scorer.scored)}
     first = scorer.local_count + scorer.student_readings[1]
     readings |= {first + view: slow.tokens(view) for view in range(len(scorer.tokens))}
     readings[len(scorer.weight_R) - 1] = slow.nearest()

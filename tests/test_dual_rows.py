@@ -155,24 +155,27 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         k = int(clusters.owner_V[variant])
         maps = [slow_distance(one, f[b], variant, k) for (_, _, one), f in zip(groups, features, strict=True)]
         scaled = [(m - one.level_Vhw[variant]) / one.spread_Vhw[variant]
-                  for m, (_, _, one) in zip(maps, groups, strict=True)]  # fmt: skip
+                  for m, (plan, _, one) in zip(maps, groups, strict=True) if plan.scored]  # fmt: skip
         local = [float(plain[b, 0]), *(largest(one, TOP_SHARE) for one in scaled)]
         tokens = zip(scorer.token_gaussians(), observed.tokens, strict=True)
         near = (1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)).sort().values[:NEIGHBOURS]
         semantic = [float(plain[b, 1]), *(slow_token(one, t[b], variant, k) for one, t in tokens), float(near.mean())]
         reading = torch.tensor([*local, *semantic])
-        surprises = slow_surprise(z_of(scorer.standardise, reading, k)) * scorer.weight_R.numpy()
-        both = torch.tensor([surprises[: len(local)].sum(), surprises[len(local) :].sum()])
+        z, weight, link = z_of(scorer.standardise, reading, k), scorer.weight_R.numpy(), float(clusters.link_K[k])
+        weight = np.r_[weight[:-1], weight[-1] * (1 - link)]  # nearest images count where images do not repeat
+        counted = weight * np.r_[slow_surprise(z[: len(local)]), z[len(local) :]]
+        both = torch.tensor([counted[: len(local)].sum(), counted[len(local) :].sum()])
         z = z_of(scorer.standardise_students, both, k)
-        side = max(one.shape[0] for one in maps)
-        levels = zip(maps, scorer.map_level_KG[k], scorer.map_spread_KG[k], strict=True)
+        mapped = [g for g, (plan, _, _) in enumerate(groups) if plan.mapped]
+        side = max(maps[g].shape[0] for g in mapped)
+        levels = [(maps[g], scorer.map_level_KG[k, g], scorer.map_spread_KG[k, g]) for g in mapped]
         large = [
             F.interpolate(((m - level) / spread)[None, None], size=(side, side), mode="bilinear")[0, 0]
             for m, level, spread in levels
         ]
         found.append({
             "map_B1HW": full_size(scorer, torch.stack(large).mean(0)[None]),
-            "score_B": torch.tensor(float(clusters.link_K[k]) * slow_surprise(z[0]) + slow_surprise(z[1])),
+            "score_B": torch.tensor(link * slow_surprise(z[0]) + slow_surprise(z[1])),
             "score_local_B": torch.tensor(z[0]), "score_semantic_B": torch.tensor(z[1]),
             "cluster_B": torch.tensor(k), "cluster_distance_B": reading[len(local) + 1], "readings_BR": reading,
         })  # fmt: skip

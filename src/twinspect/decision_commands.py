@@ -338,7 +338,7 @@ def drift_table(found: DriftReport) -> Table:
     rows = tuple(
         (
             one.class_name or "(none)", one.images, one.median_p, one.tail,
-            "-" if one.median_scene_p != one.median_scene_p else one.median_scene_p, "yes" if one.moved else "no",
+            "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
         )
         for one in found.classes
     )  # fmt: skip

@@ -18,7 +18,9 @@ same thing in different ways: they are averaged (a sum, as both are standardised
     score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
 
 The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
-the rest. ``link`` is small where good images do not repeat each other, as photographs do.
+the rest. ``link`` says how far the good images of a cluster repeat each other (`clusters.repetition`): 1 on a line,
+near 0 among photographs, where the place and grain of a patch mean nothing. There the nearest good images tell most,
+so their reading counts 1 - link.
 
 Shapes: B images, h w grid, R readings, n good images, K clusters, V variants, H W map.
 """
@@ -39,7 +41,7 @@ from twinspect.scoring import gaussian_kernel, smooth, surprise, top_mean, upsam
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
-MAP_SIGMA = 4.0 / 256.0  # smoothing of the map, as a share of its side
+MAP_SIGMA = 2.0 / 256.0  # smoothing of the map, as a share of its side
 
 
 class GroupPlan(NamedTuple):
@@ -81,7 +83,7 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.plain, self.published = scoring != "default", scoring == "published"
-        self.student_readings = student_readings
+        self.student_readings, self.asks_students = student_readings, True
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
         self.scored = [g for g, plan in enumerate(plans) if plan.scored]
@@ -103,6 +105,12 @@ class Scorer(nn.Module):
         self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
         self.map_side = size // 4
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
+
+    def students_count(self) -> bool:
+        """Whether the students' own readings change a score: always when plain, else if they have any skill."""
+        local, semantic = self.student_readings
+        theirs = [*range(local), *range(self.local_count, self.local_count + semantic)]
+        return self.plain or bool(self.weight_R[theirs].any())
 
     def all_grids(self) -> list[Grid]:
         """What forms the features of every layer group."""
@@ -159,10 +167,13 @@ class Scorer(nn.Module):
     def students(self, reading_BR: Tensor, cluster_B: Tensor) -> Tensor:
         """Local and semantic score before their own calibration (B x 2): Noisy-OR and sum, or the only reading."""
         local = self.local_count
-        if not self.plain:
-            z_BR = self.standardise(reading_BR, cluster_B)
-            reading_BR = self.weight_R * torch.cat([surprise(z_BR[:, :local]), z_BR[:, local:]], 1)
-        return torch.stack([reading_BR[:, :local].sum(1), reading_BR[:, local:].sum(1)], 1)
+        if self.plain:
+            return torch.stack([reading_BR[:, :local].sum(1), reading_BR[:, local:].sum(1)], 1)
+        z_BR = self.standardise(reading_BR, cluster_B)
+        local_B = (self.weight_R[:local] * surprise(z_BR[:, :local])).sum(1)
+        semantic_BR = self.weight_R[local:] * z_BR[:, local:]
+        nearest_B = (1.0 - self.clusters.link_K.index_select(0, cluster_B)) * semantic_BR[:, -1]
+        return torch.stack([local_B, semantic_BR[:, :-1].sum(1) + nearest_B], 1)
 
     def joined(self, students_B2: Tensor, cluster_B: Tensor) -> tuple[Tensor, Tensor]:
         """Joint score (B) and the calibrated scores of both (B x 2), in standard deviations."""
@@ -185,8 +196,11 @@ class Scorer(nn.Module):
         """How unusual the whole image is for its cluster (B): of its tokens, or as the students see it when plain."""
         return z_B2[:, 1] if self.plain else reading_BR[:, self.local_count + self.student_readings[1]]
 
-    def forward(self, plain: Plain, observed: Observed) -> Outputs:
-        """Maps and scores of a batch."""
+    def forward(self, plain: Plain | None, observed: Observed) -> Outputs:
+        """Maps and scores of a batch; without the students' readings where `asks_students` is false."""
+        if plain is None:
+            local, semantic = (observed.embedding_BF[:, :1].expand(-1, n) * 0.0 for n in self.student_readings)
+            plain = Plain(observed.embedding_BF, local, semantic)
         variant_B, cluster_B = self.clusters(observed.tokens[0])
         distances = self.distances(observed, variant_B, cluster_B)
         map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, cluster_B)
@@ -235,12 +249,12 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     middle = sorted({last[s] for s in (8,) if s in last} | set(of_16))
     deep = tuple(sorted({of_16[-1], last.get(32, len(info.strides) - 1)}))
     grid_16 = info.strides[of_16[-1]]
-    plans = [GroupPlan((last[4],), 4)] if 4 in last else []
+    plans = [GroupPlan((last[4],), 4, mapped=False)] if 4 in last else []
     plans += [
         GroupPlan(tuple(fine), max(8, info.strides[fine[0]])),
         GroupPlan(tuple(middle), grid_16),
         GroupPlan(deep, grid_16),
     ]
     if selection.coarse_levels:
-        plans.append(GroupPlan(tuple(range(len(selection.coarse_levels))), grid_16, coarse=True))
+        plans.append(GroupPlan(tuple(range(len(selection.coarse_levels))), grid_16, coarse=True, scored=False))
     return plans

@@ -193,7 +193,9 @@ class _Routes:
         """Whether predictions still look like the calibration images."""
         models = list(self.service.models)
         # In a thread: comparing thousands of scores takes a moment.
-        found = await asyncio.to_thread(lambda: [{"bundle": one.name, **one.light.report()} for one in models])
+        found = await asyncio.to_thread(
+            lambda: [{"bundle": one.name, **one.light.report().to_dict()} for one in models]
+        )
         return JSONResponse({"drift": found})
 
     async def reset_drift(self, bundle: str) -> Response:

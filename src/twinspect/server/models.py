@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.decision import promises
+from twinspect.drift import DriftMonitor
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.drifts import DriftLight
 from twinspect.server.refusals import Refused
 
 Stamp = tuple[int, int, int]
@@ -57,7 +57,7 @@ class Served:
         self,
         name: str,
         predictor: Predictor,
-        light: DriftLight,
+        light: DriftMonitor,
         batching: tuple[int, float],
         observe: Callable[[str, int, float], None],
         alarm: Callable[[str, str], None],
@@ -84,7 +84,7 @@ class Served:
 
     def _watch(self, results: Sequence[Result]) -> list[None]:
         if self.light.watch(results):
-            self._alarm(self.name, self.light.report()["message"])
+            self._alarm(self.name, self.light.report().message)
         return [None] * len(results)
 
     def describe(self) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.decision import image_id
+from twinspect.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.drifts import DriftLight, fingerprint
 from twinspect.server.guard import say
 from twinspect.server.log import Inspection, InspectionLog, LogError
 from twinspect.server.maps import MapStore, kept_map
@@ -175,11 +175,12 @@ class Service:
     def _make(self, name: str, predictor: Predictor, before: Served | None) -> Served:
         """A predictor with its worker and its drift light, which lives on where the calibration is the same."""
         predictor.limits = self.settings.limits
-        mark = fingerprint(predictor.decision, self.settings.drift_rate)
-        light = before.light if before is not None and before.light.fingerprint == mark else None
-        if light is None:
-            kept = self.log.load_drift(name, mark) if self.log is not None else None
-            light = DriftLight(predictor.decision, self.settings.drift_rate, kept)
+        good, rate = predictor.decision.good, self.settings.drift_rate
+        light = DriftMonitor(good, rate)
+        if before is not None and before.light.fingerprint == light.fingerprint:
+            light = before.light
+        elif self.log is not None and (kept := self.log.load_drift(name, light.fingerprint)):
+            light = DriftMonitor(good, rate, state=kept)
         self.metrics.drift.labels(name).set(light.alarmed)
         batching = (self.settings.max_batch, self.settings.max_wait_ms / 1000)
         return Served(name, predictor, light, batching, self._observe, self._alarm)
