@@ -121,6 +121,20 @@ def test_tiff_with_alpha_and_with_too_many_channels(tmp_path: Path) -> None:
         read_rgb(tmp_path / "b.tif")
 
 
+@pytest.mark.parametrize("kind", ["uint32", "int32"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_whole_numbers_of_more_than_16_bits_are_refused_not_cut_off(
+    tmp_path: Path, kind: str, photometric: str
+) -> None:
+    grey = np.linspace(0.0, 1.0, 64).reshape(8, 8)
+    for name, top in (("fits.tif", 65535), ("large.tif", np.iinfo(kind).max)):
+        tifffile.imwrite(tmp_path / name, (grey * top).astype(kind), photometric=photometric)
+    expected = grey if photometric == "minisblack" else 1 - grey
+    assert np.abs(read_rgb(tmp_path / "fits.tif")[..., 0] / 255 - expected).max() < 0.01
+    with pytest.raises(ImageError, match=r"large.tif: whole numbers outside of 0 to 65,535; save it with 16 bits"):
+        read_rgb(tmp_path / "large.tif")
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "float16"])
 def test_white_is_zero(tmp_path: Path, kind: str) -> None:
     top = np.iinfo(kind).max if kind.startswith("u") else 1

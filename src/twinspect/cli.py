@@ -118,7 +118,7 @@ def fit(
     direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
     terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
     teacher: Teacher = "",
-    effort: Annotated[str, typer.Option(help="One dial: fast, default or max. Other options win.")] = "default",
+    effort: Annotated[str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")] = "default",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,
@@ -220,7 +220,7 @@ def export(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="File to write: .onnx or .xml (OpenVINO).")],
     format: Annotated[str, typer.Option(help="onnx or openvino; empty reads it from --out.")] = "",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, int8, or fp16 (OpenVINO).")] = "fp32",
     batch: Annotated[int, typer.Option(help="Fix the number of images per call; 0 leaves it open.")] = 0,
     any_size: Annotated[bool, typer.Option("--any-size", help="Let the graph itself resize images.")] = False,
     images: Annotated[Optional[Path], typer.Option(help="Good images, 32 or more, to prove it on.")] = None,  # noqa: UP045

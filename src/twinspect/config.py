@@ -37,7 +37,6 @@ SCORINGS = ("plain", "default", "published")
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {"model": {"size": 256}, "train": {"steps": 30}},
     "default": {"model": {}, "train": {}},
-    "max": {"model": {"size": 640}, "train": {"steps": 300}},
 }
 
 

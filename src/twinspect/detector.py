@@ -30,7 +30,7 @@ class Detector:
         weights: local weights file of the teacher.
         pretrained: False gives a random-weight teacher (tests of shape and speed only).
         config: full settings; the other arguments are then left alone.
-        effort: the one dial, ``fast``, ``default`` or ``max``.
+        effort: ``fast`` (half the input side, fewer steps) or ``default``.
 
     Example:
         >>> detector = Detector("efficientnet-lite0").fit("data/")

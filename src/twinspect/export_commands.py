@@ -25,6 +25,7 @@ def export_command(
 ) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
     from twinspect.inference.export import export, refuse_wrong_name, too_few
+    from twinspect.inference.exported import companion
     from twinspect.inference.parity import load_images
     from twinspect.storage import load
 
@@ -40,8 +41,8 @@ def export_command(
         console.say(line)
     if problems := found.problems(options.precision):
         console.warn(f"accepted all the same (--accept-loss): {'; '.join(problems)}")
-    files = [p for p in sorted(out.parent.glob(f"{out.stem}.*")) if p.suffix in (out.suffix, ".bin", ".json")]
-    for path in files if out.suffix != ".onnx" else [out]:
+    parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
+    for path in parts:
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -104,14 +104,14 @@ def read_sized_rgb(
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
     with _picture(source, limits, label) as picture:
         if not isinstance(picture, Image.Image):
-            rgb = _values_to_rgb(picture)
+            rgb = _values_to_rgb(picture, label)
             return rgb, (rgb.shape[0], rgb.shape[1])
         width, height = picture.size
         if draft_side > 0:
             picture.draft("RGB", _draft_size(picture.size, draft_side))
         drafted = picture.size != (width, height)
         sideways = drafted and _orientation(picture) in _SIDEWAYS
-        rgb = _to_rgb(picture)
+        rgb = _to_rgb(picture, label)
         # A TIFF turns itself while it is decoded, so that its header's size is not to be trusted.
         shape = ((width, height) if sideways else (height, width)) if drafted else (rgb.shape[0], rgb.shape[1])
         return rgb, shape
@@ -125,7 +125,7 @@ def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str =
     """
     with _refusals(name, limits):
         _check_size(image.size, limits, name)
-        return _to_rgb(image)
+        return _to_rgb(image, name)
 
 
 def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
@@ -149,7 +149,7 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
         )
     eight = eight_bit(_checked_values(layers))
     if eight.shape[2] == 4:
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)))
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)), "array")
     return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
 
 
@@ -204,17 +204,24 @@ def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[N
         return _grey_upright(picture) if _is_deep(picture) else np.asarray(_upright(picture)), exact
 
 
-def eight_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
+def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
     """Values of any type to 8 bits, by a window that does not follow the image's own range.
 
     Images of one camera must stay comparable, so integers of more than 8 bits are divided by 257 (the 16-bit range).
     Floats lie in 0 to 1, 0 to 255 or 0 to 65,535, whichever holds all but the few largest values; a little
     overshoot (interpolation, gain) and single hot pixels do not change the range. What is not a number is 0.
+
+    Raises:
+        ImageError: whole numbers outside of 0 to 65,535, whose window nothing says.
     """
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind in "iu" and values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise ImageError(
+            f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats from 0 to 1"
+        )
     scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
     scaled = np.nan_to_num(values.astype(np.float64) * scale, nan=0.0, posinf=255.0, neginf=0.0)
     return scaled.clip(0, 255).round().astype(np.uint8)
@@ -418,9 +425,9 @@ def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     return (round(size[0] * scale), round(size[1] * scale)) if scale < 1 else size
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:
     if _is_deep(image):
-        return _values_to_rgb(_grey_upright(image))
+        return _values_to_rgb(_grey_upright(image), label)
     image = _upright(image)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         rgba = image.convert("RGBA")
@@ -428,13 +435,13 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def _values_to_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:
+def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:
     """Values of any type, H x W or H x W x 1 to 4 channels, to RGB; alpha over black."""
     channels = values[..., None] if values.ndim == 2 else values
     colour = channels[..., :-1] if channels.shape[2] in (2, 4) else channels
-    eight = eight_bit(colour)
+    eight = eight_bit(colour, label)
     if colour is not channels:
-        opaque = eight_bit(channels[..., -1:]) / np.float64(255)
+        opaque = eight_bit(channels[..., -1:], label) / np.float64(255)
         eight = (eight * opaque).round().astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(eight, (*eight.shape[:2], 3)))
 

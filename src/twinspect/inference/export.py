@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import numpy as np
 from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.files import refuse_unwritable
-from twinspect.inference.exported import KEY, ExportMeta, companion, read_export, seal, sha256_of
+from twinspect.inference.exported import ExportMeta, read_export, write_meta
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
 
@@ -43,7 +42,7 @@ class ExportOptions:
 
     Attributes:
         format: ``onnx`` or ``openvino``.
-        precision: ``fp32``, ``fp16`` (statistics stay fp32) or ``int8``.
+        precision: ``fp32``, ``fp16`` (OpenVINO: weights at half the size) or ``int8`` (statistics stay fp32).
         batch: images per call; 0 leaves it open.
         any_size: resize images of any height and width in the graph.
         accept_loss: write the best there is where none keeps the model's answers; the metadata then say so.
@@ -61,6 +60,8 @@ class ExportOptions:
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("precision", self.precision, PRECISIONS))
         check_counts(0, self.batch)
+        if self.format == "onnx" and self.precision == "fp16":
+            raise ConfigError("--precision fp16 is written for OpenVINO only; type --format openvino")
         if self.format == "openvino" and self.any_size:
             raise ConfigError(
                 "--any-size with --format openvino: its antialiased resize differs from torch's, so scores would "
@@ -80,7 +81,7 @@ def export(
 
     Args:
         fitted: trained model with its decision.
-        out: file to write: ``.onnx``, or ``.xml`` (with ``.bin`` and ``.json`` beside it).
+        out: file to write: ``.onnx``, or ``.xml`` with ``.bin``; the metadata are written beside it.
         options: format and precision.
         images: to compare on, at least 32; painted ones without any (fp32 and fp16 only).
         calibration: good images whose ranges int8 takes; ``images`` without any.
@@ -104,8 +105,9 @@ def export(
             draft = Path(folder) / out.name
             build = _Build(fitted, options, checked, calibration or checked, draft, report)
             found = build.accepted()
-            for part in sorted(_files(draft), key=lambda p: p.suffix == out.suffix):
-                os.replace(part, out.with_suffix(part.suffix))
+            made = [part for part in draft.parent.iterdir() if part.is_file()]
+            for part in sorted(made, key=lambda p: p == draft):
+                os.replace(part, out.with_name(part.name))
     except OSError as error:
         raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
     return found
@@ -215,16 +217,14 @@ class _Build:
 
     def _plain(self, proto: Any) -> None:
         from twinspect.inference.graph import refuse_too_large, save_proto
-        from twinspect.inference.quantise import to_half
 
-        half = self.options.precision == "fp16"
         if self.options.format == "onnx":
-            proto = to_half(proto) if half else proto
             refuse_too_large(proto)
             save_proto(proto, self.draft)
         else:
             import openvino as ov
 
+            half = self.options.precision == "fp16"
             ov.save_model(ov.Core().read_model(self._step(proto)), self.draft, compress_to_fp16=half)
         self._seal()
 
@@ -259,40 +259,12 @@ class _Build:
         self._seal({**found.to_dict(), "accepted_loss": accepted_loss, **part})
 
     def _seal(self, checked: dict[str, Any] | None = None) -> None:
-        """Attach metadata and their hash to the draft."""
+        """Write the draft's metadata and sha256 beside it."""
         fitted, options = self.fitted, self.options
-        meta = ExportMeta(
+        write_meta(self.draft, ExportMeta(
             options.format, options.precision, fitted.model.shape.size, options.batch, options.any_size,
             fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked or {}, __version__,
-        )  # fmt: skip
-        if options.format == "onnx":
-            _embed(self.draft, meta.to_json())
-            return
-        parts = [p for p in _files(self.draft) if p.suffix != ".json"]
-        text = meta.to_json({part.suffix: sha256_of(part) for part in parts})
-        companion(self.draft).write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
-        seal(companion(self.draft))
-
-
-def _files(draft: Path) -> list[Path]:
-    """The draft and what lies beside it under the same name."""
-    return [p for p in draft.parent.iterdir() if p.stem == draft.stem]
-
-
-def _embed(path: Path, text: str) -> None:
-    import onnx
-
-    proto = onnx.load(str(path))
-    kept = [(p.key, p.value) for p in proto.metadata_props if p.key != KEY]
-    del proto.metadata_props[:]
-    for key, value in (*kept, (KEY, text)):
-        proto.metadata_props.add(key=key, value=value)
-    proto.producer_name, proto.producer_version = "twinspect", __version__
-    with path.open("wb") as file:
-        file.write(proto.SerializeToString())
-        file.flush()
-        os.fsync(file.fileno())
-    seal(path)
+        ))  # fmt: skip
 
 
 def _compare(path: Path, fitted: Fitted, images: CheckImages, runtime: str, progress: Progress) -> Comparison:

@@ -152,8 +152,7 @@ def refuse_too_large(proto: Any) -> None:
     """
     if proto.ByteSize() > MOST_BYTES:
         raise ConfigError(
-            f"{proto.ByteSize() / 1e9:.1f} GB do not fit into one ONNX file (2 GB at most); "
-            "type --precision fp16, or --format openvino"
+            f"{proto.ByteSize() / 1e9:.1f} GB do not fit into one ONNX file (2 GB at most); type --format openvino"
         )
 
 

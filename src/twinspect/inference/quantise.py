@@ -1,4 +1,4 @@
-"""Smaller numbers: fp16 and int8 of an exported graph.
+"""Smaller numbers: int8 of an exported graph.
 
 The statistics of what is normal (``scorer/``) always stay in fp32: they divide by spreads that low precision
 would round away. Of the teacher, the first layers decide: few channels of very different ranges at full
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,96 +28,6 @@ SKIPPED_SHARES = (0.0, 0.2, 0.4, 1.0)
 _LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
 _PARTS = ("teacher", "local", "semantic")
 _KEPT_FP32 = ["Subtract", "Multiply", "Divide", "ReduceMean", "ReduceSum", "MVN", "Sqrt", "Interpolate", "AvgPool"]
-_HALF_OPERATORS = frozenset({
-    "Conv", "MatMul", "Gemm", "Add", "Sub", "Mul", "Clip", "Relu", "Sigmoid", "HardSigmoid", "HardSwish", "Erf",
-    "Gelu", "Tanh", "Softmax", "LayerNormalization", "Transpose", "Reshape", "AveragePool", "MaxPool", "Concat",
-})  # fmt: skip
-_HALF_INPUTS = {"Reshape": 1}  # inputs that hold values; the others hold shapes
-
-
-def to_half(proto: Any) -> Any:
-    """A copy of an ONNX model with fp16 weights and arithmetic outside the statistics; inputs stay as they are.
-
-    Not ONNX Runtime's own converter: that one rounds every value between two nodes to fp16, also between nodes
-    it was told to leave alone, and the sums of squares in the scores overflow.
-    """
-    import onnx
-
-    half = onnx.ModelProto()
-    half.CopyFrom(proto)
-    graph = half.graph
-    weights = {one.name: one for one in graph.initializer}
-    floats = _float_values(proto)
-    chosen = {
-        i for i, node in enumerate(graph.node) if _may_be_half(node, weights) and floats.issuperset(node.output)
-    }
-    made_half = {name for i in chosen for name in graph.node[i].output}
-    casts: dict[tuple[str, bool], Any] = {}
-    for i, node in enumerate(graph.node):
-        for place, name in enumerate(node.input):
-            if i in chosen and place < _HALF_INPUTS.get(node.op_type, len(node.input)):
-                node.input[place] = _as_half(name, weights, made_half, casts)
-            elif name in made_half:
-                node.input[place] = _cast(name, False, casts)
-    read = {name for node in graph.node for name in node.input}
-    nodes = [one for node in graph.node for one in (node, *(_casts_of(node, casts)))]
-    first = [casts[key] for key in casts if key[0] not in {name for node in graph.node for name in node.output}]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend([*first, *nodes])
-    graph.initializer.extend([one for name, one in weights.items() if name in read])
-    return half
-
-
-def _float_values(proto: Any) -> set[str]:
-    """Values that hold fp32; a Concat may also join shapes, which are whole numbers."""
-    import onnx
-
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    values = (*inferred.value_info, *inferred.output)
-    return {one.name for one in values if one.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-
-
-def _casts_of(node: Any, casts: Mapping[tuple[str, bool], Any]) -> list[Any]:
-    """Casts of a node's outputs, to stand right behind it."""
-    return [casts[name, kind] for name in node.output for kind in (True, False) if (name, kind) in casts]
-
-
-def _may_be_half(node: Any, weights: Mapping[str, Any]) -> bool:
-    """Sums over thousands of tokens (the linear attention of the local student) overflow or round in fp16."""
-    part = node.name.split("/")[0]
-    if part not in _PARTS or node.op_type not in _HALF_OPERATORS or "/" not in node.output[0]:
-        return False
-    if part == "local":
-        product = node.op_type == "MatMul" and not any(name in weights for name in node.input)
-        return not product and node.op_type != "Clip"
-    return True
-
-
-def _as_half(name: str, weights: dict[str, Any], made_half: set[str], casts: dict[tuple[str, bool], Any]) -> str:
-    """The fp16 form of a value that an fp16 node reads: itself, a converted weight, or a cast."""
-    import onnx
-
-    if not name or name in made_half:
-        return name
-    if name not in weights:
-        return _cast(name, True, casts)
-    found = weights[name]
-    if found.data_type != onnx.TensorProto.FLOAT:
-        return name
-    converted = f"{name}_fp16"
-    if converted not in weights:
-        values = onnx.numpy_helper.to_array(found).astype(np.float16)
-        weights[converted] = onnx.numpy_helper.from_array(values, converted)
-    return converted
-
-
-def _cast(name: str, to_fp16: bool, casts: dict[tuple[str, bool], Any]) -> str:
-    import onnx
-
-    ending, kind = ("_to_fp16", onnx.TensorProto.FLOAT16) if to_fp16 else ("_to_fp32", onnx.TensorProto.FLOAT)
-    if (name, to_fp16) not in casts:
-        casts[name, to_fp16] = onnx.helper.make_node("Cast", [name], [name + ending], name + ending, to=kind)
-    return name + ending
 
 
 def layers(proto: Any) -> list[str]:

@@ -93,7 +93,8 @@ class AnomalyModel(nn.Module):
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""
-        outputs: Outputs = self.scorer(self.plain(observed, small_B3SS), observed)
+        plain = self.plain(observed, small_B3SS) if self.scorer.asks_students else None
+        outputs: Outputs = self.scorer(plain, observed)
         return outputs
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:

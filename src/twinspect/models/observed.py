@@ -105,7 +105,7 @@ class Selection(nn.Module):
             (len(self.levels), info.prefix_tokens, self.channels[0]) if info.prefix_tokens else (0, 0, 0)
         )
         first = 1 if vit else whole_divisor(size, round(size / _RECOGNISED_AT), 1)
-        second = 1 if vit else whole_divisor(size, 2 * first, 1)
+        second = first if first == 1 else whole_divisor(size, 2 * first, 1)  # a small input has no view to spare
         self.shrinks = (first,) if second == first else (first, second)
         self.coarse_shrink = next((s for s in self.shrinks if s > 1), 0)
         last = [max((i for i, s in enumerate(info.strides) if s == stride), default=count - 1) for stride in (16, 32)]

@@ -1,7 +1,7 @@
 """Models made ready to predict: the same answers, in less time. Trained models stay as they are.
 
-The student's batch norms move into its convolutions, as the teacher's have already (`models.fold`). Whitening
-matrices and means of positions are widened once from the half and eighth precision that they are kept in.
+Students whose readings count for nothing are not asked. The batch norms of the others move into their convolutions,
+as the teacher's have already (`models.fold`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ def prepared(model: AnomalyModel) -> AnomalyModel:
 
     It must be in eval mode, on the CPU.
     """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
+    idle = not model.scorer.students_count()
+    if not idle and not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
         return model
     ready, size = _shallow(model), model.shape.size
+    if idle:
+        ready.scorer = _shallow(model.scorer)
+        ready.scorer.asks_students = False
+        return ready
     ready.student = copy.deepcopy(model.student)
     ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))

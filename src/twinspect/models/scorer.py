@@ -83,7 +83,7 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.plain, self.published = scoring != "default", scoring == "published"
-        self.student_readings = student_readings
+        self.student_readings, self.asks_students = student_readings, True
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
         self.scored = [g for g, plan in enumerate(plans) if plan.scored]
@@ -105,6 +105,12 @@ class Scorer(nn.Module):
         self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
         self.map_side = size // 4
         self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
+
+    def students_count(self) -> bool:
+        """Whether the students' own readings change a score: always when plain, else if they have any skill."""
+        local, semantic = self.student_readings
+        theirs = [*range(local), *range(self.local_count, self.local_count + semantic)]
+        return self.plain or bool(self.weight_R[theirs].any())
 
     def all_grids(self) -> list[Grid]:
         """What forms the features of every layer group."""
@@ -190,8 +196,11 @@ class Scorer(nn.Module):
         """How unusual the whole image is for its cluster (B): of its tokens, or as the students see it when plain."""
         return z_B2[:, 1] if self.plain else reading_BR[:, self.local_count + self.student_readings[1]]
 
-    def forward(self, plain: Plain, observed: Observed) -> Outputs:
-        """Maps and scores of a batch."""
+    def forward(self, plain: Plain | None, observed: Observed) -> Outputs:
+        """Maps and scores of a batch; without the students' readings where `asks_students` is false."""
+        if plain is None:
+            local, semantic = (observed.embedding_BF[:, :1].expand(-1, n) * 0.0 for n in self.student_readings)
+            plain = Plain(observed.embedding_BF, local, semantic)
         variant_B, cluster_B = self.clusters(observed.tokens[0])
         distances = self.distances(observed, variant_B, cluster_B)
         map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, cluster_B)
