@@ -15,7 +15,7 @@ from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, same_tens
 from twinspect import Detector
 from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, TrainingError
-from twinspect.models.families import legal_size
+from twinspect.models.contract import legal_size
 from twinspect.training.fit import Fitted, fit, silent
 
 
