@@ -120,7 +120,9 @@ def fit(
     direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
     terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
     teacher: Teacher = "",
-    effort: Annotated[str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")] = "default",
+    effort: Annotated[
+        str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")
+    ] = "default",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,
