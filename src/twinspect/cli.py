@@ -142,7 +142,9 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    effort: Annotated[str, typer.Option(help="One dial: fast, default or max. Other options win.")] = "default",
+    effort: Annotated[
+        str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")
+    ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
     forget: Annotated[
