@@ -27,7 +27,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 MODELS = ("dual", "snl", "rd", "fd")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
-CHANNEL_READINGS = ("kl", "cosine")
+CHANNEL_READINGS = ("kl", "kl_mean", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
 OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
 SCORINGS = ("plain", "default", "published")
@@ -59,10 +59,12 @@ class Structure:
     terms: tuple[str, ...]
     cram: int
     cram_place: str
+    cram_add_back: bool
     scoring: str
     channel_reading: str
     temperature: float
     affinity_side: int
+    affinity_map: float
 
 
 # What each structural family is where nothing else is asked for. The baselines are asked for nothing else.
@@ -71,7 +73,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "rd": {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"},
     "fd": {"direction": "forward", "terms": "flat", "cram": 0, "scoring": "plain"},
 }
-_STRUCTURAL = ("direction", "terms", "cram", "cram_place")
+_STRUCTURAL = (
+    "direction", "terms", "cram", "cram_place", "cram_add_back", "channel_reading", "temperature", "affinity_side",
+    "affinity_map",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +113,21 @@ class ModelConfig:
     """snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32."""
     cram_place: str = ""
     """snl: bottleneck (reverse only) or stages; empty takes the first that is possible."""
+    cram_add_back: bool = True
+    """snl: whether the residual aggregation adds the centres back to what of the residuals passes."""
     scoring: str = ""
     """plain: the students' own distances, as in the papers; default: beside them statistics of good images;
     published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes default, plain
     for rd and fd."""
     channel_reading: str = "kl"
-    """snl: reading of the channel term, kl or cosine."""
+    """snl: reading of the channel term: kl (sum over positions), kl_mean (mean over them) or cosine."""
     temperature: float = 1.0
     """snl: of the channel term's softmax, in spreads of a channel on normal images."""
     affinity_side: int = 16
-    """snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power."""
+    """snl: grid that maps are pooled to for affinities within an image; memory is its fourth power."""
+    affinity_map: float = 0.0
+    """snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on good
+    images; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -148,8 +158,8 @@ class ModelConfig:
         cram = preset["cram"] if self.cram < 0 else self.cram
         place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
         return Structure(
-            direction, terms, cram, place, self.scoring or preset["scoring"],
-            self.channel_reading, self.temperature, self.affinity_side,
+            direction, terms, cram, place, self.cram_add_back, self.scoring or preset["scoring"],
+            self.channel_reading, self.temperature, self.affinity_side, self.affinity_map,
         )  # fmt: skip
 
     def _check_structure(self) -> None:
@@ -175,6 +185,16 @@ class ModelConfig:
         _check(self.temperature > 0, f"temperature {self.temperature}: accepted above 0")
         _check(self.affinity_side >= 2, f"affinity_side {self.affinity_side}: at least 2")
         _check(found.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
+        _check(self.affinity_map >= 0, f"affinity_map {self.affinity_map}: accepted 0 (none) or a weight above 0")
+        _check(
+            not self.affinity_map or found.scoring != "published",
+            "affinity_map: the map of scoring published has none; type scoring = plain",
+        )
+        _check(
+            self.cram_add_back or bool(found.cram and found.cram_place == "bottleneck"),
+            "cram_add_back false: for a residual aggregation at the bottleneck only; behind a stage its output would "
+            "never be negative, which features are",
+        )
         if found.cram and found.direction == "forward":
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 
