@@ -9,12 +9,12 @@ import torch
 from tiny import picture, run_config, same_tensors, train_samples
 
 from twinspect import Detector
-from twinspect.config import MODELS, TrainConfig
+from twinspect.config import FAMILIES, TrainConfig
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.fit import build_model, fit, silent
 
 TEACHERS = ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "efficientnet-lite0"]
-MATRIX = [(model, teacher) for model in MODELS for teacher in TEACHERS]
+MATRIX = [(model, teacher) for model in FAMILIES for teacher in TEACHERS]
 SCORES = ("score_B", "score_local_B", "score_semantic_B")
 _made: dict[tuple[str, str], AnomalyModel] = {}
 
@@ -111,7 +111,7 @@ def test_loss_falls_on_one_batch(name: str, teacher: str, parts: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "teacher"), [*MATRIX[:4], *((name, t) for name in MODELS[1:] for t in TEACHERS[1:3])]
+    ("name", "teacher"), [*MATRIX[:4], *((name, t) for name in list(FAMILIES)[1:] for t in TEACHERS[1:3])]
 )
 def test_save_and_load_give_identical_outputs(name: str, teacher: str, parts: Path, tmp_path: Path) -> None:
     first = Detector(config=run_config(teacher, model=name, steps=1)).fit(train_samples(parts))

@@ -376,6 +376,8 @@ def test_anomalies_among_good_images_are_pointed_at(clean: int, odd: int) -> Non
     rng = np.random.default_rng(0)
     scores = np.r_[rng.exponential(1.0, clean), rng.normal(30, 4, odd)]
     assert set(suspicious_tail(scores)) == set(range(clean, clean + odd))
+    scores[clean:] *= 10.0 ** np.arange(odd)  # each far above the last
+    assert set(suspicious_tail(scores)) == set(range(clean, clean + odd))
 
 
 def test_scores_that_are_all_equal_or_few_raise_no_suspicion() -> None:

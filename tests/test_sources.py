@@ -212,6 +212,32 @@ def test_what_a_walk_would_find_again(folder: Path) -> None:
     assert not would_find("s3://b/new", "s3://b/newer/o.png")
 
 
+@pytest.mark.parametrize("at", ["", "@"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "image,label\na.png,OK\nb.png,NG\n"),
+        ("t.tsv", "label\timage\nOK\ta.png\nNG\tb.png\n"),
+        ("t.jsonl", '{"image": "a.png", "label": 0},\n{"image": "b.png", "label": 1},\n'),
+    ],
+)
+def test_tables_are_read_with_and_without_an_at_sign(tmp_path: Path, at: str, name: str, text: str) -> None:
+    for number, image in enumerate(("a.png", "b.png")):
+        save(tmp_path / image, picture(number))
+    (tmp_path / name).write_text(text)
+    found = [item.path for item in walk(f"{at}{tmp_path / name}") if isinstance(item, Item)]
+    assert found == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_a_list_may_be_called_csv_and_a_wrong_line_of_json_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", picture())
+    (tmp_path / "list.csv").write_text("a.png\na.png\n")
+    assert len(list(walk(f"@{tmp_path / 'list.csv'}"))) == 2
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png"}\n{"image": \n')
+    with pytest.raises(DataError, match=r"t.jsonl line 2: not valid JSON"):
+        list(walk(tmp_path / "t.jsonl"))
+
+
 def test_list_of_paths(folder: Path) -> None:
     listed = folder / "list.txt"
     listed.write_text("# mine\nb.png\n\na/z.png\nnone.png\n" + str(folder / "Z.png") + "\n", encoding="utf-8-sig")

@@ -179,8 +179,8 @@ def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
         return np.zeros(0, dtype=np.intp)  # more than half of the gaps are ties: nothing to measure with
     looked_at = max(1, int(_TAIL_SHARE * len(order)))
     limit = scale * math.log(looked_at / _GAP_FALSE_WARNING)
-    widest = int(np.argmax(scaled_gap[:looked_at]))
-    return order[: widest + 1] if scaled_gap[widest] > limit else np.zeros(0, dtype=np.intp)
+    wide = np.flatnonzero(scaled_gap[:looked_at] > limit)  # anomalies differ among themselves: the lowest counts
+    return order[: wide[-1] + 1] if len(wide) else np.zeros(0, dtype=np.intp)
 
 
 def labelled_threshold(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from twinspect.config import FAMILIES
 from twinspect.data_commands import Images, data_app
 from twinspect.diagnose_commands import diagnose
 from twinspect.predict_commands import predict
@@ -28,6 +29,7 @@ app.add_typer(data_app)
 app.command()(diagnose)
 app.command()(serve)
 
+_FAMILIES = "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items())
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
 Teacher = Annotated[
@@ -114,11 +116,13 @@ def fetch(
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    model: Annotated[str, typer.Option(help="Family: dual (the default), snl, or a baseline: rd, fd.")] = "",
+    model: Annotated[str, typer.Option(help=f"Family: {_FAMILIES}.")] = "",
     direction: Annotated[str, typer.Option(help="reverse (the default) or forward distillation; snl only.")] = "",
     terms: Annotated[str, typer.Option(help="Terms of snl: flat, spatial, channel, intra, inter; by comma.")] = "",
     teacher: Teacher = "",
-    effort: Annotated[str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")] = "default",
+    effort: Annotated[
+        str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")
+    ] = "default",
     weights: Weights = None,
     size: Annotated[int, typer.Option(help="Input side in pixels; 0 takes the teacher's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0 takes the default.")] = 0,

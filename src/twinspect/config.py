@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,6 @@ LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators tak
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOISY_OR = ("n1", "n2", "n3")
 PRECISIONS = ("auto", "fp32", "bf16")
-MODELS = ("dual", "snl", "rd", "fd")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "kl_mean", "cosine")
@@ -67,16 +67,39 @@ class Structure:
     affinity_map: float
 
 
-# What each structural family is where nothing else is asked for. The baselines are asked for nothing else.
-_PRESETS: dict[str, dict[str, Any]] = {
-    "snl": {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"},
-    "rd": {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"},
-    "fd": {"direction": "forward", "terms": "flat", "cram": 0, "scoring": "plain"},
-}
-_STRUCTURAL = (
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models: one file that is an `models.contract.AnomalyModel`, and one row of `FAMILIES`.
+
+    Attributes:
+        module: the file; its function ``build(teacher, config, size)`` gives the untrained model.
+        summary: for ``fit --help``.
+        cnn_size: input side where none is asked for, with a CNN as the teacher; 0 takes the teacher's. RD4AD's 256
+            for structural models: their finest stage has four times the positions of the dual model's.
+        own: settings of `ModelConfig` that may be chosen in this family and are refused in others without them.
+        preset: settings that hold where nothing else is asked for.
+    """
+
+    module: str
+    summary: str
+    cnn_size: int = 0
+    own: tuple[str, ...] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SNL = "twinspect.models.snl"
+_SNL_OWN = (
     "direction", "terms", "cram", "cram_place", "cram_add_back", "channel_reading", "temperature", "affinity_side",
     "affinity_map",
 )  # fmt: skip
+_SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
+_FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"}
+FAMILIES: dict[str, Family] = {
+    "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre",)),
+    "snl": Family(_SNL, "structural", 256, _SNL_OWN, _SNL_PRESET),
+    "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
+    "fd": Family(_SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward"}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +153,8 @@ class ModelConfig:
     images; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ConfigError(unknown_name("model", self.model, MODELS))
+        if self.model not in FAMILIES:
+            raise ConfigError(unknown_name("model", self.model, FAMILIES))
         _check(
             self.size == 0 or SMALLEST <= self.size <= LARGEST,
             f"--size {self.size}: at least {SMALLEST} pixels and at most {LARGEST:,}, or 0 for the default",
@@ -141,18 +164,13 @@ class ModelConfig:
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
         _check(not self.scoring or self.scoring in SCORINGS, unknown_name("scoring", self.scoring, SCORINGS))
-        _check(not self.recentre or self.model == "dual", f"recentre: for --model dual only, not {self.model}")
-        self._check_structure()
+        self._refuse_others_settings()
+        if "terms" in FAMILIES[self.model].preset:
+            self._check_structure()
 
     def structure(self) -> Structure:
-        """The structural model that is meant, presets filled in.
-
-        Raises:
-            ConfigError: this is not a structural family.
-        """
-        if self.model not in _PRESETS:
-            raise ConfigError(f"--model {self.model} has no structure; accepted: {', '.join(_PRESETS)}")
-        preset = _PRESETS[self.model]
+        """The structural model that is meant, presets filled in; of structural families only."""
+        preset = FAMILIES[self.model].preset
         direction = self.direction or preset["direction"]
         terms = tuple(name.strip() for name in (self.terms or preset["terms"]).split(","))
         cram = preset["cram"] if self.cram < 0 else self.cram
@@ -162,16 +180,15 @@ class ModelConfig:
             self.channel_reading, self.temperature, self.affinity_side, self.affinity_map,
         )  # fmt: skip
 
+    def _refuse_others_settings(self) -> None:
+        family, default = FAMILIES[self.model], {f.name: f.default for f in dataclasses.fields(self)}
+        for name in (name for other in FAMILIES.values() for name in other.own if name not in family.own):
+            if getattr(self, name) not in (default[name], family.preset.get(name, default[name])):
+                owner = next(key for key, row in FAMILIES.items() if name in row.own)
+                fixed = f"; {self.model} has {name} {family.preset[name]}" if name in family.preset else ""
+                raise ConfigError(f"{name}: for --model {owner} only, not {self.model}{fixed}")
+
     def _check_structure(self) -> None:
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        given = [name for name in _STRUCTURAL if getattr(self, name) != default[name]]
-        if self.model != "snl" and given and not (given == ["direction"] and self._own_direction()):
-            raise ConfigError(
-                f"{', '.join(given)}: for --model snl only; {self.model} is "
-                f"{'a fixed baseline' if self.model in _PRESETS else 'another family'}. Type: --model snl"
-            )
-        if self.model not in _PRESETS:
-            return
         found = self.structure()
         _check(found.direction in DIRECTIONS, unknown_name("direction", found.direction, DIRECTIONS))
         for name in found.terms:
@@ -197,9 +214,6 @@ class ModelConfig:
         )
         if found.cram and found.direction == "forward":
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
-
-    def _own_direction(self) -> bool:
-        return self.model in _PRESETS and self.direction == _PRESETS[self.model]["direction"]
 
 
 @dataclass(frozen=True, slots=True)

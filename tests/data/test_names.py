@@ -36,7 +36,7 @@ def test_folders(role: str, names: str) -> None:
     ("split", "names"),
     [
         ("train", "train Training seg_train train_good"),
-        ("calibration", "val valid validation Validation calib"),
+        ("calibration", "val valid validation Validation calib holdout"),
         ("test", "test test_public testing good_test test_private"),
         ("", "good contest trainer value"),
     ],

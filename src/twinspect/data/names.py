@@ -86,7 +86,7 @@ _NOT_OF_FILES = {
 _BAD_START = re.compile(r"defe[ck]t|anomal(?!ib)|fehler|schlecht|ausschuss|mangel|beschae?dig|difett|uszkodz|дефект")
 _SPLITS = {
     TRAIN: "train training trainset trn",
-    CALIBRATION: "val valid validate validation valset calibration calib",
+    CALIBRATION: "val valid validate validation valset calibration calib holdout heldout",
     TEST: "test testing tests testset tst eval evaluation",
 }
 _PICTURES = """

@@ -43,11 +43,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip(" \t\r,"):
             where = f"{path} line {number}"
-            try:
-                entry = json.loads(line.rstrip(" \t\r,"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
-            yield where, as_object(entry, where)
+            yield where, json_object(line, where)
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The object of one line of JSON lines; a comma may follow it."""
+    try:
+        entry = json.loads(line.rstrip(" \t\r\n,"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
+    return as_object(entry, where)
 
 
 def _json_list(text: str) -> list[Any] | None:

@@ -25,7 +25,7 @@ from twinspect.inference.parts import RUN
 from twinspect.inference.remote import below, is_url
 from twinspect.inference.table import OWN, columns_of, read_rows
 
-TABLES = (".parquet", ".csv", ".jsonl")
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _LOCAL = "file://"
 _DEEP = "**"  # of a glob: folders at any depth
 _PACKED = tuple(f"{suffix}#" for suffix in (*ARCHIVES, ".parquet"))  # after these, a name is that of a member
@@ -205,11 +205,15 @@ def _folders(top: str, visited: Visited) -> Iterator[str]:
 def _list(path: Path) -> Iterator[Item | Stream]:
     """One image, archive or URL a line, relative to the list's folder; empty lines and ``#`` lines do not count.
 
+    A table with a column of images is read as one.
+
     Raises:
         DataError: no such list.
     """
     if not path.is_file():
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
+    if path.name.lower().endswith(TABLES) and (columns := columns_of(path)) and path_column(columns):
+        return _table(path)
     lines = (line for line in _lines(path) if line and not line.startswith("#"))
     return _first((_listed(line, path) for line in lines), DataError(f"{path}: the list holds no path"))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from twinspect.data.tables import csv_rows
+from twinspect.data.tables import csv_rows, json_object
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import open_text, replacing
 
@@ -176,7 +176,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any
         for part in parts_in(path):
             yield from read_rows(part, columns)
         return
-    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
+    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"{path.name}: accepted tables end in {', '.join(readers)}")
     with _readable(path):
@@ -211,8 +211,5 @@ def _csv_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _json_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path} line {number}: no object of names and values")
-                yield row
+            if line.strip(" \t\r\n,"):
+                yield json_object(line, f"{path} line {number}")

@@ -1,13 +1,14 @@
 """What every family of models is: teacher in, `Outputs` out, one path from pixels to scores.
 
-A family (`twinspect.models.families`) fills in a student, its training terms and its plain readings. Training,
-caching, statistics, bundles, prediction and exports know this contract only.
+A family (a row of `twinspect.config.FAMILIES`) fills in a student, its training terms and its plain readings.
+Training, caching, statistics, bundles, prediction and exports know this contract only.
 
 Shapes: B images, D channels, h w grid, N positions, E width of all global tokens together, S input side.
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinspect.config import TrainConfig
+from twinspect.config import FAMILIES, ModelConfig, TrainConfig
 from twinspect.models.layers import Shrink, pool
 from twinspect.models.observed import Observed, Outputs, Plain, Selection, TokenScale
 from twinspect.models.scorer import Scorer
@@ -145,3 +146,17 @@ def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
     if image_BCHW.shape[-2:] == (size, size):
         return image_BCHW
     return F.interpolate(image_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def build_family(teacher: Teacher, config: ModelConfig) -> AnomalyModel:
+    """The untrained model of a configuration, at the input side that was asked for or that suits both."""
+    family = FAMILIES[config.model]
+    default = teacher.info.default_size if teacher.is_vit else family.cnn_size or teacher.info.default_size
+    size = legal_size(config.size or default, teacher.info.multiple)
+    model: AnomalyModel = importlib.import_module(family.module).build(teacher, config, size)
+    return model
+
+
+def legal_size(size: int, multiple: int) -> int:
+    """The nearest side that is a multiple of the patch or the coarsest stride, never below four of them."""
+    return max(4, round(size / multiple)) * multiple

@@ -267,7 +267,7 @@ class DualModel(AnomalyModel):
         return list(torch.split(self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels), 1))
 
 
-def build_dual(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
+def build(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     shape = DualShape(
         size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.recentre

@@ -271,7 +271,7 @@ class StructuralModel(AnomalyModel):
             cram.initialise(torch.cat(parts), seed)
 
 
-def build_structural(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:
+def build(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     return StructuralModel(teacher, config, size)
 

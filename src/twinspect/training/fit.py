@@ -22,8 +22,7 @@ from twinspect.decision import Decision, mixed_up
 from twinspect.device import in_fp32
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.families import build_family
+from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.memory import keep_freed_memory, peak_mb
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import licence
