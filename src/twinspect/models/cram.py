@@ -23,25 +23,28 @@ class Cram(nn.Module):
         y = sum_k a_k c_k + g(sum_k a_k r_k),    sum_k a_k r_k = x - sum_k a_k c_k,
 
     so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
-    convolution, normalised, and a ReLU that lets only part of a residual pass.
+    convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
+    that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
 
     Args:
         width: D.
         centres: K.
+        add_back: whether the centres are added back.
     """
 
-    def __init__(self, width: int, centres: int) -> None:
+    def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
         super().__init__()
+        self.add_back = add_back
         self.centres_KD = nn.Parameter(torch.randn(centres, width) * width**-0.5)
         self.assign = nn.Conv2d(width, centres, 1)
         self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        """Features as centres and what of their residuals passes."""
+        """What of the residuals passes, with the centres or alone."""
         weight_BKhw = self.assign(x_BDhw).softmax(1)
         central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
-        out: Tensor = central + self.mix(x_BDhw - central)
-        return out
+        passed: Tensor = self.mix(x_BDhw - central)
+        return central + passed if self.add_back else passed
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, seed: int) -> None:

@@ -8,7 +8,8 @@ centres of what is normal (`models.cram`). One file for all configurations:
     direction  reverse (bottleneck and decoder) or forward (an encoder from scratch, on the pixels)
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
     cram       number of centres, 0 without
-    scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD
+    scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD; with ``affinity_map`` the
+                         affinity difference map joins them
                published plain, with the very map of RD4AD's code
                default   the same reading beside what good images teach in closed form (`models.scorer`)
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
 from twinspect.losses import (
+    affinity_distance,
     channel_loss,
     flat_cosine_distance,
     inter_affinity_loss,
@@ -131,7 +133,8 @@ def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int)
     vit = info.kind == "vit"
     width = config.width or (info.channels[0] if vit else 0)
     inside = width if vit else bottleneck_width(stages.channels, width)
-    cram = Cram(inside, structure.cram) if structure.cram and structure.cram_place == "bottleneck" else None
+    at_bottleneck = structure.cram and structure.cram_place == "bottleneck"
+    cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
     if vit:
         return TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
     return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
@@ -150,6 +153,7 @@ class StructuralModel(AnomalyModel):
     """
 
     student: StructuralStudent
+    map_means_2: Tensor
 
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, STAGES)
@@ -160,6 +164,8 @@ class StructuralModel(AnomalyModel):
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
         self.pixel_side = size if self.structure.direction == "forward" else 0
         self.gather: Callable[[Tensor], Tensor] = gather_batch
+        if self.structure.affinity_map:
+            self.register_buffer("map_means_2", torch.ones(2))
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's stages, and the student's predictions of them."""
@@ -175,17 +181,39 @@ class StructuralModel(AnomalyModel):
         return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
-        """Sum over stages of 1 - cos, and its maximum once smoothed (RD4AD)."""
-        stages, predicted = self.answer(observed, small_B3SS)
-        maps = [position_cosine_distance(t, s) for t, s in zip(stages, predicted, strict=True)]
+        """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum once smoothed."""
+        pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
-            map_B1HW, peak_B = published_map(maps, self.shape.size, "rd4ad")
+            distances = [position_cosine_distance(t, s) for t, s in pairs]
+            map_B1HW, peak_B = published_map(distances, self.shape.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
-            side = max(self.stages.map_sides)
-            map_Bhw = torch.cat([upsample(one, side) for one in maps], 1).sum(1)
+            map_Bhw, *affinity = self.distance_maps(pairs)
+            for affinity_Bhw in affinity:
+                features, affinities = self.map_means_2.unbind()
+                map_Bhw = map_Bhw / features + self.structure.affinity_map * affinity_Bhw / affinities
             peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
         return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
+
+    def distance_maps(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Sums over stages of feature distances and, if asked for, of affinity differences: B x h x w each."""
+        side, grid = max(self.stages.map_sides), self.structure.affinity_side
+        found = [[position_cosine_distance(t, s) for t, s in pairs]]
+        if self.structure.affinity_map:
+            found.append([affinity_distance(t, s, grid) for t, s in pairs])
+        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in found]
+
+    @torch.no_grad()
+    def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
+        """Means of both maps on good images, which bring them to one scale."""
+        if not self.structure.affinity_map:
+            return
+        total, images = torch.zeros(2, device=self.device), 0
+        for observed, small in batches():
+            maps = self.distance_maps(list(zip(*self.answer(observed, small), strict=True)))
+            total += torch.stack([one.mean((1, 2)).sum() for one in maps])
+            images += len(maps[0])
+        self.map_means_2.copy_((total / images).clamp_min(1e-8))
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Sum over stages of every term that is switched on, and each term's own sum."""
