@@ -173,8 +173,8 @@ class ModelConfig:
     )
     affinity_map: float = _setting(
         0.0,
-        "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on good "
-        "images; 0 leaves it out.",
+        "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on "
+        "good images; 0 leaves it out.",
     )
 
     def __post_init__(self) -> None:
