@@ -1,16 +1,17 @@
-"""Ablation of system B: what each structural term, the residual aggregation and the statistics add.
+"""Ablation of system B: what each structural term, the affinity map and the residual aggregation add.
 
-Rows build on each other from plain reverse distillation; every row is trained on all classes at once and, where
-asked for, on each class alone. Beside image and pixel metrics stands the interference (`twinspect diagnose`), which
-needs no anomaly. The control rows show what the closed-form statistics do for the plain loss.
+Plain reverse distillation (rd), rd plus one thing at a time, then the paper's terms together and everything; all with
+plain scoring. Every row is trained on all classes at once and, where asked for, on each class alone. Beside image and
+pixel metrics stands the interference (`twinspect diagnose`), which needs no anomaly. Rows on demand: forward
+distillation, and what the closed-form statistics of scoring ``default`` do for both.
 
 Teacher features are cached, a student is trained once for all rows that differ in scoring only, and what is finished
 is written; the same command goes on after the last one. Small on purpose (128 pixels, a few hundred steps), as it was
 made for two CPU cores.
 
     python benchmarks/snl.py --data DIR/parts                                   # all rows, one seed, multi-class
-    python benchmarks/snl.py --data DIR/parts --seeds 0,1,2 --single baseline,snl
-    python benchmarks/snl.py --data DIR/parts --rows baseline,spatial --size 96 --steps 20     # a quick look
+    python benchmarks/snl.py --data DIR/parts2 --seeds 0,1,2 --single baseline,all
+    python benchmarks/snl.py --data DIR/parts --rows baseline --size 96 --steps 5 --count 1 --normals 4  # a look
 """
 
 import argparse
@@ -36,42 +37,55 @@ from twinspect.report import Section, Table
 from twinspect.training.decide import decide
 from twinspect.training.fit import build_model, cache_folder, choose_images, fit
 from twinspect.training.resume import take_over
+from twinspect.training.rounding import add_rounded
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_statistics
 
 TERMS = "spatial,channel,intra,inter"
 # Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.
 STUDENTS = {
-    "flat": {"terms": "flat", "cram": 0},
+    "rd": {"terms": "flat", "cram": 0},
     "spatial": {"terms": "spatial", "cram": 0},
-    "channel": {"terms": "spatial,channel", "cram": 0},
-    "intra": {"terms": "spatial,channel,intra", "cram": 0},
-    "inter": {"terms": TERMS, "cram": 0},
-    "cram": {"terms": TERMS, "cram": 32},
-    "flat-cram": {"terms": "flat", "cram": 32},
-    "forward": {"terms": "flat", "cram": 0, "direction": "forward"},
-    "snl-forward": {"terms": TERMS, "cram": 32, "direction": "forward"},
+    "channel": {"terms": "flat,channel", "cram": 0},
+    "channel-mean": {"terms": "flat,channel", "cram": 0, "channel_reading": "kl_mean"},
+    "channel-cosine": {"terms": "flat,channel", "cram": 0, "channel_reading": "cosine"},
+    "intra": {"terms": "flat,intra", "cram": 0},
+    "inter": {"terms": "flat,inter", "cram": 0},
+    "cram": {"terms": "flat", "cram": 32},
+    "cram-residuals": {"terms": "flat", "cram": 32, "cram_add_back": False},
+    "terms": {"terms": TERMS, "cram": 0},
+    "all": {"terms": TERMS, "cram": 32},
+    "all-residuals": {"terms": TERMS, "cram": 32, "cram_add_back": False},
+    "all-mean": {"terms": TERMS, "cram": 32, "channel_reading": "kl_mean"},
+    "fd": {"terms": "flat", "cram": 0, "direction": "forward"},
+    "forward": {"terms": TERMS, "cram": 32, "direction": "forward"},
 }
+PLAIN, DEFAULT = {"scoring": "plain"}, {"scoring": "default"}
+MAPS = {"scoring": "plain", "affinity_map": 1.0}
 # Row -> (its name in the table, student, scoring). ``baseline`` is what ``--model rd`` gives, ``snl`` the default.
 ROWS = {
-    "baseline": ("plain reverse distillation (rd)", "flat", "plain"),
-    "spatial": ("+ spatial", "spatial", "plain"),
-    "channel": ("+ channel", "channel", "plain"),
-    "intra": ("+ intra", "intra", "plain"),
-    "inter": ("+ inter", "inter", "plain"),
-    "cram": ("+ CRAM", "cram", "plain"),
-    "whitened": ("+ whitened residuals", "cram", "whitened"),
-    "snl": ("+ global tokens (snl as shipped)", "cram", "joint"),
-    "control-whitened": ("rd + whitened residuals", "flat", "whitened"),
-    "control": ("rd + whitened residuals + global tokens", "flat", "joint"),
-    "spatial-joint": ("+ spatial, whitened residuals, global tokens", "spatial", "joint"),
-    "flat-cram": ("rd + CRAM", "flat-cram", "plain"),
-    "forward": ("plain forward distillation (fd)", "forward", "plain"),
-    "snl-forward": ("snl, forward", "snl-forward", "joint"),
+    "baseline": ("rd: plain reverse distillation", "rd", PLAIN),
+    "spatial": ("rd, spatial in place of flat", "spatial", PLAIN),
+    "channel": ("rd + channel (sum over positions)", "channel", PLAIN),
+    "channel-mean": ("rd + channel (mean over positions)", "channel-mean", PLAIN),
+    "channel-cosine": ("rd + channel (cosine)", "channel-cosine", PLAIN),
+    "intra": ("rd + intra", "intra", PLAIN),
+    "inter": ("rd + inter", "inter", PLAIN),
+    "affinity": ("rd + affinity map", "rd", MAPS),
+    "cram": ("rd + CRAM, centres added back", "cram", PLAIN),
+    "cram-residuals": ("rd + CRAM, residuals alone", "cram-residuals", PLAIN),
+    "terms": ("the four terms", "terms", PLAIN),
+    "terms-affinity": ("the four terms + affinity map", "terms", MAPS),
+    "terms-cram": ("the four terms + CRAM", "all", PLAIN),
+    "all": ("all: four terms, CRAM, affinity map", "all", MAPS),
+    "all-residuals": ("all, CRAM's residuals alone", "all-residuals", MAPS),
+    "all-mean": ("all, channel's mean over positions", "all-mean", MAPS),
+    "control": ("rd, default scoring", "rd", DEFAULT),
+    "snl": ("four terms, CRAM, default scoring (snl as shipped)", "all", DEFAULT),
+    "fd": ("fd: plain forward distillation", "fd", PLAIN),
+    "forward": ("four terms, CRAM, forward", "forward", PLAIN),
 }
-DEFAULT_ROWS = (
-    "baseline", "spatial", "channel", "intra", "inter", "cram", "whitened", "snl", "control-whitened", "control",
-)  # fmt: skip
+ON_DEMAND = ("channel-cosine", "control", "snl", "fd", "forward")
 MULTI = "multi"  # what is trained on: all classes, or else the name of one
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
@@ -80,7 +94,7 @@ INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
 def config_of(row, seed, args):
     _, student, scoring = ROWS[row]
     model = ModelConfig(
-        model="snl", teacher=args.teacher, size=args.size, width=args.width, scoring=scoring, **STUDENTS[student]
+        model="snl", teacher=args.teacher, size=args.size, width=args.width, **STUDENTS[student], **scoring
     )
     return RunConfig(model, TrainConfig(steps=args.steps, lr=args.lr, seed=seed, batch=args.batch))
 
@@ -89,7 +103,7 @@ def rescored(fitted, samples, config, console):
     """A trained student under another scoring: statistics and decision are learnt anew, weights stay."""
     model = build_model(config.model, fitted.model.teacher)
     take_over(model, fitted.model)
-    training, held = choose_images(samples, config)
+    training, held, _ = add_rounded(*choose_images(samples, config))
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
@@ -205,7 +219,8 @@ def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = os.environ.get("TWINSPECT_SHARED_DATA", "")
     parser.add_argument("--data", default=str(Path(shared) / "parts") if shared else "", help="several classes")
-    parser.add_argument("--rows", type=listed, default=list(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}")
+    usual = [row for row in ROWS if row not in ON_DEMAND]
+    parser.add_argument("--rows", type=listed, default=usual, help=f"of {', '.join(ROWS)}")
     parser.add_argument("--single", type=listed, default=[], help="rows that are also trained class by class")
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in listed(text)], default=[0])
     parser.add_argument("--teacher", default="efficientnet-lite0")

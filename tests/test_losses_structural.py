@@ -10,13 +10,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinspect.losses import channel_loss, inter_affinity_loss, intra_affinity_loss, spatial_loss
+from twinspect.losses import affinity_distance, channel_loss, inter_affinity_loss, intra_affinity_loss, spatial_loss
 from twinspect.models.snl import gather_batch
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 2, 3), (3, 2, 1, 2)]
 TERMS: dict[str, Callable[..., Tensor]] = {
     "spatial": spatial_loss,
     "channel kl": channel_loss,
+    "channel kl mean": lambda t, s: channel_loss(t, s, reading="kl_mean"),
     "channel cosine": lambda t, s: channel_loss(t, s, reading="cosine"),
     "intra": intra_affinity_loss,
     "inter": inter_affinity_loss,
@@ -74,6 +75,16 @@ def slow_intra(teacher: Tensor, student: Tensor) -> float:
     return sum(values) / len(values)
 
 
+def slow_affinity_map(teacher: Tensor, student: Tensor) -> Tensor:
+    """At position u the mean over v of |A_T(u, v) - A_S(u, v)|."""
+    out = torch.zeros(len(teacher), *teacher.shape[-2:])
+    for b, (one, other) in enumerate(zip(vectors(teacher), vectors(student), strict=True)):
+        for u in range(len(one)):
+            apart = [abs(cosine(one[u], one[v]) - cosine(other[u], other[v])) for v in range(len(one))]
+            out[b].view(-1)[u] = sum(apart) / len(apart)
+    return out
+
+
 def slow_inter(teacher: Tensor, student: Tensor) -> float:
     values, one, other = [], vectors(teacher), vectors(student)
     for position in range(len(one[0])):
@@ -90,11 +101,15 @@ def test_terms_equal_their_transcriptions(shape: tuple[int, ...]) -> None:
     assert float(spatial_loss(teacher, student)) == pytest.approx(slow_spatial(teacher, student), abs=1e-5)
     for temperature in (0.5, 1.0, 4.0):
         found = float(channel_loss(teacher, student, temperature))
-        assert found == pytest.approx(slow_channel_kl(teacher, student, temperature), abs=1e-5)
+        slow = slow_channel_kl(teacher, student, temperature)
+        assert found == pytest.approx(slow, abs=1e-5)
+        found = float(channel_loss(teacher, student, temperature, "kl_mean"))
+        assert found == pytest.approx(slow / (shape[2] * shape[3]), abs=1e-6)  # mean over positions for the sum
     found = float(channel_loss(teacher, student, reading="cosine"))
     assert found == pytest.approx(slow_channel_cosine(teacher, student), abs=1e-5)
     assert float(intra_affinity_loss(teacher, student)) == pytest.approx(slow_intra(teacher, student), abs=1e-5)
     assert float(inter_affinity_loss(teacher, student)) == pytest.approx(slow_inter(teacher, student), abs=1e-5)
+    torch.testing.assert_close(affinity_distance(teacher, student), slow_affinity_map(teacher, student))
 
 
 def pooled(features: Tensor, side: int) -> Tensor:
@@ -113,6 +128,17 @@ def test_affinities_of_large_maps_are_those_of_their_pooled_ones() -> None:
     small = pooled(teacher, 4), pooled(student, 4)
     assert float(intra_affinity_loss(teacher, student, side=4)) == pytest.approx(slow_intra(*small), abs=1e-5)
     assert float(inter_affinity_loss(teacher, student, side=4)) == pytest.approx(slow_inter(*small), abs=1e-5)
+    torch.testing.assert_close(affinity_distance(teacher, student, side=4), slow_affinity_map(*small))
+
+
+def test_the_affinity_map_is_highest_where_one_position_relates_to_the_others_in_another_way() -> None:
+    teacher = maps(1, 8, 4, 4)
+    student = teacher.clone()
+    student[0, :, 2, 1] *= -1
+    found = affinity_distance(teacher, student)[0]
+    assert int(found.argmax()) == 2 * 4 + 1
+    assert float(found[2, 1]) > 5 * float(found.flatten().sort().values[-2])
+    torch.testing.assert_close(affinity_distance(teacher, 3 * teacher), torch.zeros(1, 4, 4), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", list(TERMS))
@@ -158,7 +184,7 @@ def test_structure_is_blind_to_what_it_should_be_blind_to() -> None:
 
 
 def test_unknown_channel_reading_names_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match="'js'; accepted: kl, cosine"):
+    with pytest.raises(ValueError, match="'js'; accepted: kl, kl_mean, cosine"):
         channel_loss(maps(1, 2, 2, 2), maps(1, 2, 2, 2), reading="js")
 
 

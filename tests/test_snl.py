@@ -67,7 +67,12 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
         ({"model": "snl", "direction": "forward", "cram_place": "bottleneck"}, "a forward student has none"),
         ({"model": "snl", "cram_place": "decoder"}, "bottleneck, stages"),
         ({"model": "snl", "scoring": "plan"}, "'plain'"),
-        ({"model": "snl", "channel_reading": "js"}, "kl, cosine"),
+        ({"model": "snl", "channel_reading": "js"}, "kl, kl_mean, cosine"),
+        ({"model": "rd", "affinity_map": 1.0}, "--model snl only"),
+        ({"model": "snl", "affinity_map": -1.0}, "a weight above 0"),
+        ({"model": "snl", "affinity_map": 1.0, "scoring": "published"}, "has none"),
+        ({"model": "snl", "cram": 0, "cram_add_back": False}, "at the bottleneck only"),
+        ({"model": "snl", "cram_place": "stages", "cram_add_back": False}, "at the bottleneck only"),
         ({"model": "snl", "temperature": 0.0}, "above 0"),
         ({"model": "snl", "affinity_side": 1}, "at least 2"),
     ],
@@ -79,8 +84,6 @@ def test_settings_that_make_no_sense_are_refused_with_what_to_type(changes: dict
 
 def test_the_direction_of_a_baseline_may_be_said() -> None:
     assert run_config(model="fd", direction="forward").model.structure().direction == "forward"
-    with pytest.raises(ConfigError, match="no structure"):
-        run_config(model="dual").model.structure()
 
 
 # -------------------------------------------------------------------------------------------- student
@@ -135,9 +138,10 @@ def test_width_dial_and_bottleneck() -> None:
 # ----------------------------------------------------------------------------------------------- cram
 
 
-def test_cram_equals_its_formula_vector_by_vector() -> None:
+@pytest.mark.parametrize("add_back", [True, False])
+def test_cram_equals_its_formula_vector_by_vector(add_back: bool) -> None:
     torch.manual_seed(0)
-    cram = Cram(3, 4).eval()
+    cram = Cram(3, 4, add_back).eval()
     x = torch.randn(2, 3, 2, 2)
     with torch.no_grad():
         found = cram(x)
@@ -147,7 +151,7 @@ def test_cram_equals_its_formula_vector_by_vector() -> None:
                 weight = (cram.assign.weight[:, :, 0, 0] @ vector + cram.assign.bias).softmax(0)
                 central = sum(weight[k] * cram.centres_KD[k] for k in range(4))
                 rest = sum(weight[k] * (vector - cram.centres_KD[k]) for k in range(4))
-                expected = central + cram.mix(rest[None, :, None, None])[0, :, 0, 0]
+                expected = cram.mix(rest[None, :, None, None])[0, :, 0, 0] + (central if add_back else 0.0)
                 torch.testing.assert_close(found[b, :, u // 2, u % 2], expected)
 
 
@@ -257,6 +261,41 @@ def test_plain_scores_are_those_of_reverse_distillation(name: str, parts: Path) 
     assert not model.scorer.gaussians()
 
 
+def test_the_affinity_map_joins_the_plain_map(parts: Path, tmp_path: Path) -> None:
+    """M = D / mean D + w A / mean A, both sums over stages, the means those of the good images held out."""
+    weight, grid = 0.5, 4
+    settings = {"affinity_map": weight, "affinity_side": grid, "scoring": "plain", "cram_add_back": False}
+    detector = trained(parts, "snl", **settings)
+    model = Detector.load(detector.save(tmp_path / "b.twin")).fitted.model.eval()  # the means are in the bundle
+    assert isinstance(model, StructuralModel)
+    side = max(model.stages.map_sides)
+
+    @torch.no_grad()
+    def both(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        observed = model.observe(model.teacher.normalise(fit_size(pixels, model.shape.size)))
+        stages, predicted = model.answer(observed, model.shrink(pixels))
+        features, affinities = torch.zeros(len(pixels), side, side), torch.zeros(len(pixels), side, side)
+        for t, s in zip(stages, predicted, strict=True):
+            raise_to = {"size": (side, side), "mode": "bilinear"}
+            features += F.interpolate(1 - F.cosine_similarity(t, s)[:, None], **raise_to)[:, 0]
+            one, other = (F.normalize(F.adaptive_avg_pool2d(x, grid).flatten(2), dim=1) for x in (t, s))
+            apart = (one.transpose(1, 2) @ one - other.transpose(1, 2) @ other).abs().mean(2)
+            affinities += F.interpolate(apart.reshape(-1, 1, grid, grid), **raise_to)[:, 0]
+        return features, affinities
+
+    held = choose_images(train_samples(parts), detector.config)[1]
+    good = np.stack([resize_rgb(read_rgb(s.image), model.shape.size) for s in held])
+    means = [one.mean() for one in both(torch.from_numpy(good).permute(0, 3, 1, 2))]
+    torch.testing.assert_close(model.map_means_2, torch.stack(means), rtol=1e-3, atol=1e-5)
+    pixels = noise(3)
+    features, affinities = both(pixels)
+    expected = model.scorer.finish(features / means[0] + weight * affinities / means[1])
+    with torch.no_grad():
+        out = model(pixels)
+    torch.testing.assert_close(out.map_B1HW, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(out.readings_BR[:, 0], out.map_B1HW.amax((1, 2, 3)))
+
+
 def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
     model = trained(parts, "snl").fitted.model.eval()
     assert isinstance(model, StructuralModel)
@@ -337,14 +376,14 @@ def test_batches_mix_classes() -> None:
 
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
-    """In fp16, the harder case; `export` compares with torch itself and refuses to write what differs."""
+    """`export` compares with torch itself and refuses to write what differs."""
     from twinspect.inference import load
     from twinspect.inference.export import ExportOptions, export
 
-    detector = trained(parts, width=16, cram=4)
+    detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side
     out = tmp_path / "model.onnx"
-    found = export(detector.fitted, out, ExportOptions("onnx", "fp16"))
-    assert not found.problems("fp16")
+    found = export(detector.fitted, out, ExportOptions("onnx", "fp32"))
+    assert not found.problems("fp32")
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     (theirs,) = load(out).predict([image])
-    assert theirs.score == pytest.approx(detector.predict(image).score, rel=0.05, abs=0.05)
+    assert theirs.score == pytest.approx(detector.predict(image).score, rel=1e-3, abs=1e-3)

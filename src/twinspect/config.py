@@ -27,7 +27,7 @@ NOISY_OR = ("n1", "n2", "n3")
 PRECISIONS = ("auto", "fp32", "bf16")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
-CHANNEL_READINGS = ("kl", "cosine")
+CHANNEL_READINGS = ("kl", "kl_mean", "cosine")
 CRAM_PLACES = ("bottleneck", "stages")
 OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
 SCORINGS = ("plain", "default", "published")
@@ -59,10 +59,12 @@ class Structure:
     terms: tuple[str, ...]
     cram: int
     cram_place: str
+    cram_add_back: bool
     scoring: str
     channel_reading: str
     temperature: float
     affinity_side: int
+    affinity_map: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +88,15 @@ class Family:
 
 
 _SNL = "twinspect.models.snl"
+_SNL_OWN = (
+    "direction", "terms", "cram", "cram_place", "cram_add_back", "channel_reading", "temperature", "affinity_side",
+    "affinity_map",
+)  # fmt: skip
 _SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
 _FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"}
 FAMILIES: dict[str, Family] = {
     "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre",)),
-    "snl": Family(_SNL, "structural", 256, ("direction", "terms", "cram", "cram_place"), _SNL_PRESET),
+    "snl": Family(_SNL, "structural", 256, _SNL_OWN, _SNL_PRESET),
     "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
     "fd": Family(_SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward"}),
 }
@@ -144,20 +150,31 @@ class ModelConfig:
         "",
         "snl: bottleneck (reverse only) or stages; empty takes the first that is possible.",
     )
+    cram_add_back: bool = _setting(
+        True,
+        "snl: whether the residual aggregation adds the centres back to what of the residuals passes.",
+    )
     scoring: str = _setting(
         "",
         "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
         "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
         "default, plain for rd and fd.",
     )
-    channel_reading: str = _setting("kl", "snl: reading of the channel term, kl or cosine.")
+    channel_reading: str = _setting(
+        "kl", "snl: reading of the channel term: kl (sum over positions), kl_mean (mean over them) or cosine."
+    )
     temperature: float = _setting(
         1.0,
         "snl: of the channel term's softmax, in spreads of a channel on normal images.",
     )
     affinity_side: int = _setting(
         16,
-        "snl: grid that maps are pooled to for the intra-affinity; memory is its fourth power.",
+        "snl: grid that maps are pooled to for affinities within an image; memory is its fourth power.",
+    )
+    affinity_map: float = _setting(
+        0.0,
+        "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on "
+        "good images; 0 leaves it out.",
     )
 
     def __post_init__(self) -> None:
@@ -184,8 +201,8 @@ class ModelConfig:
         cram = preset["cram"] if self.cram < 0 else self.cram
         place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
         return Structure(
-            direction, terms, cram, place, self.scoring or preset["scoring"],
-            self.channel_reading, self.temperature, self.affinity_side,
+            direction, terms, cram, place, self.cram_add_back, self.scoring or preset["scoring"],
+            self.channel_reading, self.temperature, self.affinity_side, self.affinity_map,
         )  # fmt: skip
 
     def _refuse_others_settings(self) -> None:
@@ -210,6 +227,16 @@ class ModelConfig:
         _check(self.temperature > 0, f"temperature {self.temperature}: accepted above 0")
         _check(self.affinity_side >= 2, f"affinity_side {self.affinity_side}: at least 2")
         _check(found.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
+        _check(self.affinity_map >= 0, f"affinity_map {self.affinity_map}: accepted 0 (none) or a weight above 0")
+        _check(
+            not self.affinity_map or found.scoring != "published",
+            "affinity_map: the map of scoring published has none; type scoring = plain",
+        )
+        _check(
+            self.cram_add_back or bool(found.cram and found.cram_place == "bottleneck"),
+            "cram_add_back false: for a residual aggregation at the bottleneck only; behind a stage its output would "
+            "never be negative, which features are",
+        )
         if found.cram and found.direction == "forward":
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 

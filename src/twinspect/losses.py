@@ -143,16 +143,19 @@ def channel_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, temperature: float 
     """Where in the image a channel answers, compared channel by channel (scalar, mean over channels and images).
 
     Readings of "channel distillation":
-        kl: softmax over positions at a temperature for both, KL(teacher || student). What public follow-ups do.
+        kl: softmax over positions at a temperature for both, KL(teacher || student), which sums over positions.
+        kl_mean: the same, with the mean over positions for the sum (what public code of a follow-up does): h w
+            times smaller.
         cosine: 1 - cos over positions; blind to a channel's scale and needs no temperature.
     """
     teacher_BDN, student_BDN = teacher_BDhw.detach().flatten(2).float(), student_BDhw.flatten(2).float()
     if reading == "cosine":
         return (1.0 - F.cosine_similarity(teacher_BDN, student_BDN, dim=2, eps=_EPS)).mean()
-    if reading == "kl":
+    if reading in ("kl", "kl_mean"):
         log_t, log_s = (F.log_softmax(x / temperature, dim=2) for x in (teacher_BDN, student_BDN))
-        return (log_t.exp() * (log_t - log_s)).sum(2).mean()
-    raise ValueError(f"unknown channel reading {reading!r}; accepted: kl, cosine")
+        terms_BDN = log_t.exp() * (log_t - log_s)
+        return terms_BDN.mean() if reading == "kl_mean" else terms_BDN.sum(2).mean()
+    raise ValueError(f"unknown channel reading {reading!r}; accepted: kl, kl_mean, cosine")
 
 
 def intra_affinity_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 16) -> Tensor:
@@ -161,8 +164,22 @@ def intra_affinity_loss(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 
     Affinity of two positions: cosine of their features. Mean over images of the mean squared difference of both
     N x N matrices. Maps are first pooled to at most ``side`` x ``side``, because memory is B x N^2.
     """
+    return _affinity_difference(teacher_BDhw, student_BDhw, side).square().mean()
+
+
+def affinity_distance(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 16) -> Tensor:
+    """How differently a position relates to the others of its image, in the student and in the teacher.
+
+    The map at position u is the mean over v of |A_T(u, v) - A_S(u, v)|, A as in `intra_affinity_loss`: B x h x w of
+    the pooled grid.
+    """
+    found_BP = _affinity_difference(teacher_BDhw, student_BDhw, side).abs().mean(2)
+    return found_BP.reshape(-1, *_pooled(teacher_BDhw, side))
+
+
+def _affinity_difference(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int) -> Tensor:
     t_BPD, s_BPD = (_unit_positions(x, side) for x in (teacher_BDhw.detach(), student_BDhw))
-    return (t_BPD @ t_BPD.transpose(1, 2) - s_BPD @ s_BPD.transpose(1, 2)).square().mean()
+    return t_BPD @ t_BPD.transpose(1, 2) - s_BPD @ s_BPD.transpose(1, 2)
 
 
 def inter_affinity_loss(
@@ -187,6 +204,10 @@ def inter_affinity_loss(
 
 def _unit_positions(map_BDhw: Tensor, side: int) -> Tensor:
     """Unit feature vectors of a map pooled to at most side x side: B x P x D."""
-    height, width = map_BDhw.shape[-2:]
-    pooled = F.adaptive_avg_pool2d(map_BDhw.float(), (min(side, height), min(side, width)))
+    pooled = F.adaptive_avg_pool2d(map_BDhw.float(), _pooled(map_BDhw, side))
     return F.normalize(pooled.flatten(2).transpose(1, 2), dim=2, eps=_EPS)
+
+
+def _pooled(map_BDhw: Tensor, side: int) -> tuple[int, int]:
+    height, width = map_BDhw.shape[-2:]
+    return min(side, height), min(side, width)

@@ -133,6 +133,13 @@ class AnomalyModel(nn.Module):
             seed: of whatever is drawn.
         """
 
+    def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
+        """Learn what `plain` itself takes from good images, once the student is trained.
+
+        Args:
+            batches: gives (teacher's answer, shrunk pixels) of the good images held out.
+        """
+
 
 def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
     """Whole image to size x size, antialiased bilinear, no crop; untouched when it fits already."""

@@ -8,7 +8,8 @@ centres of what is normal (`Cram`; NetVLAD is among the paper's references). One
     direction  reverse (bottleneck and decoder) or forward (an encoder from scratch, on the pixels)
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
     cram       number of centres, 0 without
-    scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD
+    scoring    plain     cosine maps summed over stages, image score = maximum, as in RD4AD; with ``affinity_map`` the
+                         affinity difference map joins them
                published plain, with the very map of RD4AD's code
                default   the same reading beside what good images teach in closed form (`models.scorer`)
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
 from twinspect.losses import (
+    affinity_distance,
     channel_loss,
     flat_cosine_distance,
     inter_affinity_loss,
@@ -58,25 +60,28 @@ class Cram(nn.Module):
         y = sum_k a_k c_k + g(sum_k a_k r_k),    sum_k a_k r_k = x - sum_k a_k c_k,
 
     so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
-    convolution, normalised, and a ReLU that lets only part of a residual pass.
+    convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
+    that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
 
     Args:
         width: D.
         centres: K.
+        add_back: whether the centres are added back.
     """
 
-    def __init__(self, width: int, centres: int) -> None:
+    def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
         super().__init__()
+        self.add_back = add_back
         self.centres_KD = nn.Parameter(torch.randn(centres, width) * width**-0.5)
         self.assign = nn.Conv2d(width, centres, 1)
         self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        """Features as centres and what of their residuals passes."""
+        """What of the residuals passes, with the centres or alone."""
         weight_BKhw = self.assign(x_BDhw).softmax(1)
         central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
-        out: Tensor = central + self.mix(x_BDhw - central)
-        return out
+        passed: Tensor = self.mix(x_BDhw - central)
+        return central + passed if self.add_back else passed
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, seed: int) -> None:
@@ -219,7 +224,8 @@ def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int)
     vit = info.kind == "vit"
     width = config.width or (info.channels[0] if vit else 0)
     inside = width if vit else bottleneck_width(stages.channels, width)
-    cram = Cram(inside, structure.cram) if structure.cram and structure.cram_place == "bottleneck" else None
+    at_bottleneck = structure.cram and structure.cram_place == "bottleneck"
+    cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
     if vit:
         return TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
     return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
@@ -238,6 +244,7 @@ class StructuralModel(AnomalyModel):
     """
 
     student: StructuralStudent
+    map_means_2: Tensor
 
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, STAGES)
@@ -248,6 +255,8 @@ class StructuralModel(AnomalyModel):
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
         self.pixel_side = size if self.structure.direction == "forward" else 0
         self.gather: Callable[[Tensor], Tensor] = gather_batch
+        if self.structure.affinity_map:
+            self.register_buffer("map_means_2", torch.ones(2))
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's stages, and the student's predictions of them."""
@@ -263,17 +272,39 @@ class StructuralModel(AnomalyModel):
         return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
-        """Sum over stages of 1 - cos, and its maximum once smoothed (RD4AD)."""
-        stages, predicted = self.answer(observed, small_B3SS)
-        maps = [position_cosine_distance(t, s) for t, s in zip(stages, predicted, strict=True)]
+        """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum once smoothed."""
+        pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
-            map_B1HW, peak_B = published_map(maps, self.shape.size, "rd4ad")
+            distances = [position_cosine_distance(t, s) for t, s in pairs]
+            map_B1HW, peak_B = published_map(distances, self.shape.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
-            side = max(self.stages.map_sides)
-            map_Bhw = torch.cat([upsample(one, side) for one in maps], 1).sum(1)
+            map_Bhw, *affinity = self.distance_maps(pairs)
+            for affinity_Bhw in affinity:
+                features, affinities = self.map_means_2.unbind()
+                map_Bhw = map_Bhw / features + self.structure.affinity_map * affinity_Bhw / affinities
             peak_B = self.scorer.finish(map_Bhw).amax((1, 2, 3))
         return Plain(map_Bhw, peak_B[:, None], peak_B[:, None][:, :0])
+
+    def distance_maps(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Sums over stages of feature distances and, if asked for, of affinity differences: B x h x w each."""
+        side, grid = max(self.stages.map_sides), self.structure.affinity_side
+        found = [[position_cosine_distance(t, s) for t, s in pairs]]
+        if self.structure.affinity_map:
+            found.append([affinity_distance(t, s, grid) for t, s in pairs])
+        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in found]
+
+    @torch.no_grad()
+    def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
+        """Means of both maps on good images, which bring them to one scale."""
+        if not self.structure.affinity_map:
+            return
+        total, images = torch.zeros(2, device=self.device), 0
+        for observed, small in batches():
+            maps = self.distance_maps(list(zip(*self.answer(observed, small), strict=True)))
+            total += torch.stack([one.mean((1, 2)).sum() for one in maps])
+            images += len(maps[0])
+        self.map_means_2.copy_((total / images).clamp_min(1e-8))
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Sum over stages of every term that is switched on, and each term's own sum."""

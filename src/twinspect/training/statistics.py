@@ -97,6 +97,7 @@ def fit_statistics(
         progress: called with (stage, done, total).
     """
     model.eval()
+    model.fit_plain(lambda: ((observed, small) for _, observed, small in source.batches(held_at)))
     images = sorted([*train_at, *held_at])
     held = set(held_at)
     held_n = torch.tensor([i in held for i in images], device=model.device)
