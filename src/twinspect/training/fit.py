@@ -19,11 +19,10 @@ from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision, mixed_up
-from twinspect.device import in_fp32
+from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.models.contract import AnomalyModel, build_family
-from twinspect.models.memory import keep_freed_memory, peak_mb
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import licence
 from twinspect.training.decide import decide
