@@ -121,7 +121,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     for one in (*fields(ModelConfig), *fields(TrainConfig)):
-        flag = _FLAGS.get(one.name, f"--{one.name.replace('_', '-')}")
+        name = one.name.replace("_", "-")
+        flag = _FLAGS.get(one.name, f"--{name}/--no-{name}" if one.default is True else f"--{name}")
         option = typer.Option(flag, help=one.metadata["help"], hidden=one.name not in _USUAL, show_default=False)
         kind: Any = Annotated[type(one.default) | None, option]
         own.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))

@@ -96,7 +96,7 @@ def fit(
     resume: Fitted | None = None,
     forget: bool = False,
 ) -> Fitted:
-    """Train on the normal training images of ``samples`` and calibrate on those held out.
+    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
