@@ -33,15 +33,15 @@ from scipy.ndimage import gaussian_filter
 from teacher_bank import Bank
 from torch.nn import functional
 
+from twinspect.commands.reproduce import code_hash
+from twinspect.commands.results import markdown, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
+from twinspect.device import keep_freed_memory
 from twinspect.metrics import Evaluator
-from twinspect.models.memory import keep_freed_memory
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Section, Table
-from twinspect.reproduce import code_hash
-from twinspect.results import markdown, write_text
 
 OURS = {
     "ours-a": ("dual", "default"), "ours-b": ("snl", "default"),

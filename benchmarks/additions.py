@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from problems import Problem, Store, key_of, problems_of
 from torch import Tensor
 
+from twinspect.commands.reproduce import code_hash
+from twinspect.commands.results import text_table
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
@@ -38,8 +40,6 @@ from twinspect.models import scorer as scorer_room
 from twinspect.models import statistics as statistics_room
 from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
-from twinspect.reproduce import code_hash
-from twinspect.results import text_table
 from twinspect.scoring import gaussian_kernel
 from twinspect.training import statistics as fitting_room
 from twinspect.training.fit import cache_folder, choose_images, fit

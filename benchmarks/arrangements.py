@@ -31,13 +31,13 @@ from PIL import Image
 from problems import Problem, ours
 
 from twinspect import data as data_room
+from twinspect.commands.results import text_table
 from twinspect.config import RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.metrics import auroc
 from twinspect.report import Table
-from twinspect.results import text_table
 from twinspect.types import TEST, TRAIN
 
 KINDS = ("casting", "magnetic_tile", "cubes", "piston", "pcb", "fabric")

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from twinspect import Detector
 from twinspect import data as data_room
+from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision
 from twinspect.drift import DriftMonitor
@@ -46,7 +47,6 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
 from twinspect.recalibrate import score_images
 from twinspect.report import Table
-from twinspect.results import text_table
 from twinspect.rules import Budget, GoodScores
 from twinspect.storage import Fitted
 from twinspect.training.fit import cache_folder, choose_images
@@ -62,7 +62,7 @@ def samples_of(name: str) -> list[Sample]:
     """All samples of a data set, or of the demo's textile images."""
     if name != "textile":
         return list(data_room.load(Path(name)).samples)
-    from twinspect.demo import FULL, find_images, split
+    from twinspect.commands.demo import FULL, find_images, split
 
     training, test = split(find_images(), FULL)
     return [*training, *test]

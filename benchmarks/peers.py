@@ -31,9 +31,9 @@ from PIL import Image
 from twinspect.config import RunConfig
 from twinspect.data import load
 from twinspect.data.samples import has_pixel_truth, read_sample_mask
+from twinspect.device import peak_mb
 from twinspect.inference.parity import spread
 from twinspect.metrics import auroc
-from twinspect.models.memory import peak_mb
 from twinspect.training.source import read_square
 from twinspect.types import TEST, TRAIN, Sample
 

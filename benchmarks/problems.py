@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from twinspect import data as data_room
+from twinspect.commands.results import write_text
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.carving import by_class, relative_lines, short_hash
@@ -25,7 +26,6 @@ from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.metrics import auroc
-from twinspect.results import write_text
 from twinspect.training.fit import cache_folder, fit
 from twinspect.training.source import FeatureSource
 from twinspect.types import Sample
@@ -168,7 +168,7 @@ def of_split(name: str, protocol: str, split: Split) -> Problem:
 
 def textile(limit: int) -> Problem:
     """The split of the demo; its headline is local and global defects together."""
-    from twinspect.demo import FULL, find_images, split
+    from twinspect.commands.demo import FULL, find_images, split
 
     training, test = (limited(part, limit) for part in split(find_images(), FULL))
     kinds = np.array([s.defect_type for s in test])

@@ -27,14 +27,14 @@ from problems import limited, of_split, ours
 from teacher_bank import place
 
 from twinspect import data as data_room
+from twinspect.commands.reproduce import code_hash
+from twinspect.commands.results import mean_of, text_table, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.reproduce import code_hash
-from twinspect.results import mean_of, text_table, write_text
 from twinspect.training.fit import build_model, cache_folder, sized
 from twinspect.training.source import FeatureSource
 

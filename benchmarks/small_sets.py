@@ -21,12 +21,12 @@ import torch
 from problems import Store, key_of
 
 from twinspect import data as data_room
+from twinspect.commands.reproduce import code_hash
+from twinspect.commands.results import text_table
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
 from twinspect.report import Table
-from twinspect.reproduce import code_hash
-from twinspect.results import text_table
 from twinspect.training.fit import cache_folder, fit
 from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, TRAIN, Sample

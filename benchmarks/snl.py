@@ -25,6 +25,8 @@ from statistics import mean, stdev
 import torch
 
 from twinspect import data as data_room
+from twinspect.commands.reproduce import code_hash
+from twinspect.commands.results import markdown, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.diagnose import Plan, diagnose
@@ -32,8 +34,6 @@ from twinspect.evaluation import evaluate, test_samples
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.report import Section, Table
-from twinspect.reproduce import code_hash
-from twinspect.results import markdown, write_text
 from twinspect.training.decide import decide
 from twinspect.training.fit import build_model, cache_folder, choose_images, fit
 from twinspect.training.resume import take_over

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from twinspect.models.memory import peak_mb
+from twinspect.device import peak_mb
 
 CLASSES, SIDE = 30, 64
 RUNS = (("first", 1000.0), ("again", 1000.0), ("stream", 1e-6))  # and their --cache-gb

@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.models.memory import peak_mb
 from twinspect.storage import load
 from twinspect.training.fit import Fitted
 from twinspect.training.loop import autocast, make_optimiser

@@ -42,11 +42,11 @@ import numpy as np
 import torch
 
 from twinspect import data as data_room
+from twinspect.commands.recipes import RECIPES
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
-from twinspect.recipes import RECIPES
 from twinspect.training.fit import choose_images, fit
 from twinspect.types import TEST, TRAIN, Sample
 

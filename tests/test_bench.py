@@ -14,10 +14,10 @@ import pytest
 from tiny import picture
 from typer.testing import CliRunner
 
-from twinspect.bench import BenchOptions, bench
 from twinspect.cli import app
+from twinspect.commands.bench import BenchOptions, bench
+from twinspect.commands.export import parse_batches
 from twinspect.errors import ConfigError
-from twinspect.export_commands import parse_batches
 from twinspect.inference.runtimes import load_predictor
 
 

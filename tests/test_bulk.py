@@ -24,14 +24,14 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.decision_commands import read_predictions
+from twinspect.commands.decisions import read_predictions
+from twinspect.commands.predict import chosen_engine, shard_of
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference.bulk import Totals, _Counter, run, say_totals
 from twinspect.inference.job import Job, units
 from twinspect.inference.parts import Part, PartStore, digest
 from twinspect.inference.pictures import PictureOptions
 from twinspect.inference.sources import walk_all
-from twinspect.predict_commands import chosen_engine, shard_of
 
 
 class Silent:

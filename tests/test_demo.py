@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from twinspect.commands.demo import FULL, QUICK, DemoSize, find_images, run_on, split
 from twinspect.console import Console
-from twinspect.demo import FULL, QUICK, DemoSize, find_images, run_on, split
 from twinspect.errors import DataError
 
 TINY = DemoSize(train=12, test=4, steps=2, budget_s=20.0)

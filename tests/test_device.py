@@ -17,8 +17,8 @@ from tiny import RANDOM, RANDOM_CNN, run_config, same_tensors, train_samples
 from typer.testing import CliRunner
 
 from twinspect import device as device_module
-from twinspect.app import merged
 from twinspect.cli import app
+from twinspect.commands.fit import merged
 from twinspect.config import RunConfig
 from twinspect.device import choose_device, cpu_quota, granted_threads, in_fp32, usable_cores
 from twinspect.errors import ConfigError

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from twinspect import Detector
 from twinspect.cli import app
+from twinspect.commands.diagnose import matrices, sentences
 from twinspect.data import load
 from twinspect.diagnose import CUTPASTE, MEASURES, MIXUP, Plan, composites, cutpaste, diagnose, mixup, normal_images
-from twinspect.diagnose_commands import matrices, sentences
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.result import Result
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from twinspect import doctor
-from twinspect.doctor import declared_extras, examine
+from twinspect.commands import doctor
+from twinspect.commands.doctor import declared_extras, examine
 from twinspect.models.weights import DEFAULT_EMBEDDED, SHORT_NAMES
 
 

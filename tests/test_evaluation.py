@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 from twinspect import Detector
 from twinspect import evaluation as room
 from twinspect.cli import app
+from twinspect.commands.evaluate import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
+from twinspect.commands.results import grouped, mean_of
 from twinspect.data import load
 from twinspect.data.samples import read_regions
 from twinspect.decision import count_calls
 from twinspect.errors import ConfigError, DataError
-from twinspect.eval_command import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
 from twinspect.evaluation import evaluate, shared_defects
 from twinspect.inference.result import Result
 from twinspect.metrics import auspro
-from twinspect.results import grouped, mean_of
 from twinspect.types import TEST, Sample
 
 

@@ -285,6 +285,7 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
     decision = dataclasses.replace(detector.fitted.decision, fixed=dict.fromkeys(names, between))
     fitted = dataclasses.replace(detector.fitted, decision=decision)
     out.unlink()
+    companion(out).unlink()
     with pytest.raises(ParityError, match=r"the answers for \d+ of \d+ images differ.*--accept-loss"):
         export(fitted, out, ExportOptions(precision="int8"), images)
     assert not list(tmp_path.iterdir())

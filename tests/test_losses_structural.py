@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinspect.losses import affinity_distance, channel_loss, inter_affinity_loss, intra_affinity_loss, spatial_loss
-from twinspect.models.gather import gather_batch
+from twinspect.models.snl import gather_batch
 
 SHAPES = [(2, 3, 4, 4), (1, 5, 2, 3), (3, 2, 1, 2)]
 TERMS: dict[str, Callable[..., Tensor]] = {

@@ -12,15 +12,15 @@ from layouts import Plan, write
 from tiny import RANDOM
 from typer.testing import CliRunner
 
-from twinspect import reproduce as room
 from twinspect.cli import app
+from twinspect.commands import reproduce as room
+from twinspect.commands.recipes import RECIPES, SEMANTIC_SIZE, Recipe, find_recipe, is_vit
+from twinspect.commands.results import mean_of
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import DATASETS, load
 from twinspect.data.protocols import PROTOCOLS, SEMANTIC, make_splits
 from twinspect.errors import ConfigError
-from twinspect.recipes import RECIPES, SEMANTIC_SIZE, Recipe, find_recipe, is_vit
-from twinspect.results import mean_of
 
 DOCS = Path(__file__).parents[1] / "docs" / "reproduce.md"
 

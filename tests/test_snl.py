@@ -15,10 +15,9 @@ from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models.contract import fit_size
-from twinspect.models.cram import Cram
 from twinspect.models.observed import Selection
 from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
-from twinspect.models.snl import STAGES, Stages, StructuralModel
+from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import smooth, surprise
 from twinspect.training.fit import build_model, choose_images

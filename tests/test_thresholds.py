@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from twinspect.calibration import Threshold
+from twinspect.commands.thresholds import MOST_LINES, threshold_lines, threshold_table
 from twinspect.decision import Decision
 from twinspect.rules import Budget, GoodScores
-from twinspect.thresholds import MOST_LINES, threshold_lines, threshold_table
 
 
 def decision(sizes: dict[str, int], **changes: object) -> Decision:

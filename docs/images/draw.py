@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect import Detector
-from twinspect.demo import FULL, find_images, kind_of, split
+from twinspect.commands.demo import FULL, find_images, kind_of, split
 
 SIDE, GAP, TEXT = 176, 8, 26
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from twinspect.demo import FULL, find_images, kind_of, split
+from twinspect.commands.demo import FULL, find_images, kind_of, split
 from twinspect.inference import load
 from twinspect.server.app import build_app
 from twinspect.server.log import InspectionLog

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from twinspect.commands.data import Images, data_app
+from twinspect.commands.diagnose import diagnose
+from twinspect.commands.predict import predict
+from twinspect.commands.serve import serve
 from twinspect.config import ModelConfig, TrainConfig
-from twinspect.data_commands import Images, data_app
-from twinspect.diagnose_commands import diagnose
-from twinspect.predict_commands import predict
-from twinspect.serve_commands import serve
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -86,7 +86,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run of about a minute.")] = False,
 ) -> None:
     """Train on good textile images, find local and global defects, write a report."""
-    from twinspect.demo import run_demo
+    from twinspect.commands.demo import run_demo
 
     with _console() as console:
         run_demo(out, quick, console)
@@ -95,7 +95,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Say what this machine has: versions, device, teachers and their weights."""
-    from twinspect.doctor import examine
+    from twinspect.commands.doctor import examine
 
     with _console() as console:
         for line in examine():
@@ -121,7 +121,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     for one in (*fields(ModelConfig), *fields(TrainConfig)):
-        flag = _FLAGS.get(one.name, f"--{one.name.replace('_', '-')}")
+        name = one.name.replace("_", "-")
+        flag = _FLAGS.get(one.name, f"--{name}/--no-{name}" if one.default is True else f"--{name}")
         option = typer.Option(flag, help=one.metadata["help"], hidden=one.name not in _USUAL, show_default=False)
         kind: Any = Annotated[type(one.default) | None, option]
         own.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
@@ -169,7 +170,7 @@ def fit(
     **settings: Any,
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
-    from twinspect.app import fit_command
+    from twinspect.commands.fit import fit_command
     from twinspect.config import of_effort
 
     # None is "not given": the dial's value, a TOML file's, or the default then holds.
@@ -198,7 +199,7 @@ def evaluate(
     weights: Weights = None,
 ) -> None:
     """Measure a model on labelled test images: per class and mean, both students alone."""
-    from twinspect.eval_command import EvalOptions, eval_command
+    from twinspect.commands.evaluate import EvalOptions, eval_command
 
     options = EvalOptions(
         bundle, data, layout, images, split, str(weights or ""), json_file, tuple(out or ()), intervals, leaks,
@@ -221,7 +222,7 @@ def reproduce(
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Do not train on copies of test images.")] = False,
 ) -> None:
     """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
-    from twinspect.reproduce import Choices, reproduce_command
+    from twinspect.commands.reproduce import Choices, reproduce_command
 
     choices = Choices(recipe, root, out, teacher, str(weights or ""), seed, limit_steps, size, drop_leaks)
     with _console() as console:
@@ -247,7 +248,7 @@ def export(
     weights: Weights = None,
 ) -> None:
     """Write the model as one graph for another runtime, after it agreed with torch on images."""
-    from twinspect.export_commands import export_command
+    from twinspect.commands.export import export_command
     from twinspect.inference.export import ExportOptions, format_of
 
     with _console() as console:
@@ -265,7 +266,7 @@ def check(
     weights: Weights = None,
 ) -> None:
     """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
-    from twinspect.export_commands import check_command
+    from twinspect.commands.export import check_command
 
     with _console() as console:
         check_command(export, bundle, images, data, runtime, str(weights or ""), console)
@@ -282,7 +283,7 @@ def bench(
     weights: Weights = None,
 ) -> None:
     """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
-    from twinspect.export_commands import bench_command
+    from twinspect.commands.export import bench_command
 
     with _console() as console:
         bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
@@ -318,7 +319,7 @@ def calibrate(
     weights: Weights = None,
 ) -> None:
     """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
-    from twinspect.decision_commands import CalibrateOptions, calibrate_command, wanted
+    from twinspect.commands.decisions import CalibrateOptions, calibrate_command, wanted
 
     with _console(quiet=json_file == "-") as console:
         asked = wanted(max_fpr, unsure, region_fpr, class_name, group, add, rule, miss_cost)
@@ -349,7 +350,7 @@ def drift(
     report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
 ) -> None:
     """Say whether predictions still look like the calibration images, and if not, what changed."""
-    from twinspect.decision_commands import DriftOptions, drift_command
+    from twinspect.commands.decisions import DriftOptions, drift_command
 
     with _console(quiet=json_file == "-") as console:
         drift_command(DriftOptions(bundle, tuple(tables), false_alarm_rate, json_file, tuple(report or ())), console)
@@ -361,7 +362,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a bundle holds: teacher, classes, training, threshold and its promise."""
-    from twinspect.app import info_lines
+    from twinspect.commands.fit import info_lines
 
     with _console() as console:
         content = info_lines(bundle)

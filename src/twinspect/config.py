@@ -267,7 +267,7 @@ class TrainConfig:
     )
     time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
     checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
-    holdout: float = _setting(0.2, "Share of the normal training images kept for calibration.")
+    holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
     cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
 
     def __post_init__(self) -> None:

@@ -195,7 +195,7 @@ def inter_affinity_loss(
         student_BDhw: student's prediction of it.
         side: positions kept along each side.
         gather: joins the B x ... tensors of all processes along the first dimension, with gradients
-            (`twinspect.models.gather.gather_batch`); None for one process. The loss is then that of the joined batch.
+            (`twinspect.models.snl.gather_batch`); None for one process. The loss is then that of the joined batch.
     """
     join = gather or (lambda x: x)
     t_PBD, s_PBD = (join(_unit_positions(x, side)).transpose(0, 1) for x in (teacher_BDhw.detach(), student_BDhw))

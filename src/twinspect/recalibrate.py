@@ -268,10 +268,12 @@ def _budgets(decision: Decision, wanted: Wanted) -> tuple[Budget, Mapping[str, B
 
 def _refuse_promises(decision: Decision, class_name: str | None) -> None:
     """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
-    asked = (decision.budget, *decision.budgets.values()) if class_name is None else (decision.budget_of(class_name),)
+    asked, good = (decision.budget, *decision.budgets.values()), decision.good
+    if class_name is not None:  # a class goes by its own images
+        asked, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
     for budget in asked:
-        refuse_unsupported(len(decision.good), budget.max_fpr)
-        peaks = int(np.isfinite(decision.good.peak).sum())
+        refuse_unsupported(len(good), budget.max_fpr)
+        peaks = int(np.isfinite(good.peak).sum())
         if peaks:
             refuse_unsupported(peaks, budget.region_fpr, "--region-fpr")
     if decision.by_group and not sessions(decision):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
 from twinspect.models.contract import AnomalyModel
+from twinspect.models.fold import prepared
 from twinspect.models.observed import Outputs
-from twinspect.models.prepared import prepared
 
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself

@@ -16,7 +16,7 @@ from PIL import Image
 
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import replacing
-from twinspect.inference.label import components, pixels_of
+from twinspect.inference.regions import components, pixels_of
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:

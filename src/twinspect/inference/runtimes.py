@@ -47,8 +47,8 @@ class TorchRuntime:
     def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
 
-        from twinspect.models.memory import keep_freed_memory
-        from twinspect.models.prepared import prepared
+        from twinspect.device import keep_freed_memory
+        from twinspect.models.fold import prepared
 
         keep_freed_memory()
         self._torch = torch

@@ -3,7 +3,7 @@
 Trained on many classes at once, a student learns to reproduce what is anomalous for one class because another class
 taught it to: cross-class interference. The remedy: the student must match the teacher's *structure* (position by
 position, channel by channel, and how positions and images relate to each other), and its features are pulled to
-centres of what is normal (`models.cram`). One file for all configurations:
+centres of what is normal (`Cram`; NetVLAD is among the paper's references). One file for all configurations:
 
     direction  reverse (bottleneck and decoder) or forward (an encoder from scratch, on the pixels)
     terms      flat (RD4AD's cosine of the flattened map), spatial, channel, intra, inter
@@ -21,11 +21,13 @@ Shapes: B images, D channels, h w grid, E width of all global tokens together, S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
@@ -38,15 +40,104 @@ from twinspect.losses import (
     position_cosine_distance,
     spatial_loss,
 )
+from twinspect.models.clusters import k_means
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.cram import Cram
-from twinspect.models.gather import gather_batch
 from twinspect.models.layers import to_tokens
 from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, upsample
+
+_ONE_TO_NEXT = 100.0  # how much more the nearest centre weighs than the second nearest, for a typical vector
+
+
+class Cram(nn.Module):
+    """Pulls features to K learnt centres of what is normal: B x D x h x w to the same shape.
+
+    With soft assignments a_k(x) that sum to one, residuals r_k = x - c_k give
+
+        y = sum_k a_k c_k + g(sum_k a_k r_k),    sum_k a_k r_k = x - sum_k a_k c_k,
+
+    so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
+    convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
+    that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
+
+    Args:
+        width: D.
+        centres: K.
+        add_back: whether the centres are added back.
+    """
+
+    def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
+        super().__init__()
+        self.add_back = add_back
+        self.centres_KD = nn.Parameter(torch.randn(centres, width) * width**-0.5)
+        self.assign = nn.Conv2d(width, centres, 1)
+        self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    def forward(self, x_BDhw: Tensor) -> Tensor:
+        """What of the residuals passes, with the centres or alone."""
+        weight_BKhw = self.assign(x_BDhw).softmax(1)
+        central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
+        passed: Tensor = self.mix(x_BDhw - central)
+        return central + passed if self.add_back else passed
+
+    @torch.no_grad()
+    def initialise(self, rows_ND: Tensor, seed: int) -> None:
+        """Centres by k-means on features of normal images, assignments by distance to them.
+
+        a_k ~ exp(-alpha |x - c_k|^2) is a linear layer: its |x|^2 is the same for all k. ``alpha`` makes the
+        nearest centre of a typical vector weigh a hundred times more than the second nearest.
+        """
+        count = len(self.centres_KD)
+        centres = k_means(rows_ND, min(count, len(rows_ND)), seed)
+        if len(centres) < count:
+            # Fewer vectors than centres: the others stay where chance put them.
+            centres = torch.cat([centres, self.centres_KD[len(centres) :]])
+        nearest = torch.cdist(rows_ND, centres).square().topk(min(2, count), dim=1, largest=False).values
+        gap = (nearest[:, -1] - nearest[:, 0]).mean().clamp_min(1e-6)
+        alpha = math.log(_ONE_TO_NEXT) / gap
+        self.centres_KD.copy_(centres)
+        self.assign.weight.copy_((2 * alpha * centres)[:, :, None, None])
+        assert self.assign.bias is not None
+        self.assign.bias.copy_(-alpha * centres.square().sum(1))
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose gradient is the sum of what every process asks of a part, given to the part's owner."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        own: Tensor = total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
+        return own, None
+
+
+def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
+    """Join the equal parts of a batch of all processes along the first dimension, in rank order, with gradients.
+
+    A loss of the joined batch, computed by every process, gives each one its own part's gradient times the number
+    of processes; averaging parameter gradients over processes, as data-parallel training does, then gives exactly
+    the gradient of one process with the whole batch. Without a process group the part is the batch.
+
+    Args:
+        part_B: this process's part, B x ...
+        group: process group; None takes the default one.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return part_B
+    joined: Tensor = _Gather.apply(part_B, group)  # type: ignore[no-untyped-call]
+    return joined
+
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam

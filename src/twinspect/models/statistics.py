@@ -21,7 +21,7 @@ PLACE_PRIOR = 4.0  # images that the mean of a position is shrunk towards its va
 SPREAD_PRIOR = 8.0  # images that the variance of the distance at a position is shrunk towards its average by
 RIDGE = 3e-3  # added to a correlation matrix, so that directions without variance do not rule
 NEIGHBOURS = 5  # good images that an image is compared with
-MOST_CHANNELS, MOST_DIRECTIONS, MOST_BANK = 512, 256, 2048  # limits of size, for wide teachers and large sets
+MOST_CHANNELS, MOST_DIRECTIONS, MOST_BANK = 512, 192, 2048  # limits of size, for wide teachers and large sets
 _STEPS = 127.0  # of int8
 
 

@@ -19,11 +19,10 @@ from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision, mixed_up
-from twinspect.device import in_fp32
+from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.models.contract import AnomalyModel, build_family
-from twinspect.models.memory import keep_freed_memory, peak_mb
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import licence
 from twinspect.training.decide import decide
@@ -97,7 +96,7 @@ def fit(
     resume: Fitted | None = None,
     forget: bool = False,
 ) -> Fitted:
-    """Train on the normal training images of ``samples`` and calibrate on those held out.
+    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.

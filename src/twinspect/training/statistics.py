@@ -288,12 +288,14 @@ class _Fitting:
         """Level and standard deviation of the distances: at every position, and over the whole map."""
         clusters = self.scorer.clusters.count
         levels, spreads = [], []
-        for gaussian, array in zip(self.scorer.gaussians(), stored, strict=True):
-            found = [
-                _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
-                for v in range(len(self.owner_V))
-            ]
-            gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in zip(*found, strict=True)))
+        for g, (gaussian, array) in enumerate(zip(self.scorer.gaussians(), stored, strict=True)):
+            if g in self.scorer.scored:
+                found = [
+                    _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
+                    for v in range(len(self.owner_V))
+                ]
+                columns = zip(*found, strict=True)
+                gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
             whole = [_sums(array, (self.cluster_n == k).cpu().numpy()) for k in range(clusters)]
             mean = torch.stack([total.mean() / count for total, _, count in whole])
             square = torch.stack([total.mean() / count for _, total, count in whole])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import refuse_unwritable
 from twinspect.charts import Histogram, LineChart, Series
+from twinspect.commands.results import check_outputs, write_json
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
@@ -27,7 +28,6 @@ from twinspect.inference.result import Result
 from twinspect.metrics import auroc, bootstrap_interval, roc_curve
 from twinspect.models.weights import DEFAULT_EMBEDDED
 from twinspect.report import Gallery, Section, Table, write_report
-from twinspect.results import check_outputs, write_json
 from twinspect.types import TEST, TRAIN, Sample
 
 PACKAGE = "conformal_clip_data"

@@ -116,7 +116,7 @@ def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: 
 
 def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     """What a finished training run says."""
-    from twinspect.thresholds import threshold_lines
+    from twinspect.commands.thresholds import threshold_lines
 
     record, decision = detector.record_, detector.fitted.decision
     training, counts = record["training"], record["parameters"]

@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import data as data_room
+from twinspect.commands.results import (
+    MAP_SIZE,
+    MASK_RULE,
+    check_outputs,
+    grouped,
+    mean_of,
+    metric_table,
+    publish_json,
+    text_table,
+    write_results,
+)
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.carving import relative_lines, short_hash
 from twinspect.data.leaks import find_leaks
@@ -25,17 +36,6 @@ from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
 from twinspect.report import Section, Table
-from twinspect.results import (
-    MAP_SIZE,
-    MASK_RULE,
-    check_outputs,
-    grouped,
-    mean_of,
-    metric_table,
-    publish_json,
-    text_table,
-    write_results,
-)
 from twinspect.types import TEST, Sample
 
 AS_GIVEN = "test as the data say"

@@ -18,16 +18,9 @@ from typing import Any
 
 from twinspect import data as data_room
 from twinspect._version import __version__
-from twinspect.config import RunConfig
-from twinspect.console import Console
-from twinspect.data.leaks import drop_leaks, find_leaks
-from twinspect.data.loaded import Loaded
-from twinspect.data.protocols import SEMANTIC, Split, make_splits
-from twinspect.errors import ConfigError
-from twinspect.eval_command import defect_tables, leak_line, of_split, problem_lines, problems
-from twinspect.recipes import RECIPES, Recipe, find_recipe
-from twinspect.report import Section, Table
-from twinspect.results import (
+from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problem_lines, problems
+from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
+from twinspect.commands.results import (
     MAP_SIZE,
     MASK_RULE,
     SUFFIXES,
@@ -39,6 +32,13 @@ from twinspect.results import (
     write_json,
     write_results,
 )
+from twinspect.config import RunConfig
+from twinspect.console import Console
+from twinspect.data.leaks import drop_leaks, find_leaks
+from twinspect.data.loaded import Loaded
+from twinspect.data.protocols import SEMANTIC, Split, make_splits
+from twinspect.errors import ConfigError
+from twinspect.report import Section, Table
 from twinspect.types import TEST, TRAIN
 
 OURS = "twinspect (our re-implementation)"
@@ -183,7 +183,7 @@ def run_key(split: Split, config: RunConfig) -> str:
 @cache
 def code_hash() -> str:
     """12 hex digits of the code that makes and scores a model: results of other code are not taken up."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for name in MODEL_CODE:
         files = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
         for path in files:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from twinspect.commands.results import text_table
 from twinspect.decision import Decision, promises
 from twinspect.report import Table
-from twinspect.results import text_table
 from twinspect.rules import EVERY, LABELS, SESSIONS, Rule
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from twinspect.data_commands import Images
+from twinspect.commands.data import Images
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -71,10 +71,10 @@ def diagnose(
 def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
     from twinspect import data as data_room
+    from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
     from twinspect.diagnose import diagnose as run
     from twinspect.inference import load
     from twinspect.report import Gallery
-    from twinspect.results import check_outputs, publish_json, text_table, write_results
 
     check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)

@@ -92,7 +92,7 @@ def bench_command(
     console: Console,
 ) -> None:
     """``twinspect bench``: a table for people, one line of JSON at the end."""
-    from twinspect.bench import BenchOptions, bench
+    from twinspect.commands.bench import BenchOptions, bench
 
     options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
     report = bench(options, console.progress)

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.device import peak_mb
 from twinspect.errors import check_range
 from twinspect.inference.predictor import Predictor, Runtime, check_counts
 from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predictor
-from twinspect.models.memory import peak_mb
 
 Progress = Callable[[str, int, int], None]
 Clock = Callable[[], float]

@@ -1,0 +1,1 @@
+"""What the commands do, one file each; `twinspect.cli` reads their options."""
