@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -97,11 +97,10 @@ def test_same_rows_although_an_actor_is_killed(
     one = job(model, tmp_path / "t.parquet", images)
     with pytest.raises(Gone):
         run(one, Breaks())
-    stored, killed = tmp_path / "t.parquet.parts", list[tuple[int, int]]()
+    stored, killed, over = tmp_path / "t.parquet.parts", list[tuple[int, int]](), Event()
 
     def kill() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not killed:
+        while not over.is_set() and not killed:
             done = len(list(stored.glob("part-*")))
             for pid in actors()[:1] if done > 2 else ():
                 os.kill(pid, signal.SIGKILL)
@@ -110,8 +109,11 @@ def test_same_rows_although_an_actor_is_killed(
 
     thread = Thread(target=kill)
     thread.start()
-    totals = run(one, Silent(), RayEngine(actors=2))
-    thread.join()
+    try:
+        totals = run(one, Silent(), RayEngine(actors=2))
+    finally:
+        over.set()
+        thread.join()
     assert killed[0][1] < 240 // 12  # there was work left
     assert (totals.rows, totals.errors, totals.before) == (240, 1, 24)
     assert table(tmp_path / "t.parquet") == local
