@@ -79,7 +79,7 @@ class Comparison:
         images: compared, those at their own size included.
         synthetic: whether they were painted.
         score_gap, map_gap: largest relative gaps.
-        scene_changes: images whose nearest cluster differs.
+        cluster_changes: images whose nearest cluster differs.
         rank: rank correlation of the joint scores; None below 8 images.
         auroc: (reference, export) mean image AUROC over classes, where labels allow.
         decisions: images (not painted ones) that were judged.
@@ -92,7 +92,7 @@ class Comparison:
     synthetic: bool
     score_gap: float
     map_gap: float
-    scene_changes: int
+    cluster_changes: int
     rank: float | None
     auroc: tuple[float, float] | None
     decisions: int
@@ -136,7 +136,7 @@ class Comparison:
         yield (
             f"compared with torch on {self.images} {kind}: scores differ by up to {self.score_gap:.2g}, "
             f"map values by {self.map_gap:.2g}"
-            + (f", nearest scene on {self.scene_changes} images" if self.scene_changes else "")
+            + (f", another cluster on {self.cluster_changes} images" if self.cluster_changes else "")
         )
         if self.rank is not None:
             yield f"rank correlation of scores {self.rank:.4f}"
@@ -158,7 +158,7 @@ class Comparison:
         """Plain values for JSON."""
         return {
             "images": self.images, "synthetic": self.synthetic, "score_gap": self.score_gap,
-            "map_gap": self.map_gap, "scene_changes": self.scene_changes, "rank": self.rank, "auroc": self.auroc,
+            "map_gap": self.map_gap, "cluster_changes": self.cluster_changes, "rank": self.rank, "auroc": self.auroc,
             "decisions": self.decisions, "changed": self.changed, "good_called_bad": self.good_called_bad,
         }  # fmt: skip
 

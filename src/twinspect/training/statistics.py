@@ -1,8 +1,10 @@
 """Statistics of good images: before training the scales of the teacher's answers, after it what the scorer needs.
 
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
-as if it had not been learnt (cross-fitting): means of positions and scales leave the image itself out, covariances
-leave its half or fifth of the images out. So all good images count, and none twice.
+as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
+out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
+itself. Pictures of one part still vouch for each other: leaving out whole runs of images costs more defects than it
+saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
 """
@@ -216,7 +218,7 @@ class _Fitting:
         return found
 
     def _halves(self) -> Tensor:
-        """Half (0 or 1) of every image: alternating within its cluster, so that copies' neighbours are parted."""
+        """Half (0 or 1) of every image, alternating within its cluster."""
         half_n = torch.zeros_like(self.cluster_n)
         for k in range(self.scorer.clusters.count):
             own = (self.cluster_n == k).nonzero()[:, 0]
