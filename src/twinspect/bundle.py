@@ -16,14 +16,14 @@ from typing import Any
 
 from twinspect import files
 from twinspect._version import __version__
-from twinspect.errors import BundleError
+from twinspect.errors import NONSENSE, BundleError
 from twinspect.files import replacing
 
 FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
 _META, _TENSORS, _HASHES = "bundle.json", "model.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
-_NOT_WHOLE = (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError)
+_NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.calibration import Threshold
-from twinspect.errors import BundleError, ConfigError, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, unknown_name
 from twinspect.rules import Budget, GoodScores, Rule, make_rule
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
@@ -143,8 +143,22 @@ class Decision:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
+        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores.
+
+        Raises:
+            BundleError: values that no decision has.
+        """
+        try:
+            found = cls._of(values)
+            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+                raise ValueError("calibration scores that are not finite")
+            return found
+        except NONSENSE as error:
+            raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> Decision:
         low, high = values["map_scale"]
         return cls(
             GoodScores.from_dict(values["good"]),

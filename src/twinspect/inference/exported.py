@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect._version import __version__
-from twinspect.errors import BundleError, ConfigError
+from twinspect.errors import NONSENSE, BundleError, ConfigError
 
 FORMAT = 2  # of the metadata; raised when a reader of an older library would misunderstand it
 RUNTIME_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}
@@ -84,7 +84,7 @@ def read_export(path: Path) -> ExportMeta:
         return ExportMeta(**{one.name: values[one.name] for one in fields(ExportMeta)})
     except KeyError as error:
         raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (*NONSENSE, OSError, RecursionError) as error:
         raise BundleError(f"{home} is damaged or not an export ({error}); copy it again or export again") from None
 
 

@@ -25,9 +25,12 @@ def check_scores(
     """Scores as float64 and labels as int64, both of length N.
 
     Raises:
-        DataError: lengths differ, a label is not 0 or 1, or a score is not finite (names the item).
+        DataError: no numbers, lengths differ, a label is not 0 or 1, or a score is not finite (names the item).
     """
-    values, truth = np.asarray(scores, np.float64), np.asarray(labels)
+    try:
+        values, truth = np.asarray(scores, np.float64), np.asarray(labels)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"scores and labels must be two lists of numbers ({error})") from None
     if values.ndim != 1 or values.shape != truth.shape:
         raise DataError(f"scores {values.shape} and labels {truth.shape} must be two lists of the same length")
     bad = np.flatnonzero(~np.isfinite(values))
@@ -35,7 +38,8 @@ def check_scores(
         who = names[bad[0]] if names is not None else f"item number {bad[0]}"
         raise DataError(f"score of {who} is {values[bad[0]]}; accepted: finite numbers ({len(bad)} are not)")
     if not np.isin(truth, (0, 1)).all():
-        raise DataError(f"labels are {np.unique(truth)[:5].tolist()}; accepted: 0 (normal) and 1 (anomaly)")
+        wrong = [label for label in truth.tolist() if label not in (0, 1)]
+        raise DataError(f"labels hold {str(wrong[:5])[1:-1]}; accepted: 0 (normal) and 1 (anomaly)")
     return values, truth.astype(np.int64)
 
 

@@ -22,6 +22,12 @@ class ErrorAnswer(TypedDict):
     error: ErrorDetail
 
 
+class Status(TypedDict):
+    """That the process lives, or that it accepts requests."""
+
+    status: str
+
+
 class RegionAnswer(TypedDict):
     """A region in pixels of the original image."""
 
