@@ -189,7 +189,12 @@ def evaluate(
     bundle: Bundle,
     data: Data,
     json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
-    out: Annotated[Optional[list[Path]], typer.Option(help="Results file: .md, .html or .json.")] = None,  # noqa: UP045
+    report: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            "--report", "--out", help="Report file: .html (with charts and the wrong images), .md or .json."
+        ),
+    ] = None,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Images = None,
     split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
@@ -202,7 +207,7 @@ def evaluate(
     from twinspect.commands.evaluate import EvalOptions, eval_command
 
     options = EvalOptions(
-        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(out or ()), intervals, leaks,
+        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(report or ()), intervals, leaks,
         drop_leaks,
     )  # fmt: skip
     with _console(quiet=json_file == "-") as console:
@@ -362,11 +367,11 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what a bundle holds: teacher, classes, training, threshold and its promise."""
-    from twinspect.commands.fit import info_lines
+    from twinspect.commands.fit import info_lines, info_text
 
     with _console() as console:
         content = info_lines(bundle)
-        console.say(json.dumps(content, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in content.items()))
+        console.say(json.dumps(content, indent=1) if as_json else "\n".join(info_text(content)))
 
 
 def _console(quiet: bool = False) -> Console:

@@ -47,11 +47,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One image beside its overlay, already small (see `case_of`)."""
+    """One image beside its overlay, and beside the nearest good image where that is known; small (see `case_of`)."""
 
     caption: str
     image: Image.Image
     overlay: Image.Image
+    near: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +171,15 @@ class _Album:
         self.left, self.left_out = _PICTURE_BYTES, 0
 
     def add(self, case: Case) -> dict[str, str] | None:
-        """Addresses of both pictures, or None once the budget is spent."""
-        pair = [self._encode(picture) for picture in (case.image, case.overlay)]
-        size = sum(len(text) for text in pair)
+        """Addresses of its pictures, or None once the budget is spent."""
+        pictures = {"image": case.image, "overlay": case.overlay, "near": case.near}
+        found = {name: self._encode(picture) for name, picture in pictures.items() if picture is not None}
+        size = sum(len(text) for text in found.values())
         if size > self.left:
             self.left_out += 1
             return None
         self.left -= size
-        return {"caption": case.caption, "image": pair[0], "overlay": pair[1]}
+        return {"caption": case.caption, **found}
 
     def _encode(self, picture: Image.Image) -> str:
         small = picture.convert("RGB")
