@@ -25,7 +25,7 @@ from twinspect.inference.result import Result, colourise
 
 THUMB = 224  # longest side in pixels of a picture, when there are few
 _PICTURE_BYTES = 4_000_000  # base64 characters of all pictures of a report together
-_STOPS = 12
+_STOPS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +123,10 @@ def case_of(result: Result, kind: str) -> Case:
     Raises:
         ValueError: the result carries no image or map.
     """
-    overlay = result.overlay()  # raises without image or map
+    overlay = result.overlay(side=THUMB, words=False)  # raises without image or map
     assert result.rgb is not None
     image = Image.fromarray(result.rgb)
-    for picture in (overlay, image):
-        picture.thumbnail((THUMB, THUMB))
+    image.thumbnail((THUMB, THUMB))
     said = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
     return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay)
@@ -215,6 +214,6 @@ def _cell(value: str | int | float) -> str:
 
 
 def _gradient() -> str:
-    """CSS colour stops of the overlay's scale."""
-    line = colourise(np.linspace(0.0, 1.0, _STOPS, dtype=np.float32)[None], (0.0, 1.0))[0]
-    return ", ".join(f"rgb({round(r)} {round(g)} {round(b)})" for r, g, b in line)
+    """CSS colour stops of the overlay's scale, one for every doubling."""
+    values = np.array([0.0, *(2.0 ** np.arange(-_STOPS + 1, 1))], dtype=np.float32)
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in colourise(values[None], (0.0, 1.0))[0].tolist())

@@ -29,8 +29,10 @@ def predict(
     class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
     maps: Annotated[str, typer.Option(help="Folder for raw maps (float16).")] = "",
     map_format: Annotated[str, typer.Option(help="npz or tiff.")] = "npz",
-    masks: Annotated[str, typer.Option(help="Folder for masks (PNG, 255 above the region threshold).")] = "",
-    overlays: Annotated[str, typer.Option(help="Folder for pictures of images under their maps.")] = "",
+    masks: Annotated[str, typer.Option(help="Folder for masks (PNG, 255 in the regions).")] = "",
+    overlays: Annotated[str, typer.Option(help="Folder for pictures: image under its map, regions, answer.")] = "",
+    overlay_format: Annotated[str, typer.Option(help="jpg or png.")] = "jpg",
+    overlay_side: Annotated[int, typer.Option(help="Their longest side in pixels; 0: the image's own.")] = 1600,
     coco: Annotated[str, typer.Option(help="COCO file of all regions.")] = "",
     report: Annotated[
         Optional[list[Path]],  # noqa: UP045
@@ -69,7 +71,9 @@ def predict(
         from twinspect.inference.job import Job
         from twinspect.inference.pictures import PictureOptions
 
-        pictures = PictureOptions(maps, map_format, masks, overlays, submission, bool(coco))
+        pictures = PictureOptions(
+            maps, map_format, masks, overlays, submission, bool(coco), overlay_format, overlay_side
+        )
         job = Job(
             str(bundle), tuple(paths), out, pictures, coco, runtime, threads, batch, str(weights or ""), device,
             class_name or None, workers, part_rows, shard_of(shard), restart,

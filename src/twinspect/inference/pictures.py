@@ -14,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, TwinspectError, check_range
 from twinspect.files import replacing
-from twinspect.inference.regions import components, pixels_of
+from twinspect.inference.regions import connected, pixels_of, region_mask, strongest
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
     from twinspect.inference.result import Result
 
-MAP_FORMATS = ("npz", "tiff")
+MAP_FORMATS, OVERLAY_FORMATS = ("npz", "tiff"), {"jpg": "JPEG", "png": "PNG"}
+MOST_SIDE = 65_000  # of a JPEG
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
@@ -35,8 +36,10 @@ class PictureOptions:
     Attributes:
         maps: folder for raw maps in the image's own size (float16).
         map_format: ``npz`` or ``tiff``.
-        masks: folder for PNG masks, 255 where the map reaches the region threshold.
-        overlays: folder for pictures of the image under its map.
+        masks: folder for PNG masks, 255 in the regions.
+        overlays: folder for pictures of the image under its map, with its regions and answer.
+        overlay_format: ``jpg`` or ``png``.
+        overlay_side: longest side of these in pixels; 0: the image's own.
         submission: folder for MVTec AD 2's two trees of maps and masks.
         coco: whether regions are kept for a COCO file.
     """
@@ -47,8 +50,13 @@ class PictureOptions:
     overlays: str = ""
     submission: str = ""
     coco: bool = False
+    overlay_format: str = "jpg"
+    overlay_side: int = 1600
 
     def __post_init__(self) -> None:
+        if self.overlay_format not in OVERLAY_FORMATS:
+            raise ConfigError(f"--overlay-format {self.overlay_format}: accepted {' or '.join(OVERLAY_FORMATS)}")
+        check_range("--overlay-side", self.overlay_side, 0, MOST_SIDE)
         if self.map_format not in MAP_FORMATS:
             raise ConfigError(f"--map-format {self.map_format}: accepted {' or '.join(MAP_FORMATS)}")
         if (self.maps and self.map_format == "tiff") or self.submission:
@@ -63,7 +71,7 @@ class PictureOptions:
         """The option of every folder that is written, with a file as it is written there."""
         for name, file in (
             ("maps", f"000000-000000_a.{self.map_format}"), ("masks", "000000-000000_a.png"),
-            ("overlays", "000000-000000_a.png"), ("submission", "anomaly_images.tiff"),
+            ("overlays", f"000000-000000_a.{self.overlay_format}"), ("submission", "anomaly_images.tiff"),
         ):  # fmt: skip
             if folder := getattr(self, name):
                 yield f"--{name}", f"{folder.rstrip('/')}/{file}"
@@ -99,20 +107,22 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
     if result.error or not options.wants_files:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
-    heat = result.map if options.maps or options.masks or options.submission else None
+    heat = result.map if options.maps or options.submission else None
     if heat is not None and options.maps:
         result.map_path = _write(options.maps, f"{stem}.{options.map_format}", _map_bytes(heat, options.map_format))
-    if heat is not None and options.masks:
-        result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(heat, _threshold(result)))
+    if result.grid is not None and options.masks:
+        inside = region_mask(result.grid, (result.height, result.width), _threshold(result))
+        result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(inside))
     if heat is not None and options.submission:
         place = submission_place(result.path)
         result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", _tiff(heat, compressed=False))
-        mask = _mask_bytes(heat, _threshold(result))
+        mask = _mask_bytes(heat >= _threshold(result))
         result.mask_path = _write(options.submission, f"anomaly_images_thresholded/{place}.png", mask)
     if options.overlays:
         body = io.BytesIO()
-        result.overlay().save(body, "PNG")
-        _write(options.overlays, f"{stem}.png", body.getvalue())
+        kind = options.overlay_format
+        result.overlay(side=options.overlay_side).save(body, OVERLAY_FORMATS[kind], quality=90)
+        _write(options.overlays, f"{stem}.{kind}", body.getvalue())
 
 
 def submission_place(path: str) -> str:
@@ -169,9 +179,9 @@ def _tifffile() -> Any:
     return tifffile
 
 
-def _mask_bytes(heat: NDArray[np.float32], threshold: float) -> bytes:
+def _mask_bytes(mask: NDArray[np.bool_]) -> bytes:
     body = io.BytesIO()
-    Image.fromarray(((heat >= threshold) * 255).astype(np.uint8)).save(body, "PNG")
+    Image.fromarray((mask * 255).astype(np.uint8)).save(body, "PNG")
     return body.getvalue()
 
 
@@ -208,25 +218,20 @@ def coco_regions(result: Result) -> list[Region]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
-    from twinspect.inference.regions import resized_for_regions
-
-    heat = resized_for_regions(result.grid, (result.height, result.width))
-    found = components(heat >= result.threshold_region, heat)
-    order = np.argsort(-found.peak, kind="stable")[: len(result.regions)]
-    pairs = zip(order.tolist(), result.regions, strict=True)
+    found, size = connected(result.grid, (result.height, result.width), result.threshold_region)
     return [
         Region(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,
-            run_lengths(*_in_original(pixels_of(found, i), heat.shape, result), (result.height, result.width)),
+            run_lengths(*_in_original(pixels_of(found, i), size, result), (result.height, result.width)),
         )
-        for i, one in pairs
+        for i, one in zip(strongest(found), result.regions, strict=True)
     ]
 
 
 def _in_original(
-    pixels: tuple[NDArray[np.int64], NDArray[np.int64]], shape: tuple[int, ...], result: Result
+    pixels: tuple[NDArray[np.int64], NDArray[np.int64]], shape: tuple[int, int], result: Result
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows and columns of a region of a smaller map, in the image's own pixels (nearest neighbour)."""
     rows, columns = pixels

@@ -1,7 +1,9 @@
-"""Where an image is anomalous: connected regions of its map above a threshold, in original pixels. No torch.
+"""Where an image is anomalous: connected regions of its map, in original pixels. No torch.
 
-The threshold comes from the map maxima of good images, so that the promise is per image: at most the stated
-share of good images shows any region at all.
+Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
+promise is per image: at most the stated share of good images shows any region at all. How far a region reaches is
+decided by the map's own heights, as a map is blurred: at one threshold for all, a strong defect would be a blot and a
+weak one a dot. Both shares below were chosen on masks of five sets (docs/results.md).
 """
 
 from __future__ import annotations
@@ -12,10 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from twinspect.calibration import Floats, p_values
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+OF_PEAK = 0.5  # of a region's height above the image's level, that all its pixels reach
+OF_NEARBY = 0.8  # of the highest value nearby (above the level), that they reach as well
+NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 
 
 class Components(NamedTuple):
@@ -139,34 +147,98 @@ class Region:
 
 
 def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
-    """Regions of at least ``threshold``, strongest first, at most ``MOST_REGIONS``.
+    """Regions of a map, strongest first, at most ``MOST_REGIONS``.
 
     Args:
         grid: map at the model's own size.
         shape: height and width of the original image.
-        threshold: of map values.
+        threshold: of map values, that a region reaches somewhere.
         peaks: map maxima of good images.
     """
-    if not bool((grid >= threshold).any()):
-        return []  # bilinear resizing never exceeds the grid's own values
-    resized = resized_for_regions(grid, shape)
-    found = components(resized >= threshold, resized)
-    scores = found.peak
-    if not len(scores):
+    found, size = connected(grid, shape, threshold)
+    if not len(found.peak):
         return []
-    p = p_values(scores, peaks)
-    strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
-    scale = (shape[0] / resized.shape[0], shape[1] / resized.shape[1])
-    return [_region(found, int(i), p[i], scale, shape) for i in strongest]
+    p = p_values(found.peak, peaks)
+    scale = (shape[0] / size[0], shape[1] / size[1])
+    return [_region(found, i, p[i], scale, shape) for i in strongest(found)]
+
+
+def strongest(found: Components) -> list[int]:
+    """Regions in the order of `find_regions`."""
+    return [int(i) for i in np.argsort(-found.peak, kind="stable")[:MOST_REGIONS]]
+
+
+def connected(
+    grid: NDArray[np.float32], shape: tuple[int, int], threshold: float
+) -> tuple[Components, tuple[int, int]]:
+    """Regions of a map as it is resized for them, and that size.
+
+    A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
+    the image's median. One that is too weak beside another for that is what reaches the threshold.
+    """
+    if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
+        return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32)), (1, 1)
+    heat, level = resized_for_regions(grid, shape), float(np.median(grid))
+    nearby = _resized(_highest_nearby(grid), heat.shape)
+    wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
+    found = components(wide, heat)
+    half = painted(found, level + OF_PEAK * (found.peak - level), heat.shape)
+    inside = wide & (heat >= half)
+    core = components(heat >= threshold, heat)
+    alive = np.zeros(len(core.peak), np.bool_)
+    before = np.concatenate([[0], np.cumsum(inside, dtype=np.int64)])
+    first = core.run_row * heat.shape[1]
+    np.logical_or.at(alive, core.run_owner, before[first + core.run_stop] > before[first + core.run_start])
+    inside |= painted(core, ~alive, heat.shape) > 0
+    return _reaching(components(inside, heat), threshold), (heat.shape[0], heat.shape[1])
+
+
+def _reaching(found: Components, threshold: float) -> Components:
+    """The regions that reach a threshold, numbered anew."""
+    kept = found.peak >= threshold
+    runs = kept[found.run_owner]
+    number = np.cumsum(kept) - 1
+    columns = [column[kept] for column in found[:6]] + [column[runs] for column in found[6:9]]
+    return Components._make([*columns, number[found.run_owner[runs]]])
+
+
+def painted(found: Components, value_R: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An image in which every pixel of a region has the region's value, and all others 0."""
+    steps = np.zeros((shape[0], shape[1] + 1), np.float64)
+    value = value_R.astype(np.float64)[found.run_owner]
+    np.add.at(steps, (found.run_row, found.run_start), value)
+    np.subtract.at(steps, (found.run_row, found.run_stop), value)
+    return np.cumsum(steps[:, :-1], axis=1).astype(np.float32)
+
+
+def region_mask(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float) -> Bools:
+    """Pixels of all regions of a map, in the original image's height and width."""
+    found, size = connected(grid, shape, threshold)
+    mask = painted(found, np.ones(len(found.peak)), size) > 0.5
+    if size == shape:
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST), dtype=np.bool_)
+
+
+def _highest_nearby(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    for axis in (0, 1):
+        reach = round(NEARBY * grid.shape[axis])
+        padded = np.pad(grid, [(reach, reach) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
+        grid = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis).max(-1)
+    return grid
 
 
 def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
     """A map in the image's own height and width, or smaller by one factor where that is above ``MOST_PIXELS``."""
-    from twinspect.inference.result import resize_map
-
     height, width = shape
     factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
-    return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
+    return _resized(grid, (max(1, round(height / factor)), max(1, round(width / factor))))
+
+
+def _resized(grid: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    from twinspect.inference.result import resize_map
+
+    return resize_map(grid, shape[0], shape[1])
 
 
 def _region(found: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from twinspect.inference.regions import Region
+from twinspect.inference.regions import Region, region_mask
 
+_BOX = (255, 0, 200)  # which neither the colours nor most products have
+_BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
 
@@ -109,18 +111,52 @@ class Result:
             "regions": json.dumps([region.to_dict() for region in self.regions]),
         }
 
-    def overlay(self, opacity: float = 0.5) -> Image.Image:
-        """The image under its map, on the model's fixed colour scale.
+    def overlay(self, opacity: float = 0.5, side: int = 0, words: bool = True) -> Image.Image:
+        """The image under its map on the model's fixed colour scale, with outline and box of every region.
+
+        Args:
+            opacity: of the map's colours, 0 to 1.
+            side: longest side of the picture in pixels; 0: the image's own, which is never enlarged.
+            words: answer, score and threshold in a strip above.
 
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
         """
         if self.rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        side = self.rgb.shape[:2]
-        colours = colourise(resize_map(self.grid, *side), self.scale)
-        mixed = (1 - opacity) * self.rgb + opacity * colours
-        return Image.fromarray(mixed.round().astype(np.uint8))
+        image = Image.fromarray(self.rgb)
+        if side:
+            image.thumbnail((side, side))
+        colours = colourise(resize_map(self.grid, image.height, image.width), self.scale)
+        mixed = Image.blend(image, Image.fromarray(colours), opacity)
+        self._mark(mixed)
+        return self._titled(mixed) if words else mixed
+
+    def _mark(self, picture: Image.Image) -> None:
+        if not self.regions or self.grid is None or self.threshold_region != self.threshold_region:
+            return
+        thick, pen = max(1, round(max(picture.size) / 400)), ImageDraw.Draw(picture)
+        mask = region_mask(self.grid, (picture.height, picture.width), self.threshold_region)
+        beside = np.pad(mask, thick)  # shifted by a line's thickness each way: the rim is what any of them uncovers
+        shifts = ((0, thick), (2 * thick, thick), (thick, 0), (thick, 2 * thick))
+        inner = np.all([beside[y : y + mask.shape[0], x : x + mask.shape[1]] for y, x in shifts], axis=0)
+        picture.paste((255, 255, 255), mask=Image.fromarray(mask & ~inner).convert("L"))
+        right, down = picture.width / self.width, picture.height / self.height
+        for one in self.regions:
+            box = (one.x * right, one.y * down, (one.x + one.width) * right, (one.y + one.height) * down)
+            pen.rectangle([round(v) + grow for v, grow in zip(box, (-thick, -thick, thick, thick), strict=True)],
+                          outline=_BOX, width=thick)  # fmt: skip
+
+    def _titled(self, picture: Image.Image) -> Image.Image:
+        text = f"{self.answer or 'no answer'}  score {self.score:.4g}, threshold {self.threshold:.4g}"
+        text += f"  {self.class_name}" if self.class_name else ""
+        size = min(40, max(10, picture.width // 30))
+        whole = Image.new("RGB", (picture.width, picture.height + 2 * size), (20, 20, 20))
+        whole.paste(picture, (0, 2 * size))
+        colour = _BOX if self.is_anomaly else (255, 255, 255)
+        text = text.encode("latin-1", "replace").decode("latin-1")  # what the font that comes with Pillow holds
+        ImageDraw.Draw(whole).text((size // 2, size // 2), text, colour, ImageFont.load_default(size))
+        return whole
 
 
 def severity(score: float, threshold: float) -> float:
@@ -134,10 +170,20 @@ def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float64]:
-    """H x W values to H x W x 3 colours; the scale's low end is blue, its high end red."""
-    low, high = scale
-    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(COLOURS) - 1)
-    index = np.minimum(place.astype(int), len(COLOURS) - 2)
-    part = (place - index)[..., None]
-    return np.asarray((1 - part) * COLOURS[index] + part * COLOURS[index + 1], dtype=np.float64)
+def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """H x W values to H x W x 3 colours: the scale's low end is blue, its high end red.
+
+    Near the low end colours are linear, above they follow the logarithm (asinh): good images and weak defects are
+    told apart, and so are strong and very strong ones.
+    """
+    place = np.arcsinh((values - scale[0]) * (_BEND / max(scale[1] - scale[0], 1e-9))) / math.asinh(_BEND)
+    return np.asarray(_TABLE[(np.clip(place, 0.0, 1.0) * (len(_TABLE) - 1)).astype(np.int64)], dtype=np.uint8)
+
+
+def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
+    place = np.linspace(0.0, len(COLOURS) - 1, steps)
+    channels = [np.interp(place, np.arange(len(COLOURS)), COLOURS[:, channel]) for channel in range(3)]
+    return np.stack(channels, 1).round().astype(np.uint8)
+
+
+_TABLE = _colour_table()

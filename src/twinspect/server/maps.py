@@ -60,7 +60,7 @@ class KeptMap:
         if format == "npy":
             np.save(out, values.astype(np.float16), allow_pickle=False)
         else:
-            Image.fromarray(colourise(values, self.scale).round().astype(np.uint8)).save(out, "PNG")
+            Image.fromarray(colourise(values, self.scale)).save(out, "PNG")
         return out.getvalue()
 
 

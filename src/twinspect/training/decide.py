@@ -14,7 +14,8 @@ from twinspect.rules import GoodScores
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import GoodImages
 
-MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
+MAP_SCALE = (0.0, 64.0)  # ends of the colour scale, in standard deviations: good images stay below 8, see `colourise`
+_PLAIN = 16.0  # the high end where maps are distances of a scale of their own: over the usual highest of a good image
 
 
 def decide(
@@ -47,7 +48,8 @@ def decide(
         tuple(sample.group for sample in samples),
         keys,
     )
-    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained, held=held)
+    scale = (0.0, _PLAIN * float(np.median(scores.peak))) if model.scorer.plain else MAP_SCALE
+    return Decision(scores, classes, scale, model_id=model_id(model), trained=trained, held=held)
 
 
 def model_id(model: AnomalyModel) -> str:
