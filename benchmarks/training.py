@@ -35,8 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.storage import load
-from twinspect.training.fit import Fitted
+from twinspect.storage import Fitted, load
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
 from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch

@@ -14,10 +14,11 @@ from twinspect import Detector
 from twinspect.errors import DataError
 from twinspect.models.dual import DualModel
 from twinspect.models.observed import Observed
+from twinspect.storage import build_model
 from twinspect.training import known
 from twinspect.training import source as source_module
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
-from twinspect.training.fit import build_model, cache_folder, silent
+from twinspect.training.fit import cache_folder, silent
 from twinspect.training.known import KnownFiles
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample

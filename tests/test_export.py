@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import images_to_test, picture
 
-from twinspect.calibration import Threshold
+from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.inference import load
 from twinspect.inference.export import FORMATS, ExportOptions, check, export

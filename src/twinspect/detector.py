@@ -15,8 +15,9 @@ from twinspect.types import Sample
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
-    from twinspect.training.fit import Fitted
-    from twinspect.training.source import Progress, Skipped
+    from twinspect.storage import Fitted
+    from twinspect.training.source import Progress
+    from twinspect.types import Skipped
 
 
 class Detector:
@@ -120,7 +121,7 @@ class Detector:
         """
         import warnings
 
-        from twinspect.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
         from twinspect.training.fit import silent
 
         wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)

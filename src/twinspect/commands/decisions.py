@@ -11,18 +11,18 @@ import numpy as np
 
 from twinspect import data as data_room
 from twinspect.bundle import read_bundle, refuse_unwritable, write_bundle
-from twinspect.calibration import RULES
 from twinspect.charts import Histogram
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
 from twinspect.commands.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.console import Console
-from twinspect.decision import Decision, promises, refuse_other_model
-from twinspect.drift import DriftMonitor, DriftReport
+from twinspect.decide.conformal import RULES
+from twinspect.decide.decision import Decision, promises, refuse_other_model
+from twinspect.decide.drift import DriftMonitor, DriftReport
+from twinspect.decide.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
+from twinspect.decide.rules import GoodScores, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
-from twinspect.rules import GoodScores, class_sentence
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12

@@ -12,7 +12,7 @@ from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.training.fit import Fitted
+    from twinspect.storage import Fitted
 
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
@@ -147,9 +147,9 @@ def memory_line(memory: dict[str, Any]) -> str:
 def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
-    from twinspect.decision import Decision, promises
+    from twinspect.decide.decision import Decision, promises
+    from twinspect.decide.rules import class_sentence
     from twinspect.inference.exported import export_info, is_export
-    from twinspect.rules import class_sentence
 
     if is_export(bundle):
         return export_info(bundle)

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 
 from twinspect.commands.results import text_table
-from twinspect.decision import Decision, promises
+from twinspect.decide.decision import Decision, promises
+from twinspect.decide.rules import EVERY, LABELS, SESSIONS, Rule
 from twinspect.report import Table
-from twinspect.rules import EVERY, LABELS, SESSIONS, Rule
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 

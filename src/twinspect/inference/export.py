@@ -24,7 +24,7 @@ from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityEr
 from twinspect.inference.predictor import check_counts
 
 if TYPE_CHECKING:
-    from twinspect.training.fit import Fitted
+    from twinspect.storage import Fitted
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")

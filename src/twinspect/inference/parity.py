@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.decision import ANOMALY, Decision
+from twinspect.decide.decision import ANOMALY, Decision
 from twinspect.errors import TwinspectError
 from twinspect.inference.predictor import Runtime
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import Floats, p_values
+from twinspect.decide.conformal import Floats, p_values
 
 Ints = NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from twinspect.decision import ANOMALY, GOOD, UNSURE
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.regions import Region
 from twinspect.inference.result import Result, columns, finite

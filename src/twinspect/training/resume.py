@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decision import Decision, image_id
+from twinspect.decide.decision import Decision, image_id
 from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.source import FeatureSource
