@@ -37,8 +37,7 @@ from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.fit import cache_folder, choose_images, decision_of, fit
 from twinspect.training.resume import take_over
-from twinspect.training.rounding import add_rounded
-from twinspect.training.source import FeatureSource
+from twinspect.training.source import FeatureSource, add_rounded
 from twinspect.training.statistics import fit_statistics
 
 TERMS = "spatial,channel,intra,inter"

@@ -318,7 +318,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
     """One batch of images: given ones, repeated where there are too few, or painted ones."""
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import expand
 
     if images is not None:
         found = [Path(item.path) for item in islice(expand(images), count)]

@@ -15,7 +15,6 @@ from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.inference import load
 from twinspect.inference.export import FORMATS, ExportOptions, check, export
-from twinspect.inference.exported import companion, read_export
 from twinspect.inference.parity import (
     CheckImages,
     Comparison,
@@ -24,7 +23,7 @@ from twinspect.inference.parity import (
     load_labelled,
     rank_correlation,
 )
-from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
+from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +271,7 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
     detector, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The threshold is put between the model's score of an image and the export's: the image changes sides."""
-    monkeypatch.setattr("twinspect.inference.quantise.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
+    monkeypatch.setattr("twinspect.inference.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
     out, size = tmp_path / "small.onnx", detector.fitted.model.shape.size
     images = load_labelled(parts, size)
     accepting = ExportOptions(precision="int8", accept_loss=True)

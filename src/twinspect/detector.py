@@ -79,8 +79,8 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
-        from twinspect.training.checkpoint import remove_checkpoint
         from twinspect.training.fit import fit, silent
+        from twinspect.training.resume import remove_checkpoint
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ class Detector:
             ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
-        from twinspect.inference.frames import is_single
+        from twinspect.inference.decode import is_single
 
         single = is_single(source)
         live = None if stream else False

@@ -143,7 +143,7 @@ def bench(options: BenchOptions, progress: Progress) -> BenchReport:
 
 
 def _kind(options: BenchOptions) -> tuple[str, str]:
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
     if not is_export(options.path):
         return "torch", "fp32"
@@ -153,8 +153,7 @@ def _kind(options: BenchOptions) -> tuple[str, str]:
 
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
-    from twinspect.inference.decode import encoded
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import encoded, expand
 
     if images is not None:
         files = [encoded(item) for item in islice(expand(images), 64)]

@@ -25,8 +25,8 @@ def export_command(
 ) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
     from twinspect.inference.export import export, refuse_wrong_name, too_few
-    from twinspect.inference.exported import companion
     from twinspect.inference.parity import load_images
+    from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
     refuse_wrong_name(out, options)

@@ -289,8 +289,7 @@ def load_images(source: Any, size: int, most: int = 100) -> CheckImages:
         DataError: none found, or one cannot be read.
     """
     from twinspect.errors import DataError
-    from twinspect.inference.decode import decode
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import decode, expand
 
     images = [decode(item, size, pixels=i < 4) for i, item in enumerate(spread(list(expand(source)), most))]
     for image in images:

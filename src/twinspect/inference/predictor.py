@@ -20,11 +20,9 @@ from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
-from twinspect.inference.decode import Decoded, DecodePool, decode
+from twinspect.inference.decode import Decoded, DecodePool, decode, expand, is_live, is_single
 from twinspect.inference.decode import name_of as name_of
-from twinspect.inference.frames import expand, is_live, is_single
-from twinspect.inference.regions import find_regions
-from twinspect.inference.result import Result
+from twinspect.inference.result import Result, find_regions
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 

@@ -28,12 +28,11 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
 from twinspect.storage import Fitted, build_model, model_id, teacher_of
+from twinspect.training.cache import KnownFiles
 from twinspect.training.distributed import Group, joined
-from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.rounding import add_rounded
-from twinspect.training.source import FeatureSource, Progress, record_layout
+from twinspect.training.source import FeatureSource, Progress, add_rounded, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
 from twinspect.types import CALIBRATION, TRAIN, Sample, Skipped
 
