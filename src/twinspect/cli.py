@@ -265,8 +265,8 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Spent on each batch size.")] = 10.0,
     weights: Weights = None,
 ) -> None:
-    """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
-    from twinspect.commands.export import bench_command
+    """Measure images per second, latency, memory and the share of every stage; the last line is JSON."""
+    from twinspect.commands.bench import bench_command
 
     with _console() as console:
         bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
