@@ -16,7 +16,7 @@ from twinspect.models.layers import DecoderBlock, to_map, to_tokens
 from twinspect.models.observed import Observed, Outputs
 from twinspect.models.scorer import TOP_SHARE, GroupPlan, Scorer
 from twinspect.models.statistics import NEIGHBOURS, PositionGaussian, Standardiser, TokenGaussian
-from twinspect.training.fit import build_model
+from twinspect.storage import build_model
 
 
 def slow_resample(maps: torch.Tensor, side: int) -> torch.Tensor:
