@@ -20,7 +20,7 @@ from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.carving import by_class, relative_lines, short_hash
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
-from twinspect.decision import ANOMALY
+from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor

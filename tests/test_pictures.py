@@ -144,8 +144,7 @@ def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Pa
 
 def test_overlays_say_what_was_found(model: Path, parts: Path, tmp_path: Path) -> None:
     """Outline and box of each region, and the answer in a strip; no larger than asked for, one colour scale."""
-    from twinspect.inference.regions import find_regions
-    from twinspect.inference.result import Result, colourise
+    from twinspect.inference.result import Result, colourise, find_regions
 
     grid = np.zeros((32, 32), np.float32)
     grid[8:16, 4:12] = 30.0

@@ -33,13 +33,13 @@ from twinspect.data.protocols import (
     is_semantic,
     make_splits,
 )
-from twinspect.decision import count_calls
+from twinspect.decide.decision import count_calls
+from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
 from twinspect.inference.predictor import name_of
 from twinspect.inference.result import Result
-from twinspect.recalibrate import image_key
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
 

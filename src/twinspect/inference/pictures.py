@@ -16,7 +16,7 @@ from PIL import Image
 
 from twinspect.errors import ConfigError, DataError, TwinspectError, check_range
 from twinspect.files import replacing
-from twinspect.inference.regions import connected, pixels_of, region_mask, strongest
+from twinspect.inference.result import connected, pixels_of, region_mask, strongest
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
