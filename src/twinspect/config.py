@@ -22,6 +22,7 @@ T = TypeVar("T")
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
+LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOISY_OR = ("n1", "n2", "n3")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -268,12 +269,16 @@ class TrainConfig:
     time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
     checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
     holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
+    thumbnails: int = _setting(
+        96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
+    )
     cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
         _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
         check_range("--seed", self.seed, 0, LARGEST_SEED)
+        check_range("--thumbnails", self.thumbnails, 0, LARGEST_THUMBNAIL)
         _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
         for name in ("warmup", "weight_decay", "easy_ramp"):
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")

@@ -127,9 +127,14 @@ def case_of(result: Result, kind: str) -> Case:
     assert result.rgb is not None
     image = Image.fromarray(result.rgb)
     image.thumbnail((THUMB, THUMB))
+    near = result.nearest_image
+    if near is not None:
+        near.thumbnail((THUMB, THUMB))
     said = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
-    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay)
+    if result.share_local == result.share_local:
+        numbers += f", {100 * result.share_local:.0f} % from places"
+    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay, near)
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:

@@ -159,6 +159,8 @@ class Predictor:
         result.class_name, result.predicted_class = said.class_name, said.predicted_class
         result.class_p, result.unknown_class = said.class_p, said.unknown_class
         result.model_id, result.scale = decision.model_id, decision.map_scale
+        if "nearest_B" in out:
+            result.near = decision.nearest(int(out["nearest_B"][i]))
         grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32)
         result.peak, result.grid = float(grid.max()), grid if maps else None
         if said.rule.region is not None:

@@ -8,6 +8,7 @@ shares of it were chosen on masks of five sets (docs/results.md).
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -57,7 +58,8 @@ CELLS: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 # Properties of `Result` that are columns, with their kinds; the docstring is the help.
 _DERIVED = {
-    "severity": "double", "margin": "double", "p_joint": "double", "n_regions": "int32", "max_region_area": "int64",
+    "severity": "double", "margin": "double", "p_joint": "double", "share_local": "double", "n_regions": "int32",
+    "max_region_area": "int64", "nearest": "string",
 }  # fmt: skip
 
 
@@ -80,6 +82,7 @@ class Result:
         scale: (low, high) of the map for colours; the same for every image of a model.
         grid: anomaly map at the model's own size, in standard deviations; None if not asked for.
         rgb: the image for overlays, H x W x 3; None if not asked for.
+        near: name and small JPEG of the nearest good training image; empty where the bundle does not know them.
     """
 
     path: str = column("string", "File (`ARCHIVE.tar#MEMBER` in an archive), or a name for an array")
@@ -109,6 +112,7 @@ class Result:
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+    near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
     @property
     def severity(self) -> float:
@@ -124,6 +128,24 @@ class Result:
     def p_joint(self) -> float:
         """Noisy-OR probability that a normal image scores lower; rounds to 1 for clear anomalies."""
         return -math.expm1(-max(self.score, 0.0))
+
+    @property
+    def share_local(self) -> float:
+        """Share of `score` that what sees small defects gives, 0 to 1; the rest is of what sees the whole image."""
+        local, semantic = _surprise(self.score_local), _surprise(self.score_semantic)
+        if not self.score > 0.0 or math.isclose(self.score, local, rel_tol=2e-3):  # a family without the other
+            return 1.0 if self.score > 0.0 else math.nan
+        return min(max(1.0 - semantic / self.score, 0.0), 1.0)
+
+    @property
+    def nearest(self) -> str:
+        """Most similar good training image, by what the teacher sees in the whole of it."""
+        return self.near[0]
+
+    @property
+    def nearest_image(self) -> Image.Image | None:
+        """The thumbnail of `nearest` that the bundle keeps; None without one."""
+        return Image.open(io.BytesIO(self.near[1])).convert("RGB") if self.near[1] else None
 
     @property
     def n_regions(self) -> int:
@@ -149,6 +171,38 @@ class Result:
         """Plain values for JSON, as the server gives them: ``name`` is the path, None is not-a-number."""
         values = {column.name: finite(getattr(self, column.name)) for column in columns() if not column.tables_only}
         return {"name": values.pop("path"), **values, "regions": [region.to_dict() for region in self.regions]}
+
+    def explain(self) -> dict[str, Any]:
+        """Why this answer, ready for JSON.
+
+        Returns:
+            ``answer``, ``score``, ``threshold``, ``severity`` (how far above), ``p_value``; ``shares`` of the score
+            of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
+            ``text``, the same in a few sentences.
+        """
+        local = finite(self.share_local)
+        shares = None if local is None else {"local": local, "semantic": 1.0 - local}
+        names = ("answer", "score", "threshold", "severity", "p_value", "class_name")
+        return {
+            **{name: finite(getattr(self, name)) for name in names},
+            "shares": shares,
+            "regions": [region.to_dict() for region in self.regions],
+            "nearest": self.nearest,
+            "text": self.reasons(),
+        }
+
+    def reasons(self) -> str:
+        """Why this answer, in a few sentences."""
+        if self.error:
+            return self.error
+        times = f", {self.severity:.2f} times the threshold" if self.severity == self.severity else ""
+        said = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
+        if self.share_local == self.share_local:
+            said.append(f"{100 * self.share_local:.0f} % of it from places, the rest from the image as a whole")
+        if self.regions:
+            one = self.regions[0]
+            said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+        return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
 
     def overlay(self, opacity: float = 0.5, side: int = 0, words: bool = True) -> Image.Image:
         """The image under its map on the model's fixed colour scale, with outline and box of every region.
@@ -206,6 +260,12 @@ def columns() -> tuple[Column, ...]:
         Column(name, kind, getattr(Result, name).__doc__.rstrip("."), derived=True) for name, kind in _DERIVED.items()
     )
     return (*stored, *derived)
+
+
+def _surprise(z: float) -> float:
+    """As `scoring.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
+    near = min(z, 30.0)
+    return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
 
 
 def finite(value: Any) -> Any:

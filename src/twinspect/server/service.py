@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinspect.decide.decision import image_id
+from twinspect.decide.decision import GOOD, image_id
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
@@ -287,6 +288,8 @@ class Service:
             "map_scale": list(result.scale),
             "map_id": self.maps.add(kept) if kept is not None else "",
             "map": kept.inline() if kept is not None and maps == "inline" else None,
+            # Base64 of a few kB; what is good needs no explanation.
+            "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
         }
 
     # ---------------------------------------------------------------------------------------- others

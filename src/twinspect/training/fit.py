@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.carving import carve_calibration
@@ -21,9 +24,10 @@ from twinspect.data.leaks import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.decide.rules import GoodScores
-from twinspect.device import in_fp32, keep_freed_memory, peak_mb
+from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
+from twinspect.inference.decode import name_of
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
@@ -136,7 +140,7 @@ def _fitted(
         good = fit_statistics(model, source, train_at, held_at, config.train.seed, progress)
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decision_of(model, source, train_at, held_at, good)
+    decision = decision_of(model, source, train_at, held_at, good, config.train.thumbnails)
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
@@ -147,7 +151,12 @@ def _fitted(
 
 
 def decision_of(
-    model: AnomalyModel, source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], good: GoodImages
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    good: GoodImages,
+    thumbnails: int = 0,
 ) -> Decision:
     """What good images' scores and the clusters' classes make of a trained model.
 
@@ -157,6 +166,7 @@ def decision_of(
         train_at: positions of the images that the students were trained on.
         held_at: positions of the others.
         good: what `fit_statistics` returns of both, in the order of positions.
+        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
     """
     images = sorted([*train_at, *held_at])
     names = [source.samples[i].class_name for i in images]
@@ -176,8 +186,28 @@ def decision_of(
         tuple(sample.group for sample in samples),
         keys,
     )
+    nearest = model.scorer.nearest
+    bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
     scale = (0.0, _PLAIN * float(np.median(scores.peak))) if model.scorer.plain else MAP_SCALE
-    return Decision(scores, classes, scale, model_id=model_id(model), trained=trained, held=held)
+    return Decision(
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
+        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
+    )  # fmt: skip
+
+
+def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
+    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
+
+    def small(sample: Sample) -> bytes:
+        body = io.BytesIO()
+        with suppress(DataError, OSError):
+            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
+            picture.thumbnail((side, side))
+            picture.save(body, "JPEG", quality=75, optimize=True)
+        return body.getvalue()
+
+    with ThreadPoolExecutor(granted_threads() or None) as pool:
+        return tuple(pool.map(small, samples))
 
 
 def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
@@ -331,7 +361,7 @@ def _make_folder(work: Path) -> None:
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
     """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
-    for name in ("time_budget_s", "checkpoint_every", "cache_gb", *OF_MACHINE):
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb", "thumbnails", *OF_MACHINE):
         settings["train"].pop(name)
     digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
     for key in keys:
