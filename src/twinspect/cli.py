@@ -217,7 +217,7 @@ def reproduce(
         reproduce_command(choices, console)
 
 
-app.command()(usual("out", "class_name", "maps", "masks", "overlays", "coco", "device", "runtime", "batch")(predict))
+app.command()(usual("out", "report", "class_name", "maps", "masks", "overlays", "coco", "device", "runtime", "batch")(predict))
 
 
 @app.command()

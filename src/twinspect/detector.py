@@ -13,6 +13,9 @@ from twinspect.errors import ConfigError, TwinspectError
 from twinspect.types import Sample
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
     from twinspect.storage import Fitted
@@ -47,6 +50,14 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
+        self._given = {
+            "teacher": teacher,
+            "size": size,
+            "weights": weights,
+            "pretrained": pretrained,
+            "config": config,
+            "effort": effort,
+        }
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -154,7 +165,8 @@ class Detector:
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
 
         Returns:
-            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+            One `Result` for a single image, else `Results`, a list with ``to_pandas()`` (or an iterator with
+            ``stream=True``).
 
         Raises:
             DataError: nothing found.
@@ -162,14 +174,40 @@ class Detector:
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
         from twinspect.inference.decode import is_single
+        from twinspect.inference.result import Results
 
         single = is_single(source)
         live = None if stream else False
         found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live)
         if stream:
             return found
-        results = list(found)
+        results = Results(found)
         return results[0] if single else results
+
+    def score_samples(self, source: Any) -> NDArray[np.float64]:
+        """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
+
+        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
+        an image could not be read.
+
+        Args:
+            source: as `predict` takes it.
+
+        Returns:
+            One value an image, in their order.
+        """
+        import numpy as np
+
+        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in found], dtype=np.float64)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
+
+        Args:
+            deep: has no effect, as no setting is an estimator itself.
+        """
+        return dict(self._given)
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.decide.conformal import Floats, p_values
+from twinspect.errors import ConfigError
 
 _BOX = (255, 0, 200)  # which neither the colours nor most products have
+_NOTEBOOK_SIDE = 640  # pixels
 _BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
@@ -168,9 +170,30 @@ class Result:
         return {**values, "regions": json.dumps([region.to_dict() for region in self.regions])}
 
     def answer_row(self) -> dict[str, Any]:
-        """Plain values for JSON, as the server gives them: ``name`` is the path, None is not-a-number."""
-        values = {column.name: finite(getattr(self, column.name)) for column in columns() if not column.tables_only}
-        return {"name": values.pop("path"), **values, "regions": [region.to_dict() for region in self.regions]}
+        """As `to_dict`, as the server gives it: ``name`` is the path, and no file was written."""
+        values = {k: v for k, v in self.to_dict().items() if k not in {c.name for c in columns() if c.tables_only}}
+        return {"name": values.pop("path"), **values}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All columns as plain values for JSON: regions are a list, None is not-a-number."""
+        values = {column.name: finite(getattr(self, column.name)) for column in columns()}
+        return {**values, "regions": [region.to_dict() for region in self.regions]}
+
+    def to_pandas(self) -> Any:
+        """All columns as a pandas Series; of many results, see `Results.to_pandas`.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return Results([self]).to_pandas().iloc[0]
+
+    def _repr_png_(self) -> bytes | None:
+        """The overlay, which notebooks show; None without map and image."""
+        if self.rgb is None or self.grid is None:
+            return None
+        body = io.BytesIO()
+        self.overlay(side=_NOTEBOOK_SIDE).save(body, "PNG")
+        return body.getvalue()
 
     def explain(self) -> dict[str, Any]:
         """Why this answer, ready for JSON.
@@ -250,6 +273,23 @@ class Result:
         text = text.encode("latin-1", "replace").decode("latin-1")  # what the font that comes with Pillow holds
         ImageDraw.Draw(whole).text((size // 2, size // 2), text, colour, ImageFont.load_default(size))
         return whole
+
+
+class Results(list[Result]):
+    """What `Detector.predict` gives of several images: a list that turns into a table."""
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: one row an image, the columns of ``predict --out``, regions as lists of dicts.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas; type: pip install pandas") from None
+        names = [column.name for column in columns()]
+        return pandas.DataFrame([one.to_dict() for one in self], columns=names)
 
 
 @cache
