@@ -3,8 +3,8 @@
 A ``ScoreHistogram`` keeps integer counts per score (see ``pages``), so that updates and merges commute: any order and
 any number of parts end in the same bits. One pass over the bins, from the highest score down, gives every metric.
 
-**Regions.** The per-region overlap of Bergmann et al. (MVTec AD, IJCV 2021) is linear in pixels: at any threshold it is
-the mean over regions of (pixels found / region size), a sum in which every pixel of region r weighs
+**Regions.** The per-region overlap of Bergmann et al. (MVTec AD, IJCV 2021) is linear in pixels: at any threshold it
+is the mean over regions of (pixels found / region size), a sum in which every pixel of region r weighs
 1 / (size_r * number of regions). The saturated overlap of MVTec LOCO (Bergmann et al., IJCV 2022) is the mean
 of min(pixels found / saturation area, 1): only the highest-scoring ``saturation`` pixels of a region ever
 count, each 1 / saturation. Both are thus ROC curves of weighted pixels: a histogram of weights is enough. A region's
@@ -33,8 +33,16 @@ from scipy import ndimage
 
 from twinspect.errors import DataError
 from twinspect.metrics.pages import (
-    CHUNK_PAGES, PAGE, PAGE_BITS, Bins, Budget, PagedCounts, edges_of, keys_of, scores_of,
-)  # fmt: skip
+    CHUNK_PAGES,
+    PAGE,
+    PAGE_BITS,
+    Bins,
+    Budget,
+    PagedCounts,
+    edges_of,
+    keys_of,
+    scores_of,
+)
 
 MEMORY_LIMIT = 128 << 20
 UNIT = 1 << 36  # leaves room for 2**27 regions, and for regions of 2**27 pixels, in int64
