@@ -1,9 +1,10 @@
 """Exact metrics of one score per image (or sample); ``IMAGE_METRICS`` lists those of every results table.
 
-All of them take N scores (higher means more anomalous) and N labels (1 anomaly, 0 normal). Scores are compared, never
-transformed: any range will do, and ties count as ties. Definitions agree with scikit-learn's ``roc_auc_score``,
-``average_precision_score`` and ``roc_curve(drop_intermediate=False)``. With one label only, nothing can be ranked, and
-the answer is nan ("undefined"), never 0.5. A DataError says which score is not finite or which label is neither 0 nor 1.
+All of them take N scores (higher means more anomalous) and N labels (1 anomaly, 0 normal). Scores are compared,
+never transformed: any range will do, and ties count as ties. Definitions agree with scikit-learn's
+``roc_auc_score``, ``average_precision_score`` and ``roc_curve(drop_intermediate=False)``. With one label only,
+nothing can be ranked, and the answer is nan ("undefined"), never 0.5. A DataError says which score is not finite or
+which label is neither 0 nor 1.
 """
 
 from __future__ import annotations
