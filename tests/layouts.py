@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.data.class_names import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW, VISA
-from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.loaded import ClassCounts
+from twinspect.data import ClassCounts
+from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
+from twinspect.data.listed import VISA
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
-from twinspect.data.scan import relative_to_root
+from twinspect.data.scan import ScanLog, relative_to_root
+from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW
 from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
@@ -326,13 +327,13 @@ def _folder(root: Path, plan: Plan, shape: str) -> Counts:
 
 def _manifest(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_manifest(mvtec_ad(root / "images"), root / f"manifest.{shape}", root)
+    write_manifest(read_folders(root / "images", ScanLog(), MVTEC_AD), root / f"manifest.{shape}", root)
     return counts
 
 
 def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_meta_json(mvtec_ad(root / "images"), root / "meta.json", root)
+    write_meta_json(read_folders(root / "images", ScanLog(), MVTEC_AD), root / "meta.json", root)
     return counts
 
 
@@ -357,7 +358,7 @@ def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(images, plan, "classes")
     for split in (TRAIN, TEST):
         lines = []
-        for sample in (s for s in mvtec_ad(images) if s.split == split):
+        for sample in (s for s in read_folders(images, ScanLog(), MVTEC_AD) if s.split == split):
             line = {"filename": relative_to_root(sample.image, images), "label": sample.label}
             line |= {"label_name": "defective" if sample.label else "good", "clsname": sample.class_name}
             line |= {"maskname": relative_to_root(sample.masks[0], images)} if sample.masks else {}

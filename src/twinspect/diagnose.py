@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.config import LARGEST_SEED
-from twinspect.data.carving import by_class
+from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.inference.predictor import Predictor, name_of

@@ -56,7 +56,7 @@ ROOT_KEY = b"twinspect.root"
 Row = dict[str, Any]
 
 
-def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
+def manifest(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
     """Samples listed in a table, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
 
     ``images`` is the folder that the paths are relative to; without it, the table's own. Any row that
@@ -69,7 +69,7 @@ def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None)
         if not named:
             raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
         path = named[0]
-    return read_list(path, log or ScanLog(), existing_folder(images) if images is not None else None)
+    return read_list(path, log, existing_folder(images) if images is not None else None)
 
 
 def looks_like_manifest(root: Path) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
-from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
+from twinspect.data.protocols import carve_calibration
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decision import Decision, mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
