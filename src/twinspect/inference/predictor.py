@@ -153,7 +153,6 @@ class Predictor:
             float(out["score_local_B"][i]),
             float(out["score_semantic_B"][i]),
         )
-        result.p_joint = float(-np.expm1(-max(result.score, 0.0)))
         if "cluster_distance_B" in out:
             result.cluster_distance = float(out["cluster_distance_B"][i])
         said = decision.judge(result.score, int(out["cluster_B"][i]), result.cluster_distance, class_name)

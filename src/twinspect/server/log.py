@@ -7,7 +7,6 @@ reach SQL as bound parameters.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from twinspect.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.result import Result, severity
+from twinspect.inference.regions import Region
+from twinspect.inference.result import Result, columns, finite
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
@@ -41,6 +41,12 @@ _drift = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("state", sa.Text, nullable=False),
 )
+_COLUMN_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "string": sa.String(200), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
+    "int64": sa.BigInteger(), "regions": sa.Text(),
+}  # fmt: skip
+# What a row keeps of its result; the path is in ``name``, and other columns follow from these.
+_RESULT = [c for c in columns() if not (c.tables_only or c.derived or c.name == "path")]
 inspections = sa.Table(
     "twinspect_inspections",
     _tables,
@@ -48,33 +54,11 @@ inspections = sa.Table(
     sa.Column("at_ms", sa.BigInteger, nullable=False),  # UTC, milliseconds since 1970
     sa.Column("request_id", sa.String(64), nullable=False),
     sa.Column("bundle", sa.String(200), nullable=False),
-    sa.Column("model_id", sa.String(64), nullable=False),
     sa.Column("name", sa.String(200), nullable=False),
     sa.Column("image_key", sa.String(64), nullable=False),
     sa.Column("session", sa.String(200), nullable=False),
-    sa.Column("class_name", sa.String(200), nullable=False),
-    sa.Column("predicted_class", sa.String(200), nullable=False),
-    sa.Column("answer", sa.String(16), nullable=False),
-    *(
-        sa.Column(name, sa.Double, nullable=True)
-        for name in (
-            "score",
-            "score_local",
-            "score_semantic",
-            "p_value",
-            "threshold",
-            "threshold_unsure",
-            "class_p",
-            "cluster_distance",
-            "peak",
-            "threshold_region",
-        )  # fmt: skip
-    ),
-    sa.Column("unknown_class", sa.Boolean, nullable=True),
-    sa.Column("width", sa.Integer, nullable=False),
-    sa.Column("height", sa.Integer, nullable=False),
-    sa.Column("n_regions", sa.Integer, nullable=False),
-    sa.Column("regions", sa.Text, nullable=False),
+    *(sa.Column(c.name, _COLUMN_TYPES[c.kind], nullable=True) for c in _RESULT),
+    sa.Column("n_regions", sa.Integer, nullable=False),  # derived, but tables of version 0.2 insist on it
     sa.Column("feedback", sa.String(16), nullable=False, server_default=""),
     sa.Column("feedback_at_ms", sa.BigInteger, nullable=True),
     sa.Column("note", sa.String(500), nullable=False, server_default=""),
@@ -203,6 +187,8 @@ class InspectionLog:
                 versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
                 if create and not versions:
                     connection.execute(_schema.insert(), {"version": SCHEMA})
+                if list(versions) == [SCHEMA]:
+                    _add_columns(connection)
         except (NoSuchModuleError, ImportError) as error:
             raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None
         except SQLAlchemyError as error:
@@ -366,39 +352,35 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+def _add_columns(connection: sa.Connection) -> None:
+    """Give the table of an older version the columns that results have now; its rows know nothing there."""
+    present = {column["name"] for column in sa.inspect(connection).get_columns(inspections.name)}
+    for column in inspections.c:
+        if column.name not in present:
+            definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(sa.text(f"ALTER TABLE {inspections.name} ADD COLUMN {definition}"))
+
+
 def _values(one: Inspection) -> dict[str, Any]:
-    result = one.result
-    copied = {
-        name: _finite(getattr(result, name))
-        for name in (
-            "score", "score_local", "score_semantic", "p_value", "threshold", "threshold_unsure", "class_p",
-            "cluster_distance", "peak", "threshold_region", "unknown_class", "width", "height", "answer",
-        )
-    }  # fmt: skip
-    texts = {
-        "name": result.path, "bundle": one.bundle, "session": one.session, "class_name": result.class_name,
-        "predicted_class": result.predicted_class,
-    }  # fmt: skip
+    row = one.result.row()
+    values = {c.name: plain_text(row[c.name], 200) if c.kind == "string" else finite(row[c.name]) for c in _RESULT}
+    texts = {"name": one.result.path, "bundle": one.bundle, "session": one.session}
     return {
-        **copied,
+        **values,
         **{name: plain_text(text, 200) for name, text in texts.items()},
+        "n_regions": row["n_regions"],
         "at_ms": one.at_ms or int(time.time() * 1000),
         "request_id": one.request_id,
-        "model_id": result.model_id,
         "image_key": one.image_key,
-        "n_regions": len(result.regions),
-        "regions": json.dumps([region.to_dict() for region in result.regions]),
     }
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _row(found: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row as the server gives it: what was kept, and what follows from it as in `Result`."""
     row = {str(k): v for k, v in found.items()}
-    scores = (math.nan if row[name] is None else row[name] for name in ("score", "threshold"))
-    return {**row, "severity": _finite(severity(*scores)), "regions": json.loads(row["regions"])}
+    known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
+    result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
+    return {**row, **result.answer_row()}
 
 
 def _refuse_contradiction(row: Mapping[Any, Any], verdict: str) -> None:

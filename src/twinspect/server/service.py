@@ -280,14 +280,10 @@ class Service:
 
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.row().items()}
-        row = {k: v for k, v in row.items() if k not in ("map_path", "mask_path")}  # no files are written here
         kept = kept_map(result) if maps != "none" else None
         return {
             "log_id": number,
-            "name": row.pop("path"),
-            **row,
-            "regions": [region.to_dict() for region in result.regions],
+            **result.answer_row(),
             "map_scale": list(result.scale),
             "map_id": self.maps.add(kept) if kept is not None else "",
             "map": kept.inline() if kept is not None and maps == "inline" else None,
