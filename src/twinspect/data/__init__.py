@@ -40,15 +40,9 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", "
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """How many images of one class there are, by role.
+    """How many images of one class there are, by role, and how many mask files.
 
-    Attributes:
-        train: training images.
-        calibration: images of the data set's own calibration or validation split.
-        test_good: test images known to be normal.
-        test_defect: test images known to be anomalous.
-        test_unknown: test images without a label (private test sets, classes of a semantic set).
-        masks: mask files of all images.
+    ``test_unknown`` are test images without a label (private test sets, classes of a semantic set).
     """
 
     train: int = 0

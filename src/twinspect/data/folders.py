@@ -71,11 +71,7 @@ class ClassFolders(NamedTuple):
 
 
 def good_files(paths: Iterable[Path]) -> list[Sample]:
-    """Images that are called good by being given, as training samples of one class.
-
-    Raises:
-        DataError: the name of a file, or of the folder that it lies in, calls it a defect or a mask.
-    """
+    """Images that are called good by being given, as training samples of one class; a name may say otherwise."""
     samples = [Sample(path, TRAIN, "normal") for path in paths]
     for sample in samples:
         folders = sample.image.parts[-3:-1]  # further up, names are those of projects: defects/2024/good/1.png
@@ -167,11 +163,7 @@ def _refuse_pair(place: Path, names: Iterable[str]) -> None:
 
 
 def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
-    """Whether the name of a folder says what is in it, and does not only name a product: test_tube, good_year_tire.
-
-    Raises:
-        DataError: a name like ok_front, of which nobody can tell.
-    """
+    """Whether the name of a folder says what is in it, and does not only name a product, as test_tube does."""
     said = meaning(sub.name)
     if not said.says or said.role in (BAD, MASK, UNSORTED) or not said.rest or said.plain:
         return said.says

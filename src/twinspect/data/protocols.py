@@ -84,11 +84,7 @@ def make_splits(samples: Sequence[Sample], protocol: str = "auto", seed: int = 0
 
 
 def find_split(samples: Sequence[Sample], name: str, seed: int = 0) -> Split:
-    """One split by its full name, such as ``one-vs-rest/cat``; ``multi-class`` has one only and needs no more.
-
-    Raises:
-        ConfigError: no such protocol, or no such split in it; the message lists what there is.
-    """
+    """One split by its full name, such as ``one-vs-rest/cat``; ``multi-class`` has one only and needs no more."""
     splits = make_splits(samples, name.partition("/")[0], seed)
     if len(splits) == 1 and name in (splits[0].name, "auto"):
         return splits[0]

@@ -61,12 +61,12 @@ def _json_list(text: str) -> list[Any] | None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of text with a header, as text; missing cells are empty. Raises as `csv_rows`."""
+    """All of `csv_rows`."""
     return list(csv_rows(path))
 
 
 def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
-    """As `read_csv`, a row at a time.
+    """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
 

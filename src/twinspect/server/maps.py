@@ -41,7 +41,7 @@ class KeptMap:
         return {"rows": rows, "columns": columns, "dtype": "float32", "scale": list(self.scale), "data": data}
 
     def encoded(self, format: str, side: int) -> bytes:
-        """``png`` in the model's colours or ``npy`` of float16, in the image's size or with ``side`` as longer side."""
+        """``png`` in colours or ``npy`` of float16, in the image's size or with a longer side of ``side`` pixels."""
         factor = side / max(self.height, self.width) if side else 1.0
         shape = (max(1, round(self.height * factor)), max(1, round(self.width * factor)))
         values = resize_map(self.grid, *shape)
