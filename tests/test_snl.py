@@ -50,7 +50,7 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
     assert rd == same
     assert fd == dataclasses.replace(same, direction="forward", cram_place="stages")
     full = RunConfig.from_dict({"model": {"model": "snl"}}).model.structure()
-    assert (full.direction, full.terms) == ("reverse", ("spatial", "channel", "intra", "inter"))
+    assert (full.direction, list(full.terms)) == ("reverse", ["spatial", "channel", "intra", "inter"])
     assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "default")
 
 
