@@ -170,17 +170,24 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
 
 def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     given = existing_folder(given) if os.path.isdir(given) else given
-    name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
     if layout == "auto":
+        name, found = _locate(given)
         _refuse_own_name(name, found)
+    else:
+        name = layout
+        found = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
+    if images is not None and not DATASETS[name].elsewhere:
+        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
+        raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
     log = ScanLog()
-    samples = _known_labels(_read(name, found, log, images), log)
+    samples = DATASETS[name].read(found, log, *([] if images is None else [Path(images)]))
+    samples = _known_labels(samples, log)
     _unnamed_folders(name, found, samples, log)
     if log.undecided and layout == "auto":
         raise DataError(_undecided(name, found, samples, log))
     if not samples:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
-        raise DataError(f"{found}: no usable image found as {name}; found: {_found(found)}{reasons}")
+        raise DataError(f"{found}: no usable image found as {name}; found: {listing(found)}{reasons}")
     if found != given:
         log.note(f"{given} only wraps {found.name}, which was read")
     _note_missing_masks(samples, log)
@@ -188,20 +195,9 @@ def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     return Loaded(name, found, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
-def _read(name: str, root: Path, log: ScanLog, images: Path | str | None) -> list[Sample]:
-    if images is None:
-        return DATASETS[name](root, log)
-    if not DATASETS[name].elsewhere:
-        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
-        raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
-    return DATASETS[name].read(root, log, Path(images))
-
-
 def _locate(root: Path) -> tuple[str, Path]:
-    chain = _wrapped(root)
-    for place in chain:
-        name = _known(place)
-        if name is not None:
+    for place in _wrapped(root):
+        if (name := _known(place)) is not None:
             return name, place
     several = [f"{sub.name} ({name})" for sub in subfolders(root) if (name := _known(sub)) is not None]
     if several and folders.find_classes(root, ScanLog()) == []:
@@ -209,7 +205,7 @@ def _locate(root: Path) -> tuple[str, Path]:
     if os.path.isdir(root) and has_images_below(root):
         return folders.FOLDER, root
     raise DataError(
-        f"{root}: no known layout; found: {_found(root)}. {_advice(root)}"
+        f"{root}: no known layout; found: {listing(root)}. {_advice(root)}"
         f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
     )
 
@@ -229,14 +225,6 @@ def _advice(root: Path) -> str:
 
 def _known(place: Path) -> str | None:
     return next((name for name, dataset in DATASETS.items() if dataset.looks_like(place)), None)
-
-
-def _found(root: Path) -> str:
-    return listing(root) if os.path.isdir(root) else "a file"
-
-
-def _entered(root: Path, layout: str) -> Path:
-    return next((place for place in _wrapped(root) if DATASETS[layout].looks_like(place)), root)
 
 
 def _wrapped(root: Path) -> list[Path]:
