@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,12 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     text = read_text(path)
     if text.lstrip()[:1] == "[":
-        with suppress(ValueError, RecursionError):  # the line that is wrong is named when lines are read
-            for number, entry in enumerate(as_list(json.loads(text), str(path)), start=1):
+        try:
+            entries = as_list(json.loads(text), str(path))
+        except (ValueError, RecursionError):
+            entries = None  # the line that is wrong is named when lines are read
+        if entries is not None:
+            for number, entry in enumerate(entries, start=1):
                 yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
             return
     for number, line in enumerate(text.split("\n"), start=1):
