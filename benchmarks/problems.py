@@ -19,7 +19,7 @@ from twinspect.commands.results import write_text
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.protocols import SEMANTIC, Split, by_class, content_hash, make_splits
-from twinspect.decision import ANOMALY
+from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor

@@ -34,11 +34,10 @@ from twinspect.evaluation import evaluate, test_samples
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.report import Section, Table
-from twinspect.training.decide import decide
-from twinspect.training.fit import build_model, cache_folder, choose_images, fit
+from twinspect.storage import build_model
+from twinspect.training.fit import cache_folder, choose_images, decision_of, fit
 from twinspect.training.resume import take_over
-from twinspect.training.rounding import add_rounded
-from twinspect.training.source import FeatureSource
+from twinspect.training.source import FeatureSource, add_rounded
 from twinspect.training.statistics import fit_statistics
 
 TERMS = "spatial,channel,intra,inter"
@@ -108,7 +107,7 @@ def rescored(fitted, samples, config, console):
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
     good = fit_statistics(model, source, train_at, held_at, config.train.seed, console.progress)
-    return model, decide(model, source, train_at, held_at, good)
+    return model, decision_of(model, source, train_at, held_at, good)
 
 
 def measured(rows, samples, configs, plan, console):

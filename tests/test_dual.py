@@ -19,7 +19,8 @@ from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images, silent
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_scales, fit_statistics
 

@@ -20,7 +20,8 @@ from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widt
 from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
 
 CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}

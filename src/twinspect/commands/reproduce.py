@@ -200,7 +200,7 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     if found is not None:
         console.say(f"finished before: {path.name}")
         return found
-    from twinspect.training.checkpoint import remove_checkpoint
+    from twinspect.training.resume import remove_checkpoint
 
     work = out / "work" / stem
     result = run_split(split, config, work, console) | {"key": key}

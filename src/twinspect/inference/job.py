@@ -184,7 +184,7 @@ def decision_digest(model: str) -> str:
     Raises:
         BundleError: not a model.
     """
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
     path = Path(model)
     if is_export(path):

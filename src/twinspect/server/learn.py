@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decision import GOOD, UNSURE, Decision
+from twinspect.decide.decision import GOOD, UNSURE, Decision
+from twinspect.decide.recalibrate import Scored
+from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
-from twinspect.recalibrate import Scored
-from twinspect.rules import GoodScores
 from twinspect.server.log import CONFIRMED, FALSE_ALARM, MISSED, InspectionLog
 
 

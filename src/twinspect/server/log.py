@@ -17,10 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from twinspect.decision import ANOMALY, GOOD, UNSURE
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.regions import Region
-from twinspect.inference.result import Result, columns, finite
+from twinspect.inference.result import Region, Result, columns, finite
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"

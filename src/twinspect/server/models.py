@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinspect.decision import promises
-from twinspect.drift import DriftMonitor
+from twinspect.decide.decision import promises
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor

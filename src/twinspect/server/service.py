@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinspect.decision import image_id
-from twinspect.drift import DriftMonitor
+from twinspect.decide.decision import image_id
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
