@@ -171,28 +171,28 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
 def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     given = existing_folder(given) if os.path.isdir(given) else given
     if layout == "auto":
-        name, found = _locate(given)
-        _refuse_own_name(name, found)
+        name, place = _locate(given)
+        _refuse_own_name(name, place)
     else:
         name = layout
-        found = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
+        place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
     if images is not None and not DATASETS[name].elsewhere:
         lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
         raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
     log = ScanLog()
-    samples = DATASETS[name].read(found, log, *([] if images is None else [Path(images)]))
+    samples = DATASETS[name].read(place, log, *([] if images is None else [Path(images)]))
     samples = _known_labels(samples, log)
-    _unnamed_folders(name, found, samples, log)
+    _unnamed_folders(name, place, samples, log)
     if log.undecided and layout == "auto":
-        raise DataError(_undecided(name, found, samples, log))
+        raise DataError(_undecided(name, place, samples, log))
     if not samples:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
-        raise DataError(f"{found}: no usable image found as {name}; found: {listing(found)}{reasons}")
-    if found != given:
-        log.note(f"{given} only wraps {found.name}, which was read")
+        raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
+    if place != given:
+        log.note(f"{given} only wraps {place.name}, which was read")
     _note_missing_masks(samples, log)
     _note_more_pictures(samples, log)
-    return Loaded(name, found, tuple(samples), tuple(log.skipped), tuple(log.notes))
+    return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
 def _locate(root: Path) -> tuple[str, Path]:
@@ -241,9 +241,9 @@ def _wrapped(root: Path) -> list[Path]:
 
 def _refuse_own_name(name: str, root: Path) -> None:
     """A folder called bad or masks, in which nothing says that its images are good."""
-    said = meaning(folder_name(root))
-    if name == folders.FOLDER and said.role in (BAD, MASK) and not said.rest and not folders.layout_of(root):
-        what = "defects" if said.role == BAD else "masks"
+    meant = meaning(folder_name(root))
+    if name == folders.FOLDER and meant.role in (BAD, MASK) and not meant.rest and not folders.layout_of(root):
+        what = "defects" if meant.role == BAD else "masks"
         raise DataError(
             f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
             "they are, type --layout folder"
@@ -267,9 +267,9 @@ def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog)
         return
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
-    said = {path for path, _ in log.skipped}
+    skipped = {path for path, _ in log.skipped}
     for sub in subfolders(root):
-        if sub.name not in inside and sub not in said and meaning(sub.name).role != MASK and has_images_below(sub):
+        if sub.name not in inside and sub not in skipped and meaning(sub.name).role != MASK and has_images_below(sub):
             log.leave(sub, "no list names an image in it")
 
 

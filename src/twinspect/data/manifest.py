@@ -376,8 +376,8 @@ def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
     known = {name for ours, name in names.items() if ours != "class_name"}
     free = [name for name in rows[0] if name and name not in known]
     for name in free:
-        said = meaning(name)
-        if said.role in (GOOD, BAD) and (said.plain or said.rest in ("", "is")):
+        meant = meaning(name)
+        if meant.role in (GOOD, BAD) and (meant.plain or meant.rest in ("", "is")):
             return name
     for name in free:
         roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
