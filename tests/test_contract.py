@@ -12,7 +12,8 @@ from twinspect import Detector
 from twinspect.config import FAMILIES, TrainConfig
 from twinspect.models.contract import AnomalyModel
 from twinspect.storage import build_model
-from twinspect.training.fit import fit, silent
+from twinspect.training.fit import fit
+from twinspect.types import silent
 
 TEACHERS = ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "efficientnet-lite0"]
 MATRIX = [(model, teacher) for model in FAMILIES for teacher in TEACHERS]

@@ -20,9 +20,10 @@ from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGa
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import smooth, surprise
 from twinspect.storage import build_model
-from twinspect.training.fit import choose_images, silent
+from twinspect.training.fit import choose_images
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_scales, fit_statistics
+from twinspect.types import silent
 
 
 def count(module: torch.nn.Module) -> int:

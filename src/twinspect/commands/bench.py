@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -27,8 +27,8 @@ from twinspect.device import peak_mb
 from twinspect.errors import ConfigError, check_range
 from twinspect.inference.predictor import Predictor, check_counts
 from twinspect.inference.runtimes import load_predictor
+from twinspect.types import Progress
 
-Progress = Callable[[str, int, int], None]
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
 
 

@@ -22,13 +22,13 @@ from twinspect.files import refuse_unwritable
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
+from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
     from twinspect.storage import Fitted
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")
-Progress = Callable[[str, int, int], None]
 _NEEDS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -98,7 +98,7 @@ def export(
         raise ConfigError("int8 needs good images to measure ranges and to prove itself on; add --images DIR")
     _refuse_missing(options)
     refuse_unwritable(out, "--out", error=BundleError)
-    report = progress or (lambda _stage, _done, _total: None)
+    report = progress or silent
     checked = images or painted(fitted.model.shape.size)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
@@ -125,7 +125,7 @@ def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto"
             f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
             f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
         )
-    return _compare(path, fitted, images, runtime, lambda _stage, _done, _total: None), meta
+    return _compare(path, fitted, images, runtime, silent), meta
 
 
 def refuse_wrong_name(out: Path, options: ExportOptions) -> None:

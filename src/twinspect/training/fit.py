@@ -32,19 +32,15 @@ from twinspect.training.cache import KnownFiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, Progress, add_rounded, record_layout
+from twinspect.training.source import FeatureSource, add_rounded, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import CALIBRATION, TRAIN, Sample, Skipped
+from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
 FEWEST = 8  # images below which neither training nor calibration means anything
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress for callers that want none."""
 
 
 def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
