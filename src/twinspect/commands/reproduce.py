@@ -34,8 +34,8 @@ from twinspect.commands.results import (
 )
 from twinspect.config import RunConfig
 from twinspect.console import Console
+from twinspect.data import Loaded
 from twinspect.data.leaks import drop_leaks, find_leaks
-from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
 from twinspect.report import Section, Table

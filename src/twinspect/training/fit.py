@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
-from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
+from twinspect.data.protocols import carve_calibration
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.decide.rules import GoodScores
