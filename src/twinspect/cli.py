@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from twinspect.commands import usual
-from twinspect.commands.data import Images, data_app
-from twinspect.commands.diagnose import diagnose
 from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
     CheckOptions,
+    DiagnoseOptions,
     DriftOptions,
     ExportCommandOptions,
+    InspectOptions,
+    ManifestOptions,
     ReproduceOptions,
     takes,
 )
@@ -38,12 +39,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+data_app = typer.Typer(
+    name="data", help="Look at data sets, list them in manifests.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app)
-app.command()(diagnose)
 app.command()(usual("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue")(serve))
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
+Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a manifest are relative to.")]  # noqa: UP045
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
 
 
@@ -196,6 +200,36 @@ def evaluate(
     )  # fmt: skip
     with _console(quiet=json_file == "-") as console:
         eval_command(options, console)
+
+
+@app.command()
+@takes(DiagnoseOptions)
+def diagnose(options: DiagnoseOptions) -> None:
+    """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
+    from twinspect.commands.diagnose import diagnose_command
+
+    with _console(quiet=options.json_file == "-") as console:
+        diagnose_command(options, console)
+
+
+@data_app.command("inspect")
+@takes(InspectOptions)
+def data_inspect(options: InspectOptions) -> None:
+    """Say what is there: layout, classes, counts, masks, what is skipped and why."""
+    from twinspect.commands.data import inspect
+
+    with _console(quiet=options.as_json) as console:
+        inspect(options, console)
+
+
+@data_app.command("manifest")
+@takes(ManifestOptions)
+def data_manifest(options: ManifestOptions) -> None:
+    """Write one row per image: image, split, class_name, label, defect_type, mask, group, record."""
+    from twinspect.commands.data import manifest
+
+    with _console() as console:
+        manifest(options, console)
 
 
 @app.command()

@@ -150,3 +150,45 @@ class BenchOptions:
     images: Path | None = option("Images to decode; painted JPEGs without.", None)
     seconds: float = option("Spent on each batch size.", 10.0)
     weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class DiagnoseOptions:
+    """Of ``twinspect diagnose``."""
+
+    bundle: Path = argument("Trained model (.twin), or an exported one.")
+    data: Path = argument("Folder of a data set with normal images of two classes or more.")
+    count: int = option("Images of each kind per ordered pair of classes.", 8)
+    normals: int = option("Normal images of each class to compare with.", 40)
+    classes: str = option("Only these classes, separated by commas.", "")
+    seed: int = option("Seed of everything drawn.", 0)
+    report: tuple[Path, ...] = option(_REPORT, ())
+    json_file: str = option(_JSON, "", "--json")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    runtime: str = option(_RUNTIME, "auto")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """Of ``twinspect data inspect``."""
+
+    path: Path = argument("Folder or manifest of a data set.")
+    layout: str = option("Layout of the data; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    protocol: str = option("Also list the splits of a protocol, or of all: all.", "")
+    leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
+    seed: int = option("Seed of the splits.", 0)
+    as_json: bool = option("Print everything as JSON.", False, "--json")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestOptions:
+    """Of ``twinspect data manifest``."""
+
+    path: Path = argument("Folder or manifest of a data set.")
+    out: Path = option("Manifest to write: .parquet or .csv.")
+    layout: str = option("Layout of the data; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")
