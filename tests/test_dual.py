@@ -176,7 +176,7 @@ def plain(request: pytest.FixtureRequest, parts: Path) -> Detector:
 def squares(model: DualModel, paths: list[Path]) -> torch.Tensor:
     from twinspect.data.images import read_rgb, resize_rgb
 
-    pixels = np.stack([resize_rgb(read_rgb(path), model.shape.size) for path in paths])
+    pixels = np.stack([resize_rgb(read_rgb(path), model.size) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

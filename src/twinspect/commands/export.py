@@ -24,7 +24,7 @@ def export_command(options: ExportCommandOptions, console: Console) -> None:
     asked = ExportOptions(format, options.precision, options.batch, options.any_size, options.accept_loss)
     refuse_wrong_name(out, asked)
     fitted = load(options.bundle, options.weights)
-    size = fitted.model.shape.size
+    size = fitted.model.size
     compared = check_images(options.images, options.data, size)
     calibration = load_images(options.images, size) if options.images is not None else None
     if compared is not None and too_few(compared):
@@ -51,7 +51,7 @@ def check_command(options: CheckOptions, console: Console) -> None:
 
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
-    compared = check_images(options.images, options.data, fitted.model.shape.size)
+    compared = check_images(options.images, options.data, fitted.model.size)
     assert compared is not None
     if too_few(compared):
         console.warn(too_few(compared))

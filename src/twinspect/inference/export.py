@@ -99,7 +99,7 @@ def export(
     _refuse_missing(options)
     refuse_unwritable(out, "--out", error=BundleError)
     report = progress or silent
-    checked = images or painted(fitted.model.shape.size)
+    checked = images or painted(fitted.model.size)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
             draft = Path(folder) / out.name
@@ -262,7 +262,7 @@ class _Build:
         """Write the draft's metadata and sha256 beside it."""
         fitted, options = self.fitted, self.options
         write_meta(self.draft, ExportMeta(
-            options.format, options.precision, fitted.model.shape.size, options.batch, options.any_size,
+            options.format, options.precision, fitted.model.size, options.batch, options.any_size,
             fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked or {}, __version__,
         ))  # fmt: skip
 

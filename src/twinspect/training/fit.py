@@ -136,8 +136,7 @@ def _fitted(
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
-        found = [one.to_dict() for one in changes(resume.decision, decision)]
-        record["resumed"] = {"from": origin, "classes": found}
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
     return Fitted(model, decision, config, record, source.skipped, good)
 
 
@@ -285,7 +284,7 @@ def _record(
             "licence": licence(teacher.name) if teacher.weights != "random" else "none (random weights)",
             "hash": teacher.hash(),
         },
-        "size": model.shape.size,
+        "size": model.size,
         "classes": dict(sorted(counts.items())),
         "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
         "clusters": model.scorer.clusters.count,
