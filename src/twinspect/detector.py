@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
     from twinspect.storage import Fitted
-    from twinspect.training.source import Progress
-    from twinspect.types import Skipped
+    from twinspect.types import Progress, Skipped
 
 
 class Detector:
@@ -79,8 +78,9 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
-        from twinspect.training.fit import fit, silent
+        from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
+        from twinspect.types import silent
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class Detector:
         import warnings
 
         from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
-        from twinspect.training.fit import silent
+        from twinspect.types import silent
 
         wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()

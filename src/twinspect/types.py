@@ -9,6 +9,7 @@ a higher score means more anomalous; a map has the geometry of the original imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,6 +52,13 @@ class Sample:
             raise ValueError(f"split of {self.image} is {self.split!r}; accepted: {', '.join(SPLITS)}")
         if self.label not in (0, 1, None):
             raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
+
+
+Progress = Callable[[str, int, int], None]  # told (stage, how many are done, of how many; 0 where it is not known)
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress for callers that want none."""
 
 
 @dataclass(frozen=True, slots=True)

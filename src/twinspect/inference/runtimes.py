@@ -61,7 +61,7 @@ class TorchRuntime:
         keep_freed_memory()
         self._torch = torch
         self.device = device
-        self.size = model.shape.size
+        self.size = model.size
         self.batch = 0
         self.model = prepared(model.eval()).to(device)
         if threads:

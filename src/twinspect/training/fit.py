@@ -32,19 +32,15 @@ from twinspect.training.cache import KnownFiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, Progress, add_rounded, record_layout
+from twinspect.training.source import FeatureSource, add_rounded, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import CALIBRATION, TRAIN, Sample, Skipped
+from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
 FEWEST = 8  # images below which neither training nor calibration means anything
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress for callers that want none."""
 
 
 def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
@@ -140,8 +136,7 @@ def _fitted(
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
-        found = [one.to_dict() for one in changes(resume.decision, decision)]
-        record["resumed"] = {"from": origin, "classes": found}
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
     return Fitted(model, decision, config, record, source.skipped, good)
 
 
@@ -289,7 +284,7 @@ def _record(
             "licence": licence(teacher.name) if teacher.weights != "random" else "none (random weights)",
             "hash": teacher.hash(),
         },
-        "size": model.shape.size,
+        "size": model.size,
         "classes": dict(sorted(counts.items())),
         "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
         "clusters": model.scorer.clusters.count,

@@ -26,7 +26,8 @@ from twinspect.models.observed import Observed
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint
-from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.source import FeatureSource
+from twinspect.types import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,9 +21,8 @@ from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.types import Sample, Skipped
+from twinspect.types import Progress, Sample, Skipped
 
-Progress = Callable[[str, int, int], None]
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
 _AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
@@ -79,7 +78,7 @@ class FeatureSource:
         pinned = self._model.device.type == "cuda"
         if self._cache is not None:
             return self._cache.read([self.keys[i] for i in indices], pinned)
-        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices]))
+        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.size) for i in indices]))
         return pixels.pin_memory() if pinned else pixels
 
     def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
@@ -124,7 +123,7 @@ class FeatureSource:
 
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
+        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -167,7 +166,7 @@ class FeatureSource:
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
             if sample.record is not None or isinstance(sample, Rounded):
-                pixels = read_square(sample, self._model.shape.size)
+                pixels = read_square(sample, self._model.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
             if key is not None and (self._cache is None or key in self._cache):
@@ -175,7 +174,7 @@ class FeatureSource:
             before = sample.image.stat()
             key = image_key(sample.image.read_bytes())
             there = self._cache is not None and key in self._cache
-            found = None if there else read_square(sample, self._model.shape.size)
+            found = None if there else read_square(sample, self._model.size)
             if self._known is not None:
                 self._known.note(sample.image, before, key)
             return key, found

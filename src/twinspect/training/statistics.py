@@ -26,7 +26,8 @@ from twinspect.models.observed import Observed, Plain
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import SPREAD_PRIOR, average, cross_fitted_tokens, left_out, whitening
 from twinspect.scoring import top_mean
-from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.source import FeatureSource
+from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
 _START_IMAGES = 64  # images that a student is started from
