@@ -203,7 +203,7 @@ class DriftMonitor:
     Raises:
         ConfigError: a rate outside (0, 1).
 
-    Example:
+    Examples:
         >>> monitor = DriftMonitor(detector.fitted.decision.good)
         >>> for result in detector.predict("today/", stream=True):
         ...     if monitor.update(result.score, result.predicted_class, result.cluster_distance):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, listed, others, semantic
 from twinspect.data.images import count_pictures, is_image
 from twinspect.data.loaded import ClassCounts, Loaded
 from twinspect.data.manifest import looks_like_manifest, manifest
@@ -82,6 +82,8 @@ DATASETS: dict[str, Dataset] = {
     },
     "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
+    "anomalib": Dataset(others.anomalib, others.looks_like_anomalib, listed=True, elsewhere=True),
+    "lookout": Dataset(others.lookout, others.looks_like_lookout, listed=True, elsewhere=True),
     "cifar10": _set(semantic.cifar10, semantic.CIFAR10_SET),
     "view": _set(semantic.view, semantic.VIEW_SET),
     "fashion-mnist": _set(semantic.fashion_mnist, semantic.FASHION_SET),
