@@ -35,7 +35,7 @@ def test_card_names_data_teacher_settings_promises_and_limits(bundle: Path, dete
 
 def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:
     """From the metadata beside it, so that no runtime is needed."""
-    from twinspect.inference.exported import ExportMeta, write_meta
+    from twinspect.inference.runtimes import ExportMeta, write_meta
 
     fitted = quick.fitted
     path = tmp_path / "parts.onnx"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from twinspect.calibration import conformal_threshold
+from twinspect.decide.conformal import conformal_threshold
 from twinspect.charts import Histogram, LineChart, Series
 from twinspect.data.painting import part
 from twinspect.diagnose import cutpaste, mixup

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.commands.results import markdown
-from twinspect.commands.thresholds import threshold_table
+from twinspect.commands.decisions import threshold_table
 from twinspect.config import RunConfig
-from twinspect.decision import Decision, promises
+from twinspect.decide.decision import Decision, promises
 from twinspect.models.weights import EMBEDDED
 from twinspect.report import Section, Table
-from twinspect.rules import class_sentence
+from twinspect.decide.rules import class_sentence
 
 _LASTING_LIMITS = (
     "The thresholds hold for good images taken like those they were made from. Another day, light, camera or "
@@ -34,7 +34,7 @@ def card(path: Path) -> str:
         BundleError: the file is damaged, or of another version of the library.
     """
     from twinspect.bundle import read_bundle
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
     if is_export(path):
         export = dataclasses.asdict(read_export(path))

@@ -10,7 +10,7 @@ from typing import Any
 
 from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import ScanLog, existing_folder, existing_root, files_in, folder_name, images_below, listing
-from twinspect.data.tables import MISSING, as_object, read_json_lines, text_of
+from twinspect.data.tables import as_object, read_json_lines, text_of
 from twinspect.errors import DataError
 from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
@@ -23,14 +23,14 @@ _HEAD = 1 << 16  # bytes of a file that say what it is
 # ------------------------------------------------------------------------------------------- anomalib
 
 
-def anomalib(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
+def anomalib(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
     """Settings of anomalib's ``Folder`` data: ``normal_dir``, ``abnormal_dir``, ``normal_test_dir``, ``mask_dir``.
 
     ``root`` is a YAML file, or a folder of such files: one class a file, all for one model. The folder that the
     settings call ``root`` is looked for beside the file and where the command runs; ``images`` replaces it. Masks go
     with the images of ``abnormal_dir`` in the order of their names, and must carry those names.
     """
-    log, path = log or ScanLog(), existing_root(root)
+    path = existing_root(root)
     found = [one for one in _candidates(path, _SETTINGS) if _settings(one)]
     if not found:
         raise DataError(
@@ -130,14 +130,14 @@ def _with_masks(path: Path, samples: list[Sample], masks: list[Path]) -> list[Sa
 # ----------------------------------------------------------------------------------- Lookout for Vision
 
 
-def lookout(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
+def lookout(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
     """Manifests of Amazon Lookout for Vision: one JSON object a line, with ``source-ref`` and an image label.
 
     ``root`` is a manifest, or a folder of them (``train.manifest``, ``test.manifest``). The images must lie on this
     disk, in ``images`` or beside the manifest: of an address ``s3://bucket/a/b.png`` the longest end that is there,
     the same for all. A manifest whose name says no split gives good images to training and anomalies to the test.
     """
-    log, path = log or ScanLog(), existing_root(root)
+    path = existing_root(root)
     found = [one for one in _candidates(path, _LINES) if _is_lookout(one)]
     if not found:
         raise DataError(f"{path}: no manifest with source-ref; found: {listing(path) if path.is_dir() else 'a file'}")
@@ -164,7 +164,7 @@ def _lookout_lines(path: Path, log: ScanLog, images: Path | None) -> Iterator[Sa
     for key, (where, entry) in zip(keys, lines, strict=True):
         image = base.joinpath(*key.parts[dropped:])
         if not os.path.isfile(image):
-            log.skip(image, MISSING)
+            log.skip(image, "listed, but there is no such file")
             continue
         label = _lookout_label(entry, where)
         split = meaning(path.stem).split or (TEST if label else TRAIN)
