@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twinspect.commands.results import markdown
 from twinspect.commands.decisions import threshold_table
+from twinspect.commands.results import markdown
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision, promises
+from twinspect.decide.rules import class_sentence
 from twinspect.models.weights import EMBEDDED
 from twinspect.report import Section, Table
-from twinspect.decide.rules import class_sentence
 
 _LASTING_LIMITS = (
     "The thresholds hold for good images taken like those they were made from. Another day, light, camera or "
