@@ -34,10 +34,10 @@ from twinspect.evaluation import evaluate, test_samples
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.report import Section, Table
+from twinspect.training.copies import add_copies
 from twinspect.training.decide import decide
 from twinspect.training.fit import build_model, cache_folder, choose_images, fit
 from twinspect.training.resume import take_over
-from twinspect.training.rounding import add_rounded
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_statistics
 
@@ -103,7 +103,7 @@ def rescored(fitted, samples, config, console):
     """A trained student under another scoring: statistics and decision are learnt anew, weights stay."""
     model = build_model(config.model, fitted.model.teacher)
     take_over(model, fitted.model)
-    training, held, _ = add_rounded(*choose_images(samples, config))
+    training, held, _ = add_copies(*choose_images(samples, config))
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))

@@ -41,7 +41,7 @@ Seed = Annotated[int, typer.Option(help="Seed of weights, order, noise and split
 
 
 # Of the options that settings of a run have: those that --help shows, and those whose name is not the setting's.
-_USUAL = ("model", "teacher", "size", "steps", "device")
+_USUAL = ("model", "teacher", "size", "steps", "pose", "drop_outliers", "device")
 _FLAGS = {"time_budget_s": "--time-budget", "pretrained": "--pretrained/--random-teacher"}
 
 
@@ -144,7 +144,7 @@ def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
     effort: Annotated[
-        str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")
+        str, typer.Option(help="instant: statistics only, no students; fast: half the input side, fewer steps.")
     ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045

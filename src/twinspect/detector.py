@@ -30,7 +30,8 @@ class Detector:
         weights: local weights file of the teacher.
         pretrained: False gives a random-weight teacher (tests of shape and speed only).
         config: full settings; the other arguments are then left alone.
-        effort: ``fast`` (half the input side, fewer steps) or ``default``.
+        effort: ``instant`` (statistics of good images only, no training steps), ``fast`` (half the input side, fewer
+            steps) or ``default``.
 
     Example:
         >>> detector = Detector("efficientnet-lite0").fit("data/")

@@ -72,7 +72,9 @@ class Clusters(nn.Module):
         variant_B = (point_BP[:, None] - self.centres_VP[None]).square().sum(-1).argmin(1)
         return variant_B, self.owner_V.index_select(0, variant_B)
 
-    def fit(self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+    def fit(
+        self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int, divide: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Find clusters and variants of good images; which one each image belongs to (n each).
 
         Args:
@@ -80,9 +82,10 @@ class Clusters(nn.Module):
             embedding_nF: what the teacher's own classifier would see.
             names: class of each image; empty where unknown. With fewer than two names clusters are found.
             seed: of k-means.
+            divide: whether clusters are found where there are fewer than two names; else all images are one.
         """
         known = sorted(set(names))
-        if len(known) > 1:
+        if len(known) > 1 or not divide:
             cluster_n = torch.tensor([known.index(name) for name in names], device=token_nE.device)
         else:
             smallest = max(SMALLEST_CLUSTER, min(SMALLEST, len(token_nE) // 8))

@@ -21,8 +21,8 @@ from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, RecordLayout, image_key
+from twinspect.training.copies import Altered
 from twinspect.training.known import KnownFiles
-from twinspect.training.rounding import Rounded
 from twinspect.types import Sample
 
 Progress = Callable[[str, int, int], None]
@@ -172,7 +172,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is not None or isinstance(sample, Rounded):
+            if sample.record is not None or isinstance(sample, Altered):
                 pixels = read_square(sample, self._model.shape.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -212,7 +212,7 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
     pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
-    return sample.around(pixels) if isinstance(sample, Rounded) else pixels
+    return sample.around(pixels) if isinstance(sample, Altered) else pixels
 
 
 def teacher_batch(model: AnomalyModel) -> int:

@@ -87,6 +87,8 @@ def fit_statistics(
     held_at: Sequence[int],
     seed: int,
     progress: Progress,
+    students: bool = True,
+    divide: bool = True,
 ) -> GoodImages:
     """Learn the scorer's statistics and calibrate it.
 
@@ -97,16 +99,19 @@ def fit_statistics(
         held_at: positions of the others.
         seed: of whatever is drawn.
         progress: called with (stage, done, total).
+        students: whether there are students that say anything; else they are not asked.
+        divide: whether images without class names may fall into several clusters.
     """
     model.eval()
-    model.fit_plain(lambda: ((observed, small) for _, observed, small in source.batches(held_at)))
+    if students:
+        model.fit_plain(lambda: ((observed, small) for _, observed, small in source.batches(held_at)))
     images = sorted([*train_at, *held_at])
     held = set(held_at)
     held_n = torch.tensor([i in held for i in images], device=model.device)
     tokens, embedding_nF = source.vectors(images)
     names = [source.samples[i].class_name for i in images]
-    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed)
-    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, progress)
+    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed, divide)
+    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, progress, students)
     if model.scorer.plain:
         return fitting.plain()
     return fitting.default(tokens, embedding_nF, seed)
@@ -124,12 +129,13 @@ class _Fitting:
         cluster_n: Tensor,
         held_n: Tensor,
         progress: Progress,
+        asks_students: bool,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.variant_n, self.cluster_n, self.held_n, self.progress = variant_n, cluster_n, held_n, progress
         self.owner_V = model.scorer.clusters.owner_V
         self.images_V = torch.bincount(variant_n, minlength=len(self.owner_V)).to(torch.float32)
-        self.passes, self.gone = (1 if model.scorer.plain else 3), 0
+        self.passes, self.gone, self.asks_students = (1 if model.scorer.plain else 3), 0, asks_students
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
@@ -179,7 +185,8 @@ class _Fitting:
             pairs = zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)
             rows = [gaussian.rows(grid(observed)) for grid, gaussian in pairs]
             _add(groups, rows, self.variant_n[places], len(self.owner_V))
-            _add(targets, self.model.targets(observed), self.variant_n[places], len(self.owner_V))
+            if self.asks_students:
+                _add(targets, self.model.targets(observed), self.variant_n[places], len(self.owner_V))
         for gaussian, total in zip(self.scorer.gaussians(), groups, strict=True):
             gaussian.set_means(total, self.images_V)
         return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in targets]
@@ -250,12 +257,15 @@ class _Fitting:
                 by_half = halves[g].flatten(0, 1)
                 other = (1 - half_n[places]) * self.scorer.clusters.count + cluster_B
                 stored[g][places.cpu().numpy()] = gaussian.distance(difference, by_half, other).cpu().numpy()
+            if not self.asks_students:
+                readings.append(torch.zeros(len(places), sum(self.scorer.student_readings), device=places.device))
+                continue
             plain = self.model.plain(observed, small)
             readings.append(torch.cat([plain.local_BR, plain.semantic_BR], 1))
             if self.held_n[places].any():
                 apart += self._apart(places, observed, small, targets)
         skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
-        local = torch.tensor([one.dim() == 3 for one in targets])
+        local = torch.tensor([one.dim() == 3 for one in targets], dtype=torch.bool)
         skills = tuple(float(skill[at].mean()) if bool(at.any()) else 0.0 for at in (local, ~local))
         return stored, self._shifted(torch.cat(readings)), (skills[0], skills[1])
 
