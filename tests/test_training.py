@@ -209,7 +209,7 @@ def test_too_few_images(tmp_path: Path, parts: Path) -> None:
         Detector(config=run_config(scoring="plain")).fit(folder)
     with pytest.raises(DataError, match="0 good training images"):
         Detector(config=run_config()).fit([])
-    with pytest.raises(ConfigError, match="fit takes a folder, a list of Sample"):
+    with pytest.raises(ConfigError, match="fit takes a folder, a glob, a list of Sample"):
         Detector(config=run_config()).fit([1, 2])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from twinspect.commands.results import text_table
 from twinspect.decision import Decision, promises
 from twinspect.report import Table
-from twinspect.rules import EVERY, LABELS, SESSIONS, Rule
+from twinspect.rules import EVERY, HAND, LABELS, SESSIONS, Rule
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
@@ -37,6 +37,8 @@ def false_alarms(rule: Rule) -> str:
     """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
     if rule.basis == LABELS:
         return "chosen on labelled images"
+    if rule.basis == HAND:
+        return HAND
     if rule.basis == EVERY:
         return "unknown: no good image of this class"
     if rule.images == 1:

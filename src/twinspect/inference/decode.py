@@ -191,7 +191,7 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
     if isinstance(item, Item):
         return _item_pixels(item, limits, draft_side)
-    if isinstance(item, Sample) and item.record is None:
+    if isinstance(item, Sample) and item.in_file:
         item = item.image
     if isinstance(item, (str, Path)):
         return read_sized_rgb(Path(item), limits, draft_side=draft_side)

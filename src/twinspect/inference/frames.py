@@ -72,6 +72,17 @@ def as_array(item: Any) -> NDArray[Any]:
         raise ImageError(f"{type(item).__name__} is no array that numpy can read ({error})") from None
 
 
+def from_bgr(item: Any) -> Any:
+    """An array with its first three channels in reverse, as OpenCV gives them; anything else as it is."""
+    if not is_array(item):
+        return item
+    array = as_array(item)
+    axis = next((a for a in (-1, 0) if array.ndim == 3 and array.shape[a] in (3, 4)), None)
+    if axis is None:
+        return array
+    return np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis))
+
+
 def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
     if isinstance(one, (str, os.PathLike)):
         found = (among if one_of_several else walk)(os.fsdecode(one))

@@ -172,7 +172,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is not None or isinstance(sample, Altered):
+            if not sample.in_file or isinstance(sample, Altered):
                 pixels = read_square(sample, self._model.shape.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
