@@ -61,7 +61,8 @@ def test_images_that_score_apart_are_said_to_with_what_to_type() -> None:
     normal = np.random.default_rng(0).exponential(1.0, 40)
     score_n = torch.tensor([*normal, 30.0, 33.0])
     everything = torch.ones(42, dtype=torch.bool)
-    good = GoodImages(score_n, score_n, score_n, torch.zeros(42, dtype=torch.int64), everything, score_n[:, None])
+    zeros = torch.zeros(42, dtype=torch.int64)
+    good = GoodImages(score_n, score_n, score_n, zeros, everything, score_n[:, None], zeros, (), score_n[:, None])
     listed = least_like([Sample(Path(f"{i}.png"), TRAIN, "a") for i in range(42)], good, 4)
     assert [(row["path"], row["apart"]) for row in listed[:2]] == [("41.png", True), ("40.png", True)]
     assert not any(row["apart"] for row in listed[2:])

@@ -342,6 +342,24 @@ def calibrate(
 
 
 @app.command()
+def update(
+    bundle: Bundle,
+    new: Annotated[Optional[Path], typer.Argument(help="New good images: a folder in any layout.")] = None,  # noqa: UP045
+    class_name: Annotated[str, typer.Option("--class", help="Class of all of them, known or new.")] = "",
+    listed: Annotated[bool, typer.Option("--list", help="Say what was learnt since training.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the last update back.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
+    layout: Annotated[str, typer.Option(help="Layout of NEW; auto detects it.")] = "auto",
+    weights: Weights = None,
+) -> None:
+    """Learn new good images, after false alarms or of a new class, without the old ones."""
+    from twinspect.commands.update import update_command
+
+    with _console() as console:
+        update_command(bundle, new, class_name, out, listed, undo, str(weights or ""), layout, console)
+
+
+@app.command()
 def drift(
     bundle: Bundle,
     tables: Annotated[list[Path], typer.Argument(help="Tables of twinspect predict, oldest first.")],

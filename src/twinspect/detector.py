@@ -108,6 +108,49 @@ class Detector:
         self._predictor = None
         return self
 
+    def update(
+        self,
+        good: Any,
+        class_name: str | None = None,
+        progress: Progress | None = None,
+        bgr: bool = False,
+        quiet: bool = False,
+    ) -> Detector:
+        """Learn further good images without the old ones: after false alarms, or of a new class.
+
+        Thresholds are made anew, with the budgets that were set. ``record_["updates"]`` lists what was learnt; save
+        the model before, if it may have to be taken back.
+
+        Args:
+            good: as `fit` takes it.
+            class_name: class of all images, known or new; None goes by the data, or the only class there is.
+            progress: called with (stage, done, total); without one it is shown on stderr.
+            bgr: arrays have blue first, as OpenCV reads them.
+            quiet: show nothing.
+
+        Returns:
+            This detector.
+
+        Raises:
+            BundleError: the model keeps nothing that images can be added to.
+            ConfigError: a class that is not known, and ``class_name`` does not say that it is new.
+            DataError: nothing new, or fewer than nine images of a new class.
+        """
+        from twinspect.training.fit import silent
+        from twinspect.training.update import update
+
+        console, classes = Console(), self.fitted.decision.classes
+        samples = as_samples(good, bgr)
+        if class_name is None and len(classes) == 1 and {s.class_name for s in samples} == {"normal"}:
+            class_name = classes[0]
+        told = progress or (silent if quiet else console.progress)
+        self._fitted = update(self.fitted, samples, class_name, told)
+        console.finish()
+        for note in () if quiet or progress else self._fitted.record["notes"]:
+            console.warn(note)
+        self._predictor = None
+        return self
+
     def calibrate(
         self,
         good: str | Path | Iterable[Sample] | Iterable[str | Path],

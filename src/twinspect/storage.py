@@ -16,6 +16,7 @@ from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.decide import model_id
 from twinspect.training.fit import Fitted, build_model
+from twinspect.training.memory import Memory
 
 _TEACHER = "teacher."
 
@@ -39,7 +40,7 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
         "decision": fitted.decision.to_dict(),
         "thin": thin,
     }
-    write_bundle(path, meta, to_bytes(kept))
+    write_bundle(path, meta, to_bytes(kept), fitted.memory.to_bytes() if fitted.memory is not None else b"")
     return path
 
 
@@ -84,7 +85,8 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     model.teacher.weights = record["teacher"]["weights"]
     decision = Decision.from_dict(meta["decision"])
     refuse_other_model(decision, model_id(model), str(path))
-    return Fitted(model, decision, config, record)
+    memory = Memory.from_bytes(content.memory) if content.memory else None
+    return Fitted(model, decision, config, record, memory=memory)
 
 
 def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:

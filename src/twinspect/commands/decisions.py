@@ -105,7 +105,7 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     values = calibration_values(after, notes)
-    write_bundle(out, meta, content.tensors)
+    write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")
 

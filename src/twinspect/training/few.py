@@ -63,7 +63,9 @@ def fit_few(
         own = [places[i] for i in members[0]]
         for column in (score_n, peak_n, distance_n):
             column[own] = column[own].amax()
-    return GoodImages(score_n, peak_n, distance_n, good.cluster_n, counted_n, readings_nR)
+    return good._replace(
+        score_n=score_n, peak_n=peak_n, distance_n=distance_n, counted_n=counted_n, readings_nR=readings_nR
+    )
 
 
 def _originals(source: FeatureSource, own: Sequence[int]) -> dict[str, list[list[int]]]:

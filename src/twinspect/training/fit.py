@@ -33,6 +33,7 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
+from twinspect.training.memory import MOST, Memory, remember
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales
@@ -55,6 +56,7 @@ class Fitted:
     record: dict[str, Any] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     good: GoodImages | None = None  # of a model that was just trained
+    memory: Memory | None = None  # what further images can be added to
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:
@@ -191,15 +193,17 @@ def _fitted(
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision = decide(model, source, train_at, held_at, good)
+    images = sorted([*train_at, *held_at])
+    memory = None if model.scorer.plain or len(images) > MOST else remember(good, source, images)
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["images"]["skipped"] = len(skipped)
-    record["least_like"] = least_like([source.samples[i] for i in sorted([*train_at, *held_at])], good, listed)
+    record["least_like"] = least_like([source.samples[i] for i in images], good, listed)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
-    return Fitted(model, decision, config, record, skipped, good)
+    return Fitted(model, decision, config, record, skipped, good, memory)
 
 
 def _source(
