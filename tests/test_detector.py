@@ -8,10 +8,10 @@ from PIL import Image
 from tiny import RANDOM, good_folder, picture, run_config, same_tensors, save
 
 from twinspect import Detector, Sample
-from twinspect.commands.thresholds import threshold_lines
+from twinspect.commands.decisions import threshold_lines
 from twinspect.detector import as_samples
 from twinspect.errors import ConfigError, DataError, ImageError
-from twinspect.inference.frames import is_single
+from twinspect.inference.decode import is_single
 from twinspect.types import TRAIN
 
 

@@ -10,18 +10,19 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from twinspect.calibration import Threshold
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
+from twinspect.decide.conformal import Threshold
+from twinspect.decide.rules import HAND
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
-from twinspect.rules import HAND
 from twinspect.types import TRAIN, Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
-    from twinspect.training.fit import Fitted
-    from twinspect.training.source import Progress, Skipped
+    from twinspect.storage import Fitted
+    from twinspect.training.source import Progress
+    from twinspect.types import Skipped
 
 
 class Detector:
@@ -89,8 +90,8 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
-        from twinspect.training.checkpoint import remove_checkpoint
         from twinspect.training.fit import fit, silent
+        from twinspect.training.resume import remove_checkpoint
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
@@ -179,7 +180,7 @@ class Detector:
         """
         import warnings
 
-        from twinspect.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
         from twinspect.training.fit import silent
 
         wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
@@ -238,7 +239,7 @@ class Detector:
             ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
-        from twinspect.inference.frames import is_single
+        from twinspect.inference.decode import is_single
 
         single = is_single(source)
         live = None if stream else False
@@ -360,7 +361,7 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
     """
     from twinspect import data as data_room
     from twinspect.data.folders import good_files
-    from twinspect.inference.frames import expand, from_bgr, is_array
+    from twinspect.inference.decode import expand, from_bgr, is_array
 
     if isinstance(data, (str, os.PathLike)):
         if not _stands_for_several(data) or os.path.exists(data):

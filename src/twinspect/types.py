@@ -62,6 +62,14 @@ class Sample:
         return self.record is None and self.pixels is None
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that could not be used, and why."""
+
+    path: Path
+    reason: str
+
+
 class Features(NamedTuple):
     """What a teacher or an encoder student says about a batch.
 

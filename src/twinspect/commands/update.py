@@ -37,7 +37,7 @@ def update_command(
 
 def _learn(bundle: Path, new: Path, class_name: str, out: Path, weights: str, layout: str, console: Console) -> None:
     from twinspect import data as data_room
-    from twinspect.commands.thresholds import threshold_lines
+    from twinspect.commands.decisions import threshold_lines
     from twinspect.storage import load, save
     from twinspect.training.update import update
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from twinspect.decision import image_id
+from twinspect.decide.decision import image_id
+from twinspect.decide.rules import GoodScores
 from twinspect.models.layers import in_fp16
-from twinspect.rules import GoodScores
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import GoodImages
 

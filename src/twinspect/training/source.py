@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +19,14 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
-from twinspect.training.cache import FeatureCache, RecordLayout, image_key
+from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
 from twinspect.training.copies import Altered
-from twinspect.training.known import KnownFiles
-from twinspect.types import Sample
+from twinspect.types import Sample, Skipped
 
 Progress = Callable[[str, int, int], None]
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
 _AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """An image that could not be used, and why."""
-
-    path: Path
-    reason: str
 
 
 class FeatureSource:

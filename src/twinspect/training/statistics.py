@@ -441,10 +441,9 @@ class _Fitting:
         clusters = self.scorer.clusters.count
         levels, spreads = [], []
         for g, (gaussian, array) in enumerate(zip(self.scorer.gaussians(), stored, strict=True)):
-            if g in self.scorer.scored:
-                found = [self._level_and_spread(g, array, v) for v in range(len(self.owner_V))]
-                columns = zip(*found, strict=True)
-                gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
+            found = [self._level_and_spread(g, array, v) for v in range(len(self.owner_V))]
+            columns = zip(*found, strict=True)
+            gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
             whole = [self._whole(g, array, k) for k in range(clusters)]
             mean, square = (torch.stack(column) for column in zip(*whole, strict=True))
             levels.append(mean)
@@ -495,7 +494,7 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
         return torch.stack(readings, 1).to(self.model.device), peak_n
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:

@@ -13,13 +13,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from twinspect.data.leaks import count_once
-from twinspect.decision import image_id, mixed_up
+from twinspect.decide.decision import image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.inference.decode import name_of
+from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
-from twinspect.training.decide import model_id
-from twinspect.training.fit import Fitted, cache_folder, parameter_counts
-from twinspect.training.memory import remember
+from twinspect.training.fit import cache_folder, parameter_counts
+from twinspect.training.memory import Memory, remember
 from twinspect.training.source import FeatureSource, Progress
 from twinspect.training.statistics import Before, add_statistics
 from twinspect.types import TEST, Sample
@@ -42,13 +42,12 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         DataError: no image that is new, or too few of a new class.
         TrainingError: scores that are not finite.
     """
-    memory = fitted.memory
-    if memory is None:
+    if not fitted.memory:
         raise BundleError(
             "this model keeps nothing that images can be added to (scoring plain, more than 4,096 good images, or "
             "written before version 0.3); train it again with all images: twinspect fit DATA"
         )
-    notes: list[str] = []
+    memory, notes = Memory.from_bytes(fitted.memory), list[str]()
     fresh = _named(fitted, samples, class_name, notes)
     model = copy.deepcopy(fitted.model)
     source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
@@ -89,7 +88,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
             "from": decision.model_id,
         }
     )
-    return Fitted(model, new, fitted.config, record, source.skipped, good, kept)
+    return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
 
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
