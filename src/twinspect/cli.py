@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from twinspect.commands import usual
+from twinspect.commands import usual, with_settings
 from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
@@ -52,7 +50,6 @@ Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the
 
 
 # Options of settings whose name is not the setting's.
-_FLAGS = {"time_budget_s": "--time-budget", "pretrained": "--pretrained/--random-teacher"}
 
 
 def _say_version(wanted: bool) -> None:
@@ -126,23 +123,9 @@ def fetch(
             console.say(line)
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every setting of a run."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    for one in (*fields(ModelConfig), *fields(TrainConfig)):
-        name = one.name.replace("_", "-")
-        flag = _FLAGS.get(one.name, f"--{name}/--no-{name}" if one.default is True else f"--{name}")
-        option = typer.Option(flag, help=one.metadata["help"], show_default=False)
-        kind: Any = Annotated[type(one.default) | None, option]
-        own.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    return command
-
-
 @app.command()
 @usual("out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "device")
-@_with_settings
+@with_settings(ModelConfig, TrainConfig, optional=True)
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),

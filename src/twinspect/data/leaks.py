@@ -22,7 +22,9 @@ def find_leaks(samples: Iterable[Sample]) -> list[tuple[Sample, Sample]]:
     equal to nothing.
     """
     groups = _equal(samples, lambda group: len({sample.split == TEST for sample in group}) == 2)
-    return [pair for twins in groups for pair in _pairs(twins)]
+    return [
+        (sample, test) for twins in groups for sample in twins for test in twins if sample.split != TEST == test.split
+    ]
 
 
 def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
@@ -91,11 +93,6 @@ def _split(
         except (OSError, DataError):
             continue  # whoever reads the image says what is wrong with it
     return [group for group in groups.values() if wanted(group)]
-
-
-def _pairs(twins: list[Sample]) -> list[tuple[Sample, Sample]]:
-    tests = [sample for sample in twins if sample.split == TEST]
-    return [(sample, test) for sample in twins if sample.split != TEST for test in tests]
 
 
 def _size(sample: Sample) -> int:

@@ -263,16 +263,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, Refused):  # while a body was read for us
         return _answer(request, error.__cause__)
-    code, said = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
+    code, text = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
-        said = f"{request.method} {request.url.path}: accepted {allowed}"
-    return _answer(request, Refused(error.status_code, code, said), error.headers)
+        text = f"{request.method} {request.url.path}: accepted {allowed}"
+    return _answer(request, Refused(error.status_code, code, text), error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = "; ".join(_complaint(one) for one in error.errors()[:3])
-    return _answer(request, Refused(400, "bad_request", said))
+    text = "; ".join(_complaint(one) for one in error.errors()[:3])
+    return _answer(request, Refused(400, "bad_request", text))
 
 
 def _complaint(one: Mapping[str, Any]) -> str:
