@@ -121,13 +121,13 @@ class Detector:
         """
         import warnings
 
-        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
         from twinspect.types import silent
 
-        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
         scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
         for note in (*scored.failed, *notes):
             warnings.warn(note, stacklevel=2)
         self._predictor = None
@@ -165,10 +165,10 @@ class Detector:
 
         single = is_single(source)
         live = None if stream else False
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live)
+        answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live)
         if stream:
-            return found
-        results = list(found)
+            return answers
+        results = list(answers)
         return results[0] if single else results
 
     def predictor(self) -> Predictor:

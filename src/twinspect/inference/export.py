@@ -104,13 +104,13 @@ def export(
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
             draft = Path(folder) / out.name
             build = _Build(fitted, options, checked, calibration or checked, draft, report)
-            found = build.accepted()
+            comparison = build.accepted()
             made = [part for part in draft.parent.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
     except OSError as error:
         raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
-    return found
+    return comparison
 
 
 def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto") -> tuple[Comparison, ExportMeta]:
@@ -145,10 +145,10 @@ def format_of(out: Path, asked: str) -> str:
 
 
 def _refuse_missing(options: ExportOptions) -> None:
-    wanted = _NEEDS[options.format]
+    needed = _NEEDS[options.format]
     if options.format == "openvino" and options.precision == "int8":
-        wanted = (*wanted, "nncf")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+        needed = (*needed, "nncf")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "openvino" if options.format == "openvino" else "onnx"
         raise TwinspectError(
@@ -176,10 +176,10 @@ class _Build:
         write = self._writer()
         for share in SKIPPED_SHARES if self.options.precision == "int8" else (-1.0,):
             write(share)
-            tried[share] = found = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
-            if not found.problems(self.options.precision):
-                self._describe(found, share)
-                return found
+            tried[share] = comparison = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
+            if not comparison.problems(self.options.precision):
+                self._describe(comparison, share)
+                return comparison
         best = min(tried, key=lambda one: tried[one].loss)
         if not self.options.accept_loss or tried[best].broken:
             self._refuse(tried)
@@ -189,13 +189,13 @@ class _Build:
         return tried[best]
 
     def _refuse(self, tried: Mapping[float, Comparison]) -> NoReturn:
-        said = [
-            "; ".join(found.problems(self.options.precision))
+        reasons = [
+            "; ".join(comparison.problems(self.options.precision))
             + (f" with {share:.0%} of the teacher in fp32" if share >= 0 else "")
-            for share, found in tried.items()
+            for share, comparison in tried.items()
         ]
         raise ParityError(
-            f"the {self.options.precision} export does not say what the model says: {' | '.join(said)}. "
+            f"the {self.options.precision} export does not say what the model says: {' | '.join(reasons)}. "
             "Nothing was written. "
             + (
                 "Type --precision fp32, or add --accept-loss to get the best of these all the same"
@@ -253,10 +253,10 @@ class _Build:
             int8_openvino(step, self.draft, chosen, skipped)
         self._seal()
 
-    def _describe(self, found: Comparison, share: float, accepted_loss: bool = False) -> None:
+    def _describe(self, comparison: Comparison, share: float, accepted_loss: bool = False) -> None:
         """Put what was found into the metadata."""
         part = {"teacher_fp32_share": share} if share >= 0 else {}
-        self._seal({**found.to_dict(), "accepted_loss": accepted_loss, **part})
+        self._seal({**comparison.to_dict(), "accepted_loss": accepted_loss, **part})
 
     def _seal(self, checked: dict[str, Any] | None = None) -> None:
         """Write the draft's metadata and sha256 beside it."""
@@ -271,9 +271,9 @@ def _compare(path: Path, fitted: Fitted, images: CheckImages, runtime: str, prog
     from twinspect.inference.runtimes import TorchRuntime, load_runtime
 
     engine, meta = load_runtime(path, runtime)
-    kept = images if meta.any_size else dataclasses.replace(images, raw=())
+    shown = images if meta.any_size else dataclasses.replace(images, raw=())
     reference = TorchRuntime(fitted.model)
-    return compare(reference, engine, kept, fitted.decision, progress)
+    return compare(reference, engine, shown, fitted.decision, progress)
 
 
 def too_few(images: CheckImages) -> str:

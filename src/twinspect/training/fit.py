@@ -105,8 +105,8 @@ def _fitted(
 ) -> Fitted:
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
-    training, held, said = add_rounded(training, held)
-    notes += said
+    training, held, sentences = add_rounded(training, held)
+    notes += sentences
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
@@ -159,8 +159,8 @@ def decision_of(
     learnt = train_at if model.scorer.plain else images
     trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
     counted = good.counted_n.numpy()
-    samples = [source.samples[i] for i, wanted in zip(images, counted, strict=True) if wanted]
-    keys = tuple(image_id(source.keys[i]) for i, wanted in zip(images, counted, strict=True) if wanted)
+    samples = [source.samples[i] for i, counts in zip(images, counted, strict=True) if counts]
+    keys = tuple(image_id(source.keys[i]) for i, counts in zip(images, counted, strict=True) if counts)
     scores = GoodScores(
         good.score_n.double().numpy()[counted],
         good.peak_n.double().numpy()[counted],
@@ -226,16 +226,17 @@ def choose_images(
         DataError: too few good images; the message says how many are copies.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    normal = [s for s in kept if s.split == TRAIN]
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    normal = [s for s in distinct if s.split == TRAIN]
     if len(normal) < FEWEST:
         raise DataError(
             f"{len(normal)} good training images found; at least {FEWEST} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside" + "".join(f". {n}" for n in said)
+            "better. Give a folder of good images, or one with train/good inside"
+            + "".join(f". {n}" for n in sentences)
         )
     if notes is not None:
-        notes += said
-    if held := [s for s in kept if s.split == CALIBRATION]:
+        notes += sentences
+    if held := [s for s in distinct if s.split == CALIBRATION]:
         return normal, held
     minimum = min(20, len(normal) // 4)
     train_part, held = carve_calibration(normal, config.train.holdout, config.train.seed, minimum)

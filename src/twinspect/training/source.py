@@ -156,10 +156,10 @@ class FeatureSource:
                 for sample in samples:
                     waiting.append((sample, pool.submit(self._decode, sample)))
                     if len(waiting) == _AHEAD:
-                        first, found = waiting.popleft()
-                        yield first, *found.result()
-                for first, found in waiting:
-                    yield first, *found.result()
+                        first, decoded = waiting.popleft()
+                        yield first, *decoded.result()
+                for first, decoded in waiting:
+                    yield first, *decoded.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -174,10 +174,10 @@ class FeatureSource:
             before = sample.image.stat()
             key = image_key(sample.image.read_bytes())
             there = self._cache is not None and key in self._cache
-            found = None if there else read_square(sample, self._model.size)
+            square = None if there else read_square(sample, self._model.size)
             if self._known is not None:
                 self._known.note(sample.image, before, key)
-            return key, found
+            return key, square
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
 
@@ -255,17 +255,17 @@ def add_rounded(training: Sequence[Sample], held: Sequence[Sample]) -> tuple[lis
         by_class[sample.class_name].append(sample)
     parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
     notes = []
-    for name, own in by_class.items():
-        if not hardly_differ(own):
+    for name, members in by_class.items():
+        if not hardly_differ(members):
             continue
-        count = max(_COPIES, len(own) // 2)
+        count = max(_COPIES, len(members) // 2)
         for seed in range(count):
-            first = own[seed % len(own)]
+            first = members[seed % len(members)]
             values = {field.name: getattr(first, field.name) for field in fields(Sample)}
             parts[seed % 4 == 3].append(Rounded(**values, seed=seed))
         what = (
             "good images differ by less than one grey level"
-            if len(own) > 1
+            if len(members) > 1
             else "one good image has no other beside it"
         )
         notes.append(
