@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import refuse_unwritable
 from twinspect.charts import Histogram, LineChart, Series
-from twinspect.commands.results import check_outputs, write_json
+from twinspect.commands.results import check_outputs, text_table, write_json
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
@@ -95,8 +95,10 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     metrics = measure(detector, measured, fit_s)
     write_json(numbers, metrics)
     write_report(page, "twinspect demo: textile", sections(metrics, measured, detector, gallery), facts(metrics))
-    for line in summary(metrics):
-        console.say(line)
+    for table in (_auroc_table(metrics), _decision_table(metrics)):
+        for line in text_table(table):
+            console.say(line)
+    console.say(f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s")
     console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
 
@@ -190,21 +192,6 @@ def interval(measured: Evaluation, kind: str) -> list[float]:
     """95 % bootstrap interval of the joint AUROC: how much of a number is luck of the test images."""
     low, high = bootstrap_interval(*against_nominal(measured, "score", kind), auroc, n=300)
     return [round(low, 4), round(high, 4)]
-
-
-def summary(metrics: dict[str, Any]) -> list[str]:
-    """The table that the demo prints."""
-    kinds = (LOCAL, GLOBAL, ALL)
-    lines = [f"{'image AUROC':<32}" + "".join(f"{kind:>9}" for kind in kinds)]
-    for name, key in zip(SCORES.values(), ("auroc", "auroc_ed_only", "auroc_ee_only"), strict=True):
-        lines.append(f"{name:<32}" + "".join(f"{metrics[key][kind]:9.4f}" for kind in kinds))
-    called = metrics["called_anomalous"]
-    return [
-        *lines,
-        f"at the threshold: {called[NOMINAL]:.1%} of unseen good images called anomalous, "
-        f"{called[LOCAL]:.1%} of local and {called[GLOBAL]:.1%} of global defects found",
-        f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s",
-    ]
 
 
 def sections(metrics: dict[str, Any], measured: Evaluation, detector: Detector, gallery: Gallery) -> list[Section]:
