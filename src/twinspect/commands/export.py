@@ -10,13 +10,13 @@ from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 
 if TYPE_CHECKING:
-    from twinspect.inference.parity import CheckImages
+    from twinspect.export.parity import CheckImages
 
 
 def export_command(options: ExportCommandOptions, console: Console) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
-    from twinspect.inference.export import ExportOptions, export, format_of, refuse_wrong_name, too_few
-    from twinspect.inference.parity import load_images
+    from twinspect.export.build import ExportOptions, export, format_of, refuse_wrong_name, too_few
+    from twinspect.export.parity import load_images
     from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
@@ -45,8 +45,8 @@ def check_command(options: CheckOptions, console: Console) -> None:
     Raises:
         ParityError: they differ by more than the precision's tolerance, which was not accepted when it was written.
     """
-    from twinspect.inference.export import check, too_few
-    from twinspect.inference.parity import TOLERANCES, ParityError
+    from twinspect.export.build import check, too_few
+    from twinspect.export.parity import TOLERANCES, ParityError
     from twinspect.storage import load
 
     path, bundle = options.export, options.bundle
@@ -75,7 +75,7 @@ def check_command(options: CheckOptions, console: Console) -> None:
 
 def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
     """Labelled images of a data set if given, else plain good images, else none."""
-    from twinspect.inference.parity import load_images, load_labelled
+    from twinspect.export.parity import load_images, load_labelled
 
     if data is not None:
         return load_labelled(data, size)

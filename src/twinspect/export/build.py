@@ -18,8 +18,8 @@ import numpy as np
 
 from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.export.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.files import refuse_unwritable
-from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
 from twinspect.types import Progress, silent
@@ -170,7 +170,7 @@ class _Build:
 
     def accepted(self) -> Comparison:
         """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
-        from twinspect.inference.graph import SKIPPED_SHARES
+        from twinspect.export.graph import SKIPPED_SHARES
 
         tried: dict[float, Comparison] = {}
         write = self._writer()
@@ -207,7 +207,7 @@ class _Build:
     def _writer(self) -> Callable[[float], None]:
         """What writes the draft, given the share of the teacher that stays in fp32 (int8 only)."""
         self.progress("exporting", 0, 1)
-        from twinspect.inference.graph import to_onnx
+        from twinspect.export.graph import to_onnx
 
         proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
         self.progress("exporting", 1, 1)
@@ -216,7 +216,7 @@ class _Build:
         return lambda share: self._int8(proto, share)
 
     def _plain(self, proto: Any) -> None:
-        from twinspect.inference.graph import refuse_too_large, save_proto
+        from twinspect.export.graph import refuse_too_large, save_proto
 
         if self.options.format == "onnx":
             refuse_too_large(proto)
@@ -230,7 +230,7 @@ class _Build:
 
     def _step(self, proto: Any) -> Path:
         """The fp32 ONNX file that other formats and precisions are made from."""
-        from twinspect.inference.graph import save_proto
+        from twinspect.export.graph import save_proto
 
         step = self.draft.parent / "steps" / "fp32.onnx"
         if not step.exists():
@@ -239,7 +239,7 @@ class _Build:
         return step
 
     def _int8(self, proto: Any, share: float) -> None:
-        from twinspect.inference.graph import int8_onnx, int8_openvino, skipped_layers
+        from twinspect.export.graph import int8_onnx, int8_openvino, skipped_layers
 
         step = self._step(proto)
         skipped = skipped_layers(proto, share)
