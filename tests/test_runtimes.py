@@ -190,6 +190,12 @@ def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp
     assert "weave" in found.stdout or "ring" in found.stdout
     gone = subprocess.run([python, "-c", "import torch"], capture_output=True, cwd=tmp_path)
     assert gone.returncode
+    (tmp_path / "model.twin").touch()
+    refused = subprocess.run([*run[:5], "model.twin", *run[6:]], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "light runtime" in refused.stderr
+    assert "twinspect export model.twin --out model.onnx" in refused.stderr
+    assert "install torch" not in refused.stderr
 
 
 def _megabytes(folder: Path) -> float:

@@ -282,11 +282,16 @@ def drift(options: DriftOptions) -> None:
 def info(
     bundle: Bundle,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_card: Annotated[bool, typer.Option("--card", help="Print a model card in Markdown.")] = False,
 ) -> None:
-    """Say what a bundle holds: teacher, classes, training, threshold and its promise."""
+    """Say what a model holds: teacher, classes, training, threshold and its promise."""
+    from twinspect.commands.card import card
     from twinspect.commands.fit import info_lines
 
     with _console() as console:
+        if as_card:
+            console.result(card(bundle))
+            return
         content = info_lines(bundle)
         console.say(json.dumps(content, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in content.items()))
 

@@ -32,7 +32,7 @@ class Detector:
         config: full settings; the other arguments are then left alone.
         effort: ``fast`` (half the input side, fewer steps) or ``default``.
 
-    Example:
+    Examples:
         >>> detector = Detector("efficientnet-lite0").fit("data/")
         >>> detector.predict("new/part.png").is_anomaly
     """

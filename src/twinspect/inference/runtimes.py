@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -255,10 +256,20 @@ def required(runtime: str, path: Path) -> Any:
     try:
         return importlib.import_module(_INSTALL[runtime])
     except ImportError as error:
+        if runtime == "torch" and _is_light():
+            raise TwinspectError(
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the whole "
+                f"of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+            ) from None
         raise TwinspectError(
             f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
             f"Type: pip install {_INSTALL[runtime]}"
         ) from None
+
+
+def _is_light() -> bool:
+    """Whether the distribution of packaging/runtime is what is installed here."""
+    return next(metadata.distributions(name="twinspect-runtime"), None) is not None
 
 
 def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
