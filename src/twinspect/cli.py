@@ -123,13 +123,15 @@ def fetch(
 
 
 @app.command()
-@usual("out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "device")
+@usual(
+    "out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "pose", "drop_outliers", "device"
+)
 @with_settings(ModelConfig, TrainConfig, optional=True)
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
     effort: Annotated[
-        str, typer.Option(help="fast: half the input side, fewer steps. Other options win.")
+        str, typer.Option(help="instant: statistics only, no students; fast: half the input side, fewer steps.")
     ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
@@ -266,6 +268,25 @@ def calibrate(options: CalibrateOptions) -> None:
 
     with _console(quiet=options.json_file == "-") as console:
         calibrate_command(options, console)
+
+
+@app.command()
+@usual("class_name", "listed", "undo", "out")
+def update(
+    bundle: Bundle,
+    new: Annotated[Optional[Path], typer.Argument(help="New good images: a folder in any layout.")] = None,  # noqa: UP045
+    class_name: Annotated[str, typer.Option("--class", help="Class of all of them, known or new.")] = "",
+    listed: Annotated[bool, typer.Option("--list", help="Say what was learnt since training.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the last update back.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
+    layout: Annotated[str, typer.Option(help="Layout of NEW; auto detects it.")] = "auto",
+    weights: Weights = None,
+) -> None:
+    """Learn new good images, after false alarms or of a new class, without the old ones."""
+    from twinspect.commands.update import update_command
+
+    with _console() as console:
+        update_command(bundle, new, class_name, out, listed, undo, str(weights or ""), layout, console)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from twinspect.decide.conformal import RULES
 from twinspect.decide.decision import Decision, promises, refuse_other_model
 from twinspect.decide.drift import DriftMonitor, DriftReport
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, LABELS, SESSIONS, GoodScores, Rule, class_sentence
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, GoodScores, Rule, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import Section, Table
@@ -81,7 +81,7 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     values = calibration_values(after, notes)
-    write_bundle(out, meta, content.tensors)
+    write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")
 
@@ -348,8 +348,12 @@ def false_alarms(rule: Rule) -> str:
     """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
     if rule.basis == LABELS:
         return "chosen on labelled images"
+    if rule.basis == HAND:
+        return HAND
     if rule.basis == EVERY:
         return "unknown: no good image of this class"
+    if rule.images == 1:
+        return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
     return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
 

@@ -152,7 +152,7 @@ def session_of(sample: Sample, root: Path | None) -> str:
 
 def _key(sample: Sample, size: int) -> str:
     """As the training room names an image: by its file, or by its pixels at the model's size."""
-    if sample.record is None:
+    if sample.in_file:
         return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
     return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
 

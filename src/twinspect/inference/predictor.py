@@ -20,7 +20,7 @@ from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
-from twinspect.inference.decode import Decoded, DecodePool, decode, expand, is_live, is_single
+from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
 from twinspect.inference.decode import name_of as name_of
 from twinspect.inference.result import Result, find_regions
 
@@ -66,6 +66,7 @@ class Predictor:
         pixels: bool = True,
         class_name: str | None = None,
         live: bool | None = None,
+        bgr: bool = False,
     ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
@@ -79,6 +80,7 @@ class Predictor:
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
             live: answer each image before the next one is taken, instead of reading ahead; None: where the source is
                 an iterable without a length, such as a generator.
+            bgr: arrays have blue first, as OpenCV reads them.
 
         Raises:
             ConfigError: a class that the bundle does not know.
@@ -88,7 +90,7 @@ class Predictor:
         """
         self.decision.checked_class(class_name)
         one_by_one = is_live(source) if live is None else live
-        items = expand(source)
+        items = map(from_bgr, expand(source)) if bgr else expand(source)
         results = (
             self._live(items, maps, pixels, class_name)
             if one_by_one

@@ -258,8 +258,8 @@ def required(runtime: str, path: Path) -> Any:
     except ImportError as error:
         if runtime == "torch" and _is_light():
             raise TwinspectError(
-                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the whole "
-                f"of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
+                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
             ) from None
         raise TwinspectError(
             f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
@@ -269,7 +269,7 @@ def required(runtime: str, path: Path) -> Any:
 
 def _is_light() -> bool:
     """Whether the distribution of packaging/runtime is what is installed here."""
-    return next(metadata.distributions(name="twinspect-runtime"), None) is not None
+    return any(True for _ in metadata.distributions(name="twinspect-runtime"))
 
 
 def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:

@@ -66,6 +66,9 @@ def train(
     Raises:
         TrainingError: a loss that is not finite.
     """
+    if not config.steps:
+        model.eval()
+        return TrainReport(0, 0.0, "no steps asked for", {}, 0)
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
     work = work if group.leads else None
