@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from twinspect.commands import usual, with_settings
+from twinspect.commands import takes, usual, with_settings
 from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
@@ -20,7 +20,6 @@ from twinspect.commands.options import (
     InspectOptions,
     ManifestOptions,
     ReproduceOptions,
-    takes,
 )
 from twinspect.commands.predict import predict
 from twinspect.commands.serve import serve

@@ -179,13 +179,13 @@ class Detector:
         """
         import warnings
 
-        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
         from twinspect.types import silent
 
-        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
         scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
         for note in (*scored.failed, *notes):
             warnings.warn(note, stacklevel=2)
         self._predictor = None
@@ -242,13 +242,13 @@ class Detector:
 
         single = is_single(source)
         live = None if stream else False
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
+        answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
         if stream:
-            return found
+            return answers
         if single:
-            return next(found)
+            return next(answers)
         results: list[Result] = []
-        for result in found:
+        for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
                 result.rgb = None  # a folder's pixels would fill the memory
             results.append(result)

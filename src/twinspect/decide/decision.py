@@ -209,13 +209,13 @@ def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, fl
     """
     counts: dict[str, dict[str, float]] = {}
     for name, label, called in rows:
-        own = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        own["defects" if label else "good"] += 1
-        own["found" if label else "false_alarms"] += called
-    for own in counts.values():
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
         for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
-            if own[whole]:
-                own[rate] = own[part] / own[whole]
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
     return dict(sorted(counts.items()))
 
 

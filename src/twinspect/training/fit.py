@@ -137,8 +137,8 @@ def _fitted(
     only_few = few.issuperset({sample.class_name for sample in training})
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
-    training, held, said = add_copies(training, held, config.train.pose, few)
-    notes += said
+    training, held, sentences = add_copies(training, held, config.train.pose, few)
+    notes += sentences
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
@@ -197,8 +197,8 @@ def decision_of(
     learnt = train_at if model.scorer.plain else images
     trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
     counted = good.counted_n.numpy()
-    samples = [source.samples[i] for i, wanted in zip(images, counted, strict=True) if wanted]
-    keys = tuple(image_id(source.keys[i]) for i, wanted in zip(images, counted, strict=True) if wanted)
+    samples = [source.samples[i] for i, counts in zip(images, counted, strict=True) if counts]
+    keys = tuple(image_id(source.keys[i]) for i, counts in zip(images, counted, strict=True) if counts)
     scores = GoodScores(
         good.score_n.double().numpy()[counted],
         good.peak_n.double().numpy()[counted],
@@ -264,17 +264,18 @@ def choose_images(
         DataError: too few good images; the message says how many are copies.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    normal = [s for s in kept if s.split == TRAIN]
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    normal = [s for s in distinct if s.split == TRAIN]
     fewest = 1 if config.model.scores() == "default" else FEWEST
     if len(normal) < fewest:
         raise DataError(
             f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside" + "".join(f". {n}" for n in said)
+            "better. Give a folder of good images, or one with train/good inside"
+            + "".join(f". {n}" for n in sentences)
         )
     if notes is not None:
-        notes += said
-    if held := [s for s in kept if s.split == CALIBRATION]:
+        notes += sentences
+    if held := [s for s in distinct if s.split == CALIBRATION]:
         return normal, held
     if not config.train.steps:
         return normal, []  # nothing is held out from students that do not learn
