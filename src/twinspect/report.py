@@ -118,23 +118,20 @@ class Gallery:
 
 
 def case_of(result: Result, kind: str) -> Case:
-    """A result (with map and image) as a small picture with its overlay and a caption in words.
-
-    Raises:
-        ValueError: the result carries no image or map.
-    """
+    """A result (with map and image) as a small picture with its overlay and a caption in words."""
     overlay = result.overlay(side=THUMB, words=False)  # raises without image or map
-    assert result.rgb is not None
-    image = Image.fromarray(result.rgb)
+    rgb = result.image()
+    assert rgb is not None
+    image = Image.fromarray(rgb)
     image.thumbnail((THUMB, THUMB))
     near = result.nearest_image
     if near is not None:
         near.thumbnail((THUMB, THUMB))
-    said = "called anomalous" if result.is_anomaly else "called good"
+    verdict = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
     if result.share_local == result.share_local:
         numbers += f", {100 * result.share_local:.0f} % from places"
-    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay, near)
+    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {verdict}", image, overlay, near)
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from twinspect.data.images import read_rgb
 from twinspect.decide.conformal import Floats, p_values
 from twinspect.errors import ConfigError
 
@@ -189,7 +192,7 @@ class Result:
 
     def _repr_png_(self) -> bytes | None:
         """The overlay, which notebooks show; None without map and image."""
-        if self.rgb is None or self.grid is None:
+        if self.grid is None or self.image() is None:
             return None
         body = io.BytesIO()
         self.overlay(side=_NOTEBOOK_SIDE).save(body, "PNG")
@@ -227,6 +230,12 @@ class Result:
             said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
         return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
 
+    def image(self) -> NDArray[np.uint8] | None:
+        """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
+        if self.rgb is not None or self.error or not os.path.isfile(self.path):
+            return self.rgb
+        return read_rgb(Path(self.path))
+
     def overlay(self, opacity: float = 0.5, side: int = 0, words: bool = True) -> Image.Image:
         """The image under its map on the model's fixed colour scale, with outline and box of every region.
 
@@ -238,9 +247,10 @@ class Result:
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
         """
-        if self.rgb is None or self.grid is None:
+        rgb = self.image()
+        if rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        image = Image.fromarray(self.rgb)
+        image = Image.fromarray(rgb)
         if side:
             image.thumbnail((side, side))
         colours = colourise(resize_map(self.grid, image.height, image.width), self.scale)
@@ -382,12 +392,12 @@ def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Co
     return Components(area, peak, top, left, bottom, right, row, start, stop, owner)
 
 
-def pixels_of(found: Components, region: int) -> tuple[Ints, Ints]:
+def pixels_of(regions: Components, region: int) -> tuple[Ints, Ints]:
     """Rows and columns of a region's pixels, in reading order."""
-    own = found.run_owner == region
-    length = found.run_stop[own] - found.run_start[own]
+    inside = regions.run_owner == region
+    length = regions.run_stop[inside] - regions.run_start[inside]
     offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    return np.repeat(found.run_row[own], length), np.repeat(found.run_start[own], length) + offset
+    return np.repeat(regions.run_row[inside], length), np.repeat(regions.run_start[inside], length) + offset
 
 
 def _runs(mask_HW: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
@@ -550,9 +560,9 @@ def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> ND
     return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
 
 
-def _region(found: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
-    y, x = math.floor(found.top[i] * scale[0]), math.floor(found.left[i] * scale[1])
-    bottom = min(shape[0], math.ceil(found.bottom[i] * scale[0]))
-    right = min(shape[1], math.ceil(found.right[i] * scale[1]))
-    pixels = max(1, round(int(found.area[i]) * scale[0] * scale[1]))
-    return Region(x, y, right - x, bottom - y, pixels, float(found.peak[i]), float(p))
+def _region(regions: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
+    y, x = math.floor(regions.top[i] * scale[0]), math.floor(regions.left[i] * scale[1])
+    bottom = min(shape[0], math.ceil(regions.bottom[i] * scale[0]))
+    right = min(shape[1], math.ceil(regions.right[i] * scale[1]))
+    pixels = max(1, round(int(regions.area[i]) * scale[0] * scale[1]))
+    return Region(x, y, right - x, bottom - y, pixels, float(regions.peak[i]), float(p))
