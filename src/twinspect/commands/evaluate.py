@@ -178,7 +178,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None 
 
 def unlearnt_as_test(samples: Sequence[Sample], detector: Detector) -> list[Sample]:
     """The same samples, the good ones that the model did not learn from moved to the test split."""
-    learnt, size = set(detector.fitted.decision.trained), detector.fitted.model.shape.size
+    learnt, size = set(detector.fitted.decision.trained), detector.predictor().runtime.size
 
     def new(sample: Sample) -> bool:
         try:

@@ -167,7 +167,7 @@ class Review:
             works_at = (float(called[label == 0].mean()), float(called[label == 1].mean()))
             yield LineChart(
                 f"ROC: {name}", "good images called anomalous", "defects found", (Series(name, alarms, found),),
-                diagonal=True, marks=(("threshold in use", *works_at),),
+                marks=(("threshold in use", *works_at),),
             )  # fmt: skip
 
 
