@@ -19,7 +19,10 @@ def predict(
     ],
     out: Annotated[
         str,
-        typer.Option(help="Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts."),
+        typer.Option(
+            help="Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts; - prints "
+            "rows as JSON lines, -.csv as CSV."
+        ),
     ] = "",
     class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
     maps: Annotated[str, typer.Option(help="Folder for raw maps (float16).")] = "",
@@ -65,9 +68,9 @@ def predict(
             str(bundle), tuple(paths), out, pictures, coco, runtime, threads, batch, str(weights or ""), device,
             class_name or None, workers, part_rows, shard_of(shard), restart,
         )  # fmt: skip
-        chosen = chosen_engine(engine, job.out, actors, actor_cpus, actor_gpus, ray_address)
+        chosen = chosen_engine(engine, job.keeps_parts, actors, actor_cpus, actor_gpus, ray_address)
         totals = run(job, console, chosen)
-        console.say(say_totals(totals, out))
+        (console.warn if job.on_stdout else console.say)(say_totals(totals, out))
         if totals.nothing_scored:
             raise typer.Exit(NOTHING_SCORED)
 
@@ -86,7 +89,7 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def chosen_engine(name: str, out: str, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
+def chosen_engine(name: str, keeps_parts: bool, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
     """The engine of that name; None is this process.
 
     Raises:
@@ -100,8 +103,8 @@ def chosen_engine(name: str, out: str, actors: int, cpus: float, gpus: float, ad
         if actors or gpus or address or cpus != 1.0:
             raise ConfigError("--actors, --actor-cpus, --actor-gpus and --ray-address need --engine ray")
         return None
-    if not out:
-        raise ConfigError("--engine ray writes a table; give --out")
+    if not keeps_parts:
+        raise ConfigError("--engine ray writes a table; give --out FILE")
     from twinspect.inference.on_ray import RayEngine
 
     return RayEngine(actors, cpus, gpus, address)

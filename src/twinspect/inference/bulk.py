@@ -27,7 +27,7 @@ from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.sources import walk_all
-from twinspect.inference.table import encode, join
+from twinspect.inference.table import as_line, csv_header, encode, join
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 
@@ -227,7 +227,7 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
     # An empty source is refused before the model is loaded.
     found = _counting_several(walk_all(job.sources), totals)
     job.check_outputs()
-    if not job.out:
+    if not job.keeps_parts:
         return _print(job, found, listener, totals)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
@@ -289,11 +289,13 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
 
 def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals: Totals) -> Totals:
     with Scorer(job) as scorer:
+        if job.on_stdout == ".csv":
+            listener.result(csv_header())
         for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
-            listener.result(say_result(result))
+            listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
     return totals
 
 
@@ -321,7 +323,7 @@ def say_result(result: Result) -> str:
 def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
-    where = f"; {out}" if out else ""
+    where = f"; {out}" if out[:1] not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}{several}"
 

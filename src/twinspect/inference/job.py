@@ -23,6 +23,7 @@ from twinspect.inference.table import check_format, is_own
 
 FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
 MOST_WORKERS = 512
+_ON_STDOUT = {"-": ".jsonl", "-.jsonl": ".jsonl", "-.csv": ".csv"}  # --out, and what it prints
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Job:
     Attributes:
         model: bundle or exported model.
         sources: paths, folders, globs, ``@lists``, archives, tables, URLs.
-        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); empty prints lines.
+        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); ``-`` or ``-.csv`` prints
+            the rows as JSON lines or CSV; empty prints lines for people.
         pictures: what to write beside it.
         coco: COCO file of all regions; empty writes none.
         runtime, threads, batch, weights, device: as `inference.load`.
@@ -68,10 +70,20 @@ class Job:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
         if of > 1 and (not self.is_folder or self.coco):
             raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
-        if self.coco and not self.out:
-            raise ConfigError("--coco is made from the run's parts; give --out as well")
-        if self.out and not self.is_folder:
+        if self.coco and not self.keeps_parts:
+            raise ConfigError("--coco is made from the run's parts; give --out FILE as well")
+        if self.keeps_parts and not self.is_folder:
             check_format(Path(self.out).suffix, Path(self.out).name)
+
+    @property
+    def on_stdout(self) -> str:
+        """Format of the rows that standard output gets; empty where it gets none."""
+        return _ON_STDOUT.get(self.out, "")
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether rows go to files, in parts from which a killed run goes on."""
+        return bool(self.out) and not self.on_stdout
 
     @property
     def is_folder(self) -> bool:
@@ -81,14 +93,14 @@ class Job:
     @property
     def part_rows(self) -> int:
         """Rows of a part."""
-        return self.rows or (FOLDER_ROWS if self.out and self.is_folder else FILE_ROWS)
+        return self.rows or (FOLDER_ROWS if self.keeps_parts and self.is_folder else FILE_ROWS)
 
     @property
     def decoders(self) -> int:
         """Decoding processes; 0 is threads."""
         if self.workers >= 0:
             return self.workers
-        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.out else 0
+        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.keeps_parts else 0
 
     def check_outputs(self) -> None:
         """Find out before the work whether all can be written, and that no picture comes to lie among the images.
@@ -96,7 +108,7 @@ class Job:
         Raises:
             ConfigError: it cannot be, or another program's file would be replaced.
         """
-        if self.out and not self.is_folder:
+        if self.keeps_parts and not self.is_folder:
             refuse_unwritable(Path(self.out), "--out", ours=is_own)
         if self.coco:
             refuse_unwritable(Path(self.coco), "--coco", ours=is_own_coco)
