@@ -7,7 +7,7 @@ comma := ,
 BIN := $(VENV)/bin
 # What is installed: extras of pyproject.toml. The tests need all of them.
 DEMO := $(VENV)/.installed-demo
-ALL := $(VENV)/.installed-dev-demo-server-onnx-openvino-ray
+ALL := $(VENV)/.installed-dev-demo-server-onnx-openvino-ray-video
 
 .PHONY: demo quick test check bench picture clean
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
 _MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 NOTHING_SCORED = 1  # exit code of a command that went through its images and could read none
+FAILED_ON = 3  # of one that was asked to say by it that there were anomalies, or images that cannot be read
 _SIGINT, _SIGPIPE, _SIGTERM = 130, 141, 143  # what a shell reports: Ctrl-C, the reader has gone, told to end
 
 

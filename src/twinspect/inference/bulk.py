@@ -26,7 +26,7 @@ from twinspect.inference.parts import Part, PartStore, Place, digest, source_dig
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.sources import walk_all
+from twinspect.inference.sources import walk_all, watch
 from twinspect.inference.table import as_line, csv_header, encode, join
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
@@ -74,6 +74,10 @@ class Totals:
     def nothing_scored(self) -> bool:
         """Whether there were images, and none could be read."""
         return self.rows == self.errors > 0
+
+    def fails(self, on: str) -> bool:
+        """Whether a run has failed by --fail-on: ``error``: an image could not be read; ``anomaly``: or is one."""
+        return bool(on) and (self.errors > 0 or (on == "anomaly" and self.bad > 0))
 
     def add(self, part: Part, before: bool = False) -> None:
         """Count a part."""
@@ -127,6 +131,16 @@ class Scorer:
                 tag = tags.popleft()
                 save_pictures(result, self.job.pictures, tag.unit, tag.number)
                 yield tag, result
+
+    def live(self, found: Iterable[Item | Stream]) -> Iterator[Result]:
+        """Images scored one by one, each before the next is asked for, pictures written."""
+        wants, pictures = self.job.pictures.wants_maps, self.job.pictures
+        items = (item for one in found for item in (one.items() if isinstance(one, Stream) else (one,)))
+        for number, item in enumerate(items):
+            image = self.predictor.decode(item, bool(pictures.overlays))
+            for result in self.predictor.score_batch([image], wants, [self.job.class_name]):
+                save_pictures(result, pictures, 0, number)
+                yield result
 
     def parts(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
         """Score units and keep their rows; a part is given when it is safely stored."""
@@ -225,7 +239,7 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
     """
     totals = Totals()
     # An empty source is refused before the model is loaded.
-    found = _counting_several(walk_all(job.sources), totals)
+    found = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
     job.check_outputs()
     if not job.keeps_parts:
         return _print(job, found, listener, totals)
@@ -291,11 +305,14 @@ def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals:
     with Scorer(job) as scorer:
         if job.on_stdout == ".csv":
             listener.result(csv_header())
-        for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
+        rest = (result for _, result in scorer.results(units(found, job.part_rows), lambda part: None))
+        for result in scorer.live(found) if job.is_live else rest:
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
             listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+            if job.is_endless and totals.fails(job.fail_on):
+                break
     return totals
 
 

@@ -200,6 +200,8 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
 
 
 def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    if item.pixels is not None:
+        return item.pixels, (item.pixels.shape[0], item.pixels.shape[1])
     if item.record is not None and not item.error:
         rgb = read_record(Path(item.path), item.record, limits)
         return rgb, (rgb.shape[0], rgb.shape[1])

@@ -16,6 +16,8 @@ from PIL import Image
 from twinspect.errors import ImageError
 from twinspect.inference.archives import ARCHIVES, Item, Stream
 from twinspect.inference.sources import TABLES, among, walk
+from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
 _ACCEPTED = "a path, an array, a PIL image, the bytes of an image file, or an iterable of these"
@@ -38,12 +40,14 @@ def expand(source: Any) -> Iterator[Any]:
 def is_single(source: Any) -> bool:
     """Whether a source stands for exactly one image."""
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES))
+        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES, *VIDEOS))
     return _several(source) is None
 
 
 def is_live(source: Any) -> bool:
-    """Whether more images may still be in the making: an iterable that does not know its length."""
+    """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
+    if is_live_path(source):
+        return True
     lasting = isinstance(source, (str, os.PathLike)) or hasattr(source, "__len__")
     return not lasting and _several(source) is not None
 

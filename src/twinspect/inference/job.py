@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
-from twinspect.errors import BundleError, ConfigError, check_range
+from twinspect.errors import BundleError, ConfigError, check_range, unknown_name
 from twinspect.files import refuse_unwritable
 from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
 from twinspect.inference.predictor import check_counts
-from twinspect.inference.sources import would_find
+from twinspect.inference.sources import is_live, would_find
 from twinspect.inference.table import check_format, is_own
+from twinspect.inference.video import is_endless
 
 FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
 MOST_WORKERS = 512
@@ -43,6 +44,8 @@ class Job:
         rows: rows of a part; 0 takes 256 for a file and 4,096 for a folder.
         shard: (number, of how many): only every so many-th unit, for several machines on one folder.
         restart: drop what an unfinished run left.
+        watch: go on with images that arrive in the sources, which are folders.
+        fail_on: ``anomaly`` or ``error``: what ends an endless run; see `bulk.Totals.fails`.
     """
 
     model: str
@@ -60,11 +63,15 @@ class Job:
     rows: int = 0
     shard: tuple[int, int] = (0, 1)
     restart: bool = False
+    watch: bool = False
+    fail_on: str = ""
 
     def __post_init__(self) -> None:
         check_range("--part-rows", self.rows, 0, MOST_ROWS)
         check_range("--workers", self.workers, -1, MOST_WORKERS)
         check_counts(self.threads, self.batch)
+        if self.fail_on not in ("", "anomaly", "error"):
+            raise ConfigError(unknown_name("--fail-on", self.fail_on, ("anomaly", "error")))
         number, of = self.shard
         if not 0 <= number < of:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
@@ -72,6 +79,13 @@ class Job:
             raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
         if self.coco and not self.keeps_parts:
             raise ConfigError("--coco is made from the run's parts; give --out FILE as well")
+        if self.is_live and self.keeps_parts:
+            raise ConfigError(
+                f"{self.sources[0]}: a source without an end writes no table; its rows go to standard output as they "
+                "are made: --out - (JSON lines, for a pipe or > FILE), or -.csv"
+            )
+        if len(self.sources) > 1 and any(map(is_live, self.sources)):
+            raise ConfigError("a camera, a stream or @- is given alone; start one predict for each")
         if self.keeps_parts and not self.is_folder:
             check_format(Path(self.out).suffix, Path(self.out).name)
 
@@ -79,6 +93,16 @@ class Job:
     def on_stdout(self) -> str:
         """Format of the rows that standard output gets; empty where it gets none."""
         return _ON_STDOUT.get(self.out, "")
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether the sources have no end of their own."""
+        return self.watch or is_endless(self.sources[0])
+
+    @property
+    def is_live(self) -> bool:
+        """Whether each image is answered before the next one is asked for."""
+        return self.is_endless or is_live(self.sources[0])
 
     @property
     def keeps_parts(self) -> bool:
