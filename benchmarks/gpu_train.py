@@ -29,7 +29,8 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.data.painting import part
 from twinspect.device import choose_device
 from twinspect.losses import easy_share, encoder_decoder_loss
-from twinspect.training.fit import build_model, fit, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import fit, silent
 from twinspect.training.loop import autocast, make_optimiser, train
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample

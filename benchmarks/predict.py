@@ -37,8 +37,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from twinspect.inference.bulk import local, run
-from twinspect.inference.decode import decode
-from twinspect.inference.frames import expand
+from twinspect.inference.decode import decode, expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor

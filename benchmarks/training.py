@@ -35,8 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.storage import load
-from twinspect.training.fit import Fitted
+from twinspect.storage import Fitted, load
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
 from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch
@@ -319,7 +318,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
     """One batch of images: given ones, repeated where there are too few, or painted ones."""
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import expand
 
     if images is not None:
         found = [Path(item.path) for item in islice(expand(images), count)]

@@ -11,7 +11,8 @@ from tiny import picture, run_config, same_tensors, train_samples
 from twinspect import Detector
 from twinspect.config import FAMILIES, TrainConfig
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.fit import build_model, fit, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import fit, silent
 
 TEACHERS = ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "efficientnet-lite0"]
 MATRIX = [(model, teacher) for model in FAMILIES for teacher in TEACHERS]

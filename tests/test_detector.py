@@ -5,7 +5,7 @@ from pathlib import Path
 from tiny import RANDOM, good_folder, picture, run_config, same_tensors, save
 
 from twinspect import Detector, Sample
-from twinspect.inference.frames import is_single
+from twinspect.inference.decode import is_single
 from twinspect.types import TRAIN
 
 

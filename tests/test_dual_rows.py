@@ -16,8 +16,7 @@ from twinspect.models.layers import DecoderBlock, to_map, to_tokens
 from twinspect.models.observed import Observed, Outputs
 from twinspect.models.scorer import TOP_SHARE, GroupPlan, Scorer
 from twinspect.models.statistics import NEIGHBOURS, PositionGaussian, Standardiser, TokenGaussian
-from twinspect.scoring import smooth
-from twinspect.training.fit import build_model
+from twinspect.storage import build_model
 
 
 def slow_resample(maps: torch.Tensor, side: int) -> torch.Tensor:
@@ -81,9 +80,8 @@ def slow_tokens(model: DualModel, observed: Observed) -> list[torch.Tensor]:
 
 
 def full_size(scorer: Scorer, maps: torch.Tensor) -> torch.Tensor:
-    """B x h x w to the smoothed map of the outputs, B x H x W."""
-    large = F.interpolate(maps[:, None], size=(scorer.map_side,) * 2, mode="bilinear", align_corners=False)
-    return smooth(large, scorer.kernel)[:, 0]
+    """B x h x w to the size of the outputs, B x H x W."""
+    return F.interpolate(maps[:, None], size=(scorer.map_side,) * 2, mode="bilinear", align_corners=False)[:, 0]
 
 
 def largest(one: torch.Tensor, share: float) -> float:
@@ -166,15 +164,13 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         counted = weight * np.r_[slow_surprise(z[: len(local)]), z[len(local) :]]
         both = torch.tensor([counted[: len(local)].sum(), counted[len(local) :].sum()])
         z = z_of(scorer.standardise_students, both, k)
-        mapped = [g for g, (plan, _, _) in enumerate(groups) if plan.mapped]
-        side = max(maps[g].shape[0] for g in mapped)
-        levels = [(maps[g], scorer.map_level_KG[k, g], scorer.map_spread_KG[k, g]) for g in mapped]
-        large = [
-            F.interpolate(((m - level) / spread)[None, None], size=(side, side), mode="bilinear")[0, 0]
-            for m, level, spread in levels
-        ]
+        large = []
+        for g, (m, (_, _, one)) in enumerate(zip(maps, groups, strict=True)):
+            spread = np.maximum(one.spread_Vhw[variant].numpy(), float(scorer.map_spread_KG[k, g]))
+            surprising = slow_surprise((m.numpy() - float(scorer.map_level_KG[k, g])) / spread)
+            large.append(full_size(scorer, torch.from_numpy(surprising).float()[None]))
         found.append({
-            "map_B1HW": full_size(scorer, torch.stack(large).mean(0)[None]),
+            "map_B1HW": torch.stack(large).sum(0),
             "score_B": torch.tensor(link * slow_surprise(z[0]) + slow_surprise(z[1])),
             "score_local_B": torch.tensor(z[0]), "score_semantic_B": torch.tensor(z[1]),
             "cluster_B": torch.tensor(k), "cluster_distance_B": reading[len(local) + 1], "readings_BR": reading,

@@ -23,7 +23,7 @@ from twinspect.commands.evaluate import AS_GIVEN, choose_test, leaked_pairs, met
 from twinspect.commands.results import grouped, mean_of
 from twinspect.data import load
 from twinspect.data.samples import read_regions
-from twinspect.decision import count_calls
+from twinspect.decide.decision import count_calls
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import evaluate, shared_defects
 from twinspect.inference.result import Result

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from tiny import images_to_test, picture
 
-from twinspect.calibration import Threshold
+from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
 from twinspect.inference import load
 from twinspect.inference.export import FORMATS, ExportOptions, check, export
-from twinspect.inference.exported import companion, read_export
 from twinspect.inference.parity import (
     CheckImages,
     Comparison,
@@ -24,7 +23,7 @@ from twinspect.inference.parity import (
     load_labelled,
     rank_correlation,
 )
-from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
+from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +200,11 @@ def test_runtimes_that_cannot_run_a_file(onnx_file: Path, bundle: Path) -> None:
 
 
 def test_rank_correlation_with_ties() -> None:
-    from scipy.stats import spearmanr
-
-    rng = np.random.default_rng(0)
-    first, second = rng.integers(0, 9, 60).astype(float), rng.normal(size=60)
-    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second)[0])
+    first, second = np.array([1.0, 2.0, 2.0, 5.0]), np.array([3.0, 8.0, 1.0, 9.0])
+    # Ranks 0, 1.5, 1.5, 3 and 1, 2, 0, 3: covariance 3 of variances 4.5 and 5.
+    assert rank_correlation(first, second) == pytest.approx(3 / np.sqrt(4.5 * 5))
+    assert rank_correlation(first, np.zeros(4)) == 1.0
+    assert np.isnan(rank_correlation(first, np.array([0.0, np.nan, 1.0, 2.0])))
 
 
 @pytest.mark.slow
@@ -272,7 +271,7 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
     detector, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The threshold is put between the model's score of an image and the export's: the image changes sides."""
-    monkeypatch.setattr("twinspect.inference.quantise.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
+    monkeypatch.setattr("twinspect.inference.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
     out, size = tmp_path / "small.onnx", detector.fitted.model.shape.size
     images = load_labelled(parts, size)
     accepting = ExportOptions(precision="int8", accept_loss=True)

@@ -11,7 +11,7 @@ from tiny import images_to_test, picture, save
 
 from twinspect import Detector
 from twinspect.errors import DataError
-from twinspect.inference.frames import expand
+from twinspect.inference.decode import expand
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, colourise
 from twinspect.types import TEST, Sample

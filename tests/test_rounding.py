@@ -9,7 +9,7 @@ import pytest
 from tiny import picture, run_config, save, train_samples
 
 from twinspect import Detector
-from twinspect.training.rounding import Rounded, add_rounded, hardly_differ
+from twinspect.training.source import Rounded, add_rounded, hardly_differ
 from twinspect.types import TRAIN, Sample
 
 BLACK = np.zeros((64, 64, 3), np.uint8)

@@ -17,7 +17,7 @@ from installed import needed
 from tiny import images_to_test, picture
 
 from twinspect.inference import load
-from twinspect.inference.regions import components
+from twinspect.inference.result import components
 from twinspect.inference.runtimes import TorchRuntime, in_batches
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widt
 from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
 
 CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}
@@ -50,7 +51,7 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
     assert rd == same
     assert fd == dataclasses.replace(same, direction="forward", cram_place="stages")
     full = RunConfig.from_dict({"model": {"model": "snl"}}).model.structure()
-    assert (full.direction, full.terms) == ("reverse", ("spatial", "channel", "intra", "inter"))
+    assert (full.direction, list(full.terms)) == ("reverse", ["spatial", "channel", "intra", "inter"])
     assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "default")
 
 
@@ -63,6 +64,8 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
         ({"model": "snl", "direction": "backward"}, "reverse, forward"),
         ({"model": "snl", "terms": "spatial,spacial"}, "'spatial'"),
         ({"model": "snl", "terms": "spatial,spatial"}, "named twice"),
+        ({"model": "snl", "terms": "flat,intra:much"}, "'much' is no weight; type a number, such as intra:0.1"),
+        ({"model": "snl", "terms": "flat,intra:0"}, "must be above 0"),
         ({"model": "snl", "cram": 1}, "one centre is a mean"),
         ({"model": "snl", "direction": "forward", "cram_place": "bottleneck"}, "a forward student has none"),
         ({"model": "snl", "cram_place": "decoder"}, "bottleneck, stages"),
@@ -209,6 +212,15 @@ def test_terms_are_summed_over_stages_and_can_be_switched_off() -> None:
     assert float(terms["flat"]) == pytest.approx(flat, rel=1e-4)
     only = model_of("rd").train()
     assert list(only.losses(only.observe(x), only.shrink(x), 0, TrainConfig())) == ["loss", "flat"]
+
+
+def test_a_term_counts_by_its_weight() -> None:
+    model = model_of(terms="flat, intra:0.1", cram=0).train()
+    x = model.teacher.normalise(noise())
+    terms = model.losses(model.observe(x), model.shrink(x), 0, TrainConfig())
+    assert float(terms["loss"].detach()) == pytest.approx(
+        float(terms["flat"]) + 0.1 * float(terms["intra"]), rel=1e-5
+    )
 
 
 def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:

@@ -16,7 +16,8 @@ from twinspect import Detector
 from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.models.contract import legal_size
-from twinspect.training.fit import Fitted, fit, silent
+from twinspect.storage import Fitted
+from twinspect.training.fit import fit, silent
 
 
 def run(parts: Path, config: RunConfig, work: Path | None = None) -> Fitted:

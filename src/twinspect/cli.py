@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
+from twinspect.commands import usual
 from twinspect.commands.data import Images, data_app
 from twinspect.commands.diagnose import diagnose
 from twinspect.commands.predict import predict
@@ -77,7 +78,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app)
 app.command()(diagnose)
-app.command()(serve)
+app.command()(usual("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue")(serve))
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
@@ -88,8 +89,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a model without ke
 Seed = Annotated[int, typer.Option(help="Seed of weights, order, noise and splits.")]
 
 
-# Of the options that settings of a run have: those that --help shows, and those whose name is not the setting's.
-_USUAL = ("model", "teacher", "size", "steps", "device")
+# Options of settings whose name is not the setting's.
 _FLAGS = {"time_budget_s": "--time-budget", "pretrained": "--pretrained/--random-teacher"}
 
 
@@ -166,28 +166,21 @@ def fetch(
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every setting of a run; those in `_USUAL` are shown by ``--help``."""
+    """The command with an option for every setting of a run."""
     signature = inspect.signature(command, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     for one in (*fields(ModelConfig), *fields(TrainConfig)):
         name = one.name.replace("_", "-")
         flag = _FLAGS.get(one.name, f"--{name}/--no-{name}" if one.default is True else f"--{name}")
-        option = typer.Option(flag, help=one.metadata["help"], hidden=one.name not in _USUAL, show_default=False)
+        option = typer.Option(flag, help=one.metadata["help"], show_default=False)
         kind: Any = Annotated[type(one.default) | None, option]
         own.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return command
 
 
-def _help_all(context: typer.Context, wanted: bool) -> None:
-    if wanted:
-        for parameter in context.command.params:
-            parameter.hidden = False  # type: ignore[attr-defined]
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
 @app.command()
+@usual("out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "device")
 @_with_settings
 def fit(
     data: Data,
@@ -197,26 +190,16 @@ def fit(
     ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
-    forget: Annotated[
-        bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.", hidden=True)
-    ] = False,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.", hidden=True)] = "auto",
+    forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
+    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder that the paths of a manifest are relative to.", hidden=True),
+        typer.Option(help="Folder that the paths of a manifest are relative to."),
     ] = None,
-    split: Annotated[
-        str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.", hidden=True)
-    ] = "",
-    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.", hidden=True)] = None,  # noqa: UP045
-    thin: Annotated[
-        bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.", hidden=True)
-    ] = False,
+    split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
+    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
+    thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
     force: Force = False,
-    help_all: Annotated[
-        bool,
-        typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option, and stop."),
-    ] = False,
     **settings: Any,
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
@@ -279,7 +262,9 @@ def reproduce(
         reproduce_command(choices, console)
 
 
-app.command()(predict)
+app.command()(
+    usual("out", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(predict)
+)
 
 
 @app.command()
@@ -332,14 +317,15 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Spent on each batch size.")] = 10.0,
     weights: Weights = None,
 ) -> None:
-    """Measure images per second, latency, memory and where the time goes; the last line is JSON."""
-    from twinspect.commands.export import bench_command
+    """Measure images per second, latency, memory and the share of every stage; the last line is JSON."""
+    from twinspect.commands.bench import bench_command
 
     with _console() as console:
         bench_command(model, runtime, batch, threads, images, seconds, str(weights or ""), console)
 
 
 @app.command()
+@usual("max_fpr", "class_name", "add", "unsure", "labels", "rule", "from_log", "out", "report")
 def calibrate(
     bundle: Bundle,
     good: Annotated[

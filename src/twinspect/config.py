@@ -24,6 +24,7 @@ LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 NOISY_OR = ("n1", "n2", "n3")
+EE_TOKENS = ("all", "last")
 PRECISIONS = ("auto", "fp32", "bf16")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
@@ -56,7 +57,7 @@ class Structure:
     """A structural model with everything decided; see `twinspect.models.snl`."""
 
     direction: str
-    terms: tuple[str, ...]
+    terms: Mapping[str, float]
     cram: int
     cram_place: str
     cram_add_back: bool
@@ -95,7 +96,7 @@ _SNL_OWN = (
 _SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
 _FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"}
 FAMILIES: dict[str, Family] = {
-    "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre",)),
+    "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre", "ee_tokens")),
     "snl": Family(_SNL, "structural", 256, _SNL_OWN, _SNL_PRESET),
     "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
     "fd": Family(_SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward"}),
@@ -133,6 +134,10 @@ class ModelConfig:
         0.0,
         "Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25.",
     )
+    ee_tokens: str = _setting(
+        "all",
+        "dual: class tokens that the Encoder-Encoder learns and is compared in: those of all blocks, or of the last.",
+    )
     recentre: bool = _setting(
         False,
         "dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2).",
@@ -143,7 +148,8 @@ class ModelConfig:
     )
     terms: str = _setting(
         "",
-        "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; empty takes the last four.",
+        "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; a weight may follow "
+        "(spatial,intra:0.1). Empty takes the last four.",
     )
     cram: int = _setting(-1, "snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.")
     cram_place: str = _setting(
@@ -188,6 +194,7 @@ class ModelConfig:
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: at least 1, or 0 (automatic)")
         _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
         _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
+        _check(self.ee_tokens in EE_TOKENS, unknown_name("ee_tokens", self.ee_tokens, EE_TOKENS))
         _check(not self.scoring or self.scoring in SCORINGS, unknown_name("scoring", self.scoring, SCORINGS))
         self._refuse_others_settings()
         if "terms" in FAMILIES[self.model].preset:
@@ -197,7 +204,7 @@ class ModelConfig:
         """The structural model that is meant, presets filled in; of structural families only."""
         preset = FAMILIES[self.model].preset
         direction = self.direction or preset["direction"]
-        terms = tuple(name.strip() for name in (self.terms or preset["terms"]).split(","))
+        terms = _weighed(self.terms or preset["terms"])
         cram = preset["cram"] if self.cram < 0 else self.cram
         place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
         return Structure(
@@ -216,9 +223,6 @@ class ModelConfig:
     def _check_structure(self) -> None:
         found = self.structure()
         _check(found.direction in DIRECTIONS, unknown_name("direction", found.direction, DIRECTIONS))
-        for name in found.terms:
-            _check(name in TERMS, unknown_name("term", name, TERMS))
-        _check(len(set(found.terms)) == len(found.terms), f"terms {self.terms!r}: one is named twice")
         _check(found.cram_place in CRAM_PLACES, unknown_name("cram_place", found.cram_place, CRAM_PLACES))
         _check(
             self.channel_reading in CHANNEL_READINGS,
@@ -327,6 +331,21 @@ def _build(kind: type[T], values: Any) -> T:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key} {value}: a finite number is needed")
     return kind(**values)
+
+
+def _weighed(text: str) -> dict[str, float]:
+    """Loss terms with their weights, from a list such as ``spatial,intra:0.1``."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = (word.strip() for word in part.partition(":"))
+        _check(name in TERMS, unknown_name("term", name, TERMS))
+        _check(name not in found, f"terms {text!r}: {name} is named twice")
+        try:
+            found[name] = float(number or 1.0)
+        except ValueError:
+            raise ConfigError(f"terms {text!r}: {number!r} is no weight; type a number, such as {name}:0.1") from None
+        _check(0.0 < found[name] < math.inf, f"terms {text!r}: the weight of {name} must be above 0")
+    return found
 
 
 def _check(holds: bool, message: str) -> None:

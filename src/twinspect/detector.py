@@ -15,8 +15,9 @@ from twinspect.types import Sample
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
-    from twinspect.training.fit import Fitted
-    from twinspect.training.source import Progress, Skipped
+    from twinspect.storage import Fitted
+    from twinspect.training.source import Progress
+    from twinspect.types import Skipped
 
 
 class Detector:
@@ -78,8 +79,8 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
-        from twinspect.training.checkpoint import remove_checkpoint
         from twinspect.training.fit import fit, silent
+        from twinspect.training.resume import remove_checkpoint
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ class Detector:
         """
         import warnings
 
-        from twinspect.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
         from twinspect.training.fit import silent
 
         wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
@@ -161,7 +162,7 @@ class Detector:
             ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
-        from twinspect.inference.frames import is_single
+        from twinspect.inference.decode import is_single
         from twinspect.inference.video import is_endless
 
         if is_endless(source) and not stream:

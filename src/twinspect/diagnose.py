@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.config import LARGEST_SEED
-from twinspect.data.carving import by_class
+from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.inference.predictor import Predictor, name_of
@@ -71,14 +71,7 @@ class Composite:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is made.
-
-    Attributes:
-        count: images of each kind per ordered pair of classes.
-        normals: normal images of each class they are compared with.
-        seed: of everything drawn.
-        classes: only these; empty takes all.
-    """
+    """What is made: so many images of each kind per ordered pair of classes, against so many normal ones of each."""
 
     count: int = 8
     normals: int = 40
@@ -133,12 +126,7 @@ class Diagnosis:
 
 
 def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
-    """Normal images of every class: of its test split, else of its calibration, else of its training images.
-
-    Raises:
-        ConfigError: a class asked for is not there.
-        DataError: fewer than two classes, or a class with a single normal image.
-    """
+    """Normal images of every class: of its test split, else of its calibration, else of its training images."""
     found = by_class([s for s in samples if s.label in (0, None)])
     for name in plan.classes:
         if name not in found:
@@ -212,11 +200,7 @@ def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[int, int,
 
 
 def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
-    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files."""
     names = base[0].class_name, other[0].class_name
     rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
-from twinspect.decision import count_calls
+from twinspect.decide.decision import count_calls
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result

@@ -117,11 +117,7 @@ class Gallery:
 
 
 def case_of(result: Result, kind: str) -> Case:
-    """A result (with map and image) as a small picture with its overlay and a caption in words.
-
-    Raises:
-        ValueError: the result carries no image or map.
-    """
+    """A result (with map and image) as a small picture with its overlay and a caption in words."""
     overlay = result.overlay()  # raises without image or map
     assert result.rgb is not None
     image = Image.fromarray(result.rgb)

@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
-from twinspect.config import RunConfig
-from twinspect.decision import Decision, refuse_other_model
+from twinspect.config import ModelConfig, RunConfig
+from twinspect.decide.decision import Decision, refuse_other_model
 from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.teachers import Teacher, create_teacher
-from twinspect.training.decide import model_id
-from twinspect.training.fit import Fitted, build_model
+from twinspect.types import Skipped
+
+if TYPE_CHECKING:
+    from twinspect.training.statistics import GoodImages
 
 _TEACHER = "teacher."
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A trained model and the record of how it came to be."""
+
+    model: AnomalyModel
+    decision: Decision
+    config: RunConfig
+    record: dict[str, Any] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    good: GoodImages | None = None  # of a model that was just trained
+
+
+def teacher_of(config: ModelConfig) -> Teacher:
+    """The teacher that a configuration asks for."""
+    return create_teacher(config.teacher, config.weights or None, config.pretrained)
+
+
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
+    """The untrained model of a configuration; weights of the students follow torch's global seed."""
+    model = build_family(teacher or teacher_of(config), config)
+    model.teacher.net.to(memory_format=torch.channels_last)
+    return model
+
+
+def model_id(model: AnomalyModel) -> str:
+    """Name of a trained model: hash of its normal statistics, which no two trainings share."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.scorer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:

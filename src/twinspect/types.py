@@ -53,6 +53,14 @@ class Sample:
             raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that could not be used, and why."""
+
+    path: Path
+    reason: str
+
+
 class Features(NamedTuple):
     """What a teacher or an encoder student says about a batch.
 

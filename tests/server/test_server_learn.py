@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from twinspect import Detector
 from twinspect.bundle import read_bundle
 from twinspect.cli import app
-from twinspect.decision import Decision
+from twinspect.decide.decision import Decision
+from twinspect.decide.recalibrate import Wanted, recalibrate
 from twinspect.errors import ConfigError, DataError
-from twinspect.recalibrate import Wanted, recalibrate
 from twinspect.server.learn import label_of, learn, milliseconds
 from twinspect.server.log import Inspection, InspectionLog
 

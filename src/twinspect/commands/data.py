@@ -15,7 +15,7 @@ from twinspect.errors import check_range
 
 if TYPE_CHECKING:
     from twinspect.console import Console
-    from twinspect.data.loaded import Loaded
+    from twinspect.data import Loaded
     from twinspect.types import Sample
 
 data_app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,22 @@ import numpy as np
 
 from twinspect import data as data_room
 from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
-from twinspect.calibration import RULES
 from twinspect.charts import Histogram
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
-from twinspect.commands.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.console import Console
-from twinspect.decision import Decision, promises, refuse_other_model
-from twinspect.drift import DriftMonitor, DriftReport
+from twinspect.decide.conformal import RULES
+from twinspect.decide.decision import Decision, promises, refuse_other_model
+from twinspect.decide.drift import DriftMonitor, DriftReport
+from twinspect.decide.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
+from twinspect.decide.rules import EVERY, LABELS, SESSIONS, GoodScores, Rule, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
-from twinspect.rules import GoodScores, class_sentence
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
+MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,3 +356,64 @@ def _drift_charts(options: DriftOptions, good: GoodScores) -> tuple[Histogram, .
     scores = np.fromiter((_number(row.get("score")) for row in rows), np.float64)
     groups = {"calibration": good.score, "predictions": scores[np.isfinite(scores)]}
     return (Histogram("Scores of calibration and of the predictions", "score", groups),)
+
+
+# ---------------------------------------------------------------------------------------------- thresholds as a table
+
+
+def threshold_table(decision: Decision) -> Table:
+    """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
+    found = list(promises(decision))
+    third = any(rule.unsure is not None for _, rule in found)
+    columns = (
+        "class",
+        "good images",
+        *(("unsure from",) if third else ()),
+        "threshold",
+        "false alarms",
+        "called bad",
+    )
+    rows = []
+    for name, rule in found:
+        images, called = own_counts(decision, rule)
+        unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
+        rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
+    return Table("Thresholds by class", columns, tuple(rows), _NOTE)
+
+
+def false_alarms(rule: Rule) -> str:
+    """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
+    if rule.basis == LABELS:
+        return "chosen on labelled images"
+    if rule.basis == EVERY:
+        return "unknown: no good image of this class"
+    share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
+    return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
+
+
+_NOTE = (
+    "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
+    "the good images here the threshold calls bad."
+)
+
+
+def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
+    """Good images of a rule's class, and how many of them its threshold calls bad."""
+    own = decision.good.of_class(rule.class_name, given=True)
+    return int(own.sum()), int((decision.good.score[own] >= rule.image.value).sum())
+
+
+def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:
+    """The table for the terminal, what it is worth, and what thresholds chosen on labels were chosen by.
+
+    Of more than ``most`` rows only the last is shown, which is for all classes together.
+    """
+    table = threshold_table(decision)
+    if len(table.rows) > most:
+        title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
+        table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
+    yield from text_table(table)
+    yield table.note
+    for name, rule in promises(decision):
+        if rule.basis == LABELS:
+            yield f"{name}: {rule.image.sentence}"

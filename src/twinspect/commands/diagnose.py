@@ -116,7 +116,7 @@ def matrices(found: Diagnosis) -> Iterator[Table]:
 
 def sentences(found: Diagnosis) -> Iterator[str]:
     """The means, which class hides which, and which classes are mixed up."""
-    from twinspect.decision import mixed_up
+    from twinspect.decide.decision import mixed_up
 
     mean = found.mean()
     yield (

@@ -20,13 +20,13 @@ from twinspect.commands.results import (
     write_results,
 )
 from twinspect.console import NOTHING_SCORED, Console
-from twinspect.data.carving import relative_lines, short_hash
+from twinspect.data import Loaded
 from twinspect.data.leaks import find_leaks
-from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import (
     INDUSTRIAL,
     SEMANTIC,
     Split,
+    content_hash,
     default_protocol,
     find_split,
     is_semantic,
@@ -151,7 +151,7 @@ def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:
         )
     test = tuple(test_samples(loaded.samples))
     known = tuple(s for s in loaded.samples if s.split != TEST)
-    return TestSet(AS_GIVEN, short_hash(relative_lines([(TEST, test)])), known, test)
+    return TestSet(AS_GIVEN, content_hash([(TEST, test)]), known, test)
 
 
 def of_split(split: Split) -> TestSet:
@@ -175,7 +175,7 @@ def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
     kept = tuple(sample for sample in test.samples if sample not in leaked)
     if not kept:
         raise DataError("every test image is also a training image; nothing is left to measure on")
-    return replace(test, samples=kept, hash=short_hash(relative_lines([(TEST, kept)]))) if leaked else test
+    return replace(test, samples=kept, hash=content_hash([(TEST, kept)])) if leaked else test
 
 
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:

@@ -1,4 +1,4 @@
-"""What ``twinspect export``, ``check`` and ``bench`` do, apart from parsing."""
+"""What ``twinspect export`` and ``check`` do, apart from parsing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinspect.console import Console
-from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
     from twinspect.inference.export import ExportOptions
@@ -25,8 +24,8 @@ def export_command(
 ) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
     from twinspect.inference.export import export, refuse_wrong_name, too_few
-    from twinspect.inference.exported import companion
     from twinspect.inference.parity import load_images
+    from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
     refuse_wrong_name(out, options)
@@ -81,26 +80,6 @@ def check_command(
     console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({kept})")
 
 
-def bench_command(
-    path: Path,
-    runtime: str,
-    batches: str,
-    threads: int,
-    images: Path | None,
-    seconds: float,
-    weights: str,
-    console: Console,
-) -> None:
-    """``twinspect bench``: a table for people, one line of JSON at the end."""
-    from twinspect.commands.bench import BenchOptions, bench
-
-    options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
-    report = bench(options, console.progress)
-    for line in report.lines():
-        console.say(line)
-    console.result(json.dumps(report.to_dict()))
-
-
 def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
     """Labelled images of a data set if given, else plain good images, else none."""
     from twinspect.inference.parity import load_images, load_labelled
@@ -108,18 +87,3 @@ def check_images(images: Path | None, data: Path | None, size: int) -> CheckImag
     if data is not None:
         return load_labelled(data, size)
     return load_images(images, size) if images is not None else None
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """``1,16`` to numbers.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        found = tuple(int(one) for one in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
-    return found

@@ -12,7 +12,7 @@ from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.training.fit import Fitted
+    from twinspect.storage import Fitted
 
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
@@ -38,9 +38,9 @@ def fit_command(
     from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
-    from twinspect.training.checkpoint import LOG, leave_work, remove_checkpoint
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
+    from twinspect.training.resume import LOG, leave_work, remove_checkpoint
 
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
@@ -119,7 +119,7 @@ def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: 
 
 def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     """What a finished training run says."""
-    from twinspect.commands.thresholds import threshold_lines
+    from twinspect.commands.decisions import threshold_lines
 
     record, decision = detector.record_, detector.fitted.decision
     training, counts = record["training"], record["parameters"]
@@ -150,9 +150,9 @@ def memory_line(memory: dict[str, Any]) -> str:
 def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
-    from twinspect.decision import Decision, promises
-    from twinspect.inference.exported import export_info, is_export
-    from twinspect.rules import class_sentence
+    from twinspect.decide.decision import Decision, promises
+    from twinspect.decide.rules import class_sentence
+    from twinspect.inference.runtimes import export_info, is_export
 
     if is_export(bundle):
         return export_info(bundle)

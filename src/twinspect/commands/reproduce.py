@@ -34,8 +34,8 @@ from twinspect.commands.results import (
 )
 from twinspect.config import RunConfig
 from twinspect.console import Console
+from twinspect.data import Loaded
 from twinspect.data.leaks import drop_leaks, find_leaks
-from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
 from twinspect.report import Section, Table
@@ -200,7 +200,7 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     if found is not None:
         console.say(f"finished before: {path.name}")
         return found
-    from twinspect.training.checkpoint import remove_checkpoint
+    from twinspect.training.resume import remove_checkpoint
 
     work = out / "work" / stem
     result = run_split(split, config, work, console) | {"key": key}

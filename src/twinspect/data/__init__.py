@@ -1,20 +1,20 @@
 """Data sets as people have them on disk: one function per layout, ``root -> list[Sample]``.
 
 ``load(root)`` recognises the layout, reads it and keeps what it left out; ``.summary()`` says so in words.
-Choose by name from ``DATASETS``; a new layout is one function and one row there.
+A new layout is one function and one row of ``DATASETS``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 from twinspect.data import folders, listed, semantic
 from twinspect.data.images import count_pictures, is_image
-from twinspect.data.loaded import ClassCounts, Loaded
 from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
 from twinspect.data.scan import (
@@ -30,12 +30,74 @@ from twinspect.data.scan import (
     unread_picture,
 )
 from twinspect.errors import ConfigError, DataError, unknown_name
-from twinspect.types import TEST, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
 
 _SHOWN = 5  # of what is wrong in one message
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounts:
+    """How many images of one class there are, by role, and how many mask files.
+
+    ``test_unknown`` are test images without a label (private test sets, classes of a semantic set).
+    """
+
+    train: int = 0
+    calibration: int = 0
+    test_good: int = 0
+    test_defect: int = 0
+    test_unknown: int = 0
+    masks: int = 0
+
+    def __add__(self, other: ClassCounts) -> ClassCounts:
+        return ClassCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A data set as it was read.
+
+    Attributes:
+        layout: name of the loader, a key of ``DATASETS``.
+        root: folder or file that was read (inside the one given, if that was only a wrapper).
+        samples: all images, sorted by the loader.
+        skipped: what was left out, and why.
+        notes: choices made for the user.
+    """
+
+    layout: str
+    root: Path
+    samples: tuple[Sample, ...]
+    skipped: tuple[tuple[Path, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, ClassCounts]:
+        """Counts per class, in the order of the class names."""
+        counts: dict[str, ClassCounts] = defaultdict(ClassCounts)
+        for sample in self.samples:
+            counts[sample.class_name] += _counted(sample)
+        return dict(sorted(counts.items()))
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+        return sorted({sample.class_name for sample in self.samples})
+
+    def summary(self) -> list[str]:
+        """Lines for people: counts per class, what was skipped and why, choices made."""
+        counts = self.counts
+        plural = "class" if len(counts) == 1 else "classes"
+        head = f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images"
+        return [
+            head,
+            *_table(counts),
+            *_skipped_lines(self.skipped),
+            *(f"note: {text}" for text in self.notes),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +118,11 @@ class Dataset:
 
     def __call__(self, root: Path, log: ScanLog | None = None) -> list[Sample]:
         """Read the data set at ``root``."""
-        return self.read(root, log)
+        return self.read(root, log or ScanLog())
 
 
 def _is(layout: str, root: Path) -> bool:
     return folders.layout_of(root) == layout
-
-
-def _set(read: Callable[..., list[Sample]], image_set: semantic.ImageSet) -> Dataset:
-    return Dataset(read, partial(semantic.looks_like, image_set=image_set))
 
 
 # In order of asking: the special shape before the general one that would also fit.
@@ -73,20 +131,13 @@ DATASETS: dict[str, Dataset] = {
     "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
     "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
     **{
-        name: Dataset(read, partial(_is, name))
-        for name, read in (
-            (folders.MVTEC_AD_2, folders.mvtec_ad_2),
-            (folders.MVTEC_LOCO, folders.mvtec_loco),
-            (folders.MVTEC_AD, folders.mvtec_ad),
-        )
+        name: Dataset(partial(folders.read_folders, layout=name), partial(_is, name))
+        for name in (folders.MVTEC_AD_2, folders.MVTEC_LOCO, folders.MVTEC_AD)
     },
     "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
-    "cifar10": _set(semantic.cifar10, semantic.CIFAR10_SET),
-    "view": _set(semantic.view, semantic.VIEW_SET),
-    "fashion-mnist": _set(semantic.fashion_mnist, semantic.FASHION_SET),
-    "cifar100": _set(semantic.cifar100, semantic.CIFAR100_SET),
-    folders.FOLDER: Dataset(folders.folder, partial(_is, folders.FOLDER)),
+    **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
+    folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
 
 
@@ -263,3 +314,38 @@ def _note_missing_masks(samples: list[Sample], log: ScanLog) -> None:
             f"{len(missing):,} of {len(defects):,} defect images have no mask ({listed}): "
             "image-level metrics only for them"
         )
+
+
+# ------------------------------------------------------------------------------------- the summary
+
+
+def _counted(sample: Sample) -> ClassCounts:
+    test = sample.split == TEST
+    return ClassCounts(
+        train=sample.split == TRAIN,
+        calibration=sample.split == CALIBRATION,
+        test_good=test and sample.label == 0,
+        test_defect=test and sample.label == 1,
+        test_unknown=test and sample.label is None,
+        masks=len(sample.masks),
+    )
+
+
+def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
+    rows = dict(counts)
+    total = sum(counts.values(), ClassCounts())
+    if len(rows) > 1:
+        rows["total"] = total
+    shown = [f.name for f in fields(ClassCounts) if f.name != "test_unknown" or total.test_unknown]
+    width = max((len(name) for name in (*rows, "class")), default=5)
+    yield f"  {'class':<{width}}" + "".join(f"  {name.replace('_', ' '):>12}" for name in shown)
+    for name, row in rows.items():
+        yield f"  {name:<{width}}" + "".join(f"  {getattr(row, key):>12,}" for key in shown)
+
+
+def _skipped_lines(skipped: tuple[tuple[Path, str], ...]) -> Iterator[str]:
+    by_reason: dict[str, list[Path]] = defaultdict(list)
+    for path, reason in skipped:
+        by_reason[reason].append(path)
+    for reason, paths in by_reason.items():
+        yield f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"

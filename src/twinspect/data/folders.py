@@ -2,7 +2,22 @@
 
 One reader for all of them. It finds the classes (products) of a folder, and asks of every image what the names of the
 folders above it say (`names.meaning`): which split, good or defect, image or mask. Each class is judged by itself, so
-that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant.
+that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant:
+
+* ``mvtec-ad``: ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
+  ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). 15 classes, 3,629 training and 1,725 test
+  images.
+* ``mvtec-loco``: ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
+  structural_anomalies}`` and several masks per image, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation
+  areas for sPRO come from ``defects_config.json`` (`samples.read_regions`). 5 classes, 1,772 training, 304 validation
+  and 1,568 test images.
+* ``mvtec-ad-2``: ``{train,validation}/good``, ``test_public`` with masks, and private test sets whose images have
+  label None; their ``defect_type`` names the folder they come from, so that a submission can tell them apart.
+* ``folder``: images in the folder itself, all good; ``good/`` with folders of defects beside it, or ``train/``,
+  ``val/`` and ``test/``; or folders that are classes, each in one of these shapes or in that of a benchmark set.
+
+What a name calls a defect or a mask is never a good image. Good images without a split are the training split; if
+there are defects and no good test images, the protocols hold some good images out.
 """
 
 from __future__ import annotations
@@ -55,58 +70,8 @@ class ClassFolders(NamedTuple):
     places: list[tuple[Path, tuple[str, ...]]]
 
 
-def mvtec_ad(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec AD and everything laid out like it: one class folder, or a folder of class folders.
-
-    ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
-    ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). Without masks everything at
-    image level works. Official counts: 15 classes, 3,629 training and 1,725 test images (467 good, 1,258
-    with defects).
-    """
-    return _read(root, log or ScanLog(), MVTEC_AD)
-
-
-def mvtec_loco(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec LOCO AD: logical and structural anomalies, several masks per image, own validation images.
-
-    ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
-    structural_anomalies}``, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation areas for sPRO
-    come from ``defects_config.json`` through ``twinspect.data.samples.read_regions``. Official counts: 5
-    classes, 1,772 training, 304 validation and 1,568 test images.
-    """
-    return _read(root, log or ScanLog(), MVTEC_LOCO)
-
-
-def mvtec_ad_2(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec AD 2: ``{train,validation}/good``, ``test_public`` with masks, private test sets without labels.
-
-    The images of ``test_private`` and ``test_private_mixed`` have label None; ``defect_type`` names the
-    folder they come from, so that a submission can tell them apart.
-    """
-    return _read(root, log or ScanLog(), MVTEC_AD_2)
-
-
-def folder(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """A folder in one of many shapes; the notes say what was taken for good without being called so.
-
-    * images in the folder itself, with or without folders below: all good, one class named like the folder;
-    * ``good/`` (also ``ok``, ``normal`` and others, see `names`) with folders of defects beside it, optional masks,
-      optional ``good_test/``; or ``train/``, ``val/`` and ``test/``, each with good images and defects: one class;
-    * folders that are classes, each in one of these shapes or in that of a benchmark set.
-
-    What a name calls a defect or a mask is never a good image. Good images without a split are the training split.
-    If there are defects and no good test images, the protocols hold some good images out
-    (``twinspect.data.protocols.hold_out_good``); this loader moves nothing.
-    """
-    return _read(root, log or ScanLog(), FOLDER)
-
-
 def good_files(paths: Iterable[Path]) -> list[Sample]:
-    """Images that are called good by being given, as training samples of one class.
-
-    Raises:
-        DataError: the name of a file, or of the folder that it lies in, calls it a defect or a mask.
-    """
+    """Images that are called good by being given, as training samples of one class; a name may say otherwise."""
     samples = [Sample(path, TRAIN, "normal") for path in paths]
     for sample in samples:
         folders = sample.image.parts[-3:-1]  # further up, names are those of projects: defects/2024/good/1.png
@@ -198,11 +163,7 @@ def _refuse_pair(place: Path, names: Iterable[str]) -> None:
 
 
 def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
-    """Whether the name of a folder says what is in it, and does not only name a product: test_tube, good_year_tire.
-
-    Raises:
-        DataError: a name like ok_front, of which nobody can tell.
-    """
+    """Whether the name of a folder says what is in it, and does not only name a product, as test_tube does."""
     said = meaning(sub.name)
     if not said.says or said.role in (BAD, MASK, UNSORTED) or not said.rest or said.plain:
         return said.says
@@ -310,7 +271,8 @@ def _is_kind(name: str) -> bool:
 # --------------------------------------------------------------------------------------------- reading
 
 
-def _read(root: Path, log: ScanLog, layout: str) -> list[Sample]:
+def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]:
+    """Samples of all classes at a folder that have a layout; `FOLDER` takes every class."""
     root = existing_folder(root)
     classes = find_classes(root, log)
     if layout != FOLDER:

@@ -96,11 +96,7 @@ def read_rgb(
 def read_sized_rgb(
     source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that.
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that."""
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
     with _picture(source, limits, label) as picture:
         if not isinstance(picture, Image.Image):
@@ -118,11 +114,7 @@ def read_sized_rgb(
 
 
 def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
-    """A PIL image to H x W x 3 RGB, by the same rules as its file (`read_rgb`).
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """A PIL image to H x W x 3 RGB, by the same rules as its file; raises as `read_rgb`."""
     with _refusals(name, limits):
         _check_size(image.size, limits, name)
         return _to_rgb(image, name)
@@ -176,13 +168,10 @@ def _how_to_convert(kind: str) -> str:
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
-    """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``).
+    """Decode a ground-truth mask to H x W booleans; any value above zero is defect. Raises as `read_rgb`.
 
     Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it. Of a
     mask in a format that changes values (JPEG and such), half of its largest value counts: it rings around edges.
-
-    Raises:
-        ImageError: as `read_rgb`.
     """
     values, exact = read_mask_values(path, limits)
     if values.ndim == 3 and values.shape[2] in (2, 4):
@@ -192,11 +181,7 @@ def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.boo
 
 
 def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
-    """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly.
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly."""
     with _picture(path, limits, f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from twinspect.data.carving import sort_key
+from twinspect.data.protocols import sort_key
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample

@@ -56,7 +56,7 @@ ROOT_KEY = b"twinspect.root"
 Row = dict[str, Any]
 
 
-def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
+def manifest(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
     """Samples listed in a table, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
 
     ``images`` is the folder that the paths are relative to; without it, the table's own. Any row that
@@ -69,7 +69,7 @@ def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None)
         if not named:
             raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
         path = named[0]
-    return read_list(path, log or ScanLog(), existing_folder(images) if images is not None else None)
+    return read_list(path, log, existing_folder(images) if images is not None else None)
 
 
 def looks_like_manifest(root: Path) -> bool:
@@ -89,11 +89,7 @@ def path_column(names: Iterable[str]) -> str:
 
 @once
 def label_tables(folder: Path) -> list[Path]:
-    """Tables directly in a folder that say whether images are good, or which split, class or mask they have.
-
-    Raises:
-        DataError: a file whose name says that it lists labels, and that cannot be read.
-    """
+    """Tables directly in a folder that say whether images are good, or which split, class or mask they have."""
     return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES and _lists_labels(path)]
 
 
@@ -105,7 +101,7 @@ def read_list(
     within: Path | None = None,
     split_at: Callable[[Path], str] = lambda _: "",
 ) -> list[Sample]:
-    """Samples of one table.
+    """Samples of one table; a DataError names the rows that cannot be used.
 
     Args:
         path: of the table.
@@ -114,9 +110,6 @@ def read_list(
         class_name: of rows that name none; empty: the folder's name.
         within: data set that the table is a part of; paths may then be relative to any folder above the table.
         split_at: split of an image whose row names none, where it is known.
-
-    Raises:
-        DataError: the table cannot be read, or a row of it cannot be used.
     """
     rows, recorded = _rows(path)
     names = _columns(rows[0])
@@ -289,11 +282,7 @@ class _Reader:
         self._kinds = self._judge == names.get("defect_type") or any(meaning(text).role == GOOD for text in texts)
 
     def sample(self, row: Row, where: str) -> Sample:
-        """One row.
-
-        Raises:
-            DataError: it cannot be used; the words begin with ``where``.
-        """
+        """One row, or a DataError whose words begin with ``where``."""
         text = self._text(row, "image")
         record = row.get(self._names.get("record", ""))
         if self._predicted:

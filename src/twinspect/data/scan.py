@@ -66,7 +66,7 @@ class ScanLog:
 
     Attributes:
         skipped: path and reason, in the order met.
-        notes: sentences about choices made for the user; each is kept once.
+        notes: sentences about choices made for the user.
         undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 

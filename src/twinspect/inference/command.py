@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(model: Path, console: Console) -> int:
-    from twinspect.inference.exported import export_info
+    from twinspect.inference.runtimes import export_info
 
     console.result(json.dumps(export_info(model), indent=1))
     return 0

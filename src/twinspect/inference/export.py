@@ -19,12 +19,12 @@ import numpy as np
 from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.files import refuse_unwritable
-from twinspect.inference.exported import ExportMeta, read_export, write_meta
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
+from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
 
 if TYPE_CHECKING:
-    from twinspect.training.fit import Fitted
+    from twinspect.storage import Fitted
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -170,7 +170,7 @@ class _Build:
 
     def accepted(self) -> Comparison:
         """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
-        from twinspect.inference.quantise import SKIPPED_SHARES
+        from twinspect.inference.graph import SKIPPED_SHARES
 
         tried: dict[float, Comparison] = {}
         write = self._writer()
@@ -239,7 +239,7 @@ class _Build:
         return step
 
     def _int8(self, proto: Any, share: float) -> None:
-        from twinspect.inference.quantise import int8_onnx, int8_openvino, skipped_layers
+        from twinspect.inference.graph import int8_onnx, int8_openvino, skipped_layers
 
         step = self._step(proto)
         skipped = skipped_layers(proto, share)

@@ -18,6 +18,7 @@ from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
 from twinspect.inference.predictor import check_counts
+from twinspect.inference.result import columns
 from twinspect.inference.sources import is_live, would_find
 from twinspect.inference.table import check_format, is_own
 from twinspect.inference.video import is_endless
@@ -163,6 +164,7 @@ class Job:
             "model": decision_digest(self.model),
             "class": self.class_name or "",
             "part-rows": self.part_rows,
+            "columns": " ".join(column.name for column in columns()),  # another version may have others
             **{name.replace("_", "-"): value for name, value in self.pictures.to_dict().items()},
         }
 
@@ -218,7 +220,7 @@ def decision_digest(model: str) -> str:
     Raises:
         BundleError: not a model.
     """
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
     path = Path(model)
     if is_export(path):

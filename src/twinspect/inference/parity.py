@@ -6,16 +6,23 @@ Gaps are relative to max(1, |reference|), for scores and for every value of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
-from twinspect.decision import ANOMALY, Decision
-from twinspect.errors import TwinspectError
+from twinspect.data import load
+from twinspect.data.images import resize_rgb
+from twinspect.data.painting import damaged, part, spot
+from twinspect.data.samples import read_sample_rgb
+from twinspect.decide.decision import ANOMALY, Decision
+from twinspect.errors import DataError, TwinspectError
+from twinspect.inference.decode import decode, expand
 from twinspect.inference.predictor import Runtime
+from twinspect.metrics import auroc
 
 Pixels = NDArray[np.uint8]
 Scores = NDArray[np.float64]
@@ -156,11 +163,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "images": self.images, "synthetic": self.synthetic, "score_gap": self.score_gap,
-            "map_gap": self.map_gap, "cluster_changes": self.cluster_changes, "rank": self.rank, "auroc": self.auroc,
-            "decisions": self.decisions, "changed": self.changed, "good_called_bad": self.good_called_bad,
-        }  # fmt: skip
+        return asdict(self)
 
 
 def compare(
@@ -249,37 +252,24 @@ def _gap(reference: NDArray[Any], export: NDArray[Any]) -> float:
 
 
 def rank_correlation(first: Scores, second: Scores) -> float:
-    """Spearman's rank correlation; 1 where neither has any spread."""
+    """Spearman's rank correlation; 1 where one of them has no spread."""
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return float("nan")
-    ranks = [_ranks(one) - (len(one) - 1) / 2 for one in (first, second)]
-    spread = float(np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum() / spread) if spread else 1.0
-
-
-def _ranks(values: Scores) -> Scores:
-    """Ranks from 0, ties sharing their mean."""
-    ordered = np.sort(values)
-    below, upto = np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
-    return np.asarray((below + upto - 1) / 2, dtype=np.float64)
+    if not (np.ptp(first) and np.ptp(second)):
+        return 1.0
+    return float(spearmanr(first, second).statistic)
 
 
 def _aurocs(first: Scores, second: Scores, images: CheckImages) -> tuple[float, float] | None:
     """Mean over the classes that hold both labels, None without any."""
-    label = np.array([-1 if one is None else one for one in images.labels])
+    label = np.array([-1 if label is None else label for label in images.labels])
     names = np.array(images.classes)
-    found = []
-    for name in sorted(set(images.classes)):
-        good, bad = (names == name) & (label == 0), (names == name) & (label == 1)
-        if good.any() and bad.any():
-            found.append([_auroc(one[good], one[bad]) for one in (first, second)])
-    return None if not found else (float(np.mean([a for a, _ in found])), float(np.mean([b for _, b in found])))
-
-
-def _auroc(good: Scores, bad: Scores) -> float:
-    """Probability that a bad image scores higher than a good one, ties counting half."""
-    ranks = _ranks(np.concatenate([good, bad]))[len(good) :]
-    return float((ranks.sum() - len(bad) * (len(bad) - 1) / 2) / (len(good) * len(bad)))
+    classes = [(names == name) & (label >= 0) for name in sorted(set(images.classes))]
+    both = [rows for rows in classes if set(label[rows]) == {0, 1}]
+    if not both:
+        return None
+    ours, theirs = (float(np.mean([auroc(scores[rows], label[rows]) for rows in both])) for scores in (first, second))
+    return ours, theirs
 
 
 def load_images(source: Any, size: int, most: int = 100) -> CheckImages:
@@ -288,10 +278,6 @@ def load_images(source: Any, size: int, most: int = 100) -> CheckImages:
     Raises:
         DataError: none found, or one cannot be read.
     """
-    from twinspect.errors import DataError
-    from twinspect.inference.decode import decode
-    from twinspect.inference.frames import expand
-
     images = [decode(item, size, pixels=i < 4) for i, item in enumerate(spread(list(expand(source)), most))]
     for image in images:
         if image.error:
@@ -307,11 +293,6 @@ def load_labelled(root: Path, size: int, most: int = 300) -> CheckImages:
     Raises:
         DataError: no labelled test images of both kinds.
     """
-    from twinspect.data import load
-    from twinspect.data.images import resize_rgb
-    from twinspect.data.samples import read_sample_rgb
-    from twinspect.errors import DataError
-
     samples = [s for s in load(root).samples if s.split == "test" and s.label is not None]
     halves = [[s for s in samples if s.label == label] for label in (0, 1)]
     if not all(halves):
@@ -324,8 +305,6 @@ def load_labelled(root: Path, size: int, most: int = 300) -> CheckImages:
 
 def painted(size: int, count: int = FEWEST, seed: int = 0) -> CheckImages:
     """Painted parts, for exports without any images at hand; every second one with a defect."""
-    from twinspect.data.painting import damaged, part, spot
-
     rng = np.random.default_rng(seed)
     squares = [part(i, rng, size) for i in range(count)]
     squares = [damaged(one, [spot(rng, size)]) if i % 2 else one for i, one in enumerate(squares)]

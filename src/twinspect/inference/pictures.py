@@ -16,7 +16,7 @@ from PIL import Image
 
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import replacing
-from twinspect.inference.regions import components, pixels_of
+from twinspect.inference.result import components, pixels_of
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def coco_regions(result: Result) -> list[Region]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
-    from twinspect.inference.regions import resized_for_regions
+    from twinspect.inference.result import resized_for_regions
 
     heat = resized_for_regions(result.grid, (result.height, result.width))
     found = components(heat >= result.threshold_region, heat)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -18,14 +17,12 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decision import ANOMALY
-from twinspect.decision import Decision as Decision
+from twinspect.decide.decision import ANOMALY
+from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
-from twinspect.inference.decode import Decoded, DecodePool, decode
+from twinspect.inference.decode import Decoded, DecodePool, decode, expand, is_live, is_single
 from twinspect.inference.decode import name_of as name_of
-from twinspect.inference.frames import expand, is_live, is_single
-from twinspect.inference.regions import find_regions
-from twinspect.inference.result import Result
+from twinspect.inference.result import Result, find_regions
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 
@@ -153,7 +150,6 @@ class Predictor:
             float(out["score_local_B"][i]),
             float(out["score_semantic_B"][i]),
         )
-        result.p_joint = float(-np.expm1(-max(result.score, 0.0)))
         if "cluster_distance_B" in out:
             result.cluster_distance = float(out["cluster_distance_B"][i])
         said = decision.judge(result.score, int(out["cluster_B"][i]), result.cluster_distance, class_name)
@@ -175,9 +171,3 @@ def check_counts(threads: int, batch: int) -> None:
     """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
     check_range("--threads", threads, 0, MOST_THREADS)
     check_range("--batch", batch, 0, MOST_BATCH)
-
-
-def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
-    """Most common training class of each cluster; empty for one no image belongs to."""
-    owners = [Counter(c for c, k in zip(classes, cluster_n, strict=True) if k == one) for one in range(count)]
-    return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)

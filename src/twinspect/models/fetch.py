@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from twinspect.errors import ConfigError, WeightsError, unknown_name
+from twinspect.files import sha256_of
 from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
-    file_sha256,
     find_weights,
     licence,
     record_file,
@@ -191,7 +191,7 @@ def _bar(tell: Callable[[int], None]) -> type:
 
 
 def _verified(file: Path, repo: str, sha256: str) -> str:
-    found = file_sha256(file)
+    found = sha256_of(file)
     if sha256 and found != sha256:
         raise WeightsError(
             f"the file fetched from {repo} has sha256 {found}, expected {sha256}; it was deleted. "
@@ -230,7 +230,7 @@ def _present(name: str, revision: str, sha256: str) -> Path | None:
         return None
     record = record_file(path)
     if not record.is_file():  # put there by hand: its owner knows what it is
-        return path if not sha256 or file_sha256(path) == sha256 else None
+        return path if not sha256 or sha256_of(path) == sha256 else None
     try:
         verify_record(path)
         known = json.loads(record.read_text(encoding="utf-8"))

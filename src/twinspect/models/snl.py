@@ -307,7 +307,7 @@ class StructuralModel(AnomalyModel):
         self.map_means_2.copy_((total / images).clamp_min(1e-8))
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
-        """Sum over stages of every term that is switched on, and each term's own sum."""
+        """Sum over stages of every term that is switched on, by its weight, and each term's own sum without it."""
         stages, predicted = self.answer(observed, small_B3SS)
         pairs = list(enumerate(zip(stages, predicted, strict=True)))
         terms = {
@@ -315,7 +315,8 @@ class StructuralModel(AnomalyModel):
             for name in self.structure.terms
         }
         parts = {name: value.detach() for name, value in terms.items()}
-        return {"loss": torch.stack(list(terms.values())).sum(), **parts}
+        weighed = [weight * terms[name] for name, weight in self.structure.terms.items()]
+        return {"loss": torch.stack(weighed).sum(), **parts}
 
     def _term(self, name: str, i: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
         structure = self.structure

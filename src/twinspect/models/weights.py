@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from twinspect.errors import WeightsError
-from twinspect.files import cache_home
+from twinspect.files import cache_home, sha256_of
 
 # Short name -> timm architecture. DINOv2 with registers, as the published recipes use.
 SHORT_NAMES = {
@@ -146,18 +146,12 @@ def verify_record(path: Path) -> None:
         expected = str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise WeightsError(f"{record} is damaged; delete it and {path.name}, then fetch again") from None
-    found = file_sha256(path)
+    found = sha256_of(path)
     if found != expected:
         raise WeightsError(
             f"{path} has sha256 {found}, but {expected} was fetched: the file was damaged or replaced. "
             f"Delete it and fetch again, or delete {record.name} if you replaced it on purpose"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:

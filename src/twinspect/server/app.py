@@ -27,10 +27,9 @@ from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import COLOURS
 from twinspect.server import schema
-from twinspect.server.guard import Guard, extra_headers
+from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
 from twinspect.server.log import MOST_ROWS, Filter, InspectionLog, plain_text
 from twinspect.server.maps import FORMATS
-from twinspect.server.refusals import Refused, error_body, refusal_of
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
 from twinspect.server.uploads import openapi_body, read_images

@@ -85,9 +85,6 @@ class Batcher(Generic[Job, Answer]):
             timeout_s: counted from now.
             promise: a future the caller waits for already; a new one without.
             announced: whether it is one of those of `announce`.
-
-        Raises:
-            Closed: after `close`.
         """
         waiting = _Waiting(job, time.monotonic() + timeout_s, promise or Future[Answer]())
         with self._change:

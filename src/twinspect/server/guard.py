@@ -20,9 +20,11 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from twinspect.errors import ConfigError, ImageError, TwinspectError
+from twinspect.server.batcher import Closed, Expired
+from twinspect.server.log import LogError, NoSuchRow
 from twinspect.server.metrics import Metrics
-from twinspect.server.refusals import Refused, error_body
-from twinspect.server.settings import Settings, is_loopback
+from twinspect.server.settings import MEGABYTE, Settings, is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -40,6 +42,49 @@ _HEADERS = (
     (b"x-frame-options", b"DENY"),
 )
 logger = logging.getLogger("twinspect.server")
+
+
+class Refused(TwinspectError):
+    """A request that is not answered as asked.
+
+    Args:
+        status: of HTTP.
+        code: the same for programs, one word that does not change.
+        message: for people.
+        retry_after_s: when trying again makes sense; 0 says nothing.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
+# The nearest ancestor of an error counts; what is missing here is our own mistake, a 500.
+_STATUS: dict[type[Exception], tuple[int, str]] = {
+    Closed: (503, "stopping"),
+    Expired: (504, "timeout"),
+    NoSuchRow: (404, "no_such_row"),
+    ImageError: (422, "bad_image"),
+    ConfigError: (422, "not_accepted"),
+    LogError: (503, "log_unavailable"),
+}
+
+
+def refusal_of(error: Exception) -> Refused | None:
+    """The refusal an error stands for; None for what nobody should see."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, LogError) and error.full:
+        return Refused(507, "log_full", str(error))
+    for kind in type(error).__mro__:
+        if kind in _STATUS:
+            return Refused(*_STATUS[kind], str(error))
+    return None
+
+
+def error_body(code: str, message: str, request_id: str) -> dict[str, dict[str, str]]:
+    """The one shape every error has."""
+    return {"error": {"code": code, "message": message, "request_id": request_id}}
 
 
 def say(event: str, level: int = logging.INFO, /, **values: object) -> None:
@@ -66,18 +111,10 @@ class Memory:
         self.limit, self.used = limit, 0
 
     def take(self, count: int) -> None:
-        """Reserve.
-
-        Raises:
-            Refused: 429; nothing is reserved then.
-        """
+        """Reserve, or refuse with 429."""
         if self.used + count > self.limit:
             raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
         self.used += count
-
-    def give(self, count: int) -> None:
-        """Give back."""
-        self.used -= count
 
 
 @dataclass(slots=True)
@@ -99,7 +136,7 @@ class _Exchange:
 
     def reserve(self, total: int) -> None:
         """Account for a body of so many bytes."""
-        if total > self.settings.body_bytes:
+        if total > self.settings.max_body_mb * MEGABYTE:
             raise Refused(
                 413, "too_large", f"the request has more than {self.settings.max_body_mb:g} MB; send fewer images"
             )
@@ -154,18 +191,11 @@ class _Exchange:
 
 
 class Guard:
-    """ASGI middleware around the whole application.
-
-    Args:
-        app: what is guarded.
-        settings: limits and key.
-        metrics: counters.
-        routes: paths that are counted under their own name; others are counted together.
-    """
+    """ASGI middleware around the whole application; paths not in ``routes`` are counted together."""
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
-        self.memory = Memory(settings.memory_bytes)
+        self.memory = Memory(int(settings.max_memory_mb * MEGABYTE))
         self._key_hash = hashlib.sha256(settings.api_key.encode()).digest() if settings.api_key else b""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -188,7 +218,7 @@ class Guard:
         try:
             await self._pass(scope, path, headers, exchange)
         finally:
-            self.memory.give(exchange.reserved)
+            self.memory.used -= exchange.reserved
             self.metrics.memory.set(self.memory.used)
             self._count(scope, exchange)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.inference.result import Result, colourise, resize_map
-from twinspect.server.refusals import Refused
+from twinspect.server.guard import Refused
 
 _OVERHEAD = 512  # bytes of the objects around a small map, as measured
 FORMATS = {"png": "image/png", "npy": "application/octet-stream"}
@@ -22,13 +22,7 @@ FORMATS = {"png": "image/png", "npy": "application/octet-stream"}
 
 @dataclass(frozen=True, slots=True)
 class KeptMap:
-    """A map at the model's own size, and how to bring it back to the image.
-
-    Attributes:
-        grid: float32, rows x columns.
-        height, width: of the original image.
-        scale: (low, high) for colours.
-    """
+    """A map at the model's own size (float32, rows x columns), and the height and width of its image."""
 
     grid: NDArray[np.float32]
     height: int
@@ -47,12 +41,7 @@ class KeptMap:
         return {"rows": rows, "columns": columns, "dtype": "float32", "scale": list(self.scale), "data": data}
 
     def encoded(self, format: str, side: int) -> bytes:
-        """Resized to the image's height and width (bilinear), or so that the longer side is ``side``.
-
-        Args:
-            format: ``png`` in the model's colours, or ``npy`` with float16 values.
-            side: 0 for the image's own size.
-        """
+        """``png`` in colours or ``npy`` of float16, in the image's size or with a longer side of ``side`` pixels."""
         factor = side / max(self.height, self.width) if side else 1.0
         shape = (max(1, round(self.height * factor)), max(1, round(self.width * factor)))
         values = resize_map(self.grid, *shape)
@@ -65,11 +54,7 @@ class KeptMap:
 
 
 class MapStore:
-    """The latest maps, oldest forgotten first. Used on the event loop only.
-
-    Args:
-        limit: bytes of all maps together.
-    """
+    """The latest maps, oldest forgotten first, within a number of bytes. Used on the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
@@ -88,11 +73,7 @@ class MapStore:
         return name
 
     def get(self, name: str) -> KeptMap:
-        """A map by name.
-
-        Raises:
-            Refused: 404; it never was, or was forgotten.
-        """
+        """A map by name; refused with 404 if it never was, or was forgotten."""
         if name not in self._kept:
             raise Refused(404, "no_such_map", "no such map; the latest ones are kept only, so send the image again")
         return self._kept[name]

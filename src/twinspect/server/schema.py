@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+
+from twinspect.inference.result import columns
 
 
 class ErrorDetail(TypedDict):
@@ -44,40 +46,35 @@ class InlineMap(TypedDict):
     data: str
 
 
-class ImageAnswer(TypedDict):
-    """One image. Higher scores are more anomalous; null is unknown. Fields as in the tables of predict."""
-
-    log_id: int | None
-    name: str
-    class_name: str
-    score: float | None
-    score_local: float | None
-    score_semantic: float | None
-    p_joint: float | None
-    p_value: float | None
-    threshold: float | None
-    severity: float | None
-    margin: float | None
-    threshold_unsure: float | None
-    answer: str
-    is_anomaly: bool | None
-    predicted_class: str
-    class_p: float | None
-    unknown_class: bool | None
-    cluster_distance: float | None
-    peak: float | None
-    threshold_region: float | None
-    width: int
-    height: int
-    model_id: str
-    ms: float | None
-    error: str
-    n_regions: int
-    max_region_area: int
-    regions: list[RegionAnswer]
-    map_scale: list[float]
-    map_id: str
-    map: InlineMap | None
+# Kind of a result's column -> type of its value in JSON.
+_JSON = {
+    "string": str, "double": float | None, "bool": bool | None, "int32": int, "int64": int,
+    "regions": list[RegionAnswer],
+}  # fmt: skip
+_COLUMNS = {
+    "name" if column.name == "path" else column.name: Annotated[_JSON[column.kind], Field(description=column.help)]
+    for column in columns()
+    if not column.tables_only
+}
+if TYPE_CHECKING:
+    ImageAnswer = dict[str, Any]
+    LogRow = dict[str, Any]
+else:
+    ImageAnswer = TypedDict(
+        "ImageAnswer",
+        {
+            "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map_id": str, "map": InlineMap | None,
+        },
+    )  # fmt: skip
+    ImageAnswer.__doc__ = "One image. Higher scores are more anomalous; null is unknown."
+    LogRow = TypedDict(
+        "LogRow",
+        {
+            "id": int, "at_ms": int, "request_id": str, "bundle": str, "image_key": str, "session": str, **_COLUMNS,
+            "feedback": str, "feedback_at_ms": int | None, "note": str,
+        },
+    )  # fmt: skip
+    LogRow.__doc__ = "A kept decision; times are UTC in milliseconds since 1970."
 
 
 class PredictAnswer(TypedDict):
@@ -116,41 +113,6 @@ class ModelsAnswer(TypedDict):
     """All models; the first is taken where a request names none."""
 
     models: list[ModelAnswer]
-
-
-class LogRow(TypedDict):
-    """A kept decision; times are UTC in milliseconds since 1970."""
-
-    id: int
-    at_ms: int
-    request_id: str
-    bundle: str
-    model_id: str
-    name: str
-    image_key: str
-    session: str
-    class_name: str
-    predicted_class: str
-    answer: str
-    score: float | None
-    score_local: float | None
-    score_semantic: float | None
-    p_value: float | None
-    threshold: float | None
-    severity: float | None
-    threshold_unsure: float | None
-    class_p: float | None
-    cluster_distance: float | None
-    peak: float | None
-    threshold_region: float | None
-    unknown_class: bool | None
-    width: int
-    height: int
-    n_regions: int
-    regions: list[RegionAnswer]
-    feedback: str
-    feedback_at_ms: int | None
-    note: str
 
 
 class LogAnswer(TypedDict):

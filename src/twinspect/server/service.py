@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinspect.decision import image_id
-from twinspect.drift import DriftMonitor
+from twinspect.decide.decision import image_id
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.guard import say
+from twinspect.server.guard import Refused, say
 from twinspect.server.log import Inspection, InspectionLog, LogError
 from twinspect.server.maps import MapStore, kept_map
 from twinspect.server.metrics import Metrics
 from twinspect.server.models import Job, Models, Scored, Served
-from twinspect.server.refusals import Refused
-from twinspect.server.settings import Settings
+from twinspect.server.settings import MEGABYTE, Settings
 
 _HOUSEKEEPING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
@@ -56,22 +55,13 @@ class Asked:
 
 
 class Gate:
-    """Counts images between acceptance and answer.
-
-    Args:
-        limit: most of them.
-        gauge: told the count.
-    """
+    """Counts images between acceptance and answer, and tells a gauge."""
 
     def __init__(self, limit: int, gauge: Callable[[float], None]) -> None:
         self.limit, self.inside, self._gauge = limit, 0, gauge
 
     def check(self, count: int, seconds_per_image: float) -> None:
-        """Refuse what does not fit now.
-
-        Raises:
-            Refused: 429 with the time after which the queue will have moved on, or 413 for what never fits.
-        """
+        """Refuse what does not fit now."""
         if count > self.limit:
             raise Refused(413, "too_many", f"{count} images; the queue takes {self.limit} in all, send fewer")
         if self.inside + count > self.limit:
@@ -92,15 +82,7 @@ class Gate:
 
 
 class Service:
-    """Everything behind the routes. Made on any thread, used on one event loop.
-
-    Args:
-        settings: limits.
-        predictors: models by name.
-        log: where decisions are kept; None keeps none.
-        paths: files of models that can be reloaded.
-        open_file: a file to a predictor.
-    """
+    """Everything behind the routes. Made on any thread, used on one event loop; arguments as `app.build_app`."""
 
     def __init__(
         self,
@@ -112,7 +94,7 @@ class Service:
     ) -> None:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.gate = Gate(settings.queue, self.metrics.waiting.set)
-        self.maps = MapStore(settings.maps_bytes)
+        self.maps = MapStore(int(settings.maps_mb * MEGABYTE))
         self.models = Models(paths, open_file, self._make)
         self.decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self.writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
@@ -196,11 +178,7 @@ class Service:
     # --------------------------------------------------------------------------------------- predict
 
     def refuse_if_full(self, bundle: str) -> Served:
-        """The model asked for, before a body is read for nothing.
-
-        Raises:
-            Refused: unknown, stopping, or busy.
-        """
+        """The model asked for, before a body is read for nothing."""
         if not self.ready:
             raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
         served = self.models.get(bundle)
@@ -208,13 +186,7 @@ class Service:
         return served
 
     async def predict(self, images: Sequence[Item], asked: Asked) -> dict[str, Any]:
-        """Answers for images, kept in the log.
-
-        Raises:
-            Refused: unknown bundle, busy, too slow; a single image that is none.
-            ConfigError: unknown class.
-            LogError: the log cannot keep a decision that it must keep.
-        """
+        """Answers for images, kept in the log."""
         served = self.refuse_if_full(asked.bundle)
         served.predictor.decision.checked_class(asked.class_name)
         began = time.perf_counter()
@@ -280,14 +252,10 @@ class Service:
 
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.row().items()}
-        row = {k: v for k, v in row.items() if k not in ("map_path", "mask_path")}  # no files are written here
         kept = kept_map(result) if maps != "none" else None
         return {
             "log_id": number,
-            "name": row.pop("path"),
-            **row,
-            "regions": [region.to_dict() for region in result.regions],
+            **result.answer_row(),
             "map_scale": list(result.scale),
             "map_id": self.maps.add(kept) if kept is not None else "",
             "map": kept.inline() if kept is not None and maps == "inline" else None,
@@ -314,11 +282,7 @@ class Service:
         return fresh
 
     def the_log(self) -> InspectionLog:
-        """The log.
-
-        Raises:
-            Refused: there is none.
-        """
+        """The log; refused with 404 where there is none."""
         if self.log is None:
             raise Refused(404, "no_log", "this server keeps no inspection log; start it with --log FILE")
         return self.log

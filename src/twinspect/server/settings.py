@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from twinspect.data.images import ImageLimits
 from twinspect.errors import ConfigError
 
-_MEGABYTE = 1 << 20
+MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +99,6 @@ class Settings:
     def limits(self) -> ImageLimits:
         """What one image may hold."""
         return ImageLimits(max_pixels=int(self.max_megapixels * 1e6))
-
-    @property
-    def body_bytes(self) -> int:
-        """Most bytes of one request."""
-        return int(self.max_body_mb * _MEGABYTE)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Most bytes of all requests together."""
-        return int(self.max_memory_mb * _MEGABYTE)
-
-    @property
-    def maps_bytes(self) -> int:
-        """Most bytes of kept maps."""
-        return int(self.maps_mb * _MEGABYTE)
 
 
 def is_loopback(host: str) -> bool:

@@ -7,58 +7,44 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
-from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
+from twinspect.data.protocols import carve_calibration
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.rules import GoodScores
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
-from twinspect.models.contract import AnomalyModel, build_family
-from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
-from twinspect.training.decide import decide
+from twinspect.storage import Fitted, build_model, model_id, teacher_of
+from twinspect.training.cache import KnownFiles
 from twinspect.training.distributed import Group, joined
-from twinspect.training.known import KnownFiles
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.rounding import add_rounded
-from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
+from twinspect.training.source import FeatureSource, Progress, add_rounded, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import CALIBRATION, TRAIN, Sample
+from twinspect.types import CALIBRATION, TRAIN, Sample, Skipped
 
+MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
 FEWEST = 8  # images below which neither training nor calibration means anything
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
 
 
-@dataclass(slots=True)
-class Fitted:
-    """A trained model and the record of how it came to be."""
-
-    model: AnomalyModel
-    decision: Decision
-    config: RunConfig
-    record: dict[str, Any] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-    good: GoodImages | None = None  # of a model that was just trained
-
-
 def silent(_stage: str, _done: int, _total: int) -> None:
     """Progress for callers that want none."""
-
-
-def _teacher(config: ModelConfig) -> Teacher:
-    return create_teacher(config.teacher, config.weights or None, config.pretrained)
 
 
 def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
@@ -77,15 +63,6 @@ def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> M
         return config
     side = 32 * round(_ENLARGED * float(np.median(sides)) / 32)
     return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))
-
-
-def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
-    """The untrained model of a configuration; weights of the students follow torch's global seed."""
-    if teacher is None:
-        teacher = _teacher(config)
-    model = build_family(teacher, config)
-    model.teacher.net.to(memory_format=torch.channels_last)
-    return model
 
 
 def fit(
@@ -135,7 +112,7 @@ def _fitted(
     training, held, said = add_rounded(training, held)
     notes += said
     torch.manual_seed(config.train.seed)
-    teacher = resume.model.teacher if resume is not None else _teacher(config.model)
+    teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
@@ -158,7 +135,7 @@ def _fitted(
         good = fit_statistics(model, source, train_at, held_at, config.train.seed, progress)
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decide(model, source, train_at, held_at, good)
+    decision = decision_of(model, source, train_at, held_at, good)
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
@@ -166,6 +143,45 @@ def _fitted(
         found = [one.to_dict() for one in changes(resume.decision, decision)]
         record["resumed"] = {"from": origin, "classes": found}
     return Fitted(model, decision, config, record, source.skipped, good)
+
+
+def decision_of(
+    model: AnomalyModel, source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], good: GoodImages
+) -> Decision:
+    """What good images' scores and the clusters' classes make of a trained model.
+
+    Args:
+        model: trained and calibrated.
+        source: images.
+        train_at: positions of the images that the students were trained on.
+        held_at: positions of the others.
+        good: what `fit_statistics` returns of both, in the order of positions.
+    """
+    images = sorted([*train_at, *held_at])
+    names = [source.samples[i].class_name for i in images]
+    owners = np.asarray(good.cluster_n.numpy(), dtype=np.int64)
+    classes = classes_of_clusters(owners, names, model.scorer.clusters.count)
+    learnt = train_at if model.scorer.plain else images
+    trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
+    counted = good.counted_n.numpy()
+    samples = [source.samples[i] for i, wanted in zip(images, counted, strict=True) if wanted]
+    keys = tuple(image_id(source.keys[i]) for i, wanted in zip(images, counted, strict=True) if wanted)
+    scores = GoodScores(
+        good.score_n.double().numpy()[counted],
+        good.peak_n.double().numpy()[counted],
+        good.distance_n.double().numpy()[counted],
+        tuple(sample.class_name for sample in samples),
+        tuple(classes[k] for k in owners[counted]),
+        tuple(sample.group for sample in samples),
+        keys,
+    )
+    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained, held=held)
+
+
+def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
+    """Most common training class of each cluster; empty for one no image belongs to."""
+    owners = [Counter(c for c, k in zip(classes, cluster_n, strict=True) if k == one) for one in range(count)]
+    return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)
 
 
 def _source(

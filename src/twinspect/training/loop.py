@@ -23,9 +23,9 @@ from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
-from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
+from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.source import FeatureSource, Progress
 
 

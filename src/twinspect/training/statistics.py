@@ -290,14 +290,13 @@ class _Fitting:
         """Level and standard deviation of the distances: at every position, and over the whole map."""
         clusters = self.scorer.clusters.count
         levels, spreads = [], []
-        for g, (gaussian, array) in enumerate(zip(self.scorer.gaussians(), stored, strict=True)):
-            if g in self.scorer.scored:
-                found = [
-                    _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
-                    for v in range(len(self.owner_V))
-                ]
-                columns = zip(*found, strict=True)
-                gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
+        for gaussian, array in zip(self.scorer.gaussians(), stored, strict=True):
+            scales = [
+                _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
+                for v in range(len(self.owner_V))
+            ]
+            columns = zip(*scales, strict=True)
+            gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
             whole = [_sums(array, (self.cluster_n == k).cpu().numpy()) for k in range(clusters)]
             mean = torch.stack([total.mean() / count for total, _, count in whole])
             square = torch.stack([total.mean() / count for _, total, count in whole])
@@ -323,7 +322,7 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
         return torch.stack(readings, 1).to(self.model.device), peak_n
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:

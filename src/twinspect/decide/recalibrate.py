@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import (
+from twinspect.data.images import resize_rgb
+from twinspect.data.samples import read_sample_rgb
+from twinspect.decide.conformal import (
     FEWEST,
     Threshold,
     conformal_threshold,
@@ -25,13 +27,13 @@ from twinspect.calibration import (
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.data.images import resize_rgb
-from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision, image_id, kept_keys
+from twinspect.decide.decision import Decision, image_id, kept_keys
+from twinspect.decide.rules import Budget, GoodScores
 from twinspect.errors import ConfigError, DataError
-from twinspect.inference.predictor import Predictor, name_of
-from twinspect.rules import Budget, GoodScores
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+
+if TYPE_CHECKING:
+    from twinspect.inference.predictor import Predictor
 
 Progress = Callable[[str, int, int], None]
 _FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a threshold of its own
@@ -135,7 +137,7 @@ def score_images(
         )  # fmt: skip
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-        names.append(name_of(sample))
+        names.append(result.path)
         labels.append(int(sample.label == 1))
     numbers = {n: np.array(columns[n], np.float64) for n in ("score", "peak", "distance")}
     rows = GoodScores.of_columns({**{n: tuple(v) for n, v in columns.items()}, **numbers})

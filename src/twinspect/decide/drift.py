@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import Floats, p_values
+from twinspect.decide.conformal import Floats, p_values
+from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
-from twinspect.rules import GoodScores
 
 TAIL = 0.05  # share of ranks that counts as the tail
 KEPT = 2000  # latest images kept for saying what changed

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import (
+from twinspect.decide.conformal import (
     FEWEST_TAIL,
     Floats,
     Threshold,

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.calibration import Threshold
+from twinspect.decide.conformal import Threshold
+from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
 from twinspect.errors import BundleError, ConfigError, unknown_name
-from twinspect.rules import Budget, GoodScores, Rule, make_rule
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
