@@ -34,6 +34,7 @@ from twinspect.training.loop import TrainReport, train
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Progress, add_rounded, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
+from twinspect.training.tolerate import add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Sample, Skipped
 
 MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
@@ -110,7 +111,8 @@ def _fitted(
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
     training, held, said = add_rounded(training, held)
-    notes += said
+    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    notes += [*said, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:

@@ -3,8 +3,8 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself. Pictures of one part still vouch for each other: leaving out whole runs of images costs more defects than it
-saves false alarms (`LOG.md`).
+itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
 """
@@ -27,6 +27,7 @@ from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import SPREAD_PRIOR, average, cross_fitted_tokens, left_out, whitening
 from twinspect.scoring import top_mean
 from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.tolerate import same_image
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
 _START_IMAGES = 64  # images that a student is started from
@@ -106,7 +107,8 @@ def fit_statistics(
     tokens, embedding_nF = source.vectors(images)
     names = [source.samples[i].class_name for i in images]
     variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed)
-    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, progress)
+    first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
+    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, first_n, progress)
     if model.scorer.plain:
         return fitting.plain()
     return fitting.default(tokens, embedding_nF, seed)
@@ -123,12 +125,15 @@ class _Fitting:
         variant_n: Tensor,
         cluster_n: Tensor,
         held_n: Tensor,
+        first_n: Tensor,
         progress: Progress,
     ) -> None:
+        self.first_n = first_n
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.variant_n, self.cluster_n, self.held_n, self.progress = variant_n, cluster_n, held_n, progress
         self.owner_V = model.scorer.clusters.owner_V
         self.images_V = torch.bincount(variant_n, minlength=len(self.owner_V)).to(torch.float32)
+        self.factor_n = left_out(self.images_V[variant_n], torch.bincount(first_n)[first_n])
         self.passes, self.gone = (1 if model.scorer.plain else 3), 0
 
     def plain(self) -> GoodImages:
@@ -144,7 +149,7 @@ class _Fitting:
         halves = self._covariances()
         semantic = [self._tokens(g, token_nE, seed) for g, token_nE in enumerate(tokens)]
         assert scorer.nearest is not None
-        semantic.append(scorer.nearest.fit(embedding_nF, seed))
+        semantic.append(scorer.nearest.fit(embedding_nF, seed, self.first_n))
         with tempfile.TemporaryFile() as file:
             stored, students, skills = self._distances(halves, targets, file)
             self._scale(stored)
@@ -199,11 +204,10 @@ class _Fitting:
         ]
         counts = torch.zeros(2, clusters, dtype=torch.float64, device=self.model.device)
         means = [one.means() for one in self.scorer.gaussians()]
-        factor_V = left_out(self.images_V)
         for places, observed, _ in self._batches(chosen):
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][self.variant_n[places]]
-                difference = difference * factor_V[self.variant_n[places]][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 for rows, place in zip(difference, places.tolist(), strict=True):
                     sums[g][half_n[place], self.cluster_n[place]] += (rows.T @ rows).double() / len(rows)
             for place in places.tolist():
@@ -223,12 +227,13 @@ class _Fitting:
         for k in range(self.scorer.clusters.count):
             own = (self.cluster_n == k).nonzero()[:, 0]
             half_n[own] = torch.arange(len(own), device=own.device) % 2
-        return half_n
+        return half_n[self.first_n]
 
     def _tokens(self, view: int, token_nE: Tensor, seed: int) -> Tensor:
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n = torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+        fold_n = fold_n[self.first_n]
         self.scorer.token_gaussians()[view].fit(token_nE, self.variant_n, self.owner_V)
         return cross_fitted_tokens(token_nE, self.variant_n, self.owner_V, fold_n)
 
@@ -236,7 +241,7 @@ class _Fitting:
         self, halves: list[Tensor], targets: list[Tensor], file: object
     ) -> tuple[list[NDArray[np.float16]], Tensor, tuple[float, float]]:
         """Third pass: distances by the other half's covariances, kept on disk; the students' readings and skills."""
-        gaussians, half_n, factor_V = self.scorer.gaussians(), self._halves(), left_out(self.images_V)
+        gaussians, half_n = self.scorer.gaussians(), self._halves()
         sides = [one.side for one in gaussians]
         stored = _arrays(file, len(self.images), sides)
         means = [one.means() for one in gaussians]
@@ -246,7 +251,7 @@ class _Fitting:
             variant_B, cluster_B = self.variant_n[places], self.cluster_n[places]
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), gaussians, strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][variant_B]
-                difference = difference * factor_V[variant_B][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 by_half = halves[g].flatten(0, 1)
                 other = (1 - half_n[places]) * self.scorer.clusters.count + cluster_B
                 stored[g][places.cpu().numpy()] = gaussian.distance(difference, by_half, other).cpu().numpy()
