@@ -79,7 +79,7 @@ def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benc
     said = bare.cut_to_teacher(proto)
     assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
     model = quick.fitted.model
-    pixels = np.stack([picture(i, model.shape.size, model.shape.size) for i in range(2)])
+    pixels = np.stack([picture(i, model.size, model.size) for i in range(2)])
     found = ort.InferenceSession(proto.SerializeToString()).run(said, {"image": pixels})
     with torch.no_grad():
         features = model.teacher.features(model.teacher.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))

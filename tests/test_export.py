@@ -28,7 +28,7 @@ from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, 
 
 @pytest.fixture(scope="module")
 def images(parts: Path, quick) -> CheckImages:
-    return load_labelled(parts, quick.fitted.model.shape.size)
+    return load_labelled(parts, quick.fitted.model.size)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def onnx_file(quick, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_output_equals_torch_at_any_batch(onnx_file: Path, quick, count: int) -> None:
-    size = quick.fitted.model.shape.size
+    size = quick.fitted.model.size
     pixels = np.stack([picture(i, size, size) for i in range(count)])
     expected = TorchRuntime(quick.fitted.model).run(pixels)
     found = load_runtime(onnx_file)[0].run(pixels)
@@ -221,7 +221,7 @@ def test_small_precisions_rank_alike_or_are_refused(
     detector, parts: Path, tmp_path: Path, kind: str, precision: str
 ) -> None:
     out = tmp_path / f"small{FORMATS[kind]}"
-    images = load_labelled(parts, detector.fitted.model.shape.size)
+    images = load_labelled(parts, detector.fitted.model.size)
     try:
         found = export(detector.fitted, out, ExportOptions(kind, precision), images)
     except ParityError:
@@ -272,7 +272,7 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
 ) -> None:
     """The threshold is put between the model's score of an image and the export's: the image changes sides."""
     monkeypatch.setattr("twinspect.inference.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
-    out, size = tmp_path / "small.onnx", detector.fitted.model.shape.size
+    out, size = tmp_path / "small.onnx", detector.fitted.model.size
     images = load_labelled(parts, size)
     accepting = ExportOptions(precision="int8", accept_loss=True)
     export(detector.fitted, out, accepting, images)

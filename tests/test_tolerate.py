@@ -15,7 +15,8 @@ from twinspect.config import RunConfig
 from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.models.statistics import NearestImages, left_out
-from twinspect.training.source import Rounded, read_square
+from twinspect.training.copies import Altered
+from twinspect.training.source import read_square
 from twinspect.training.tolerate import Disturbed, add_disturbed, lit, packed, same_image, shifted
 from twinspect.types import TRAIN, Sample
 
@@ -55,7 +56,7 @@ def test_copies_stay_on_the_side_of_their_image(tmp_path: Path) -> None:
     assert len({one.seed for one in copies}) == len(copies)
     assert "94 altered copies of 91 images" in note
     assert add_disturbed(train, held, "", 0) == (train, held, [])
-    together = [*train[:2], copies[0], *[Rounded(train[0].image, TRAIN, "a", seed=s) for s in range(2)]]
+    together = [*train[:2], copies[0], *[Altered(train[0].image, TRAIN, "a", seed=s) for s in range(2)]]
     assert same_image(together) == [0, 1, 0, 3, 4]  # copies of what hardly varies stand for images of their own
 
 

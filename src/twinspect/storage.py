@@ -35,6 +35,7 @@ class Fitted:
     record: dict[str, Any] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     good: GoodImages | None = None  # of a model that was just trained
+    memory: bytes = b""  # what further images can be added to; see `training.memory`
 
 
 def teacher_of(config: ModelConfig) -> Teacher:
@@ -77,7 +78,7 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
         "decision": fitted.decision.to_dict(),
         "thin": thin,
     }
-    write_bundle(path, meta, to_bytes(kept))
+    write_bundle(path, meta, to_bytes(kept), fitted.memory)
     return path
 
 
@@ -122,7 +123,7 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     model.teacher.weights = record["teacher"]["weights"]
     decision = Decision.from_dict(meta["decision"])
     refuse_other_model(decision, model_id(model), str(path))
-    return Fitted(model, decision, config, record)
+    return Fitted(model, decision, config, record, memory=content.memory)
 
 
 def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:

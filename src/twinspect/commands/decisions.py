@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 from twinspect import data as data_room
 from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
+from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
 from twinspect.console import Console
 from twinspect.decide.conformal import RULES
 from twinspect.decide.decision import Decision, promises, refuse_other_model
 from twinspect.decide.drift import DriftMonitor, DriftReport
 from twinspect.decide.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, LABELS, SESSIONS, GoodScores, Rule, class_sentence
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, GoodScores, Rule, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import Section, Table
@@ -30,41 +30,13 @@ _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateOptions:
-    """What was typed; see the command's help."""
-
-    bundle: Path
-    good: Path | None
-    out: Path | None
-    wanted: Wanted
-    labels: Path | None = None
-    source: Path | None = None
-    layout: str = "auto"
-    images: Path | None = None
-    weights: str = ""
-    report: tuple[Path, ...] = ()
-    json_file: str = ""
-    from_log: str = ""
-    since: str = ""
-    force: bool = False
-
-
-def wanted(
-    max_fpr: float,
-    unsure: tuple[float, float],
-    region_fpr: float,
-    class_name: str,
-    group: str,
-    add: bool,
-    rule: str,
-    miss_cost: float,
-) -> Wanted:
-    """What the command line asks for; zeros and empty texts were not typed.
+def wanted(options: CalibrateOptions) -> Wanted:
+    """What shall change; zeros and empty texts were not typed.
 
     Raises:
         ConfigError: options that contradict each other, or a value that is not accepted.
     """
+    max_fpr, unsure, group, rule = options.max_fpr, options.unsure, options.group, options.rule
     if group not in ("", "none", "session"):
         raise ConfigError(unknown_name("--group", group, ("session", "none")))
     if max_fpr and any(unsure) and max_fpr != unsure[0]:
@@ -74,33 +46,35 @@ def wanted(
         )
     if rule and rule not in RULES:
         raise ConfigError(unknown_name("rule", rule, RULES))
-    if miss_cost and rule not in ("", "min-cost"):
+    if options.miss_cost and rule not in ("", "min-cost"):
         raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
     return Wanted(
         max_fpr=unsure[0] if any(unsure) else max_fpr or None,
         unsure=unsure[1] if any(unsure) else None,
-        region_fpr=region_fpr or None,
-        class_name=class_name or None,
+        region_fpr=options.region_fpr or None,
+        class_name=options.class_name or None,
         by_group=group == "session" if group else None,
-        add=add,
-        rule=rule or ("min-cost" if miss_cost else ""),
-        miss_cost=miss_cost or 1.0,
+        add=options.add,
+        rule=rule or ("min-cost" if options.miss_cost else ""),
+        miss_cost=options.miss_cost or 1.0,
     )
 
 
 def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
-    out = options.out or options.bundle
+    asked, out = wanted(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
-    _refuse_sources(options)
+    _refuse_sources(options, asked)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     start = _taken_from(options.source, before) if options.source is not None else before
-    scored, labelled = _from_log(options, before, console) if options.from_log else _score(options, console)
+    scored, labelled = (
+        _from_log(options, asked, before, console) if options.from_log else _score(options, asked, console)
+    )
     for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
         console.warn(f"left out {failure}")
-    after, notes = recalibrate(start, options.wanted, scored, labelled)
+    after, notes = recalibrate(start, asked, scored, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
@@ -109,22 +83,24 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     values = calibration_values(after, notes)
     if not options.force and (kept := keep_old(out)):
         console.warn(kept)
-    write_bundle(out, meta, content.tensors)
+    write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")
 
 
-def _refuse_sources(options: CalibrateOptions) -> None:
+def _refuse_sources(options: CalibrateOptions, asked: Wanted) -> None:
     """Options that contradict each other about where images come from."""
     if options.from_log and (options.good is not None or options.labels is not None):
         raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
     if options.since and not options.from_log:
         raise ConfigError("--since has no effect without --from-log")
-    if options.wanted.rule and options.labels is None and not options.from_log:
+    if asked.rule and options.labels is None and not options.from_log:
         raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
 
 
-def _from_log(options: CalibrateOptions, decision: Decision, console: Console) -> tuple[Scored | None, Scored | None]:
+def _from_log(
+    options: CalibrateOptions, asked: Wanted, decision: Decision, console: Console
+) -> tuple[Scored | None, Scored | None]:
     """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
     from twinspect.server import refuse_missing
 
@@ -134,12 +110,12 @@ def _from_log(options: CalibrateOptions, decision: Decision, console: Console) -
 
     log = InspectionLog(options.from_log, create=False)
     try:
-        found = learn(log, decision, options.since, options.wanted.class_name)
+        found = learn(log, decision, options.since, asked.class_name)
     finally:
         log.close()
     for note in found.notes:
         console.warn(note)
-    return found.good, found.labelled if options.wanted.rule else None
+    return found.good, found.labelled if asked.rule else None
 
 
 def _taken_from(source: Path, decision: Decision) -> Decision:
@@ -149,21 +125,21 @@ def _taken_from(source: Path, decision: Decision) -> Decision:
     return other
 
 
-def _score(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:
+def _score(options: CalibrateOptions, asked: Wanted, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
         return None, None
     from twinspect.detector import Detector
 
     predictor = Detector.load(options.bundle, options.weights).predictor()
-    name = options.wanted.class_name
+    name = asked.class_name
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:
         loaded = data_room.load(options.good, options.layout, options.images)
         for line in loaded.summary():
             console.say(line)
-        by_session = bool(options.wanted.by_group) and name is not None
+        by_session = bool(asked.by_group) and name is not None
         root = loaded.root if by_session and loaded.root.is_dir() else None
         good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
     if options.labels is not None:
@@ -259,17 +235,6 @@ def session_table(values: dict[str, Any]) -> Table:
     )
     note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
     return Table("each session left out", ("session", "good images", "called bad", "rate"), rows, note)
-
-
-@dataclass(frozen=True, slots=True)
-class DriftOptions:
-    """What was typed; see the command's help."""
-
-    bundle: Path
-    tables: tuple[Path, ...]
-    false_alarm_rate: float = 0.01
-    json_file: str = ""
-    report: tuple[Path, ...] = ()
 
 
 def drift_command(options: DriftOptions, console: Console) -> None:
@@ -385,8 +350,12 @@ def false_alarms(rule: Rule) -> str:
     """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
     if rule.basis == LABELS:
         return "chosen on labelled images"
+    if rule.basis == HAND:
+        return HAND
     if rule.basis == EVERY:
         return "unknown: no good image of this class"
+    if rule.images == 1:
+        return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
     return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
 

@@ -269,7 +269,7 @@ def _roc_charts(found: Evaluation) -> tuple[LineChart, ...]:
     def chart(title: str, lines: list[tuple[str, str, str]]) -> LineChart:
         curves = ((name, roc_curve(*against_nominal(found, score, kind))) for name, score, kind in lines)
         series = tuple(Series(name, fpr, tpr) for name, (fpr, tpr, _) in curves)
-        return LineChart(title, "false positive rate", "true positive rate", series, diagonal=True)
+        return LineChart(title, "false positive rate", "true positive rate", series)
 
     joint = chart("Joint score, by kind of defect", [(kind, "score", kind) for kind in (LOCAL, GLOBAL, ALL)])
     names = {"score": "both", "score_local": "local student", "score_semantic": "semantic student"}

@@ -6,36 +6,30 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 
 if TYPE_CHECKING:
-    from twinspect.inference.export import ExportOptions
     from twinspect.inference.parity import CheckImages
 
 
-def export_command(
-    bundle: Path,
-    out: Path,
-    options: ExportOptions,
-    images: Path | None,
-    data: Path | None,
-    weights: str,
-    console: Console,
-) -> None:
+def export_command(options: ExportCommandOptions, console: Console) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
-    from twinspect.inference.export import export, refuse_wrong_name, too_few
+    from twinspect.inference.export import ExportOptions, export, format_of, refuse_wrong_name, too_few
     from twinspect.inference.parity import load_images
     from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
-    refuse_wrong_name(out, options)
-    fitted = load(bundle, weights)
-    size = fitted.model.shape.size
-    compared = check_images(images, data, size)
-    calibration = load_images(images, size) if images is not None else None
+    out, format = options.out, format_of(options.out, options.format)
+    asked = ExportOptions(format, options.precision, options.batch, options.any_size, options.accept_loss)
+    refuse_wrong_name(out, asked)
+    fitted = load(options.bundle, options.weights)
+    size = fitted.model.size
+    compared = check_images(options.images, options.data, size)
+    calibration = load_images(options.images, size) if options.images is not None else None
     if compared is not None and too_few(compared):
         console.warn(too_few(compared))
-    found = export(fitted, out, options, compared, calibration, console.progress)
+    found = export(fitted, out, asked, compared, calibration, console.progress)
     for line in found.lines():
         console.say(line)
     if problems := found.problems(options.precision):
@@ -45,9 +39,7 @@ def export_command(
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def check_command(
-    path: Path, bundle: Path, images: Path, data: Path | None, runtime: str, weights: str, console: Console
-) -> None:
+def check_command(options: CheckOptions, console: Console) -> None:
     """``twinspect check``: an export beside its bundle on images of the user's choice.
 
     Raises:
@@ -57,12 +49,13 @@ def check_command(
     from twinspect.inference.parity import TOLERANCES, ParityError
     from twinspect.storage import load
 
-    fitted = load(bundle, weights)
-    compared = check_images(images, data, fitted.model.shape.size)
+    path, bundle = options.export, options.bundle
+    fitted = load(bundle, options.weights)
+    compared = check_images(options.images, options.data, fitted.model.size)
     assert compared is not None
     if too_few(compared):
         console.warn(too_few(compared))
-    found, meta = check(path, fitted, compared, runtime)
+    found, meta = check(path, fitted, compared, options.runtime)
     for line in found.lines():
         console.say(line)
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):

@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from twinspect import data as data_room
 from twinspect._version import __version__
 from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problem_lines, problems
+from twinspect.commands.options import ReproduceOptions
 from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
 from twinspect.commands.results import (
     MAP_SIZE,
@@ -47,51 +47,24 @@ MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What ``twinspect reproduce`` was asked for.
-
-    Attributes:
-        recipe: name; empty lists them.
-        root: folder of the data set.
-        out: folder for results; empty takes ``reproduce-out/<recipe>``.
-        teacher: instead of the recipe's.
-        weights: teacher's file.
-        seed: of weights, order, noise and splits.
-        limit_steps: most optimiser steps; 0: the recipe's.
-        size: input side; 0: the recipe's.
-        drop_leaks: leave training copies of test images out of training.
-    """
-
-    recipe: str
-    root: Path | None = None
-    out: Path | None = None
-    teacher: str = ""
-    weights: str = ""
-    seed: int = 0
-    limit_steps: int = 0
-    size: int = 0
-    drop_leaks: bool = False
-
-
-def reproduce_command(choices: Choices, console: Console) -> None:
+def reproduce_command(options: ReproduceOptions, console: Console) -> None:
     """List the recipes, or run one.
 
     Raises:
         ConfigError: unknown recipe, or no data set named.
     """
-    if not choices.recipe:
+    if not options.recipe:
         for line in recipe_lines():
             console.say(line)
         return
-    recipe = find_recipe(choices.recipe)
-    if choices.root is None:
+    recipe = find_recipe(options.recipe)
+    if options.root is None:
         raise ConfigError(
             f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
         )
-    config = recipe.config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps, choices.size)
-    out = choices.out or Path("reproduce-out") / recipe.name
-    reproduce(recipe, choices.root, out, config, console, choices.drop_leaks)
+    config = recipe.config(named(options.teacher), options.weights, options.seed, options.limit_steps, options.size)
+    out = options.out or Path("reproduce-out") / recipe.name
+    reproduce(recipe, options.root, out, config, console, options.drop_leaks)
 
 
 def named(teacher: str) -> str:

@@ -91,7 +91,10 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     # p <= max_fpr means: at most k - 1 calibration scores reach the image's score.
     allowed = math.floor(max_fpr * (count + 1) + 1e-9) - 1
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
-    if allowed < 0:
+    if count == 1:
+        needed = images_needed(max_fpr)
+        sentence = f"from 1 good image: nothing is promised; for {100 * max_fpr:g} % at least {needed} are needed"
+    elif allowed < 0:
         sentence = (
             f"from {count} good images: about 1 good image in {count + 1} will be called bad, at best; for "
             f"{100 * max_fpr:g} % at least {images_needed(max_fpr)} good images are needed"

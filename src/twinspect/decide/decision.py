@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, unknown_name
+from twinspect.errors import BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
-_NAMED = 4  # pairs of classes that a sentence names
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
@@ -239,9 +238,8 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     ]
     if not told:
         return ""
-    more = f" and {len(told) - _NAMED} more pairs" if len(told) > _NAMED else ""
     return (
-        f"classes that look alike are mixed up: {', '.join(told[:_NAMED])}{more}. Name the class when you predict "
+        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,15 +29,13 @@ from twinspect.decide.conformal import (
 )
 from twinspect.decide.decision import Decision, image_id, kept_keys
 from twinspect.decide.rules import Budget, GoodScores
-from twinspect.errors import ConfigError, DataError
-from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+from twinspect.errors import ConfigError, DataError, listed
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
 
-Progress = Callable[[str, int, int], None]
 _FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a threshold of its own
-_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ def session_of(sample: Sample, root: Path | None) -> str:
 
 def _key(sample: Sample, size: int) -> str:
     """As the training room names an image: by its file, or by its pixels at the model's size."""
-    if sample.record is None:
+    if sample.in_file:
         return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
     return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
 
@@ -243,11 +241,10 @@ def suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
         at = np.flatnonzero(rows.of_class(class_name, given=True))
         odd = at[suspicious_tail(rows.score[at])]
         if len(odd):
-            listed = ", ".join(f"{names[i]} ({rows.score[i]:.1f})" for i in odd[:_NAMED])
-            more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+            named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
             found.append(
                 f"{class_name}: {len(odd)} of {len(at)} images score far above the others, as if anomalies were "
-                f"among the good ones; they raise the threshold. Look at {listed}{more}, take out what is bad and "
+                f"among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
                 "calibrate again"
             )
     return found

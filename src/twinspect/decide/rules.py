@@ -26,7 +26,7 @@ from twinspect.decide.conformal import (
 from twinspect.errors import ConfigError
 
 # What decided a threshold, as tables name it.
-OWN, SESSIONS, EVERY, LABELS = "own images", "sessions", "every class", "labels"
+OWN, SESSIONS, EVERY, LABELS, HAND = "own images", "sessions", "every class", "labels", "set by hand"
 MAX_FPR = 0.02  # share of good images that may be called bad, where nothing else is asked for
 _FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 
@@ -200,7 +200,7 @@ def make_rule(
     basis = SESSIONS if len(references) > 1 else basis
     unsure = None
     if fixed is not None:
-        image, basis = fixed, LABELS
+        image, basis = fixed, HAND if fixed.sentence.startswith(HAND) else LABELS
     if budget.unsure is not None:
         unsure = _strictest(references, budget.unsure, len(rows))
         unsure = unsure if unsure.value <= image.value else None

@@ -198,7 +198,7 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
     if isinstance(item, Item):
         return _item_pixels(item, limits, draft_side)
-    if isinstance(item, Sample) and item.record is None:
+    if isinstance(item, Sample) and item.in_file:
         item = item.image
     if isinstance(item, (str, Path)):
         return read_sized_rgb(Path(item), limits, draft_side=draft_side)
@@ -291,6 +291,17 @@ def as_array(item: Any) -> NDArray[Any]:
         return np.asarray(item)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImageError(f"{type(item).__name__} is no array that numpy can read ({error})") from None
+
+
+def from_bgr(item: Any) -> Any:
+    """An array with its first three channels in reverse, as OpenCV gives them; anything else as it is."""
+    if not is_array(item):
+        return item
+    array = as_array(item)
+    axis = next((a for a in (-1, 0) if array.ndim == 3 and array.shape[a] in (3, 4)), None)
+    if axis is None:
+        return array
+    return np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis))
 
 
 def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:

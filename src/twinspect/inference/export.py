@@ -22,13 +22,13 @@ from twinspect.files import refuse_unwritable
 from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
+from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
     from twinspect.storage import Fitted
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = ("fp32", "fp16", "int8")
-Progress = Callable[[str, int, int], None]
 _NEEDS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -98,8 +98,8 @@ def export(
         raise ConfigError("int8 needs good images to measure ranges and to prove itself on; add --images DIR")
     _refuse_missing(options)
     refuse_unwritable(out, "--out", error=BundleError)
-    report = progress or (lambda _stage, _done, _total: None)
-    checked = images or painted(fitted.model.shape.size)
+    report = progress or silent
+    checked = images or painted(fitted.model.size)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
             draft = Path(folder) / out.name
@@ -125,7 +125,7 @@ def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto"
             f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
             f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
         )
-    return _compare(path, fitted, images, runtime, lambda _stage, _done, _total: None), meta
+    return _compare(path, fitted, images, runtime, silent), meta
 
 
 def refuse_wrong_name(out: Path, options: ExportOptions) -> None:
@@ -262,7 +262,7 @@ class _Build:
         """Write the draft's metadata and sha256 beside it."""
         fitted, options = self.fitted, self.options
         write_meta(self.draft, ExportMeta(
-            options.format, options.precision, fitted.model.shape.size, options.batch, options.any_size,
+            options.format, options.precision, fitted.model.size, options.batch, options.any_size,
             fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked or {}, __version__,
         ))  # fmt: skip
 

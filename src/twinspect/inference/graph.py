@@ -65,7 +65,7 @@ class DeployedGraph(nn.Module):
         """All outputs of the model."""
         image = image_BHWC.permute(0, 3, 1, 2)
         if self.any_size:
-            side = self.model.shape.size
+            side = self.model.size
             image = F.interpolate(image.float(), size=(side, side), mode="bilinear", antialias=True)
         return dict(self.model(image)._asdict())
 
@@ -76,7 +76,7 @@ def trace(model: AnomalyModel, batch: int, any_size: bool) -> torch.export.Expor
     Raises:
         ConfigError: the model holds something torch cannot export.
     """
-    size = model.shape.size
+    size = model.size
     example = torch.zeros(batch or 2, *((size + 8, size + 24) if any_size else (size, size)), 3, dtype=torch.uint8)
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
     if any_size:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.data.images import read_rgb
 from twinspect.decide.conformal import Floats, p_values
 
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
@@ -141,17 +144,24 @@ class Result:
         values = {column.name: finite(getattr(self, column.name)) for column in columns() if not column.tables_only}
         return {"name": values.pop("path"), **values, "regions": [region.to_dict() for region in self.regions]}
 
+    def image(self) -> NDArray[np.uint8] | None:
+        """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
+        if self.rgb is not None or self.error or not os.path.isfile(self.path):
+            return self.rgb
+        return read_rgb(Path(self.path))
+
     def overlay(self, opacity: float = 0.5) -> Image.Image:
         """The image under its map, on the model's fixed colour scale.
 
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
         """
-        if self.rgb is None or self.grid is None:
+        rgb = self.image()
+        if rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        side = self.rgb.shape[:2]
+        side = rgb.shape[:2]
         colours = colourise(resize_map(self.grid, *side), self.scale)
-        mixed = (1 - opacity) * self.rgb + opacity * colours
+        mixed = (1 - opacity) * rgb + opacity * colours
         return Image.fromarray(mixed.round().astype(np.uint8))
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,7 +62,7 @@ class TorchRuntime:
         keep_freed_memory()
         self._torch = torch
         self.device = device
-        self.size = model.shape.size
+        self.size = model.size
         self.batch = 0
         self.model = prepared(model.eval()).to(device)
         if threads:
@@ -255,10 +256,20 @@ def required(runtime: str, path: Path) -> Any:
     try:
         return importlib.import_module(_INSTALL[runtime])
     except ImportError as error:
+        if runtime == "torch" and _is_light():
+            raise TwinspectError(
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
+                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+            ) from None
         raise TwinspectError(
             f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
             f"Type: pip install {_INSTALL[runtime]}"
         ) from None
+
+
+def _is_light() -> bool:
+    """Whether the distribution of packaging/runtime is what is installed here."""
+    return any(True for _ in metadata.distributions(name="twinspect-runtime"))
 
 
 def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:

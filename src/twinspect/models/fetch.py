@@ -34,8 +34,8 @@ from twinspect.models.weights import (
     three_ways,
     verify_record,
 )
+from twinspect.types import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 # Short name -> hub repository of the timm weights; the file is always model.safetensors.
@@ -53,10 +53,6 @@ REPOSITORIES = {
 FILE = "model.safetensors"
 _TIMEOUT_S = 30.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress for callers that want none."""
 
 
 def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: str = "") -> Path:

@@ -208,7 +208,7 @@ def prepared(model: AnomalyModel) -> AnomalyModel:
     idle = not model.scorer.students_count()
     if not idle and not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
         return model
-    ready, size = _shallow(model), model.shape.size
+    ready, size = _shallow(model), model.size
     if idle:
         ready.scorer = _shallow(model.scorer)
         ready.scorer.asks_students = False

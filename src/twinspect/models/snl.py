@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -144,13 +143,6 @@ RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
 _START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
-@dataclass(frozen=True, slots=True)
-class StructuralShape:
-    """Sizes: input side."""
-
-    size: int
-
-
 class Stages:
     """The kept maps that are distilled, fine to coarse, each on its own grid.
 
@@ -249,7 +241,6 @@ class StructuralModel(AnomalyModel):
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, STAGES)
         self.structure: Structure = config.structure()
-        self.shape = StructuralShape(size)
         self.stages = Stages(teacher.info, self.selection)
         self.student = StructuralStudent(teacher.info, self.stages, config, size)
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
@@ -276,7 +267,7 @@ class StructuralModel(AnomalyModel):
         pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
             distances = [position_cosine_distance(t, s) for t, s in pairs]
-            map_B1HW, peak_B = published_map(distances, self.shape.size, "rd4ad")
+            map_B1HW, peak_B = published_map(distances, self.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
             map_Bhw, *affinity = self.distance_maps(pairs)

@@ -26,7 +26,8 @@ from twinspect.models.observed import Observed
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint
-from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.source import FeatureSource
+from twinspect.types import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ def train(
     Raises:
         TrainingError: a loss that is not finite.
     """
+    if not config.steps:
+        model.eval()
+        return TrainReport(0, 0.0, "no steps asked for", {}, 0)
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
     work = work if group.leads else None
