@@ -42,6 +42,7 @@ from twinspect.training.memory import MOST, remember
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales
+from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 MAP_SCALE = (0.0, 64.0)  # ends of the colour scale, in standard deviations: good images stay below 8, see `colourise`
@@ -142,7 +143,8 @@ def _fitted(
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
     training, held, sentences = add_copies(training, held, config.train.pose, few)
-    notes += sentences
+    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
@@ -397,7 +399,9 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
         anomaly among the good ones would (`calibration.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
-    seen = np.array([bool(c) and not isinstance(s, Altered) for c, s in zip(good.counted_n, samples, strict=True)])
+    seen = np.array(
+        [bool(c) and not isinstance(s, (Altered, Disturbed)) for c, s in zip(good.counted_n, samples, strict=True)]
+    )
     apart: set[int] = set()
     for name in {sample.class_name for sample in samples}:
         own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
