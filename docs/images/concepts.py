@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from twinspect.decide.conformal import conformal_threshold
 from twinspect.charts import Histogram, LineChart, Series
 from twinspect.data.painting import part
+from twinspect.decide.conformal import conformal_threshold
 from twinspect.diagnose import cutpaste, mixup
 
 SIDE, GAP, TEXT = 150, 10, 24

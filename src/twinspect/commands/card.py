@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twinspect.commands.results import markdown
 from twinspect.commands.decisions import threshold_table
+from twinspect.commands.results import markdown
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision, promises
+from twinspect.decide.rules import class_sentence
 from twinspect.models.weights import EMBEDDED
 from twinspect.report import Section, Table
-from twinspect.decide.rules import class_sentence
 
 _LASTING_LIMITS = (
     "The thresholds hold for good images taken like those they were made from. Another day, light, camera or "
@@ -52,7 +52,7 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
         "written by": made,
         "model": decision.model_id,
         "family": meta["config"]["model"]["model"],
-        "teacher": f"{teacher['name']} ({teacher['arch']}), weights from {teacher['weights']}, hash {teacher['hash']}",
+        "teacher": f"{teacher['name']} ({teacher['arch']}), weights: {teacher['weights']}, hash {teacher['hash']}",
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }

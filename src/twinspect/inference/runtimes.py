@@ -258,8 +258,8 @@ def required(runtime: str, path: Path) -> Any:
     except ImportError as error:
         if runtime == "torch" and _is_light():
             raise TwinspectError(
-                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the whole "
-                f"of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where all of "
+                f"twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
             ) from None
         raise TwinspectError(
             f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
