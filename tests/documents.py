@@ -66,8 +66,8 @@ def made(root: Path) -> Path:
     """What the documents speak of.
 
     ``data/`` (classes cable and screw, with test images and masks), ``good/`` (100 good images of cable that were not
-    trained on), ``more/`` (20 others), ``new/`` (four good images and four others), ``new.png``, ``model.twin``, a
-    key, a list and labels.
+    trained on), ``more/`` (20 others), ``new/`` (four good, four others), ``new.png``, ``model.twin``, a key
+    a list and labels.
     """
     from twinspect import Detector
 

@@ -62,7 +62,7 @@ def everything(cases: int = 2) -> list[Section]:
             ("Words with <b>marks</b>.",),
             (
                 Table("Numbers", ("class", "auroc", "count"), (("a <i>", 0.98765, 12), ("b", 1.0, 3)), "a note"),
-                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),), diagonal=True),
+                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),)),
                 Histogram("Scores", "score", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
             ),
         ),

@@ -79,7 +79,7 @@ class Place:
 
 
 def _unit(file: Path, package: metadata.Distribution) -> Path:
-    """What is linked as a whole: a file or package at the top; in a namespace that packages share, one level deeper."""
+    """What is linked as a whole: a top-level file or package; of a shared namespace, one level deeper."""
     whole = Path(str(package.locate_file(file.parts[0])))
     shared = whole.is_dir() and whole.suffix != ".dist-info" and not (whole / "__init__.py").is_file()
     return Path(*file.parts[:2]) if shared else Path(file.parts[0])

@@ -123,9 +123,9 @@ def case_of(result: Result, kind: str) -> Case:
     image = Image.fromarray(result.rgb)
     for picture in (overlay, image):
         picture.thumbnail((THUMB, THUMB))
-    said = "called anomalous" if result.is_anomaly else "called good"
+    verdict = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
-    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay)
+    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {verdict}", image, overlay)
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:

@@ -52,7 +52,8 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
         "written by": made,
         "model": decision.model_id,
         "family": meta["config"]["model"]["model"],
-        "teacher": f"{teacher['name']} ({teacher['arch']}), weights: {teacher['weights']}, hash {teacher['hash']}",
+        "teacher": f"{teacher['name']} ({teacher['arch']}), weights from {teacher['weights']}, "
+        f"hash {teacher['hash']}",
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }

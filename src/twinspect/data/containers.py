@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +25,9 @@ from twinspect.errors import DataError
 
 CIFAR_SIDE = 32
 CIFAR_BYTES = 3 * CIFAR_SIDE * CIFAR_SIDE
+_MOST_UNPACKED = 1 << 30
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
-
-
-class Container(Protocol):
-    """A file of images: how many, what they show, and each as RGB."""
-
-    @property
-    def labels(self) -> Sequence[int | str] | None:
-        """Class number or name of each record, if the file says."""
-
-    def __len__(self) -> int: ...
-
-    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
-        """H x W x 3 of one record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +63,9 @@ class Encoded:
         if not isinstance(raw, bytes):
             raise DataError(f"{self.path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
         return read_rgb(raw, limits, name=f"{self.path} record {record}")
+
+
+Container = Planes | Encoded
 
 
 def read_record(path: Path, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
@@ -114,7 +105,12 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """Array in an IDX file of unsigned bytes (MNIST and Fashion-MNIST), plain or ``.gz``."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
-        raw = _gunzip(raw, path)
+        with gzip.open(io.BytesIO(raw)) as stream:
+            raw = stream.read(_MOST_UNPACKED + 1)
+        if len(raw) > _MOST_UNPACKED:
+            raise DataError(
+                f"{path}: unpacks to more than {_MOST_UNPACKED:,} bytes; Fashion-MNIST's files need 47 million"
+            )
     if len(raw) < 8 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3 or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path}: not an IDX file of unsigned bytes; accepted: the files of Fashion-MNIST")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
@@ -123,14 +119,6 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if body.size != wanted:
         raise DataError(f"{path}: {body.size:,} bytes of data, {wanted:,} promised by its header; copy it again")
     return body.reshape(shape)
-
-
-def _gunzip(raw: bytes, path: Path, limit: int = 1 << 30) -> bytes:
-    with gzip.open(io.BytesIO(raw)) as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise DataError(f"{path}: unpacks to more than {limit:,} bytes; Fashion-MNIST's files need 47 million")
-    return data
 
 
 # -------------------------------------------------------------------------------------------- CIFAR

@@ -22,7 +22,9 @@ def find_leaks(samples: Iterable[Sample]) -> list[tuple[Sample, Sample]]:
     equal to nothing.
     """
     groups = _equal(samples, lambda group: len({sample.split == TEST for sample in group}) == 2)
-    return [pair for twins in groups for pair in _pairs(twins)]
+    return [
+        (sample, test) for twins in groups for sample in twins for test in twins if sample.split != TEST == test.split
+    ]
 
 
 def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
@@ -48,7 +50,7 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
     leave_out(_equal([*good, *defects], _several))
     kept = [sample for sample in good if sample not in copies and sample not in both]
     if len(kept) <= _FEW:
-        leave_out(_split((sample for sample in kept if sample.record is None), _pixel_hash, _several))
+        leave_out(_split((sample for sample in kept if sample.in_file), _pixel_hash, _several))
     notes = [
         f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
         for found, what, done in (
@@ -74,7 +76,7 @@ def _equal(samples: Iterable[Sample], wanted: Callable[[list[Sample]], bool]) ->
     files: list[Sample] = []
     records: list[Sample] = []
     for sample in samples:
-        (files if sample.record is None else records).append(sample)
+        (files if sample.in_file else records).append(sample)
     groups = [files]
     for key in (_size, _peek, _file_hash):
         groups = [part for group in groups for part in _split(group, key, wanted)]
@@ -91,11 +93,6 @@ def _split(
         except (OSError, DataError):
             continue  # whoever reads the image says what is wrong with it
     return [group for group in groups.values() if wanted(group)]
-
-
-def _pairs(twins: list[Sample]) -> list[tuple[Sample, Sample]]:
-    tests = [sample for sample in twins if sample.split == TEST]
-    return [(sample, test) for sample in twins if sample.split != TEST for test in tests]
 
 
 def _size(sample: Sample) -> int:

@@ -238,8 +238,8 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_part(name: str, split: str) -> bool:
-    said = meaning(name)
-    return said.split == split and not said.role and said.rest in ("", "seg")
+    meant = meaning(name)
+    return meant.split == split and not meant.role and meant.rest in ("", "seg")
 
 
 def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, image_set: ImageSet) -> list[Sample]:
