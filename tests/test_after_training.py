@@ -16,10 +16,10 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
 from twinspect.storage import build_model
-from twinspect.training.fit import decision_of, silent
+from twinspect.training.fit import decision_of
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import TRAIN, Sample
+from twinspect.training.statistics import fit_scales, fit_statistics
+from twinspect.types import TRAIN, Sample, silent
 
 PLAIN = [
     {"teacher": RANDOM_CNN, "scoring": "plain"},
@@ -61,7 +61,13 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
         out = model.score(*source.batch(list(range(24))))
     assert good.counted_n.tolist() == [i in HELD for i in range(24)]
     peak_B = out.map_B1HW.flatten(1).amax(1)
-    expected = GoodImages(out.score_B, peak_B, out.cluster_distance_B, out.cluster_B, good.counted_n, out.readings_BR)
+    expected = good._replace(
+        score_n=out.score_B,
+        peak_n=peak_B,
+        distance_n=out.cluster_distance_B,
+        cluster_n=out.cluster_B,
+        readings_nR=out.readings_BR,
+    )
     torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)

@@ -181,7 +181,7 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_rows_score_as_the_transcription_on_maps(kind: str, detector: Detector, quick: Detector) -> None:
     model = (detector if kind == "cnn" else quick).fitted.model
-    size = model.shape.size
+    size = model.size
     pixels = torch.from_numpy(np.stack([picture(i, size, size) for i in range(5)])).permute(0, 3, 1, 2).clone()
     pixels[0, :, 20:30, 20:30] = 255
     with torch.no_grad():

@@ -102,7 +102,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", ["demo", "quick", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["demo", "quick", "docs", "test", "check", "bench"])
 def test_targets_of_a_bare_clone_resolve(clone: Path, target: str) -> None:
     """Dry runs: of make, which says what it would install, and of pip, which finds all of that as it is pinned."""
     command = ["make", "--dry-run", target, f"PYTHON={sys.executable}"]
@@ -111,7 +111,8 @@ def test_targets_of_a_bare_clone_resolve(clone: Path, target: str) -> None:
     assert made.returncode == 0, made.stderr
     (install,) = [shlex.split(line) for line in made.stdout.splitlines() if " pip install " in line]
     extras = re.findall(r"\w+", install[-1])
-    assert set(extras) == ({"demo"} if target in ("demo", "quick") else set(PROJECT["optional-dependencies"]))
+    wanted = {"demo": {"demo"}, "quick": {"demo"}, "docs": {"docs", "server"}}
+    assert set(extras) == wanted.get(target, set(PROJECT["optional-dependencies"]))
     options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     resolve = [sys.executable, *install[1:], *options]
     done = subprocess.run(resolve, cwd=clone, capture_output=True, text=True)

@@ -25,7 +25,7 @@ from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
-from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 MIXUP, CUTPASTE = "mixup", "cutpaste"
 KINDS = (MIXUP, CUTPASTE)
@@ -35,7 +35,6 @@ _AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the ima
 _VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
 
 Pixels = NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]
 Visit = Callable[["Composite", Result], None]
 
 

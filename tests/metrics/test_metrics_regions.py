@@ -4,23 +4,9 @@ from metrics_reference import aupro as slow_aupro
 from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
-from twinspect.metrics import ScoreHistogram
+from twinspect.metrics import aupro, auspro
 from twinspect.metrics.pages import keys_of
-from twinspect.metrics.pixels import UNIT, connected_regions, region_weights, summarise
-
-
-def aupro(maps, masks, limit=0.3):
-    histogram = ScoreHistogram()
-    for map_HW, mask_HW in zip(maps, masks, strict=True):
-        histogram.update(map_HW, mask_HW)
-    return summarise([histogram], {"area": ("pro", limit)}).values["area"]
-
-
-def auspro(maps, regions, limit=0.05):
-    histogram = ScoreHistogram()
-    for map_HW, pairs in zip(maps, regions, strict=True):
-        histogram.update(map_HW, regions=pairs)
-    return summarise([histogram], {"area": ("spro", limit)}).values["area"]
+from twinspect.metrics.pixels import UNIT, connected_regions, region_weights
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.05, 1.0, 0.001])
@@ -94,3 +80,11 @@ def test_undefined_without_regions_or_without_normal_pixels():
 def test_bad_area():
     with pytest.raises(DataError, match="saturation area"):
         auspro([np.ones((3, 3))], [[(np.ones((3, 3)), 0)]])
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.1, 1.5, np.nan])
+def test_a_limit_outside_the_curve_is_refused(limit):
+    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
+        aupro([np.zeros((2, 2))], [None], limit)
+    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
+        auspro([np.zeros((2, 2))], [[]], limit)

@@ -14,6 +14,7 @@ from twinspect.errors import ConfigError
 if TYPE_CHECKING:
     from twinspect.storage import Fitted
 
+_LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
 
@@ -120,9 +121,11 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
 
     record, decision = detector.record_, detector.fitted.decision
     training, counts = record["training"], record["parameters"]
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
     yield (
-        f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); "
-        + ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
+        f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); {terms}"
+        if training["steps"]
+        else "statistics of good images only: no steps, so the students say nothing"
     )
     if memory := record.get("memory"):
         yield memory_line(memory)
@@ -132,16 +135,35 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
         + f"statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
     )
     yield from threshold_lines(decision)
+    yield from outlier_lines(record)
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
+
+
+def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
+    """The training images that are least like the others, and those that were left out for it."""
+
+    def named(rows: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{row['path']} ({row['score']:.1f})" for row in rows)
+
+    if dropped := record.get("dropped"):
+        yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
+    listed = record["least_like"]
+    yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
+    if apart := [row for row in listed if row["apart"]]:
+        yield (
+            f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
+            f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
+        )
 
 
 def memory_line(memory: dict[str, Any]) -> str:
     """Peak memory, and the batch that it was needed for."""
     peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
     gpu = f", of the GPU {memory['gpu_peak_mb']:.0f} MB" if memory.get("gpu_peak_mb") else ""
-    return f"{peak}{gpu}; steps of {memory['batch']} images a process"
+    steps = f"; steps of {memory['batch']} images a process" if memory["batch"] else ""
+    return peak + gpu + steps
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:

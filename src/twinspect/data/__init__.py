@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, listed, others, semantic
 from twinspect.data.images import count_pictures, is_image
 from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
@@ -136,6 +136,8 @@ DATASETS: dict[str, Dataset] = {
     },
     "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
+    "anomalib": Dataset(others.anomalib, others.looks_like_anomalib, listed=True, elsewhere=True),
+    "lookout": Dataset(others.lookout, others.looks_like_lookout, listed=True, elsewhere=True),
     **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
     folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }

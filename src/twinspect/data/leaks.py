@@ -50,7 +50,7 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
     leave_out(_equal([*good, *defects], _several))
     kept = [sample for sample in good if sample not in copies and sample not in both]
     if len(kept) <= _FEW:
-        leave_out(_split((sample for sample in kept if sample.record is None), _pixel_hash, _several))
+        leave_out(_split((sample for sample in kept if sample.in_file), _pixel_hash, _several))
     notes = [
         f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
         for found, what, done in (
@@ -76,7 +76,7 @@ def _equal(samples: Iterable[Sample], wanted: Callable[[list[Sample]], bool]) ->
     files: list[Sample] = []
     records: list[Sample] = []
     for sample in samples:
-        (files if sample.record is None else records).append(sample)
+        (files if sample.in_file else records).append(sample)
     groups = [files]
     for key in (_size, _peek, _file_hash):
         groups = [part for group in groups for part in _split(group, key, wanted)]

@@ -91,7 +91,10 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     # p <= max_fpr means: at most k - 1 calibration scores reach the image's score.
     allowed = math.floor(max_fpr * (count + 1) + 1e-9) - 1
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
-    if allowed < 0:
+    if count == 1:
+        needed = images_needed(max_fpr)
+        sentence = f"from 1 good image: nothing is promised; for {100 * max_fpr:g} % at least {needed} are needed"
+    elif allowed < 0:
         sentence = (
             f"from {count} good images: about 1 good image in {count + 1} will be called bad, at best; for "
             f"{100 * max_fpr:g} % at least {images_needed(max_fpr)} good images are needed"
@@ -128,11 +131,11 @@ def extended_threshold(calibration_M: Floats, max_fpr: float) -> float:
     """Lowest threshold at which `extended_p_values` is at most ``max_fpr`` (never at or below the largest score
     where the images are too few to promise the rate).
     """
-    found = conformal_threshold(calibration_M, max_fpr)
-    if found.guaranteed:
-        return found.value
+    ranked = conformal_threshold(calibration_M, max_fpr)
+    if ranked.guaranteed:
+        return ranked.value
     base, total, k, odds = _tail(calibration_M)
-    return max(found.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
+    return max(ranked.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
 
 
 def _tail(calibration_M: Floats) -> tuple[float, float, int, float]:

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, unknown_name
+from twinspect.errors import BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
-_NAMED = 4  # pairs of classes that a sentence names
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
@@ -210,13 +209,13 @@ def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, fl
     """
     counts: dict[str, dict[str, float]] = {}
     for name, label, called in rows:
-        own = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        own["defects" if label else "good"] += 1
-        own["found" if label else "false_alarms"] += called
-    for own in counts.values():
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
         for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
-            if own[whole]:
-                own[rate] = own[part] / own[whole]
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
     return dict(sorted(counts.items()))
 
 
@@ -239,9 +238,8 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     ]
     if not told:
         return ""
-    more = f" and {len(told) - _NAMED} more pairs" if len(told) > _NAMED else ""
     return (
-        f"classes that look alike are mixed up: {', '.join(told[:_NAMED])}{more}. Name the class when you predict "
+        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"
     )
 

@@ -195,7 +195,10 @@ class DriftMonitor:
         seed: of the random breaking of ties.
         state: of an earlier monitor over the same calibration images, from `state`.
 
-    Example:
+    Raises:
+        ConfigError: a rate outside (0, 1).
+
+    Examples:
         >>> monitor = DriftMonitor(detector.fitted.decision.good)
         >>> for result in detector.predict("today/", stream=True):
         ...     if monitor.update(result.score, result.predicted_class, result.cluster_distance):

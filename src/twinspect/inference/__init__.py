@@ -19,7 +19,7 @@ def load(
 ) -> Predictor:
     """Open a bundle (.twin) or an exported model (.onnx, .xml); see `runtimes.load_predictor`.
 
-    Example:
+    Examples:
         >>> for result in load("model.onnx").predict("new/"):
         ...     print(result.path, result.score, result.is_anomaly)
     """

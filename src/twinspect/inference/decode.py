@@ -92,12 +92,12 @@ class DecodePool:
         while pending:
             job, future = pending.popleft()
             try:
-                found = future.result()
+                decoded = future.result()
             except BrokenExecutor:
-                found = self._one_by_one(job)
+                decoded = self._one_by_one(job)
                 pending = deque((other, self._submit(other)) for other, _ in pending)
             pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
-            yield from ((tag, image) for (tag, _), image in zip(job, found, strict=True))
+            yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
         items = [item for _, item in job]
@@ -111,15 +111,15 @@ class DecodePool:
     def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
         """A worker died while this job or another was under way: find the image that does it."""
         self._pool = self._started()
-        found = []
+        decoded = []
         for _, item in job:
             try:
-                found += self._pool.submit(self._decode, [item]).result()
+                decoded += self._pool.submit(self._decode, [item]).result()
             except BrokenExecutor:
                 name = name_of(item)
-                found.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
+                decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
                 self._pool = self._started()
-        return found
+        return decoded
 
     def _started(self) -> Executor:
         if not self._processes:
@@ -196,7 +196,7 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
     if isinstance(item, Item):
         return _item_pixels(item, limits, draft_side)
-    if isinstance(item, Sample) and item.record is None:
+    if isinstance(item, Sample) and item.in_file:
         item = item.image
     if isinstance(item, (str, Path)):
         return read_sized_rgb(Path(item), limits, draft_side=draft_side)
@@ -287,10 +287,21 @@ def as_array(item: Any) -> NDArray[Any]:
         raise ImageError(f"{type(item).__name__} is no array that numpy can read ({error})") from None
 
 
+def from_bgr(item: Any) -> Any:
+    """An array with its first three channels in reverse, as OpenCV gives them; anything else as it is."""
+    if not is_array(item):
+        return item
+    array = as_array(item)
+    axis = next((a for a in (-1, 0) if array.ndim == 3 and array.shape[a] in (3, 4)), None)
+    if axis is None:
+        return array
+    return np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis))
+
+
 def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
     if isinstance(one, (str, os.PathLike)):
-        found = (among if one_of_several else walk)(os.fsdecode(one))
-        return (item for part in found for item in (part.items() if isinstance(part, Stream) else (part,)))
+        listed = (among if one_of_several else walk)(os.fsdecode(one))
+        return (item for part in listed for item in (part.items() if isinstance(part, Stream) else (part,)))
     many = _several(one)
     if many is None:
         return iter([_encoded(one)])

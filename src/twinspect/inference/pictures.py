@@ -211,15 +211,15 @@ def coco_regions(result: Result) -> list[Region]:
     from twinspect.inference.result import resized_for_regions
 
     heat = resized_for_regions(result.grid, (result.height, result.width))
-    found = components(heat >= result.threshold_region, heat)
-    order = np.argsort(-found.peak, kind="stable")[: len(result.regions)]
+    regions = components(heat >= result.threshold_region, heat)
+    order = np.argsort(-regions.peak, kind="stable")[: len(result.regions)]
     pairs = zip(order.tolist(), result.regions, strict=True)
     return [
         Region(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,
-            run_lengths(*_in_original(pixels_of(found, i), heat.shape, result), (result.height, result.width)),
+            run_lengths(*_in_original(pixels_of(regions, i), heat.shape, result), (result.height, result.width)),
         )
         for i, one in pairs
     ]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.data.images import read_rgb
 from twinspect.decide.conformal import Floats, p_values
 
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
@@ -141,17 +144,24 @@ class Result:
         values = {column.name: finite(getattr(self, column.name)) for column in columns() if not column.tables_only}
         return {"name": values.pop("path"), **values, "regions": [region.to_dict() for region in self.regions]}
 
+    def image(self) -> NDArray[np.uint8] | None:
+        """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
+        if self.rgb is not None or self.error or not os.path.isfile(self.path):
+            return self.rgb
+        return read_rgb(Path(self.path))
+
     def overlay(self, opacity: float = 0.5) -> Image.Image:
         """The image under its map, on the model's fixed colour scale.
 
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
         """
-        if self.rgb is None or self.grid is None:
+        rgb = self.image()
+        if rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        side = self.rgb.shape[:2]
+        side = rgb.shape[:2]
         colours = colourise(resize_map(self.grid, *side), self.scale)
-        mixed = (1 - opacity) * self.rgb + opacity * colours
+        mixed = (1 - opacity) * rgb + opacity * colours
         return Image.fromarray(mixed.round().astype(np.uint8))
 
 
@@ -229,12 +239,12 @@ def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Co
     return Components(area, peak, top, left, bottom, right, row, start, stop, owner)
 
 
-def pixels_of(found: Components, region: int) -> tuple[Ints, Ints]:
+def pixels_of(regions: Components, region: int) -> tuple[Ints, Ints]:
     """Rows and columns of a region's pixels, in reading order."""
-    own = found.run_owner == region
-    length = found.run_stop[own] - found.run_start[own]
+    inside = regions.run_owner == region
+    length = regions.run_stop[inside] - regions.run_start[inside]
     offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    return np.repeat(found.run_row[own], length), np.repeat(found.run_start[own], length) + offset
+    return np.repeat(regions.run_row[inside], length), np.repeat(regions.run_start[inside], length) + offset
 
 
 def _runs(mask_HW: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
@@ -320,14 +330,14 @@ def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: f
     if not bool((grid >= threshold).any()):
         return []  # bilinear resizing never exceeds the grid's own values
     resized = resized_for_regions(grid, shape)
-    found = components(resized >= threshold, resized)
-    scores = found.peak
+    regions = components(resized >= threshold, resized)
+    scores = regions.peak
     if not len(scores):
         return []
     p = p_values(scores, peaks)
     strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
     scale = (shape[0] / resized.shape[0], shape[1] / resized.shape[1])
-    return [_region(found, int(i), p[i], scale, shape) for i in strongest]
+    return [_region(regions, int(i), p[i], scale, shape) for i in strongest]
 
 
 def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -339,9 +349,9 @@ def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> ND
     return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
 
 
-def _region(found: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
-    y, x = math.floor(found.top[i] * scale[0]), math.floor(found.left[i] * scale[1])
-    bottom = min(shape[0], math.ceil(found.bottom[i] * scale[0]))
-    right = min(shape[1], math.ceil(found.right[i] * scale[1]))
-    pixels = max(1, round(int(found.area[i]) * scale[0] * scale[1]))
-    return Region(x, y, right - x, bottom - y, pixels, float(found.peak[i]), float(p))
+def _region(regions: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
+    y, x = math.floor(regions.top[i] * scale[0]), math.floor(regions.left[i] * scale[1])
+    bottom = min(shape[0], math.ceil(regions.bottom[i] * scale[0]))
+    right = min(shape[1], math.ceil(regions.right[i] * scale[1]))
+    pixels = max(1, round(int(regions.area[i]) * scale[0] * scale[1]))
+    return Region(x, y, right - x, bottom - y, pixels, float(regions.peak[i]), float(p))

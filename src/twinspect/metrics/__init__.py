@@ -7,7 +7,7 @@ half; the functions are for arrays at hand.
 from __future__ import annotations
 
 from twinspect.metrics.evaluator import Evaluator
-from twinspect.metrics.pixels import PIXEL_METRICS, PixelSummary, ScoreHistogram
+from twinspect.metrics.pixels import PIXEL_METRICS, PixelSummary, ScoreHistogram, aupro, auspro
 from twinspect.metrics.ranking import (
     IMAGE_METRICS,
     auroc,
@@ -22,7 +22,9 @@ __all__ = [
     "Evaluator",
     "PixelSummary",
     "ScoreHistogram",
+    "aupro",
     "auroc",
+    "auspro",
     "average_precision",
     "bootstrap_interval",
     "f1_max",

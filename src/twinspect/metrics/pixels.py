@@ -23,7 +23,7 @@ over a decade the default limit gives about 7 million bins and a bound of about 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -195,6 +195,49 @@ class ScoreHistogram:
     def compute(self) -> PixelSummary:
         """Metrics of everything counted so far, with error bounds."""
         return summarise([self])
+
+
+def aupro(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike | None], limit: float = 0.3) -> float:
+    """Area under the per-region overlap curve, 0 to 1; nan without a region or without a normal pixel.
+
+    Args:
+        maps: H x W score maps; sizes may differ.
+        masks: one H x W mask per map, non-zero means defect; None for a good image.
+        limit: false positive rate at which the curve ends.
+
+    Raises:
+        DataError: a limit outside (0, 1], or a map or mask that cannot be used.
+    """
+    histogram = ScoreHistogram()
+    for map_HW, mask_HW in zip(maps, masks, strict=True):
+        histogram.update(map_HW, mask_HW)
+    return summarise([histogram], {"aupro": ("pro", _as_limit(limit))}).values["aupro"]
+
+
+def auspro(
+    maps: Iterable[ArrayLike], regions: Iterable[Sequence[tuple[ArrayLike, float]]], limit: float = 0.05
+) -> float:
+    """Area under the saturated per-region overlap curve, 0 to 1; nan without a region or a normal pixel.
+
+    Args:
+        maps: H x W score maps; sizes may differ.
+        regions: for every map its (mask H x W, saturation area in pixels) pairs, each one region whether
+            connected or not; empty for a good image. An area above the region's size means the size.
+        limit: false positive rate at which the curve ends.
+
+    Raises:
+        DataError: a limit outside (0, 1], or a map, mask or area that cannot be used.
+    """
+    histogram = ScoreHistogram()
+    for map_HW, pairs in zip(maps, regions, strict=True):
+        histogram.update(map_HW, regions=pairs)
+    return summarise([histogram], {"auspro": ("spro", _as_limit(limit))}).values["auspro"]
+
+
+def _as_limit(limit: float) -> float:
+    if not 0 < limit <= 1:
+        raise DataError(f"false positive rate limit is {limit}; accepted: above 0, at most 1 (usual: 0.3)")
+    return limit
 
 
 def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:

@@ -128,8 +128,8 @@ class Selection(nn.Module):
 
     def select_coarse(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the coarse view's."""
-        kept = (maps[i] for i in self.coarse_levels)
-        return tuple(_at_side(one, side) for one, side in zip(kept, self.coarse_sides, strict=True))
+        chosen = (maps[i] for i in self.coarse_levels)
+        return tuple(_at_side(one, side) for one, side in zip(chosen, self.coarse_sides, strict=True))
 
     def select_prefix(self, features: Features) -> Tensor:
         """Class and register tokens of the kept maps: B x M x P x D."""
@@ -181,5 +181,5 @@ def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
     if here == side:
         return map_BDhw
-    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
-    return found
+    resampled: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
+    return resampled

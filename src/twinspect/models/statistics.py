@@ -95,6 +95,12 @@ class PositionGaussian(nn.Module):
         self.step_VD = (away_VND.abs().amax(1) / _STEPS).clamp_min(1e-12).float()
         self.place_VND = (away_VND / self.step_VD[:, None]).round().to(torch.int8)
 
+    def sums(self, images_V: Tensor) -> Tensor:
+        """The sums that `set_means` took these means from: V x N x D."""
+        images = images_V[:, None, None]
+        away_VND = self.place_VND.float() * self.step_VD[:, None] * (images + PLACE_PRIOR)
+        return away_VND + images * self.centre_VD[:, None]
+
     def set_scale(self, level_Vhw: Tensor, spread_Vhw: Tensor) -> None:
         """Take level and spread of the distance at every position of every variant."""
         self.level_Vhw, self.spread_Vhw = level_Vhw.float(), spread_Vhw.float()
@@ -127,6 +133,15 @@ def whitening(covariance_DD: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(correlation + RIDGE * eye)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.T / scale_D[:, None]
+
+
+def unwhitened(whiten_DD: Tensor) -> Tensor:
+    """The covariance that `whitening` made a matrix of, as exactly as fp16 keeps it."""
+    inverse = torch.linalg.inv(whiten_DD.double())
+    ridged = inverse.T @ inverse
+    variance_D = ridged.diagonal() / (1.0 + RIDGE)
+    covariance: Tensor = ridged - RIDGE * torch.diag(variance_D)
+    return covariance
 
 
 class TokenGaussian(nn.Module):

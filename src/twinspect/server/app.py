@@ -55,7 +55,7 @@ def build_app(
         paths: files of models, which are read again when they change.
         open_file: a file to a predictor.
 
-    Example:
+    Examples:
         >>> app = build_app(Settings(), {"parts": load("parts.onnx")})
         >>> uvicorn.run(app)
     """

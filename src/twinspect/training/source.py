@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +20,12 @@ from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.types import Sample, Skipped
+from twinspect.training.copies import Altered
+from twinspect.types import Progress, Sample, Skipped
 
-Progress = Callable[[str, int, int], None]
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
 _AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
-_LEVEL = 1.0  # grey levels that two images differ by (root mean square), or they are hardly different
-_LOOKED_AT = 8  # images of a class that are compared
-_SIDE = 512  # pixels a side that are compared of a large image
-_COPIES = 24  # at least; half as many as images where those are more
 
 
 class FeatureSource:
@@ -79,7 +74,7 @@ class FeatureSource:
         pinned = self._model.device.type == "cuda"
         if self._cache is not None:
             return self._cache.read([self.keys[i] for i in indices], pinned)
-        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices]))
+        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.size) for i in indices]))
         return pixels.pin_memory() if pinned else pixels
 
     def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
@@ -124,7 +119,7 @@ class FeatureSource:
 
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
+        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -157,17 +152,17 @@ class FeatureSource:
                 for sample in samples:
                     waiting.append((sample, pool.submit(self._decode, sample)))
                     if len(waiting) == _AHEAD:
-                        first, found = waiting.popleft()
-                        yield first, *found.result()
-                for first, found in waiting:
-                    yield first, *found.result()
+                        first, decoded = waiting.popleft()
+                        yield first, *decoded.result()
+                for first, decoded in waiting:
+                    yield first, *decoded.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is not None or isinstance(sample, Rounded):
-                pixels = read_square(sample, self._model.shape.size)
+            if not sample.in_file or isinstance(sample, Altered):
+                pixels = read_square(sample, self._model.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
             if key is not None and (self._cache is None or key in self._cache):
@@ -175,10 +170,10 @@ class FeatureSource:
             before = sample.image.stat()
             key = image_key(sample.image.read_bytes())
             there = self._cache is not None and key in self._cache
-            found = None if there else read_square(sample, self._model.shape.size)
+            square = None if there else read_square(sample, self._model.size)
             if self._known is not None:
                 self._known.note(sample.image, before, key)
-            return key, found
+            return key, square
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
 
@@ -206,7 +201,7 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
     pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
-    return sample.around(pixels) if isinstance(sample, Rounded) else pixels
+    return sample.around(pixels) if isinstance(sample, Altered) else pixels
 
 
 def teacher_batch(model: AnomalyModel) -> int:
@@ -221,72 +216,3 @@ def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small
-
-
-# -------------------------------------------------------------------------------- copies of images that hardly differ
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded(Sample):
-    """A copy of an image, not of its file: `around` changes its pixels.
-
-    Attributes:
-        seed: of the change.
-    """
-
-    seed: int = 0
-
-    def around(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The pixels up to one level brighter or darker, and a share of them one level off."""
-        rng = np.random.default_rng(self.seed)
-        shift, share = rng.uniform(-1.0, 1.0), 10.0 ** rng.uniform(-3.0, -0.3)
-        steps = np.sign(shift) * (rng.random(pixels_HWC.shape) < abs(shift))
-        steps += rng.choice([-1, 1], pixels_HWC.shape) * (rng.random(pixels_HWC.shape) < share)
-        return np.asarray((pixels_HWC + steps).clip(0, 255), dtype=np.uint8)
-
-
-def add_rounded(training: Sequence[Sample], held: Sequence[Sample]) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Both parts with copies of images of classes that hardly vary, and a sentence about each such class.
-
-    Statistics of such images, black pictures for instance, would call one grey level of brightness a huge anomaly.
-    Copies with a level of brightness and noise more or less tell every statistic that so much means nothing.
-    """
-    by_class: dict[str, list[Sample]] = defaultdict(list)
-    for sample in (*training, *held):
-        by_class[sample.class_name].append(sample)
-    parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
-    notes = []
-    for name, own in by_class.items():
-        if not hardly_differ(own):
-            continue
-        count = max(_COPIES, len(own) // 2)
-        for seed in range(count):
-            first = own[seed % len(own)]
-            values = {field.name: getattr(first, field.name) for field in fields(Sample)}
-            parts[seed % 4 == 3].append(Rounded(**values, seed=seed))
-        what = (
-            "good images differ by less than one grey level"
-            if len(own) > 1
-            else "one good image has no other beside it"
-        )
-        notes.append(
-            f"class {name}: its {what}; {count} copies with one level of noise are learnt too, and whatever "
-            "differs by more is called an anomaly. If good parts may differ by more, give images of different ones"
-        )
-    return *parts, notes
-
-
-def hardly_differ(samples: Sequence[Sample]) -> bool:
-    """Whether images differ by less than one grey level, brightness aside; also true of one image alone."""
-    last: NDArray[np.float32] | None = None
-    for sample in samples[:: max(1, len(samples) // _LOOKED_AT)]:
-        try:
-            rgb = read_sample_rgb(sample)
-        except (DataError, OSError):
-            continue  # whoever reads all images says what is wrong with it
-        step = max(1, min(rgb.shape[:2]) // _SIDE)
-        pixels = rgb[::step, ::step].astype(np.float32)
-        if last is not None and (last.shape != pixels.shape or float((last - pixels).std()) >= _LEVEL):
-            return False
-        last = pixels
-    return last is not None
