@@ -45,8 +45,7 @@ from twinspect.training.statistics import GoodImages, fit_scales
 from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
-MAP_SCALE = (0.0, 64.0)  # ends of the colour scale, in standard deviations: good images stay below 8, see `colourise`
-_PLAIN = 16.0  # the high end where maps are distances of a scale of their own: over the usual highest of a good image
+MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -222,7 +221,7 @@ def decision_of(
     )
     nearest = model.scorer.nearest
     bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
-    scale = (0.0, _PLAIN * float(np.median(scores.peak))) if model.scorer.plain else MAP_SCALE
+    scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
     return Decision(
         scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
         bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
