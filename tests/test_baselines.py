@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from tiny import picture, save
 from torch import Tensor
 
+from twinspect.inference.runtimes import TorchRuntime
 from twinspect.metrics import auroc
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -150,7 +151,7 @@ def test_draws_of_a_stratum_do_not_depend_on_the_others() -> None:
 
 def test_the_bank_gives_the_same_patches_whatever_is_asked_for(tmp_path: Path) -> None:
     from twinspect.models.teachers import create_teacher
-    from twinspect.training.fit import silent
+    from twinspect.types import silent
 
     samples = [Sample(save(tmp_path / f"{n}.png", picture(n)), TRAIN, "cloth") for n in range(5)]
     bank = module("teacher_bank").Bank(create_teacher("efficientnet-lite0"), [*samples, samples[0]], 64, 4, silent)
@@ -213,3 +214,38 @@ def test_limits_keep_every_kind_of_image() -> None:
     assert [(s.split, s.label) for s in kept].count((TRAIN, 0)) == 3
     assert [(s.split, s.label) for s in kept].count((TEST, 1)) == 3
     assert set(module("problems").limited(samples, 0)) == set(samples)
+
+
+# ------------------------------------------------------------------------------------------- ablations
+
+
+def test_a_remembering_runtime_answers_as_the_model_and_asks_its_teacher_once(
+    detector: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablations, model = module("ablations"), detector.fitted.model
+    pixels = np.stack([picture(90 + i, 128, 128) for i in range(3)])
+    runtime = ablations.Remembering(model, {})
+    found = runtime.run(pixels)
+    expected = TorchRuntime(model).run(pixels)
+    for name, tolerance in (("score_B", 2e-2), ("map_B1HW", 2e-2), ("readings_BR", 2e-2)):  # features in 16 bits
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance)
+    monkeypatch.setattr(ablations, "observe", lambda *_: pytest.fail("the teacher was asked again"))
+    np.testing.assert_array_equal(runtime.run(pixels[1:])["score_B"], found["score_B"][1:])
+    assert [len(one) for one in runtime.readings] == [3, 2]
+
+
+def test_readings_of_two_students() -> None:
+    readings = module("ablations").READINGS
+    said = {"score": np.array([3.0]), "local": np.array([1.0]), "semantic": np.array([2.0])}
+    said["raw"] = np.array([[0.2, 0.6]])
+    expected = {"joint": 3.0, "local": 1.0, "semantic": 2.0, "max": 2.0, "sum": 3.0, "raw": 1 - 0.9 * 0.7}
+    assert {name: float(read(said)[0]) for name, read in readings.items()} == pytest.approx(expected)
+
+
+def test_every_row_of_the_ablations_is_a_configuration_that_can_be_built() -> None:
+    ablations = module("ablations")
+    args = SimpleNamespace(teacher="test_vit", weights="", size=64, width=0, steps=1, batch=4, lr=1e-3, lr_ee=1e-3)
+    for system, rows in ablations.SYSTEMS.items():
+        args.system = system
+        configs = [ablations.config_of(row, 0, args) for row in rows.values()]
+        assert len({str(config) for config in configs}) == len({(r.student, str(r.scoring)) for r in rows.values()})

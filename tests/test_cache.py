@@ -14,13 +14,13 @@ from twinspect import Detector
 from twinspect.errors import DataError
 from twinspect.models.dual import DualModel
 from twinspect.models.observed import Observed
-from twinspect.training import known
+from twinspect.storage import build_model
+from twinspect.training import cache as cache_module
 from twinspect.training import source as source_module
-from twinspect.training.cache import FeatureCache, RecordLayout, image_key
-from twinspect.training.fit import build_model, cache_folder, silent
-from twinspect.training.known import KnownFiles
+from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
+from twinspect.training.fit import cache_folder
 from twinspect.training.source import FeatureSource
-from twinspect.types import TRAIN, Sample
+from twinspect.types import TRAIN, Sample, silent
 
 LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), ((3, 2, 2),), (2, 3, 4), (5, 5), 3, 4)
 
@@ -354,7 +354,7 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
 def test_files_known_from_an_earlier_run_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, notes = good_folder(tmp_path / "good", 4), tmp_path / "notes"
     (folder / "bad.png").write_text("not an image")
-    monkeypatch.setattr(known, "_SETTLED_NS", -1)  # these files were written this moment
+    monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)  # these files were written this moment
     model, read = model_of(), Reads(monkeypatch)
     for root in (tmp_path / "cache", None):
         first = FeatureSource(model, samples_of(folder), root, silent, KnownFiles(notes))
@@ -391,7 +391,7 @@ def test_a_file_of_this_moment_is_not_noted_and_damaged_notes_are_left_out(tmp_p
     fresh.note(file, file.stat(), b"k" * 16)
     assert fresh.find(file) is None  # it may change again within one tick of the clock
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(known, "_SETTLED_NS", -1)
+        patch.setattr(cache_module, "_SETTLED_NS", -1)
         fresh.note(file, file.stat(), b"k" * 16)
     assert fresh.find(file) == b"k" * 16
     fresh.save()
@@ -403,7 +403,7 @@ def test_a_file_of_this_moment_is_not_noted_and_damaged_notes_are_left_out(tmp_p
 
 
 def test_notes_that_cannot_be_written_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_SETTLED_NS", -1)
+    monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)
     (tmp_path / "notes").write_text("a file in the place of the folder")
     source = FeatureSource(
         model_of(), samples_of(good_folder(tmp_path / "good", 2)), None, silent, KnownFiles(tmp_path / "notes")

@@ -12,16 +12,18 @@ from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config, train_
 from twinspect import Detector
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
-from twinspect.losses import encoder_decoder_loss
+from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import fit_size
 from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_scales, fit_statistics
+from twinspect.types import silent
 
 
 def count(module: torch.nn.Module) -> int:
@@ -126,6 +128,36 @@ def test_a_shallower_student_answers_for_every_level(depth: float) -> None:
     assert [t.shape for t in tokens] == [(2, c) for c in model.teacher.info.token_channels]
 
 
+@pytest.mark.parametrize("depth", [0.5, 1.0])
+def test_the_encoder_encoder_may_answer_for_the_last_block_alone(depth: float) -> None:
+    model = build_model(run_config(ee_tokens="last", ee_depth=depth).model).eval()
+    x = torch.randn(2, 3, 64, 64)
+    observed, small = model.observe(x), model.shrink(x)
+    (said,) = model.predictions(observed, small)[2:]
+    last = model.standardised(observed.tokens[0])[:, -model.teacher.info.token_channels[-1] :]
+    expected = 1.0 - F.cosine_similarity(last, said, dim=1)
+    torch.testing.assert_close(model.plain(observed, small).semantic_BR[:, 0], expected)
+    with pytest.raises(ConfigError, match="all, last"):
+        run_config(ee_tokens="first")
+    with pytest.raises(ConfigError, match="--model dual only"):
+        run_config(model="snl", ee_tokens="last")
+
+
+@pytest.mark.parametrize(("reading", "same"), [("n2", True), ("n3", True), ("n1", False)])
+def test_students_trained_together_are_students_trained_apart(reading: str, same: bool) -> None:
+    """They share no weight, and -log(1 - P) is a sum over them; only n1 weighs one by the other."""
+    model = build_model(run_config(RANDOM_CNN, dropout=0.0).model).train()
+    x = torch.randn(2, 3, 64, 64)
+    observed, small = model.observe(x), model.shrink(x)
+    groups, trunk = model.groups(observed)
+    local_B = encoder_decoder_loss(groups, model.student.local(trunk))
+    weights = list(model.student.local.parameters())
+    semantic_B = encoder_encoder_loss(model.targets(observed)[2:], model.student.semantic(small))
+    together = torch.autograd.grad(noisy_or_loss(local_B, semantic_B, reading), weights, retain_graph=True)
+    alone = torch.autograd.grad(noisy_or_loss(local_B, torch.zeros_like(semantic_B), reading), weights)
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(together, alone, strict=True)) == same
+
+
 def test_size_dials() -> None:
     thin, wide = (build_model(run_config("test_efficientnet", width=w).model) for w in (16, 64))
     assert count(thin.student.local) < count(wide.student.local)
@@ -144,7 +176,7 @@ def plain(request: pytest.FixtureRequest, parts: Path) -> Detector:
 def squares(model: DualModel, paths: list[Path]) -> torch.Tensor:
     from twinspect.data.images import read_rgb, resize_rgb
 
-    pixels = np.stack([resize_rgb(read_rgb(path), model.shape.size) for path in paths])
+    pixels = np.stack([resize_rgb(read_rgb(path), model.size) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

@@ -41,6 +41,8 @@ def read_sample_rgb(sample: Sample, limits: ImageLimits = DEFAULT_LIMITS, draft_
     Containers (CIFAR batches, IDX, Parquet) are opened once per process and kept.
     ``draft_side`` is passed on to ``read_rgb`` for files.
     """
+    if sample.pixels is not None:
+        return sample.pixels
     if sample.record is None:
         return read_rgb(sample.image, limits, draft_side=draft_side)
     return read_record(sample.image, sample.record, limits)

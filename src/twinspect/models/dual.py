@@ -59,6 +59,7 @@ class DualShape:
         ee_shrink: factor by which the Encoder-Encoder's input is smaller.
         ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
         recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
+        ee_tokens: class tokens the Encoder-Encoder answers for: ``all`` blocks' or the ``last`` one's.
     """
 
     size: int
@@ -68,6 +69,7 @@ class DualShape:
     ee_shrink: int = 0
     ee_depth: float = 0.0
     recentre: bool = False
+    ee_tokens: str = "all"
 
     def resolved(self, info: BackboneInfo) -> DualShape:
         """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
@@ -81,6 +83,7 @@ class DualShape:
             whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
             self.ee_depth or (1.0 if vit else 0.25),
             self.recentre,
+            self.ee_tokens,
         )
 
 
@@ -170,7 +173,7 @@ class EncoderDecoder(nn.Module):
 
 
 class EncoderEncoder(nn.Module):
-    """The teacher's architecture from scratch, giving one global token per level of the teacher."""
+    """The teacher's architecture from scratch, giving a global token for every level of the teacher or the last."""
 
     def __init__(self, info: BackboneInfo, shape: DualShape) -> None:
         super().__init__()
@@ -181,7 +184,9 @@ class EncoderEncoder(nn.Module):
         wanted = len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.
         self.source = [min(own - 1, (i * own) // wanted) for i in range(wanted)]
-        dims = zip((self.net.info.token_channels[i] for i in self.source), info.token_channels, strict=True)
+        self.first = wanted - 1 if shape.ee_tokens == "last" else 0
+        self.source, theirs = self.source[self.first :], info.token_channels[self.first :]
+        dims = zip((self.net.info.token_channels[i] for i in self.source), theirs, strict=True)
         self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
 
     def forward(self, small_B3SS: Tensor) -> tuple[Tensor, ...]:
@@ -264,14 +269,16 @@ class DualModel(AnomalyModel):
         ]
 
     def _class_tokens(self, observed: Observed) -> list[Tensor]:
-        return list(torch.split(self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels), 1))
+        tokens_BE, widths = self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels)
+        return list(torch.split(tokens_BE, widths, 1))[self.student.semantic.first :]
 
 
 def build(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     shape = DualShape(
-        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.recentre
-    )
+        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.recentre,
+        config.ee_tokens,
+    )  # fmt: skip
     return DualModel(teacher, shape, config.scoring or "default")
 
 

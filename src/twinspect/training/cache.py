@@ -14,6 +14,7 @@ import io
 import math
 import os
 import struct
+import time
 import uuid
 import zlib
 from collections import deque
@@ -35,6 +36,8 @@ from twinspect.models.observed import Observed
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
 _TOGETHER = 8  # records written and flushed at a time
 _WAITING = 3  # such portions that may wait for the disk
+_NOTE = struct.Struct("<16s16sI")  # file as the file system describes it, address of its content, crc32 of the two
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +247,14 @@ class FeatureCache:
         raw = index.read_bytes()
         size = data.stat().st_size if data.is_file() else 0
         number = len(self._segments)
-        found = False
+        holds_some = False
         for start in range(0, len(raw) - _ENTRY.size + 1, _ENTRY.size):
             key, offset, crc = _ENTRY.unpack_from(raw, start)
             whole = zlib.crc32(raw[start : start + 24]) == crc and offset + self.layout.size <= size
             if whole and key not in self._place:
                 self._place[key] = (number, offset)
-                found = True
-        if found:
+                holds_some = True
+        if holds_some:
             self._segments.append(data)
 
 
@@ -274,3 +277,67 @@ def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tenso
 def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:
     """Address of an image: the first 16 bytes of the sha256 of its file (or pixels)."""
     return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).digest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------- files read before
+
+
+class KnownFiles:
+    """Addresses of files that could be read and decoded, so that a data set is not read again only to hash it.
+
+    A file whose path, size, inode and times of change are those of a file read before has that file's content; git
+    goes by the same. A file touched within the last seconds may change again within one tick of its clock, so it is
+    not noted yet. Only a help: what cannot be kept is read again.
+
+    Args:
+        folder: of the notes; every process appends to a file of its own, damaged entries are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._keys: dict[bytes, bytes] = {}
+        self._new: list[tuple[bytes, bytes]] = []
+        for path in sorted(folder.glob("*.known")):
+            self._load(path)
+
+    def find(self, path: Path) -> bytes | None:
+        """Address of a file's content if it has not changed since it was noted."""
+        try:
+            return self._keys.get(_described(path, path.stat()))
+        except OSError:
+            return None
+
+    def note(self, path: Path, before: os.stat_result, key: bytes) -> None:
+        """Remember a file that was read and decoded; ``before`` is its state when reading began."""
+        newest = max(before.st_mtime_ns, before.st_ctime_ns)
+        if time.time_ns() - newest > _SETTLED_NS:
+            described = _described(path, before)
+            self._keys[described] = key
+            self._new.append((described, key))
+
+    def save(self) -> None:
+        """Write what was noted; a full disk costs the next start some time, and nothing else."""
+        if not self._new:
+            return
+        lines = [_NOTE.pack(one, key, zlib.crc32(one + key)) for one, key in self._new]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.known").open("wb") as file:
+                file.write(b"".join(lines))
+        except OSError:
+            return
+        self._new = []
+
+    def _load(self, path: Path) -> None:
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            return
+        for one, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
+            if zlib.crc32(one + key) == crc:
+                self._keys[one] = key
+
+
+def _described(path: Path, status: os.stat_result) -> bytes:
+    facts = f"{os.path.abspath(path)}|{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return hashlib.sha256(facts.encode(errors="surrogatepass")).digest()[:16]

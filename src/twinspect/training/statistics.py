@@ -3,8 +3,8 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself. Pictures of one part still vouch for each other: leaving out whole runs of images costs more defects than it
-saves false alarms (`LOG.md`).
+itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
 """
@@ -23,10 +23,19 @@ from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed, Plain
-from twinspect.models.scorer import TOP_SHARE
-from twinspect.models.statistics import SPREAD_PRIOR, average, cross_fitted_tokens, left_out, whitening
+from twinspect.models.scorer import TOP_SHARE, Scorer
+from twinspect.models.statistics import (
+    SPREAD_PRIOR,
+    average,
+    cross_fitted_tokens,
+    left_out,
+    unwhitened,
+    whitening,
+)
 from twinspect.scoring import top_mean
-from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.source import FeatureSource
+from twinspect.training.tolerate import same_image
+from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
 _START_IMAGES = 64  # images that a student is started from
@@ -69,6 +78,9 @@ class GoodImages(NamedTuple):
         cluster_n: indices of the clusters.
         counted_n: whether the image counts for thresholds: with plain scoring only those held out.
         readings_nR: raw readings, as `Outputs` has them.
+        variant_n: indices of the variants.
+        tokens: global tokens, n x E a view.
+        embedding_nF: what the teacher's own classifier would see.
     """
 
     score_n: Tensor
@@ -77,6 +89,23 @@ class GoodImages(NamedTuple):
     cluster_n: Tensor
     counted_n: Tensor
     readings_nR: Tensor
+    variant_n: Tensor
+    tokens: tuple[Tensor, ...]
+    embedding_nF: Tensor
+
+
+class Before(NamedTuple):
+    """What further images are added to.
+
+    Attributes:
+        good: the images that were learnt.
+        names: class of each.
+        classes: class of every cluster.
+    """
+
+    good: GoodImages
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -87,6 +116,8 @@ def fit_statistics(
     held_at: Sequence[int],
     seed: int,
     progress: Progress,
+    students: bool = True,
+    divide: bool = True,
 ) -> GoodImages:
     """Learn the scorer's statistics and calibrate it.
 
@@ -97,39 +128,141 @@ def fit_statistics(
         held_at: positions of the others.
         seed: of whatever is drawn.
         progress: called with (stage, done, total).
+        students: whether there are students that say anything; else they are not asked.
+        divide: whether images without class names may fall into several clusters.
     """
     model.eval()
-    model.fit_plain(lambda: ((observed, small) for _, observed, small in source.batches(held_at)))
+    if students:
+        model.fit_plain(lambda: ((observed, small) for _, observed, small in source.batches(held_at)))
     images = sorted([*train_at, *held_at])
     held = set(held_at)
     held_n = torch.tensor([i in held for i in images], device=model.device)
     tokens, embedding_nF = source.vectors(images)
     names = [source.samples[i].class_name for i in images]
-    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed)
-    fitting = _Fitting(model, source, images, variant_n, cluster_n, held_n, progress)
-    if model.scorer.plain:
-        return fitting.plain()
-    return fitting.default(tokens, embedding_nF, seed)
+    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed, divide)
+    seen = _Seen(variant_n, cluster_n, held_n, tokens, embedding_nF)
+    fitting = _Fitting(model, source, images, seen, progress, students)
+    return fitting.plain() if model.scorer.plain else fitting.default(seed)
+
+
+@torch.no_grad()
+def add_statistics(
+    model: AnomalyModel,
+    source: FeatureSource,
+    images: Sequence[int],
+    before: Before,
+    seed: int,
+    progress: Progress,
+) -> tuple[GoodImages, tuple[str, ...]]:
+    """Learn further good images: sums that the statistics are made of grow, nothing old is read again.
+
+    Of the images before, readings of global tokens are made anew; those of patches stay what they were.
+
+    Args:
+        model: trained, with scoring ``default``.
+        source: has the new images, with their classes.
+        images: positions of those to learn.
+        before: what it learnt from.
+        seed: of whatever is drawn.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Old images, then new ones; and the class of every cluster.
+    """
+    model.eval()
+    scorer, old = model.scorer, before.good
+    fresh, embedding_nF = source.vectors(images)
+    tokens = tuple(torch.cat(pair) for pair in zip(old.tokens, fresh, strict=True))
+    embedding_nF = torch.cat([old.embedding_nF, embedding_nF])
+    names = [*before.names, *(source.samples[i].class_name for i in images)]
+    classes, sums = list(before.classes), _Sums.of(scorer, old.variant_n)
+    variant_n = scorer.clusters.extend(tokens[0], embedding_nF, names, old.variant_n, classes, seed)
+    seen = _Seen(variant_n, scorer.clusters.owner_V[variant_n], torch.ones_like(variant_n) > 0, tokens, embedding_nF)
+    fitting = _Fitting(model, source, images, seen, progress, scorer.students_count(), sums, old)
+    return fitting.default(seed), tuple(classes)
+
+
+class _Seen(NamedTuple):
+    """All good images: those learnt before, then those of the source."""
+
+    variant_n: Tensor
+    cluster_n: Tensor
+    held_n: Tensor
+    tokens: tuple[Tensor, ...]
+    embedding_nF: Tensor
+
+
+class _Sums(NamedTuple):
+    """What the statistics of a scorer were made of, read off them.
+
+    Attributes:
+        images_V: images of every variant.
+        rows: sums of features, a group each: V x N x D.
+        covariance: of every cluster, a group each: K x D x D.
+        distances: sum and sum of squares at every position, a scored group each: V x h x w.
+        maps: mean and mean square of the distances of a whole map: K x G each.
+    """
+
+    images_V: Tensor
+    rows: list[Tensor]
+    covariance: list[Tensor]
+    distances: list[tuple[Tensor, Tensor]]
+    maps: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, scorer: Scorer, variant_n: Tensor) -> _Sums:
+        images_V = torch.bincount(variant_n, minlength=scorer.clusters.variants).float()
+        gaussians = scorer.gaussians()
+        level_KG, spread_KG = scorer.map_level_KG.double(), scorer.map_spread_KG.double()
+        return cls(
+            images_V,
+            [one.sums(images_V) for one in gaussians],
+            [torch.stack([unwhitened(white) for white in one.whiten_KDD]) for one in gaussians],
+            [_unscaled(one.level_Vhw, one.spread_Vhw, images_V) for one in gaussians],
+            (level_KG, spread_KG.square() + level_KG.square()),
+        )
+
+
+def _unscaled(level_Vhw: Tensor, spread_Vhw: Tensor, images_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares that `_level_and_spread` made these of, smoothed as they are."""
+    count, mean = images_V.double()[:, None, None], level_Vhw.double()
+    shrunk = spread_Vhw.double().square()
+    typical = shrunk.mean((1, 2), keepdim=True)
+    variance = (((count + SPREAD_PRIOR) * shrunk - SPREAD_PRIOR * typical) / count.clamp_min(1.0)).clamp_min(0.0)
+    return (count * mean).cpu(), (count * (variance + mean.square())).cpu()
 
 
 class _Fitting:
-    """The passes over the good images, and what they share."""
+    """The passes over the good images of a source, and what they share.
+
+    Attributes:
+        variant_n, cluster_n, held_n: of the images of the source.
+        all: also of those learnt before.
+        images_V: images of every variant, all together.
+        first_n: place of the image that an image of the source is a copy of, or its own; ``all_first_n``: of all.
+    """
 
     def __init__(
         self,
         model: AnomalyModel,
         source: FeatureSource,
         images: Sequence[int],
-        variant_n: Tensor,
-        cluster_n: Tensor,
-        held_n: Tensor,
+        seen: _Seen,
         progress: Progress,
+        asks_students: bool,
+        sums: _Sums | None = None,
+        before: GoodImages | None = None,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
-        self.variant_n, self.cluster_n, self.held_n, self.progress = variant_n, cluster_n, held_n, progress
+        self.all, self.sums, self.before, self.progress = seen, sums, before, progress
+        old = len(seen.variant_n) - len(images)
+        self.variant_n, self.cluster_n, self.held_n = seen.variant_n[old:], seen.cluster_n[old:], seen.held_n[old:]
         self.owner_V = model.scorer.clusters.owner_V
-        self.images_V = torch.bincount(variant_n, minlength=len(self.owner_V)).to(torch.float32)
-        self.passes, self.gone = (1 if model.scorer.plain else 3), 0
+        self.images_V = torch.bincount(seen.variant_n, minlength=len(self.owner_V)).to(torch.float32)
+        self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
+        self.all_first_n = torch.cat([torch.arange(old, device=model.device), old + self.first_n])
+        self.factor_n = left_out(self.images_V[self.variant_n], torch.bincount(self.first_n)[self.first_n])
+        self.passes, self.gone, self.asks_students = (1 if model.scorer.plain else 3), 0, asks_students
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
@@ -137,23 +270,29 @@ class _Fitting:
         local, semantic, peak_n = (torch.cat(column) for column in zip(*rows, strict=True))
         return self._calibrated(torch.cat([local, semantic], 1), peak_n, self.held_n)
 
-    def default(self, tokens: tuple[Tensor, ...], embedding_nF: Tensor, seed: int) -> GoodImages:
+    def default(self, seed: int) -> GoodImages:
         """Everything: see the module."""
         scorer = self.scorer
         targets = self._means()
         halves = self._covariances()
-        semantic = [self._tokens(g, token_nE, seed) for g, token_nE in enumerate(tokens)]
+        semantic = [self._tokens(g, token_nE, seed) for g, token_nE in enumerate(self.all.tokens)]
         assert scorer.nearest is not None
-        semantic.append(scorer.nearest.fit(embedding_nF, seed))
+        semantic.append(scorer.nearest.fit(self.all.embedding_nF, seed, self.all_first_n))
         with tempfile.TemporaryFile() as file:
             stored, students, skills = self._distances(halves, targets, file)
             self._scale(stored)
             local, peak_n = self._local(stored)
         count = scorer.student_readings
-        parts = [students[:, : count[0]], local, students[:, count[0] :], torch.stack(semantic, 1)]
-        scorer.weight_R[: count[0]] = skills[0]
-        scorer.weight_R[scorer.local_count : scorer.local_count + count[1]] = skills[1]
-        return self._calibrated(torch.cat(parts, 1), peak_n, torch.ones_like(self.held_n))
+        patches = torch.cat([students[:, : count[0]], local, students[:, count[0] :]], 1)
+        counted_n = torch.ones_like(self.held_n)
+        if self.before is None:
+            scorer.weight_R[: count[0]] = skills[0]
+            scorer.weight_R[scorer.local_count : scorer.local_count + count[1]] = skills[1]
+        else:
+            patches = torch.cat([self.before.readings_nR[:, : patches.shape[1]], patches])
+            peak_n = torch.cat([self.before.peak_n, peak_n])
+            counted_n = torch.cat([self.before.counted_n, counted_n])
+        return self._calibrated(torch.cat([patches, torch.stack(semantic, 1)], 1), peak_n, counted_n)
 
     def _batches(self, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Observed, Tensor]]:
         """(places among the good images, teacher's answer, shrunk pixels); says how far the work is."""
@@ -179,8 +318,11 @@ class _Fitting:
             pairs = zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)
             rows = [gaussian.rows(grid(observed)) for grid, gaussian in pairs]
             _add(groups, rows, self.variant_n[places], len(self.owner_V))
-            _add(targets, self.model.targets(observed), self.variant_n[places], len(self.owner_V))
-        for gaussian, total in zip(self.scorer.gaussians(), groups, strict=True):
+            if self.asks_students and self.before is None:
+                _add(targets, self.model.targets(observed), self.variant_n[places], len(self.owner_V))
+        for g, (gaussian, total) in enumerate(zip(self.scorer.gaussians(), groups, strict=True)):
+            if self.sums is not None:
+                total[: len(self.sums.images_V)] += self.sums.rows[g]
             gaussian.set_means(total, self.images_V)
         return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in targets]
 
@@ -198,12 +340,18 @@ class _Fitting:
             for one in self.scorer.gaussians()
         ]
         counts = torch.zeros(2, clusters, dtype=torch.float64, device=self.model.device)
+        if self.sums is not None:
+            # Both halves know what was learnt before: images of the source are left out of their own half only.
+            old_K = torch.zeros(len(self.sums.covariance[0]), dtype=torch.float64, device=self.model.device)
+            old_K.index_add_(0, self.owner_V[: len(self.sums.images_V)], self.sums.images_V.double())
+            counts[:, : len(old_K)] += old_K.clamp_max(2.0 * _HALF_IMAGES)
+            for total, covariance in zip(sums, self.sums.covariance, strict=True):
+                total[:, : len(old_K)] += covariance.double() * counts[:, : len(old_K), None, None]
         means = [one.means() for one in self.scorer.gaussians()]
-        factor_V = left_out(self.images_V)
         for places, observed, _ in self._batches(chosen):
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][self.variant_n[places]]
-                difference = difference * factor_V[self.variant_n[places]][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 for rows, place in zip(difference, places.tolist(), strict=True):
                     sums[g][half_n[place], self.cluster_n[place]] += (rows.T @ rows).double() / len(rows)
             for place in places.tolist():
@@ -214,7 +362,11 @@ class _Fitting:
             # A cluster with images in one half only is measured by all of them.
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
             found.append(torch.stack([torch.stack([whitening(one) for one in half]) for half in each]).half())
-            gaussian.whiten_KDD = torch.stack([whitening(one) for one in both]).half()
+            white = torch.stack([whitening(one) for one in both]).half()
+            old = range(len(gaussian.whiten_KDD) if self.before is not None else 0)
+            untouched = [k for k in old if not (self.cluster_n == k).any()]
+            white[untouched] = gaussian.whiten_KDD[untouched]
+            gaussian.whiten_KDD = white
         return found
 
     def _halves(self) -> Tensor:
@@ -223,20 +375,21 @@ class _Fitting:
         for k in range(self.scorer.clusters.count):
             own = (self.cluster_n == k).nonzero()[:, 0]
             half_n[own] = torch.arange(len(own), device=own.device) % 2
-        return half_n
+        return half_n[self.first_n]
 
     def _tokens(self, view: int, token_nE: Tensor, seed: int) -> Tensor:
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n = torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-        self.scorer.token_gaussians()[view].fit(token_nE, self.variant_n, self.owner_V)
-        return cross_fitted_tokens(token_nE, self.variant_n, self.owner_V, fold_n)
+        fold_n = fold_n[self.all_first_n]
+        self.scorer.token_gaussians()[view].fit(token_nE, self.all.variant_n, self.owner_V)
+        return cross_fitted_tokens(token_nE, self.all.variant_n, self.owner_V, fold_n)
 
     def _distances(
         self, halves: list[Tensor], targets: list[Tensor], file: object
     ) -> tuple[list[NDArray[np.float16]], Tensor, tuple[float, float]]:
         """Third pass: distances by the other half's covariances, kept on disk; the students' readings and skills."""
-        gaussians, half_n, factor_V = self.scorer.gaussians(), self._halves(), left_out(self.images_V)
+        gaussians, half_n = self.scorer.gaussians(), self._halves()
         sides = [one.side for one in gaussians]
         stored = _arrays(file, len(self.images), sides)
         means = [one.means() for one in gaussians]
@@ -246,16 +399,19 @@ class _Fitting:
             variant_B, cluster_B = self.variant_n[places], self.cluster_n[places]
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), gaussians, strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][variant_B]
-                difference = difference * factor_V[variant_B][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 by_half = halves[g].flatten(0, 1)
                 other = (1 - half_n[places]) * self.scorer.clusters.count + cluster_B
                 stored[g][places.cpu().numpy()] = gaussian.distance(difference, by_half, other).cpu().numpy()
+            if not self.asks_students:
+                readings.append(torch.zeros(len(places), sum(self.scorer.student_readings), device=places.device))
+                continue
             plain = self.model.plain(observed, small)
             readings.append(torch.cat([plain.local_BR, plain.semantic_BR], 1))
-            if self.held_n[places].any():
+            if self.before is None and self.held_n[places].any():
                 apart += self._apart(places, observed, small, targets)
         skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
-        local = torch.tensor([one.dim() == 3 for one in targets])
+        local = torch.tensor([one.dim() == 3 for one in targets], dtype=torch.bool)
         skills = tuple(float(skill[at].mean()) if bool(at.any()) else 0.0 for at in (local, ~local))
         return stored, self._shifted(torch.cat(readings)), (skills[0], skills[1])
 
@@ -291,29 +447,50 @@ class _Fitting:
         clusters = self.scorer.clusters.count
         levels, spreads = [], []
         for g, (gaussian, array) in enumerate(zip(self.scorer.gaussians(), stored, strict=True)):
-            if g in self.scorer.scored:
-                found = [
-                    _level_and_spread(*_sums(array, (self.variant_n == v).cpu().numpy()))
-                    for v in range(len(self.owner_V))
-                ]
-                columns = zip(*found, strict=True)
-                gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
-            whole = [_sums(array, (self.cluster_n == k).cpu().numpy()) for k in range(clusters)]
-            mean = torch.stack([total.mean() / count for total, _, count in whole])
-            square = torch.stack([total.mean() / count for _, total, count in whole])
+            found = [self._level_and_spread(g, array, v) for v in range(len(self.owner_V))]
+            columns = zip(*found, strict=True)
+            gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
+            whole = [self._whole(g, array, k) for k in range(clusters)]
+            mean, square = (torch.stack(column) for column in zip(*whole, strict=True))
             levels.append(mean)
             spreads.append((square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean))
         self.scorer.map_level_KG = torch.stack(levels, 1).float().to(self.model.device)
         self.scorer.map_spread_KG = torch.stack(spreads, 1).float().to(self.model.device)
 
+    def _level_and_spread(self, g: int, array: NDArray[np.float16], v: int) -> tuple[Tensor, Tensor]:
+        gaussian = self.scorer.gaussians()[g]
+        if self.sums is not None and v < len(self.sums.images_V) and not (self.variant_n == v).any():
+            return gaussian.level_Vhw[v].cpu(), gaussian.spread_Vhw[v].cpu()  # smoothing it again would wear it out
+        return _level_and_spread(*self._distance_sums(g, array, v))
+
+    def _distance_sums(self, g: int, array: NDArray[np.float16], v: int) -> tuple[Tensor, Tensor, int]:
+        """Sum and sum of squares of a variant's distances, and its images, those learnt before among them."""
+        total, square, count = _sums(array, (self.variant_n == v).cpu().numpy())
+        if self.sums is not None and v < len(self.sums.images_V):
+            before = [one[v] for one in self.sums.distances[g]]
+            total, square, count = total + before[0], square + before[1], count + int(self.sums.images_V[v])
+        return total, square, count
+
+    def _whole(self, g: int, array: NDArray[np.float16], k: int) -> tuple[Tensor, Tensor]:
+        """Mean and mean square of the distances of a cluster's maps."""
+        total, square, count = _sums(array, (self.cluster_n == k).cpu().numpy())
+        mean, of_squares = total.mean() / max(1, count), square.mean() / max(1, count)
+        if self.sums is None or k >= len(self.sums.maps[0]):
+            return mean, of_squares
+        old = float(self.sums.images_V[self.owner_V[: len(self.sums.images_V)] == k].sum())
+        before = [one[k, g].cpu() for one in self.sums.maps]
+        share = count / (count + old)
+        return (1 - share) * before[0] + share * mean, (1 - share) * before[1] + share * of_squares
+
     def _local(self, stored: list[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
         """Readings of the groups (n x G) by scales that leave the image out, and peaks of the maps (n)."""
         readings, peak_n = [], torch.zeros(len(self.images), device=self.model.device)
-        for array in (stored[g] for g in self.scorer.scored):
+        for g in self.scorer.scored:
+            array = stored[g]
             reading_n = torch.zeros(len(self.images))
             for v in range(len(self.owner_V)):
                 places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
-                total, square, count = _sums(array, places)
+                total, square, count = self._distance_sums(g, array, v)
                 for place in places:
                     own = torch.from_numpy(array[place].astype(np.float64))
                     others = (total - own, square - own.square(), count - 1) if count > 1 else (total, square, count)
@@ -323,15 +500,24 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
         return torch.stack(readings, 1).to(self.model.device), peak_n
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
         """Fit the calibration on the images that count; what is said of all."""
-        score_n, z_n2 = self.scorer.calibrate(reading_nR, self.cluster_n, counted_n)
+        seen = self.all
+        score_n, z_n2 = self.scorer.calibrate(reading_nR, seen.cluster_n, counted_n)
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
         return GoodImages(
-            *(one.cpu() for one in (score_n, peak_n, distance_n, self.cluster_n, counted_n, reading_nR))
+            score_n.cpu(),
+            peak_n.cpu(),
+            distance_n.cpu(),
+            seen.cluster_n.cpu(),
+            counted_n.cpu(),
+            reading_nR.cpu(),
+            seen.variant_n.cpu(),
+            tuple(token_nE.cpu() for token_nE in seen.tokens),
+            seen.embedding_nF.cpu(),
         )
 
 
