@@ -34,6 +34,10 @@ def serve(
         "auto"
     ),
     threads: Annotated[int, typer.Option(help="CPU threads of each model; 0 is the runtime's own choice.")] = 0,
+    require_signature: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Public key: serve models only that its holder has signed (twinspect sign)."),
+    ] = None,
     **settings: Any,
 ) -> None:
     """Answer images over HTTP, with a page at /, an inspection log and metrics."""
@@ -43,11 +47,18 @@ def serve(
         refuse_missing()
         from twinspect.server.run import read_key
 
-        run_server(bundles, Settings(api_key=read_key(api_key_file), **settings), log, runtime, threads, console)
+        chosen = Settings(api_key=read_key(api_key_file), **settings)
+        run_server(bundles, chosen, log, runtime, threads, console, require_signature)
 
 
 def run_server(
-    bundles: list[str], settings: Settings, log: str, runtime: str, threads: int, console: Console
+    bundles: list[str],
+    settings: Settings,
+    log: str,
+    runtime: str,
+    threads: int,
+    console: Console,
+    public_key: Path | None = None,
 ) -> None:
     """Open models and log, then serve until a signal."""
     import os
@@ -58,6 +69,7 @@ def run_server(
     from twinspect.server.log import InspectionLog
     from twinspect.server.models import named_paths
     from twinspect.server.run import serve as serve_app
+    from twinspect.signature import verified
 
     where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
     if where == "none" and settings.log_required:
@@ -65,7 +77,10 @@ def run_server(
     paths = named_paths(bundles)
 
     def open_file(path: Path) -> Predictor:
-        return load(path, runtime, threads)
+        if public_key is None:
+            return load(path, runtime, threads)
+        with verified(path, public_key) as copy:
+            return load(copy, runtime, threads)
 
     kept = None if where == "none" else InspectionLog(where)
     predictors = {name: open_file(path) for name, path in paths.items()}
