@@ -48,11 +48,8 @@ Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
 
 
-# Options of settings whose name is not the setting's.
-
-
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(asked: bool) -> None:
+    if asked:
         from twinspect._version import __version__
 
         typer.echo(__version__)
