@@ -20,7 +20,7 @@ from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
-    from twinspect.training.statistics import GoodImages
+    from twinspect.training.normal import GoodImages
 
 _TEACHER = "teacher."
 

@@ -81,7 +81,7 @@ class Totals:
         self.before += part.rows if before else 0
 
 
-class Scorer:
+class UnitScorer:
     """One loaded model with its decoders. A context.
 
     Args:
@@ -103,7 +103,7 @@ class Scorer:
             self.predictor.batch,
         )  # fmt: skip
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> UnitScorer:
         return self
 
     def __exit__(
@@ -283,12 +283,12 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
     first = next(wanted, None)
     if first is None:
         return  # everything is there: the model need not be loaded
-    with Scorer(job, store) as scorer:
+    with UnitScorer(job, store) as scorer:
         yield from scorer.parts(chain([first], wanted), skipped)
 
 
 def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals: Totals) -> Totals:
-    with Scorer(job) as scorer:
+    with UnitScorer(job) as scorer:
         for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)

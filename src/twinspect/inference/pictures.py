@@ -78,7 +78,7 @@ class PictureOptions:
         return asdict(self)
 
 
-class Region(NamedTuple):
+class Annotation(NamedTuple):
     """What COCO calls an annotation: box (x, y, width, height), area, score and run lengths, in original pixels."""
 
     bbox: tuple[int, int, int, int]
@@ -204,7 +204,7 @@ def coco_line(result: Result) -> bytes:
     return json.dumps({"image": image, "regions": regions}).encode() + b"\n"
 
 
-def coco_regions(result: Result) -> list[Region]:
+def coco_regions(result: Result) -> list[Annotation]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
@@ -215,7 +215,7 @@ def coco_regions(result: Result) -> list[Region]:
     order = np.argsort(-regions.peak, kind="stable")[: len(result.regions)]
     pairs = zip(order.tolist(), result.regions, strict=True)
     return [
-        Region(
+        Annotation(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,

@@ -26,7 +26,7 @@ from twinspect.server.guard import Refused, say
 from twinspect.server.log import Inspection, InspectionLog, LogError
 from twinspect.server.maps import MapStore, kept_map
 from twinspect.server.metrics import Metrics
-from twinspect.server.models import Job, Models, Scored, Served
+from twinspect.server.models import Models, Queued, Scored, Served
 from twinspect.server.settings import MEGABYTE, Settings
 
 _HOUSEKEEPING_S = 60.0
@@ -298,7 +298,7 @@ def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
-            job = Job(decoded, asked.class_name, asked.keep, key)
+            job = Queued(decoded, asked.class_name, asked.keep, key)
             served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))

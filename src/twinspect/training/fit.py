@@ -36,9 +36,9 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import MOST, remember
+from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, record_layout
-from twinspect.training.statistics import GoodImages, fit_scales
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
@@ -75,7 +75,7 @@ def fit(
     resume: Fitted | None = None,
     forget: bool = False,
 ) -> Fitted:
-    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
+    """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.

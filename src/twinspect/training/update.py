@@ -20,8 +20,8 @@ from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
 from twinspect.training.fit import cache_folder, parameter_counts
 from twinspect.training.memory import Memory, remember
+from twinspect.training.normal import Before, add_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import Before, add_statistics
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
