@@ -146,9 +146,9 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
 
 def _preferred(members: Sequence[Sample]) -> list[Sample]:
     for split in (TEST, CALIBRATION, TRAIN):
-        own = [s for s in members if s.split == split]
-        if len(own) >= 2:
-            return own
+        members_of_split = [s for s in members if s.split == split]
+        if len(members_of_split) >= 2:
+            return members_of_split
     return list(members)
 
 
@@ -231,41 +231,43 @@ def diagnose(
         DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
     """
     chosen = normal_images(samples, plan)
-    found = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
+    diagnosis = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
     total, done = len(chosen) * (len(chosen) - 1), 0
     for base, members in chosen.items():
-        normal = _normal_images(predictor, members[: plan.normals], found)
+        normal = _normal_images(predictor, members[: plan.normals], diagnosis)
         for other in (name for name in chosen if name != base):
             measured = {
-                kind: _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), found, visit)
+                kind: _measure(
+                    predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit
+                )
                 for kind in KINDS
             }
-            found.pairs.append({"base": base, "other": other, **_pair_values(measured)})
+            diagnosis.pairs.append({"base": base, "other": other, **_pair_values(measured)})
             done += 1
             progress("cross-class images", done, total)
-    return found
+    return diagnosis
 
 
-def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> dict[str, Evaluator]:
+def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> dict[str, Evaluator]:
     """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
-    name, kept = members[0].class_name, 0
+    name, scored = members[0].class_name, 0
     evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
     for result in predictor.predict(list(members), maps=True, pixels=False):
         if result.error:
-            found.failed.append(f"{result.path}: {result.error}")
+            diagnosis.failed.append(f"{result.path}: {result.error}")
             continue
-        kept += 1
-        if result.predicted_class in found.classes:  # a model may know them by other names
-            found.taken[name, result.predicted_class] += 1
+        scored += 1
+        if result.predicted_class in diagnosis.classes:  # a model may know them by other names
+            diagnosis.taken[name, result.predicted_class] += 1
         for evaluator in evaluators.values():
             evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
-    if not kept:
-        raise DataError(f"no normal image of class {name} can be scored: {found.failed[-1]}")
+    if not scored:
+        raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
     return evaluators
 
 
 def _measure(
-    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], found: Diagnosis, visit: Visit | None
+    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
 ) -> Mapping[str, float]:
     """Metrics of one kind of image of one pair; the images are added to ``found``."""
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
@@ -277,7 +279,7 @@ def _measure(
         if result.error:
             raise DataError(f"{result.path}: {result.error}")
         evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
-        found.images.append({**one.row(), "score": result.score})
+        diagnosis.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
     values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
