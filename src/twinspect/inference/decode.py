@@ -159,7 +159,7 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: one of what `frames.expand` gives, or a path.
+        item: one of what `expand` gives, or a path.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.

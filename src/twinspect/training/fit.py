@@ -81,7 +81,7 @@ def fit(
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
@@ -363,7 +363,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
 
     Returns:
         ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
-        anomaly among the good ones would (`calibration.suspicious_tail`).
+        anomaly among the good ones would (`conformal.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
     seen = np.array([bool(c) and not isinstance(s, Altered) for c, s in zip(good.counted_n, samples, strict=True)])
