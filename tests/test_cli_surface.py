@@ -4,6 +4,7 @@ After a deliberate change type: python tests/test_cli_surface.py > tests/golden/
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,33 @@ def test_help_shows_what_people_use_and_help_all_the_rest(
     assert {flag for flag in re.findall(r"--[a-z-]+", line) if not flag.startswith("--no-")} <= every | {
         "--random-teacher"
     }
+
+
+def test_an_option_is_one_field() -> None:
+    from twinspect.commands import argument, option, takes, usual
+
+    @dataclass(frozen=True)
+    class Toy:
+        path: Path = argument("A file.")
+        names: tuple[str, ...] = option("Some names.", ())
+        loud: bool = option("Say more.", False, "--loud")
+        rate: float = option("A rate.", 0.5)
+
+    def toy(options: Toy) -> None:
+        """A command."""
+        given.append(options)
+
+    given: list[Toy] = []
+    toys = typer.Typer()
+    toys.command()(usual("names")(takes(Toy)(toy)))
+    runner = CliRunner()
+    assert runner.invoke(toys, ["x"]).exit_code == 0
+    assert runner.invoke(toys, ["x", "--names", "a", "--names", "b", "--loud", "--rate", "1"]).exit_code == 0
+    assert given == [Toy(Path("x")), Toy(Path("x"), ("a", "b"), True, 1.0)]
+    short, full = (runner.invoke(toys, [name]).output for name in ("--help", "--help-all"))
+    assert "Some names." in short
+    assert "A rate." not in short
+    assert "A rate." in full
 
 
 if __name__ == "__main__":
