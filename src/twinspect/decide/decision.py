@@ -23,6 +23,7 @@ from twinspect.errors import BundleError, ConfigError, unknown_name
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
 _NAMED = 4  # pairs of classes that a sentence names
+ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
@@ -55,6 +56,7 @@ class Decision:
         model_id: of the model the scores belong to.
         trained: sorted `image_id`s of the images that the model learnt from.
         held: those of the images that the students were not trained on.
+        roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
     """
 
     good: GoodScores
@@ -67,6 +69,7 @@ class Decision:
     model_id: str = ""
     trained: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    roi: str = ""
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -140,6 +143,7 @@ class Decision:
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
+            **({"roi": self.roi} if self.roi else {}),
         }
 
     @classmethod
@@ -160,6 +164,7 @@ class Decision:
             str(values["model_id"]),
             _unpacked(values["trained"]),
             _unpacked(values["held"]),
+            str(values.get("roi", "")),
         )
 
 
@@ -170,6 +175,20 @@ def _packed(keys: tuple[str, ...]) -> str:
 def _unpacked(text: str) -> tuple[str, ...]:
     digits, step = base64.b64decode(text, validate=True).hex(), 2 * KEY_BYTES
     return tuple(digits[i : i + step] for i in range(0, len(digits), step))
+
+
+def pack_roi(roi_SS: NDArray[np.bool_]) -> str:
+    """A square region of interest on a grid that pictures are drawn from, as text."""
+    at = (np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE
+    return base64.b64encode(np.packbits(roi_SS[np.ix_(at.astype(int), at.astype(int))]).tobytes()).decode("ascii")
+
+
+def unpack_roi(text: str) -> NDArray[np.bool_] | None:
+    """The grid that `pack_roi` made, ROI_SIDE x ROI_SIDE; None for an empty text."""
+    if not text:
+        return None
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    return bits.reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
 
 
 def image_id(digest: bytes) -> str:

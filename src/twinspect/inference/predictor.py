@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY
+from twinspect.decide.decision import ANOMALY, unpack_roi
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
@@ -161,6 +161,7 @@ class Predictor:
         result.class_name, result.predicted_class = said.class_name, said.predicted_class
         result.class_p, result.unknown_class = said.class_p, said.unknown_class
         result.model_id, result.scale = decision.model_id, decision.map_scale
+        result.roi = unpack_roi(decision.roi)
         grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32)
         result.peak, result.grid = float(grid.max()), grid if maps else None
         if said.rule.region is not None:

@@ -63,6 +63,9 @@ def column(kind: str, help: str, tables_only: bool = False) -> Any:
     return field(default=CELLS[kind][1], metadata=metadata)
 
 
+_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
+
+
 @dataclass(slots=True)
 class Result:
     """One image's answer. Higher scores are more anomalous.
@@ -73,6 +76,7 @@ class Result:
     Attributes:
         scale: (low, high) of the map for colours; the same for every image of a model.
         grid: anomaly map at the model's own size, in standard deviations; None if not asked for.
+        roi: region of interest on a square grid over the image, true inside; None for the whole image.
         rgb: the image for overlays, H x W x 3; None if not asked for.
     """
 
@@ -103,6 +107,7 @@ class Result:
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+    roi: NDArray[np.bool_] | None = field(default=None, repr=False)
 
     @property
     def severity(self) -> float:
@@ -162,6 +167,9 @@ class Result:
         side = rgb.shape[:2]
         colours = colourise(resize_map(self.grid, *side), self.scale)
         mixed = (1 - opacity) * rgb + opacity * colours
+        if self.roi is not None:  # what is not looked at: grey and dark
+            outside = resize_map(self.roi.astype(np.float32), *side) < 0.5
+            mixed[outside] = _OUTSIDE * rgb[outside].mean(-1, keepdims=True)
         return Image.fromarray(mixed.round().astype(np.uint8))
 
 
