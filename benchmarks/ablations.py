@@ -159,7 +159,7 @@ class Remembering:
     """
 
     def __init__(self, model: AnomalyModel, seen: dict[RecordLayout, dict[bytes, Tensor]]) -> None:
-        self.model, self.size, self.layout = model.eval(), model.shape.size, record_layout(model)
+        self.model, self.size, self.layout = model.eval(), model.size, record_layout(model)
         if self.layout not in seen:
             seen.clear()  # no two layouts in memory at once
         self.seen = seen.setdefault(self.layout, {})

@@ -162,7 +162,7 @@ class _Profile:
         cold = sum(one.seconds for part, one in parts.items() if part != "read")
         warm = sum(one.seconds for part, one in parts.items() if part not in ("decode", "teacher"))
         return TrainProfile(
-            name, self.model.shape.size, self.batch, self.config.precision, steps, parts, cold, warm,
+            name, self.model.size, self.batch, self.config.precision, steps, parts, cold, warm,
             flops / 1e9, rate / 1e9, peak_mb(),
         )  # fmt: skip
 
@@ -180,7 +180,7 @@ class _Profile:
         at = list(range(self.batch))
         squares = measure(
             "decode",
-            call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.shape.size) for s in self.samples])),
+            call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.size) for s in self.samples])),
         )
         parts = squares.split(teacher_batch(self.model))  # as the pass that fills the cache shows them
         measure("teacher", call=lambda: [observe(self.model, part) for part in parts])

@@ -16,10 +16,10 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
 from twinspect.storage import build_model
-from twinspect.training.fit import decision_of, silent
+from twinspect.training.fit import decision_of
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import fit_scales, fit_statistics
-from twinspect.types import TRAIN, Sample
+from twinspect.types import TRAIN, Sample, silent
 
 PLAIN = [
     {"teacher": RANDOM_CNN, "scoring": "plain"},

@@ -30,7 +30,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 @pytest.fixture(scope="module")
 def onnx_of_two(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export that is fixed to two images a call."""
-    from twinspect.inference.export import ExportOptions, export
+    from twinspect.export.build import ExportOptions, export
 
     path = tmp_path_factory.mktemp("bench") / "two.onnx"
     export(quick.fitted, path, ExportOptions(batch=2))
@@ -79,7 +79,7 @@ def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benc
     said = bare.cut_to_teacher(proto)
     assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
     model = quick.fitted.model
-    pixels = np.stack([picture(i, model.shape.size, model.shape.size) for i in range(2)])
+    pixels = np.stack([picture(i, model.size, model.size) for i in range(2)])
     found = ort.InferenceSession(proto.SerializeToString()).run(said, {"image": pixels})
     with torch.no_grad():
         features = model.teacher.features(model.teacher.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))

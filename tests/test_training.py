@@ -27,7 +27,8 @@ from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.models.contract import legal_size
 from twinspect.storage import Fitted
-from twinspect.training.fit import fit, silent
+from twinspect.training.fit import fit
+from twinspect.types import silent
 
 
 def run(parts: Path, config: RunConfig, work: Path | None = None) -> Fitted:

@@ -15,7 +15,7 @@ from twinspect.console import Console
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import HAND
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
-from twinspect.types import TRAIN, Sample
+from twinspect.types import TRAIN, Sample, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
     from twinspect.storage import Fitted
-    from twinspect.training.source import Progress
-    from twinspect.types import Skipped
+    from twinspect.types import Progress, Skipped
 
 
 class Detector:
@@ -42,7 +41,7 @@ class Detector:
         effort: ``instant`` (statistics of good images only, no training steps), ``fast`` (half the input side, fewer
             steps) or ``default``.
 
-    Example:
+    Examples:
         >>> detector = Detector("efficientnet-lite0").fit("data/")
         >>> detector.predict("new/part.png").is_anomaly
     """
@@ -56,6 +55,14 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
+        self._given = {
+            "teacher": teacher,
+            "size": size,
+            "weights": weights,
+            "pretrained": pretrained,
+            "config": config,
+            "effort": effort,
+        }
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -99,8 +106,9 @@ class Detector:
         import numpy as np
 
         from twinspect.data.roi import read_roi
-        from twinspect.training.fit import fit, silent
+        from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
+        from twinspect.types import silent
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
@@ -148,7 +156,6 @@ class Detector:
             ConfigError: a class that is not known, and ``class_name`` does not say that it is new.
             DataError: nothing new, or fewer than nine images of a new class.
         """
-        from twinspect.training.fit import silent
         from twinspect.training.update import update
 
         console, classes = Console(), self.fitted.decision.classes
@@ -191,13 +198,13 @@ class Detector:
         """
         import warnings
 
-        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
-        from twinspect.training.fit import silent
+        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
+        from twinspect.types import silent
 
-        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
         scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
         for note in (*scored.failed, *notes):
             warnings.warn(note, stacklevel=2)
         self._predictor = None
@@ -232,18 +239,20 @@ class Detector:
         """Score images.
 
         Args:
-            source: path, folder, glob, ``@list``, archive, table, URL, PIL image, bytes of an image file, open file,
+            source: path, folder, glob, ``@list``, archive, table, URL, video file, ``camera:0``, ``rtsp://...``,
+                `inference.watch(folder)`, PIL image, bytes of an image file, open file,
                 array (H x W, H x W x C or C x H x W of 1, 3 or 4 channels; uint8, uint16, or floats from 0 to 1; of
                 numpy or torch; four dimensions are a stack), or any iterable of these.
-            stream: True gives an iterator with constant memory instead of a list. An iterable without a length, such
-                as a generator that reads a camera, is then answered image by image, before the next one is taken.
+            stream: True gives an iterator with constant memory instead of a list. A camera, and an iterable without a
+                length, such as a generator, is then answered image by image, before the next one is taken.
             maps: keep anomaly maps and images (needed for overlays). A list of results keeps no pixels of files;
                 `Result.overlay` reads them again.
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
             bgr: arrays have blue first, as OpenCV reads them.
 
         Returns:
-            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+            One `Result` for a single image, else `Results`, a list with ``to_pandas()`` (or an iterator with
+            ``stream=True``).
 
         Raises:
             DataError: nothing found.
@@ -251,20 +260,51 @@ class Detector:
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
         from twinspect.inference.decode import is_single
+        from twinspect.inference.result import Results
+        from twinspect.inference.video import is_endless
 
+        if is_endless(source) and not stream:
+            raise ConfigError(
+                f"{source} does not end: type predict({source!r}, stream=True), and take results from it"
+            )
         single = is_single(source)
         live = None if stream else False
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
+        answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
         if stream:
-            return found
+            return answers
         if single:
-            return next(found)
-        results: list[Result] = []
-        for result in found:
+            return next(answers)
+        results = Results()
+        for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
                 result.rgb = None  # a folder's pixels would fill the memory
             results.append(result)
         return results
+
+    def score_samples(self, source: Any) -> NDArray[np.float64]:
+        """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
+
+        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
+        an image could not be read.
+
+        Args:
+            source: as `predict` takes it.
+
+        Returns:
+            One value an image, in their order.
+        """
+        import numpy as np
+
+        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in found], dtype=np.float64)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
+
+        Args:
+            deep: has no effect, as no setting is an estimator itself.
+        """
+        return dict(self._given)
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""

@@ -16,10 +16,9 @@ from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
-from twinspect.types import TEST, Sample
+from twinspect.types import TEST, Progress, Sample
 
 SCORES = ("score", "score_local", "score_semantic")
-Progress = Callable[[str, int, int], None]
 Visit = Callable[[Sample, Result], None]
 _Mask = NDArray[np.bool_]
 _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas

@@ -109,14 +109,14 @@ def refuse_unwritable(
     """
     other = f"choose another {option}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
+        special = path.exists() and not path.is_file()
+        why = "" if special else why_unwritable(path.parent)
         if path.exists() and not os.access(path, os.W_OK):
-            raise error(f"{path} cannot be written (no permission); {other}")
-        if (draft := _draft(path)) != path:
-            draft.touch()
-            draft.unlink()
+            why = "no permission"
+        if why:
+            raise error(f"{path} cannot be written ({why}); {other}")
         if ours is not None and path.is_file() and path.stat().st_size and not ours(path):
             raise error(f"{path} exists and holds something else; move it away, or {other}")
     except OSError as reason:

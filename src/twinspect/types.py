@@ -9,6 +9,7 @@ a higher score means more anomalous; a map has the geometry of the original imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,6 +61,13 @@ class Sample:
     def in_file(self) -> bool:
         """Whether the image is a file of its own."""
         return self.record is None and self.pixels is None
+
+
+Progress = Callable[[str, int, int], None]  # told (stage, how many are done, of how many; 0 where it is not known)
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress for callers that want none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -22,42 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.commands.options import BenchOptions
 from twinspect.console import Console
 from twinspect.device import peak_mb
 from twinspect.errors import ConfigError, check_range
 from twinspect.inference.predictor import Predictor, check_counts
 from twinspect.inference.runtimes import load_predictor
+from twinspect.types import Progress
 
-Progress = Callable[[str, int, int], None]
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
-
-
-@dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """What is measured.
-
-    Attributes:
-        path: bundle or exported model.
-        runtime: ``auto``, ``torch``, ``onnx`` or ``openvino``.
-        batches: numbers of images per call.
-        threads: of the runtime; 0 leaves its own choice.
-        images: files to decode; painted one-megapixel JPEGs without any.
-        seconds: spent on each batch size.
-        weights: teacher's file of a thin bundle.
-    """
-
-    path: Path
-    runtime: str = "auto"
-    batches: tuple[int, ...] = (1, 16)
-    threads: int = 0
-    images: Path | None = None
-    seconds: float = 10.0
-    weights: str = ""
-
-    def __post_init__(self) -> None:
-        check_range("--seconds", self.seconds, 0.001, 86_400)
-        for batch in self.batches:
-            check_counts(self.threads, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +84,8 @@ class BenchReport:
             yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
 
 
-def bench_command(
-    path: Path,
-    runtime: str,
-    batches: str,
-    threads: int,
-    images: Path | None,
-    seconds: float,
-    weights: str,
-    console: Console,
-) -> None:
+def bench_command(options: BenchOptions, console: Console) -> None:
     """``twinspect bench``: a table for people, one line of JSON at the end."""
-    options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
     report = bench(options, console.progress)
     for line in report.lines():
         console.say(line)
@@ -136,12 +99,12 @@ def parse_batches(text: str) -> tuple[int, ...]:
         ConfigError: something else.
     """
     try:
-        found = tuple(int(one) for one in text.split(","))
+        batches = tuple(int(one) for one in text.split(","))
     except ValueError:
-        found = ()
-    if not found or min(found) < 1:
+        batches = ()
+    if not batches or min(batches) < 1:
         raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
-    return found
+    return batches
 
 
 def bench(options: BenchOptions, progress: Progress) -> BenchReport:
@@ -151,24 +114,28 @@ def bench(options: BenchOptions, progress: Progress) -> BenchReport:
         DataError: no images found.
         BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
     """
-    predictor = load_predictor(options.path, options.runtime, options.threads, 1, options.weights)
-    files, said = _files(options.images)
+    check_range("--seconds", options.seconds, 0.001, 86_400)
+    batches = parse_batches(options.batch)
+    for batch in batches:
+        check_counts(options.threads, batch)
+    predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
+    files, what = _files(options.images)
     rows = []
-    for done, batch in enumerate(options.batches):
-        progress("measuring", done, len(options.batches))
+    for done, batch in enumerate(batches):
+        progress("measuring", done, len(batches))
         rows.append(_measure(predictor, files, batch, options))
     runtime, precision = _kind(options)
     return BenchReport(
-        options.path.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), peak_mb()
+        options.model.name, runtime, precision, predictor.runtime.size, options.threads, what, tuple(rows), peak_mb()
     )
 
 
 def _kind(options: BenchOptions) -> tuple[str, str]:
     from twinspect.inference.runtimes import is_export, read_export
 
-    if not is_export(options.path):
+    if not is_export(options.model):
         return "torch", "fp32"
-    meta = read_export(options.path)
+    meta = read_export(options.model)
     return (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
 
 

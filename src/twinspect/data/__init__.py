@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, listed, others, semantic
 from twinspect.data.images import count_pictures, is_image
 from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
@@ -136,6 +136,8 @@ DATASETS: dict[str, Dataset] = {
     },
     "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
+    "anomalib": Dataset(others.anomalib, others.looks_like_anomalib, listed=True, elsewhere=True),
+    "lookout": Dataset(others.lookout, others.looks_like_lookout, listed=True, elsewhere=True),
     **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
     folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
@@ -170,38 +172,34 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
 
 def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     given = existing_folder(given) if os.path.isdir(given) else given
-    name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
     if layout == "auto":
-        _refuse_own_name(name, found)
-    log = ScanLog()
-    samples = _known_labels(_read(name, found, log, images), log)
-    _unnamed_folders(name, found, samples, log)
-    if log.undecided and layout == "auto":
-        raise DataError(_undecided(name, found, samples, log))
-    if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
-        raise DataError(f"{found}: no usable image found as {name}; found: {_found(found)}{reasons}")
-    if found != given:
-        log.note(f"{given} only wraps {found.name}, which was read")
-    _note_missing_masks(samples, log)
-    _note_more_pictures(samples, log)
-    return Loaded(name, found, tuple(samples), tuple(log.skipped), tuple(log.notes))
-
-
-def _read(name: str, root: Path, log: ScanLog, images: Path | str | None) -> list[Sample]:
-    if images is None:
-        return DATASETS[name](root, log)
-    if not DATASETS[name].elsewhere:
+        name, place = _locate(given)
+        _refuse_own_name(name, place)
+    else:
+        name = layout
+        place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
+    if images is not None and not DATASETS[name].elsewhere:
         lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
         raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
-    return DATASETS[name].read(root, log, Path(images))
+    log = ScanLog()
+    samples = DATASETS[name].read(place, log, *([] if images is None else [Path(images)]))
+    samples = _known_labels(samples, log)
+    _unnamed_folders(name, place, samples, log)
+    if log.undecided and layout == "auto":
+        raise DataError(_undecided(name, place, samples, log))
+    if not samples:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
+        raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
+    if place != given:
+        log.note(f"{given} only wraps {place.name}, which was read")
+    _note_missing_masks(samples, log)
+    _note_more_pictures(samples, log)
+    return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
 def _locate(root: Path) -> tuple[str, Path]:
-    chain = _wrapped(root)
-    for place in chain:
-        name = _known(place)
-        if name is not None:
+    for place in _wrapped(root):
+        if (name := _known(place)) is not None:
             return name, place
     several = [f"{sub.name} ({name})" for sub in subfolders(root) if (name := _known(sub)) is not None]
     if several and folders.find_classes(root, ScanLog()) == []:
@@ -209,7 +207,7 @@ def _locate(root: Path) -> tuple[str, Path]:
     if os.path.isdir(root) and has_images_below(root):
         return folders.FOLDER, root
     raise DataError(
-        f"{root}: no known layout; found: {_found(root)}. {_advice(root)}"
+        f"{root}: no known layout; found: {listing(root)}. {_advice(root)}"
         f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
     )
 
@@ -231,14 +229,6 @@ def _known(place: Path) -> str | None:
     return next((name for name, dataset in DATASETS.items() if dataset.looks_like(place)), None)
 
 
-def _found(root: Path) -> str:
-    return listing(root) if os.path.isdir(root) else "a file"
-
-
-def _entered(root: Path, layout: str) -> Path:
-    return next((place for place in _wrapped(root) if DATASETS[layout].looks_like(place)), root)
-
-
 def _wrapped(root: Path) -> list[Path]:
     """The path itself, then what lies inside as long as there is a single folder (three deep at most)."""
     chain = [root]
@@ -253,9 +243,9 @@ def _wrapped(root: Path) -> list[Path]:
 
 def _refuse_own_name(name: str, root: Path) -> None:
     """A folder called bad or masks, in which nothing says that its images are good."""
-    said = meaning(folder_name(root))
-    if name == folders.FOLDER and said.role in (BAD, MASK) and not said.rest and not folders.layout_of(root):
-        what = "defects" if said.role == BAD else "masks"
+    meant = meaning(folder_name(root))
+    if name == folders.FOLDER and meant.role in (BAD, MASK) and not meant.rest and not folders.layout_of(root):
+        what = "defects" if meant.role == BAD else "masks"
         raise DataError(
             f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
             "they are, type --layout folder"
@@ -279,9 +269,9 @@ def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog)
         return
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
-    said = {path for path, _ in log.skipped}
+    skipped = {path for path, _ in log.skipped}
     for sub in subfolders(root):
-        if sub.name not in inside and sub not in said and meaning(sub.name).role != MASK and has_images_below(sub):
+        if sub.name not in inside and sub not in skipped and meaning(sub.name).role != MASK and has_images_below(sub):
             log.leave(sub, "no list names an image in it")
 
 

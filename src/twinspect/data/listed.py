@@ -20,7 +20,7 @@ from twinspect.data.scan import (
     existing_folder,
     existing_root,
     files_in,
-    images_in,
+    images_below,
     inside,
     listing,
     subfolders,
@@ -95,7 +95,7 @@ def _masks(row: _Row, log: ScanLog) -> tuple[Path, ...]:
         return ()
     path = inside(row.base, row.mask, row.where)
     if os.path.isdir(path):
-        return tuple(images_in(path, log))
+        return tuple(images_below(path, log))
     mask = _file(row, row.mask, log)
     return (mask,) if mask is not None else ()
 

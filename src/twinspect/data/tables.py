@@ -33,10 +33,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
     """
     text = read_text(path)
-    if text.lstrip()[:1] == "[" and (entries := _json_list(text)) is not None:
-        for number, entry in enumerate(entries, start=1):
-            yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
-        return
+    if text.lstrip()[:1] == "[":
+        try:
+            entries = as_list(json.loads(text), str(path))
+        except (ValueError, RecursionError):
+            entries = None  # the line that is wrong is named when lines are read
+        if entries is not None:
+            for number, entry in enumerate(entries, start=1):
+                yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
+            return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip(" \t\r,"):
             where = f"{path} line {number}"
@@ -50,14 +55,6 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
     return as_object(entry, where)
-
-
-def _json_list(text: str) -> list[Any] | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # the line that is wrong is named when lines are read
-    return found if isinstance(found, list) else None
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, unknown_name
+from twinspect.errors import BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
-_NAMED = 4  # pairs of classes that a sentence names
 ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
@@ -56,6 +55,8 @@ class Decision:
         model_id: of the model the scores belong to.
         trained: sorted `image_id`s of the images that the model learnt from.
         held: those of the images that the students were not trained on.
+        bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
+        thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
         roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
     """
 
@@ -69,6 +70,8 @@ class Decision:
     model_id: str = ""
     trained: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    bank: tuple[str, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
     roi: str = ""
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
@@ -119,6 +122,11 @@ class Decision:
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip
 
+    def nearest(self, place: int) -> tuple[str, bytes]:
+        """Name and small JPEG of a good image of the bank; empty where they are not known."""
+        name = self.bank[place] if 0 <= place < len(self.bank) else ""
+        return name, self.thumbnails[place] if name and place < len(self.thumbnails) else b""
+
     def checked_class(self, class_name: str | None) -> str | None:
         """The class itself.
 
@@ -143,6 +151,8 @@ class Decision:
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
+            "bank": list(self.bank),
+            "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
             **({"roi": self.roi} if self.roi else {}),
         }
 
@@ -164,6 +174,8 @@ class Decision:
             str(values["model_id"]),
             _unpacked(values["trained"]),
             _unpacked(values["held"]),
+            tuple(map(str, values.get("bank", ()))),
+            tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
             str(values.get("roi", "")),
         )
 
@@ -229,13 +241,13 @@ def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, fl
     """
     counts: dict[str, dict[str, float]] = {}
     for name, label, called in rows:
-        own = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        own["defects" if label else "good"] += 1
-        own["found" if label else "false_alarms"] += called
-    for own in counts.values():
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
         for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
-            if own[whole]:
-                own[rate] = own[part] / own[whole]
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
     return dict(sorted(counts.items()))
 
 
@@ -258,9 +270,8 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     ]
     if not told:
         return ""
-    more = f" and {len(told) - _NAMED} more pairs" if len(told) > _NAMED else ""
     return (
-        f"classes that look alike are mixed up: {', '.join(told[:_NAMED])}{more}. Name the class when you predict "
+        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"
     )
 

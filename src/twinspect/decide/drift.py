@@ -57,11 +57,11 @@ _MOSTLY_BAD = (
 
 @dataclass(frozen=True, slots=True)
 class ClassDrift:
-    """One class's latest images against its calibration images.
+    """One class's latest images (since the change where there is an alarm) against its calibration images.
 
     Attributes:
         class_name: predicted class.
-        images: latest images of this class, since the change where there is an alarm.
+        images: how many.
         median_p: median p-value of their scores; 0.5 is usual, lower means higher scores.
         tail: share of p-values up to 0.05; 0.05 is usual.
         median_scene_p: median p-value of their distances to the cluster; None where unknown.
@@ -86,8 +86,8 @@ class DriftReport:
         message: the same for people, with the chance of a false alarm.
         images: predictions seen.
         false_alarm_rate: largest chance of an alarm, ever, while nothing changes.
-        alarm_at, since: numbers (from 1) of the image that raised the alarm and of the one at which the change began,
-            as far as can be told; 0 without an alarm.
+        alarm_at, since: numbers (from 1) of the image that raised the alarm and of the one at which the change
+            probably began; 0 without an alarm.
         evidence: capital of the test, a factor against "nothing changed".
         classes: latest images by class.
     """
@@ -104,7 +104,7 @@ class DriftReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "classes": [asdict(one) for one in self.classes]}
+        return asdict(self)
 
 
 class Bag:
@@ -127,12 +127,7 @@ class Bag:
 
 
 class ChangeTest:
-    """Mixture of bets, each started at every image in turn: P(capital ever reaches 1 / a) <= a.
-
-    Args:
-        bets: how many bets `update` is given.
-        level: a.
-    """
+    """Mixture of bets, each started at every image in turn: P(capital ever reaches 1 / level) <= level."""
 
     def __init__(self, bets: int, level: float) -> None:
         self.level, self.seen, self.alarm_at, self.since = level, 0, 0, 0
@@ -196,14 +191,14 @@ class DriftMonitor:
 
     Args:
         good: calibration images of the bundle.
-        false_alarm_rate: largest chance of an alarm, ever, while nothing changes.
+        false_alarm_rate: largest chance of an alarm, ever, while nothing changes; between 0 and 1.
         seed: of the random breaking of ties.
         state: of an earlier monitor over the same calibration images, from `state`.
 
     Raises:
         ConfigError: a rate outside (0, 1).
 
-    Example:
+    Examples:
         >>> monitor = DriftMonitor(detector.fitted.decision.good)
         >>> for result in detector.predict("today/", stream=True):
         ...     if monitor.update(result.score, result.predicted_class, result.cluster_distance):
@@ -237,11 +232,7 @@ class DriftMonitor:
             self.images = 0
 
     def update(self, score: float, predicted_class: str, distance: float = float("nan")) -> bool:
-        """Take one prediction; True where it raised the alarm, which happens once.
-
-        Raises:
-            DataError: the score is not finite.
-        """
+        """Take one prediction; True where it raised the alarm, which happens once."""
         if not math.isfinite(score):
             raise DataError(f"a score of {score} cannot be watched; leave images with an error out")
         with self._lock:

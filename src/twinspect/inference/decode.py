@@ -28,6 +28,8 @@ from twinspect.errors import DataError, ImageError
 from twinspect.inference.archives import ARCHIVES, Item, Stream
 from twinspect.inference.remote import is_url, read
 from twinspect.inference.sources import TABLES, among, walk
+from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
 T = TypeVar("T")
@@ -92,12 +94,12 @@ class DecodePool:
         while pending:
             job, future = pending.popleft()
             try:
-                found = future.result()
+                decoded = future.result()
             except BrokenExecutor:
-                found = self._one_by_one(job)
+                decoded = self._one_by_one(job)
                 pending = deque((other, self._submit(other)) for other, _ in pending)
             pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
-            yield from ((tag, image) for (tag, _), image in zip(job, found, strict=True))
+            yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
         items = [item for _, item in job]
@@ -111,15 +113,15 @@ class DecodePool:
     def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
         """A worker died while this job or another was under way: find the image that does it."""
         self._pool = self._started()
-        found = []
+        decoded = []
         for _, item in job:
             try:
-                found += self._pool.submit(self._decode, [item]).result()
+                decoded += self._pool.submit(self._decode, [item]).result()
             except BrokenExecutor:
                 name = name_of(item)
-                found.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
+                decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
                 self._pool = self._started()
-        return found
+        return decoded
 
     def _started(self) -> Executor:
         if not self._processes:
@@ -159,7 +161,7 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: one of what `frames.expand` gives, or a path.
+        item: one of what `expand` gives, or a path.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
@@ -205,6 +207,8 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
 
 
 def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    if item.pixels is not None:
+        return item.pixels, (item.pixels.shape[0], item.pixels.shape[1])
     if item.record is not None and not item.error:
         rgb = read_record(Path(item.path), item.record, limits)
         return rgb, (rgb.shape[0], rgb.shape[1])
@@ -253,12 +257,14 @@ def expand(source: Any) -> Iterator[Any]:
 def is_single(source: Any) -> bool:
     """Whether a source stands for exactly one image."""
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES))
+        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES, *VIDEOS))
     return _several(source) is None
 
 
 def is_live(source: Any) -> bool:
-    """Whether more images may still be in the making: an iterable that does not know its length."""
+    """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
+    if is_live_path(source):
+        return True
     lasting = isinstance(source, (str, os.PathLike)) or hasattr(source, "__len__")
     return not lasting and _several(source) is not None
 
@@ -300,8 +306,8 @@ def from_bgr(item: Any) -> Any:
 
 def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
     if isinstance(one, (str, os.PathLike)):
-        found = (among if one_of_several else walk)(os.fsdecode(one))
-        return (item for part in found for item in (part.items() if isinstance(part, Stream) else (part,)))
+        listed = (among if one_of_several else walk)(os.fsdecode(one))
+        return (item for part in listed for item in (part.items() if isinstance(part, Stream) else (part,)))
     many = _several(one)
     if many is None:
         return iter([_encoded(one)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,44 +130,37 @@ class Predictor:
         usable = [image.square for image in images if image.square is not None]
         began = time.perf_counter()
         out = self.runtime.run(np.stack(usable)) if usable else {}
-        each_ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
-        place = 0
+        ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
+        places = count()
         for image, class_name in zip(images, class_names, strict=True):
-            result = Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
-            if image.square is not None:
-                result.ms = each_ms
-                self._fill(result, out, place, maps, class_name)
-                place += 1
-                if not np.isfinite(result.score):
-                    result.error = f"{result.path}: the score is not finite; the model is damaged"
-                    result.is_anomaly, result.answer, result.regions = None, "", []
+            if image.square is None:
+                yield Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
+                continue
+            place = next(places)
+            result = self._result(image, {name: value[place] for name, value in out.items()}, class_name, ms)
+            result.grid = result.grid if maps else None
             yield result
 
-    def _fill(
-        self, result: Result, out: Mapping[str, NDArray[Any]], i: int, maps: bool, class_name: str | None
-    ) -> None:
-        decision = self.decision
-        result.score = float(out["score_B"][i])
-        result.score_local, result.score_semantic = (
-            float(out["score_local_B"][i]),
-            float(out["score_semantic_B"][i]),
-        )
-        if "cluster_distance_B" in out:
-            result.cluster_distance = float(out["cluster_distance_B"][i])
-        said = decision.judge(result.score, int(out["cluster_B"][i]), result.cluster_distance, class_name)
-        result.p_value, result.threshold = said.p_value, said.threshold
-        result.threshold_unsure, result.answer = said.threshold_unsure, said.answer
-        result.is_anomaly = said.answer == ANOMALY
-        result.class_name, result.predicted_class = said.class_name, said.predicted_class
-        result.class_p, result.unknown_class = said.class_p, said.unknown_class
-        result.model_id, result.scale = decision.model_id, decision.map_scale
-        result.roi = unpack_roi(decision.roi)
-        grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32)
-        result.peak, result.grid = float(grid.max()), grid if maps else None
-        if said.rule.region is not None:
-            result.threshold_region = said.rule.region.value
-            shape = (result.height, result.width)
-            result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
+    def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
+        """The answer for an image, from what the runtime said of it."""
+        decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
+        score, distance = float(out["score_B"]), float(out.get("cluster_distance_B", np.nan))
+        verdict = decision.judge(score, int(out["cluster_B"]), distance, class_name)._asdict()
+        rule = verdict.pop("rule")
+        result = Result(
+            image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]),
+            is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
+            model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
+            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
+            roi=unpack_roi(decision.roi), **verdict,
+        )  # fmt: skip
+        if not np.isfinite(score):
+            result.error = f"{image.name}: the score is not finite; the model is damaged"
+            result.is_anomaly, result.answer = None, ""
+        elif rule.region is not None:
+            result.threshold_region = rule.region.value
+            result.regions = find_regions(grid, (image.height, image.width), rule.region.value, rule.peaks)
+        return result
 
 
 def check_counts(threads: int, batch: int) -> None:

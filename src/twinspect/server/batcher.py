@@ -47,7 +47,7 @@ class Batcher(Generic[Job, Answer]):
         observe: called with (jobs, seconds) after every batch.
         name: of the thread.
 
-    Example:
+    Examples:
         >>> batcher = Batcher(lambda numbers: [2 * n for n in numbers], max_batch=8)
         >>> batcher.submit(21).result()
         42

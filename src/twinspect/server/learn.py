@@ -61,13 +61,13 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
         )
     unknown = len(rows) - len(known)
     points = 100 * unknown / (len(good) + unknown)
-    said = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
+    notes = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
     if unknown:
-        said.append(
+        notes.append(
             f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
             f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
         )
-    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(said))
+    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(notes))
 
 
 def label_of(answer: str, feedback: str) -> int | None:

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import sqlalchemy as sa
+from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
@@ -25,6 +26,10 @@ SCHEMA = 1  # of the tables; another number in a file means another version of t
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
 FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
 MOST_ROWS = 500  # of one query
+MOST = 2**63 - 1  # of a number that a database takes
+Text = Annotated[str, Query(max_length=200)]
+ClassName = Annotated[str, Query(alias="class", max_length=200)]
+Moment = Annotated[int | None, Query(ge=0, le=MOST, description="UTC, milliseconds since 1970")]
 _DAY_MS = 86_400_000
 _LOCK_SECONDS = 5  # how long one writer waits for another before it gives up
 _PAGE = 1000
@@ -101,10 +106,10 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows are wanted; empty or None means any.
+    """Which rows are asked for, also as parameters of the log's address; empty or None means any.
 
     Attributes:
-        since_ms, until_ms: half-open interval of time, UTC milliseconds.
+        since_ms, until_ms: half-open interval of time.
         bundle, class_name, answer, session: equal to.
         feedback: one of ``FEEDBACK``, or ``none`` for rows without.
         name: part of the file's name, any case.
@@ -112,16 +117,16 @@ class Filter:
         limit: most rows.
     """
 
-    since_ms: int | None = None
-    until_ms: int | None = None
-    bundle: str = ""
-    class_name: str = ""
-    answer: str = ""
-    session: str = ""
-    feedback: str = ""
-    name: str = ""
-    before: int | None = None
-    limit: int = 50
+    since_ms: Moment = None
+    until_ms: Moment = None
+    bundle: Text = ""
+    class_name: ClassName = ""
+    answer: Text = ""
+    session: Text = ""
+    feedback: Text = ""
+    name: Text = ""
+    before: Annotated[int | None, Query(ge=1, le=MOST)] = None
+    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50
 
     def __post_init__(self) -> None:
         if self.answer not in ("", GOOD, UNSURE, ANOMALY):

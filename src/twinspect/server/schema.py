@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, get_type_hints
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from twinspect.inference.result import columns
+from twinspect.decide.drift import ClassDrift, DriftReport
+from twinspect.inference.result import Region, columns
 
 
 class ErrorDetail(TypedDict):
@@ -24,18 +25,6 @@ class ErrorAnswer(TypedDict):
     error: ErrorDetail
 
 
-class RegionAnswer(TypedDict):
-    """A region in pixels of the original image."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    score: float
-    p_value: float
-
-
 class InlineMap(TypedDict):
     """Base64 of little-endian float32, row by row, at the model's own size; stretch it over the whole image."""
 
@@ -46,24 +35,29 @@ class InlineMap(TypedDict):
     data: str
 
 
-# Kind of a result's column -> type of its value in JSON.
-_JSON = {
-    "string": str, "double": float | None, "bool": bool | None, "int32": int, "int64": int,
-    "regions": list[RegionAnswer],
-}  # fmt: skip
-_COLUMNS = {
-    "name" if column.name == "path" else column.name: Annotated[_JSON[column.kind], Field(description=column.help)]
-    for column in columns()
-    if not column.tables_only
-}
 if TYPE_CHECKING:
     ImageAnswer = dict[str, Any]
     LogRow = dict[str, Any]
+    DriftAnswer = dict[str, Any]
 else:
+    RegionAnswer = TypedDict("RegionAnswer", get_type_hints(Region))
+    # Kind of a result's column -> type of its value in JSON.
+    _JSON = {
+        "string": str, "double": float | None, "bool": bool | None, "int32": int, "int64": int,
+        "regions": list[RegionAnswer],
+    }  # fmt: skip
+    _COLUMNS = {
+        "name" if column.name == "path" else column.name: Annotated[
+            _JSON[column.kind], Field(description=column.help)
+        ]
+        for column in columns()
+        if not column.tables_only
+    }
     ImageAnswer = TypedDict(
         "ImageAnswer",
         {
             "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map_id": str, "map": InlineMap | None,
+            "nearest_jpeg": str,
         },
     )  # fmt: skip
     ImageAnswer.__doc__ = "One image. Higher scores are more anomalous; null is unknown."
@@ -75,6 +69,11 @@ else:
         },
     )  # fmt: skip
     LogRow.__doc__ = "A kept decision; times are UTC in milliseconds since 1970."
+    ClassDriftAnswer = TypedDict("ClassDriftAnswer", get_type_hints(ClassDrift))
+    DriftAnswer = TypedDict(
+        "DriftAnswer", {"bundle": str, **get_type_hints(DriftReport), "classes": list[ClassDriftAnswer]}
+    )
+    DriftAnswer.__doc__ = "What the drift monitor of a model says; its light is grey before the first image."
 
 
 class PredictAnswer(TypedDict):
@@ -129,17 +128,6 @@ class FeedbackBody(TypedDict):
 
     verdict: str
     note: NotRequired[str]
-
-
-class DriftAnswer(TypedDict):
-    """Per model: a light (green, red; grey before the first image) and what the monitor says."""
-
-    bundle: str
-    light: str
-    kind: str
-    message: str
-    images: int
-    false_alarm_rate: float
 
 
 class DriftsAnswer(TypedDict):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +24,6 @@ from twinspect.types import TEST, Sample
 
 _NAME = "checkpoint.safetensors"
 LOG = "train.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class ClassChange:
-    """What going on did to a class, on the calibration images that both models scored.
-
-    Attributes:
-        class_name: of the old model.
-        images: of the old calibration that are still there (0: nothing can be said).
-        median_before, median_after: of their scores.
-        threshold_before, threshold_after: of the class.
-        called_before, called_after: called bad by each model's own threshold.
-        called_at_old: called bad if the old threshold had been kept.
-    """
-
-    class_name: str
-    images: int
-    median_before: float = float("nan")
-    median_after: float = float("nan")
-    threshold_before: float = float("nan")
-    threshold_after: float = float("nan")
-    called_before: int = 0
-    called_after: int = 0
-    called_at_old: int = 0
-
-    def sentence(self) -> str:
-        """The same in words."""
-        if not self.images:
-            return f"{self.class_name}: none of its calibration images is in the data, so nothing can be said of it"
-        return (
-            f"{self.class_name}: on its {self.images} stored calibration images the median score went from "
-            f"{self.median_before:.2f} to {self.median_after:.2f} and the threshold from {self.threshold_before:.2f} "
-            f"to {self.threshold_after:.2f}; called bad before {self.called_before}, now {self.called_after}, "
-            f"with the old threshold kept {self.called_at_old}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the sentence; what is unknown becomes None."""
-        plain = {name: None if value != value else value for name, value in asdict(self).items()}
-        return {**plain, "sentence": self.sentence()}
 
 
 def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
@@ -117,29 +76,40 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
         ) from None
 
 
-def changes(before: Decision, after: Decision) -> list[ClassChange]:
-    """What going on did to every old class."""
+def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
+    """What going on did to every old class, on the calibration images that both models scored.
+
+    ``called_at_old`` is how many images would be called bad had the old threshold been kept. Of a class without such
+    images nothing can be said: its numbers are None.
+    """
     scores_after = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
-    found = []
+    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
+    by_class = []
     for name in before.classes:
         pairs = [
-            (score, scores_after[key])
-            for score, key, owner in zip(
-                before.good.score.tolist(), before.good.key, before.good.class_name, strict=True
-            )
-            if owner == name and key and key in scores_after
+            (score, scores_after[key]) for score, key, owner in rows if owner == name and key in scores_after and key
         ]
-        found.append(_change(name, np.array(pairs), before, after) if pairs else ClassChange(name, 0))
-    return found
+        by_class.append(_change(name, np.array(pairs).reshape(-1, 2), before, after))
+    return by_class
 
 
-def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> ClassChange:
-    old, new = before.rule(name).image.value, after.rule(name).image.value
-    medians = np.median(pairs, axis=0)
-    return ClassChange(
-        name, len(pairs), float(medians[0]), float(medians[1]), old, new,
-        int((pairs[:, 0] >= old).sum()), int((pairs[:, 1] >= new).sum()), int((pairs[:, 1] >= old).sum()),
+def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> dict[str, Any]:
+    numbers = dict.fromkeys(
+        ("median_before", "median_after", "threshold_before", "threshold_after", "called_before", "called_after",
+         "called_at_old")
     )  # fmt: skip
+    sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
+    if len(pairs):
+        old, new = before.rule(name).image.value, after.rule(name).image.value
+        medians = np.median(pairs, axis=0).tolist()
+        called = [int((pairs[:, column] >= value).sum()) for column, value in ((0, old), (1, new), (1, old))]
+        numbers = dict(zip(numbers, (*medians, old, new, *called), strict=True))
+        sentence = (
+            f"{name}: on its {len(pairs)} stored calibration images the median score went from {medians[0]:.2f} to "
+            f"{medians[1]:.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before {called[0]}, now "
+            f"{called[1]}, with the old threshold kept {called[2]}"
+        )
+    return {"class_name": name, "images": len(pairs), **numbers, "sentence": sentence}
 
 
 # ---------------------------------------------------------------------------------------------- a run that was killed

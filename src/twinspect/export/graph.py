@@ -65,7 +65,7 @@ class DeployedGraph(nn.Module):
         """All outputs of the model."""
         image = image_BHWC.permute(0, 3, 1, 2)
         if self.any_size:
-            side = self.model.shape.size
+            side = self.model.size
             image = F.interpolate(image.float(), size=(side, side), mode="bilinear", antialias=True)
         return dict(self.model(image)._asdict())
 
@@ -76,7 +76,7 @@ def trace(model: AnomalyModel, batch: int, any_size: bool) -> torch.export.Expor
     Raises:
         ConfigError: the model holds something torch cannot export.
     """
-    size = model.shape.size
+    size = model.size
     example = torch.zeros(batch or 2, *((size + 8, size + 24) if any_size else (size, size)), 3, dtype=torch.uint8)
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
     if any_size:
@@ -103,15 +103,15 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
         # The exporter reports its progress on stdout, which belongs to the commands' own results.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.onnx.export(
+            exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=list(Outputs._fields),
                 external_data=False, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConfigError(f"this model cannot be written as ONNX: {_first_line(error)}") from error
-    assert found is not None
-    _fold_weights(found.model)
-    proto = found.model_proto
+    assert exported is not None
+    _fold_weights(exported.model)
+    proto = exported.model_proto
     _name_parts(proto)
     _name_axes(proto, any_size)
     return proto
@@ -126,12 +126,12 @@ def _fold_weights(graph: Any) -> None:
 
 def _name_parts(proto: Any) -> None:
     """Prefix nodes and their values by part; drop notes of the exporter (they hold paths of this machine)."""
-    kept = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
+    fixed = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
     renamed: dict[str, str] = {}
     for node in proto.graph.node:
         part = _part_of(node)
         node.name = f"{part}/{node.name}"
-        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in kept}
+        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
     for node in proto.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
