@@ -13,12 +13,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from twinspect.data.leaks import count_once
-from twinspect.decide.decision import image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.inference.decode import name_of
+from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
-from twinspect.training.fit import cache_folder, parameter_counts
+from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
 from twinspect.training.memory import Memory, remember
 from twinspect.training.source import FeatureSource
 from twinspect.training.statistics import Before, add_statistics
@@ -68,11 +69,13 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
     if decision.fixed:
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
+    learnt = [source.samples[i] for i in images]
+    bank, thumbnails = _bank(model, decision, len(memory.key), learnt, fitted.config.train.thumbnails)
     new = replace(
         decision, good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
+        bank=bank, thumbnails=thumbnails,
     )  # fmt: skip
-    learnt = [source.samples[i] for i in images]
     counts = Counter(sample.class_name for sample in learnt)
     record = copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
@@ -89,6 +92,21 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         }
     )
     return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
+
+
+def _bank(
+    model: AnomalyModel, decision: Decision, before: int, learnt: Sequence[Sample], side: int
+) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
+    """Names and thumbnails of the images that are compared with, of ``before`` old and all new ones.
+
+    Where only some of the old ones were in the bank, nothing is known of them any more.
+    """
+    assert model.scorer.nearest is not None
+    kept, whole = model.scorer.nearest.kept, len(decision.bank) == before
+    names = [*(decision.bank if whole else [""] * before), *map(name_of, learnt)]
+    old = decision.thumbnails if whole and decision.thumbnails else [b""] * before
+    pictures = [*old, *(small_pictures(learnt, side) if side else [b""] * len(learnt))]
+    return tuple(names[i] for i in kept), tuple(pictures[i] for i in kept) if any(pictures) else ()
 
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
