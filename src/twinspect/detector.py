@@ -231,11 +231,12 @@ class Detector:
         """Score images.
 
         Args:
-            source: path, folder, glob, ``@list``, archive, table, URL, PIL image, bytes of an image file, open file,
+            source: path, folder, glob, ``@list``, archive, table, URL, video file, ``camera:0``, ``rtsp://...``,
+                `inference.watch(folder)`, PIL image, bytes of an image file, open file,
                 array (H x W, H x W x C or C x H x W of 1, 3 or 4 channels; uint8, uint16, or floats from 0 to 1; of
                 numpy or torch; four dimensions are a stack), or any iterable of these.
-            stream: True gives an iterator with constant memory instead of a list. An iterable without a length, such
-                as a generator that reads a camera, is then answered image by image, before the next one is taken.
+            stream: True gives an iterator with constant memory instead of a list. A camera, and an iterable without a
+                length, such as a generator, is then answered image by image, before the next one is taken.
             maps: keep anomaly maps and images (needed for overlays). A list of results keeps no pixels of files;
                 `Result.overlay` reads them again.
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
@@ -252,7 +253,12 @@ class Detector:
         """
         from twinspect.inference.decode import is_single
         from twinspect.inference.result import Results
+        from twinspect.inference.video import is_endless
 
+        if is_endless(source) and not stream:
+            raise ConfigError(
+                f"{source} does not end: type predict({source!r}, stream=True), and take results from it"
+            )
         single = is_single(source)
         live = None if stream else False
         answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)

@@ -31,11 +31,12 @@ def fit_command(
     split_name: str = "",
     resume_from: Path | None = None,
     forget: bool = False,
+    force: bool = False,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
     from twinspect import files
-    from twinspect.bundle import refuse_unwritable
+    from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
@@ -74,6 +75,8 @@ def fit_command(
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
     detector._fitted = fitted
+    if not force and (kept := keep_old(out)):
+        console.warn(kept)
     detector.save(out, thin)
     for line in report_lines(detector, out):
         console.say(line)

@@ -20,11 +20,17 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="Trained model (.twin) or exported model.")],
     paths: Annotated[
         list[str],
-        typer.Argument(help="Images, folders, quoted globs, @lists, tar or zip files, tables, URLs."),
+        typer.Argument(
+            help="Images, folders, quoted globs, @lists, tar and zip files, tables, URLs, videos, camera:0, "
+            "rtsp://..., or @- for paths from standard input."
+        ),
     ],
     out: Annotated[
         str,
-        typer.Option(help="Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts."),
+        typer.Option(
+            help="Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts; - prints "
+            "rows as JSON lines, -.csv as CSV."
+        ),
     ] = "",
     class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
     maps: Annotated[str, typer.Option(help="Folder for raw maps (float16).")] = "",
@@ -52,6 +58,11 @@ def predict(
     threads: Annotated[int, typer.Option(help="CPU threads of the runtime; 0 is its own choice.")] = 0,
     device: Annotated[str, typer.Option(help="Of a bundle: auto, cpu, cuda or cuda:1.")] = "auto",
     part_rows: Annotated[int, typer.Option(help="Rows written at a time; 0: 256, or 4096 in a folder.")] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on with images that arrive in the folders.")] = False,
+    fail_on: Annotated[
+        str,
+        typer.Option(help="Exit code 3: anomaly: an image is one, or cannot be read; error: one cannot be read."),
+    ] = "",
     restart: Annotated[bool, typer.Option("--restart", help="Drop what an unfinished run left.")] = False,
     shard: Annotated[str, typer.Option(help="I/N: only this machine's share, into one folder.")] = "0/1",
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
@@ -62,9 +73,10 @@ def predict(
 ) -> None:
     """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
 
-    Exit code 1: none of the images could be read.
+    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
+    and --fail-on ends the run. Exit code 1: none of the images could be read.
     """
-    from twinspect.console import NOTHING_SCORED, Console
+    from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
 
     with Console() as console:
         from twinspect.inference.bulk import run, say_totals
@@ -76,16 +88,18 @@ def predict(
         )
         job = Job(
             str(bundle), tuple(paths), out, pictures, coco, runtime, threads, batch, str(weights or ""), device,
-            class_name or None, workers, part_rows, shard_of(shard), restart,
+            class_name or None, workers, part_rows, shard_of(shard), restart, watch, fail_on,
         )  # fmt: skip
-        chosen = chosen_engine(engine, job.out, actors, actor_cpus, actor_gpus, ray_address)
+        chosen = chosen_engine(engine, job.keeps_parts, actors, actor_cpus, actor_gpus, ray_address)
         review = reviewed(job, report or [])
         totals = run(job, console, chosen, review.add if review is not None else None)
-        console.say(say_totals(totals, out))
+        (console.warn if job.on_stdout else console.say)(say_totals(totals, out))
         if review is not None:
             write_reports(job, report or [], review, console)
         if totals.nothing_scored:
             raise typer.Exit(NOTHING_SCORED)
+        if totals.fails(fail_on):
+            raise typer.Exit(FAILED_ON)
 
 
 def reviewed(job: Job, reports: Sequence[Path]) -> Review | None:
@@ -147,7 +161,7 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def chosen_engine(name: str, out: str, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
+def chosen_engine(name: str, keeps_parts: bool, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
     """The engine of that name; None is this process.
 
     Raises:
@@ -161,8 +175,8 @@ def chosen_engine(name: str, out: str, actors: int, cpus: float, gpus: float, ad
         if actors or gpus or address or cpus != 1.0:
             raise ConfigError("--actors, --actor-cpus, --actor-gpus and --ray-address need --engine ray")
         return None
-    if not out:
-        raise ConfigError("--engine ray writes a table; give --out")
+    if not keeps_parts:
+        raise ConfigError("--engine ray writes a table; give --out FILE")
     from twinspect.inference.on_ray import RayEngine
 
     return RayEngine(actors, cpus, gpus, address)

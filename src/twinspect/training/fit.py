@@ -42,10 +42,10 @@ from twinspect.training.memory import MOST, remember
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, record_layout
 from twinspect.training.statistics import GoodImages, fit_scales
+from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
-MAP_SCALE = (0.0, 64.0)  # ends of the colour scale, in standard deviations: good images stay below 8, see `colourise`
-_PLAIN = 16.0  # the high end where maps are distances of a scale of their own: over the usual highest of a good image
+MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -142,7 +142,8 @@ def _fitted(
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
     training, held, sentences = add_copies(training, held, config.train.pose, few)
-    notes += sentences
+    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
@@ -220,7 +221,7 @@ def decision_of(
     )
     nearest = model.scorer.nearest
     bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
-    scale = (0.0, _PLAIN * float(np.median(scores.peak))) if model.scorer.plain else MAP_SCALE
+    scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
     return Decision(
         scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
         bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
@@ -397,7 +398,9 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
         anomaly among the good ones would (`calibration.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
-    seen = np.array([bool(c) and not isinstance(s, Altered) for c, s in zip(good.counted_n, samples, strict=True)])
+    seen = np.array(
+        [bool(c) and not isinstance(s, (Altered, Disturbed)) for c, s in zip(good.counted_n, samples, strict=True)]
+    )
     apart: set[int] = set()
     for name in {sample.class_name for sample in samples}:
         own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
