@@ -216,5 +216,6 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
-            shown = "; ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{above}{name}", shown
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)
