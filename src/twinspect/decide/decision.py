@@ -54,6 +54,7 @@ class Decision:
         model_id: of the model the scores belong to.
         trained: sorted `image_id`s of the images that the model learnt from.
         held: those of the images that the students were not trained on.
+        tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
     good: GoodScores
@@ -66,6 +67,7 @@ class Decision:
     model_id: str = ""
     trained: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -139,6 +141,7 @@ class Decision:
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
+            "tiles": list(self.tiles),
         }
 
     @classmethod
@@ -159,6 +162,7 @@ class Decision:
             str(values["model_id"]),
             _unpacked(values["trained"]),
             _unpacked(values["held"]),
+            (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
         )
 
 
