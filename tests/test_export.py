@@ -13,9 +13,8 @@ from tiny import images_to_test, picture
 
 from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
-from twinspect.inference import load
-from twinspect.inference.export import FORMATS, ExportOptions, check, export
-from twinspect.inference.parity import (
+from twinspect.export.build import FORMATS, ExportOptions, check, export
+from twinspect.export.parity import (
     CheckImages,
     Comparison,
     ParityError,
@@ -23,6 +22,7 @@ from twinspect.inference.parity import (
     load_labelled,
     rank_correlation,
 )
+from twinspect.inference import load
 from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
 
 
@@ -152,7 +152,7 @@ def traced(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of `onnx_file` again, where tracing it once more would show nothing new."""
     import onnx
 
-    monkeypatch.setattr("twinspect.inference.graph.to_onnx", lambda *_: onnx.load(str(onnx_file)))
+    monkeypatch.setattr("twinspect.export.graph.to_onnx", lambda *_: onnx.load(str(onnx_file)))
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
@@ -168,7 +168,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twinspect.inference.export.write_meta", full)
+    monkeypatch.setattr("twinspect.export.build.write_meta", full)
     with pytest.raises(BundleError, match="No space left"):
         export(quick.fitted, tmp_path / "m.onnx", ExportOptions(), images)
     assert not list(tmp_path.iterdir())
@@ -271,7 +271,7 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
     detector, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The threshold is put between the model's score of an image and the export's: the image changes sides."""
-    monkeypatch.setattr("twinspect.inference.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
+    monkeypatch.setattr("twinspect.export.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
     out, size = tmp_path / "small.onnx", detector.fitted.model.size
     images = load_labelled(parts, size)
     accepting = ExportOptions(precision="int8", accept_loss=True)

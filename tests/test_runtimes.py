@@ -26,8 +26,8 @@ HEAVY = ("torch", "timm", "scipy", "pyarrow")
 
 @pytest.fixture(scope="module")
 def onnx_file(quick, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from twinspect.inference.export import ExportOptions, export
-    from twinspect.inference.parity import load_labelled
+    from twinspect.export.build import ExportOptions, export
+    from twinspect.export.parity import load_labelled
 
     out = tmp_path_factory.mktemp("export") / "model.onnx"
     export(quick.fitted, out, ExportOptions(), load_labelled(parts, quick.fitted.model.size))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from twinspect.commands import usual, with_settings
+from twinspect.commands import takes, usual, with_settings
 from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
@@ -21,7 +21,6 @@ from twinspect.commands.options import (
     InspectOptions,
     ManifestOptions,
     ReproduceOptions,
-    takes,
 )
 from twinspect.commands.predict import predict
 from twinspect.commands.serve import serve
@@ -218,7 +217,12 @@ def evaluate(
     bundle: Bundle,
     data: Data,
     json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
-    out: Annotated[Optional[list[Path]], typer.Option(help="Results file: .md, .html or .json.")] = None,  # noqa: UP045
+    report: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            "--report", "--out", help="Report file: .html (with charts and the wrong images), .md or .json."
+        ),
+    ] = None,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Images = None,
     split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
@@ -231,7 +235,7 @@ def evaluate(
     from twinspect.commands.evaluate import EvalOptions, eval_command
 
     options = EvalOptions(
-        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(out or ()), intervals, leaks,
+        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(report or ()), intervals, leaks,
         drop_leaks,
     )  # fmt: skip
     with _console(quiet=json_file == "-") as console:
@@ -279,7 +283,9 @@ def reproduce(options: ReproduceOptions) -> None:
 
 
 app.command()(
-    usual("out", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(predict)
+    usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(
+        predict
+    )
 )
 
 
@@ -361,14 +367,14 @@ def info(
 ) -> None:
     """Say what a model holds: teacher, classes, training, threshold and its promise."""
     from twinspect.commands.card import card
-    from twinspect.commands.fit import info_lines
+    from twinspect.commands.fit import info_lines, info_text
 
     with _console() as console:
         if as_card:
             console.result(card(bundle))
             return
         content = info_lines(bundle)
-        console.say(json.dumps(content, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in content.items()))
+        console.say(json.dumps(content, indent=1) if as_json else "\n".join(info_text(content)))
 
 
 def _console(quiet: bool = False) -> Console:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
+LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 MOST_TILES = 48  # each has statistics of its own
 CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
@@ -322,6 +323,9 @@ class TrainConfig:
         "learnt, at most 50 a class and kind.",
     )
     holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
+    thumbnails: int = _setting(
+        96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
+    )
     drop_outliers: int = _setting(
         0, "Leave out so many good images that are least like the others; fit lists them, also without this."
     )
@@ -331,6 +335,7 @@ class TrainConfig:
         _check(self.steps >= 0, f"--steps {self.steps}: 0 (no students) or more")
         _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
         check_range("--seed", self.seed, 0, LARGEST_SEED)
+        check_range("--thumbnails", self.thumbnails, 0, LARGEST_THUMBNAIL)
         _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
         _check(self.drop_outliers >= 0, f"--drop-outliers {self.drop_outliers}: accepted 0 (none) or more")
         for name in ("warmup", "weight_decay", "easy_ramp"):

@@ -18,6 +18,9 @@ from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
 from twinspect.types import TRAIN, Sample, silent
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
     from twinspect.storage import Fitted
@@ -52,6 +55,14 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
+        self._given = {
+            "teacher": teacher,
+            "size": size,
+            "weights": weights,
+            "pretrained": pretrained,
+            "config": config,
+            "effort": effort,
+        }
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -179,13 +190,13 @@ class Detector:
         """
         import warnings
 
-        from twinspect.decide.recalibrate import Wanted, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
         from twinspect.types import silent
 
-        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
         scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
         for note in (*scored.failed, *notes):
             warnings.warn(note, stacklevel=2)
         self._predictor = None
@@ -232,7 +243,8 @@ class Detector:
             bgr: arrays have blue first, as OpenCV reads them.
 
         Returns:
-            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+            One `Result` for a single image, else `Results`, a list with ``to_pandas()`` (or an iterator with
+            ``stream=True``).
 
         Raises:
             DataError: nothing found.
@@ -240,6 +252,7 @@ class Detector:
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
         from twinspect.inference.decode import is_single
+        from twinspect.inference.result import Results
         from twinspect.inference.video import is_endless
 
         if is_endless(source) and not stream:
@@ -248,17 +261,42 @@ class Detector:
             )
         single = is_single(source)
         live = None if stream else False
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
+        answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
         if stream:
-            return found
+            return answers
         if single:
-            return next(found)
-        results: list[Result] = []
-        for result in found:
+            return next(answers)
+        results = Results()
+        for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
                 result.rgb = None  # a folder's pixels would fill the memory
             results.append(result)
         return results
+
+    def score_samples(self, source: Any) -> NDArray[np.float64]:
+        """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
+
+        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
+        an image could not be read.
+
+        Args:
+            source: as `predict` takes it.
+
+        Returns:
+            One value an image, in their order.
+        """
+        import numpy as np
+
+        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in found], dtype=np.float64)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
+
+        Args:
+            deep: has no effect, as no setting is an estimator itself.
+        """
+        return dict(self._given)
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""

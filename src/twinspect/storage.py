@@ -71,14 +71,14 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
     if thin and not fitted.config.model.pretrained:
         raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
     state = fitted.model.state_dict()
-    kept = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
+    tensors = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
     meta = {
         "config": fitted.config.to_dict(),
         "record": fitted.record,
         "decision": fitted.decision.to_dict(),
         "thin": thin,
     }
-    write_bundle(path, meta, to_bytes(kept), fitted.memory)
+    write_bundle(path, meta, to_bytes(tensors), fitted.memory)
     return path
 
 
@@ -108,17 +108,17 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     teacher = _teacher(meta, weights, config)
     model = build_model(config.model, teacher)
     resize_buffers(model, tensors)
-    own = model.state_dict()
-    missing = [key for key in own if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
-    if missing or any(key not in own for key in tensors):
+    needed = model.state_dict()
+    missing = [key for key in needed if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
+    if missing or any(key not in needed for key in tensors):
         raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
     model.load_state_dict(tensors, strict=False)
     model.eval()
-    found, expected = model.teacher.hash(), record["teacher"]["hash"]
-    if found != expected:
+    teacher_hash, expected = model.teacher.hash(), record["teacher"]["hash"]
+    if teacher_hash != expected:
         raise BundleError(
             f"{path} was made with teacher {record['teacher']['name']} of hash {expected}, but the teacher on "
-            f"this disk has hash {found}; give the right file with --weights FILE"
+            f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
         )
     model.teacher.weights = record["teacher"]["weights"]
     decision = Decision.from_dict(meta["decision"])

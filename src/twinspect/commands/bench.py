@@ -99,12 +99,12 @@ def parse_batches(text: str) -> tuple[int, ...]:
         ConfigError: something else.
     """
     try:
-        found = tuple(int(one) for one in text.split(","))
+        batches = tuple(int(one) for one in text.split(","))
     except ValueError:
-        found = ()
-    if not found or min(found) < 1:
+        batches = ()
+    if not batches or min(batches) < 1:
         raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
-    return found
+    return batches
 
 
 def bench(options: BenchOptions, progress: Progress) -> BenchReport:
@@ -119,14 +119,14 @@ def bench(options: BenchOptions, progress: Progress) -> BenchReport:
     for batch in batches:
         check_counts(options.threads, batch)
     predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
-    files, said = _files(options.images)
+    files, what = _files(options.images)
     rows = []
     for done, batch in enumerate(batches):
         progress("measuring", done, len(batches))
         rows.append(_measure(predictor, files, batch, options))
     runtime, precision = _kind(options)
     return BenchReport(
-        options.model.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), peak_mb()
+        options.model.name, runtime, precision, predictor.runtime.size, options.threads, what, tuple(rows), peak_mb()
     )
 
 

@@ -18,7 +18,7 @@ from twinspect.console import Console
 from twinspect.decide.conformal import RULES
 from twinspect.decide.decision import Decision, promises, refuse_other_model
 from twinspect.decide.drift import DriftMonitor, DriftReport
-from twinspect.decide.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
+from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, GoodScores, Rule, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
@@ -30,7 +30,7 @@ _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
-def wanted(options: CalibrateOptions) -> Wanted:
+def requested(options: CalibrateOptions) -> Request:
     """What shall change; zeros and empty texts were not typed.
 
     Raises:
@@ -48,7 +48,7 @@ def wanted(options: CalibrateOptions) -> Wanted:
         raise ConfigError(unknown_name("rule", rule, RULES))
     if options.miss_cost and rule not in ("", "min-cost"):
         raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
-    return Wanted(
+    return Request(
         max_fpr=unsure[0] if any(unsure) else max_fpr or None,
         unsure=unsure[1] if any(unsure) else None,
         region_fpr=options.region_fpr or None,
@@ -62,7 +62,7 @@ def wanted(options: CalibrateOptions) -> Wanted:
 
 def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
-    asked, out = wanted(options), options.out or options.bundle
+    asked, out = requested(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
     _refuse_sources(options, asked)
@@ -88,7 +88,7 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     console.say(f"wrote {out}")
 
 
-def _refuse_sources(options: CalibrateOptions, asked: Wanted) -> None:
+def _refuse_sources(options: CalibrateOptions, asked: Request) -> None:
     """Options that contradict each other about where images come from."""
     if options.from_log and (options.good is not None or options.labels is not None):
         raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
@@ -99,7 +99,7 @@ def _refuse_sources(options: CalibrateOptions, asked: Wanted) -> None:
 
 
 def _from_log(
-    options: CalibrateOptions, asked: Wanted, decision: Decision, console: Console
+    options: CalibrateOptions, asked: Request, decision: Decision, console: Console
 ) -> tuple[Scored | None, Scored | None]:
     """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
     from twinspect.server import refuse_missing
@@ -110,12 +110,12 @@ def _from_log(
 
     log = InspectionLog(options.from_log, create=False)
     try:
-        found = learn(log, decision, options.since, asked.class_name)
+        logged = learn(log, decision, options.since, asked.class_name)
     finally:
         log.close()
-    for note in found.notes:
+    for note in logged.notes:
         console.warn(note)
-    return found.good, found.labelled if asked.rule else None
+    return logged.good, logged.labelled if asked.rule else None
 
 
 def _taken_from(source: Path, decision: Decision) -> Decision:
@@ -125,7 +125,7 @@ def _taken_from(source: Path, decision: Decision) -> Decision:
     return other
 
 
-def _score(options: CalibrateOptions, asked: Wanted, console: Console) -> tuple[Scored | None, Scored | None]:
+def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
         return None, None
@@ -154,14 +154,14 @@ def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
     Raises:
         DataError: not both kinds of label.
     """
-    found = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
-    kinds = {s.label for s in found}
+    labelled = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
+    kinds = {s.label for s in labelled}
     if kinds != {0, 1}:
         raise DataError(
-            f"{path}: {len(found)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
+            f"{path}: {len(labelled)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
             "(label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
         )
-    return found
+    return labelled
 
 
 def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": class_sentence(rule),
         }
-    found = [one._asdict() for one in sessions(decision)]
-    return {"model_id": decision.model_id, "classes": classes, "sessions": found, "notes": list(notes)}
+    by_session = [one._asdict() for one in sessions(decision)]
+    return {"model_id": decision.model_id, "classes": classes, "sessions": by_session, "notes": list(notes)}
 
 
 def _publish(
@@ -202,18 +202,18 @@ def _publish(
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
     """A calibration for a document."""
-    found = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
+    parts = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
     if values["sessions"]:
-        found.append(Section("Sessions", (), (session_table(values),)))
+        parts.append(Section("Sessions", (), (session_table(values),)))
     charts = tuple(
-        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[own]}, rule.image.value)
+        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
         for name, rule in list(promises(decision))[:_MOST_CHARTS]
-        if (own := decision.good.of_class(rule.class_name, given=True)).any()
+        if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
     )
-    found.append(Section("Scores", (), charts))
+    parts.append(Section("Scores", (), charts))
     words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    found.append(Section("What is promised", words))
-    return [*found, Section("Remarks", tuple(notes))] if notes else found
+    parts.append(Section("What is promised", words))
+    return [*parts, Section("Remarks", tuple(notes))] if notes else parts
 
 
 def _region_table(values: dict[str, Any]) -> Iterator[Table]:
@@ -249,25 +249,25 @@ def drift_command(options: DriftOptions, console: Console) -> None:
             left_out += not watch(monitor, row)
     if not monitor.images:
         raise DataError("the tables hold no scored image; nothing can be said about drift")
-    found = monitor.report()
-    console.say(found.message)
+    drift = monitor.report()
+    console.say(drift.message)
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
-    table = drift_table(found)
+    table = drift_table(drift)
     for line in text_table(table):
         console.say(line)
-    publish_json(options.json_file, found.to_dict(), console)
-    facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
+    publish_json(options.json_file, drift.to_dict(), console)
+    facts = {"images": str(drift.images), "chance of a false alarm": f"at most {100 * drift.false_alarm_rate:g} %"}
     for path in options.report:
-        shown = [Section(found.kind.capitalize(), (found.message,), (table, *_drift_charts(options, decision.good)))]
-        write_results(path, f"Drift of {options.bundle.name}", shown, facts, found.to_dict())
+        shown = [Section(drift.kind.capitalize(), (drift.message,), (table, *_drift_charts(options, decision.good)))]
+        write_results(path, f"Drift of {options.bundle.name}", shown, facts, drift.to_dict())
         console.say(f"wrote {path}")
 
 
-def _refuse_other_table(path: Path, found: str, expected: str) -> None:
-    if found and found != expected:
+def _refuse_other_table(path: Path, model_id: str, expected: str) -> None:
+    if model_id and model_id != expected:
         raise DataError(
-            f"{path}: its scores come from another model (id {found}, the bundle's is {expected}) and cannot be "
+            f"{path}: its scores come from another model (id {model_id}, the bundle's is {expected}) and cannot be "
             f"compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
         )
 
@@ -302,14 +302,14 @@ def _number(value: Any) -> float:
         raise DataError(f"a score in the table is {value!r}, not a number") from None
 
 
-def drift_table(found: DriftReport) -> Table:
+def drift_table(drift: DriftReport) -> Table:
     """Latest images by class, as a table."""
     rows = tuple(
         (
             one.class_name or "(none)", one.images, one.median_p, one.tail,
             "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
         )
-        for one in found.classes
+        for one in drift.classes
     )  # fmt: skip
     columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
     note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
@@ -328,8 +328,8 @@ def _drift_charts(options: DriftOptions, good: GoodScores) -> tuple[Histogram, .
 
 def threshold_table(decision: Decision) -> Table:
     """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
-    found = list(promises(decision))
-    third = any(rule.unsure is not None for _, rule in found)
+    rules = list(promises(decision))
+    third = any(rule.unsure is not None for _, rule in rules)
     columns = (
         "class",
         "good images",
@@ -339,7 +339,7 @@ def threshold_table(decision: Decision) -> Table:
         "called bad",
     )
     rows = []
-    for name, rule in found:
+    for name, rule in rules:
         images, called = own_counts(decision, rule)
         unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
         rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
@@ -368,8 +368,8 @@ _NOTE = (
 
 def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
     """Good images of a rule's class, and how many of them its threshold calls bad."""
-    own = decision.good.of_class(rule.class_name, given=True)
-    return int(own.sum()), int((decision.good.score[own] >= rule.image.value).sum())
+    of_class = decision.good.of_class(rule.class_name, given=True)
+    return int(of_class.sum()), int((decision.good.score[of_class] >= rule.image.value).sum())
 
 
 def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:

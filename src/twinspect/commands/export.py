@@ -10,13 +10,13 @@ from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 
 if TYPE_CHECKING:
-    from twinspect.inference.parity import CheckImages
+    from twinspect.export.parity import CheckImages
 
 
 def export_command(options: ExportCommandOptions, console: Console) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
-    from twinspect.inference.export import ExportOptions, export, format_of, refuse_wrong_name, too_few
-    from twinspect.inference.parity import load_images
+    from twinspect.export.build import ExportOptions, export, format_of, refuse_wrong_name, too_few
+    from twinspect.export.parity import load_images
     from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
@@ -29,10 +29,10 @@ def export_command(options: ExportCommandOptions, console: Console) -> None:
     calibration = load_images(options.images, size) if options.images is not None else None
     if compared is not None and too_few(compared):
         console.warn(too_few(compared))
-    found = export(fitted, out, asked, compared, calibration, console.progress)
-    for line in found.lines():
+    comparison = export(fitted, out, asked, compared, calibration, console.progress)
+    for line in comparison.lines():
         console.say(line)
-    if problems := found.problems(options.precision):
+    if problems := comparison.problems(options.precision):
         console.warn(f"accepted all the same (--accept-loss): {'; '.join(problems)}")
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
@@ -45,8 +45,8 @@ def check_command(options: CheckOptions, console: Console) -> None:
     Raises:
         ParityError: they differ by more than the precision's tolerance, which was not accepted when it was written.
     """
-    from twinspect.inference.export import check, too_few
-    from twinspect.inference.parity import TOLERANCES, ParityError
+    from twinspect.export.build import check, too_few
+    from twinspect.export.parity import TOLERANCES, ParityError
     from twinspect.storage import load
 
     path, bundle = options.export, options.bundle
@@ -55,13 +55,13 @@ def check_command(options: CheckOptions, console: Console) -> None:
     assert compared is not None
     if too_few(compared):
         console.warn(too_few(compared))
-    found, meta = check(path, fitted, compared, options.runtime)
-    for line in found.lines():
+    comparison, meta = check(path, fitted, compared, options.runtime)
+    for line in comparison.lines():
         console.say(line)
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
-    problems = found.problems(meta.precision)
-    if problems and meta.check.get("accepted_loss") and not found.broken:
+    problems = comparison.problems(meta.precision)
+    if problems and meta.check.get("accepted_loss") and not comparison.broken:
         console.warn(f"{path.name} was written with --accept-loss: {'; '.join(problems)}")
         return
     if problems:
@@ -69,13 +69,13 @@ def check_command(options: CheckOptions, console: Console) -> None:
             f"{path.name} ({meta.precision}) does not say what {bundle.name} says: {'; '.join(problems)}"
         )
     limit = TOLERANCES[meta.precision]
-    kept = f"score {limit.score:g}, map {limit.map:g}" if limit.score is not None else f"rank {limit.rank:g}"
-    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({kept})")
+    limits = f"score {limit.score:g}, map {limit.map:g}" if limit.score is not None else f"rank {limit.rank:g}"
+    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({limits})")
 
 
 def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
     """Labelled images of a data set if given, else plain good images, else none."""
-    from twinspect.inference.parity import load_images, load_labelled
+    from twinspect.export.parity import load_images, load_labelled
 
     if data is not None:
         return load_labelled(data, size)

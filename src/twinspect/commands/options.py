@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import typer
+from twinspect.commands import argument, option
 
-T = TypeVar("T")
 _BUNDLE = "Trained model (.twin)."
 _WEIGHTS = "Local weights file of the teacher."
 _RUNTIME = "auto, torch, onnx or openvino; auto is what the file was made for."
@@ -18,45 +14,6 @@ _REPORT = "Report file: .html, .md or .json."
 _JSON = "Write values as JSON to a file, or - to print."
 _IMAGES = "Folder that the paths of a manifest are relative to."
 _LABELLED = "Labelled data set, to compare image AUROC."
-
-
-def argument(help: str, default: Any = MISSING) -> Any:
-    """A field that is typed without a flag."""
-    return field(default=default, metadata={"make": lambda: typer.Argument(help=help)})
-
-
-def option(help: str, default: Any = MISSING, flag: str = "") -> Any:
-    """A field that is typed behind a flag: its name's, or another."""
-    flags = (flag,) if flag else ()
-    return field(default=default, metadata={"make": lambda: typer.Option(*flags, help=help)})
-
-
-def takes(kind: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
-    """A command whose parameters are the fields of a dataclass, of which it is given one."""
-    hints = get_type_hints(kind)
-
-    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
-        def run(**given: Any) -> None:
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-            command(kind(**{name: value for name, value in values.items() if value is not None}))
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        listed = [_parameter(one, hints[one.name]) for one in fields(kind)]  # type: ignore[arg-type]
-        run.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
-    """As typer reads it: several values are a list there, absent without a default."""
-    default = inspect.Parameter.empty if one.default is MISSING else one.default
-    if get_origin(kind) is tuple and get_args(kind)[-1] is ...:
-        kind = list[get_args(kind)[0]]  # type: ignore[misc]
-        if default == ():
-            kind, default = kind | None, None
-    annotation = Annotated[kind, one.metadata["make"]()]
-    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @dataclass(frozen=True, slots=True)

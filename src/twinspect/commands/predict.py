@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 if TYPE_CHECKING:
+    from twinspect.commands.review import Review
+    from twinspect.console import Console
     from twinspect.inference.bulk import Engine
+    from twinspect.inference.job import Job
+    from twinspect.inference.result import Result
 
 
 def predict(
@@ -30,9 +35,15 @@ def predict(
     class_name: Annotated[str, typer.Option("--class", help="Class of all images; empty predicts it.")] = "",
     maps: Annotated[str, typer.Option(help="Folder for raw maps (float16).")] = "",
     map_format: Annotated[str, typer.Option(help="npz or tiff.")] = "npz",
-    masks: Annotated[str, typer.Option(help="Folder for masks (PNG, 255 above the region threshold).")] = "",
-    overlays: Annotated[str, typer.Option(help="Folder for pictures of images under their maps.")] = "",
+    masks: Annotated[str, typer.Option(help="Folder for masks (PNG, 255 in the regions).")] = "",
+    overlays: Annotated[str, typer.Option(help="Folder for pictures: image under its map, regions, answer.")] = "",
+    overlay_format: Annotated[str, typer.Option(help="jpg or png.")] = "jpg",
+    overlay_side: Annotated[int, typer.Option(help="Their longest side in pixels; 0: the image's own.")] = 1600,
     coco: Annotated[str, typer.Option(help="COCO file of all regions.")] = "",
+    report: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Report file: .html (with charts and the images to look at), .md or .json."),
+    ] = None,
     submission: Annotated[
         str, typer.Option(help="Folder for MVTec AD 2's submission: maps and thresholded maps.")
     ] = "",
@@ -72,18 +83,68 @@ def predict(
         from twinspect.inference.job import Job
         from twinspect.inference.pictures import PictureOptions
 
-        pictures = PictureOptions(maps, map_format, masks, overlays, submission, bool(coco))
+        pictures = PictureOptions(
+            maps, map_format, masks, overlays, submission, bool(coco), overlay_format, overlay_side
+        )
         job = Job(
             str(bundle), tuple(paths), out, pictures, coco, runtime, threads, batch, str(weights or ""), device,
             class_name or None, workers, part_rows, shard_of(shard), restart, watch, fail_on,
         )  # fmt: skip
         chosen = chosen_engine(engine, job.keeps_parts, actors, actor_cpus, actor_gpus, ray_address)
-        totals = run(job, console, chosen)
+        review = reviewed(job, report or [])
+        totals = run(job, console, chosen, review.add if review is not None else None)
         (console.warn if job.on_stdout else console.say)(say_totals(totals, out))
+        if review is not None:
+            write_reports(job, report or [], review, console)
         if totals.nothing_scored:
             raise typer.Exit(NOTHING_SCORED)
         if totals.fails(fail_on):
             raise typer.Exit(FAILED_ON)
+
+
+def reviewed(job: Job, reports: Sequence[Path]) -> Review | None:
+    """What gathers rows for reports, or None where none are wanted.
+
+    Raises:
+        ConfigError: a report that cannot be written, or whose rows lie on several machines.
+    """
+    if not reports:
+        return None
+    from twinspect.commands.results import check_outputs
+    from twinspect.commands.review import Review
+    from twinspect.errors import ConfigError
+    from twinspect.inference.remote import is_url
+
+    check_outputs(reports)
+    if job.shard[1] > 1 or is_url(job.out):
+        raise ConfigError("--report reads the whole table: give --out on this disk, and no --shard")
+    return Review()
+
+
+def write_reports(job: Job, reports: Sequence[Path], review: Review, console: Console) -> None:
+    """Reports of a finished run; the images to look at are scored once more for their pictures."""
+    from twinspect.commands.results import write_results
+    from twinspect.inference.runtimes import load_predictor
+    from twinspect.inference.sources import named
+    from twinspect.report import Section
+
+    def again(names: list[str]) -> Iterator[Result]:
+        predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
+        return predictor.predict(list(named(names)), class_name=job.class_name)
+
+    answers = review.answers()
+    values = {
+        "errors": review.errors,
+        "classes": {str(name): dict(zip(answers.columns[1:3], rest, strict=False)) for name, *rest in answers.rows},
+        "other_thresholds": review.other_thresholds(),
+    }
+    images = sum(len(review.columns(name)[0]) for name in review.classes)
+    facts = {"model": Path(job.model).name, "images": f"{images}", "not scored": f"{review.errors}"}
+    for path in reports:
+        more = review.sections(again if path.suffix.lower() == ".html" else None)
+        title = f"{Path(job.model).name} on {', '.join(job.sources[:3])}"
+        write_results(path, title, [Section("Answers", (), (answers,)), *more], facts, values)
+        console.say(f"wrote {path}")
 
 
 def shard_of(text: str) -> tuple[int, int]:

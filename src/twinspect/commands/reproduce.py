@@ -125,16 +125,16 @@ def reproduce(
 
 def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
     """Why numbers of this run must not be compared with the published ones; empty if nothing is known."""
-    wanted, reasons = recipe.settings, []
+    settings, reasons = recipe.settings, []
     if not config.model.pretrained:
         reasons.append("the teacher has random weights")
-    for name, own, theirs in (
-        ("teacher", config.model.teacher, wanted.model.teacher),
-        ("input size", config.model.size, wanted.model.size),
-        ("steps", config.train.steps, wanted.train.steps),
+    for name, ours, theirs in (
+        ("teacher", config.model.teacher, settings.model.teacher),
+        ("input size", config.model.size, settings.model.size),
+        ("steps", config.train.steps, settings.train.steps),
     ):
-        if own != theirs:
-            reasons.append(f"{name} {own or 'by default'}, the recipe has {theirs}")
+        if ours != theirs:
+            reasons.append(f"{name} {ours or 'by default'}, the recipe has {theirs}")
     counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
     if counts != recipe.official:
         reasons.append(
@@ -169,10 +169,10 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     key = run_key(split, config)
     stem = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', split.name)}-{key}"
     path = out / "splits" / f"{stem}.json"
-    found = read_result(path, key)
-    if found is not None:
+    finished = read_result(path, key)
+    if finished is not None:
         console.say(f"finished before: {path.name}")
-        return found
+        return finished
     from twinspect.training.resume import remove_checkpoint
 
     work = out / "work" / stem
@@ -207,17 +207,17 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     test = of_split(split)
     predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
-    found = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
-    for line in problems(found):
+    measured = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
+    for line in problems(measured):
         console.warn(line)
     return {
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
-        **found.table,
-        "students": {name: table["classes"] for name, table in found.students.items()},
-        "failed": found.failed,
-        "masks_not_used": found.masks,
-        "seconds": {"fit": round(fit_s, 1), "evaluate": round(found.seconds, 1)},
+        **measured.table,
+        "students": {name: table["classes"] for name, table in measured.students.items()},
+        "failed": measured.failed,
+        "masks_not_used": measured.masks,
+        "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
     }
 
@@ -280,10 +280,10 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
 def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     """Ours, each student alone, and what others report, in percent with the source."""
     metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
-    own = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
+    ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     rows = [
         (name, *(_percent(100 * row[m]) if m in row else "-" for m in metrics), "measured by this run")
-        for name, row in own.items()
+        for name, row in ours.items()
     ]
     rows += [
         (p.system, *(_percent(p.values[m]) if m in p.values else "-" for m in metrics), f"published: {p.source}")

@@ -131,11 +131,11 @@ def extended_threshold(calibration_M: Floats, max_fpr: float) -> float:
     """Lowest threshold at which `extended_p_values` is at most ``max_fpr`` (never at or below the largest score
     where the images are too few to promise the rate).
     """
-    found = conformal_threshold(calibration_M, max_fpr)
-    if found.guaranteed:
-        return found.value
+    ranked = conformal_threshold(calibration_M, max_fpr)
+    if ranked.guaranteed:
+        return ranked.value
     base, total, k, odds = _tail(calibration_M)
-    return max(found.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
+    return max(ranked.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
 
 
 def _tail(calibration_M: Floats) -> tuple[float, float, int, float]:

@@ -54,6 +54,8 @@ class Decision:
         model_id: of the model the scores belong to.
         trained: sorted `image_id`s of the images that the model learnt from.
         held: those of the images that the students were not trained on.
+        bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
+        thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
         tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
@@ -67,6 +69,8 @@ class Decision:
     model_id: str = ""
     trained: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    bank: tuple[str, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
     tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
@@ -117,6 +121,11 @@ class Decision:
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip
 
+    def nearest(self, place: int) -> tuple[str, bytes]:
+        """Name and small JPEG of a good image of the bank; empty where they are not known."""
+        name = self.bank[place] if 0 <= place < len(self.bank) else ""
+        return name, self.thumbnails[place] if name and place < len(self.thumbnails) else b""
+
     def checked_class(self, class_name: str | None) -> str | None:
         """The class itself.
 
@@ -141,6 +150,8 @@ class Decision:
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
+            "bank": list(self.bank),
+            "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
             "tiles": list(self.tiles),
         }
 
@@ -162,6 +173,8 @@ class Decision:
             str(values["model_id"]),
             _unpacked(values["trained"]),
             _unpacked(values["held"]),
+            tuple(map(str, values.get("bank", ()))),
+            tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
             (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
         )
 
@@ -213,13 +226,13 @@ def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, fl
     """
     counts: dict[str, dict[str, float]] = {}
     for name, label, called in rows:
-        own = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        own["defects" if label else "good"] += 1
-        own["found" if label else "false_alarms"] += called
-    for own in counts.values():
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
         for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
-            if own[whole]:
-                own[rate] = own[part] / own[whole]
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
     return dict(sorted(counts.items()))
 
 

@@ -39,7 +39,7 @@ _FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a thres
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Request:
     """What a calibration shall change; None leaves it as it is.
 
     Attributes:
@@ -95,10 +95,10 @@ def good_samples(samples: Sequence[Sample]) -> list[Sample]:
     """
     normal = [s for s in samples if s.split != TEST and s.label in (0, None)]
     held = [s for s in normal if s.split == CALIBRATION]
-    found = held or [s for s in normal if s.split == TRAIN]
-    if not found:
+    good = held or [s for s in normal if s.split == TRAIN]
+    if not good:
         raise DataError("no good images found; give a folder of good images, or one with a folder good inside")
-    return found
+    return good
 
 
 def score_images(
@@ -128,10 +128,10 @@ def score_images(
         if result.error:
             failed.append(result.error)
             continue
-        own = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
+        name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
         row = (
-            result.score, result.peak, result.cluster_distance, own, result.predicted_class,
-            sample.group or session_of(sample, root), _key(sample, predictor.runtime.size),
+            result.score, result.peak, result.cluster_distance, name, result.predicted_class,
+            sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size),
         )  # fmt: skip
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -150,7 +150,7 @@ def session_of(sample: Sample, root: Path | None) -> str:
     return "" if inside == "." else inside
 
 
-def _key(sample: Sample, size: int) -> str:
+def image_key(sample: Sample, size: int) -> str:
     """As the training room names an image: by its file, or by its pixels at the model's size."""
     if sample.in_file:
         return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
@@ -158,13 +158,13 @@ def _key(sample: Sample, size: int) -> str:
 
 
 def recalibrate(
-    decision: Decision, wanted: Wanted, scored: Scored | None = None, labelled: Scored | None = None
+    decision: Decision, request: Request, scored: Scored | None = None, labelled: Scored | None = None
 ) -> tuple[Decision, list[str]]:
     """A new decision of the same model, and sentences on what was done and what looks wrong.
 
     Args:
         decision: of the bundle.
-        wanted: what shall change.
+        request: what shall change.
         scored: good images; None keeps those there are.
         labelled: good and bad images that choose thresholds.
 
@@ -172,27 +172,27 @@ def recalibrate(
         ConfigError: a budget that the number of images cannot support, or no sessions to go by.
         DataError: too few images.
     """
-    decision.checked_class(wanted.class_name)
+    decision.checked_class(request.class_name)
     notes: list[str] = []
     good = decision.good
     if scored is not None:
-        fresh = _fresh(decision, scored, wanted.add, notes)
-        good = _merged(decision, fresh, wanted.add, notes)
+        fresh = _fresh(decision, scored, request.add, notes)
+        good = _merged(decision, fresh, request.add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
         )
-    budget, budgets = _budgets(decision, wanted)
-    by_group = decision.by_group if wanted.by_group is None else wanted.by_group
+    budget, budgets = _budgets(decision, request)
+    by_group = decision.by_group if request.by_group is None else request.by_group
     fixed = dict(decision.fixed)
-    if wanted.max_fpr is not None:
-        cleared = [n for n in fixed if wanted.class_name in (None, n)]
+    if request.max_fpr is not None:
+        cleared = [n for n in fixed if request.class_name in (None, n)]
         notes += [f"{n}: its threshold from labelled images gives way to the budget" for n in cleared]
         fixed = {n: t for n, t in fixed.items() if n not in cleared}
     if labelled is not None:
-        fixed |= fixed_thresholds(labelled, wanted.rule or "f1-max", wanted.miss_cost, notes)
+        fixed |= fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
     new = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
-    _refuse_promises(new, wanted.class_name)
+    _refuse_promises(new, request.class_name)
     return new, notes
 
 
@@ -211,11 +211,11 @@ def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> G
     ):
         if kind.any():
             notes.append(f"{int(kind.sum())} of {len(rows)} images left out: {what}")
-    kept = ~(learnt | copies | there)
-    if not kept.any():
+    usable = ~(learnt | copies | there)
+    if not usable.any():
         raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes) or 'there are none'}")
-    notes += suspects(rows.take(kept), [n for n, k in zip(scored.names, kept, strict=True) if k])
-    return rows.take(kept)
+    notes += suspects(rows.take(usable), [n for n, k in zip(scored.names, usable, strict=True) if k])
+    return rows.take(usable)
 
 
 def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) -> GoodScores:
@@ -225,8 +225,8 @@ def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) 
     present = set(fresh.class_name)
     others = np.array([name not in present for name in decision.good.class_name], dtype=np.bool_)
     if others.any():
-        kept = ", ".join(f"{n} ({c})" for n, c in sorted(Counter(decision.good.take(others).class_name).items()))
-        notes.append(f"calibrated {', '.join(sorted(present))}; earlier calibration images are kept for {kept}")
+        named = ", ".join(f"{n} ({c})" for n, c in sorted(Counter(decision.good.take(others).class_name).items()))
+        notes.append(f"calibrated {', '.join(sorted(present))}; earlier calibration images are kept for {named}")
     before, now = Counter(decision.good.class_name), Counter(fresh.class_name)
     for name in sorted(present):
         if now[name] < before[name]:
@@ -236,33 +236,33 @@ def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) 
 
 def suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
     """Sentences on images among the good ones that score apart from the rest of their class."""
-    found = []
+    sentences = []
     for class_name in sorted(set(rows.class_name)):
         at = np.flatnonzero(rows.of_class(class_name, given=True))
         odd = at[suspicious_tail(rows.score[at])]
         if len(odd):
             named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
-            found.append(
+            sentences.append(
                 f"{class_name}: {len(odd)} of {len(at)} images score far above the others, as if anomalies were "
                 f"among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
                 "calibrate again"
             )
-    return found
+    return sentences
 
 
-def _budgets(decision: Decision, wanted: Wanted) -> tuple[Budget, Mapping[str, Budget]]:
-    asked = (wanted.max_fpr, wanted.unsure, wanted.region_fpr)
+def _budgets(decision: Decision, request: Request) -> tuple[Budget, Mapping[str, Budget]]:
+    asked = (request.max_fpr, request.unsure, request.region_fpr)
     if all(one is None for one in asked):
         return decision.budget, decision.budgets
-    base = decision.budget_of(wanted.class_name or "")
-    max_fpr = base.max_fpr if wanted.max_fpr is None else wanted.max_fpr
+    base = decision.budget_of(request.class_name or "")
+    max_fpr = base.max_fpr if request.max_fpr is None else request.max_fpr
     # A new budget without --unsure asks for two answers; --region-fpr follows --max-fpr unless it is given.
-    unsure = wanted.unsure if wanted.max_fpr is not None else wanted.unsure or base.unsure
-    region = wanted.region_fpr or (base.region_fpr if wanted.max_fpr is None else max_fpr)
+    unsure = request.unsure if request.max_fpr is not None else request.unsure or base.unsure
+    region = request.region_fpr or (base.region_fpr if request.max_fpr is None else max_fpr)
     new = Budget(max_fpr, unsure, region)
-    if wanted.class_name is None:
+    if request.class_name is None:
         return new, {}
-    return decision.budget, {**decision.budgets, wanted.class_name: new}
+    return decision.budget, {**decision.budgets, request.class_name: new}
 
 
 def _refuse_promises(decision: Decision, class_name: str | None) -> None:
@@ -289,21 +289,21 @@ def fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[
         DataError: not both kinds of label.
     """
     together = labelled_threshold(labelled.rows.score, labelled.label_N, rule, miss_cost)
-    found = {}
+    thresholds = {}
     for name in sorted(set(labelled.rows.class_name)):
-        own = labelled.rows.of_class(name, given=True)
-        labels = labelled.label_N[own]
+        of_class = labelled.rows.of_class(name, given=True)
+        labels = labelled.label_N[of_class]
         bad = int(labels.sum())
         if min(bad, len(labels) - bad) >= _FEWEST_LABELLED:
-            found[name] = labelled_threshold(labelled.rows.score[own], labels, rule, miss_cost)
+            thresholds[name] = labelled_threshold(labelled.rows.score[of_class], labels, rule, miss_cost)
         else:
-            found[name] = together
+            thresholds[name] = together
             notes.append(
                 f"{name}: {bad} defects and {len(labels) - bad} good images are labelled, {_FEWEST_LABELLED} of each "
                 "are needed for a threshold of its own; that of all labelled images is used"
             )
     notes.append("thresholds were chosen on labelled images; measure on others, or the numbers flatter")
-    return found
+    return thresholds
 
 
 def sessions(decision: Decision) -> list[Session]:

@@ -63,10 +63,10 @@ class GoodScores:
     def __len__(self) -> int:
         return len(self.score)
 
-    def take(self, kept: NDArray[np.bool_]) -> GoodScores:
+    def take(self, chosen: NDArray[np.bool_]) -> GoodScores:
         """The images where ``kept`` is true."""
-        numbers = {n: getattr(self, n)[kept] for n in _NUMBERS}
-        texts = {n: tuple(v for v, k in zip(getattr(self, n), kept, strict=True) if k) for n in _TEXTS}
+        numbers = {n: getattr(self, n)[chosen] for n in _NUMBERS}
+        texts = {n: tuple(v for v, k in zip(getattr(self, n), chosen, strict=True) if k) for n in _TEXTS}
         return GoodScores.of_columns({**numbers, **texts})
 
     def join(self, other: GoodScores) -> GoodScores:
@@ -192,9 +192,9 @@ def make_rule(
         by_group: whether every session must keep it.
         fixed: threshold chosen on labelled images, instead.
     """
-    own = good.of_class(class_name, given)
+    of_class = good.of_class(class_name, given)
     # A class without any image of its own can only be judged with the others.
-    rows, basis = (good.take(own), OWN) if own.any() else (good, EVERY)
+    rows, basis = (good.take(of_class), OWN) if of_class.any() else (good, EVERY)
     references = _references(rows, images_needed(budget.max_fpr) if by_group else 0)
     image = _strictest(references, budget.max_fpr, len(rows))
     basis = SESSIONS if len(references) > 1 else basis
@@ -219,10 +219,10 @@ def _has_tail(count: int, max_fpr: float) -> bool:
 
 
 def _far(distances: Floats, max_fpr: float) -> Threshold:
-    found = conformal_threshold(distances, max_fpr)
-    return (
-        replace(found, value=extended_threshold(distances, max_fpr)) if _has_tail(len(distances), max_fpr) else found
-    )
+    threshold = conformal_threshold(distances, max_fpr)
+    if not _has_tail(len(distances), max_fpr):
+        return threshold
+    return replace(threshold, value=extended_threshold(distances, max_fpr))
 
 
 def _references(rows: GoodScores, smallest_group: int) -> tuple[Floats, ...]:
@@ -238,23 +238,24 @@ def _references(rows: GoodScores, smallest_group: int) -> tuple[Floats, ...]:
 
 def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Threshold:
     """The highest of the references' thresholds: it keeps the budget in each of them."""
-    found = [conformal_threshold(one, max_fpr) for one in references]
-    best = max(found, key=lambda one: one.value)
-    if len(found) == 1:
+    thresholds = [conformal_threshold(one, max_fpr) for one in references]
+    best = max(thresholds, key=lambda one: one.value)
+    if len(thresholds) == 1:
         return best
     called = sum(int((one >= best.value).sum()) for one in references if len(one) < images)
     sentence = (
         f"{called} of {images} good images would be called bad; the promised rate is {100 * max_fpr:g} % in every "
-        f"session with images enough ({len(found)} thresholds, the highest is taken); a new session is not covered"
+        f"session with images enough ({len(thresholds)} thresholds, the highest is taken); a new session is not "
+        "covered"
     )
-    return Threshold(best.value, max_fpr, all(one.guaranteed for one in found), sentence)
+    return Threshold(best.value, max_fpr, all(one.guaranteed for one in thresholds), sentence)
 
 
 def _near(good: GoodScores, class_name: str, given: bool) -> GoodScores:
-    own = good.of_class(class_name, given)
-    return good.take(own) if int(own.sum()) >= _FEWEST_DISTANCES else good
+    of_class = good.of_class(class_name, given)
+    return good.take(of_class) if int(of_class.sum()) >= _FEWEST_DISTANCES else good
 
 
 def _known(values: Floats) -> Floats:
-    found: Floats = np.sort(values[np.isfinite(values)])
-    return found
+    finite: Floats = np.sort(values[np.isfinite(values)])
+    return finite

@@ -27,7 +27,7 @@ from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.sources import walk_all, watch
-from twinspect.inference.table import as_line, csv_header, encode, join
+from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 
@@ -225,13 +225,19 @@ def pending(wanted: Iterable[Unit], store: PartStore, skipped: Callable[[Part], 
 Engine = Callable[[Job, PartStore, Iterator[Unit], Callable[[Part], None]], Iterator[Part]]
 
 
-def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
+def run(
+    job: Job,
+    listener: Listener,
+    engine: Engine | None = None,
+    visit: Callable[[dict[str, Any]], None] | None = None,
+) -> Totals:
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
         job: what to run.
         listener: told of progress and results.
         engine: who scores the units; None is this process.
+        visit: called with every row, once all are there where a table is written.
 
     Raises:
         ConfigError, DataError, BundleError: of the job, its sources or its model.
@@ -242,12 +248,16 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
     found = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
     job.check_outputs()
     if not job.keeps_parts:
-        return _print(job, found, listener, totals)
+        return _print(job, found, listener, totals, visit)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        return _run_parts(job, store, found, label, listener, engine or local, totals)
+        _run_parts(job, store, found, label, listener, engine or local, totals)
+    if visit is not None:
+        for row in read_rows(Path(job.out)):
+            visit(row)
+    return totals
 
 
 def _counting_several(found: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
@@ -270,7 +280,7 @@ def _run_parts(
     listener: Listener,
     engine: Engine,
     totals: Totals,
-) -> Totals:
+) -> None:
     number, of = job.shard
     # The other shards' parts are not this one's to judge.
     store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
@@ -289,7 +299,6 @@ def _run_parts(
         listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
     store.refuse_stale(seen)
     _finish(job, store, seen, label)
-    return totals
 
 
 def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
@@ -301,7 +310,13 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
         yield from scorer.parts(chain([first], wanted), skipped)
 
 
-def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals: Totals) -> Totals:
+def _print(
+    job: Job,
+    found: Iterable[Item | Stream],
+    listener: Listener,
+    totals: Totals,
+    visit: Callable[[dict[str, Any]], None] | None,
+) -> Totals:
     with Scorer(job) as scorer:
         if job.on_stdout == ".csv":
             listener.result(csv_header())
@@ -311,6 +326,8 @@ def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals:
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
             listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+            if visit is not None:
+                visit(result.row())
             if job.is_endless and totals.fails(job.fail_on):
                 break
     return totals

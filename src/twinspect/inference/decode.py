@@ -103,12 +103,12 @@ class DecodePool:
         while pending:
             job, future = pending.popleft()
             try:
-                found = future.result()
+                decoded = future.result()
             except BrokenExecutor:
-                found = self._one_by_one(job)
+                decoded = self._one_by_one(job)
                 pending = deque((other, self._submit(other)) for other, _ in pending)
             pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
-            yield from ((tag, image) for (tag, _), image in zip(job, found, strict=True))
+            yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
         items = [item for _, item in job]
@@ -122,15 +122,15 @@ class DecodePool:
     def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
         """A worker died while this job or another was under way: find the image that does it."""
         self._pool = self._started()
-        found = []
+        decoded = []
         for _, item in job:
             try:
-                found += self._pool.submit(self._decode, [item]).result()
+                decoded += self._pool.submit(self._decode, [item]).result()
             except BrokenExecutor:
                 name = name_of(item)
-                found.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
+                decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
                 self._pool = self._started()
-        return found
+        return decoded
 
     def _started(self) -> Executor:
         if not self._processes:
@@ -318,8 +318,8 @@ def from_bgr(item: Any) -> Any:
 
 def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
     if isinstance(one, (str, os.PathLike)):
-        found = (among if one_of_several else walk)(os.fsdecode(one))
-        return (item for part in found for item in (part.items() if isinstance(part, Stream) else (part,)))
+        listed = (among if one_of_several else walk)(os.fsdecode(one))
+        return (item for part in listed for item in (part.items() if isinstance(part, Stream) else (part,)))
     many = _several(one)
     if many is None:
         return iter([_encoded(one)])

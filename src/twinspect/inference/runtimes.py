@@ -112,8 +112,8 @@ class OnnxRuntime:
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
         ort = required("onnx", path)
         self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [name for name in wanted if name in ort.get_available_providers()]
+        accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
             self.session = ort.InferenceSession(str(path), self.options(threads), providers=providers)
         except Exception as error:  # onnxruntime's own exception types share no public base
@@ -171,8 +171,8 @@ class OpenVinoRuntime:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
 
         def call(part: Pixels) -> Answers:
-            found = self.request.infer({0: part})
-            return {name: found[i].copy() for i, name in enumerate(self.names)}
+            outputs = self.request.infer({0: part})
+            return {name: outputs[i].copy() for i, name in enumerate(self.names)}
 
         return in_batches(call, check_pixels(pixels_BHWC, self.size, self.any_size), self.batch)
 
@@ -279,17 +279,17 @@ def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
         ConfigError: with what was got and what is accepted.
     """
     pixels = np.asarray(pixels_BHWC)
-    wanted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
+    accepted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
     if pixels.dtype != np.uint8:
-        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {wanted}")
+        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {accepted}")
     if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}, no side 0")
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}, no side 0")
     if pixels.shape[3] != 3:
         hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1] == 3 else ""
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}{hint}")
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}{hint}")
     if not any_size and pixels.shape[1:3] != (size, size):
         raise ConfigError(
-            f"pixels of shape {pixels.shape}; accepted {wanted}: resize first, or export with --any-size"
+            f"pixels of shape {pixels.shape}; accepted {accepted}: resize first, or export with --any-size"
         )
     return np.ascontiguousarray(pixels)
 
@@ -398,16 +398,16 @@ def companion(path: Path) -> Path:
 
 
 def _refuse_version(path: Path, values: dict[str, Any]) -> None:
-    found, writer = values.get("format", 0), values.get("writer", "an unknown version")
-    if found != FORMAT:
-        newer = not isinstance(found, int) or found > FORMAT
+    version, writer = values.get("format", 0), values.get("writer", "an unknown version")
+    if version != FORMAT:
+        newer = not isinstance(version, int) or version > FORMAT
         what = (
             "Type: pip install --upgrade twinspect"
             if newer
             else f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
         )
         raise BundleError(
-            f"{path} has export format {found}, written by twinspect {writer}; this is {__version__} and reads "
+            f"{path} has export format {version}, written by twinspect {writer}; this is {__version__} and reads "
             f"format {FORMAT}. {what}"
         )
 

@@ -321,8 +321,12 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
 
 
 def _own_rows(path: Path) -> Iterator[Item]:
-    """Images of a table of predictions, by the names that its run gave them; an archive's are read together."""
-    names = (_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
+    """Images of a table of predictions, by the names that its run gave them."""
+    return named(_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
+
+
+def named(names: Iterable[str]) -> Iterator[Item]:
+    """Images by the names of their rows; those of one archive that follow each other are read together."""
     for holder, group in groupby(names, key=_holder):
         yield from (_members if holder else _files)(holder, group)
 

@@ -71,16 +71,16 @@ class AnomalyModel(nn.Module):
 
     def observe(self, x_B3SS: Tensor) -> Observed:
         """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
-        whole, kept = self.teacher.features(x_B3SS), self.selection
+        whole, selection = self.teacher.features(x_B3SS), self.selection
         views: dict[int, Features] = {1: whole}
-        for shrink, smaller in zip(kept.shrinks, self.views, strict=True):
+        for shrink, smaller in zip(selection.shrinks, self.views, strict=True):
             x_B3SS = smaller(x_B3SS)
             if shrink not in views:
                 views[shrink] = self.teacher.features(x_B3SS)
-        tokens = tuple(torch.cat(views[shrink].tokens, 1).float() for shrink in kept.shrinks)
-        coarse = kept.select_coarse(views[kept.coarse_shrink].maps) if kept.coarse_levels else ()
-        embedding_BF = self.teacher.embedding(views[kept.shrinks[0]]).float()
-        return Observed(kept.select(whole.maps), coarse, tokens, embedding_BF, kept.select_prefix(whole))
+        tokens = tuple(torch.cat(views[shrink].tokens, 1).float() for shrink in selection.shrinks)
+        coarse = selection.select_coarse(views[selection.coarse_shrink].maps) if selection.coarse_levels else ()
+        embedding_BF = self.teacher.embedding(views[selection.shrinks[0]]).float()
+        return Observed(selection.select(whole.maps), coarse, tokens, embedding_BF, selection.select_prefix(whole))
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""

@@ -124,9 +124,9 @@ def _download(name: str, repo: str, revision: str, sha256: str, path: Path, prog
                 tqdm_class=bar,
             ),
         )  # fmt: skip
-        found = _verified(Path(file), repo, sha256 or promised)
+        digest = _verified(Path(file), repo, sha256 or promised)
         path.unlink(missing_ok=True)  # an older file must never stand beside the new record
-        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": found, "size": size}
+        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": size}
         record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(file, path)
     finally:
@@ -187,13 +187,13 @@ def _bar(tell: Callable[[int], None]) -> type:
 
 
 def _verified(file: Path, repo: str, sha256: str) -> str:
-    found = sha256_of(file)
-    if sha256 and found != sha256:
+    digest = sha256_of(file)
+    if sha256 and digest != sha256:
         raise WeightsError(
-            f"the file fetched from {repo} has sha256 {found}, expected {sha256}; it was deleted. "
+            f"the file fetched from {repo} has sha256 {digest}, expected {sha256}; it was deleted. "
             "Try again; if it happens twice, the file or the way to it is tampered with"
         )
-    return found
+    return digest
 
 
 def repository(name: str) -> str:

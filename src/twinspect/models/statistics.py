@@ -221,18 +221,29 @@ def cross_fitted_tokens(token_nE: Tensor, variant_n: Tensor, owner_V: Tensor, fo
 
 
 class NearestImages(nn.Module):
-    """Cosine distance of an embedding from the nearest good images: B x F to B; the mean of `NEIGHBOURS`."""
+    """Cosine distance of an embedding from the nearest good images: B x F to B; the mean of `NEIGHBOURS`.
+
+    Attributes:
+        kept: which of the images given to `fit` are in the bank, in its order; empty in a model that was loaded.
+    """
 
     bank_nF: Tensor
 
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.register_buffer("bank_nF", torch.zeros(1, dims).half())
+        self.kept: list[int] = []
 
     def forward(self, embedding_BF: Tensor) -> Tensor:
         """Mean of 1 - cos (B)."""
-        similar_Bn = F.normalize(embedding_BF, dim=1) @ self.bank_nF.float().T
-        return 1.0 - similar_Bn.topk(min(NEIGHBOURS, len(self.bank_nF)), dim=1).values.mean(1)
+        return 1.0 - self._similar(embedding_BF).topk(min(NEIGHBOURS, len(self.bank_nF)), dim=1).values.mean(1)
+
+    def first(self, embedding_BF: Tensor) -> Tensor:
+        """Place of the most similar image in the bank (B)."""
+        return self._similar(embedding_BF).argmax(1)
+
+    def _similar(self, embedding_BF: Tensor) -> Tensor:
+        return F.normalize(embedding_BF, dim=1) @ self.bank_nF.float().T
 
     def fit(self, embedding_nF: Tensor, seed: int, image_n: Tensor | None = None) -> Tensor:
         """Keep the good images, or a random choice of many; each one's distance from the others (n).
@@ -242,7 +253,7 @@ class NearestImages(nn.Module):
         unit = F.normalize(embedding_nF, dim=1)
         kept = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[:MOST_BANK].sort().values
         kept = kept.to(unit.device)
-        self.bank_nF = in_fp16(unit[kept])
+        self.bank_nF, self.kept = in_fp16(unit[kept]), kept.tolist()
         similar = unit @ self.bank_nF.float().T
         own_n = torch.arange(len(unit), device=kept.device) if image_n is None else image_n
         other_nk = own_n[:, None] != own_n[kept]

@@ -247,14 +247,14 @@ class FeatureCache:
         raw = index.read_bytes()
         size = data.stat().st_size if data.is_file() else 0
         number = len(self._segments)
-        found = False
+        holds_some = False
         for start in range(0, len(raw) - _ENTRY.size + 1, _ENTRY.size):
             key, offset, crc = _ENTRY.unpack_from(raw, start)
             whole = zlib.crc32(raw[start : start + 24]) == crc and offset + self.layout.size <= size
             if whole and key not in self._place:
                 self._place[key] = (number, offset)
-                found = True
-        if found:
+                holds_some = True
+        if holds_some:
             self._segments.append(data)
 
 

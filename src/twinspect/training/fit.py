@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
@@ -24,7 +27,7 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
 from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.decide.rules import GoodScores
-from twinspect.device import in_fp32, keep_freed_memory, peak_mb
+from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.decode import name_of
@@ -45,7 +48,7 @@ from twinspect.training.statistics import GoodImages, fit_scales
 from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
-MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
+MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -167,9 +170,9 @@ def _fitted(
     only_few = few.issuperset({sample.class_name for sample in training})
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
-    training, held, said = add_copies(training, held, config.train.pose, few)
+    training, held, sentences = add_copies(training, held, config.train.pose, few)
     training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
-    notes += [*said, *more]
+    notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
@@ -200,7 +203,7 @@ def _fitted(
         good = fit_few(model, source, train_at, held_at, few, config.train.seed, progress, students)
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decision_of(model, source, train_at, held_at, good)
+    decision = decision_of(model, source, train_at, held_at, good, config.train.thumbnails)
     images = sorted([*train_at, *held_at])
     no_update = model.scorer.plain or len(images) > MOST or tiles != (1, 1)
     memory = b"" if no_update else remember(good, source, images).to_bytes()
@@ -219,7 +222,12 @@ def _fitted(
 
 
 def decision_of(
-    model: AnomalyModel, source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], good: GoodImages
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    good: GoodImages,
+    thumbnails: int = 0,
 ) -> Decision:
     """What good images' scores and the clusters' classes make of a trained model.
 
@@ -229,19 +237,20 @@ def decision_of(
         train_at: positions of the images that the students were trained on.
         held_at: positions of the others.
         good: what `fit_statistics` returns of both, in the order of positions.
+        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
     """
     images = sorted([*train_at, *held_at])
     names = [picture_of(source.samples[i]).class_name for i in images]
     classes = classes_of_clusters(good.cluster_n.numpy(), names, model.scorer.clusters.count)
     good, spoken = of_pictures(good, [source.samples[i] for i in images], classes)
-    images = [images[place] for place in spoken]
+    rows, images = images, [images[place] for place in spoken]
     owners, held = np.asarray(good.cluster_n.numpy(), dtype=np.int64), set(held_at)
     id_of = {i: _content_id(source, i) for i in images}
     learnt = [i for i in images if i not in held] if model.scorer.plain else images
     trained, kept = (tuple(sorted({id_of[i] for i in at})) for at in (learnt, [i for i in images if i in held]))
     counted = good.counted_n.numpy()
-    samples = [picture_of(source.samples[i]) for i, wanted in zip(images, counted, strict=True) if wanted]
-    keys = tuple(id_of[i] for i, wanted in zip(images, counted, strict=True) if wanted)
+    samples = [picture_of(source.samples[i]) for i, counts in zip(images, counted, strict=True) if counts]
+    keys = tuple(id_of[i] for i, counts in zip(images, counted, strict=True) if counts)
     scores = GoodScores(
         good.score_n.double().numpy()[counted],
         good.peak_n.double().numpy()[counted],
@@ -251,8 +260,14 @@ def decision_of(
         tuple(sample.group for sample in samples),
         keys,
     )
-    tiles = next((one.tiles for one in source.samples if isinstance(one, Tile)), (1, 1))
-    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained, held=kept, tiles=tiles)
+    nearest, tiles = model.scorer.nearest, next((s.tiles for s in source.samples if isinstance(s, Tile)), (1, 1))
+    bank = [picture_of(source.samples[rows[i]]) for i in nearest.kept] if nearest is not None else []
+    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
+    scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
+    return Decision(
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=kept,
+        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
+    )  # fmt: skip
 
 
 def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
@@ -277,6 +292,21 @@ def _content_id(source: FeatureSource, position: int) -> str:
     picture = picture_of(sample)
     whole = picture is sample or type(picture) is not Sample or not picture.in_file
     return image_id(source.keys[position] if whole else image_key(picture.image.read_bytes()))
+
+
+def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
+    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
+
+    def small(sample: Sample) -> bytes:
+        body = io.BytesIO()
+        with suppress(DataError, OSError):
+            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
+            picture.thumbnail((side, side))
+            picture.save(body, "JPEG", quality=75, optimize=True)
+        return body.getvalue()
+
+    with ThreadPoolExecutor(granted_threads() or None) as pool:
+        return tuple(pool.map(small, samples))
 
 
 def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
@@ -332,17 +362,18 @@ def choose_images(
         DataError: too few good images; the message says how many are copies.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    normal = [s for s in kept if s.split == TRAIN]
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    normal = [s for s in distinct if s.split == TRAIN]
     fewest = 1 if config.model.scores() == "default" else FEWEST
     if len(normal) < fewest:
         raise DataError(
             f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside" + "".join(f". {n}" for n in said)
+            "better. Give a folder of good images, or one with train/good inside"
+            + "".join(f". {n}" for n in sentences)
         )
     if notes is not None:
-        notes += said
-    if held := [s for s in kept if s.split == CALIBRATION]:
+        notes += sentences
+    if held := [s for s in distinct if s.split == CALIBRATION]:
         return normal, held
     if not config.train.steps:
         return normal, []  # nothing is held out from students that do not learn
@@ -466,7 +497,7 @@ def _make_folder(work: Path) -> None:
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
     """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
-    for name in ("time_budget_s", "checkpoint_every", "cache_gb", *OF_MACHINE):
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb", "thumbnails", *OF_MACHINE):
         settings["train"].pop(name)
     digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
     for key in keys:

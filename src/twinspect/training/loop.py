@@ -153,8 +153,8 @@ def _step(
 ) -> dict[str, float]:
     with autocast(config.precision, group.device), group.one_batch():
         terms = model.losses(observed, small, step, config)
-    said = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
-    values = group.mean(dict(zip(terms, said, strict=True)))
+    numbers = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
+    values = group.mean(dict(zip(terms, numbers, strict=True)))
     if not all(math.isfinite(value) for value in values.values()):
         return values
     optimiser.zero_grad(set_to_none=True)
@@ -215,8 +215,8 @@ class _Log:
         self._began = time.monotonic()
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) < start]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            lines_before = [line for line in lines if _step_of(line) < start]
+            self._path.write_text("".join(f"{line}\n" for line in lines_before), encoding="utf-8")
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:

@@ -84,13 +84,13 @@ def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
     """
     scores_after = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
     rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
-    found = []
+    by_class = []
     for name in before.classes:
         pairs = [
             (score, scores_after[key]) for score, key, owner in rows if owner == name and key in scores_after and key
         ]
-        found.append(_change(name, np.array(pairs).reshape(-1, 2), before, after))
-    return found
+        by_class.append(_change(name, np.array(pairs).reshape(-1, 2), before, after))
+    return by_class
 
 
 def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> dict[str, Any]:

@@ -161,10 +161,10 @@ class FeatureSource:
                 for sample in samples:
                     waiting.append((sample, pool.submit(self._decode, sample)))
                     if len(waiting) == _AHEAD:
-                        first, found = waiting.popleft()
-                        yield first, *found.result()
-                for first, found in waiting:
-                    yield first, *found.result()
+                        first, decoded = waiting.popleft()
+                        yield first, *decoded.result()
+                for first, decoded in waiting:
+                    yield first, *decoded.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -179,10 +179,10 @@ class FeatureSource:
             before = sample.image.stat()
             key = image_key(sample.image.read_bytes())
             there = self._cache is not None and key in self._cache
-            found = None if there else read_square(sample, self._model.size)
+            square = None if there else read_square(sample, self._model.size)
             if self._known is not None:
                 self._known.note(sample.image, before, key)
-            return key, found
+            return key, square
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
 

@@ -119,23 +119,25 @@ class Comparison:
     def problems(self, precision: str) -> list[str]:
         """Why an export of this precision is refused; empty when it is accepted."""
         limit = TOLERANCES[precision]
-        found = []
+        problems = []
         if self.broken:
-            found.append("a score or map value is not finite")
+            problems.append("a score or map value is not finite")
         if self.changed:
-            found.append(self._decisions())
+            problems.append(self._decisions())
         if limit.score is not None and self.score_gap > limit.score:
-            found.append(f"scores differ by up to {self.score_gap:.2g} (accepted {limit.score:g})")
+            problems.append(f"scores differ by up to {self.score_gap:.2g} (accepted {limit.score:g})")
         if limit.map is not None and self.map_gap > limit.map:
-            found.append(f"map values differ by up to {self.map_gap:.2g} (accepted {limit.map:g})")
+            problems.append(f"map values differ by up to {self.map_gap:.2g} (accepted {limit.map:g})")
         if self.auroc is not None:
             change = abs(self.auroc[1] - self.auroc[0])
             if change > limit.auroc:
-                found.append(f"image AUROC {self.auroc[0]:.4f} became {self.auroc[1]:.4f} (accepted {limit.auroc:g})")
+                problems.append(
+                    f"image AUROC {self.auroc[0]:.4f} became {self.auroc[1]:.4f} (accepted {limit.auroc:g})"
+                )
         if self.rank is not None and self.rank < limit.rank or (self.rank is None and limit.score is None):
-            said = "unknown (too few images)" if self.rank is None else f"{self.rank:.3f}"
-            found.append(f"rank correlation of the scores is {said} (accepted {limit.rank:g})")
-        return found
+            rank = "unknown (too few images)" if self.rank is None else f"{self.rank:.3f}"
+            problems.append(f"rank correlation of the scores is {rank} (accepted {limit.rank:g})")
+        return problems
 
     def lines(self) -> Iterator[str]:
         """What to say to people."""
@@ -195,12 +197,12 @@ def compare(
         theirs += _said(b)
         progress("comparing with torch", done + 1, len(parts))
     count = len(images.squares)
-    first, second = (np.array([one.score for one in said[:count]], dtype=np.float64) for said in (ours, theirs))
+    first, second = (np.array([one.score for one in answer[:count]], dtype=np.float64) for answer in (ours, theirs))
     judged = 0 if images.synthetic else count  # painted images are all anomalies
     known = [name if name in decision.classes else None for name in images.classes]
     answers = [
-        [decision.judge(*one, name).answer for one, name in zip(said[:judged], known[:judged], strict=True)]
-        for said in (ours, theirs)
+        [decision.judge(*one, name).answer for one, name in zip(answer[:judged], known[:judged], strict=True)]
+        for answer in (ours, theirs)
     ]
     changed = [
         x != y and not _alike(a, b) for a, b, x, y in zip(ours[:judged], theirs[:judged], *answers, strict=True)
@@ -297,10 +299,10 @@ def load_labelled(root: Path, size: int, most: int = 300) -> CheckImages:
     halves = [[s for s in samples if s.label == label] for label in (0, 1)]
     if not all(halves):
         raise DataError(f"{root}: no labelled test images of both kinds (good and bad); give good ones with --images")
-    kept = [s for half in halves for s in spread(half, most // 2)]
-    raw = [read_sample_rgb(s) for s in kept[:4]]
-    squares = [resize_rgb(read_sample_rgb(s, draft_side=size), size) for s in kept]
-    return CheckImages(squares, [s.label for s in kept], [s.class_name for s in kept], raw)
+    chosen = [s for half in halves for s in spread(half, most // 2)]
+    raw = [read_sample_rgb(s) for s in chosen[:4]]
+    squares = [resize_rgb(read_sample_rgb(s, draft_side=size), size) for s in chosen]
+    return CheckImages(squares, [s.label for s in chosen], [s.class_name for s in chosen], raw)
 
 
 def painted(size: int, count: int = FEWEST, seed: int = 0) -> CheckImages:

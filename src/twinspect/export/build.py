@@ -18,8 +18,8 @@ import numpy as np
 
 from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.export.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.files import refuse_unwritable
-from twinspect.inference.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
 from twinspect.types import Progress, silent
@@ -104,13 +104,13 @@ def export(
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
             draft = Path(folder) / out.name
             build = _Build(fitted, options, checked, calibration or checked, draft, report)
-            found = build.accepted()
+            comparison = build.accepted()
             made = [part for part in draft.parent.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
     except OSError as error:
         raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
-    return found
+    return comparison
 
 
 def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto") -> tuple[Comparison, ExportMeta]:
@@ -145,10 +145,10 @@ def format_of(out: Path, asked: str) -> str:
 
 
 def _refuse_missing(options: ExportOptions) -> None:
-    wanted = _NEEDS[options.format]
+    needed = _NEEDS[options.format]
     if options.format == "openvino" and options.precision == "int8":
-        wanted = (*wanted, "nncf")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+        needed = (*needed, "nncf")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         extra = "openvino" if options.format == "openvino" else "onnx"
         raise TwinspectError(
@@ -170,16 +170,16 @@ class _Build:
 
     def accepted(self) -> Comparison:
         """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
-        from twinspect.inference.graph import SKIPPED_SHARES
+        from twinspect.export.graph import SKIPPED_SHARES
 
         tried: dict[float, Comparison] = {}
         write = self._writer()
         for share in SKIPPED_SHARES if self.options.precision == "int8" else (-1.0,):
             write(share)
-            tried[share] = found = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
-            if not found.problems(self.options.precision):
-                self._describe(found, share)
-                return found
+            tried[share] = comparison = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
+            if not comparison.problems(self.options.precision):
+                self._describe(comparison, share)
+                return comparison
         best = min(tried, key=lambda one: tried[one].loss)
         if not self.options.accept_loss or tried[best].broken:
             self._refuse(tried)
@@ -189,13 +189,13 @@ class _Build:
         return tried[best]
 
     def _refuse(self, tried: Mapping[float, Comparison]) -> NoReturn:
-        said = [
-            "; ".join(found.problems(self.options.precision))
+        reasons = [
+            "; ".join(comparison.problems(self.options.precision))
             + (f" with {share:.0%} of the teacher in fp32" if share >= 0 else "")
-            for share, found in tried.items()
+            for share, comparison in tried.items()
         ]
         raise ParityError(
-            f"the {self.options.precision} export does not say what the model says: {' | '.join(said)}. "
+            f"the {self.options.precision} export does not say what the model says: {' | '.join(reasons)}. "
             "Nothing was written. "
             + (
                 "Type --precision fp32, or add --accept-loss to get the best of these all the same"
@@ -207,7 +207,7 @@ class _Build:
     def _writer(self) -> Callable[[float], None]:
         """What writes the draft, given the share of the teacher that stays in fp32 (int8 only)."""
         self.progress("exporting", 0, 1)
-        from twinspect.inference.graph import to_onnx
+        from twinspect.export.graph import to_onnx
 
         proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
         self.progress("exporting", 1, 1)
@@ -216,7 +216,7 @@ class _Build:
         return lambda share: self._int8(proto, share)
 
     def _plain(self, proto: Any) -> None:
-        from twinspect.inference.graph import refuse_too_large, save_proto
+        from twinspect.export.graph import refuse_too_large, save_proto
 
         if self.options.format == "onnx":
             refuse_too_large(proto)
@@ -230,7 +230,7 @@ class _Build:
 
     def _step(self, proto: Any) -> Path:
         """The fp32 ONNX file that other formats and precisions are made from."""
-        from twinspect.inference.graph import save_proto
+        from twinspect.export.graph import save_proto
 
         step = self.draft.parent / "steps" / "fp32.onnx"
         if not step.exists():
@@ -239,7 +239,7 @@ class _Build:
         return step
 
     def _int8(self, proto: Any, share: float) -> None:
-        from twinspect.inference.graph import int8_onnx, int8_openvino, skipped_layers
+        from twinspect.export.graph import int8_onnx, int8_openvino, skipped_layers
 
         step = self._step(proto)
         skipped = skipped_layers(proto, share)
@@ -253,10 +253,10 @@ class _Build:
             int8_openvino(step, self.draft, chosen, skipped)
         self._seal()
 
-    def _describe(self, found: Comparison, share: float, accepted_loss: bool = False) -> None:
+    def _describe(self, comparison: Comparison, share: float, accepted_loss: bool = False) -> None:
         """Put what was found into the metadata."""
         part = {"teacher_fp32_share": share} if share >= 0 else {}
-        self._seal({**found.to_dict(), "accepted_loss": accepted_loss, **part})
+        self._seal({**comparison.to_dict(), "accepted_loss": accepted_loss, **part})
 
     def _seal(self, checked: dict[str, Any] | None = None) -> None:
         """Write the draft's metadata and sha256 beside it."""
@@ -271,9 +271,9 @@ def _compare(path: Path, fitted: Fitted, images: CheckImages, runtime: str, prog
     from twinspect.inference.runtimes import TorchRuntime, load_runtime
 
     engine, meta = load_runtime(path, runtime)
-    kept = images if meta.any_size else dataclasses.replace(images, raw=())
+    shown = images if meta.any_size else dataclasses.replace(images, raw=())
     reference = TorchRuntime(fitted.model)
-    return compare(reference, engine, kept, fitted.decision, progress)
+    return compare(reference, engine, shown, fitted.decision, progress)
 
 
 def too_few(images: CheckImages) -> str:

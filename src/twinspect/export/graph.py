@@ -103,15 +103,15 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
         # The exporter reports its progress on stdout, which belongs to the commands' own results.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = torch.onnx.export(
+            exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=list(Outputs._fields),
                 external_data=False, verbose=False,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConfigError(f"this model cannot be written as ONNX: {_first_line(error)}") from error
-    assert found is not None
-    _fold_weights(found.model)
-    proto = found.model_proto
+    assert exported is not None
+    _fold_weights(exported.model)
+    proto = exported.model_proto
     _name_parts(proto)
     _name_axes(proto, any_size)
     return proto
@@ -126,12 +126,12 @@ def _fold_weights(graph: Any) -> None:
 
 def _name_parts(proto: Any) -> None:
     """Prefix nodes and their values by part; drop notes of the exporter (they hold paths of this machine)."""
-    kept = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
+    fixed = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
     renamed: dict[str, str] = {}
     for node in proto.graph.node:
         part = _part_of(node)
         node.name = f"{part}/{node.name}"
-        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in kept}
+        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
     for node in proto.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
