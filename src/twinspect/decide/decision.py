@@ -58,6 +58,7 @@ class Decision:
         bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
         thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
         roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
+        tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
     good: GoodScores
@@ -73,6 +74,7 @@ class Decision:
     bank: tuple[str, ...] = ()
     thumbnails: tuple[bytes, ...] = ()
     roi: str = ""
+    tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -154,6 +156,7 @@ class Decision:
             "bank": list(self.bank),
             "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
             **({"roi": self.roi} if self.roi else {}),
+            "tiles": list(self.tiles),
         }
 
     @classmethod
@@ -177,6 +180,7 @@ class Decision:
             tuple(map(str, values.get("bank", ()))),
             tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
             str(values.get("roi", "")),
+            (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
         )
 
 
