@@ -35,6 +35,7 @@ _AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the ima
 _VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
 
 Pixels = NDArray[np.uint8]
+Box = tuple[slice, slice]  # rows and columns
 Visit = Callable[["Composite", Result], None]
 
 
@@ -167,35 +168,31 @@ def cutpaste(
     A piece of background on the same background changes nothing and could be found by nobody, so other places are
     tried until it is visible; after so many tries the most visible one is taken.
     """
-    source = _sized(other, base)
-    best, change = (0, 0, 0, 0, 0, 0), -1.0
+    source, change = _sized(other, base), -1.0
     for _ in range(_DRAWS):
-        place = _place(base.shape[0], base.shape[1], rng)
-        top, left, height, width, from_top, from_left = place
-        piece = source[from_top : from_top + height, from_left : from_left + width].astype(np.float32)
-        moved = float(np.abs(piece - base[top : top + height, left : left + width]).mean())
+        place, cut = _place(base.shape[0], base.shape[1], rng)
+        moved = float(np.abs(source[cut].astype(np.float32) - base[place]).mean())
         if moved > change:
-            best, change = place, moved
+            into, out_of, change = place, cut, moved
         if change >= _VISIBLE:
             break
-    top, left, height, width, from_top, from_left = best
     image, mask = base.copy(), np.zeros(base.shape[:2], bool)
-    image[top : top + height, left : left + width] = source[
-        from_top : from_top + height, from_left : from_left + width
-    ]
-    mask[top : top + height, left : left + width] = True
-    return image, mask, (top, left, height, width)
+    image[into], mask[into] = source[out_of], True
+    rows, columns = into
+    return image, mask, (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[int, int, int, int, int, int]:
-    """Top, left, height and width of a piece, and top and left of where it is cut."""
+def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[Box, Box]:
+    """Where a piece is pasted, and where it is cut."""
     area = rng.uniform(*_AREA) * rows * columns
     aspect = float(np.exp(rng.uniform(*np.log(_ASPECT))))
     height = int(np.clip(round((area * aspect) ** 0.5), 1, rows))
     width = int(np.clip(round((area / aspect) ** 0.5), 1, columns))
-    top, from_top = rng.integers(0, rows - height + 1, 2)
-    left, from_left = rng.integers(0, columns - width + 1, 2)
-    return int(top), int(left), height, width, int(from_top), int(from_left)
+    tops, lefts = rng.integers(0, rows - height + 1, 2), rng.integers(0, columns - width + 1, 2)
+    place, cut = (
+        (slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)
+    )
+    return place, cut
 
 
 def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
@@ -288,7 +285,7 @@ def _pair_values(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float
     """`MEASURES` of a pair; where a paste is depends on CutPaste alone, as Mixup is everywhere."""
     paste = measured[CUTPASTE]
     values = (measured[MIXUP]["image_auroc"], paste["image_auroc"], paste["pixel_auroc"], paste["aupro"])
-    return dict(zip(MEASURES, (float(value) for value in values), strict=True))
+    return dict(zip(MEASURES, values, strict=True))
 
 
 def _sized(other: Pixels, base: Pixels) -> Pixels:

@@ -176,7 +176,7 @@ def _idx_labels(images: Path) -> Sequence[int | str]:
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; the classes of {images.name} are in it")
     labels: Sequence[int | str] = [int(x) for x in read_idx(path).ravel()]
-    count = len(open_container(images))
+    count = open_container(images).count
     if len(labels) != count:
         raise DataError(f"{path}: {len(labels):,} labels for the {count:,} images of {images.name}; copy both again")
     return labels
@@ -218,7 +218,7 @@ def _parquet_set(root: Path) -> str:
     if "fine_label" in columns:
         return "cifar100"
     container = open_container(paths[0])
-    if "label" not in columns or len(container) == 0:
+    if "label" not in columns or container.count == 0:
         return ""
     return {32: "cifar10", 28: "fashion-mnist"}.get(container.rgb(0, ImageLimits()).shape[0], "")
 

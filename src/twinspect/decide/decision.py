@@ -54,6 +54,8 @@ class Decision:
         model_id: of the model the scores belong to.
         trained: sorted `image_id`s of the images that the model learnt from.
         held: those of the images that the students were not trained on.
+        bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
+        thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
     """
 
     good: GoodScores
@@ -66,6 +68,8 @@ class Decision:
     model_id: str = ""
     trained: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    bank: tuple[str, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -115,6 +119,11 @@ class Decision:
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip
 
+    def nearest(self, place: int) -> tuple[str, bytes]:
+        """Name and small JPEG of a good image of the bank; empty where they are not known."""
+        name = self.bank[place] if 0 <= place < len(self.bank) else ""
+        return name, self.thumbnails[place] if name and place < len(self.thumbnails) else b""
+
     def checked_class(self, class_name: str | None) -> str | None:
         """The class itself.
 
@@ -139,6 +148,8 @@ class Decision:
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
+            "bank": list(self.bank),
+            "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
         }
 
     @classmethod
@@ -159,6 +170,8 @@ class Decision:
             str(values["model_id"]),
             _unpacked(values["trained"]),
             _unpacked(values["held"]),
+            tuple(map(str, values.get("bank", ()))),
+            tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
         )
 
 

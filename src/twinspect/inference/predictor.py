@@ -151,7 +151,7 @@ class Predictor:
             image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]),
             is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
             model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
-            grid=grid, rgb=image.rgb, **verdict,
+            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))), **verdict,
         )  # fmt: skip
         if not np.isfinite(score):
             result.error = f"{image.name}: the score is not finite; the model is damaged"

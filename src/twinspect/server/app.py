@@ -28,7 +28,7 @@ from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import COLOURS
 from twinspect.server import schema
 from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
-from twinspect.server.log import MOST, Filter, InspectionLog, Text, plain_text
+from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.maps import FORMATS
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
@@ -119,15 +119,7 @@ class _Routes:
             for method, path, endpoint, model in table
         ]  # fmt: skip
 
-    async def predict(
-        self,
-        request: Request,
-        bundle: Text = "",
-        class_name: Annotated[str | None, Query(alias="class", max_length=200)] = None,
-        maps: Literal["none", "link", "inline"] = "link",
-        session: Text = "",
-        keep: bool = True,
-    ) -> Response:
+    async def predict(self, request: Request, asked: Annotated[Asked, Depends()]) -> Response:
         """Score one or several images.
 
         Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
@@ -135,12 +127,9 @@ class _Routes:
         the log nor the drift light shall see, ``maps`` chooses how maps come.
         A single image that cannot be read is refused (422); among several it has ``error`` set.
         """
-        service = self.service
-        service.refuse_if_full(bundle)
-        images = await read_images(request, service.settings.max_files)
-        session = plain_text(session, 200)
-        asked = Asked(bundle, class_name or None, maps, session, str(request.state.request_id), keep)
-        return JSONResponse(await service.predict(images, asked))
+        self.service.refuse_if_full(asked.bundle)
+        images = await read_images(request, self.service.settings.max_files)
+        return JSONResponse(await self.service.predict(images, asked, str(request.state.request_id)))
 
     async def map(
         self, map_id: str, format: Literal["png", "npy"] = "png", side: Annotated[int, Query(ge=0, le=_MOST_SIDE)] = 0

@@ -18,12 +18,13 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 
 from twinspect.errors import ConfigError, ImageError, TwinspectError
 from twinspect.server.batcher import Closed, Expired
 from twinspect.server.log import LogError, NoSuchRow
-from twinspect.server.metrics import Metrics
 from twinspect.server.settings import MEGABYTE, Settings, is_loopback
 
 Message = MutableMapping[str, Any]
@@ -41,6 +42,8 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
 )
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger("twinspect.server")
 
 
@@ -102,6 +105,41 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             values["trace"] = self.formatException(record.exc_info)
         return json.dumps(values, default=str)
+
+
+class Metrics:
+    """What Prometheus sees. One registry per application, so that several can live in one process (tests)."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        ProcessCollector(registry=own)
+        PlatformCollector(registry=own)
+        self.requests = Counter(
+            "twinspect_requests_total", "Requests by route and status", ["route", "status"], registry=own
+        )
+        self.seconds = Histogram(
+            "twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=own
+        )
+        self.images = Counter("twinspect_images_total", "Images by answer", ["bundle", "answer"], registry=own)
+        self.batch = Histogram(
+            "twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=_BATCHES, registry=own
+        )
+        self.model_seconds = Histogram(
+            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS, registry=own
+        )
+        self.waiting = Gauge("twinspect_images_accepted", "Images accepted and not yet answered", registry=own)
+        self.memory = Gauge("twinspect_request_bytes", "Bytes of requests being answered", registry=own)
+        self.log_errors = Counter("twinspect_log_errors_total", "Decisions the log could not keep", registry=own)
+        self.reloads = Counter(
+            "twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"], registry=own
+        )
+        self.drift = Gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"], registry=own)
+
+    def text(self) -> bytes:
+        """In Prometheus's own format."""
+        return bytes(generate_latest(self.registry))
 
 
 class Memory:

@@ -28,6 +28,7 @@ FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
 MOST_ROWS = 500  # of one query
 MOST = 2**63 - 1  # of a number that a database takes
 Text = Annotated[str, Query(max_length=200)]
+ClassName = Annotated[str, Query(alias="class", max_length=200)]
 Moment = Annotated[int | None, Query(ge=0, le=MOST, description="UTC, milliseconds since 1970")]
 _DAY_MS = 86_400_000
 _LOCK_SECONDS = 5  # how long one writer waits for another before it gives up
@@ -119,7 +120,7 @@ class Filter:
     since_ms: Moment = None
     until_ms: Moment = None
     bundle: Text = ""
-    class_name: Annotated[str, Query(alias="class", max_length=200)] = ""
+    class_name: ClassName = ""
     answer: Text = ""
     session: Text = ""
     feedback: Text = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -13,19 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from twinspect.decide.decision import image_id
+from twinspect.decide.decision import GOOD, image_id
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.guard import Refused, say
-from twinspect.server.log import Inspection, InspectionLog, LogError
-from twinspect.server.maps import MapStore, kept_map
-from twinspect.server.metrics import Metrics
+from twinspect.server.guard import Metrics, Refused, say
+from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
+from twinspect.server.maps import MapStore, encoded_map, inline_map
 from twinspect.server.models import Job, Models, Scored, Served
 from twinspect.server.settings import MEGABYTE, Settings
 
@@ -35,22 +35,20 @@ _LOG_BATCH = 64  # rows of one transaction
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a client wants of its images.
+    """What a client asks for with its images, as parameters of the address.
 
     Attributes:
         bundle: name of the model; empty for the first.
-        class_name: class of all images; None predicts it.
-        maps: ``none``, ``link`` (fetch it later) or ``inline`` (base64).
+        class_name: class of all images; empty predicts it.
+        maps: ``link`` (fetch it later) or ``inline`` (base64).
         session: kept in the log.
-        request_id: kept in the log.
         keep: whether the decisions count: go into the log and before the drift light.
     """
 
-    bundle: str = ""
-    class_name: str | None = None
-    maps: str = "link"
-    session: str = ""
-    request_id: str = ""
+    bundle: Text = ""
+    class_name: ClassName = ""
+    maps: Literal["none", "link", "inline"] = "link"
+    session: Text = ""
     keep: bool = True
 
 
@@ -185,10 +183,10 @@ class Service:
         self.gate.check(1, served.batcher.seconds_per_job)
         return served
 
-    async def predict(self, images: Sequence[Item], asked: Asked) -> dict[str, Any]:
+    async def predict(self, images: Sequence[Item], asked: Asked, request_id: str) -> dict[str, Any]:
         """Answers for images, kept in the log."""
         served = self.refuse_if_full(asked.bundle)
-        served.predictor.decision.checked_class(asked.class_name)
+        served.predictor.decision.checked_class(asked.class_name or None)
         began = time.perf_counter()
         served.users += 1
         try:
@@ -197,9 +195,11 @@ class Service:
                     async with asyncio.timeout(self.settings.timeout_s):
                         found = await asyncio.gather(*self._begin(served, images, asked))
                         results = [result for result, _ in found]
-                        self._count(served, results)
+                        for one in results:
+                            answer = "error" if one.error else one.answer
+                            self.metrics.images.labels(served.name, answer).inc()
                         _refuse_failures(results)
-                        numbers, trouble = await self._keep(served, found, asked)
+                        numbers, trouble = await self._keep(served, found, asked, request_id)
                 except TimeoutError:
                     wait = f"{self.settings.timeout_s:g}"
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -207,7 +207,7 @@ class Service:
             served.users -= 1
         rows = [self._row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
         return {
-            "request_id": asked.request_id,
+            "request_id": request_id,
             "bundle": served.name,
             "model_id": served.predictor.decision.model_id,
             "ms": round(1000 * (time.perf_counter() - began), 2),
@@ -224,14 +224,14 @@ class Service:
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
-        self, served: Served, found: Sequence[tuple[Result, str]], asked: Asked
+        self, served: Served, found: Sequence[Scored], asked: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
         nothing: list[int | None] = [None] * len(found)
         if self.writer is None or not asked.keep:
             return nothing, ""
         rows = {
-            place: Inspection(result, served.name, asked.request_id, key, asked.session)
+            place: Inspection(result, served.name, request_id, key, asked.session)
             for place, (result, key) in enumerate(found)
             if not result.error
         }
@@ -246,29 +246,26 @@ class Service:
         kept = dict(zip(rows, numbers, strict=True))
         return [kept.get(place) for place in range(len(found))], ""
 
-    def _count(self, served: Served, results: Sequence[Result]) -> None:
-        for one in results:
-            self.metrics.images.labels(served.name, "error" if one.error else one.answer).inc()
-
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
-        kept = kept_map(result) if maps != "none" else None
         return {
             "log_id": number,
             **result.answer_row(),
             "map_scale": list(result.scale),
-            "map_id": self.maps.add(kept) if kept is not None else "",
-            "map": kept.inline() if kept is not None and maps == "inline" else None,
+            "map_id": self.maps.add(result) if maps != "none" else "",
+            "map": inline_map(result) if maps == "inline" else None,
+            # Base64 of a few kB; what is good needs no explanation.
+            "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
         }
 
     # ---------------------------------------------------------------------------------------- others
 
     async def map_bytes(self, name: str, format: str, side: int) -> bytes:
-        """A map that was kept, resized; see `KeptMap.encoded`."""
-        kept = self.maps.get(name)
+        """A map of a recent answer; see `encoded_map`."""
+        result = self.maps.get(name)
         with self.gate.enter(1, 0.0):  # large pictures take memory and time like an image does
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.decoders, kept.encoded, format, side)
+            return await loop.run_in_executor(self.decoders, encoded_map, result, format, side)
 
     async def reload(self, name: str) -> Served:
         """Read a model's file again; see `Models.reload`."""
@@ -298,7 +295,7 @@ def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
-            job = Job(decoded, asked.class_name, asked.keep, key)
+            job = Job(decoded, asked.class_name or None, asked.keep, key)
             served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))

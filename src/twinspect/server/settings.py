@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from twinspect.errors import ConfigError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from twinspect.data.images import ImageLimits
 
 MEGABYTE = 1 << 20
+_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "maps_mb", "log_days")
 
 
 T = TypeVar("T")
@@ -51,17 +52,11 @@ class Settings:
     drift_rate: float = 0.01  # chance of any false drift alarm, ever
 
     def __post_init__(self) -> None:
-        positive = (
-            "max_batch", "queue", "timeout_s", "body_timeout_s", "header_timeout_s", "max_body_mb", "max_memory_mb",
-            "max_files", "max_megapixels", "decoders", "drain_s",
-        )  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{_flag(name)} {getattr(self, name):g}: accepted above 0")
-        for name in ("max_wait_ms", "watch_s", "maps_mb", "log_days"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{_flag(name)} {getattr(self, name):g}: accepted 0 or more")
-        if not 0 <= self.port <= 65535:
+        for one in fields(self):
+            value, zero = getattr(self, one.name), one.name in _MAY_BE_ZERO
+            if type(value) in (int, float) and not (value > 0 or (zero and value == 0)):
+                raise ConfigError(f"{_flag(one.name)} {value:g}: accepted {'0 or more' if zero else 'above 0'}")
+        if self.port > 65535:
             raise ConfigError(f"--port {self.port}: accepted 1 to 65535 (0 takes a free one)")
         if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path):
             raise ConfigError(

@@ -21,6 +21,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
 from twinspect.training.copies import Altered
+from twinspect.training.tolerate import Disturbed
 from twinspect.types import Progress, Sample, Skipped
 
 _GPU_BATCH = 32
@@ -161,7 +162,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, Altered):
+            if not sample.in_file or isinstance(sample, (Altered, Disturbed)):
                 pixels = read_square(sample, self._model.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -200,6 +201,8 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
+    if isinstance(sample, Disturbed):
+        return resize_rgb(sample.disturbed(read_sample_rgb(sample)), size)
     pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
     return sample.around(pixels) if isinstance(sample, Altered) else pixels
 
