@@ -206,7 +206,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
     if is_export(bundle):
         return export_info(bundle)
     meta = read_bundle(bundle).meta
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
     return {
         "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
         "thin": meta["thin"],

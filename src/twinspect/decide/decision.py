@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, listed, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
@@ -160,8 +160,22 @@ class Decision:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
+        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores.
+
+        Raises:
+            BundleError: values that no decision has.
+        """
+        try:
+            found = cls._of(values)
+            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+                raise ValueError("calibration scores that are not finite")
+            return found
+        except NONSENSE as error:
+            raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> Decision:
         low, high = values["map_scale"]
         return cls(
             GoodScores.from_dict(values["good"]),

@@ -96,23 +96,28 @@ class _Routes:
         }
         table: Sequence[tuple[str, str, Callable[..., Any], Any]] = (
             ("POST", "/v1/predict", self.predict, schema.PredictAnswer),
-            ("GET", "/v1/maps/{map_id}", self.map, None),
+            ("GET", "/v1/maps/{map_id}", self.map, tuple(FORMATS.values())),
             ("GET", "/v1/models", self.models, schema.ModelsAnswer),
             ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
             ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
             ("POST", "/v1/log/{number}/feedback", self.feedback, schema.LogRow),
             ("GET", "/v1/drift", self.drift, schema.DriftsAnswer),
             ("POST", "/v1/drift/{bundle}/reset", self.reset_drift, schema.DriftsAnswer),
-            ("GET", "/healthz", self.healthz, None),
-            ("GET", "/readyz", self.readyz, None),
-            ("GET", "/metrics", self.metrics, None),
-            ("GET", "/", self.index, None),
+            ("GET", "/healthz", self.healthz, schema.Status),
+            ("GET", "/readyz", self.readyz, schema.Status),
+            ("GET", "/metrics", self.metrics, ("text/plain",)),
+            ("GET", "/", self.index, ("text/html",)),
         )
+
+        def answer(model: Any) -> dict[str, Any]:
+            return {"content": {kind: {} for kind in model}} if isinstance(model, tuple) else {"model": model}
+
         return [
             APIRoute(
                 path, endpoint, methods=[method], response_model=None,
                 dependencies=[Depends(_refuse_unknown)] if path.startswith("/v1") else [],
-                responses={200: {"model": model} if model else {}, **(errors if path.startswith("/v1") else {})},
+                response_class=Response if isinstance(model, tuple) else JSONResponse,
+                responses={200: answer(model), **(errors if path.startswith("/v1") or path == "/readyz" else {})},
                 openapi_extra=openapi_body() if path == "/v1/predict" else None,
                 include_in_schema=path != "/",
             )
