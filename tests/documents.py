@@ -30,7 +30,7 @@ from twinspect._version import __version__
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("sh", "python")
-SHOWN = ("", "json", "toml", "text", "nginx", "yaml")  # nothing in them is a command
+SHOWN = ("", "levels", "json", "toml", "text", "nginx", "yaml")  # nothing in them is a command
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL

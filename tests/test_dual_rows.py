@@ -156,7 +156,8 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
                   for m, (plan, _, one) in zip(maps, groups, strict=True) if plan.scored]  # fmt: skip
         local = [float(plain[b, 0]), *(largest(one, TOP_SHARE) for one in scaled)]
         tokens = zip(scorer.token_gaussians(), observed.tokens, strict=True)
-        near = (1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)).sort().values[:NEIGHBOURS]
+        away = 1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)
+        near = away.sort().values[:NEIGHBOURS]
         semantic = [float(plain[b, 1]), *(slow_token(one, t[b], variant, k) for one, t in tokens), float(near.mean())]
         reading = torch.tensor([*local, *semantic])
         z, weight, link = z_of(scorer.standardise, reading, k), scorer.weight_R.numpy(), float(clusters.link_K[k])
@@ -174,6 +175,7 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
             "score_B": torch.tensor(link * slow_surprise(z[0]) + slow_surprise(z[1])),
             "score_local_B": torch.tensor(z[0]), "score_semantic_B": torch.tensor(z[1]),
             "cluster_B": torch.tensor(k), "cluster_distance_B": reading[len(local) + 1], "readings_BR": reading,
+            "nearest_B": away.argmin(),
         })  # fmt: skip
     return {name: torch.stack([one[name] for one in found]) for name in Outputs._fields}
 

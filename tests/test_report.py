@@ -17,7 +17,7 @@ from twinspect.inference.result import Result
 from twinspect.inference.table import encode
 from twinspect.report import Case, Cases, Gallery, Section, Table, case_of, write_report
 
-VOID = {"meta", "img", "br", "path", "link", "hr", "input"}
+VOID = {"meta", "img", "br", "path", "circle", "link", "hr", "input"}
 
 
 class Page(HTMLParser):

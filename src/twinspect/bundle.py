@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +59,19 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
 def refuse_unwritable(path: Path) -> None:
     """As `files.refuse_unwritable`, for a bundle; called before training, so that no work is lost."""
     files.refuse_unwritable(path, "--out", f"model{SUFFIX}", _looks_like_bundle, BundleError)
+
+
+def keep_old(path: Path) -> str:
+    """Keep the bundle that is about to be replaced as ``NAME.bak``, and say so; empty where there is none."""
+    if not path.is_file():
+        return ""
+    backup = path.with_name(f"{path.name}.bak")
+    backup.unlink(missing_ok=True)
+    try:
+        os.link(path, backup)  # at no cost, and the model never lacks its name
+    except OSError:  # a file system without links
+        shutil.copy2(path, backup)
+    return f"kept the model that was there as {backup} (--force keeps none)"
 
 
 def _looks_like_bundle(path: Path) -> bool:

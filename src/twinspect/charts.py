@@ -35,18 +35,24 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class LineChart:
-    """Lines over two axes from 0 to 1, and the line of guessing (ROC); at most five lines."""
+    """Lines over two axes from 0 to 1, and the line of guessing (ROC); at most five lines.
+
+    Attributes:
+        marks: (name, x, y) of single points, such as the one a threshold works at.
+    """
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
+    marks: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def description(self) -> str:
         """What the chart shows, in words."""
         names = ", ".join(s.name for s in self.series)
-        return f"Line chart of {self.y_label} over {self.x_label}: {names}."
+        points = "".join(f" {name} at {x:.3g}, {y:.3g}." for name, x, y in self.marks)
+        return f"Line chart of {self.y_label} over {self.x_label}: {names}.{points}"
 
     def svg(self) -> str:
         """The chart as an ``svg`` element."""
@@ -58,6 +64,14 @@ class LineChart:
         for place, one in enumerate(self.series):
             points = _thin(np.asarray(one.x, np.float64), np.asarray(one.y, np.float64))
             parts.append(f'<path class="line s{place % COLOURS}" d="{_path(x, y, *points)}"/>')
+        for name, at_x, at_y in self.marks:
+            left, top = x.place(at_x), y.place(at_y)
+            parts.append(f'<circle class="mark" cx="{left:.1f}" cy="{top:.1f}" r="5"/>')
+            end = "start" if left < _WIDTH / 2 else "end"
+            aside = left + (10 if end == "start" else -10)
+            parts.append(
+                f'<text class="label" x="{aside:.1f}" y="{top + 18:.1f}" text-anchor="{end}">{escape(name)}</text>'
+            )
         bottom = _TOP + _PLOT + _BOTTOM
         parts += _legend([s.name for s in self.series], bottom + 14)
         return _svg(self, parts, bottom + 28)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from twinspect.commands import takes, usual, with_settings
 from twinspect.commands.options import (
@@ -28,11 +29,58 @@ from twinspect.config import ModelConfig, TrainConfig
 if TYPE_CHECKING:
     from twinspect.console import Console
 
+# Every command in the order in which one works, with the example that stands under its help.
+EXAMPLES = {
+    "doctor": "twinspect doctor",
+    "demo": "twinspect demo --quick -o demo-out",
+    "fetch": "twinspect fetch dinov2-base",
+    "data": "twinspect data inspect data/",
+    "data inspect": "twinspect data inspect data/ --leaks",
+    "data manifest": "twinspect data manifest data/ -o data.csv",
+    "fit": "twinspect fit data/ -o model.twin",
+    "info": "twinspect info model.twin",
+    "eval": "twinspect eval model.twin data/ -o report.html",
+    "diagnose": "twinspect diagnose model.twin data/ --report classes.html",
+    "calibrate": "twinspect calibrate model.twin good-day2/ --max-fpr 0.01",
+    "predict": "twinspect predict model.twin new/ -o table.csv --overlays pictures/",
+    "update": "twinspect update model.twin false-alarms/",
+    "drift": "twinspect drift model.twin monday.csv tuesday.csv",
+    "serve": "twinspect serve model.twin --port 8000",
+    "export": "twinspect export model.twin -o model.onnx --images new/",
+    "check": "twinspect check model.onnx model.twin new/",
+    "bench": "twinspect bench model.twin --batch 1,16",
+    "reproduce": "twinspect reproduce mvtec-ad-multi --root mvtec_ad/ -o results/",
+}
+
+
+class _Commands(TyperGroup):
+    """All commands, with what they have in common: their order, an example, and ``-o`` for every ``--out``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        order = list(EXAMPLES)
+        place = {name: order.index(name) if name in EXAMPLES else len(order) for name in self.commands}
+        self.commands = {name: self.commands[name] for name in sorted(self.commands, key=place.__getitem__)}
+        _complete(self, "")
+
+
+def _complete(group: Any, prefix: str) -> None:
+    for name, command in group.commands.items():
+        if example := EXAMPLES.get(prefix + name):
+            command.epilog = f"\b\nExample:\n  {example}"
+        for option in command.params:
+            if "--out" in option.opts:
+                option.opts.insert(0, "-o")
+        if hasattr(command, "commands"):
+            _complete(command, f"{prefix}{name} ")
+
+
 app = typer.Typer(
     name="twinspect",
     help="Generalist visual anomaly detection: one model, many classes, good images only.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -46,13 +94,11 @@ Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain fol
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
 Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a manifest are relative to.")]  # noqa: UP045
 Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
+Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
-# Options of settings whose name is not the setting's.
-
-
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(asked: bool) -> None:
+    if asked:
         from twinspect._version import __version__
 
         typer.echo(__version__)
@@ -76,8 +122,9 @@ def main(version: Version = False) -> None:
 
 def run() -> None:
     """The command line as a process."""
-    from twinspect.console import end_lost
+    from twinspect.console import end_lost, end_on_sigterm
 
+    end_on_sigterm()
     try:
         app()
     except OSError as error:
@@ -124,7 +171,18 @@ def fetch(
 
 @app.command()
 @usual(
-    "out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "pose", "drop_outliers", "device"
+    "out",
+    "effort",
+    "config",
+    "resume_from",
+    "model",
+    "teacher",
+    "size",
+    "steps",
+    "pose",
+    "drop_outliers",
+    "roi",
+    "device",
 )
 @with_settings(ModelConfig, TrainConfig, optional=True)
 def fit(
@@ -135,6 +193,10 @@ def fit(
     ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
+    roi: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored."),
+    ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Annotated[
@@ -144,6 +206,7 @@ def fit(
     split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
     work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
     thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
+    force: Force = False,
     **settings: Any,
 ) -> None:
     """Learn what normal looks like from good images and write one bundle."""
@@ -158,7 +221,9 @@ def fit(
     with _console() as console:
         for section, values in of_effort(effort).items():
             chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}
-        fit_command(data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget)
+        fit_command(
+            data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget, force, roi
+        )
 
 
 @app.command("eval")
@@ -166,7 +231,12 @@ def evaluate(
     bundle: Bundle,
     data: Data,
     json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
-    out: Annotated[Optional[list[Path]], typer.Option(help="Results file: .md, .html or .json.")] = None,  # noqa: UP045
+    report: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            "--report", "--out", help="Report file: .html (with charts and the wrong images), .md or .json."
+        ),
+    ] = None,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Images = None,
     split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
@@ -179,7 +249,7 @@ def evaluate(
     from twinspect.commands.evaluate import EvalOptions, eval_command
 
     options = EvalOptions(
-        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(out or ()), intervals, leaks,
+        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(report or ()), intervals, leaks,
         drop_leaks,
     )  # fmt: skip
     with _console(quiet=json_file == "-") as console:
@@ -226,7 +296,11 @@ def reproduce(options: ReproduceOptions) -> None:
         reproduce_command(options, console)
 
 
-app.command()(usual("out", "class_name", "maps", "masks", "overlays", "coco", "device", "runtime", "batch")(predict))
+app.command()(
+    usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(
+        predict
+    )
+)
 
 
 @app.command()
@@ -307,14 +381,14 @@ def info(
 ) -> None:
     """Say what a model holds: teacher, classes, training, threshold and its promise."""
     from twinspect.commands.card import card
-    from twinspect.commands.fit import info_lines
+    from twinspect.commands.fit import info_lines, info_text
 
     with _console() as console:
         if as_card:
             console.result(card(bundle))
             return
         content = info_lines(bundle)
-        console.say(json.dumps(content, indent=1) if as_json else "\n".join(f"{k}: {v}" for k, v in content.items()))
+        console.say(json.dumps(content, indent=1) if as_json else "\n".join(info_text(content)))
 
 
 def _console(quiet: bool = False) -> Console:

@@ -22,7 +22,9 @@ T = TypeVar("T")
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
+LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 NOISY_OR = ("n1", "n2", "n3")
 EE_TOKENS = ("all", "last")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -251,6 +253,18 @@ class ModelConfig:
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 
 
+def tolerated(text: str) -> tuple[str, ...]:
+    """Kinds of change that --tolerate names.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    kinds = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in kinds:
+        _check(name in CHANGES, unknown_name("--tolerate", name, CHANGES))
+    return kinds
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """How it is trained."""
@@ -282,7 +296,15 @@ class TrainConfig:
     )
     time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
     checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
+    tolerate: str = _setting(
+        "",
+        "Changes of good images that are no anomaly: jpeg, light, shift, separated by commas. Altered copies are "
+        "learnt, at most 50 a class and kind.",
+    )
     holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
+    thumbnails: int = _setting(
+        96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
+    )
     drop_outliers: int = _setting(
         0, "Leave out so many good images that are least like the others; fit lists them, also without this."
     )
@@ -292,12 +314,14 @@ class TrainConfig:
         _check(self.steps >= 0, f"--steps {self.steps}: 0 (no students) or more")
         _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
         check_range("--seed", self.seed, 0, LARGEST_SEED)
+        check_range("--thumbnails", self.thumbnails, 0, LARGEST_THUMBNAIL)
         _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
         _check(self.drop_outliers >= 0, f"--drop-outliers {self.drop_outliers}: accepted 0 (none) or more")
         for name in ("warmup", "weight_decay", "easy_ramp"):
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")
         for name in ("clip", "checkpoint_every"):
             _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
+        tolerated(self.tolerate)
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
         _check(self.pose in POSES, unknown_name("pose", self.pose, POSES))
         _check(self.precision in PRECISIONS, unknown_name("precision", self.precision, PRECISIONS))

@@ -18,6 +18,9 @@ from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
 from twinspect.types import TRAIN, Sample, silent
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
     from twinspect.storage import Fitted
@@ -52,6 +55,14 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
+        self._given = {
+            "teacher": teacher,
+            "size": size,
+            "weights": weights,
+            "pretrained": pretrained,
+            "config": config,
+            "effort": effort,
+        }
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -69,6 +80,7 @@ class Detector:
         resume: bool = False,
         bgr: bool = False,
         quiet: bool = False,
+        roi: str | Path | NDArray[np.bool_] | None = None,
     ) -> Detector:
         """Train on the normal training images of a data set folder, or on good images.
 
@@ -82,6 +94,8 @@ class Detector:
             resume: go on from what this detector has learnt; ``data`` must hold the old classes as well.
             bgr: arrays have blue first, as OpenCV reads them.
             quiet: show nothing.
+            roi: region of interest: a mask image, LabelMe polygons, or an array H x W that is true (above 0) inside;
+                the rest is neither learnt nor scored.
 
         Returns:
             This detector.
@@ -89,6 +103,9 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
+        import numpy as np
+
+        from twinspect.data.roi import read_roi
         from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
         from twinspect.types import silent
@@ -100,7 +117,9 @@ class Detector:
         before = self.fitted if resume else None
         console = Console()
         told = progress or (silent if quiet else console.progress)
-        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before)
+        inside = read_roi(Path(roi)) if isinstance(roi, (str, os.PathLike)) else roi
+        inside = None if inside is None else np.asarray(inside) > 0
+        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before, roi=inside)
         console.finish()
         for note in () if quiet or progress else self._fitted.record["notes"]:
             console.warn(note)
@@ -220,18 +239,20 @@ class Detector:
         """Score images.
 
         Args:
-            source: path, folder, glob, ``@list``, archive, table, URL, PIL image, bytes of an image file, open file,
+            source: path, folder, glob, ``@list``, archive, table, URL, video file, ``camera:0``, ``rtsp://...``,
+                `inference.watch(folder)`, PIL image, bytes of an image file, open file,
                 array (H x W, H x W x C or C x H x W of 1, 3 or 4 channels; uint8, uint16, or floats from 0 to 1; of
                 numpy or torch; four dimensions are a stack), or any iterable of these.
-            stream: True gives an iterator with constant memory instead of a list. An iterable without a length, such
-                as a generator that reads a camera, is then answered image by image, before the next one is taken.
+            stream: True gives an iterator with constant memory instead of a list. A camera, and an iterable without a
+                length, such as a generator, is then answered image by image, before the next one is taken.
             maps: keep anomaly maps and images (needed for overlays). A list of results keeps no pixels of files;
                 `Result.overlay` reads them again.
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
             bgr: arrays have blue first, as OpenCV reads them.
 
         Returns:
-            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+            One `Result` for a single image, else `Results`, a list with ``to_pandas()`` (or an iterator with
+            ``stream=True``).
 
         Raises:
             DataError: nothing found.
@@ -239,7 +260,13 @@ class Detector:
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
         from twinspect.inference.decode import is_single
+        from twinspect.inference.result import Results
+        from twinspect.inference.video import is_endless
 
+        if is_endless(source) and not stream:
+            raise ConfigError(
+                f"{source} does not end: type predict({source!r}, stream=True), and take results from it"
+            )
         single = is_single(source)
         live = None if stream else False
         answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
@@ -247,12 +274,37 @@ class Detector:
             return answers
         if single:
             return next(answers)
-        results: list[Result] = []
+        results = Results()
         for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
                 result.rgb = None  # a folder's pixels would fill the memory
             results.append(result)
         return results
+
+    def score_samples(self, source: Any) -> NDArray[np.float64]:
+        """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
+
+        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
+        an image could not be read.
+
+        Args:
+            source: as `predict` takes it.
+
+        Returns:
+            One value an image, in their order.
+        """
+        import numpy as np
+
+        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in found], dtype=np.float64)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
+
+        Args:
+            deep: has no effect, as no setting is an estimator itself.
+        """
+        return dict(self._given)
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""
@@ -385,7 +437,7 @@ def _stands_for_several(path: str | os.PathLike[str]) -> bool:
 
 
 def _as_sample(item: Any, number: int) -> Sample:
-    """A good image by what `frames.expand` gives."""
+    """A good image by what `decode.expand` gives."""
     from twinspect.data.folders import good_files
     from twinspect.inference.archives import Item
     from twinspect.inference.decode import decode

@@ -147,9 +147,9 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
 
 def _preferred(members: Sequence[Sample]) -> list[Sample]:
     for split in (TEST, CALIBRATION, TRAIN):
-        of_split = [s for s in members if s.split == split]
-        if len(of_split) >= 2:
-            return of_split
+        members_of_split = [s for s in members if s.split == split]
+        if len(members_of_split) >= 2:
+            return members_of_split
     return list(members)
 
 

@@ -109,7 +109,6 @@ def _limits(record: dict[str, Any], decision: Decision) -> Iterator[str]:
         )
     if record["teacher"]["name"] in EMBEDDED:
         yield (
-            "The teacher is a small one. Textures and large products work better with it than objects in many poses, "
-            "and maps of fine textures can miss a small defect that the score finds."
+            "The teacher is a small one. Textures and large products work better with it than objects in many poses."
         )
     yield from _LASTING_LIMITS

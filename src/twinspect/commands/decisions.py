@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from twinspect import data as data_room
-from twinspect.bundle import read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
@@ -81,6 +81,8 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     values = calibration_values(after, notes)
+    if not options.force and (kept := keep_old(out)):
+        console.warn(kept)
     write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")

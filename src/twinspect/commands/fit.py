@@ -31,12 +31,15 @@ def fit_command(
     split_name: str = "",
     resume_from: Path | None = None,
     forget: bool = False,
+    force: bool = False,
+    roi: Path | None = None,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
     from twinspect import files
-    from twinspect.bundle import refuse_unwritable
+    from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
+    from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
@@ -63,7 +66,9 @@ def fit_command(
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(samples, config, folder, console.progress, before, forget)
+    fitted = fit(
+        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
+    )
     if not group.leads:
         return
     if split is not None:
@@ -74,6 +79,8 @@ def fit_command(
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
     detector._fitted = fitted
+    if not force and (kept := keep_old(out)):
+        console.warn(kept)
     detector.save(out, thin)
     for line in report_lines(detector, out):
         console.say(line)
@@ -190,3 +197,25 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         },
         "config": meta["config"],
     }
+
+
+def info_text(content: dict[str, Any]) -> Iterator[str]:
+    """The same as aligned lines: one fact a line, then the thresholds; settings are for ``--json``."""
+    from twinspect.commands.results import text_table
+    from twinspect.report import Table
+
+    facts = dict(_flat({k: v for k, v in content.items() if k not in ("thresholds", "config")}))
+    width = max(map(len, facts))
+    yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
+    if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
+        yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}, ")
+        elif value not in ([], ""):
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)

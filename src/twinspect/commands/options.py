@@ -40,6 +40,7 @@ class CalibrateOptions:
     layout: str = option("Layout of GOOD; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     weights: str = option(_WEIGHTS, "")
+    force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 
 @dataclass(frozen=True, slots=True)

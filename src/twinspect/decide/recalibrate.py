@@ -131,7 +131,7 @@ def score_images(
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
         row = (
             result.score, result.peak, result.cluster_distance, name, result.predicted_class,
-            sample.group or session_of(sample, root), _key(sample, predictor.runtime.size),
+            sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size),
         )  # fmt: skip
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -150,7 +150,7 @@ def session_of(sample: Sample, root: Path | None) -> str:
     return "" if inside == "." else inside
 
 
-def _key(sample: Sample, size: int) -> str:
+def image_key(sample: Sample, size: int) -> str:
     """As the training room names an image: by its file, or by its pixels at the model's size."""
     if sample.in_file:
         return image_id(hashlib.sha256(sample.image.read_bytes()).digest())

@@ -28,6 +28,8 @@ from twinspect.errors import DataError, ImageError
 from twinspect.inference.archives import ARCHIVES, Item, Stream
 from twinspect.inference.remote import is_url, read
 from twinspect.inference.sources import TABLES, among, walk
+from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
 T = TypeVar("T")
@@ -159,7 +161,7 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: one of what `frames.expand` gives, or a path.
+        item: one of what `expand` gives, or a path.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
@@ -205,6 +207,8 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
 
 
 def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    if item.pixels is not None:
+        return item.pixels, (item.pixels.shape[0], item.pixels.shape[1])
     if item.record is not None and not item.error:
         rgb = read_record(Path(item.path), item.record, limits)
         return rgb, (rgb.shape[0], rgb.shape[1])
@@ -253,12 +257,14 @@ def expand(source: Any) -> Iterator[Any]:
 def is_single(source: Any) -> bool:
     """Whether a source stands for exactly one image."""
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES))
+        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES, *VIDEOS))
     return _several(source) is None
 
 
 def is_live(source: Any) -> bool:
-    """Whether more images may still be in the making: an iterable that does not know its length."""
+    """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
+    if is_live_path(source):
+        return True
     lasting = isinstance(source, (str, os.PathLike)) or hasattr(source, "__len__")
     return not lasting and _several(source) is not None
 

@@ -1,11 +1,14 @@
 """What a prediction says about one image: its columns, its regions, its pictures. No torch.
 
-The threshold of regions comes from the map maxima of good images, so its promise is per image: at most the stated
-share of good images shows any region at all.
+Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
+promise is per image: at most the stated share of good images shows any region at all. How far a region reaches is
+decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. Both
+shares of it were chosen on masks of five sets (docs/results.md).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -16,14 +19,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.data.images import read_rgb
 from twinspect.decide.conformal import Floats, p_values
+from twinspect.errors import ConfigError
 
+_BOX = (255, 0, 200)  # which neither the colours nor most products have
+_NOTEBOOK_SIDE = 640  # pixels
+_BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+OF_PEAK = 0.5  # of a region's height above the image's level, that all its pixels reach
+OF_NEARBY = 0.8  # of the highest value nearby (above the level), that they reach as well
+NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 
 
 class Column(NamedTuple):
@@ -51,7 +63,8 @@ CELLS: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 # Properties of `Result` that are columns, with their kinds; the docstring is the help.
 _DERIVED = {
-    "severity": "double", "margin": "double", "p_joint": "double", "n_regions": "int32", "max_region_area": "int64",
+    "severity": "double", "margin": "double", "p_joint": "double", "share_local": "double", "n_regions": "int32",
+    "max_region_area": "int64", "nearest": "string",
 }  # fmt: skip
 
 
@@ -61,6 +74,9 @@ def column(kind: str, help: str, tables_only: bool = False) -> Any:
     if kind == "regions":
         return field(default_factory=list, metadata=metadata)
     return field(default=CELLS[kind][1], metadata=metadata)
+
+
+_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
 
 
 @dataclass(slots=True)
@@ -73,7 +89,9 @@ class Result:
     Attributes:
         scale: (low, high) of the map for colours; the same for every image of a model.
         grid: anomaly map at the model's own size, in standard deviations; None if not asked for.
+        roi: region of interest on a square grid over the image, true inside; None for the whole image.
         rgb: the image for overlays, H x W x 3; None if not asked for.
+        near: name and small JPEG of the nearest good training image; empty where the bundle does not know them.
     """
 
     path: str = column("string", "File (`ARCHIVE.tar#MEMBER` in an archive), or a name for an array")
@@ -103,6 +121,8 @@ class Result:
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+    roi: NDArray[np.bool_] | None = field(default=None, repr=False)
+    near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
     @property
     def severity(self) -> float:
@@ -118,6 +138,24 @@ class Result:
     def p_joint(self) -> float:
         """Noisy-OR probability that a normal image scores lower; rounds to 1 for clear anomalies."""
         return -math.expm1(-max(self.score, 0.0))
+
+    @property
+    def share_local(self) -> float:
+        """Share of `score` that what sees small defects gives, 0 to 1; the rest is of what sees the whole image."""
+        local, semantic = _surprise(self.score_local), _surprise(self.score_semantic)
+        if not self.score > 0.0 or math.isclose(self.score, local, rel_tol=2e-3):  # a family without the other
+            return 1.0 if self.score > 0.0 else math.nan
+        return min(max(1.0 - semantic / self.score, 0.0), 1.0)
+
+    @property
+    def nearest(self) -> str:
+        """Most similar good training image, by what the teacher sees in the whole of it."""
+        return self.near[0]
+
+    @property
+    def nearest_image(self) -> Image.Image | None:
+        """The thumbnail of `nearest` that the bundle keeps; None without one."""
+        return Image.open(io.BytesIO(self.near[1])).convert("RGB") if self.near[1] else None
 
     @property
     def n_regions(self) -> int:
@@ -140,9 +178,62 @@ class Result:
         return {**values, "regions": json.dumps([region.to_dict() for region in self.regions])}
 
     def answer_row(self) -> dict[str, Any]:
-        """Plain values for JSON, as the server gives them: ``name`` is the path, None is not-a-number."""
-        values = {column.name: finite(getattr(self, column.name)) for column in columns() if not column.tables_only}
-        return {"name": values.pop("path"), **values, "regions": [region.to_dict() for region in self.regions]}
+        """As `to_dict`, as the server gives it: ``name`` is the path, and no file was written."""
+        values = {k: v for k, v in self.to_dict().items() if k not in {c.name for c in columns() if c.tables_only}}
+        return {"name": values.pop("path"), **values}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All columns as plain values for JSON: regions are a list, None is not-a-number."""
+        values = {column.name: finite(getattr(self, column.name)) for column in columns()}
+        return {**values, "regions": [region.to_dict() for region in self.regions]}
+
+    def to_pandas(self) -> Any:
+        """All columns as a pandas Series; of many results, see `Results.to_pandas`.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return Results([self]).to_pandas().iloc[0]
+
+    def _repr_png_(self) -> bytes | None:
+        """The overlay, which notebooks show; None without map and image."""
+        if self.grid is None or self.image() is None:
+            return None
+        body = io.BytesIO()
+        self.overlay(side=_NOTEBOOK_SIDE).save(body, "PNG")
+        return body.getvalue()
+
+    def explain(self) -> dict[str, Any]:
+        """Why this answer, ready for JSON.
+
+        Returns:
+            ``answer``, ``score``, ``threshold``, ``severity`` (how far above), ``p_value``; ``shares`` of the score
+            of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
+            ``text``, the same in a few sentences.
+        """
+        local = finite(self.share_local)
+        shares = None if local is None else {"local": local, "semantic": 1.0 - local}
+        names = ("answer", "score", "threshold", "severity", "p_value", "class_name")
+        return {
+            **{name: finite(getattr(self, name)) for name in names},
+            "shares": shares,
+            "regions": [region.to_dict() for region in self.regions],
+            "nearest": self.nearest,
+            "text": self.reasons(),
+        }
+
+    def reasons(self) -> str:
+        """Why this answer, in a few sentences."""
+        if self.error:
+            return self.error
+        times = f", {self.severity:.2f} times the threshold" if self.severity == self.severity else ""
+        said = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
+        if self.share_local == self.share_local:
+            said.append(f"{100 * self.share_local:.0f} % of it from places, the rest from the image as a whole")
+        if self.regions:
+            one = self.regions[0]
+            said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+        return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
 
     def image(self) -> NDArray[np.uint8] | None:
         """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
@@ -150,8 +241,13 @@ class Result:
             return self.rgb
         return read_rgb(Path(self.path))
 
-    def overlay(self, opacity: float = 0.5) -> Image.Image:
-        """The image under its map, on the model's fixed colour scale.
+    def overlay(self, opacity: float = 0.5, side: int = 0, words: bool = True) -> Image.Image:
+        """The image under its map on the model's fixed colour scale, with outline and box of every region.
+
+        Args:
+            opacity: of the map's colours, 0 to 1.
+            side: longest side of the picture in pixels; 0: the image's own, which is never enlarged.
+            words: answer, score and threshold in a strip above.
 
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
@@ -159,10 +255,59 @@ class Result:
         rgb = self.image()
         if rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        side = rgb.shape[:2]
-        colours = colourise(resize_map(self.grid, *side), self.scale)
-        mixed = (1 - opacity) * rgb + opacity * colours
-        return Image.fromarray(mixed.round().astype(np.uint8))
+        image = Image.fromarray(rgb)
+        if side:
+            image.thumbnail((side, side))
+        colours = colourise(resize_map(self.grid, image.height, image.width), self.scale)
+        mixed = Image.blend(image, Image.fromarray(colours), opacity)
+        if self.roi is not None:  # what is not looked at: grey and dark
+            inside = Image.fromarray(self.roi).resize(image.size)
+            mixed = Image.composite(mixed, image.convert("L").point(lambda v: _OUTSIDE * v).convert("RGB"), inside)
+        self._mark(mixed)
+        return self._titled(mixed) if words else mixed
+
+    def _mark(self, picture: Image.Image) -> None:
+        if not self.regions or self.grid is None or self.threshold_region != self.threshold_region:
+            return
+        thick, pen = max(1, round(max(picture.size) / 400)), ImageDraw.Draw(picture)
+        mask = region_mask(self.grid, (picture.height, picture.width), self.threshold_region)
+        beside = np.pad(mask, thick)  # shifted by a line's thickness each way: the rim is what any of them uncovers
+        shifts = ((0, thick), (2 * thick, thick), (thick, 0), (thick, 2 * thick))
+        inner = np.all([beside[y : y + mask.shape[0], x : x + mask.shape[1]] for y, x in shifts], axis=0)
+        picture.paste((255, 255, 255), mask=Image.fromarray(mask & ~inner).convert("L"))
+        right, down = picture.width / self.width, picture.height / self.height
+        for one in self.regions:
+            box = (one.x * right, one.y * down, (one.x + one.width) * right, (one.y + one.height) * down)
+            pen.rectangle([round(v) + grow for v, grow in zip(box, (-thick, -thick, thick, thick), strict=True)],
+                          outline=_BOX, width=thick)  # fmt: skip
+
+    def _titled(self, picture: Image.Image) -> Image.Image:
+        text = f"{self.answer or 'no answer'}  score {self.score:.4g}, threshold {self.threshold:.4g}"
+        text += f"  {self.class_name}" if self.class_name else ""
+        size = min(40, max(10, picture.width // 30))
+        whole = Image.new("RGB", (picture.width, picture.height + 2 * size), (20, 20, 20))
+        whole.paste(picture, (0, 2 * size))
+        colour = _BOX if self.is_anomaly else (255, 255, 255)
+        text = text.encode("latin-1", "replace").decode("latin-1")  # what the font that comes with Pillow holds
+        ImageDraw.Draw(whole).text((size // 2, size // 2), text, colour, ImageFont.load_default(size))
+        return whole
+
+
+class Results(list[Result]):
+    """What `Detector.predict` gives of several images: a list that turns into a table."""
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: one row an image, the columns of ``predict --out``, regions as lists of dicts.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas; type: pip install pandas") from None
+        names = [column.name for column in columns()]
+        return pandas.DataFrame([one.to_dict() for one in self], columns=names)
 
 
 @cache
@@ -173,6 +318,12 @@ def columns() -> tuple[Column, ...]:
         Column(name, kind, getattr(Result, name).__doc__.rstrip("."), derived=True) for name, kind in _DERIVED.items()
     )
     return (*stored, *derived)
+
+
+def _surprise(z: float) -> float:
+    """As `scoring.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
+    near = min(z, 30.0)
+    return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
 
 
 def finite(value: Any) -> Any:
@@ -186,13 +337,23 @@ def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float64]:
-    """H x W values to H x W x 3 colours; the scale's low end is blue, its high end red."""
-    low, high = scale
-    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(COLOURS) - 1)
-    index = np.minimum(place.astype(int), len(COLOURS) - 2)
-    part = (place - index)[..., None]
-    return np.asarray((1 - part) * COLOURS[index] + part * COLOURS[index + 1], dtype=np.float64)
+def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """H x W values to H x W x 3 colours: the scale's low end is blue, its high end red.
+
+    Near the low end colours are linear, above they follow the logarithm (asinh): good images and weak defects are
+    told apart, and so are strong and very strong ones.
+    """
+    place = np.arcsinh((values - scale[0]) * (_BEND / max(scale[1] - scale[0], 1e-9))) / math.asinh(_BEND)
+    return np.asarray(_TABLE[(np.clip(place, 0.0, 1.0) * (len(_TABLE) - 1)).astype(np.int64)], dtype=np.uint8)
+
+
+def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
+    place = np.linspace(0.0, len(COLOURS) - 1, steps)
+    channels = [np.interp(place, np.arange(len(COLOURS)), COLOURS[:, channel]) for channel in range(3)]
+    return np.stack(channels, 1).round().astype(np.uint8)
+
+
+_TABLE = _colour_table()
 
 
 # ------------------------------------------------------------------------------------------------------------ regions
@@ -319,31 +480,89 @@ class Region:
 
 
 def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
-    """Regions of at least ``threshold``, strongest first, at most ``MOST_REGIONS``.
+    """Regions of a map, strongest first, at most ``MOST_REGIONS``.
 
     Args:
         grid: map at the model's own size.
         shape: height and width of the original image.
-        threshold: of map values.
+        threshold: of map values, that a region reaches somewhere.
         peaks: map maxima of good images.
     """
-    if not bool((grid >= threshold).any()):
-        return []  # bilinear resizing never exceeds the grid's own values
-    resized = resized_for_regions(grid, shape)
-    regions = components(resized >= threshold, resized)
-    scores = regions.peak
-    if not len(scores):
+    found, size = connected(grid, shape, threshold)
+    if not len(found.peak):
         return []
-    p = p_values(scores, peaks)
-    strongest = np.argsort(-scores, kind="stable")[:MOST_REGIONS]
-    scale = (shape[0] / resized.shape[0], shape[1] / resized.shape[1])
-    return [_region(regions, int(i), p[i], scale, shape) for i in strongest]
+    p = p_values(found.peak, peaks)
+    scale = (shape[0] / size[0], shape[1] / size[1])
+    return [_region(found, i, p[i], scale, shape) for i in strongest(found)]
+
+
+def strongest(found: Components) -> list[int]:
+    """Regions in the order of `find_regions`."""
+    return [int(i) for i in np.argsort(-found.peak, kind="stable")[:MOST_REGIONS]]
+
+
+def connected(
+    grid: NDArray[np.float32], shape: tuple[int, int], threshold: float
+) -> tuple[Components, tuple[int, int]]:
+    """Regions of a map as it is resized for them, and that size.
+
+    A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
+    the image's median. One that is too weak beside another for that is what reaches the threshold.
+    """
+    if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
+        return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32)), (1, 1)
+    heat, level = resized_for_regions(grid, shape), float(np.median(grid))
+    nearby = resize_map(_highest_nearby(grid), *heat.shape)
+    wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
+    found = components(wide, heat)
+    half = painted(found, level + OF_PEAK * (found.peak - level), heat.shape)
+    inside = wide & (heat >= half)
+    core = components(heat >= threshold, heat)
+    alive = np.zeros(len(core.peak), np.bool_)
+    before = np.concatenate([[0], np.cumsum(inside, dtype=np.int64)])
+    first = core.run_row * heat.shape[1]
+    np.logical_or.at(alive, core.run_owner, before[first + core.run_stop] > before[first + core.run_start])
+    inside |= painted(core, ~alive, heat.shape) > 0
+    return _reaching(components(inside, heat), threshold), (heat.shape[0], heat.shape[1])
+
+
+def _reaching(found: Components, threshold: float) -> Components:
+    """The regions that reach a threshold, numbered anew."""
+    kept = found.peak >= threshold
+    runs = kept[found.run_owner]
+    number = np.cumsum(kept) - 1
+    columns = [column[kept] for column in found[:6]] + [column[runs] for column in found[6:9]]
+    return Components._make([*columns, number[found.run_owner[runs]]])
+
+
+def painted(found: Components, value_R: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An image in which every pixel of a region has the region's value, and all others 0."""
+    steps = np.zeros((shape[0], shape[1] + 1), np.float64)
+    value = value_R.astype(np.float64)[found.run_owner]
+    np.add.at(steps, (found.run_row, found.run_start), value)
+    np.subtract.at(steps, (found.run_row, found.run_stop), value)
+    return np.cumsum(steps[:, :-1], axis=1).astype(np.float32)
+
+
+def region_mask(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float) -> Bools:
+    """Pixels of all regions of a map, in the original image's height and width."""
+    found, size = connected(grid, shape, threshold)
+    mask = painted(found, np.ones(len(found.peak)), size) > 0.5
+    if size == shape:
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST), dtype=np.bool_)
+
+
+def _highest_nearby(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    for axis in (0, 1):
+        reach = round(NEARBY * grid.shape[axis])
+        padded = np.pad(grid, [(reach, reach) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
+        grid = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis).max(-1)
+    return grid
 
 
 def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
     """A map in the image's own height and width, or smaller by one factor where that is above ``MOST_PIXELS``."""
-    from twinspect.inference.result import resize_map
-
     height, width = shape
     factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
     return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))

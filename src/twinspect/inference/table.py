@@ -57,6 +57,16 @@ def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
+def as_line(row: dict[str, Any], suffix: str) -> str:
+    """One row for standard output, without the end of its line."""
+    return encode([row], suffix).decode().rstrip("\r\n")
+
+
+def csv_header() -> str:
+    """First line of a CSV table, without its end."""
+    return ",".join(_kinds())
+
+
 def join(parts: Iterable[bytes], out: Path) -> None:
     """Parts to one file, a group at a time; the file appears under its name when it is whole.
 
@@ -115,9 +125,7 @@ def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
 
 def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
     if suffix == ".csv":
-        header = io.StringIO(newline="")
-        csv.DictWriter(header, list(_kinds())).writeheader()
-        file.write(header.getvalue().encode())
+        file.write(f"{csv_header()}\r\n".encode())
     file.writelines(parts)
 
 

@@ -64,6 +64,7 @@ class Outputs(NamedTuple):
         cluster_distance_B: how far the whole image is from that cluster; large means that it shows none of the kinds
             of image that the model knows.
         readings_BR: raw readings that the scores are made of, local ones first; see `Scorer`.
+        nearest_B: place of the most similar good image in the bank (see `NearestImages`); 0 when scoring is plain.
     """
 
     map_B1HW: Tensor
@@ -73,6 +74,7 @@ class Outputs(NamedTuple):
     cluster_B: Tensor
     cluster_distance_B: Tensor
     readings_BR: Tensor
+    nearest_B: Tensor
 
 
 class Selection(nn.Module):

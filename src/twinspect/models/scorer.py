@@ -208,7 +208,8 @@ class Scorer(nn.Module):
         reading_BR = self.readings(plain, observed, distances, variant_B, cluster_B)
         score_B, z_B2 = self.joined(self.students(reading_BR, cluster_B), cluster_B)
         distance_B = self.cluster_distance(reading_BR, z_B2)
-        return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR)
+        nearest_B = cluster_B * 0 if self.nearest is None else self.nearest.first(observed.embedding_BF)
+        return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR, nearest_B)
 
 
 class Grid(nn.Module):

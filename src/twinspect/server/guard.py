@@ -142,7 +142,7 @@ class Metrics:
         return bytes(generate_latest(self.registry))
 
 
-class Memory:
+class RequestMemory:
     """Bytes of requests in flight, against a limit."""
 
     def __init__(self, limit: int) -> None:
@@ -162,7 +162,7 @@ class _Exchange:
     receive: Receive
     send: Send
     settings: Settings
-    memory: Memory
+    memory: RequestMemory
     request_id: str
     method: str
     until: float  # when the body must have come
@@ -233,7 +233,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
-        self.memory = Memory(int(settings.max_memory_mb * MEGABYTE))
+        self.memory = RequestMemory(int(settings.max_memory_mb * MEGABYTE))
         self._key_hash = hashlib.sha256(settings.api_key.encode()).digest() if settings.api_key else b""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

@@ -68,5 +68,5 @@ def encoded_map(result: Result, format: str, side: int) -> bytes:
     if format == "npy":
         np.save(out, values.astype(np.float16), allow_pickle=False)
     else:
-        Image.fromarray(colourise(values, result.scale).round().astype(np.uint8)).save(out, "PNG")
+        Image.fromarray(colourise(values, result.scale)).save(out, "PNG")
     return out.getvalue()

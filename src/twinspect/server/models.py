@@ -25,7 +25,7 @@ _RETIRING_S = 0.05  # how often a replaced model looks whether its last request 
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Queued:
     """One decoded image for a model; ``key`` is that by which calibration recognises the image's file."""
 
     decoded: Decoded
@@ -57,7 +57,7 @@ class Served:
     ) -> None:
         self.name, self.predictor, self.light, self._alarm = name, predictor, light, alarm
         self.users = 0  # requests that hold this version; changed on the event loop only
-        self.batcher: Batcher[Job, Scored] = Batcher(
+        self.batcher: Batcher[Queued, Scored] = Batcher(
             self._score, *batching, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
         )
         # In a thread of its own: neither answers nor the next call of the model wait for the drift monitor.
@@ -68,7 +68,7 @@ class Served:
         self.batcher.close()
         self._watcher.close()
 
-    def _score(self, jobs: Sequence[Job]) -> list[Scored]:
+    def _score(self, jobs: Sequence[Queued]) -> list[Scored]:
         results = list(self.predictor.score_batch([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
         for one, job in zip(results, jobs, strict=True):
             if job.watched:

@@ -57,6 +57,7 @@ else:
         "ImageAnswer",
         {
             "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map_id": str, "map": InlineMap | None,
+            "nearest_jpeg": str,
         },
     )  # fmt: skip
     ImageAnswer.__doc__ = "One image. Higher scores are more anomalous; null is unknown."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from twinspect.decide.decision import image_id
+from twinspect.decide.decision import GOOD, image_id
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
@@ -25,7 +26,7 @@ from twinspect.server.batcher import Batcher
 from twinspect.server.guard import Metrics, Refused, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
 from twinspect.server.maps import MapStore, encoded_map, inline_map
-from twinspect.server.models import Job, Models, Scored, Served
+from twinspect.server.models import Models, Queued, Scored, Served
 from twinspect.server.settings import MEGABYTE, Settings
 
 _HOUSEKEEPING_S = 60.0
@@ -253,6 +254,8 @@ class Service:
             "map_scale": list(result.scale),
             "map_id": self.maps.add(result) if maps != "none" else "",
             "map": inline_map(result) if maps == "inline" else None,
+            # Base64 of a few kB; what is good needs no explanation.
+            "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
         }
 
     # ---------------------------------------------------------------------------------------- others
@@ -292,7 +295,7 @@ def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
-            job = Job(decoded, asked.class_name or None, asked.keep, key)
+            job = Queued(decoded, asked.class_name or None, asked.keep, key)
             served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
+from twinspect.data.roi import fit_roi
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
-from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up, pack_roi
 from twinspect.decide.rules import GoodScores
-from twinspect.device import in_fp32, keep_freed_memory, peak_mb
+from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.decode import name_of
@@ -36,12 +41,13 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import MOST, remember
+from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, record_layout
-from twinspect.training.statistics import GoodImages, fit_scales
+from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
-MAP_SCALE = (0.0, 8.0)  # ends of the colour scale, in standard deviations; noise stays far below
+MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -74,17 +80,20 @@ def fit(
     progress: Progress = silent,
     resume: Fitted | None = None,
     forget: bool = False,
+    roi: NDArray[np.bool_] | None = None,
 ) -> Fitted:
-    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
+    """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
+        roi: region of interest in the pixels of the images, H x W, true inside: pixels outside are neither learnt nor
+            scored. None takes that of ``resume``.
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
@@ -99,15 +108,17 @@ def fit(
     keep_freed_memory()
     progress = progress if group.leads else silent
     with in_fp32(group.device.type):
-        dropped = _outliers(samples, config, progress, group) if config.train.drop_outliers else []
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {one["path"] for one in dropped}
         kept = [s for s in samples if name_of(s) not in paths]
-        fitted = _fitted(kept, config, work, progress, resume, group)
+        fitted = _fitted(kept, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
 
 
-def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group) -> list[dict[str, Any]]:
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
     """The good images that are least like the others, as many as shall be left out; a model without students tells.
 
     Raises:
@@ -115,7 +126,7 @@ def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, 
     """
     wanted = config.train.drop_outliers
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    listed = _fitted(samples, quick, None, progress, None, group, wanted).record["least_like"]
+    listed = _fitted(samples, quick, None, progress, None, group, roi, wanted).record["least_like"]
     good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
     if 3 * wanted > good:
         raise ConfigError(f"--drop-outliers {wanted}: at most a third of the {good} good images can be left out")
@@ -129,6 +140,7 @@ def _fitted(
     progress: Progress,
     resume: Fitted | None,
     group: Group,
+    roi: NDArray[np.bool_] | None,
     listed: int = LISTED,
 ) -> Fitted:
     notes: list[str] = []
@@ -138,12 +150,17 @@ def _fitted(
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
     training, held, sentences = add_copies(training, held, config.train.pose, few)
-    notes += sentences
+    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
+    if resume is not None and roi is None:
+        model.roi_SS = resume.model.roi_SS
+    elif roi is not None:
+        model.roi_SS = _roi(roi, model, training).to(group.device)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
@@ -165,7 +182,7 @@ def _fitted(
         good = fit_few(model, source, train_at, held_at, few, config.train.seed, progress, students)
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decision_of(model, source, train_at, held_at, good)
+    decision = decision_of(model, source, train_at, held_at, good, config.train.thumbnails)
     images = sorted([*train_at, *held_at])
     memory = b"" if model.scorer.plain or len(images) > MOST else remember(good, source, images).to_bytes()
     record = _record(model.cpu(), source, train_at, held_at, report)
@@ -178,8 +195,24 @@ def _fitted(
     return Fitted(model, decision, config, record, skipped, good, memory)
 
 
+def _roi(roi_HW: NDArray[np.bool_], model: AnomalyModel, samples: Sequence[Sample]) -> Tensor:
+    """A region of interest at the model's size; the first image that can be read says how they are shaped."""
+    for sample in samples:
+        with suppress(DataError, OSError):  # reported when all images are read
+            shape = read_sample_rgb(sample).shape[:2]
+            break
+    else:
+        shape = roi_HW.shape
+    return torch.from_numpy(fit_roi(roi_HW, model.size, (shape[0], shape[1])))
+
+
 def decision_of(
-    model: AnomalyModel, source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], good: GoodImages
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    good: GoodImages,
+    thumbnails: int = 0,
 ) -> Decision:
     """What good images' scores and the clusters' classes make of a trained model.
 
@@ -189,6 +222,7 @@ def decision_of(
         train_at: positions of the images that the students were trained on.
         held_at: positions of the others.
         good: what `fit_statistics` returns of both, in the order of positions.
+        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
     """
     images = sorted([*train_at, *held_at])
     names = [source.samples[i].class_name for i in images]
@@ -208,7 +242,29 @@ def decision_of(
         tuple(sample.group for sample in samples),
         keys,
     )
-    return Decision(scores, classes, MAP_SCALE, model_id=model_id(model), trained=trained, held=held)
+    nearest = model.scorer.nearest
+    bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
+    scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
+    return Decision(
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
+        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
+        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
+    )  # fmt: skip
+
+
+def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
+    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
+
+    def small(sample: Sample) -> bytes:
+        body = io.BytesIO()
+        with suppress(DataError, OSError):
+            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
+            picture.thumbnail((side, side))
+            picture.save(body, "JPEG", quality=75, optimize=True)
+        return body.getvalue()
+
+    with ThreadPoolExecutor(granted_threads() or None) as pool:
+        return tuple(pool.map(small, samples))
 
 
 def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
@@ -363,10 +419,12 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
 
     Returns:
         ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
-        anomaly among the good ones would (`calibration.suspicious_tail`).
+        anomaly among the good ones would (`conformal.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
-    seen = np.array([bool(c) and not isinstance(s, Altered) for c, s in zip(good.counted_n, samples, strict=True)])
+    seen = np.array(
+        [bool(c) and not isinstance(s, (Altered, Disturbed)) for c, s in zip(good.counted_n, samples, strict=True)]
+    )
     apart: set[int] = set()
     for name in {sample.class_name for sample in samples}:
         own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
@@ -395,7 +453,7 @@ def _make_folder(work: Path) -> None:
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
     """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
-    for name in ("time_budget_s", "checkpoint_every", "cache_gb", *OF_MACHINE):
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb", "thumbnails", *OF_MACHINE):
         settings["train"].pop(name)
     digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
     for key in keys:

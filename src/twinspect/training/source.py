@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
 from twinspect.training.copies import Altered
+from twinspect.training.tolerate import Disturbed
 from twinspect.types import Progress, Sample, Skipped
 
 _GPU_BATCH = 32
@@ -120,6 +122,8 @@ class FeatureSource:
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
         inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        if self._model.roi_SS is not None:
+            inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -161,7 +165,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, Altered):
+            if not sample.in_file or isinstance(sample, (Altered, Disturbed)):
                 pixels = read_square(sample, self._model.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -200,6 +204,8 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
+    if isinstance(sample, Disturbed):
+        return resize_rgb(sample.disturbed(read_sample_rgb(sample)), size)
     pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
     return sample.around(pixels) if isinstance(sample, Altered) else pixels
 
@@ -212,7 +218,7 @@ def teacher_batch(model: AnomalyModel) -> int:
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
 def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2)
+    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small

@@ -3,8 +3,8 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself. Pictures of one part still vouch for each other: leaving out whole runs of images costs more defects than it
-saves false alarms (`LOG.md`).
+itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
 """
@@ -34,6 +34,7 @@ from twinspect.models.statistics import (
 )
 from twinspect.scoring import top_mean
 from twinspect.training.source import FeatureSource
+from twinspect.training.tolerate import same_image
 from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
@@ -238,6 +239,7 @@ class _Fitting:
         variant_n, cluster_n, held_n: of the images of the source.
         all: also of those learnt before.
         images_V: images of every variant, all together.
+        first_n: place of the image that an image of the source is a copy of, or its own; ``all_first_n``: of all.
     """
 
     def __init__(
@@ -257,6 +259,9 @@ class _Fitting:
         self.variant_n, self.cluster_n, self.held_n = seen.variant_n[old:], seen.cluster_n[old:], seen.held_n[old:]
         self.owner_V = model.scorer.clusters.owner_V
         self.images_V = torch.bincount(seen.variant_n, minlength=len(self.owner_V)).to(torch.float32)
+        self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
+        self.all_first_n = torch.cat([torch.arange(old, device=model.device), old + self.first_n])
+        self.factor_n = left_out(self.images_V[self.variant_n], torch.bincount(self.first_n)[self.first_n])
         self.passes, self.gone, self.asks_students = (1 if model.scorer.plain else 3), 0, asks_students
 
     def plain(self) -> GoodImages:
@@ -272,7 +277,7 @@ class _Fitting:
         halves = self._covariances()
         semantic = [self._tokens(g, token_nE, seed) for g, token_nE in enumerate(self.all.tokens)]
         assert scorer.nearest is not None
-        semantic.append(scorer.nearest.fit(self.all.embedding_nF, seed))
+        semantic.append(scorer.nearest.fit(self.all.embedding_nF, seed, self.all_first_n))
         with tempfile.TemporaryFile() as file:
             stored, students, skills = self._distances(halves, targets, file)
             self._scale(stored)
@@ -303,7 +308,7 @@ class _Fitting:
     def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
         for places, observed, small in self._batches():
             plain = self.model.plain(observed, small)
-            yield places, plain, observed, self.scorer.finish(plain.map_Bhw).amax((1, 2, 3)) if peaks else places
+            yield places, plain, observed, self._peaks(self.scorer.finish(plain.map_Bhw)) if peaks else places
 
     def _means(self) -> list[Tensor]:
         """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
@@ -343,11 +348,10 @@ class _Fitting:
             for total, covariance in zip(sums, self.sums.covariance, strict=True):
                 total[:, : len(old_K)] += covariance.double() * counts[:, : len(old_K), None, None]
         means = [one.means() for one in self.scorer.gaussians()]
-        factor_V = left_out(self.images_V)
         for places, observed, _ in self._batches(chosen):
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][self.variant_n[places]]
-                difference = difference * factor_V[self.variant_n[places]][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 for rows, place in zip(difference, places.tolist(), strict=True):
                     sums[g][half_n[place], self.cluster_n[place]] += (rows.T @ rows).double() / len(rows)
             for place in places.tolist():
@@ -371,12 +375,13 @@ class _Fitting:
         for k in range(self.scorer.clusters.count):
             own = (self.cluster_n == k).nonzero()[:, 0]
             half_n[own] = torch.arange(len(own), device=own.device) % 2
-        return half_n
+        return half_n[self.first_n]
 
     def _tokens(self, view: int, token_nE: Tensor, seed: int) -> Tensor:
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n = torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
+        fold_n = fold_n[self.all_first_n]
         self.scorer.token_gaussians()[view].fit(token_nE, self.all.variant_n, self.owner_V)
         return cross_fitted_tokens(token_nE, self.all.variant_n, self.owner_V, fold_n)
 
@@ -384,7 +389,7 @@ class _Fitting:
         self, halves: list[Tensor], targets: list[Tensor], file: object
     ) -> tuple[list[NDArray[np.float16]], Tensor, tuple[float, float]]:
         """Third pass: distances by the other half's covariances, kept on disk; the students' readings and skills."""
-        gaussians, half_n, factor_V = self.scorer.gaussians(), self._halves(), left_out(self.images_V)
+        gaussians, half_n = self.scorer.gaussians(), self._halves()
         sides = [one.side for one in gaussians]
         stored = _arrays(file, len(self.images), sides)
         means = [one.means() for one in gaussians]
@@ -394,7 +399,7 @@ class _Fitting:
             variant_B, cluster_B = self.variant_n[places], self.cluster_n[places]
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), gaussians, strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][variant_B]
-                difference = difference * factor_V[variant_B][:, None, None]
+                difference = difference * self.factor_n[places][:, None, None]
                 by_half = halves[g].flatten(0, 1)
                 other = (1 - half_n[places]) * self.scorer.clusters.count + cluster_B
                 stored[g][places.cpu().numpy()] = gaussian.distance(difference, by_half, other).cpu().numpy()
@@ -495,8 +500,11 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self._peaks(self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]))
         return torch.stack(readings, 1).to(self.model.device), peak_n
+
+    def _peaks(self, map_B1HW: Tensor) -> Tensor:
+        return self.model.inside_map(map_B1HW).amax((1, 2, 3))
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
         """Fit the calibration on the images that count; what is said of all."""
