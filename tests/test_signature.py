@@ -137,22 +137,17 @@ def test_keys_of_openssl_on_the_command_line(model: Path, tmp_path: Path, monkey
 def test_the_server_takes_signed_models_only_also_when_it_reads_them_again(
     quick: Detector, model: Path, keys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinspect.commands import serve
-    from twinspect.console import Console
     from twinspect.server import run as running
-    from twinspect.server.settings import Settings
 
-    def start() -> None:
-        serve.run_server([str(model)], Settings(watch_s=0), "none", "torch", 1, Console(True), keys.public)
-
-    with pytest.raises(BundleError, match="parts.twin is not signed"):
-        start()
+    line = ["serve", str(model), "--require-signature", str(keys.public), "--log", "none", "--runtime", "torch"]
+    found = CliRunner().invoke(app, line)
+    assert (found.exit_code, "parts.twin is not signed" in found.output) == (2, True)
     sign(model, keys.private)
 
-    def serve_app(app, settings, started) -> None:
+    def serve_app(served, settings, started) -> None:
         from starlette.testclient import TestClient
 
-        with TestClient(app, base_url="http://localhost") as client:
+        with TestClient(served, base_url="http://localhost") as client:
             assert client.post("/v1/models/parts/reload").status_code == 200
             quick.save(model)
             answer = client.post("/v1/models/parts/reload")
@@ -161,4 +156,5 @@ def test_the_server_takes_signed_models_only_also_when_it_reads_them_again(
             assert client.get("/readyz").status_code == 200
 
     monkeypatch.setattr(running, "serve", serve_app)
-    start()
+    found = CliRunner().invoke(app, line, catch_exceptions=False)
+    assert found.exit_code == 0, found.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,7 +13,6 @@ from twinspect.server import refuse_missing
 from twinspect.server.settings import Settings
 
 if TYPE_CHECKING:
-    from twinspect.console import Console
     from twinspect.inference.predictor import Predictor
 
 LOG_FILE = "inspections.db"
@@ -45,48 +45,31 @@ def serve(
 
     with Console() as console:
         refuse_missing()
+        from twinspect.errors import ConfigError
+        from twinspect.inference import load
+        from twinspect.server.app import build_app
+        from twinspect.server.log import InspectionLog
+        from twinspect.server.models import named_paths
         from twinspect.server.run import read_key
+        from twinspect.server.run import serve as serve_app
+        from twinspect.signature import verified
 
         chosen = Settings(api_key=read_key(api_key_file), **settings)
-        run_server(bundles, chosen, log, runtime, threads, console, require_signature)
+        where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
+        if where == "none" and chosen.log_required:
+            raise ConfigError("--log-required contradicts --log none; leave one of them out")
+        paths = named_paths(bundles)
 
+        def open_file(path: Path) -> Predictor:
+            if require_signature is None:
+                return load(path, runtime, threads)
+            with verified(path, require_signature) as copy:
+                return load(copy, runtime, threads)
 
-def run_server(
-    bundles: list[str],
-    settings: Settings,
-    log: str,
-    runtime: str,
-    threads: int,
-    console: Console,
-    public_key: Path | None = None,
-) -> None:
-    """Open models and log, then serve until a signal."""
-    import os
-
-    from twinspect.errors import ConfigError
-    from twinspect.inference import load
-    from twinspect.server.app import build_app
-    from twinspect.server.log import InspectionLog
-    from twinspect.server.models import named_paths
-    from twinspect.server.run import serve as serve_app
-    from twinspect.signature import verified
-
-    where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
-    if where == "none" and settings.log_required:
-        raise ConfigError("--log-required contradicts --log none; leave one of them out")
-    paths = named_paths(bundles)
-
-    def open_file(path: Path) -> Predictor:
-        if public_key is None:
-            return load(path, runtime, threads)
-        with verified(path, public_key) as copy:
-            return load(copy, runtime, threads)
-
-    kept = None if where == "none" else InspectionLog(where)
-    predictors = {name: open_file(path) for name, path in paths.items()}
-    app = build_app(settings, predictors, kept, paths, open_file)
-    kept_in = kept.described if kept is not None else "none"
-    names = ", ".join(paths)
-    serve_app(app, settings, lambda address: console.say(f"serving {names} at {address}; log {kept_in}"))
-    if kept is not None:
-        kept.close()
+        inspections = None if where == "none" else InspectionLog(where)
+        place = inspections.described if inspections is not None else "none"
+        predictors = {name: open_file(path) for name, path in paths.items()}
+        app = build_app(chosen, predictors, inspections, paths, open_file)
+        serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
+        if inspections is not None:
+            inspections.close()

@@ -177,8 +177,8 @@ def has_images_below(folder: Path) -> bool:
 
 def unread_picture(folder: Path) -> Path | None:
     """A picture in a format that is not read, at any depth."""
-    found = (path for _, _, files in walk(folder, ScanLog()) for path in files)
-    return next((path for path in found if path.suffix.lower() in UNREAD_SUFFIXES), None)
+    files_below = (path for _, _, files in walk(folder, ScanLog()) for path in files)
+    return next((path for path in files_below if path.suffix.lower() in UNREAD_SUFFIXES), None)
 
 
 def why_without_images(folder: Path) -> str:
@@ -301,10 +301,10 @@ def _listing(folder: Path) -> _Listing:
 
 def _entries(folder: Path, log: ScanLog | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Folders and other things directly inside; what is left out goes to the log."""
-    found = _listing(folder)
+    content = _listing(folder)
     if log is not None:
-        log.skipped += found.skipped
-    return found.folders, found.files
+        log.skipped += content.skipped
+    return content.folders, content.files
 
 
 def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:

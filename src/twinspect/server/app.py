@@ -144,12 +144,12 @@ class _Routes:
 
     async def models(self) -> Response:
         """Models being served, with thresholds and what they promise."""
-        found = self.service.models
-        return JSONResponse({"models": [self._describe(served.name) for served in found]})
+        models = self.service.models
+        return JSONResponse({"models": [self._describe(served.name) for served in models]})
 
     def _describe(self, name: str) -> dict[str, Any]:
-        found = self.service.models
-        return {**found.get(name).describe(), "trouble": found.trouble.get(name, "")}
+        models = self.service.models
+        return {**models.get(name).describe(), "trouble": models.trouble.get(name, "")}
 
     async def reload(self, bundle: str) -> Response:
         """Read a model's file again; requests under way finish with the old version."""
@@ -170,10 +170,10 @@ class _Routes:
         """Whether predictions still look like the calibration images."""
         models = list(self.service.models)
         # In a thread: comparing thousands of scores takes a moment.
-        found = await asyncio.to_thread(
+        reports = await asyncio.to_thread(
             lambda: [{"bundle": one.name, **one.light.report().to_dict()} for one in models]
         )
-        return JSONResponse({"drift": found})
+        return JSONResponse({"drift": reports})
 
     async def reset_drift(self, bundle: str) -> Response:
         """Watch from the beginning again, after the cause of an alarm was put right."""
@@ -232,10 +232,10 @@ def _digest(text: str) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    found = refusal_of(error)
-    if found is None:
+    refusal = refusal_of(error)
+    if refusal is None:
         raise error  # ours; the guard says so
-    return _answer(request, found)
+    return _answer(request, refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
