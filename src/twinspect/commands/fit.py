@@ -45,7 +45,7 @@ def fit_command(
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
-    from twinspect.training.resume import LOG, leave_work, remove_checkpoint
+    from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
 
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
@@ -54,6 +54,8 @@ def fit_command(
     refuse_unwritable(out)
     folder = work or out.with_name(f"{out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
+    busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
+    held = files.lock(folder / LOCK, busy) if group.leads else None
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
@@ -90,6 +92,8 @@ def fit_command(
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
         remove_checkpoint(folder)
+    if held is not None:
+        held.close()
 
 
 def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
