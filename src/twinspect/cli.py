@@ -17,12 +17,14 @@ from twinspect.commands.options import (
     CheckOptions,
     DiagnoseOptions,
     DriftOptions,
+    EvalOptions,
     ExportCommandOptions,
     InspectOptions,
     ManifestOptions,
+    PredictOptions,
     ReproduceOptions,
+    UpdateOptions,
 )
-from twinspect.commands.predict import predict
 from twinspect.commands.serve import serve
 from twinspect.config import ModelConfig, TrainConfig
 
@@ -210,32 +212,12 @@ def fit(
 
 
 @app.command("eval")
-def evaluate(
-    bundle: Bundle,
-    data: Data,
-    json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
-    report: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(
-            "--report", "--out", help="Report file: .html (with charts and the wrong images), .md or .json."
-        ),
-    ] = None,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Images = None,
-    split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
-    intervals: Annotated[bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals.")] = False,
-    leaks: Annotated[bool, typer.Option(help="Look for byte-equal training and test images.")] = True,
-    drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Leave out test images seen in training.")] = False,
-    weights: Weights = None,
-) -> None:
+@takes(EvalOptions)
+def evaluate(options: EvalOptions) -> None:
     """Measure a model on labelled test images: per class and mean, both students alone."""
-    from twinspect.commands.evaluate import EvalOptions, eval_command
+    from twinspect.commands.evaluate import eval_command
 
-    options = EvalOptions(
-        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(report or ()), intervals, leaks,
-        drop_leaks,
-    )  # fmt: skip
-    with _console(quiet=json_file == "-") as console:
+    with _console(quiet=options.json_file == "-") as console:
         eval_command(options, console)
 
 
@@ -279,11 +261,19 @@ def reproduce(options: ReproduceOptions) -> None:
         reproduce_command(options, console)
 
 
-app.command()(
-    usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(
-        predict
-    )
-)
+@app.command()
+@usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")
+@takes(PredictOptions)
+def predict(options: PredictOptions) -> None:
+    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+
+    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
+    and --fail-on ends the run. Exit code 1: none of the images could be read.
+    """
+    from twinspect.commands.predict import predict_command
+
+    with _console() as console:
+        predict_command(options, console)
 
 
 @app.command()
@@ -329,21 +319,13 @@ def calibrate(options: CalibrateOptions) -> None:
 
 @app.command()
 @usual("class_name", "listed", "undo", "out")
-def update(
-    bundle: Bundle,
-    new: Annotated[Optional[Path], typer.Argument(help="New good images: a folder in any layout.")] = None,  # noqa: UP045
-    class_name: Annotated[str, typer.Option("--class", help="Class of all of them, known or new.")] = "",
-    listed: Annotated[bool, typer.Option("--list", help="Say what was learnt since training.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Take the last update back.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
-    layout: Annotated[str, typer.Option(help="Layout of NEW; auto detects it.")] = "auto",
-    weights: Weights = None,
-) -> None:
+@takes(UpdateOptions)
+def update(options: UpdateOptions) -> None:
     """Learn new good images, after false alarms or of a new class, without the old ones."""
     from twinspect.commands.update import update_command
 
     with _console() as console:
-        update_command(bundle, new, class_name, out, listed, undo, str(weights or ""), layout, console)
+        update_command(options, console)
 
 
 @app.command()

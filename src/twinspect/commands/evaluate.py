@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from twinspect import data as data_room
+from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import (
     MAP_SIZE,
     MASK_RULE,
@@ -47,37 +47,6 @@ AS_GIVEN = "test as the data say"
 _DECISIONS = "An image is called bad from the threshold of its predicted class on (severity 1)."
 _SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
-
-
-@dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """What ``twinspect eval`` was asked for.
-
-    Attributes:
-        bundle: trained model.
-        data: data set.
-        layout: of the data, or ``auto``.
-        images: folder that the paths of a manifest are relative to.
-        split: name of a protocol's split; empty takes the one the bundle was trained on, else the data as given.
-        weights: teacher's file of a thin bundle.
-        json_file: where to write JSON, ``-`` to print it.
-        report: reports, format by suffix.
-        intervals: add 95 % bootstrap intervals of the image metrics.
-        leaks: look for byte-equal images in training and test.
-        drop_leaks: leave test images out that are also training images.
-    """
-
-    bundle: Path
-    data: Path
-    layout: str = "auto"
-    images: Path | None = None
-    split: str = ""
-    weights: str = ""
-    json_file: str = ""
-    report: tuple[Path, ...] = ()
-    intervals: bool = False
-    leaks: bool = True
-    drop_leaks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
