@@ -94,8 +94,6 @@ app.command()(usual("host", "port", "api_key_file", "log", "log_days", "runtime"
 
 Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
-Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a manifest are relative to.")]  # noqa: UP045
-Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
 Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
