@@ -107,6 +107,7 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     tensors = from_bytes(content.tensors)
     teacher = _teacher(meta, weights, config)
     model = build_model(config.model, teacher)
+    model.roi_SS = tensors.get("roi_SS")
     resize_buffers(model, tensors)
     needed = model.state_dict()
     missing = [key for key in needed if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]

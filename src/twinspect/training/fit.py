@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
+from twinspect.data.roi import fit_roi
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
-from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up, pack_roi
 from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
@@ -78,6 +80,7 @@ def fit(
     progress: Progress = silent,
     resume: Fitted | None = None,
     forget: bool = False,
+    roi: NDArray[np.bool_] | None = None,
 ) -> Fitted:
     """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
@@ -89,6 +92,8 @@ def fit(
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
+        roi: region of interest in the pixels of the images, H x W, true inside: pixels outside are neither learnt nor
+            scored. None takes that of ``resume``.
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
@@ -103,15 +108,17 @@ def fit(
     keep_freed_memory()
     progress = progress if group.leads else silent
     with in_fp32(group.device.type):
-        dropped = _outliers(samples, config, progress, group) if config.train.drop_outliers else []
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {one["path"] for one in dropped}
         kept = [s for s in samples if name_of(s) not in paths]
-        fitted = _fitted(kept, config, work, progress, resume, group)
+        fitted = _fitted(kept, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
 
 
-def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group) -> list[dict[str, Any]]:
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
     """The good images that are least like the others, as many as shall be left out; a model without students tells.
 
     Raises:
@@ -119,7 +126,7 @@ def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, 
     """
     wanted = config.train.drop_outliers
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    listed = _fitted(samples, quick, None, progress, None, group, wanted).record["least_like"]
+    listed = _fitted(samples, quick, None, progress, None, group, roi, wanted).record["least_like"]
     good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
     if 3 * wanted > good:
         raise ConfigError(f"--drop-outliers {wanted}: at most a third of the {good} good images can be left out")
@@ -133,6 +140,7 @@ def _fitted(
     progress: Progress,
     resume: Fitted | None,
     group: Group,
+    roi: NDArray[np.bool_] | None,
     listed: int = LISTED,
 ) -> Fitted:
     notes: list[str] = []
@@ -149,6 +157,10 @@ def _fitted(
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
+    if resume is not None and roi is None:
+        model.roi_SS = resume.model.roi_SS
+    elif roi is not None:
+        model.roi_SS = _roi(roi, model, training).to(group.device)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
@@ -181,6 +193,17 @@ def _fitted(
     if resume is not None:
         record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
     return Fitted(model, decision, config, record, skipped, good, memory)
+
+
+def _roi(roi_HW: NDArray[np.bool_], model: AnomalyModel, samples: Sequence[Sample]) -> Tensor:
+    """A region of interest at the model's size; the first image that can be read says how they are shaped."""
+    for sample in samples:
+        with suppress(DataError, OSError):  # reported when all images are read
+            shape = read_sample_rgb(sample).shape[:2]
+            break
+    else:
+        shape = roi_HW.shape
+    return torch.from_numpy(fit_roi(roi_HW, model.size, (shape[0], shape[1])))
 
 
 def decision_of(
@@ -225,6 +248,7 @@ def decision_of(
     return Decision(
         scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
         bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
+        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
 
 
