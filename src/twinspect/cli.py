@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +19,7 @@ from twinspect.commands.options import (
     DriftOptions,
     EvalOptions,
     ExportCommandOptions,
+    FitOptions,
     InspectOptions,
     ManifestOptions,
     PredictOptions,
@@ -92,9 +93,7 @@ data_app = typer.Typer(
 app.add_typer(data_app)
 app.command()(usual("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue")(serve))
 
-Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
 def _say_version(asked: bool) -> None:
@@ -185,45 +184,14 @@ def fetch(
     "device",
 )
 @with_settings(ModelConfig, TrainConfig, optional=True)
-def fit(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    effort: Annotated[
-        str, typer.Option(help="instant: statistics only, no students; fast: half the input side, fewer steps.")
-    ] = "default",
-    config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
-    resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
-    roi: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored."),
-    ] = None,
-    forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder that the paths of a manifest are relative to."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
-    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
-    thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
-    force: Force = False,
-    **settings: Any,
-) -> None:
+@with_settings(FitOptions)
+def fit(**given: Any) -> None:
     """Learn what normal looks like from good images and write one bundle."""
     from twinspect.commands.fit import fit_command
-    from twinspect.config import of_effort
 
-    # None is "not given": the dial's value, a TOML file's, or the default then holds.
-    chosen = {
-        section: {one.name: settings[one.name] for one in fields(kind)}
-        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
-    }
+    options = FitOptions(**{one.name: given.pop(one.name) for one in fields(FitOptions)})
     with _console() as console:
-        for section, values in of_effort(effort).items():
-            chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}
-        fit_command(
-            data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget, force, roi
-        )
+        fit_command(options, given, console)
 
 
 @app.command("eval")

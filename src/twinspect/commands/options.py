@@ -225,3 +225,24 @@ class UpdateOptions:
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
     layout: str = option("Layout of NEW; auto detects it.", "auto")
     weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """Of ``twinspect fit``, beside the settings of a run."""
+
+    data: Path = argument("Folder of a data set, or a plain folder of good images.")
+    out: Path = option("Bundle to write.", Path("model.twin"))
+    effort: str = option("instant: statistics only, no students; fast: half the input side, fewer steps.", "default")
+    config: Path | None = option("TOML file of settings; options given here win.", None)
+    resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
+    roi: Path | None = option(
+        "Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored.", None
+    )
+    forget: bool = option("Drop classes of that bundle that DATA lacks.", False, "--forget")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")
+    work: Path | None = option("Folder for checkpoint and log.", None)
+    thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
+    force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
