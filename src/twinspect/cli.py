@@ -97,11 +97,8 @@ Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the
 Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
-# Options of settings whose name is not the setting's.
-
-
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(asked: bool) -> None:
+    if asked:
         from twinspect._version import __version__
 
         typer.echo(__version__)

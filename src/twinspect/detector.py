@@ -438,7 +438,7 @@ def _stands_for_several(path: str | os.PathLike[str]) -> bool:
 
 
 def _as_sample(item: Any, number: int) -> Sample:
-    """A good image by what `frames.expand` gives."""
+    """A good image by what `decode.expand` gives."""
     from twinspect.data.folders import good_files
     from twinspect.inference.archives import Item
     from twinspect.inference.decode import decode

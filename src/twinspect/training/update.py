@@ -21,8 +21,8 @@ from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
 from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
 from twinspect.training.memory import Memory, remember
+from twinspect.training.normal import Before, add_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import Before, add_statistics
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
@@ -45,7 +45,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     """
     if not fitted.memory:
         raise BundleError(
-            "this model keeps nothing that images can be added to (scoring plain, more than 4,096 good images, or "
+            "this model keeps nothing that images can be added to (scoring plain, tiles, more than 4,096 good images, or "
             "written before version 0.3); train it again with all images: twinspect fit DATA"
         )
     memory, notes = Memory.from_bytes(fitted.memory), list[str]()
