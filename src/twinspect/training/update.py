@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from twinspect.data.leaks import count_once
-from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.decision import image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.inference.decode import name_of
 from twinspect.models.contract import AnomalyModel
@@ -21,8 +21,8 @@ from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
 from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
 from twinspect.training.memory import Memory, remember
+from twinspect.training.normal import Before, add_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import Before, add_statistics
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
@@ -55,9 +55,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     there = set(memory.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
-        notes.append(
-            f"{len(source) - len(images)} of {len(source)} images left out: the model has learnt them already"
-        )
+        notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
     _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
     before = Before(memory.good, memory.class_name, fitted.decision.class_of_cluster)
     good, classes = add_statistics(model, source, images, before, fitted.config.train.seed, progress)
@@ -70,11 +68,12 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     if decision.fixed:
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
-    bank, thumbnails = _bank(model, decision, len(memory.key), learnt, fitted.config.train.thumbnails)
+    bank = _bank(fitted, model, len(memory.key), learnt)
     new = replace(
-        decision, good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        decision, bank=tuple(name for name, _ in bank),
+        thumbnails=tuple(one for _, one in bank if decision.thumbnails),
+        good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
-        bank=bank, thumbnails=thumbnails,
     )  # fmt: skip
     counts = Counter(sample.class_name for sample in learnt)
     record = copy.deepcopy(fitted.record)
@@ -94,19 +93,15 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
 
 
-def _bank(
-    model: AnomalyModel, decision: Decision, before: int, learnt: Sequence[Sample], side: int
-) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
-    """Names and thumbnails of the images that are compared with, of ``before`` old and all new ones.
-
-    Where only some of the old ones were in the bank, nothing is known of them any more.
-    """
-    assert model.scorer.nearest is not None
-    kept, whole = model.scorer.nearest.kept, len(decision.bank) == before
-    names = [*(decision.bank if whole else [""] * before), *map(name_of, learnt)]
-    old = decision.thumbnails if whole and decision.thumbnails else [b""] * before
-    pictures = [*old, *(small_pictures(learnt, side) if side else [b""] * len(learnt))]
-    return tuple(names[i] for i in kept), tuple(pictures[i] for i in kept) if any(pictures) else ()
+def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Names and small pictures of the images that others are compared with; empty ones where they are not known."""
+    decision, nothing = fitted.decision, [("", b"")] * old
+    known = len(decision.bank) == old
+    pictures = decision.thumbnails or (b"",) * old
+    fresh = small_pictures(learnt, fitted.config.train.thumbnails) if decision.thumbnails else (b"",) * len(learnt)
+    rows = list(zip(decision.bank, pictures, strict=True)) if known else nothing
+    rows += zip(map(name_of, learnt), fresh, strict=True)
+    return [rows[i] for i in model.scorer.nearest.kept] if model.scorer.nearest is not None else []
 
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
