@@ -15,6 +15,7 @@ from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
     CheckOptions,
+    CompareOptions,
     DiagnoseOptions,
     DriftOptions,
     EvalOptions,
@@ -43,6 +44,7 @@ EXAMPLES = {
     "fit": "twinspect fit data/ -o model.twin",
     "info": "twinspect info model.twin",
     "eval": "twinspect eval model.twin data/ -o report.html",
+    "compare": "twinspect compare old.twin new.twin data/ --report compare.html",
     "diagnose": "twinspect diagnose model.twin data/ --report classes.html",
     "calibrate": "twinspect calibrate model.twin good-day2/ --max-fpr 0.01",
     "predict": "twinspect predict model.twin new/ -o table.csv --overlays pictures/",
@@ -202,6 +204,16 @@ def evaluate(options: EvalOptions) -> None:
 
     with _console(quiet=options.json_file == "-") as console:
         eval_command(options, console)
+
+
+@app.command()
+@takes(CompareOptions)
+def compare(options: CompareOptions) -> None:
+    """Score the same labelled images with two models: accuracy, decisions that differ, speed and size."""
+    from twinspect.commands.compare import compare_command
+
+    with _console(quiet=options.json_file == "-") as console:
+        compare_command(options, console)
 
 
 @app.command()

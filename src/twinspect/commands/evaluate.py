@@ -38,7 +38,7 @@ from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
-from twinspect.inference.predictor import name_of
+from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.result import Result
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
@@ -88,7 +88,9 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     for line in loaded.summary():
         console.say(line)
     recorded = detector.record_.get("split", {})
-    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed, detector)
+    test = choose_test(
+        loaded, options.split or recorded.get("name", ""), detector.config.train.seed, [detector.predictor()]
+    )
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
     pairs = leaked_pairs(test) if options.leaks or options.drop_leaks else []
@@ -119,11 +121,11 @@ def eval_command(options: EvalOptions, console: Console) -> None:
         raise SystemExit(NOTHING_SCORED)
 
 
-def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None = None) -> TestSet:
+def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predictor] = ()) -> TestSet:
     """The test set of a named split, or the data's own labelled test images.
 
     Where a set has no good test image (a folder of good images, or good and bad ones side by side), its good images
-    are test images, but for those that ``detector`` has learnt.
+    are test images, but for those that one of ``predictors`` has learnt.
 
     Raises:
         ConfigError: no such split, or the set is semantic and no split was named.
@@ -138,27 +140,29 @@ def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None 
             f"trained on with --split, such as one-vs-rest/{loaded.classes[0]}, {accepted}"
         )
     samples: Sequence[Sample] = loaded.samples
-    if detector is not None and not any(s.split == TEST and s.label == 0 for s in samples):
-        samples = unlearnt_as_test(samples, detector)
+    if predictors and not any(s.split == TEST and s.label == 0 for s in samples):
+        samples = unlearnt_as_test(samples, predictors)
     test = tuple(test_samples(samples))
     known = tuple(s for s in samples if s.split != TEST)
     return TestSet(AS_GIVEN, content_hash([(TEST, test)]), known, test)
 
 
-def unlearnt_as_test(samples: Sequence[Sample], detector: Detector) -> list[Sample]:
-    """The same samples, the good ones that the model did not learn from moved to the test split."""
-    learnt, size = set(detector.fitted.decision.trained), detector.predictor().runtime.size
-
-    def new(sample: Sample) -> bool:
-        try:
-            return image_key(sample, size) not in learnt
-        except (DataError, OSError):  # said when it is scored
-            return True
-
+def unlearnt_as_test(samples: Sequence[Sample], predictors: Sequence[Predictor]) -> list[Sample]:
+    """The same samples, the good ones that no model has learnt moved to the test split."""
     return [
-        replace(one, split=TEST, label=0) if one.split != TEST and one.label in (0, None) and new(one) else one
+        replace(one, split=TEST, label=0)
+        if one.split != TEST and one.label in (0, None) and not any(has_learnt(p, one) for p in predictors)
+        else one
         for one in samples
     ]
+
+
+def has_learnt(predictor: Predictor, sample: Sample) -> bool:
+    """Whether a model was trained on an image, by its content; of one that cannot be read, not."""
+    try:
+        return predictor.decision.has_learnt(image_key(sample, predictor.runtime.size))
+    except (DataError, OSError):  # said when it is scored
+        return False
 
 
 def of_split(split: Split) -> TestSet:

@@ -129,6 +129,23 @@ class DiagnoseOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """Of ``twinspect compare``."""
+
+    first: Path = argument("A model: bundle (.twin) or exported.")
+    second: Path = argument("Another, which is compared with the first.")
+    data: Path = argument("Labelled data set; its test images are scored by both.")
+    report: tuple[Path, ...] = option("Report file: .html (with the images they differ on), .md or .json.", ())
+    json_file: str = option(_JSON, "", "--json")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
+    draws: int = option("Bootstrap draws of the test images.", 1000)
+    seed: int = option("Seed of the draws and splits.", 0)
+    device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
+
+
+@dataclass(frozen=True, slots=True)
 class InspectOptions:
     """Of ``twinspect data inspect``."""
 
