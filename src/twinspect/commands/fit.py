@@ -34,12 +34,14 @@ def fit_command(
     resume_from: Path | None = None,
     forget: bool = False,
     force: bool = False,
+    roi: Path | None = None,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
     from twinspect import files
     from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
+    from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
@@ -66,7 +68,9 @@ def fit_command(
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(samples, config, folder, console.progress, before, forget)
+    fitted = fit(
+        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
+    )
     if not group.leads:
         return
     if split is not None:
@@ -202,7 +206,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
     if is_export(bundle):
         return export_info(bundle)
     meta = read_bundle(bundle).meta
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
     return {
         "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
         "thin": meta["thin"],
@@ -235,5 +239,6 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
-            shown = "; ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{above}{name}", shown
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)

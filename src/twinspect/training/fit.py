@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
+from twinspect.data.roi import fit_roi
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
-from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up, pack_roi
 from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
@@ -42,9 +44,9 @@ from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import MOST, remember
+from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Tile, in_tiles, picture_of, record_layout
-from twinspect.training.statistics import GoodImages, fit_scales
 from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
@@ -104,17 +106,20 @@ def fit(
     progress: Progress = silent,
     resume: Fitted | None = None,
     forget: bool = False,
+    roi: NDArray[np.bool_] | None = None,
 ) -> Fitted:
-    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
+    """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
+        roi: region of interest in the pixels of the images, H x W, true inside: pixels outside are neither learnt nor
+            scored. None takes that of ``resume``.
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
@@ -131,15 +136,17 @@ def fit(
     keep_freed_memory()
     progress = progress if group.leads else silent
     with in_fp32(group.device.type):
-        dropped = _outliers(samples, config, progress, group) if config.train.drop_outliers else []
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {one["path"] for one in dropped}
         kept = [s for s in samples if name_of(s) not in paths]
-        fitted = _fitted(kept, config, work, progress, resume, group)
+        fitted = _fitted(kept, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
 
 
-def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group) -> list[dict[str, Any]]:
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
     """The good images that are least like the others, as many as shall be left out; a model without students tells.
 
     Raises:
@@ -147,7 +154,7 @@ def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, 
     """
     wanted = config.train.drop_outliers
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    listed = _fitted(samples, quick, None, progress, None, group, wanted).record["least_like"]
+    listed = _fitted(samples, quick, None, progress, None, group, roi, wanted).record["least_like"]
     good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
     if 3 * wanted > good:
         raise ConfigError(f"--drop-outliers {wanted}: at most a third of the {good} good images can be left out")
@@ -161,6 +168,7 @@ def _fitted(
     progress: Progress,
     resume: Fitted | None,
     group: Group,
+    roi: NDArray[np.bool_] | None,
     listed: int = LISTED,
 ) -> Fitted:
     notes: list[str] = []
@@ -181,6 +189,12 @@ def _fitted(
     sides = usual_sides(training)
     tiles = tiles_of(config.model.tiles) if config.model.tiles != "auto" else fitting_tiles(sides, model.size)
     config = replace(config, model=replace(config.model, tiles="" if tiles == (1, 1) else f"{tiles[0]}x{tiles[1]}"))
+    if resume is not None and roi is None:
+        model.roi_SS = resume.model.roi_SS
+    elif roi is not None:
+        model.roi_SS = _roi(roi, model, training).to(group.device)
+    if model.roi_SS is not None and tiles != (1, 1):
+        raise ConfigError("a region of interest is one for whole pictures: leave --tiles or --roi out")
     training, held = in_tiles(training, tiles), in_tiles(held, tiles)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
@@ -219,6 +233,17 @@ def _fitted(
     if resume is not None:
         record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
     return Fitted(model, decision, config, record, skipped, good, memory)
+
+
+def _roi(roi_HW: NDArray[np.bool_], model: AnomalyModel, samples: Sequence[Sample]) -> Tensor:
+    """A region of interest at the model's size; the first image that can be read says how they are shaped."""
+    for sample in samples:
+        with suppress(DataError, OSError):  # reported when all images are read
+            shape = read_sample_rgb(sample).shape[:2]
+            break
+    else:
+        shape = roi_HW.shape
+    return torch.from_numpy(fit_roi(roi_HW, model.size, (shape[0], shape[1])))
 
 
 def decision_of(
@@ -267,6 +292,7 @@ def decision_of(
     return Decision(
         scores, classes, scale, model_id=model_id(model), trained=trained, held=kept,
         bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
+        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
 
 
@@ -463,7 +489,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
 
     Returns:
         ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
-        anomaly among the good ones would (`calibration.suspicious_tail`).
+        anomaly among the good ones would (`conformal.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
     seen = np.array(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -128,6 +129,8 @@ class FeatureSource:
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
         inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        if self._model.roi_SS is not None:
+            inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -290,7 +293,7 @@ def teacher_batch(model: AnomalyModel) -> int:
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
 def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2)
+    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small

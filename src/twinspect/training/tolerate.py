@@ -1,7 +1,7 @@
 """Copies of good images as a camera might have taken them: packed as JPEG, under another light, shifted (--tolerate).
 
 They are learnt and calibrated on beside the images themselves. Cross-fitting holds an image and its copies to be one:
-what scores one of them has seen none (`training.statistics`).
+what scores one of them has seen none (`training.normal`).
 """
 
 from __future__ import annotations

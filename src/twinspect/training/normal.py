@@ -310,7 +310,7 @@ class _Fitting:
     def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
         for places, observed, small in self._batches():
             plain = self.model.plain(observed, small)
-            yield places, plain, observed, self.scorer.finish(plain.map_Bhw).amax((1, 2, 3)) if peaks else places
+            yield places, plain, observed, self._peaks(self.scorer.finish(plain.map_Bhw)) if peaks else places
 
     def _means(self) -> list[Tensor]:
         """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
@@ -502,8 +502,11 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self._peaks(self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]))
         return torch.stack(readings, 1).to(self.model.device), peak_n
+
+    def _peaks(self, map_B1HW: Tensor) -> Tensor:
+        return self.model.inside_map(map_B1HW).amax((1, 2, 3))
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
         """Fit the calibration on the images that count; what is said of all."""
