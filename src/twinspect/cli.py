@@ -282,6 +282,28 @@ def export(options: ExportCommandOptions) -> None:
 
 
 @app.command()
+def sign(
+    model: Annotated[Path, typer.Argument(help="Trained or exported model (.twin, .onnx, .xml).")],
+    key: Annotated[Optional[Path], typer.Option(help="Private key to sign with (PEM, Ed25519).")] = None,  # noqa: UP045
+    check: Annotated[Optional[Path], typer.Option(help="Public key to verify with, instead of signing.")] = None,  # noqa: UP045
+) -> None:
+    """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
+    from twinspect.errors import ConfigError
+    from twinspect.signature import sign as sign_model
+    from twinspect.signature import verify
+
+    with _console() as console:
+        if key is not None and check is None:
+            sign_model(model, key)
+            console.say(f"signed {model}")
+        elif check is not None and key is None:
+            verify(model, check)
+            console.say(f"{model} is as the holder of {check} signed it")
+        else:
+            raise ConfigError("give --key KEY to sign, or --check KEY to verify")
+
+
+@app.command()
 @takes(CheckOptions)
 def check(options: CheckOptions) -> None:
     """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
