@@ -25,6 +25,7 @@ from twinspect.commands.options import (
     ManifestOptions,
     PredictOptions,
     ReproduceOptions,
+    SignOptions,
     UpdateOptions,
 )
 from twinspect.commands.serve import serve
@@ -282,23 +283,20 @@ def export(options: ExportCommandOptions) -> None:
 
 
 @app.command()
-def sign(
-    model: Annotated[Path, typer.Argument(help="Trained or exported model (.twin, .onnx, .xml).")],
-    key: Annotated[Optional[Path], typer.Option(help="Private key to sign with (PEM, Ed25519).")] = None,  # noqa: UP045
-    check: Annotated[Optional[Path], typer.Option(help="Public key to verify with, instead of signing.")] = None,  # noqa: UP045
-) -> None:
+@takes(SignOptions)
+def sign(options: SignOptions) -> None:
     """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
     from twinspect.errors import ConfigError
     from twinspect.signature import sign as sign_model
     from twinspect.signature import verify
 
     with _console() as console:
-        if key is not None and check is None:
-            sign_model(model, key)
-            console.say(f"signed {model}")
-        elif check is not None and key is None:
-            verify(model, check)
-            console.say(f"{model} is as the holder of {check} signed it")
+        if options.key is not None and options.check is None:
+            sign_model(options.model, options.key)
+            console.say(f"signed {options.model}")
+        elif options.check is not None and options.key is None:
+            verify(options.model, options.check)
+            console.say(f"{options.model} is as the holder of {check} signed it")
         else:
             raise ConfigError("give --key KEY to sign, or --check KEY to verify")
 

@@ -231,6 +231,15 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SignOptions:
+    """Of ``twinspect sign``."""
+
+    model: Path = argument("Trained or exported model (.twin, .onnx, .xml).")
+    key: Path | None = option("Private key to sign with (PEM, Ed25519).", None)
+    check: Path | None = option("Public key to verify with, instead of signing.", None)
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateOptions:
     """Of ``twinspect update``."""
 
