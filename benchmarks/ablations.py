@@ -104,6 +104,8 @@ SNL = {
     "intra": Row("rd + intra", "intra"),
     "inter": Row("rd + inter", "inter"),
     "affinity": Row("rd + affinity map", "rd", MAPS),
+    "affinity-quarter": Row("rd + affinity map, weight 0.25", "rd", MAPS | {"affinity_map": 0.25}),
+    "affinity-fine": Row("rd + affinity map on 32 x 32", "rd", MAPS | {"affinity_side": 32}),
     "cram": Row("rd + CRAM, centres added back", "cram"),
     "cram-residuals": Row("rd + CRAM, residuals alone", "cram-residuals"),
     "terms": Row("the four terms", "terms"),
