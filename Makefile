@@ -7,9 +7,10 @@ comma := ,
 BIN := $(VENV)/bin
 # What is installed: extras of pyproject.toml. The tests need all of them.
 DEMO := $(VENV)/.installed-demo
-ALL := $(VENV)/.installed-dev-demo-server-onnx-openvino-ray
+DOCS := $(VENV)/.installed-docs-server
+ALL := $(VENV)/.installed-dev-demo-docs-server-onnx-openvino-ray-video
 
-.PHONY: demo quick test check bench picture clean
+.PHONY: demo quick test check docs wheel bench picture clean
 
 demo: $(DEMO)
 	$(BIN)/twinspect demo --out $(OUT)
@@ -25,6 +26,15 @@ check: $(ALL)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/. The variable silences an announcement of the theme's authors, which is about no page of ours.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+# dist/twinspect-VERSION-py3-none-any.whl
+wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 bench: $(ALL)
 	$(BIN)/python benchmarks/metrics.py
 
@@ -33,7 +43,7 @@ picture: $(ALL)
 	$(BIN)/python docs/images/draw.py $(OUT)/demo.twin docs/images/demo.png
 
 clean:
-	rm -rf $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(OUT) build dist site .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once; again when the requirements change.

@@ -45,13 +45,14 @@ from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.report import Section, Table
+from twinspect.storage import build_model
 from twinspect.training.cache import RecordLayout, image_key
-from twinspect.training.fit import build_model, cache_folder, choose_images
+from twinspect.training.copies import add_copies
+from twinspect.training.fit import cache_folder, choose_images
 from twinspect.training.loop import TrainReport, train
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.resume import take_over
-from twinspect.training.rounding import add_rounded
 from twinspect.training.source import FeatureSource, observe, record_layout
-from twinspect.training.statistics import fit_scales, fit_statistics
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"
@@ -198,7 +199,7 @@ class Remembering:
     def _look(self, item: Any) -> Seen:
         key = item.image if isinstance(item, Sample) else image_key(item)
         if key not in self.seen:
-            found = decode(item, self.model.shape.size)
+            found = decode(item, self.model.size)
             if found.square is None:
                 raise SystemExit(found.error)
             (record,) = self.layout.pack(*observe(self.model, torch.from_numpy(np.stack([found.square]))))
@@ -231,7 +232,7 @@ class Trained(NamedTuple):
 
 def trained_on(samples: Sequence[Sample], config: RunConfig, console: Console) -> Trained:
     """Train as `fit` does."""
-    training, held, _ = add_rounded(*choose_images(samples, config))
+    training, held, _ = add_copies(*choose_images(samples, config))
     torch.manual_seed(config.train.seed)
     model = build_model(config.model)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)

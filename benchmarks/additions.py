@@ -17,7 +17,7 @@ value each set would have had if it had been chosen on the other sets (leave-one
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,11 +40,10 @@ from twinspect.models import scorer as scorer_room
 from twinspect.models import statistics as statistics_room
 from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
-from twinspect.scoring import gaussian_kernel
 from twinspect.training import statistics as fitting_room
 from twinspect.training.fit import cache_folder, choose_images, fit
+from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages, fit_statistics
 
 MASK_SIDE = 128
 
@@ -136,6 +135,7 @@ class Answers:
 
     good: GoodImages
     reading_tR: Tensor
+    variant_t: Tensor
     cluster_t: Tensor
     distances: list[Tensor]  # a group each: masked test images x h x w, fp16
     plain_mhw: Tensor
@@ -144,22 +144,23 @@ class Answers:
 @torch.inference_mode()
 def answers_of(model: AnomalyModel, good: GoodImages, source: FeatureSource, masked: NDArray[np.int64]) -> Answers:
     """Readings of all test images, maps of those of classes with masks."""
-    readings, clusters, maps, plains = [], [], [], []
+    readings, variants, clusters, maps, plains = [], [], [], [], []
     wanted = set(masked.tolist())
     for part, observed, small in source.batches(range(len(source))):
         plain = model.plain(observed, small)
         variant_B, cluster_B = model.scorer.clusters(observed.tokens[0])
         distances = model.scorer.distances(observed, variant_B, cluster_B)
         readings.append(model.scorer.readings(plain, observed, distances, variant_B, cluster_B))
+        variants.append(variant_B)
         clusters.append(cluster_B)
         chosen = [i for i, place in enumerate(part) if place in wanted]
         maps.append([one[chosen].half() for one in distances])
         plains.append(plain.map_Bhw[chosen])
     joined = [torch.cat(column) for column in zip(*maps, strict=True)]
-    return Answers(good, torch.cat(readings), torch.cat(clusters), joined, torch.cat(plains))
+    return Answers(good, torch.cat(readings), torch.cat(variants), torch.cat(clusters), joined, torch.cat(plains))
 
 
-def weigh(model: AnomalyModel, row: Row, answers: Answers, cluster_masked: Tensor) -> tuple[NDArray, Tensor]:
+def weigh(model: AnomalyModel, row: Row, answers: Answers, at: NDArray[np.int64]) -> tuple[NDArray, Tensor]:
     """Image scores of the test images and maps of the masked ones, by what the row uses."""
     scorer, good = model.scorer, answers.good
     local, semantic = scorer.student_readings
@@ -180,21 +181,24 @@ def weigh(model: AnomalyModel, row: Row, answers: Answers, cluster_masked: Tenso
     scorer.calibrate(good.readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
     score, _ = scorer.joined(scorer.students(answers.reading_tR, answers.cluster_t), answers.cluster_t)
     scorer.clusters.link_K = link_K
-    if not len(cluster_masked):
+    if not len(at):
         return score.numpy(), torch.zeros(0)
     if not order:
         return score.numpy(), scorer.finish(answers.plain_mhw)
-    mapped = scorer.mapped
-    scorer.mapped = [i for i in mapped if i in order] or order
-    found = maps_of(scorer, answers, cluster_masked)
-    scorer.mapped = mapped
-    return score.numpy(), torch.cat(found)
+    return score.numpy(), torch.cat(maps_of(scorer, answers, at, order))
 
 
-def maps_of(scorer: scorer_room.Scorer, answers: Answers, cluster_m: Tensor) -> list[Tensor]:
-    """Anomaly maps of the masked images, in parts."""
-    starts = range(0, len(cluster_m), 32)
-    return [scorer.map_of([d[i : i + 32].float() for d in answers.distances], cluster_m[i : i + 32]) for i in starts]
+def maps_of(
+    scorer: scorer_room.Scorer, answers: Answers, at: NDArray[np.int64], groups: Sequence[int]
+) -> list[Tensor]:
+    """Anomaly maps, by some layer groups, of the masked images, which stand at ``at`` of all; in parts."""
+    found = []
+    for i in range(0, len(at), 32):
+        part = at[i : i + 32]
+        distances = [d[i : i + 32].float() for d in answers.distances]
+        surprises = scorer.surprises(distances, answers.variant_t[part], answers.cluster_t[part])
+        found.append(surprises[:, list(groups)].sum(1, keepdim=True))
+    return found
 
 
 SKILL: dict[int, Tensor] = {}
@@ -256,7 +260,7 @@ def run_problem(problem: Problem, args: argparse.Namespace, store: Store, consol
                     good = fit_statistics(model, known, *map(list, places), args.seed, console.progress)
             seen = {row_key: answers_of(model, good, tested, at)}
         answers = seen[row_key]
-        score, maps = weigh(model, row, answers, answers.cluster_t[at])
+        score, maps = weigh(model, row, answers, at)
         found[row.name] = judge(problem, at, masks, score, maps)
         console.say(f"{problem.set} {problem.name}: {row.name}: {headline(found[row.name])}")
     store.add(key, {"set": problem.set, "protocol": problem.protocol, "problem": problem.name, "rows": found})
@@ -269,7 +273,6 @@ CONSTANTS: dict[str, tuple[float, ...]] = {
     "NEIGHBOURS": (1, 5, 15),
     "TOP_SHARE": (0.001, 0.005, 0.02),
     "WINDOW": (10, 20, 40),
-    "MAP_SIGMA": (1 / 256, 2 / 256, 4 / 256),
     "GAP_VARIANTS": (2.2, 3.2, 4.8),
 }
 _ROOMS = (statistics_room, fitting_room, scorer_room, clusters_room)
@@ -280,12 +283,11 @@ def another(model: AnomalyModel, name: str, value: float) -> Iterator[None]:
     """A constant has another value, wherever it is used."""
     rooms = [room for room in _ROOMS if hasattr(room, name)]
     scorer, kept = model.scorer, getattr(rooms[0], name)
-    windows, kernel = [one.window for one in scorer.gaussians()], scorer.kernel
+    windows = [one.window for one in scorer.gaussians()]
     for room in rooms:
         setattr(room, name, value)
     for gaussian, plan in zip(scorer.gaussians(), scorer.plans, strict=True):
         gaussian.window = scorer_room._window(plan.stride)
-    scorer.kernel = gaussian_kernel(scorer_room.MAP_SIGMA * scorer.map_side)
     try:
         yield
     finally:
@@ -293,7 +295,6 @@ def another(model: AnomalyModel, name: str, value: float) -> Iterator[None]:
             setattr(room, name, kept)
         for gaussian, window in zip(scorer.gaussians(), windows, strict=True):
             gaussian.window = window
-        scorer.kernel = kernel
 
 
 def run_constants(problem: Problem, args: argparse.Namespace, store: Store, console: Console) -> None:
@@ -321,7 +322,7 @@ def run_constants(problem: Problem, args: argparse.Namespace, store: Store, cons
                 scorer = model.scorer
                 students = scorer.students(answers.reading_tR, answers.cluster_t)
                 score, _ = scorer.joined(students, answers.cluster_t)
-                maps = maps_of(scorer, answers, answers.cluster_t[at])
+                maps = maps_of(scorer, answers, at, range(len(scorer.plans)))
                 found = judge(problem, at, masks, score.numpy(), torch.cat(maps) if maps else torch.zeros(0))
             console.say(f"{problem.set}: {name} {value:g}: {headline(found)}")
             store.add(key, {"set": problem.set, "constant": name, "value": value, "found": found})
@@ -334,8 +335,7 @@ def table_of_constants(store: Store) -> Table:
     body = []
     for name, values in CONSTANTS.items():
         by = {(e["set"], e["value"]): e["found"] for e in entries if e["constant"] == name}
-        measure = _pixel if name == "MAP_SIGMA" else _image
-        numbers = {k: measure(found) for k, found in by.items()}
+        numbers = {k: _image(found) for k, found in by.items()}
         if len(numbers) < len(sets) * len(values):
             continue
         cells = [" / ".join(f"{numbers[s, v]:.4f}" for v in values) for s in sets]

@@ -22,7 +22,7 @@ from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predict
 
 Pixels = NDArray[np.uint8]
 Call = Callable[[], object]
-_TEACHER = "teacher/"  # how the names of its nodes begin: see `twinspect.inference.graph`
+_TEACHER = "teacher/"  # how the names of its nodes begin: see `twinspect.export.graph`
 _TURNS, _CALLS = 5, 4  # of the graph and the bare teacher, and calls in a turn
 
 

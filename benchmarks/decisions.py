@@ -38,18 +38,17 @@ from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision
-from twinspect.drift import DriftMonitor
-from twinspect.inference.predictor import classes_of_clusters
+from twinspect.decide.decision import Decision
+from twinspect.decide.drift import DriftMonitor
+from twinspect.decide.recalibrate import score_images
+from twinspect.decide.rules import Budget, GoodScores
 from twinspect.metrics import auroc
 from twinspect.models.clusters import Clusters
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
-from twinspect.recalibrate import score_images
 from twinspect.report import Table
-from twinspect.rules import Budget, GoodScores
 from twinspect.storage import Fitted
-from twinspect.training.fit import cache_folder, choose_images
+from twinspect.training.fit import cache_folder, choose_images, classes_of_clusters
 from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, Sample
 

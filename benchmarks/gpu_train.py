@@ -29,10 +29,11 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.data.painting import part
 from twinspect.device import choose_device
 from twinspect.losses import easy_share, encoder_decoder_loss
-from twinspect.training.fit import build_model, fit, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import fit
 from twinspect.training.loop import autocast, make_optimiser, train
 from twinspect.training.source import FeatureSource
-from twinspect.types import TRAIN, Sample
+from twinspect.types import TRAIN, Sample, silent
 
 VIT_B = "vit_base_patch14_reg4_dinov2"
 _SKIPPED = 5  # first steps: allocation, choice of kernels

@@ -89,8 +89,7 @@ class Worker:
 
 def serve(given: argparse.Namespace) -> int:
     """The other side of `Worker`."""
-    from twinspect.inference.decode import decode
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import decode, expand
     from twinspect.inference.runtimes import load_predictor
 
     predictor = load_predictor(given.models[0])

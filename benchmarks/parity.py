@@ -43,7 +43,7 @@ from twinspect.models.snl import RD_BETAS
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import SHORT_NAMES
 from twinspect.scoring import published_map
-from twinspect.training.fit import build_model
+from twinspect.storage import build_model
 from twinspect.training.loop import make_optimiser
 from twinspect.training.optim import StableAdamW
 

@@ -32,7 +32,7 @@ from twinspect.config import RunConfig
 from twinspect.data import load
 from twinspect.data.samples import has_pixel_truth, read_sample_mask
 from twinspect.device import peak_mb
-from twinspect.inference.parity import spread
+from twinspect.export.parity import spread
 from twinspect.metrics import auroc
 from twinspect.training.source import read_square
 from twinspect.types import TEST, TRAIN, Sample

@@ -4,6 +4,7 @@
     python benchmarks/predict.py overhead MODEL IMAGES --images 400    time beyond the model alone
     python benchmarks/predict.py kills MODEL IMAGES --images 4000      kill -9 ten times, then compare the tables
     python benchmarks/predict.py ray MODEL IMAGES --images 4000        two actors against two local processes
+    python benchmarks/predict.py live MODEL IMAGES --images 50         from an image to its row, without the model
 
 IMAGES is a folder; its images are linked over and over until there are enough (a file's content is read and decoded
 again for every link). The last line is JSON. For memory and kills a small model will do (`--teacher test_vit
@@ -36,8 +37,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from twinspect.inference.bulk import local, run
-from twinspect.inference.decode import decode
-from twinspect.inference.frames import expand
+from twinspect.inference.decode import decode, expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor
@@ -222,6 +222,29 @@ def on_ray(given: argparse.Namespace, source: Path, room: Path) -> Values:
     }  # fmt: skip
 
 
+def live(given: argparse.Namespace, source: Path, room: Path) -> Values:
+    """Seconds from an image (a file put in place; a path written to the pipe) to its row, one image at a time."""
+    images, found = sorted(source.rglob("*.*")), Values()
+    for name, words in (("watch", (str(room / "arrive"), "--watch")), ("pipe", ("@-",))):
+        (room / "arrive").mkdir(exist_ok=True)
+        typed = [sys.executable, "-m", "twinspect", "predict", given.model, *words, "--out", "-"]
+        with subprocess.Popen(typed, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            waits = []
+            for image in images:
+                began = time.perf_counter()
+                if name == "watch":
+                    os.rename(image, room / "arrive" / image.name)
+                else:
+                    print(room / "arrive" / image.name, file=process.stdin, flush=True)
+                row = json.loads(process.stdout.readline())
+                waits.append(1e3 * (time.perf_counter() - began) - row["ms"])
+            process.terminate()
+        found[f"{name}_ms_beyond_the_model"] = [float(np.percentile(waits[1:], q)) for q in (50, 95)]
+    return found
+
+
 def rate(folder: Path) -> float:
     """Rows a second while both workers were busy: between the tenth and the ninth tenth of the parts."""
     stored = sorted(marks(folder))
@@ -239,6 +262,7 @@ def marks(folder: Path) -> Iterator[tuple[float, int]]:
 
 WHAT: dict[str, Callable[[argparse.Namespace, Path, Path], Values]] = {
     "memory": memory, "overhead": overhead, "kills": kills, "ray": on_ray,
+    "live": live,
 }  # fmt: skip
 
 

@@ -18,9 +18,8 @@ from twinspect import data as data_room
 from twinspect.commands.results import write_text
 from twinspect.config import RunConfig
 from twinspect.console import Console
-from twinspect.data.carving import by_class, relative_lines, short_hash
-from twinspect.data.protocols import SEMANTIC, Split, make_splits
-from twinspect.decision import ANOMALY
+from twinspect.data.protocols import SEMANTIC, Split, by_class, content_hash, make_splits
+from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
@@ -68,8 +67,8 @@ class Problem:
     @cached_property
     def hash(self) -> str:
         """12 hex digits of images, labels and parts; where the data lie plays no role."""
-        lines = relative_lines((("known", self.known), ("test", self.test)))
-        return short_hash([*lines, *(f"{name} {at.tolist()}" for name, at in self.parts.items())])
+        more = (f"{name} {at.tolist()}" for name, at in self.parts.items())
+        return content_hash((("known", self.known), ("test", self.test)), more)
 
     @cached_property
     def masked(self) -> frozenset[str]:

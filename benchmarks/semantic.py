@@ -35,7 +35,8 @@ from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.training.fit import build_model, cache_folder, sized
+from twinspect.storage import build_model
+from twinspect.training.fit import cache_folder, sized
 from twinspect.training.source import FeatureSource
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout

@@ -74,9 +74,9 @@ class Load(NamedTuple):
 
 def serve_simulated(options: list[str]) -> None:
     """A server over a stand-in model, in this process; for the sub-command that `started` runs."""
-    from twinspect.decision import Decision
+    from twinspect.decide.decision import Decision
+    from twinspect.decide.rules import GoodScores
     from twinspect.inference.predictor import Predictor
-    from twinspect.rules import GoodScores
     from twinspect.server.app import build_app
     from twinspect.server.log import InspectionLog
     from twinspect.server.run import serve

@@ -1,11 +1,16 @@
-"""What do few good images give? Decisions with 30 a class, and named products with 12 to 50 each.
+"""What do few good images give? One to eight a class, decisions with 30, and named products with 12 to 50 each.
 
-    python benchmarks/small_sets.py --data DIR --out small.json                 # both parts
+    python benchmarks/small_sets.py --data DIR --out small.json                 # decisions and products
+    python benchmarks/small_sets.py --data DIR --parts shots --size 256 --limit 30
     python benchmarks/small_sets.py --data DIR --parts decisions --counts 30 --draws 3
     python benchmarks/small_sets.py --data DIR --parts products --products casting,metal_nut,pill_dirt
 
 decisions: one model a folder (parts, parts2) from so many randomly drawn good images of every class, a few draws; all
 test images; share of defects found and of good images called bad at the default threshold, mean over classes.
+
+shots: one model a folder from 1, 2, 4 and 8 random good images of every class, beside PatchCore (`baselines`) from
+the same images and features: greedy choice of 4,000 patches of stages 3 and 5, a memory for each class, whose name it
+is told; of its ways to read a map the one that is best on the test images. ``--limit``: test images of a kind.
 
 products: some products in one model against a model of each product alone, image AUROC of every product, and how many
 test images are taken for the right product. What is finished is written and not done again.
@@ -18,7 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from problems import Store, key_of
+from baselines import READINGS, PatchMemory, image_scores
+from problems import Store, key_of, limited
+from torch.nn import functional
 
 from twinspect import data as data_room
 from twinspect.commands.reproduce import code_hash
@@ -27,7 +34,7 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
 from twinspect.report import Table
-from twinspect.training.fit import cache_folder, fit
+from twinspect.training.fit import build_model, cache_folder, fit
 from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -112,6 +119,60 @@ def decisions(args: argparse.Namespace, store: Store, console: Console) -> Table
     return Table("Default threshold from few good images", columns, tuple(body))
 
 
+def patches_of(source: FeatureSource, at: list[int], levels: list[int]) -> torch.Tensor:
+    """Stages joined on the grid of the finest, each averaged over 3 x 3: B x P x D."""
+    maps = source.batch(at)[0].maps
+    near = [functional.avg_pool2d(maps[i].float(), 3, 1, 1, count_include_pad=False) for i in levels]
+    side = near[0].shape[-1]
+    return (
+        torch.cat([functional.interpolate(one, side, mode="bilinear") for one in near], 1).flatten(2).mT.contiguous()
+    )
+
+
+def patch_memory(samples: list[Sample], args: argparse.Namespace, console: Console) -> dict[str, dict[str, float]]:
+    """PatchCore from the training images of each class: class -> reading -> AUROC on its test images."""
+    model = build_model(ModelConfig(size=args.size))
+    source = FeatureSource(model, samples, cache_folder(model, 20_000, 20.0), console.progress)
+    levels = [model.teacher.levels.index(stage) for stage in (3, 5)]
+    found = {}
+    for name in sorted({s.class_name for s in samples}):
+        own = [i for i, s in enumerate(source.samples) if s.class_name == name]
+        known = [i for i in own if source.samples[i].split == TRAIN]
+        memory = PatchMemory(4000, 100_000, greedy=True)
+        memory.fit(lambda known=known: (patches_of(source, [i], levels) for i in known), len(known))
+        test = [i for i in own if source.samples[i].split == TEST]
+        distance = torch.cat(
+            [memory.distance(patches_of(source, test[i : i + 8], levels)) for i in range(0, len(test), 8)]
+        )
+        side = round(distance.shape[1] ** 0.5)
+        bad = np.array([source.samples[i].label for i in test])
+        read = image_scores(distance.reshape(-1, side, side))
+        found[name] = {reading: auroc(read[reading].numpy(), bad) for reading in READINGS}
+    return found
+
+
+def shots(args: argparse.Namespace, store: Store, console: Console) -> Table:
+    """A line a folder and number of images: both AUROCs, and decisions of ours."""
+    body = []
+    for folder, count in ((folder, count) for folder in FOLDERS for count in (1, 2, 4, 8)):
+        every = list(data_room.load(args.data / folder).samples)
+        test = limited([s for s in every if s.split == TEST], args.limit)
+        ours, theirs = [], []
+        for draw in range(args.draws):
+            samples = [*test, *(s for s in drawn(every, count, draw) if s.split == TRAIN)]
+            facts = {"part": "shots", "set": folder, "n": count, "draw": draw}
+            ours += once(store, console, args, samples, **facts)["classes"].values()
+            key = key_of("patchcore", facts, [str(s.image) for s in samples], args.size)
+            if key not in store.entries:
+                store.add(key, {**facts, "patchcore": patch_memory(samples, args, console)})
+            theirs += store.entries[key]["patchcore"].values()
+        best = max(np.mean([row[reading] for row in theirs]) for reading in READINGS)
+        means = [np.mean([row[k] for row in ours]) for k in ("auroc", "found", "false_alarms")]
+        body.append((folder, count, *(f"{v:.3f}" for v in (means[0], best, *means[1:]))))
+    columns = ("folder", "good images a class", "ours", "PatchCore", "found", "false alarms")
+    return Table("A few good images, image AUROC", columns, tuple(body))
+
+
 def products(args: argparse.Namespace, store: Store, console: Console) -> Table:
     """A line a number of images and product: in one model, in a model of its own, and right class."""
     every = [s for folder in FOLDERS for s in data_room.load(args.data / folder).samples]
@@ -136,8 +197,13 @@ def main() -> None:
     parser.add_argument("--counts", default="30", help="good images a class, of decisions")
     parser.add_argument("--products-counts", default="12,20,30,50")
     parser.add_argument("--products", default="casting,metal_nut,pill_dirt")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="test images of every class and kind, of shots; 0 takes all"
+    )
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=TrainConfig().steps)
+    parser.add_argument(
+        "--steps", type=int, default=TrainConfig().steps, help="0: no students (fit --effort instant)"
+    )
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("small.json"))
@@ -146,7 +212,7 @@ def main() -> None:
     args.products_counts = [int(n) for n in args.products_counts.split(",")]
     args.products = args.products.split(",")
     console, store = Console(), Store(args.out)
-    makers = {"decisions": decisions, "products": products}
+    makers = {"shots": shots, "decisions": decisions, "products": products}
     for part in args.parts.split(","):
         print("\n".join(text_table(makers[part](args, store, console))))
 

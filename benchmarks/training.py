@@ -35,8 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.storage import load
-from twinspect.training.fit import Fitted
+from twinspect.storage import Fitted, load
 from twinspect.training.loop import autocast, make_optimiser
 from twinspect.training.optim import StableAdamW
 from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch
@@ -163,7 +162,7 @@ class _Profile:
         cold = sum(one.seconds for part, one in parts.items() if part != "read")
         warm = sum(one.seconds for part, one in parts.items() if part not in ("decode", "teacher"))
         return TrainProfile(
-            name, self.model.shape.size, self.batch, self.config.precision, steps, parts, cold, warm,
+            name, self.model.size, self.batch, self.config.precision, steps, parts, cold, warm,
             flops / 1e9, rate / 1e9, peak_mb(),
         )  # fmt: skip
 
@@ -181,7 +180,7 @@ class _Profile:
         at = list(range(self.batch))
         squares = measure(
             "decode",
-            call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.shape.size) for s in self.samples])),
+            call=lambda: torch.from_numpy(np.stack([read_square(s, self.model.size) for s in self.samples])),
         )
         parts = squares.split(teacher_batch(self.model))  # as the pass that fills the cache shows them
         measure("teacher", call=lambda: [observe(self.model, part) for part in parts])
@@ -319,7 +318,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
     """One batch of images: given ones, repeated where there are too few, or painted ones."""
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import expand
 
     if images is not None:
         found = [Path(item.path) for item in islice(expand(images), count)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import csv
 import gzip
 import io
@@ -12,26 +13,58 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.data.class_names import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW, VISA
-from twinspect.data.folders import LOGICAL, STRUCTURAL, mvtec_ad
-from twinspect.data.loaded import ClassCounts
+from twinspect.data import ClassCounts
+from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
+from twinspect.data.listed import VISA
 from twinspect.data.manifest import write_manifest
-from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
-from twinspect.data.scan import relative_to_root
+from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
+from twinspect.data.scan import ScanLog, relative_to_root
+from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW
 from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
 Counts = dict[str, ClassCounts]
 RGB = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+
+
+def scene(index: int, count: int, rng: np.random.Generator, size: int, grey: bool = False) -> RGB:
+    """A picture of class ``index`` of ``count``: hue, stripe direction and stripe width tell the class."""
+    x, y = grid(size)
+    angle = np.pi * index / count + rng.normal(0, 0.03)
+    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (12 + 5 * (index % 7)) + rng.uniform(0, 6.28))
+    tint = np.array([1.0, 1.0, 1.0] if grey else colorsys.hsv_to_rgb(index / count, 0.6, 1.0))
+    rgb = finished((128 + 60 * wave)[..., None] * tint, rng, 5)
+    return np.repeat(rgb[..., :1], 3, axis=2) if grey else rgb
+
+
+def scratch(rng: np.random.Generator, size: int) -> Mask:
+    """A straight line of a few pixels' width."""
+    a, b = rng.uniform(0.15, 0.45, 2) * size, rng.uniform(0.55, 0.85, 2) * size
+    return drawn(size, lambda draw: draw.line([*a, *b], fill=1, width=max(2, size // 24)))
+
+
+def chip(rng: np.random.Generator, size: int) -> Mask:
+    """A triangle broken out of the rim."""
+    start, depth = rng.uniform(0.1, 0.6) * size, rng.uniform(0.15, 0.3) * size
+    corners = [(start, 0), (start + depth, 0), (start + depth / 2, depth)]
+    return drawn(size, lambda draw: draw.polygon(corners, fill=1))
+
+
+DEFECTS: dict[str, Callable[[np.random.Generator, int], Mask]] = {
+    "scratch": scratch,
+    "spot": spot,
+    "chip": chip,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,13 +359,13 @@ def _folder(root: Path, plan: Plan, shape: str) -> Counts:
 
 def _manifest(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_manifest(mvtec_ad(root / "images"), root / f"manifest.{shape}", root)
+    write_manifest(read_folders(root / "images", ScanLog(), MVTEC_AD), root / f"manifest.{shape}", root)
     return counts
 
 
 def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_meta_json(mvtec_ad(root / "images"), root / "meta.json", root)
+    write_meta_json(read_folders(root / "images", ScanLog(), MVTEC_AD), root / "meta.json", root)
     return counts
 
 
@@ -357,13 +390,50 @@ def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(images, plan, "classes")
     for split in (TRAIN, TEST):
         lines = []
-        for sample in (s for s in mvtec_ad(images) if s.split == split):
+        for sample in (s for s in read_folders(images, ScanLog(), MVTEC_AD) if s.split == split):
             line = {"filename": relative_to_root(sample.image, images), "label": sample.label}
             line |= {"label_name": "defective" if sample.label else "good", "clsname": sample.class_name}
             line |= {"maskname": relative_to_root(sample.masks[0], images)} if sample.masks else {}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         (root / f"{split}.json").write_text("".join(lines), encoding="utf-8")
     return counts
+
+
+def _anomalib(root: Path, plan: Plan, shape: str) -> Counts:
+    """Settings of its ``Folder``, one file a class: as they stand in a whole configuration, or alone."""
+    names = _part_names(plan)
+    for index, name in enumerate(names):
+        folder = root / "images" / name
+        _good_files(folder / "good", index, plan, "train", plan.train)
+        _good_files(folder / "good_test", index, plan, "good", plan.good)
+        for number, _, rgb, found in _defect_pictures(index, plan):
+            _save(folder / "broken" / f"{number:03d}.png", rgb)
+            _save(folder / "masks" / f"{number:03d}_mask.png", found[0])
+        settings = {
+            "name": name, "root": f"images/{name}", "normal_dir": "good", "normal_test_dir": "good_test",
+            "abnormal_dir": ["broken"], "mask_dir": "masks" if shape == "nested" else ["masks"],
+        }  # fmt: skip
+        whole = {"data": {"class_path": "anomalib.data.Folder", "init_args": settings}}
+        text = yaml.safe_dump(whole if shape == "nested" else settings)
+        (root / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return dict.fromkeys(names, _counts(plan, masks=plan.defect))
+
+
+def _lookout(root: Path, plan: Plan, shape: str) -> Counts:
+    """Manifests as Lookout for Vision exports them; their images were copied from the bucket to this folder."""
+    counts = _mvtec_ad(root / "gt-job", replace(plan, classes=1), "no-masks")
+    for split in (TRAIN, TEST):
+        lines = []
+        for sample in (s for s in read_folders(root / "gt-job", ScanLog(), MVTEC_AD) if s.split == split):
+            about = {
+                "class-name": "anomaly" if sample.label else "normal",
+                "type": "groundtruth/image-classification",
+            }
+            line = {"source-ref": f"s3://lookoutvision-bucket/{relative_to_root(sample.image, root)}"}
+            lines.append(json.dumps({**line, "anomaly-label": 1, "anomaly-label-metadata": about}) + "\n")
+        (root / f"{split}.manifest").write_text("".join(lines), encoding="utf-8")
+    (one,) = counts.values()
+    return {root.name: one}
 
 
 # ------------------------------------------------------------------------- container files as their owners wrote them
@@ -517,4 +587,6 @@ WRITERS: dict[str, Writer] = {
     "manifest": Writer(_manifest, ("parquet", "csv")),
     "meta-json": Writer(_meta_json),
     "uniad-json": Writer(_uniad_json),
+    "anomalib": Writer(_anomalib, ("nested", "flat")),
+    "lookout": Writer(_lookout),
 }

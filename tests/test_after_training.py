@@ -15,11 +15,11 @@ from twinspect.data.painting import part
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
-from twinspect.training.decide import decide
-from twinspect.training.fit import build_model, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import decision_of
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import TRAIN, Sample
+from twinspect.types import TRAIN, Sample, silent
 
 PLAIN = [
     {"teacher": RANDOM_CNN, "scoring": "plain"},
@@ -61,11 +61,17 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
         out = model.score(*source.batch(list(range(24))))
     assert good.counted_n.tolist() == [i in HELD for i in range(24)]
     peak_B = out.map_B1HW.flatten(1).amax(1)
-    expected = GoodImages(out.score_B, peak_B, out.cluster_distance_B, out.cluster_B, good.counted_n, out.readings_BR)
+    expected = good._replace(
+        score_n=out.score_B,
+        peak_n=peak_B,
+        distance_n=out.cluster_distance_B,
+        cluster_n=out.cluster_B,
+        readings_nR=out.readings_BR,
+    )
     torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
-    made = decide(model, source, TRAINED, HELD, good)
+    made = decision_of(model, source, TRAINED, HELD, good)
     assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
     assert made.good.class_name == tuple(source.samples[i].class_name for i in HELD)
     assert made.class_of_cluster == ("ring", "weave")
@@ -194,7 +200,7 @@ def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     assert out.score_B.mean() < good.score_n.mean()
     assert out.cluster_distance_B.mean() < good.distance_n.mean()
     assert all(one.double().isfinite().all() for one in (*good, *out))
-    made = decide(model, source, TRAINED, HELD, good)
+    made = decision_of(model, source, TRAINED, HELD, good)
     assert len(made.good) == len(made.trained) == 24
     assert len(made.held) == len(HELD)
     assert made.class_of_cluster == ("ring", "weave")

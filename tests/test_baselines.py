@@ -155,7 +155,7 @@ def test_draws_of_a_stratum_do_not_depend_on_the_others() -> None:
 
 def test_the_bank_gives_the_same_patches_whatever_is_asked_for(tmp_path: Path) -> None:
     from twinspect.models.teachers import create_teacher
-    from twinspect.training.fit import silent
+    from twinspect.types import silent
 
     samples = [Sample(save(tmp_path / f"{n}.png", picture(n)), TRAIN, "cloth") for n in range(5)]
     bank = module("teacher_bank").Bank(create_teacher("efficientnet-lite0"), [*samples, samples[0]], 64, 4, silent)

@@ -15,8 +15,7 @@ from tiny import picture
 from typer.testing import CliRunner
 
 from twinspect.cli import app
-from twinspect.commands.bench import BenchOptions, bench
-from twinspect.commands.export import parse_batches
+from twinspect.commands.bench import parse_batches
 from twinspect.errors import ConfigError
 from twinspect.inference.runtimes import load_predictor
 
@@ -31,7 +30,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 @pytest.fixture(scope="module")
 def onnx_of_two(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export that is fixed to two images a call."""
-    from twinspect.inference.export import ExportOptions, export
+    from twinspect.export.build import ExportOptions, export
 
     path = tmp_path_factory.mktemp("bench") / "two.onnx"
     export(quick.fitted, path, ExportOptions(batch=2))
@@ -50,7 +49,6 @@ def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) ->
         assert one["latency_ms"]["p50"] <= one["latency_ms"]["p99"]
         assert set(one["share"]) == {"decode", "preprocess", "graph", "post"}
         assert sum(one["share"].values()) == pytest.approx(1, abs=1e-6)
-        assert set(one["graph_share"]) == {"teacher", "local", "semantic", "scorer", "other"}
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "1,,2", "-1"])
@@ -59,11 +57,15 @@ def test_batches_that_are_none(text: str) -> None:
         parse_batches(text)
 
 
-def test_parts_of_an_export_fixed_to_a_number_of_images(onnx_of_two: Path) -> None:
-    report = bench(BenchOptions(onnx_of_two, batches=(1, 4), seconds=0.1), lambda _stage, _done, _total: None)
-    for one in report.batches:
-        assert set(one.graph_share) <= {"teacher", "local", "semantic", "scorer", "other"}
-        assert sum(one.graph_share.values()) == pytest.approx(1)
+def test_parts_of_the_graph(onnx_of_two: Path, quick, benchmark_module, tmp_path: Path) -> None:
+    parts_of = benchmark_module("graph_parts").graph_parts
+    bundle = quick.save(tmp_path / "m.twin")
+    for path, batch in ((bundle, 2), (onnx_of_two, 1), (onnx_of_two, 4)):
+        runtime = load_predictor(path).runtime
+        found = parts_of(runtime, path, 0, np.zeros((batch, runtime.size, runtime.size, 3), np.uint8))
+        assert set(found) <= {"teacher", "local", "semantic", "scorer", "other"}
+        assert sum(found.values()) == pytest.approx(1)
+        assert max(found.values()) < 1
 
 
 def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benchmark_module) -> None:
@@ -77,7 +79,7 @@ def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benc
     said = bare.cut_to_teacher(proto)
     assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
     model = quick.fitted.model
-    pixels = np.stack([picture(i, model.shape.size, model.shape.size) for i in range(2)])
+    pixels = np.stack([picture(i, model.size, model.size) for i in range(2)])
     found = ort.InferenceSession(proto.SerializeToString()).run(said, {"image": pixels})
     with torch.no_grad():
         features = model.teacher.features(model.teacher.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)))

@@ -309,7 +309,8 @@ def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for left-over processes in /proc")
 @pytest.mark.slow
-def test_kill_9_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
+def test_a_kill_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path, how: signal.Signals) -> None:
     source = tmp_path / "in"
     first = save(source / "0000.png", picture())
     for number in range(1, 200):
@@ -323,11 +324,16 @@ def test_kill_9_loses_nothing_and_leaves_no_process(model: Path, tmp_path: Path)
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: len(list(tmp_path.glob("t.parquet.parts/part-*"))) > 3)
     workers = children(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, how)
+    said, _ = process.communicate()
     assert workers
     wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
     assert not out.exists()
+    if how == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "resumes when the same command is typed again" in said.decode()
+        assert "Traceback" not in said.decode()
+        assert not list(tmp_path.glob("t.parquet.parts/_tmp-*"))
     found = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "of them by an earlier run" in found.stdout
@@ -562,12 +568,26 @@ def test_images_are_counted_beside_the_work(shots: Path) -> None:
     assert _Counter(("s3://bucket/x",)).total == 0
 
 
+def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str, Any]]) -> None:
+    totals, listener = runs(job(model, "-", shots))
+    rows = [json.loads(line) for line in listener.lines]
+    assert [{k: v for k, v in row.items() if k != "ms"} for row in rows] == whole
+    assert say_totals(totals, "-").endswith("1 could not be read")
+    _, listener = runs(job(model, "-.csv", shots))
+    found = list(csv.DictReader(io.StringIO("\n".join(listener.lines))))
+    assert [row["path"] for row in found] == [row["path"] for row in whole]
+    assert [row["score"] for row in found] == ["" if row["score"] is None else str(row["score"]) for row in whole]
+    for changes, sentence in (({"coco": "c.json"}, "give --out FILE"), ({"shard": (0, 2)}, "to one folder")):
+        with pytest.raises(ConfigError, match=sentence):
+            job(model, "-", shots, **changes)
+
+
 def test_engines_by_name() -> None:
-    assert chosen_engine("local", "t.csv", 0, 1.0, 0.0, "") is None
+    assert chosen_engine("local", True, 0, 1.0, 0.0, "") is None
     for words, sentence in (
-        (("spark", "t.csv", 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
-        (("local", "t.csv", 2, 1.0, 0.0, ""), "need --engine ray"),
-        (("ray", "", 0, 1.0, 0.0, ""), "give --out"),
+        (("spark", True, 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
+        (("local", True, 2, 1.0, 0.0, ""), "need --engine ray"),
+        (("ray", False, 0, 1.0, 0.0, ""), "give --out"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             chosen_engine(*words)

@@ -19,7 +19,7 @@ from twinspect import Detector
 from twinspect.bundle import read_bundle, write_bundle
 from twinspect.cli import app
 from twinspect.data.images import read_rgb
-from twinspect.decision import Decision
+from twinspect.decide.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError
 
 FEW = ("--max-fpr", "0.05")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twinspect.calibration import conformal_threshold, p_values
+from twinspect.decide.conformal import conformal_threshold, p_values
 from twinspect.errors import ConfigError, DataError
 
 

@@ -87,6 +87,28 @@ def test_fit_refuses_a_bad_out_before_training(tmp_path: Path, monkeypatch: pyte
     assert "is a folder; choose another --out" in failed("fit", data, "--out", tmp_path, *TINY)
 
 
+def test_an_overwritten_model_is_kept_once(tmp_path: Path) -> None:
+    data, out = good_folder(tmp_path / "good", 24), tmp_path / "m.twin"
+    backup = tmp_path / "m.twin.bak"
+    assert "kept" not in ok("fit", data, "-o", out, *TINY).stderr
+    first = out.read_bytes()
+    assert f"kept the model that was there as {backup}" in ok("fit", data, "-o", out, *TINY, "--seed", 1).stderr
+    assert (backup.read_bytes(), out.read_bytes() == first) == (first, False)
+    ok("calibrate", out, "--max-fpr", 0.2, "--force")
+    assert backup.read_bytes() == first
+    second = out.read_bytes()
+    assert str(backup) in ok("calibrate", out, "--max-fpr", 0.1).stderr
+    assert (backup.read_bytes(), out.read_bytes() == second) == (second, False)
+
+
+def test_a_table_on_standard_output_is_alone_there(bundle: Path, tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "in", 2)
+    found = ok("predict", bundle, folder, "-o", "-")
+    assert [json.loads(line)["path"] for line in found.stdout.splitlines()] == sorted(map(str, folder.iterdir()))
+    assert "2 images: " in found.stderr
+    assert ok("predict", bundle, folder, "--out", "-.csv").stdout.startswith("path,class_name,score,")
+
+
 def test_fit_keeps_the_checkpoint_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = good_folder(tmp_path / "good", 12), tmp_path / "m.twin"
 
@@ -247,8 +269,8 @@ def test_predict_writes_maps_and_overlays(bundle: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "maps" / "000000-000000_a.npz") as file:
         assert file["map"].shape == (60, 90)
         assert file["map"].dtype == np.float16
-    with Image.open(tmp_path / "over" / "000000-000000_a.png") as image:
-        assert image.size == (90, 60)
+    with Image.open(tmp_path / "over" / "000000-000000_a.jpg") as image:
+        assert image.width == 90
     assert len(list((tmp_path / "maps").iterdir())) == len(list((tmp_path / "over").iterdir())) == 1
 
 

@@ -3,10 +3,15 @@
 After a deliberate change type: python tests/test_cli_surface.py > tests/golden/cli.txt
 """
 
+import os
 import re
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -49,24 +54,91 @@ def test_every_flag_and_command_has_help() -> None:
     check(typer.main.get_command(app), "twinspect")
 
 
-def test_fit_shows_what_people_use_and_the_rest_on_demand() -> None:
+@pytest.mark.parametrize(
+    ("command", "some", "hidden"),
+    [
+        ("fit", ("--out", "--model", "--steps"), ("--clip", "--noisy-or", "--time-budget", "--cram", "--thin")),
+        ("predict", ("--out", "--class", "--overlays"), ("--part-rows", "--shard", "--ray-address", "--submission")),
+        ("serve", ("--port", "--log", "--api-key-file"), ("--max-wait-ms", "--max-body-mb", "--root-path")),
+        ("calibrate", ("--max-fpr", "--labels", "--out"), ("--group", "--from", "--since", "--layout")),
+    ],
+)
+def test_help_shows_what_people_use_and_help_all_the_rest(
+    command: str, some: tuple[str, ...], hidden: tuple[str, ...]
+) -> None:
     from twinspect.cli import app
 
-    short, full = (CliRunner().invoke(app, ["fit", name]).stdout for name in ("--help", "--help-all"))
-    shown, every = (set(re.findall(r"^\s+(--[a-z-]+)", text, re.M)) for text in (short, full))
-    usual = {
-        "--out",
-        "--effort",
-        "--config",
-        "--resume-from",
-        "--model",
-        "--teacher",
-        "--size",
-        "--steps",
-        "--device",
+    short, full = (CliRunner().invoke(app, [command, name]).stdout for name in ("--help", "--help-all"))
+    shown, every = (set(re.findall(r"^\s+(?:-[a-z], )?(--[a-z-]+)", text, re.M)) for text in (short, full))
+    assert {*some, "--help", "--help-all"} <= shown < every
+    assert len(shown) <= 13
+    assert {*hidden} <= every - shown
+    line = next(line for line in GOLDEN.read_text().splitlines() if line.startswith(f"twinspect {command} "))
+    assert {flag for flag in re.findall(r"--[a-z-]+", line) if not flag.startswith("--no-")} <= every | {
+        "--random-teacher"
     }
-    assert shown == usual | {"--help", "--help-all"}
-    assert {f"--{name}" for name in ("clip", "warmup", "noisy-or", "time-budget", "cram", "thin")} <= every - shown
+
+
+def test_an_option_is_one_field() -> None:
+    from twinspect.commands import argument, option, takes, usual
+
+    @dataclass(frozen=True)
+    class Toy:
+        path: Path = argument("A file.")
+        names: tuple[str, ...] = option("Some names.", ())
+        loud: bool = option("Say more.", False, "--loud")
+        rate: float = option("A rate.", 0.5)
+
+    def toy(options: Toy) -> None:
+        """A command."""
+        given.append(options)
+
+    given: list[Toy] = []
+    toys = typer.Typer()
+    toys.command()(usual("names")(takes(Toy)(toy)))
+    runner = CliRunner()
+    assert runner.invoke(toys, ["x"]).exit_code == 0
+    assert runner.invoke(toys, ["x", "--names", "a", "--names", "b", "--loud", "--rate", "1"]).exit_code == 0
+    assert given == [Toy(Path("x")), Toy(Path("x"), ("a", "b"), True, 1.0)]
+    short, full = (runner.invoke(toys, [name]).output for name in ("--help", "--help-all"))
+    assert "Some names." in short
+    assert "A rate." not in short
+    assert "A rate." in full
+
+
+def test_commands_stand_in_the_order_of_work_each_with_an_example_that_parses() -> None:
+    from twinspect.cli import EXAMPLES, app
+    from twinspect.commands.recipes import RECIPES
+
+    top = typer.main.get_command(app)
+    found = commands_of(top)
+    assert list(found) == list(EXAMPLES)
+    for name, command in found.items():
+        words = EXAMPLES[name].split()
+        assert words[0] == "twinspect"
+        assert " ".join(words[1:]).startswith(name)
+        if not hasattr(command, "commands"):
+            command.make_context(name, words[1 + len(name.split()) :])  # raises for an option that is not there
+        for flag in ("-h", "--help"):
+            assert f"  {EXAMPLES[name]}\n" in CliRunner().invoke(app, [*name.split(), flag]).stdout
+    assert EXAMPLES["reproduce"].split()[2] in RECIPES
+
+
+def commands_of(group: Any, prefix: str = "") -> dict[str, Any]:
+    """All commands below a group by what is typed, in their order."""
+    found = {}
+    for name, command in getattr(group, "commands", {}).items():
+        found |= {f"{prefix}{name}": command, **commands_of(command, f"{prefix}{name} ")}
+    return found
+
+
+def test_shells_complete_commands_and_options() -> None:
+    for typed, wanted in (("twinspect pre", "predict"), ("twinspect fit --eff", "--effort")):
+        place = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+        command = [sys.executable, "-c", "from twinspect.cli import app; app(prog_name='twinspect')"]
+        environment = {**os.environ, **place, "_TWINSPECT_COMPLETE": "complete_bash"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert wanted in done.stdout.split(), done
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from test_statistics import normal
 from tiny import run_config
 
 from twinspect.data.painting import part
-from twinspect.decision import mixed_up
+from twinspect.decide.decision import mixed_up
 from twinspect.models.clusters import (
     GAP_CLUSTERS,
     SMALLEST,
@@ -18,7 +18,7 @@ from twinspect.models.clusters import (
     merge_centres,
     repetition,
 )
-from twinspect.training.fit import build_model
+from twinspect.storage import build_model
 
 PRODUCTS = ("weave", "ring", "brushed")
 _MOST, _FRESH = 50, 20

@@ -95,5 +95,14 @@ def test_the_dial_sets_what_costs_time_and_gives_way_to_what_is_given() -> None:
     assert Detector(effort="fast", size=128).config.model.size == 128
     same = [dataclasses.replace(c.model, size=0) for c in (fast, default)]
     assert same[0] == same[1]
-    with pytest.raises(ConfigError, match="fast, default"):
+    with pytest.raises(ConfigError, match="instant, fast, default"):
         Detector(effort="hard")
+
+
+def test_no_steps_are_for_models_that_have_more_than_students() -> None:
+    from twinspect import Detector
+
+    assert Detector(effort="instant").config.train.steps == 0
+    for model in ({"scoring": "plain"}, {"model": "rd"}):
+        with pytest.raises(ConfigError, match="--steps 0"):
+            RunConfig.from_dict({"model": model, "train": {"steps": 0}})

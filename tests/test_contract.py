@@ -11,7 +11,9 @@ from tiny import picture, run_config, same_tensors, train_samples
 from twinspect import Detector
 from twinspect.config import FAMILIES, TrainConfig
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.fit import build_model, fit, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import fit
+from twinspect.types import silent
 
 TEACHERS = ["test_vit", "test_vit3", "test_efficientnet", "test_resnet", "test_convnext", "efficientnet-lite0"]
 MATRIX = [(model, teacher) for model in FAMILIES for teacher in TEACHERS]
@@ -49,7 +51,7 @@ def test_shapes_and_finiteness(model: AnomalyModel) -> None:
 
 @torch.no_grad()
 def test_any_image_size(model: AnomalyModel) -> None:
-    for height, width in ((97, 131), (40, 200), (model.shape.size, model.shape.size), (30, 30)):
+    for height, width in ((97, 131), (40, 200), (model.size, model.size), (30, 30)):
         out = model(batch(1, height, width))
         assert torch.isfinite(out.score_B).all()
         assert out.map_B1HW.shape == (1, 1, model.scorer.map_side, model.scorer.map_side)
@@ -75,7 +77,7 @@ def test_repeats_bit_for_bit_and_takes_float_pixels(model: AnomalyModel) -> None
 
 def test_gradients_only_in_the_student(model: AnomalyModel) -> None:
     model.train()
-    x = model.teacher.normalise(batch(4, model.shape.size, model.shape.size))
+    x = model.teacher.normalise(batch(4, model.size, model.size))
     terms = model.losses(model.observe(x), model.shrink(x), 0, TrainConfig())
     model.zero_grad(set_to_none=True)
     terms["loss"].backward()
@@ -95,7 +97,7 @@ def test_loss_falls_on_one_batch(name: str, teacher: str, parts: Path) -> None:
     model = made(name, teacher, parts)
     fresh = build_model(run_config(teacher, model=name).model, model.teacher)
     fresh.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("scorer.")}, strict=False)
-    x = fresh.teacher.normalise(batch(4, fresh.shape.size, fresh.shape.size))
+    x = fresh.teacher.normalise(batch(4, fresh.size, fresh.size))
     observed, small = fresh.observe(x), fresh.shrink(x)
     optimiser = torch.optim.Adam(fresh.student.parameters(), 2e-3)
     fresh.train()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twinspect.calibration import (
+from twinspect.decide.conformal import (
     conformal_threshold,
     extended_threshold,
     images_needed,
@@ -19,9 +19,9 @@ from twinspect.calibration import (
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.decision import ANOMALY, GOOD, UNSURE, Decision, promises, refuse_other_model
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, promises, refuse_other_model
+from twinspect.decide.rules import Budget, GoodScores, class_sentence
 from twinspect.errors import BundleError, ConfigError, DataError
-from twinspect.rules import Budget, GoodScores, class_sentence
 
 GOLDEN = Path(__file__).parent / "golden" / "nonconform_p_values.json"
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)

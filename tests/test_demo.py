@@ -46,7 +46,8 @@ def test_demo_writes_report_numbers_and_model(
     assert "Hardest: local" in html
     assert (out / "demo.twin").is_file()
     said = capsys.readouterr().out
-    assert "image AUROC" in said
+    assert "Image AUROC" in said
+    assert "Called anomalous at the threshold" in said
     assert "report.html" in said
 
 

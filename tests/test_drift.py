@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from twinspect.drift import DEFECTS, NONE, SCENE, SHIFT, Bag, ChangeTest, DriftMonitor, bulk_bets, tail_bets
+from twinspect.decide.drift import DEFECTS, NONE, SCENE, SHIFT, Bag, ChangeTest, DriftMonitor, bulk_bets, tail_bets
+from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
-from twinspect.rules import GoodScores
 
 
 def calibration(rng: np.random.Generator, count: int = 200, classes: str = "ab") -> GoodScores:

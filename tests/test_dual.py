@@ -19,9 +19,11 @@ from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images, silent
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import fit_scales, fit_statistics
+from twinspect.types import silent
 
 
 def count(module: torch.nn.Module) -> int:
@@ -174,7 +176,7 @@ def plain(request: pytest.FixtureRequest, parts: Path) -> Detector:
 def squares(model: DualModel, paths: list[Path]) -> torch.Tensor:
     from twinspect.data.images import read_rgb, resize_rgb
 
-    pixels = np.stack([resize_rgb(read_rgb(path), model.shape.size) for path in paths])
+    pixels = np.stack([resize_rgb(read_rgb(path), model.size) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

@@ -16,8 +16,7 @@ from twinspect.models.layers import DecoderBlock, to_map, to_tokens
 from twinspect.models.observed import Observed, Outputs
 from twinspect.models.scorer import TOP_SHARE, GroupPlan, Scorer
 from twinspect.models.statistics import NEIGHBOURS, PositionGaussian, Standardiser, TokenGaussian
-from twinspect.scoring import smooth
-from twinspect.training.fit import build_model
+from twinspect.storage import build_model
 
 
 def slow_resample(maps: torch.Tensor, side: int) -> torch.Tensor:
@@ -81,9 +80,8 @@ def slow_tokens(model: DualModel, observed: Observed) -> list[torch.Tensor]:
 
 
 def full_size(scorer: Scorer, maps: torch.Tensor) -> torch.Tensor:
-    """B x h x w to the smoothed map of the outputs, B x H x W."""
-    large = F.interpolate(maps[:, None], size=(scorer.map_side,) * 2, mode="bilinear", align_corners=False)
-    return smooth(large, scorer.kernel)[:, 0]
+    """B x h x w to the size of the outputs, B x H x W."""
+    return F.interpolate(maps[:, None], size=(scorer.map_side,) * 2, mode="bilinear", align_corners=False)[:, 0]
 
 
 def largest(one: torch.Tensor, share: float) -> float:
@@ -158,7 +156,8 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
                   for m, (plan, _, one) in zip(maps, groups, strict=True) if plan.scored]  # fmt: skip
         local = [float(plain[b, 0]), *(largest(one, TOP_SHARE) for one in scaled)]
         tokens = zip(scorer.token_gaussians(), observed.tokens, strict=True)
-        near = (1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)).sort().values[:NEIGHBOURS]
+        away = 1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)
+        near = away.sort().values[:NEIGHBOURS]
         semantic = [float(plain[b, 1]), *(slow_token(one, t[b], variant, k) for one, t in tokens), float(near.mean())]
         reading = torch.tensor([*local, *semantic])
         z, weight, link = z_of(scorer.standardise, reading, k), scorer.weight_R.numpy(), float(clusters.link_K[k])
@@ -166,18 +165,17 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         counted = weight * np.r_[slow_surprise(z[: len(local)]), z[len(local) :]]
         both = torch.tensor([counted[: len(local)].sum(), counted[len(local) :].sum()])
         z = z_of(scorer.standardise_students, both, k)
-        mapped = [g for g, (plan, _, _) in enumerate(groups) if plan.mapped]
-        side = max(maps[g].shape[0] for g in mapped)
-        levels = [(maps[g], scorer.map_level_KG[k, g], scorer.map_spread_KG[k, g]) for g in mapped]
-        large = [
-            F.interpolate(((m - level) / spread)[None, None], size=(side, side), mode="bilinear")[0, 0]
-            for m, level, spread in levels
-        ]
+        large = []
+        for g, (m, (_, _, one)) in enumerate(zip(maps, groups, strict=True)):
+            spread = np.maximum(one.spread_Vhw[variant].numpy(), float(scorer.map_spread_KG[k, g]))
+            surprising = slow_surprise((m.numpy() - float(scorer.map_level_KG[k, g])) / spread)
+            large.append(full_size(scorer, torch.from_numpy(surprising).float()[None]))
         found.append({
-            "map_B1HW": full_size(scorer, torch.stack(large).mean(0)[None]),
+            "map_B1HW": torch.stack(large).sum(0),
             "score_B": torch.tensor(link * slow_surprise(z[0]) + slow_surprise(z[1])),
             "score_local_B": torch.tensor(z[0]), "score_semantic_B": torch.tensor(z[1]),
             "cluster_B": torch.tensor(k), "cluster_distance_B": reading[len(local) + 1], "readings_BR": reading,
+            "nearest_B": away.argmin(),
         })  # fmt: skip
     return {name: torch.stack([one[name] for one in found]) for name in Outputs._fields}
 
@@ -185,7 +183,7 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_rows_score_as_the_transcription_on_maps(kind: str, detector: Detector, quick: Detector) -> None:
     model = (detector if kind == "cnn" else quick).fitted.model
-    size = model.shape.size
+    size = model.size
     pixels = torch.from_numpy(np.stack([picture(i, size, size) for i in range(5)])).permute(0, 3, 1, 2).clone()
     pixels[0, :, 20:30, 20:30] = 255
     with torch.no_grad():

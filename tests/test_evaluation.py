@@ -23,7 +23,7 @@ from twinspect.commands.evaluate import AS_GIVEN, choose_test, leaked_pairs, met
 from twinspect.commands.results import grouped, mean_of
 from twinspect.data import load
 from twinspect.data.samples import read_regions
-from twinspect.decision import count_calls
+from twinspect.decide.decision import count_calls
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import evaluate, shared_defects
 from twinspect.inference.result import Result
@@ -168,7 +168,7 @@ def test_some_masks_missing(tmp_path: Path, bundle_of_loco: Path) -> None:
     assert values["mean_over"]["pixel_auroc"] == 1
     assert said.count("have no mask") == 1
     assert problem.count("is over the 1 of 2 classes where it is defined") == 1
-    assert "mean of pixel_auroc, pixel_ap, " in problem
+    assert "mean of pixel_auroc, aupro, aupro_005, pixel_ap " in problem
 
 
 @pytest.mark.parametrize(("removed", "kind"), [("good", "anomalous"), ("defects", "normal")])

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from tiny import images_to_test, picture
 
-from twinspect.calibration import Threshold
+from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
-from twinspect.inference import load
-from twinspect.inference.export import FORMATS, ExportOptions, check, export
-from twinspect.inference.exported import companion, read_export
-from twinspect.inference.parity import (
+from twinspect.export.build import FORMATS, ExportOptions, check, export
+from twinspect.export.parity import (
     CheckImages,
     Comparison,
     ParityError,
@@ -24,12 +22,13 @@ from twinspect.inference.parity import (
     load_labelled,
     rank_correlation,
 )
-from twinspect.inference.runtimes import TorchRuntime, check_pixels, load_runtime
+from twinspect.inference import load
+from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
 
 
 @pytest.fixture(scope="module")
 def images(parts: Path, quick) -> CheckImages:
-    return load_labelled(parts, quick.fitted.model.shape.size)
+    return load_labelled(parts, quick.fitted.model.size)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def onnx_file(quick, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_output_equals_torch_at_any_batch(onnx_file: Path, quick, count: int) -> None:
-    size = quick.fitted.model.shape.size
+    size = quick.fitted.model.size
     pixels = np.stack([picture(i, size, size) for i in range(count)])
     expected = TorchRuntime(quick.fitted.model).run(pixels)
     found = load_runtime(onnx_file)[0].run(pixels)
@@ -153,7 +152,7 @@ def traced(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of `onnx_file` again, where tracing it once more would show nothing new."""
     import onnx
 
-    monkeypatch.setattr("twinspect.inference.graph.to_onnx", lambda *_: onnx.load(str(onnx_file)))
+    monkeypatch.setattr("twinspect.export.graph.to_onnx", lambda *_: onnx.load(str(onnx_file)))
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
@@ -169,7 +168,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twinspect.inference.export.write_meta", full)
+    monkeypatch.setattr("twinspect.export.build.write_meta", full)
     with pytest.raises(BundleError, match="No space left"):
         export(quick.fitted, tmp_path / "m.onnx", ExportOptions(), images)
     assert not list(tmp_path.iterdir())
@@ -201,11 +200,11 @@ def test_runtimes_that_cannot_run_a_file(onnx_file: Path, bundle: Path) -> None:
 
 
 def test_rank_correlation_with_ties() -> None:
-    from scipy.stats import spearmanr
-
-    rng = np.random.default_rng(0)
-    first, second = rng.integers(0, 9, 60).astype(float), rng.normal(size=60)
-    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second)[0])
+    first, second = np.array([1.0, 2.0, 2.0, 5.0]), np.array([3.0, 8.0, 1.0, 9.0])
+    # Ranks 0, 1.5, 1.5, 3 and 1, 2, 0, 3: covariance 3 of variances 4.5 and 5.
+    assert rank_correlation(first, second) == pytest.approx(3 / np.sqrt(4.5 * 5))
+    assert rank_correlation(first, np.zeros(4)) == 1.0
+    assert np.isnan(rank_correlation(first, np.array([0.0, np.nan, 1.0, 2.0])))
 
 
 @pytest.mark.slow
@@ -222,7 +221,7 @@ def test_small_precisions_rank_alike_or_are_refused(
     detector, parts: Path, tmp_path: Path, kind: str, precision: str
 ) -> None:
     out = tmp_path / f"small{FORMATS[kind]}"
-    images = load_labelled(parts, detector.fitted.model.shape.size)
+    images = load_labelled(parts, detector.fitted.model.size)
     try:
         found = export(detector.fitted, out, ExportOptions(kind, precision), images)
     except ParityError:
@@ -272,8 +271,8 @@ def test_int8_that_changes_answers_is_refused_unless_that_is_accepted(
     detector, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The threshold is put between the model's score of an image and the export's: the image changes sides."""
-    monkeypatch.setattr("twinspect.inference.quantise.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
-    out, size = tmp_path / "small.onnx", detector.fitted.model.shape.size
+    monkeypatch.setattr("twinspect.export.graph.SKIPPED_SHARES", (0.0,))  # all int8, so that scores do move
+    out, size = tmp_path / "small.onnx", detector.fitted.model.size
     images = load_labelled(parts, size)
     accepting = ExportOptions(precision="int8", accept_loss=True)
     export(detector.fitted, out, accepting, images)

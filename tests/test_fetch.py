@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from twinspect.errors import ConfigError, WeightsError
+from twinspect.files import sha256_of
 from twinspect.models import fetch as fetching
 from twinspect.models.fetch import REPOSITORIES, fetch, fetch_lines
 from twinspect.models.timm_import import timm
@@ -22,7 +23,6 @@ from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
     WeightsSource,
-    file_sha256,
     find_weights,
     licence,
     load_state,
@@ -263,7 +263,7 @@ def test_a_file_changed_after_it_was_fetched_is_refused_and_fetched_again(hub: H
     record_file(path).write_text("{")
     with pytest.raises(WeightsError, match="is damaged"):
         load_state(torch.nn.Linear(1, 1), WeightsSource(path, "x"), NAME)
-    assert file_sha256(fetch(NAME)) == SHA
+    assert sha256_of(fetch(NAME)) == SHA
 
 
 def test_a_file_put_there_by_hand_is_left_alone(hub: Hub) -> None:

@@ -16,7 +16,7 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.errors import DataError, ImageError
-from twinspect.inference.frames import is_live, is_single
+from twinspect.inference.decode import is_live, is_single
 
 PIXELS = picture(3, 40, 60)
 OPAQUE = np.dstack([PIXELS, np.full((40, 60), 255, np.uint8)])

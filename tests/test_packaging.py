@@ -63,13 +63,14 @@ def test_report_template_and_type_marker_are_package_data() -> None:
 def test_light_runtime_holds_every_module_that_its_modules_load() -> None:
     """Without an installation, so that a forgotten module is found in a second."""
     light = tomllib.loads((ROOT / "packaging" / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = tuple(light["tool"]["setuptools"]["packages"])
     modules = {name.removesuffix(".__init__") for name in light["tool"]["setuptools"]["py-modules"]}
     for module in sorted(modules - {"twinspect"}):
         path = ROOT / "src" / Path(*module.split("."))
         source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         loaded = [n for n in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom)]
         own = {n.module for n in loaded if (n.module or "").startswith("twinspect")}
-        missing = {one for one in own if one not in modules and not str(one).startswith("twinspect.data")}
+        missing = {one for one in own if one not in modules and not str(one).startswith(folders)}
         assert not missing, f"{module} loads {missing}"
 
 
@@ -102,7 +103,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", ["demo", "quick", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["demo", "quick", "docs", "test", "check", "bench"])
 def test_targets_of_a_bare_clone_resolve(clone: Path, target: str) -> None:
     """Dry runs: of make, which says what it would install, and of pip, which finds all of that as it is pinned."""
     command = ["make", "--dry-run", target, f"PYTHON={sys.executable}"]
@@ -111,7 +112,8 @@ def test_targets_of_a_bare_clone_resolve(clone: Path, target: str) -> None:
     assert made.returncode == 0, made.stderr
     (install,) = [shlex.split(line) for line in made.stdout.splitlines() if " pip install " in line]
     extras = re.findall(r"\w+", install[-1])
-    assert set(extras) == ({"demo"} if target in ("demo", "quick") else set(PROJECT["optional-dependencies"]))
+    wanted = {"demo": {"demo"}, "quick": {"demo"}, "docs": {"docs", "server"}}
+    assert set(extras) == wanted.get(target, set(PROJECT["optional-dependencies"]))
     options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
     resolve = [sys.executable, *install[1:], *options]
     done = subprocess.run(resolve, cwd=clone, capture_output=True, text=True)

@@ -78,7 +78,7 @@ def test_published_scoring_goes_the_whole_way(teacher: str, model: str, parts: P
     assert first.map.shape == image.shape[:2]
     with torch.no_grad():
         out = detector.fitted.model(torch.from_numpy(image).permute(2, 0, 1)[None])
-    side = detector.fitted.model.shape.size  # which RD4AD leaves it at
+    side = detector.fitted.model.size  # which RD4AD leaves it at
     assert out.map_B1HW.shape[-1] == (256 if model == "dual" else side)
     assert float(out.readings_BR[0, 0]) <= float(out.map_B1HW.max()) + 1e-6
 

@@ -11,7 +11,7 @@ from tiny import images_to_test, picture, save
 
 from twinspect import Detector
 from twinspect.errors import DataError
-from twinspect.inference.frames import expand
+from twinspect.inference.decode import expand
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, colourise
 from twinspect.types import TEST, Sample
@@ -199,7 +199,7 @@ def test_map_has_the_geometry_of_the_original(quick: Detector, height: int, widt
     assert (result.height, result.width) == (height, width)
     assert result.map.shape == (height, width)
     assert result.map.dtype == np.float32
-    assert result.overlay().size == (width, height)
+    assert result.overlay(words=False).size == (width, height)
 
 
 RIM = [(0, 0), (0, 40), (0, 88), (40, 0), (40, 88), (88, 0), (88, 40), (88, 88)]
@@ -255,9 +255,13 @@ def test_overlays_use_one_scale_for_all_images(detector: Detector, tmp_path: Pat
     assert colours[0].tolist() == colours[3].tolist()
     assert colours[0][2] > colours[0][0]  # blue is low
     assert colours[1][0] > colours[1][2]  # red is high
-    first = np.asarray(bad.overlay(1.0))[50, 50]
-    assert first[0] > first[2]
-    assert bad.overlay().size == (96, 96)
+    places = [np.unravel_index(one.grid.argmax(), one.grid.shape) for one in (good, bad)]
+    usual, high = (
+        colourise(one.grid, one.scale)[at].astype(int) for one, at in zip((good, bad), places, strict=True)
+    )
+    assert high[0] - high[2] > usual[0] - usual[2]  # the spoiled one is redder
+    assert bad.overlay(words=False).size == (96, 96)
+    assert bad.overlay().size[1] > 96
 
 
 def test_maps_and_pixels_can_be_left_out(quick: Detector, parts: Path) -> None:

@@ -5,9 +5,10 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, same_tensors
 
 from twinspect import Detector
-from twinspect.models.contract import AnomalyModel, Outputs
+from twinspect.models.contract import AnomalyModel
 from twinspect.models.fold import prepared
-from twinspect.training.fit import build_model
+from twinspect.models.observed import Outputs
+from twinspect.storage import build_model
 
 
 def assert_same(model: AnomalyModel, image: torch.Tensor, tolerance: float) -> None:
@@ -20,7 +21,7 @@ def assert_same(model: AnomalyModel, image: torch.Tensor, tolerance: float) -> N
 
 def test_a_trained_model_says_the_same(detector: Detector) -> None:
     model = detector.fitted.model
-    size = model.shape.size
+    size = model.size
     image = torch.from_numpy(np.stack([picture(i, size, size) for i in range(5)])).permute(0, 3, 1, 2).clone()
     image[0, :, 20:30, 20:30] = 255
     assert_same(model, image, 1e-4)

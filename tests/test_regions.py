@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from twinspect.inference import regions
-from twinspect.inference.regions import find_regions
-from twinspect.inference.result import resize_map
+from twinspect.inference import result as regions
+from twinspect.inference.result import find_regions, resize_map
 
 PEAKS = np.arange(1.0, 100.0)
 
@@ -27,14 +26,38 @@ def flood(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     return found
 
 
-@pytest.mark.parametrize("shape", [(20, 20), (64, 48), (33, 90), (7, 5)])
-def test_regions_against_flood_fill(shape: tuple[int, int]) -> None:
-    grid = np.random.default_rng(0).random((20, 20), dtype=np.float32)
-    grid[3:6, 4:9] += 2
-    found = find_regions(grid, shape, 0.9, PEAKS)
-    resized = resize_map(grid, *shape)
-    expected = flood(resized >= 0.9)
-    assert len(found) == len(expected)
+def literal(grid: np.ndarray, shape: tuple[int, int], threshold: float) -> list[set[tuple[int, int]]]:
+    """Regions as `regions.connected` says in words, pixel by pixel."""
+    heat, level = resize_map(grid, *shape), float(np.median(grid))
+    reach = [round(regions.NEARBY * side) for side in grid.shape]
+    nearby = np.empty_like(grid)
+    for y, x in np.ndindex(grid.shape):
+        rows, columns = (slice(max(0, at - r), at + r + 1) for at, r in zip((y, x), reach, strict=True))
+        nearby[y, x] = grid[rows, columns].max()
+    near = resize_map(nearby, *shape)
+    high = heat >= level + regions.OF_NEARBY * (near - level)
+    chosen = np.zeros(shape, bool)
+    for pixels in flood(high & (heat >= level + regions.OF_PEAK * (threshold - level))):
+        peak = max(heat[p] for p in pixels)
+        for p in pixels:
+            chosen[p] = heat[p] >= level + regions.OF_PEAK * (peak - level)
+    for pixels in flood(heat >= threshold):
+        if not any(chosen[p] for p in pixels):
+            for p in pixels:
+                chosen[p] = True
+    return [pixels for pixels in flood(chosen) if max(heat[p] for p in pixels) >= threshold]
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (64, 48), (33, 90), (7, 5)])
+def test_regions_against_their_rule_in_words(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    grid = rng.random((40, 40)).astype(np.float32)
+    grid[3:9, 4:14] += 5
+    grid[6:8, 20:23] += 1.2  # weak, beside a strong one
+    grid[30, 30] += 3
+    found = find_regions(grid, shape, 1.3, PEAKS)
+    resized, expected = resize_map(grid, *shape), literal(grid, shape, 1.3)
+    assert len(found) == len(expected) > (1 if min(shape) > 30 else 0)
     assert [r.score for r in found] == sorted((r.score for r in found), reverse=True)
     ours = {(r.x, r.y, r.width, r.height, r.area, round(r.score, 5)) for r in found}
     theirs = set()
@@ -43,6 +66,34 @@ def test_regions_against_flood_fill(shape: tuple[int, int]) -> None:
         score = round(float(max(resized[p] for p in pixels)), 5)
         theirs.add((min(xs), min(ys), max(xs) - min(xs) + 1, max(ys) - min(ys) + 1, len(pixels), score))
     assert ours == theirs
+    mask = np.zeros(shape, bool)
+    for pixels in expected:
+        mask[tuple(np.array(sorted(pixels)).T)] = True
+    np.testing.assert_array_equal(regions.region_mask(grid, shape, 1.3), mask)
+
+
+@pytest.mark.parametrize("side", [40, 80, 160])
+def test_an_area_measures_the_defect_and_not_its_strength(side: int) -> None:
+    """A square defect under a blurred map, from hardly seen to very strong."""
+    truth = np.zeros((512, 512))
+    truth[100 : 100 + side, 200 : 200 + side] = 1.0
+    blur = np.exp(-0.5 * (np.arange(-40, 41) / 6.0) ** 2)
+    for axis in (0, 1):
+        truth = np.apply_along_axis(np.convolve, axis, truth, blur / blur.sum(), "same")
+    grid = truth.reshape(128, 4, 128, 4).mean((1, 3)).astype(np.float32)
+    areas = []
+    for height in (5.5, 12.0, 50.0):
+        (region,) = find_regions(height * grid, (512, 512), 5.0, PEAKS)
+        areas.append(region.area / side**2)
+    assert all(0.5 <= area <= 2.0 for area in areas), areas
+    assert max(areas) == pytest.approx(min(areas), rel=0.02)
+
+
+def test_a_weak_region_beside_a_strong_one_is_not_lost() -> None:
+    grid = np.zeros((128, 128), np.float32)
+    grid[60, 60], grid[60, 64] = 50.0, 9.0
+    found = find_regions(grid, (128, 128), 8.0, PEAKS)
+    assert [(r.x, r.y, r.score) for r in found] == [(60, 60, 50.0), (64, 60, 9.0)]
 
 
 def test_p_value_of_a_region_counts_good_maps() -> None:

@@ -17,7 +17,7 @@ from twinspect.inference.result import Result
 from twinspect.inference.table import encode
 from twinspect.report import Case, Cases, Gallery, Section, Table, case_of, write_report
 
-VOID = {"meta", "img", "br", "path", "link", "hr", "input"}
+VOID = {"meta", "img", "br", "path", "circle", "link", "hr", "input"}
 
 
 class Page(HTMLParser):
@@ -62,7 +62,7 @@ def everything(cases: int = 2) -> list[Section]:
             ("Words with <b>marks</b>.",),
             (
                 Table("Numbers", ("class", "auroc", "count"), (("a <i>", 0.98765, 12), ("b", 1.0, 3)), "a note"),
-                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),), diagonal=True),
+                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),)),
                 Histogram("Scores", "score", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
             ),
         ),

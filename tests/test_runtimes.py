@@ -17,7 +17,7 @@ from installed import needed
 from tiny import images_to_test, picture
 
 from twinspect.inference import load
-from twinspect.inference.regions import components
+from twinspect.inference.result import components
 from twinspect.inference.runtimes import TorchRuntime, in_batches
 
 ROOT = Path(__file__).parents[1]
@@ -26,11 +26,11 @@ HEAVY = ("torch", "timm", "scipy", "pyarrow")
 
 @pytest.fixture(scope="module")
 def onnx_file(quick, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from twinspect.inference.export import ExportOptions, export
-    from twinspect.inference.parity import load_labelled
+    from twinspect.export.build import ExportOptions, export
+    from twinspect.export.parity import load_labelled
 
     out = tmp_path_factory.mktemp("export") / "model.onnx"
-    export(quick.fitted, out, ExportOptions(), load_labelled(parts, quick.fitted.model.shape.size))
+    export(quick.fitted, out, ExportOptions(), load_labelled(parts, quick.fitted.model.size))
     return out
 
 
@@ -107,7 +107,7 @@ def test_images_of_a_batch_are_computed_side_by_side(cores, quick, threads: int,
 def test_scores_of_a_batch_do_not_depend_on_its_size_or_on_the_number_of_threads(cores, quick) -> None:
     import torch
 
-    size = quick.fitted.model.shape.size
+    size = quick.fitted.model.size
     pixels = np.stack([picture(i, size, size) for i in range(5)])
     cores(1)
     single = TorchRuntime(quick.fitted.model)
@@ -190,6 +190,12 @@ def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp
     assert "weave" in found.stdout or "ring" in found.stdout
     gone = subprocess.run([python, "-c", "import torch"], capture_output=True, cwd=tmp_path)
     assert gone.returncode
+    (tmp_path / "model.twin").touch()
+    refused = subprocess.run([*run[:5], "model.twin", *run[6:]], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "light runtime" in refused.stderr
+    assert "twinspect export model.twin --out model.onnx" in refused.stderr
+    assert "install torch" not in refused.stderr
 
 
 def _megabytes(folder: Path) -> float:

@@ -20,7 +20,8 @@ from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widt
 from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import smooth, surprise
-from twinspect.training.fit import build_model, choose_images
+from twinspect.storage import build_model
+from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
 
 CNN_64 = {"channels": (16, 24, 40), "sides": (16, 8, 4)}
@@ -237,7 +238,7 @@ def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
 @torch.no_grad()
 def rd4ad(model: StructuralModel, pixels: torch.Tensor) -> torch.Tensor:
     """Cosine distances of the stages, raised to the finest grid, summed, raised to the map's size and smoothed."""
-    x = model.teacher.normalise(fit_size(pixels, model.shape.size))
+    x = model.teacher.normalise(fit_size(pixels, model.size))
     observed = model.observe(x)
     stages, predicted = model.answer(observed, model.shrink(x))
     assert torch.equal(stages[0], observed.maps[model.stages.at[0]])  # raw features, nothing standardised
@@ -255,9 +256,7 @@ def test_plain_scores_are_those_of_reverse_distillation(name: str, parts: Path) 
     model = detector.fitted.model.eval()
     assert isinstance(model, StructuralModel)
     pixels, held = noise(12), choose_images(train_samples(parts), detector.config)[1]
-    good = torch.from_numpy(np.stack([resize_rgb(read_rgb(s.image), model.shape.size) for s in held])).permute(
-        0, 3, 1, 2
-    )
+    good = torch.from_numpy(np.stack([resize_rgb(read_rgb(s.image), model.size) for s in held])).permute(0, 3, 1, 2)
     with torch.no_grad():
         out = model(pixels)
     map_B1HW = rd4ad(model, pixels)
@@ -283,7 +282,7 @@ def test_the_affinity_map_joins_the_plain_map(parts: Path, tmp_path: Path) -> No
 
     @torch.no_grad()
     def both(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        observed = model.observe(model.teacher.normalise(fit_size(pixels, model.shape.size)))
+        observed = model.observe(model.teacher.normalise(fit_size(pixels, model.size)))
         stages, predicted = model.answer(observed, model.shrink(pixels))
         features, affinities = torch.zeros(len(pixels), side, side), torch.zeros(len(pixels), side, side)
         for t, s in zip(stages, predicted, strict=True):
@@ -295,7 +294,7 @@ def test_the_affinity_map_joins_the_plain_map(parts: Path, tmp_path: Path) -> No
         return features, affinities
 
     held = choose_images(train_samples(parts), detector.config)[1]
-    good = np.stack([resize_rgb(read_rgb(s.image), model.shape.size) for s in held])
+    good = np.stack([resize_rgb(read_rgb(s.image), model.size) for s in held])
     means = [one.mean() for one in both(torch.from_numpy(good).permute(0, 3, 1, 2))]
     torch.testing.assert_close(model.map_means_2, torch.stack(means), rtol=1e-3, atol=1e-5)
     pixels = noise(3)
@@ -313,7 +312,7 @@ def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
     scorer = model.scorer
     assert scorer.gaussians()
     assert all(float(one.whiten_KDD.float().diagonal(dim1=1, dim2=2).std()) > 0 for one in scorer.gaussians())
-    pixels = noise(3, model.shape.size)
+    pixels = noise(3, model.size)
     with torch.no_grad():
         out = model(pixels)
     torch.testing.assert_close(out.readings_BR[:, 0], rd4ad(model, pixels).amax((1, 2, 3)))
@@ -325,7 +324,7 @@ def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
 
 def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("rd").eval()
-    observed = model.observe(model.teacher.normalise(noise(2, model.shape.size)))
+    observed = model.observe(model.teacher.normalise(noise(2, model.size)))
     said = [torch.stack([stage[0], -stage[1]]) for stage in model.stages.of(observed)]
     monkeypatch.setattr(model.student, "forward", lambda stages, pixels: said)
     with torch.no_grad():
@@ -366,7 +365,7 @@ def test_input_side_where_none_is_asked_for() -> None:
     sizes = {}
     for name in FAMILIES:
         config = dataclasses.replace(run_config(RANDOM_CNN, model=name).model, size=0)
-        sizes[name] = build_model(config).shape.size
+        sizes[name] = build_model(config).size
     assert sizes == {"dual": 512, "snl": 256, "rd": 256, "fd": 256}
 
 
@@ -388,8 +387,8 @@ def test_batches_mix_classes() -> None:
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
     """`export` compares with torch itself and refuses to write what differs."""
+    from twinspect.export.build import ExportOptions, export
     from twinspect.inference import load
-    from twinspect.inference.export import ExportOptions, export
 
     detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side
     out = tmp_path / "model.onnx"

@@ -17,8 +17,7 @@ from tiny import picture, save
 
 from twinspect.errors import DataError
 from twinspect.inference.archives import Item, Stream
-from twinspect.inference.decode import DecodePool, decode
-from twinspect.inference.frames import expand
+from twinspect.inference.decode import DecodePool, decode, expand
 from twinspect.inference.sources import walk, walk_all, would_find
 
 

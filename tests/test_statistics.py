@@ -141,7 +141,7 @@ def test_leaving_an_image_out_of_the_means_is_exact(count: int) -> None:
     images = 5.0 + normal(count, 9, 3).double()
     centre = images.mean((0, 1))
     mean = torch.from_numpy(slow_means(images))
-    longer = left_out(torch.tensor([float(count)]))[0]
+    longer = left_out(torch.tensor([float(count)]), torch.ones(1))[0]
     for i in range(count):
         others = torch.cat([images[:i], images[i + 1 :]])
         without = (others.sum(0) + PLACE_PRIOR * centre) / (count - 1 + PLACE_PRIOR)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinspect.calibration import Threshold
-from twinspect.commands.thresholds import MOST_LINES, threshold_lines, threshold_table
-from twinspect.decision import Decision
-from twinspect.rules import Budget, GoodScores
+from twinspect.commands.decisions import MOST_LINES, threshold_lines, threshold_table
+from twinspect.decide.conformal import Threshold
+from twinspect.decide.decision import Decision
+from twinspect.decide.rules import Budget, GoodScores
 
 
 def decision(sizes: dict[str, int], **changes: object) -> Decision:

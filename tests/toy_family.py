@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +17,6 @@ from twinspect.models.teachers import Teacher
 from twinspect.scoring import upsample
 
 
-@dataclass(frozen=True)
-class ToyShape:
-    size: int
-
-
 class ToyModel(AnomalyModel):
     """Raises nothing of its own; what a map holds beyond what the whole image says is its score."""
 
@@ -30,7 +24,6 @@ class ToyModel(AnomalyModel):
 
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, parts=2)
-        self.shape = ToyShape(size)
         width, kept = sum(teacher.info.token_channels), self.selection
         self.student = nn.ModuleDict({"local": nn.ModuleList(nn.Linear(width, d) for d in kept.channels)})
         self.scorer = Scorer(teacher.info, kept, size, config.scoring or "default", (1, 0))

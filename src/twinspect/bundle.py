@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,20 +23,23 @@ from twinspect.files import replacing
 
 FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
-_META, _TENSORS, _HASHES = "bundle.json", "model.safetensors", "sha256.json"
+_META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
 class BundleContent:
-    """What a bundle holds: plain JSON values and named tensors (as safetensors bytes)."""
+    """What a bundle holds: plain JSON values, named tensors (as safetensors bytes), and what it keeps of good images
+    (the same; empty where nothing is kept).
+    """
 
     meta: dict[str, Any]
     tensors: bytes
+    memory: bytes = b""
 
 
-def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes) -> None:
+def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: bytes = b"") -> None:
     """Write a bundle atomically: a crash or a full disk leaves no half-written file under the name.
 
     Raises:
@@ -42,6 +47,8 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes) -> None:
     """
     head = {"format": FORMAT, "twinspect": __version__, **meta}
     parts = {_META: json.dumps(head, indent=1, allow_nan=False).encode(), _TENSORS: tensors}
+    if memory:
+        parts[_MEMORY] = memory
     hashes = {name: hashlib.sha256(body).hexdigest() for name, body in parts.items()}
     refuse_unwritable(path)
     with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
@@ -52,6 +59,19 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes) -> None:
 def refuse_unwritable(path: Path) -> None:
     """As `files.refuse_unwritable`, for a bundle; called before training, so that no work is lost."""
     files.refuse_unwritable(path, "--out", f"model{SUFFIX}", _looks_like_bundle, BundleError)
+
+
+def keep_old(path: Path) -> str:
+    """Keep the bundle that is about to be replaced as ``NAME.bak``, and say so; empty where there is none."""
+    if not path.is_file():
+        return ""
+    backup = path.with_name(f"{path.name}.bak")
+    backup.unlink(missing_ok=True)
+    try:
+        os.link(path, backup)  # at no cost, and the model never lacks its name
+    except OSError:  # a file system without links
+        shutil.copy2(path, backup)
+    return f"kept the model that was there as {backup} (--force keeps none)"
 
 
 def _looks_like_bundle(path: Path) -> bool:
@@ -74,6 +94,8 @@ def read_bundle(path: Path) -> BundleContent:
             meta = json.loads(head)
             _refuse_other_format(path, int(meta["format"]), str(meta["twinspect"]))
             parts = {_META: head, _TENSORS: _member(file, _TENSORS)}
+            if _MEMORY in file.namelist():
+                parts[_MEMORY] = _member(file, _MEMORY)
             hashes = dict(json.loads(_member(file, _HASHES)))
     except _NOT_WHOLE as error:
         raise BundleError(
@@ -82,7 +104,7 @@ def read_bundle(path: Path) -> BundleContent:
     for name, body in parts.items():
         if hashes.get(name) != hashlib.sha256(body).hexdigest():
             raise BundleError(f"{path}: {name} does not match its sha256; the file was changed or damaged")
-    return BundleContent(meta, parts[_TENSORS])
+    return BundleContent(meta, parts[_TENSORS], parts.get(_MEMORY, b""))
 
 
 def _member(file: zipfile.ZipFile, name: str) -> bytes:

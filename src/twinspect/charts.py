@@ -35,41 +35,43 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class LineChart:
-    """Lines over two linear axes.
+    """Lines over two axes from 0 to 1, and the line of guessing (ROC); at most five lines.
 
     Attributes:
-        title: heading of the figure.
-        x_label, y_label: axis names with units.
-        series: at most five lines.
-        x_range, y_range: ends of the axes; values outside are drawn at the rim.
-        diagonal: draw the line of guessing (ROC).
+        marks: (name, x, y) of single points, such as the one a threshold works at.
     """
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    x_range: tuple[float, float] = (0.0, 1.0)
-    y_range: tuple[float, float] = (0.0, 1.0)
-    diagonal: bool = False
+    marks: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def description(self) -> str:
         """What the chart shows, in words."""
         names = ", ".join(s.name for s in self.series)
-        return f"Line chart of {self.y_label} over {self.x_label}: {names}."
+        points = "".join(f" {name} at {x:.3g}, {y:.3g}." for name, x, y in self.marks)
+        return f"Line chart of {self.y_label} over {self.x_label}: {names}.{points}"
 
     def svg(self) -> str:
         """The chart as an ``svg`` element."""
-        x = Axis(*self.x_range, _LEFT, _WIDTH - _RIGHT)
-        y = Axis(*self.y_range, _TOP + _PLOT, _TOP)
+        x = Axis(0.0, 1.0, _LEFT, _WIDTH - _RIGHT)
+        y = Axis(0.0, 1.0, _TOP + _PLOT, _TOP)
         parts = [*_x_axis(x, self.x_label, _TOP + _PLOT), *_y_axis(y, self.y_label)]
-        if self.diagonal:
-            ends = (np.array(self.x_range), np.array(self.y_range))
-            parts.append(f'<path class="guess" d="{_path(x, y, *ends)}"/>')
+        guess = np.array([0.0, 1.0])
+        parts.append(f'<path class="guess" d="{_path(x, y, guess, guess)}"/>')
         for place, one in enumerate(self.series):
             points = _thin(np.asarray(one.x, np.float64), np.asarray(one.y, np.float64))
             parts.append(f'<path class="line s{place % COLOURS}" d="{_path(x, y, *points)}"/>')
+        for name, at_x, at_y in self.marks:
+            left, top = x.place(at_x), y.place(at_y)
+            parts.append(f'<circle class="mark" cx="{left:.1f}" cy="{top:.1f}" r="5"/>')
+            end = "start" if left < _WIDTH / 2 else "end"
+            aside = left + (10 if end == "start" else -10)
+            parts.append(
+                f'<text class="label" x="{aside:.1f}" y="{top + 18:.1f}" text-anchor="{end}">{escape(name)}</text>'
+            )
         bottom = _TOP + _PLOT + _BOTTOM
         parts += _legend([s.name for s in self.series], bottom + 14)
         return _svg(self, parts, bottom + 28)
@@ -77,13 +79,9 @@ class LineChart:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Shares of groups over one common axis, one row each, with the threshold through all of them.
+    """Shares of groups (at most five) of finite values over one common axis, one row each.
 
-    Attributes:
-        title: heading of the figure.
-        x_label: what is counted, with its unit.
-        groups: finite values by name, at most five.
-        threshold: drawn as a vertical line; None draws none.
+    The threshold is a vertical line through all of them; None draws none.
     """
 
     title: str
@@ -105,7 +103,8 @@ class Histogram:
     def svg(self) -> str:
         """The chart as an ``svg`` element."""
         groups = {name: np.asarray(values, np.float64) for name, values in self.groups.items()}
-        axis = _score_axis(np.concatenate([*groups.values(), _listed(self.threshold)]))
+        limits = [] if self.threshold is None else [np.array([self.threshold])]
+        axis = _score_axis(np.concatenate([*groups.values(), *limits]))
         start = _TOP if self.threshold is None else _TOP + _CAPTION
         bottom = start + _ROW * len(groups)
         parts = _x_axis(axis, self.x_label + (", compressed scale" if axis.unit else ""), bottom)
@@ -249,7 +248,3 @@ def _legend(names: Sequence[str], y: float) -> list[str]:
 def _svg(chart: LineChart | Histogram, parts: Sequence[str], height: float) -> str:
     head = f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(chart.title)}. '
     return f'{head}{escape(chart.description)}">{"".join(parts)}</svg>'
-
-
-def _listed(value: float | None) -> Floats:
-    return np.array([] if value is None else [value])

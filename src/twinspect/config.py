@@ -22,10 +22,13 @@ T = TypeVar("T")
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
+LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 NOISY_OR = ("n1", "n2", "n3")
 EE_TOKENS = ("all", "last")
 PRECISIONS = ("auto", "fp32", "bf16")
+POSES = ("auto", "fixed", "free")
 DIRECTIONS = ("reverse", "forward")
 TERMS = ("flat", "spatial", "channel", "intra", "inter")
 CHANNEL_READINGS = ("kl", "kl_mean", "cosine")
@@ -36,6 +39,7 @@ SCORINGS = ("plain", "default", "published")
 
 # The one dial: what costs time. Everything else is the same at every position; docs/results.md has what each gives.
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
+    "instant": {"model": {}, "train": {"steps": 0}},
     "fast": {"model": {"size": 256}, "train": {"steps": 30}},
     "default": {"model": {}, "train": {}},
 }
@@ -200,6 +204,10 @@ class ModelConfig:
         if "terms" in FAMILIES[self.model].preset:
             self._check_structure()
 
+    def scores(self) -> str:
+        """The scoring that is meant."""
+        return self.scoring or str(FAMILIES[self.model].preset.get("scoring", "default"))
+
     def structure(self) -> Structure:
         """The structural model that is meant, presets filled in; of structural families only."""
         preset = FAMILIES[self.model].preset
@@ -208,7 +216,7 @@ class ModelConfig:
         cram = preset["cram"] if self.cram < 0 else self.cram
         place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
         return Structure(
-            direction, terms, cram, place, self.cram_add_back, self.scoring or preset["scoring"],
+            direction, terms, cram, place, self.cram_add_back, self.scores(),
             self.channel_reading, self.temperature, self.affinity_side, self.affinity_map,
         )  # fmt: skip
 
@@ -245,11 +253,23 @@ class ModelConfig:
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 
 
+def tolerated(text: str) -> tuple[str, ...]:
+    """Kinds of change that --tolerate names.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    kinds = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in kinds:
+        _check(name in CHANGES, unknown_name("--tolerate", name, CHANGES))
+    return kinds
+
+
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = _setting(100, "Optimiser steps.")
+    steps: int = _setting(100, "Optimiser steps; 0 trains no students and learns statistics of good images only.")
     batch: int = _setting(16, "Images per step.")
     seed: int = _setting(0, "Seed of weights, order, noise and splits.")
     lr: float = _setting(2e-3, "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.")
@@ -269,21 +289,41 @@ class TrainConfig:
         False,
         "Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU.",
     )
+    pose: str = _setting(
+        "auto",
+        "How products of at most 8 good images lie: fixed, free (in any pose: turned copies are learnt too), or auto "
+        "(as the images look).",
+    )
     time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
     checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
+    tolerate: str = _setting(
+        "",
+        "Changes of good images that are no anomaly: jpeg, light, shift, separated by commas. Altered copies are "
+        "learnt, at most 50 a class and kind.",
+    )
     holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
+    thumbnails: int = _setting(
+        96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
+    )
+    drop_outliers: int = _setting(
+        0, "Leave out so many good images that are least like the others; fit lists them, also without this."
+    )
     cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, f"--steps {self.steps}: at least 1")
+        _check(self.steps >= 0, f"--steps {self.steps}: 0 (no students) or more")
         _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
         check_range("--seed", self.seed, 0, LARGEST_SEED)
+        check_range("--thumbnails", self.thumbnails, 0, LARGEST_THUMBNAIL)
         _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
+        _check(self.drop_outliers >= 0, f"--drop-outliers {self.drop_outliers}: accepted 0 (none) or more")
         for name in ("warmup", "weight_decay", "easy_ramp"):
             _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")
         for name in ("clip", "checkpoint_every"):
             _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
+        tolerated(self.tolerate)
         _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
+        _check(self.pose in POSES, unknown_name("pose", self.pose, POSES))
         _check(self.precision in PRECISIONS, unknown_name("precision", self.precision, PRECISIONS))
         _check(0.05 <= self.holdout <= 0.5, f"holdout {self.holdout}: accepted 0.05 to 0.5")
         _check(self.lr > 0 and self.lr_ee > 0, "learning rates must be above 0")
@@ -296,6 +336,14 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        scoring = self.model.scores()
+        _check(
+            self.train.steps > 0 or scoring == "default",
+            f"--steps 0: scoring {scoring} has nothing but its students, which must be trained; give --steps 1 or "
+            "more",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -19,7 +20,21 @@ if TYPE_CHECKING:
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
 _MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 NOTHING_SCORED = 1  # exit code of a command that went through its images and could read none
-_SIGPIPE = 141  # what a shell reports of a program whose reader has gone
+FAILED_ON = 3  # of one that was asked to say by it that there were anomalies, or images that cannot be read
+_SIGINT, _SIGPIPE, _SIGTERM = 130, 141, 143  # what a shell reports: Ctrl-C, the reader has gone, told to end
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: from a service manager, a queue of jobs, ``docker stop`` or ``kill``."""
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: children are ended, drafts are removed, a sentence is said."""
+
+    def leave(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 class Console:
@@ -48,7 +63,7 @@ class Console:
         self.finish()
         if isinstance(error, KeyboardInterrupt):
             _say("stopped; training, or predict --out, resumes when the same command is typed again")
-            raise SystemExit(130) from None
+            raise SystemExit(_SIGTERM if isinstance(error, Terminated) else _SIGINT) from None
         reason = _in_words(error)
         if error is None and self._lost is not None:
             reason = f"{_lost_words(self._lost)}; everything else is done"

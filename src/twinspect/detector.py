@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from twinspect.config import ModelConfig, RunConfig, TrainConfig, of_effort
-from twinspect.errors import ConfigError, TwinspectError
-from twinspect.types import Sample
+from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
+from twinspect.console import Console
+from twinspect.decide.conformal import Threshold
+from twinspect.decide.rules import HAND
+from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
+from twinspect.types import TRAIN, Sample, silent
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from twinspect.inference.predictor import Predictor
     from twinspect.inference.result import Result
-    from twinspect.training.fit import Fitted
-    from twinspect.training.source import Progress, Skipped
+    from twinspect.storage import Fitted
+    from twinspect.types import Progress, Skipped
 
 
 class Detector:
@@ -30,9 +38,10 @@ class Detector:
         weights: local weights file of the teacher.
         pretrained: False gives a random-weight teacher (tests of shape and speed only).
         config: full settings; the other arguments are then left alone.
-        effort: ``fast`` (half the input side, fewer steps) or ``default``.
+        effort: ``instant`` (statistics of good images only, no training steps), ``fast`` (half the input side, fewer
+            steps) or ``default``.
 
-    Example:
+    Examples:
         >>> detector = Detector("efficientnet-lite0").fit("data/")
         >>> detector.predict("new/part.png").is_anomaly
     """
@@ -46,6 +55,14 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
+        self._given = {
+            "teacher": teacher,
+            "size": size,
+            "weights": weights,
+            "pretrained": pretrained,
+            "config": config,
+            "effort": effort,
+        }
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -55,22 +72,30 @@ class Detector:
 
     def fit(
         self,
-        data: str | Path | Iterable[Sample] | Iterable[str | Path],
+        data: Any,
         steps: int | None = None,
         seed: int | None = None,
         work: str | Path | None = None,
         progress: Progress | None = None,
         resume: bool = False,
+        bgr: bool = False,
+        quiet: bool = False,
+        roi: str | Path | NDArray[np.bool_] | None = None,
     ) -> Detector:
-        """Train on the normal training images of a data set folder, or of a list of samples or good files.
+        """Train on the normal training images of a data set folder, or on good images.
 
         Args:
-            data: folder in any layout that `twinspect.data.load` knows, samples, or paths of good images.
+            data: folder in any layout that `twinspect.data.load` knows, samples, or good images: a glob, paths,
+                arrays and PIL images as `predict` takes them, or a list of these.
             steps: optimiser steps, instead of the configuration's.
             seed: instead of the configuration's.
             work: folder for checkpoint and log; a killed run resumes from it.
-            progress: called with (stage, done, total).
+            progress: called with (stage, done, total); without one a bar, and notes on the data, are shown on stderr.
             resume: go on from what this detector has learnt; ``data`` must hold the old classes as well.
+            bgr: arrays have blue first, as OpenCV reads them.
+            quiet: show nothing.
+            roi: region of interest: a mask image, LabelMe polygons, or an array H x W that is true (above 0) inside;
+                the rest is neither learnt nor scored.
 
         Returns:
             This detector.
@@ -78,17 +103,70 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
-        from twinspect.training.checkpoint import remove_checkpoint
-        from twinspect.training.fit import fit, silent
+        import numpy as np
+
+        from twinspect.data.roi import read_roi
+        from twinspect.training.fit import fit
+        from twinspect.training.resume import remove_checkpoint
+        from twinspect.types import silent
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
         self.config = dataclasses.replace(self.config, train=train)
         folder = Path(work) if work is not None else None
         before = self.fitted if resume else None
-        self._fitted = fit(as_samples(data), self.config, folder, progress or silent, before)
+        console = Console()
+        told = progress or (silent if quiet else console.progress)
+        inside = read_roi(Path(roi)) if isinstance(roi, (str, os.PathLike)) else roi
+        inside = None if inside is None else np.asarray(inside) > 0
+        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before, roi=inside)
+        console.finish()
+        for note in () if quiet or progress else self._fitted.record["notes"]:
+            console.warn(note)
         if folder is not None:
             remove_checkpoint(folder)
+        self._predictor = None
+        return self
+
+    def update(
+        self,
+        good: Any,
+        class_name: str | None = None,
+        progress: Progress | None = None,
+        bgr: bool = False,
+        quiet: bool = False,
+    ) -> Detector:
+        """Learn further good images without the old ones: after false alarms, or of a new class.
+
+        Thresholds are made anew, with the budgets that were set. ``record_["updates"]`` lists what was learnt; save
+        the model before, if it may have to be taken back.
+
+        Args:
+            good: as `fit` takes it.
+            class_name: class of all images, known or new; None goes by the data, or the only class there is.
+            progress: called with (stage, done, total); without one it is shown on stderr.
+            bgr: arrays have blue first, as OpenCV reads them.
+            quiet: show nothing.
+
+        Returns:
+            This detector.
+
+        Raises:
+            BundleError: the model keeps nothing that images can be added to.
+            ConfigError: a class that is not known, and ``class_name`` does not say that it is new.
+            DataError: nothing new, or fewer than nine images of a new class.
+        """
+        from twinspect.training.update import update
+
+        console, classes = Console(), self.fitted.decision.classes
+        samples = as_samples(good, bgr)
+        if class_name is None and len(classes) == 1 and {s.class_name for s in samples} == {"normal"}:
+            class_name = classes[0]
+        told = progress or (silent if quiet else console.progress)
+        self._fitted = update(self.fitted, samples, class_name, told)
+        console.finish()
+        for note in () if quiet or progress else self._fitted.record["notes"]:
+            console.warn(note)
         self._predictor = None
         return self
 
@@ -120,13 +198,13 @@ class Detector:
         """
         import warnings
 
-        from twinspect.recalibrate import Wanted, good_samples, recalibrate, score_images
-        from twinspect.training.fit import silent
+        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
+        from twinspect.types import silent
 
-        wanted = Wanted(max_fpr, unsure, class_name=class_name, add=add)
+        request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
         scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, wanted, scored)
+        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
         for note in (*scored.failed, *notes):
             warnings.warn(note, stacklevel=2)
         self._predictor = None
@@ -134,41 +212,99 @@ class Detector:
 
     @overload
     def predict(
-        self, source: Any, stream: Literal[True], maps: bool = True, class_name: str | None = None
+        self,
+        source: Any,
+        stream: Literal[True],
+        maps: bool = True,
+        class_name: str | None = None,
+        bgr: bool = False,
     ) -> Iterator[Result]: ...
     @overload
     def predict(
-        self, source: Any, stream: Literal[False] = False, maps: bool = True, class_name: str | None = None
+        self,
+        source: Any,
+        stream: Literal[False] = False,
+        maps: bool = True,
+        class_name: str | None = None,
+        bgr: bool = False,
     ) -> Any: ...
-    def predict(self, source: Any, stream: bool = False, maps: bool = True, class_name: str | None = None) -> Any:
+    def predict(
+        self,
+        source: Any,
+        stream: bool = False,
+        maps: bool = True,
+        class_name: str | None = None,
+        bgr: bool = False,
+    ) -> Any:
         """Score images.
 
         Args:
-            source: path, folder, glob, ``@list``, archive, table, URL, PIL image, bytes of an image file, open file,
+            source: path, folder, glob, ``@list``, archive, table, URL, video file, ``camera:0``, ``rtsp://...``,
+                `inference.watch(folder)`, PIL image, bytes of an image file, open file,
                 array (H x W, H x W x C or C x H x W of 1, 3 or 4 channels; uint8, uint16, or floats from 0 to 1; of
                 numpy or torch; four dimensions are a stack), or any iterable of these.
-            stream: True gives an iterator with constant memory instead of a list. An iterable without a length, such
-                as a generator that reads a camera, is then answered image by image, before the next one is taken.
-            maps: keep anomaly maps and images (needed for overlays).
+            stream: True gives an iterator with constant memory instead of a list. A camera, and an iterable without a
+                length, such as a generator, is then answered image by image, before the next one is taken.
+            maps: keep anomaly maps and images (needed for overlays). A list of results keeps no pixels of files;
+                `Result.overlay` reads them again.
             class_name: class of all images, whose thresholds then hold; None predicts it per image.
+            bgr: arrays have blue first, as OpenCV reads them.
 
         Returns:
-            One `Result` for a single image, else a list (or an iterator with ``stream=True``).
+            One `Result` for a single image, else `Results`, a list with ``to_pandas()`` (or an iterator with
+            ``stream=True``).
 
         Raises:
             DataError: nothing found.
             ImageError: an array of a wrong kind, an object that holds no image, or a single image that cannot be
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
-        from twinspect.inference.frames import is_single
+        from twinspect.inference.decode import is_single
+        from twinspect.inference.result import Results
+        from twinspect.inference.video import is_endless
 
+        if is_endless(source) and not stream:
+            raise ConfigError(
+                f"{source} does not end: type predict({source!r}, stream=True), and take results from it"
+            )
         single = is_single(source)
         live = None if stream else False
-        found = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live)
+        answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
         if stream:
-            return found
-        results = list(found)
-        return results[0] if single else results
+            return answers
+        if single:
+            return next(answers)
+        results = Results()
+        for result in answers:
+            if result.rgb is not None and os.path.isfile(result.path):
+                result.rgb = None  # a folder's pixels would fill the memory
+            results.append(result)
+        return results
+
+    def score_samples(self, source: Any) -> NDArray[np.float64]:
+        """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
+
+        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
+        an image could not be read.
+
+        Args:
+            source: as `predict` takes it.
+
+        Returns:
+            One value an image, in their order.
+        """
+        import numpy as np
+
+        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in found], dtype=np.float64)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
+
+        Args:
+            deep: has no effect, as no setting is an estimator itself.
+        """
+        return dict(self._given)
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""
@@ -212,6 +348,39 @@ class Detector:
         return self._fitted
 
     @property
+    def threshold(self) -> float:
+        """Score from which on an image is anomalous: of the only class, or of all classes together.
+
+        Can be set: to a number for every class, to a dict of class to number, or to None for what was promised.
+        """
+        return self.fitted.decision.threshold.value
+
+    @threshold.setter
+    def threshold(self, value: float | Mapping[str, float] | None) -> None:
+        decision = self.fitted.decision
+        fixed = dict(decision.fixed) if isinstance(value, Mapping) else {}
+        given = value if isinstance(value, Mapping) else dict.fromkeys([*decision.classes, ""], value)
+        for name, one in given.items():
+            decision.checked_class(name or None)
+            if one is None:
+                fixed.pop(name, None)
+                continue
+            fixed[name] = _by_hand(one, name)
+        self.fitted.decision = dataclasses.replace(decision, fixed=fixed)
+        self._predictor = None
+
+    def __repr__(self) -> str:
+        if self._fitted is None:
+            model = self.config.model
+            return f"Detector({model.teacher}, {f'{model.size} px, ' if model.size else ''}not fitted)"
+        record, decision = self._fitted.record, self._fitted.decision
+        named = ", ".join(decision.classes[:3]) + (", ..." if len(decision.classes) > 3 else "")
+        return (
+            f"Detector({record['teacher']['name']}, {record['size']} px, {len(decision.classes)} classes ({named}), "
+            f"{len(decision.good)} good images, threshold {self.threshold:.3g})"
+        )
+
+    @property
     def skipped_(self) -> list[Skipped]:
         """Training images that were left out, with reasons."""
         return self.fitted.skipped
@@ -222,16 +391,62 @@ class Detector:
         return self.fitted.record
 
 
-def as_samples(data: Any) -> list[Sample]:
-    """What `Detector.fit` was given, as samples."""
+def _by_hand(value: Any, class_name: str) -> Threshold:
+    """A threshold that somebody set.
+
+    Raises:
+        ConfigError: it is no finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"threshold {value!r}{f' of {class_name}' if class_name else ''}: a finite number, or None")
+    return Threshold(float(value), 0.0, False, f"{HAND}; nothing is promised")
+
+
+def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
+    """What `Detector.fit` was given, as samples; ``bgr`` says that arrays have blue first.
+
+    Raises:
+        ConfigError: something that holds no image.
+        DataError: nothing found, or an encoded image in memory that cannot be read.
+        ImageError: an array of a wrong kind.
+    """
     from twinspect import data as data_room
     from twinspect.data.folders import good_files
+    from twinspect.inference.decode import expand, from_bgr, is_array
 
     if isinstance(data, (str, os.PathLike)):
-        return list(data_room.load(Path(data)).samples)
-    items = list(data) if isinstance(data, Iterable) else [data]
-    if all(isinstance(item, Sample) for item in items):
-        return items
-    if all(isinstance(item, (str, os.PathLike)) for item in items):
-        return good_files(Path(item) for item in items)
-    raise ConfigError("fit takes a folder, a list of Sample, or a list of paths of good images")
+        if not _stands_for_several(data) or os.path.exists(data):
+            return list(data_room.load(Path(data)).samples)
+    elif isinstance(data, Iterable) and not is_array(data):
+        data = list(data)
+        if all(isinstance(one, Sample) for one in data):
+            return list(data)
+        if all(isinstance(one, (str, os.PathLike)) and not _stands_for_several(one) for one in data):
+            return good_files(Path(one) for one in data)
+    try:
+        items = [from_bgr(one) if bgr else one for one in expand(data)]
+    except ImageError as error:
+        raise ConfigError(
+            f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"
+        ) from None
+    return [_as_sample(one, number) for number, one in enumerate(items)]
+
+
+def _stands_for_several(path: str | os.PathLike[str]) -> bool:
+    return has_magic(os.fspath(path)) or os.path.isdir(path)
+
+
+def _as_sample(item: Any, number: int) -> Sample:
+    """A good image by what `decode.expand` gives."""
+    from twinspect.data.folders import good_files
+    from twinspect.inference.archives import Item
+    from twinspect.inference.decode import decode
+
+    if isinstance(item, Sample):
+        return item
+    if isinstance(item, Item) and item.data is None and item.offset < 0 and item.record is None:
+        return good_files([Path(item.path)])[0]
+    found = decode(item, SMALLEST, pixels=True)
+    if found.rgb is None:
+        raise DataError(found.error)
+    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=found.rgb)

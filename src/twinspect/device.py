@@ -36,8 +36,8 @@ def share_cores() -> None:
 
 def waiting() -> str:
     """How the threads of torch wait for each other, in words."""
-    said = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
-    return said or "as OpenMP does by default: torch was imported before twinspect"
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
+    return settings or "as OpenMP does by default: torch was imported before twinspect"
 
 
 def usable_cores() -> int:
@@ -62,15 +62,15 @@ def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
         groups: where control groups are mounted.
         own: the file that names those of this process.
     """
-    found = [math.inf]
+    limits = [math.inf]
     for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         mounted = groups / controllers
         here = mounted / path.lstrip("/")  # in a container perhaps the name on its host; what is mounted then counts
-        found += [_limit(one) for one in (here, *here.parents) if one.is_relative_to(mounted)]
-    return min(found)
+        limits += [_limit(one) for one in (here, *here.parents) if one.is_relative_to(mounted)]
+    return min(limits)
 
 
 def _limit(group: Path) -> float:

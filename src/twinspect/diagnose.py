@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.config import LARGEST_SEED
-from twinspect.data.carving import by_class
+from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import ConfigError, DataError, check_range, unknown_name
 from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
-from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 MIXUP, CUTPASTE = "mixup", "cutpaste"
 KINDS = (MIXUP, CUTPASTE)
@@ -35,7 +35,7 @@ _AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the ima
 _VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
 
 Pixels = NDArray[np.uint8]
-Progress = Callable[[str, int, int], None]
+Box = tuple[slice, slice]  # rows and columns
 Visit = Callable[["Composite", Result], None]
 
 
@@ -71,14 +71,7 @@ class Composite:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is made.
-
-    Attributes:
-        count: images of each kind per ordered pair of classes.
-        normals: normal images of each class they are compared with.
-        seed: of everything drawn.
-        classes: only these; empty takes all.
-    """
+    """What is made: so many images of each kind per ordered pair of classes, against so many normal ones of each."""
 
     count: int = 8
     normals: int = 40
@@ -133,12 +126,7 @@ class Diagnosis:
 
 
 def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
-    """Normal images of every class: of its test split, else of its calibration, else of its training images.
-
-    Raises:
-        ConfigError: a class asked for is not there.
-        DataError: fewer than two classes, or a class with a single normal image.
-    """
+    """Normal images of every class: of its test split, else of its calibration, else of its training images."""
     found = by_class([s for s in samples if s.label in (0, None)])
     for name in plan.classes:
         if name not in found:
@@ -159,9 +147,9 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
 
 def _preferred(members: Sequence[Sample]) -> list[Sample]:
     for split in (TEST, CALIBRATION, TRAIN):
-        own = [s for s in members if s.split == split]
-        if len(own) >= 2:
-            return own
+        members_of_split = [s for s in members if s.split == split]
+        if len(members_of_split) >= 2:
+            return members_of_split
     return list(members)
 
 
@@ -180,43 +168,35 @@ def cutpaste(
     A piece of background on the same background changes nothing and could be found by nobody, so other places are
     tried until it is visible; after so many tries the most visible one is taken.
     """
-    source = _sized(other, base)
-    best, change = (0, 0, 0, 0, 0, 0), -1.0
+    source, change = _sized(other, base), -1.0
     for _ in range(_DRAWS):
-        place = _place(base.shape[0], base.shape[1], rng)
-        top, left, height, width, from_top, from_left = place
-        piece = source[from_top : from_top + height, from_left : from_left + width].astype(np.float32)
-        moved = float(np.abs(piece - base[top : top + height, left : left + width]).mean())
+        place, cut = _place(base.shape[0], base.shape[1], rng)
+        moved = float(np.abs(source[cut].astype(np.float32) - base[place]).mean())
         if moved > change:
-            best, change = place, moved
+            into, out_of, change = place, cut, moved
         if change >= _VISIBLE:
             break
-    top, left, height, width, from_top, from_left = best
     image, mask = base.copy(), np.zeros(base.shape[:2], bool)
-    image[top : top + height, left : left + width] = source[
-        from_top : from_top + height, from_left : from_left + width
-    ]
-    mask[top : top + height, left : left + width] = True
-    return image, mask, (top, left, height, width)
+    image[into], mask[into] = source[out_of], True
+    rows, columns = into
+    return image, mask, (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[int, int, int, int, int, int]:
-    """Top, left, height and width of a piece, and top and left of where it is cut."""
+def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[Box, Box]:
+    """Where a piece is pasted, and where it is cut."""
     area = rng.uniform(*_AREA) * rows * columns
     aspect = float(np.exp(rng.uniform(*np.log(_ASPECT))))
     height = int(np.clip(round((area * aspect) ** 0.5), 1, rows))
     width = int(np.clip(round((area / aspect) ** 0.5), 1, columns))
-    top, from_top = rng.integers(0, rows - height + 1, 2)
-    left, from_left = rng.integers(0, columns - width + 1, 2)
-    return int(top), int(left), height, width, int(from_top), int(from_left)
+    tops, lefts = rng.integers(0, rows - height + 1, 2), rng.integers(0, columns - width + 1, 2)
+    place, cut = (
+        (slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)
+    )
+    return place, cut
 
 
 def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
-    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files."""
     names = base[0].class_name, other[0].class_name
     rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
@@ -248,41 +228,43 @@ def diagnose(
         DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
     """
     chosen = normal_images(samples, plan)
-    found = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
+    diagnosis = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
     total, done = len(chosen) * (len(chosen) - 1), 0
     for base, members in chosen.items():
-        normal = _normal_images(predictor, members[: plan.normals], found)
+        normal = _normal_images(predictor, members[: plan.normals], diagnosis)
         for other in (name for name in chosen if name != base):
             measured = {
-                kind: _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), found, visit)
+                kind: _measure(
+                    predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit
+                )
                 for kind in KINDS
             }
-            found.pairs.append({"base": base, "other": other, **_pair_values(measured)})
+            diagnosis.pairs.append({"base": base, "other": other, **_pair_values(measured)})
             done += 1
             progress("cross-class images", done, total)
-    return found
+    return diagnosis
 
 
-def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> dict[str, Evaluator]:
+def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> dict[str, Evaluator]:
     """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
-    name, kept = members[0].class_name, 0
+    name, scored = members[0].class_name, 0
     evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
     for result in predictor.predict(list(members), maps=True, pixels=False):
         if result.error:
-            found.failed.append(f"{result.path}: {result.error}")
+            diagnosis.failed.append(f"{result.path}: {result.error}")
             continue
-        kept += 1
-        if result.predicted_class in found.classes:  # a model may know them by other names
-            found.taken[name, result.predicted_class] += 1
+        scored += 1
+        if result.predicted_class in diagnosis.classes:  # a model may know them by other names
+            diagnosis.taken[name, result.predicted_class] += 1
         for evaluator in evaluators.values():
             evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
-    if not kept:
-        raise DataError(f"no normal image of class {name} can be scored: {found.failed[-1]}")
+    if not scored:
+        raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
     return evaluators
 
 
 def _measure(
-    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], found: Diagnosis, visit: Visit | None
+    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
 ) -> Mapping[str, float]:
     """Metrics of one kind of image of one pair; the images are added to ``found``."""
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
@@ -294,7 +276,7 @@ def _measure(
         if result.error:
             raise DataError(f"{result.path}: {result.error}")
         evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
-        found.images.append({**one.row(), "score": result.score})
+        diagnosis.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
     values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
@@ -305,7 +287,7 @@ def _pair_values(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float
     """`MEASURES` of a pair; where a paste is depends on CutPaste alone, as Mixup is everywhere."""
     paste = measured[CUTPASTE]
     values = (measured[MIXUP]["image_auroc"], paste["image_auroc"], paste["pixel_auroc"], paste["aupro"])
-    return dict(zip(MEASURES, (float(value) for value in values), strict=True))
+    return dict(zip(MEASURES, values, strict=True))
 
 
 def _sized(other: Pixels, base: Pixels) -> Pixels:

@@ -12,7 +12,7 @@ TwinspectError                 everything a user can cause or meet
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TwinspectError(Exception):
@@ -59,3 +59,9 @@ def unknown_name(kind: str, got: str, accepted: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"unknown {kind} {got!r}.{hint} Accepted: {', '.join(names)}"
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,17 +20,9 @@ _MARKS = {
 
 
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
-    """A text file, opened in the encoding that its byte order mark names, else UTF-8.
+    """A text file, opened in the encoding that its byte order mark names, else UTF-8; arguments as of `open`.
 
-    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16.
-
-    Args:
-        path: the file.
-        errors: what Python does about bytes that are no UTF-8.
-        newline: as in `open`.
-
-    Raises:
-        DataError: it cannot be opened.
+    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16. Raises DataError if it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -42,11 +35,7 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
 
 
 def read_text(path: Path) -> str:
-    """Content of a text file; encodings as in `open_text`.
-
-    Raises:
-        DataError: it cannot be read, or is not text in one of these encodings.
-    """
+    """Content of a text file; a DataError where it cannot be read, or is no text. Encodings as in `open_text`."""
     try:
         with open_text(path) as file:
             return file.read()
@@ -54,6 +43,12 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Sha256 of a file's bytes as 64 hex digits, in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _encoding(head: bytes) -> str:
@@ -69,14 +64,7 @@ def _encoding(head: bytes) -> str:
 def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Iterator[IO[bytes]]:
     """A file to write. It takes its name when it is whole, so that a crash or a full disk leaves the old one.
 
-    A device or pipe is written as it is.
-
-    Args:
-        path: the file; its folder is made.
-        error: class of the error that is raised.
-
-    Raises:
-        TwinspectError: it cannot be written.
+    A device or pipe is written as it is. The file's folder is made. ``error`` is raised where it cannot be written.
     """
     draft = _draft(path)
     try:
@@ -97,11 +85,7 @@ def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Itera
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file as `replacing` does; what is no UTF-8 in it, such as old file names, is escaped.
-
-    Raises:
-        TwinspectError: it cannot be written.
-    """
+    """Write a text file as `replacing` does; what is no UTF-8 in it, such as old file names, is escaped."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
     return path
@@ -121,21 +105,18 @@ def refuse_unwritable(
         option: that names it.
         example: a file name, for who has named a folder.
         ours: whether a file that is there is of the same kind, so that it may be replaced; None: any may.
-        error: class of the error that is raised.
-
-    Raises:
-        TwinspectError: the folder cannot be made or written, or the name is taken by a folder or another file.
+        error: is raised if the folder cannot be made or written, or the name is taken by a folder or another file.
     """
     other = f"choose another {option}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
+        special = path.exists() and not path.is_file()
+        why = "" if special else why_unwritable(path.parent)
         if path.exists() and not os.access(path, os.W_OK):
-            raise error(f"{path} cannot be written (no permission); {other}")
-        if (draft := _draft(path)) != path:
-            draft.touch()
-            draft.unlink()
+            why = "no permission"
+        if why:
+            raise error(f"{path} cannot be written ({why}); {other}")
         if ours is not None and path.is_file() and path.stat().st_size and not ours(path):
             raise error(f"{path} exists and holds something else; move it away, or {other}")
     except OSError as reason:

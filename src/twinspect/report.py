@@ -25,7 +25,7 @@ from twinspect.inference.result import Result, colourise
 
 THUMB = 224  # longest side in pixels of a picture, when there are few
 _PICTURE_BYTES = 4_000_000  # base64 characters of all pictures of a report together
-_STOPS = 12
+_STOPS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One image beside its overlay, already small (see `case_of`)."""
+    """One image beside its overlay, and beside the nearest good image where that is known; small (see `case_of`)."""
 
     caption: str
     image: Image.Image
     overlay: Image.Image
+    near: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +118,20 @@ class Gallery:
 
 
 def case_of(result: Result, kind: str) -> Case:
-    """A result (with map and image) as a small picture with its overlay and a caption in words.
-
-    Raises:
-        ValueError: the result carries no image or map.
-    """
-    overlay = result.overlay()  # raises without image or map
-    assert result.rgb is not None
-    image = Image.fromarray(result.rgb)
-    for picture in (overlay, image):
-        picture.thumbnail((THUMB, THUMB))
-    said = "called anomalous" if result.is_anomaly else "called good"
+    """A result (with map and image) as a small picture with its overlay and a caption in words."""
+    overlay = result.overlay(side=THUMB, words=False)  # raises without image or map
+    rgb = result.image()
+    assert rgb is not None
+    image = Image.fromarray(rgb)
+    image.thumbnail((THUMB, THUMB))
+    near = result.nearest_image
+    if near is not None:
+        near.thumbnail((THUMB, THUMB))
+    verdict = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
-    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {said}", image, overlay)
+    if result.share_local == result.share_local:
+        numbers += f", {100 * result.share_local:.0f} % from places"
+    return Case(f"{Path(result.path).name}: {kind}, {numbers}, {verdict}", image, overlay, near)
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:
@@ -170,14 +172,15 @@ class _Album:
         self.left, self.left_out = _PICTURE_BYTES, 0
 
     def add(self, case: Case) -> dict[str, str] | None:
-        """Addresses of both pictures, or None once the budget is spent."""
-        pair = [self._encode(picture) for picture in (case.image, case.overlay)]
-        size = sum(len(text) for text in pair)
+        """Addresses of its pictures, or None once the budget is spent."""
+        pictures = {"image": case.image, "overlay": case.overlay, "near": case.near}
+        found = {name: self._encode(picture) for name, picture in pictures.items() if picture is not None}
+        size = sum(len(text) for text in found.values())
         if size > self.left:
             self.left_out += 1
             return None
         self.left -= size
-        return {"caption": case.caption, "image": pair[0], "overlay": pair[1]}
+        return {"caption": case.caption, **found}
 
     def _encode(self, picture: Image.Image) -> str:
         small = picture.convert("RGB")
@@ -213,6 +216,6 @@ def _cell(value: str | int | float) -> str:
 
 
 def _gradient() -> str:
-    """CSS colour stops of the overlay's scale."""
-    line = colourise(np.linspace(0.0, 1.0, _STOPS, dtype=np.float32)[None], (0.0, 1.0))[0]
-    return ", ".join(f"rgb({round(r)} {round(g)} {round(b)})" for r, g, b in line)
+    """CSS colour stops of the overlay's scale, one for every doubling."""
+    values = np.array([0.0, *(2.0 ** np.arange(-_STOPS + 1, 1))], dtype=np.float32)
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in colourise(values[None], (0.0, 1.0))[0].tolist())

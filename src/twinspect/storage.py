@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
-from twinspect.config import RunConfig
-from twinspect.decision import Decision, refuse_other_model
+from twinspect.config import ModelConfig, RunConfig
+from twinspect.decide.decision import Decision, refuse_other_model
 from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.teachers import Teacher, create_teacher
-from twinspect.training.decide import model_id
-from twinspect.training.fit import Fitted, build_model
+from twinspect.types import Skipped
+
+if TYPE_CHECKING:
+    from twinspect.training.normal import GoodImages
 
 _TEACHER = "teacher."
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A trained model and the record of how it came to be."""
+
+    model: AnomalyModel
+    decision: Decision
+    config: RunConfig
+    record: dict[str, Any] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    good: GoodImages | None = None  # of a model that was just trained
+    memory: bytes = b""  # what further images can be added to; see `training.memory`
+
+
+def teacher_of(config: ModelConfig) -> Teacher:
+    """The teacher that a configuration asks for."""
+    return create_teacher(config.teacher, config.weights or None, config.pretrained)
+
+
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
+    """The untrained model of a configuration; weights of the students follow torch's global seed."""
+    model = build_family(teacher or teacher_of(config), config)
+    model.teacher.net.to(memory_format=torch.channels_last)
+    return model
+
+
+def model_id(model: AnomalyModel) -> str:
+    """Name of a trained model: hash of its normal statistics, which no two trainings share."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.scorer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
@@ -32,14 +71,14 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
     if thin and not fitted.config.model.pretrained:
         raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
     state = fitted.model.state_dict()
-    kept = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
+    tensors = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
     meta = {
         "config": fitted.config.to_dict(),
         "record": fitted.record,
         "decision": fitted.decision.to_dict(),
         "thin": thin,
     }
-    write_bundle(path, meta, to_bytes(kept))
+    write_bundle(path, meta, to_bytes(tensors), fitted.memory)
     return path
 
 
@@ -68,23 +107,24 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     tensors = from_bytes(content.tensors)
     teacher = _teacher(meta, weights, config)
     model = build_model(config.model, teacher)
+    model.roi_SS = tensors.get("roi_SS")
     resize_buffers(model, tensors)
-    own = model.state_dict()
-    missing = [key for key in own if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
-    if missing or any(key not in own for key in tensors):
+    needed = model.state_dict()
+    missing = [key for key in needed if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
+    if missing or any(key not in needed for key in tensors):
         raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
     model.load_state_dict(tensors, strict=False)
     model.eval()
-    found, expected = model.teacher.hash(), record["teacher"]["hash"]
-    if found != expected:
+    teacher_hash, expected = model.teacher.hash(), record["teacher"]["hash"]
+    if teacher_hash != expected:
         raise BundleError(
             f"{path} was made with teacher {record['teacher']['name']} of hash {expected}, but the teacher on "
-            f"this disk has hash {found}; give the right file with --weights FILE"
+            f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
         )
     model.teacher.weights = record["teacher"]["weights"]
     decision = Decision.from_dict(meta["decision"])
     refuse_other_model(decision, model_id(model), str(path))
-    return Fitted(model, decision, config, record)
+    return Fitted(model, decision, config, record, memory=content.memory)
 
 
 def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:

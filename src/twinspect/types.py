@@ -9,11 +9,14 @@ a higher score means more anomalous; a map has the geometry of the original imag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 TRAIN = "train"
@@ -35,6 +38,7 @@ class Sample:
         masks: ground-truth files; several for one image all count (union), pixels > 0 are defect.
         group: session or physical object, for honest calibration and sample-level scores.
         record: position inside a container file (CIFAR batch, IDX, Parquet), else None.
+        pixels: H x W x 3 RGB of an image in memory; ``image`` is then a name, which no other image has.
     """
 
     image: Path
@@ -45,12 +49,33 @@ class Sample:
     masks: tuple[Path, ...] = ()
     group: str = ""
     record: int | None = None
+    pixels: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(f"split of {self.image} is {self.split!r}; accepted: {', '.join(SPLITS)}")
         if self.label not in (0, 1, None):
             raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the image is a file of its own."""
+        return self.record is None and self.pixels is None
+
+
+Progress = Callable[[str, int, int], None]  # told (stage, how many are done, of how many; 0 where it is not known)
+
+
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Progress for callers that want none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that could not be used, and why."""
+
+    path: Path
+    reason: str
 
 
 class Features(NamedTuple):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from layouts import WRITERS, Plan, write
 
-from twinspect.data import DATASETS, detect, load
+from twinspect.data import DATASETS, Dataset, detect, load
 from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask, read_sample_rgb
+from twinspect.data.scan import ScanLog
 from twinspect.errors import ConfigError, DataError
+from twinspect.types import Sample
 
 CASES = [(layout, shape) for layout, writer in WRITERS.items() for shape in writer.shapes]
 
@@ -208,3 +210,23 @@ def test_names_are_checked() -> None:
         load(".", "mvtec_ad")
     with pytest.raises(ConfigError, match="no effect on folder"):
         load(".", "folder", images=".")
+
+
+def test_a_new_data_set_is_one_function_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def catalogue(root: Path, log: ScanLog) -> list[Sample]:
+        rows = [line.split() for line in (root / "catalogue.lst").read_text().splitlines()]
+        return [Sample(root / name, split, "nut", int(label)) for name, split, label in rows]
+
+    write("folder", tmp_path, Plan(shape="good"))
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    lines = [f"{name} train 0" for name in names[:-2]] + [f"{names[-2]} test 0", f"{names[-1]} test 1"]
+    (tmp_path / "catalogue.lst").write_text("\n".join(lines))
+    row = {"catalogue": Dataset(catalogue, lambda root: (root / "catalogue.lst").is_file())}
+    monkeypatch.setattr("twinspect.data.DATASETS", row | DATASETS)
+    found = load(tmp_path)
+    assert detect(tmp_path) == found.layout == "catalogue"
+    assert [s.image.relative_to(tmp_path).as_posix() for s in found.samples] == names
+    (split,) = make_splits(found.samples)
+    assert (len(split.train) + len(split.calibration), len(split.test)) == (len(names) - 2, 2)
+    (tmp_path / "catalogue.lst").unlink()
+    assert detect(tmp_path) == "folder"

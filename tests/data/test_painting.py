@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import WRITERS, Plan, write
+from layouts import DEFECTS, WRITERS, Plan, scene, write
 
-from twinspect.data.painting import DEFECTS, PARTS, damaged, part, scene
+from twinspect.data.painting import PARTS, damaged, part
 
 
 def content(root: Path) -> dict[str, bytes]:

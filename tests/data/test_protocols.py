@@ -12,17 +12,19 @@ from trees import colour, tree
 
 from twinspect.config import RunConfig
 from twinspect.data import load
-from twinspect.data.carving import carve_calibration, hold_out_good, pick
-from twinspect.data.class_names import CIFAR100, CIFAR100_SUPERCLASSES, FASHION
 from twinspect.data.leaks import count_once, drop_leaks, find_leaks
 from twinspect.data.protocols import (
     PROTOCOLS,
     Split,
     by_superclass,
+    carve_calibration,
     class_order,
     default_protocol,
+    hold_out_good,
     make_splits,
+    pick,
 )
+from twinspect.data.semantic import CIFAR100, CIFAR100_SUPERCLASSES, FASHION
 from twinspect.errors import ConfigError, DataError
 from twinspect.training.fit import choose_images
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample

@@ -3,9 +3,8 @@
 import pytest
 from tiny import SHARED
 
-from twinspect.data import load
+from twinspect.data import ClassCounts, load
 from twinspect.data.leaks import find_leaks
-from twinspect.data.loaded import ClassCounts
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 

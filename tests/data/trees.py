@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from tiny import save
 
-from twinspect.data import load
-from twinspect.data.loaded import Loaded
+from twinspect.data import Loaded, load
 
 MARKED = np.zeros((16, 16), np.uint8)
 MARKED[4:8, 4:8] = 255

@@ -7,6 +7,7 @@ from sklearn import metrics as sk
 
 from twinspect.errors import DataError
 from twinspect.metrics import METRICS, Evaluator
+from twinspect.metrics.ranking import IMAGE_METRICS
 
 
 def images(seed=0, classes=("bottle", "cable"), count=12):
@@ -208,9 +209,7 @@ def test_bad_input_names_the_image_and_adds_nothing(change, message):
 
 def test_different_settings_do_not_merge():
     with pytest.raises(DataError, match="different settings"):
-        Evaluator().merge(Evaluator(fpr_limits=(0.3,)))
-    with pytest.raises(DataError, match="limit"):
-        Evaluator(fpr_limits=(0.0,))
+        Evaluator().merge(Evaluator(memory_limit=1 << 20))
 
 
 def test_intervals_hold_the_values():
@@ -219,3 +218,18 @@ def test_intervals_hold_the_values():
     for c in ("bottle", "cable"):
         for name, (low, high) in intervals[c].items():
             assert low <= values[c][name] <= high
+
+
+def test_a_new_image_metric_is_one_function_and_one_row(monkeypatch):
+    def precision_at_the_top(scores, labels):
+        top = np.argsort(-scores)[: labels.sum()]
+        return float(labels[top].mean())
+
+    monkeypatch.setitem(IMAGE_METRICS, "image_top", precision_at_the_top)
+    out = evaluated(images())
+    values, intervals = out.compute(), out.intervals(n=20)
+    for c in ("bottle", "cable"):
+        rows = sorted((r for r in images() if r["class_name"] == c), key=lambda r: -r["score"])
+        assert values["classes"][c]["image_top"] == np.mean([r["label"] for r in rows[:8]])
+        assert "image_top" in intervals[c]
+    assert values["mean_over"]["image_top"] == 2

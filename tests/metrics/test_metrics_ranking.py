@@ -32,13 +32,7 @@ def test_agrees_with_scikit_learn(scores):
     for a, b in zip(roc_curve(scores, LABELS), theirs, strict=True):
         np.testing.assert_allclose(a, b)
     candidates = [sk.f1_score(LABELS, scores >= t) for t in np.unique(scores)]
-    best, threshold = f1_max(scores, LABELS)
-    assert best == pytest.approx(max(candidates), abs=1e-12)
-    assert sk.f1_score(LABELS, scores >= threshold) == pytest.approx(best, abs=1e-12)
-
-
-def test_highest_of_equal_thresholds_wins():
-    assert f1_max([3, 2, 1], [1, 0, 0]) == (1.0, 3.0)
+    assert f1_max(scores, LABELS) == pytest.approx(max(candidates), abs=1e-12)
 
 
 def test_order_of_items_does_not_change_a_bit():
@@ -55,7 +49,7 @@ def test_one_label_is_undefined(label):
     scores, labels = [0.1, 0.2], [label, label]
     assert np.isnan(auroc(scores, labels))
     assert np.isnan(average_precision(scores, labels))
-    assert np.isnan(f1_max(scores, labels)).all()
+    assert np.isnan(f1_max(scores, labels))
     assert np.isnan(bootstrap_interval(scores, labels, auroc)).all()
     fpr, tpr, thresholds = roc_curve(scores, labels)
     assert np.isnan(tpr if label == 0 else fpr).all()
@@ -69,8 +63,6 @@ def test_nothing_at_all_is_undefined():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_is_named(bad):
-    with pytest.raises(DataError, match=r"b\.png"):
-        auroc([0.1, bad, 0.3], [0, 1, 1], names=["a.png", "b.png", "c.png"])
     with pytest.raises(DataError, match="item number 1"):
         average_precision([0.1, bad, 0.3], [0, 1, 1])
 

@@ -5,8 +5,8 @@ from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
 from twinspect.metrics import aupro, auspro
-from twinspect.metrics.components import UNIT, connected_regions, region_weights
 from twinspect.metrics.pages import keys_of
+from twinspect.metrics.pixels import UNIT, connected_regions, region_weights
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.05, 1.0, 0.001])
@@ -77,8 +77,14 @@ def test_undefined_without_regions_or_without_normal_pixels():
     assert np.isnan(auspro(maps, [[]]))
 
 
-def test_bad_limit_and_area():
-    with pytest.raises(DataError, match="limit"):
-        aupro([np.ones((3, 3))], [None], 30)
+def test_bad_area():
     with pytest.raises(DataError, match="saturation area"):
         auspro([np.ones((3, 3))], [[(np.ones((3, 3)), 0)]])
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.1, 1.5, np.nan])
+def test_a_limit_outside_the_curve_is_refused(limit):
+    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
+        aupro([np.zeros((2, 2))], [None], limit)
+    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
+        auspro([np.zeros((2, 2))], [[]], limit)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from twinspect.errors import ConfigError
-from twinspect.inference.regions import Region
-from twinspect.inference.result import Result
+from twinspect.inference.result import Region, Result
 from twinspect.server.log import Filter, Inspection, InspectionLog, NoSuchRow
 
 NASTY = "x'; DROP TABLE twinspect_inspections; --"

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from twinspect.decision import Decision
+from twinspect.decide.decision import Decision
+from twinspect.decide.rules import Budget, GoodScores
 from twinspect.inference.predictor import Predictor
-from twinspect.rules import Budget, GoodScores
 from twinspect.server.app import build_app
 from twinspect.server.log import InspectionLog
 from twinspect.server.run import prepared

@@ -1,9 +1,8 @@
 """How fast a model is here: throughput, latency, memory, and where the time goes. Numbers are of this machine.
 
 Each stage is timed alone, on one thread of ours: decode (file to RGB), preprocess (resize), graph (the
-runtime), post (p-value, threshold, regions). Inside the graph torch is timed part by part, ONNX Runtime by its own
-profile; OpenVINO does not say. Images per second are measured apart from that, through the whole predictor with its
-decoding threads.
+runtime), post (p-value, threshold, regions). Images per second are measured apart from that, through the whole
+predictor with its decoding threads.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,45 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.commands.options import BenchOptions
+from twinspect.console import Console
 from twinspect.device import peak_mb
-from twinspect.errors import check_range
-from twinspect.inference.predictor import Predictor, Runtime, check_counts
-from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predictor
+from twinspect.errors import ConfigError, check_range
+from twinspect.inference.predictor import Predictor, check_counts
+from twinspect.inference.runtimes import load_predictor
+from twinspect.types import Progress
 
-Progress = Callable[[str, int, int], None]
-Clock = Callable[[], float]
-Pixels = NDArray[np.uint8]
-PARTS = ("teacher", "local", "semantic", "scorer")
-_PROFILED = 10  # calls in a profile
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
-
-
-@dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """What is measured.
-
-    Attributes:
-        path: bundle or exported model.
-        runtime: ``auto``, ``torch``, ``onnx`` or ``openvino``.
-        batches: numbers of images per call.
-        threads: of the runtime; 0 leaves its own choice.
-        images: files to decode; painted one-megapixel JPEGs without any.
-        seconds: spent on each batch size.
-        weights: teacher's file of a thin bundle.
-    """
-
-    path: Path
-    runtime: str = "auto"
-    batches: tuple[int, ...] = (1, 16)
-    threads: int = 0
-    images: Path | None = None
-    seconds: float = 10.0
-    weights: str = ""
-
-    def __post_init__(self) -> None:
-        check_range("--seconds", self.seconds, 0.001, 86_400)
-        for batch in self.batches:
-            check_counts(self.threads, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +43,6 @@ class BatchTimes:
         graph_images_per_s: of the graph alone, at its median time.
         latency_ms: p50, p95 and p99 of one image (or batch) from file to result, nothing in parallel.
         share: of that time by stage: decode, preprocess, graph, post.
-        graph_share: of the graph by part: teacher, local, semantic, scorer, other; empty where unknown.
     """
 
     batch: int
@@ -82,7 +50,6 @@ class BatchTimes:
     graph_images_per_s: float
     latency_ms: dict[str, float]
     share: dict[str, float]
-    graph_share: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +64,6 @@ class BenchReport:
     images: str
     batches: tuple[BatchTimes, ...]
     peak_memory_mb: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
     def lines(self) -> Iterator[str]:
         """A table for people."""
@@ -117,10 +80,31 @@ class BenchReport:
             )
         for one in self.batches:
             yield f"share of time at batch {one.batch}: {_percent(one.share)}"
-            if one.graph_share:
-                yield f"inside the graph: {_percent(one.graph_share)}"
         if self.peak_memory_mb is not None:
             yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
+
+
+def bench_command(options: BenchOptions, console: Console) -> None:
+    """``twinspect bench``: a table for people, one line of JSON at the end."""
+    report = bench(options, console.progress)
+    for line in report.lines():
+        console.say(line)
+    console.result(json.dumps(asdict(report)))
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """``1,16`` to numbers.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        batches = tuple(int(one) for one in text.split(","))
+    except ValueError:
+        batches = ()
+    if not batches or min(batches) < 1:
+        raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
+    return batches
 
 
 def bench(options: BenchOptions, progress: Progress) -> BenchReport:
@@ -130,31 +114,34 @@ def bench(options: BenchOptions, progress: Progress) -> BenchReport:
         DataError: no images found.
         BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
     """
-    predictor = load_predictor(options.path, options.runtime, options.threads, 1, options.weights)
-    files, said = _files(options.images)
+    check_range("--seconds", options.seconds, 0.001, 86_400)
+    batches = parse_batches(options.batch)
+    for batch in batches:
+        check_counts(options.threads, batch)
+    predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
+    files, what = _files(options.images)
     rows = []
-    for done, batch in enumerate(options.batches):
-        progress("measuring", done, len(options.batches))
+    for done, batch in enumerate(batches):
+        progress("measuring", done, len(batches))
         rows.append(_measure(predictor, files, batch, options))
     runtime, precision = _kind(options)
     return BenchReport(
-        options.path.name, runtime, precision, predictor.runtime.size, options.threads, said, tuple(rows), peak_mb()
+        options.model.name, runtime, precision, predictor.runtime.size, options.threads, what, tuple(rows), peak_mb()
     )
 
 
 def _kind(options: BenchOptions) -> tuple[str, str]:
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
-    if not is_export(options.path):
+    if not is_export(options.model):
         return "torch", "fp32"
-    meta = read_export(options.path)
+    meta = read_export(options.model)
     return (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
 
 
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
-    from twinspect.inference.decode import encoded
-    from twinspect.inference.frames import expand
+    from twinspect.inference.decode import encoded, expand
 
     if images is not None:
         files = [encoded(item) for item in islice(expand(images), 64)]
@@ -173,9 +160,6 @@ def _measure(predictor: Predictor, files: list[bytes], batch: int, options: Benc
     stages = _stages(predictor, files, batch, options.seconds / 2)
     total = stages["total"]
     graph = float(np.median(stages["graph"]))
-    pixels = np.zeros((batch, predictor.runtime.size, predictor.runtime.size, 3), np.uint8)
-    parts = graph_parts(predictor.runtime, options.path, options.threads, pixels)
-    inside = sum(parts.values())
     shares = {name: float(stages[name].sum() / total.sum()) for name in stages if name != "total"}
     return BatchTimes(
         batch,
@@ -183,7 +167,6 @@ def _measure(predictor: Predictor, files: list[bytes], batch: int, options: Benc
         batch / graph,
         {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
         shares,
-        {name: value / inside for name, value in parts.items()} if inside else {},
     )
 
 
@@ -244,85 +227,3 @@ def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: f
 
 def _percent(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())
-
-
-def graph_parts(runtime: Runtime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
-    """Seconds of the graph's parts; empty where the runtime does not say."""
-    if isinstance(runtime, TorchRuntime):
-        return torch_parts(runtime, pixels)
-    return onnx_parts(runtime, path, threads, pixels) if isinstance(runtime, OnnxRuntime) else {}
-
-
-def torch_parts(runtime: TorchRuntime, pixels: Pixels) -> dict[str, float]:
-    """Median seconds of the parts of the torch model, by timing them inside a run."""
-    model, clock = runtime.model, _torch_clock(runtime.device)
-    spent: dict[str, list[float]] = defaultdict(list)
-    modules = {**dict(model.student.named_children()), "scorer": model.scorer}
-    hooks = [hook for name, module in modules.items() for hook in _time_module(module, spent[name], clock)]
-    features = model.teacher.features
-
-    def timed(x: Any) -> Any:
-        began = clock()
-        found = features(x)
-        spent["teacher"].append(clock() - began)
-        return found
-
-    model.teacher.features = timed  # type: ignore[method-assign, assignment]
-    try:
-        for _ in range(_PROFILED):
-            began = clock()
-            runtime.call(pixels)
-            spent["whole"].append(clock() - began)
-    finally:
-        del model.teacher.features
-        for hook in hooks:
-            hook.remove()
-    # A model without a semantic student spends nothing there; a CNN's teacher looks at large images twice.
-    found = {name: float(np.median(spent[name] or [0.0])) for name in (*PARTS, "whole")}
-    found["teacher"] = float(np.sum(spent["teacher"])) / _PROFILED
-    found["other"] = max(0.0, found.pop("whole") - sum(found[name] for name in PARTS))
-    return found
-
-
-def _torch_clock(device: str) -> Clock:
-    if not str(device).startswith("cuda"):
-        return time.perf_counter
-    import torch
-
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return clock
-
-
-def _time_module(module: Any, spent: list[float], clock: Clock) -> tuple[Any, Any]:
-    began: list[float] = []
-
-    def before(_module: Any, _inputs: Any) -> None:
-        began.append(clock())
-
-    def after(_module: Any, _inputs: Any, _output: Any) -> None:
-        spent.append(clock() - began.pop())
-
-    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
-
-
-def onnx_parts(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
-    """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
-    import onnxruntime as ort
-
-    pixels = np.resize(pixels, (runtime.batch or len(pixels), *pixels.shape[1:]))  # what a fixed export takes
-    spent: dict[str, float] = defaultdict(float)
-    with tempfile.TemporaryDirectory() as folder:
-        options = OnnxRuntime.options(threads)
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(path), options, providers=runtime.session.get_providers())
-        for _ in range(_PROFILED):
-            session.run(None, {"image": pixels})
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            part = event["name"].split("/")[0]
-            spent[part if part in PARTS else "other"] += event["dur"] / 1e6 / _PROFILED
-    return dict(spent)

@@ -3,101 +3,54 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Any
 
-import typer
-
+from twinspect import data as data_room
+from twinspect.commands.options import InspectOptions, ManifestOptions
 from twinspect.config import LARGEST_SEED
-from twinspect.errors import check_range
-
-if TYPE_CHECKING:
-    from twinspect.console import Console
-    from twinspect.data.loaded import Loaded
-    from twinspect.types import Sample
-
-data_app = typer.Typer(
-    name="data", help="Look at data sets, list them in manifests.", no_args_is_help=True,
-    rich_markup_mode=None,
-)  # fmt: skip
-
-Where = Annotated[Path, typer.Argument(help="Folder or manifest of a data set.")]
-Layout = Annotated[str, typer.Option(help="Layout of the data; auto detects it.")]
-Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a manifest are relative to.")]  # noqa: UP045
+from twinspect.console import Console
+from twinspect.data import Loaded
+from twinspect.data.leaks import find_leaks
+from twinspect.data.manifest import write_manifest
+from twinspect.data.protocols import PROTOCOLS, make_splits
+from twinspect.data.scan import ScanLog
+from twinspect.errors import ConfigError, DataError, check_range
+from twinspect.files import refuse_unwritable
+from twinspect.inference.table import has_columns
+from twinspect.types import Sample
 
 
-@data_app.command("inspect")
-def inspect_command(
-    path: Where,
-    layout: Layout = "auto",
-    images: Images = None,
-    protocol: Annotated[str, typer.Option(help="Also list the splits of a protocol, or of all: all.")] = "",
-    leaks: Annotated[bool, typer.Option("--leaks", help="Look for byte-equal training and test images.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Say what is there: layout, classes, counts, masks, what is skipped and why."""
-    from twinspect.console import Console
-
-    with Console(quiet=as_json) as console:
-        check_range("--seed", seed, 0, LARGEST_SEED)
-        inspect(path, layout, images, protocol, leaks, seed, console)
-
-
-@data_app.command("manifest")
-def manifest_command(
-    path: Where,
-    out: Annotated[Path, typer.Option(help="Manifest to write: .parquet or .csv.")],
-    layout: Layout = "auto",
-    images: Images = None,
-    details: Annotated[bool, typer.Option("--details", help="Add width, height and SHA-256 (reads all).")] = False,
-) -> None:
-    """Write one row per image: image, split, class_name, label, defect_type, mask, group, record."""
-    from twinspect.console import Console
-
-    with Console() as console:
-        manifest(path, out, layout, images, details, console)
-
-
-def inspect(
-    path: Path, layout: str, images: Path | None, protocol: str, leaks: bool, seed: int, console: Console
-) -> None:
+def inspect(options: InspectOptions, console: Console) -> None:
     """Read a data set and say what was found; JSON is printed when the console is quiet."""
-    from twinspect import data as data_room
-    from twinspect.data.leaks import find_leaks
-
-    loaded = data_room.load(path, layout, images)
+    check_range("--seed", options.seed, 0, LARGEST_SEED)
+    loaded = data_room.load(options.path, options.layout, options.images)
     for line in loaded.summary():
         console.say(line)
-    splits = _split_lines(loaded, protocol, seed)
+    splits = _split_lines(loaded, options.protocol, options.seed)
     for line in splits:
         console.say(line)
-    pairs = find_leaks(loaded.samples) if leaks else None
+    pairs = find_leaks(loaded.samples) if options.leaks else None
     for line in _leak_lines(pairs):
         console.say(line)
     if console.quiet:
         console.result(json.dumps(_as_json(loaded, splits, pairs), indent=1))
 
 
-def manifest(path: Path, out: Path, layout: str, images: Path | None, details: bool, console: Console) -> None:
+def manifest(options: ManifestOptions, console: Console) -> None:
     """Read a data set in any layout and write it as a manifest."""
-    from twinspect import data as data_room
-    from twinspect.data.manifest import write_manifest
-    from twinspect.data.scan import ScanLog
-    from twinspect.errors import DataError
-    from twinspect.files import refuse_unwritable
-    from twinspect.inference.table import has_columns
-
+    out = options.out
     refuse_unwritable(out, "--out", ours=lambda file: has_columns(file, {"image", "split"}))
-    loaded = data_room.load(path, layout, images)
-    root = images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
+    loaded = data_room.load(options.path, options.layout, options.images)
+    root = options.images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
     for line in loaded.summary():
         console.say(line)
     log = ScanLog()
     try:
-        rows = write_manifest(loaded.samples, out, root, details, log)
+        rows = write_manifest(loaded.samples, out, root, options.details, log)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
     for _, reason in log.skipped:
@@ -108,9 +61,6 @@ def manifest(path: Path, out: Path, layout: str, images: Path | None, details: b
 
 
 def _split_lines(loaded: Loaded, protocol: str, seed: int) -> list[str]:
-    from twinspect.data.protocols import PROTOCOLS, make_splits
-    from twinspect.errors import ConfigError
-
     if not protocol:
         return []
     if protocol != "all":
@@ -155,6 +105,4 @@ def _named(sample: Sample) -> str:
 
 
 def _quoted(path: Path) -> str:
-    import shlex
-
     return shlex.quote(str(path))

@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twinspect import data as data_room
-from twinspect.bundle import read_bundle, refuse_unwritable, write_bundle
-from twinspect.calibration import RULES
+from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
+from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
-from twinspect.commands.thresholds import own_counts, threshold_lines, threshold_table
 from twinspect.console import Console
-from twinspect.decision import Decision, promises, refuse_other_model
-from twinspect.drift import DriftMonitor, DriftReport
+from twinspect.decide.conformal import RULES
+from twinspect.decide.decision import Decision, promises, refuse_other_model
+from twinspect.decide.drift import DriftMonitor, DriftReport
+from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, GoodScores, Rule, class_sentence
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.recalibrate import Scored, Wanted, good_samples, recalibrate, score_images, sessions
 from twinspect.report import Section, Table
-from twinspect.rules import GoodScores, class_sentence
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
+MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateOptions:
-    """What was typed; see the command's help."""
-
-    bundle: Path
-    good: Path | None
-    out: Path | None
-    wanted: Wanted
-    labels: Path | None = None
-    source: Path | None = None
-    layout: str = "auto"
-    images: Path | None = None
-    weights: str = ""
-    report: tuple[Path, ...] = ()
-    json_file: str = ""
-    from_log: str = ""
-    since: str = ""
-
-
-def wanted(
-    max_fpr: float,
-    unsure: tuple[float, float],
-    region_fpr: float,
-    class_name: str,
-    group: str,
-    add: bool,
-    rule: str,
-    miss_cost: float,
-) -> Wanted:
-    """What the command line asks for; zeros and empty texts were not typed.
+def requested(options: CalibrateOptions) -> Request:
+    """What shall change; zeros and empty texts were not typed.
 
     Raises:
         ConfigError: options that contradict each other, or a value that is not accepted.
     """
+    max_fpr, unsure, group, rule = options.max_fpr, options.unsure, options.group, options.rule
     if group not in ("", "none", "session"):
         raise ConfigError(unknown_name("--group", group, ("session", "none")))
     if max_fpr and any(unsure) and max_fpr != unsure[0]:
@@ -72,55 +46,61 @@ def wanted(
         )
     if rule and rule not in RULES:
         raise ConfigError(unknown_name("rule", rule, RULES))
-    if miss_cost and rule not in ("", "min-cost"):
+    if options.miss_cost and rule not in ("", "min-cost"):
         raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
-    return Wanted(
+    return Request(
         max_fpr=unsure[0] if any(unsure) else max_fpr or None,
         unsure=unsure[1] if any(unsure) else None,
-        region_fpr=region_fpr or None,
-        class_name=class_name or None,
+        region_fpr=options.region_fpr or None,
+        class_name=options.class_name or None,
         by_group=group == "session" if group else None,
-        add=add,
-        rule=rule or ("min-cost" if miss_cost else ""),
-        miss_cost=miss_cost or 1.0,
+        add=options.add,
+        rule=rule or ("min-cost" if options.miss_cost else ""),
+        miss_cost=options.miss_cost or 1.0,
     )
 
 
 def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
-    out = options.out or options.bundle
+    asked, out = requested(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
-    _refuse_sources(options)
+    _refuse_sources(options, asked)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     start = _taken_from(options.source, before) if options.source is not None else before
-    scored, labelled = _from_log(options, before, console) if options.from_log else _score(options, console)
+    scored, labelled = (
+        _from_log(options, asked, before, console) if options.from_log else _score(options, asked, console)
+    )
     for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
         console.warn(f"left out {failure}")
-    after, notes = recalibrate(start, options.wanted, scored, labelled)
+    after, notes = recalibrate(start, asked, scored, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     values = calibration_values(after, notes)
-    write_bundle(out, meta, content.tensors)
+    if not options.force and (kept := keep_old(out)):
+        console.warn(kept)
+    write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")
 
 
-def _refuse_sources(options: CalibrateOptions) -> None:
+def _refuse_sources(options: CalibrateOptions, asked: Request) -> None:
     """Options that contradict each other about where images come from."""
     if options.from_log and (options.good is not None or options.labels is not None):
         raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
     if options.since and not options.from_log:
         raise ConfigError("--since has no effect without --from-log")
-    if options.wanted.rule and options.labels is None and not options.from_log:
+    if asked.rule and options.labels is None and not options.from_log:
         raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
 
 
-def _from_log(options: CalibrateOptions, decision: Decision, console: Console) -> tuple[Scored | None, Scored | None]:
+def _from_log(
+    options: CalibrateOptions, asked: Request, decision: Decision, console: Console
+) -> tuple[Scored | None, Scored | None]:
     """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
     from twinspect.server import refuse_missing
 
@@ -130,12 +110,12 @@ def _from_log(options: CalibrateOptions, decision: Decision, console: Console) -
 
     log = InspectionLog(options.from_log, create=False)
     try:
-        found = learn(log, decision, options.since, options.wanted.class_name)
+        logged = learn(log, decision, options.since, asked.class_name)
     finally:
         log.close()
-    for note in found.notes:
+    for note in logged.notes:
         console.warn(note)
-    return found.good, found.labelled if options.wanted.rule else None
+    return logged.good, logged.labelled if asked.rule else None
 
 
 def _taken_from(source: Path, decision: Decision) -> Decision:
@@ -145,21 +125,21 @@ def _taken_from(source: Path, decision: Decision) -> Decision:
     return other
 
 
-def _score(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:
+def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
         return None, None
     from twinspect.detector import Detector
 
     predictor = Detector.load(options.bundle, options.weights).predictor()
-    name = options.wanted.class_name
+    name = asked.class_name
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:
         loaded = data_room.load(options.good, options.layout, options.images)
         for line in loaded.summary():
             console.say(line)
-        by_session = bool(options.wanted.by_group) and name is not None
+        by_session = bool(asked.by_group) and name is not None
         root = loaded.root if by_session and loaded.root.is_dir() else None
         good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
     if options.labels is not None:
@@ -174,14 +154,14 @@ def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
     Raises:
         DataError: not both kinds of label.
     """
-    found = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
-    kinds = {s.label for s in found}
+    labelled = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
+    kinds = {s.label for s in labelled}
     if kinds != {0, 1}:
         raise DataError(
-            f"{path}: {len(found)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
+            f"{path}: {len(labelled)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
             "(label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
         )
-    return found
+    return labelled
 
 
 def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, Any]:
@@ -201,8 +181,8 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": class_sentence(rule),
         }
-    found = [one._asdict() for one in sessions(decision)]
-    return {"model_id": decision.model_id, "classes": classes, "sessions": found, "notes": list(notes)}
+    by_session = [one._asdict() for one in sessions(decision)]
+    return {"model_id": decision.model_id, "classes": classes, "sessions": by_session, "notes": list(notes)}
 
 
 def _publish(
@@ -222,18 +202,18 @@ def _publish(
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
     """A calibration for a document."""
-    found = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
+    parts = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
     if values["sessions"]:
-        found.append(Section("Sessions", (), (session_table(values),)))
+        parts.append(Section("Sessions", (), (session_table(values),)))
     charts = tuple(
-        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[own]}, rule.image.value)
+        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
         for name, rule in list(promises(decision))[:_MOST_CHARTS]
-        if (own := decision.good.of_class(rule.class_name, given=True)).any()
+        if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
     )
-    found.append(Section("Scores", (), charts))
+    parts.append(Section("Scores", (), charts))
     words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    found.append(Section("What is promised", words))
-    return [*found, Section("Remarks", tuple(notes))] if notes else found
+    parts.append(Section("What is promised", words))
+    return [*parts, Section("Remarks", tuple(notes))] if notes else parts
 
 
 def _region_table(values: dict[str, Any]) -> Iterator[Table]:
@@ -257,17 +237,6 @@ def session_table(values: dict[str, Any]) -> Table:
     return Table("each session left out", ("session", "good images", "called bad", "rate"), rows, note)
 
 
-@dataclass(frozen=True, slots=True)
-class DriftOptions:
-    """What was typed; see the command's help."""
-
-    bundle: Path
-    tables: tuple[Path, ...]
-    false_alarm_rate: float = 0.01
-    json_file: str = ""
-    report: tuple[Path, ...] = ()
-
-
 def drift_command(options: DriftOptions, console: Console) -> None:
     """``twinspect drift``: watch the predictions of one or more tables, in their order."""
     check_outputs(options.report, options.json_file)
@@ -280,25 +249,25 @@ def drift_command(options: DriftOptions, console: Console) -> None:
             left_out += not watch(monitor, row)
     if not monitor.images:
         raise DataError("the tables hold no scored image; nothing can be said about drift")
-    found = monitor.report()
-    console.say(found.message)
+    drift = monitor.report()
+    console.say(drift.message)
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
-    table = drift_table(found)
+    table = drift_table(drift)
     for line in text_table(table):
         console.say(line)
-    publish_json(options.json_file, found.to_dict(), console)
-    facts = {"images": str(found.images), "chance of a false alarm": f"at most {100 * found.false_alarm_rate:g} %"}
+    publish_json(options.json_file, drift.to_dict(), console)
+    facts = {"images": str(drift.images), "chance of a false alarm": f"at most {100 * drift.false_alarm_rate:g} %"}
     for path in options.report:
-        shown = [Section(found.kind.capitalize(), (found.message,), (table, *_drift_charts(options, decision.good)))]
-        write_results(path, f"Drift of {options.bundle.name}", shown, facts, found.to_dict())
+        shown = [Section(drift.kind.capitalize(), (drift.message,), (table, *_drift_charts(options, decision.good)))]
+        write_results(path, f"Drift of {options.bundle.name}", shown, facts, drift.to_dict())
         console.say(f"wrote {path}")
 
 
-def _refuse_other_table(path: Path, found: str, expected: str) -> None:
-    if found and found != expected:
+def _refuse_other_table(path: Path, model_id: str, expected: str) -> None:
+    if model_id and model_id != expected:
         raise DataError(
-            f"{path}: its scores come from another model (id {found}, the bundle's is {expected}) and cannot be "
+            f"{path}: its scores come from another model (id {model_id}, the bundle's is {expected}) and cannot be "
             f"compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
         )
 
@@ -333,14 +302,14 @@ def _number(value: Any) -> float:
         raise DataError(f"a score in the table is {value!r}, not a number") from None
 
 
-def drift_table(found: DriftReport) -> Table:
+def drift_table(drift: DriftReport) -> Table:
     """Latest images by class, as a table."""
     rows = tuple(
         (
             one.class_name or "(none)", one.images, one.median_p, one.tail,
             "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
         )
-        for one in found.classes
+        for one in drift.classes
     )  # fmt: skip
     columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
     note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
@@ -352,3 +321,68 @@ def _drift_charts(options: DriftOptions, good: GoodScores) -> tuple[Histogram, .
     scores = np.fromiter((_number(row.get("score")) for row in rows), np.float64)
     groups = {"calibration": good.score, "predictions": scores[np.isfinite(scores)]}
     return (Histogram("Scores of calibration and of the predictions", "score", groups),)
+
+
+# ---------------------------------------------------------------------------------------------- thresholds as a table
+
+
+def threshold_table(decision: Decision) -> Table:
+    """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
+    rules = list(promises(decision))
+    third = any(rule.unsure is not None for _, rule in rules)
+    columns = (
+        "class",
+        "good images",
+        *(("unsure from",) if third else ()),
+        "threshold",
+        "false alarms",
+        "called bad",
+    )
+    rows = []
+    for name, rule in rules:
+        images, called = own_counts(decision, rule)
+        unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
+        rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
+    return Table("Thresholds by class", columns, tuple(rows), _NOTE)
+
+
+def false_alarms(rule: Rule) -> str:
+    """Share of the next good images that will be called bad, as far as the images behind a rule can say."""
+    if rule.basis == LABELS:
+        return "chosen on labelled images"
+    if rule.basis == HAND:
+        return HAND
+    if rule.basis == EVERY:
+        return "unknown: no good image of this class"
+    if rule.images == 1:
+        return "unknown: one good image"
+    share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
+    return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
+
+
+_NOTE = (
+    "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
+    "the good images here the threshold calls bad."
+)
+
+
+def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
+    """Good images of a rule's class, and how many of them its threshold calls bad."""
+    of_class = decision.good.of_class(rule.class_name, given=True)
+    return int(of_class.sum()), int((decision.good.score[of_class] >= rule.image.value).sum())
+
+
+def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:
+    """The table for the terminal, what it is worth, and what thresholds chosen on labels were chosen by.
+
+    Of more than ``most`` rows only the last is shown, which is for all classes together.
+    """
+    table = threshold_table(decision)
+    if len(table.rows) > most:
+        title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
+        table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
+    yield from text_table(table)
+    yield table.note
+    for name, rule in promises(decision):
+        if rule.basis == LABELS:
+            yield f"{name}: {rule.image.sentence}"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import refuse_unwritable
 from twinspect.charts import Histogram, LineChart, Series
-from twinspect.commands.results import check_outputs, write_json
+from twinspect.commands.results import check_outputs, text_table, write_json
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
@@ -91,12 +91,14 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     def visit(sample: Sample, result: Result) -> None:
         gallery.add(result, kind_of(sample), sample.label == 1)
 
-    found = evaluate(detector.predictor(), test, console.progress, visit)
-    metrics = measure(detector, found, fit_s)
+    measured = evaluate(detector.predictor(), test, console.progress, visit)
+    metrics = measure(detector, measured, fit_s)
     write_json(numbers, metrics)
-    write_report(page, "twinspect demo: textile", sections(metrics, found, detector, gallery), facts(metrics))
-    for line in summary(metrics):
-        console.say(line)
+    write_report(page, "twinspect demo: textile", sections(metrics, measured, detector, gallery), facts(metrics))
+    for table in (_auroc_table(metrics), _decision_table(metrics)):
+        for line in text_table(table):
+            console.say(line)
+    console.say(f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s")
     console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
 
@@ -142,33 +144,33 @@ def kind_of(sample: Sample) -> str:
     return sample.defect_type or NOMINAL
 
 
-def column(found: Evaluation, score: str, kind: str) -> NDArray[np.float64]:
+def column(measured: Evaluation, score: str, kind: str) -> NDArray[np.float64]:
     """Scores of the test images of one kind."""
-    return np.array([row[score] for row in found.rows if (row["defect_type"] or NOMINAL) == kind])
+    return np.array([row[score] for row in measured.rows if (row["defect_type"] or NOMINAL) == kind])
 
 
-def against_nominal(found: Evaluation, score: str, kind: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def against_nominal(measured: Evaluation, score: str, kind: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Scores and labels of the nominal images and of the defects of one kind (or all)."""
-    good = column(found, score, NOMINAL)
-    bad = np.concatenate([column(found, score, k) for k in ((LOCAL, GLOBAL) if kind == ALL else (kind,))])
+    good = column(measured, score, NOMINAL)
+    bad = np.concatenate([column(measured, score, k) for k in ((LOCAL, GLOBAL) if kind == ALL else (kind,))])
     return np.concatenate([good, bad]), np.repeat([0, 1], [len(good), len(bad)])
 
 
-def measure(detector: Detector, found: Evaluation, fit_s: float) -> dict[str, Any]:
+def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str, Any]:
     """Everything that goes to ``metrics.json``; ``train_s`` is all of fit: features, steps, statistics."""
     tables = {
-        score: {kind: round(auroc(*against_nominal(found, score, kind)), 4) for kind in (LOCAL, GLOBAL, ALL)}
+        score: {kind: round(auroc(*against_nominal(measured, score, kind)), 4) for kind in (LOCAL, GLOBAL, ALL)}
         for score in SCORES
     }
     record, threshold = detector.record_, detector.fitted.decision.threshold
-    scores = {kind: column(found, "score", kind) for kind in (NOMINAL, LOCAL, GLOBAL)}
+    scores = {kind: column(measured, "score", kind) for kind in (NOMINAL, LOCAL, GLOBAL)}
     return {
         "auroc": tables["score"],
         "auroc_ed_only": tables["score_local"],
         "auroc_ee_only": tables["score_semantic"],
         "train_s": round(fit_s, 1),
-        "predict_img_per_s": round(len(found.rows) / found.seconds, 2),
-        "auroc_interval_95": {kind: interval(found, kind) for kind in (LOCAL, GLOBAL, ALL)},
+        "predict_img_per_s": round(len(measured.rows) / measured.seconds, 2),
+        "auroc_interval_95": {kind: interval(measured, kind) for kind in (LOCAL, GLOBAL, ALL)},
         "called_anomalous": {
             kind: round(float((values >= threshold.value).mean()), 4) for kind, values in scores.items()
         },
@@ -177,7 +179,7 @@ def measure(detector: Detector, found: Evaluation, fit_s: float) -> dict[str, An
             **record["images"],
             "test": {kind: len(values) for kind, values in scores.items()},
         },
-        "failed": found.failed,
+        "failed": measured.failed,
         "training": record["training"],
         "seed": SEED,
         "teacher": record["teacher"],
@@ -186,37 +188,22 @@ def measure(detector: Detector, found: Evaluation, fit_s: float) -> dict[str, An
     }
 
 
-def interval(found: Evaluation, kind: str) -> list[float]:
+def interval(measured: Evaluation, kind: str) -> list[float]:
     """95 % bootstrap interval of the joint AUROC: how much of a number is luck of the test images."""
-    low, high = bootstrap_interval(*against_nominal(found, "score", kind), auroc, n=300)
+    low, high = bootstrap_interval(*against_nominal(measured, "score", kind), auroc, n=300)
     return [round(low, 4), round(high, 4)]
 
 
-def summary(metrics: dict[str, Any]) -> list[str]:
-    """The table that the demo prints."""
-    kinds = (LOCAL, GLOBAL, ALL)
-    lines = [f"{'image AUROC':<32}" + "".join(f"{kind:>9}" for kind in kinds)]
-    for name, key in zip(SCORES.values(), ("auroc", "auroc_ed_only", "auroc_ee_only"), strict=True):
-        lines.append(f"{name:<32}" + "".join(f"{metrics[key][kind]:9.4f}" for kind in kinds))
-    called = metrics["called_anomalous"]
-    return [
-        *lines,
-        f"at the threshold: {called[NOMINAL]:.1%} of unseen good images called anomalous, "
-        f"{called[LOCAL]:.1%} of local and {called[GLOBAL]:.1%} of global defects found",
-        f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s",
-    ]
-
-
-def sections(metrics: dict[str, Any], found: Evaluation, detector: Detector, gallery: Gallery) -> list[Section]:
+def sections(metrics: dict[str, Any], measured: Evaluation, detector: Detector, gallery: Gallery) -> list[Section]:
     """The report: what was measured, how scores fall, the hardest and clearest images, how it was made."""
     scale = detector.fitted.decision.map_scale
     return [
         Section("Result", _result_words(metrics), (_auroc_table(metrics), _decision_table(metrics))),
-        Section("ROC curves", (), _roc_charts(found)),
+        Section("ROC curves", (), _roc_charts(measured)),
         Section(
             "Scores by kind",
             ("A higher score is more anomalous. Every row has its own height; the axis is common.",),
-            _histograms(found, detector.fitted.decision.threshold.value),
+            _histograms(measured, detector.fitted.decision.threshold.value),
         ),
         Section(
             "Hardest images",
@@ -265,23 +252,23 @@ def _decision_table(metrics: dict[str, Any]) -> Table:
     return Table("Called anomalous at the threshold", ("kind", "images", "called anomalous"), rows)
 
 
-def _roc_charts(found: Evaluation) -> tuple[LineChart, ...]:
+def _roc_charts(measured: Evaluation) -> tuple[LineChart, ...]:
     def chart(title: str, lines: list[tuple[str, str, str]]) -> LineChart:
-        curves = ((name, roc_curve(*against_nominal(found, score, kind))) for name, score, kind in lines)
+        curves = ((name, roc_curve(*against_nominal(measured, score, kind))) for name, score, kind in lines)
         series = tuple(Series(name, fpr, tpr) for name, (fpr, tpr, _) in curves)
-        return LineChart(title, "false positive rate", "true positive rate", series, diagonal=True)
+        return LineChart(title, "false positive rate", "true positive rate", series)
 
     joint = chart("Joint score, by kind of defect", [(kind, "score", kind) for kind in (LOCAL, GLOBAL, ALL)])
     names = {"score": "both", "score_local": "local student", "score_semantic": "semantic student"}
     return joint, chart("All defects, by student", [(name, score, ALL) for score, name in names.items()])
 
 
-def _histograms(found: Evaluation, threshold: float) -> tuple[Histogram, ...]:
+def _histograms(measured: Evaluation, threshold: float) -> tuple[Histogram, ...]:
     return tuple(
         Histogram(
             name[:1].upper() + name[1:],
             "score",
-            {kind: column(found, score, kind) for kind in (NOMINAL, LOCAL, GLOBAL)},
+            {kind: column(measured, score, kind) for kind in (NOMINAL, LOCAL, GLOBAL)},
             threshold if score == "score" else None,
         )
         for score, name in SCORES.items()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Any
 
-import typer
-
-from twinspect.commands.data import Images
-
-if TYPE_CHECKING:
-    from twinspect.console import Console
-    from twinspect.diagnose import Diagnosis, Plan
-    from twinspect.report import Gallery, Section, Table
+from twinspect import data as data_room
+from twinspect.commands.options import DiagnoseOptions
+from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
+from twinspect.console import Console
+from twinspect.decide.decision import mixed_up
+from twinspect.diagnose import Diagnosis, Plan
+from twinspect.diagnose import diagnose as run
+from twinspect.inference import load
+from twinspect.report import Gallery, Section, Table
 
 _TITLES = {
     "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
@@ -26,104 +25,54 @@ _HARDEST = 5  # pictures of each kind in a report
 _HIDDEN = 0.9  # AUROC below which a class is said to hide in another
 
 
-@dataclass(frozen=True, slots=True)
-class DiagnoseOptions:
-    """What was typed; see the command's help."""
-
-    bundle: Path
-    data: Path
-    plan: Plan
-    layout: str = "auto"
-    images: Path | None = None
-    report: tuple[Path, ...] = ()
-    json_file: str = ""
-    runtime: str = "auto"
-    weights: str = ""
-
-
-def diagnose(
-    bundle: Annotated[Path, typer.Argument(help="Trained model (.twin), or an exported one.")],
-    data: Annotated[Path, typer.Argument(help="Folder of a data set with normal images of two classes or more.")],
-    count: Annotated[int, typer.Option(help="Images of each kind per ordered pair of classes.")] = 8,
-    normals: Annotated[int, typer.Option(help="Normal images of each class to compare with.")] = 40,
-    classes: Annotated[str, typer.Option(help="Only these classes, separated by commas.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
-    report: Annotated[Optional[list[Path]], typer.Option(help="Report file: .html, .md or .json.")] = None,  # noqa: UP045
-    json_file: Annotated[str, typer.Option("--json", help="Write values as JSON to a file, or - to print.")] = "",
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Images = None,
-    runtime: Annotated[str, typer.Option(help="auto, torch, onnx or openvino.")] = "auto",
-    weights: Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")] = None,  # noqa: UP045
-) -> None:
-    """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
-    from twinspect.console import Console
-    from twinspect.diagnose import Plan
-
-    with Console(quiet=json_file == "-") as console:
-        names = tuple(name.strip() for name in classes.split(",") if name.strip())
-        options = DiagnoseOptions(
-            bundle, data, Plan(count, normals, seed, names), layout, images, tuple(report or ()), json_file, runtime,
-            str(weights or ""),
-        )  # fmt: skip
-        diagnose_command(options, console)
-
-
 def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
-    from twinspect import data as data_room
-    from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
-    from twinspect.diagnose import diagnose as run
-    from twinspect.inference import load
-    from twinspect.report import Gallery
-
+    names = tuple(name.strip() for name in options.classes.split(",") if name.strip())
+    plan = Plan(options.count, options.normals, options.seed, names)
     check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)
     samples = data_room.load(options.data, options.layout, options.images).samples
     gallery = Gallery(keep=_HARDEST)
     pictures = any(path.suffix.lower() == ".html" for path in options.report)
     visit = (lambda made, result: gallery.add(result, made.kind, True)) if pictures else None
-    found = run(predictor, samples, options.plan, console.progress, visit)
+    diagnosis = run(predictor, samples, plan, console.progress, visit)
     values = {
         "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
-        "seed": options.plan.seed, "count": options.plan.count, "normals": options.plan.normals, **found.values(),
+        "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
     }  # fmt: skip
-    for failure in found.failed:
+    for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    for table in matrices(found):
+    for table in matrices(diagnosis):
         for line in text_table(table):
             console.say(line)
-    for line in sentences(found):
+    for line in sentences(diagnosis):
         console.say(line)
     publish_json(options.json_file, values, console)
     for path in options.report:
-        shown = sections(found, gallery, predictor.decision.map_scale)
+        shown = sections(diagnosis, gallery, predictor.decision.map_scale)
         write_results(path, f"How classes interfere in {options.bundle.name}", shown, facts(values), values)
         console.say(f"wrote {path}")
 
 
-def matrices(found: Diagnosis) -> Iterator[Table]:
+def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
     """One table per measure: row = the class whose image it is, column = the class that intrudes."""
-    from twinspect.report import Table
-
     for measure, title in _TITLES.items():
         rows = []
-        for base, values in zip(found.classes, found.matrix(measure), strict=True):
+        for base, values in zip(diagnosis.classes, diagnosis.matrix(measure), strict=True):
             numbers = [value for value in values if value is not None]
             shown = ("-" if value is None else value for value in values)
             rows.append((base, *shown, sum(numbers) / len(numbers)))
-        yield Table(title, ("class", *found.classes, "mean"), tuple(rows))
+        yield Table(title, ("class", *diagnosis.classes, "mean"), tuple(rows))
 
 
-def sentences(found: Diagnosis) -> Iterator[str]:
+def sentences(diagnosis: Diagnosis) -> Iterator[str]:
     """The means, which class hides which, and which classes are mixed up."""
-    from twinspect.decision import mixed_up
-
-    mean = found.mean()
+    mean = diagnosis.mean()
     yield (
-        f"mean over {len(found.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
+        f"mean over {len(diagnosis.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    ranked = sorted(found.pairs, key=_noticed)
+    ranked = sorted(diagnosis.pairs, key=_noticed)
     for pair in [one for one in ranked if _noticed(one) < _HIDDEN][:3]:
         yield (
             f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
@@ -134,8 +83,8 @@ def sentences(found: Diagnosis) -> Iterator[str]:
             f"no class hides in another: the lowest value is {_noticed(ranked[0]):.3f}, {ranked[0]['other']} in "
             f"{ranked[0]['base']}"
         )
-    if said := mixed_up(found.taken):
-        yield said
+    if mixed := mixed_up(diagnosis.taken):
+        yield mixed
 
 
 def _noticed(pair: dict[str, Any]) -> float:
@@ -143,17 +92,15 @@ def _noticed(pair: dict[str, Any]) -> float:
     return min(float(pair["mixup_auroc"]), float(pair["cutpaste_auroc"]))
 
 
-def sections(found: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
+def sections(diagnosis: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
     """Matrices, then the images that passed most easily."""
-    from twinspect.report import Section
-
     text = (
         "Normal images of different classes were laid over each other (Mixup) or pasted into each other (CutPaste). "
         "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
         "0.5 is guessing, 1 is certain.",
-        *sentences(found),
+        *sentences(diagnosis),
     )
-    shown = [Section("Which class hides which", text, tuple(matrices(found)))]
+    shown = [Section("Which class hides which", text, tuple(matrices(diagnosis)))]
     cases = gallery.cases(True, scale)
     return [*shown, Section("What passed most easily", (), cases)] if cases else shown
 

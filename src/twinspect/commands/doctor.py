@@ -59,10 +59,10 @@ def examine() -> list[str]:
 def _versions(problems: list[str]) -> Iterator[str]:
     if sys.version_info < _OLDEST_PYTHON:
         problems.append("Python 3.11 or newer is needed")
-    found = {name: _version(name) for name in _CORE}
-    for name in (n for n, version in found.items() if not version):
+    versions = {name: _version(name) for name in _CORE}
+    for name in (n for n, version in versions.items() if not version):
         problems.append(f"{name} is not installed; type: pip install twinspect")
-    yield "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in found.items())
+    yield "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
 
 
 def _extras() -> Iterator[str]:
@@ -88,25 +88,25 @@ def declared_extras() -> dict[str, list[str]]:
         extra: [one.name for one in optional if one.marker is not None and one.marker.evaluate({"extra": extra})]
         for extra in metadata.get_all("Provides-Extra") or []
     }
-    return {name: wanted for name, wanted in extras.items() if wanted}
+    return {name: names for name, names in extras.items() if names}
 
 
 def _machine(problems: list[str]) -> Iterator[str]:
     memory = _memory()
     if 0 < memory < _LITTLE_MEMORY:
         problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
-    said = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
-    yield f"processor: {usable_cores()} cores, {said}{_load()}"
+    size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
+    yield f"processor: {usable_cores()} cores, {size}{_load()}"
     yield f"threads of torch wait for each other {waiting()}"
 
 
 def _load() -> str:
     """How many processes want a core; with more than there are, everything takes longer."""
     try:
-        wanted = os.getloadavg()[0]
+        busy = os.getloadavg()[0]
     except (AttributeError, OSError):  # Windows
         return ""
-    return f", {wanted:.1f} processes busy in the last minute" if wanted >= _BUSY else ""
+    return f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
 
 
 def _memory() -> int:

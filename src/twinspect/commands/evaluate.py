@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,27 @@ from twinspect.commands.results import (
     text_table,
     write_results,
 )
+from twinspect.commands.review import Review
 from twinspect.console import NOTHING_SCORED, Console
-from twinspect.data.carving import relative_lines, short_hash
+from twinspect.data import Loaded
 from twinspect.data.leaks import find_leaks
-from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import (
     INDUSTRIAL,
     SEMANTIC,
     Split,
+    content_hash,
     default_protocol,
     find_split,
     is_semantic,
     make_splits,
 )
+from twinspect.decide.decision import count_calls
+from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
+from twinspect.inference.predictor import name_of
+from twinspect.inference.result import Result
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
 
@@ -56,7 +61,7 @@ class EvalOptions:
         split: name of a protocol's split; empty takes the one the bundle was trained on, else the data as given.
         weights: teacher's file of a thin bundle.
         json_file: where to write JSON, ``-`` to print it.
-        out: results files, format by suffix.
+        report: reports, format by suffix.
         intervals: add 95 % bootstrap intervals of the image metrics.
         leaks: look for byte-equal images in training and test.
         drop_leaks: leave test images out that are also training images.
@@ -69,7 +74,7 @@ class EvalOptions:
     split: str = ""
     weights: str = ""
     json_file: str = ""
-    out: tuple[Path, ...] = ()
+    report: tuple[Path, ...] = ()
     intervals: bool = False
     leaks: bool = True
     drop_leaks: bool = False
@@ -108,13 +113,13 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     Raises:
         SystemExit: 1, where no image could be scored.
     """
-    check_outputs(options.out, options.json_file, "--out")
+    check_outputs(options.report, options.json_file)
     detector = Detector.load(options.bundle, options.weights)
     loaded = data_room.load(options.data, options.layout, options.images)
     for line in loaded.summary():
         console.say(line)
     recorded = detector.record_.get("split", {})
-    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed)
+    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed, detector)
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
     pairs = leaked_pairs(test) if options.leaks or options.drop_leaks else []
@@ -123,19 +128,33 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     if options.leaks or options.drop_leaks:
         console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
     found = evaluate(detector.predictor(), test.samples, console.progress, pooled=test.pooled)
-    values = as_values(options, loaded, detector, test, found, pairs)
+    review = Review(test.pooled)
+    for row in found.rows:
+        review.add(row)
+    values = {
+        **as_values(options, loaded, detector, test, found, pairs),
+        "other_thresholds": review.other_thresholds(),
+    }
     notes = remarks(values, loaded)
     for line in problems(found):
         console.warn(line)
     for line in notes:
         console.warn(line)
-    publish(options, values, notes, console)
+    samples = {name_of(sample): sample for sample in test.samples}
+
+    def again(names: list[str]) -> Iterator[Result]:
+        return detector.predictor().predict([samples[name] for name in names])
+
+    publish(options, values, notes, lambda pictures: review.sections(again if pictures else None), console)
     if not found.rows:
         raise SystemExit(NOTHING_SCORED)
 
 
-def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:
+def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None = None) -> TestSet:
     """The test set of a named split, or the data's own labelled test images.
+
+    Where a set has no good test image (a folder of good images, or good and bad ones side by side), its good images
+    are test images, but for those that ``detector`` has learnt.
 
     Raises:
         ConfigError: no such split, or the set is semantic and no split was named.
@@ -149,9 +168,28 @@ def choose_test(loaded: Loaded, name: str, seed: int) -> TestSet:
             "this set says which class an image shows, and not whether it is good: name what the model was "
             f"trained on with --split, such as one-vs-rest/{loaded.classes[0]}, {accepted}"
         )
-    test = tuple(test_samples(loaded.samples))
-    known = tuple(s for s in loaded.samples if s.split != TEST)
-    return TestSet(AS_GIVEN, short_hash(relative_lines([(TEST, test)])), known, test)
+    samples: Sequence[Sample] = loaded.samples
+    if detector is not None and not any(s.split == TEST and s.label == 0 for s in samples):
+        samples = unlearnt_as_test(samples, detector)
+    test = tuple(test_samples(samples))
+    known = tuple(s for s in samples if s.split != TEST)
+    return TestSet(AS_GIVEN, content_hash([(TEST, test)]), known, test)
+
+
+def unlearnt_as_test(samples: Sequence[Sample], detector: Detector) -> list[Sample]:
+    """The same samples, the good ones that the model did not learn from moved to the test split."""
+    learnt, size = set(detector.fitted.decision.trained), detector.predictor().runtime.size
+
+    def new(sample: Sample) -> bool:
+        try:
+            return image_key(sample, size) not in learnt
+        except (DataError, OSError):  # said when it is scored
+            return True
+
+    return [
+        replace(one, split=TEST, label=0) if one.split != TEST and one.label in (0, None) and new(one) else one
+        for one in samples
+    ]
 
 
 def of_split(split: Split) -> TestSet:
@@ -175,7 +213,7 @@ def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
     kept = tuple(sample for sample in test.samples if sample not in leaked)
     if not kept:
         raise DataError("every test image is also a training image; nothing is left to measure on")
-    return replace(test, samples=kept, hash=short_hash(relative_lines([(TEST, kept)]))) if leaked else test
+    return replace(test, samples=kept, hash=content_hash([(TEST, kept)])) if leaked else test
 
 
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
@@ -197,13 +235,14 @@ def as_values(
         "defects_mean": shared_defects(found.table["defects"]),
         "students": {name: table["mean"] for name, table in found.students.items()},
         "decisions": found.decisions,
+        "defect_decisions": by_defect(found.rows, test.pooled),
         "decisions_mean": {k: v for k, v in mean_of(found.decisions).items() if k.endswith("_rate")},
         "split": {"name": test.name, "hash": test.hash, "kind": SEMANTIC if test.pooled else INDUSTRIAL},
         "failed": found.failed,
         "masks_not_used": found.masks,
         "config": {
             "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
-            "seconds": round(found.seconds, 2), "images": len(found.rows), "failed": len(found.failed),
+            "seconds": round(found.seconds, 2), "test_images": len(found.rows), "failed": len(found.failed),
             "mask_rule": MASK_RULE, "map_size": MAP_SIZE, **detector.config.to_dict(), **detector.record_,
         },
     }  # fmt: skip
@@ -213,6 +252,18 @@ def as_values(
     if options.intervals:
         values["intervals"] = found.intervals(seed=detector.config.train.seed)
     return values
+
+
+def by_defect(rows: Sequence[dict[str, Any]], pooled: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Defects found at the thresholds in use: class -> defect type -> counts, as `count_calls` gives them."""
+    bad = [row for row in rows if row["label"]]
+    names = {(pooled or row["true_class"]): None for row in bad}
+    return {
+        name: count_calls(
+            (row["defect_type"], 1, row["is_anomaly"]) for row in bad if (pooled or row["true_class"]) == name
+        )
+        for name in sorted(names)
+    }
 
 
 def remarks(values: dict[str, Any], loaded: Loaded) -> list[str]:
@@ -236,14 +287,20 @@ def problem_lines(values: dict[str, Any]) -> Iterator[str]:
     yield from (f"Mask not used: {text}" for text in values["masks_not_used"])
 
 
-def publish(options: EvalOptions, values: dict[str, Any], notes: Sequence[str], console: Console) -> None:
-    """Print the tables and write the files that were asked for."""
+def publish(
+    options: EvalOptions, values: dict[str, Any], notes: Sequence[str], shown: Callable[[bool], list[Section]],
+    console: Console,
+) -> None:  # fmt: skip
+    """Print the tables and write the files asked for; ``shown`` gives more for these, with pictures or not."""
     for line in metric_lines(values):
         console.say(line)
     publish_json(options.json_file, values, console)
     title = f"{options.bundle.name} on {options.data.name}"
-    for path in options.out:
-        write_results(path, title, sections(values, notes), facts(values), values)
+    for path in options.report:
+        found = sections(
+            values, notes, [] if path.suffix.lower() == ".json" else shown(path.suffix.lower() == ".html")
+        )
+        write_results(path, title, found, facts(values), values)
         console.say(f"wrote {path}")
 
 
@@ -286,18 +343,31 @@ def decision_table(values: dict[str, Any]) -> Table:
 
 
 def defect_tables(values: dict[str, Any]) -> list[Table]:
-    """Per class and defect type: image AUROC against the class's good images, and AU-sPRO where defined."""
-    found = []
-    for key, metric in (("defects", "image AUROC"), ("defects_auspro_005", "AU-sPRO to 0.05")):
-        by_class = values.get(key, {})
-        means = shared_defects(by_class)
-        rows = [(name, kind, value) for name, row in by_class.items() for kind, value in row.items()]
-        rows += [("mean of classes", kind, value) for kind, value in means.items()]
-        if means:
-            rows.append(("mean of classes", "mean of the types", sum(means.values()) / len(means)))
-        if rows:
-            found.append(Table(f"{metric} per defect type", ("class", "defect", metric), tuple(rows)))
-    return found
+    """Per class and defect type: what was found, image AUROC against its good images, AU-sPRO where defined."""
+    measured = [
+        (values.get(key, {}), title)
+        for key, title in (("defects", "image AUROC"), ("defects_auspro_005", "AU-sPRO to 0.05"))
+    ]
+    shown = [(by_class, title) for by_class, title in measured if by_class]
+    calls = values.get("defect_decisions", {})
+    rows: list[tuple[str | float, ...]] = []
+
+    def row(name: str, kind: str, numbers: Iterable[float | str]) -> None:
+        one = calls.get(name, {}).get(kind)
+        told = (f"{one['found']} of {one['defects']}", f"{100 * one['found_rate']:.1f}") if one else ("", "")
+        rows.append((name, kind, *(told if calls else ()), *numbers))
+
+    for name in sorted({*calls, *(name for by_class, _ in shown for name in by_class)}):
+        own = [by_class.get(name, {}) for by_class, _ in shown]
+        for kind in dict.fromkeys((*calls.get(name, {}), *(kind for one in own for kind in one))):
+            row(name, kind, (one.get(kind, "-") for one in own))
+    means = [shared_defects(by_class) for by_class, _ in shown]
+    for kind in dict.fromkeys(kind for mean in means for kind in mean):
+        row("mean of classes", kind, (mean.get(kind, "-") for mean in means))
+    if any(means):
+        row("mean of classes", "mean of the types", (sum(m.values()) / len(m) if m else "-" for m in means))
+    columns = ("class", "defect", *(("found", "found, %") if calls else ()), *(title for _, title in shown))
+    return [Table("defect types", columns, tuple(rows))] if rows else []
 
 
 def _interval_table(intervals: dict[str, dict[str, Sequence[float]]]) -> Table:
@@ -309,9 +379,12 @@ def _interval_table(intervals: dict[str, dict[str, Sequence[float]]]) -> Table:
     return Table("95 % bootstrap intervals over the test images", ("class", *names), rows)
 
 
-def sections(values: dict[str, Any], notes: Sequence[str]) -> list[Section]:
-    """The same tables for a document, with what is undefined."""
-    shown = [Section("Metrics", (), tuple(tables(values)))]
+def sections(values: dict[str, Any], notes: Sequence[str], more: Sequence[Section] = ()) -> list[Section]:
+    """The same tables for a document, with what is undefined; ``more`` comes after the decisions."""
+    every = tables(values)
+    first = len(every[:1]) if values["decisions"] else 0
+    shown = [Section("Decisions", (), tuple(every[:first]))] if first else []
+    shown += [*more, Section("Metrics", (), tuple(every[first:]))]
     lines = [*notes, *problem_lines(values)]
     return [*shown, Section("Remarks", tuple(lines))] if lines else shown
 
@@ -322,7 +395,7 @@ def facts(values: dict[str, Any]) -> dict[str, str]:
     leaks = values.get("leaks")
     return {
         "split": f"{split['name']} [{split['hash']}]",
-        "test images": f"{config['images']}",
+        "test images": f"{config['test_images']}",
         "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
         "input size": f"{config['size']}",
         "steps": f"{config['training']['steps']}",

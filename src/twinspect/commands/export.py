@@ -1,4 +1,4 @@
-"""What ``twinspect export``, ``check`` and ``bench`` do, apart from parsing."""
+"""What ``twinspect export`` and ``check`` do, apart from parsing."""
 
 from __future__ import annotations
 
@@ -6,70 +6,62 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
-from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.inference.export import ExportOptions
-    from twinspect.inference.parity import CheckImages
+    from twinspect.export.parity import CheckImages
 
 
-def export_command(
-    bundle: Path,
-    out: Path,
-    options: ExportOptions,
-    images: Path | None,
-    data: Path | None,
-    weights: str,
-    console: Console,
-) -> None:
+def export_command(options: ExportCommandOptions, console: Console) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
-    from twinspect.inference.export import export, refuse_wrong_name, too_few
-    from twinspect.inference.exported import companion
-    from twinspect.inference.parity import load_images
+    from twinspect.export.build import ExportOptions, export, format_of, refuse_wrong_name, too_few
+    from twinspect.export.parity import load_images
+    from twinspect.inference.runtimes import companion
     from twinspect.storage import load
 
-    refuse_wrong_name(out, options)
-    fitted = load(bundle, weights)
-    size = fitted.model.shape.size
-    compared = check_images(images, data, size)
-    calibration = load_images(images, size) if images is not None else None
+    out, format = options.out, format_of(options.out, options.format)
+    asked = ExportOptions(format, options.precision, options.batch, options.any_size, options.accept_loss)
+    refuse_wrong_name(out, asked)
+    fitted = load(options.bundle, options.weights)
+    size = fitted.model.size
+    compared = check_images(options.images, options.data, size)
+    calibration = load_images(options.images, size) if options.images is not None else None
     if compared is not None and too_few(compared):
         console.warn(too_few(compared))
-    found = export(fitted, out, options, compared, calibration, console.progress)
-    for line in found.lines():
+    comparison = export(fitted, out, asked, compared, calibration, console.progress)
+    for line in comparison.lines():
         console.say(line)
-    if problems := found.problems(options.precision):
+    if problems := comparison.problems(options.precision):
         console.warn(f"accepted all the same (--accept-loss): {'; '.join(problems)}")
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def check_command(
-    path: Path, bundle: Path, images: Path, data: Path | None, runtime: str, weights: str, console: Console
-) -> None:
+def check_command(options: CheckOptions, console: Console) -> None:
     """``twinspect check``: an export beside its bundle on images of the user's choice.
 
     Raises:
         ParityError: they differ by more than the precision's tolerance, which was not accepted when it was written.
     """
-    from twinspect.inference.export import check, too_few
-    from twinspect.inference.parity import TOLERANCES, ParityError
+    from twinspect.export.build import check, too_few
+    from twinspect.export.parity import TOLERANCES, ParityError
     from twinspect.storage import load
 
-    fitted = load(bundle, weights)
-    compared = check_images(images, data, fitted.model.shape.size)
+    path, bundle = options.export, options.bundle
+    fitted = load(bundle, options.weights)
+    compared = check_images(options.images, options.data, fitted.model.size)
     assert compared is not None
     if too_few(compared):
         console.warn(too_few(compared))
-    found, meta = check(path, fitted, compared, runtime)
-    for line in found.lines():
+    comparison, meta = check(path, fitted, compared, options.runtime)
+    for line in comparison.lines():
         console.say(line)
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
-    problems = found.problems(meta.precision)
-    if problems and meta.check.get("accepted_loss") and not found.broken:
+    problems = comparison.problems(meta.precision)
+    if problems and meta.check.get("accepted_loss") and not comparison.broken:
         console.warn(f"{path.name} was written with --accept-loss: {'; '.join(problems)}")
         return
     if problems:
@@ -77,49 +69,14 @@ def check_command(
             f"{path.name} ({meta.precision}) does not say what {bundle.name} says: {'; '.join(problems)}"
         )
     limit = TOLERANCES[meta.precision]
-    kept = f"score {limit.score:g}, map {limit.map:g}" if limit.score is not None else f"rank {limit.rank:g}"
-    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({kept})")
-
-
-def bench_command(
-    path: Path,
-    runtime: str,
-    batches: str,
-    threads: int,
-    images: Path | None,
-    seconds: float,
-    weights: str,
-    console: Console,
-) -> None:
-    """``twinspect bench``: a table for people, one line of JSON at the end."""
-    from twinspect.commands.bench import BenchOptions, bench
-
-    options = BenchOptions(path, runtime, parse_batches(batches), threads, images, seconds, weights)
-    report = bench(options, console.progress)
-    for line in report.lines():
-        console.say(line)
-    console.result(json.dumps(report.to_dict()))
+    limits = f"score {limit.score:g}, map {limit.map:g}" if limit.score is not None else f"rank {limit.rank:g}"
+    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({limits})")
 
 
 def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
     """Labelled images of a data set if given, else plain good images, else none."""
-    from twinspect.inference.parity import load_images, load_labelled
+    from twinspect.export.parity import load_images, load_labelled
 
     if data is not None:
         return load_labelled(data, size)
     return load_images(images, size) if images is not None else None
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """``1,16`` to numbers.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        found = tuple(int(one) for one in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
-    return found

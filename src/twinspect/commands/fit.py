@@ -12,8 +12,9 @@ from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
-    from twinspect.training.fit import Fitted
+    from twinspect.storage import Fitted
 
+_LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
 
@@ -30,16 +31,19 @@ def fit_command(
     split_name: str = "",
     resume_from: Path | None = None,
     forget: bool = False,
+    force: bool = False,
+    roi: Path | None = None,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
     from twinspect import files
-    from twinspect.bundle import refuse_unwritable
+    from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
+    from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
-    from twinspect.training.checkpoint import LOG, leave_work, remove_checkpoint
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
+    from twinspect.training.resume import LOG, leave_work, remove_checkpoint
 
     before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
     config = merged(config_file, chosen, before.config if before is not None else None)
@@ -62,7 +66,9 @@ def fit_command(
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(samples, config, folder, console.progress, before, forget)
+    fitted = fit(
+        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
+    )
     if not group.leads:
         return
     if split is not None:
@@ -73,6 +79,8 @@ def fit_command(
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
     detector._fitted = fitted
+    if not force and (kept := keep_old(out)):
+        console.warn(kept)
     detector.save(out, thin)
     for line in report_lines(detector, out):
         console.say(line)
@@ -116,13 +124,15 @@ def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: 
 
 def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     """What a finished training run says."""
-    from twinspect.commands.thresholds import threshold_lines
+    from twinspect.commands.decisions import threshold_lines
 
     record, decision = detector.record_, detector.fitted.decision
     training, counts = record["training"], record["parameters"]
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
     yield (
-        f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); "
-        + ", ".join(f"{name} {value:.4f}" for name, value in training.items() if name not in _NO_TERMS)
+        f"trained {training['steps']} steps in {training['seconds']} s ({training['stopped']}); {terms}"
+        if training["steps"]
+        else "statistics of good images only: no steps, so the students say nothing"
     )
     if memory := record.get("memory"):
         yield memory_line(memory)
@@ -132,24 +142,43 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
         + f"statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
     )
     yield from threshold_lines(decision)
+    yield from outlier_lines(record)
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
+
+
+def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
+    """The training images that are least like the others, and those that were left out for it."""
+
+    def named(rows: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{row['path']} ({row['score']:.1f})" for row in rows)
+
+    if dropped := record.get("dropped"):
+        yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
+    listed = record["least_like"]
+    yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
+    if apart := [row for row in listed if row["apart"]]:
+        yield (
+            f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
+            f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
+        )
 
 
 def memory_line(memory: dict[str, Any]) -> str:
     """Peak memory, and the batch that it was needed for."""
     peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
     gpu = f", of the GPU {memory['gpu_peak_mb']:.0f} MB" if memory.get("gpu_peak_mb") else ""
-    return f"{peak}{gpu}; steps of {memory['batch']} images a process"
+    steps = f"; steps of {memory['batch']} images a process" if memory["batch"] else ""
+    return peak + gpu + steps
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:
     """What a bundle says of itself, without building the model."""
     from twinspect.bundle import read_bundle
-    from twinspect.decision import Decision, promises
-    from twinspect.inference.exported import export_info, is_export
-    from twinspect.rules import class_sentence
+    from twinspect.decide.decision import Decision, promises
+    from twinspect.decide.rules import class_sentence
+    from twinspect.inference.runtimes import export_info, is_export
 
     if is_export(bundle):
         return export_info(bundle)
@@ -168,3 +197,24 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         },
         "config": meta["config"],
     }
+
+
+def info_text(content: dict[str, Any]) -> Iterator[str]:
+    """The same as aligned lines: one fact a line, then the thresholds; settings are for ``--json``."""
+    from twinspect.commands.results import text_table
+    from twinspect.report import Table
+
+    facts = dict(_flat({k: v for k, v in content.items() if k not in ("thresholds", "config")}))
+    width = max(map(len, facts))
+    yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
+    if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
+        yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}, ")
+        elif value not in ([], ""):
+            shown = "; ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{above}{name}", shown

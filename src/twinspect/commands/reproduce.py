@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from twinspect import data as data_room
 from twinspect._version import __version__
 from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problem_lines, problems
+from twinspect.commands.options import ReproduceOptions
 from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
 from twinspect.commands.results import (
     MAP_SIZE,
@@ -34,8 +34,8 @@ from twinspect.commands.results import (
 )
 from twinspect.config import RunConfig
 from twinspect.console import Console
+from twinspect.data import Loaded
 from twinspect.data.leaks import drop_leaks, find_leaks
-from twinspect.data.loaded import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
 from twinspect.report import Section, Table
@@ -47,51 +47,24 @@ MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What ``twinspect reproduce`` was asked for.
-
-    Attributes:
-        recipe: name; empty lists them.
-        root: folder of the data set.
-        out: folder for results; empty takes ``reproduce-out/<recipe>``.
-        teacher: instead of the recipe's.
-        weights: teacher's file.
-        seed: of weights, order, noise and splits.
-        limit_steps: most optimiser steps; 0: the recipe's.
-        size: input side; 0: the recipe's.
-        drop_leaks: leave training copies of test images out of training.
-    """
-
-    recipe: str
-    root: Path | None = None
-    out: Path | None = None
-    teacher: str = ""
-    weights: str = ""
-    seed: int = 0
-    limit_steps: int = 0
-    size: int = 0
-    drop_leaks: bool = False
-
-
-def reproduce_command(choices: Choices, console: Console) -> None:
+def reproduce_command(options: ReproduceOptions, console: Console) -> None:
     """List the recipes, or run one.
 
     Raises:
         ConfigError: unknown recipe, or no data set named.
     """
-    if not choices.recipe:
+    if not options.recipe:
         for line in recipe_lines():
             console.say(line)
         return
-    recipe = find_recipe(choices.recipe)
-    if choices.root is None:
+    recipe = find_recipe(options.recipe)
+    if options.root is None:
         raise ConfigError(
             f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
         )
-    config = recipe.config(named(choices.teacher), choices.weights, choices.seed, choices.limit_steps, choices.size)
-    out = choices.out or Path("reproduce-out") / recipe.name
-    reproduce(recipe, choices.root, out, config, console, choices.drop_leaks)
+    config = recipe.config(named(options.teacher), options.weights, options.seed, options.limit_steps, options.size)
+    out = options.out or Path("reproduce-out") / recipe.name
+    reproduce(recipe, options.root, out, config, console, options.drop_leaks)
 
 
 def named(teacher: str) -> str:
@@ -152,16 +125,16 @@ def reproduce(
 
 def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
     """Why numbers of this run must not be compared with the published ones; empty if nothing is known."""
-    wanted, reasons = recipe.settings, []
+    settings, reasons = recipe.settings, []
     if not config.model.pretrained:
         reasons.append("the teacher has random weights")
-    for name, own, theirs in (
-        ("teacher", config.model.teacher, wanted.model.teacher),
-        ("input size", config.model.size, wanted.model.size),
-        ("steps", config.train.steps, wanted.train.steps),
+    for name, ours, theirs in (
+        ("teacher", config.model.teacher, settings.model.teacher),
+        ("input size", config.model.size, settings.model.size),
+        ("steps", config.train.steps, settings.train.steps),
     ):
-        if own != theirs:
-            reasons.append(f"{name} {own or 'by default'}, the recipe has {theirs}")
+        if ours != theirs:
+            reasons.append(f"{name} {ours or 'by default'}, the recipe has {theirs}")
     counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
     if counts != recipe.official:
         reasons.append(
@@ -196,11 +169,11 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     key = run_key(split, config)
     stem = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', split.name)}-{key}"
     path = out / "splits" / f"{stem}.json"
-    found = read_result(path, key)
-    if found is not None:
+    finished = read_result(path, key)
+    if finished is not None:
         console.say(f"finished before: {path.name}")
-        return found
-    from twinspect.training.checkpoint import remove_checkpoint
+        return finished
+    from twinspect.training.resume import remove_checkpoint
 
     work = out / "work" / stem
     result = run_split(split, config, work, console) | {"key": key}
@@ -234,17 +207,17 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     test = of_split(split)
     predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
-    found = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
-    for line in problems(found):
+    measured = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
+    for line in problems(measured):
         console.warn(line)
     return {
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
-        **found.table,
-        "students": {name: table["classes"] for name, table in found.students.items()},
-        "failed": found.failed,
-        "masks_not_used": found.masks,
-        "seconds": {"fit": round(fit_s, 1), "evaluate": round(found.seconds, 1)},
+        **measured.table,
+        "students": {name: table["classes"] for name, table in measured.students.items()},
+        "failed": measured.failed,
+        "masks_not_used": measured.masks,
+        "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
     }
 
@@ -307,10 +280,10 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
 def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     """Ours, each student alone, and what others report, in percent with the source."""
     metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
-    own = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
+    ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     rows = [
         (name, *(_percent(100 * row[m]) if m in row else "-" for m in metrics), "measured by this run")
-        for name, row in own.items()
+        for name, row in ours.items()
     ]
     rows += [
         (p.system, *(_percent(p.values[m]) if m in p.values else "-" for m in metrics), f"published: {p.source}")

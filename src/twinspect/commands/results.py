@@ -11,7 +11,7 @@ from typing import Any
 
 from twinspect._version import __version__
 from twinspect.console import Console
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, listed
 from twinspect.files import refuse_unwritable, write_text
 from twinspect.metrics import METRICS
 from twinspect.report import Section, Table, write_report
@@ -19,7 +19,6 @@ from twinspect.report import Section, Table, write_report
 SUFFIXES = (".md", ".html", ".json")
 WRITER = f"twinspect {__version__}"
 MASK_RULE, MAP_SIZE = "> 0", "original image"
-_NAMED = 4  # names that a sentence about many classes lists
 
 Rows = Mapping[str, Mapping[str, float]]
 
@@ -133,12 +132,7 @@ def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
             owners["mean of {} " + sentence[mean.end() :]].append(mean[1])
         else:
             owners[sentence] = []
-    return [text.replace("{}", _listed(found), 1) if found else text for text, found in owners.items()]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return [text.replace("{}", listed(found), 1) if found else text for text, found in owners.items()]
 
 
 def _markdown_table(table: Table) -> Iterator[str]:

@@ -1,20 +1,20 @@
 """Data sets as people have them on disk: one function per layout, ``root -> list[Sample]``.
 
 ``load(root)`` recognises the layout, reads it and keeps what it left out; ``.summary()`` says so in words.
-Choose by name from ``DATASETS``; a new layout is one function and one row there.
+A new layout is one function and one row of ``DATASETS``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, listed, others, semantic
 from twinspect.data.images import count_pictures, is_image
-from twinspect.data.loaded import ClassCounts, Loaded
 from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
 from twinspect.data.scan import (
@@ -30,12 +30,74 @@ from twinspect.data.scan import (
     unread_picture,
 )
 from twinspect.errors import ConfigError, DataError, unknown_name
-from twinspect.types import TEST, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
 
 _SHOWN = 5  # of what is wrong in one message
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounts:
+    """How many images of one class there are, by role, and how many mask files.
+
+    ``test_unknown`` are test images without a label (private test sets, classes of a semantic set).
+    """
+
+    train: int = 0
+    calibration: int = 0
+    test_good: int = 0
+    test_defect: int = 0
+    test_unknown: int = 0
+    masks: int = 0
+
+    def __add__(self, other: ClassCounts) -> ClassCounts:
+        return ClassCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A data set as it was read.
+
+    Attributes:
+        layout: name of the loader, a key of ``DATASETS``.
+        root: folder or file that was read (inside the one given, if that was only a wrapper).
+        samples: all images, sorted by the loader.
+        skipped: what was left out, and why.
+        notes: choices made for the user.
+    """
+
+    layout: str
+    root: Path
+    samples: tuple[Sample, ...]
+    skipped: tuple[tuple[Path, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, ClassCounts]:
+        """Counts per class, in the order of the class names."""
+        counts: dict[str, ClassCounts] = defaultdict(ClassCounts)
+        for sample in self.samples:
+            counts[sample.class_name] += _counted(sample)
+        return dict(sorted(counts.items()))
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+        return sorted({sample.class_name for sample in self.samples})
+
+    def summary(self) -> list[str]:
+        """Lines for people: counts per class, what was skipped and why, choices made."""
+        counts = self.counts
+        plural = "class" if len(counts) == 1 else "classes"
+        head = f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images"
+        return [
+            head,
+            *_table(counts),
+            *_skipped_lines(self.skipped),
+            *(f"note: {text}" for text in self.notes),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +118,11 @@ class Dataset:
 
     def __call__(self, root: Path, log: ScanLog | None = None) -> list[Sample]:
         """Read the data set at ``root``."""
-        return self.read(root, log)
+        return self.read(root, log or ScanLog())
 
 
 def _is(layout: str, root: Path) -> bool:
     return folders.layout_of(root) == layout
-
-
-def _set(read: Callable[..., list[Sample]], image_set: semantic.ImageSet) -> Dataset:
-    return Dataset(read, partial(semantic.looks_like, image_set=image_set))
 
 
 # In order of asking: the special shape before the general one that would also fit.
@@ -73,20 +131,15 @@ DATASETS: dict[str, Dataset] = {
     "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
     "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
     **{
-        name: Dataset(read, partial(_is, name))
-        for name, read in (
-            (folders.MVTEC_AD_2, folders.mvtec_ad_2),
-            (folders.MVTEC_LOCO, folders.mvtec_loco),
-            (folders.MVTEC_AD, folders.mvtec_ad),
-        )
+        name: Dataset(partial(folders.read_folders, layout=name), partial(_is, name))
+        for name in (folders.MVTEC_AD_2, folders.MVTEC_LOCO, folders.MVTEC_AD)
     },
     "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
-    "cifar10": _set(semantic.cifar10, semantic.CIFAR10_SET),
-    "view": _set(semantic.view, semantic.VIEW_SET),
-    "fashion-mnist": _set(semantic.fashion_mnist, semantic.FASHION_SET),
-    "cifar100": _set(semantic.cifar100, semantic.CIFAR100_SET),
-    folders.FOLDER: Dataset(folders.folder, partial(_is, folders.FOLDER)),
+    "anomalib": Dataset(others.anomalib, others.looks_like_anomalib, listed=True, elsewhere=True),
+    "lookout": Dataset(others.lookout, others.looks_like_lookout, listed=True, elsewhere=True),
+    **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
+    folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
 
 
@@ -119,38 +172,34 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
 
 def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     given = existing_folder(given) if os.path.isdir(given) else given
-    name, found = _locate(given) if layout == "auto" else (layout, _entered(given, layout))
     if layout == "auto":
-        _refuse_own_name(name, found)
-    log = ScanLog()
-    samples = _known_labels(_read(name, found, log, images), log)
-    _unnamed_folders(name, found, samples, log)
-    if log.undecided and layout == "auto":
-        raise DataError(_undecided(name, found, samples, log))
-    if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
-        raise DataError(f"{found}: no usable image found as {name}; found: {_found(found)}{reasons}")
-    if found != given:
-        log.note(f"{given} only wraps {found.name}, which was read")
-    _note_missing_masks(samples, log)
-    _note_more_pictures(samples, log)
-    return Loaded(name, found, tuple(samples), tuple(log.skipped), tuple(log.notes))
-
-
-def _read(name: str, root: Path, log: ScanLog, images: Path | str | None) -> list[Sample]:
-    if images is None:
-        return DATASETS[name](root, log)
-    if not DATASETS[name].elsewhere:
+        name, place = _locate(given)
+        _refuse_own_name(name, place)
+    else:
+        name = layout
+        place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
+    if images is not None and not DATASETS[name].elsewhere:
         lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
         raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
-    return DATASETS[name].read(root, log, Path(images))
+    log = ScanLog()
+    samples = DATASETS[name].read(place, log, *([] if images is None else [Path(images)]))
+    samples = _known_labels(samples, log)
+    _unnamed_folders(name, place, samples, log)
+    if log.undecided and layout == "auto":
+        raise DataError(_undecided(name, place, samples, log))
+    if not samples:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
+        raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
+    if place != given:
+        log.note(f"{given} only wraps {place.name}, which was read")
+    _note_missing_masks(samples, log)
+    _note_more_pictures(samples, log)
+    return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
 def _locate(root: Path) -> tuple[str, Path]:
-    chain = _wrapped(root)
-    for place in chain:
-        name = _known(place)
-        if name is not None:
+    for place in _wrapped(root):
+        if (name := _known(place)) is not None:
             return name, place
     several = [f"{sub.name} ({name})" for sub in subfolders(root) if (name := _known(sub)) is not None]
     if several and folders.find_classes(root, ScanLog()) == []:
@@ -158,7 +207,7 @@ def _locate(root: Path) -> tuple[str, Path]:
     if os.path.isdir(root) and has_images_below(root):
         return folders.FOLDER, root
     raise DataError(
-        f"{root}: no known layout; found: {_found(root)}. {_advice(root)}"
+        f"{root}: no known layout; found: {listing(root)}. {_advice(root)}"
         f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
     )
 
@@ -180,14 +229,6 @@ def _known(place: Path) -> str | None:
     return next((name for name, dataset in DATASETS.items() if dataset.looks_like(place)), None)
 
 
-def _found(root: Path) -> str:
-    return listing(root) if os.path.isdir(root) else "a file"
-
-
-def _entered(root: Path, layout: str) -> Path:
-    return next((place for place in _wrapped(root) if DATASETS[layout].looks_like(place)), root)
-
-
 def _wrapped(root: Path) -> list[Path]:
     """The path itself, then what lies inside as long as there is a single folder (three deep at most)."""
     chain = [root]
@@ -202,9 +243,9 @@ def _wrapped(root: Path) -> list[Path]:
 
 def _refuse_own_name(name: str, root: Path) -> None:
     """A folder called bad or masks, in which nothing says that its images are good."""
-    said = meaning(folder_name(root))
-    if name == folders.FOLDER and said.role in (BAD, MASK) and not said.rest and not folders.layout_of(root):
-        what = "defects" if said.role == BAD else "masks"
+    meant = meaning(folder_name(root))
+    if name == folders.FOLDER and meant.role in (BAD, MASK) and not meant.rest and not folders.layout_of(root):
+        what = "defects" if meant.role == BAD else "masks"
         raise DataError(
             f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
             "they are, type --layout folder"
@@ -228,9 +269,9 @@ def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog)
         return
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
-    said = {path for path, _ in log.skipped}
+    skipped = {path for path, _ in log.skipped}
     for sub in subfolders(root):
-        if sub.name not in inside and sub not in said and meaning(sub.name).role != MASK and has_images_below(sub):
+        if sub.name not in inside and sub not in skipped and meaning(sub.name).role != MASK and has_images_below(sub):
             log.leave(sub, "no list names an image in it")
 
 
@@ -263,3 +304,38 @@ def _note_missing_masks(samples: list[Sample], log: ScanLog) -> None:
             f"{len(missing):,} of {len(defects):,} defect images have no mask ({listed}): "
             "image-level metrics only for them"
         )
+
+
+# ------------------------------------------------------------------------------------- the summary
+
+
+def _counted(sample: Sample) -> ClassCounts:
+    test = sample.split == TEST
+    return ClassCounts(
+        train=sample.split == TRAIN,
+        calibration=sample.split == CALIBRATION,
+        test_good=test and sample.label == 0,
+        test_defect=test and sample.label == 1,
+        test_unknown=test and sample.label is None,
+        masks=len(sample.masks),
+    )
+
+
+def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
+    rows = dict(counts)
+    total = sum(counts.values(), ClassCounts())
+    if len(rows) > 1:
+        rows["total"] = total
+    shown = [f.name for f in fields(ClassCounts) if f.name != "test_unknown" or total.test_unknown]
+    width = max((len(name) for name in (*rows, "class")), default=5)
+    yield f"  {'class':<{width}}" + "".join(f"  {name.replace('_', ' '):>12}" for name in shown)
+    for name, row in rows.items():
+        yield f"  {name:<{width}}" + "".join(f"  {getattr(row, key):>12,}" for key in shown)
+
+
+def _skipped_lines(skipped: tuple[tuple[Path, str], ...]) -> Iterator[str]:
+    by_reason: dict[str, list[Path]] = defaultdict(list)
+    for path, reason in skipped:
+        by_reason[reason].append(path)
+    for reason, paths in by_reason.items():
+        yield f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"

@@ -11,11 +11,11 @@ import io
 import pickle
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,63 +25,41 @@ from twinspect.errors import DataError
 
 CIFAR_SIDE = 32
 CIFAR_BYTES = 3 * CIFAR_SIDE * CIFAR_SIDE
+_MOST_UNPACKED = 1 << 30
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label")
 
 
-class Container(Protocol):
-    """A file of images: how many, what they show, and each as RGB."""
-
-    @property
-    def labels(self) -> Sequence[int | str] | None:
-        """Class number or name of each record, if the file says."""
-
-    def __len__(self) -> int: ...
-
-    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
-        """H x W x 3 of one record."""
-
-
 @dataclass(frozen=True, slots=True)
-class Planes:
-    """Records of raw 8-bit pixels: N x C x H x W, one or three channels."""
+class Container:
+    """A file of images.
 
-    pixels: NDArray[np.uint8]
+    Attributes:
+        count: how many.
+        rgb: H x W x 3 of one record.
+        labels: class number or name of each record, if the file says.
+    """
+
+    count: int
+    rgb: Callable[[int, ImageLimits], NDArray[np.uint8]]
     labels: Sequence[int | str] | None = None
 
-    def __len__(self) -> int:
-        return len(self.pixels)
 
-    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
-        """H x W x 3 of one record; one channel is repeated."""
-        planes = np.moveaxis(self.pixels[record], 0, -1)
-        return np.ascontiguousarray(planes if planes.shape[2] == 3 else np.repeat(planes, 3, axis=2))
+def _planes(pixels_NCHW: NDArray[np.uint8], labels: Sequence[int | str] | None = None) -> Container:
+    """Records of raw 8-bit pixels, one or three channels; one channel is repeated."""
 
+    def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+        planes = np.moveaxis(pixels_NCHW[record], 0, -1)
+        return np.ascontiguousarray(np.broadcast_to(planes, (*planes.shape[:2], 3)))
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Records of encoded image bytes in an Arrow column, which is kept in memory."""
-
-    path: Path
-    column: Any
-    labels: Sequence[int | str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    def rgb(self, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
-        """H x W x 3 of one record, decoded like a file."""
-        raw = self.column[record].as_py()
-        if not isinstance(raw, bytes):
-            raise DataError(f"{self.path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
-        return read_rgb(raw, limits, name=f"{self.path} record {record}")
+    return Container(len(pixels_NCHW), rgb, labels)
 
 
 def read_record(path: Path, record: int, limits: ImageLimits) -> NDArray[np.uint8]:
     """RGB of one record of a container file."""
     container = open_container(path)
-    if not 0 <= record < len(container):
-        raise DataError(f"{path}: no record {record}; the file holds {len(container):,}, counted from 0")
+    if not 0 <= record < container.count:
+        raise DataError(f"{path}: no record {record}; the file holds {container.count:,}, counted from 0")
     return container.rgb(record, limits)
 
 
@@ -101,7 +79,7 @@ def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
         if name.endswith(".parquet"):
             return _open_parquet(path)
         if "-idx" in name or ".idx" in name:
-            return Planes(read_idx(path)[:, None])
+            return _planes(read_idx(path)[:, None])
         return _open_cifar_binary(path) if name.endswith(".bin") else _open_cifar_pickle(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
@@ -114,7 +92,12 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """Array in an IDX file of unsigned bytes (MNIST and Fashion-MNIST), plain or ``.gz``."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
-        raw = _gunzip(raw, path)
+        with gzip.open(io.BytesIO(raw)) as stream:
+            raw = stream.read(_MOST_UNPACKED + 1)
+        if len(raw) > _MOST_UNPACKED:
+            raise DataError(
+                f"{path}: unpacks to more than {_MOST_UNPACKED:,} bytes; Fashion-MNIST's files need 47 million"
+            )
     if len(raw) < 8 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3 or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path}: not an IDX file of unsigned bytes; accepted: the files of Fashion-MNIST")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
@@ -125,18 +108,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return body.reshape(shape)
 
 
-def _gunzip(raw: bytes, path: Path, limit: int = 1 << 30) -> bytes:
-    with gzip.open(io.BytesIO(raw)) as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise DataError(f"{path}: unpacks to more than {limit:,} bytes; Fashion-MNIST's files need 47 million")
-    return data
-
-
 # -------------------------------------------------------------------------------------------- CIFAR
 
 
-def _open_cifar_binary(path: Path) -> Planes:
+def _open_cifar_binary(path: Path) -> Container:
     """CIFAR-10 has one label byte per record, CIFAR-100 two (coarse, fine); the last one counts."""
     labels = 2 if path.stem in ("train", "test") else 1
     step = labels + CIFAR_BYTES
@@ -145,10 +120,10 @@ def _open_cifar_binary(path: Path) -> Planes:
         raise DataError(f"{path}: {size:,} bytes are not whole records of {step}; copy it again from its source")
     records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, step)
     pixels = records[:, labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
-    return Planes(pixels, records[:, labels - 1].tolist())
+    return _planes(pixels, records[:, labels - 1].tolist())
 
 
-def _open_cifar_pickle(path: Path) -> Planes:
+def _open_cifar_pickle(path: Path) -> Container:
     batch = _load_cifar_pickle(path)
     labels = batch.get("fine_labels", batch.get("labels"))
     data = batch.get("data")
@@ -157,7 +132,7 @@ def _open_cifar_pickle(path: Path) -> Planes:
         raise DataError(f"{path}: not a batch of CIFAR's python version (data N x 3072, labels)")
     if len(labels) != len(pixels) or not all(type(label) is int for label in labels):
         raise DataError(f"{path}: {len(labels)} labels for {len(pixels)} images; copy it again from its source")
-    return Planes(pixels.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE), labels)
+    return _planes(pixels.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE), labels)
 
 
 def _load_cifar_pickle(path: Path) -> dict[str, Any]:
@@ -273,7 +248,8 @@ def parquet_labels(path: Path) -> list[int | str]:
     return values
 
 
-def _open_parquet(path: Path) -> Encoded:
+def _open_parquet(path: Path) -> Container:
+    """Records of encoded image bytes in an Arrow column, which is kept in memory."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -281,7 +257,14 @@ def _open_parquet(path: Path) -> Encoded:
     column = pq.read_table(path, columns=[name]).column(name)
     if "bytes" in parquet_columns(path)[name]:
         column = pc.struct_field(column, "bytes")
-    return Encoded(path, column)
+
+    def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
+        raw = column[record].as_py()
+        if not isinstance(raw, bytes):
+            raise DataError(f"{path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
+        return read_rgb(raw, limits, name=f"{path} record {record}")
+
+    return Container(len(column), rgb)
 
 
 def _one_of(path: Path, accepted: tuple[str, ...]) -> str:

@@ -2,7 +2,22 @@
 
 One reader for all of them. It finds the classes (products) of a folder, and asks of every image what the names of the
 folders above it say (`names.meaning`): which split, good or defect, image or mask. Each class is judged by itself, so
-that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant.
+that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant:
+
+* ``mvtec-ad``: ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
+  ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). 15 classes, 3,629 training and 1,725 test
+  images.
+* ``mvtec-loco``: ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
+  structural_anomalies}`` and several masks per image, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation
+  areas for sPRO come from ``defects_config.json`` (`samples.read_regions`). 5 classes, 1,772 training, 304 validation
+  and 1,568 test images.
+* ``mvtec-ad-2``: ``{train,validation}/good``, ``test_public`` with masks, and private test sets whose images have
+  label None; their ``defect_type`` names the folder they come from, so that a submission can tell them apart.
+* ``folder``: images in the folder itself, all good; ``good/`` with folders of defects beside it, or ``train/``,
+  ``val/`` and ``test/``; or folders that are classes, each in one of these shapes or in that of a benchmark set.
+
+What a name calls a defect or a mask is never a good image. Good images without a split are the training split; if
+there are defects and no good test images, the protocols hold some good images out.
 """
 
 from __future__ import annotations
@@ -55,65 +70,15 @@ class ClassFolders(NamedTuple):
     places: list[tuple[Path, tuple[str, ...]]]
 
 
-def mvtec_ad(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec AD and everything laid out like it: one class folder, or a folder of class folders.
-
-    ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
-    ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). Without masks everything at
-    image level works. Official counts: 15 classes, 3,629 training and 1,725 test images (467 good, 1,258
-    with defects).
-    """
-    return _read(root, log or ScanLog(), MVTEC_AD)
-
-
-def mvtec_loco(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec LOCO AD: logical and structural anomalies, several masks per image, own validation images.
-
-    ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
-    structural_anomalies}``, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation areas for sPRO
-    come from ``defects_config.json`` through ``twinspect.data.samples.read_regions``. Official counts: 5
-    classes, 1,772 training, 304 validation and 1,568 test images.
-    """
-    return _read(root, log or ScanLog(), MVTEC_LOCO)
-
-
-def mvtec_ad_2(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """MVTec AD 2: ``{train,validation}/good``, ``test_public`` with masks, private test sets without labels.
-
-    The images of ``test_private`` and ``test_private_mixed`` have label None; ``defect_type`` names the
-    folder they come from, so that a submission can tell them apart.
-    """
-    return _read(root, log or ScanLog(), MVTEC_AD_2)
-
-
-def folder(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """A folder in one of many shapes; the notes say what was taken for good without being called so.
-
-    * images in the folder itself, with or without folders below: all good, one class named like the folder;
-    * ``good/`` (also ``ok``, ``normal`` and others, see `names`) with folders of defects beside it, optional masks,
-      optional ``good_test/``; or ``train/``, ``val/`` and ``test/``, each with good images and defects: one class;
-    * folders that are classes, each in one of these shapes or in that of a benchmark set.
-
-    What a name calls a defect or a mask is never a good image. Good images without a split are the training split.
-    If there are defects and no good test images, the protocols hold some good images out
-    (``twinspect.data.protocols.hold_out_good``); this loader moves nothing.
-    """
-    return _read(root, log or ScanLog(), FOLDER)
-
-
 def good_files(paths: Iterable[Path]) -> list[Sample]:
-    """Images that are called good by being given, as training samples of one class.
-
-    Raises:
-        DataError: the name of a file, or of the folder that it lies in, calls it a defect or a mask.
-    """
+    """Images that are called good by being given, as training samples of one class; a name may say otherwise."""
     samples = [Sample(path, TRAIN, "normal") for path in paths]
     for sample in samples:
         folders = sample.image.parts[-3:-1]  # further up, names are those of projects: defects/2024/good/1.png
-        said = next((role for name in reversed(folders) if (role := meaning(name).role)), "")
-        said = said or meaning_of_file(sample.image.name).role
-        if said in (BAD, MASK):
-            kind = "mask" if said == MASK else "defect"
+        role = next((role for name in reversed(folders) if (role := meaning(name).role)), "")
+        role = role or meaning_of_file(sample.image.name).role
+        if role in (BAD, MASK):
+            kind = "mask" if role == MASK else "defect"
             raise DataError(
                 f"{sample.image}: by its name this is a {kind}, and only good images are taken; leave such paths "
                 "out, or give Sample(path, 'train', class_name, label=0) if it is good"
@@ -129,15 +94,15 @@ def layout_of(root: Path) -> str:
         classes = find_classes(root, ScanLog())
     except DataError:
         return FOLDER  # whoever reads it says what is wrong
-    if not any(_states(place) for found in classes for place, _ in found.places):
+    if not any(_states(place) for product in classes for place, _ in product.places):
         return ""
-    shapes = {shape_of(found) for found in classes}
+    shapes = {shape_of(product) for product in classes}
     return shapes.pop() if len(shapes) == 1 else FOLDER
 
 
-def shape_of(found: ClassFolders) -> str:
+def shape_of(product: ClassFolders) -> str:
     """Name of the layout of one class."""
-    place = found.places[0][0]
+    place = product.places[0][0]
     inside = {sub.name.lower(): sub for sub in subfolders(place)}
     if "test_public" in inside:
         return MVTEC_AD_2
@@ -198,40 +163,36 @@ def _refuse_pair(place: Path, names: Iterable[str]) -> None:
 
 
 def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
-    """Whether the name of a folder says what is in it, and does not only name a product: test_tube, good_year_tire.
-
-    Raises:
-        DataError: a name like ok_front, of which nobody can tell.
-    """
-    said = meaning(sub.name)
-    if not said.says or said.role in (BAD, MASK, UNSORTED) or not said.rest or said.plain:
-        return said.says
+    """Whether the name of a folder says what is in it, and does not only name a product, as test_tube does."""
+    meant = meaning(sub.name)
+    if not meant.says or meant.role in (BAD, MASK, UNSORTED) or not meant.rest or meant.plain:
+        return meant.says
     others = [meaning(other.name) for other in beside if other != sub]
-    if any(is_of_product(other.rest, said.rest) for other in others):  # bottle_good and bottle_bad, or bottle
+    if any(is_of_product(other.rest, meant.rest) for other in others):  # bottle_good and bottle_bad, or bottle
         return True
-    if said.role == GOOD and not all(other.says for other in others):
+    if meant.role == GOOD and not all(other.says for other in others):
         raise DataError(
             f"{sub}: is it the name of a product, or are its images good, and those beside it not? Give a folder "
             "good with folders of defects beside it, or a folder for each product with good in it"
         )
-    return said.role == GOOD
+    return meant.role == GOOD
 
 
 def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
     """A folder whose name says what is in it, beside classes: to the class that it names, or to the only one."""
-    said = meaning(sub.name)
-    owner = next((found for found in classes if is_of_product(said.rest, meaning(found.name).rest)), None)
-    inner = {child: found for child in subfolders(sub) for found in classes if child.name == found.name}
+    meant = meaning(sub.name)
+    owner = next((product for product in classes if is_of_product(meant.rest, meaning(product.name).rest)), None)
+    inner = {child: product for child in subfolders(sub) for product in classes if child.name == product.name}
     if owner is None and len(classes) == 1:
         owner = classes[0]
-    if said.role in (MASK, BAD) and _learns(sub) and not inner:  # a product: label/train/good
+    if meant.role in (MASK, BAD) and _learns(sub) and not inner:  # a product: label/train/good
         classes.append(ClassFolders(sub.name, [(sub, ())]))
     elif owner is not None:
         owner.places.append((sub, _context(sub)))
     elif inner:  # NG/bottle, NG/cap
-        for child, found in inner.items():
-            found.places.append((child, _context(sub)))
-    elif said.role == BAD:
+        for child, product in inner.items():
+            product.places.append((child, _context(sub)))
+    elif meant.role == BAD:
         log.leave(
             sub, "its name says defects, and not of which class; move it into the folder of its class, or rename it"
         )
@@ -257,8 +218,8 @@ def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
 
 def _context(sub: Path) -> tuple[str, ...]:
     """What the name of a folder says, without the product: it counts as a folder above its images."""
-    said = meaning(sub.name)
-    return (said.split,) if said.split and not said.role else (sub.name,)
+    meant = meaning(sub.name)
+    return (meant.split,) if meant.split and not meant.role else (sub.name,)
 
 
 def _states(place: Path) -> bool:
@@ -288,8 +249,8 @@ def _holds_good(place: Path) -> bool:
 def _unnamed_training(place: Path) -> str:
     """Names of folders in a training part that say nothing, where none says good: classes of scenes, or parts."""
     for sub in subfolders(place):
-        said = meaning(sub.name)
-        if said.split == TRAIN and not said.role and not _holds_good(sub):
+        meant = meaning(sub.name)
+        if meant.split == TRAIN and not meant.role and not _holds_good(sub):
             if any(_is_kind(one.name) and has_images_below(one) for one in subfolders(sub)):
                 return listing(sub)
             if names := _unnamed_training(sub):  # seg_train/seg_train
@@ -298,36 +259,37 @@ def _unnamed_training(place: Path) -> str:
 
 
 def _is_learnt(name: str) -> bool:
-    said = meaning(name)
-    return said.role == GOOD or (said.split == TRAIN and not said.role)
+    meant = meaning(name)
+    return meant.role == GOOD or (meant.split == TRAIN and not meant.role)
 
 
 def _is_kind(name: str) -> bool:
-    said = meaning(name)
-    return not said.says and not said.plain
+    meant = meaning(name)
+    return not meant.says and not meant.plain
 
 
 # --------------------------------------------------------------------------------------------- reading
 
 
-def _read(root: Path, log: ScanLog, layout: str) -> list[Sample]:
+def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]:
+    """Samples of all classes at a folder that have a layout; `FOLDER` takes every class."""
     root = existing_folder(root)
     classes = find_classes(root, log)
     if layout != FOLDER:
         classes = _of_layout(root, classes, layout, log)
     samples: list[Sample] = []
     assumed: dict[str, int] = {}
-    for found in classes:
+    for product in classes:
         try:
-            reader = _ClassReader(found, log)
+            reader = _ClassReader(product, log)
             samples += reader.samples()
         except DataError as error:
             if len(classes) == 1:
                 raise
-            log.leave(found.places[0][0], str(error))
+            log.leave(product.places[0][0], str(error))
             continue
         if reader.assumed:
-            assumed[found.name] = reader.assumed
+            assumed[product.name] = reader.assumed
     if not samples and layout == FOLDER and not log.undecided:
         raise DataError(
             f"{root}: no image found in it or below; found: {listing(root)}. "
@@ -350,13 +312,13 @@ def _read(root: Path, log: ScanLog, layout: str) -> list[Sample]:
 
 def _of_layout(root: Path, classes: list[ClassFolders], layout: str, log: ScanLog) -> list[ClassFolders]:
     """Classes of one layout; the others are left out, because that is what was asked for."""
-    wanted = (MVTEC_AD, MVTEC_LOCO) if layout == MVTEC_AD else (layout,)
-    fit = [found for found in classes if shape_of(found) in wanted]
+    accepted = (MVTEC_AD, MVTEC_LOCO) if layout == MVTEC_AD else (layout,)
+    fit = [product for product in classes if shape_of(product) in accepted]
     if not fit:
         raise DataError(f"{root}: no class folder of the shape {_EXPECTED[layout]}; found: {listing(root)}")
-    for found in classes:
-        if found not in fit:
-            log.skip(found.places[0][0], f"not a class folder ({_EXPECTED[layout]})")
+    for product in classes:
+        if product not in fit:
+            log.skip(product.places[0][0], f"not a class folder ({_EXPECTED[layout]})")
     return fit
 
 

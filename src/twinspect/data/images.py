@@ -43,17 +43,6 @@ _PHOTOMETRIC = 262  # TIFF tag; 0 means that white is zero
 _RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
-# What turns the pixels upright, by EXIF orientation. Pillow's own function also writes the EXIF anew, which fails
-# where it can be read and not be written.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
@@ -96,11 +85,7 @@ def read_rgb(
 def read_sized_rgb(
     source: Path | bytes, limits: ImageLimits = ImageLimits(), name: str = "", draft_side: int = 0
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that.
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """As `read_rgb`, with the (height, width) of the whole image: a draft has fewer pixels than that."""
     label = name or (str(source) if isinstance(source, Path) else "image bytes")
     with _picture(source, limits, label) as picture:
         if not isinstance(picture, Image.Image):
@@ -118,11 +103,7 @@ def read_sized_rgb(
 
 
 def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
-    """A PIL image to H x W x 3 RGB, by the same rules as its file (`read_rgb`).
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """A PIL image to H x W x 3 RGB, by the same rules as its file; raises as `read_rgb`."""
     with _refusals(name, limits):
         _check_size(image.size, limits, name)
         return _to_rgb(image, name)
@@ -176,13 +157,10 @@ def _how_to_convert(kind: str) -> str:
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
-    """Decode a ground-truth mask to H x W booleans; any value above zero is defect (rule ``> 0``).
+    """Decode a ground-truth mask to H x W booleans; any value above zero is defect. Raises as `read_rgb`.
 
     Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it. Of a
     mask in a format that changes values (JPEG and such), half of its largest value counts: it rings around edges.
-
-    Raises:
-        ImageError: as `read_rgb`.
     """
     values, exact = read_mask_values(path, limits)
     if values.ndim == 3 and values.shape[2] in (2, 4):
@@ -192,16 +170,14 @@ def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.boo
 
 
 def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
-    """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly.
-
-    Raises:
-        ImageError: as `read_rgb`.
-    """
+    """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly."""
     with _picture(path, limits, f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
         exact = not _changes_values(picture)
-        return _grey_upright(picture) if _is_deep(picture) else np.asarray(_upright(picture)), exact
+        if _is_deep(picture):
+            return _grey_upright(picture), exact
+        return _turned(np.asarray(picture), _orientation(picture)), exact
 
 
 def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
@@ -364,7 +340,10 @@ def _tifffile(label: str) -> Any:
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """An array by EXIF orientation, as `_TURNS` turns images."""
+    """An array upright, by its EXIF orientation.
+
+    Pillow's own function also writes the EXIF anew, which fails where it can be read and not be written.
+    """
     if orientation >= 5:
         values = values.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -384,15 +363,10 @@ def _check_size(size: tuple[int, int], limits: ImageLimits, label: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    image.load()  # first: a TIFF turns itself here, and only then says that it lies right
     with suppress(Exception):  # EXIF that cannot be read turns nothing
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # first: a TIFF turns itself here, and only then says that it lies right
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -402,8 +376,8 @@ def _is_deep(image: Image.Image) -> bool:
 def _grey_upright(image: Image.Image) -> NDArray[Any]:
     """Grey values of more than 8 bits, upright, white being the largest."""
     white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns only 8 bits and fewer
-    values = np.asarray(_upright(image))
-    return _negative(values) if white_is_zero else values
+    values = np.asarray(image)
+    return _turned(_negative(values) if white_is_zero else values, _orientation(image))
 
 
 def _negative(values: NDArray[Any]) -> NDArray[Any]:
@@ -428,11 +402,11 @@ def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:
     if _is_deep(image):
         return _values_to_rgb(_grey_upright(image), label)
-    image = _upright(image)
+    orientation = _orientation(image)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         rgba = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB"))
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return np.array(_turned(np.asarray(image.convert("RGB")), orientation), order="C")
 
 
 def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:

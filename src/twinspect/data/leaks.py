@@ -6,9 +6,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from twinspect.data.carving import sort_key
+from twinspect.data.protocols import sort_key
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.files import sha256_of
 from twinspect.types import TEST, TRAIN, Sample
 
 _FEW = 200  # images that are decoded to find copies: some seconds at most
@@ -21,8 +22,13 @@ def find_leaks(samples: Iterable[Sample]) -> list[tuple[Sample, Sample]]:
     Only files of equal size are read. Records of container files are compared by their pixels. What cannot be read is
     equal to nothing.
     """
-    groups = _equal(samples, lambda group: len({sample.split == TEST for sample in group}) == 2)
-    return [pair for twins in groups for pair in _pairs(twins)]
+    return [
+        (sample, test)
+        for twins in _equal(samples)
+        for sample in twins
+        for test in twins
+        if sample.split != TEST and test.split == TEST
+    ]
 
 
 def drop_leaks(samples: Sequence[Sample]) -> list[Sample]:
@@ -45,10 +51,10 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
             first, *others = sorted(twins, key=lambda one: (one.label != 1, one.split != TRAIN, sort_key(one)))
             (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
 
-    leave_out(_equal([*good, *defects], _several))
+    leave_out(_equal([*good, *defects]))
     kept = [sample for sample in good if sample not in copies and sample not in both]
     if len(kept) <= _FEW:
-        leave_out(_split((sample for sample in kept if sample.record is None), _pixel_hash, _several))
+        leave_out(_split((sample for sample in kept if sample.in_file), _pixel_hash))
     notes = [
         f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
         for found, what, done in (
@@ -60,42 +66,31 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
     return [sample for sample in kept if sample not in copies], notes
 
 
-def _several(group: list[Sample]) -> bool:
-    return len(group) > 1
-
-
 def _named(found: dict[Sample, Sample]) -> str:
     copy, first = next(iter(found.items()))
     return f"{copy.image} = {first.image}"
 
 
-def _equal(samples: Iterable[Sample], wanted: Callable[[list[Sample]], bool]) -> list[list[Sample]]:
-    """Groups of samples with the same content, as far as they are wanted."""
+def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Groups of two and more samples with the same content."""
     files: list[Sample] = []
     records: list[Sample] = []
     for sample in samples:
-        (files if sample.record is None else records).append(sample)
+        (files if sample.in_file else records).append(sample)
     groups = [files]
-    for key in (_size, _peek, _file_hash):
-        groups = [part for group in groups for part in _split(group, key, wanted)]
-    return groups + _split(records, _pixel_hash, wanted)
+    for key in (_size, _peek, lambda sample: sha256_of(sample.image)):
+        groups = [part for group in groups for part in _split(group, key)]
+    return groups + _split(records, _pixel_hash)
 
 
-def _split(
-    samples: Iterable[Sample], key: Callable[[Sample], Hashable], wanted: Callable[[list[Sample]], bool]
-) -> list[list[Sample]]:
+def _split(samples: Iterable[Sample], key: Callable[[Sample], Hashable]) -> list[list[Sample]]:
     groups: dict[Hashable, list[Sample]] = defaultdict(list)
     for sample in samples:
         try:
             groups[key(sample)].append(sample)
         except (OSError, DataError):
             continue  # whoever reads the image says what is wrong with it
-    return [group for group in groups.values() if wanted(group)]
-
-
-def _pairs(twins: list[Sample]) -> list[tuple[Sample, Sample]]:
-    tests = [sample for sample in twins if sample.split == TEST]
-    return [(sample, test) for sample in twins if sample.split != TEST for test in tests]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _size(sample: Sample) -> int:
@@ -109,11 +104,6 @@ def _peek(sample: Sample) -> bytes:
     with sample.image.open("rb") as stream:
         stream.seek(sample.image.stat().st_size // 2)
         return stream.read(_PEEK)
-
-
-def _file_hash(sample: Sample) -> str:
-    with sample.image.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _pixel_hash(sample: Sample) -> str:

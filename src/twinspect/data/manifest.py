@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
@@ -32,6 +33,7 @@ from twinspect.data.scan import (
 )
 from twinspect.data.tables import csv_header, is_empty, label_of, read_csv, read_json_lines, split_of
 from twinspect.errors import DataError
+from twinspect.files import replacing
 from twinspect.types import TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
@@ -56,7 +58,7 @@ ROOT_KEY = b"twinspect.root"
 Row = dict[str, Any]
 
 
-def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None) -> list[Sample]:
+def manifest(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
     """Samples listed in a table, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
 
     ``images`` is the folder that the paths are relative to; without it, the table's own. Any row that
@@ -69,7 +71,7 @@ def manifest(root: Path, log: ScanLog | None = None, images: Path | None = None)
         if not named:
             raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
         path = named[0]
-    return read_list(path, log or ScanLog(), existing_folder(images) if images is not None else None)
+    return read_list(path, log, existing_folder(images) if images is not None else None)
 
 
 def looks_like_manifest(root: Path) -> bool:
@@ -89,11 +91,7 @@ def path_column(names: Iterable[str]) -> str:
 
 @once
 def label_tables(folder: Path) -> list[Path]:
-    """Tables directly in a folder that say whether images are good, or which split, class or mask they have.
-
-    Raises:
-        DataError: a file whose name says that it lists labels, and that cannot be read.
-    """
+    """Tables directly in a folder that say whether images are good, or which split, class or mask they have."""
     return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES and _lists_labels(path)]
 
 
@@ -105,7 +103,7 @@ def read_list(
     within: Path | None = None,
     split_at: Callable[[Path], str] = lambda _: "",
 ) -> list[Sample]:
-    """Samples of one table.
+    """Samples of one table; a DataError names the rows that cannot be used.
 
     Args:
         path: of the table.
@@ -114,9 +112,6 @@ def read_list(
         class_name: of rows that name none; empty: the folder's name.
         within: data set that the table is a part of; paths may then be relative to any folder above the table.
         split_at: split of an image whose row names none, where it is known.
-
-    Raises:
-        DataError: the table cannot be read, or a row of it cannot be used.
     """
     rows, recorded = _rows(path)
     names = _columns(rows[0])
@@ -154,15 +149,26 @@ def write_manifest(
     """
     if path.suffix.lower() not in (".parquet", ".csv"):
         raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
-    rows = [_row(sample, root, details, log or ScanLog()) for sample in samples]
+    rows = []
+    for sample in samples:
+        row: Row = {
+            "image": relative_to_root(sample.image, root),
+            "split": sample.split,
+            "class_name": sample.class_name,
+            "label": sample.label,
+            "defect_type": sample.defect_type,
+            "mask": [relative_to_root(mask, root) for mask in sample.masks],
+            "group": sample.group,
+            "record": sample.record,
+        }
+        rows.append(row | _details(sample, log or ScanLog()) if details else row)
     _refuse_other_names(rows)
     names = (*COLUMNS, *DETAILS) if details else COLUMNS
-    partial = path.with_name(path.name + ".part")
-    if path.suffix.lower() == ".parquet":
-        _write_parquet(rows, names, partial, root)
-    else:
-        _write_csv(rows, names, partial)
-    os.replace(partial, path)
+    with replacing(path, DataError) as file:
+        if path.suffix.lower() == ".parquet":
+            _write_parquet(rows, names, file, root)
+        else:
+            file.write(_csv_text(rows, names).encode())
     return len(rows)
 
 
@@ -289,11 +295,7 @@ class _Reader:
         self._kinds = self._judge == names.get("defect_type") or any(meaning(text).role == GOOD for text in texts)
 
     def sample(self, row: Row, where: str) -> Sample:
-        """One row.
-
-        Raises:
-            DataError: it cannot be used; the words begin with ``where``.
-        """
+        """One row, or a DataError whose words begin with ``where``."""
         text = self._text(row, "image")
         record = row.get(self._names.get("record", ""))
         if self._predicted:
@@ -374,8 +376,8 @@ def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
     known = {name for ours, name in names.items() if ours != "class_name"}
     free = [name for name in rows[0] if name and name not in known]
     for name in free:
-        said = meaning(name)
-        if said.role in (GOOD, BAD) and (said.plain or said.rest in ("", "is")):
+        meant = meaning(name)
+        if meant.role in (GOOD, BAD) and (meant.plain or meant.rest in ("", "is")):
             return name
     for name in free:
         roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
@@ -413,20 +415,6 @@ def _refusal(path: Path, problems: Sequence[str], count: int, base: Path, record
 # -------------------------------------------------------------------------------------------- writing
 
 
-def _row(sample: Sample, root: Path, details: bool, log: ScanLog) -> Row:
-    row: Row = {
-        "image": relative_to_root(sample.image, root),
-        "split": sample.split,
-        "class_name": sample.class_name,
-        "label": sample.label,
-        "defect_type": sample.defect_type,
-        "mask": [relative_to_root(mask, root) for mask in sample.masks],
-        "group": sample.group,
-        "record": sample.record,
-    }
-    return row | _details(sample, log) if details else row
-
-
 def _details(sample: Sample, log: ScanLog) -> Row:
     try:
         rgb = read_sample_rgb(sample)
@@ -453,29 +441,23 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_parquet(rows: list[dict[str, Any]], names: Sequence[str], path: Path, root: Path) -> None:
+def _write_parquet(rows: list[Row], names: Sequence[str], file: IO[bytes], root: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {
-        "label": pa.int8(),
-        "mask": pa.list_(pa.string()),
-        "record": pa.int64(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-    }
+    kinds = {"label": pa.int8(), "mask": pa.list_(pa.string()), "record": pa.int64()}
+    kinds |= {"width": pa.int32(), "height": pa.int32()}
     schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
     schema = schema.with_metadata({ROOT_KEY: os.fsencode(os.path.abspath(root))})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
 
 
-def _write_csv(rows: list[dict[str, Any]], names: Sequence[str], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            if any(";" in mask for mask in row["mask"]):
-                raise DataError(
-                    f"{row['image']}: a mask's name holds ';', which separates masks in CSV; write Parquet"
-                )
-            writer.writerow(row | {"mask": ";".join(row["mask"])})
+def _csv_text(rows: list[Row], names: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        if any(";" in mask for mask in row["mask"]):
+            raise DataError(f"{row['image']}: a mask's name holds ';', which separates masks in CSV; write Parquet")
+        writer.writerow(row | {"mask": ";".join(row["mask"])})
+    return text.getvalue()

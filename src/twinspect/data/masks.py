@@ -34,12 +34,8 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
 
     A mask lies where its image lies, in a folder of masks instead of one of images: ``ground_truth/bad/000.png``
     belongs to ``test/bad/000.png``. Its name may say that it is a mask (``000_mask``). Several masks of one image lie
-    in a folder that is named like the image, or are numbered. Where folders do not tell, the name alone decides.
-
-    Args:
-        groups: images, those first that are known to be defects: a mask that fits one of them is not another's.
-        masks: to be given to them.
-        log: where the others go.
+    in a folder that is named like the image, or are numbered. Where folders do not tell, the name alone decides. Of
+    several groups of images, a mask that fits one of an earlier group is not another's.
     """
     names = [_Names(group) for group in groups]
     kinds = {kind for group in names for kind in group.kinds}

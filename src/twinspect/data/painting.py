@@ -1,4 +1,4 @@
-"""Small pictures for synthetic sets: textures and parts, and defects whose masks are exact.
+"""Small pictures that are made up: textures and parts, and a defect whose mask is exact.
 
 Clean pictures stay within 40 to 215 and defects are painted with black or white on top, so that every pixel
 of a mask really differs from the clean picture.
@@ -6,7 +6,6 @@ of a mask really differs from the clean picture.
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Callable
 
 import numpy as np
@@ -20,35 +19,35 @@ LOW, HIGH = 40, 215
 
 def weave(rng: np.random.Generator, size: int) -> RGB:
     """Woven cloth: two crossed gratings with a random phase."""
-    x, y = _grid(size)
+    x, y = grid(size)
     phase = rng.uniform(0, 2 * np.pi, 2)
     grey = 128 + 32 * np.sin(x * 50 + phase[0]) + 32 * np.sin(y * 50 + phase[1])
-    return _finish(grey[..., None] * np.array([1.0, 0.92, 0.8]), rng, 4)
+    return finished(grey[..., None] * np.array([1.0, 0.92, 0.8]), rng, 4)
 
 
 def brushed(rng: np.random.Generator, size: int) -> RGB:
     """Brushed metal: noise that is long in one direction, under a soft light."""
-    _, y = _grid(size)
+    _, y = grid(size)
     lines = np.repeat(rng.normal(0, 14, (size, 1)), size, axis=1)
-    return _finish((150 + lines - 30 * (y - 0.5))[..., None] * np.array([0.95, 1.0, 1.05]), rng, 3)
+    return finished((150 + lines - 30 * (y - 0.5))[..., None] * np.array([0.95, 1.0, 1.05]), rng, 3)
 
 
 def ring(rng: np.random.Generator, size: int) -> RGB:
     """A turned part: a bright ring on a dark ground, moved by a pixel or two."""
-    x, y = _grid(size)
+    x, y = grid(size)
     cx, cy = 0.5 + rng.uniform(-0.02, 0.02, 2)
     radius = np.hypot(x - cx, y - cy)
     grey = np.where((radius < 0.42) & (radius > 0.16), 180 - 80 * np.abs(radius - 0.29), 62)
-    return _finish(grey[..., None] * np.array([1.0, 0.95, 0.85]), rng, 4)
+    return finished(grey[..., None] * np.array([1.0, 0.95, 0.85]), rng, 4)
 
 
 def board(rng: np.random.Generator, size: int) -> RGB:
     """A circuit board: pads in a grid on green."""
-    x, y = _grid(size)
+    x, y = grid(size)
     shift = rng.uniform(-0.01, 0.01, 2)
     pads = (np.abs((x + shift[0]) * 5 % 1 - 0.5) < 0.2) & (np.abs((y + shift[1]) * 5 % 1 - 0.5) < 0.2)
     colour = np.where(pads[..., None], np.array([190, 170, 90]), np.array([50, 105, 65]))
-    return _finish(colour.astype(np.float64), rng, 4)
+    return finished(colour.astype(np.float64), rng, 4)
 
 
 PARTS: dict[str, Callable[[np.random.Generator, int], RGB]] = {
@@ -66,40 +65,10 @@ def part(index: int, rng: np.random.Generator, size: int) -> RGB:
     return np.roll(rgb, index // len(PARTS), axis=2) if index >= len(PARTS) else rgb
 
 
-def scene(index: int, count: int, rng: np.random.Generator, size: int, grey: bool = False) -> RGB:
-    """A picture of class ``index`` of ``count``: hue, stripe direction and stripe width tell the class."""
-    x, y = _grid(size)
-    angle = np.pi * index / count + rng.normal(0, 0.03)
-    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (12 + 5 * (index % 7)) + rng.uniform(0, 6.28))
-    tint = np.array([1.0, 1.0, 1.0] if grey else colorsys.hsv_to_rgb(index / count, 0.6, 1.0))
-    rgb = _finish((128 + 60 * wave)[..., None] * tint, rng, 5)
-    return np.repeat(rgb[..., :1], 3, axis=2) if grey else rgb
-
-
-def scratch(rng: np.random.Generator, size: int) -> Mask:
-    """A straight line of a few pixels' width."""
-    a, b = rng.uniform(0.15, 0.45, 2) * size, rng.uniform(0.55, 0.85, 2) * size
-    return _drawn(size, lambda draw: draw.line([*a, *b], fill=1, width=max(2, size // 24)))
-
-
 def spot(rng: np.random.Generator, size: int) -> Mask:
     """A filled ellipse."""
     centre, radius = rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0.08, 0.16, 2) * size
-    return _drawn(size, lambda draw: draw.ellipse([*(centre - radius), *(centre + radius)], fill=1))
-
-
-def chip(rng: np.random.Generator, size: int) -> Mask:
-    """A triangle broken out of the rim."""
-    start, depth = rng.uniform(0.1, 0.6) * size, rng.uniform(0.15, 0.3) * size
-    corners = [(start, 0), (start + depth, 0), (start + depth / 2, depth)]
-    return _drawn(size, lambda draw: draw.polygon(corners, fill=1))
-
-
-DEFECTS: dict[str, Callable[[np.random.Generator, int], Mask]] = {
-    "scratch": scratch,
-    "spot": spot,
-    "chip": chip,
-}
+    return drawn(size, lambda draw: draw.ellipse([*(centre - radius), *(centre + radius)], fill=1))
 
 
 def damaged(rgb: RGB, masks: list[Mask]) -> RGB:
@@ -110,16 +79,19 @@ def damaged(rgb: RGB, masks: list[Mask]) -> RGB:
     return out
 
 
-def _grid(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def grid(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions x and y of all pixels, from 0 to 1."""
     axis = (np.arange(size) + 0.5) / size
     return np.meshgrid(axis, axis)[0], np.meshgrid(axis, axis)[1]
 
 
-def _finish(values: NDArray[np.float64], rng: np.random.Generator, noise: float) -> RGB:
+def finished(values: NDArray[np.float64], rng: np.random.Generator, noise: float) -> RGB:
+    """Values with noise of so many grey levels, as 8 bits."""
     return (values + rng.normal(0, noise, values.shape)).clip(LOW, HIGH).astype(np.uint8)
 
 
-def _drawn(size: int, draw: Callable[[ImageDraw.ImageDraw], None]) -> Mask:
+def drawn(size: int, draw: Callable[[ImageDraw.ImageDraw], None]) -> Mask:
+    """What is drawn on an empty picture, as a mask."""
     image = Image.new("L", (size, size))
     draw(ImageDraw.Draw(image))
     return np.asarray(image) > 0

@@ -4,28 +4,28 @@ Two families. *Industrial* sets carry labels: training normals, test images with
 metrics per class, then their mean. *Semantic* sets carry classes and no labels: the protocol says which
 classes are normal; one metric over the whole test split, then the mean over splits.
 
-Every choice depends on the seed and on names relative to the data, never on file order or where the data lie.
+Every choice is made by hashing the seed and names relative to the data: it does not depend on file order, on other
+classes or on where the data lie, and adding an image moves few others.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
-from twinspect.data.carving import (
-    by_class,
-    carve_calibration,
-    hold_out_good,
-    pick,
-    relative_lines,
-    short_hash,
-)
-from twinspect.data.class_names import CIFAR100, FASHION
+from twinspect.data.semantic import CIFAR100, FASHION
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 INDUSTRIAL, SEMANTIC = "industrial", "semantic"
+CALIBRATION_FRACTION = 0.2
+CALIBRATION_MINIMUM = 20
 TEST_FRACTION = 0.2
 
 
@@ -50,9 +50,8 @@ class Split:
 
     @cached_property
     def hash(self) -> str:
-        """12 hex digits of roles, relative paths, records, labels, classes, groups, masks (not pixels)."""
-        roles = ((TRAIN, self.train), (CALIBRATION, self.calibration), (TEST, self.test))
-        return short_hash(relative_lines(roles))
+        """See `content_hash`."""
+        return content_hash([(TRAIN, self.train), (CALIBRATION, self.calibration), (TEST, self.test)])
 
     def describe(self) -> str:
         """One line with name, hash and counts, to print beside the numbers."""
@@ -85,18 +84,14 @@ def make_splits(samples: Sequence[Sample], protocol: str = "auto", seed: int = 0
 
 
 def find_split(samples: Sequence[Sample], name: str, seed: int = 0) -> Split:
-    """One split by its full name, such as ``one-vs-rest/cat``; ``multi-class`` has one only and needs no more.
-
-    Raises:
-        ConfigError: no such protocol, or no such split in it; the message lists what there is.
-    """
+    """One split by its full name, such as ``one-vs-rest/cat``; ``multi-class`` has one only and needs no more."""
     splits = make_splits(samples, name.partition("/")[0], seed)
     if len(splits) == 1 and name in (splits[0].name, "auto"):
         return splits[0]
-    found = next((split for split in splits if split.name == name), None)
-    if found is None:
-        raise ConfigError(unknown_name("split", name, [split.name for split in splits]))
-    return found
+    named = {split.name: split for split in splits}
+    if name not in named:
+        raise ConfigError(unknown_name("split", name, list(named)))
+    return named[name]
 
 
 # ------------------------------------------------------------------------------------------ industrial
@@ -109,13 +104,13 @@ def multi_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
     gives a fifth of its good images to the test.
     """
     _refuse_semantic(samples)
-    return [_industrial("multi-class", hold_out_good(samples, TEST_FRACTION, seed), seed)]
+    return [_industrial("multi-class", hold_out_good(samples, seed), seed)]
 
 
 def single_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
     """One model per class; calibration and held-out images are the same as in ``multi_class``."""
     _refuse_semantic(samples)
-    held = by_class(hold_out_good(samples, TEST_FRACTION, seed))
+    held = by_class(hold_out_good(samples, seed))
     return [_industrial(f"single-class/{name}", members, seed) for name, members in held.items()]
 
 
@@ -191,21 +186,15 @@ def _semantic_samples(samples: Sequence[Sample], seed: int) -> list[Sample]:
         raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
     ready: list[Sample] = []
     for name, members in by_class(samples).items():
-        ready += _with_test(name, members, seed)
+        if not any(sample.split == TEST for sample in members):
+            train = [sample for sample in members if sample.split == TRAIN]
+            members = _moved_to_test(members, train, seed)
+            if not any(sample.split == TEST for sample in members):
+                raise DataError(f"class {name!r} has {len(train)} training images and no test image; add test images")
+        ready += members
     if len({sample.class_name for sample in ready}) < 2:
         raise ConfigError("a semantic protocol needs at least two classes: one to be normal, one not")
     return ready
-
-
-def _with_test(name: str, members: list[Sample], seed: int) -> list[Sample]:
-    train = [sample for sample in members if sample.split == TRAIN]
-    if any(sample.split == TEST for sample in members):
-        return members
-    moved = pick(train, max(1, round(TEST_FRACTION * len(train))), f"test|{seed}")
-    if not moved:
-        raise DataError(f"class {name!r} has {len(train)} training images and no test image; add test images")
-    rest = [sample for sample in members if sample.split != TRAIN]
-    return rest + [replace(s, split=TEST) if i in moved else s for i, s in enumerate(train)]
 
 
 def _semantic(name: str, samples: Sequence[Sample], normal: set[str], seed: int) -> Split:
@@ -217,14 +206,14 @@ def _semantic(name: str, samples: Sequence[Sample], normal: set[str], seed: int)
 
 
 def _split(name: str, kind: str, normal: Sequence[Sample], test: Sequence[Sample], seed: int) -> Split:
-    own = [s for s in normal if s.split == CALIBRATION]
-    provided = {s.class_name for s in own}
+    given = [s for s in normal if s.split == CALIBRATION]
+    provided = {s.class_name for s in given}
     train = [s for s in normal if s.split == TRAIN]
     if not train:
         raise DataError(f"{name}: no normal training image; put good images into train/good (or good/)")
-    kept, carved = carve_calibration([s for s in train if s.class_name not in provided], seed=seed)
-    kept += [s for s in train if s.class_name in provided]
-    return Split(name, kind, _ordered(kept), _ordered(own + carved), _ordered(test))
+    rest, carved = carve_calibration([s for s in train if s.class_name not in provided], seed=seed)
+    rest += [s for s in train if s.class_name in provided]
+    return Split(name, kind, _ordered(rest), _ordered(given + carved), _ordered(test))
 
 
 def _ordered(samples: Iterable[Sample]) -> tuple[Sample, ...]:
@@ -239,3 +228,122 @@ PROTOCOLS: dict[str, ProtocolFn] = {
     "unified": unified,
     "leave-one-out": leave_one_out,
 }
+
+
+# ------------------------------------------------------------------------------- images set aside
+
+
+def carve_calibration(
+    train: Iterable[Sample],
+    fraction: float = CALIBRATION_FRACTION,
+    seed: int = 0,
+    minimum: int = CALIBRATION_MINIMUM,
+) -> tuple[list[Sample], list[Sample]]:
+    """Set a part of each class's training normals aside for calibration: ``(train, calibration)``.
+
+    Per class ``fraction`` of the images and at least ``minimum``, but never more than half of them. Where
+    ``group`` is set, whole groups are taken (a session or object is never in both parts); a class with one
+    group only is cut by image. The carved samples carry ``split="calibration"``.
+    """
+    rest: list[Sample] = []
+    carved: list[Sample] = []
+    for members in by_class(train).values():
+        chosen = pick(members, max(round(fraction * len(members)), minimum), f"calibration|{seed}")
+        carved += [replace(s, split=CALIBRATION) for i, s in enumerate(members) if i in chosen]
+        rest += [s for i, s in enumerate(members) if i not in chosen]
+    return rest, carved
+
+
+def hold_out_good(samples: Iterable[Sample], seed: int = 0) -> list[Sample]:
+    """Move a fifth of the good training images to the test, in classes that test defects and no good image."""
+    result: list[Sample] = []
+    for members in by_class(samples).values():
+        tested = {s.label for s in members if s.split == TEST}
+        good = [s for s in members if s.split == TRAIN and s.label == 0]
+        result += _moved_to_test(members, good, seed) if 1 in tested and 0 not in tested else members
+    return result
+
+
+def _moved_to_test(members: list[Sample], candidates: Sequence[Sample], seed: int) -> list[Sample]:
+    """Samples of a class with a fifth of some of them in the test split."""
+    chosen = pick(candidates, max(1, round(TEST_FRACTION * len(candidates))), f"test|{seed}")
+    moved = {candidates[i] for i in chosen}
+    return [replace(s, split=TEST) if s in moved else s for s in members]
+
+
+def by_class(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Samples per class, both in a fixed order that does not depend on the order given."""
+    classes: dict[str, list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=sort_key):
+        classes[sample.class_name].append(sample)
+    return dict(sorted(classes.items()))
+
+
+def sort_key(sample: Sample) -> tuple[str, str, int]:
+    """Order of samples: class, path, record."""
+    return sample.class_name, sample.image.as_posix(), -1 if sample.record is None else sample.record
+
+
+def pick(members: Sequence[Sample], target: int, salt: str) -> set[int]:
+    """Positions of about ``target`` members, at most half, whole groups, ordered by a hash of their names."""
+    half = len(members) // 2
+    target = min(target, half)
+    if target <= 0:
+        return set()
+    units = _units(members, salt)
+    chosen: set[int] = set()
+    for unit in units:
+        if len(chosen) >= target:
+            break
+        if len(chosen) + len(unit) <= half:
+            chosen |= set(unit)
+    return chosen or set(sorted(units, key=len)[0])
+
+
+def _units(members: Sequence[Sample], salt: str) -> list[list[int]]:
+    """Positions of the members of each group, or of each image alone."""
+    base = _common_folder(members)
+    names = [f"{_relative(s.image, base)}#{s.record}" for s in members]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, sample in enumerate(members):
+        groups[f"group {sample.group}" if sample.group else names[index]].append(index)
+    if len(groups) == 1:
+        groups = defaultdict(list, {name: [index] for index, name in enumerate(names)})
+    return [groups[key] for key in sorted(groups, key=lambda key: _hash(f"{salt}|{key}"))]
+
+
+def content_hash(roles: Iterable[tuple[str, Sequence[Sample]]], more: Iterable[str] = ()) -> str:
+    """12 hex digits of (role, samples): paths, records, labels, classes, groups, masks (not pixels).
+
+    Paths count relative to the common folder; ``more`` are lines that count besides.
+    """
+    parts = list(roles)
+    base = _common_folder([sample for _, samples in parts for sample in samples])
+    lines = []
+    for role, samples in parts:
+        for s in samples:
+            masks = ",".join(_relative(mask, base) for mask in s.masks)
+            fields = (role, _relative(s.image, base), s.record, s.class_name, s.label, s.defect_type, s.group, masks)
+            lines.append("|".join(map(str, fields)))
+    return _hash("\n".join([*sorted(lines), *more]))[:12]
+
+
+def _common_folder(samples: Iterable[Sample]) -> str:
+    """Deepest folder above all images; empty if they share none (two Windows drives) or there are none."""
+    try:
+        return os.path.commonpath({os.path.dirname(os.path.abspath(sample.image)) for sample in samples})
+    except ValueError:
+        return ""
+
+
+def _relative(path: Path, base: str) -> str:
+    """Path relative to ``base`` with forward slashes and composed Unicode."""
+    absolute = os.path.abspath(path)
+    prefix = base.rstrip(os.sep) + os.sep  # much faster than relpath, which is for the rare path outside
+    inside = base and absolute.startswith(prefix)
+    text = absolute[len(prefix) :] if inside else os.path.relpath(absolute, base or None)
+    return unicodedata.normalize("NFC", text.replace(os.sep, "/"))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

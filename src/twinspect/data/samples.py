@@ -22,7 +22,7 @@ SATURATION_FILE = "defects_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class DefectRegion:
     """One ground-truth region as sPRO counts it.
 
     Attributes:
@@ -41,6 +41,8 @@ def read_sample_rgb(sample: Sample, limits: ImageLimits = DEFAULT_LIMITS, draft_
     Containers (CIFAR batches, IDX, Parquet) are opened once per process and kept.
     ``draft_side`` is passed on to ``read_rgb`` for files.
     """
+    if sample.pixels is not None:
+        return sample.pixels
     if sample.record is None:
         return read_rgb(sample.image, limits, draft_side=draft_side)
     return read_record(sample.image, sample.record, limits)
@@ -82,7 +84,7 @@ def has_saturation(sample: Sample) -> bool:
     return any(_saturation_config(path) is not None for path in sample.masks)
 
 
-def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
+def read_regions(sample: Sample, shape: tuple[int, int]) -> list[DefectRegion]:
     """One region per mask file with its saturation area (MVTec LOCO's ``defects_config.json``).
 
     The grey value of a mask names its entry: an area in pixels, or a part of the region's own area. Without
@@ -93,7 +95,7 @@ def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
     for path in sample.masks:
         mask = _sized_mask(path, shape, sample)
         if mask.any():
-            regions.append(Region(mask, _saturation(path, mask)))
+            regions.append(DefectRegion(mask, _saturation(path, mask)))
     return regions
 
 

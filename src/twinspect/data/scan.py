@@ -5,6 +5,7 @@ Every loader reports what it left out through a ``ScanLog``, so that ``load`` ca
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import unicodedata
@@ -66,7 +67,7 @@ class ScanLog:
 
     Attributes:
         skipped: path and reason, in the order met.
-        notes: sentences about choices made for the user; each is kept once.
+        notes: sentences about choices made for the user.
         undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 
@@ -125,14 +126,6 @@ def subfolders(folder: Path) -> list[Path]:
 def files_in(folder: Path) -> list[Path]:
     """Visible files directly inside, sorted by name."""
     return list(_listing(folder).plain)
-
-
-def images_in(folder: Path, log: ScanLog) -> list[Path]:
-    """Images directly inside a folder, sorted by name; folders inside and other files are logged."""
-    folders, files = _entries(folder, log)
-    for sub in folders:
-        log.skip(sub, "folder inside a folder of images")
-    return [path for path in files if _accept(path, log)]
 
 
 def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Path]]]:
@@ -205,6 +198,8 @@ def folder_name(folder: Path) -> str:
 
 def listing(folder: Path, limit: int = 8) -> str:
     """Names inside a folder for an error message."""
+    if not os.path.isdir(folder):
+        return "a file"
     folders, files = _entries(folder)
     names = sorted([f"{sub.name}/" for sub in folders] + [path.name for path in files])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
@@ -223,9 +218,15 @@ def inside(root: Path, text: str, where: str) -> Path:
     if not posix or "\0" in posix:
         raise DataError(f"{where}: the path is {text!r}; a path below {root} is needed")
     relative = PurePosixPath(posix)
-    if relative.is_absolute() or _has_drive(posix):
-        return _absolute_inside(root, posix, where)
-    if _depth(relative) < 0:
+    # ``C:/x`` anywhere; ``C:x`` only where it means a drive, as it is a good file name elsewhere.
+    drive = posix[:1].isalpha() and posix[1:2] == ":" and (posix[2:3] in ("/", "") or os.name == "nt")
+    if relative.is_absolute() or drive:
+        path = Path(os.path.normpath(posix))
+        if not path.is_relative_to(os.path.abspath(root)):
+            raise DataError(f"{where}: {posix!r} points outside {root}; write paths relative to that folder")
+        return path
+    steps = itertools.accumulate(-1 if part == ".." else 1 for part in relative.parts)
+    if min(steps, default=0) < 0:
         raise DataError(f"{where}: {text!r} points outside {root}; only files below it are read")
     plain = posixpath.normpath(posix)
     return next((p for p in _spellings(root, plain, text) if os.path.exists(p)), root / plain)
@@ -237,28 +238,6 @@ def relative_to_root(path: Path, root: Path) -> str:
     if not absolute.is_relative_to(base):
         raise DataError(f"{path}: not below {root}; lists hold paths relative to one folder")
     return absolute.relative_to(base).as_posix()
-
-
-def _absolute_inside(root: Path, posix: str, where: str) -> Path:
-    path = Path(os.path.normpath(posix))
-    if not path.is_relative_to(os.path.abspath(root)):
-        raise DataError(f"{where}: {posix!r} points outside {root}; write paths relative to that folder")
-    return path
-
-
-def _has_drive(posix: str) -> bool:
-    """``C:/x`` anywhere; ``C:x`` only where it means a drive, as it is a good file name elsewhere."""
-    return posix[:1].isalpha() and posix[1:2] == ":" and (posix[2:3] in ("/", "") or os.name == "nt")
-
-
-def _depth(relative: PurePosixPath) -> int:
-    """-1 as soon as the path climbs above its start, else the depth it ends at."""
-    depth = 0
-    for part in relative.parts:
-        depth += -1 if part == ".." else 1
-        if depth < 0:
-            return -1
-    return depth
 
 
 def _spellings(root: Path, posix: str, text: str) -> Iterator[Path]:

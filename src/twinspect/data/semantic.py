@@ -1,7 +1,7 @@
 """Semantic sets: the class of the object or scene is what may be abnormal.
 
 Convention: ``class_name`` is the true class, ``label`` is None, and the split is the one on disk. Which
-    classes count as normal is the protocol's choice (``twinspect.data.protocols``), which sets the labels.
+classes count as normal is the protocol's choice (``twinspect.data.protocols``), which sets the labels.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinspect.data.class_names import CIFAR10, CIFAR100, FASHION, VIEW
 from twinspect.data.containers import open_container, parquet_columns, parquet_labels, read_idx
 from twinspect.data.images import ImageLimits
-from twinspect.data.names import UNSORTED, meaning
+from twinspect.data.names import UNSORTED, key, meaning
 from twinspect.data.scan import (
     ScanLog,
     existing_folder,
@@ -27,17 +26,47 @@ from twinspect.data.scan import (
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
+# Classes in the official order, which is also the order of the numeric labels.
+CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+# Officially "T-shirt/top" and "Ankle boot"; these can be file names.
+FASHION = tuple("t-shirt-top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split())
+VIEW = tuple("buildings forest glacier mountain sea street".split())
+CIFAR100_SUPERCLASSES = {
+    "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+# The official numeric labels of the fine classes are their alphabetical order.
+CIFAR100 = dict(sorted((fine, coarse) for coarse, fines in CIFAR100_SUPERCLASSES.items() for fine in fines))
+
 ALIASES = {"plane": "airplane", "car": "automobile", "tshirt": "t-shirt-top"}
 Files = dict[str, list[Path]]  # split -> files
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """A known set of classes and the names of its container files.
+    """A known set of classes: python version (restricted unpickler), binary version, IDX, Parquet or class folders.
 
     Attributes:
         name: layout name.
-        classes: in the official order, which is also the order of the numeric labels.
+        classes: in the official order.
         folders: names of the folder that an official archive unpacks to.
         files: split -> names of the official container files without suffix.
         open_names: whether other class folders are taken too.
@@ -49,97 +78,67 @@ class ImageSet:
     files: tuple[tuple[str, tuple[str, ...]], ...] = ()
     open_names: bool = False
 
+    def looks_like(self, root: Path) -> bool:
+        """Whether a folder holds this set in one of its shapes; class folders must carry known names."""
+        if not os.path.isdir(root):
+            return False
+        if _container_files(root, self) or _parquet_set(root) == self.name:
+            return True
+        found = {sub.name for subs in _class_folders(root).values() for sub in subs}
+        names = {_canonical(name, self) for name in found}
+        return len(names) > 1 and not any(map(str.isdigit, found)) and names <= set(self.classes)
 
-CIFAR10_SET = ImageSet(
-    "cifar10",
-    CIFAR10,
-    ("cifar-10-batches-py", "cifar-10-batches-bin"),
-    ((TRAIN, tuple(f"data_batch_{i}" for i in range(1, 6))), (TEST, ("test_batch",))),
+    def read(self, root: Path, log: ScanLog) -> list[Sample]:
+        """Samples of the set, in whichever shape it is there."""
+        root = existing_folder(root)
+        if files := _container_files(root, self):
+            return _from_containers(files, log, self)
+        if files := _parquet_files(root):
+            return [
+                sample
+                for split, paths in files.items()
+                for path in paths
+                for sample in _records(path, split, parquet_labels(path), self)
+            ]
+        folders = _class_folders(root)
+        if any(folders.values()):
+            return _from_folders(root, folders, log, self)
+        names = ", ".join(stem for _, stems in self.files for stem in stems)
+        containers = f"the files {names} (python or binary), train*.parquet and test*.parquet, or " if names else ""
+        raise DataError(
+            f"{root}: not {self.name} in any shape known; found: {listing(root)}. "
+            f"Accepted: {containers}train/<class>/ and test/<class>/ of images"
+        )
+
+
+SETS = (
+    # Official counts: 50,000 training and 10,000 test images of 32 x 32.
+    ImageSet(
+        "cifar10",
+        CIFAR10,
+        ("cifar-10-batches-py", "cifar-10-batches-bin"),
+        ((TRAIN, tuple(f"data_batch_{i}" for i in range(1, 6))), (TEST, ("test_batch",))),
+    ),
+    # View (Intel scenes): ``seg_train/seg_train/<class>`` and ``seg_test/...``, mostly 150 x 150; images of
+    # ``seg_pred`` have no class and are left out. Also reads any other set of class folders with a training and a
+    # test split.
+    ImageSet("view", VIEW, open_names=True),
+    # 60,000 training and 10,000 test images of 28 x 28; grey becomes three channels. MNIST's files have the same
+    # names, and nothing in them tells the two sets apart.
+    ImageSet(
+        "fashion-mnist",
+        FASHION,
+        ("raw", "FashionMNIST", "fashion"),
+        ((TRAIN, ("train-images-idx3-ubyte",)), (TEST, ("t10k-images-idx3-ubyte",))),
+    ),
+    # As CIFAR-10; ``class_name`` is the fine class, and `protocols.by_superclass` gives the 20 super-classes.
+    ImageSet(
+        "cifar100",
+        tuple(CIFAR100),
+        ("cifar-100-python", "cifar-100-binary"),
+        ((TRAIN, ("train",)), (TEST, ("test",))),
+    ),
 )
-CIFAR100_SET = ImageSet(
-    "cifar100",
-    tuple(CIFAR100),
-    ("cifar-100-python", "cifar-100-binary"),
-    ((TRAIN, ("train",)), (TEST, ("test",))),
-)
-FASHION_SET = ImageSet(
-    "fashion-mnist",
-    FASHION,
-    ("raw", "FashionMNIST", "fashion"),
-    ((TRAIN, ("train-images-idx3-ubyte",)), (TEST, ("t10k-images-idx3-ubyte",))),
-)
-VIEW_SET = ImageSet("view", VIEW, open_names=True)
-
-
-def cifar10(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """CIFAR-10: python version (restricted unpickler), binary version, Parquet, or class folders of images.
-
-    Official counts: 10 classes, 50,000 training and 10,000 test images of 32 x 32.
-    """
-    return _read_set(root, log or ScanLog(), CIFAR10_SET)
-
-
-def cifar100(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """CIFAR-100, same shapes as CIFAR-10; ``class_name`` is the fine class.
-
-    The 20 super-classes are one call away: ``twinspect.data.protocols.by_superclass``.
-    Official counts: 100 classes, 50,000 training and 10,000 test images of 32 x 32.
-    """
-    return _read_set(root, log or ScanLog(), CIFAR100_SET)
-
-
-def fashion_mnist(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """Fashion-MNIST: IDX files (``.gz`` or plain), Parquet, or class folders; grey becomes three channels.
-
-    MNIST's files have the same names, and nothing in them tells the two sets apart.
-    Official counts: 10 classes, 60,000 training and 10,000 test images of 28 x 28.
-    """
-    return _read_set(root, log or ScanLog(), FASHION_SET)
-
-
-def view(root: Path, log: ScanLog | None = None) -> list[Sample]:
-    """View (Intel scenes): ``seg_train/seg_train/<class>`` and ``seg_test/...``, or ``train/`` and ``test/``.
-
-    Also reads any other set of class folders with a training and a test split. Images of ``seg_pred`` have
-    no class and are left out. Six classes: buildings, forest, glacier, mountain, sea, street; mostly 150 x
-    150.
-    """
-    return _read_set(root, log or ScanLog(), VIEW_SET)
-
-
-def looks_like(root: Path, image_set: ImageSet) -> bool:
-    """Whether a folder holds this set in one of its shapes; class folders must carry known names."""
-    if not os.path.isdir(root):
-        return False
-    if _container_files(root, image_set) or _parquet_set(root) == image_set.name:
-        return True
-    folders = _class_folders(root)
-    names = {_canonical(sub.name, image_set) for subs in folders.values() for sub in subs}
-    known = set(image_set.classes)
-    digits = {sub.name for subs in folders.values() for sub in subs if sub.name.isdigit()}
-    return len(names) > 1 and not digits and names <= known
-
-
-def _read_set(root: Path, log: ScanLog, image_set: ImageSet) -> list[Sample]:
-    root = existing_folder(root)
-    files = _container_files(root, image_set)
-    if files:
-        return _from_containers(files, log, image_set)
-    files = _parquet_files(root)
-    if files:
-        return _from_parquet(files, image_set)
-    folders = _class_folders(root)
-    if any(folders.values()):
-        return _from_folders(root, folders, log, image_set)
-    raise DataError(
-        f"{root}: not {image_set.name} in any shape known; found: {listing(root)}. {_accepted(image_set)}"
-    )
-
-
-def _accepted(image_set: ImageSet) -> str:
-    names = ", ".join(stem for _, stems in image_set.files for stem in stems)
-    containers = f"the files {names} (python or binary), train*.parquet and test*.parquet, or " if names else ""
-    return f"Accepted: {containers}train/<class>/ and test/<class>/ of images"
 
 
 # --------------------------------------------------------------------------------- official containers
@@ -177,7 +176,7 @@ def _idx_labels(images: Path) -> Sequence[int | str]:
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file; the classes of {images.name} are in it")
     labels: Sequence[int | str] = [int(x) for x in read_idx(path).ravel()]
-    count = len(open_container(images))
+    count = open_container(images).count
     if len(labels) != count:
         raise DataError(f"{path}: {len(labels):,} labels for the {count:,} images of {images.name}; copy both again")
     return labels
@@ -219,18 +218,9 @@ def _parquet_set(root: Path) -> str:
     if "fine_label" in columns:
         return "cifar100"
     container = open_container(paths[0])
-    if "label" not in columns or len(container) == 0:
+    if "label" not in columns or container.count == 0:
         return ""
     return {32: "cifar10", 28: "fashion-mnist"}.get(container.rgb(0, ImageLimits()).shape[0], "")
-
-
-def _from_parquet(files: Files, image_set: ImageSet) -> list[Sample]:
-    return [
-        sample
-        for split, paths in files.items()
-        for path in paths
-        for sample in _records(path, split, parquet_labels(path), image_set)
-    ]
 
 
 # -------------------------------------------------------------------------------------- class folders
@@ -248,8 +238,8 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _is_part(name: str, split: str) -> bool:
-    said = meaning(name)
-    return said.split == split and not said.role and said.rest in ("", "seg")
+    meant = meaning(name)
+    return meant.split == split and not meant.role and meant.rest in ("", "seg")
 
 
 def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, image_set: ImageSet) -> list[Sample]:
@@ -272,10 +262,5 @@ def _canonical(name: str, image_set: ImageSet) -> str:
     """The set's own spelling of a class name or number; unknown names come back as they are."""
     if name.isdecimal() and int(name) < len(image_set.classes) and not image_set.open_names:
         return image_set.classes[int(name)]
-    key = _key(name)
-    key = _key(ALIASES.get(key, key))
-    return next((known for known in image_set.classes if _key(known) == key), name)
-
-
-def _key(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    wanted = key(ALIASES.get(key(name), name))
+    return next((known for known in image_set.classes if key(known) == wanted), name)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.names import BAD, GOOD, UNSORTED, meaning
-from twinspect.data.scan import ScanLog, inside
 from twinspect.errors import DataError
 from twinspect.files import open_text, read_text
 from twinspect.types import CALIBRATION, TEST, TRAIN
 
-MISSING = "listed, but there is no such file"
 _SEPARATORS = ",;\t|"
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-")
 
@@ -36,10 +33,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
     """
     text = read_text(path)
-    if text.lstrip()[:1] == "[" and (entries := _json_list(text)) is not None:
-        for number, entry in enumerate(entries, start=1):
-            yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
-        return
+    if text.lstrip()[:1] == "[":
+        try:
+            entries = as_list(json.loads(text), str(path))
+        except (ValueError, RecursionError):
+            entries = None  # the line that is wrong is named when lines are read
+        if entries is not None:
+            for number, entry in enumerate(entries, start=1):
+                yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
+            return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip(" \t\r,"):
             where = f"{path} line {number}"
@@ -55,21 +57,13 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     return as_object(entry, where)
 
 
-def _json_list(text: str) -> list[Any] | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # the line that is wrong is named when lines are read
-    return found if isinstance(found, list) else None
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of text with a header, as text; missing cells are empty. Raises as `csv_rows`."""
+    """All of `csv_rows`."""
     return list(csv_rows(path))
 
 
 def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
-    """As `read_csv`, a row at a time.
+    """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
 
@@ -174,12 +168,3 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {key} is {value!r}; a text is needed. Names found: {', '.join(row)}")
     return value.strip()
-
-
-def listed_file(root: Path, text: str, where: str, log: ScanLog) -> Path | None:
-    """File that a list names, or None with a log entry if it does not exist; outside ``root`` is an error."""
-    path = inside(root, text, where)
-    if os.path.isfile(path):
-        return path
-    log.skip(path, MISSING)
-    return None

@@ -9,9 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from twinspect.inference.archives import Item
     from twinspect.inference.predictor import Predictor
 
-__all__ = ["load"]
+__all__ = ["load", "watch"]
+
+
+def watch(*folders: Path | str) -> Iterator[Item]:
+    """Images of folders, then each that arrives, for `Predictor.predict`; see `sources.watch`.
+
+    Example:
+        >>> for result in load("model.onnx").predict(watch("incoming/")):
+        ...     print(result.path, result.score, result.is_anomaly)
+    """
+    from twinspect.inference.sources import watch as watched
+
+    return watched(*folders)
 
 
 def load(
@@ -19,7 +34,7 @@ def load(
 ) -> Predictor:
     """Open a bundle (.twin) or an exported model (.onnx, .xml); see `runtimes.load_predictor`.
 
-    Example:
+    Examples:
         >>> for result in load("model.onnx").predict("new/"):
         ...     print(result.path, result.score, result.is_anomaly)
     """

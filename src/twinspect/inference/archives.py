@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
@@ -37,6 +40,7 @@ class Item:
         offset, size: its bytes inside ``path``; -1 is the whole file.
         record: position inside a container file, else None.
         data: encoded bytes, where whoever listed the image had to read them anyway.
+        pixels: H x W x 3, RGB, of a video's frame.
         error: why it must not be read.
         state: size and time of change of a file in a store, where the store's listing said them.
     """
@@ -47,6 +51,7 @@ class Item:
     size: int = -1
     record: int | None = None
     data: bytes | None = field(default=None, repr=False)
+    pixels: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     error: str = ""
     state: str = ""
 
@@ -65,7 +70,7 @@ _DEFAULT = Item("")
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An archive or a table of encoded images, read in order by whoever scores it.
+    """An archive, a table of encoded images, or a video, read in order by whoever scores it.
 
     Attributes:
         path: file or URL.
@@ -80,6 +85,10 @@ class Stream:
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
+        from twinspect.inference.video import file_frames, is_video
+
+        if is_video(self.path):
+            return file_frames(self.path)
         return _table_images(self.path) if _is_parquet(self.path) else _archive_images(self.path)
 
     def count(self) -> int | None:

@@ -26,8 +26,8 @@ from twinspect.inference.parts import Part, PartStore, Place, digest, source_dig
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.sources import walk_all
-from twinspect.inference.table import encode, join
+from twinspect.inference.sources import walk_all, watch
+from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 
@@ -75,13 +75,17 @@ class Totals:
         """Whether there were images, and none could be read."""
         return self.rows == self.errors > 0
 
+    def fails(self, on: str) -> bool:
+        """Whether a run has failed by --fail-on: ``error``: an image could not be read; ``anomaly``: or is one."""
+        return bool(on) and (self.errors > 0 or (on == "anomaly" and self.bad > 0))
+
     def add(self, part: Part, before: bool = False) -> None:
         """Count a part."""
         self.rows, self.bad, self.errors = self.rows + part.rows, self.bad + part.bad, self.errors + part.errors
         self.before += part.rows if before else 0
 
 
-class Scorer:
+class UnitScorer:
     """One loaded model with its decoders. A context.
 
     Args:
@@ -103,7 +107,7 @@ class Scorer:
             self.predictor.batch,
         )  # fmt: skip
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> UnitScorer:
         return self
 
     def __exit__(
@@ -127,6 +131,16 @@ class Scorer:
                 tag = tags.popleft()
                 save_pictures(result, self.job.pictures, tag.unit, tag.number)
                 yield tag, result
+
+    def live(self, found: Iterable[Item | Stream]) -> Iterator[Result]:
+        """Images scored one by one, each before the next is asked for, pictures written."""
+        wants, pictures = self.job.pictures.wants_maps, self.job.pictures
+        items = (item for one in found for item in (one.items() if isinstance(one, Stream) else (one,)))
+        for number, item in enumerate(items):
+            image = self.predictor.decode(item, bool(pictures.overlays))
+            for result in self.predictor.score_batch([image], wants, [self.job.class_name]):
+                save_pictures(result, pictures, 0, number)
+                yield result
 
     def parts(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
         """Score units and keep their rows; a part is given when it is safely stored."""
@@ -211,13 +225,19 @@ def pending(wanted: Iterable[Unit], store: PartStore, skipped: Callable[[Part], 
 Engine = Callable[[Job, PartStore, Iterator[Unit], Callable[[Part], None]], Iterator[Part]]
 
 
-def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
+def run(
+    job: Job,
+    listener: Listener,
+    engine: Engine | None = None,
+    visit: Callable[[dict[str, Any]], None] | None = None,
+) -> Totals:
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
         job: what to run.
         listener: told of progress and results.
         engine: who scores the units; None is this process.
+        visit: called with every row, once all are there where a table is written.
 
     Raises:
         ConfigError, DataError, BundleError: of the job, its sources or its model.
@@ -225,15 +245,19 @@ def run(job: Job, listener: Listener, engine: Engine | None = None) -> Totals:
     """
     totals = Totals()
     # An empty source is refused before the model is loaded.
-    found = _counting_several(walk_all(job.sources), totals)
+    found = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
     job.check_outputs()
-    if not job.out:
-        return _print(job, found, listener, totals)
+    if not job.keeps_parts:
+        return _print(job, found, listener, totals, visit)
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        return _run_parts(job, store, found, label, listener, engine or local, totals)
+        _run_parts(job, store, found, label, listener, engine or local, totals)
+    if visit is not None:
+        for row in read_rows(Path(job.out)):
+            visit(row)
+    return totals
 
 
 def _counting_several(found: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
@@ -256,7 +280,7 @@ def _run_parts(
     listener: Listener,
     engine: Engine,
     totals: Totals,
-) -> Totals:
+) -> None:
     number, of = job.shard
     # The other shards' parts are not this one's to judge.
     store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
@@ -275,7 +299,6 @@ def _run_parts(
         listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
     store.refuse_stale(seen)
     _finish(job, store, seen, label)
-    return totals
 
 
 def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
@@ -283,17 +306,30 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
     first = next(wanted, None)
     if first is None:
         return  # everything is there: the model need not be loaded
-    with Scorer(job, store) as scorer:
+    with UnitScorer(job, store) as scorer:
         yield from scorer.parts(chain([first], wanted), skipped)
 
 
-def _print(job: Job, found: Iterable[Item | Stream], listener: Listener, totals: Totals) -> Totals:
-    with Scorer(job) as scorer:
-        for _, result in scorer.results(units(found, job.part_rows), lambda part: None):
+def _print(
+    job: Job,
+    found: Iterable[Item | Stream],
+    listener: Listener,
+    totals: Totals,
+    visit: Callable[[dict[str, Any]], None] | None,
+) -> Totals:
+    with UnitScorer(job) as scorer:
+        if job.on_stdout == ".csv":
+            listener.result(csv_header())
+        rest = (result for _, result in scorer.results(units(found, job.part_rows), lambda part: None))
+        for result in scorer.live(found) if job.is_live else rest:
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
-            listener.result(say_result(result))
+            listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+            if visit is not None:
+                visit(result.row())
+            if job.is_endless and totals.fails(job.fail_on):
+                break
     return totals
 
 
@@ -321,7 +357,7 @@ def say_result(result: Result) -> str:
 def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
-    where = f"; {out}" if out else ""
+    where = f"; {out}" if out[:1] not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}{several}"
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from twinspect._version import __version__
-from twinspect.console import NOTHING_SCORED, Console, plain_streams
+from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = _parser().parse_args(arguments)
     plain_streams()
+    end_on_sigterm()
     try:
         with Console() as console:
             return _info(given.model, console) if given.command == "info" else _predict(given, console)
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="score images")
     predict.add_argument("model", type=Path, help="exported model (.onnx)")
     predict.add_argument("paths", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
-    predict.add_argument("--out", type=Path, help="table to write: .csv or .jsonl")
+    predict.add_argument("-o", "--out", default="", help="table to write: .csv or .jsonl; - prints JSON lines")
     predict.add_argument("--threads", type=int, default=0, help="threads of the runtime; 0 is its own choice")
     predict.add_argument("--batch", type=int, default=0, help="images per call; 0 is 1")
     predict.add_argument("--class", dest="class_name", default=None, help="class of all images")
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(model: Path, console: Console) -> int:
-    from twinspect.inference.exported import export_info
+    from twinspect.inference.runtimes import export_info
 
     console.result(json.dumps(export_info(model), indent=1))
     return 0
@@ -52,11 +53,11 @@ def _predict(given: argparse.Namespace, console: Console) -> int:
     from twinspect.inference.job import Job
 
     job = Job(
-        str(given.model), tuple(given.paths), str(given.out or ""), threads=given.threads, batch=given.batch,
+        str(given.model), tuple(given.paths), given.out, threads=given.threads, batch=given.batch,
         class_name=given.class_name, workers=given.workers, restart=given.restart,
     )  # fmt: skip
     totals = run(job, console)
-    console.say(say_totals(totals, job.out))
+    (console.warn if job.on_stdout else console.say)(say_totals(totals, job.out))
     return NOTHING_SCORED if totals.nothing_scored else 0
 
 

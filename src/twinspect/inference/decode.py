@@ -1,33 +1,40 @@
-"""Images to squares of pixels, ahead of the model: in threads, or in processes that may die. No torch."""
+"""What `predict` is given, taken apart into images, and these decoded to squares ahead of the model: in threads, or
+in processes that may die. No torch.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb, resize_rgb
 from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
 from twinspect.errors import DataError, ImageError
-from twinspect.inference.archives import Item
-from twinspect.inference.frames import as_array, is_array
+from twinspect.inference.archives import ARCHIVES, Item, Stream
 from twinspect.inference.remote import is_url, read
+from twinspect.inference.sources import TABLES, among, walk
+from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
 T = TypeVar("T")
 _JOB_BYTES = 1 << 18  # of squares that come back from a process together
+_ACCEPTED = "a path, an array, a PIL image, the bytes of an image file, or an iterable of these"
 
 
 class Decoded(NamedTuple):
@@ -87,12 +94,12 @@ class DecodePool:
         while pending:
             job, future = pending.popleft()
             try:
-                found = future.result()
+                decoded = future.result()
             except BrokenExecutor:
-                found = self._one_by_one(job)
+                decoded = self._one_by_one(job)
                 pending = deque((other, self._submit(other)) for other, _ in pending)
             pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
-            yield from ((tag, image) for (tag, _), image in zip(job, found, strict=True))
+            yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
         items = [item for _, item in job]
@@ -106,15 +113,15 @@ class DecodePool:
     def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
         """A worker died while this job or another was under way: find the image that does it."""
         self._pool = self._started()
-        found = []
+        decoded = []
         for _, item in job:
             try:
-                found += self._pool.submit(self._decode, [item]).result()
+                decoded += self._pool.submit(self._decode, [item]).result()
             except BrokenExecutor:
                 name = name_of(item)
-                found.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
+                decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
                 self._pool = self._started()
-        return found
+        return decoded
 
     def _started(self) -> Executor:
         if not self._processes:
@@ -154,7 +161,7 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: one of what `frames.expand` gives, or a path.
+        item: one of what `expand` gives, or a path.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
@@ -191,7 +198,7 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
     if isinstance(item, Item):
         return _item_pixels(item, limits, draft_side)
-    if isinstance(item, Sample) and item.record is None:
+    if isinstance(item, Sample) and item.in_file:
         item = item.image
     if isinstance(item, (str, Path)):
         return read_sized_rgb(Path(item), limits, draft_side=draft_side)
@@ -200,6 +207,8 @@ def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np
 
 
 def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    if item.pixels is not None:
+        return item.pixels, (item.pixels.shape[0], item.pixels.shape[1])
     if item.record is not None and not item.error:
         rgb = read_record(Path(item.path), item.record, limits)
         return rgb, (rgb.shape[0], rgb.shape[1])
@@ -226,3 +235,130 @@ def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
             return file.read(item.size)
     except OSError as error:
         raise ImageError(f"{item.name}: cannot be opened ({error.strerror or error})") from None
+
+
+# -------------------------------------------------------------------------------------------- what is given in Python
+
+
+def expand(source: Any) -> Iterator[Any]:
+    """The images that a source stands for, lazily and in fixed order.
+
+    Paths, folders, globs, lists, archives, tables and URLs become `Item`s, and so do encoded bytes and open files.
+    Arrays (of four dimensions: a stack of images), PIL images and `Sample`s stay what they are. Any iterable of these
+    is taken apart. Of several sources, a path without any image gives an item with an error, which becomes its row.
+
+    Raises:
+        DataError: nothing found behind the only path; the message says what was looked for.
+        ImageError: something that holds no image, when it is reached.
+    """
+    return _expanded(source, False)
+
+
+def is_single(source: Any) -> bool:
+    """Whether a source stands for exactly one image."""
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES, *VIDEOS))
+    return _several(source) is None
+
+
+def is_live(source: Any) -> bool:
+    """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
+    if is_live_path(source):
+        return True
+    lasting = isinstance(source, (str, os.PathLike)) or hasattr(source, "__len__")
+    return not lasting and _several(source) is not None
+
+
+def is_array(item: Any) -> bool:
+    """Whether something is an array of numpy, torch or another library."""
+    if isinstance(item, (Item, Sample, str, os.PathLike, Image.Image)):
+        return False
+    if isinstance(item, memoryview):
+        return item.ndim > 1
+    return any(hasattr(item, name) for name in ("__array__", "__array_interface__", "__dlpack__"))
+
+
+def as_array(item: Any) -> NDArray[Any]:
+    """An array of any library as numpy's.
+
+    Raises:
+        ImageError: it cannot be one.
+    """
+    try:
+        if hasattr(item, "detach"):  # a tensor of torch, perhaps on a GPU or with a gradient
+            item = item.detach().cpu()
+            item = item.float() if "bfloat16" in str(item.dtype) else item  # a type that numpy lacks
+        return np.asarray(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImageError(f"{type(item).__name__} is no array that numpy can read ({error})") from None
+
+
+def from_bgr(item: Any) -> Any:
+    """An array with its first three channels in reverse, as OpenCV gives them; anything else as it is."""
+    if not is_array(item):
+        return item
+    array = as_array(item)
+    axis = next((a for a in (-1, 0) if array.ndim == 3 and array.shape[a] in (3, 4)), None)
+    if axis is None:
+        return array
+    return np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis))
+
+
+def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
+    if isinstance(one, (str, os.PathLike)):
+        listed = (among if one_of_several else walk)(os.fsdecode(one))
+        return (item for part in listed for item in (part.items() if isinstance(part, Stream) else (part,)))
+    many = _several(one)
+    if many is None:
+        return iter([_encoded(one)])
+    if isinstance(many, (list, tuple)):
+        return chain.from_iterable(_expanded(inner, len(many) > 1) for inner in many)
+    return (item for inner in many for item in _expanded(_own_copy(inner), True))
+
+
+def _several(one: Any) -> Iterable[Any] | None:
+    """The parts of what holds several images; None for a single image.
+
+    Raises:
+        ImageError: it holds no image at all.
+    """
+    if is_array(one):
+        dimensions = one.ndim if hasattr(one, "ndim") else as_array(one).ndim
+        names = dimensions == 1 and as_array(one).dtype.kind in "OUT"  # a column of paths
+        return list(as_array(one) if names else one) if dimensions == 4 or names else None
+    if isinstance(one, (Item, Sample, Image.Image, bytes, bytearray, memoryview)) or hasattr(one, "read"):
+        return None
+    if any(hasattr(type(one), name) for name in ("__iter__", "__getitem__")) and not isinstance(one, Mapping):
+        several: Iterable[Any] = one
+        return several
+    hint = ", which cv2.imread returns for a file that it cannot read" if one is None else ""
+    raise ImageError(f"{type(one).__name__}{hint}; accepted {_ACCEPTED}")
+
+
+def _encoded(one: Any) -> Any:
+    """A single image; the content of an image file as an `Item`."""
+    if isinstance(one, (Item, Sample, Image.Image)) or is_array(one):
+        return one
+    name = getattr(one, "name", "")
+    return Item(name if isinstance(name, str) and name else f"<{type(one).__name__}>", data=_content(one))
+
+
+def _content(one: Any) -> bytes:
+    if isinstance(one, (bytes, bytearray, memoryview)):
+        return bytes(one)
+    try:
+        if hasattr(one, "seekable") and one.seekable():
+            one.seek(0)  # whoever has just written an image into it left it at its end
+        body = one.read() if not isinstance(one, io.TextIOBase) else ""
+    except (OSError, ValueError) as error:  # ValueError: it was closed
+        raise ImageError(f"{type(one).__name__} cannot be read ({error})") from None
+    if not isinstance(body, bytes):
+        raise ImageError(f"{type(one).__name__} gives {type(body).__name__} instead of bytes; open files with 'rb'")
+    return body
+
+
+def _own_copy(one: Any) -> Any:
+    """An image of an iterator, out of reach of a camera that writes the next one into the same memory."""
+    if is_array(one):
+        return np.array(as_array(one))
+    return one if isinstance(one, (str, os.PathLike)) or _several(one) is not None else _encoded(one)

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
-from twinspect.errors import BundleError, ConfigError, check_range
+from twinspect.errors import BundleError, ConfigError, check_range, unknown_name
 from twinspect.files import refuse_unwritable
 from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
 from twinspect.inference.predictor import check_counts
-from twinspect.inference.sources import would_find
+from twinspect.inference.result import columns
+from twinspect.inference.sources import is_live, would_find
 from twinspect.inference.table import check_format, is_own
+from twinspect.inference.video import is_endless
 
 FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
 MOST_WORKERS = 512
+_ON_STDOUT = {"-": ".jsonl", "-.jsonl": ".jsonl", "-.csv": ".csv"}  # --out, and what it prints
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Job:
     Attributes:
         model: bundle or exported model.
         sources: paths, folders, globs, ``@lists``, archives, tables, URLs.
-        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); empty prints lines.
+        out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); ``-`` or ``-.csv`` prints
+            the rows as JSON lines or CSV; empty prints lines for people.
         pictures: what to write beside it.
         coco: COCO file of all regions; empty writes none.
         runtime, threads, batch, weights, device: as `inference.load`.
@@ -41,6 +45,8 @@ class Job:
         rows: rows of a part; 0 takes 256 for a file and 4,096 for a folder.
         shard: (number, of how many): only every so many-th unit, for several machines on one folder.
         restart: drop what an unfinished run left.
+        watch: go on with images that arrive in the sources, which are folders.
+        fail_on: ``anomaly`` or ``error``: what ends an endless run; see `bulk.Totals.fails`.
     """
 
     model: str
@@ -58,20 +64,51 @@ class Job:
     rows: int = 0
     shard: tuple[int, int] = (0, 1)
     restart: bool = False
+    watch: bool = False
+    fail_on: str = ""
 
     def __post_init__(self) -> None:
         check_range("--part-rows", self.rows, 0, MOST_ROWS)
         check_range("--workers", self.workers, -1, MOST_WORKERS)
         check_counts(self.threads, self.batch)
+        if self.fail_on not in ("", "anomaly", "error"):
+            raise ConfigError(unknown_name("--fail-on", self.fail_on, ("anomaly", "error")))
         number, of = self.shard
         if not 0 <= number < of:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
         if of > 1 and (not self.is_folder or self.coco):
             raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
-        if self.coco and not self.out:
-            raise ConfigError("--coco is made from the run's parts; give --out as well")
-        if self.out and not self.is_folder:
+        if self.coco and not self.keeps_parts:
+            raise ConfigError("--coco is made from the run's parts; give --out FILE as well")
+        if self.is_live and self.keeps_parts:
+            raise ConfigError(
+                f"{self.sources[0]}: a source without an end writes no table; its rows go to standard output as they "
+                "are made: --out - (JSON lines, for a pipe or > FILE), or -.csv"
+            )
+        if len(self.sources) > 1 and any(map(is_live, self.sources)):
+            raise ConfigError("a camera, a stream or @- is given alone; start one predict for each")
+        if self.keeps_parts and not self.is_folder:
             check_format(Path(self.out).suffix, Path(self.out).name)
+
+    @property
+    def on_stdout(self) -> str:
+        """Format of the rows that standard output gets; empty where it gets none."""
+        return _ON_STDOUT.get(self.out, "")
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether the sources have no end of their own."""
+        return self.watch or is_endless(self.sources[0])
+
+    @property
+    def is_live(self) -> bool:
+        """Whether each image is answered before the next one is asked for."""
+        return self.is_endless or is_live(self.sources[0])
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether rows go to files, in parts from which a killed run goes on."""
+        return bool(self.out) and not self.on_stdout
 
     @property
     def is_folder(self) -> bool:
@@ -81,14 +118,14 @@ class Job:
     @property
     def part_rows(self) -> int:
         """Rows of a part."""
-        return self.rows or (FOLDER_ROWS if self.out and self.is_folder else FILE_ROWS)
+        return self.rows or (FOLDER_ROWS if self.keeps_parts and self.is_folder else FILE_ROWS)
 
     @property
     def decoders(self) -> int:
         """Decoding processes; 0 is threads."""
         if self.workers >= 0:
             return self.workers
-        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.out else 0
+        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.keeps_parts else 0
 
     def check_outputs(self) -> None:
         """Find out before the work whether all can be written, and that no picture comes to lie among the images.
@@ -96,7 +133,7 @@ class Job:
         Raises:
             ConfigError: it cannot be, or another program's file would be replaced.
         """
-        if self.out and not self.is_folder:
+        if self.keeps_parts and not self.is_folder:
             refuse_unwritable(Path(self.out), "--out", ours=is_own)
         if self.coco:
             refuse_unwritable(Path(self.coco), "--coco", ours=is_own_coco)
@@ -127,6 +164,7 @@ class Job:
             "model": decision_digest(self.model),
             "class": self.class_name or "",
             "part-rows": self.part_rows,
+            "columns": " ".join(column.name for column in columns()),  # another version may have others
             **{name.replace("_", "-"): value for name, value in self.pictures.to_dict().items()},
         }
 
@@ -182,7 +220,7 @@ def decision_digest(model: str) -> str:
     Raises:
         BundleError: not a model.
     """
-    from twinspect.inference.exported import is_export, read_export
+    from twinspect.inference.runtimes import is_export, read_export
 
     path = Path(model)
     if is_export(path):

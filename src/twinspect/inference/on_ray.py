@@ -15,7 +15,7 @@ from typing import Any
 
 from twinspect.errors import TwinspectError, check_range
 from twinspect.inference.archives import Item, Stream
-from twinspect.inference.bulk import Scorer
+from twinspect.inference.bulk import UnitScorer
 from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
 
@@ -42,7 +42,7 @@ class RayEngine:
         check_range("--actor-gpus", self.gpus, 0, 64)
 
     def __call__(
-        self, job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]
+        self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Callable[[Part], None]
     ) -> Iterator[Part]:
         """Parts as actors finish them, in any order.
 
@@ -50,9 +50,9 @@ class RayEngine:
             TwinspectError: Ray is not installed, not reachable, or a unit failed for good.
         """
         ray = _ray()
-        own = self._connected(ray)
+        started = self._connected(ray)
         try:
-            for row in self._rows(ray, job, store, wanted):
+            for row in self._rows(ray, job, store, units):
                 part = Part.of(row["name"])
                 assert part is not None
                 if row["before"]:
@@ -64,7 +64,7 @@ class RayEngine:
                 f"the run on Ray stopped ({_reason(error)}); finished parts are kept, type the same command to go on"
             ) from None
         finally:
-            if own:
+            if started:
                 ray.shutdown()
 
     def _connected(self, ray: Any) -> bool:
@@ -80,11 +80,11 @@ class RayEngine:
             raise TwinspectError(f"Ray at {self.address} cannot be reached ({error})") from None
         return True
 
-    def _rows(self, ray: Any, job: Job, store: PartStore, wanted: Iterator[Unit]) -> Iterator[dict[str, Any]]:
+    def _rows(self, ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[dict[str, Any]]:
         import pyarrow as pa
 
         # One block a unit, put away as they are found: the object store spills to disk; only references stay here.
-        blocks = [ray.put(pa.table({"unit": [_packed(unit, store)]})) for unit in wanted]
+        blocks = [ray.put(pa.table({"unit": [_packed(unit, store)]})) for unit in units]
         if not blocks:
             return
         context = ray.data.DataContext.get_current()
@@ -114,7 +114,7 @@ class _Actor:
     def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
         if os.path.isdir(home):
             os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
-        self.scorer = Scorer(job, PartStore(folder, suffix))
+        self.scorer = UnitScorer(job, PartStore(folder, suffix))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the units of a batch (one): names of their parts, and whether they were there already."""
@@ -145,10 +145,10 @@ def _packed(unit: Unit, store: PartStore) -> str:
 
 
 def _unpacked(text: str) -> tuple[Unit, dict[tuple[int, int], Part]]:
-    said = json.loads(text)
-    items = tuple(Item(**one) for one in said["items"])
-    parts = [part for name in said["known"] if (part := Part.of(name)) is not None]
-    unit = Unit(said["number"], items, Stream(said["stream"]) if said["stream"] else None)
+    values = json.loads(text)
+    items = tuple(Item(**one) for one in values["items"])
+    parts = [part for name in values["known"] if (part := Part.of(name)) is not None]
+    unit = Unit(values["number"], items, Stream(values["stream"]) if values["stream"] else None)
     return unit, {(part.unit, part.sub): part for part in parts}
 
 

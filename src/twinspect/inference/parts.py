@@ -59,11 +59,11 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, name: str) -> Part | None:
         """Read back from a file name; None for any other file."""
-        found = _NAME.fullmatch(name)
-        if found is None:
+        match = _NAME.fullmatch(name)
+        if match is None:
             return None
-        unit, sub, rows, bad, errors = (int(found[key]) for key in ("unit", "sub", "rows", "bad", "errors"))
-        return cls(unit, sub, rows, bad, errors, found["digest"], bool(found["end"]), found["suffix"])
+        unit, sub, rows, bad, errors = (int(match[key]) for key in ("unit", "sub", "rows", "bad", "errors"))
+        return cls(unit, sub, rows, bad, errors, match["digest"], bool(match["end"]), match["suffix"])
 
 
 def digest(source: str, images: Iterable[str]) -> str:
@@ -111,15 +111,15 @@ class PartStore:
             self._refuse_other(json.loads(self.read(RUN)), json.loads(text), restart)
         else:
             self._put(RUN, text.encode())
-        found = [part for name in names if (part := Part.of(name)) is not None and not restart]
-        self.known = {(part.unit, part.sub): part for part in found}
+        parts = [part for name in names if (part := Part.of(name)) is not None and not restart]
+        self.known = {(part.unit, part.sub): part for part in parts}
 
     def whole(self, unit: int) -> list[Part]:
         """Parts of a unit if it is finished, else nothing."""
-        found: list[Part] = []
-        while (part := self.known.get((unit, len(found)))) is not None:
-            found.append(part)
-        return found if found and found[-1].end else []
+        parts: list[Part] = []
+        while (part := self.known.get((unit, len(parts)))) is not None:
+            parts.append(part)
+        return parts if parts and parts[-1].end else []
 
     def check(self, part: Part, expected: str) -> None:
         """Refuse a part that was made from other images than those at its place now.

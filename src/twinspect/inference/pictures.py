@@ -14,17 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, TwinspectError, check_range
 from twinspect.files import replacing
-from twinspect.inference.regions import components, pixels_of
+from twinspect.inference.result import Components, connected, pixels_of, region_mask, strongest
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
     from twinspect.inference.result import Result
 
-MAP_FORMATS = ("npz", "tiff")
+MAP_FORMATS, OVERLAY_FORMATS = ("npz", "tiff"), {"jpg": "JPEG", "png": "PNG"}
+MOST_SIDE = 65_000  # of a JPEG
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
+_DOWN, _RIGHT = (0, 1, 0, -1), (1, 0, -1, 0)  # steps to the right, down, left, up
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
 
 
@@ -35,8 +37,10 @@ class PictureOptions:
     Attributes:
         maps: folder for raw maps in the image's own size (float16).
         map_format: ``npz`` or ``tiff``.
-        masks: folder for PNG masks, 255 where the map reaches the region threshold.
-        overlays: folder for pictures of the image under its map.
+        masks: folder for PNG masks, 255 in the regions.
+        overlays: folder for pictures of the image under its map, with its regions and answer.
+        overlay_format: ``jpg`` or ``png``.
+        overlay_side: longest side of these in pixels; 0: the image's own.
         submission: folder for MVTec AD 2's two trees of maps and masks.
         coco: whether regions are kept for a COCO file.
     """
@@ -47,8 +51,13 @@ class PictureOptions:
     overlays: str = ""
     submission: str = ""
     coco: bool = False
+    overlay_format: str = "jpg"
+    overlay_side: int = 1600
 
     def __post_init__(self) -> None:
+        if self.overlay_format not in OVERLAY_FORMATS:
+            raise ConfigError(f"--overlay-format {self.overlay_format}: accepted {' or '.join(OVERLAY_FORMATS)}")
+        check_range("--overlay-side", self.overlay_side, 0, MOST_SIDE)
         if self.map_format not in MAP_FORMATS:
             raise ConfigError(f"--map-format {self.map_format}: accepted {' or '.join(MAP_FORMATS)}")
         if (self.maps and self.map_format == "tiff") or self.submission:
@@ -63,7 +72,7 @@ class PictureOptions:
         """The option of every folder that is written, with a file as it is written there."""
         for name, file in (
             ("maps", f"000000-000000_a.{self.map_format}"), ("masks", "000000-000000_a.png"),
-            ("overlays", "000000-000000_a.png"), ("submission", "anomaly_images.tiff"),
+            ("overlays", f"000000-000000_a.{self.overlay_format}"), ("submission", "anomaly_images.tiff"),
         ):  # fmt: skip
             if folder := getattr(self, name):
                 yield f"--{name}", f"{folder.rstrip('/')}/{file}"
@@ -78,13 +87,13 @@ class PictureOptions:
         return asdict(self)
 
 
-class Region(NamedTuple):
-    """What COCO calls an annotation: box (x, y, width, height), area, score and run lengths, in original pixels."""
+class Annotation(NamedTuple):
+    """What COCO calls an annotation: box (x, y, width, height), area, score and polygons, in original pixels."""
 
     bbox: tuple[int, int, int, int]
     area: int
     score: float
-    counts: list[int]
+    segmentation: list[list[float]]
 
 
 def save_pictures(result: Result, options: PictureOptions, unit: int, index: int) -> None:
@@ -99,20 +108,22 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
     if result.error or not options.wants_files:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
-    heat = result.map if options.maps or options.masks or options.submission else None
+    heat = result.map if options.maps or options.submission else None
     if heat is not None and options.maps:
         result.map_path = _write(options.maps, f"{stem}.{options.map_format}", _map_bytes(heat, options.map_format))
-    if heat is not None and options.masks:
-        result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(heat, _threshold(result)))
+    if result.grid is not None and options.masks:
+        inside = region_mask(result.grid, (result.height, result.width), _threshold(result))
+        result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(inside))
     if heat is not None and options.submission:
         place = submission_place(result.path)
         result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", _tiff(heat, compressed=False))
-        mask = _mask_bytes(heat, _threshold(result))
+        mask = _mask_bytes(heat >= _threshold(result))
         result.mask_path = _write(options.submission, f"anomaly_images_thresholded/{place}.png", mask)
     if options.overlays:
         body = io.BytesIO()
-        result.overlay().save(body, "PNG")
-        _write(options.overlays, f"{stem}.png", body.getvalue())
+        kind = options.overlay_format
+        result.overlay(side=options.overlay_side).save(body, OVERLAY_FORMATS[kind], quality=90)
+        _write(options.overlays, f"{stem}.{kind}", body.getvalue())
 
 
 def submission_place(path: str) -> str:
@@ -169,9 +180,9 @@ def _tifffile() -> Any:
     return tifffile
 
 
-def _mask_bytes(heat: NDArray[np.float32], threshold: float) -> bytes:
+def _mask_bytes(mask: NDArray[np.bool_]) -> bytes:
     body = io.BytesIO()
-    Image.fromarray(((heat >= threshold) * 255).astype(np.uint8)).save(body, "PNG")
+    Image.fromarray((mask * 255).astype(np.uint8)).save(body, "PNG")
     return body.getvalue()
 
 
@@ -204,55 +215,58 @@ def coco_line(result: Result) -> bytes:
     return json.dumps({"image": image, "regions": regions}).encode() + b"\n"
 
 
-def coco_regions(result: Result) -> list[Region]:
+def coco_regions(result: Result) -> list[Annotation]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
-    from twinspect.inference.regions import resized_for_regions
-
-    heat = resized_for_regions(result.grid, (result.height, result.width))
-    found = components(heat >= result.threshold_region, heat)
-    order = np.argsort(-found.peak, kind="stable")[: len(result.regions)]
-    pairs = zip(order.tolist(), result.regions, strict=True)
+    found, size = connected(result.grid, (result.height, result.width), result.threshold_region)
+    scale = np.array([result.width / size[1], result.height / size[0]])
     return [
-        Region(
+        Annotation(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,
-            run_lengths(*_in_original(pixels_of(found, i), heat.shape, result), (result.height, result.width)),
+            [(outline * scale).round(2).ravel().tolist() for outline in outlines(found, i)],
         )
-        for i, one in pairs
+        for i, one in zip(strongest(found), result.regions, strict=True)
     ]
 
 
-def _in_original(
-    pixels: tuple[NDArray[np.int64], NDArray[np.int64]], shape: tuple[int, ...], result: Result
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of a region of a smaller map, in the image's own pixels (nearest neighbour)."""
-    rows, columns = pixels
-    if shape == (result.height, result.width):
-        return rows, columns
+def outlines(found: Components, region: int) -> list[NDArray[np.int64]]:
+    """Outer outlines of a region along the edges of its pixels, clockwise: corners x, y (C x 2) each.
+
+    Parts that touch by a corner have an outline each. Holes have none, as polygons of COCO cannot have holes.
+    """
+    rows, columns = pixels_of(found, region)
     top, left = int(rows.min()), int(columns.min())
-    mask = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), dtype=np.bool_)
-    mask[rows - top, columns - left] = True
-    y = (np.arange(result.height) + 0.5) * shape[0] / result.height
-    x = (np.arange(result.width) + 0.5) * shape[1] / result.width
-    y, x = y.astype(np.int64), x.astype(np.int64)
-    kept_y = np.flatnonzero((y >= top) & (y < top + mask.shape[0]))
-    kept_x = np.flatnonzero((x >= left) & (x < left + mask.shape[1]))
-    inner = np.nonzero(mask[np.ix_(y[kept_y] - top, x[kept_x] - left)])
-    return kept_y[inner[0]], kept_x[inner[1]]
-
-
-def run_lengths(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]) -> list[int]:
-    """COCO's uncompressed run lengths: zeros and ones in turn, down the columns, zeros first."""
-    place = np.sort(columns * shape[0] + rows)
-    breaks = np.flatnonzero(np.diff(place) != 1)
-    starts = place[np.concatenate([[0], breaks + 1]).astype(np.int64)]
-    stops = place[np.concatenate([breaks, [len(place) - 1]]).astype(np.int64)] + 1
-    edges = np.stack([starts, stops], 1).ravel()
-    counts = np.diff(np.concatenate([[0], edges, [shape[0] * shape[1]]]))
-    return [int(c) for c in (counts[:-1] if counts[-1] == 0 else counts)]
+    mask = np.zeros((int(rows.max()) - top + 3, int(columns.max()) - left + 3), np.bool_)
+    mask[rows - top + 1, columns - left + 1] = True
+    # Every edge between a pixel inside and one outside, as the corner it starts at and its direction: 0 right above
+    # a pixel, 1 down beside it, 2 left below it, 3 up.
+    ahead: dict[tuple[int, int], list[int]] = {}
+    for way, (shift, axis, y, x) in enumerate(((1, 0, 0, 0), (-1, 1, 0, 1), (-1, 0, 1, 1), (1, 1, 1, 0))):
+        for row, column in np.argwhere(mask & ~np.roll(mask, shift, axis)).tolist():
+            ahead.setdefault((row + y, column + x), []).append(way)
+    found_outlines = []
+    while ahead:
+        (y, x), corners, before = next(iter(ahead)), list[tuple[int, int]](), -1
+        start = (y, x)
+        while (y, x) in ahead:
+            ways = ahead[y, x]
+            way = next((one for one in ways if one == (before + 1) % 4), ways[0])  # to the right: the same pixel's
+            ways.remove(way)
+            if not ways:
+                del ahead[y, x]
+            if way != before:
+                corners.append((x + left - 1, y + top - 1))
+            before, y, x = way, y + _DOWN[way], x + _RIGHT[way]
+            if (y, x) == start:
+                break
+        outline = np.array(corners)
+        beside = np.roll(outline, -1, axis=0)
+        if (outline[:, 0] * beside[:, 1] - outline[:, 1] * beside[:, 0]).sum() > 0:  # anticlockwise is a hole
+            found_outlines.append(outline)
+    return found_outlines
 
 
 def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:
@@ -286,12 +300,9 @@ def _lines(parts: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
 def _annotations(parts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     number = 0
     for image, line in _lines(parts):
-        size = [line["image"]["height"], line["image"]["width"]]
         for region in line["regions"]:
             number += 1
-            counts = region.pop("counts")
-            rle = {"size": size, "counts": counts}
-            yield {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, **region, "segmentation": rle}
+            yield {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, **region}
 
 
 def _comma_separated(file: IO[bytes], values: Iterable[dict[str, Any]]) -> None:

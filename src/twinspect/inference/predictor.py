@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,14 +17,12 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decision import ANOMALY
-from twinspect.decision import Decision as Decision
+from twinspect.decide.decision import ANOMALY, unpack_roi
+from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
-from twinspect.inference.decode import Decoded, DecodePool, decode
+from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
 from twinspect.inference.decode import name_of as name_of
-from twinspect.inference.frames import expand, is_live, is_single
-from twinspect.inference.regions import find_regions
-from twinspect.inference.result import Result
+from twinspect.inference.result import Result, find_regions
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 
@@ -69,6 +66,7 @@ class Predictor:
         pixels: bool = True,
         class_name: str | None = None,
         live: bool | None = None,
+        bgr: bool = False,
     ) -> Iterator[Result]:
         """Results in the order of the images, a few at a time (constant memory).
 
@@ -82,6 +80,7 @@ class Predictor:
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
             live: answer each image before the next one is taken, instead of reading ahead; None: where the source is
                 an iterable without a length, such as a generator.
+            bgr: arrays have blue first, as OpenCV reads them.
 
         Raises:
             ConfigError: a class that the bundle does not know.
@@ -91,7 +90,7 @@ class Predictor:
         """
         self.decision.checked_class(class_name)
         one_by_one = is_live(source) if live is None else live
-        items = expand(source)
+        items = map(from_bgr, expand(source)) if bgr else expand(source)
         results = (
             self._live(items, maps, pixels, class_name)
             if one_by_one
@@ -131,53 +130,40 @@ class Predictor:
         usable = [image.square for image in images if image.square is not None]
         began = time.perf_counter()
         out = self.runtime.run(np.stack(usable)) if usable else {}
-        each_ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
-        place = 0
+        ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
+        places = count()
         for image, class_name in zip(images, class_names, strict=True):
-            result = Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
-            if image.square is not None:
-                result.ms = each_ms
-                self._fill(result, out, place, maps, class_name)
-                place += 1
-                if not np.isfinite(result.score):
-                    result.error = f"{result.path}: the score is not finite; the model is damaged"
-                    result.is_anomaly, result.answer, result.regions = None, "", []
+            if image.square is None:
+                yield Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
+                continue
+            place = next(places)
+            result = self._result(image, {name: value[place] for name, value in out.items()}, class_name, ms)
+            result.grid = result.grid if maps else None
             yield result
 
-    def _fill(
-        self, result: Result, out: Mapping[str, NDArray[Any]], i: int, maps: bool, class_name: str | None
-    ) -> None:
-        decision = self.decision
-        result.score = float(out["score_B"][i])
-        result.score_local, result.score_semantic = (
-            float(out["score_local_B"][i]),
-            float(out["score_semantic_B"][i]),
-        )
-        result.p_joint = float(-np.expm1(-max(result.score, 0.0)))
-        if "cluster_distance_B" in out:
-            result.cluster_distance = float(out["cluster_distance_B"][i])
-        said = decision.judge(result.score, int(out["cluster_B"][i]), result.cluster_distance, class_name)
-        result.p_value, result.threshold = said.p_value, said.threshold
-        result.threshold_unsure, result.answer = said.threshold_unsure, said.answer
-        result.is_anomaly = said.answer == ANOMALY
-        result.class_name, result.predicted_class = said.class_name, said.predicted_class
-        result.class_p, result.unknown_class = said.class_p, said.unknown_class
-        result.model_id, result.scale = decision.model_id, decision.map_scale
-        grid = np.asarray(out["map_B1HW"][i, 0], dtype=np.float32)
-        result.peak, result.grid = float(grid.max()), grid if maps else None
-        if said.rule.region is not None:
-            result.threshold_region = said.rule.region.value
-            shape = (result.height, result.width)
-            result.regions = find_regions(grid, shape, result.threshold_region, said.rule.peaks)
+    def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
+        """The answer for an image, from what the runtime said of it."""
+        decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
+        score, distance = float(out["score_B"]), float(out.get("cluster_distance_B", np.nan))
+        verdict = decision.judge(score, int(out["cluster_B"]), distance, class_name)._asdict()
+        rule = verdict.pop("rule")
+        result = Result(
+            image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]),
+            is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
+            model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
+            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
+            roi=unpack_roi(decision.roi), **verdict,
+        )  # fmt: skip
+        if not np.isfinite(score):
+            result.error = f"{image.name}: the score is not finite; the model is damaged"
+            result.is_anomaly, result.answer = None, ""
+        elif rule.region is not None:
+            result.threshold_region = rule.region.value
+            result.regions = find_regions(grid, (image.height, image.width), rule.region.value, rule.peaks)
+        return result
 
 
 def check_counts(threads: int, batch: int) -> None:
     """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
     check_range("--threads", threads, 0, MOST_THREADS)
     check_range("--batch", batch, 0, MOST_BATCH)
-
-
-def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
-    """Most common training class of each cluster; empty for one no image belongs to."""
-    owners = [Counter(c for c, k in zip(classes, cluster_n, strict=True) if k == one) for one in range(count)]
-    return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)

@@ -1,93 +1,171 @@
-"""What a prediction says about one image, and how to look at it."""
+"""What a prediction says about one image: its columns, its regions, its pictures. No torch.
+
+Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
+promise is per image: at most the stated share of good images shows any region at all. How far a region reaches is
+decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. Both
+shares of it were chosen on masks of five sets (docs/results.md).
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from twinspect.inference.regions import Region
+from twinspect.data.images import read_rgb
+from twinspect.decide.conformal import Floats, p_values
+from twinspect.errors import ConfigError
 
+_BOX = (255, 0, 200)  # which neither the colours nor most products have
+_NOTEBOOK_SIDE = 640  # pixels
+_BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+OF_PEAK = 0.5  # of a region's height above the image's level, that all its pixels reach
+OF_NEARBY = 0.8  # of the highest value nearby (above the level), that they reach as well
+NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
+
+
+class Column(NamedTuple):
+    """A column of results.
+
+    Attributes:
+        name: the same in tables, answers of the server, the inspection log and Python.
+        kind: a key of ``CELLS``.
+        help: what the value says.
+        tables_only: names a file that ``predict`` writes; the server and its log have no such value.
+        derived: follows from other columns, so that nothing need store it.
+    """
+
+    name: str
+    kind: str
+    help: str
+    tables_only: bool = False
+    derived: bool = False
+
+
+# Kind -> type of a table's cell as pyarrow names it, and the value where nothing is known.
+CELLS: dict[str, tuple[str, Any]] = {
+    "string": ("string", ""), "double": ("double", math.nan), "bool": ("bool", None), "int32": ("int32", 0),
+    "int64": ("int64", 0), "regions": ("string", ()),
+}  # fmt: skip
+# Properties of `Result` that are columns, with their kinds; the docstring is the help.
+_DERIVED = {
+    "severity": "double", "margin": "double", "p_joint": "double", "share_local": "double", "n_regions": "int32",
+    "max_region_area": "int64", "nearest": "string",
+}  # fmt: skip
+
+
+def column(kind: str, help: str, tables_only: bool = False) -> Any:
+    """A field of `Result` that is a column."""
+    metadata = {"kind": kind, "help": help, "tables_only": tables_only}
+    if kind == "regions":
+        return field(default_factory=list, metadata=metadata)
+    return field(default=CELLS[kind][1], metadata=metadata)
+
+
+_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
 
 
 @dataclass(slots=True)
 class Result:
     """One image's answer. Higher scores are more anomalous.
 
+    A field made by `column` is a column everywhere: in tables, the server's answers and their OpenAPI schema, the
+    inspection log, and the list in ``docs/scale.md``. So is a property named in ``_DERIVED``.
+
     Attributes:
-        path: the file, or a name for an array.
-        score: joint raw score (surprise in nats of the Noisy-OR of both students).
-        score_local, score_semantic: raw scores of the two students, each on its own scale.
-        p_joint: Noisy-OR probability that a normal image scores lower (rounds to 1 for clear anomalies).
-        p_value: conformal p-value among the calibration images; small is anomalous.
-        is_anomaly: whether the score reaches the threshold.
-        threshold: of ``score``, for ``class_name``.
-        answer: ``good`` or ``anomaly``; ``unsure`` between ``threshold_unsure`` and ``threshold`` where the
-            bundle was calibrated with a third answer.
-        threshold_unsure: NaN where there are two answers only.
-        class_name: class whose thresholds were used: the one given, else the predicted one.
-        predicted_class: most common training class of the nearest cluster.
-        class_p: p-value of belonging to a known class (of the distance to that cluster); small means that
-            the image shows none of the classes the model knows.
-        unknown_class: whether the distance reaches its threshold; None where the model gives no distance.
-        cluster_distance: that distance, for comparison within one model only.
-        peak: highest value of the map.
-        threshold_region: map value from which on pixels belong to a region.
-        regions: connected regions in original pixels, strongest first (at most 100).
-        model_id: of the model that gave the score.
-        map: H x W float32 in the geometry of the original image, in normal spreads.
         scale: (low, high) of the map for colours; the same for every image of a model.
-        width, height: of the original image in pixels.
-        ms: milliseconds the model took (of a batch, the mean).
-        map_path, mask_path: files written for this image, if any.
-        error: why the image could not be scored; all scores are NaN then.
+        grid: anomaly map at the model's own size, in standard deviations; None if not asked for.
+        roi: region of interest on a square grid over the image, true inside; None for the whole image.
+        rgb: the image for overlays, H x W x 3; None if not asked for.
+        near: name and small JPEG of the nearest good training image; empty where the bundle does not know them.
     """
 
-    path: str
-    score: float = float("nan")
-    score_local: float = float("nan")
-    score_semantic: float = float("nan")
-    p_joint: float = float("nan")
-    p_value: float = float("nan")
-    is_anomaly: bool | None = None
-    threshold: float = float("nan")
-    answer: str = ""
-    threshold_unsure: float = float("nan")
-    class_name: str = ""
-    predicted_class: str = ""
-    class_p: float = float("nan")
-    unknown_class: bool | None = None
-    cluster_distance: float = float("nan")
-    peak: float = float("nan")
-    threshold_region: float = float("nan")
-    regions: list[Region] = field(default_factory=list)
-    model_id: str = ""
-    width: int = 0
-    height: int = 0
-    ms: float = float("nan")
-    map_path: str = ""
-    mask_path: str = ""
-    error: str = ""
+    path: str = column("string", "File (`ARCHIVE.tar#MEMBER` in an archive), or a name for an array")
+    score: float = column("double", "Joint score of both students, in nats")
+    score_local: float = column("double", "Score of the local student, on its own scale")
+    score_semantic: float = column("double", "Score of the semantic student, on its own scale")
+    p_value: float = column("double", "Conformal p-value among the calibration images; small is anomalous")
+    is_anomaly: bool | None = column("bool", "Whether the score reaches the threshold")
+    threshold: float = column("double", "Threshold of `score` for `class_name`")
+    answer: str = column("string", "`good`, `anomaly`, or `unsure` where a third answer was calibrated")
+    threshold_unsure: float = column("double", "Score from which the answer is `unsure`, if there is such an answer")
+    class_name: str = column("string", "Class whose thresholds were used: the one given, else the predicted one")
+    predicted_class: str = column("string", "Most common training class of the nearest cluster")
+    class_p: float = column("double", "P-value of belonging to a known class; if small, the image shows none of them")
+    unknown_class: bool | None = column("bool", "Whether `cluster_distance` reaches its threshold")
+    cluster_distance: float = column("double", "Distance to the nearest cluster; compare within one model only")
+    peak: float = column("double", "Highest value of the map")
+    threshold_region: float = column("double", "Map value from which on pixels belong to a region")
+    regions: list[Region] = column("regions", "Connected regions in original pixels, strongest first, at most 100")
+    model_id: str = column("string", "Model that gave the score")
+    width: int = column("int32", "Width of the original image in pixels")
+    height: int = column("int32", "Height of the original image in pixels")
+    ms: float = column("double", "Milliseconds the model took; of a batch, the mean")
+    map_path: str = column("string", "Map written for this image", tables_only=True)
+    mask_path: str = column("string", "Mask written for this image", tables_only=True)
+    error: str = column("string", "Why the image could not be scored; it has no scores then")
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
-
-    @property
-    def margin(self) -> float:
-        """How far the score is above its threshold; negative for good images."""
-        return self.score - self.threshold
+    roi: NDArray[np.bool_] | None = field(default=None, repr=False)
+    near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
     @property
     def severity(self) -> float:
-        """Score / threshold: 1 and more is anomalous, 2 is twice the threshold. NaN without a threshold."""
-        return severity(self.score, self.threshold)
+        """`score` / `threshold`, never cut off: from 1 on it is an anomaly."""
+        return self.score / self.threshold if self.threshold > 0.0 else math.nan
+
+    @property
+    def margin(self) -> float:
+        """`score` minus `threshold`; negative for good images."""
+        return self.score - self.threshold
+
+    @property
+    def p_joint(self) -> float:
+        """Noisy-OR probability that a normal image scores lower; rounds to 1 for clear anomalies."""
+        return -math.expm1(-max(self.score, 0.0))
+
+    @property
+    def share_local(self) -> float:
+        """Share of `score` that what sees small defects gives, 0 to 1; the rest is of what sees the whole image."""
+        local, semantic = _surprise(self.score_local), _surprise(self.score_semantic)
+        if not self.score > 0.0 or math.isclose(self.score, local, rel_tol=2e-3):  # a family without the other
+            return 1.0 if self.score > 0.0 else math.nan
+        return min(max(1.0 - semantic / self.score, 0.0), 1.0)
+
+    @property
+    def nearest(self) -> str:
+        """Most similar good training image, by what the teacher sees in the whole of it."""
+        return self.near[0]
+
+    @property
+    def nearest_image(self) -> Image.Image | None:
+        """The thumbnail of `nearest` that the bundle keeps; None without one."""
+        return Image.open(io.BytesIO(self.near[1])).convert("RGB") if self.near[1] else None
+
+    @property
+    def n_regions(self) -> int:
+        """Number of regions."""
+        return len(self.regions)
+
+    @property
+    def max_region_area(self) -> int:
+        """Pixels of the largest region."""
+        return max((region.area for region in self.regions), default=0)
 
     @property
     def map(self) -> NDArray[np.float32] | None:
@@ -96,36 +174,161 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """Plain values for a table; ``regions`` is JSON text, as tables hold no lists."""
-        names = (
-            "path", "class_name", "score", "score_local", "score_semantic", "p_joint", "p_value", "threshold",
-            "severity", "margin", "threshold_unsure", "answer", "is_anomaly", "predicted_class", "class_p",
-            "unknown_class", "cluster_distance", "peak", "threshold_region", "width", "height", "map_path",
-            "mask_path", "model_id", "ms", "error",
-        )  # fmt: skip
+        values = {column.name: getattr(self, column.name) for column in columns()}
+        return {**values, "regions": json.dumps([region.to_dict() for region in self.regions])}
+
+    def answer_row(self) -> dict[str, Any]:
+        """As `to_dict`, as the server gives it: ``name`` is the path, and no file was written."""
+        values = {k: v for k, v in self.to_dict().items() if k not in {c.name for c in columns() if c.tables_only}}
+        return {"name": values.pop("path"), **values}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All columns as plain values for JSON: regions are a list, None is not-a-number."""
+        values = {column.name: finite(getattr(self, column.name)) for column in columns()}
+        return {**values, "regions": [region.to_dict() for region in self.regions]}
+
+    def to_pandas(self) -> Any:
+        """All columns as a pandas Series; of many results, see `Results.to_pandas`.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return Results([self]).to_pandas().iloc[0]
+
+    def _repr_png_(self) -> bytes | None:
+        """The overlay, which notebooks show; None without map and image."""
+        if self.grid is None or self.image() is None:
+            return None
+        body = io.BytesIO()
+        self.overlay(side=_NOTEBOOK_SIDE).save(body, "PNG")
+        return body.getvalue()
+
+    def explain(self) -> dict[str, Any]:
+        """Why this answer, ready for JSON.
+
+        Returns:
+            ``answer``, ``score``, ``threshold``, ``severity`` (how far above), ``p_value``; ``shares`` of the score
+            of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
+            ``text``, the same in a few sentences.
+        """
+        local = finite(self.share_local)
+        shares = None if local is None else {"local": local, "semantic": 1.0 - local}
+        names = ("answer", "score", "threshold", "severity", "p_value", "class_name")
         return {
-            **{name: getattr(self, name) for name in names},
-            "n_regions": len(self.regions),
-            "max_region_area": max((region.area for region in self.regions), default=0),
-            "regions": json.dumps([region.to_dict() for region in self.regions]),
+            **{name: finite(getattr(self, name)) for name in names},
+            "shares": shares,
+            "regions": [region.to_dict() for region in self.regions],
+            "nearest": self.nearest,
+            "text": self.reasons(),
         }
 
-    def overlay(self, opacity: float = 0.5) -> Image.Image:
-        """The image under its map, on the model's fixed colour scale.
+    def reasons(self) -> str:
+        """Why this answer, in a few sentences."""
+        if self.error:
+            return self.error
+        times = f", {self.severity:.2f} times the threshold" if self.severity == self.severity else ""
+        said = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
+        if self.share_local == self.share_local:
+            said.append(f"{100 * self.share_local:.0f} % of it from places, the rest from the image as a whole")
+        if self.regions:
+            one = self.regions[0]
+            said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+        return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
+
+    def image(self) -> NDArray[np.uint8] | None:
+        """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
+        if self.rgb is not None or self.error or not os.path.isfile(self.path):
+            return self.rgb
+        return read_rgb(Path(self.path))
+
+    def overlay(self, opacity: float = 0.5, side: int = 0, words: bool = True) -> Image.Image:
+        """The image under its map on the model's fixed colour scale, with outline and box of every region.
+
+        Args:
+            opacity: of the map's colours, 0 to 1.
+            side: longest side of the picture in pixels; 0: the image's own, which is never enlarged.
+            words: answer, score and threshold in a strip above.
 
         Raises:
             ValueError: the result carries no image or map (an error, or maps were not asked for).
         """
-        if self.rgb is None or self.grid is None:
+        rgb = self.image()
+        if rgb is None or self.grid is None:
             raise ValueError(f"{self.path}: no map to draw{': ' + self.error if self.error else ''}")
-        side = self.rgb.shape[:2]
-        colours = colourise(resize_map(self.grid, *side), self.scale)
-        mixed = (1 - opacity) * self.rgb + opacity * colours
-        return Image.fromarray(mixed.round().astype(np.uint8))
+        image = Image.fromarray(rgb)
+        if side:
+            image.thumbnail((side, side))
+        colours = colourise(resize_map(self.grid, image.height, image.width), self.scale)
+        mixed = Image.blend(image, Image.fromarray(colours), opacity)
+        if self.roi is not None:  # what is not looked at: grey and dark
+            inside = Image.fromarray(self.roi).resize(image.size)
+            mixed = Image.composite(mixed, image.convert("L").point(lambda v: _OUTSIDE * v).convert("RGB"), inside)
+        self._mark(mixed)
+        return self._titled(mixed) if words else mixed
+
+    def _mark(self, picture: Image.Image) -> None:
+        if not self.regions or self.grid is None or self.threshold_region != self.threshold_region:
+            return
+        thick, pen = max(1, round(max(picture.size) / 400)), ImageDraw.Draw(picture)
+        mask = region_mask(self.grid, (picture.height, picture.width), self.threshold_region)
+        beside = np.pad(mask, thick)  # shifted by a line's thickness each way: the rim is what any of them uncovers
+        shifts = ((0, thick), (2 * thick, thick), (thick, 0), (thick, 2 * thick))
+        inner = np.all([beside[y : y + mask.shape[0], x : x + mask.shape[1]] for y, x in shifts], axis=0)
+        picture.paste((255, 255, 255), mask=Image.fromarray(mask & ~inner).convert("L"))
+        right, down = picture.width / self.width, picture.height / self.height
+        for one in self.regions:
+            box = (one.x * right, one.y * down, (one.x + one.width) * right, (one.y + one.height) * down)
+            pen.rectangle([round(v) + grow for v, grow in zip(box, (-thick, -thick, thick, thick), strict=True)],
+                          outline=_BOX, width=thick)  # fmt: skip
+
+    def _titled(self, picture: Image.Image) -> Image.Image:
+        text = f"{self.answer or 'no answer'}  score {self.score:.4g}, threshold {self.threshold:.4g}"
+        text += f"  {self.class_name}" if self.class_name else ""
+        size = min(40, max(10, picture.width // 30))
+        whole = Image.new("RGB", (picture.width, picture.height + 2 * size), (20, 20, 20))
+        whole.paste(picture, (0, 2 * size))
+        colour = _BOX if self.is_anomaly else (255, 255, 255)
+        text = text.encode("latin-1", "replace").decode("latin-1")  # what the font that comes with Pillow holds
+        ImageDraw.Draw(whole).text((size // 2, size // 2), text, colour, ImageFont.load_default(size))
+        return whole
 
 
-def severity(score: float, threshold: float) -> float:
-    """A score in multiples of its threshold, never cut off; NaN where there is no threshold above 0."""
-    return score / threshold if threshold > 0.0 else math.nan
+class Results(list[Result]):
+    """What `Detector.predict` gives of several images: a list that turns into a table."""
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: one row an image, the columns of ``predict --out``, regions as lists of dicts.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_pandas needs pandas; type: pip install pandas") from None
+        names = [column.name for column in columns()]
+        return pandas.DataFrame([one.to_dict() for one in self], columns=names)
+
+
+@cache
+def columns() -> tuple[Column, ...]:
+    """All columns of a result, in the order of tables."""
+    stored = (Column(one.name, **one.metadata) for one in fields(Result) if one.metadata)
+    derived = (
+        Column(name, kind, getattr(Result, name).__doc__.rstrip("."), derived=True) for name, kind in _DERIVED.items()
+    )
+    return (*stored, *derived)
+
+
+def _surprise(z: float) -> float:
+    """As `scoring.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
+    near = min(z, 30.0)
+    return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
+
+
+def finite(value: Any) -> Any:
+    """The value itself; None for a float that JSON and SQL cannot hold."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
@@ -134,10 +337,240 @@ def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
-def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float64]:
-    """H x W values to H x W x 3 colours; the scale's low end is blue, its high end red."""
-    low, high = scale
-    place = np.clip((values - low) / max(high - low, 1e-9), 0.0, 1.0) * (len(COLOURS) - 1)
-    index = np.minimum(place.astype(int), len(COLOURS) - 2)
-    part = (place - index)[..., None]
-    return np.asarray((1 - part) * COLOURS[index] + part * COLOURS[index + 1], dtype=np.float64)
+def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.uint8]:
+    """H x W values to H x W x 3 colours: the scale's low end is blue, its high end red.
+
+    Near the low end colours are linear, above they follow the logarithm (asinh): good images and weak defects are
+    told apart, and so are strong and very strong ones.
+    """
+    place = np.arcsinh((values - scale[0]) * (_BEND / max(scale[1] - scale[0], 1e-9))) / math.asinh(_BEND)
+    return np.asarray(_TABLE[(np.clip(place, 0.0, 1.0) * (len(_TABLE) - 1)).astype(np.int64)], dtype=np.uint8)
+
+
+def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
+    place = np.linspace(0.0, len(COLOURS) - 1, steps)
+    channels = [np.interp(place, np.arange(len(COLOURS)), COLOURS[:, channel]) for channel in range(3)]
+    return np.stack(channels, 1).round().astype(np.uint8)
+
+
+_TABLE = _colour_table()
+
+
+# ------------------------------------------------------------------------------------------------------------ regions
+
+
+class Components(NamedTuple):
+    """8-connected regions, numbered in reading order of their first pixel; one place per region.
+
+    Attributes:
+        area: pixels.
+        peak: highest value inside.
+        top, left, bottom, right: smallest box; bottom and right are outside.
+        run_row, run_start, run_stop, run_owner: one place per horizontal run: its row, first column, column after
+            the last, and region.
+    """
+
+    area: Ints
+    peak: NDArray[np.float64]
+    top: Ints
+    left: Ints
+    bottom: Ints
+    right: Ints
+    run_row: Ints
+    run_start: Ints
+    run_stop: Ints
+    run_owner: Ints
+
+
+def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Components:
+    """Regions of ``mask_HW`` and what is known of each."""
+    row, start, stop = _runs(mask_HW)
+    owner = _owners(row, start, stop)
+    count = int(owner.max()) + 1 if len(owner) else 0
+    peaks = _run_peaks(values_HW, row, start, stop)
+    top, left = np.full(count, mask_HW.shape[0]), np.full(count, mask_HW.shape[1])
+    bottom, right, area = (np.zeros(count, np.int64) for _ in range(3))
+    peak = np.full(count, -np.inf)
+    np.minimum.at(top, owner, row)
+    np.minimum.at(left, owner, start)
+    np.maximum.at(bottom, owner, row + 1)
+    np.maximum.at(right, owner, stop)
+    np.add.at(area, owner, stop - start)
+    np.maximum.at(peak, owner, peaks)
+    return Components(area, peak, top, left, bottom, right, row, start, stop, owner)
+
+
+def pixels_of(regions: Components, region: int) -> tuple[Ints, Ints]:
+    """Rows and columns of a region's pixels, in reading order."""
+    inside = regions.run_owner == region
+    length = regions.run_stop[inside] - regions.run_start[inside]
+    offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+    return np.repeat(regions.run_row[inside], length), np.repeat(regions.run_start[inside], length) + offset
+
+
+def _runs(mask_HW: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
+    """Row, first column and column after the last of every horizontal run, in reading order."""
+    height, width = mask_HW.shape
+    padded = np.zeros((height, width + 2), dtype=np.int8)
+    padded[:, 1:-1] = mask_HW
+    steps = np.diff(padded, axis=1)
+    row, start = np.nonzero(steps == 1)
+    return row, start, np.nonzero(steps == -1)[1]
+
+
+def _run_peaks(values_HW: NDArray[np.float32], row: Ints, start: Ints, stop: Ints) -> NDArray[np.float64]:
+    if not len(row):
+        return np.zeros(0)
+    width = values_HW.shape[1]
+    flat = np.append(values_HW.ravel(), -np.inf)  # so that a run may end at the last pixel
+    bounds = np.stack([row * width + start, row * width + stop], 1).ravel()
+    return np.asarray(np.maximum.reduceat(flat, bounds)[::2], dtype=np.float64)
+
+
+def _owners(row: Ints, start: Ints, stop: Ints) -> Ints:
+    """Region number of every run: runs of neighbouring rows that touch, also by a corner, belong together."""
+    parent = list(range(len(row)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first_of_row = np.searchsorted(row, np.arange(int(row[-1]) + 2)) if len(row) else np.zeros(0, np.int64)
+    for here, y in enumerate(row.tolist()):
+        if y == 0:
+            continue
+        above = slice(int(first_of_row[y - 1]), int(first_of_row[y]))
+        low = above.start + int(np.searchsorted(stop[above], start[here], side="left"))
+        high = above.start + int(np.searchsorted(start[above], stop[here], side="right"))
+        for other in range(low, high):
+            a, b = root(here), root(other)
+            parent[max(a, b)] = min(a, b)
+    roots = np.array([root(i) for i in range(len(row))], dtype=np.int64)
+    return np.asarray(np.unique(roots, return_inverse=True)[1], dtype=np.int64)
+
+
+MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
+MOST_REGIONS = 100  # listed per image, strongest first
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One connected region.
+
+    Attributes:
+        x, y, width, height: smallest box around it, in original pixels; (x, y) is its top left pixel.
+        area: pixels of the region itself.
+        score: highest map value inside.
+        p_value: share of good images (n + 1 rule) whose map reaches that value anywhere.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    score: float
+    p_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
+    """Regions of a map, strongest first, at most ``MOST_REGIONS``.
+
+    Args:
+        grid: map at the model's own size.
+        shape: height and width of the original image.
+        threshold: of map values, that a region reaches somewhere.
+        peaks: map maxima of good images.
+    """
+    found, size = connected(grid, shape, threshold)
+    if not len(found.peak):
+        return []
+    p = p_values(found.peak, peaks)
+    scale = (shape[0] / size[0], shape[1] / size[1])
+    return [_region(found, i, p[i], scale, shape) for i in strongest(found)]
+
+
+def strongest(found: Components) -> list[int]:
+    """Regions in the order of `find_regions`."""
+    return [int(i) for i in np.argsort(-found.peak, kind="stable")[:MOST_REGIONS]]
+
+
+def connected(
+    grid: NDArray[np.float32], shape: tuple[int, int], threshold: float
+) -> tuple[Components, tuple[int, int]]:
+    """Regions of a map as it is resized for them, and that size.
+
+    A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
+    the image's median. One that is too weak beside another for that is what reaches the threshold.
+    """
+    if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
+        return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32)), (1, 1)
+    heat, level = resized_for_regions(grid, shape), float(np.median(grid))
+    nearby = resize_map(_highest_nearby(grid), *heat.shape)
+    wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
+    found = components(wide, heat)
+    half = painted(found, level + OF_PEAK * (found.peak - level), heat.shape)
+    inside = wide & (heat >= half)
+    core = components(heat >= threshold, heat)
+    alive = np.zeros(len(core.peak), np.bool_)
+    before = np.concatenate([[0], np.cumsum(inside, dtype=np.int64)])
+    first = core.run_row * heat.shape[1]
+    np.logical_or.at(alive, core.run_owner, before[first + core.run_stop] > before[first + core.run_start])
+    inside |= painted(core, ~alive, heat.shape) > 0
+    return _reaching(components(inside, heat), threshold), (heat.shape[0], heat.shape[1])
+
+
+def _reaching(found: Components, threshold: float) -> Components:
+    """The regions that reach a threshold, numbered anew."""
+    kept = found.peak >= threshold
+    runs = kept[found.run_owner]
+    number = np.cumsum(kept) - 1
+    columns = [column[kept] for column in found[:6]] + [column[runs] for column in found[6:9]]
+    return Components._make([*columns, number[found.run_owner[runs]]])
+
+
+def painted(found: Components, value_R: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An image in which every pixel of a region has the region's value, and all others 0."""
+    steps = np.zeros((shape[0], shape[1] + 1), np.float64)
+    value = value_R.astype(np.float64)[found.run_owner]
+    np.add.at(steps, (found.run_row, found.run_start), value)
+    np.subtract.at(steps, (found.run_row, found.run_stop), value)
+    return np.cumsum(steps[:, :-1], axis=1).astype(np.float32)
+
+
+def region_mask(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float) -> Bools:
+    """Pixels of all regions of a map, in the original image's height and width."""
+    found, size = connected(grid, shape, threshold)
+    mask = painted(found, np.ones(len(found.peak)), size) > 0.5
+    if size == shape:
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST), dtype=np.bool_)
+
+
+def _highest_nearby(grid: NDArray[np.float32]) -> NDArray[np.float32]:
+    for axis in (0, 1):
+        reach = round(NEARBY * grid.shape[axis])
+        padded = np.pad(grid, [(reach, reach) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
+        grid = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis).max(-1)
+    return grid
+
+
+def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """A map in the image's own height and width, or smaller by one factor where that is above ``MOST_PIXELS``."""
+    height, width = shape
+    factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
+    return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
+
+
+def _region(regions: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
+    y, x = math.floor(regions.top[i] * scale[0]), math.floor(regions.left[i] * scale[1])
+    bottom = min(shape[0], math.ceil(regions.bottom[i] * scale[0]))
+    right = min(shape[1], math.ceil(regions.right[i] * scale[1]))
+    pixels = max(1, round(int(regions.area[i]) * scale[0] * scale[1]))
+    return Region(x, y, right - x, bottom - y, pixels, float(regions.peak[i]), float(p))

@@ -1,27 +1,34 @@
 """What executes the graph: torch, ONNX Runtime or OpenVINO behind one contract.
 
-Heavy imports happen inside the constructors: whoever runs an ONNX or OpenVINO file never loads torch.
+Heavy imports happen inside the constructors: whoever runs an ONNX or OpenVINO file never loads torch. Beside
+``model.onnx`` or ``model.xml`` lies ``model.onnx.json`` or ``model.xml.json``: how the model came to be, its
+threshold, the comparison that it passed, and the sha256 of every file of the export.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect._version import __version__
 from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
-from twinspect.inference.exported import ExportMeta, is_export, read_export
+from twinspect.files import sha256_of
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
 if TYPE_CHECKING:
     from twinspect.models.contract import AnomalyModel
+
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
@@ -30,6 +37,8 @@ _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
 _INSTALL = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+FORMAT = 2  # of the metadata; raised when a reader of an older library would misunderstand it
+RUNTIME_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}
 
 
 class TorchRuntime:
@@ -53,7 +62,7 @@ class TorchRuntime:
         keep_freed_memory()
         self._torch = torch
         self.device = device
-        self.size = model.shape.size
+        self.size = model.size
         self.batch = 0
         self.model = prepared(model.eval()).to(device)
         if threads:
@@ -103,8 +112,8 @@ class OnnxRuntime:
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
         ort = required("onnx", path)
         self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [name for name in wanted if name in ort.get_available_providers()]
+        accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
             self.session = ort.InferenceSession(str(path), self.options(threads), providers=providers)
         except Exception as error:  # onnxruntime's own exception types share no public base
@@ -162,8 +171,8 @@ class OpenVinoRuntime:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
 
         def call(part: Pixels) -> Answers:
-            found = self.request.infer({0: part})
-            return {name: found[i].copy() for i, name in enumerate(self.names)}
+            outputs = self.request.infer({0: part})
+            return {name: outputs[i].copy() for i, name in enumerate(self.names)}
 
         return in_batches(call, check_pixels(pixels_BHWC, self.size, self.any_size), self.batch)
 
@@ -247,10 +256,20 @@ def required(runtime: str, path: Path) -> Any:
     try:
         return importlib.import_module(_INSTALL[runtime])
     except ImportError as error:
+        if runtime == "torch" and _is_light():
+            raise TwinspectError(
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
+                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+            ) from None
         raise TwinspectError(
             f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
             f"Type: pip install {_INSTALL[runtime]}"
         ) from None
+
+
+def _is_light() -> bool:
+    """Whether the distribution of packaging/runtime is what is installed here."""
+    return any(True for _ in metadata.distributions(name="twinspect-runtime"))
 
 
 def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
@@ -260,17 +279,17 @@ def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
         ConfigError: with what was got and what is accepted.
     """
     pixels = np.asarray(pixels_BHWC)
-    wanted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
+    accepted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
     if pixels.dtype != np.uint8:
-        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {wanted}")
+        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {accepted}")
     if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}, no side 0")
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}, no side 0")
     if pixels.shape[3] != 3:
         hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1] == 3 else ""
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {wanted}{hint}")
+        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}{hint}")
     if not any_size and pixels.shape[1:3] != (size, size):
         raise ConfigError(
-            f"pixels of shape {pixels.shape}; accepted {wanted}: resize first, or export with --any-size"
+            f"pixels of shape {pixels.shape}; accepted {accepted}: resize first, or export with --any-size"
         )
     return np.ascontiguousarray(pixels)
 
@@ -286,3 +305,117 @@ def in_batches(call: Callable[[Pixels], Answers], pixels: Pixels, batch: int) ->
         filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
         parts.append({name: value[: len(part)] for name, value in call(filled).items()})
     return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+
+
+# -------------------------------------------------------------------------------------- what an export says of itself
+
+
+@dataclass(frozen=True, slots=True)
+class ExportMeta:
+    """Metadata of an export.
+
+    Attributes:
+        runtime: ``onnx`` or ``openvino``: what the file was made for.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        size: input side in pixels.
+        batch: images per call; 0 means any number.
+        any_size: the graph resizes images of any height and width itself.
+        decision: calibration and threshold, as in the bundle.
+        record: how the model came to be, as in the bundle.
+        config: settings of the training run, as in the bundle.
+        check: the comparison with torch that the export passed before it was written.
+        writer: version of the library that wrote it.
+    """
+
+    runtime: str
+    precision: str
+    size: int
+    batch: int
+    any_size: bool
+    decision: dict[str, Any]
+    record: dict[str, Any]
+    config: dict[str, Any]
+    check: dict[str, Any]
+    writer: str
+
+
+def is_export(path: Path | str) -> bool:
+    """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
+    return Path(path).suffix in RUNTIME_OF_SUFFIX
+
+
+def write_meta(path: Path, meta: ExportMeta) -> None:
+    """Write the metadata of an export beside it, with the sha256 of its files."""
+    files = {part.suffix: sha256_of(part) for part in (path, path.with_suffix(".bin")) if part.is_file()}
+    text = json.dumps({"format": FORMAT, "files": files, **asdict(meta)}, indent=1, allow_nan=False)
+    companion(path).write_text(text + "\n", encoding="utf-8")
+
+
+def read_export(path: Path) -> ExportMeta:
+    """Read and verify what an exported model says of itself; no runtime is loaded.
+
+    Raises:
+        BundleError: no such file, not made by ``twinspect export``, changed or damaged since, or made for
+            another version of the library.
+    """
+    if not path.is_file():
+        raise BundleError(f"no such model: {path}. Make one with: twinspect export BUNDLE --out {path}")
+    if not is_export(path):
+        raise ConfigError(f"{path.name}: exported models end in {', '.join(RUNTIME_OF_SUFFIX)}")
+    home = companion(path)
+    if not home.is_file():
+        raise BundleError(
+            f"{home.name} must lie beside {path}: it holds the threshold, without which no decision can be made. "
+            "Copy both, or type: twinspect export BUNDLE --out NEW.onnx"
+        )
+    try:
+        values = dict(json.loads(home.read_text(encoding="utf-8")))
+        _refuse_version(path, values)
+        _refuse_changed(path, values["files"])
+        return ExportMeta(**{one.name: values[one.name] for one in fields(ExportMeta)})
+    except KeyError as error:
+        raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleError(f"{home} is damaged or not an export ({error}); copy it again or export again") from None
+
+
+def export_info(path: Path) -> dict[str, Any]:
+    """What an export says of itself, for people."""
+    meta = read_export(path)
+    batch, size = meta.batch or "any", "any height and width" if meta.any_size else f"{meta.size} x {meta.size}"
+    return {
+        "written by": f"twinspect {meta.writer}, export format {FORMAT}",
+        "export": f"{meta.runtime}, {meta.precision}, batch {batch}, {size}, uint8 RGB, channels last",
+        "compared with torch": meta.check,
+        "model_id": meta.decision.get("model_id", ""),
+        **meta.record,
+    }
+
+
+def companion(path: Path) -> Path:
+    """The JSON file beside an export."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _refuse_version(path: Path, values: dict[str, Any]) -> None:
+    version, writer = values.get("format", 0), values.get("writer", "an unknown version")
+    if version != FORMAT:
+        newer = not isinstance(version, int) or version > FORMAT
+        what = (
+            "Type: pip install --upgrade twinspect"
+            if newer
+            else f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
+        )
+        raise BundleError(
+            f"{path} has export format {version}, written by twinspect {writer}; this is {__version__} and reads "
+            f"format {FORMAT}. {what}"
+        )
+
+
+def _refuse_changed(path: Path, files: dict[str, str]) -> None:
+    for suffix in {path.suffix, *files}:
+        part, expected = path.with_suffix(suffix), files[suffix]
+        if not part.is_file():
+            raise BundleError(f"{part} is missing; an export is moved with all its files")
+        if sha256_of(part) != expected:
+            raise BundleError(f"{part} was changed or damaged after it was exported (sha256); export it again")

@@ -1,4 +1,4 @@
-"""What people point prediction at, as a lazy stream of images: files, folders, globs, lists, archives, tables, URLs.
+"""What people point prediction at, as a lazy stream of images: files, folders, lists, archives, tables, URLs, videos.
 
 Nothing here decodes. The order is always the same (folders depth first, names sorted), which is what lets a run that
 was killed go on, and no more than one folder's names are held at a time. No torch.
@@ -10,6 +10,8 @@ import fnmatch
 import glob as globbing
 import os
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
@@ -24,11 +26,16 @@ from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, s
 from twinspect.inference.parts import RUN
 from twinspect.inference.remote import below, is_url
 from twinspect.inference.table import OWN, columns_of, read_rows
+from twinspect.inference.video import VIDEOS, is_endless, is_video, live_frames
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _LOCAL = "file://"
 _DEEP = "**"  # of a glob: folders at any depth
-_PACKED = tuple(f"{suffix}#" for suffix in (*ARCHIVES, ".parquet"))  # after these, a name is that of a member
+_PACKED = tuple(
+    f"{suffix}#" for suffix in (*ARCHIVES, *VIDEOS, ".parquet")
+)  # after these, a name is that of a member
+_WATCH_SECONDS = 0.2  # between two looks into a watched folder
+STDIN = "@-"  # a list that others write while it is read
 Visited = set[tuple[int, int]]  # folders by device and inode
 
 
@@ -43,6 +50,8 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
         DataError: at once where nothing is found; the message says what was looked for.
     """
     text = str(source)
+    if is_endless(text):
+        return live_frames(text)
     if is_url(text):
         return _first(_remote(text), NothingFound(f"no image files in {text} (looked for {suffixes()})"))
     path = Path(text)
@@ -66,6 +75,41 @@ def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
     """
     listed = list(sources)
     return walk(listed[0]) if len(listed) == 1 else chain.from_iterable([among(one) for one in listed])
+
+
+def is_live(source: object) -> bool:
+    """Whether images of a source may still be in the making, so that none is to be read ahead."""
+    return isinstance(source, str) and (source == STDIN or is_endless(source))
+
+
+def watch(*folders: str | Path) -> Iterator[Item]:
+    """Images in and below folders, and then each one that arrives or is overwritten. It does not end.
+
+    An image is given when two looks, a fifth of a second or more apart, found its size and time of change the same:
+    it is whole then, if its writer does not pause. What is removed is forgotten, so memory goes with the files there.
+
+    Raises:
+        DataError: at once, where one is no folder.
+    """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder} is no folder; only folders can be watched")
+    return _watched([str(folder) for folder in folders])
+
+
+def _watched(folders: list[str]) -> Iterator[Item]:
+    given, before = set[str](), set[str]()
+    while True:
+        began = time.monotonic()
+        now = {one.identity: one for folder in folders for one in _below(folder, set())}
+        looked = time.monotonic() - began
+        given &= now.keys()
+        for identity, one in now.items():
+            if identity in before and identity not in given:
+                given.add(identity)
+                yield from one.items() if isinstance(one, Stream) else (one,)
+        before = set(now)
+        time.sleep(max(_WATCH_SECONDS, 5 * looked))  # a folder of very many files costs a sixth of a core at most
 
 
 def among(source: str | Path) -> Iterator[Item | Stream]:
@@ -105,7 +149,7 @@ def _file(path: Path) -> Iterator[Item | Stream]:
     name = path.name.lower()
     if name.endswith(TABLES):
         return _table(path)
-    return iter([Stream(str(path)) if name.endswith(ARCHIVES) else Item(str(path), str(path))])
+    return iter([Stream(str(path)) if name.endswith((*ARCHIVES, *VIDEOS)) else Item(str(path), str(path))])
 
 
 def _kept(text: str, state: str = "") -> Item | Stream | None:
@@ -205,11 +249,13 @@ def _folders(top: str, visited: Visited) -> Iterator[str]:
 def _list(path: Path) -> Iterator[Item | Stream]:
     """One image, archive or URL a line, relative to the list's folder; empty lines and ``#`` lines do not count.
 
-    A table with a column of images is read as one.
+    A table with a column of images is read as one. ``-`` is standard input, whose lines are answered as they come.
 
     Raises:
         DataError: no such list.
     """
+    if path == Path("-"):
+        return (_listed(line.rstrip("\n"), Path()) for line in sys.stdin if line.strip())
     if not path.is_file():
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
     if path.name.lower().endswith(TABLES) and (columns := columns_of(path)) and path_column(columns):
@@ -228,7 +274,7 @@ def _listed(line: str, path: Path) -> Item | Stream:
         name = line.partition("\0")[0]
         return Item(name, error=f"{name}: {path} holds a zero byte here; save the list as UTF-8, one path a line")
     where = line if is_url(line) else _spelled(path.parent, line)
-    return Stream(where) if where.lower().endswith(ARCHIVES) else Item(where, where)
+    return Stream(where) if where.lower().endswith(ARCHIVES) or is_video(where) else Item(where, where)
 
 
 def _spelled(folder: Path, line: str) -> str:
@@ -275,8 +321,12 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
 
 
 def _own_rows(path: Path) -> Iterator[Item]:
-    """Images of a table of predictions, by the names that its run gave them; an archive's are read together."""
-    names = (_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
+    """Images of a table of predictions, by the names that its run gave them."""
+    return named(_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
+
+
+def named(names: Iterable[str]) -> Iterator[Item]:
+    """Images by the names of their rows; those of one archive that follow each other are read together."""
     for holder, group in groupby(names, key=_holder):
         yield from (_members if holder else _files)(holder, group)
 

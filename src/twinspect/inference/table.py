@@ -14,18 +14,9 @@ from typing import IO, Any
 from twinspect.data.tables import csv_rows, json_object
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import open_text, replacing
+from twinspect.inference.result import CELLS, columns
 
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
-_TYPES = {
-    "path": "string", "class_name": "string", "score": "double", "score_local": "double",
-    "score_semantic": "double", "p_joint": "double", "p_value": "double", "threshold": "double",
-    "severity": "double", "margin": "double", "threshold_unsure": "double", "answer": "string",
-    "is_anomaly": "bool", "predicted_class": "string",
-    "class_p": "double", "unknown_class": "bool", "cluster_distance": "double", "peak": "double",
-    "threshold_region": "double", "n_regions": "int32", "max_region_area": "int64", "regions": "string",
-    "width": "int32", "height": "int32", "map_path": "string", "mask_path": "string", "model_id": "string",
-    "ms": "double", "error": "string",
-}  # fmt: skip
 OWN = frozenset({"path", "score"})  # what tells a table of predictions from others
 FORMATS = (".parquet", ".csv", ".jsonl")
 
@@ -54,16 +45,26 @@ def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
 
     Not-a-number becomes an empty cell, and names become what `as_text` makes of them.
     """
-    columns = {name: _plain([row[name] for row in rows], kind) for name, kind in _TYPES.items()}
+    cells = {name: _plain([row[name] for row in rows], kind) for name, kind in _kinds().items()}
     if suffix == ".parquet":
-        return _parquet(columns)
+        return _parquet(cells)
     text = io.StringIO(newline="")
-    lines = zip(*columns.values(), strict=True)
+    lines = zip(*cells.values(), strict=True)
     if suffix == ".csv":
         csv.writer(text).writerows(lines)
     else:
-        text.writelines(json.dumps(dict(zip(_TYPES, line, strict=True))) + "\n" for line in lines)
+        text.writelines(json.dumps(dict(zip(cells, line, strict=True))) + "\n" for line in lines)
     return text.getvalue().encode("utf-8")
+
+
+def as_line(row: dict[str, Any], suffix: str) -> str:
+    """One row for standard output, without the end of its line."""
+    return encode([row], suffix).decode().rstrip("\r\n")
+
+
+def csv_header() -> str:
+    """First line of a CSV table, without its end."""
+    return ",".join(_kinds())
 
 
 def join(parts: Iterable[bytes], out: Path) -> None:
@@ -74,6 +75,11 @@ def join(parts: Iterable[bytes], out: Path) -> None:
     """
     with replacing(out) as file:
         _join_parquet(parts, file) if out.suffix == ".parquet" else _join_text(parts, file, out.suffix)
+
+
+def _kinds() -> dict[str, str]:
+    """Column -> type of its cells, by pyarrow's aliases."""
+    return {column.name: CELLS[column.kind][0] for column in columns()}
 
 
 def _plain(values: list[Any], kind: str) -> list[Any]:
@@ -91,8 +97,7 @@ def as_text(value: str) -> str:
 def _schema() -> Any:
     import pyarrow as pa
 
-    # pyarrow's own aliases: string, double, bool, int32, int64.
-    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _TYPES.items()])
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _kinds().items()])
 
 
 def _parquet(columns: dict[str, list[Any]]) -> bytes:
@@ -120,9 +125,7 @@ def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
 
 def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
     if suffix == ".csv":
-        header = io.StringIO(newline="")
-        csv.DictWriter(header, list(_TYPES)).writeheader()
-        file.write(header.getvalue().encode())
+        file.write(f"{csv_header()}\r\n".encode())
     file.writelines(parts)
 
 

@@ -10,79 +10,63 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twinspect.errors import DataError
 from twinspect.metrics import ranking
-from twinspect.metrics.pages import Budget
-from twinspect.metrics.regions import SPRO_LIMIT, check_limit
-from twinspect.metrics.stream import FPR_LIMITS, MEMORY_LIMIT, ScoreHistogram
-from twinspect.metrics.sweep import PixelSummary, Totals, summarise
+from twinspect.metrics.pages import MemoryBudget
+from twinspect.metrics.pixels import MEMORY_LIMIT, PixelSummary, ScoreHistogram, summarise
 
 TOLERANCE = 1e-4
-IMAGE_FUNCTIONS: dict[str, ranking.Metric] = {
-    "image_auroc": ranking.auroc,
-    "image_ap": ranking.average_precision,
-    "image_f1max": lambda scores, labels: ranking.f1_max(scores, labels)[0],
-}
-PIXEL_NAMES = {"pixel_auroc": "auroc", "pixel_ap": "ap", "pixel_f1max": "f1max"}
-SPRO_NAME = "auspro_005"
-
 Numbers = dict[str, float]
 
 
-def aupro_name(limit: float) -> str:
-    """Key of AUPRO at a false positive rate limit: ``aupro`` at the usual 0.3, ``aupro_005`` at 0.05."""
-    return "aupro" if limit == 0.3 else f"aupro_{limit:g}".replace(".", "")
+class _Image(NamedTuple):
+    """What is kept of one labelled image."""
+
+    score: float
+    label: int
+    defect: str
+    group: str
 
 
 @dataclass
-class ClassRecords:
+class _ClassRecords:
     """What is kept of the images of one class."""
 
-    scores: list[float] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    defects: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
+    images: list[_Image] = field(default_factory=list)
     without_mask: int = 0
     unlabelled: int = 0
 
-    def extend(self, other: ClassRecords) -> None:
-        """Append the records of another process."""
-        self.scores += other.scores
-        self.labels += other.labels
-        self.defects += other.defects
-        self.groups += other.groups
+    def extend(self, other: _ClassRecords) -> None:
+        self.images += other.images
         self.without_mask += other.without_mask
         self.unlabelled += other.unlabelled
 
-    def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores and labels."""
-        return np.array(self.scores, np.float64), np.array(self.labels, np.int64)
+    def arrays(self, defect: str = "") -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Scores and labels: of all images, or of the normal ones and one type of defect."""
+        images = [one for one in self.images if not defect or not one.label or one.defect == defect]
+        return np.array([one.score for one in images], np.float64), np.array([one.label for one in images], np.int64)
 
-    def by_defect(self) -> dict[str, float]:
+    def by_defect(self) -> Numbers:
         """Image AUROC of each defect type against all normal images of the class."""
-        scores, labels = self.arrays()
-        kinds = np.array(self.defects, dtype=object)
-        out = {}
-        for kind in sorted({d for d, label in zip(self.defects, self.labels, strict=True) if d and label}):
-            keep = (labels == 0) | ((kinds == kind) & (labels == 1))
-            out[kind] = ranking.auroc(scores[keep], labels[keep])
-        return {kind: value for kind, value in out.items() if not math.isnan(value)}
+        kinds = sorted({one.defect for one in self.images if one.defect and one.label})
+        return _defined({kind: ranking.auroc(*self.arrays(kind)) for kind in kinds})
 
-    def by_sample(self) -> float | None:
-        """AUROC over groups, a group scoring the maximum of its views; None if no group has two images."""
+    def by_sample(self) -> Numbers:
+        """AUROC over groups, a group scoring the maximum of its views; nothing if no group has two images."""
         groups: dict[str, tuple[float, int]] = {}
-        for i, (score, label) in enumerate(zip(self.scores, self.labels, strict=True)):
-            key = self.groups[i] or f"\0{i}"
-            best, worst = groups.get(key, (score, label))
-            groups[key] = (max(best, score), max(worst, label))
-        if len(groups) == len(self.scores):
-            return None
+        for i, one in enumerate(self.images):
+            key = one.group or f"\0{i}"
+            best, worst = groups.get(key, (one.score, one.label))
+            groups[key] = (max(best, one.score), max(worst, one.label))
+        if len(groups) == len(self.images):
+            return {}
         scores, labels = zip(*groups.values(), strict=True)
-        return ranking.auroc(scores, labels)
+        return {"sample_auroc": ranking.auroc(scores, labels)}
 
 
 class Evaluator:
@@ -90,23 +74,13 @@ class Evaluator:
 
     Args:
         pixel: whether maps are counted; False ignores maps and masks.
-        fpr_limits: false positive rates at which AUPRO ends.
         memory_limit: bytes for the pixel counts of all classes together.
-
-    Raises:
-        DataError: a limit outside (0, 1].
     """
 
-    def __init__(
-        self,
-        pixel: bool = True,
-        fpr_limits: Sequence[float] = FPR_LIMITS,
-        memory_limit: int = MEMORY_LIMIT,
-    ) -> None:
+    def __init__(self, pixel: bool = True, memory_limit: int = MEMORY_LIMIT) -> None:
         self.pixel = pixel
-        self.fpr_limits = tuple(check_limit(limit) for limit in fpr_limits)
-        self.budget = Budget(memory_limit)
-        self.records: dict[str, ClassRecords] = {}
+        self.budget = MemoryBudget(memory_limit)
+        self.records: dict[str, _ClassRecords] = {}
         # Per class, then per part: "" or, for images with saturated regions, the defect type. A class is the
         # sum of its parts, and a part with the good images is LOCO's "logical" or "structural" result.
         self.meters: dict[str, dict[str, ScoreHistogram]] = {}
@@ -141,9 +115,12 @@ class Evaluator:
             DataError: a score or map that is not finite, a mask of another size, a label that is not 0, 1 or
                 None, or defect pixels on a normal image. Nothing is added then.
         """
-        record = self.records.get(class_name, ClassRecords())
-        who = name or f"{class_name} image number {len(record.scores)}"
-        _check(score, label, who)
+        record = self.records.get(class_name, _ClassRecords())
+        who = name or f"{class_name} image number {len(record.images)}"
+        if not math.isfinite(score):
+            raise DataError(f"score of {who} is {score}; accepted: finite numbers")
+        if label not in (0, 1, None):
+            raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly), None (unknown)")
         masked = mask_HW is not None or bool(regions)
         if self.pixel and map_HW is not None and (label == 0 or (label == 1 and masked)):
             if label == 0 and _has_defect(mask_HW, regions):
@@ -155,10 +132,7 @@ class Evaluator:
             record.unlabelled += 1
             return
         record.without_mask += int(label == 1 and not masked)
-        record.scores.append(float(score))
-        record.labels.append(int(label))
-        record.defects.append(defect_type)
-        record.groups.append(group)
+        record.images.append(_Image(float(score), int(label), defect_type, group))
 
     def _meter(self, class_name: str, part: str) -> ScoreHistogram:
         parts = self.meters.setdefault(class_name, {})
@@ -172,12 +146,11 @@ class Evaluator:
         Raises:
             DataError: the other one was made with other settings.
         """
-        mine = (self.pixel, self.fpr_limits, self.budget.limit)
-        theirs = (other.pixel, other.fpr_limits, other.budget.limit)
+        mine, theirs = (self.pixel, self.budget.limit), (other.pixel, other.budget.limit)
         if mine != theirs:
             raise DataError(f"cannot merge evaluators with different settings: {mine} and {theirs}")
         for class_name, record in other.records.items():
-            self.records.setdefault(class_name, ClassRecords()).extend(record)
+            self.records.setdefault(class_name, _ClassRecords()).extend(record)
         for class_name, parts in other.meters.items():
             for part, meter in parts.items():
                 self._meter(class_name, part).merge(meter)
@@ -196,13 +169,15 @@ class Evaluator:
         """
         names = sorted(self.records)
         pixels = {name: self._pixels(name) for name in names}
-        classes = {name: self._image(name) | self._pixel(pixels[name]) for name in names}
+        classes = {name: self._image(name) for name in names}
+        for name, summary in pixels.items():
+            classes[name] |= _defined(summary.values) if summary is not None else {}
         return {
             "classes": classes,
             **_mean(classes),
             "defects": {n: d for n in names if (d := self.records[n].by_defect())},
             "defects_auspro_005": {n: d for n in names if (d := self._saturated_parts(n))},
-            "images": {n: len(self.records[n].scores) for n in names},
+            "images": {n: len(self.records[n].images) for n in names},
             "error_bound": {n: s.error_bound for n in names if (s := pixels[n]) is not None},
             "undefined": self._undefined(classes, pixels),
         }
@@ -217,46 +192,25 @@ class Evaluator:
             if 0 < labels.sum() < len(labels):
                 out[name] = {
                     metric: ranking.bootstrap_interval(scores, labels, function, n, seed, level)
-                    for metric, function in IMAGE_FUNCTIONS.items()
+                    for metric, function in ranking.IMAGE_METRICS.items()
                 }
         return out
 
     def _image(self, class_name: str) -> Numbers:
         record = self.records[class_name]
-        scores, labels = record.arrays()
-        out = {metric: function(scores, labels) for metric, function in IMAGE_FUNCTIONS.items()}
-        sample = record.by_sample()
-        if sample is not None:
-            out["sample_auroc"] = sample
-        return {metric: value for metric, value in out.items() if not math.isnan(value)}
-
-    def _summary(self, meters: Sequence[ScoreHistogram]) -> PixelSummary:
-        totals = Totals(*(sum(column) for column in zip(*(m.totals for m in meters), strict=True)))
-        limits = sorted({*self.fpr_limits, SPRO_LIMIT}, reverse=True)
-        return summarise([m.tables for m in meters], totals, limits, any(m.rounded for m in meters))
+        values = {metric: function(*record.arrays()) for metric, function in ranking.IMAGE_METRICS.items()}
+        return _defined(values | record.by_sample())
 
     def _pixels(self, class_name: str) -> PixelSummary | None:
         """Summary of a class; None if no defect pixel was ever given."""
         meters = list(self.meters.get(class_name, {}).values())
-        if not any(m.totals.positives for m in meters):
-            return None
-        return self._summary(meters)
-
-    def _pixel(self, summary: PixelSummary | None) -> Numbers:
-        if summary is None:
-            return {}
-        wanted = PIXEL_NAMES | {aupro_name(limit): f"aupro@{limit:g}" for limit in self.fpr_limits}
-        wanted[SPRO_NAME] = f"auspro@{SPRO_LIMIT:g}"
-        out = {name: summary.values[key] for name, key in wanted.items()}
-        return {name: value for name, value in out.items() if not math.isnan(value)}
+        return summarise(meters) if any(m.totals.positives for m in meters) else None
 
     def _saturated_parts(self, class_name: str) -> Numbers:
         parts = self.meters.get(class_name, {})
         good = [parts[""]] if "" in parts else []
-        out = {}
-        for part in sorted(p for p in parts if p and parts[p].totals.saturated):
-            out[part] = self._summary([*good, parts[part]]).values[f"auspro@{SPRO_LIMIT:g}"]
-        return {part: value for part, value in out.items() if not math.isnan(value)}
+        saturated = sorted(part for part in parts if part and parts[part].totals.saturated)
+        return _defined({part: summarise([*good, parts[part]]).values["auspro_005"] for part in saturated})
 
     def _undefined(self, classes: Mapping[str, Numbers], pixels: Mapping[str, PixelSummary | None]) -> list[str]:
         out = [s for name in sorted(classes) for s in self._class_notes(name, pixels[name])]
@@ -270,38 +224,36 @@ class Evaluator:
 
     def _class_notes(self, name: str, summary: PixelSummary | None) -> list[str]:
         record, out = self.records[name], []
-        if not 0 < sum(record.labels) < len(record.labels):
-            kind = "anomalous" if any(record.labels) else "normal"
-            what = f"all {len(record.labels)} images are {kind}" if record.labels else "no labelled image"
+        labels = {one.label for one in record.images}
+        if len(labels) < 2:
+            kind = "anomalous" if 1 in labels else "normal"
+            what = f"all {len(record.images)} images are {kind}" if labels else "no labelled image"
             out.append(f"{name}: image metrics are undefined, {what}")
         if record.unlabelled:
             out.append(f"{name}: {record.unlabelled} images without label are left out")
         if not self.pixel:
             return out
         if summary is None:
-            out.append(f"{name}: no pixel metrics, no anomalous image has both a score map and a mask")
-        elif record.without_mask:
+            return [*out, f"{name}: no pixel metrics, no anomalous image has both a score map and a mask"]
+        if record.without_mask:
             out.append(f"{name}: pixel metrics leave out {record.without_mask} anomalous images without mask")
-        if summary is not None and summary.error_bound > TOLERANCE:
+        if summary.error_bound > TOLERANCE:
             out.append(
                 f"{name}: pixel metrics are certain only to {summary.error_bound:.1g}; "
                 f"raise memory_limit above {self.budget.limit} bytes or evaluate fewer classes at once"
             )
-        if summary is not None and summary.totals.positives == summary.totals.pixels:
+        if summary.totals.positives == summary.totals.pixels:
             out.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
         return out
-
-
-def _check(score: float, label: int | None, who: str) -> None:
-    if not math.isfinite(score):
-        raise DataError(f"score of {who} is {score}; accepted: finite numbers")
-    if label not in (0, 1, None):
-        raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly), None (unknown)")
 
 
 def _has_defect(mask_HW: ArrayLike | None, regions: Sequence[tuple[ArrayLike, float]] | None) -> bool:
     masks = [m for m, _ in regions or ()] + ([] if mask_HW is None else [mask_HW])
     return any(bool(np.any(mask)) for mask in masks)
+
+
+def _defined(values: Mapping[str, float]) -> Numbers:
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _mean(classes: Mapping[str, Numbers]) -> dict[str, dict[str, float]]:

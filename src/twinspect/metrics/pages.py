@@ -15,6 +15,7 @@ any resolution and so add nothing to the error bound.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,21 +61,17 @@ def edges_of(bins: Bins, drop: int) -> Bins:
     return ((bins >> np.uint32(1)) << np.uint32(drop)) | (bins & np.uint32(1))
 
 
-def fold(rows: Counts) -> Counts:
-    """Pages n x 256 -> half pages n x 128 one resolution step on: of four bins, the first stays alone."""
-    quads = rows.reshape(len(rows), PAGE // 4, 4)
-    return np.stack((quads[:, :, 0], quads[:, :, 1:].sum(2)), axis=2).reshape(len(rows), PAGE // 2)
-
-
 def coarser(pages: Bins, rows: Counts) -> tuple[Bins, Counts]:
-    """One resolution step for a set of pages (sorted, unique) outside a table."""
+    """One resolution step for pages (sorted, unique) and their rows: of four bins, the first stays alone."""
+    quads = rows.reshape(len(rows), PAGE // 4, 4)
+    folded = np.stack((quads[:, :, 0], quads[:, :, 1:].sum(2)), axis=2).reshape(len(rows), PAGE // 2)
     parents, which = np.unique(pages >> np.uint32(1), return_inverse=True)
     out = np.zeros((len(parents), 2, PAGE // 2), np.int64)
-    out[which, pages & np.uint32(1)] = fold(rows)
+    out[which, pages & np.uint32(1)] = folded
     return parents, out.reshape(-1, PAGE)
 
 
-class Budget:
+class MemoryBudget:
     """Memory and resolution shared by several tables.
 
     Args:
@@ -115,14 +112,19 @@ class PagedCounts:
         budget: memory and resolution, shared with other tables.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         budget.tables.append(self)
+        self._clear()
+
+    def _clear(self) -> None:
         self._pages: Bins = np.zeros(0, np.uint32)
-        self._set_directory(self._pages)
         # Page 0 stays empty: the directory's "nothing here" points at it. Flat, so that it can grow in place
-        # (realloc moves memory pages instead of copying, which keeps the peak at the limit).
+        # (realloc moves memory pages instead of copying, which keeps the peak near the limit).
         self._values = np.zeros(PAGE, np.int64)
+        self._root = np.zeros(ROW, np.int32)
+        self._leaf = np.zeros(ROW, np.int32)
+        self._rows = 0
 
     @property
     def nbytes(self) -> int:
@@ -157,14 +159,13 @@ class PagedCounts:
             for _ in range(self.budget.drop - drop):
                 pages, rows = coarser(pages, rows)
             drop = self.budget.drop
-            slot = self._slots(pages)
-            new = pages[slot == 0]
-            if not len(new):
-                break
-            if self.budget.admit(self, new):
-                self._allocate(new)
-        view = self._values.reshape(-1, PAGE)
-        view[slot] += rows
+            new = pages[self._slots(pages) == 0]
+            if not len(new) or self.budget.admit(self, new):
+                return self._put(pages, rows)
+
+    def _put(self, pages: Bins, rows: Counts) -> None:
+        self._allocate(pages[self._slots(pages) == 0])
+        self._values.reshape(-1, PAGE)[self._slots(pages)] += rows
 
     def pages(self) -> Bins:
         """Numbers of the pages in use, ascending."""
@@ -181,67 +182,27 @@ class PagedCounts:
             part = pages[start : start + CHUNK_PAGES]
             yield part, self.rows(part)
 
+    def coarsen(self) -> None:
+        """Drop one low bit: pairs of pages become one."""
+        fine = copy(self)
+        self._clear()
+        for pages, rows in fine.chunks():
+            self._put(*coarser(pages, rows))
+
     def _slots(self, pages: Bins) -> NDArray[np.int64]:
         row = self._root.take(pages >> np.uint32(ROW_BITS), mode="clip")
         return self._leaf.take(row + (pages & np.uint32(ROW - 1)), mode="clip").astype(np.int64)
 
     def _allocate(self, new: Bins) -> None:
-        first = len(self._pages) + 1
+        slots = np.arange(len(self._pages) + 1, len(self._pages) + 1 + len(new))
         self._pages = np.concatenate((self._pages, new))
-        self._enter(new, np.arange(first, first + len(new)))
-        if len(self._values) < (len(self._pages) + 1) * PAGE:
-            # An eighth of slack, so that the number of reallocations stays logarithmic.
-            self._resize(len(self._pages) + len(self._pages) // 8 + 16)
-
-    def _resize(self, pages: int) -> None:
-        self._values.resize((pages + 1) * PAGE, refcheck=False)
-
-    def _set_directory(self, pages: Bins) -> None:
-        self._root = np.zeros(ROW, np.int32)
-        self._leaf = np.zeros(ROW, np.int32)
-        self._rows = 0
-        self._pages = pages
-        self._enter(pages, np.arange(1, len(pages) + 1))
-
-    def _enter(self, pages: Bins, slots: NDArray[np.int64]) -> None:
-        high = pages >> np.uint32(ROW_BITS)
+        high = new >> np.uint32(ROW_BITS)
         rows = np.unique(high)
         rows = rows[self._root[rows] == 0]
         self._root[rows] = np.arange(self._rows + 1, self._rows + 1 + len(rows)) * ROW
         self._rows += len(rows)
         self._leaf.resize((self._rows + 1) * ROW, refcheck=False)
-        self._leaf[self._root[high] + (pages & np.uint32(ROW - 1))] = slots
-
-    def coarsen(self) -> None:
-        """Drop one low bit, in place: pairs of pages fold into the slot of the first; holes are closed."""
-        order = np.argsort(self._pages)
-        pages, slots = self._pages[order], order + 1
-        parents, first, which = np.unique(pages >> np.uint32(1), return_index=True, return_inverse=True)
-        target = slots[first]
-        self._fold_into(slots, target[which], pages & np.uint32(1))
-        self._close_holes(target)
-        ordered = np.empty_like(parents)
-        ordered[target - 1] = parents
-        self._set_directory(ordered)
-        self._resize(len(parents))
-
-    def _fold_into(self, slots: NDArray[np.int64], target: NDArray[np.int64], half: Bins) -> None:
-        # Pages come in ascending order: the first of a pair is read before its slot is written, and the slot
-        # of the second is never a target, so chunks can be any size.
-        view = self._values.reshape(-1, PAGE)
-        halves = self._values.reshape(-1, 2, PAGE // 2)
-        for start in range(0, len(slots), CHUNK_PAGES):
-            part = slice(start, start + CHUNK_PAGES)
-            folded = fold(view[slots[part]])
-            view[slots[part]] = 0
-            halves[target[part], half[part]] = folded
-
-    def _close_holes(self, target: NDArray[np.int64]) -> None:
-        count = len(target)
-        moving = np.flatnonzero(target > count)
-        free = np.setdiff1d(np.arange(1, count + 1), target)
-        view = self._values.reshape(-1, PAGE)
-        for start in range(0, len(moving), CHUNK_PAGES):
-            part = slice(start, start + CHUNK_PAGES)
-            view[free[part]] = view[target[moving[part]]]
-        target[moving] = free
+        self._leaf[self._root[high] + (new & np.uint32(ROW - 1))] = slots
+        if len(self._values) < (len(self._pages) + 1) * PAGE:
+            # An eighth of slack, so that the number of reallocations stays logarithmic.
+            self._values.resize((len(self._pages) + len(self._pages) // 8 + 17) * PAGE, refcheck=False)

@@ -1,14 +1,16 @@
-"""Exact ranking metrics for one score per item (image or sample).
+"""Exact metrics of one score per image (or sample); ``IMAGE_METRICS`` lists those of every results table.
 
-Scores are compared, never transformed: any float range, ties count as ties. Definitions agree with
-scikit-learn's ``roc_auc_score``, ``average_precision_score`` and ``roc_curve(drop_intermediate=False)``.
-With one label only, nothing can be ranked: the answer is nan ("undefined"), never 0.5.
+All of them take N scores (higher means more anomalous) and N labels (1 anomaly, 0 normal). Scores are compared,
+never transformed: any range will do, and ties count as ties. Definitions agree with scikit-learn's
+``roc_auc_score``, ``average_precision_score`` and ``roc_curve(drop_intermediate=False)``. With one label only,
+nothing can be ranked, and the answer is nan ("undefined"), never 0.5. A DataError says which score is not finite or
+which label is neither 0 nor 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,122 +21,77 @@ Floats = NDArray[np.float64]
 Metric = Callable[[Floats, NDArray[np.int64]], float]
 
 
-def check_scores(
-    scores: ArrayLike, labels: ArrayLike, names: Sequence[str] | None = None
-) -> tuple[Floats, NDArray[np.int64]]:
-    """Scores as float64 and labels as int64, both of length N.
-
-    Raises:
-        DataError: lengths differ, a label is not 0 or 1, or a score is not finite (names the item).
-    """
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
     values, truth = np.asarray(scores, np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != truth.shape:
         raise DataError(f"scores {values.shape} and labels {truth.shape} must be two lists of the same length")
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        who = names[bad[0]] if names is not None else f"item number {bad[0]}"
-        raise DataError(f"score of {who} is {values[bad[0]]}; accepted: finite numbers ({len(bad)} are not)")
+        raise DataError(
+            f"score of item number {bad[0]} is {values[bad[0]]}; accepted: finite numbers ({len(bad)} are not)"
+        )
     if not np.isin(truth, (0, 1)).all():
         raise DataError(f"labels are {np.unique(truth)[:5].tolist()}; accepted: 0 (normal) and 1 (anomaly)")
     return values, truth.astype(np.int64)
 
 
-def _cumulative(scores: Floats, labels: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+def _cumulative(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """True and false positives at every distinct score, descending, and those scores; each of length K."""
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
+    values, truth = _checked(scores, labels)
+    order = np.argsort(-values, kind="stable")
+    ranked = values[order]
     last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)) if len(ranked) else np.zeros(0, int)
-    tp = np.cumsum(labels[order])[last].astype(np.float64)
+    tp = np.cumsum(truth[order])[last].astype(np.float64)
     return tp, 1.0 + last - tp, ranked[last]
 
 
-def _one_label(labels: NDArray[np.int64]) -> bool:
-    return not 0 < int(labels.sum()) < len(labels)
+def _one_label(tp: Floats, fp: Floats) -> bool:
+    return not len(tp) or not tp[-1] or not fp[-1]
 
 
-def roc_curve(
-    scores: ArrayLike, labels: ArrayLike, names: Sequence[str] | None = None
-) -> tuple[Floats, Floats, Floats]:
+def roc_curve(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """ROC curve at every distinct score.
-
-    Args:
-        scores: N numbers, higher means more anomalous.
-        labels: N values, 1 anomaly, 0 normal.
-        names: N names for error messages.
 
     Returns:
         False positive rates, true positive rates and thresholds, K + 1 each, from (0, 0) at threshold inf
         ascending to (1, 1); an item is predicted anomalous where score >= threshold. A rate whose label does
         not occur is nan.
-
-    Raises:
-        DataError: see ``check_scores``.
     """
-    values, truth = check_scores(scores, labels, names)
-    tp, fp, thresholds = (np.concatenate(([0.0], c)) for c in _cumulative(values, truth))
+    tp, fp, thresholds = (np.concatenate(([0.0], column)) for column in _cumulative(scores, labels))
     thresholds[0] = math.inf
     with np.errstate(invalid="ignore"):
         return fp / fp[-1], tp / tp[-1], thresholds
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike, names: Sequence[str] | None = None) -> float:
-    """Probability that an anomaly scores above a normal item, ties counting half; nan with one label only.
-
-    Args:
-        scores: N numbers, higher means more anomalous.
-        labels: N values, 1 anomaly, 0 normal.
-        names: N names for error messages.
-
-    Raises:
-        DataError: see ``check_scores``.
-    """
-    values, truth = check_scores(scores, labels, names)
-    if _one_label(truth):
+def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Probability that an anomaly scores above a normal item, ties counting half."""
+    tp, fp, _ = _cumulative(scores, labels)
+    if _one_label(tp, fp):
         return math.nan
-    tp, fp, _ = _cumulative(values, truth)
     # Twice the area, in integers that float64 holds exactly below 9e15 pairs.
     twice = np.sum(np.diff(fp, prepend=0) * (tp + np.concatenate(([0.0], tp[:-1]))))
     return float(twice / (2 * tp[-1] * fp[-1]))
 
 
-def average_precision(scores: ArrayLike, labels: ArrayLike, names: Sequence[str] | None = None) -> float:
-    """Sum over distinct scores of (recall gained) x (precision there), no interpolation; nan with one label.
-
-    Args:
-        scores: N numbers, higher means more anomalous.
-        labels: N values, 1 anomaly, 0 normal.
-        names: N names for error messages.
-
-    Raises:
-        DataError: see ``check_scores``.
-    """
-    values, truth = check_scores(scores, labels, names)
-    if _one_label(truth):
+def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Sum over distinct scores of (recall gained) x (precision there), without interpolation."""
+    tp, fp, _ = _cumulative(scores, labels)
+    if _one_label(tp, fp):
         return math.nan
-    tp, fp, _ = _cumulative(values, truth)
     return float(np.sum(np.diff(tp, prepend=0) * tp / (tp + fp)) / tp[-1])
 
 
-def f1_max(scores: ArrayLike, labels: ArrayLike, names: Sequence[str] | None = None) -> tuple[float, float]:
-    """Best F1 over all thresholds, and the highest threshold that reaches it; (nan, nan) with one label only.
+def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Best F1 over all thresholds."""
+    tp, fp, _ = _cumulative(scores, labels)
+    return math.nan if _one_label(tp, fp) else float(np.max(2 * tp / (tp + fp + tp[-1])))
 
-    The threshold is one of the scores: an item is predicted anomalous where score >= threshold.
 
-    Args:
-        scores: N numbers, higher means more anomalous.
-        labels: N values, 1 anomaly, 0 normal.
-        names: N names for error messages.
-
-    Raises:
-        DataError: see ``check_scores``.
-    """
-    values, truth = check_scores(scores, labels, names)
-    if _one_label(truth):
-        return math.nan, math.nan
-    tp, fp, thresholds = _cumulative(values, truth)
-    f1 = 2 * tp / (tp + fp + tp[-1])
-    best = int(np.argmax(f1))
-    return float(f1[best]), float(thresholds[best])
+IMAGE_METRICS: dict[str, Metric] = {
+    "image_auroc": auroc,
+    "image_ap": average_precision,
+    "image_f1max": f1_max,
+}
 
 
 def bootstrap_interval(
@@ -146,22 +103,19 @@ def bootstrap_interval(
     sorted first: the interval does not depend on their order.
 
     Args:
-        scores: N numbers, higher means more anomalous.
+        scores: N numbers.
         labels: N values, 1 anomaly, 0 normal.
         metric: function of (scores, labels), such as ``auroc``.
-        n: number of draws.
+        n: number of draws, at least 1.
         seed: of the random numbers.
-        level: share of draws inside the interval.
-
-    Raises:
-        DataError: see ``check_scores``; or ``n`` below 1; or ``level`` outside (0, 1).
+        level: share of draws inside the interval, between 0 and 1.
     """
-    values, truth = check_scores(scores, labels)
+    values, truth = _checked(scores, labels)
     if n < 1 or not 0 < level < 1:
         raise DataError(f"bootstrap needs n >= 1 and a level between 0 and 1; got n={n}, level={level}")
-    if _one_label(truth):
-        return math.nan, math.nan
     normal, anomaly = np.sort(values[truth == 0]), np.sort(values[truth == 1])
+    if not len(normal) or not len(anomaly):
+        return math.nan, math.nan
     drawn_truth = np.repeat((0, 1), (len(normal), len(anomaly))).astype(np.int64)
     rng = np.random.default_rng(seed)
     draws = [

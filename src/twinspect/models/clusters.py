@@ -72,7 +72,9 @@ class Clusters(nn.Module):
         variant_B = (point_BP[:, None] - self.centres_VP[None]).square().sum(-1).argmin(1)
         return variant_B, self.owner_V.index_select(0, variant_B)
 
-    def fit(self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+    def fit(
+        self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int, divide: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Find clusters and variants of good images; which one each image belongs to (n each).
 
         Args:
@@ -80,9 +82,10 @@ class Clusters(nn.Module):
             embedding_nF: what the teacher's own classifier would see.
             names: class of each image; empty where unknown. With fewer than two names clusters are found.
             seed: of k-means.
+            divide: whether clusters are found where there are fewer than two names; else all images are one.
         """
         known = sorted(set(names))
-        if len(known) > 1:
+        if len(known) > 1 or not divide:
             cluster_n = torch.tensor([known.index(name) for name in names], device=token_nE.device)
         else:
             smallest = max(SMALLEST_CLUSTER, min(SMALLEST, len(token_nE) // 8))
@@ -93,13 +96,73 @@ class Clusters(nn.Module):
             found = groups(token_nE[own], SMALLEST, GAP_VARIANTS, seed)
             variant_n[own] = found + len(owners)
             owners += [k] * (int(found.max()) + 1)
-        self.owner_V = torch.tensor(owners, device=token_nE.device)
-        self.link_K = repetition(embedding_nF, cluster_n, int(cluster_n.max()) + 1)
+        self._settle(token_nE, embedding_nF, variant_n, owners)
         if len(known) > 1:
-            taken_n = self._taken(token_nE, variant_n, seed).tolist()
-            self.taken = Counter((name, known[k]) for name, k in zip(names, taken_n, strict=True))
-        self._discriminate(token_nE, variant_n)
+            self._confuse(token_nE, variant_n, names, known, seed)
         return variant_n, cluster_n
+
+    def extend(
+        self,
+        token_nE: Tensor,
+        embedding_nF: Tensor,
+        names: Sequence[str],
+        before_m: Tensor,
+        classes: list[str],
+        seed: int,
+    ) -> Tensor:
+        """Take in further good images, of known classes or of new ones; the variant of every image, old ones first.
+
+        A group of new images that a gap separates from all old ones of their class is a new variant, and so is every
+        group of a new class. Other images join the nearest variant of their class.
+
+        Args:
+            token_nE: global tokens of the images that are known, then of the new ones.
+            embedding_nF: of the same.
+            names: class of each.
+            before_m: variants of the known ones.
+            classes: class of every cluster; new ones are added.
+            seed: of k-means.
+        """
+        owners, old = self.owner_V.tolist(), len(before_m)
+        variant_n = torch.cat([before_m, torch.full((len(token_nE) - old,), -1, device=before_m.device)])
+        for name in dict.fromkeys(names[old:]):
+            own = torch.tensor([one == name for one in names], device=token_nE.device).nonzero()[:, 0]
+            theirs = [v for v, k in enumerate(owners) if classes[k] == name]
+            if not theirs:
+                classes.append(name)
+            nearest_m = self._nearest(token_nE[own], theirs) if theirs else None
+            group_m = groups(token_nE[own], SMALLEST, GAP_VARIANTS, seed)
+            for group in range(int(group_m.max()) + 1):
+                inside = group_m == group
+                if nearest_m is None or bool((own[inside] >= old).all()):
+                    cluster = len(classes) - 1 if nearest_m is None else owners[int(nearest_m[inside].mode().values)]
+                    variant_n[own[inside]] = len(owners)
+                    owners.append(cluster)
+                else:
+                    fresh = inside & (own >= old)
+                    variant_n[own[fresh]] = nearest_m[fresh]
+        self._settle(token_nE, embedding_nF, variant_n, owners)
+        if len(set(classes)) > 1:
+            self._confuse(token_nE, variant_n, names, classes, seed)
+        return variant_n
+
+    def _nearest(self, token_mE: Tensor, variants: list[int]) -> Tensor:
+        """The nearest of some variants (m)."""
+        apart = torch.cdist(token_mE @ self.project_EP, self.centres_VP[variants])
+        return torch.tensor(variants, device=token_mE.device)[apart.argmin(1)]
+
+    def _settle(self, token_nE: Tensor, embedding_nF: Tensor, variant_n: Tensor, owners: list[int]) -> None:
+        self.owner_V = torch.tensor(owners, device=token_nE.device)
+        self.link_K = repetition(embedding_nF, self.owner_V[variant_n], max(owners) + 1)
+        self._discriminate(token_nE, variant_n)
+
+    def _confuse(
+        self, token_nE: Tensor, variant_n: Tensor, names: Sequence[str], classes: Sequence[str], seed: int
+    ) -> None:
+        """Count which class good images are taken for."""
+        taken_n = self._taken(token_nE, variant_n, seed).tolist()
+        self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n, strict=True))
+        self._discriminate(token_nE, variant_n)
 
     def _taken(self, token_nE: Tensor, variant_n: Tensor, seed: int) -> Tensor:
         """Cluster (n) that each image is taken for by centres that did not see it, or that saw its whole variant."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,7 @@ from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
 from twinspect.types import Features
 
-
-class Shape(Protocol):
-    """Sizes that code outside a family may ask for."""
-
-    @property
-    def size(self) -> int:
-        """Input side in pixels."""
-        ...
+GREY = 127.0  # of 255, in the place of pixels that are not looked at
 
 
 class AnomalyModel(nn.Module):
@@ -46,7 +39,7 @@ class AnomalyModel(nn.Module):
 
     Attributes:
         teacher: frozen.
-        shape: sizes; ``shape.size`` is the input side.
+        size: input side in pixels.
         selection: the teacher's maps that are kept.
         standardised: standardises the teacher's global tokens (of the first view).
         student: everything that is trained; its children are named by part (``local``, ``semantic``).
@@ -54,20 +47,21 @@ class AnomalyModel(nn.Module):
         pixel_side: side of the pixels the student itself looks at; 0 if it sees the teacher's maps only.
     """
 
-    shape: Shape
     student: nn.Module
     scorer: Scorer
     pixel_side: int
+    roi_SS: Tensor | None
 
     def __init__(self, teacher: Teacher, size: int, parts: int) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.size = teacher, size
         self.selection = Selection(teacher.info, size, parts)
         shrinks = self.selection.shrinks
         self.views = nn.ModuleList(
             Shrink(after // before) for before, after in zip((1, *shrinks), shrinks, strict=False)
         )
         self.standardised = TokenScale(sum(teacher.info.token_channels))
+        self.register_buffer("roi_SS", None)  # region of interest: true where pixels are looked at; None: everywhere
 
     @property
     def device(self) -> torch.device:
@@ -76,33 +70,43 @@ class AnomalyModel(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Outputs:
         """Score uint8 RGB (or float 0..255) B x 3 x H x W; other sizes are resized to the model's."""
-        x = self.teacher.normalise(fit_size(image_BCHW, self.shape.size))
+        x = self.teacher.normalise(self.inside(fit_size(image_BCHW, self.size)))
         return self.score(self.observe(x), self.shrink(x))
 
     def observe(self, x_B3SS: Tensor) -> Observed:
         """The teacher's answer to normalised pixels, reduced to what students and scorer need."""
-        whole, kept = self.teacher.features(x_B3SS), self.selection
+        whole, selection = self.teacher.features(x_B3SS), self.selection
         views: dict[int, Features] = {1: whole}
-        for shrink, smaller in zip(kept.shrinks, self.views, strict=True):
+        for shrink, smaller in zip(selection.shrinks, self.views, strict=True):
             x_B3SS = smaller(x_B3SS)
             if shrink not in views:
                 views[shrink] = self.teacher.features(x_B3SS)
-        tokens = tuple(torch.cat(views[shrink].tokens, 1).float() for shrink in kept.shrinks)
-        coarse = kept.select_coarse(views[kept.coarse_shrink].maps) if kept.coarse_levels else ()
-        embedding_BF = self.teacher.embedding(views[kept.shrinks[0]]).float()
-        return Observed(kept.select(whole.maps), coarse, tokens, embedding_BF, kept.select_prefix(whole))
+        tokens = tuple(torch.cat(views[shrink].tokens, 1).float() for shrink in selection.shrinks)
+        coarse = selection.select_coarse(views[selection.coarse_shrink].maps) if selection.coarse_levels else ()
+        embedding_BF = self.teacher.embedding(views[selection.shrinks[0]]).float()
+        return Observed(selection.select(whole.maps), coarse, tokens, embedding_BF, selection.select_prefix(whole))
 
     def score(self, observed: Observed, small_B3SS: Tensor) -> Outputs:
         """Outputs from the teacher's answer and the shrunk pixels."""
         plain = self.plain(observed, small_B3SS) if self.scorer.asks_students else None
         outputs: Outputs = self.scorer(plain, observed)
-        return outputs
+        return outputs._replace(map_B1HW=self.inside_map(outputs.map_B1HW))
+
+    def inside(self, image_BCSS: Tensor) -> Tensor:
+        """Pixels of the model's size with grey outside of the region of interest: nothing there can count."""
+        return image_BCSS if self.roi_SS is None else image_BCSS.float().masked_fill(~self.roi_SS, GREY)
+
+    def inside_map(self, map_B1HW: Tensor) -> Tensor:
+        """A map that is 0 outside of the region of interest."""
+        if self.roi_SS is None:
+            return map_B1HW
+        return map_B1HW * F.adaptive_max_pool2d(self.roi_SS[None, None].float(), self.scorer.map_side)
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:
         """The pixels the student looks at: averaged to ``pixel_side``, or none at all (B x 3 x 0 x 0)."""
         if not self.pixel_side:
             return x_B3SS[:, :, :0, :0]
-        factor = self.shape.size // self.pixel_side
+        factor = self.size // self.pixel_side
         return pool(x_B3SS, factor) if factor > 1 else x_B3SS
 
     @abstractmethod

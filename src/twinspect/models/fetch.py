@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from twinspect.errors import ConfigError, WeightsError, unknown_name
+from twinspect.files import sha256_of
 from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
-    file_sha256,
     find_weights,
     licence,
     record_file,
@@ -34,8 +34,8 @@ from twinspect.models.weights import (
     three_ways,
     verify_record,
 )
+from twinspect.types import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 # Short name -> hub repository of the timm weights; the file is always model.safetensors.
@@ -53,10 +53,6 @@ REPOSITORIES = {
 FILE = "model.safetensors"
 _TIMEOUT_S = 30.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress for callers that want none."""
 
 
 def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: str = "") -> Path:
@@ -128,9 +124,9 @@ def _download(name: str, repo: str, revision: str, sha256: str, path: Path, prog
                 tqdm_class=bar,
             ),
         )  # fmt: skip
-        found = _verified(Path(file), repo, sha256 or promised)
+        digest = _verified(Path(file), repo, sha256 or promised)
         path.unlink(missing_ok=True)  # an older file must never stand beside the new record
-        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": found, "size": size}
+        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": size}
         record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(file, path)
     finally:
@@ -191,13 +187,13 @@ def _bar(tell: Callable[[int], None]) -> type:
 
 
 def _verified(file: Path, repo: str, sha256: str) -> str:
-    found = file_sha256(file)
-    if sha256 and found != sha256:
+    digest = sha256_of(file)
+    if sha256 and digest != sha256:
         raise WeightsError(
-            f"the file fetched from {repo} has sha256 {found}, expected {sha256}; it was deleted. "
+            f"the file fetched from {repo} has sha256 {digest}, expected {sha256}; it was deleted. "
             "Try again; if it happens twice, the file or the way to it is tampered with"
         )
-    return found
+    return digest
 
 
 def repository(name: str) -> str:
@@ -230,7 +226,7 @@ def _present(name: str, revision: str, sha256: str) -> Path | None:
         return None
     record = record_file(path)
     if not record.is_file():  # put there by hand: its owner knows what it is
-        return path if not sha256 or file_sha256(path) == sha256 else None
+        return path if not sha256 or sha256_of(path) == sha256 else None
     try:
         verify_record(path)
         known = json.loads(record.read_text(encoding="utf-8"))

@@ -127,10 +127,10 @@ def _has_clipping() -> bool:
     x, weight = torch.linspace(-9.0, 9.0, 50).reshape(1, 2, 5, 5), torch.ones(3, 2, 1, 1)
     plain = F.conv2d(x, weight)
     try:
-        found = [_clipped(x, weight, None, ((0, 0), (1, 1), (1, 1), 1), at_six) for at_six in (False, True)]
+        clipped = [_clipped(x, weight, None, ((0, 0), (1, 1), (1, 1), 1), at_six) for at_six in (False, True)]
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.allclose(found[0], plain.relu()) and torch.allclose(found[1], plain.clamp(0.0, 6.0))
+    return torch.allclose(clipped[0], plain.relu()) and torch.allclose(clipped[1], plain.clamp(0.0, 6.0))
 
 
 def take_in_padding(net: nn.Module) -> int:
@@ -208,7 +208,7 @@ def prepared(model: AnomalyModel) -> AnomalyModel:
     idle = not model.scorer.students_count()
     if not idle and not any(isinstance(module, nn.BatchNorm2d) for module in model.student.modules()):
         return model
-    ready, size = _shallow(model), model.shape.size
+    ready, size = _shallow(model), model.size
     if idle:
         ready.scorer = _shallow(model.scorer)
         ready.scorer.asks_students = False
@@ -222,6 +222,6 @@ def prepared(model: AnomalyModel) -> AnomalyModel:
 
 def _shallow(module: _Module) -> _Module:
     """A copy whose children and buffers can be replaced."""
-    found = copy.copy(module)
-    found._modules, found._buffers = dict(module._modules), dict(module._buffers)
-    return found
+    copied = copy.copy(module)
+    copied._modules, copied._buffers = dict(module._modules), dict(module._buffers)
+    return copied

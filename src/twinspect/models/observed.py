@@ -64,6 +64,7 @@ class Outputs(NamedTuple):
         cluster_distance_B: how far the whole image is from that cluster; large means that it shows none of the kinds
             of image that the model knows.
         readings_BR: raw readings that the scores are made of, local ones first; see `Scorer`.
+        nearest_B: place of the most similar good image in the bank (see `NearestImages`); 0 when scoring is plain.
     """
 
     map_B1HW: Tensor
@@ -73,6 +74,7 @@ class Outputs(NamedTuple):
     cluster_B: Tensor
     cluster_distance_B: Tensor
     readings_BR: Tensor
+    nearest_B: Tensor
 
 
 class Selection(nn.Module):
@@ -128,8 +130,8 @@ class Selection(nn.Module):
 
     def select_coarse(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the coarse view's."""
-        kept = (maps[i] for i in self.coarse_levels)
-        return tuple(_at_side(one, side) for one, side in zip(kept, self.coarse_sides, strict=True))
+        chosen = (maps[i] for i in self.coarse_levels)
+        return tuple(_at_side(one, side) for one, side in zip(chosen, self.coarse_sides, strict=True))
 
     def select_prefix(self, features: Features) -> Tensor:
         """Class and register tokens of the kept maps: B x M x P x D."""
@@ -181,5 +183,5 @@ def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
     if here == side:
         return map_BDhw
-    found: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
-    return found
+    resampled: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
+    return resampled

@@ -95,20 +95,20 @@ class ConvReverse(nn.Module):
         self.at_bottleneck = at_bottleneck or nn.Identity()
         self.rise, self.heads = nn.ModuleList(), nn.ModuleList()
         above, here = embedded, -(-sides[-1] // 2)
-        for own, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
-            first = WideBottleneck(above, own, rise=-(-side // here))
-            self.rise.append(nn.Sequential(first, *(WideBottleneck(own, own) for _ in range(blocks - 1))))
-            self.heads.append(nn.Identity() if rectified and own == c else nn.Conv2d(own, c, 1))
-            above, here = own, side
+        for w, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
+            first = WideBottleneck(above, w, rise=-(-side // here))
+            self.rise.append(nn.Sequential(first, *(WideBottleneck(w, w) for _ in range(blocks - 1))))
+            self.heads.append(nn.Identity() if rectified and w == c else nn.Conv2d(w, c, 1))
+            above, here = w, side
 
     def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
         """Predictions of the stages, fine to coarse; pixels are not looked at."""
         x = self.at_bottleneck(self.embed(torch.cat([f(s) for f, s in zip(self.fuse, stages, strict=True)], 1)))
-        found = []
+        predictions = []
         for rise, head, side in zip(self.rise, self.heads, reversed(self.sides), strict=True):
             x = rise(x)[..., :side, :side]  # of an odd side a row too many was made
-            found.append(head(x))
-        return found[::-1]
+            predictions.append(head(x))
+        return predictions[::-1]
 
 
 class TokenReverse(nn.Module):
@@ -130,11 +130,11 @@ class TokenReverse(nn.Module):
         """Predictions of the stages; pixels are not looked at."""
         x_BND = self.embed(to_tokens(torch.cat(list(stages), 1)))
         x_BND = to_tokens(self.at_bottleneck(to_map(x_BND)))
-        found = []
+        predictions = []
         for rise, head in zip(self.rise, self.heads, strict=True):
             x_BND = rise(x_BND)
-            found.append(to_map(head(x_BND)))
-        return found[::-1]
+            predictions.append(to_map(head(x_BND)))
+        return predictions[::-1]
 
 
 def reverse_widths(channels: Sequence[int], width: int) -> list[int]:

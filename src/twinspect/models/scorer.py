@@ -12,10 +12,12 @@ these join them, each learnt in closed form from the same good images (`models.s
 Every reading is standardised by its mean and standard deviation on good images, z. A surprise is -log of the
 probability that a good image's z is higher if readings are normal. In a Noisy-OR independent causes multiply 1 - p,
 so surprises add up. Layer groups look for defects of different size: each is a cause. Semantic readings measure the
-same thing in different ways: they are averaged (a sum, as both are standardised once more).
+same thing in different ways: they are averaged (a sum, as both are standardised once more). The map follows the same
+rule: at every position the surprises of the layer groups add up.
 
     local = sum over local readings of w s(z)          semantic = sum over semantic readings of w z
     score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
+    map = sum over layer groups of s(z of distance)
 
 The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
 the rest. ``link`` says how far the good images of a cluster repeat each other (`clusters.repetition`): 1 on a line,
@@ -37,11 +39,10 @@ from twinspect.models.layers import Resample, to_rows
 from twinspect.models.observed import Observed, Outputs, Plain, Selection
 from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.models.teachers import BackboneInfo
-from twinspect.scoring import gaussian_kernel, smooth, surprise, top_mean, upsample
+from twinspect.scoring import surprise, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
-MAP_SIGMA = 2.0 / 256.0  # smoothing of the map, as a share of its side
 
 
 class GroupPlan(NamedTuple):
@@ -51,15 +52,13 @@ class GroupPlan(NamedTuple):
         maps: indices of the maps.
         stride: pixels of the model's input per position.
         coarse: whether the maps are those of the coarse view.
-        scored: whether the group gives a local reading.
-        mapped: whether it is part of the anomaly map.
+        scored: whether the group gives a local reading; all are part of the anomaly map.
     """
 
     maps: tuple[int, ...]
     stride: int
     coarse: bool = False
     scored: bool = True
-    mapped: bool = True
 
 
 class Scorer(nn.Module):
@@ -73,7 +72,6 @@ class Scorer(nn.Module):
         student_readings: number of local and of semantic readings that the family's students give.
     """
 
-    kernel: Tensor
     weight_R: Tensor
     map_level_KG: Tensor
     map_spread_KG: Tensor
@@ -87,7 +85,6 @@ class Scorer(nn.Module):
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
         self.scored = [g for g, plan in enumerate(plans) if plan.scored]
-        self.mapped = [g for g, plan in enumerate(plans) if plan.mapped]
         self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
         self.patches = nn.ModuleList(
             PositionGaussian(grid.dims, grid.side, _window(plan.stride))
@@ -104,7 +101,6 @@ class Scorer(nn.Module):
         self.register_buffer("map_level_KG", torch.zeros(1, max(1, len(plans))))
         self.register_buffer("map_spread_KG", torch.ones(1, max(1, len(plans))))
         self.map_side = size // 4
-        self.register_buffer("kernel", gaussian_kernel(MAP_SIGMA * self.map_side), persistent=False)
 
     def students_count(self) -> bool:
         """Whether the students' own readings change a score: always when plain, else if they have any skill."""
@@ -129,22 +125,27 @@ class Scorer(nn.Module):
         pairs = zip(self.all_grids(), self.gaussians(), strict=True)
         return [gaussian(gaussian.rows(grid(observed)), variant_B, cluster_B) for grid, gaussian in pairs]
 
-    def map_of(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
-        """The anomaly map, B x 1 x H x W: mean of mapped groups' distances in standard deviations of the whole map.
+    def map_of(self, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor) -> Tensor:
+        """The anomaly map, B x 1 x H x W: the groups' surprises added up."""
+        return self.surprises(distances, variant_B, cluster_B).sum(1, keepdim=True)
 
-        One level and one spread a map: where good images hardly vary, as on a black ground, a spread of its own
-        would make dust there louder than a cut in the product.
+    def surprises(self, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor) -> Tensor:
+        """How surprising the distance at every position is, a group each: B x G x H x W.
+
+        One level a map, and at every position a spread that is at least the whole map's: where good images hardly
+        vary, as on a black ground, a level and a spread of its own would make dust there louder than a cut in the
+        product. Where they vary most, as at the rim that the teacher pads with zeros, a distance says less.
         """
-        level, spread = (one.index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
-        side = max(distances[g].shape[-1] for g in self.mapped)
-        scaled = [
-            upsample((distances[g] - level[:, g, None, None]) / spread[:, g, None, None], side) for g in self.mapped
-        ]
-        return self.finish(torch.cat(scaled, 1).mean(1))
+        maps = []
+        for g, (gaussian, distance_Bhw) in enumerate(zip(self.gaussians(), distances, strict=True)):
+            level, spread = (one[:, g].index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
+            spread_Bhw = gaussian.spread_Vhw.index_select(0, variant_B).maximum(spread[:, None, None])
+            maps.append(upsample(surprise((distance_Bhw - level[:, None, None]) / spread_Bhw), self.map_side))
+        return torch.cat(maps, 1)
 
     def finish(self, map_Bhw: Tensor) -> Tensor:
-        """A coarse map at the size of the outputs, smoothed: B x 1 x H x W."""
-        return map_Bhw[:, None] if self.published else smooth(upsample(map_Bhw, self.map_side), self.kernel)
+        """A student's map at the size of the outputs: B x 1 x H x W; a published one has its size already."""
+        return map_Bhw[:, None] if self.published else upsample(map_Bhw, self.map_side)
 
     def readings(
         self, plain: Plain, observed: Observed, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor
@@ -203,11 +204,12 @@ class Scorer(nn.Module):
             plain = Plain(observed.embedding_BF, local, semantic)
         variant_B, cluster_B = self.clusters(observed.tokens[0])
         distances = self.distances(observed, variant_B, cluster_B)
-        map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, cluster_B)
+        map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, variant_B, cluster_B)
         reading_BR = self.readings(plain, observed, distances, variant_B, cluster_B)
         score_B, z_B2 = self.joined(self.students(reading_BR, cluster_B), cluster_B)
         distance_B = self.cluster_distance(reading_BR, z_B2)
-        return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR)
+        nearest_B = cluster_B * 0 if self.nearest is None else self.nearest.first(observed.embedding_BF)
+        return Outputs(map_B1HW, score_B, z_B2[:, 0], z_B2[:, 1], cluster_B, distance_B, reading_BR, nearest_B)
 
 
 class Grid(nn.Module):
@@ -249,7 +251,7 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     middle = sorted({last[s] for s in (8,) if s in last} | set(of_16))
     deep = tuple(sorted({of_16[-1], last.get(32, len(info.strides) - 1)}))
     grid_16 = info.strides[of_16[-1]]
-    plans = [GroupPlan((last[4],), 4, mapped=False)] if 4 in last else []
+    plans = [GroupPlan((last[4],), 4)] if 4 in last else []
     plans += [
         GroupPlan(tuple(fine), max(8, info.strides[fine[0]])),
         GroupPlan(tuple(middle), grid_16),

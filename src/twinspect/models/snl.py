@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -118,8 +117,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
-        own: Tensor = total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-        return own, None
+        part: Tensor = total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
+        return part, None
 
 
 def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
@@ -144,13 +143,6 @@ RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
 _START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
-@dataclass(frozen=True, slots=True)
-class StructuralShape:
-    """Sizes: input side."""
-
-    size: int
-
-
 class Stages:
     """The kept maps that are distilled, fine to coarse, each on its own grid.
 
@@ -170,8 +162,8 @@ class Stages:
 
     def select(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
         """The stages of a network of the teacher's architecture."""
-        kept = self.selection.select(maps)
-        return [kept[i] for i in self.at]
+        selected = self.selection.select(maps)
+        return [selected[i] for i in self.at]
 
     def in_spreads(self, map_BDhw: Tensor, i: int) -> Tensor:
         """A map of the i-th stage in units of each channel's standard deviation on good images."""
@@ -200,8 +192,8 @@ class StructuralStudent(nn.Module):
 
     def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
         """Predictions of the teacher's stages, fine to coarse."""
-        found: list[Tensor] = self.local(stages, pixels_B3ss)
-        return found
+        predictions: list[Tensor] = self.local(stages, pixels_B3ss)
+        return predictions
 
 
 class _Local(nn.Module):
@@ -213,8 +205,10 @@ class _Local(nn.Module):
         self.crams = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels) if at_stages else None
 
     def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
-        found: list[Tensor] = self.net(stages, pixels_B3ss)
-        return found if self.crams is None else [cram(one) for cram, one in zip(self.crams, found, strict=True)]
+        predictions: list[Tensor] = self.net(stages, pixels_B3ss)
+        if self.crams is None:
+            return predictions
+        return [cram(one) for cram, one in zip(self.crams, predictions, strict=True)]
 
 
 def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> nn.Module:
@@ -249,7 +243,6 @@ class StructuralModel(AnomalyModel):
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, STAGES)
         self.structure: Structure = config.structure()
-        self.shape = StructuralShape(size)
         self.stages = Stages(teacher.info, self.selection)
         self.student = StructuralStudent(teacher.info, self.stages, config, size)
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
@@ -276,7 +269,7 @@ class StructuralModel(AnomalyModel):
         pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
             distances = [position_cosine_distance(t, s) for t, s in pairs]
-            map_B1HW, peak_B = published_map(distances, self.shape.size, "rd4ad")
+            map_B1HW, peak_B = published_map(distances, self.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
             map_Bhw, *affinity = self.distance_maps(pairs)
@@ -289,10 +282,10 @@ class StructuralModel(AnomalyModel):
     def distance_maps(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Sums over stages of feature distances and, if asked for, of affinity differences: B x h x w each."""
         side, grid = max(self.stages.map_sides), self.structure.affinity_side
-        found = [[position_cosine_distance(t, s) for t, s in pairs]]
+        distances = [[position_cosine_distance(t, s) for t, s in pairs]]
         if self.structure.affinity_map:
-            found.append([affinity_distance(t, s, grid) for t, s in pairs])
-        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in found]
+            distances.append([affinity_distance(t, s, grid) for t, s in pairs])
+        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in distances]
 
     @torch.no_grad()
     def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:

@@ -95,6 +95,12 @@ class PositionGaussian(nn.Module):
         self.step_VD = (away_VND.abs().amax(1) / _STEPS).clamp_min(1e-12).float()
         self.place_VND = (away_VND / self.step_VD[:, None]).round().to(torch.int8)
 
+    def sums(self, images_V: Tensor) -> Tensor:
+        """The sums that `set_means` took these means from: V x N x D."""
+        images = images_V[:, None, None]
+        away_VND = self.place_VND.float() * self.step_VD[:, None] * (images + PLACE_PRIOR)
+        return away_VND + images * self.centre_VD[:, None]
+
     def set_scale(self, level_Vhw: Tensor, spread_Vhw: Tensor) -> None:
         """Take level and spread of the distance at every position of every variant."""
         self.level_Vhw, self.spread_Vhw = level_Vhw.float(), spread_Vhw.float()
@@ -108,12 +114,13 @@ def average(map_Bhw: Tensor, window: int) -> Tensor:
     return F.avg_pool2d(padded, window, 1)[:, 0]
 
 
-def left_out(images_V: Tensor) -> Tensor:
-    """How much longer a difference from a position's mean is once its own image is left out of that mean (V).
+def left_out(images_n: Tensor, copies_n: Tensor) -> Tensor:
+    """How much longer a difference from a position's mean is once its own image is left out of that mean (n).
 
-    Exact for one of the variant's images and means as `PositionGaussian.set_means` shrinks them.
+    Exact for one of a variant's ``images_n`` images, or for ``copies_n`` equal ones, and means as
+    `PositionGaussian.set_means` shrinks them.
     """
-    return (images_V + PLACE_PRIOR) / (images_V + PLACE_PRIOR - 1.0)
+    return (images_n + PLACE_PRIOR) / (images_n + PLACE_PRIOR - copies_n.minimum(images_n))
 
 
 def whitening(covariance_DD: Tensor) -> Tensor:
@@ -127,6 +134,15 @@ def whitening(covariance_DD: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(correlation + RIDGE * eye)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.T / scale_D[:, None]
+
+
+def unwhitened(whiten_DD: Tensor) -> Tensor:
+    """The covariance that `whitening` made a matrix of, as exactly as fp16 keeps it."""
+    inverse = torch.linalg.inv(whiten_DD.double())
+    ridged = inverse.T @ inverse
+    variance_D = ridged.diagonal() / (1.0 + RIDGE)
+    covariance: Tensor = ridged - RIDGE * torch.diag(variance_D)
+    return covariance
 
 
 class TokenGaussian(nn.Module):
@@ -205,28 +221,44 @@ def cross_fitted_tokens(token_nE: Tensor, variant_n: Tensor, owner_V: Tensor, fo
 
 
 class NearestImages(nn.Module):
-    """Cosine distance of an embedding from the nearest good images: B x F to B; the mean of `NEIGHBOURS`."""
+    """Cosine distance of an embedding from the nearest good images: B x F to B; the mean of `NEIGHBOURS`.
+
+    Attributes:
+        kept: which of the images given to `fit` are in the bank, in its order; empty in a model that was loaded.
+    """
 
     bank_nF: Tensor
 
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.register_buffer("bank_nF", torch.zeros(1, dims).half())
+        self.kept: list[int] = []
 
     def forward(self, embedding_BF: Tensor) -> Tensor:
         """Mean of 1 - cos (B)."""
-        similar_Bn = F.normalize(embedding_BF, dim=1) @ self.bank_nF.float().T
-        return 1.0 - similar_Bn.topk(min(NEIGHBOURS, len(self.bank_nF)), dim=1).values.mean(1)
+        return 1.0 - self._similar(embedding_BF).topk(min(NEIGHBOURS, len(self.bank_nF)), dim=1).values.mean(1)
 
-    def fit(self, embedding_nF: Tensor, seed: int) -> Tensor:
-        """Keep the good images, or a random choice of many; each one's distance from the others (n)."""
+    def first(self, embedding_BF: Tensor) -> Tensor:
+        """Place of the most similar image in the bank (B)."""
+        return self._similar(embedding_BF).argmax(1)
+
+    def _similar(self, embedding_BF: Tensor) -> Tensor:
+        return F.normalize(embedding_BF, dim=1) @ self.bank_nF.float().T
+
+    def fit(self, embedding_nF: Tensor, seed: int, image_n: Tensor | None = None) -> Tensor:
+        """Keep the good images, or a random choice of many; each one's distance from the others (n).
+
+        ``image_n`` is the same for an image and its copies, which do not count as others.
+        """
         unit = F.normalize(embedding_nF, dim=1)
         kept = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed))[:MOST_BANK].sort().values
         kept = kept.to(unit.device)
-        self.bank_nF = in_fp16(unit[kept])
+        self.bank_nF, self.kept = in_fp16(unit[kept]), kept.tolist()
         similar = unit @ self.bank_nF.float().T
-        similar[kept, torch.arange(len(kept), device=kept.device)] = -1.0  # itself
-        return 1.0 - similar.topk(max(1, min(NEIGHBOURS, len(kept) - 1)), dim=1).values.mean(1)
+        own_n = torch.arange(len(unit), device=kept.device) if image_n is None else image_n
+        other_nk = own_n[:, None] != own_n[kept]
+        count = max(1, min(NEIGHBOURS, int(other_nk.sum(1).min())))
+        return 1.0 - similar.masked_fill(~other_nk, -1.0).topk(count, dim=1).values.mean(1)
 
 
 class Standardiser(nn.Module):

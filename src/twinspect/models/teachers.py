@@ -119,8 +119,8 @@ class Backbone(nn.Module):
             pairs = [(one, one.new_zeros(one.shape[0], 0, one.shape[1])) for one in pairs]
         by_level = dict(zip(asked, pairs, strict=True))
         maps, prefix = (tuple(by_level[level][which] for level in self.levels) for which in (0, 1))
-        said = (by_level[level] for level in self.token_levels)
-        tokens = tuple(p[:, 0] if self.info.class_token else one.mean((2, 3)) for one, p in said)
+        levels = (by_level[level] for level in self.token_levels)
+        tokens = tuple(p[:, 0] if self.info.class_token else one.mean((2, 3)) for one, p in levels)
         return Features(maps, tokens, prefix)
 
 
@@ -276,10 +276,10 @@ def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
             return list(range(first, max(2, round(depth * 10 / 12)))), list(range(first, depth))
         levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
         return levels, list(range(levels[0], depth))
-    kept = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
-    if not kept:
+    fine = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
+    if not fine:
         raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
-    return kept, kept
+    return fine, fine
 
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
@@ -303,10 +303,10 @@ def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if backbone.is_vit:
         patch, width = net.patch_embed.patch_size[0], net.embed_dim
-        levels, said = len(backbone.levels), len(backbone.token_levels)
+        levels, token_levels = len(backbone.levels), len(backbone.token_levels)
         return BackboneInfo(
-            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * said, width, patch, 448 // patch * patch,
-            mean, std, prefix_tokens=net.num_prefix_tokens, class_token=net.cls_token is not None,
+            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * token_levels, width, patch,
+            448 // patch * patch, mean, std, net.num_prefix_tokens, class_token=net.cls_token is not None,
         )  # fmt: skip
     stages = _cnn_stages(net)
     channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from twinspect.errors import WeightsError
-from twinspect.files import cache_home
+from twinspect.files import cache_home, sha256_of
 
 # Short name -> timm architecture. DINOv2 with registers, as the published recipes use.
 SHORT_NAMES = {
@@ -146,18 +146,12 @@ def verify_record(path: Path) -> None:
         expected = str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise WeightsError(f"{record} is damaged; delete it and {path.name}, then fetch again") from None
-    found = file_sha256(path)
-    if found != expected:
+    digest = sha256_of(path)
+    if digest != expected:
         raise WeightsError(
-            f"{path} has sha256 {found}, but {expected} was fetched: the file was damaged or replaced. "
+            f"{path} has sha256 {digest}, but {expected} was fetched: the file was damaged or replaced. "
             f"Delete it and fetch again, or delete {record.name} if you replaced it on purpose"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
@@ -168,18 +162,18 @@ def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
     """
     verify_record(source.path)
     state = read_state(source.path)
-    own = net.state_dict()
-    if set(own) <= set(state) and all(own[key].shape == state[key].shape for key in own):
-        mapped = {key: state[key] for key in own}
+    target = net.state_dict()
+    if set(target) <= set(state) and all(target[key].shape == state[key].shape for key in target):
+        mapped = {key: state[key] for key in target}
     elif name in EMBEDDED:
-        mapped = _by_order(own, state, source.path)
+        mapped = _by_order(target, state, source.path)
     else:
-        mapped = _by_timm_filter(net, own, state, source.path)
+        mapped = _by_timm_filter(net, target, state, source.path)
     for key, value in mapped.items():
-        if own[key].shape != value.shape:
+        if target[key].shape != value.shape:
             raise WeightsError(
                 f"{source.path.name} is not a file of {name}: {key} has shape {tuple(value.shape)}, "
-                f"expected {tuple(own[key].shape)}"
+                f"expected {tuple(target[key].shape)}"
             )
     net.load_state_dict(mapped)
 
@@ -225,15 +219,15 @@ def _embedded_file(name: str) -> WeightsSource:
     return WeightsSource(files[0], f"package {package}")
 
 
-def _by_order(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _by_order(target: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The embedded packages use other names for the same tensors in the same order."""
-    if len(own) != len(state):
-        raise WeightsError(f"{path.name}: {len(state)} tensors, expected {len(own)}; another network's file")
-    return dict(zip(own, state.values(), strict=True))
+    if len(target) != len(state):
+        raise WeightsError(f"{path.name}: {len(state)} tensors, expected {len(target)}; another network's file")
+    return dict(zip(target, state.values(), strict=True))
 
 
 def _by_timm_filter(
-    net: torch.nn.Module, own: Mapping[str, Tensor], state: dict[str, Tensor], path: Path
+    net: torch.nn.Module, target: Mapping[str, Tensor], state: dict[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
     """Original releases (Meta's ``.pth``) use other names; timm knows how to rename them."""
     from twinspect.models.timm_import import timm
@@ -245,10 +239,10 @@ def _by_timm_filter(
     except Exception as error:
         # timm's renaming trusts the file; on another network's it fails in any way there is.
         raise WeightsError(f"{path.name} is a file of another network ({type(error).__name__}: {error})") from None
-    missing = [key for key in own if key not in renamed]
+    missing = [key for key in target if key not in renamed]
     if missing:
         raise WeightsError(
-            f"{path.name} lacks {len(missing)} of {len(own)} tensors (first: {missing[0]}); "
+            f"{path.name} lacks {len(missing)} of {len(target)} tensors (first: {missing[0]}); "
             f"it is a file of another network, or of a format that timm {timm.__version__} does not know"
         )
-    return {key: renamed[key] for key in own}
+    return {key: renamed[key] for key in target}

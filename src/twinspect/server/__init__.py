@@ -13,11 +13,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "sqlalc
 
 
 def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
-    """Say what to type where packages of the extra are missing.
-
-    Raises:
-        TwinspectError: with the names.
-    """
+    """Say what to type where packages of the extra are missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise TwinspectError(f'the server room needs {", ".join(missing)}; type: pip install "twinspect[server]"')

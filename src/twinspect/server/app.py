@@ -27,20 +27,16 @@ from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import COLOURS
 from twinspect.server import schema
-from twinspect.server.guard import Guard, extra_headers
-from twinspect.server.log import MOST_ROWS, Filter, InspectionLog, plain_text
+from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
+from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.maps import FORMATS
-from twinspect.server.refusals import Refused, error_body, refusal_of
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
 from twinspect.server.uploads import openapi_body, read_images
 
-_MOST = 2**63 - 1  # of a number that a database takes
 _MOST_SIDE = 20_000
 _CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
-Text = Annotated[str, Query(max_length=200)]
-Number = Annotated[int, InPath(ge=1, le=_MOST)]
-Moment = Annotated[int | None, Query(ge=0, le=_MOST, description="UTC, milliseconds since 1970")]
+Number = Annotated[int, InPath(ge=1, le=MOST)]
 
 
 def build_app(
@@ -59,7 +55,7 @@ def build_app(
         paths: files of models, which are read again when they change.
         open_file: a file to a predictor.
 
-    Example:
+    Examples:
         >>> app = build_app(Settings(), {"parts": load("parts.onnx")})
         >>> uvicorn.run(app)
     """
@@ -123,15 +119,7 @@ class _Routes:
             for method, path, endpoint, model in table
         ]  # fmt: skip
 
-    async def predict(
-        self,
-        request: Request,
-        bundle: Text = "",
-        class_name: Annotated[str | None, Query(alias="class", max_length=200)] = None,
-        maps: Literal["none", "link", "inline"] = "link",
-        session: Text = "",
-        keep: bool = True,
-    ) -> Response:
+    async def predict(self, request: Request, asked: Annotated[Asked, Depends()]) -> Response:
         """Score one or several images.
 
         Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
@@ -139,12 +127,9 @@ class _Routes:
         the log nor the drift light shall see, ``maps`` chooses how maps come.
         A single image that cannot be read is refused (422); among several it has ``error`` set.
         """
-        service = self.service
-        service.refuse_if_full(bundle)
-        images = await read_images(request, service.settings.max_files)
-        session = plain_text(session, 200)
-        asked = Asked(bundle, class_name or None, maps, session, str(request.state.request_id), keep)
-        return JSONResponse(await service.predict(images, asked))
+        self.service.refuse_if_full(asked.bundle)
+        images = await read_images(request, self.service.settings.max_files)
+        return JSONResponse(await self.service.predict(images, asked, str(request.state.request_id)))
 
     async def map(
         self, map_id: str, format: Literal["png", "npy"] = "png", side: Annotated[int, Query(ge=0, le=_MOST_SIDE)] = 0
@@ -165,23 +150,10 @@ class _Routes:
         """Read a model's file again; requests under way finish with the old version."""
         return JSONResponse(self._describe((await self.service.reload(bundle)).name))
 
-    async def log_rows(
-        self,
-        since_ms: Moment = None,
-        until_ms: Moment = None,
-        bundle: Text = "",
-        class_name: Annotated[str, Query(alias="class", max_length=200)] = "",
-        answer: Text = "",
-        session: Text = "",
-        feedback: Text = "",
-        name: Text = "",
-        before: Annotated[int | None, Query(ge=1, le=_MOST)] = None,
-        limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50,
-    ) -> Response:
+    async def log_rows(self, wanted: Annotated[Filter, Depends()]) -> Response:
         """Decisions kept, latest first, by time, class, answer, session, feedback or part of the file's name."""
-        wanted = Filter(since_ms, until_ms, bundle, class_name, answer, session, feedback, name, before, limit)
         rows = await asyncio.to_thread(self.service.the_log().query, wanted)
-        return JSONResponse({"rows": rows, "next": rows[-1]["id"] if len(rows) == limit else None})
+        return JSONResponse({"rows": rows, "next": rows[-1]["id"] if len(rows) == wanted.limit else None})
 
     async def feedback(self, number: Number, body: Annotated[schema.FeedbackBody, Body()]) -> Response:
         """Keep the operator's word on a decision; calibration can learn from it."""
@@ -227,7 +199,8 @@ class _Routes:
 
 def _refuse_unknown(request: Request) -> None:
     """A misspelt ``class`` would be passed over, and the class predicted instead."""
-    accepted = [field.alias for field in request.scope["route"].dependant.query_params]
+    route = request.scope["route"].dependant
+    accepted = [field.alias for part in (route, *route.dependencies) for field in part.query_params]
     for name in request.query_params:
         if name not in accepted:
             raise Refused(400, "bad_request", unknown_name("parameter", name[:200], accepted or ["none"]))
@@ -264,16 +237,16 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, Refused):  # while a body was read for us
         return _answer(request, error.__cause__)
-    code, said = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
+    code, text = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
-        said = f"{request.method} {request.url.path}: accepted {allowed}"
-    return _answer(request, Refused(error.status_code, code, said), error.headers)
+        text = f"{request.method} {request.url.path}: accepted {allowed}"
+    return _answer(request, Refused(error.status_code, code, text), error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = "; ".join(_complaint(one) for one in error.errors()[:3])
-    return _answer(request, Refused(400, "bad_request", said))
+    text = "; ".join(_complaint(one) for one in error.errors()[:3])
+    return _answer(request, Refused(400, "bad_request", text))
 
 
 def _complaint(one: Mapping[str, Any]) -> str:

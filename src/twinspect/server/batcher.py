@@ -47,7 +47,7 @@ class Batcher(Generic[Job, Answer]):
         observe: called with (jobs, seconds) after every batch.
         name: of the thread.
 
-    Example:
+    Examples:
         >>> batcher = Batcher(lambda numbers: [2 * n for n in numbers], max_batch=8)
         >>> batcher.submit(21).result()
         42
@@ -85,9 +85,6 @@ class Batcher(Generic[Job, Answer]):
             timeout_s: counted from now.
             promise: a future the caller waits for already; a new one without.
             announced: whether it is one of those of `announce`.
-
-        Raises:
-            Closed: after `close`.
         """
         waiting = _Waiting(job, time.monotonic() + timeout_s, promise or Future[Answer]())
         with self._change:

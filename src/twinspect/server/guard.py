@@ -18,11 +18,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 
-from twinspect.server.metrics import Metrics
-from twinspect.server.refusals import Refused, error_body
-from twinspect.server.settings import Settings, is_loopback
+from twinspect.errors import ConfigError, ImageError, TwinspectError
+from twinspect.server.batcher import Closed, Expired
+from twinspect.server.log import LogError, NoSuchRow
+from twinspect.server.settings import MEGABYTE, Settings, is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,7 +42,52 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
 )
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger("twinspect.server")
+
+
+class Refused(TwinspectError):
+    """A request that is not answered as asked.
+
+    Args:
+        status: of HTTP.
+        code: the same for programs, one word that does not change.
+        message: for people.
+        retry_after_s: when trying again makes sense; 0 says nothing.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
+# The nearest ancestor of an error counts; what is missing here is our own mistake, a 500.
+_STATUS: dict[type[Exception], tuple[int, str]] = {
+    Closed: (503, "stopping"),
+    Expired: (504, "timeout"),
+    NoSuchRow: (404, "no_such_row"),
+    ImageError: (422, "bad_image"),
+    ConfigError: (422, "not_accepted"),
+    LogError: (503, "log_unavailable"),
+}
+
+
+def refusal_of(error: Exception) -> Refused | None:
+    """The refusal an error stands for; None for what nobody should see."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, LogError) and error.full:
+        return Refused(507, "log_full", str(error))
+    for kind in type(error).__mro__:
+        if kind in _STATUS:
+            return Refused(*_STATUS[kind], str(error))
+    return None
+
+
+def error_body(code: str, message: str, request_id: str) -> dict[str, dict[str, str]]:
+    """The one shape every error has."""
+    return {"error": {"code": code, "message": message, "request_id": request_id}}
 
 
 def say(event: str, level: int = logging.INFO, /, **values: object) -> None:
@@ -59,25 +107,52 @@ class JsonLines(logging.Formatter):
         return json.dumps(values, default=str)
 
 
-class Memory:
+class Metrics:
+    """What Prometheus sees. One registry per application, so that several can live in one process (tests)."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        ProcessCollector(registry=own)
+        PlatformCollector(registry=own)
+        self.requests = Counter(
+            "twinspect_requests_total", "Requests by route and status", ["route", "status"], registry=own
+        )
+        self.seconds = Histogram(
+            "twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=own
+        )
+        self.images = Counter("twinspect_images_total", "Images by answer", ["bundle", "answer"], registry=own)
+        self.batch = Histogram(
+            "twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=_BATCHES, registry=own
+        )
+        self.model_seconds = Histogram(
+            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS, registry=own
+        )
+        self.waiting = Gauge("twinspect_images_accepted", "Images accepted and not yet answered", registry=own)
+        self.memory = Gauge("twinspect_request_bytes", "Bytes of requests being answered", registry=own)
+        self.log_errors = Counter("twinspect_log_errors_total", "Decisions the log could not keep", registry=own)
+        self.reloads = Counter(
+            "twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"], registry=own
+        )
+        self.drift = Gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"], registry=own)
+
+    def text(self) -> bytes:
+        """In Prometheus's own format."""
+        return bytes(generate_latest(self.registry))
+
+
+class RequestMemory:
     """Bytes of requests in flight, against a limit."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
 
     def take(self, count: int) -> None:
-        """Reserve.
-
-        Raises:
-            Refused: 429; nothing is reserved then.
-        """
+        """Reserve, or refuse with 429."""
         if self.used + count > self.limit:
             raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
         self.used += count
-
-    def give(self, count: int) -> None:
-        """Give back."""
-        self.used -= count
 
 
 @dataclass(slots=True)
@@ -87,7 +162,7 @@ class _Exchange:
     receive: Receive
     send: Send
     settings: Settings
-    memory: Memory
+    memory: RequestMemory
     request_id: str
     method: str
     until: float  # when the body must have come
@@ -99,7 +174,7 @@ class _Exchange:
 
     def reserve(self, total: int) -> None:
         """Account for a body of so many bytes."""
-        if total > self.settings.body_bytes:
+        if total > self.settings.max_body_mb * MEGABYTE:
             raise Refused(
                 413, "too_large", f"the request has more than {self.settings.max_body_mb:g} MB; send fewer images"
             )
@@ -154,18 +229,11 @@ class _Exchange:
 
 
 class Guard:
-    """ASGI middleware around the whole application.
-
-    Args:
-        app: what is guarded.
-        settings: limits and key.
-        metrics: counters.
-        routes: paths that are counted under their own name; others are counted together.
-    """
+    """ASGI middleware around the whole application; paths not in ``routes`` are counted together."""
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
-        self.memory = Memory(settings.memory_bytes)
+        self.memory = RequestMemory(int(settings.max_memory_mb * MEGABYTE))
         self._key_hash = hashlib.sha256(settings.api_key.encode()).digest() if settings.api_key else b""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -188,7 +256,7 @@ class Guard:
         try:
             await self._pass(scope, path, headers, exchange)
         finally:
-            self.memory.give(exchange.reserved)
+            self.memory.used -= exchange.reserved
             self.metrics.memory.set(self.memory.used)
             self._count(scope, exchange)
 

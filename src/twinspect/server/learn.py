@@ -15,22 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decision import GOOD, UNSURE, Decision
+from twinspect.decide.decision import GOOD, UNSURE, Decision
+from twinspect.decide.recalibrate import Scored
+from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
-from twinspect.recalibrate import Scored
-from twinspect.rules import GoodScores
 from twinspect.server.log import CONFIRMED, FALSE_ALARM, MISSED, InspectionLog
 
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """What a log says about a model's decisions.
-
-    Attributes:
-        good: good images, for thresholds with a promise.
-        labelled: good and bad images, for thresholds chosen by labels.
-        notes: sentences on what was left out.
-    """
+    """Good images of a log; good and bad ones; and sentences on what was left out."""
 
     good: Scored
     labelled: Scored
@@ -67,13 +61,13 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
         )
     unknown = len(rows) - len(known)
     points = 100 * unknown / (len(good) + unknown)
-    said = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
+    notes = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
     if unknown:
-        said.append(
+        notes.append(
             f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
             f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
         )
-    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(said))
+    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(notes))
 
 
 def label_of(answer: str, feedback: str) -> int | None:
@@ -88,11 +82,7 @@ def label_of(answer: str, feedback: str) -> int | None:
 
 
 def milliseconds(text: str) -> int | None:
-    """An ISO date or time as UTC milliseconds; None for an empty text.
-
-    Raises:
-        ConfigError: not a time.
-    """
+    """An ISO date or time as UTC milliseconds; None for an empty text."""
     if not text:
         return None
     try:

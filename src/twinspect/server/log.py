@@ -7,24 +7,29 @@ reach SQL as bound parameters.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import sqlalchemy as sa
+from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from twinspect.decision import ANOMALY, GOOD, UNSURE
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.result import Result, severity
+from twinspect.inference.result import Region, Result, columns, finite
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
 FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
 MOST_ROWS = 500  # of one query
+MOST = 2**63 - 1  # of a number that a database takes
+Text = Annotated[str, Query(max_length=200)]
+ClassName = Annotated[str, Query(alias="class", max_length=200)]
+Moment = Annotated[int | None, Query(ge=0, le=MOST, description="UTC, milliseconds since 1970")]
 _DAY_MS = 86_400_000
 _LOCK_SECONDS = 5  # how long one writer waits for another before it gives up
 _PAGE = 1000
@@ -41,6 +46,12 @@ _drift = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("state", sa.Text, nullable=False),
 )
+_COLUMN_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "string": sa.String(200), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
+    "int64": sa.BigInteger(), "regions": sa.Text(),
+}  # fmt: skip
+# What a row keeps of its result; the path is in ``name``, and other columns follow from these.
+_RESULT = [c for c in columns() if not (c.tables_only or c.derived or c.name == "path")]
 inspections = sa.Table(
     "twinspect_inspections",
     _tables,
@@ -48,33 +59,11 @@ inspections = sa.Table(
     sa.Column("at_ms", sa.BigInteger, nullable=False),  # UTC, milliseconds since 1970
     sa.Column("request_id", sa.String(64), nullable=False),
     sa.Column("bundle", sa.String(200), nullable=False),
-    sa.Column("model_id", sa.String(64), nullable=False),
     sa.Column("name", sa.String(200), nullable=False),
     sa.Column("image_key", sa.String(64), nullable=False),
     sa.Column("session", sa.String(200), nullable=False),
-    sa.Column("class_name", sa.String(200), nullable=False),
-    sa.Column("predicted_class", sa.String(200), nullable=False),
-    sa.Column("answer", sa.String(16), nullable=False),
-    *(
-        sa.Column(name, sa.Double, nullable=True)
-        for name in (
-            "score",
-            "score_local",
-            "score_semantic",
-            "p_value",
-            "threshold",
-            "threshold_unsure",
-            "class_p",
-            "cluster_distance",
-            "peak",
-            "threshold_region",
-        )  # fmt: skip
-    ),
-    sa.Column("unknown_class", sa.Boolean, nullable=True),
-    sa.Column("width", sa.Integer, nullable=False),
-    sa.Column("height", sa.Integer, nullable=False),
-    sa.Column("n_regions", sa.Integer, nullable=False),
-    sa.Column("regions", sa.Text, nullable=False),
+    *(sa.Column(c.name, _COLUMN_TYPES[c.kind], nullable=True) for c in _RESULT),
+    sa.Column("n_regions", sa.Integer, nullable=False),  # derived, but tables of version 0.2 insist on it
     sa.Column("feedback", sa.String(16), nullable=False, server_default=""),
     sa.Column("feedback_at_ms", sa.BigInteger, nullable=True),
     sa.Column("note", sa.String(500), nullable=False, server_default=""),
@@ -86,12 +75,7 @@ inspections = sa.Table(
 
 
 class LogError(TwinspectError):
-    """The inspection log cannot be opened, read or written.
-
-    Args:
-        message: for people.
-        full: whether there is no space left.
-    """
+    """The inspection log cannot be opened, read or written; ``full`` says that there is no space left."""
 
     def __init__(self, message: str, full: bool = False) -> None:
         super().__init__(message)
@@ -104,15 +88,12 @@ class NoSuchRow(TwinspectError):
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One decision to be kept.
+    """One decision to be kept, of a model served under the name ``bundle``.
 
     Attributes:
-        result: of the predictor.
-        bundle: name under which the model is served.
-        request_id: of the request.
         image_key: `image_id` of the file, by which calibration recognises copies and training images.
         session: shift, batch or physical object, as the client says; may be empty.
-        at_ms: UTC, milliseconds since 1970.
+        at_ms: UTC, milliseconds since 1970; 0 is now.
     """
 
     result: Result
@@ -125,10 +106,10 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows are wanted; empty or None means any.
+    """Which rows are asked for, also as parameters of the log's address; empty or None means any.
 
     Attributes:
-        since_ms, until_ms: half-open interval of time, UTC milliseconds.
+        since_ms, until_ms: half-open interval of time.
         bundle, class_name, answer, session: equal to.
         feedback: one of ``FEEDBACK``, or ``none`` for rows without.
         name: part of the file's name, any case.
@@ -136,16 +117,16 @@ class Filter:
         limit: most rows.
     """
 
-    since_ms: int | None = None
-    until_ms: int | None = None
-    bundle: str = ""
-    class_name: str = ""
-    answer: str = ""
-    session: str = ""
-    feedback: str = ""
-    name: str = ""
-    before: int | None = None
-    limit: int = 50
+    since_ms: Moment = None
+    until_ms: Moment = None
+    bundle: Text = ""
+    class_name: ClassName = ""
+    answer: Text = ""
+    session: Text = ""
+    feedback: Text = ""
+    name: Text = ""
+    before: Annotated[int | None, Query(ge=1, le=MOST)] = None
+    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50
 
     def __post_init__(self) -> None:
         if self.answer not in ("", GOOD, UNSURE, ANOMALY):
@@ -176,15 +157,11 @@ class Filter:
 
 
 class InspectionLog:
-    """A log of decisions. Safe to use from several threads.
+    """A log of decisions. Safe to use from several threads; methods raise `LogError` where the database is gone.
 
     Args:
         url: a file's path, or any SQLAlchemy URL (``sqlite:///file.db``, ``postgresql://user:password@host/name``).
         create: make the file and the tables where there are none.
-
-    Raises:
-        ConfigError: not a URL that can be understood.
-        LogError: the database cannot be reached or written, or another version's tables are in it.
     """
 
     def __init__(self, url: str, create: bool = True) -> None:
@@ -195,85 +172,68 @@ class InspectionLog:
             raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve BUNDLE --log {file}")
         try:
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
-            if parsed.get_backend_name() == "sqlite":
-                sa.event.listen(self._engine, "connect", _prepare_sqlite)
-            with self._engine.begin() as connection:
-                if create:
-                    _tables.create_all(connection)
-                versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
-                if create and not versions:
-                    connection.execute(_schema.insert(), {"version": SCHEMA})
         except (NoSuchModuleError, ImportError) as error:
             raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+        if parsed.get_backend_name() == "sqlite":
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+        with self._transaction() as connection:
+            if create:
+                _tables.create_all(connection)
+            versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
+            if create and not versions:
+                connection.execute(_schema.insert(), {"version": SCHEMA})
+            if list(versions) == [SCHEMA]:
+                _add_columns(connection)
         if versions and list(versions) != [SCHEMA]:
             raise LogError(
                 f"{self.described} has tables of version {versions[0]}, this library reads version {SCHEMA}; "
                 "name another file or database with --log"
             )
 
-    def append(self, rows: Sequence[Inspection]) -> list[int]:
-        """Keep decisions in one transaction: all of them or none.
-
-        Returns:
-            Their numbers, in order.
-
-        Raises:
-            LogError: the disk is full, the database is gone.
-        """
-        statement = sa.insert(inspections).returning(inspections.c.id, sort_by_parameter_order=True)
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """All of it or nothing; an error of the database becomes one line without SQL and without values."""
         try:
             with self._engine.begin() as connection:
-                return list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
+                yield connection
         except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+            cause = getattr(error, "orig", None) or error
+            lines = str(cause).strip().splitlines() or [repr(cause)]
+            full = "disk is full" in lines[0] or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL
+            raise LogError(f"the inspection log {self.described} cannot be used: {lines[0]}", full) from None
+
+    def append(self, rows: Sequence[Inspection]) -> list[int]:
+        """Keep decisions in one transaction, all of them or none; their numbers, in order."""
+        statement = sa.insert(inspections).returning(inspections.c.id, sort_by_parameter_order=True)
+        with self._transaction() as connection:
+            return list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
 
     def query(self, wanted: Filter) -> list[dict[str, Any]]:
-        """Rows as plain values, latest first.
-
-        Raises:
-            LogError: the database is gone.
-        """
-        statement = (
-            sa.select(inspections).where(*wanted.conditions()).order_by(inspections.c.id.desc()).limit(wanted.limit)
-        )
-        try:
-            with self._engine.connect() as connection:
-                return [_row(found) for found in connection.execute(statement).mappings()]
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+        """Rows as plain values, latest first."""
+        statement = sa.select(inspections).where(*wanted.conditions())
+        with self._transaction() as connection:
+            found = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
+            return [_row(row) for row in found.mappings()]
 
     def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[dict[str, Any]]:
-        """All rows of a model, oldest first, a page at a time.
-
-        Raises:
-            LogError: the database is gone.
-        """
+        """All rows of a model, oldest first, a page at a time."""
         last = 0
         conditions = [inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions()]
         while True:
             statement = sa.select(inspections).where(inspections.c.id > last, *conditions)
-            try:
-                with self._engine.connect() as connection:
-                    found = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
-            except SQLAlchemyError as error:
-                raise self._trouble(error) from None
+            with self._transaction() as connection:
+                found = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
             if not found:
                 return
             yield from (_row(one) for one in found)
             last = int(found[-1]["id"])
 
     def give_feedback(self, number: int, verdict: str, note: str = "") -> dict[str, Any]:
-        """Keep the operator's word on a decision; an empty verdict takes it back.
-
-        Returns:
-            The row as it is now.
+        """Keep the operator's word on a decision, and return its row; an empty verdict takes it back.
 
         Raises:
             ConfigError: an unknown verdict, or one that contradicts the answer.
             NoSuchRow: no such row.
-            LogError: the database is gone or full.
         """
         if verdict not in ("", *FEEDBACK):
             raise ConfigError(unknown_name("feedback", verdict, FEEDBACK))
@@ -283,64 +243,41 @@ class InspectionLog:
             "note": plain_text(note, 500),
         }
         here = inspections.c.id == number
-        try:
-            with self._engine.begin() as connection:
-                row = connection.execute(sa.select(inspections).where(here)).mappings().first()
-                if row is None:
-                    raise NoSuchRow(f"the log holds no decision number {number}")
-                _refuse_contradiction(row, verdict)
-                connection.execute(sa.update(inspections).where(here).values(change))
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(inspections).where(here)).mappings().first()
+            if row is None:
+                raise NoSuchRow(f"the log holds no decision number {number}")
+            _refuse_contradiction(row, verdict)
+            connection.execute(sa.update(inspections).where(here).values(change))
         return _row({**row, **change})
 
     def prune(self, days: float) -> int:
         """Delete rows older than so many days; how many there were."""
         oldest = int(time.time() * 1000 - days * _DAY_MS)
-        try:
-            with self._engine.begin() as connection:
-                return int(connection.execute(sa.delete(inspections).where(inspections.c.at_ms < oldest)).rowcount)
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+        with self._transaction() as connection:
+            return int(connection.execute(sa.delete(inspections).where(inspections.c.at_ms < oldest)).rowcount)
 
     def save_drift(self, bundle: str, fingerprint: str, state: Mapping[str, Any]) -> None:
         """Keep the state of a drift monitor, so that a restart forgets nothing."""
-        try:
-            with self._engine.begin() as connection:
-                connection.execute(sa.delete(_drift).where(_drift.c.bundle == bundle))
-                values = {"bundle": bundle, "fingerprint": fingerprint, "state": json.dumps(state)}
-                connection.execute(_drift.insert(), values)
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
+        values = {"bundle": bundle, "fingerprint": fingerprint, "state": json.dumps(state)}
+        with self._transaction() as connection:
+            connection.execute(sa.delete(_drift).where(_drift.c.bundle == bundle))
+            connection.execute(_drift.insert(), values)
 
     def load_drift(self, bundle: str, fingerprint: str) -> dict[str, Any] | None:
         """The state kept for a bundle with the same calibration images, if there is one."""
         statement = sa.select(_drift.c.state).where(_drift.c.bundle == bundle, _drift.c.fingerprint == fingerprint)
-        try:
-            with self._engine.connect() as connection:
-                found = connection.execute(statement).scalar()
-        except SQLAlchemyError as error:
-            raise self._trouble(error) from None
-        return None if found is None else dict(json.loads(found))
+        with self._transaction() as connection:
+            state = connection.execute(statement).scalar()
+        return None if state is None else dict(json.loads(state))
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
 
-    def _trouble(self, error: Exception) -> LogError:
-        """One line without SQL and without values."""
-        cause = getattr(error, "orig", None) or error
-        lines = str(cause).strip().splitlines() or [repr(cause)]
-        full = "disk is full" in lines[0] or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL
-        return LogError(f"the inspection log {self.described} cannot be used: {lines[0]}", full)
-
 
 def database_url(text: str) -> sa.URL:
-    """A path or URL to an SQLAlchemy URL with the driver this project installs.
-
-    Raises:
-        ConfigError: not a URL.
-    """
+    """A path or URL to an SQLAlchemy URL with the driver this project installs."""
     if "://" not in text:
         return sa.URL.create("sqlite", database=str(Path(text)))
     try:
@@ -366,39 +303,35 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+def _add_columns(connection: sa.Connection) -> None:
+    """Give the table of an older version the columns that results have now; its rows know nothing there."""
+    present = {column["name"] for column in sa.inspect(connection).get_columns(inspections.name)}
+    for column in inspections.c:
+        if column.name not in present:
+            definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.execute(sa.text(f"ALTER TABLE {inspections.name} ADD COLUMN {definition}"))
+
+
 def _values(one: Inspection) -> dict[str, Any]:
-    result = one.result
-    copied = {
-        name: _finite(getattr(result, name))
-        for name in (
-            "score", "score_local", "score_semantic", "p_value", "threshold", "threshold_unsure", "class_p",
-            "cluster_distance", "peak", "threshold_region", "unknown_class", "width", "height", "answer",
-        )
-    }  # fmt: skip
-    texts = {
-        "name": result.path, "bundle": one.bundle, "session": one.session, "class_name": result.class_name,
-        "predicted_class": result.predicted_class,
-    }  # fmt: skip
+    row = one.result.row()
+    values = {c.name: plain_text(row[c.name], 200) if c.kind == "string" else finite(row[c.name]) for c in _RESULT}
+    texts = {"name": one.result.path, "bundle": one.bundle, "session": one.session}
     return {
-        **copied,
+        **values,
         **{name: plain_text(text, 200) for name, text in texts.items()},
+        "n_regions": row["n_regions"],
         "at_ms": one.at_ms or int(time.time() * 1000),
         "request_id": one.request_id,
-        "model_id": result.model_id,
         "image_key": one.image_key,
-        "n_regions": len(result.regions),
-        "regions": json.dumps([region.to_dict() for region in result.regions]),
     }
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _row(found: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row as the server gives it: what was kept, and what follows from it as in `Result`."""
     row = {str(k): v for k, v in found.items()}
-    scores = (math.nan if row[name] is None else row[name] for name in ("score", "threshold"))
-    return {**row, "severity": _finite(severity(*scores)), "regions": json.loads(row["regions"])}
+    known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
+    result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
+    return {**row, **result.answer_row()}
 
 
 def _refuse_contradiction(row: Mapping[Any, Any], verdict: str) -> None:

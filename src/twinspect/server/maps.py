@@ -6,101 +6,67 @@ import base64
 import io
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.inference.result import Result, colourise, resize_map
-from twinspect.server.refusals import Refused
+from twinspect.server.guard import Refused
 
 _OVERHEAD = 512  # bytes of the objects around a small map, as measured
 FORMATS = {"png": "image/png", "npy": "application/octet-stream"}
 
 
-@dataclass(frozen=True, slots=True)
-class KeptMap:
-    """A map at the model's own size, and how to bring it back to the image.
-
-    Attributes:
-        grid: float32, rows x columns.
-        height, width: of the original image.
-        scale: (low, high) for colours.
-    """
-
-    grid: NDArray[np.float32]
-    height: int
-    width: int
-    scale: tuple[float, float]
-
-    @property
-    def memory(self) -> int:
-        """Memory it takes in a `MapStore`."""
-        return self.grid.nbytes + _OVERHEAD
-
-    def inline(self) -> dict[str, Any]:
-        """For JSON: base64 of little-endian float32, row by row, at the model's own size."""
-        data = base64.b64encode(np.ascontiguousarray(self.grid, dtype="<f4").tobytes()).decode("ascii")
-        rows, columns = self.grid.shape
-        return {"rows": rows, "columns": columns, "dtype": "float32", "scale": list(self.scale), "data": data}
-
-    def encoded(self, format: str, side: int) -> bytes:
-        """Resized to the image's height and width (bilinear), or so that the longer side is ``side``.
-
-        Args:
-            format: ``png`` in the model's colours, or ``npy`` with float16 values.
-            side: 0 for the image's own size.
-        """
-        factor = side / max(self.height, self.width) if side else 1.0
-        shape = (max(1, round(self.height * factor)), max(1, round(self.width * factor)))
-        values = resize_map(self.grid, *shape)
-        out = io.BytesIO()
-        if format == "npy":
-            np.save(out, values.astype(np.float16), allow_pickle=False)
-        else:
-            Image.fromarray(colourise(values, self.scale).round().astype(np.uint8)).save(out, "PNG")
-        return out.getvalue()
-
-
 class MapStore:
-    """The latest maps, oldest forgotten first. Used on the event loop only.
-
-    Args:
-        limit: bytes of all maps together.
-    """
+    """The maps of the latest results, oldest forgotten first, within a number of bytes. For the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._kept: OrderedDict[str, KeptMap] = OrderedDict()
+        self._results: OrderedDict[str, Result] = OrderedDict()
 
-    def add(self, kept: KeptMap) -> str:
-        """Keep a map; the name to fetch it by, empty if it is larger than the whole store."""
-        if kept.memory > self.limit:
+    def add(self, result: Result) -> str:
+        """Keep a result's map; the name to fetch it by, empty for none, or for one larger than the whole store."""
+        if result.grid is None or _memory(result) > self.limit:
             return ""
         name = secrets.token_urlsafe(16)
-        self._kept[name] = kept
-        self.used += kept.memory
+        # A copy: the grid is a view into the maps of its whole batch, which would live as long.
+        grid, scale = result.grid.copy(), result.scale
+        self._results[name] = Result("", height=result.height, width=result.width, grid=grid, scale=scale)
+        self.used += _memory(result)
         while self.used > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.used -= oldest.memory
+            self.used -= _memory(self._results.popitem(last=False)[1])
         return name
 
-    def get(self, name: str) -> KeptMap:
-        """A map by name.
-
-        Raises:
-            Refused: 404; it never was, or was forgotten.
-        """
-        if name not in self._kept:
+    def get(self, name: str) -> Result:
+        """A result with nothing but its map; refused with 404 if it never was, or was forgotten."""
+        if name not in self._results:
             raise Refused(404, "no_such_map", "no such map; the latest ones are kept only, so send the image again")
-        return self._kept[name]
+        return self._results[name]
 
 
-def kept_map(result: Result) -> KeptMap | None:
-    """The map of a result, if it has one."""
+def _memory(result: Result) -> int:
+    assert result.grid is not None
+    return result.grid.nbytes + _OVERHEAD
+
+
+def inline_map(result: Result) -> dict[str, Any] | None:
+    """For JSON: base64 of little-endian float32, row by row, at the model's own size."""
     if result.grid is None:
         return None
-    # A copy: the grid is a view into the maps of its whole batch, which would live as long.
-    return KeptMap(result.grid.copy(), result.height, result.width, result.scale)
+    data = base64.b64encode(np.ascontiguousarray(result.grid, dtype="<f4").tobytes()).decode("ascii")
+    rows, columns = result.grid.shape
+    return {"rows": rows, "columns": columns, "dtype": "float32", "scale": list(result.scale), "data": data}
+
+
+def encoded_map(result: Result, format: str, side: int) -> bytes:
+    """``png`` in colours or ``npy`` of float16, in the image's size or with a longer side of ``side`` pixels."""
+    assert result.grid is not None
+    factor = side / max(result.height, result.width) if side else 1.0
+    values = resize_map(result.grid, max(1, round(result.height * factor)), max(1, round(result.width * factor)))
+    out = io.BytesIO()
+    if format == "npy":
+        np.save(out, values.astype(np.float16), allow_pickle=False)
+    else:
+        Image.fromarray(colourise(values, result.scale)).save(out, "PNG")
+    return out.getvalue()

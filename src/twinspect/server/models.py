@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinspect.decision import promises
-from twinspect.drift import DriftMonitor
+from twinspect.decide.decision import promises
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.refusals import Refused
+from twinspect.server.guard import Refused
 
 Stamp = tuple[int, int, int]
 Scored = tuple[Result, str]  # and the key of its image
@@ -25,15 +25,8 @@ _RETIRING_S = 0.05  # how often a replaced model looks whether its last request 
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One decoded image for a model.
-
-    Attributes:
-        decoded: by the model's predictor.
-        class_name: where the client knows it.
-        watched: whether the drift light shall see it.
-        key: by which calibration recognises the image's file.
-    """
+class Queued:
+    """One decoded image for a model; ``key`` is that by which calibration recognises the image's file."""
 
     decoded: Decoded
     class_name: str | None = None
@@ -64,7 +57,7 @@ class Served:
     ) -> None:
         self.name, self.predictor, self.light, self._alarm = name, predictor, light, alarm
         self.users = 0  # requests that hold this version; changed on the event loop only
-        self.batcher: Batcher[Job, Scored] = Batcher(
+        self.batcher: Batcher[Queued, Scored] = Batcher(
             self._score, *batching, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
         )
         # In a thread of its own: neither answers nor the next call of the model wait for the drift monitor.
@@ -75,7 +68,7 @@ class Served:
         self.batcher.close()
         self._watcher.close()
 
-    def _score(self, jobs: Sequence[Job]) -> list[Scored]:
+    def _score(self, jobs: Sequence[Queued]) -> list[Scored]:
         results = list(self.predictor.score_batch([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
         for one, job in zip(results, jobs, strict=True):
             if job.watched:
@@ -136,11 +129,7 @@ class Models:
         self._stamps[name] = stamp(self.paths[name]) if name in self.paths else None
 
     def get(self, name: str) -> Served:
-        """The present version; an empty name takes the only model, or the first.
-
-        Raises:
-            Refused: 404 with the names there are.
-        """
+        """The present version; an empty name takes the first."""
         chosen = name or next(iter(self._served), "")
         if chosen not in self._served:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self._served))
@@ -159,8 +148,7 @@ class Models:
         """Read a model's file again; requests that hold the old version finish with it.
 
         Raises:
-            Refused: the model has no file.
-            TwinspectError: the new file cannot be used; the old version stays in service.
+            TwinspectError: the model has no file, or it cannot be used; the old version stays in service.
         """
         served = self.get(name)
         path = self.paths.get(served.name)
@@ -205,11 +193,7 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FILE`` or ``FILE`` (then its stem is the name) to files by name. A path may hold an equals sign itself.
-
-    Raises:
-        ConfigError: no file, a name that cannot stand in an address, or one name twice.
-    """
+    """``NAME=FILE`` or ``FILE`` (its stem is the name) to files by name. A path may hold an equals sign itself."""
     found: dict[str, Path] = {}
     for text in given:
         name, equals, file = text.partition("=")

@@ -19,8 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import read_text
-from twinspect.server.guard import MOST_HEAD, JsonLines
-from twinspect.server.refusals import error_body
+from twinspect.server.guard import MOST_HEAD, JsonLines, error_body
 from twinspect.server.settings import Settings
 
 KEY_VARIABLE = "TWINSPECT_API_KEY"
@@ -88,9 +87,6 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
         app: of `build_app`.
         settings: the same as given there.
         started: called with the address once it is bound.
-
-    Raises:
-        ConfigError: the address is taken or not of this machine.
     """
     set_up_logging()
     server, listening = prepared(app, settings)
@@ -147,11 +143,7 @@ def set_up_logging() -> None:
 
 
 def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
-    """The API key from a file or the environment; never from the command line, where other users could read it.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """The API key from a file or the environment; never from the command line, where other users could read it."""
     if file is None:
         return environment.get(KEY_VARIABLE, "").strip()
     try:

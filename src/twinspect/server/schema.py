@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, get_type_hints
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+
+from twinspect.decide.drift import ClassDrift, DriftReport
+from twinspect.inference.result import Region, columns
 
 
 class ErrorDetail(TypedDict):
@@ -22,18 +25,6 @@ class ErrorAnswer(TypedDict):
     error: ErrorDetail
 
 
-class RegionAnswer(TypedDict):
-    """A region in pixels of the original image."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    score: float
-    p_value: float
-
-
 class InlineMap(TypedDict):
     """Base64 of little-endian float32, row by row, at the model's own size; stretch it over the whole image."""
 
@@ -44,40 +35,45 @@ class InlineMap(TypedDict):
     data: str
 
 
-class ImageAnswer(TypedDict):
-    """One image. Higher scores are more anomalous; null is unknown. Fields as in the tables of predict."""
-
-    log_id: int | None
-    name: str
-    class_name: str
-    score: float | None
-    score_local: float | None
-    score_semantic: float | None
-    p_joint: float | None
-    p_value: float | None
-    threshold: float | None
-    severity: float | None
-    margin: float | None
-    threshold_unsure: float | None
-    answer: str
-    is_anomaly: bool | None
-    predicted_class: str
-    class_p: float | None
-    unknown_class: bool | None
-    cluster_distance: float | None
-    peak: float | None
-    threshold_region: float | None
-    width: int
-    height: int
-    model_id: str
-    ms: float | None
-    error: str
-    n_regions: int
-    max_region_area: int
-    regions: list[RegionAnswer]
-    map_scale: list[float]
-    map_id: str
-    map: InlineMap | None
+if TYPE_CHECKING:
+    ImageAnswer = dict[str, Any]
+    LogRow = dict[str, Any]
+    DriftAnswer = dict[str, Any]
+else:
+    RegionAnswer = TypedDict("RegionAnswer", get_type_hints(Region))
+    # Kind of a result's column -> type of its value in JSON.
+    _JSON = {
+        "string": str, "double": float | None, "bool": bool | None, "int32": int, "int64": int,
+        "regions": list[RegionAnswer],
+    }  # fmt: skip
+    _COLUMNS = {
+        "name" if column.name == "path" else column.name: Annotated[
+            _JSON[column.kind], Field(description=column.help)
+        ]
+        for column in columns()
+        if not column.tables_only
+    }
+    ImageAnswer = TypedDict(
+        "ImageAnswer",
+        {
+            "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map_id": str, "map": InlineMap | None,
+            "nearest_jpeg": str,
+        },
+    )  # fmt: skip
+    ImageAnswer.__doc__ = "One image. Higher scores are more anomalous; null is unknown."
+    LogRow = TypedDict(
+        "LogRow",
+        {
+            "id": int, "at_ms": int, "request_id": str, "bundle": str, "image_key": str, "session": str, **_COLUMNS,
+            "feedback": str, "feedback_at_ms": int | None, "note": str,
+        },
+    )  # fmt: skip
+    LogRow.__doc__ = "A kept decision; times are UTC in milliseconds since 1970."
+    ClassDriftAnswer = TypedDict("ClassDriftAnswer", get_type_hints(ClassDrift))
+    DriftAnswer = TypedDict(
+        "DriftAnswer", {"bundle": str, **get_type_hints(DriftReport), "classes": list[ClassDriftAnswer]}
+    )
+    DriftAnswer.__doc__ = "What the drift monitor of a model says; its light is grey before the first image."
 
 
 class PredictAnswer(TypedDict):
@@ -118,41 +114,6 @@ class ModelsAnswer(TypedDict):
     models: list[ModelAnswer]
 
 
-class LogRow(TypedDict):
-    """A kept decision; times are UTC in milliseconds since 1970."""
-
-    id: int
-    at_ms: int
-    request_id: str
-    bundle: str
-    model_id: str
-    name: str
-    image_key: str
-    session: str
-    class_name: str
-    predicted_class: str
-    answer: str
-    score: float | None
-    score_local: float | None
-    score_semantic: float | None
-    p_value: float | None
-    threshold: float | None
-    severity: float | None
-    threshold_unsure: float | None
-    class_p: float | None
-    cluster_distance: float | None
-    peak: float | None
-    threshold_region: float | None
-    unknown_class: bool | None
-    width: int
-    height: int
-    n_regions: int
-    regions: list[RegionAnswer]
-    feedback: str
-    feedback_at_ms: int | None
-    note: str
-
-
 class LogAnswer(TypedDict):
     """Rows, latest first; ``next`` goes into ``before`` for the next page, null on the last."""
 
@@ -167,17 +128,6 @@ class FeedbackBody(TypedDict):
 
     verdict: str
     note: NotRequired[str]
-
-
-class DriftAnswer(TypedDict):
-    """Per model: a light (green, red; grey before the first image) and what the monitor says."""
-
-    bundle: str
-    light: str
-    kind: str
-    message: str
-    images: int
-    false_alarm_rate: float
 
 
 class DriftsAnswer(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import logging
@@ -13,22 +14,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from twinspect.decision import image_id
-from twinspect.drift import DriftMonitor
+from twinspect.decide.decision import GOOD, image_id
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
-from twinspect.server.guard import say
-from twinspect.server.log import Inspection, InspectionLog, LogError
-from twinspect.server.maps import MapStore, kept_map
-from twinspect.server.metrics import Metrics
-from twinspect.server.models import Job, Models, Scored, Served
-from twinspect.server.refusals import Refused
-from twinspect.server.settings import Settings
+from twinspect.server.guard import Metrics, Refused, say
+from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
+from twinspect.server.maps import MapStore, encoded_map, inline_map
+from twinspect.server.models import Models, Queued, Scored, Served
+from twinspect.server.settings import MEGABYTE, Settings
 
 _HOUSEKEEPING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
@@ -36,42 +35,31 @@ _LOG_BATCH = 64  # rows of one transaction
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a client wants of its images.
+    """What a client asks for with its images, as parameters of the address.
 
     Attributes:
         bundle: name of the model; empty for the first.
-        class_name: class of all images; None predicts it.
-        maps: ``none``, ``link`` (fetch it later) or ``inline`` (base64).
+        class_name: class of all images; empty predicts it.
+        maps: ``link`` (fetch it later) or ``inline`` (base64).
         session: kept in the log.
-        request_id: kept in the log.
         keep: whether the decisions count: go into the log and before the drift light.
     """
 
-    bundle: str = ""
-    class_name: str | None = None
-    maps: str = "link"
-    session: str = ""
-    request_id: str = ""
+    bundle: Text = ""
+    class_name: ClassName = ""
+    maps: Literal["none", "link", "inline"] = "link"
+    session: Text = ""
     keep: bool = True
 
 
 class Gate:
-    """Counts images between acceptance and answer.
-
-    Args:
-        limit: most of them.
-        gauge: told the count.
-    """
+    """Counts images between acceptance and answer, and tells a gauge."""
 
     def __init__(self, limit: int, gauge: Callable[[float], None]) -> None:
         self.limit, self.inside, self._gauge = limit, 0, gauge
 
     def check(self, count: int, seconds_per_image: float) -> None:
-        """Refuse what does not fit now.
-
-        Raises:
-            Refused: 429 with the time after which the queue will have moved on, or 413 for what never fits.
-        """
+        """Refuse what does not fit now."""
         if count > self.limit:
             raise Refused(413, "too_many", f"{count} images; the queue takes {self.limit} in all, send fewer")
         if self.inside + count > self.limit:
@@ -92,15 +80,7 @@ class Gate:
 
 
 class Service:
-    """Everything behind the routes. Made on any thread, used on one event loop.
-
-    Args:
-        settings: limits.
-        predictors: models by name.
-        log: where decisions are kept; None keeps none.
-        paths: files of models that can be reloaded.
-        open_file: a file to a predictor.
-    """
+    """Everything behind the routes. Made on any thread, used on one event loop; arguments as `app.build_app`."""
 
     def __init__(
         self,
@@ -112,7 +92,7 @@ class Service:
     ) -> None:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.gate = Gate(settings.queue, self.metrics.waiting.set)
-        self.maps = MapStore(settings.maps_bytes)
+        self.maps = MapStore(int(settings.maps_mb * MEGABYTE))
         self.models = Models(paths, open_file, self._make)
         self.decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self.writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
@@ -196,27 +176,17 @@ class Service:
     # --------------------------------------------------------------------------------------- predict
 
     def refuse_if_full(self, bundle: str) -> Served:
-        """The model asked for, before a body is read for nothing.
-
-        Raises:
-            Refused: unknown, stopping, or busy.
-        """
+        """The model asked for, before a body is read for nothing."""
         if not self.ready:
             raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
         served = self.models.get(bundle)
         self.gate.check(1, served.batcher.seconds_per_job)
         return served
 
-    async def predict(self, images: Sequence[Item], asked: Asked) -> dict[str, Any]:
-        """Answers for images, kept in the log.
-
-        Raises:
-            Refused: unknown bundle, busy, too slow; a single image that is none.
-            ConfigError: unknown class.
-            LogError: the log cannot keep a decision that it must keep.
-        """
+    async def predict(self, images: Sequence[Item], asked: Asked, request_id: str) -> dict[str, Any]:
+        """Answers for images, kept in the log."""
         served = self.refuse_if_full(asked.bundle)
-        served.predictor.decision.checked_class(asked.class_name)
+        served.predictor.decision.checked_class(asked.class_name or None)
         began = time.perf_counter()
         served.users += 1
         try:
@@ -225,9 +195,11 @@ class Service:
                     async with asyncio.timeout(self.settings.timeout_s):
                         found = await asyncio.gather(*self._begin(served, images, asked))
                         results = [result for result, _ in found]
-                        self._count(served, results)
+                        for one in results:
+                            answer = "error" if one.error else one.answer
+                            self.metrics.images.labels(served.name, answer).inc()
                         _refuse_failures(results)
-                        numbers, trouble = await self._keep(served, found, asked)
+                        numbers, trouble = await self._keep(served, found, asked, request_id)
                 except TimeoutError:
                     wait = f"{self.settings.timeout_s:g}"
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -235,7 +207,7 @@ class Service:
             served.users -= 1
         rows = [self._row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
         return {
-            "request_id": asked.request_id,
+            "request_id": request_id,
             "bundle": served.name,
             "model_id": served.predictor.decision.model_id,
             "ms": round(1000 * (time.perf_counter() - began), 2),
@@ -252,14 +224,14 @@ class Service:
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
-        self, served: Served, found: Sequence[tuple[Result, str]], asked: Asked
+        self, served: Served, found: Sequence[Scored], asked: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
         nothing: list[int | None] = [None] * len(found)
         if self.writer is None or not asked.keep:
             return nothing, ""
         rows = {
-            place: Inspection(result, served.name, asked.request_id, key, asked.session)
+            place: Inspection(result, served.name, request_id, key, asked.session)
             for place, (result, key) in enumerate(found)
             if not result.error
         }
@@ -274,33 +246,26 @@ class Service:
         kept = dict(zip(rows, numbers, strict=True))
         return [kept.get(place) for place in range(len(found))], ""
 
-    def _count(self, served: Served, results: Sequence[Result]) -> None:
-        for one in results:
-            self.metrics.images.labels(served.name, "error" if one.error else one.answer).inc()
-
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.row().items()}
-        row = {k: v for k, v in row.items() if k not in ("map_path", "mask_path")}  # no files are written here
-        kept = kept_map(result) if maps != "none" else None
         return {
             "log_id": number,
-            "name": row.pop("path"),
-            **row,
-            "regions": [region.to_dict() for region in result.regions],
+            **result.answer_row(),
             "map_scale": list(result.scale),
-            "map_id": self.maps.add(kept) if kept is not None else "",
-            "map": kept.inline() if kept is not None and maps == "inline" else None,
+            "map_id": self.maps.add(result) if maps != "none" else "",
+            "map": inline_map(result) if maps == "inline" else None,
+            # Base64 of a few kB; what is good needs no explanation.
+            "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
         }
 
     # ---------------------------------------------------------------------------------------- others
 
     async def map_bytes(self, name: str, format: str, side: int) -> bytes:
-        """A map that was kept, resized; see `KeptMap.encoded`."""
-        kept = self.maps.get(name)
+        """A map of a recent answer; see `encoded_map`."""
+        result = self.maps.get(name)
         with self.gate.enter(1, 0.0):  # large pictures take memory and time like an image does
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.decoders, kept.encoded, format, side)
+            return await loop.run_in_executor(self.decoders, encoded_map, result, format, side)
 
     async def reload(self, name: str) -> Served:
         """Read a model's file again; see `Models.reload`."""
@@ -314,11 +279,7 @@ class Service:
         return fresh
 
     def the_log(self) -> InspectionLog:
-        """The log.
-
-        Raises:
-            Refused: there is none.
-        """
+        """The log; refused with 404 where there is none."""
         if self.log is None:
             raise Refused(404, "no_log", "this server keeps no inspection log; start it with --log FILE")
         return self.log
@@ -334,7 +295,7 @@ def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
-            job = Job(decoded, asked.class_name, asked.keep, key)
+            job = Queued(decoded, asked.class_name or None, asked.keep, key)
             served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))

@@ -4,75 +4,59 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, TypeVar
 
-from twinspect.data.images import ImageLimits
 from twinspect.errors import ConfigError
 
-_MEGABYTE = 1 << 20
+if TYPE_CHECKING:
+    from twinspect.data.images import ImageLimits
+
+MEGABYTE = 1 << 20
+_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "maps_mb", "log_days")
+
+
+T = TypeVar("T")
+
+
+def _option(default: T, text: str) -> T:
+    """A field that is an option of ``twinspect serve``, with its help."""
+    option: T = field(default=default, metadata={"help": text})
+    return option
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything the server can be told; the defaults suit one line PC.
+    """Everything the server can be told; the defaults suit one line PC."""
 
-    Attributes:
-        host, port: address to listen on.
-        api_key: what clients must send; may be empty on a loopback address only.
-        max_batch: most images in one call of the model.
-        max_wait_ms: longest time a call of the model waits for images that are being decoded.
-        queue: images accepted and not yet answered; more are refused with 429.
-        timeout_s: from acceptance of a request to its answer.
-        body_timeout_s: for a client to send its request, and to take a piece of the answer.
-        header_timeout_s: for a client to send the head of its request.
-        max_body_mb: size of one request.
-        max_memory_mb: size of all requests being read or answered together.
-        max_files: images in one request.
-        max_megapixels: size of one image.
-        decoders: threads that decode.
-        watch_s: how often bundle files are looked at for a new version; 0 turns it off.
-        drain_s: longest time accepted requests have after the signal to stop.
-        maps_mb: memory for maps that can be fetched after the answer.
-        log_required: refuse to answer what the inspection log cannot keep.
-        log_days: age at which rows of the log are deleted; 0 keeps them.
-        drift_rate: chance of any false drift alarm, ever.
-        root_path: where a proxy shows this server to its clients, such as ``/inspect``; empty for the top.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str = field(default="", repr=False)
-    max_batch: int = 16
-    max_wait_ms: float = 5.0
-    queue: int = 64
-    timeout_s: float = 30.0
-    body_timeout_s: float = 20.0
-    header_timeout_s: float = 10.0
-    max_body_mb: float = 64.0
-    max_memory_mb: float = 512.0
-    max_files: int = 32
-    max_megapixels: float = 50.0
-    decoders: int = 2
-    watch_s: float = 5.0
-    drain_s: float = 30.0
-    maps_mb: float = 64.0
-    log_required: bool = False
-    log_days: float = 0.0
-    drift_rate: float = 0.01
-    root_path: str = ""
+    host: str = _option("127.0.0.1", "Address to listen on; others than loopback need a key.")
+    port: int = _option(8000, "Port; 0 takes a free one.")
+    api_key: str = field(default="", repr=False)  # may be empty on a loopback address only
+    log_required: bool = _option(False, "No answer without a row in the log.")
+    log_days: float = _option(0.0, "Delete rows older than so many days; 0 keeps them.")
+    max_batch: int = _option(16, "Most images in one call of the model.")
+    max_wait_ms: float = _option(5.0, "Longest wait of a call for images being decoded.")
+    queue: int = _option(64, "Images accepted at a time; more get 429.")
+    timeout_s: float = _option(30.0, "Seconds from acceptance to the answer.")
+    max_body_mb: float = _option(64.0, "Size of a request.")
+    max_memory_mb: float = _option(512.0, "Size of all requests being answered.")
+    max_files: int = _option(32, "Images in a request.")
+    max_megapixels: float = _option(50.0, "Size of an image.")
+    root_path: str = _option("", "Where a proxy shows the server, such as /inspect.")
+    watch_s: float = _option(5.0, "Seconds between looks for a new version of a file; 0: never.")
+    body_timeout_s: float = 20.0  # for a client to send its request, and to take a piece of the answer
+    header_timeout_s: float = 10.0  # for a client to send the head of its request
+    decoders: int = 2  # threads that decode
+    drain_s: float = 30.0  # longest time that accepted requests have after the signal to stop
+    maps_mb: float = 64.0  # memory for maps that can be fetched after the answer
+    drift_rate: float = 0.01  # chance of any false drift alarm, ever
 
     def __post_init__(self) -> None:
-        positive = (
-            "max_batch", "queue", "timeout_s", "body_timeout_s", "header_timeout_s", "max_body_mb", "max_memory_mb",
-            "max_files", "max_megapixels", "decoders", "drain_s",
-        )  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{_option(name)} {getattr(self, name):g}: accepted above 0")
-        for name in ("max_wait_ms", "watch_s", "maps_mb", "log_days"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{_option(name)} {getattr(self, name):g}: accepted 0 or more")
-        if not 0 <= self.port <= 65535:
+        for one in fields(self):
+            value, zero = getattr(self, one.name), one.name in _MAY_BE_ZERO
+            if type(value) in (int, float) and not (value > 0 or (zero and value == 0)):
+                raise ConfigError(f"{_flag(one.name)} {value:g}: accepted {'0 or more' if zero else 'above 0'}")
+        if self.port > 65535:
             raise ConfigError(f"--port {self.port}: accepted 1 to 65535 (0 takes a free one)")
         if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path):
             raise ConfigError(
@@ -98,22 +82,9 @@ class Settings:
     @property
     def limits(self) -> ImageLimits:
         """What one image may hold."""
+        from twinspect.data.images import ImageLimits  # numpy and Pillow, which a list of options does without
+
         return ImageLimits(max_pixels=int(self.max_megapixels * 1e6))
-
-    @property
-    def body_bytes(self) -> int:
-        """Most bytes of one request."""
-        return int(self.max_body_mb * _MEGABYTE)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Most bytes of all requests together."""
-        return int(self.max_memory_mb * _MEGABYTE)
-
-    @property
-    def maps_bytes(self) -> int:
-        """Most bytes of kept maps."""
-        return int(self.maps_mb * _MEGABYTE)
 
 
 def is_loopback(host: str) -> bool:
@@ -124,5 +95,5 @@ def is_loopback(host: str) -> bool:
         return host.rstrip(".").lower() == "localhost"
 
 
-def _option(name: str) -> str:
+def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")

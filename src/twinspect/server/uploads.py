@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser
 from starlette.requests import Request
 
 from twinspect.inference.archives import Item
+from twinspect.server.guard import Refused
 from twinspect.server.log import plain_text
-from twinspect.server.refusals import Refused
 
 FIELD = "file"
 NAME_LENGTH = 200
@@ -26,11 +26,7 @@ _MOST_FIELDS = 16  # besides the files; none is used, some clients send a few
 
 
 async def read_images(request: Request, most: int) -> list[Item]:
-    """The images of a request.
-
-    Raises:
-        Refused: another type of content, no image, too many.
-    """
+    """The images of a request; refused are another type of content, no image, and too many."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _FORM:
         return await _from_form(request, most)

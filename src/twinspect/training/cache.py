@@ -14,6 +14,7 @@ import io
 import math
 import os
 import struct
+import time
 import uuid
 import zlib
 from collections import deque
@@ -33,8 +34,9 @@ from twinspect.models.layers import in_fp16
 from twinspect.models.observed import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
-_TOGETHER = 8  # records written and flushed at a time
-_WAITING = 3  # such portions that may wait for the disk
+_WAITING = 3  # portions, of one call of the teacher each, that may wait for the disk
+_NOTE = struct.Struct("<16s16sI")  # file as the file system describes it, address of its content, crc32 of the two
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +131,8 @@ class FeatureCache:
         except OSError as error:
             raise self._unusable(error) from None
         self._own = self._new_segment()
-        self._pending: list[tuple[bytes, Tensor]] = []
-        self._writing: deque[tuple[list[tuple[bytes, Tensor]], Future[None]]] = deque()
-        self._thread: ThreadPoolExecutor | None = None
+        self._writing: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
@@ -139,29 +140,23 @@ class FeatureCache:
     def add(self, keys: Sequence[bytes], block_BR: Tensor) -> None:
         """Keep the records of some images (see `RecordLayout.pack`); they become readable after `flush`.
 
-        Waits while more than a few dozen records are still to be written, so that memory stays bounded.
+        Waits while more than a few portions are still to be written, so that memory stays bounded.
 
         Raises:
             DataError: the disk is full or the folder cannot be written, now or for records given before.
         """
         if block_BR.shape[1] != self.layout.size:
             raise ValueError(f"records of {block_BR.shape[1]} bytes, expected {self.layout.size}")
-        self._pending.extend(zip(keys, block_BR, strict=True))
-        if len(self._pending) >= _TOGETHER:
-            self._hand_over()
-            self._wait(_WAITING)
+        self._writing.append(self._thread.submit(self._write, list(keys), block_BR))
+        self._wait(_WAITING)
 
     def flush(self) -> None:
-        """Write what is pending and make it readable.
+        """Wait until all is written, and make it readable.
 
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        self._hand_over()
         self._wait(0)
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
         index = self._own.with_suffix(".index")
         if index.exists():
             self._read_segment(index)
@@ -170,26 +165,15 @@ class FeatureCache:
     def _new_segment(self) -> Path:
         return self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
-    def _hand_over(self) -> None:
-        """Let the thread write what is pending; there is one thread, so that records stay in order."""
-        if not self._pending:
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
-        self._writing.append((self._pending, self._thread.submit(self._write, self._pending)))
-        self._pending = []
-
     def _wait(self, most: int) -> None:
-        """Wait until at most ``most`` portions are being written; what could not be written is pending again."""
+        """Wait until at most ``most`` portions are being written."""
         while len(self._writing) > most:
-            failed = self._writing[0][1].exception()
-            if failed is None:
-                self._writing.popleft()
-                continue
-            unwritten = [records for records, written in self._writing if written.exception() is not None]
-            self._writing.clear()
-            self._pending = [one for records in unwritten for one in records] + self._pending
-            raise self._unusable(failed) if isinstance(failed, OSError) else failed
+            try:
+                self._writing.popleft().result()
+            except OSError as error:
+                while self._writing:
+                    self._writing.popleft().cancel()
+                raise self._unusable(error) from None
 
     def read(self, keys: Sequence[bytes], pinned: bool = False, span: tuple[int, int] | None = None) -> Tensor:
         """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
@@ -218,18 +202,16 @@ class FeatureCache:
             raise self._unusable(error) from None
         return block
 
-    def _write(self, records: list[tuple[bytes, Tensor]]) -> None:
-        """Append records, and the index of them once they are on the disk; on the thread."""
+    def _write(self, keys: list[bytes], block_BR: Tensor) -> None:
+        """Append records, and the index of them once they are on the disk; on the one thread, so in order."""
         with self._own.with_suffix(".data").open("ab", buffering=0) as data:
             offset = data.tell()
-            for _, record in records:
-                _write_all(data, record.numpy().data)
+            _write_all(data, block_BR.contiguous().numpy().data.cast("B"))
             os.fsync(data.fileno())
         lines = []
-        for key, record in records:
-            body = struct.pack("<16sQ", key, offset)
-            lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
-            offset += len(record)
+        for number, key in enumerate(keys):
+            place = offset + number * self.layout.size
+            lines.append(_ENTRY.pack(key, place, zlib.crc32(struct.pack("<16sQ", key, place))))
         with self._own.with_suffix(".index").open("ab") as index:
             index.write(b"".join(lines))
 
@@ -244,14 +226,14 @@ class FeatureCache:
         raw = index.read_bytes()
         size = data.stat().st_size if data.is_file() else 0
         number = len(self._segments)
-        found = False
+        holds_some = False
         for start in range(0, len(raw) - _ENTRY.size + 1, _ENTRY.size):
             key, offset, crc = _ENTRY.unpack_from(raw, start)
             whole = zlib.crc32(raw[start : start + 24]) == crc and offset + self.layout.size <= size
             if whole and key not in self._place:
                 self._place[key] = (number, offset)
-                found = True
-        if found:
+                holds_some = True
+        if holds_some:
             self._segments.append(data)
 
 
@@ -274,3 +256,67 @@ def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tenso
 def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:
     """Address of an image: the first 16 bytes of the sha256 of its file (or pixels)."""
     return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).digest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------- files read before
+
+
+class KnownFiles:
+    """Addresses of files that could be read and decoded, so that a data set is not read again only to hash it.
+
+    A file whose path, size, inode and times of change are those of a file read before has that file's content; git
+    goes by the same. A file touched within the last seconds may change again within one tick of its clock, so it is
+    not noted yet. Only a help: what cannot be kept is read again.
+
+    Args:
+        folder: of the notes; every process appends to a file of its own, damaged entries are left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._keys: dict[bytes, bytes] = {}
+        self._new: list[tuple[bytes, bytes]] = []
+        for path in sorted(folder.glob("*.known")):
+            self._load(path)
+
+    def find(self, path: Path) -> bytes | None:
+        """Address of a file's content if it has not changed since it was noted."""
+        try:
+            return self._keys.get(_described(path, path.stat()))
+        except OSError:
+            return None
+
+    def note(self, path: Path, before: os.stat_result, key: bytes) -> None:
+        """Remember a file that was read and decoded; ``before`` is its state when reading began."""
+        newest = max(before.st_mtime_ns, before.st_ctime_ns)
+        if time.time_ns() - newest > _SETTLED_NS:
+            described = _described(path, before)
+            self._keys[described] = key
+            self._new.append((described, key))
+
+    def save(self) -> None:
+        """Write what was noted; a full disk costs the next start some time, and nothing else."""
+        if not self._new:
+            return
+        lines = [_NOTE.pack(one, key, zlib.crc32(one + key)) for one, key in self._new]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.known").open("wb") as file:
+                file.write(b"".join(lines))
+        except OSError:
+            return
+        self._new = []
+
+    def _load(self, path: Path) -> None:
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            return
+        for one, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
+            if zlib.crc32(one + key) == crc:
+                self._keys[one] = key
+
+
+def _described(path: Path, status: os.stat_result) -> bytes:
+    facts = f"{os.path.abspath(path)}|{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+    return hashlib.sha256(facts.encode(errors="surrogatepass")).digest()[:16]

@@ -95,15 +95,15 @@ class Group:
             return make()
         held: list[Any] = [make() if self.leads else None]
         self._guarded(lambda: dist.broadcast_object_list(held, src=0))
-        found: T = held[0]
-        return found
+        shared: T = held[0]
+        return shared
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
             self._guarded(dist.barrier)
 
-    def refuse_difference(self, what: str, own: str, count: int) -> None:
+    def refuse_difference(self, what: str, digest_here: str, count: int) -> None:
         """Compare a digest of each process's data.
 
         Raises:
@@ -111,12 +111,14 @@ class Group:
         """
         if self.world == 1:
             return
-        said: list[Any] = [None] * self.world
-        self._guarded(lambda: dist.all_gather_object(said, (own, count)))
-        other = [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(said) if digest != said[0][0]]
+        answers: list[Any] = [None] * self.world
+        self._guarded(lambda: dist.all_gather_object(answers, (digest_here, count)))
+        other = [
+            f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != answers[0][0]
+        ]
         if other:
             raise TrainingError(
-                f"the processes do not have the same {what}: rank 0 has {said[0][1]} images, different on rank "
+                f"the processes do not have the same {what}: rank 0 has {answers[0][1]} images, different on rank "
                 f"{', '.join(other)}. Give every machine the same files, settings and version"
             )
 
@@ -183,15 +185,15 @@ def joined(device: str = "cpu") -> Group:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_available() or (world == 1 and not dist.is_initialized()):
         return Group(device=torch.device(choose_device(device)))
-    own = own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    here = own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
     if not dist.is_initialized():
         try:
-            dist.init_process_group(backend_of(own), timeout=_PATIENCE)
+            dist.init_process_group(backend_of(here), timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"the processes of this run did not find each other ({error})") from None
-    return _group(dist.get_rank(), dist.get_world_size(), own)
+    return _group(dist.get_rank(), dist.get_world_size(), here)
 
 
 def own_device(device: str, local_rank: int) -> torch.device:

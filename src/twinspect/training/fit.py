@@ -3,62 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
-from twinspect.data.carving import carve_calibration
 from twinspect.data.leaks import count_once
+from twinspect.data.protocols import carve_calibration
+from twinspect.data.roi import fit_roi
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decision import Decision, mixed_up
-from twinspect.device import in_fp32, keep_freed_memory, peak_mb
-from twinspect.errors import DataError, TrainingError
+from twinspect.decide.conformal import suspicious_tail
+from twinspect.decide.decision import Decision, image_id, mixed_up, pack_roi
+from twinspect.decide.rules import GoodScores
+from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
+from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
-from twinspect.models.contract import AnomalyModel, build_family
-from twinspect.models.teachers import Teacher, create_teacher
+from twinspect.inference.decode import name_of
+from twinspect.models.contract import AnomalyModel
+from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
-from twinspect.training.decide import decide
+from twinspect.storage import Fitted, build_model, model_id, teacher_of
+from twinspect.training.cache import KnownFiles
+from twinspect.training.copies import Altered, add_copies, few_classes
 from twinspect.training.distributed import Group, joined
-from twinspect.training.known import KnownFiles
+from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
+from twinspect.training.memory import MOST, remember
+from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.rounding import add_rounded
-from twinspect.training.source import FeatureSource, Progress, Skipped, record_layout
-from twinspect.training.statistics import GoodImages, fit_scales, fit_statistics
-from twinspect.types import CALIBRATION, TRAIN, Sample
+from twinspect.training.source import FeatureSource, record_layout
+from twinspect.training.tolerate import Disturbed, add_disturbed
+from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
-FEWEST = 8  # images below which neither training nor calibration means anything
+MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
+FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
+LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _SIZED_BY = 32  # images whose sides are looked at
-
-
-@dataclass(slots=True)
-class Fitted:
-    """A trained model and the record of how it came to be."""
-
-    model: AnomalyModel
-    decision: Decision
-    config: RunConfig
-    record: dict[str, Any] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
-    good: GoodImages | None = None  # of a model that was just trained
-
-
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Progress for callers that want none."""
-
-
-def _teacher(config: ModelConfig) -> Teacher:
-    return create_teacher(config.teacher, config.weights or None, config.pretrained)
 
 
 def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
@@ -79,15 +73,6 @@ def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> M
     return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))
 
 
-def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
-    """The untrained model of a configuration; weights of the students follow torch's global seed."""
-    if teacher is None:
-        teacher = _teacher(config)
-    model = build_family(teacher, config)
-    model.teacher.net.to(memory_format=torch.channels_last)
-    return model
-
-
 def fit(
     samples: Sequence[Sample],
     config: RunConfig,
@@ -95,17 +80,20 @@ def fit(
     progress: Progress = silent,
     resume: Fitted | None = None,
     forget: bool = False,
+    roi: NDArray[np.bool_] | None = None,
 ) -> Fitted:
-    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
+    """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
+        roi: region of interest in the pixels of the images, H x W, true inside: pixels outside are neither learnt nor
+            scored. None takes that of ``resume``.
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
@@ -118,8 +106,31 @@ def fit(
     if resume is not None:
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
+    progress = progress if group.leads else silent
     with in_fp32(group.device.type):
-        return _fitted(samples, config, work, progress if group.leads else silent, resume, group)
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
+        paths = {one["path"] for one in dropped}
+        kept = [s for s in samples if name_of(s) not in paths]
+        fitted = _fitted(kept, config, work, progress, resume, group, roi)
+    fitted.record["dropped"] = dropped
+    return fitted
+
+
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
+    """The good images that are least like the others, as many as shall be left out; a model without students tells.
+
+    Raises:
+        ConfigError: more than a third of the good images.
+    """
+    wanted = config.train.drop_outliers
+    quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
+    listed = _fitted(samples, quick, None, progress, None, group, roi, wanted).record["least_like"]
+    good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
+    if 3 * wanted > good:
+        raise ConfigError(f"--drop-outliers {wanted}: at most a third of the {good} good images can be left out")
+    return list(listed[:wanted])
 
 
 def _fitted(
@@ -129,21 +140,34 @@ def _fitted(
     progress: Progress,
     resume: Fitted | None,
     group: Group,
+    roi: NDArray[np.bool_] | None,
+    listed: int = LISTED,
 ) -> Fitted:
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
-    training, held, said = add_rounded(training, held)
-    notes += said
+    few = few_classes([*training, *held]) if config.model.scores() == "default" else frozenset[str]()
+    only_few = few.issuperset({sample.class_name for sample in training})
+    if only_few:
+        config = replace(config, train=replace(config.train, steps=0))
+    training, held, sentences = add_copies(training, held, config.train.pose, few)
+    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
-    teacher = resume.model.teacher if resume is not None else _teacher(config.model)
+    teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
+    if resume is not None and roi is None:
+        model.roi_SS = resume.model.roi_SS
+    elif roi is not None:
+        model.roi_SS = _roi(roi, model, training).to(group.device)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
         train_at, held_at = keep_sides(source, train_at, held_at, resume.decision)
-    _refuse_too_few(train_at, held_at, source.skipped)
+    students = not only_few and (config.train.steps > 0 or resume is not None)
+    skipped = list({one.path: one for one in source.skipped}.values())  # copies cannot be read either
+    _refuse_too_few(train_at, held_at, skipped, students)
     if resume is not None:
         take_over(model, resume.model)
     else:
@@ -155,17 +179,98 @@ def _fitted(
     group.refuse_difference("images or settings", fingerprint, len(source))
     report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     with _enough_variety():
-        good = fit_statistics(model, source, train_at, held_at, config.train.seed, progress)
+        good = fit_few(model, source, train_at, held_at, few, config.train.seed, progress, students)
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision = decide(model, source, train_at, held_at, good)
+    decision = decision_of(model, source, train_at, held_at, good, config.train.thumbnails)
+    images = sorted([*train_at, *held_at])
+    memory = b"" if model.scorer.plain or len(images) > MOST else remember(good, source, images).to_bytes()
     record = _record(model.cpu(), source, train_at, held_at, report)
+    record["images"]["skipped"] = len(skipped)
+    record["least_like"] = least_like([source.samples[i] for i in images], good, listed)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
-        found = [one.to_dict() for one in changes(resume.decision, decision)]
-        record["resumed"] = {"from": origin, "classes": found}
-    return Fitted(model, decision, config, record, source.skipped, good)
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
+    return Fitted(model, decision, config, record, skipped, good, memory)
+
+
+def _roi(roi_HW: NDArray[np.bool_], model: AnomalyModel, samples: Sequence[Sample]) -> Tensor:
+    """A region of interest at the model's size; the first image that can be read says how they are shaped."""
+    for sample in samples:
+        with suppress(DataError, OSError):  # reported when all images are read
+            shape = read_sample_rgb(sample).shape[:2]
+            break
+    else:
+        shape = roi_HW.shape
+    return torch.from_numpy(fit_roi(roi_HW, model.size, (shape[0], shape[1])))
+
+
+def decision_of(
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    good: GoodImages,
+    thumbnails: int = 0,
+) -> Decision:
+    """What good images' scores and the clusters' classes make of a trained model.
+
+    Args:
+        model: trained and calibrated.
+        source: images.
+        train_at: positions of the images that the students were trained on.
+        held_at: positions of the others.
+        good: what `fit_statistics` returns of both, in the order of positions.
+        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
+    """
+    images = sorted([*train_at, *held_at])
+    names = [source.samples[i].class_name for i in images]
+    owners = np.asarray(good.cluster_n.numpy(), dtype=np.int64)
+    classes = classes_of_clusters(owners, names, model.scorer.clusters.count)
+    learnt = train_at if model.scorer.plain else images
+    trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
+    counted = good.counted_n.numpy()
+    samples = [source.samples[i] for i, counts in zip(images, counted, strict=True) if counts]
+    keys = tuple(image_id(source.keys[i]) for i, counts in zip(images, counted, strict=True) if counts)
+    scores = GoodScores(
+        good.score_n.double().numpy()[counted],
+        good.peak_n.double().numpy()[counted],
+        good.distance_n.double().numpy()[counted],
+        tuple(sample.class_name for sample in samples),
+        tuple(classes[k] for k in owners[counted]),
+        tuple(sample.group for sample in samples),
+        keys,
+    )
+    nearest = model.scorer.nearest
+    bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
+    scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
+    return Decision(
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
+        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
+        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
+    )  # fmt: skip
+
+
+def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
+    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
+
+    def small(sample: Sample) -> bytes:
+        body = io.BytesIO()
+        with suppress(DataError, OSError):
+            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
+            picture.thumbnail((side, side))
+            picture.save(body, "JPEG", quality=75, optimize=True)
+        return body.getvalue()
+
+    with ThreadPoolExecutor(granted_threads() or None) as pool:
+        return tuple(pool.map(small, samples))
+
+
+def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
+    """Most common training class of each cluster; empty for one no image belongs to."""
+    owners = [Counter(c for c, k in zip(classes, cluster_n, strict=True) if k == one) for one in range(count)]
+    return tuple(counter.most_common(1)[0][0] if counter else "" for counter in owners)
 
 
 def _source(
@@ -215,20 +320,26 @@ def choose_images(
         DataError: too few good images; the message says how many are copies.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    normal = [s for s in kept if s.split == TRAIN]
-    if len(normal) < FEWEST:
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    normal = [s for s in distinct if s.split == TRAIN]
+    fewest = 1 if config.model.scores() == "default" else FEWEST
+    if len(normal) < fewest:
         raise DataError(
-            f"{len(normal)} good training images found; at least {FEWEST} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside" + "".join(f". {n}" for n in said)
+            f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
+            "better. Give a folder of good images, or one with train/good inside"
+            + "".join(f". {n}" for n in sentences)
         )
     if notes is not None:
-        notes += said
-    if held := [s for s in kept if s.split == CALIBRATION]:
+        notes += sentences
+    if held := [s for s in distinct if s.split == CALIBRATION]:
         return normal, held
-    minimum = min(20, len(normal) // 4)
-    train_part, held = carve_calibration(normal, config.train.holdout, config.train.seed, minimum)
-    return list(train_part), list(held)
+    if not config.train.steps:
+        return normal, []  # nothing is held out from students that do not learn
+    few = few_classes(normal) if fewest == 1 else ()  # they have none to spare
+    many = [s for s in normal if s.class_name not in few]
+    minimum = min(20, len(many) // 4)
+    train_part, held = carve_calibration(many, config.train.holdout, config.train.seed, minimum)
+    return [*train_part, *(s for s in normal if s.class_name in few)], list(held)
 
 
 def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
@@ -250,8 +361,9 @@ def _positions(
     return inside, [i for i, sample in enumerate(source.samples) if sample in held_set]
 
 
-def _refuse_too_few(train_at: list[int], held_at: list[int], skipped: list[Skipped]) -> None:
-    if len(train_at) >= FEWEST - 2 and len(held_at) >= 2:
+def _refuse_too_few(train_at: list[int], held_at: list[int], skipped: list[Skipped], students: bool) -> None:
+    least = (FEWEST - 2, 2) if students else (1, 0)
+    if len(train_at) >= least[0] and len(held_at) >= least[1]:
         return
     reasons = "\n".join(f"  {s.path}: {s.reason}" for s in skipped[:10])
     raise DataError(
@@ -264,7 +376,8 @@ def _record(
     model: AnomalyModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
 ) -> dict[str, Any]:
     teacher = model.teacher
-    counts = Counter(source.samples[i].class_name for i in train_at)
+    shown = [source.samples[i] for i in train_at if not isinstance(source.samples[i], Altered)]
+    counts = Counter(sample.class_name for sample in shown)
     return {
         "teacher": {
             "name": teacher.name,
@@ -273,9 +386,9 @@ def _record(
             "licence": licence(teacher.name) if teacher.weights != "random" else "none (random weights)",
             "hash": teacher.hash(),
         },
-        "size": model.shape.size,
+        "size": model.size,
         "classes": dict(sorted(counts.items())),
-        "images": {"train": len(train_at), "calibration": len(held_at), "skipped": len(source.skipped)},
+        "images": {"train": len(shown), "calibration": len(held_at), "skipped": len(source.skipped)},
         "clusters": model.scorer.clusters.count,
         "variants": model.scorer.clusters.variants,
         "training": {
@@ -301,6 +414,33 @@ def parameter_counts(model: AnomalyModel) -> dict[str, int]:
     }
 
 
+def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
+    """Good images by falling score, each scored by statistics that did not see it.
+
+    Returns:
+        ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
+        anomaly among the good ones would (`conformal.suspicious_tail`).
+    """
+    score_n = good.score_n.double().numpy()
+    seen = np.array(
+        [bool(c) and not isinstance(s, (Altered, Disturbed)) for c, s in zip(good.counted_n, samples, strict=True)]
+    )
+    apart: set[int] = set()
+    for name in {sample.class_name for sample in samples}:
+        own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
+        apart.update(own[suspicious_tail(score_n[own])].tolist())
+    order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
+    return [
+        {
+            "path": name_of(samples[i]),
+            "class_name": samples[i].class_name,
+            "score": round(float(score_n[i]), 3),
+            "apart": i in apart,
+        }
+        for i in order
+    ]
+
+
 def _make_folder(work: Path) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -313,7 +453,7 @@ def _make_folder(work: Path) -> None:
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
     """What a checkpoint must agree with: settings that shape the weights, the teacher, the images in order."""
     settings = config.to_dict()
-    for name in ("time_budget_s", "checkpoint_every", "cache_gb", *OF_MACHINE):
+    for name in ("time_budget_s", "checkpoint_every", "cache_gb", "thumbnails", *OF_MACHINE):
         settings["train"].pop(name)
     digest = hashlib.sha256(json.dumps([settings, teacher_hash], sort_keys=True).encode())
     for key in keys:

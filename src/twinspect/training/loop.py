@@ -23,10 +23,11 @@ from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
-from twinspect.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
-from twinspect.training.source import FeatureSource, Progress
+from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint
+from twinspect.training.source import FeatureSource
+from twinspect.types import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ def train(
     Raises:
         TrainingError: a loss that is not finite.
     """
+    if not config.steps:
+        model.eval()
+        return TrainReport(0, 0.0, "no steps asked for", {}, 0)
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
     work = work if group.leads else None
@@ -149,8 +153,8 @@ def _step(
 ) -> dict[str, float]:
     with autocast(config.precision, group.device), group.one_batch():
         terms = model.losses(observed, small, step, config)
-    said = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
-    values = group.mean(dict(zip(terms, said, strict=True)))
+    numbers = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
+    values = group.mean(dict(zip(terms, numbers, strict=True)))
     if not all(math.isfinite(value) for value in values.values()):
         return values
     optimiser.zero_grad(set_to_none=True)
@@ -211,8 +215,8 @@ class _Log:
         self._began = time.monotonic()
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) < start]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            lines_before = [line for line in lines if _step_of(line) < start]
+            self._path.write_text("".join(f"{line}\n" for line in lines_before), encoding="utf-8")
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:

@@ -7,57 +7,23 @@ them. Images keep their side: what was trained on stays training, what was held 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from twinspect.decision import Decision, image_id
-from twinspect.errors import DataError
+from twinspect.decide.decision import Decision, image_id
+from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, Sample
 
-
-@dataclass(frozen=True, slots=True)
-class ClassChange:
-    """What going on did to a class, on the calibration images that both models scored.
-
-    Attributes:
-        class_name: of the old model.
-        images: of the old calibration that are still there (0: nothing can be said).
-        median_before, median_after: of their scores.
-        threshold_before, threshold_after: of the class.
-        called_before, called_after: called bad by each model's own threshold.
-        called_at_old: called bad if the old threshold had been kept.
-    """
-
-    class_name: str
-    images: int
-    median_before: float = float("nan")
-    median_after: float = float("nan")
-    threshold_before: float = float("nan")
-    threshold_after: float = float("nan")
-    called_before: int = 0
-    called_after: int = 0
-    called_at_old: int = 0
-
-    def sentence(self) -> str:
-        """The same in words."""
-        if not self.images:
-            return f"{self.class_name}: none of its calibration images is in the data, so nothing can be said of it"
-        return (
-            f"{self.class_name}: on its {self.images} stored calibration images the median score went from "
-            f"{self.median_before:.2f} to {self.median_after:.2f} and the threshold from {self.threshold_before:.2f} "
-            f"to {self.threshold_after:.2f}; called bad before {self.called_before}, now {self.called_after}, "
-            f"with the old threshold kept {self.called_at_old}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the sentence; what is unknown becomes None."""
-        plain = {name: None if value != value else value for name, value in asdict(self).items()}
-        return {**plain, "sentence": self.sentence()}
+_NAME = "checkpoint.safetensors"
+LOG = "train.jsonl"
 
 
 def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
@@ -110,26 +76,109 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
         ) from None
 
 
-def changes(before: Decision, after: Decision) -> list[ClassChange]:
-    """What going on did to every old class."""
+def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
+    """What going on did to every old class, on the calibration images that both models scored.
+
+    ``called_at_old`` is how many images would be called bad had the old threshold been kept. Of a class without such
+    images nothing can be said: its numbers are None.
+    """
     scores_after = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
-    found = []
+    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
+    by_class = []
     for name in before.classes:
         pairs = [
-            (score, scores_after[key])
-            for score, key, owner in zip(
-                before.good.score.tolist(), before.good.key, before.good.class_name, strict=True
-            )
-            if owner == name and key and key in scores_after
+            (score, scores_after[key]) for score, key, owner in rows if owner == name and key in scores_after and key
         ]
-        found.append(_change(name, np.array(pairs), before, after) if pairs else ClassChange(name, 0))
-    return found
+        by_class.append(_change(name, np.array(pairs).reshape(-1, 2), before, after))
+    return by_class
 
 
-def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> ClassChange:
-    old, new = before.rule(name).image.value, after.rule(name).image.value
-    medians = np.median(pairs, axis=0)
-    return ClassChange(
-        name, len(pairs), float(medians[0]), float(medians[1]), old, new,
-        int((pairs[:, 0] >= old).sum()), int((pairs[:, 1] >= new).sum()), int((pairs[:, 1] >= old).sum()),
+def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> dict[str, Any]:
+    numbers = dict.fromkeys(
+        ("median_before", "median_after", "threshold_before", "threshold_after", "called_before", "called_after",
+         "called_at_old")
     )  # fmt: skip
+    sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
+    if len(pairs):
+        old, new = before.rule(name).image.value, after.rule(name).image.value
+        medians = np.median(pairs, axis=0).tolist()
+        called = [int((pairs[:, column] >= value).sum()) for column, value in ((0, old), (1, new), (1, old))]
+        numbers = dict(zip(numbers, (*medians, old, new, *called), strict=True))
+        sentence = (
+            f"{name}: on its {len(pairs)} stored calibration images the median score went from {medians[0]:.2f} to "
+            f"{medians[1]:.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before {called[0]}, now "
+            f"{called[1]}, with the old threshold kept {called[2]}"
+        )
+    return {"class_name": name, "images": len(pairs), **numbers, "sentence": sentence}
+
+
+# ---------------------------------------------------------------------------------------------- a run that was killed
+
+
+def save_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, step: int, fingerprint: str) -> None:
+    """Write the state after ``step`` steps; a crash while writing leaves the previous file whole.
+
+    Raises:
+        TrainingError: the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in student.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
+    new = work / f"{_NAME}.{os.getpid()}.new"
+    try:
+        save_file(tensors, new, metadata={"step": str(step), "fingerprint": fingerprint})
+        os.replace(new, work / _NAME)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"no checkpoint can be written in {work} ({error}); free some disk or give --work"
+        ) from None
+
+
+def load_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, fingerprint: str) -> int:
+    """Take up the state a killed run left; the number of steps already taken (0 without a checkpoint).
+
+    Raises:
+        TrainingError: the checkpoint belongs to other data or settings, or is damaged.
+    """
+    path = work / _NAME
+    if not path.is_file():
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from None
+    if meta.get("fingerprint") != fingerprint:
+        raise TrainingError(
+            f"{path} was made with other data or settings; delete the folder {work} or choose another --work"
+        )
+    student.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("student.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    return int(meta["step"])
+
+
+def remove_checkpoint(work: Path) -> None:
+    """Forget the checkpoint of a run that has finished, and what a killed one was writing."""
+    for path in work.glob(f"{_NAME}*"):
+        path.unlink(missing_ok=True)
+
+
+def leave_work(work: Path, log: Path) -> Path:
+    """After a saved run in a folder of our own choosing: only its log stays, as the file ``log``."""
+    remove_checkpoint(work)
+    if (work / LOG).is_file():
+        os.replace(work / LOG, log)
+    if not any(work.iterdir()):
+        work.rmdir()
+    return log

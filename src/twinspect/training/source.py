@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +20,14 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
-from twinspect.training.cache import FeatureCache, RecordLayout, image_key
-from twinspect.training.known import KnownFiles
-from twinspect.training.rounding import Rounded
-from twinspect.types import Sample
+from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
+from twinspect.training.copies import Altered
+from twinspect.training.tolerate import Disturbed
+from twinspect.types import Progress, Sample, Skipped
 
-Progress = Callable[[str, int, int], None]
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
 _AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """An image that could not be used, and why."""
-
-    path: Path
-    reason: str
 
 
 class FeatureSource:
@@ -85,7 +76,7 @@ class FeatureSource:
         pinned = self._model.device.type == "cuda"
         if self._cache is not None:
             return self._cache.read([self.keys[i] for i in indices], pinned)
-        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.shape.size) for i in indices]))
+        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.size) for i in indices]))
         return pixels.pin_memory() if pinned else pixels
 
     def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
@@ -130,7 +121,9 @@ class FeatureSource:
 
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.shape.size}|{kept.shrinks}|{kept.levels}"
+        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        if self._model.roi_SS is not None:
+            inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -163,17 +156,17 @@ class FeatureSource:
                 for sample in samples:
                     waiting.append((sample, pool.submit(self._decode, sample)))
                     if len(waiting) == _AHEAD:
-                        first, found = waiting.popleft()
-                        yield first, *found.result()
-                for first, found in waiting:
-                    yield first, *found.result()
+                        first, decoded = waiting.popleft()
+                        yield first, *decoded.result()
+                for first, decoded in waiting:
+                    yield first, *decoded.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if sample.record is not None or isinstance(sample, Rounded):
-                pixels = read_square(sample, self._model.shape.size)
+            if not sample.in_file or isinstance(sample, (Altered, Disturbed)):
+                pixels = read_square(sample, self._model.size)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
             if key is not None and (self._cache is None or key in self._cache):
@@ -181,10 +174,10 @@ class FeatureSource:
             before = sample.image.stat()
             key = image_key(sample.image.read_bytes())
             there = self._cache is not None and key in self._cache
-            found = None if there else read_square(sample, self._model.shape.size)
+            square = None if there else read_square(sample, self._model.size)
             if self._known is not None:
                 self._known.note(sample.image, before, key)
-            return key, found
+            return key, square
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
 
@@ -211,8 +204,10 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
 
 def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
     """One sample's RGB at the model's size: size x size x 3."""
+    if isinstance(sample, Disturbed):
+        return resize_rgb(sample.disturbed(read_sample_rgb(sample)), size)
     pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
-    return sample.around(pixels) if isinstance(sample, Rounded) else pixels
+    return sample.around(pixels) if isinstance(sample, Altered) else pixels
 
 
 def teacher_batch(model: AnomalyModel) -> int:
@@ -223,7 +218,7 @@ def teacher_batch(model: AnomalyModel) -> int:
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
 def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2)
+    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small

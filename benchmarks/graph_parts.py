@@ -1,0 +1,126 @@
+"""Where a call of a model's graph spends its time: teacher, students, scorer, in torch or ONNX Runtime.
+
+    PYTHONPATH=src python benchmarks/graph_parts.py model.onnx --batch 1,16
+
+Torch is timed part by part, ONNX Runtime by its own profile; OpenVINO does not say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predictor
+
+Clock = Callable[[], float]
+Pixels = NDArray[np.uint8]
+PARTS = ("teacher", "local", "semantic", "scorer")
+_PROFILED = 10  # calls in a profile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="bundle (.twin) or .onnx")
+    parser.add_argument("--batch", default="1,16", help="images per call, separated by commas")
+    parser.add_argument("--threads", type=int, default=0)
+    given = parser.parse_args()
+    runtime = load_predictor(given.model, threads=given.threads).runtime
+    for batch in (int(one) for one in given.batch.split(",")):
+        pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
+        parts = graph_parts(runtime, given.model, given.threads, pixels)
+        print(f"batch {batch}: " + ", ".join(f"{name} {value:.0%}" for name, value in parts.items()))
+
+
+def graph_parts(runtime: TorchRuntime | OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
+    """Shares of the graph's time by part."""
+    is_torch = isinstance(runtime, TorchRuntime)
+    seconds = torch_parts(runtime, pixels) if is_torch else onnx_parts(runtime, path, threads, pixels)
+    return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+
+
+def torch_parts(runtime: TorchRuntime, pixels: Pixels) -> dict[str, float]:
+    """Median seconds of the parts of the torch model, by timing them inside a run."""
+    model, clock = runtime.model, _torch_clock(runtime.device)
+    spent: dict[str, list[float]] = defaultdict(list)
+    modules = {**dict(model.student.named_children()), "scorer": model.scorer}
+    hooks = [hook for name, module in modules.items() for hook in _time_module(module, spent[name], clock)]
+    features = model.teacher.features
+
+    def timed(x: Any) -> Any:
+        began = clock()
+        found = features(x)
+        spent["teacher"].append(clock() - began)
+        return found
+
+    model.teacher.features = timed  # type: ignore[method-assign, assignment]
+    try:
+        for _ in range(_PROFILED):
+            began = clock()
+            runtime.call(pixels)
+            spent["whole"].append(clock() - began)
+    finally:
+        del model.teacher.features
+        for hook in hooks:
+            hook.remove()
+    # A model without a semantic student spends nothing there; a CNN's teacher looks at large images twice.
+    found = {name: float(np.median(spent[name] or [0.0])) for name in (*PARTS, "whole")}
+    found["teacher"] = float(np.sum(spent["teacher"])) / _PROFILED
+    found["other"] = max(0.0, found.pop("whole") - sum(found[name] for name in PARTS))
+    return found
+
+
+def _torch_clock(device: str) -> Clock:
+    if not str(device).startswith("cuda"):
+        return time.perf_counter
+    import torch
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def _time_module(module: Any, spent: list[float], clock: Clock) -> tuple[Any, Any]:
+    began: list[float] = []
+
+    def before(_module: Any, _inputs: Any) -> None:
+        began.append(clock())
+
+    def after(_module: Any, _inputs: Any, _output: Any) -> None:
+        spent.append(clock() - began.pop())
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
+
+
+def onnx_parts(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
+    """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
+    import onnxruntime as ort
+
+    pixels = np.resize(pixels, (runtime.batch or len(pixels), *pixels.shape[1:]))  # what a fixed export takes
+    spent: dict[str, float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        options = OnnxRuntime.options(threads)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = ort.InferenceSession(str(path), options, providers=runtime.session.get_providers())
+        for _ in range(_PROFILED):
+            session.run(None, {"image": pixels})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            part = event["name"].split("/")[0]
+            spent[part if part in PARTS else "other"] += event["dur"] / 1e6 / _PROFILED
+    return dict(spent)
+
+
+if __name__ == "__main__":
+    main()

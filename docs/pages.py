@@ -1,0 +1,155 @@
+"""Pages of the site that are made when it is built: those of the repository's root, and the references.
+
+MkDocs calls these functions (``hooks`` in mkdocs.yml).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+# Files outside of docs/ that are pages, too.
+OF_ROOT = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
+}
+_LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s:]+?)(#[^)\s]*)?\)")
+_FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that lie in no file of docs/."""
+    for path, page in OF_ROOT.items():
+        files.append(File.generated(config, page, content=(ROOT / path).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "reference/cli.md", content="\n".join(cli_page())))
+    files.append(File.generated(config, "reference/http.md", content="\n".join(http_page())))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Lead links of the repository to pages of the site; what is no page stays as text."""
+    here = next((path for path, name in OF_ROOT.items() if name == page.file.src_uri), f"docs/{page.file.src_uri}")
+    known = {file.src_uri for file in files}
+
+    def led(match: re.Match[str]) -> str:
+        target = os.path.normpath(os.path.join(os.path.dirname(here), match[2]))
+        name = OF_ROOT.get(target, target.removeprefix("docs/"))
+        if name not in known:
+            return match[1][1:-1] if not match[1].startswith("!") else match[0]
+        start = os.path.dirname(page.file.src_uri) or "."
+        return f"{match[1]}({os.path.relpath(name, start)}{match[3] or ''})"
+
+    parts = _FENCED.split(markdown)
+    return "".join(part if part.startswith("```") else _LINK.sub(led, part) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def cli_page() -> Iterator[str]:
+    """Every command with its arguments and options, as the program has them."""
+    import typer
+
+    from twinspect.cli import app
+
+    yield "# Command line\n"
+    yield "Made from the program itself. `twinspect COMMAND --help` says the same; of `fit` only the usual options.\n"
+    yield from _command(typer.main.get_command(app), "twinspect")
+
+
+def _command(command: Any, name: str) -> Iterator[str]:
+    inner = getattr(command, "commands", {})
+    if not inner:
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join([name, "[OPTIONS]", *(_argument(p) for p in arguments)])
+        yield f"## {name}\n\n{command.help}\n\n```text\n{usage}\n```\n"
+        yield from _rows(("argument", "meaning"), [(f"`{p.name.upper()}`", p.help) for p in arguments])
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        rows = [(", ".join(f"`{one}`" for one in (*p.opts, *p.secondary_opts)), _default(p), p.help) for p in options]
+        yield from _rows(("option", "default", "meaning"), rows)
+    for key in sorted(inner):
+        yield from _command(inner[key], f"{name} {key}")
+
+
+def _argument(parameter: Any) -> str:
+    shown = parameter.name.upper() + ("..." if parameter.nargs != 1 else "")
+    return shown if parameter.required else f"[{shown}]"
+
+
+def _default(option: Any) -> str:
+    value = option.default
+    if option.required:
+        return "needed"
+    return "" if callable(value) or value in (None, "", False) or str(value).startswith("Sentinel") else f"`{value}`"
+
+
+def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if rows:
+        yield _row(head)
+        yield "|" + "---|" * len(head)
+        yield from (_row(cells) for cells in rows)
+        yield ""
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+# ---------------------------------------------------------------------------------------------------- HTTP API
+
+
+def http_page() -> Iterator[str]:
+    """Routes and records of the server, from its own OpenAPI description."""
+    from twinspect.server.app import build_app
+    from twinspect.server.settings import Settings
+
+    described = build_app(Settings(), {}).openapi()
+    yield "# HTTP API\n"
+    yield "Made from the server's own description, which a running server gives at `/openapi.json`. "
+    yield "[The server](../deploy.md) says how to start one and how it behaves.\n"
+    for path, methods in described["paths"].items():
+        for method, route in methods.items():
+            yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
+            rows = [
+                (f"`{p['name']}`", p["in"], _kind(p["schema"]), p.get("description", ""))
+                for p in route.get("parameters", ())
+            ]
+            yield from _rows(("parameter", "in", "type", "meaning"), rows)
+            answers = [
+                (f"`{status}`", answer.get("description", ""), ", ".join(_body(answer)))
+                for status, answer in route["responses"].items()
+            ]
+            yield from _rows(("status", "meaning", "body"), answers)
+    yield "## Records\n"
+    for name, schema in described.get("components", {}).get("schemas", {}).items():
+        yield f"### {name}\n\n{schema.get('description', '')}\n"
+        rows = [
+            (f"`{field}`", _kind(value), value.get("description", ""))
+            for field, value in schema.get("properties", {}).items()
+        ]
+        yield from _rows(("field", "type", "meaning"), rows)
+
+
+def _body(answer: Mapping[str, Any]) -> Iterator[str]:
+    for kind, content in answer.get("content", {}).items():
+        yield f"{kind}: {_kind(content['schema'])}" if content.get("schema") else kind
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    """A type in words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(_kind(one) for one in schema["anyOf"])
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))

@@ -1,0 +1,152 @@
+"""What commands may be told: one field an option, with its default and its help. `cli` makes the options of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinspect.commands import argument, option
+
+_BUNDLE = "Trained model (.twin)."
+_WEIGHTS = "Local weights file of the teacher."
+_RUNTIME = "auto, torch, onnx or openvino; auto is what the file was made for."
+_REPORT = "Report file: .html, .md or .json."
+_JSON = "Write values as JSON to a file, or - to print."
+_IMAGES = "Folder that the paths of a manifest are relative to."
+_LABELLED = "Labelled data set, to compare image AUROC."
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """Of ``twinspect calibrate``."""
+
+    bundle: Path = argument(_BUNDLE)
+    good: Path | None = argument("Good images not trained on; none: new budgets only.", None)
+    max_fpr: float = option("Share of good images that may be called bad; 0: as before.", 0.0)
+    class_name: str = option("Class of all images and of the budgets.", "", "--class")
+    group: str = option("session: keep the budget in every session; none: over all.", "")
+    add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
+    unsure: tuple[float, float] = option("Rates of good images called bad, bad or unsure.", (0.0, 0.0))
+    region_fpr: float = option("Share of good images that may show a region.", 0.0)
+    labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
+    rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "")
+    miss_cost: float = option("Cost of a miss, a false alarm costs 1: min-cost.", 0.0)
+    source: Path | None = option("Take over from a copy of the same model.", None, "--from")
+    from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
+    since: str = option("With --from-log: decisions since a date or time.", "")
+    out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
+    report: tuple[Path, ...] = option(_REPORT, ())
+    json_file: str = option(_JSON, "", "--json")
+    layout: str = option("Layout of GOOD; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    weights: str = option(_WEIGHTS, "")
+    force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
+
+
+@dataclass(frozen=True, slots=True)
+class DriftOptions:
+    """Of ``twinspect drift``."""
+
+    bundle: Path = argument(_BUNDLE)
+    tables: tuple[Path, ...] = argument("Tables of twinspect predict, oldest first.")
+    false_alarm_rate: float = option("Chance of any alarm, ever, if nothing changes.", 0.01)
+    json_file: str = option(_JSON, "", "--json")
+    report: tuple[Path, ...] = option(_REPORT, ())
+
+
+@dataclass(frozen=True, slots=True)
+class ReproduceOptions:
+    """Of ``twinspect reproduce``."""
+
+    recipe: str = argument("Name of a recipe; without one they are listed.", "")
+    root: Path | None = option("Folder of the data set.", None)
+    out: Path | None = option("Folder for results; without: reproduce-out/RECIPE.", None)
+    teacher: str = option("Instead of the recipe's teacher.", "")
+    weights: str = option(_WEIGHTS, "")
+    seed: int = option("Seed of weights, order, noise and splits.", 0)
+    limit_steps: int = option("Train so many steps at most; 0: the recipe's.", 0)
+    size: int = option("Input side in pixels; 0: the recipe's.", 0)
+    drop_leaks: bool = option("Do not train on copies of test images.", False, "--drop-leaks")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCommandOptions:
+    """Of ``twinspect export``."""
+
+    bundle: Path = argument(_BUNDLE)
+    out: Path = option("File to write: .onnx or .xml (OpenVINO).")
+    format: str = option("onnx or openvino; empty reads it from --out.", "")
+    precision: str = option("fp32, int8, or fp16 (OpenVINO).", "fp32")
+    batch: int = option("Fix the number of images per call; 0 leaves it open.", 0)
+    any_size: bool = option("Let the graph itself resize images.", False, "--any-size")
+    images: Path | None = option("Good images, 32 or more, to prove it on.", None)
+    data: Path | None = option(_LABELLED, None)
+    accept_loss: bool = option("Write it although some answers differ from the model's.", False, "--accept-loss")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOptions:
+    """Of ``twinspect check``."""
+
+    export: Path = argument("Exported model (.onnx or .xml).")
+    bundle: Path = argument(_BUNDLE)
+    images: Path = argument("Images, 32 or more: a file, folder or quoted glob.")
+    data: Path | None = option(_LABELLED, None)
+    runtime: str = option(_RUNTIME, "auto")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Of ``twinspect bench``."""
+
+    model: Path = argument("Bundle (.twin) or exported model.")
+    runtime: str = option(_RUNTIME, "auto")
+    batch: str = option("Images per call, separated by commas.", "1,16")
+    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
+    images: Path | None = option("Images to decode; painted JPEGs without.", None)
+    seconds: float = option("Spent on each batch size.", 10.0)
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class DiagnoseOptions:
+    """Of ``twinspect diagnose``."""
+
+    bundle: Path = argument("Trained model (.twin), or an exported one.")
+    data: Path = argument("Folder of a data set with normal images of two classes or more.")
+    count: int = option("Images of each kind per ordered pair of classes.", 8)
+    normals: int = option("Normal images of each class to compare with.", 40)
+    classes: str = option("Only these classes, separated by commas.", "")
+    seed: int = option("Seed of everything drawn.", 0)
+    report: tuple[Path, ...] = option(_REPORT, ())
+    json_file: str = option(_JSON, "", "--json")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    runtime: str = option(_RUNTIME, "auto")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """Of ``twinspect data inspect``."""
+
+    path: Path = argument("Folder or manifest of a data set.")
+    layout: str = option("Layout of the data; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    protocol: str = option("Also list the splits of a protocol, or of all: all.", "")
+    leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
+    seed: int = option("Seed of the splits.", 0)
+    as_json: bool = option("Print everything as JSON.", False, "--json")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestOptions:
+    """Of ``twinspect data manifest``."""
+
+    path: Path = argument("Folder or manifest of a data set.")
+    out: Path = option("Manifest to write: .parquet or .csv.")
+    layout: str = option("Layout of the data; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")

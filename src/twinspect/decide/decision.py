@@ -1,0 +1,282 @@
+"""Everything between raw scores and answers: whose good images, which budget, which threshold. No torch.
+
+Conformal calibration is done per class. Where the class of an image is given, its score is ranked among the
+good images of that class; where it is predicted, among the good images *predicted* to be of that class, so
+that the promise holds with wrong predictions too. What becomes of classes with too few images: see `rules`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.decide.conformal import Threshold
+from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
+from twinspect.errors import BundleError, ConfigError, listed, unknown_name
+
+GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
+_FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
+ROI_SIDE = 128  # of the grid that a region of interest is drawn from
+KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
+
+
+class Verdict(NamedTuple):
+    """What a decision says about one image; see `Result` for the meaning of the fields."""
+
+    class_name: str
+    predicted_class: str
+    class_p: float
+    unknown_class: bool | None
+    p_value: float
+    threshold: float
+    threshold_unsure: float
+    answer: str
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """Everything between raw scores and answers; stored in the bundle as JSON.
+
+    Attributes:
+        good: calibration images.
+        class_of_cluster: most common training class of each cluster.
+        map_scale: (low, high) of map values for colours, one for all images.
+        budget: error budgets of every class.
+        budgets: of single classes, instead.
+        by_group: whether every group (session) must keep the budget, not only all together.
+        fixed: thresholds chosen on labelled images, by class.
+        model_id: of the model the scores belong to.
+        trained: sorted `image_id`s of the images that the model learnt from.
+        held: those of the images that the students were not trained on.
+        bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
+        thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
+        roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
+    """
+
+    good: GoodScores
+    class_of_cluster: tuple[str, ...]
+    map_scale: tuple[float, float]
+    budget: Budget = field(default_factory=Budget)
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
+    by_group: bool = False
+    fixed: Mapping[str, Threshold] = field(default_factory=dict)
+    model_id: str = ""
+    trained: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    bank: tuple[str, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
+    roi: str = ""
+    _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes that are known, sorted."""
+        return sorted({*self.class_of_cluster, *self.good.class_name} - {""})
+
+    @property
+    def threshold(self) -> Threshold:
+        """Image threshold of the only class, or of all classes together."""
+        classes = self.classes
+        return self.rule(classes[0] if len(classes) == 1 else "").image
+
+    def budget_of(self, class_name: str) -> Budget:
+        """Error budgets of a class."""
+        return self.budgets.get(class_name, self.budget)
+
+    def rule(self, class_name: str, given: bool = True) -> Rule:
+        """How images of a class are judged; ``given`` says whether the class is known or predicted."""
+        key = (class_name, given)
+        if key not in self._rules:
+            budget, fixed = self.budget_of(class_name), self.fixed.get(class_name)
+            self._rules[key] = make_rule(self.good, class_name, given, budget, self.by_group, fixed)
+        return self._rules[key]
+
+    def judge(
+        self, score: float, cluster: int, distance: float = float("nan"), class_name: str | None = None
+    ) -> Verdict:
+        """The answer for one image.
+
+        Args:
+            score: joint score.
+            cluster: index of the nearest cluster.
+            distance: to it; NaN where the model does not say.
+            class_name: class of the image, if known; else the cluster's class is taken.
+        """
+        predicted = self.class_of_cluster[cluster]
+        rule = self.rule(class_name or predicted, class_name is not None)
+        near = self.rule(predicted, given=False)
+        known = near.far is not None and distance == distance
+        unsure = rule.unsure.value if rule.unsure is not None else float("nan")
+        answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
+        return Verdict(
+            class_name or predicted, predicted,
+            near.class_p(distance),
+            bool(distance >= near.far.value) if known and near.far is not None else None,
+            rule.p_value(score), rule.image.value, unsure, answer, rule,
+        )  # fmt: skip
+
+    def nearest(self, place: int) -> tuple[str, bytes]:
+        """Name and small JPEG of a good image of the bank; empty where they are not known."""
+        name = self.bank[place] if 0 <= place < len(self.bank) else ""
+        return name, self.thumbnails[place] if name and place < len(self.thumbnails) else b""
+
+    def checked_class(self, class_name: str | None) -> str | None:
+        """The class itself.
+
+        Raises:
+            ConfigError: it is not one that the bundle knows.
+        """
+        if class_name is not None and class_name not in self.classes:
+            raise ConfigError(unknown_name("class", class_name, self.classes))
+        return class_name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        fixed = {n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()}
+        return {
+            "good": self.good.to_dict(),
+            "class_of_cluster": list(self.class_of_cluster),
+            "map_scale": list(self.map_scale),
+            "budget": self.budget.to_dict(),
+            "budgets": {name: one.to_dict() for name, one in self.budgets.items()},
+            "by_group": self.by_group,
+            "fixed": fixed,
+            "model_id": self.model_id,
+            "trained": _packed(self.trained),
+            "held": _packed(self.held),
+            "bank": list(self.bank),
+            "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
+            **({"roi": self.roi} if self.roi else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
+        low, high = values["map_scale"]
+        return cls(
+            GoodScores.from_dict(values["good"]),
+            tuple(str(name) for name in values["class_of_cluster"]),
+            (float(low), float(high)),
+            Budget(**values["budget"]),
+            {str(name): Budget(**one) for name, one in values["budgets"].items()},
+            bool(values["by_group"]),
+            {
+                str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
+                for name, t in values["fixed"].items()
+            },
+            str(values["model_id"]),
+            _unpacked(values["trained"]),
+            _unpacked(values["held"]),
+            tuple(map(str, values.get("bank", ()))),
+            tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
+            str(values.get("roi", "")),
+        )
+
+
+def _packed(keys: tuple[str, ...]) -> str:
+    return base64.b64encode(bytes.fromhex("".join(keys))).decode("ascii")
+
+
+def _unpacked(text: str) -> tuple[str, ...]:
+    digits, step = base64.b64decode(text, validate=True).hex(), 2 * KEY_BYTES
+    return tuple(digits[i : i + step] for i in range(0, len(digits), step))
+
+
+def pack_roi(roi_SS: NDArray[np.bool_]) -> str:
+    """A square region of interest on a grid that pictures are drawn from, as text."""
+    at = (np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE
+    return base64.b64encode(np.packbits(roi_SS[np.ix_(at.astype(int), at.astype(int))]).tobytes()).decode("ascii")
+
+
+def unpack_roi(text: str) -> NDArray[np.bool_] | None:
+    """The grid that `pack_roi` made, ROI_SIDE x ROI_SIDE; None for an empty text."""
+    if not text:
+        return None
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    return bits.reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
+
+
+def image_id(digest: bytes) -> str:
+    """Short name of an image from its content hash."""
+    return digest[:KEY_BYTES].hex()
+
+
+def refuse_other_model(decision: Decision, model_id: str, where: str) -> None:
+    """Refuse thresholds whose scores another model gave.
+
+    Raises:
+        BundleError: the ids differ.
+    """
+    if decision.model_id != model_id:
+        raise BundleError(
+            f"{where}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one "
+            f"is {model_id}); scores of two models cannot be compared. Type: twinspect calibrate BUNDLE GOOD"
+        )
+
+
+def promises(decision: Decision) -> Iterator[tuple[str, Rule]]:
+    """Every known class with its rule (class given); all classes together come last, where there are several."""
+    for name in decision.classes:
+        yield name, decision.rule(name)
+    if len(decision.classes) > 1:
+        yield "all classes", decision.rule("")
+
+
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class.
+
+    Args:
+        rows: class, label and whether the image is called anomalous.
+
+    Returns:
+        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
+        ``false_alarm_rate``; a share of no images is absent.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
+    return dict(sorted(counts.items()))
+
+
+def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
+    """One sentence on classes whose good images are taken for another's, and what to do; empty where none are.
+
+    Args:
+        taken: (class, class that its good images are taken for) to number of images.
+    """
+    images = Counter[str]()
+    for (name, _), count in taken.items():
+        images[name] += count
+    wrong = sorted(
+        ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
+    )
+    told = [
+        f"{count} of {images[name]} good images of {name} are taken for {other}"
+        for share, name, other, count in wrong
+        if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
+    ]
+    if not told:
+        return ""
+    return (
+        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
+        "(--class NAME), or give what is one product one name"
+    )
+
+
+def kept_keys(good: GoodScores, keys: Iterable[str]) -> NDArray[np.bool_]:
+    """Which of these images are not among the calibration images yet."""
+    present = set(good.key) - {""}
+    return np.array([key not in present for key in keys], dtype=np.bool_)

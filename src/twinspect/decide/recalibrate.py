@@ -1,0 +1,323 @@
+"""New calibration images, budgets or labels into a decision; the model stays as it is. No torch.
+
+Score images with `score_images`, then `recalibrate`. What was done, and what looks wrong, comes back as
+sentences; what cannot be promised is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.data.images import resize_rgb
+from twinspect.data.samples import read_sample_rgb
+from twinspect.decide.conformal import (
+    FEWEST,
+    Threshold,
+    conformal_threshold,
+    labelled_threshold,
+    refuse_unsupported,
+    suspicious_tail,
+)
+from twinspect.decide.decision import Decision, image_id, kept_keys
+from twinspect.decide.rules import Budget, GoodScores
+from twinspect.errors import ConfigError, DataError, listed
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
+
+if TYPE_CHECKING:
+    from twinspect.inference.predictor import Predictor
+
+_FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a threshold of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a calibration shall change; None leaves it as it is.
+
+    Attributes:
+        max_fpr, unsure, region_fpr: see `Budget`.
+        class_name: class of all images, and the only one whose budgets change.
+        by_group: whether every session must keep the budget.
+        add: keep the calibration images there are, instead of replacing those of the classes given.
+        rule: how labelled images choose thresholds (``f1-max``, ``min-cost``, ``zero-miss``).
+        miss_cost: of a missed defect, where a false alarm costs 1.
+    """
+
+    max_fpr: float | None = None
+    unsure: float | None = None
+    region_fpr: float | None = None
+    class_name: str | None = None
+    by_group: bool | None = None
+    add: bool = False
+    rule: str = ""
+    miss_cost: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Images with scores.
+
+    Attributes:
+        rows: as calibration images.
+        names: paths.
+        label_N: 1 defect, 0 good (or not known), as the data say.
+        failed: images that could not be read, with reasons.
+    """
+
+    rows: GoodScores
+    names: tuple[str, ...]
+    label_N: NDArray[np.int64]
+    failed: tuple[str, ...]
+
+
+class Session(NamedTuple):
+    """How a session would have fared with a threshold from the others of its class."""
+
+    class_name: str
+    group: str
+    images: int
+    called: int
+
+
+def good_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """Good images to calibrate with: those of the set's own calibration split, else of its training split.
+
+    Raises:
+        DataError: there are none.
+    """
+    normal = [s for s in samples if s.split != TEST and s.label in (0, None)]
+    held = [s for s in normal if s.split == CALIBRATION]
+    good = held or [s for s in normal if s.split == TRAIN]
+    if not good:
+        raise DataError("no good images found; give a folder of good images, or one with a folder good inside")
+    return good
+
+
+def score_images(
+    predictor: Predictor, samples: Sequence[Sample], class_name: str | None, root: Path | None, progress: Progress
+) -> Scored:
+    """Score images for calibration.
+
+    Args:
+        predictor: of the bundle.
+        samples: good images, or labelled ones.
+        class_name: class of all of them; None takes the data's where the bundle knows it, else the predicted.
+        root: folder whose sub-folders are sessions where the data name none; None: no sessions.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ConfigError: a class that the bundle does not know.
+        DataError: a score that is not finite.
+    """
+    known = set(predictor.decision.classes)
+    columns: dict[str, list[object]] = {f.name: [] for f in dataclasses.fields(GoodScores)}
+    names, labels, failed = [], [], []
+    results = predictor.predict(list(samples), maps=False, pixels=False, class_name=class_name)
+    for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
+        progress("scoring", done + 1, len(samples))
+        if result.error and result.width:
+            raise DataError(result.error)  # it was read, but its score is not finite
+        if result.error:
+            failed.append(result.error)
+            continue
+        name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
+        row = (
+            result.score, result.peak, result.cluster_distance, name, result.predicted_class,
+            sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size),
+        )  # fmt: skip
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+        names.append(result.path)
+        labels.append(int(sample.label == 1))
+    numbers = {n: np.array(columns[n], np.float64) for n in ("score", "peak", "distance")}
+    rows = GoodScores.of_columns({**{n: tuple(v) for n, v in columns.items()}, **numbers})
+    return Scored(rows, tuple(names), np.array(labels, np.int64), tuple(failed))
+
+
+def session_of(sample: Sample, root: Path | None) -> str:
+    """The sub-folder of ``root`` that an image lies in; empty for none."""
+    if root is None or not sample.image.is_relative_to(root):
+        return ""
+    inside = sample.image.relative_to(root).parent.as_posix()
+    return "" if inside == "." else inside
+
+
+def image_key(sample: Sample, size: int) -> str:
+    """As the training room names an image: by its file, or by its pixels at the model's size."""
+    if sample.in_file:
+        return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
+    return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
+
+
+def recalibrate(
+    decision: Decision, request: Request, scored: Scored | None = None, labelled: Scored | None = None
+) -> tuple[Decision, list[str]]:
+    """A new decision of the same model, and sentences on what was done and what looks wrong.
+
+    Args:
+        decision: of the bundle.
+        request: what shall change.
+        scored: good images; None keeps those there are.
+        labelled: good and bad images that choose thresholds.
+
+    Raises:
+        ConfigError: a budget that the number of images cannot support, or no sessions to go by.
+        DataError: too few images.
+    """
+    decision.checked_class(request.class_name)
+    notes: list[str] = []
+    good = decision.good
+    if scored is not None:
+        fresh = _fresh(decision, scored, request.add, notes)
+        good = _merged(decision, fresh, request.add, notes)
+    if len(good) < FEWEST:
+        raise DataError(
+            f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
+        )
+    budget, budgets = _budgets(decision, request)
+    by_group = decision.by_group if request.by_group is None else request.by_group
+    fixed = dict(decision.fixed)
+    if request.max_fpr is not None:
+        cleared = [n for n in fixed if request.class_name in (None, n)]
+        notes += [f"{n}: its threshold from labelled images gives way to the budget" for n in cleared]
+        fixed = {n: t for n, t in fixed.items() if n not in cleared}
+    if labelled is not None:
+        fixed |= fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
+    new = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
+    _refuse_promises(new, request.class_name)
+    return new, notes
+
+
+def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
+    """The new images without those the model learnt from, copies, and those that are there already."""
+    rows = scored.rows
+    trained = set(decision.trained)
+    first = {key: place for place, key in reversed(list(enumerate(rows.key)))}
+    learnt = np.array([key in trained for key in rows.key], dtype=np.bool_)
+    copies = np.array([first[key] != place for place, key in enumerate(rows.key)], dtype=np.bool_)
+    there = ~kept_keys(decision.good, rows.key) if add else np.zeros(len(rows), dtype=np.bool_)
+    for kind, what in (
+        (learnt, "the model was trained on them, so they score too well"),
+        (copies & ~learnt, "they are copies of others given"),
+        (there & ~learnt & ~copies, "they are among the calibration images already"),
+    ):
+        if kind.any():
+            notes.append(f"{int(kind.sum())} of {len(rows)} images left out: {what}")
+    usable = ~(learnt | copies | there)
+    if not usable.any():
+        raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes) or 'there are none'}")
+    notes += suspects(rows.take(usable), [n for n, k in zip(scored.names, usable, strict=True) if k])
+    return rows.take(usable)
+
+
+def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) -> GoodScores:
+    if add:
+        notes.append(f"{len(fresh)} good images added to {len(decision.good)}")
+        return decision.good.join(fresh)
+    present = set(fresh.class_name)
+    others = np.array([name not in present for name in decision.good.class_name], dtype=np.bool_)
+    if others.any():
+        named = ", ".join(f"{n} ({c})" for n, c in sorted(Counter(decision.good.take(others).class_name).items()))
+        notes.append(f"calibrated {', '.join(sorted(present))}; earlier calibration images are kept for {named}")
+    before, now = Counter(decision.good.class_name), Counter(fresh.class_name)
+    for name in sorted(present):
+        if now[name] < before[name]:
+            notes.append(f"{name}: {now[name]} in the place of {before[name]} earlier ones; --add would keep both")
+    return decision.good.take(others).join(fresh)
+
+
+def suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
+    """Sentences on images among the good ones that score apart from the rest of their class."""
+    sentences = []
+    for class_name in sorted(set(rows.class_name)):
+        at = np.flatnonzero(rows.of_class(class_name, given=True))
+        odd = at[suspicious_tail(rows.score[at])]
+        if len(odd):
+            named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
+            sentences.append(
+                f"{class_name}: {len(odd)} of {len(at)} images score far above the others, as if anomalies were "
+                f"among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
+                "calibrate again"
+            )
+    return sentences
+
+
+def _budgets(decision: Decision, request: Request) -> tuple[Budget, Mapping[str, Budget]]:
+    asked = (request.max_fpr, request.unsure, request.region_fpr)
+    if all(one is None for one in asked):
+        return decision.budget, decision.budgets
+    base = decision.budget_of(request.class_name or "")
+    max_fpr = base.max_fpr if request.max_fpr is None else request.max_fpr
+    # A new budget without --unsure asks for two answers; --region-fpr follows --max-fpr unless it is given.
+    unsure = request.unsure if request.max_fpr is not None else request.unsure or base.unsure
+    region = request.region_fpr or (base.region_fpr if request.max_fpr is None else max_fpr)
+    new = Budget(max_fpr, unsure, region)
+    if request.class_name is None:
+        return new, {}
+    return decision.budget, {**decision.budgets, request.class_name: new}
+
+
+def _refuse_promises(decision: Decision, class_name: str | None) -> None:
+    """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
+    asked, good = (decision.budget, *decision.budgets.values()), decision.good
+    if class_name is not None:  # a class goes by its own images
+        asked, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
+    for budget in asked:
+        refuse_unsupported(len(good), budget.max_fpr)
+        peaks = int(np.isfinite(good.peak).sum())
+        if peaks:
+            refuse_unsupported(peaks, budget.region_fpr, "--region-fpr")
+    if decision.by_group and not sessions(decision):
+        raise ConfigError(
+            "--group session: no class has two sessions. Name them in a manifest's column 'group', or give one "
+            "sub-folder per session together with --class NAME"
+        )
+
+
+def fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[str]) -> dict[str, Threshold]:
+    """Thresholds of every labelled class; one with few labels takes that of all labelled images together.
+
+    Raises:
+        DataError: not both kinds of label.
+    """
+    together = labelled_threshold(labelled.rows.score, labelled.label_N, rule, miss_cost)
+    thresholds = {}
+    for name in sorted(set(labelled.rows.class_name)):
+        of_class = labelled.rows.of_class(name, given=True)
+        labels = labelled.label_N[of_class]
+        bad = int(labels.sum())
+        if min(bad, len(labels) - bad) >= _FEWEST_LABELLED:
+            thresholds[name] = labelled_threshold(labelled.rows.score[of_class], labels, rule, miss_cost)
+        else:
+            thresholds[name] = together
+            notes.append(
+                f"{name}: {bad} defects and {len(labels) - bad} good images are labelled, {_FEWEST_LABELLED} of each "
+                "are needed for a threshold of its own; that of all labelled images is used"
+            )
+    notes.append("thresholds were chosen on labelled images; measure on others, or the numbers flatter")
+    return thresholds
+
+
+def sessions(decision: Decision) -> list[Session]:
+    """Leave-one-session-out: every session of a class against the threshold of the other sessions."""
+    return [one for name in decision.classes for one in _sessions_of(decision, name)]
+
+
+def _sessions_of(decision: Decision, class_name: str) -> Iterator[Session]:
+    rows = decision.good.take(decision.good.of_class(class_name, given=True))
+    groups = np.array(rows.group)
+    names = sorted(set(rows.group) - {""})
+    if len(names) < 2:
+        return
+    for name in names:
+        inside = groups == name
+        value = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
+        yield Session(class_name, name, int(inside.sum()), int((rows.score[inside] >= value).sum()))

@@ -1,0 +1,159 @@
+"""Frames of video files, cameras and network streams as images, read by OpenCV (extra ``video``). No torch.
+
+Every frame of a file is given. Of a camera or a network stream the newest one is: a thread reads all of them, so that
+an answer is about now, however slow the model is. Such a source does not end; one that breaks off is opened again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twinspect.errors import DataError, TwinspectError
+from twinspect.inference.archives import Item
+
+if TYPE_CHECKING:
+    import cv2
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg")
+CAMERA = "camera:"
+_ENDLESS = (CAMERA, "rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://")
+_RETRY_SECONDS = 2.0  # between attempts to open a source that broke off
+_LOOK_SECONDS = 0.5  # a wait no longer than this can be stopped by Ctrl-C on every system
+
+
+def is_endless(source: object) -> bool:
+    """Whether a source is a camera (``camera:0``) or a stream of video from the network."""
+    return isinstance(source, str) and source.lower().startswith(_ENDLESS)
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a video by its name."""
+    return os.fspath(path).lower().endswith(VIDEOS)
+
+
+def file_frames(path: str) -> Iterator[Item]:
+    """Every frame of a video file; one that cannot be read becomes an item with an error.
+
+    Raises:
+        TwinspectError: OpenCV is not installed.
+    """
+    try:
+        capture = _opened(path)
+    except DataError as error:
+        yield Item(path, error=str(error))
+        return
+    number = 0
+    while (pixels := _next(capture)) is not None:
+        yield Item(f"{path}#{number}", pixels=pixels)
+        number += 1
+    capture.release()
+    if not number:
+        yield Item(path, error=f"{path}: no frame of the video can be decoded; copy it again, or convert it to H.264")
+
+
+def live_frames(source: str) -> Iterator[Item]:
+    """The newest frame of a camera or network stream, each time that one is asked for. It does not end.
+
+    Frames are numbered as the source gave them, so gaps tell how many were passed over. A source that breaks off
+    gives one item with an error, then frames again once it is back.
+
+    Raises:
+        DataError: at once, where it cannot be opened.
+        TwinspectError: at once, where OpenCV is not installed.
+    """
+    return _followed(_opened(source), source, _without_password(source))
+
+
+def _followed(capture: cv2.VideoCapture | None, source: str, name: str) -> Iterator[Item]:
+    number = 0
+    while True:
+        if capture is not None:
+            newest = _Newest(capture, number)
+            try:
+                while (found := newest.frame()) is not None:
+                    number, pixels = found
+                    yield Item(f"{name}#{number}", pixels=pixels)
+            finally:
+                newest.stop()
+            number = newest.number
+            yield Item(name, error=f"{name}: gives no more frames; it is opened again every {_RETRY_SECONDS:g} s")
+        time.sleep(_RETRY_SECONDS)
+        try:
+            capture = _opened(source)
+        except DataError:
+            capture = None
+
+
+class _Newest:
+    """Reads a capture in a thread and keeps its newest frame only."""
+
+    def __init__(self, capture: cv2.VideoCapture, number: int) -> None:
+        self._capture, self.number = capture, number
+        self._held: tuple[int, NDArray[np.uint8]] | None = None
+        self._ended = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def frame(self) -> tuple[int, NDArray[np.uint8]] | None:
+        """Number and pixels of the newest frame not given yet; waits for one. None: there are no more."""
+        with self._changed:
+            while self._held is None and not self._ended:
+                self._changed.wait(_LOOK_SECONDS)
+            found, self._held = self._held, None
+            return found
+
+    def stop(self) -> None:
+        """Let go of the source, as soon as it gives its next frame."""
+        self._ended = True
+
+    def _read(self) -> None:
+        while not self._ended and (pixels := _next(self._capture)) is not None:
+            with self._changed:
+                self._held = (self.number, pixels)
+                self.number += 1
+                self._changed.notify()
+        self._capture.release()
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+
+def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
+    """The next frame as RGB; None at the end."""
+    there, bgr = capture.read()
+    return np.ascontiguousarray(bgr[..., ::-1]) if there else None
+
+
+def _opened(source: str) -> cv2.VideoCapture:
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what goes wrong is said by us
+    try:
+        import cv2
+    except ImportError:
+        raise TwinspectError(
+            f"{source}: videos and cameras need OpenCV; type: pip install 'twinspect[video]'"
+        ) from None
+    cv2.utils.logging.setLogLevel(0)
+    name, device = _without_password(source), source[len(CAMERA) :]
+    if source.lower().startswith(CAMERA):
+        capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
+    else:
+        capture = cv2.VideoCapture(source if is_endless(source) else str(Path(source).resolve()))
+    if not capture.isOpened():
+        raise DataError(
+            f"{name} cannot be opened as a video; give camera:0, an address such as rtsp://HOST/PATH, or a file"
+        )
+    return capture
+
+
+def _without_password(source: str) -> str:
+    """What rows and messages call a source: an address without the user's name and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source)

@@ -1,0 +1,444 @@
+"""Pixel metrics over any number of maps, in constant memory, with a proven bound on their error.
+
+A ``ScoreHistogram`` keeps integer counts per score (see ``pages``), so that updates and merges commute: any order and
+any number of parts end in the same bits. One pass over the bins, from the highest score down, gives every metric.
+
+**Regions.** The per-region overlap of Bergmann et al. (MVTec AD, IJCV 2021) is linear in pixels: at any threshold it
+is the mean over regions of (pixels found / region size), a sum in which every pixel of region r weighs
+1 / (size_r * number of regions). The saturated overlap of MVTec LOCO (Bergmann et al., IJCV 2022) is the mean
+of min(pixels found / saturation area, 1): only the highest-scoring ``saturation`` pixels of a region ever
+count, each 1 / saturation. Both are thus ROC curves of weighted pixels: a histogram of weights is enough. A region's
+whole weight is the integer ``UNIT``; its pixel of rank i gets floor((i+1) UNIT / s) - floor(i UNIT / s). Integers, so
+sums do not depend on order, and the sum over any top part is within 2**-36 of the true fraction. The curve runs over
+the false positive rate (pixels of good images and defect-free pixels of anomalous ones), is joined by straight lines
+(a tie is a line), cut at the limit by linear interpolation, and the area is divided by the limit.
+
+**Error.** While the counts fit (128 MiB by default) every bin is one float32 value and results are exact. Beyond
+that a bin may hold different scores, and the true curve inside it can be any monotone path between the bin's two
+corners. The reported value takes the tie (straight line); the bound is the larger distance to the two extreme
+paths, summed over bins. It is a proof, not an estimate, and it is zero when no bin mixes scores. For scores spread
+over a decade the default limit gives about 7 million bins and a bound of about 1e-6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from twinspect.errors import DataError
+from twinspect.metrics.pages import (
+    CHUNK_PAGES,
+    PAGE,
+    PAGE_BITS,
+    Bins,
+    MemoryBudget,
+    PagedCounts,
+    edges_of,
+    keys_of,
+    scores_of,
+)
+
+MEMORY_LIMIT = 128 << 20
+UNIT = 1 << 36  # leaves room for 2**27 regions, and for regions of 2**27 pixels, in int64
+_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+# Areas under a curve of regions: whether regions saturate, and the false positive rate at which the area ends.
+REGION_METRICS: dict[str, tuple[Literal["pro", "spro"], float]] = {
+    "aupro": ("pro", 0.3),
+    "aupro_005": ("pro", 0.05),
+    "auspro_005": ("spro", 0.05),
+}
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", *REGION_METRICS)
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Region = tuple[Mask, float]  # with its saturation area in pixels
+
+
+class Tables(NamedTuple):
+    """Counts over scores: all pixels, defect pixels, weights of connected and of saturated regions."""
+
+    all: PagedCounts
+    positive: PagedCounts
+    pro: PagedCounts
+    spro: PagedCounts
+
+
+class PixelTotals(NamedTuple):
+    """Whole counts: pixels, defect pixels, connected regions, regions with a saturation area."""
+
+    pixels: int = 0
+    positives: int = 0
+    regions: int = 0
+    saturated: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[PixelTotals]) -> PixelTotals:
+        """Sum of several."""
+        return cls(*map(sum, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSummary:
+    """Pixel metrics of one set of maps.
+
+    Attributes:
+        values: by the names of ``PIXEL_METRICS``; nan where undefined.
+        bounds: for every metric, the most that the value can differ from the exact one; 0.0 means exact.
+        totals: what was counted.
+    """
+
+    values: dict[str, float]
+    bounds: dict[str, float]
+    totals: PixelTotals
+
+    @property
+    def error_bound(self) -> float:
+        """Largest of the bounds."""
+        return max(self.bounds.values(), default=0.0)
+
+
+class ScoreHistogram:
+    """Counts of pixel scores: normal, defect, and weighted by ground-truth region.
+
+    Args:
+        memory_limit: bytes that the counts may use; reaching it makes the bins coarser, never fails.
+        budget: memory shared with other histograms instead of ``memory_limit``.
+    """
+
+    def __init__(self, memory_limit: int = MEMORY_LIMIT, budget: MemoryBudget | None = None) -> None:
+        self.budget = budget or MemoryBudget(memory_limit)
+        self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
+        self.totals = PixelTotals()
+        self.maps = 0
+        self.rounded = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of counts held."""
+        return sum(table.nbytes for table in self.tables)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every bin is a single score, so that all results are exact."""
+        return self.budget.drop == 1 and not self.rounded
+
+    def update(
+        self,
+        map_HW: ArrayLike,
+        mask_HW: ArrayLike | None = None,
+        name: str = "",
+        regions: Sequence[tuple[ArrayLike, float]] | None = None,
+    ) -> None:
+        """Count one map.
+
+        Args:
+            map_HW: H x W finite scores of any range, higher means more anomalous.
+            mask_HW: H x W, non-zero means defect; None means no defect pixel (except those of ``regions``).
+            name: image name for error messages.
+            regions: (mask H x W, saturation area in pixels) of every annotated region, each one region whether
+                connected or not, for sPRO only; their union is added to the mask. An area above the region's size
+                means the size.
+
+        Raises:
+            DataError: a map or mask that cannot be used, or an area that is not above 0; nothing is counted then.
+        """
+        who = name or f"map number {self.maps}"
+        values, rounded = _as_map(map_HW, who)
+        given = [(_as_mask(m, values.shape, who), _as_area(area, who)) for m, area in regions or ()]
+        mask = None if mask_HW is None else _as_mask(mask_HW, values.shape, who)
+        for region, _ in given:
+            mask = region if mask is None else mask | region
+        self.rounded |= rounded
+        self.maps += 1
+        self._count(keys_of(values), mask, given)
+
+    def _count(self, keys: Bins, mask: Mask | None, given: Sequence[Region]) -> None:
+        self.tables.all.add(keys)
+        positives = regions = 0
+        if mask is not None and mask.any():
+            where, number, regions = connected_regions(mask)
+            positives = len(where)
+            self.tables.positive.add(keys[where])
+            self.tables.pro.add(*region_weights(keys[where], number))
+        where, number, areas = _given_regions(given)
+        if len(areas):
+            self.tables.spro.add(*region_weights(keys[where], number, areas))
+        self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, regions, len(areas))])
+
+    def merge(self, other: ScoreHistogram) -> None:
+        """Add the counts of another histogram, which stays as it is.
+
+        Raises:
+            DataError: the other one has a different memory limit, so its resolution means something else.
+        """
+        if other.budget.limit != self.budget.limit:
+            raise DataError(
+                f"cannot merge histograms with memory limits {self.budget.limit} and {other.budget.limit}"
+            )
+        while self.budget.drop < other.budget.drop:
+            self.budget.coarsen()
+        for mine, theirs in zip(self.tables, other.tables, strict=True):
+            drop = other.budget.drop
+            for pages, rows in theirs.chunks():
+                mine.add_pages(pages, rows, drop)
+        self.totals = PixelTotals.of([self.totals, other.totals])
+        self.maps += other.maps
+        self.rounded |= other.rounded
+
+    def compute(self) -> PixelSummary:
+        """Metrics of everything counted so far, with error bounds."""
+        return summarise([self])
+
+
+def aupro(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike | None], limit: float = 0.3) -> float:
+    """Area under the per-region overlap curve, 0 to 1; nan without a region or without a normal pixel.
+
+    Args:
+        maps: H x W score maps; sizes may differ.
+        masks: one H x W mask per map, non-zero means defect; None for a good image.
+        limit: false positive rate at which the curve ends.
+
+    Raises:
+        DataError: a limit outside (0, 1], or a map or mask that cannot be used.
+    """
+    histogram = ScoreHistogram()
+    for map_HW, mask_HW in zip(maps, masks, strict=True):
+        histogram.update(map_HW, mask_HW)
+    return summarise([histogram], {"aupro": ("pro", _as_limit(limit))}).values["aupro"]
+
+
+def auspro(
+    maps: Iterable[ArrayLike], regions: Iterable[Sequence[tuple[ArrayLike, float]]], limit: float = 0.05
+) -> float:
+    """Area under the saturated per-region overlap curve, 0 to 1; nan without a region or a normal pixel.
+
+    Args:
+        maps: H x W score maps; sizes may differ.
+        regions: for every map its (mask H x W, saturation area in pixels) pairs, each one region whether
+            connected or not; empty for a good image. An area above the region's size means the size.
+        limit: false positive rate at which the curve ends.
+
+    Raises:
+        DataError: a limit outside (0, 1], or a map, mask or area that cannot be used.
+    """
+    histogram = ScoreHistogram()
+    for map_HW, pairs in zip(maps, regions, strict=True):
+        histogram.update(map_HW, regions=pairs)
+    return summarise([histogram], {"auspro": ("spro", _as_limit(limit))}).values["auspro"]
+
+
+def _as_limit(limit: float) -> float:
+    if not 0 < limit <= 1:
+        raise DataError(f"false positive rate limit is {limit}; accepted: above 0, at most 1 (usual: 0.3)")
+    return limit
+
+
+def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
+    """One score map as float32, and whether rounding may have made different scores equal.
+
+    Rounding never swaps two scores; magnitudes above 3.4e38 become 3.4e38.
+    """
+    values = np.asarray(map_HW)
+    if values.ndim != 2 or not values.size:
+        raise DataError(f"score map of {who} has shape {values.shape}; accepted: (height, width), not empty")
+    if values.dtype.kind not in "fiub":
+        raise DataError(f"score map of {who} holds {values.dtype}; accepted: real numbers")
+    if values.dtype.kind != "f":
+        small = int(values.max()) <= 1 << 24 and int(values.min()) >= -(1 << 24)
+        return values.astype(np.float32), not small
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, col = bad[0]
+        raise DataError(
+            f"score map of {who} has {len(bad)} values that are not finite; the first is "
+            f"{values[row, col]} at row {row}, column {col}"
+        )
+    if values.dtype.itemsize <= 4:
+        return values.astype(np.float32, copy=False), False
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = np.nan_to_num(values.astype(np.float32))
+    return narrow, not np.array_equal(narrow.astype(values.dtype), values)
+
+
+def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
+    mask = np.asarray(mask_HW)
+    if mask.shape != shape:
+        raise DataError(f"mask of {who} has shape {mask.shape}, its score map {shape}; they must be the same")
+    if mask.dtype.kind not in "fiub":
+        raise DataError(f"mask of {who} holds {mask.dtype}; accepted: bool or numbers (non-zero = defect)")
+    return mask if mask.dtype == np.bool_ else mask != 0
+
+
+def _as_area(area: float, who: str) -> float:
+    if not np.isfinite(area) or area <= 0:
+        raise DataError(f"saturation area of a region of {who} is {area}; accepted: pixels, above 0")
+    return area
+
+
+# -------------------------------------------------------------------------------------------- regions
+
+
+def connected_regions(mask_HW: Mask) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
+    """8-connected regions of a mask.
+
+    Returns:
+        Flat positions of the defect pixels, the region number (from 0) of each, and the number of regions.
+    """
+    rows, cols = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    if not len(rows):
+        return np.zeros(0, np.intp), np.zeros(0, np.int64), 0
+    top, left = rows[0], cols[0]
+    crop = mask_HW[top : rows[-1] + 1, left : cols[-1] + 1]
+    labels, count = ndimage.label(crop, structure=_EIGHT_NEIGHBOURS)
+    y, x = np.nonzero(crop)
+    return (y + top) * mask_HW.shape[1] + x + left, labels[y, x].astype(np.int64) - 1, int(count)
+
+
+def _given_regions(regions: Sequence[Region]) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
+    """Flat positions of the region pixels, the region number of each, the saturation area of every region."""
+    flat = [(np.flatnonzero(mask), area) for mask, area in regions]
+    flat = [(pixels, area) for pixels, area in flat if len(pixels)]
+    pixels = np.concatenate([p for p, _ in flat]) if flat else np.zeros(0, np.intp)
+    number = np.repeat(np.arange(len(flat)), [len(p) for p, _ in flat])
+    areas = [max(1, min(len(p), int(area))) for p, area in flat]
+    return pixels, number, np.array(areas, np.int64)
+
+
+def region_weights(
+    keys: Bins, number: NDArray[np.int64], areas: NDArray[np.int64] | None = None
+) -> tuple[Bins, NDArray[np.int64]]:
+    """Weight of every region pixel, by its rank from the top within its region.
+
+    Args:
+        keys: ordered keys of the pixels' scores.
+        number: region of each pixel, from 0.
+        areas: saturation area per region; None means the region's size (plain PRO).
+
+    Returns:
+        Keys, sorted by region and score, and their integer weights; each region sums to ``UNIT``.
+    """
+    packed = np.sort((number.astype(np.uint64) << np.uint64(32)) | keys)
+    sizes = np.bincount(number)
+    areas = sizes if areas is None else areas
+    end, area = np.repeat(np.cumsum(sizes), sizes), np.repeat(areas, sizes)
+    above = end - 1 - np.arange(len(packed))
+    upper, lower = np.minimum(above + 1, area), np.minimum(above, area)
+    return packed.astype(np.uint32), upper * UNIT // area - lower * UNIT // area
+
+
+# ------------------------------------------------------------------------- one pass over all scores
+
+
+class Bin(NamedTuple):
+    """Columns over non-empty bins, scores descending: counts in the bin, and whether it may mix scores."""
+
+    score: NDArray[np.float32]
+    negative: Floats
+    positive: Floats
+    pro: Floats
+    spro: Floats
+    mixed: NDArray[np.bool_]
+
+
+def _descending(tables: Sequence[Tables], rounded: bool) -> Iterator[Bin]:
+    """Bins of the sum of several sets of tables on one budget, from the highest score down."""
+    drop = tables[0].all.budget.drop
+    pages = np.unique(np.concatenate([t.all.pages() for t in tables]))[::-1]
+    for start in range(0, len(pages), CHUNK_PAGES):
+        part = pages[start : start + CHUNK_PAGES]
+        counts = [sum(t[i].rows(part) for t in tables)[:, ::-1].ravel() for i in range(4)]  # type: ignore[index]
+        full = np.flatnonzero(counts[0])
+        bins: Bins = ((part[full >> PAGE_BITS] + np.uint32(1)) << np.uint32(PAGE_BITS)) - np.uint32(1)
+        bins -= (full & (PAGE - 1)).astype(np.uint32)
+        everything, positive, pro, spro = (c[full].astype(np.float64) for c in counts)
+        mixed = np.full(len(bins), rounded) | ((bins & np.uint32(1)).astype(bool) & (drop > 1))
+        yield Bin(scores_of(edges_of(bins, drop)), everything - positive, positive, pro, spro, mixed)
+
+
+@dataclass
+class _Area:
+    """Area under (false positives, found weight) up to a false positive count."""
+
+    column: Literal["positive", "pro", "spro"]
+    limit: float
+    whole: float
+    found: float = 0.0
+    area: float = 0.0
+    slack: float = 0.0
+
+    def add(self, start: Floats, bins: Bin) -> None:
+        """Add bins whose false positives start at ``start``; the last one counts only up to the limit."""
+        weight: Floats = getattr(bins, self.column)
+        end = self.found + np.cumsum(weight)
+        width = np.clip(self.limit - start, 0, bins.negative)
+        share = width / np.maximum(bins.negative, 1)
+        self.area += float(np.sum(width * (end - weight * (1 - share / 2))))
+        self.slack += float(np.sum((width * weight * (1 - share / 2))[bins.mixed]))
+        self.found = float(end[-1])
+
+    def result(self) -> tuple[float, float]:
+        """Area and slack as fractions of the rectangle limit x whole weight; nan if that is empty."""
+        full = self.limit * self.whole
+        return (self.area / full, self.slack / full) if full else (math.nan, 0.0)
+
+
+@dataclass
+class _Precision:
+    """Average precision and best F1, with their extremes inside mixed bins."""
+
+    positives: int
+    ap: float = 0.0
+    slack: float = 0.0
+    f1: float = 0.0
+    f1_upper: float = 0.0
+
+    def add(self, bins: Bin, tp: Floats, fp: Floats) -> None:
+        """Add bins; ``tp`` and ``fp`` are counts at or above the bottom of each bin."""
+        self.ap += float(np.sum(bins.positive * (tp / (tp + fp))))
+        self.f1 = max(self.f1, float(np.max(2 * tp / (tp + fp + self.positives))))
+        m = np.flatnonzero(bins.mixed & (bins.positive > 0) & (bins.negative > 0))
+        if not len(m):
+            return
+        tp, fp, p, n = tp[m], fp[m], bins.positive[m], bins.negative[m]
+        upper, value = tp / (tp + fp - n), tp / (tp + fp)
+        # Worst order: negatives first. (TP+j) / (TP+j+FP) is concave in j: its mean is above its ends' mean.
+        lower = (value + (tp - p + 1) / (tp - p + 1 + fp)) / 2
+        self.slack += float(np.sum(p * np.maximum(upper - value, value - lower)))
+        self.f1_upper = max(self.f1_upper, float(np.max(2 * tp / (tp + fp - n + self.positives))))
+
+
+def summarise(
+    histograms: Sequence[ScoreHistogram],
+    region_metrics: Mapping[str, tuple[Literal["pro", "spro"], float]] = REGION_METRICS,
+) -> PixelSummary:
+    """Pixel metrics of the sum of one or more histograms on the same budget.
+
+    Args:
+        histograms: to be summed.
+        region_metrics: areas under curves of regions, as in ``REGION_METRICS``.
+    """
+    totals = PixelTotals.of([h.totals for h in histograms])
+    negatives = totals.pixels - totals.positives
+    weights = {"pro": totals.regions * UNIT, "spro": totals.saturated * UNIT}
+    areas = {"pixel_auroc": _Area("positive", negatives, totals.positives)} | {
+        name: _Area(column, limit * negatives, weights[column]) for name, (column, limit) in region_metrics.items()
+    }
+    precision, tp, fp = _Precision(totals.positives), np.zeros(1), np.zeros(1)
+    for bins in _descending([h.tables for h in histograms], any(h.rounded for h in histograms)):
+        tp, fp = tp[-1] + np.cumsum(bins.positive), fp[-1] + np.cumsum(bins.negative)
+        precision.add(bins, tp, fp)
+        for area in (one for one in areas.values() if one.whole):
+            area.add(fp - bins.negative, bins)
+    found = {name: area.result() for name, area in areas.items()}
+    found["pixel_ap"] = found["pixel_f1max"] = (math.nan, 0.0)
+    if totals.positives and negatives:
+        found["pixel_ap"] = (precision.ap / totals.positives, precision.slack / totals.positives)
+        found["pixel_f1max"] = (precision.f1, max(precision.f1_upper - precision.f1, 0.0))
+    return PixelSummary({n: v for n, (v, _) in found.items()}, {n: b for n, (_, b) in found.items()}, totals)

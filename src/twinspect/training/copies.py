@@ -1,0 +1,189 @@
+"""Altered copies of good images, where the images alone do not say how good ones differ.
+
+Two kinds of class need them. Of a class whose images hardly differ, such as a black picture, statistics would call
+one grey level of brightness a huge anomaly: copies with a level of noise tell them what 8 bits round away.
+A class of a few images shows no spread at all: copies moved and lit as a camera would move and light them give one,
+turned round where the product may lie in any pose. Copies are learnt; no threshold counts them (`training.few`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from twinspect.data.samples import read_sample_rgb
+from twinspect.errors import DataError
+from twinspect.types import Sample
+
+FEW = 8  # good images of a class up to which each is left out in turn and copies are learnt
+FIXED, FREE = "fixed", "free"
+_LEVEL = 1.0  # grey levels that two images differ by (root mean square), or they are hardly different
+_LOOKED_AT = 8  # images of a class that are compared
+_SIDE = 512  # pixels a side that are compared of a large image
+_COPIES = 24  # at least, of a class that hardly varies; half as many as images where those are more
+_LEARNT = {FIXED: 16, FREE: 24}  # images and copies of a class of a few images
+_SHIFT, _LIGHT = 0.015, 0.04  # of the side, and of the brightness, that a camera may be off by
+_POSE_SIDE, _TURNS = 48, 24  # pixels and angles that poses are compared with
+# Mean correlation of pairs that are turned to agree, and what turning must gain of it, or the pose is fixed.
+_POSE_ALIKE, _POSE_GAIN = 0.65, 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class Altered(Sample):
+    """A copy of an image, not of its file: `around` changes its pixels.
+
+    Attributes:
+        seed: of the change.
+        pose: ``fixed`` (moved and lit a little), ``free`` (turned round as well); empty for noise alone.
+    """
+
+    seed: int = 0
+    pose: str = ""
+
+    def around(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The pixels moved as the pose says, up to one level brighter or darker, a share of them one level off."""
+        rng = np.random.default_rng(self.seed)
+        shift, share = rng.uniform(-1.0, 1.0), 10.0 ** rng.uniform(-3.0, -0.3)
+        pixels = moved(pixels_HWC, self.pose, rng) if self.pose else pixels_HWC
+        steps = np.sign(shift) * (rng.random(pixels.shape) < abs(shift))
+        steps += rng.choice([-1, 1], pixels.shape) * (rng.random(pixels.shape) < share)
+        return np.asarray((pixels + steps).clip(0, 255), dtype=np.uint8)
+
+
+def few_classes(samples: Sequence[Sample]) -> frozenset[str]:
+    """Classes of at most `FEW` good images."""
+    counts: dict[str, int] = defaultdict(int)
+    for sample in samples:
+        counts[sample.class_name] += 1
+    return frozenset(name for name, count in counts.items() if count <= FEW)
+
+
+def add_copies(
+    training: Sequence[Sample], held: Sequence[Sample], pose: str = "auto", few: frozenset[str] = frozenset()
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Both parts with copies where they are needed, and a sentence about each class that has some.
+
+    Args:
+        training: good images.
+        held: good images held out.
+        pose: how products of a few images lie: ``fixed``, ``free`` or ``auto``.
+        few: classes of a few images, all of them in ``training``.
+    """
+    by_class: dict[str, list[Sample]] = defaultdict(list)
+    for sample in (*training, *held):
+        by_class[sample.class_name].append(sample)
+    parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
+    notes = []
+    for name, own in by_class.items():
+        if name in few:
+            chosen, said = (pose, "as asked") if pose != "auto" else find_pose(own)
+            each = max(1, -(-_LEARNT[chosen] // len(own)) - 1)
+            parts[0].extend(_copy(one, seed, chosen) for one in own for seed in range(each))
+            notes.append(_few_sentence(name, len(own), chosen, said))
+        elif hardly_differ(own):
+            count = max(_COPIES, len(own) // 2)
+            for seed in range(count):
+                parts[seed % 4 == 3].append(_copy(own[seed % len(own)], seed, ""))
+            notes.append(
+                f"class {name}: its good images differ by less than one grey level; {count} copies with one level of "
+                "noise are learnt too, and whatever differs by more is called an anomaly. If good parts may differ "
+                "by more, give images of different ones"
+            )
+    return *parts, notes
+
+
+def _copy(sample: Sample, seed: int, pose: str) -> Altered:
+    values = {field.name: getattr(sample, field.name) for field in fields(Sample)}
+    return Altered(**values, seed=seed, pose=pose)
+
+
+def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
+    turned = "turned round, moved and lit anew" if pose == FREE else "moved and lit a little"
+    worth = (
+        f"about 1 in {count + 1} of the next good ones will be called bad, at best"
+        if count > 1
+        else "its threshold is the highest score of its own copies, which promises nothing"
+    )
+    return (
+        f"class {name}: {count} good image{'s' if count > 1 else ''}; no students are trained on so few, and copies "
+        f"{turned} are learnt with them (--pose {pose}, {why}). {worth[0].upper()}{worth[1:]}: 49 or more are needed "
+        "for 2 %"
+    )
+
+
+def moved(pixels_HWC: NDArray[np.uint8], pose: str, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The picture shifted and lit a little, of a free pose also turned by any angle; its rim is mirrored outwards."""
+    height, width = pixels_HWC.shape[:2]
+    angle = float(rng.uniform(0.0, 360.0)) if pose == FREE else 0.0
+    down, right = rng.uniform(-_SHIFT, _SHIFT, 2) * (height, width)
+    rim = max(height, width) // 2
+    wide = Image.fromarray(np.pad(pixels_HWC, ((rim, rim), (rim, rim), (0, 0)), mode="symmetric"))
+    turned = wide.rotate(angle, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
+    pixels = np.asarray(turned, dtype=np.float32)[rim : rim + height, rim : rim + width]
+    return np.asarray((pixels * rng.uniform(1 - _LIGHT, 1 + _LIGHT)).round().clip(0, 255), dtype=np.uint8)
+
+
+def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
+    """Whether the product lies in any pose, and why this is thought.
+
+    Pairs of images are correlated as they lie, and turned to the angle at which they agree best. Where they agree
+    well then and worse as they lie, the product does not always lie the same way. What agrees at no angle is fixed.
+    """
+    small = [one for one in map(_small, samples[:_LOOKED_AT]) if one is not None]
+    if len(small) < 2:
+        return FIXED, "as one image cannot show whether the product lies in any pose; --pose free if it does"
+    lying, best = [], []
+    for i, first in enumerate(small):
+        turns = [
+            _inside(first.rotate(360.0 * turn / _TURNS, Image.Resampling.BILINEAR, fillcolor=_mean(first)))
+            for turn in range(_TURNS)
+        ]
+        for second in small[i + 1 :]:
+            found = [float(turn @ _inside(second)) for turn in turns]
+            lying.append(found[0])
+            best.append(max(found))
+    as_is, turned = float(np.mean(lying)), float(np.mean(best))
+    free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
+    said = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
+    return FREE if free else FIXED, said
+
+
+def _small(sample: Sample) -> Image.Image | None:
+    try:
+        rgb = read_sample_rgb(sample, draft_side=_POSE_SIDE)
+    except (DataError, OSError):
+        return None  # whoever reads all images says what is wrong with it
+    return Image.fromarray(rgb).convert("L").resize((_POSE_SIDE, _POSE_SIDE), Image.Resampling.BOX)
+
+
+def _mean(image: Image.Image) -> int:
+    return round(float(np.asarray(image).mean()))
+
+
+def _inside(image: Image.Image) -> NDArray[np.float64]:
+    """Pixels within the largest circle, of mean 0 and length 1."""
+    away = np.arange(_POSE_SIDE) - (_POSE_SIDE - 1) / 2
+    values = np.asarray(image, dtype=np.float64)[np.hypot(*np.meshgrid(away, away)) < _POSE_SIDE / 2]
+    values = values - values.mean()
+    return np.asarray(values / max(float(np.linalg.norm(values)), 1e-9))
+
+
+def hardly_differ(samples: Sequence[Sample]) -> bool:
+    """Whether images differ by less than one grey level, brightness aside; also true of one image alone."""
+    last: NDArray[np.float32] | None = None
+    for sample in samples[:: max(1, len(samples) // _LOOKED_AT)]:
+        try:
+            rgb = read_sample_rgb(sample)
+        except (DataError, OSError):
+            continue  # whoever reads all images says what is wrong with it
+        step = max(1, min(rgb.shape[:2]) // _SIDE)
+        pixels = rgb[::step, ::step].astype(np.float32)
+        if last is not None and (last.shape != pixels.shape or float((last - pixels).std()) >= _LEVEL):
+            return False
+        last = pixels
+    return last is not None

@@ -1,0 +1,128 @@
+"""Add good images to a trained model without the ones that it learnt from: false alarms, or a new class.
+
+The students stay as they are; a new class is judged by statistics alone. Thresholds are made anew from all good
+images that are kept, with the budgets that were set.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from twinspect.data.leaks import count_once
+from twinspect.decide.decision import image_id, mixed_up
+from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
+from twinspect.inference.decode import name_of
+from twinspect.models.contract import AnomalyModel
+from twinspect.storage import Fitted, model_id
+from twinspect.training.copies import FEW
+from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
+from twinspect.training.memory import Memory, remember
+from twinspect.training.normal import Before, add_statistics
+from twinspect.training.source import FeatureSource
+from twinspect.types import TEST, Progress, Sample
+
+_NAMED = 20  # images of an update that the record names
+
+
+def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, progress: Progress) -> Fitted:
+    """A model that has learnt further good images; the one given stays as it is.
+
+    Args:
+        fitted: trained, with scoring ``default``.
+        samples: of any splits; good images of ``train`` and ``calibration`` are learnt.
+        class_name: class of all of them, known or new; None takes the data's, all of which must be known.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BundleError: the model keeps nothing that images can be added to.
+        ConfigError: a class that is not known and was not named.
+        DataError: no image that is new, or too few of a new class.
+        TrainingError: scores that are not finite.
+    """
+    if not fitted.memory:
+        raise BundleError(
+            "this model keeps nothing that images can be added to (scoring plain, more than 4,096 good images, or "
+            "written before version 0.3); train it again with all images: twinspect fit DATA"
+        )
+    memory, notes = Memory.from_bytes(fitted.memory), list[str]()
+    fresh = _named(fitted, samples, class_name, notes)
+    model = copy.deepcopy(fitted.model)
+    source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
+    there = set(memory.key)
+    images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
+    if len(images) < len(source):
+        notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
+    _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
+    before = Before(memory.good, memory.class_name, fitted.decision.class_of_cluster)
+    good, classes = add_statistics(model, source, images, before, fitted.config.train.seed, progress)
+    if not good.score_n.isfinite().all():
+        raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
+    kept = remember(good, source, images, memory)
+    decision = fitted.decision
+    if set(decision.good.key) - there:
+        notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
+    if decision.fixed:
+        notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
+    learnt = [source.samples[i] for i in images]
+    bank = _bank(fitted, model, len(memory.key), learnt)
+    new = replace(
+        decision, bank=tuple(name for name, _ in bank), thumbnails=tuple(one for _, one in bank if decision.thumbnails),
+        good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
+    )  # fmt: skip
+    counts = Counter(sample.class_name for sample in learnt)
+    record = copy.deepcopy(fitted.record)
+    record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
+    record["images"]["train"] += len(images)
+    record |= {"clusters": model.scorer.clusters.count, "variants": model.scorer.clusters.variants}
+    record["parameters"] = parameter_counts(model)
+    record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
+    record.setdefault("updates", []).append(
+        {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "classes": dict(sorted(counts.items())),
+            "images": [name_of(sample) for sample in learnt[:_NAMED]],
+            "from": decision.model_id,
+        }
+    )
+    return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
+
+
+def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Names and small pictures of the images that others are compared with; empty ones where they are not known."""
+    decision, nothing = fitted.decision, [("", b"")] * old
+    known = len(decision.bank) == old
+    pictures = decision.thumbnails or (b"",) * old
+    fresh = small_pictures(learnt, fitted.config.train.thumbnails) if decision.thumbnails else (b"",) * len(learnt)
+    rows = list(zip(decision.bank, pictures, strict=True)) if known else nothing
+    rows += zip(map(name_of, learnt), fresh, strict=True)
+    return [rows[i] for i in model.scorer.nearest.kept] if model.scorer.nearest is not None else []
+
+
+def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
+    """Good images, each once, with the class that they are learnt as."""
+    good = [s for s in samples if s.split != TEST and s.label in (0, None)]
+    kept, said = count_once(good, [s for s in samples if s.label == 1])
+    notes += said
+    if class_name is not None:
+        return [replace(sample, class_name=class_name) for sample in kept]
+    known = fitted.decision.classes
+    if strange := sorted({sample.class_name for sample in kept} - set(known)):
+        raise ConfigError(
+            f"class {', '.join(strange[:3])} is not one that the model knows ({', '.join(known)}); say whose images "
+            "these are with --class NAME, which may also be a new class"
+        )
+    return kept
+
+
+def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
+    if not names:
+        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
+    known = set(fitted.decision.classes)
+    for name, count in Counter(names).items():
+        if name not in known and count <= FEW:
+            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")

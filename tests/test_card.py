@@ -1,0 +1,53 @@
+"""The model card says what the bundle says, of every class, and names what limits it."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from twinspect.cli import app
+
+
+def printed(path: Path) -> str:
+    found = CliRunner().invoke(app, ["info", str(path), "--card"])
+    assert found.exit_code == 0, found.output
+    return found.stdout
+
+
+def test_card_names_data_teacher_settings_promises_and_limits(bundle: Path, detector) -> None:
+    text = printed(bundle)
+    record, decision = detector.record_, detector.fitted.decision
+    assert text.startswith("# Model card: parts.twin\n")
+    for title in ("Data", "Settings", "Thresholds and what they promise", "Known limits"):
+        assert f"\n## {title}\n" in text
+    assert f"model: {decision.model_id}" in text
+    assert f"licence of the teacher's weights: {record['teacher']['licence']}" in text
+    assert record["teacher"]["hash"] in text
+    taught = record["images"]["train"]
+    assert f"| cloth | {record['classes']['cloth']} | {len(decision.good.class_name)} |" in text
+    assert f"{taught} taught the students" in text
+    assert decision.threshold.sentence in text
+    assert "| model.size | 128 |" in text
+    assert "| train.seed | 0 |" in text
+    assert "train.lr" not in text  # has its default
+    assert "Too few good images for a false-alarm rate of 2 %: cloth." in text  # 32 of the 49 that it takes
+    assert "The teacher is a small one." in text
+
+
+def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:
+    """From the metadata beside it, so that no runtime is needed."""
+    from twinspect.inference.runtimes import ExportMeta, write_meta
+
+    fitted = quick.fitted
+    path = tmp_path / "parts.onnx"
+    path.write_bytes(b"graph")
+    write_meta(
+        path,
+        ExportMeta(
+            "onnx", "int8", 64, 0, False, fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), {}, "1"
+        ),
+    )
+    text, own = printed(path), printed(quick.save(tmp_path / "parts.twin"))
+    assert "written by: twinspect 1, exported for onnx in int8" in text
+    assert text.split("- model:", 1)[1] == own.split("- model:", 1)[1]
+    assert "The teacher is a small one." not in text  # it is a random one
+    assert "none (random weights)" in text

@@ -1,0 +1,75 @@
+"""Dirty training data: what is least like the others is listed, and left out where that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_copies import wedge
+from tiny import run_config, save
+
+from twinspect import Detector, Sample
+from twinspect.commands.fit import outlier_lines
+from twinspect.errors import ConfigError
+from twinspect.training.fit import least_like
+from twinspect.training.normal import GoodImages
+from twinspect.types import TRAIN
+
+BROKEN = (4, 17, 26)
+
+
+def cut(pixels: np.ndarray, number: int) -> np.ndarray:
+    """The product without its tip."""
+    left = pixels.copy()
+    left[:, 50 + number % 7 :] = pixels[:20, 50 + number % 7 :].mean((0, 1))
+    return left
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pictures of one product, three of them broken."""
+    folder = tmp_path_factory.mktemp("line")
+    for number in range(30):
+        save(folder / f"{number:02d}.png", cut(wedge(number), number) if number in BROKEN else wedge(number))
+    return folder
+
+
+def broken(folder: Path) -> set[str]:
+    return {str(folder / f"{number:02d}.png") for number in BROKEN}
+
+
+def test_three_broken_among_thirty_are_the_first_three_and_are_left_out(dirty: Path) -> None:
+    config = run_config("efficientnet-lite0", True, size=128, steps=2)
+    record = Detector(config=config).fit(dirty).record_
+    assert {row["path"] for row in record["least_like"][:3]} == broken(dirty)
+    scores = [row["score"] for row in record["least_like"]]
+    assert scores == sorted(scores, reverse=True)
+    (line,) = outlier_lines(record)
+    assert all(path in line for path in broken(dirty))
+
+    clean = Detector(config=run_config("efficientnet-lite0", True, size=128, steps=2, drop_outliers=3)).fit(dirty)
+    assert {row["path"] for row in clean.record_["dropped"]} == broken(dirty)
+    assert sum(clean.record_["images"].values()) == 27
+    assert "left out" in next(outlier_lines(clean.record_))
+    again = clean.predict([dirty / f"{number:02d}.png" for number in BROKEN])
+    assert all(result.is_anomaly for result in again)
+
+
+def test_images_that_score_apart_are_said_to_with_what_to_type() -> None:
+    normal = np.random.default_rng(0).exponential(1.0, 40)
+    score_n = torch.tensor([*normal, 30.0, 33.0])
+    everything = torch.ones(42, dtype=torch.bool)
+    zeros = torch.zeros(42, dtype=torch.int64)
+    good = GoodImages(score_n, score_n, score_n, zeros, everything, score_n[:, None], zeros, (), score_n[:, None])
+    listed = least_like([Sample(Path(f"{i}.png"), TRAIN, "a") for i in range(42)], good, 4)
+    assert [(row["path"], row["apart"]) for row in listed[:2]] == [("41.png", True), ("40.png", True)]
+    assert not any(row["apart"] for row in listed[2:])
+    *_, last = outlier_lines({"least_like": listed})
+    assert "--drop-outliers 2" in last
+
+
+def test_more_than_a_third_is_no_outlier(dirty: Path) -> None:
+    with pytest.raises(ConfigError, match="--drop-outliers 11: at most a third of the 30 good images"):
+        Detector(config=run_config(drop_outliers=11)).fit(dirty)
