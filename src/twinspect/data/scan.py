@@ -92,12 +92,15 @@ class ScanLog:
 
 def existing_root(root: Path | str) -> Path:
     """The path with ``~`` expanded; an error with the nearest names if nothing is there."""
-    path = Path(root).expanduser()
+    path = Path(root)
     try:
+        path = path.expanduser()
         path.stat()
         return path
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         pass
+    except (ValueError, RuntimeError) as error:  # a zero byte in it; ~ of a user that is not there
+        raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
     names = [entry.name for entries in _entries(path.parent) for entry in entries]
