@@ -8,10 +8,12 @@ above: ``<!-- not run: REASON -->``.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 import tomllib
 import urllib.request
@@ -32,6 +34,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 RUN = ("sh", "python")
 SHOWN = ("", "levels", "json", "toml", "text", "nginx", "yaml")  # nothing in them is a command
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OPERATORS = {"|", "||", "&&", ">", ">>", "<"}  # of a shell, where a document joins commands
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -49,8 +52,8 @@ class Block(NamedTuple):
     def lines(self) -> Iterator[str]:
         """Its commands: without comments, joined where they are continued."""
         for line in self.text.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield shlex.join(words)
+            if command := re.sub(r"(^|\s+)#\s.*$", "", line).strip():
+                yield command
 
 
 def blocks(document: Path) -> list[Block]:
@@ -138,7 +141,7 @@ class Runner:
         from twinspect.cli import app
 
         program, *words = shlex.split(line)
-        if program == "twinspect":
+        if program == "twinspect" and not set(words) & OPERATORS:
             found = CliRunner().invoke(app, words, catch_exceptions=False)
             assert found.exit_code == 0, found.output
         elif program == "pip":
@@ -147,7 +150,10 @@ class Runner:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{re.escape(words[0])}:", makefile, re.MULTILINE), f"no target {words[0]}"
         elif program != "curl":  # requests are sent while the document's server runs
-            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+            places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PATH": places}
+            )
             assert done.returncode == 0, done.stderr
 
     def finish(self) -> None:

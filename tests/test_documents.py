@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import typer
-from documents import DOCUMENTS, ROOT, RUN, SHOWN, Block, Runner, blocks, made
+from documents import DOCUMENTS, OPERATORS, ROOT, RUN, SHOWN, Block, Runner, blocks, made
 
 from twinspect.cli import app
 
@@ -66,13 +67,14 @@ def test_every_block_says_what_it_is() -> None:
 def test_lines_that_are_not_run_parse(block: Block) -> None:
     """So that no option in them is out of date."""
     for line in block.lines():
-        program, *words = line.split("twinspect fit", 1)[-1].split() if "-m twinspect" in line else line.split()
-        if program != "twinspect":
-            continue
-        command = typer.main.get_command(app)
-        while hasattr(command, "commands"):
-            command = command.commands[words.pop(0)]
-        command.make_context("twinspect", words)
+        words = line.replace("-m twinspect", "| twinspect").split()
+        parts = [list(part) for operator, part in groupby(words, OPERATORS.__contains__) if not operator]
+        for part in (part for part in parts if part[0] == "twinspect"):
+            command = typer.main.get_command(app)
+            while hasattr(command, "commands"):
+                part.pop(0)
+                command = command.commands[part[0]]
+            command.make_context("twinspect", part[1:])
 
 
 def test_commands_named_in_text_exist() -> None:

@@ -125,10 +125,10 @@ def test_core_trains_and_predicts_and_says_what_each_extra_is_for(place: Place) 
 import subprocess, sys
 assert subprocess.check_output(["twinspect", "--version"], text=True).strip() == __import__("twinspect").__version__
 assert run("predict model.twin data/weave/test --out rows.parquet") in (0, None)
-assert run("eval model.twin data --out report.html") in (0, None)
+assert run("eval model.twin data --report report.html") in (0, None)
 for line in (
     "export model.twin --out m.onnx", "export model.twin --out m.xml", "serve model.twin", "demo --quick",
-    "predict model.twin data --out more/ --engine ray",
+    "predict model.twin data --out more/ --engine ray", "predict model.twin camera:0",
 ):
     assert run(line) == 2, line
 assert not {"onnx", "fastapi", "ray", "openvino"} & set(sys.modules)
@@ -191,12 +191,13 @@ def test_server(place: Place) -> None:
     [
         ("demo", "from twinspect.commands.demo import find_images; assert find_images().is_dir()"),
         ("ray", "import ray.data"),
+        ("video", "import cv2"),
     ],
 )
 def test_other_extras_bring_what_they_are_for(place: Place, extra: str, code: str) -> None:
-    """Their commands are run by ``test_demo.py`` and ``test_on_ray.py``."""
+    """Their commands are run by tests of their own."""
     place.run(code, extra)
 
 
 def test_every_extra_for_users_is_tried_here() -> None:
-    assert set(USERS) == {"onnx", "openvino", "ray", "server", "demo"}
+    assert set(USERS) == {"onnx", "openvino", "ray", "server", "demo", "video"}

@@ -110,8 +110,8 @@ class Diagnosis:
 
     def matrix(self, measure: str) -> list[list[float | None]]:
         """Values by base (rows) and other (columns); None on the diagonal."""
-        found = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
-        return [[found.get((base, other)) for other in self.classes] for base in self.classes]
+        values = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
+        return [[values.get((base, other)) for other in self.classes] for base in self.classes]
 
     def values(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -127,18 +127,18 @@ class Diagnosis:
 
 def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
     """Normal images of every class: of its test split, else of its calibration, else of its training images."""
-    found = by_class([s for s in samples if s.label in (0, None)])
+    normal = by_class([s for s in samples if s.label in (0, None)])
     for name in plan.classes:
-        if name not in found:
-            raise ConfigError(unknown_name("class", name, found))
+        if name not in normal:
+            raise ConfigError(unknown_name("class", name, normal))
     if plan.classes:
-        found = {name: found[name] for name in plan.classes}
-    if len(found) < 2:
+        normal = {name: normal[name] for name in plan.classes}
+    if len(normal) < 2:
         raise DataError(
-            f"normal images of {len(found)} class found ({', '.join(found) or 'none'}); a diagnosis of how classes "
+            f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
             "interfere needs at least two. Give a data set with one folder per class"
         )
-    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in found.items()}
+    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in normal.items()}
     for name, members in chosen.items():
         if len(members) < 2:
             raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
@@ -266,7 +266,7 @@ def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: D
 def _measure(
     predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
 ) -> Mapping[str, float]:
-    """Metrics of one kind of image of one pair; the images are added to ``found``."""
+    """Metrics of one kind of image of one pair; the images are added to the diagnosis."""
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
     name = images[0].base
     evaluator.merge(normal)

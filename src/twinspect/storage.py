@@ -14,7 +14,7 @@ from torch import Tensor
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
 from twinspect.config import ModelConfig, RunConfig
 from twinspect.decide.decision import Decision, refuse_other_model
-from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
 from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.types import Skipped
@@ -93,7 +93,7 @@ def load(path: Path, weights: str = "") -> Fitted:
         return _rebuild(content, path, weights)
     except ConfigError as error:
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
         if isinstance(error, TwinspectError):
             raise
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
@@ -122,7 +122,7 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
             f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
         )
     model.teacher.weights = record["teacher"]["weights"]
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta["decision"], str(path))
     refuse_other_model(decision, model_id(model), str(path))
     return Fitted(model, decision, config, record, memory=content.memory)
 

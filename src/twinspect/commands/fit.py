@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.config import OF_MACHINE, RunConfig
+from twinspect.commands.options import FitOptions
+from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
+    from twinspect.inference.tiles import Tiles
     from twinspect.storage import Fitted
 
+_COARSE = 2.0  # pixels of a picture that a pixel of the model covers, from which on this is said
 _LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
 
-def fit_command(
-    data: Path,
-    layout: str,
-    config_file: Path | None,
-    chosen: dict[str, dict[str, Any]],
-    out: Path,
-    work: Path | None,
-    thin: bool,
-    console: Console,
-    images: Path | None = None,
-    split_name: str = "",
-    resume_from: Path | None = None,
-    forget: bool = False,
-    force: bool = False,
-    roi: Path | None = None,
-) -> None:
-    """``twinspect fit``: read, train, calibrate, write the bundle."""
+def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Console) -> None:
+    """``twinspect fit``: read, train, calibrate, write the bundle.
+
+    Args:
+        options: what is read and written.
+        settings: of `ModelConfig` and `TrainConfig`; None is not given: the dial's value, a TOML file's, or the
+            default then holds.
+        console: where to speak.
+    """
     from twinspect import data as data_room
     from twinspect import files
     from twinspect.bundle import keep_old, refuse_unwritable
@@ -45,30 +41,30 @@ def fit_command(
     from twinspect.training.fit import features_folder, fit
     from twinspect.training.resume import LOG, leave_work, remove_checkpoint
 
-    before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
-    config = merged(config_file, chosen, before.config if before is not None else None)
+    out, chosen = options.out, with_effort(options.effort, settings)
+    before = start_from(options.resume_from, chosen["model"]) if options.resume_from is not None else None
+    config = merged(options.config, chosen, before.config if before is not None else None)
     group = joined(config.train.device)
     console.quiet |= not group.leads
     refuse_unwritable(out)
-    folder = work or out.with_name(f"{out.name}.work")
+    folder = options.work or out.with_name(f"{out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
             "folder with TWINSPECT_HOME"
         )
-    loaded = data_room.load(data, layout, images)
+    loaded = data_room.load(options.data, options.layout, options.images)
     for line in loaded.summary():
         console.say(line)
-    split = find_split(loaded.samples, split_name, config.train.seed) if split_name else None
+    split = find_split(loaded.samples, options.split, config.train.seed) if options.split else None
     if split is not None:
         console.say(split.describe())
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(
-        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
-    )
+    roi = read_roi(options.roi) if options.roi is not None else None
+    fitted = fit(samples, config, folder, console.progress, before, options.forget, roi)
     if not group.leads:
         return
     if split is not None:
@@ -79,15 +75,27 @@ def fit_command(
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
     detector._fitted = fitted
-    if not force and (kept := keep_old(out)):
+    if not options.force and (kept := keep_old(out)):
         console.warn(kept)
-    detector.save(out, thin)
+    detector.save(out, options.thin)
     for line in report_lines(detector, out):
         console.say(line)
-    if work is None:
+    if options.work is None:
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
         remove_checkpoint(folder)
+
+
+def with_effort(effort: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by section, those of the dial's position in the place of what is not given."""
+    dial = of_effort(effort)
+    return {
+        section: {
+            one.name: dial[section].get(one.name) if settings[one.name] is None else settings[one.name]
+            for one in fields(kind)
+        }
+        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
+    }
 
 
 def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
@@ -136,6 +144,7 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     )
     if memory := record.get("memory"):
         yield memory_line(memory)
+    yield from pixel_lines(record, detector.fitted.decision.tiles)
     yield (
         f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, "
         + "".join(f"{name} student {counts[name] / 1e6:.1f} M, " for name in ("local", "semantic") if name in counts)
@@ -165,6 +174,26 @@ def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def pixel_lines(record: dict[str, Any], tiles: Tiles) -> Iterator[str]:
+    """What a pixel of the model covers, where it is more than two of the pictures', and what sees smaller defects."""
+    from twinspect.inference.tiles import reach
+    from twinspect.training.fit import fitting_tiles
+
+    (height, width), size = record["sides"], record["size"]
+    covers = max(height / reach(tiles[0]), width / reach(tiles[1])) / size
+    if covers <= _COARSE:
+        return
+    rows, columns = fitting_tiles((height, width), size)
+    finer = [f"--tiles {rows}x{columns}"] if rows * columns > tiles[0] * tiles[1] else []
+    yield (
+        f"one pixel of the model covers {covers:.1f} of yours ({width} x {height}, seen "
+        + (f"in {tiles[0]} x {tiles[1]} tiles of {size}" if tiles != (1, 1) else f"at {size}")
+        + f"): defects under about {3 * covers:.0f} pixels may be missed; "
+        + " or ".join([*finer, f"--size {min(LARGEST, 2 * size)}"])
+        + " sees smaller ones"
+    )
+
+
 def memory_line(memory: dict[str, Any]) -> str:
     """Peak memory, and the batch that it was needed for."""
     peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
@@ -183,7 +212,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
     if is_export(bundle):
         return export_info(bundle)
     meta = read_bundle(bundle).meta
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
     return {
         "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
         "thin": meta["thin"],
@@ -216,5 +245,6 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
-            shown = "; ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{above}{name}", shown
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)

@@ -55,14 +55,14 @@ def has_pixel_truth(sample: Sample) -> bool:
 
 def marks_a_defect(masks: Sequence[Path]) -> bool | None:
     """Whether any of an image's masks marks a pixel; None where one cannot be read, and no other does."""
-    found: bool | None = False
+    marks: bool | None = False
     for path in masks:
         try:
             if read_mask(path).any():
                 return True
         except DataError:
-            found = None
-    return found
+            marks = None
+    return marks
 
 
 def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -8,6 +8,7 @@ that the promise holds with wrong predictions too. What becomes of classes with 
 from __future__ import annotations
 
 import base64
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, listed, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
@@ -58,6 +59,7 @@ class Decision:
         bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
         thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
         roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
+        tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
     good: GoodScores
@@ -73,6 +75,7 @@ class Decision:
     bank: tuple[str, ...] = ()
     thumbnails: tuple[bytes, ...] = ()
     roi: str = ""
+    tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -122,6 +125,11 @@ class Decision:
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip
 
+    def has_learnt(self, key: str) -> bool:
+        """Whether the model learnt from the image of this `image_id`."""
+        place = bisect_left(self.trained, key)
+        return place < len(self.trained) and self.trained[place] == key
+
     def nearest(self, place: int) -> tuple[str, bytes]:
         """Name and small JPEG of a good image of the bank; empty where they are not known."""
         name = self.bank[place] if 0 <= place < len(self.bank) else ""
@@ -154,11 +162,26 @@ class Decision:
             "bank": list(self.bank),
             "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
             **({"roi": self.roi} if self.roi else {}),
+            "tiles": list(self.tiles),
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
+        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores.
+
+        Raises:
+            BundleError: values that no decision has.
+        """
+        try:
+            found = cls._of(values)
+            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+                raise ValueError("calibration scores that are not finite")
+            return found
+        except NONSENSE as error:
+            raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> Decision:
         low, high = values["map_scale"]
         return cls(
             GoodScores.from_dict(values["good"]),
@@ -177,6 +200,7 @@ class Decision:
             tuple(map(str, values.get("bank", ()))),
             tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
             str(values.get("roi", "")),
+            (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
         )
 
 

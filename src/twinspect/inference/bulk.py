@@ -104,7 +104,7 @@ class UnitScorer:
         workers, size = job.decoders, self.predictor.runtime.size
         self.pool = DecodePool(
             size, self.predictor.limits, bool(job.pictures.overlays), workers or self.predictor.workers, workers > 0,
-            self.predictor.batch,
+            self.predictor.batch, self.predictor.decision.tiles,
         )  # fmt: skip
 
     def __enter__(self) -> UnitScorer:

@@ -369,19 +369,19 @@ class _Area:
     column: Literal["positive", "pro", "spro"]
     limit: float
     whole: float
-    found: float = 0.0
+    weight_above: float = 0.0
     area: float = 0.0
     slack: float = 0.0
 
     def add(self, start: Floats, bins: Bin) -> None:
         """Add bins whose false positives start at ``start``; the last one counts only up to the limit."""
         weight: Floats = getattr(bins, self.column)
-        end = self.found + np.cumsum(weight)
+        end = self.weight_above + np.cumsum(weight)
         width = np.clip(self.limit - start, 0, bins.negative)
         share = width / np.maximum(bins.negative, 1)
         self.area += float(np.sum(width * (end - weight * (1 - share / 2))))
         self.slack += float(np.sum((width * weight * (1 - share / 2))[bins.mixed]))
-        self.found = float(end[-1])
+        self.weight_above = float(end[-1])
 
     def result(self) -> tuple[float, float]:
         """Area and slack as fractions of the rectangle limit x whole weight; nan if that is empty."""
@@ -436,9 +436,9 @@ def summarise(
         precision.add(bins, tp, fp)
         for area in (one for one in areas.values() if one.whole):
             area.add(fp - bins.negative, bins)
-    found = {name: area.result() for name, area in areas.items()}
-    found["pixel_ap"] = found["pixel_f1max"] = (math.nan, 0.0)
+    results = {name: area.result() for name, area in areas.items()}
+    results["pixel_ap"] = results["pixel_f1max"] = (math.nan, 0.0)
     if totals.positives and negatives:
-        found["pixel_ap"] = (precision.ap / totals.positives, precision.slack / totals.positives)
-        found["pixel_f1max"] = (precision.f1, max(precision.f1_upper - precision.f1, 0.0))
-    return PixelSummary({n: v for n, (v, _) in found.items()}, {n: b for n, (_, b) in found.items()}, totals)
+        results["pixel_ap"] = (precision.ap / totals.positives, precision.slack / totals.positives)
+        results["pixel_f1max"] = (precision.f1, max(precision.f1_upper - precision.f1, 0.0))
+    return PixelSummary({n: v for n, (v, _) in results.items()}, {n: b for n, (_, b) in results.items()}, totals)

@@ -129,7 +129,12 @@ class Models:
         self._stamps[name] = stamp(self.paths[name]) if name in self.paths else None
 
     def get(self, name: str) -> Served:
-        """The present version; an empty name takes the first."""
+        """The present version; an empty name takes the only one."""
+        if not name and len(self._served) > 1:
+            names = ", ".join(self._served)
+            raise Refused(
+                400, "which_bundle", f"several models are served and none is named; add bundle=NAME: {names}"
+            )
         chosen = name or next(iter(self._served), "")
         if chosen not in self._served:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self._served))
@@ -186,15 +191,15 @@ async def _retire(served: Served) -> None:
 def stamp(path: Path) -> Stamp | None:
     """What changes when a file is replaced; None where there is none."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
     """``NAME=FILE`` or ``FILE`` (its stem is the name) to files by name. A path may hold an equals sign itself."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for text in given:
         name, equals, file = text.partition("=")
         named = bool(equals) and not Path(text).is_file() and (Path(file).is_file() or not set(name) & {"/", "\\"})
@@ -206,7 +211,7 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(
                 f"{name!r} cannot be a name in an address; type NAME={path} with letters, digits, - _ ."
             )
-        if name in found:
-            raise ConfigError(f"two models are called {name}: {found[name]} and {path}; type NAME={path}")
-        found[name] = path
-    return found
+        if name in paths:
+            raise ConfigError(f"two models are called {name}: {paths[name]} and {path}; type NAME={path}")
+        paths[name] = path
+    return paths

@@ -38,7 +38,7 @@ class Asked:
     """What a client asks for with its images, as parameters of the address.
 
     Attributes:
-        bundle: name of the model; empty for the first.
+        bundle: name of the model; empty for the only one.
         class_name: class of all images; empty predicts it.
         maps: ``link`` (fetch it later) or ``inline`` (base64).
         session: kept in the log.
@@ -159,8 +159,8 @@ class Service:
         light = DriftMonitor(good, rate)
         if before is not None and before.light.fingerprint == light.fingerprint:
             light = before.light
-        elif self.log is not None and (kept := self.log.load_drift(name, light.fingerprint)):
-            light = DriftMonitor(good, rate, state=kept)
+        elif self.log is not None and (state := self.log.load_drift(name, light.fingerprint)):
+            light = DriftMonitor(good, rate, state=state)
         self.metrics.drift.labels(name).set(light.alarmed)
         batching = (self.settings.max_batch, self.settings.max_wait_ms / 1000)
         return Served(name, predictor, light, batching, self._observe, self._alarm)
@@ -193,13 +193,13 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        found = await asyncio.gather(*self._begin(served, images, asked))
-                        results = [result for result, _ in found]
+                        scored = await asyncio.gather(*self._begin(served, images, asked))
+                        results = [result for result, _ in scored]
                         for one in results:
                             answer = "error" if one.error else one.answer
                             self.metrics.images.labels(served.name, answer).inc()
                         _refuse_failures(results)
-                        numbers, trouble = await self._keep(served, found, asked, request_id)
+                        numbers, trouble = await self._keep(served, scored, asked, request_id)
                 except TimeoutError:
                     wait = f"{self.settings.timeout_s:g}"
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -224,15 +224,15 @@ class Service:
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
-        self, served: Served, found: Sequence[Scored], asked: Asked, request_id: str
+        self, served: Served, scored: Sequence[Scored], asked: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
-        nothing: list[int | None] = [None] * len(found)
+        nothing: list[int | None] = [None] * len(scored)
         if self.writer is None or not asked.keep:
             return nothing, ""
         rows = {
             place: Inspection(result, served.name, request_id, key, asked.session)
-            for place, (result, key) in enumerate(found)
+            for place, (result, key) in enumerate(scored)
             if not result.error
         }
         try:
@@ -243,8 +243,8 @@ class Service:
             if self.settings.log_required:
                 raise
             return nothing, str(error)
-        kept = dict(zip(rows, numbers, strict=True))
-        return [kept.get(place) for place in range(len(found))], ""
+        number_of = dict(zip(rows, numbers, strict=True))
+        return [number_of.get(place) for place in range(len(scored))], ""
 
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""

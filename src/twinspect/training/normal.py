@@ -33,8 +33,7 @@ from twinspect.models.statistics import (
     whitening,
 )
 from twinspect.scoring import top_mean
-from twinspect.training.source import FeatureSource
-from twinspect.training.tolerate import same_image
+from twinspect.training.source import FeatureSource, same_image
 from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
@@ -261,7 +260,10 @@ class _Fitting:
         self.images_V = torch.bincount(seen.variant_n, minlength=len(self.owner_V)).to(torch.float32)
         self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
         self.all_first_n = torch.cat([torch.arange(old, device=model.device), old + self.first_n])
-        self.factor_n = left_out(self.images_V[self.variant_n], torch.bincount(self.first_n)[self.first_n])
+        _, own_n, count = torch.unique(
+            torch.stack([self.first_n, self.variant_n]), dim=1, return_inverse=True, return_counts=True
+        )
+        self.factor_n = left_out(self.images_V[self.variant_n], count[own_n])
         self.passes, self.gone, self.asks_students = (1 if model.scorer.plain else 3), 0, asks_students
 
     def plain(self) -> GoodImages:

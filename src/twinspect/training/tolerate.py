@@ -95,13 +95,3 @@ def add_disturbed(
     return *parts, [
         f"--tolerate {','.join(kinds)}: {count} altered copies of {images} images are learnt and counted too"
     ]
-
-
-def same_image(samples: Sequence[Sample]) -> list[int]:
-    """For every image the place of the first one that it is a copy of, or its own."""
-    first: dict[tuple[object, ...], int] = {}
-    found = []
-    for place, one in enumerate(samples):
-        apart = () if type(one) in (Sample, Disturbed) else (place,)
-        found.append(first.setdefault((one.image, one.record, *apart), place))
-    return found
