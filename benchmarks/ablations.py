@@ -46,9 +46,9 @@ from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.cache import RecordLayout, image_key
 from twinspect.training.fit import cache_folder, choose_images, decision_of, fit
+from twinspect.training.normal import fit_statistics
 from twinspect.training.resume import take_over
 from twinspect.training.source import FeatureSource, add_rounded, observe, record_layout
-from twinspect.training.statistics import fit_statistics
 
 TERMS = "spatial,channel,intra,inter"
 # Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.

@@ -42,8 +42,8 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
 from twinspect.training import statistics as fitting_room
 from twinspect.training.fit import cache_folder, choose_images, fit
+from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages, fit_statistics
 
 MASK_SIDE = 128
 

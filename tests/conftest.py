@@ -12,8 +12,16 @@ import pytest
 # Before torch is imported, and in the environment, so that processes started by tests compute the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hostile import TRIED
 from layouts import Plan, write
 from tiny import RANDOM, good_folder, run_config, train_samples
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many hostile inputs were tried."""
+    if TRIED:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(TRIED.items()))
+        terminalreporter.write_line(f"hostile inputs: {sum(TRIED.values()):,} ({kinds})")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,8 +17,8 @@ from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
 from twinspect.storage import build_model
 from twinspect.training.fit import decision_of
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import fit_scales, fit_statistics
 from twinspect.types import TRAIN, Sample, silent
 
 PLAIN = [

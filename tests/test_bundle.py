@@ -69,7 +69,7 @@ def test_random_vit_at_any_size_comes_back(size: int, parts: Path, tmp_path: Pat
 
 def test_no_pickle_inside(bundle: Path) -> None:
     with zipfile.ZipFile(bundle) as file:
-        assert sorted(file.namelist()) == ["bundle.json", "model.safetensors", "sha256.json"]
+        assert sorted(file.namelist()) == ["bundle.json", "memory.safetensors", "model.safetensors", "sha256.json"]
         for name in file.namelist():
             assert not file.read(name).startswith((b"\x80", b"PK"))
         json.loads(file.read("bundle.json"))

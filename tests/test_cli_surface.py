@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,33 @@ def test_help_shows_what_people_use_and_help_all_the_rest(
     assert {flag for flag in re.findall(r"--[a-z-]+", line) if not flag.startswith("--no-")} <= every | {
         "--random-teacher"
     }
+
+
+def test_an_option_is_one_field() -> None:
+    from twinspect.commands import argument, option, takes, usual
+
+    @dataclass(frozen=True)
+    class Toy:
+        path: Path = argument("A file.")
+        names: tuple[str, ...] = option("Some names.", ())
+        loud: bool = option("Say more.", False, "--loud")
+        rate: float = option("A rate.", 0.5)
+
+    def toy(options: Toy) -> None:
+        """A command."""
+        given.append(options)
+
+    given: list[Toy] = []
+    toys = typer.Typer()
+    toys.command()(usual("names")(takes(Toy)(toy)))
+    runner = CliRunner()
+    assert runner.invoke(toys, ["x"]).exit_code == 0
+    assert runner.invoke(toys, ["x", "--names", "a", "--names", "b", "--loud", "--rate", "1"]).exit_code == 0
+    assert given == [Toy(Path("x")), Toy(Path("x"), ("a", "b"), True, 1.0)]
+    short, full = (runner.invoke(toys, [name]).output for name in ("--help", "--help-all"))
+    assert "Some names." in short
+    assert "A rate." not in short
+    assert "A rate." in full
 
 
 def test_commands_stand_in_the_order_of_work_each_with_an_example_that_parses() -> None:

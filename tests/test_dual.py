@@ -21,8 +21,8 @@ from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import smooth, surprise
 from twinspect.storage import build_model
 from twinspect.training.fit import choose_images
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import fit_scales, fit_statistics
 from twinspect.types import silent
 
 

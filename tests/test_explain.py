@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -94,6 +95,19 @@ def test_what_the_bundle_keeps_comes_back_and_can_be_left_out(
 def test_fit_keeps_no_pictures_where_none_are_wanted(parts: Path) -> None:
     config = run_config(thumbnails=0)
     assert Detector(config=config).fit(parts).fitted.decision.thumbnails == ()
+
+
+def test_an_update_keeps_names_and_pictures_in_step(quick: Detector, parts: Path, tmp_path: Path) -> None:
+    fresh = [save(tmp_path / "new" / f"{i}.png", picture(500 + i)) for i in range(3)]
+    before = quick.fitted.decision.bank
+    updated = copy.deepcopy(quick).update(tmp_path / "new", class_name="weave")
+    decision = updated.fitted.decision
+    assert len(decision.bank) == len(decision.thumbnails) == len(updated.fitted.model.scorer.nearest.bank_nF)
+    assert set(decision.bank) == {*before, *map(str, fresh)}
+    for path in (before[0], str(fresh[2])):
+        found = updated.predict(path)
+        assert found.nearest == path
+        assert np.abs(np.asarray(found.nearest_image).astype(int) - found.image()).mean() < 12
 
 
 def test_a_report_shows_the_nearest_good_image(bundle: Path, tmp_path: Path) -> None:

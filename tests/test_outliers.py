@@ -14,7 +14,7 @@ from twinspect import Detector, Sample
 from twinspect.commands.fit import outlier_lines
 from twinspect.errors import ConfigError
 from twinspect.training.fit import least_like
-from twinspect.training.statistics import GoodImages
+from twinspect.training.normal import GoodImages
 from twinspect.types import TRAIN
 
 BROKEN = (4, 17, 26)

@@ -16,8 +16,8 @@ from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.models.statistics import NearestImages, left_out
 from twinspect.training.copies import Altered
-from twinspect.training.source import read_square
-from twinspect.training.tolerate import Disturbed, add_disturbed, lit, packed, same_image, shifted
+from twinspect.training.source import read_square, same_image
+from twinspect.training.tolerate import Disturbed, add_disturbed, lit, packed, shifted
 from twinspect.types import TRAIN, Sample
 
 

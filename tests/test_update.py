@@ -83,6 +83,7 @@ def test_a_new_class_is_what_training_on_both_makes_of_it(tmp_path: Path) -> Non
     assert detector.fitted.decision.classes == ["normal", "wedge"]
     again = Detector.load(detector.save(tmp_path / "m.twin")).update([wedge(50)], class_name="wedge", quiet=True)
     assert len(again.record_["updates"]) == 2
+    assert again.predict(wedge(3)).near[0] == "image 000003 in memory"
 
 
 def test_what_cannot_be_learnt_is_said(quick: Detector, parts: Path) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 
 from twinspect import files
 from twinspect._version import __version__
-from twinspect.errors import BundleError
+from twinspect.errors import NONSENSE, BundleError
 from twinspect.files import replacing
 
 FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
-_NOT_WHOLE = (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError, RuntimeError)
+_NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ def read_bundle(path: Path) -> BundleContent:
         raise BundleError(
             f"{path} is not a whole bundle (truncated or another kind of file: {error}); copy it again"
         ) from None
+    if absent := hashes.keys() - parts.keys():
+        raise BundleError(f"{path} is not a whole bundle ({', '.join(sorted(absent))} is missing); copy it again")
     for name, body in parts.items():
         if hashes.get(name) != hashlib.sha256(body).hexdigest():
             raise BundleError(f"{path}: {name} does not match its sha256; the file was changed or damaged")

@@ -149,8 +149,8 @@ class Axis:
         if not self.unit:
             return _round_steps(self.low, self.high)
         decades = range(math.floor(math.log10(self.unit)), math.ceil(math.log10(max(self.high, self.unit))) + 1)
-        wanted = [0.0, *(10.0**k for k in decades), -self.unit]
-        return sorted(v for v in wanted if self.low <= v <= self.high)
+        values = [0.0, *(10.0**k for k in decades), -self.unit]
+        return sorted(v for v in values if self.low <= v <= self.high)
 
     def _scaled(self, value: float) -> float:
         return math.asinh(value / self.unit) if self.unit else value
@@ -176,11 +176,11 @@ def _round_steps(low: float, high: float) -> list[float]:
 
 def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Drop points in the middle of straight runs (ROC curves are stairs), then every so many."""
-    kept = np.ones(len(x), dtype=bool)
+    bends = np.ones(len(x), dtype=bool)
     if len(x) > 2:
         before, after = (np.diff(x)[:-1], np.diff(y)[:-1]), (np.diff(x)[1:], np.diff(y)[1:])
-        kept[1:-1] = np.abs(before[0] * after[1] - before[1] * after[0]) > 1e-12
-    at = np.flatnonzero(kept)
+        bends[1:-1] = np.abs(before[0] * after[1] - before[1] * after[0]) > 1e-12
+    at = np.flatnonzero(bends)
     if len(at) > _MOST_POINTS:
         at = at[np.linspace(0, len(at) - 1, _MOST_POINTS).round().astype(int)]
     return x[at], y[at]

@@ -97,11 +97,8 @@ Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the
 Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
-# Options of settings whose name is not the setting's.
-
-
-def _say_version(wanted: bool) -> None:
-    if wanted:
+def _say_version(asked: bool) -> None:
+    if asked:
         from twinspect._version import __version__
 
         typer.echo(__version__)
@@ -174,7 +171,18 @@ def fetch(
 
 @app.command()
 @usual(
-    "out", "effort", "config", "resume_from", "model", "teacher", "size", "steps", "pose", "drop_outliers", "device"
+    "out",
+    "effort",
+    "config",
+    "resume_from",
+    "model",
+    "teacher",
+    "size",
+    "steps",
+    "pose",
+    "drop_outliers",
+    "roi",
+    "device",
 )
 @with_settings(ModelConfig, TrainConfig, optional=True)
 def fit(
@@ -185,6 +193,10 @@ def fit(
     ] = "default",
     config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
     resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
+    roi: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored."),
+    ] = None,
     forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
     layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
     images: Annotated[
@@ -209,7 +221,9 @@ def fit(
     with _console() as console:
         for section, values in of_effort(effort).items():
             chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}
-        fit_command(data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget, force)
+        fit_command(
+            data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget, force, roi
+        )
 
 
 @app.command("eval")

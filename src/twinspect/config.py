@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ LARGEST_BATCH = 1 << 16
 LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
 LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+MOST_TILES = 48  # each has statistics of its own
 CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 NOISY_OR = ("n1", "n2", "n3")
 EE_TOKENS = ("all", "last")
@@ -124,6 +126,9 @@ class ModelConfig:
     weights: str = _setting("", "Local weights file of the teacher; empty searches the known places on disk.")
     pretrained: bool = _setting(True, "False builds a random-weight teacher, for tests of shape and speed only.")
     size: int = _setting(0, "Input side in pixels; 0 takes the teacher's default.")
+    tiles: str = _setting(
+        "", "RxC: see pictures in rows and columns of overlapping tiles; auto: as their size asks for."
+    )
     width: int = _setting(0, "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).")
     depth: int = _setting(
         0,
@@ -188,6 +193,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        tiles_of(self.tiles)
         if self.model not in FAMILIES:
             raise ConfigError(unknown_name("model", self.model, FAMILIES))
         _check(
@@ -251,6 +257,21 @@ class ModelConfig:
         )
         if found.cram and found.direction == "forward":
             _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
+
+
+def tiles_of(text: str) -> tuple[int, int]:
+    """Rows and columns that --tiles names; (1, 1) for none, and for auto before pictures were seen.
+
+    Raises:
+        ConfigError: anything else, or more than `MOST_TILES`.
+    """
+    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text or "1x1")
+    if text == "auto":
+        return 1, 1
+    accepted = f"--tiles {text}: accepted auto, or rows x columns such as 3x4, at most {MOST_TILES} in all"
+    if found is None or int(found[1]) * int(found[2]) > MOST_TILES:
+        raise ConfigError(accepted)
+    return int(found[1]), int(found[2])
 
 
 def tolerated(text: str) -> tuple[str, ...]:

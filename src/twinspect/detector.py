@@ -80,6 +80,7 @@ class Detector:
         resume: bool = False,
         bgr: bool = False,
         quiet: bool = False,
+        roi: str | Path | NDArray[np.bool_] | None = None,
     ) -> Detector:
         """Train on the normal training images of a data set folder, or on good images.
 
@@ -93,6 +94,8 @@ class Detector:
             resume: go on from what this detector has learnt; ``data`` must hold the old classes as well.
             bgr: arrays have blue first, as OpenCV reads them.
             quiet: show nothing.
+            roi: region of interest: a mask image, LabelMe polygons, or an array H x W that is true (above 0) inside;
+                the rest is neither learnt nor scored.
 
         Returns:
             This detector.
@@ -100,6 +103,9 @@ class Detector:
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
+        import numpy as np
+
+        from twinspect.data.roi import read_roi
         from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
         from twinspect.types import silent
@@ -111,7 +117,9 @@ class Detector:
         before = self.fitted if resume else None
         console = Console()
         told = progress or (silent if quiet else console.progress)
-        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before)
+        inside = read_roi(Path(roi)) if isinstance(roi, (str, os.PathLike)) else roi
+        inside = None if inside is None else np.asarray(inside) > 0
+        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before, roi=inside)
         console.finish()
         for note in () if quiet or progress else self._fitted.record["notes"]:
             console.warn(note)
@@ -429,7 +437,7 @@ def _stands_for_several(path: str | os.PathLike[str]) -> bool:
 
 
 def _as_sample(item: Any, number: int) -> Sample:
-    """A good image by what `frames.expand` gives."""
+    """A good image by what `decode.expand` gives."""
     from twinspect.data.folders import good_files
     from twinspect.inference.archives import Item
     from twinspect.inference.decode import decode

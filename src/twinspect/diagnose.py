@@ -110,8 +110,8 @@ class Diagnosis:
 
     def matrix(self, measure: str) -> list[list[float | None]]:
         """Values by base (rows) and other (columns); None on the diagonal."""
-        found = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
-        return [[found.get((base, other)) for other in self.classes] for base in self.classes]
+        values = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
+        return [[values.get((base, other)) for other in self.classes] for base in self.classes]
 
     def values(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -127,18 +127,18 @@ class Diagnosis:
 
 def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
     """Normal images of every class: of its test split, else of its calibration, else of its training images."""
-    found = by_class([s for s in samples if s.label in (0, None)])
+    normal = by_class([s for s in samples if s.label in (0, None)])
     for name in plan.classes:
-        if name not in found:
-            raise ConfigError(unknown_name("class", name, found))
+        if name not in normal:
+            raise ConfigError(unknown_name("class", name, normal))
     if plan.classes:
-        found = {name: found[name] for name in plan.classes}
-    if len(found) < 2:
+        normal = {name: normal[name] for name in plan.classes}
+    if len(normal) < 2:
         raise DataError(
-            f"normal images of {len(found)} class found ({', '.join(found) or 'none'}); a diagnosis of how classes "
+            f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
             "interfere needs at least two. Give a data set with one folder per class"
         )
-    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in found.items()}
+    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in normal.items()}
     for name, members in chosen.items():
         if len(members) < 2:
             raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
@@ -147,9 +147,9 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
 
 def _preferred(members: Sequence[Sample]) -> list[Sample]:
     for split in (TEST, CALIBRATION, TRAIN):
-        own = [s for s in members if s.split == split]
-        if len(own) >= 2:
-            return own
+        members_of_split = [s for s in members if s.split == split]
+        if len(members_of_split) >= 2:
+            return members_of_split
     return list(members)
 
 
@@ -228,43 +228,45 @@ def diagnose(
         DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
     """
     chosen = normal_images(samples, plan)
-    found = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
+    diagnosis = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
     total, done = len(chosen) * (len(chosen) - 1), 0
     for base, members in chosen.items():
-        normal = _normal_images(predictor, members[: plan.normals], found)
+        normal = _normal_images(predictor, members[: plan.normals], diagnosis)
         for other in (name for name in chosen if name != base):
             measured = {
-                kind: _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), found, visit)
+                kind: _measure(
+                    predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit
+                )
                 for kind in KINDS
             }
-            found.pairs.append({"base": base, "other": other, **_pair_values(measured)})
+            diagnosis.pairs.append({"base": base, "other": other, **_pair_values(measured)})
             done += 1
             progress("cross-class images", done, total)
-    return found
+    return diagnosis
 
 
-def _normal_images(predictor: Predictor, members: Sequence[Sample], found: Diagnosis) -> dict[str, Evaluator]:
+def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> dict[str, Evaluator]:
     """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
-    name, kept = members[0].class_name, 0
+    name, scored = members[0].class_name, 0
     evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
     for result in predictor.predict(list(members), maps=True, pixels=False):
         if result.error:
-            found.failed.append(f"{result.path}: {result.error}")
+            diagnosis.failed.append(f"{result.path}: {result.error}")
             continue
-        kept += 1
-        if result.predicted_class in found.classes:  # a model may know them by other names
-            found.taken[name, result.predicted_class] += 1
+        scored += 1
+        if result.predicted_class in diagnosis.classes:  # a model may know them by other names
+            diagnosis.taken[name, result.predicted_class] += 1
         for evaluator in evaluators.values():
             evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
-    if not kept:
-        raise DataError(f"no normal image of class {name} can be scored: {found.failed[-1]}")
+    if not scored:
+        raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
     return evaluators
 
 
 def _measure(
-    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], found: Diagnosis, visit: Visit | None
+    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
 ) -> Mapping[str, float]:
-    """Metrics of one kind of image of one pair; the images are added to ``found``."""
+    """Metrics of one kind of image of one pair; the images are added to the diagnosis."""
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
     name = images[0].base
     evaluator.merge(normal)
@@ -274,7 +276,7 @@ def _measure(
         if result.error:
             raise DataError(f"{result.path}: {result.error}")
         evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
-        found.images.append({**one.row(), "score": result.score})
+        diagnosis.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
     values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]

@@ -43,6 +43,10 @@ class TrainingError(TwinspectError):
     """Training cannot go on."""
 
 
+# What Python raises on values of a wrong kind in a file that somebody else has written.
+NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 def check_range(option: str, value: float, low: float, high: float) -> None:
     """Refuse a number outside of its range; what is not a number is outside of every one.
 

@@ -50,8 +50,8 @@ class Evaluation:
 
     def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
         """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
-        found: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
-        return found
+        intervals: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
+        return intervals
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -60,13 +60,13 @@ def test_samples(samples: Sequence[Sample]) -> list[Sample]:
     Raises:
         DataError: there are none.
     """
-    found = [s for s in samples if s.split == TEST and s.label is not None]
-    if not found:
+    labelled = [s for s in samples if s.split == TEST and s.label is not None]
+    if not labelled:
         raise DataError(
             "no labelled test images found; eval needs test/good and test/<defect> folders (MVTec layout) or "
             "a manifest with the split 'test'. To score unlabelled images type: twinspect predict BUNDLE PATH"
         )
-    return found
+    return labelled
 
 
 def evaluate(

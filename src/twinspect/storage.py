@@ -14,13 +14,13 @@ from torch import Tensor
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
 from twinspect.config import ModelConfig, RunConfig
 from twinspect.decide.decision import Decision, refuse_other_model
-from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
 from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
-    from twinspect.training.statistics import GoodImages
+    from twinspect.training.normal import GoodImages
 
 _TEACHER = "teacher."
 
@@ -93,7 +93,7 @@ def load(path: Path, weights: str = "") -> Fitted:
         return _rebuild(content, path, weights)
     except ConfigError as error:
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
         if isinstance(error, TwinspectError):
             raise
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
@@ -107,6 +107,7 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     tensors = from_bytes(content.tensors)
     teacher = _teacher(meta, weights, config)
     model = build_model(config.model, teacher)
+    model.roi_SS = tensors.get("roi_SS")
     resize_buffers(model, tensors)
     needed = model.state_dict()
     missing = [key for key in needed if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
@@ -121,7 +122,7 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
             f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
         )
     model.teacher.weights = record["teacher"]["weights"]
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta["decision"], str(path))
     refuse_other_model(decision, model_id(model), str(path))
     return Fitted(model, decision, config, record, memory=content.memory)
 

@@ -10,7 +10,7 @@ from twinspect.metrics import ScoreHistogram
 from twinspect.metrics.pages import (
     COARSEST,
     FINEST,
-    Budget,
+    MemoryBudget,
     PagedCounts,
     bins_of,
     coarser,
@@ -127,7 +127,7 @@ def test_resolution_is_the_finest_that_fits():
     drop = histogram.budget.drop
     assert FINEST < drop < COARSEST
     assert histogram.budget.used <= 1 << 20
-    budget = Budget(1 << 40)
+    budget = MemoryBudget(1 << 40)
     budget.drop = drop - 1
     PagedCounts(budget).add(keys_of(maps))
     assert budget.used > 1 << 20
@@ -174,7 +174,7 @@ def test_keys_keep_order_and_come_back():
 def test_folding_pages_is_binning_again():
     rng = np.random.default_rng(0)
     keys = keys_of(rng.normal(size=3000).astype(np.float32) * np.float32(1e-3))
-    fine, coarse = Budget(1 << 40), Budget(1 << 40)
+    fine, coarse = MemoryBudget(1 << 40), MemoryBudget(1 << 40)
     a, b = PagedCounts(fine), PagedCounts(coarse)
     a.add(keys)
     for step in range(1, 8):

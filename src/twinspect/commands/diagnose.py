@@ -35,44 +35,44 @@ def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
     gallery = Gallery(keep=_HARDEST)
     pictures = any(path.suffix.lower() == ".html" for path in options.report)
     visit = (lambda made, result: gallery.add(result, made.kind, True)) if pictures else None
-    found = run(predictor, samples, plan, console.progress, visit)
+    diagnosis = run(predictor, samples, plan, console.progress, visit)
     values = {
         "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
-        "seed": options.seed, "count": options.count, "normals": options.normals, **found.values(),
+        "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
     }  # fmt: skip
-    for failure in found.failed:
+    for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    for table in matrices(found):
+    for table in matrices(diagnosis):
         for line in text_table(table):
             console.say(line)
-    for line in sentences(found):
+    for line in sentences(diagnosis):
         console.say(line)
     publish_json(options.json_file, values, console)
     for path in options.report:
-        shown = sections(found, gallery, predictor.decision.map_scale)
+        shown = sections(diagnosis, gallery, predictor.decision.map_scale)
         write_results(path, f"How classes interfere in {options.bundle.name}", shown, facts(values), values)
         console.say(f"wrote {path}")
 
 
-def matrices(found: Diagnosis) -> Iterator[Table]:
+def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
     """One table per measure: row = the class whose image it is, column = the class that intrudes."""
     for measure, title in _TITLES.items():
         rows = []
-        for base, values in zip(found.classes, found.matrix(measure), strict=True):
+        for base, values in zip(diagnosis.classes, diagnosis.matrix(measure), strict=True):
             numbers = [value for value in values if value is not None]
             shown = ("-" if value is None else value for value in values)
             rows.append((base, *shown, sum(numbers) / len(numbers)))
-        yield Table(title, ("class", *found.classes, "mean"), tuple(rows))
+        yield Table(title, ("class", *diagnosis.classes, "mean"), tuple(rows))
 
 
-def sentences(found: Diagnosis) -> Iterator[str]:
+def sentences(diagnosis: Diagnosis) -> Iterator[str]:
     """The means, which class hides which, and which classes are mixed up."""
-    mean = found.mean()
+    mean = diagnosis.mean()
     yield (
-        f"mean over {len(found.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
+        f"mean over {len(diagnosis.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    ranked = sorted(found.pairs, key=_noticed)
+    ranked = sorted(diagnosis.pairs, key=_noticed)
     for pair in [one for one in ranked if _noticed(one) < _HIDDEN][:3]:
         yield (
             f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
@@ -83,8 +83,8 @@ def sentences(found: Diagnosis) -> Iterator[str]:
             f"no class hides in another: the lowest value is {_noticed(ranked[0]):.3f}, {ranked[0]['other']} in "
             f"{ranked[0]['base']}"
         )
-    if said := mixed_up(found.taken):
-        yield said
+    if mixed := mixed_up(diagnosis.taken):
+        yield mixed
 
 
 def _noticed(pair: dict[str, Any]) -> float:
@@ -92,15 +92,15 @@ def _noticed(pair: dict[str, Any]) -> float:
     return min(float(pair["mixup_auroc"]), float(pair["cutpaste_auroc"]))
 
 
-def sections(found: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
+def sections(diagnosis: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
     """Matrices, then the images that passed most easily."""
     text = (
         "Normal images of different classes were laid over each other (Mixup) or pasted into each other (CutPaste). "
         "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
         "0.5 is guessing, 1 is certain.",
-        *sentences(found),
+        *sentences(diagnosis),
     )
-    shown = [Section("Which class hides which", text, tuple(matrices(found)))]
+    shown = [Section("Which class hides which", text, tuple(matrices(diagnosis)))]
     cases = gallery.cases(True, scale)
     return [*shown, Section("What passed most easily", (), cases)] if cases else shown
 

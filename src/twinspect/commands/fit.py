@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.config import OF_MACHINE, RunConfig
+from twinspect.config import LARGEST, OF_MACHINE, RunConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
+    from twinspect.inference.tiles import Tiles
     from twinspect.storage import Fitted
 
+_COARSE = 2.0  # pixels of a picture that a pixel of the model covers, from which on this is said
 _LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
@@ -32,12 +34,14 @@ def fit_command(
     resume_from: Path | None = None,
     forget: bool = False,
     force: bool = False,
+    roi: Path | None = None,
 ) -> None:
     """``twinspect fit``: read, train, calibrate, write the bundle."""
     from twinspect import data as data_room
     from twinspect import files
     from twinspect.bundle import keep_old, refuse_unwritable
     from twinspect.data.protocols import find_split
+    from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
@@ -64,7 +68,9 @@ def fit_command(
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(samples, config, folder, console.progress, before, forget)
+    fitted = fit(
+        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
+    )
     if not group.leads:
         return
     if split is not None:
@@ -132,6 +138,7 @@ def report_lines(detector: Detector, out: Path) -> Iterator[str]:
     )
     if memory := record.get("memory"):
         yield memory_line(memory)
+    yield from pixel_lines(record, detector.fitted.decision.tiles)
     yield (
         f"parameters: teacher {counts['teacher'] / 1e6:.1f} M frozen, "
         + "".join(f"{name} student {counts[name] / 1e6:.1f} M, " for name in ("local", "semantic") if name in counts)
@@ -161,6 +168,26 @@ def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def pixel_lines(record: dict[str, Any], tiles: Tiles) -> Iterator[str]:
+    """What a pixel of the model covers, where it is more than two of the pictures', and what sees smaller defects."""
+    from twinspect.inference.tiles import reach
+    from twinspect.training.fit import fitting_tiles
+
+    (height, width), size = record["sides"], record["size"]
+    covers = max(height / reach(tiles[0]), width / reach(tiles[1])) / size
+    if covers <= _COARSE:
+        return
+    rows, columns = fitting_tiles((height, width), size)
+    finer = [f"--tiles {rows}x{columns}"] if rows * columns > tiles[0] * tiles[1] else []
+    yield (
+        f"one pixel of the model covers {covers:.1f} of yours ({width} x {height}, seen "
+        + (f"in {tiles[0]} x {tiles[1]} tiles of {size}" if tiles != (1, 1) else f"at {size}")
+        + f"): defects under about {3 * covers:.0f} pixels may be missed; "
+        + " or ".join([*finer, f"--size {min(LARGEST, 2 * size)}"])
+        + " sees smaller ones"
+    )
+
+
 def memory_line(memory: dict[str, Any]) -> str:
     """Peak memory, and the batch that it was needed for."""
     peak = f"peak memory {memory['peak_mb']:.0f} MB" if memory["peak_mb"] else "peak memory unknown here"
@@ -179,7 +206,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
     if is_export(bundle):
         return export_info(bundle)
     meta = read_bundle(bundle).meta
-    decision = Decision.from_dict(meta["decision"])
+    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
     return {
         "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
         "thin": meta["thin"],
@@ -212,5 +239,6 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
-            shown = "; ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{above}{name}", shown
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)

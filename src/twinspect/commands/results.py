@@ -38,7 +38,7 @@ def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "-
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(
                 f"{option} {path}: accepted endings are {', '.join(SUFFIXES)}; type {option} "
-                f"{path.with_suffix('.md')}"
+                f"{path.with_suffix('.md') if path.name else 'results.md'}"
             )
         refuse_unwritable(path, option, ours=_names_us)
     if json_file not in ("", "-"):

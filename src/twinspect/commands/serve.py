@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,7 +13,6 @@ from twinspect.server import refuse_missing
 from twinspect.server.settings import Settings
 
 if TYPE_CHECKING:
-    from twinspect.console import Console
     from twinspect.inference.predictor import Predictor
 
 LOG_FILE = "inspections.db"
@@ -41,37 +41,27 @@ def serve(
 
     with Console() as console:
         refuse_missing()
+        from twinspect.errors import ConfigError
+        from twinspect.inference import load
+        from twinspect.server.app import build_app
+        from twinspect.server.log import InspectionLog
+        from twinspect.server.models import named_paths
         from twinspect.server.run import read_key
+        from twinspect.server.run import serve as serve_app
 
-        run_server(bundles, Settings(api_key=read_key(api_key_file), **settings), log, runtime, threads, console)
+        chosen = Settings(api_key=read_key(api_key_file), **settings)
+        where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
+        if where == "none" and chosen.log_required:
+            raise ConfigError("--log-required contradicts --log none; leave one of them out")
+        paths = named_paths(bundles)
 
+        def open_file(path: Path) -> Predictor:
+            return load(path, runtime, threads)
 
-def run_server(
-    bundles: list[str], settings: Settings, log: str, runtime: str, threads: int, console: Console
-) -> None:
-    """Open models and log, then serve until a signal."""
-    import os
-
-    from twinspect.errors import ConfigError
-    from twinspect.inference import load
-    from twinspect.server.app import build_app
-    from twinspect.server.log import InspectionLog
-    from twinspect.server.models import named_paths
-    from twinspect.server.run import serve as serve_app
-
-    where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
-    if where == "none" and settings.log_required:
-        raise ConfigError("--log-required contradicts --log none; leave one of them out")
-    paths = named_paths(bundles)
-
-    def open_file(path: Path) -> Predictor:
-        return load(path, runtime, threads)
-
-    kept = None if where == "none" else InspectionLog(where)
-    predictors = {name: open_file(path) for name, path in paths.items()}
-    app = build_app(settings, predictors, kept, paths, open_file)
-    kept_in = kept.described if kept is not None else "none"
-    names = ", ".join(paths)
-    serve_app(app, settings, lambda address: console.say(f"serving {names} at {address}; log {kept_in}"))
-    if kept is not None:
-        kept.close()
+        inspections = None if where == "none" else InspectionLog(where)
+        place = inspections.described if inspections is not None else "none"
+        predictors = {name: open_file(path) for name, path in paths.items()}
+        app = build_app(chosen, predictors, inspections, paths, open_file)
+        serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
+        if inspections is not None:
+            inspections.close()

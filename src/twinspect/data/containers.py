@@ -102,9 +102,9 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{path}: not an IDX file of unsigned bytes; accepted: the files of Fashion-MNIST")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])
     body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3])
-    wanted = int(np.prod(shape, dtype=object))
-    if body.size != wanted:
-        raise DataError(f"{path}: {body.size:,} bytes of data, {wanted:,} promised by its header; copy it again")
+    promised = int(np.prod(shape, dtype=object))
+    if body.size != promised:
+        raise DataError(f"{path}: {body.size:,} bytes of data, {promised:,} promised by its header; copy it again")
     return body.reshape(shape)
 
 

@@ -329,8 +329,8 @@ class _ClassReader:
         assumed: how many images are taken as good only because nothing says otherwise.
     """
 
-    def __init__(self, found: ClassFolders, log: ScanLog) -> None:
-        self._name, self._log = found.name, log
+    def __init__(self, product: ClassFolders, log: ScanLog) -> None:
+        self._name, self._log = product.name, log
         self.assumed = 0
         self._listed: list[tuple[Place, Sample]] = []
         self._images: list[Place] = []
@@ -338,7 +338,7 @@ class _ClassReader:
         self._odd: list[tuple[Path, str]] = []
         self._tables: set[Path] = set()
         self._seen: set[tuple[Path, str]] = set()
-        for place, context in found.places:
+        for place, context in product.places:
             if names := _unnamed_training(place):
                 raise DataError(
                     f"{place}: train/ holds the folders {names} and none is called good. For parts, rename the "
@@ -360,24 +360,24 @@ class _ClassReader:
             place for place, sample in judged if sample.label is None or not (sample.label or role_of(place[1]))
         ]
         masks = match((defects, others), self._masks, self._log)
-        found = [
+        read = [
             self._masked(sample, masks.get(path, ()), free=not _split(parts) or sample.split == TEST)
             for (path, parts), sample in placed
         ]
-        found += [
+        read += [
             replace(sample, masks=masks.get(path, ())) if sample.label == 1 and not sample.masks else sample
             for (path, _), sample in self._listed
         ]
-        kept = sorted((one for one in found if one is not None), key=lambda sample: SPLITS.index(sample.split))
-        self._say(kept)
-        return kept
+        used = sorted((one for one in read if one is not None), key=lambda sample: SPLITS.index(sample.split))
+        self._say(used)
+        return used
 
-    def _say(self, kept: Sequence[Sample]) -> None:
+    def _say(self, used: Sequence[Sample]) -> None:
         told = {*self._tables, *(path for path, _ in self._odd)}
         self._log.skipped = [(path, reason) for path, reason in self._log.skipped if path not in told]
         for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
             (self._log.leave if self.assumed else self._log.skip)(path, reason)
-        unknown = [one for one in kept if one.label is None and not one.defect_type.startswith("test_private")]
+        unknown = [one for one in used if one.label is None and not one.defect_type.startswith("test_private")]
         if unknown:
             places = sorted({one.image.parent.name for one in unknown})
             self._log.note(
@@ -433,12 +433,12 @@ class _ClassReader:
     def _sample(self, path: Path, parts: tuple[str, ...]) -> Sample | None:
         """An image by the folders above it, then by its own name; None, with a log entry, if it is not used."""
         split, role, kinds = _split(parts), role_of(parts), _kinds(parts)
-        own = meaning_of_file(path.name).role
-        if role == GOOD and own == BAD:
+        by_name = meaning_of_file(path.name).role
+        if role == GOOD and by_name == BAD:
             self._skip(path, "its name says defect, and its folder good")
             return None
-        if not role and own in (GOOD, BAD) and (own == BAD or not kinds):
-            role = own
+        if not role and by_name in (GOOD, BAD) and (by_name == BAD or not kinds):
+            role = by_name
             self._log.note("some images are good, or defects, by their own names, such as OK_1.png and NG_1.png")
         if split in (TRAIN, CALIBRATION):
             return self._learnt(path, parts, split, role)
@@ -504,10 +504,10 @@ def _kinds(parts: Iterable[str]) -> list[str]:
 
 def _kind(parts: Sequence[str]) -> str:
     """Name of the kind of defect: the first folder that names one; below a plain ``bad/``, what stands in it."""
-    found = [part for part in parts if _is_kind(part) or meaning(part).role == BAD]
-    if len(found) > 1 and not _split(parts) and meaning(found[0]).role == BAD:
-        return found[1]
-    return found[0] if found else "anomaly"
+    named = [part for part in parts if _is_kind(part) or meaning(part).role == BAD]
+    if len(named) > 1 and not _split(parts) and meaning(named[0]).role == BAD:
+        return named[1]
+    return named[0] if named else "anomaly"
 
 
 def _odd_lists(images: Sequence[Path], others: Sequence[Path], in_masks: bool) -> Iterator[tuple[Path, str]]:

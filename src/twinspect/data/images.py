@@ -40,6 +40,7 @@ _UNREAD = (
 UNREAD_SUFFIXES = frozenset(f".{ending}" for ending in _UNREAD.split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 _PHOTOMETRIC = 262  # TIFF tag; 0 means that white is zero
+_BLOCK = 1 << 22  # values that become 8 bits at a time
 _RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
@@ -199,8 +200,12 @@ def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
             f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats from 0 to 1"
         )
     scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
-    scaled = np.nan_to_num(values.astype(np.float64) * scale, nan=0.0, posinf=255.0, neginf=0.0)
-    return scaled.clip(0, 255).round().astype(np.uint8)
+    eight = np.empty(values.shape, np.uint8)
+    rows = max(1, _BLOCK * len(values) // max(values.size, 1))
+    for start in range(0, len(values), rows):  # the whole image would be there four times, with eight bytes a value
+        scaled = values[start : start + rows].astype(np.float64) * scale
+        eight[start : start + rows] = np.fmin(np.fmax(scaled, 0), 255).round()  # not a number: 0
+    return eight
 
 
 def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -325,6 +330,8 @@ def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
     if values.dtype.kind not in "biuf":
         raise ImageError(f"{label}: a TIFF of {values.dtype} values; accepted: whole numbers and floats")
     values = np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+    if values.shape[:2] != (page.imagelength, page.imagewidth):
+        raise ImageError(f"{label}: damaged or truncated image (it has no pixels); copy it again from its source")
     return _turned(_negative(values) if white_is_zero else values, tag.value if tag is not None else 1)
 
 
@@ -421,10 +428,12 @@ def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:
 
 
 def _float_scale(values: NDArray[Any]) -> float:
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if not finite.size:
+    finite = np.isfinite(values)
+    count = int(finite.sum())
+    if not count:
         return 1.0
-    rare = min(1 + finite.size // 10_000, finite.size - 1)  # overshoot and hot pixels, which say nothing of the range
-    high = float(np.partition(finite, -rare - 1)[-rare - 1])
+    rare = min(1 + count // 10_000, count - 1)  # overshoot and hot pixels, which say nothing of the range
     # Twice the end of a range is more than any overshoot, and as good as black in the next one.
-    return 255.0 if high <= 2 else 1.0 if high <= 510 else 1 / 257
+    if int(((values > 2) & finite).sum()) <= rare:
+        return 255.0
+    return 1.0 if int(((values > 510) & finite).sum()) <= rare else 1 / 257

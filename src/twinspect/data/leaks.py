@@ -52,22 +52,22 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
             (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
 
     leave_out(_equal([*good, *defects]))
-    kept = [sample for sample in good if sample not in copies and sample not in both]
-    if len(kept) <= _FEW:
-        leave_out(_split((sample for sample in kept if sample.in_file), _pixel_hash))
+    rest = [sample for sample in good if sample not in copies and sample not in both]
+    if len(rest) <= _FEW:
+        leave_out(_split((sample for sample in rest if sample.in_file), _pixel_hash))
     notes = [
-        f"{len(found):,} of {len(good):,} good images {what} (first: {_named(found)}): {done}"
-        for found, what, done in (
+        f"{len(left_out_of):,} of {len(good):,} good images {what} (first: {_named(left_out_of)}): {done}"
+        for left_out_of, what, done in (
             (copies, "are copies of others", "each picture is counted once"),
             (both, "are copies of images that are called defects", "they are left out"),
         )
-        if found
+        if left_out_of
     ]
-    return [sample for sample in kept if sample not in copies], notes
+    return [sample for sample in rest if sample not in copies], notes
 
 
-def _named(found: dict[Sample, Sample]) -> str:
-    copy, first = next(iter(found.items()))
+def _named(copies: dict[Sample, Sample]) -> str:
+    copy, first = next(iter(copies.items()))
     return f"{copy.image} = {first.image}"
 
 

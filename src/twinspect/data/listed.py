@@ -185,11 +185,11 @@ def looks_like_real_iad(root: Path) -> bool:
 
 
 def _real_iad_jsons(root: Path, log: ScanLog) -> Path:
-    found = [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
-    if not found:
+    lists = [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
+    if not lists:
         raise DataError(f"{root}: no folder realiad_jsons with <class>.json files; found: {listing(root)}")
-    folder = next((sub for sub in found if sub.name == "realiad_jsons"), found[0])
-    for sub in found:
+    folder = next((sub for sub in lists if sub.name == "realiad_jsons"), lists[0])
+    for sub in lists:
         if sub != folder:
             log.skip(sub, f"another list of Real-IAD; {folder.name} is read")
     if any(folder.glob("*.json")):
@@ -198,14 +198,14 @@ def _real_iad_jsons(root: Path, log: ScanLog) -> Path:
 
 
 def _real_iad_images(root: Path, log: ScanLog) -> Path:
-    found = [root / name for name in REAL_IAD_FOLDERS if os.path.isdir(root / name)]
-    if not found:
+    sizes = [root / name for name in REAL_IAD_FOLDERS if os.path.isdir(root / name)]
+    if not sizes:
         return root
-    if len(found) > 1:
-        log.note(f"images are here as {', '.join(f.name for f in found)}: {found[0].name} is read")
-    for other in found[1:]:
-        log.skip(other, f"the same images in another size; {found[0].name} is read")
-    return found[0]
+    if len(sizes) > 1:
+        log.note(f"images are here as {', '.join(f.name for f in sizes)}: {sizes[0].name} is read")
+    for other in sizes[1:]:
+        log.skip(other, f"the same images in another size; {sizes[0].name} is read")
+    return sizes[0]
 
 
 def _real_iad_rows(images: Path, path: Path) -> Iterator[_Row]:
@@ -305,8 +305,8 @@ def _uniad_files(root: Path) -> list[tuple[Path, str]]:
     if os.path.isfile(root):
         return [(root, meaning(root.stem).split or TEST)] if root.suffix.lower() in (".json", ".jsonl") else []
     names = {f"{split}{suffix}": split for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")}
-    found = [(path, names[path.name.lower()]) for path in files_in(root) if path.name.lower() in names]
-    return sorted(found, key=lambda one: list(names).index(one[0].name.lower()))
+    files = [(path, names[path.name.lower()]) for path in files_in(root) if path.name.lower() in names]
+    return sorted(files, key=lambda one: list(names).index(one[0].name.lower()))
 
 
 def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path:

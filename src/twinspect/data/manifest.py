@@ -148,7 +148,7 @@ def write_manifest(
         DataError: a name that the table cannot hold, or an ending that is none of the two.
     """
     if path.suffix.lower() not in (".parquet", ".csv"):
-        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
+        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type NAME.parquet")
     rows = []
     for sample in samples:
         row: Row = {
@@ -210,11 +210,11 @@ def _header(path: Path) -> list[str]:
 def _columns(header: Iterable[str]) -> dict[str, str]:
     """Our name of a column -> the table's, for those that are there."""
     by_key = {key(name): name for name in reversed(list(header))}
-    found = {
+    columns = {
         ours: next((by_key[alias] for alias in aliases.split() if alias in by_key), "")
         for ours, aliases in _ALIASES.items()
     }
-    return {ours: name for ours, name in found.items() if name}
+    return {ours: name for ours, name in columns.items() if name}
 
 
 def _rows(path: Path) -> tuple[list[Row], str]:
@@ -259,10 +259,10 @@ def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
     above = [place for place in folder.parents if within is not None and place.is_relative_to(within.parent)]
     for place in (folder, *subfolders(folder), *above):
         try:
-            found = inside(place, text, "")
+            image = inside(place, text, "")
         except DataError:
             break
-        if os.path.isfile(found) and (place not in above or within is None or found.is_relative_to(within)):
+        if os.path.isfile(image) and (place not in above or within is None or image.is_relative_to(within)):
             return place
     return folder
 

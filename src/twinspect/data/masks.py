@@ -39,7 +39,7 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
     """
     names = [_Names(group) for group in groups]
     kinds = {kind for group in names for kind in group.kinds}
-    found: dict[Path, list[Path]] = defaultdict(list)
+    masks_of: dict[Path, list[Path]] = defaultdict(list)
     for path, parts in masks:
         if any(meaning(part).role == GOOD for part in parts):
             _log_once(path.parent if _in_masks(parts) else path, "masks of good images are not needed", log)
@@ -48,14 +48,14 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
         soft = _folders(_first(_bare(part)) if meaning(part).role == MASK else part for part in parts)
         owners: list[Path] = next((fits for group in names if (fits := group.owners(path, soft, hard))), [])
         if len(owners) == 1:
-            found[owners[0]].append(path)
+            masks_of[owners[0]].append(path)
         elif owners:
             log.skip(path, "mask that fits images of several folders")
         elif hard and not kinds & set(hard):
             _log_once(path.parent, "masks of a kind that has no images", log)
         else:
             log.skip(path, "mask without image")
-    return {image: tuple(sorted(paths)) for image, paths in found.items()}
+    return {image: tuple(sorted(paths)) for image, paths in masks_of.items()}
 
 
 class _Names:
@@ -104,13 +104,13 @@ def _folders(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _tells_nothing(part: str) -> bool:
-    found = meaning(part)
-    return not found.role and (found.pictures or not found.rest)
+    meant = meaning(part)
+    return not meant.role and (meant.pictures or not meant.rest)
 
 
 def _bare(stem: str) -> list[str]:
     """``scratch`` of ``scratch_mask`` or ``mask_scratch``, nothing of ``ground_truth``."""
-    return [_plain(found["stem"]) for pattern in (_AFTER, _BEFORE) if (found := pattern.match(stem))]
+    return [_plain(parts["stem"]) for pattern in (_AFTER, _BEFORE) if (parts := pattern.match(stem))]
 
 
 def _first(texts: Sequence[str]) -> str:

@@ -142,8 +142,8 @@ def key(text: str) -> str:
 
 def is_of_product(rest: str, product: str) -> bool:
     """Whether a rest names a product, in the singular or plural, or something of it: apple black rot of apple."""
-    words, wanted = ([word.rstrip("s") for word in text.split()] for text in (rest, product))
-    return bool(wanted) and words[: len(wanted)] == wanted
+    words, of_product = ([word.rstrip("s") for word in text.split()] for text in (rest, product))
+    return bool(of_product) and words[: len(of_product)] == of_product
 
 
 def _words(name: str) -> list[str]:
@@ -154,23 +154,23 @@ def _words(name: str) -> list[str]:
 def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     if _TASKS & set(words):  # mvtec_anomaly_detection is a project, and not a folder of anomalies
         return Meaning(rest=" ".join(words))
-    found: set[str] = set()
+    roles_seen: set[str] = set()
     split, rest = "", []
     for word, role in _judged(words, roles):
         if role:
-            found.add(role)
+            roles_seen.add(role)
         elif word in _SPLIT_OF:
             split = split or _SPLIT_OF[word]
         else:
             rest.append(word)
-    found |= set(_anywhere(name))
+    roles_seen |= set(_anywhere(name))
     if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
-        found, rest = {GOOD if key(name) == "io" else BAD}, []
-    both = {GOOD, BAD} <= found and MASK not in found  # good_bad, ok-nok: holds either
+        roles_seen, rest = {GOOD if key(name) == "io" else BAD}, []
+    both = {GOOD, BAD} <= roles_seen and MASK not in roles_seen  # good_bad, ok-nok: holds either
     plain = _is_plain(rest)
     if rest and not plain and not split:
-        found.discard(UNSORTED)  # a new_bottle is a product
-    role = UNSORTED if both else next((one for one in (MASK, BAD, UNSORTED, GOOD) if one in found), "")
+        roles_seen.discard(UNSORTED)  # a new_bottle is a product
+    role = UNSORTED if both else next((one for one in (MASK, BAD, UNSORTED, GOOD) if one in roles_seen), "")
     return Meaning(role, split, " ".join(rest), plain, bool(rest) and _IS_PICTURES.issuperset(rest))
 
 
@@ -236,8 +236,8 @@ def role_of(folders: tuple[str, ...]) -> str:
 
     A test that its owner keeps private (``test_private``) stays unsorted whatever is in it.
     """
-    found = [meaning(name) for name in folders]
-    roles = {one.role for one in found}
-    private = any(one.role == UNSORTED and one.split == TEST for one in found)
+    meanings = [meaning(name) for name in folders]
+    roles = {one.role for one in meanings}
+    private = any(one.role == UNSORTED and one.split == TEST for one in meanings)
     order = (MASK, BAD, UNSORTED) if private else (MASK, BAD, GOOD, UNSORTED)
     return next((role for role in order if role in roles), "")

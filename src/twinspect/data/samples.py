@@ -22,7 +22,7 @@ SATURATION_FILE = "defects_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class DefectRegion:
     """One ground-truth region as sPRO counts it.
 
     Attributes:
@@ -55,14 +55,14 @@ def has_pixel_truth(sample: Sample) -> bool:
 
 def marks_a_defect(masks: Sequence[Path]) -> bool | None:
     """Whether any of an image's masks marks a pixel; None where one cannot be read, and no other does."""
-    found: bool | None = False
+    marks: bool | None = False
     for path in masks:
         try:
             if read_mask(path).any():
                 return True
         except DataError:
-            found = None
-    return found
+            marks = None
+    return marks
 
 
 def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -84,7 +84,7 @@ def has_saturation(sample: Sample) -> bool:
     return any(_saturation_config(path) is not None for path in sample.masks)
 
 
-def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
+def read_regions(sample: Sample, shape: tuple[int, int]) -> list[DefectRegion]:
     """One region per mask file with its saturation area (MVTec LOCO's ``defects_config.json``).
 
     The grey value of a mask names its entry: an area in pixels, or a part of the region's own area. Without
@@ -95,7 +95,7 @@ def read_regions(sample: Sample, shape: tuple[int, int]) -> list[Region]:
     for path in sample.masks:
         mask = _sized_mask(path, shape, sample)
         if mask.any():
-            regions.append(Region(mask, _saturation(path, mask)))
+            regions.append(DefectRegion(mask, _saturation(path, mask)))
     return regions
 
 

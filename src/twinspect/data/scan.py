@@ -92,12 +92,15 @@ class ScanLog:
 
 def existing_root(root: Path | str) -> Path:
     """The path with ``~`` expanded; an error with the nearest names if nothing is there."""
-    path = Path(root).expanduser()
+    path = Path(root)
     try:
+        path = path.expanduser()
         path.stat()
         return path
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         pass
+    except (ValueError, RuntimeError) as error:  # a zero byte in it; ~ of a user that is not there
+        raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
     names = [entry.name for entries in _entries(path.parent) for entry in entries]
@@ -174,8 +177,8 @@ def has_images_below(folder: Path) -> bool:
 
 def unread_picture(folder: Path) -> Path | None:
     """A picture in a format that is not read, at any depth."""
-    found = (path for _, _, files in walk(folder, ScanLog()) for path in files)
-    return next((path for path in found if path.suffix.lower() in UNREAD_SUFFIXES), None)
+    files_below = (path for _, _, files in walk(folder, ScanLog()) for path in files)
+    return next((path for path in files_below if path.suffix.lower() in UNREAD_SUFFIXES), None)
 
 
 def why_without_images(folder: Path) -> str:
@@ -298,10 +301,10 @@ def _listing(folder: Path) -> _Listing:
 
 def _entries(folder: Path, log: ScanLog | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Folders and other things directly inside; what is left out goes to the log."""
-    found = _listing(folder)
+    content = _listing(folder)
     if log is not None:
-        log.skipped += found.skipped
-    return found.folders, found.files
+        log.skipped += content.skipped
+    return content.folders, content.files
 
 
 def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:

@@ -84,9 +84,9 @@ class ImageSet:
             return False
         if _container_files(root, self) or _parquet_set(root) == self.name:
             return True
-        found = {sub.name for subs in _class_folders(root).values() for sub in subs}
-        names = {_canonical(name, self) for name in found}
-        return len(names) > 1 and not any(map(str.isdigit, found)) and names <= set(self.classes)
+        folders = {sub.name for subs in _class_folders(root).values() for sub in subs}
+        names = {_canonical(name, self) for name in folders}
+        return len(names) > 1 and not any(map(str.isdigit, folders)) and names <= set(self.classes)
 
     def read(self, root: Path, log: ScanLog) -> list[Sample]:
         """Samples of the set, in whichever shape it is there."""
@@ -147,9 +147,9 @@ SETS = (
 def _container_files(root: Path, image_set: ImageSet) -> Files:
     for place in (root, *(root / name for name in image_set.folders), root / "FashionMNIST" / "raw"):
         for suffix in ("", ".bin", ".gz"):
-            found = {split: _named(place, stems, suffix) for split, stems in image_set.files}
-            if any(found.values()):
-                return found
+            files = {split: _named(place, stems, suffix) for split, stems in image_set.files}
+            if any(files.values()):
+                return files
     return {}
 
 
@@ -159,10 +159,10 @@ def _named(place: Path, stems: Sequence[str], suffix: str) -> list[Path]:
 
 
 def _from_containers(files: Files, log: ScanLog, image_set: ImageSet) -> list[Sample]:
-    wanted = sum(len(stems) for _, stems in image_set.files)
-    found = sum(len(paths) for paths in files.values())
-    if found < wanted:
-        log.note(f"{found} of the {wanted} official files of {image_set.name} were found")
+    official = sum(len(stems) for _, stems in image_set.files)
+    present = sum(len(paths) for paths in files.values())
+    if present < official:
+        log.note(f"{present} of the {official} official files of {image_set.name} were found")
     samples: list[Sample] = []
     for split, paths in files.items():
         for path in paths:
@@ -211,7 +211,7 @@ def _parquet_files(root: Path) -> Files:
 def _parquet_set(root: Path) -> str:
     """Which set a folder of Parquet files is: by its columns, then by the size of its first image."""
     files = _parquet_files(root)
-    paths = [path for found in files.values() for path in found]
+    paths = [path for part in files.values() for path in part]
     if not paths:
         return ""
     columns = parquet_columns(paths[0])
@@ -228,13 +228,13 @@ def _parquet_set(root: Path) -> str:
 
 def _class_folders(root: Path) -> dict[str, list[Path]]:
     """Folders of images per split, through doubled folders such as ``seg_train/seg_train``."""
-    found: dict[str, list[Path]] = {}
+    folders: dict[str, list[Path]] = {}
     for split in (TRAIN, TEST):
         place = next((sub for sub in subfolders(root) if _is_part(sub.name, split)), None)
         while place is not None and os.path.isdir(place / place.name) and len(subfolders(place)) == 1:
             place = place / place.name
-        found[split] = [sub for sub in subfolders(place) if has_images_below(sub)] if place is not None else []
-    return found
+        folders[split] = [sub for sub in subfolders(place) if has_images_below(sub)] if place is not None else []
+    return folders
 
 
 def _is_part(name: str, split: str) -> bool:
@@ -262,5 +262,5 @@ def _canonical(name: str, image_set: ImageSet) -> str:
     """The set's own spelling of a class name or number; unknown names come back as they are."""
     if name.isdecimal() and int(name) < len(image_set.classes) and not image_set.open_names:
         return image_set.classes[int(name)]
-    wanted = key(ALIASES.get(key(name), name))
-    return next((known for known in image_set.classes if key(known) == wanted), name)
+    plain = key(ALIASES.get(key(name), name))
+    return next((known for known in image_set.classes if key(known) == plain), name)

@@ -125,10 +125,10 @@ def is_empty(cell: Any) -> bool:
 
 def split_of(word: Any, where: str) -> str:
     """Our name of a split from the word a list uses."""
-    found = meaning(str(word)).split
-    if not found:
+    split = meaning(str(word)).split
+    if not split:
         raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
-    return found
+    return split
 
 
 def label_of(value: Any, where: str) -> int | None:

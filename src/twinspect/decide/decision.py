@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
-from twinspect.errors import BundleError, ConfigError, listed, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
+ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
@@ -56,6 +57,8 @@ class Decision:
         held: those of the images that the students were not trained on.
         bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
         thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
+        roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
+        tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
     good: GoodScores
@@ -70,6 +73,8 @@ class Decision:
     held: tuple[str, ...] = ()
     bank: tuple[str, ...] = ()
     thumbnails: tuple[bytes, ...] = ()
+    roi: str = ""
+    tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -150,11 +155,27 @@ class Decision:
             "held": _packed(self.held),
             "bank": list(self.bank),
             "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
+            **({"roi": self.roi} if self.roi else {}),
+            "tiles": list(self.tiles),
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
+        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores.
+
+        Raises:
+            BundleError: values that no decision has.
+        """
+        try:
+            found = cls._of(values)
+            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+                raise ValueError("calibration scores that are not finite")
+            return found
+        except NONSENSE as error:
+            raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> Decision:
         low, high = values["map_scale"]
         return cls(
             GoodScores.from_dict(values["good"]),
@@ -172,6 +193,8 @@ class Decision:
             _unpacked(values["held"]),
             tuple(map(str, values.get("bank", ()))),
             tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
+            str(values.get("roi", "")),
+            (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
         )
 
 
@@ -182,6 +205,20 @@ def _packed(keys: tuple[str, ...]) -> str:
 def _unpacked(text: str) -> tuple[str, ...]:
     digits, step = base64.b64decode(text, validate=True).hex(), 2 * KEY_BYTES
     return tuple(digits[i : i + step] for i in range(0, len(digits), step))
+
+
+def pack_roi(roi_SS: NDArray[np.bool_]) -> str:
+    """A square region of interest on a grid that pictures are drawn from, as text."""
+    at = (np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE
+    return base64.b64encode(np.packbits(roi_SS[np.ix_(at.astype(int), at.astype(int))]).tobytes()).decode("ascii")
+
+
+def unpack_roi(text: str) -> NDArray[np.bool_] | None:
+    """The grid that `pack_roi` made, ROI_SIDE x ROI_SIDE; None for an empty text."""
+    if not text:
+        return None
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
+    return bits.reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
 
 
 def image_id(digest: bytes) -> str:

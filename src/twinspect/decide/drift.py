@@ -266,9 +266,9 @@ class DriftMonitor:
             for number, name, score, distance in self._recent:
                 if number >= since:
                     recent.setdefault(name, []).append((score, distance))
-        found = [_class_row(self.good, name, np.array(rows)) for name, rows in sorted(recent.items())]
-        classes = tuple(row for row, _ in found)
-        kind = _kind(won, classes, [off for _, off in found]) if alarm_at else NONE
+        described = [_class_row(self.good, name, np.array(rows)) for name, rows in sorted(recent.items())]
+        classes = tuple(row for row, _ in described)
+        kind = _kind(won, classes, [off for _, off in described]) if alarm_at else NONE
         light = "grey" if not images else "red" if alarm_at else "green"
         message = _message(kind, classes, images, alarm_at, since, self.false_alarm_rate)
         return DriftReport(
@@ -317,18 +317,19 @@ def _finite(values: Floats) -> Floats:
 
 def _class_row(good: GoodScores, name: str, seen_n2: NDArray[np.float64]) -> tuple[ClassDrift, tuple[float, float]]:
     """One class, and by how much its bulk is off: see `_off`."""
-    kept = good.of_class(name, given=False)
-    kept = kept if kept.any() else np.ones(len(good), dtype=np.bool_)  # a class without calibration images: all
-    usual, distances = _finite(good.distance[kept]), _finite(seen_n2[:, 1])
-    p = p_values(seen_n2[:, 0], good.score[kept])
+    of_class = good.of_class(name, given=False)
+    if not of_class.any():  # a class without calibration images is compared with all
+        of_class = np.ones(len(good), dtype=np.bool_)
+    usual, distances = _finite(good.distance[of_class]), _finite(seen_n2[:, 1])
+    p = p_values(seen_n2[:, 0], good.score[of_class])
     scene = p_values(distances, usual) if len(usual) and len(distances) else np.empty(0)
     moved = any(
         len(one) >= 5 and abs(off) > _SIGMAS * math.sqrt(variance)
-        for one, off, variance in ((p, *_off(p, kept.sum())), (scene, *_off(scene, max(len(usual), 1))))
+        for one, off, variance in ((p, *_off(p, of_class.sum())), (scene, *_off(scene, max(len(usual), 1))))
     )
     median = float(np.median(scene)) if len(scene) else None
     row = ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved)
-    return row, _off(p[p > TAIL], kept.sum(), TAIL)
+    return row, _off(p[p > TAIL], of_class.sum(), TAIL)
 
 
 def _off(p: Floats, calibration: int, low: float = 0.0) -> tuple[float, float]:

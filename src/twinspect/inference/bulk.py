@@ -85,7 +85,7 @@ class Totals:
         self.before += part.rows if before else 0
 
 
-class Scorer:
+class UnitScorer:
     """One loaded model with its decoders. A context.
 
     Args:
@@ -104,10 +104,10 @@ class Scorer:
         workers, size = job.decoders, self.predictor.runtime.size
         self.pool = DecodePool(
             size, self.predictor.limits, bool(job.pictures.overlays), workers or self.predictor.workers, workers > 0,
-            self.predictor.batch,
+            self.predictor.batch, self.predictor.decision.tiles,
         )  # fmt: skip
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> UnitScorer:
         return self
 
     def __exit__(
@@ -306,7 +306,7 @@ def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[
     first = next(wanted, None)
     if first is None:
         return  # everything is there: the model need not be loaded
-    with Scorer(job, store) as scorer:
+    with UnitScorer(job, store) as scorer:
         yield from scorer.parts(chain([first], wanted), skipped)
 
 
@@ -317,7 +317,7 @@ def _print(
     totals: Totals,
     visit: Callable[[dict[str, Any]], None] | None,
 ) -> Totals:
-    with Scorer(job) as scorer:
+    with UnitScorer(job) as scorer:
         if job.on_stdout == ".csv":
             listener.result(csv_header())
         rest = (result for _, result in scorer.results(units(found, job.part_rows), lambda part: None))

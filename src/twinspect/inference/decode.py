@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.data.containers import read_record
-from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb, resize_rgb
+from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb
 from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
 from twinspect.errors import DataError, ImageError
 from twinspect.inference.archives import ARCHIVES, Item, Stream
 from twinspect.inference.remote import is_url, read
 from twinspect.inference.sources import TABLES, among, walk
 from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.tiles import Tiles, cut
 from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
@@ -44,7 +45,7 @@ class Decoded(NamedTuple):
         name: what its row is called.
         error: why there are no pixels.
         height, width: of the whole image.
-        square: S x S x 3 for the model.
+        square: S x S x 3 for the model; T x S x S x 3 for one that sees tiles.
         rgb: the whole image, where it was asked for.
     """
 
@@ -67,12 +68,20 @@ class DecodePool:
         processes: decode in processes: they use more cores, and an image that kills its decoder (out of memory, a
             crash inside a codec) costs its own row only.
         batch: images that the reader takes at a time; at least as many are decoded ahead.
+        tiles: rows and columns that every image is cut into.
     """
 
     def __init__(
-        self, size: int, limits: ImageLimits, pixels: bool, workers: int, processes: bool = False, batch: int = 1
+        self,
+        size: int,
+        limits: ImageLimits,
+        pixels: bool,
+        workers: int,
+        processes: bool = False,
+        batch: int = 1,
+        tiles: Tiles = (1, 1),
     ) -> None:
-        self._decode = partial(decode_all, size=size, limits=limits, pixels=pixels)
+        self._decode = partial(decode_all, size=size, limits=limits, pixels=pixels, tiles=tiles)
         self._workers, self._processes = workers, processes
         self._group = _images_of_a_job(size, pixels) if processes else 1
         self._ahead = max(2 * workers, -(-2 * batch // self._group))
@@ -152,12 +161,14 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def decode_all(items: list[Any], size: int, limits: ImageLimits, pixels: bool) -> list[Decoded]:
+def decode_all(items: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
     """`decode` for the items of one job."""
-    return [decode(item, size, limits, pixels) for item in items]
+    return [decode(item, size, limits, pixels, tiles) for item in items]
 
 
-def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False) -> Decoded:
+def decode(
+    item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False, tiles: Tiles = (1, 1)
+) -> Decoded:
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
@@ -165,6 +176,7 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
+        tiles: rows and columns that the image is cut into.
 
     Raises:
         ImageError: an array of a wrong kind. No file is bad then, but the program that made the array.
@@ -172,10 +184,10 @@ def decode(item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: b
     name = name_of(item)
     if is_array(item):
         rgb = array_rgb(as_array(item), limits)
-        return Decoded(name, "", rgb.shape[0], rgb.shape[1], resize_rgb(rgb, size), rgb if pixels else None)
+        return Decoded(name, "", rgb.shape[0], rgb.shape[1], cut(rgb, size, tiles), rgb if pixels else None)
     try:
-        rgb, (height, width) = _pixels(item, limits, size)
-        square = resize_rgb(rgb, size)
+        rgb, (height, width) = _pixels(item, limits, size * max(tiles))
+        square = cut(rgb, size, tiles)
         if pixels and rgb.shape[:2] != (height, width):
             rgb, _ = _pixels(item, limits, 0)
     except DataError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from twinspect.errors import TwinspectError, check_range
 from twinspect.inference.archives import Item, Stream
-from twinspect.inference.bulk import Scorer
+from twinspect.inference.bulk import UnitScorer
 from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
 
@@ -114,7 +114,7 @@ class _Actor:
     def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
         if os.path.isdir(home):
             os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
-        self.scorer = Scorer(job, PartStore(folder, suffix))
+        self.scorer = UnitScorer(job, PartStore(folder, suffix))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the units of a batch (one): names of their parts, and whether they were there already."""

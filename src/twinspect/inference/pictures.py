@@ -87,7 +87,7 @@ class PictureOptions:
         return asdict(self)
 
 
-class Region(NamedTuple):
+class Annotation(NamedTuple):
     """What COCO calls an annotation: box (x, y, width, height), area, score and polygons, in original pixels."""
 
     bbox: tuple[int, int, int, int]
@@ -215,14 +215,14 @@ def coco_line(result: Result) -> bytes:
     return json.dumps({"image": image, "regions": regions}).encode() + b"\n"
 
 
-def coco_regions(result: Result) -> list[Region]:
+def coco_regions(result: Result) -> list[Annotation]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
     found, size = connected(result.grid, (result.height, result.width), result.threshold_region)
     scale = np.array([result.width / size[1], result.height / size[0]])
     return [
-        Region(
+        Annotation(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,

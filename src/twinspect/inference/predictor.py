@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY
+from twinspect.decide.decision import ANOMALY, unpack_roi
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
 from twinspect.inference.decode import name_of as name_of
 from twinspect.inference.result import Result, find_regions
+from twinspect.inference.tiles import joined
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 
@@ -103,7 +104,8 @@ class Predictor:
             yield from self.score_batch([self.decode(item, pixels)], maps, [class_name])
 
     def _ahead(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
-        with DecodePool(self.runtime.size, self.limits, pixels, self.workers, batch=self.batch) as pool:
+        size, tiles = self.runtime.size, self.decision.tiles
+        with DecodePool(size, self.limits, pixels, self.workers, batch=self.batch, tiles=tiles) as pool:
             yield from self.score((image for _, image in pool.stream((None, i) for i in items)), maps, class_name)
 
     @staticmethod
@@ -121,7 +123,7 @@ class Predictor:
 
     def decode(self, item: Any, pixels: bool = False) -> Decoded:
         """One image made ready for `score_batch`; for callers that decode where and when they like."""
-        return decode(item, self.runtime.size, self.limits, pixels)
+        return decode(item, self.runtime.size, self.limits, pixels, self.decision.tiles)
 
     def score_batch(
         self, images: Sequence[Decoded], maps: bool, class_names: Sequence[str | None]
@@ -129,7 +131,7 @@ class Predictor:
         """Results of decoded images, in one call of the runtime, each with its own class or None to predict it."""
         usable = [image.square for image in images if image.square is not None]
         began = time.perf_counter()
-        out = self.runtime.run(np.stack(usable)) if usable else {}
+        out = self._run(np.stack(usable)) if usable else {}
         ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
         places = count()
         for image, class_name in zip(images, class_names, strict=True):
@@ -141,6 +143,16 @@ class Predictor:
             result.grid = result.grid if maps else None
             yield result
 
+    def _run(self, squares: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+        """What the runtime says of images; of their tiles so many at a time as else of images."""
+        tiles = self.decision.tiles
+        if tiles == (1, 1):
+            return self.runtime.run(squares)
+        flat = squares.reshape(-1, *squares.shape[2:])
+        parts = [self.runtime.run(flat[i : i + self.batch]) for i in range(0, len(flat), self.batch)]
+        out = {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+        return joined(out, tiles, self.decision.class_of_cluster)
+
     def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
         """The answer for an image, from what the runtime said of it."""
         decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
@@ -151,7 +163,8 @@ class Predictor:
             image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]),
             is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
             model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
-            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))), **verdict,
+            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
+            roi=unpack_roi(decision.roi), **verdict,
         )  # fmt: skip
         if not np.isfinite(score):
             result.error = f"{image.name}: the score is not finite; the model is damaged"

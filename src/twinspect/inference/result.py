@@ -76,6 +76,9 @@ def column(kind: str, help: str, tables_only: bool = False) -> Any:
     return field(default=CELLS[kind][1], metadata=metadata)
 
 
+_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
+
+
 @dataclass(slots=True)
 class Result:
     """One image's answer. Higher scores are more anomalous.
@@ -86,6 +89,7 @@ class Result:
     Attributes:
         scale: (low, high) of the map for colours; the same for every image of a model.
         grid: anomaly map at the model's own size, in standard deviations; None if not asked for.
+        roi: region of interest on a square grid over the image, true inside; None for the whole image.
         rgb: the image for overlays, H x W x 3; None if not asked for.
         near: name and small JPEG of the nearest good training image; empty where the bundle does not know them.
     """
@@ -117,6 +121,7 @@ class Result:
     scale: tuple[float, float] = (0.0, 1.0)
     grid: NDArray[np.float32] | None = field(default=None, repr=False)
     rgb: NDArray[np.uint8] | None = field(default=None, repr=False)
+    roi: NDArray[np.bool_] | None = field(default=None, repr=False)
     near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
     @property
@@ -255,6 +260,9 @@ class Result:
             image.thumbnail((side, side))
         colours = colourise(resize_map(self.grid, image.height, image.width), self.scale)
         mixed = Image.blend(image, Image.fromarray(colours), opacity)
+        if self.roi is not None:  # what is not looked at: grey and dark
+            inside = Image.fromarray(self.roi).resize(image.size)
+            mixed = Image.composite(mixed, image.convert("L").point(lambda v: _OUTSIDE * v).convert("RGB"), inside)
         self._mark(mixed)
         return self._titled(mixed) if words else mixed
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from twinspect._version import __version__
 from twinspect.device import choose_device, granted_threads, share_cores
-from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.files import sha256_of
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
@@ -375,7 +375,7 @@ def read_export(path: Path) -> ExportMeta:
         return ExportMeta(**{one.name: values[one.name] for one in fields(ExportMeta)})
     except KeyError as error:
         raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (*NONSENSE, OSError, RecursionError) as error:
         raise BundleError(f"{home} is damaged or not an export ({error}); copy it again or export again") from None
 
 

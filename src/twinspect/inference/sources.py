@@ -50,14 +50,16 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
         DataError: at once where nothing is found; the message says what was looked for.
     """
     text = str(source)
+    if "\0" in text:
+        raise DataError(f"{text!r}: no path of this system (it holds a zero byte)")
     if is_endless(text):
         return live_frames(text)
     if is_url(text):
         return _first(_remote(text), NothingFound(f"no image files in {text} (looked for {suffixes()})"))
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's own, false for a name that is too long
         return _file(path)
-    if text and path.is_dir():
+    if text and os.path.isdir(path):
         found = _own_rows(path) if (path / RUN).is_file() else _below(text, set())
         return _first(found, NothingFound(f"no image files in {path} (looked for {suffixes()})"))
     if text.startswith("@"):
@@ -256,7 +258,7 @@ def _list(path: Path) -> Iterator[Item | Stream]:
     """
     if path == Path("-"):
         return (_listed(line.rstrip("\n"), Path()) for line in sys.stdin if line.strip())
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
     if path.name.lower().endswith(TABLES) and (columns := columns_of(path)) and path_column(columns):
         return _table(path)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from twinspect.errors import DataError
 from twinspect.metrics import ranking
-from twinspect.metrics.pages import Budget
+from twinspect.metrics.pages import MemoryBudget
 from twinspect.metrics.pixels import MEMORY_LIMIT, PixelSummary, ScoreHistogram, summarise
 
 TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ class Evaluator:
 
     def __init__(self, pixel: bool = True, memory_limit: int = MEMORY_LIMIT) -> None:
         self.pixel = pixel
-        self.budget = Budget(memory_limit)
+        self.budget = MemoryBudget(memory_limit)
         self.records: dict[str, _ClassRecords] = {}
         # Per class, then per part: "" or, for images with saturated regions, the defect type. A class is the
         # sum of its parts, and a part with the good images is LOCO's "logical" or "structural" result.

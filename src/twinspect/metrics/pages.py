@@ -71,7 +71,7 @@ def coarser(pages: Bins, rows: Counts) -> tuple[Bins, Counts]:
     return parents, out.reshape(-1, PAGE)
 
 
-class Budget:
+class MemoryBudget:
     """Memory and resolution shared by several tables.
 
     Args:
@@ -112,7 +112,7 @@ class PagedCounts:
         budget: memory and resolution, shared with other tables.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         budget.tables.append(self)
         self._clear()

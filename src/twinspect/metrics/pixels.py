@@ -37,7 +37,7 @@ from twinspect.metrics.pages import (
     PAGE,
     PAGE_BITS,
     Bins,
-    Budget,
+    MemoryBudget,
     PagedCounts,
     edges_of,
     keys_of,
@@ -70,7 +70,7 @@ class Tables(NamedTuple):
     spro: PagedCounts
 
 
-class Totals(NamedTuple):
+class PixelTotals(NamedTuple):
     """Whole counts: pixels, defect pixels, connected regions, regions with a saturation area."""
 
     pixels: int = 0
@@ -79,7 +79,7 @@ class Totals(NamedTuple):
     saturated: int = 0
 
     @classmethod
-    def of(cls, parts: Sequence[Totals]) -> Totals:
+    def of(cls, parts: Sequence[PixelTotals]) -> PixelTotals:
         """Sum of several."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
@@ -96,7 +96,7 @@ class PixelSummary:
 
     values: dict[str, float]
     bounds: dict[str, float]
-    totals: Totals
+    totals: PixelTotals
 
     @property
     def error_bound(self) -> float:
@@ -112,10 +112,10 @@ class ScoreHistogram:
         budget: memory shared with other histograms instead of ``memory_limit``.
     """
 
-    def __init__(self, memory_limit: int = MEMORY_LIMIT, budget: Budget | None = None) -> None:
-        self.budget = budget or Budget(memory_limit)
+    def __init__(self, memory_limit: int = MEMORY_LIMIT, budget: MemoryBudget | None = None) -> None:
+        self.budget = budget or MemoryBudget(memory_limit)
         self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
-        self.totals = Totals()
+        self.totals = PixelTotals()
         self.maps = 0
         self.rounded = False
 
@@ -170,7 +170,7 @@ class ScoreHistogram:
         where, number, areas = _given_regions(given)
         if len(areas):
             self.tables.spro.add(*region_weights(keys[where], number, areas))
-        self.totals = Totals.of([self.totals, Totals(len(keys), positives, regions, len(areas))])
+        self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, regions, len(areas))])
 
     def merge(self, other: ScoreHistogram) -> None:
         """Add the counts of another histogram, which stays as it is.
@@ -188,7 +188,7 @@ class ScoreHistogram:
             drop = other.budget.drop
             for pages, rows in theirs.chunks():
                 mine.add_pages(pages, rows, drop)
-        self.totals = Totals.of([self.totals, other.totals])
+        self.totals = PixelTotals.of([self.totals, other.totals])
         self.maps += other.maps
         self.rounded |= other.rounded
 
@@ -369,19 +369,19 @@ class _Area:
     column: Literal["positive", "pro", "spro"]
     limit: float
     whole: float
-    found: float = 0.0
+    weight_above: float = 0.0
     area: float = 0.0
     slack: float = 0.0
 
     def add(self, start: Floats, bins: Bin) -> None:
         """Add bins whose false positives start at ``start``; the last one counts only up to the limit."""
         weight: Floats = getattr(bins, self.column)
-        end = self.found + np.cumsum(weight)
+        end = self.weight_above + np.cumsum(weight)
         width = np.clip(self.limit - start, 0, bins.negative)
         share = width / np.maximum(bins.negative, 1)
         self.area += float(np.sum(width * (end - weight * (1 - share / 2))))
         self.slack += float(np.sum((width * weight * (1 - share / 2))[bins.mixed]))
-        self.found = float(end[-1])
+        self.weight_above = float(end[-1])
 
     def result(self) -> tuple[float, float]:
         """Area and slack as fractions of the rectangle limit x whole weight; nan if that is empty."""
@@ -424,7 +424,7 @@ def summarise(
         histograms: to be summed.
         region_metrics: areas under curves of regions, as in ``REGION_METRICS``.
     """
-    totals = Totals.of([h.totals for h in histograms])
+    totals = PixelTotals.of([h.totals for h in histograms])
     negatives = totals.pixels - totals.positives
     weights = {"pro": totals.regions * UNIT, "spro": totals.saturated * UNIT}
     areas = {"pixel_auroc": _Area("positive", negatives, totals.positives)} | {
@@ -436,9 +436,9 @@ def summarise(
         precision.add(bins, tp, fp)
         for area in (one for one in areas.values() if one.whole):
             area.add(fp - bins.negative, bins)
-    found = {name: area.result() for name, area in areas.items()}
-    found["pixel_ap"] = found["pixel_f1max"] = (math.nan, 0.0)
+    results = {name: area.result() for name, area in areas.items()}
+    results["pixel_ap"] = results["pixel_f1max"] = (math.nan, 0.0)
     if totals.positives and negatives:
-        found["pixel_ap"] = (precision.ap / totals.positives, precision.slack / totals.positives)
-        found["pixel_f1max"] = (precision.f1, max(precision.f1_upper - precision.f1, 0.0))
-    return PixelSummary({n: v for n, (v, _) in found.items()}, {n: b for n, (_, b) in found.items()}, totals)
+        results["pixel_ap"] = (precision.ap / totals.positives, precision.slack / totals.positives)
+        results["pixel_f1max"] = (precision.f1, max(precision.f1_upper - precision.f1, 0.0))
+    return PixelSummary({n: v for n, (v, _) in results.items()}, {n: b for n, (_, b) in results.items()}, totals)

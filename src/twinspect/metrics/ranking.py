@@ -22,7 +22,10 @@ Metric = Callable[[Floats, NDArray[np.int64]], float]
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
-    values, truth = np.asarray(scores, np.float64), np.asarray(labels)
+    try:
+        values, truth = np.asarray(scores, np.float64), np.asarray(labels)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"scores and labels must be two lists of numbers ({error})") from None
     if values.ndim != 1 or values.shape != truth.shape:
         raise DataError(f"scores {values.shape} and labels {truth.shape} must be two lists of the same length")
     bad = np.flatnonzero(~np.isfinite(values))
@@ -31,7 +34,8 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[np.i
             f"score of item number {bad[0]} is {values[bad[0]]}; accepted: finite numbers ({len(bad)} are not)"
         )
     if not np.isin(truth, (0, 1)).all():
-        raise DataError(f"labels are {np.unique(truth)[:5].tolist()}; accepted: 0 (normal) and 1 (anomaly)")
+        wrong = [label for label in truth.tolist() if label not in (0, 1)]
+        raise DataError(f"labels hold {str(wrong[:5])[1:-1]}; accepted: 0 (normal) and 1 (anomaly)")
     return values, truth.astype(np.int64)
 
 

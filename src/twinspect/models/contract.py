@@ -24,6 +24,8 @@ from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
 from twinspect.types import Features
 
+GREY = 127.0  # of 255, in the place of pixels that are not looked at
+
 
 class AnomalyModel(nn.Module):
     """Teacher, students and scorer: raw RGB pixels to `Outputs` in one forward path.
@@ -48,6 +50,7 @@ class AnomalyModel(nn.Module):
     student: nn.Module
     scorer: Scorer
     pixel_side: int
+    roi_SS: Tensor | None
 
     def __init__(self, teacher: Teacher, size: int, parts: int) -> None:
         super().__init__()
@@ -58,6 +61,7 @@ class AnomalyModel(nn.Module):
             Shrink(after // before) for before, after in zip((1, *shrinks), shrinks, strict=False)
         )
         self.standardised = TokenScale(sum(teacher.info.token_channels))
+        self.register_buffer("roi_SS", None)  # region of interest: true where pixels are looked at; None: everywhere
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +70,7 @@ class AnomalyModel(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Outputs:
         """Score uint8 RGB (or float 0..255) B x 3 x H x W; other sizes are resized to the model's."""
-        x = self.teacher.normalise(fit_size(image_BCHW, self.size))
+        x = self.teacher.normalise(self.inside(fit_size(image_BCHW, self.size)))
         return self.score(self.observe(x), self.shrink(x))
 
     def observe(self, x_B3SS: Tensor) -> Observed:
@@ -86,7 +90,17 @@ class AnomalyModel(nn.Module):
         """Outputs from the teacher's answer and the shrunk pixels."""
         plain = self.plain(observed, small_B3SS) if self.scorer.asks_students else None
         outputs: Outputs = self.scorer(plain, observed)
-        return outputs
+        return outputs._replace(map_B1HW=self.inside_map(outputs.map_B1HW))
+
+    def inside(self, image_BCSS: Tensor) -> Tensor:
+        """Pixels of the model's size with grey outside of the region of interest: nothing there can count."""
+        return image_BCSS if self.roi_SS is None else image_BCSS.float().masked_fill(~self.roi_SS, GREY)
+
+    def inside_map(self, map_B1HW: Tensor) -> Tensor:
+        """A map that is 0 outside of the region of interest."""
+        if self.roi_SS is None:
+            return map_B1HW
+        return map_B1HW * F.adaptive_max_pool2d(self.roi_SS[None, None].float(), self.scorer.map_side)
 
     def shrink(self, x_B3SS: Tensor) -> Tensor:
         """The pixels the student looks at: averaged to ``pixel_side``, or none at all (B x 3 x 0 x 0)."""

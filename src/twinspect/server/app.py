@@ -96,23 +96,28 @@ class _Routes:
         }
         table: Sequence[tuple[str, str, Callable[..., Any], Any]] = (
             ("POST", "/v1/predict", self.predict, schema.PredictAnswer),
-            ("GET", "/v1/maps/{map_id}", self.map, None),
+            ("GET", "/v1/maps/{map_id}", self.map, tuple(FORMATS.values())),
             ("GET", "/v1/models", self.models, schema.ModelsAnswer),
             ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
             ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
             ("POST", "/v1/log/{number}/feedback", self.feedback, schema.LogRow),
             ("GET", "/v1/drift", self.drift, schema.DriftsAnswer),
             ("POST", "/v1/drift/{bundle}/reset", self.reset_drift, schema.DriftsAnswer),
-            ("GET", "/healthz", self.healthz, None),
-            ("GET", "/readyz", self.readyz, None),
-            ("GET", "/metrics", self.metrics, None),
-            ("GET", "/", self.index, None),
+            ("GET", "/healthz", self.healthz, schema.Status),
+            ("GET", "/readyz", self.readyz, schema.Status),
+            ("GET", "/metrics", self.metrics, ("text/plain",)),
+            ("GET", "/", self.index, ("text/html",)),
         )
+
+        def answer(model: Any) -> dict[str, Any]:
+            return {"content": {kind: {} for kind in model}} if isinstance(model, tuple) else {"model": model}
+
         return [
             APIRoute(
                 path, endpoint, methods=[method], response_model=None,
                 dependencies=[Depends(_refuse_unknown)] if path.startswith("/v1") else [],
-                responses={200: {"model": model} if model else {}, **(errors if path.startswith("/v1") else {})},
+                response_class=Response if isinstance(model, tuple) else JSONResponse,
+                responses={200: answer(model), **(errors if path.startswith("/v1") or path == "/readyz" else {})},
                 openapi_extra=openapi_body() if path == "/v1/predict" else None,
                 include_in_schema=path != "/",
             )
@@ -139,12 +144,12 @@ class _Routes:
 
     async def models(self) -> Response:
         """Models being served, with thresholds and what they promise."""
-        found = self.service.models
-        return JSONResponse({"models": [self._describe(served.name) for served in found]})
+        models = self.service.models
+        return JSONResponse({"models": [self._describe(served.name) for served in models]})
 
     def _describe(self, name: str) -> dict[str, Any]:
-        found = self.service.models
-        return {**found.get(name).describe(), "trouble": found.trouble.get(name, "")}
+        models = self.service.models
+        return {**models.get(name).describe(), "trouble": models.trouble.get(name, "")}
 
     async def reload(self, bundle: str) -> Response:
         """Read a model's file again; requests under way finish with the old version."""
@@ -165,10 +170,10 @@ class _Routes:
         """Whether predictions still look like the calibration images."""
         models = list(self.service.models)
         # In a thread: comparing thousands of scores takes a moment.
-        found = await asyncio.to_thread(
+        reports = await asyncio.to_thread(
             lambda: [{"bundle": one.name, **one.light.report().to_dict()} for one in models]
         )
-        return JSONResponse({"drift": found})
+        return JSONResponse({"drift": reports})
 
     async def reset_drift(self, bundle: str) -> Response:
         """Watch from the beginning again, after the cause of an alarm was put right."""
@@ -227,10 +232,10 @@ def _digest(text: str) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    found = refusal_of(error)
-    if found is None:
+    refusal = refusal_of(error)
+    if refusal is None:
         raise error  # ours; the guard says so
-    return _answer(request, found)
+    return _answer(request, refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -113,36 +113,36 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        self.registry = own = CollectorRegistry()
-        ProcessCollector(registry=own)
-        PlatformCollector(registry=own)
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
         self.requests = Counter(
-            "twinspect_requests_total", "Requests by route and status", ["route", "status"], registry=own
+            "twinspect_requests_total", "Requests by route and status", ["route", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=own
+            "twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=registry
         )
-        self.images = Counter("twinspect_images_total", "Images by answer", ["bundle", "answer"], registry=own)
+        self.images = Counter("twinspect_images_total", "Images by answer", ["bundle", "answer"], registry=registry)
         self.batch = Histogram(
-            "twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=_BATCHES, registry=own
+            "twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=_BATCHES, registry=registry
         )
         self.model_seconds = Histogram(
-            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS, registry=own
+            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS, registry=registry
         )
-        self.waiting = Gauge("twinspect_images_accepted", "Images accepted and not yet answered", registry=own)
-        self.memory = Gauge("twinspect_request_bytes", "Bytes of requests being answered", registry=own)
-        self.log_errors = Counter("twinspect_log_errors_total", "Decisions the log could not keep", registry=own)
+        self.waiting = Gauge("twinspect_images_accepted", "Images accepted and not yet answered", registry=registry)
+        self.memory = Gauge("twinspect_request_bytes", "Bytes of requests being answered", registry=registry)
+        self.log_errors = Counter("twinspect_log_errors_total", "Decisions the log could not keep", registry=registry)
         self.reloads = Counter(
-            "twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"], registry=own
+            "twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"], registry=registry
         )
-        self.drift = Gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"], registry=own)
+        self.drift = Gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"], registry=registry)
 
     def text(self) -> bytes:
         """In Prometheus's own format."""
         return bytes(generate_latest(self.registry))
 
 
-class Memory:
+class RequestMemory:
     """Bytes of requests in flight, against a limit."""
 
     def __init__(self, limit: int) -> None:
@@ -162,7 +162,7 @@ class _Exchange:
     receive: Receive
     send: Send
     settings: Settings
-    memory: Memory
+    memory: RequestMemory
     request_id: str
     method: str
     until: float  # when the body must have come
@@ -204,13 +204,13 @@ class _Exchange:
         """Send a piece of the answer."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
-            own = [*_HEADERS, (b"x-request-id", self.request_id.encode())]
+            added = [*_HEADERS, (b"x-request-id", self.request_id.encode())]
             if not self.complete:
                 await self.linger()
             if not self.complete:
-                own.append((b"connection", b"close"))
+                added.append((b"connection", b"close"))
             present = {name.lower() for name, _ in message.get("headers", ())}
-            headers = [*message.get("headers", ()), *((n, v) for n, v in own if n not in present)]
+            headers = [*message.get("headers", ()), *((n, v) for n, v in added if n not in present)]
             message = {**message, "headers": headers}
         elif self.method == "HEAD":
             message = {**message, "body": b""}
@@ -233,7 +233,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
-        self.memory = Memory(int(settings.max_memory_mb * MEGABYTE))
+        self.memory = RequestMemory(int(settings.max_memory_mb * MEGABYTE))
         self._key_hash = hashlib.sha256(settings.api_key.encode()).digest() if settings.api_key else b""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -313,8 +313,8 @@ class Guard:
 
     def _count(self, scope: MutableMapping[str, Any], exchange: _Exchange) -> None:
         seconds = time.perf_counter() - exchange.began
-        found = getattr(scope.get("route"), "path", None)  # set by the router: /v1/maps/{map_id}, never a real id
-        path = found if found in self.routes else "other"
+        matched = getattr(scope.get("route"), "path", None)  # set by the router: /v1/maps/{map_id}, never a real id
+        path = matched if matched in self.routes else "other"
         status = exchange.status or 499  # gone before the answer
         self.metrics.requests.labels(path, str(status)).inc()
         self.metrics.seconds.labels(path).observe(seconds)
@@ -328,8 +328,8 @@ class Guard:
 
 def extra_headers(refused: Refused) -> list[tuple[bytes, bytes]]:
     """What HTTP wants with some refusals."""
-    found = [(b"retry-after", str(refused.retry_after_s).encode())] if refused.retry_after_s else []
-    return [*found, (b"www-authenticate", b"Bearer")] if refused.status == 401 else found
+    headers = [(b"retry-after", str(refused.retry_after_s).encode())] if refused.retry_after_s else []
+    return [*headers, (b"www-authenticate", b"Bearer")] if refused.status == 401 else headers
 
 
 def _local_path(path: str, root: str) -> str:

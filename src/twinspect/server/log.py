@@ -139,21 +139,21 @@ class Filter:
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """SQL conditions with bound values."""
         column = inspections.c
-        found: list[sa.ColumnElement[bool]] = []
+        conditions: list[sa.ColumnElement[bool]] = []
         if self.since_ms is not None:
-            found.append(column.at_ms >= self.since_ms)
+            conditions.append(column.at_ms >= self.since_ms)
         if self.until_ms is not None:
-            found.append(column.at_ms < self.until_ms)
+            conditions.append(column.at_ms < self.until_ms)
         if self.before is not None:
-            found.append(column.id < self.before)
+            conditions.append(column.id < self.before)
         for name in ("bundle", "class_name", "answer", "session"):
             if getattr(self, name):
-                found.append(column[name] == plain_text(getattr(self, name), 200))
+                conditions.append(column[name] == plain_text(getattr(self, name), 200))
         if self.feedback:
-            found.append(column.feedback == ("" if self.feedback == "none" else self.feedback))
+            conditions.append(column.feedback == ("" if self.feedback == "none" else self.feedback))
         if self.name:
-            found.append(column.name.icontains(plain_text(self.name, 200), autoescape=True))
-        return found
+            conditions.append(column.name.icontains(plain_text(self.name, 200), autoescape=True))
+        return conditions
 
 
 class InspectionLog:
@@ -212,8 +212,8 @@ class InspectionLog:
         """Rows as plain values, latest first."""
         statement = sa.select(inspections).where(*wanted.conditions())
         with self._transaction() as connection:
-            found = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
-            return [_row(row) for row in found.mappings()]
+            rows = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
+            return [_row(row) for row in rows.mappings()]
 
     def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[dict[str, Any]]:
         """All rows of a model, oldest first, a page at a time."""
@@ -222,11 +222,11 @@ class InspectionLog:
         while True:
             statement = sa.select(inspections).where(inspections.c.id > last, *conditions)
             with self._transaction() as connection:
-                found = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
-            if not found:
+                rows = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
+            if not rows:
                 return
-            yield from (_row(one) for one in found)
-            last = int(found[-1]["id"])
+            yield from (_row(one) for one in rows)
+            last = int(rows[-1]["id"])
 
     def give_feedback(self, number: int, verdict: str, note: str = "") -> dict[str, Any]:
         """Keep the operator's word on a decision, and return its row; an empty verdict takes it back.
@@ -326,9 +326,9 @@ def _values(one: Inspection) -> dict[str, Any]:
     }
 
 
-def _row(found: Mapping[Any, Any]) -> dict[str, Any]:
+def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     """A row as the server gives it: what was kept, and what follows from it as in `Result`."""
-    row = {str(k): v for k, v in found.items()}
+    row = {str(k): v for k, v in columns.items()}
     known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
     result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
     return {**row, **result.answer_row()}

@@ -25,7 +25,7 @@ _RETIRING_S = 0.05  # how often a replaced model looks whether its last request 
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Queued:
     """One decoded image for a model; ``key`` is that by which calibration recognises the image's file."""
 
     decoded: Decoded
@@ -57,7 +57,7 @@ class Served:
     ) -> None:
         self.name, self.predictor, self.light, self._alarm = name, predictor, light, alarm
         self.users = 0  # requests that hold this version; changed on the event loop only
-        self.batcher: Batcher[Job, Scored] = Batcher(
+        self.batcher: Batcher[Queued, Scored] = Batcher(
             self._score, *batching, lambda jobs, s: observe(name, jobs, s), f"model-{name}"
         )
         # In a thread of its own: neither answers nor the next call of the model wait for the drift monitor.
@@ -68,7 +68,7 @@ class Served:
         self.batcher.close()
         self._watcher.close()
 
-    def _score(self, jobs: Sequence[Job]) -> list[Scored]:
+    def _score(self, jobs: Sequence[Queued]) -> list[Scored]:
         results = list(self.predictor.score_batch([j.decoded for j in jobs], True, [j.class_name for j in jobs]))
         for one, job in zip(results, jobs, strict=True):
             if job.watched:
@@ -186,15 +186,15 @@ async def _retire(served: Served) -> None:
 def stamp(path: Path) -> Stamp | None:
     """What changes when a file is replaced; None where there is none."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:
     """``NAME=FILE`` or ``FILE`` (its stem is the name) to files by name. A path may hold an equals sign itself."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for text in given:
         name, equals, file = text.partition("=")
         named = bool(equals) and not Path(text).is_file() and (Path(file).is_file() or not set(name) & {"/", "\\"})
@@ -206,7 +206,7 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(
                 f"{name!r} cannot be a name in an address; type NAME={path} with letters, digits, - _ ."
             )
-        if name in found:
-            raise ConfigError(f"two models are called {name}: {found[name]} and {path}; type NAME={path}")
-        found[name] = path
-    return found
+        if name in paths:
+            raise ConfigError(f"two models are called {name}: {paths[name]} and {path}; type NAME={path}")
+        paths[name] = path
+    return paths

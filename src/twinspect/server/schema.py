@@ -25,6 +25,12 @@ class ErrorAnswer(TypedDict):
     error: ErrorDetail
 
 
+class Status(TypedDict):
+    """That the process lives, or that it accepts requests."""
+
+    status: str
+
+
 class InlineMap(TypedDict):
     """Base64 of little-endian float32, row by row, at the model's own size; stretch it over the whole image."""
 

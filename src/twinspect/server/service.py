@@ -26,7 +26,7 @@ from twinspect.server.batcher import Batcher
 from twinspect.server.guard import Metrics, Refused, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
 from twinspect.server.maps import MapStore, encoded_map, inline_map
-from twinspect.server.models import Job, Models, Scored, Served
+from twinspect.server.models import Models, Queued, Scored, Served
 from twinspect.server.settings import MEGABYTE, Settings
 
 _HOUSEKEEPING_S = 60.0
@@ -159,8 +159,8 @@ class Service:
         light = DriftMonitor(good, rate)
         if before is not None and before.light.fingerprint == light.fingerprint:
             light = before.light
-        elif self.log is not None and (kept := self.log.load_drift(name, light.fingerprint)):
-            light = DriftMonitor(good, rate, state=kept)
+        elif self.log is not None and (state := self.log.load_drift(name, light.fingerprint)):
+            light = DriftMonitor(good, rate, state=state)
         self.metrics.drift.labels(name).set(light.alarmed)
         batching = (self.settings.max_batch, self.settings.max_wait_ms / 1000)
         return Served(name, predictor, light, batching, self._observe, self._alarm)
@@ -193,13 +193,13 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        found = await asyncio.gather(*self._begin(served, images, asked))
-                        results = [result for result, _ in found]
+                        scored = await asyncio.gather(*self._begin(served, images, asked))
+                        results = [result for result, _ in scored]
                         for one in results:
                             answer = "error" if one.error else one.answer
                             self.metrics.images.labels(served.name, answer).inc()
                         _refuse_failures(results)
-                        numbers, trouble = await self._keep(served, found, asked, request_id)
+                        numbers, trouble = await self._keep(served, scored, asked, request_id)
                 except TimeoutError:
                     wait = f"{self.settings.timeout_s:g}"
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -224,15 +224,15 @@ class Service:
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
-        self, served: Served, found: Sequence[Scored], asked: Asked, request_id: str
+        self, served: Served, scored: Sequence[Scored], asked: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
-        nothing: list[int | None] = [None] * len(found)
+        nothing: list[int | None] = [None] * len(scored)
         if self.writer is None or not asked.keep:
             return nothing, ""
         rows = {
             place: Inspection(result, served.name, request_id, key, asked.session)
-            for place, (result, key) in enumerate(found)
+            for place, (result, key) in enumerate(scored)
             if not result.error
         }
         try:
@@ -243,8 +243,8 @@ class Service:
             if self.settings.log_required:
                 raise
             return nothing, str(error)
-        kept = dict(zip(rows, numbers, strict=True))
-        return [kept.get(place) for place in range(len(found))], ""
+        number_of = dict(zip(rows, numbers, strict=True))
+        return [number_of.get(place) for place in range(len(scored))], ""
 
     def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
         """One image's answer as plain JSON values."""
@@ -295,7 +295,7 @@ def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
-            job = Job(decoded, asked.class_name or None, asked.keep, key)
+            job = Queued(decoded, asked.class_name or None, asked.keep, key)
             served.batcher.submit(job, timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))

@@ -55,9 +55,9 @@ async def _from_form(request: Request, most: int) -> list[Item]:
     except (FormParserError, UnicodeEncodeError) as error:
         raise Refused(400, "bad_form", f"the form cannot be read: {error}") from None
     if not form.images:
-        found = ", ".join(form.others) or "nothing"
+        others = ", ".join(form.others) or "nothing"
         raise Refused(
-            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {found}; type: {_CURL}"
+            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {others}; type: {_CURL}"
         )
     return [Item(label(name) or f"image-{number}", data=data) for number, (name, data) in enumerate(form.images)]
 
@@ -135,10 +135,10 @@ def _decoded(header: bytes) -> str:
 
 def _parameter(head: Message, name: str) -> str | None:
     """A parameter of the content disposition; ``name*`` (RFC 2231) wins over ``name``, whose ASCII is a makeshift."""
-    found = [value for key, value in head.get_params([], "content-disposition") if key.lower() == name]
-    if not found:
+    values = [value for key, value in head.get_params([], "content-disposition") if key.lower() == name]
+    if not values:
         return None
-    text = collapse_rfc2231_value(found[-1])
+    text = collapse_rfc2231_value(values[-1])
     try:
         return str(make_header(decode_header(text))) if "=?" in text else text  # RFC 2047, of mail programs and .NET
     except (MessageError, LookupError, ValueError):  # what only looks like it

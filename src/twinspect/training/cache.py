@@ -34,8 +34,7 @@ from twinspect.models.layers import in_fp16
 from twinspect.models.observed import Observed
 
 _ENTRY = struct.Struct("<16sQI")  # image key, offset of the record, crc32 of the two
-_TOGETHER = 8  # records written and flushed at a time
-_WAITING = 3  # such portions that may wait for the disk
+_WAITING = 3  # portions, of one call of the teacher each, that may wait for the disk
 _NOTE = struct.Struct("<16s16sI")  # file as the file system describes it, address of its content, crc32 of the two
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds
 
@@ -132,9 +131,8 @@ class FeatureCache:
         except OSError as error:
             raise self._unusable(error) from None
         self._own = self._new_segment()
-        self._pending: list[tuple[bytes, Tensor]] = []
-        self._writing: deque[tuple[list[tuple[bytes, Tensor]], Future[None]]] = deque()
-        self._thread: ThreadPoolExecutor | None = None
+        self._writing: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
@@ -142,29 +140,23 @@ class FeatureCache:
     def add(self, keys: Sequence[bytes], block_BR: Tensor) -> None:
         """Keep the records of some images (see `RecordLayout.pack`); they become readable after `flush`.
 
-        Waits while more than a few dozen records are still to be written, so that memory stays bounded.
+        Waits while more than a few portions are still to be written, so that memory stays bounded.
 
         Raises:
             DataError: the disk is full or the folder cannot be written, now or for records given before.
         """
         if block_BR.shape[1] != self.layout.size:
             raise ValueError(f"records of {block_BR.shape[1]} bytes, expected {self.layout.size}")
-        self._pending.extend(zip(keys, block_BR, strict=True))
-        if len(self._pending) >= _TOGETHER:
-            self._hand_over()
-            self._wait(_WAITING)
+        self._writing.append(self._thread.submit(self._write, list(keys), block_BR))
+        self._wait(_WAITING)
 
     def flush(self) -> None:
-        """Write what is pending and make it readable.
+        """Wait until all is written, and make it readable.
 
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        self._hand_over()
         self._wait(0)
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
         index = self._own.with_suffix(".index")
         if index.exists():
             self._read_segment(index)
@@ -173,26 +165,15 @@ class FeatureCache:
     def _new_segment(self) -> Path:
         return self.folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
-    def _hand_over(self) -> None:
-        """Let the thread write what is pending; there is one thread, so that records stay in order."""
-        if not self._pending:
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinspect-cache")
-        self._writing.append((self._pending, self._thread.submit(self._write, self._pending)))
-        self._pending = []
-
     def _wait(self, most: int) -> None:
-        """Wait until at most ``most`` portions are being written; what could not be written is pending again."""
+        """Wait until at most ``most`` portions are being written."""
         while len(self._writing) > most:
-            failed = self._writing[0][1].exception()
-            if failed is None:
-                self._writing.popleft()
-                continue
-            unwritten = [records for records, written in self._writing if written.exception() is not None]
-            self._writing.clear()
-            self._pending = [one for records in unwritten for one in records] + self._pending
-            raise self._unusable(failed) if isinstance(failed, OSError) else failed
+            try:
+                self._writing.popleft().result()
+            except OSError as error:
+                while self._writing:
+                    self._writing.popleft().cancel()
+                raise self._unusable(error) from None
 
     def read(self, keys: Sequence[bytes], pinned: bool = False, span: tuple[int, int] | None = None) -> Tensor:
         """Records of a batch of images, for `RecordLayout.unpack`: uint8, B x size, in pinned memory if asked.
@@ -221,18 +202,16 @@ class FeatureCache:
             raise self._unusable(error) from None
         return block
 
-    def _write(self, records: list[tuple[bytes, Tensor]]) -> None:
-        """Append records, and the index of them once they are on the disk; on the thread."""
+    def _write(self, keys: list[bytes], block_BR: Tensor) -> None:
+        """Append records, and the index of them once they are on the disk; on the one thread, so in order."""
         with self._own.with_suffix(".data").open("ab", buffering=0) as data:
             offset = data.tell()
-            for _, record in records:
-                _write_all(data, record.numpy().data)
+            _write_all(data, block_BR.contiguous().numpy().data.cast("B"))
             os.fsync(data.fileno())
         lines = []
-        for key, record in records:
-            body = struct.pack("<16sQ", key, offset)
-            lines.append(_ENTRY.pack(key, offset, zlib.crc32(body)))
-            offset += len(record)
+        for number, key in enumerate(keys):
+            place = offset + number * self.layout.size
+            lines.append(_ENTRY.pack(key, place, zlib.crc32(struct.pack("<16sQ", key, place))))
         with self._own.with_suffix(".index").open("ab") as index:
             index.write(b"".join(lines))
 

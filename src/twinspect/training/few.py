@@ -15,8 +15,8 @@ from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.copies import Altered
+from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages, fit_statistics
 from twinspect.types import Progress
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,31 +18,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from twinspect.config import OF_MACHINE, ModelConfig, RunConfig
+from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
+from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
+from twinspect.data.roi import fit_roi
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
-from twinspect.decide.decision import Decision, image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up, pack_roi
 from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.decode import name_of
+from twinspect.inference.tiles import OVERLAP, Tiles, speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
 from twinspect.storage import Fitted, build_model, model_id, teacher_of
-from twinspect.training.cache import KnownFiles
+from twinspect.training.cache import KnownFiles, image_key
 from twinspect.training.copies import Altered, add_copies, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.memory import MOST, remember
+from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, record_layout
-from twinspect.training.statistics import GoodImages, fit_scales
+from twinspect.training.source import FeatureSource, Tile, in_tiles, picture_of, record_layout
 from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
@@ -50,6 +55,8 @@ FEWEST = 8  # images below which students learn nothing, and scoring plain has n
 LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
+_MEASURED = 8  # images whose sides are read off
+_FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --tiles auto
 _SIZED_BY = 32  # images whose sides are looked at
 
 
@@ -71,6 +78,27 @@ def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> M
     return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))
 
 
+def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Median height and width of some pictures in pixels; (0, 0) where none of them can be read."""
+    sides = []
+    for sample in samples[:: max(1, len(samples) // _MEASURED)]:
+        with suppress(DataError, OSError):
+            whole = read_sized_rgb(sample.image, draft_side=1)[1] if sample.in_file else read_sample_rgb(sample).shape
+            sides.append(whole[:2])
+    height, width = np.median(sides, axis=0) if sides else (0, 0)
+    return int(height), int(width)
+
+
+def fitting_tiles(sides: tuple[int, int], size: int) -> Tiles:
+    """Rows and columns of tiles in which one pixel of the model covers about `_FINE` of the picture's, or more."""
+    fine = _FINE
+    while True:
+        rows, columns = (max(1, math.ceil((side / (fine * size) - OVERLAP) / (1 - OVERLAP) - 0.1)) for side in sides)
+        if rows * columns <= MOST_TILES:
+            return rows, columns
+        fine *= 1.1
+
+
 def fit(
     samples: Sequence[Sample],
     config: RunConfig,
@@ -78,17 +106,20 @@ def fit(
     progress: Progress = silent,
     resume: Fitted | None = None,
     forget: bool = False,
+    roi: NDArray[np.bool_] | None = None,
 ) -> Fitted:
-    """Train on the good training images of ``samples`` and calibrate (`training.statistics` says on which).
+    """Train on the good training images of ``samples`` and calibrate (`training.normal` says on which).
 
     Args:
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `checkpoint.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
+        roi: region of interest in the pixels of the images, H x W, true inside: pixels outside are neither learnt nor
+            scored. None takes that of ``resume``.
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
@@ -99,19 +130,23 @@ def fit(
     """
     group = joined(config.train.device)
     if resume is not None:
+        if resume.config.model.tiles:
+            raise ConfigError("a model that sees tiles cannot be gone on from; train it anew on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
     progress = progress if group.leads else silent
     with in_fp32(group.device.type):
-        dropped = _outliers(samples, config, progress, group) if config.train.drop_outliers else []
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {one["path"] for one in dropped}
         kept = [s for s in samples if name_of(s) not in paths]
-        fitted = _fitted(kept, config, work, progress, resume, group)
+        fitted = _fitted(kept, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
 
 
-def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group) -> list[dict[str, Any]]:
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
     """The good images that are least like the others, as many as shall be left out; a model without students tells.
 
     Raises:
@@ -119,7 +154,7 @@ def _outliers(samples: Sequence[Sample], config: RunConfig, progress: Progress, 
     """
     wanted = config.train.drop_outliers
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    listed = _fitted(samples, quick, None, progress, None, group, wanted).record["least_like"]
+    listed = _fitted(samples, quick, None, progress, None, group, roi, wanted).record["least_like"]
     good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
     if 3 * wanted > good:
         raise ConfigError(f"--drop-outliers {wanted}: at most a third of the {good} good images can be left out")
@@ -133,11 +168,13 @@ def _fitted(
     progress: Progress,
     resume: Fitted | None,
     group: Group,
+    roi: NDArray[np.bool_] | None,
     listed: int = LISTED,
 ) -> Fitted:
     notes: list[str] = []
     training, held = choose_images(samples, config, notes)
-    few = few_classes([*training, *held]) if config.model.scores() == "default" else frozenset[str]()
+    with_few = config.model.scores() == "default" and not config.model.tiles
+    few = few_classes([*training, *held]) if with_few else frozenset[str]()
     only_few = few.issuperset({sample.class_name for sample in training})
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
@@ -149,6 +186,16 @@ def _fitted(
     if resume is None:
         config = replace(config, model=sized(config.model, teacher, training))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
+    sides = usual_sides(training)
+    tiles = tiles_of(config.model.tiles) if config.model.tiles != "auto" else fitting_tiles(sides, model.size)
+    config = replace(config, model=replace(config.model, tiles="" if tiles == (1, 1) else f"{tiles[0]}x{tiles[1]}"))
+    if resume is not None and roi is None:
+        model.roi_SS = resume.model.roi_SS
+    elif roi is not None:
+        model.roi_SS = _roi(roi, model, training).to(group.device)
+    if model.roi_SS is not None and tiles != (1, 1):
+        raise ConfigError("a region of interest is one for whole pictures: leave --tiles or --roi out")
+    training, held = in_tiles(training, tiles), in_tiles(held, tiles)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
     if resume is not None:
@@ -172,15 +219,31 @@ def _fitted(
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
     decision = decision_of(model, source, train_at, held_at, good, config.train.thumbnails)
     images = sorted([*train_at, *held_at])
-    memory = b"" if model.scorer.plain or len(images) > MOST else remember(good, source, images).to_bytes()
+    no_update = model.scorer.plain or len(images) > MOST or tiles != (1, 1)
+    memory = b"" if no_update else remember(good, source, images).to_bytes()
     record = _record(model.cpu(), source, train_at, held_at, report)
     record["images"]["skipped"] = len(skipped)
-    record["least_like"] = least_like([source.samples[i] for i in images], good, listed)
-    record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
+    samples = [source.samples[i] for i in images]
+    shown, spoken = of_pictures(good, samples, decision.class_of_cluster)
+    record["least_like"] = least_like([picture_of(samples[place]) for place in spoken], shown, listed)
+    taken = model.scorer.clusters.taken if tiles == (1, 1) else {}  # tiles of a picture may be alike
+    record["notes"] = [*notes, *filter(None, [mixed_up(taken)])]
+    record["sides"] = list(sides)
     record["memory"] = _memory(report.batch, group.device)
     if resume is not None:
         record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
     return Fitted(model, decision, config, record, skipped, good, memory)
+
+
+def _roi(roi_HW: NDArray[np.bool_], model: AnomalyModel, samples: Sequence[Sample]) -> Tensor:
+    """A region of interest at the model's size; the first image that can be read says how they are shaped."""
+    for sample in samples:
+        with suppress(DataError, OSError):  # reported when all images are read
+            shape = read_sample_rgb(sample).shape[:2]
+            break
+    else:
+        shape = roi_HW.shape
+    return torch.from_numpy(fit_roi(roi_HW, model.size, (shape[0], shape[1])))
 
 
 def decision_of(
@@ -202,14 +265,17 @@ def decision_of(
         thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
     """
     images = sorted([*train_at, *held_at])
-    names = [source.samples[i].class_name for i in images]
-    owners = np.asarray(good.cluster_n.numpy(), dtype=np.int64)
-    classes = classes_of_clusters(owners, names, model.scorer.clusters.count)
-    learnt = train_at if model.scorer.plain else images
-    trained, held = (tuple(sorted({image_id(source.keys[i]) for i in at})) for at in (learnt, held_at))
+    names = [picture_of(source.samples[i]).class_name for i in images]
+    classes = classes_of_clusters(good.cluster_n.numpy(), names, model.scorer.clusters.count)
+    good, spoken = of_pictures(good, [source.samples[i] for i in images], classes)
+    rows, images = images, [images[place] for place in spoken]
+    owners, held = np.asarray(good.cluster_n.numpy(), dtype=np.int64), set(held_at)
+    id_of = {i: _content_id(source, i) for i in images}
+    learnt = [i for i in images if i not in held] if model.scorer.plain else images
+    trained, kept = (tuple(sorted({id_of[i] for i in at})) for at in (learnt, [i for i in images if i in held]))
     counted = good.counted_n.numpy()
-    samples = [source.samples[i] for i, counts in zip(images, counted, strict=True) if counts]
-    keys = tuple(image_id(source.keys[i]) for i, counts in zip(images, counted, strict=True) if counts)
+    samples = [picture_of(source.samples[i]) for i, counts in zip(images, counted, strict=True) if counts]
+    keys = tuple(id_of[i] for i, counts in zip(images, counted, strict=True) if counts)
     scores = GoodScores(
         good.score_n.double().numpy()[counted],
         good.peak_n.double().numpy()[counted],
@@ -219,13 +285,39 @@ def decision_of(
         tuple(sample.group for sample in samples),
         keys,
     )
-    nearest = model.scorer.nearest
-    bank = [source.samples[images[i]] for i in nearest.kept] if nearest is not None else []
+    nearest, tiles = model.scorer.nearest, next((s.tiles for s in source.samples if isinstance(s, Tile)), (1, 1))
+    bank = [picture_of(source.samples[rows[i]]) for i in nearest.kept] if nearest is not None else []
+    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
     return Decision(
-        scores, classes, scale, model_id=model_id(model), trained=trained, held=held,
-        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, thumbnails) if thumbnails else (),
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=kept,
+        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
+        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
+
+
+def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
+    """What is said of pictures by their tiles, as `tiles.joined` has it; and the place of the tile that speaks."""
+    if not any(isinstance(sample, Tile) for sample in samples):
+        return good, list(range(len(samples)))
+    places: dict[Sample, list[int]] = defaultdict(list)
+    for place, sample in enumerate(samples):
+        places[picture_of(sample)].append(place)
+    score_n, owner_n = good.score_n.tolist(), [classes[k] for k in good.cluster_n.tolist()]
+    spoken = [own[speaker([score_n[i] for i in own], [owner_n[i] for i in own])] for own in places.values()]
+    highest = [torch.stack([one[own].amax() for own in places.values()]) for one in good[:3]]
+    return good._replace(
+        score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
+        counted_n=good.counted_n[spoken],
+    ), spoken  # fmt: skip
+
+
+def _content_id(source: FeatureSource, position: int) -> str:
+    """`image_id` of a picture, also where only its tiles have keys."""
+    sample = source.samples[position]
+    picture = picture_of(sample)
+    whole = picture is sample or type(picture) is not Sample or not picture.in_file
+    return image_id(source.keys[position] if whole else image_key(picture.image.read_bytes()))
 
 
 def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
@@ -352,7 +444,9 @@ def _record(
     model: AnomalyModel, source: FeatureSource, train_at: list[int], held_at: list[int], report: TrainReport
 ) -> dict[str, Any]:
     teacher = model.teacher
-    shown = [source.samples[i] for i in train_at if not isinstance(source.samples[i], Altered)]
+    pictures = dict.fromkeys(picture_of(source.samples[i]) for i in train_at)
+    shown = [one for one in pictures if not isinstance(one, (Altered, Disturbed))]
+    held = {picture_of(source.samples[i]) for i in held_at}
     counts = Counter(sample.class_name for sample in shown)
     return {
         "teacher": {
@@ -364,7 +458,7 @@ def _record(
         },
         "size": model.size,
         "classes": dict(sorted(counts.items())),
-        "images": {"train": len(shown), "calibration": len(held_at), "skipped": len(source.skipped)},
+        "images": {"train": len(shown), "calibration": len(held), "skipped": len(source.skipped)},
         "clusters": model.scorer.clusters.count,
         "variants": model.scorer.clusters.variants,
         "training": {
@@ -395,7 +489,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
 
     Returns:
         ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
-        anomaly among the good ones would (`calibration.suspicious_tail`).
+        anomaly among the good ones would (`conformal.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
     seen = np.array(

@@ -1,7 +1,7 @@
 """What a bundle keeps of its good images, so that others can join them later: a few kB an image, no pixels.
 
 Global tokens, embeddings and readings of every image. Sums of patch features need no place of their own: they are
-read off the statistics (`training.statistics`).
+read off the statistics (`training.normal`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from twinspect.decide.decision import image_id
 from twinspect.decide.rules import GoodScores
 from twinspect.models.layers import in_fp16
+from twinspect.training.normal import GoodImages
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import GoodImages
 
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
 _TEXTS = ("class_name", "group", "key")

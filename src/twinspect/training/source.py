@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_map
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
@@ -57,6 +61,8 @@ class FeatureSource:
     ) -> None:
         self._model, self._known = model, known
         self.portion = 8
+        self._picture: tuple[Sample, NDArray[np.uint8]] | None = None
+        self._reading = threading.Lock()
         self.skipped: list[Skipped] = []
         self.samples: list[Sample] = []
         self.keys: list[bytes] = []
@@ -75,7 +81,9 @@ class FeatureSource:
         pinned = self._model.device.type == "cuda"
         if self._cache is not None:
             return self._cache.read([self.keys[i] for i in indices], pinned)
-        pixels = torch.from_numpy(np.stack([read_square(self.samples[i], self._model.size) for i in indices]))
+        pixels = torch.from_numpy(
+            np.stack([read_square(self.samples[i], self._model.size, self._read) for i in indices])
+        )
         return pixels.pin_memory() if pinned else pixels
 
     def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
@@ -121,6 +129,8 @@ class FeatureSource:
     def _open(self, root: Path) -> FeatureCache:
         teacher, kept = self._model.teacher, self._model.selection
         inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        if self._model.roi_SS is not None:
+            inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
 
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
@@ -140,6 +150,7 @@ class FeatureSource:
         self._store(waiting)
         if self._cache is not None:
             self._cache.flush()
+        self._picture = None
         if self._known is not None:
             self._known.save()
 
@@ -162,8 +173,8 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, (Altered, Disturbed)):
-                pixels = read_square(sample, self._model.size)
+            if not sample.in_file or isinstance(sample, (Altered, Disturbed, Tile)):
+                pixels = read_square(sample, self._model.size, self._read)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
             if key is not None and (self._cache is None or key in self._cache):
@@ -177,6 +188,13 @@ class FeatureSource:
             return key, square
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
+
+    def _read(self, sample: Sample, side: int) -> NDArray[np.uint8]:
+        """A picture whose tiles are wanted one after the other: decoded once."""
+        with self._reading:
+            if self._picture is None or self._picture[0] != sample:
+                self._picture = (sample, read_picture(sample, side))
+            return self._picture[1]
 
     def _store(self, waiting: list[tuple[bytes, NDArray[np.uint8]]]) -> None:
         if not waiting or self._cache is None:
@@ -199,12 +217,72 @@ def record_layout(model: AnomalyModel) -> RecordLayout:
     )
 
 
-def read_square(sample: Sample, size: int) -> NDArray[np.uint8]:
-    """One sample's RGB at the model's size: size x size x 3."""
+@dataclass(frozen=True, slots=True)
+class Tile(Sample):
+    """A part of a picture; its class is the picture's with the tile's place.
+
+    Attributes:
+        of: the picture.
+        place: number of the tile, row by row.
+        tiles: rows and columns.
+    """
+
+    of: Sample | None = None
+    place: int = 0
+    tiles: Tiles = (1, 1)
+
+
+def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
+    """All tiles of all pictures; the pictures themselves where each is one tile."""
+    if tiles == (1, 1):
+        return list(samples)
+    return [
+        Tile(
+            one.image, one.split, f"{one.class_name} @{place // tiles[1]},{place % tiles[1]}", one.label,
+            group=one.group, record=one.record, pixels=one.pixels, of=one, place=place, tiles=tiles,
+        )
+        for one in samples
+        for place in range(tiles[0] * tiles[1])
+    ]  # fmt: skip
+
+
+def picture_of(sample: Sample) -> Sample:
+    """The picture that a tile is of; any other sample itself."""
+    return sample.of if isinstance(sample, Tile) and sample.of is not None else sample
+
+
+def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
+    """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
     if isinstance(sample, Disturbed):
-        return resize_rgb(sample.disturbed(read_sample_rgb(sample)), size)
-    pixels = resize_rgb(read_sample_rgb(sample, draft_side=size), size)
-    return sample.around(pixels) if isinstance(sample, Altered) else pixels
+        return sample.disturbed(read_sample_rgb(sample))
+    return read_sample_rgb(sample, draft_side=side)
+
+
+def read_square(
+    sample: Sample, size: int, read: Callable[[Sample, int], NDArray[np.uint8]] = read_picture
+) -> NDArray[np.uint8]:
+    """One sample's RGB at the model's size: size x size x 3; ``read`` gives the whole pictures that tiles are of."""
+    picture = picture_of(sample)
+    if isinstance(sample, Tile):
+        whole = read(picture, size * max(sample.tiles))
+        rows, columns = boxes(whole, sample.tiles)[sample.place]
+        pixels = resize_rgb(whole[rows, columns], size)
+    else:
+        pixels = resize_rgb(read_picture(sample, size), size)
+    return picture.around(pixels) if isinstance(picture, Altered) else pixels
+
+
+def same_image(samples: Sequence[Sample]) -> list[int]:
+    """For every image the place of the first one that it is a tile or a copy of, or its own.
+
+    Copies of images that hardly vary stand for images of their own.
+    """
+    first: dict[tuple[object, ...], int] = {}
+    found = []
+    for place, one in enumerate(samples):
+        apart = (picture_of(one),) if isinstance(picture_of(one), Altered) else ()
+        found.append(first.setdefault((one.image, one.record, *apart), place))
+    return found
 
 
 def teacher_batch(model: AnomalyModel) -> int:
@@ -215,7 +293,7 @@ def teacher_batch(model: AnomalyModel) -> int:
 @torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
 def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
     """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2)
+    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
     observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
     small = model.shrink(image.float()).round().to(torch.uint8)
     return observed, small

@@ -1,7 +1,7 @@
 """Copies of good images as a camera might have taken them: packed as JPEG, under another light, shifted (--tolerate).
 
 They are learnt and calibrated on beside the images themselves. Cross-fitting holds an image and its copies to be one:
-what scores one of them has seen none (`training.statistics`).
+what scores one of them has seen none (`training.normal`).
 """
 
 from __future__ import annotations
@@ -95,13 +95,3 @@ def add_disturbed(
     return *parts, [
         f"--tolerate {','.join(kinds)}: {count} altered copies of {images} images are learnt and counted too"
     ]
-
-
-def same_image(samples: Sequence[Sample]) -> list[int]:
-    """For every image the place of the first one that it is a copy of, or its own."""
-    first: dict[tuple[object, ...], int] = {}
-    found = []
-    for place, one in enumerate(samples):
-        apart = () if type(one) in (Sample, Disturbed) else (place,)
-        found.append(first.setdefault((one.image, one.record, *apart), place))
-    return found

@@ -16,12 +16,13 @@ from twinspect.data.leaks import count_once
 from twinspect.decide.decision import image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.inference.decode import name_of
+from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
-from twinspect.training.fit import cache_folder, parameter_counts
+from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
 from twinspect.training.memory import Memory, remember
+from twinspect.training.normal import Before, add_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.training.statistics import Before, add_statistics
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
@@ -54,9 +55,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     there = set(memory.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
-        notes.append(
-            f"{len(source) - len(images)} of {len(source)} images left out: the model has learnt them already"
-        )
+        notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
     _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
     before = Before(memory.good, memory.class_name, fitted.decision.class_of_cluster)
     good, classes = add_statistics(model, source, images, before, fitted.config.train.seed, progress)
@@ -68,11 +67,14 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
     if decision.fixed:
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
+    learnt = [source.samples[i] for i in images]
+    bank = _bank(fitted, model, len(memory.key), learnt)
     new = replace(
-        decision, good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        decision, bank=tuple(name for name, _ in bank),
+        thumbnails=tuple(one for _, one in bank if decision.thumbnails),
+        good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
     )  # fmt: skip
-    learnt = [source.samples[i] for i in images]
     counts = Counter(sample.class_name for sample in learnt)
     record = copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
@@ -89,6 +91,17 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         }
     )
     return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
+
+
+def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Names and small pictures of the images that others are compared with; empty ones where they are not known."""
+    decision, nothing = fitted.decision, [("", b"")] * old
+    known = len(decision.bank) == old
+    pictures = decision.thumbnails or (b"",) * old
+    fresh = small_pictures(learnt, fitted.config.train.thumbnails) if decision.thumbnails else (b"",) * len(learnt)
+    rows = list(zip(decision.bank, pictures, strict=True)) if known else nothing
+    rows += zip(map(name_of, learnt), fresh, strict=True)
+    return [rows[i] for i in model.scorer.nearest.kept] if model.scorer.nearest is not None else []
 
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:

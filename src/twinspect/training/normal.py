@@ -33,8 +33,7 @@ from twinspect.models.statistics import (
     whitening,
 )
 from twinspect.scoring import top_mean
-from twinspect.training.source import FeatureSource
-from twinspect.training.tolerate import same_image
+from twinspect.training.source import FeatureSource, same_image
 from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
@@ -261,7 +260,10 @@ class _Fitting:
         self.images_V = torch.bincount(seen.variant_n, minlength=len(self.owner_V)).to(torch.float32)
         self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
         self.all_first_n = torch.cat([torch.arange(old, device=model.device), old + self.first_n])
-        self.factor_n = left_out(self.images_V[self.variant_n], torch.bincount(self.first_n)[self.first_n])
+        _, own_n, count = torch.unique(
+            torch.stack([self.first_n, self.variant_n]), dim=1, return_inverse=True, return_counts=True
+        )
+        self.factor_n = left_out(self.images_V[self.variant_n], count[own_n])
         self.passes, self.gone, self.asks_students = (1 if model.scorer.plain else 3), 0, asks_students
 
     def plain(self) -> GoodImages:
@@ -308,7 +310,7 @@ class _Fitting:
     def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
         for places, observed, small in self._batches():
             plain = self.model.plain(observed, small)
-            yield places, plain, observed, self.scorer.finish(plain.map_Bhw).amax((1, 2, 3)) if peaks else places
+            yield places, plain, observed, self._peaks(self.scorer.finish(plain.map_Bhw)) if peaks else places
 
     def _means(self) -> list[Tensor]:
         """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
@@ -500,8 +502,11 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(self.model.device) for array in stored]
-            peak_n[part] = self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]).amax((1, 2, 3))
+            peak_n[part] = self._peaks(self.scorer.map_of(maps, self.variant_n[part], self.cluster_n[part]))
         return torch.stack(readings, 1).to(self.model.device), peak_n
+
+    def _peaks(self, map_B1HW: Tensor) -> Tensor:
+        return self.model.inside_map(map_B1HW).amax((1, 2, 3))
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
         """Fit the calibration on the images that count; what is said of all."""
