@@ -30,6 +30,7 @@ from twinspect.server import schema
 from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.maps import FORMATS
+from twinspect.server.reference import reference
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
 from twinspect.server.uploads import openapi_body, read_images
@@ -50,7 +51,7 @@ def build_app(
 
     Args:
         settings: limits and key.
-        predictors: models by name; the first is the default.
+        predictors: models by name; where there are several, requests must name one.
         log: where decisions are kept; None keeps none.
         paths: files of models, which are read again when they change.
         open_file: a file to a predictor.
@@ -73,7 +74,7 @@ def build_app(
     known = frozenset(route.path for route in routes)
     return FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection", lifespan=life, routes=[*routes],
-        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
+        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere; ours is `reference`
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics, routes=known)],
         exception_handlers={
             TwinspectError: _refused, HTTPException: _http_error, RequestValidationError: _invalid,
@@ -106,6 +107,7 @@ class _Routes:
             ("GET", "/healthz", self.healthz, schema.Status),
             ("GET", "/readyz", self.readyz, schema.Status),
             ("GET", "/metrics", self.metrics, ("text/plain",)),
+            ("GET", "/docs", self.docs, ("text/plain",)),
             ("GET", "/", self.index, ("text/html",)),
         )
 
@@ -119,7 +121,7 @@ class _Routes:
                 response_class=Response if isinstance(model, tuple) else JSONResponse,
                 responses={200: answer(model), **(errors if path.startswith("/v1") or path == "/readyz" else {})},
                 openapi_extra=openapi_body() if path == "/v1/predict" else None,
-                include_in_schema=path != "/",
+                include_in_schema=path not in ("/", "/docs"),
             )
             for method, path, endpoint, model in table
         ]  # fmt: skip
@@ -196,6 +198,11 @@ class _Routes:
         """Counters for Prometheus."""
         metrics = self.service.metrics
         return Response(metrics.text(), headers={"content-type": metrics.content_type})
+
+    async def docs(self, request: Request) -> Response:
+        """The API in words, as Markdown."""
+        text = "\n".join(["# twinspect: HTTP API\n", *reference(request.app.openapi())])
+        return Response(text, media_type="text/plain; charset=utf-8")
 
     async def index(self) -> Response:
         """The page."""

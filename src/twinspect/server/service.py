@@ -38,7 +38,7 @@ class Asked:
     """What a client asks for with its images, as parameters of the address.
 
     Attributes:
-        bundle: name of the model; empty for the first.
+        bundle: name of the model; empty for the only one.
         class_name: class of all images; empty predicts it.
         maps: ``link`` (fetch it later) or ``inline`` (base64).
         session: kept in the log.
