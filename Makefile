@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # What is installed: extras of pyproject.toml. The tests need all of them.
 DEMO := $(VENV)/.installed-demo
 DOCS := $(VENV)/.installed-docs-server
-ALL := $(VENV)/.installed-dev-demo-docs-server-onnx-openvino-ray-video
+ALL := $(VENV)/.installed-dev-demo-docs-server-onnx-openvino-ray-video-sign
 
 .PHONY: demo quick test check docs wheel bench picture clean
 

@@ -24,6 +24,7 @@ from twinspect.files import replacing
 FORMAT = 5  # raised when the statistics of a model, or what is made of them, change: 5 weighs readings anew
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
+_SIGNATURE = "signature.txt"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, OSError, EOFError, RuntimeError)
 
@@ -51,9 +52,45 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
         parts[_MEMORY] = memory
     hashes = {name: hashlib.sha256(body).hexdigest() for name, body in parts.items()}
     refuse_unwritable(path)
+    _write(path, {**parts, _HASHES: json.dumps(hashes).encode()})
+
+
+def _write(path: Path, members: Mapping[str, bytes]) -> None:
     with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
-        for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
+        for name, body in members.items():
             file.writestr(zipfile.ZipInfo(name), body)
+
+
+def signed_part(path: Path) -> tuple[dict[str, Any], str]:
+    """Hashes of a bundle's parts, which are what a signature signs, and its signature; empty without one.
+
+    Raises:
+        BundleError: as `read_bundle`.
+    """
+    read_bundle(path)
+    with zipfile.ZipFile(path) as file:
+        signature = _member(file, _SIGNATURE).decode("ascii", "replace") if is_signed(path) else ""
+        return dict(json.loads(_member(file, _HASHES))), signature
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a file is a bundle that carries a signature, whosever it is."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return _SIGNATURE in file.namelist()
+    except _NOT_WHOLE:
+        return False
+
+
+def add_signature(path: Path, signature: str) -> None:
+    """Write a bundle anew, with a signature.
+
+    Raises:
+        BundleError: the folder cannot be written.
+    """
+    with zipfile.ZipFile(path) as file:
+        members = {name: _member(file, name) for name in file.namelist() if name != _SIGNATURE}
+    _write(path, {**members, _SIGNATURE: signature.encode()})
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from twinspect import data as data_room
-from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import is_signed, keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
@@ -83,6 +83,8 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     values = calibration_values(after, notes)
     if not options.force and (kept := keep_old(out)):
         console.warn(kept)
+    if is_signed(options.bundle):
+        console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
     _publish(options, values, after, notes, console)
     console.say(f"wrote {out}")

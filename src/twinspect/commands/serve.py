@@ -34,6 +34,10 @@ def serve(
         "auto"
     ),
     threads: Annotated[int, typer.Option(help="CPU threads of each model; 0 is the runtime's own choice.")] = 0,
+    require_signature: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Public key: serve models only that its holder has signed (twinspect sign)."),
+    ] = None,
     **settings: Any,
 ) -> None:
     """Answer images over HTTP, with a page at /, an inspection log and metrics."""
@@ -48,6 +52,7 @@ def serve(
         from twinspect.server.models import named_paths
         from twinspect.server.run import read_key
         from twinspect.server.run import serve as serve_app
+        from twinspect.signature import verified
 
         chosen = Settings(api_key=read_key(api_key_file), **settings)
         where = log or os.environ.get(LOG_VARIABLE, LOG_FILE)
@@ -56,7 +61,10 @@ def serve(
         paths = named_paths(bundles)
 
         def open_file(path: Path) -> Predictor:
-            return load(path, runtime, threads)
+            if require_signature is None:
+                return load(path, runtime, threads)
+            with verified(path, require_signature) as copy:
+                return load(copy, runtime, threads)
 
         inspections = None if where == "none" else InspectionLog(where)
         place = inspections.described if inspections is not None else "none"
