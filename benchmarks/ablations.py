@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -39,16 +39,21 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.diagnose import Plan, diagnose
 from twinspect.evaluation import evaluate, test_samples
-from twinspect.inference.predictor import Predictor
+from twinspect.inference.decode import decode, name_of
+from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel
+from twinspect.models.observed import Observed
 from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.cache import RecordLayout, image_key
-from twinspect.training.fit import cache_folder, choose_images, decision_of, fit
-from twinspect.training.normal import fit_statistics
+from twinspect.training.copies import add_copies
+from twinspect.training.fit import cache_folder, choose_images
+from twinspect.training.loop import TrainReport, train
+from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.resume import take_over
-from twinspect.training.source import FeatureSource, add_rounded, observe, record_layout
+from twinspect.training.source import FeatureSource, observe, record_layout
+from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"
 # Student -> settings of its training. Scoring is learnt after training, so one student serves several rows.
@@ -100,6 +105,8 @@ SNL = {
     "intra": Row("rd + intra", "intra"),
     "inter": Row("rd + inter", "inter"),
     "affinity": Row("rd + affinity map", "rd", MAPS),
+    "affinity-quarter": Row("rd + affinity map, weight 0.25", "rd", MAPS | {"affinity_map": 0.25}),
+    "affinity-fine": Row("rd + affinity map on 32 x 32", "rd", MAPS | {"affinity_side": 32}),
     "cram": Row("rd + CRAM, centres added back", "cram"),
     "cram-residuals": Row("rd + CRAM, residuals alone", "cram-residuals"),
     "terms": Row("the four terms", "terms"),
@@ -138,7 +145,6 @@ ON_DEMAND = ("channel-cosine", "control", "snl", "fd", "forward", "recentre", "r
 MULTI = "multi"  # what is trained on: all classes, or else the name of one
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 INTERFERENCE = ("mixup_auroc", "cutpaste_auroc")
-Readings = Mapping[str, NDArray[Any]]
 # From the two students' calibrated scores (standard deviations), their raw distances, and the Noisy-OR of both.
 READINGS = {
     "joint": lambda said: said["score"],
@@ -150,33 +156,55 @@ READINGS = {
 }
 
 
+class Seen(NamedTuple):
+    """The teacher's answer to an image, as the feature cache has it, and the image's size in pixels."""
+
+    record: Tensor
+    height: int
+    width: int
+
+
 class Remembering:
-    """A runtime that asks the teacher about an image once, whatever is scored with its answers.
+    """What `evaluate` and `diagnose` ask for scores: it decodes an image, and shows it to the teacher, once.
 
     Args:
-        model: trained.
-        seen: records of images by the hash of their pixels, for models of one teacher and one layout.
+        model: trained and calibrated.
+        seen: images by path or pixels, for models of one teacher and one layout of records.
+
+    Attributes:
+        readings: raw ones of every image that was asked for, in order.
     """
 
-    def __init__(self, model: AnomalyModel, seen: dict[RecordLayout, dict[bytes, Tensor]]) -> None:
-        self.model, self.size, self.layout = model.eval(), model.size, record_layout(model)
+    def __init__(self, model: AnomalyModel, seen: dict[RecordLayout, dict[Any, Seen]]) -> None:
+        self.model, self.layout = model.eval(), record_layout(model)
         if self.layout not in seen:
             seen.clear()  # no two layouts in memory at once
         self.seen = seen.setdefault(self.layout, {})
         self.readings: list[NDArray[np.float32]] = []
 
-    def run(self, pixels_BHWC: NDArray[np.uint8]) -> Readings:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-        keys = [image_key(one) for one in pixels_BHWC]
-        new = [i for i, key in enumerate(keys) if key not in self.seen]
-        with torch.inference_mode():
-            if new:
-                block_BR = self.layout.pack(*observe(self.model, torch.from_numpy(pixels_BHWC[new])))
-                self.seen.update({keys[i]: row.clone() for i, row in zip(new, block_BR, strict=True)})
-            observed, small = self.layout.unpack(torch.stack([self.seen[key] for key in keys]))
-            out = self.model.score(observed, self.model.teacher.normalise(small))
-        self.readings.append(out.readings_BR.numpy())
-        return {name: value.numpy() for name, value in out._asdict().items()}
+    def predict(self, source: Sequence[Any], maps: bool = True, pixels: bool = False) -> Iterator[Result]:
+        """Scores and map of every image; no thresholds."""
+        for start in range(0, len(source), 16):
+            part = [self._look(item) for item in source[start : start + 16]]
+            observed, small = self.layout.unpack(torch.stack([one.record for one in part]))
+            with torch.inference_mode():
+                out = self.model.score(observed, self.model.teacher.normalise(small))
+            self.readings.append(out.readings_BR.numpy())
+            for i, (item, one) in enumerate(zip(source[start : start + 16], part, strict=True)):
+                scores = (float(said[i]) for said in (out.score_B, out.score_local_B, out.score_semantic_B))
+                result = Result(name_of(item), *scores, is_anomaly=False, height=one.height, width=one.width)
+                result.grid = out.map_B1HW[i, 0].numpy()
+                yield result
+
+    def _look(self, item: Any) -> Seen:
+        key = item.image if isinstance(item, Sample) else image_key(item)
+        if key not in self.seen:
+            found = decode(item, self.model.size)
+            if found.square is None:
+                raise SystemExit(found.error)
+            (record,) = self.layout.pack(*observe(self.model, torch.from_numpy(np.stack([found.square]))))
+            self.seen[key] = Seen(record, found.height, found.width)
+        return self.seen[key]
 
 
 def config_of(row: Row, seed: int, args: argparse.Namespace) -> RunConfig:
@@ -192,41 +220,68 @@ def config_of(row: Row, seed: int, args: argparse.Namespace) -> RunConfig:
     return RunConfig(model, TrainConfig(steps=args.steps, seed=seed, batch=args.batch, **rates, **trained))
 
 
-def rescored(fitted, samples, config, console):
-    """A trained student under another scoring: statistics and decision are learnt anew, weights stay."""
-    model = build_model(config.model, fitted.model.teacher)
-    take_over(model, fitted.model)
-    training, held, _ = add_rounded(*choose_images(samples, config))
+class Trained(NamedTuple):
+    """A trained student, and the good images as `fit` divides them."""
+
+    model: AnomalyModel
+    source: FeatureSource
+    train_at: range
+    held_at: range
+    report: TrainReport
+
+
+def trained_on(samples: Sequence[Sample], config: RunConfig, console: Console) -> Trained:
+    """Train as `fit` does."""
+    training, held, _ = add_copies(*choose_images(samples, config))
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model)
     root = cache_folder(model, len(training) + len(held), config.train.cache_gb)
     source = FeatureSource(model, [*training, *held], root, console.progress)
     train_at, held_at = range(len(training)), range(len(training), len(source))
-    good = fit_statistics(model, source, train_at, held_at, config.train.seed, console.progress)
-    return model, decision_of(model, source, train_at, held_at, good)
+    fit_scales(model, source, train_at, config.train.seed)
+    report = train(model, source, train_at, config.train, None, console.progress)
+    return Trained(model.eval(), source, train_at, held_at, report)
+
+
+@torch.no_grad()
+def scored(trained: Trained, config: RunConfig, console: Console) -> AnomalyModel:
+    """The student under a scoring, calibrated; with a plain one only the images held out are looked at for that."""
+    model = build_model(config.model, trained.model.teacher).eval()
+    take_over(model, trained.model)
+    source = trained.source
+    if not model.scorer.plain:
+        fit_statistics(model, source, trained.train_at, trained.held_at, config.train.seed, console.progress)
+        return model
+
+    def held() -> Iterator[tuple[Observed, Tensor]]:
+        return ((observed, small) for _, observed, small in source.batches(trained.held_at))
+
+    model.fit_plain(held)
+    plain = [model.plain(*batch) for batch in held()]
+    reading_nR = torch.cat([torch.cat([one.local_BR, one.semantic_BR], 1) for one in plain])
+    nobody = torch.zeros(len(reading_nR), dtype=torch.int64)
+    model.scorer.calibrate(reading_nR, nobody, torch.ones_like(nobody, dtype=torch.bool))
+    return model
 
 
 def measured(rows, samples, configs, plan, seen, console):
     """Train one student on the normal images of some samples; (name, values) under the scoring of every row."""
     began = time.monotonic()
-    fitted = fit(samples, next(iter(configs.values())), None, console.progress)
-    trained, first = time.monotonic() - began, next(iter(rows.values())).scoring
+    trained = trained_on(samples, next(iter(configs.values())), console)
+    fit_s = round(time.monotonic() - began, 1)
     for scoring in dict.fromkeys(str(row.scoring) for row in rows.values()):
         own = {name: row for name, row in rows.items() if str(row.scoring) == scoring}
-        began, model, decision = time.monotonic(), fitted.model, fitted.decision
-        if scoring != str(first):
-            model, decision = rescored(fitted, samples, configs[next(iter(own))], console)
-        runtime = Remembering(model, seen)
-        predictor = Predictor(runtime, decision, batch=8)
+        began = time.monotonic()
+        predictor = Remembering(scored(trained, configs[next(iter(own))], console), seen)
         evaluation = evaluate(predictor, test_samples(samples), console.progress)
         said = {name: np.array([row[field] for row in evaluation.rows]) for name, field in SCORES.items()}
-        said["raw"] = np.concatenate(runtime.readings)
-        crossed = (
-            {} if plan is None else {"interference": diagnose(predictor, samples, plan, console.progress).mean()}
-        )
+        said["raw"] = np.concatenate(predictor.readings)
+        crossed = {} if plan is None else diagnose(predictor, samples, plan, console.progress).mean()
         for name, row in own.items():
             classes = read_as(row.reading, evaluation, said)
-            found = {"classes": classes, "mean": mean_of_classes(classes), "training": fitted.record["training"]}
-            found |= {"fit_s": round(trained, 1), "test_s": round(time.monotonic() - began, 1)}
-            yield name, {**found, **(crossed if row.reading == "joint" else {})}
+            found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.report.terms}
+            found |= {"fit_s": fit_s, "test_s": round(time.monotonic() - began, 1)}
+            yield name, found | ({"interference": crossed} if crossed and row.reading == "joint" else {})
 
 
 SCORES = {"score": "score", "local": "score_local", "semantic": "score_semantic"}
@@ -372,7 +427,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     samples = data_room.load(Path(args.data)).samples
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    seen: dict[RecordLayout, dict[bytes, Tensor]] = {}
+    seen: dict[RecordLayout, dict[Any, Seen]] = {}
     with Console() as console:
         jobs = [job for seed in args.seeds for job in jobs_of(args.rows, MULTI, seed)]
         names = sorted({s.class_name for s in samples}) if args.single else []

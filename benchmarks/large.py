@@ -2,7 +2,7 @@
 
     python benchmarks/large.py [--size 512] [--good 10] [--spot 15]
 
-Pictures of 5000 x 4000 pixels are painted (a metal sheet: a slow gradient, fine lines, noise) and kept as JPEG.
+Pictures of 5000 x 4000 pixels are painted (a metal sheet: a gradient, fine lines, grain) and kept as JPEG.
 A model without students sees them as a whole, another one with --tiles auto. Then good pictures and ones with a dark
 spot somewhere are scored. The last line is JSON.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import zoom
 
 from twinspect import Detector
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
@@ -31,11 +32,12 @@ def sheet(number: int, spot: int, path: Path) -> tuple[int, int]:
     """Write one picture; where the spot is."""
     rng = np.random.default_rng(number)
     lines = rng.normal(0, 3, HEIGHT)[:, None] + 25 * np.linspace(-1, 1, WIDTH)[None] ** 2
-    grey = 140 + lines + rng.normal(0, 4, (HEIGHT, WIDTH)).astype(np.float32)
+    grain = zoom(rng.normal(0, 14, (HEIGHT // 8, WIDTH // 8)), 8, order=1)  # spots of about the defect's size
+    grey = 140 + lines + grain + rng.normal(0, 4, (HEIGHT, WIDTH))
     y, x = (int(rng.integers(60, side - 60)) for side in (HEIGHT, WIDTH))
     if spot:
         away = np.hypot(*np.ogrid[-60:60, -60:60])
-        grey[y - 60 : y + 60, x - 60 : x + 60] -= 60 * (away <= spot / 2)
+        grey[y - 60 : y + 60, x - 60 : x + 60] -= 70 * (away <= spot / 2)
     Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB").save(path, quality=95)
     return y, x
 

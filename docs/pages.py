@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
+from twinspect.config import ModelConfig, TrainConfig
+from twinspect.server.reference import table
+
 ROOT = Path(__file__).parents[1]
+# Defaults of the options that are settings of a run: not given is None there.
+SETTINGS = {one.name: one.default for kind in (ModelConfig, TrainConfig) for one in fields(kind)}
 # Files outside of docs/ that are pages, too.
 OF_ROOT = {
     "README.md": "index.md",
@@ -72,10 +78,10 @@ def _command(command: Any, name: str) -> Iterator[str]:
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         usage = " ".join([name, "[OPTIONS]", *(_argument(p) for p in arguments)])
         yield f"## {name}\n\n{command.help}\n\n```text\n{usage}\n```\n"
-        yield from _rows(("argument", "meaning"), [(f"`{p.name.upper()}`", p.help) for p in arguments])
+        yield from table(("argument", "meaning"), [(f"`{p.name.upper()}`", p.help) for p in arguments])
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
         rows = [(", ".join(f"`{one}`" for one in (*p.opts, *p.secondary_opts)), _default(p), p.help) for p in options]
-        yield from _rows(("option", "default", "meaning"), rows)
+        yield from table(("option", "default", "meaning"), rows)
     for key in sorted(inner):
         yield from _command(inner[key], f"{name} {key}")
 
@@ -86,70 +92,24 @@ def _argument(parameter: Any) -> str:
 
 
 def _default(option: Any) -> str:
-    value = option.default
     if option.required:
         return "needed"
-    return "" if callable(value) or value in (None, "", False) or str(value).startswith("Sentinel") else f"`{value}`"
-
-
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    if rows:
-        yield _row(head)
-        yield "|" + "---|" * len(head)
-        yield from (_row(cells) for cells in rows)
-        yield ""
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    value = SETTINGS.get(option.name, option.default) if option.default is None else option.default
+    shown = isinstance(value, (str, int, float, Path)) and not isinstance(value, bool) and str(value)
+    return f"`{value}`" if shown else ""
 
 
 # ---------------------------------------------------------------------------------------------------- HTTP API
 
 
 def http_page() -> Iterator[str]:
-    """Routes and records of the server, from its own OpenAPI description."""
+    """Routes and records of the server."""
     from twinspect.server.app import build_app
+    from twinspect.server.reference import reference
     from twinspect.server.settings import Settings
 
-    described = build_app(Settings(), {}).openapi()
     yield "# HTTP API\n"
-    yield "Made from the server's own description, which a running server gives at `/openapi.json`. "
+    yield "Made from the server's own description, which a running server gives at `/openapi.json`, "
+    yield "and as this text at `/docs`. "
     yield "[The server](../deploy.md) says how to start one and how it behaves.\n"
-    for path, methods in described["paths"].items():
-        for method, route in methods.items():
-            yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
-            rows = [
-                (f"`{p['name']}`", p["in"], _kind(p["schema"]), p.get("description", ""))
-                for p in route.get("parameters", ())
-            ]
-            yield from _rows(("parameter", "in", "type", "meaning"), rows)
-            answers = [
-                (f"`{status}`", answer.get("description", ""), ", ".join(_body(answer)))
-                for status, answer in route["responses"].items()
-            ]
-            yield from _rows(("status", "meaning", "body"), answers)
-    yield "## Records\n"
-    for name, schema in described.get("components", {}).get("schemas", {}).items():
-        yield f"### {name}\n\n{schema.get('description', '')}\n"
-        rows = [
-            (f"`{field}`", _kind(value), value.get("description", ""))
-            for field, value in schema.get("properties", {}).items()
-        ]
-        yield from _rows(("field", "type", "meaning"), rows)
-
-
-def _body(answer: Mapping[str, Any]) -> Iterator[str]:
-    for kind, content in answer.get("content", {}).items():
-        yield f"{kind}: {_kind(content['schema'])}" if content.get("schema") else kind
-
-
-def _kind(schema: Mapping[str, Any]) -> str:
-    """A type in words."""
-    if "$ref" in schema:
-        return str(schema["$ref"]).rpartition("/")[2]
-    if "anyOf" in schema:
-        return " or ".join(_kind(one) for one in schema["anyOf"])
-    if schema.get("type") == "array":
-        return f"list of {_kind(schema.get('items', {}))}"
-    return str(schema.get("type", "any"))
+    yield from reference(build_app(Settings(), {}).openapi())

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import picture, save
+from tiny import picture, run_config, save
 from torch import Tensor
 
+from twinspect.console import Console
+from twinspect.data import load
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.metrics import auroc
+from twinspect.training.fit import fit
 from twinspect.types import TEST, TRAIN, Sample
 
 FOLDER = str(Path(__file__).parents[1] / "benchmarks")
@@ -219,19 +223,33 @@ def test_limits_keep_every_kind_of_image() -> None:
 # ------------------------------------------------------------------------------------------- ablations
 
 
-def test_a_remembering_runtime_answers_as_the_model_and_asks_its_teacher_once(
-    detector: Any, monkeypatch: pytest.MonkeyPatch
+def test_what_remembers_answers_as_a_predictor_and_asks_the_teacher_once(
+    detector: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ablations, model = module("ablations"), detector.fitted.model
-    pixels = np.stack([picture(90 + i, 128, 128) for i in range(3)])
-    runtime = ablations.Remembering(model, {})
-    found = runtime.run(pixels)
-    expected = TorchRuntime(model).run(pixels)
-    for name, tolerance in (("score_B", 2e-2), ("map_B1HW", 2e-2), ("readings_BR", 2e-2)):  # features in 16 bits
-        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance)
+    ablations, fitted = module("ablations"), detector.fitted
+    images = [picture(90 + i, 160, 120) for i in range(3)]
+    remembering = ablations.Remembering(fitted.model, {})
+    found = list(remembering.predict(images))
+    expected = list(Predictor(TorchRuntime(fitted.model), fitted.decision).predict(images))
+    for one, other in zip(found, expected, strict=True):
+        for name in ("score", "score_local", "score_semantic", "map"):  # features in 16 bits
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=2e-2, atol=2e-2)
     monkeypatch.setattr(ablations, "observe", lambda *_: pytest.fail("the teacher was asked again"))
-    np.testing.assert_array_equal(runtime.run(pixels[1:])["score_B"], found["score_B"][1:])
-    assert [len(one) for one in runtime.readings] == [3, 2]
+    assert [one.score for one in remembering.predict(images[1:])] == [one.score for one in found[1:]]
+    assert [len(one) for one in remembering.readings] == [3, 2]
+
+
+def test_plain_students_are_trained_and_calibrated_as_fit_does_it(parts: Path) -> None:
+    ablations, samples = module("ablations"), load(parts).samples
+    config = run_config("test_efficientnet", scoring="plain")
+    trained = ablations.trained_on(samples, config, Console())
+    model, fitted = ablations.scored(trained, config, Console()), fit(samples, config)
+    images = [picture(i, 96, 96) for i in range(2)]
+    expected = Predictor(TorchRuntime(fitted.model), fitted.decision).predict(images)
+    for one, other in zip(ablations.Remembering(model, {}).predict(images), expected, strict=True):
+        np.testing.assert_allclose(
+            [one.score, one.score_local], [other.score, other.score_local], rtol=1e-2, atol=1e-2
+        )
 
 
 def test_readings_of_two_students() -> None:

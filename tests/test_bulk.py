@@ -405,7 +405,7 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
         ({"out": "t.xlsx"}, r"accepted endings are \.parquet, \.csv, \.jsonl"),
         ({"shard": (4, 4), "out": "t/"}, "--shard 4/4: accepted 0/N to N-1/N"),
         ({"shard": (0, 2), "out": "t.csv"}, "--shard writes parts to one folder"),
-        ({"coco": "c.json", "out": ""}, "give --out as well"),
+        ({"coco": "c.json", "out": ""}, "give --out FILE as well"),
         ({"rows": -1}, "--part-rows -1"),
     ],
 )
@@ -463,7 +463,7 @@ def test_pictures_are_not_put_among_the_images(tmp_path: Path, name: str, folder
     for file in ("in/a.png", "in/b.png", "in/c.tiff", "other/a.png"):
         save(tmp_path / file, picture())
     placed = [one.replace("in", f"{tmp_path}/in", 1).replace("other", f"{tmp_path}/other") for one in sources]
-    pictures = PictureOptions(map_format="tiff", **{name: f"{tmp_path}/{folder}"})
+    pictures = PictureOptions(map_format="tiff", overlay_format="png", **{name: f"{tmp_path}/{folder}"})
     with pytest.raises(ConfigError, match=f"--{name} .*images are read from there.*choose a folder outside"):
         run(job("no model is opened", tmp_path / "t.csv", *placed, pictures=pictures), Silent())
 

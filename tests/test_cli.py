@@ -106,7 +106,7 @@ def test_a_table_on_standard_output_is_alone_there(bundle: Path, tmp_path: Path)
     found = ok("predict", bundle, folder, "-o", "-")
     assert [json.loads(line)["path"] for line in found.stdout.splitlines()] == sorted(map(str, folder.iterdir()))
     assert "2 images: " in found.stderr
-    assert ok("predict", bundle, folder, "--out", "-.csv").stdout.startswith("path,class_name,score,")
+    assert ok("predict", bundle, folder, "--out", "-.csv").stdout.startswith("path,score,")
 
 
 def test_fit_keeps_the_checkpoint_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_fit_refuses_bad_toml(tmp_path: Path, text: str, words: str) -> None:
         (["--seed", "99999999999999999999"], "--seed 99999999999999999999: accepted 0 to"),
         (["--cache-gb", "-5"], "--cache-gb -5: accepted 0"),
         (["--lr", "nan"], "lr nan: a finite number is needed"),
-        (["--steps", "-1"], "--steps -1: at least 1"),
+        (["--steps", "-1"], "--steps -1: 0 (no students) or more"),
         (["--batch", "1"], "--batch 1: at least 2"),
         (["--noisy-or", "n4"], "Accepted: n1, n2, n3"),
         (["--precision", "fp8"], "Accepted: auto, fp32, bf16"),
@@ -190,7 +190,8 @@ def test_fit_of_bad_data(tmp_path: Path) -> None:
     assert "no such file or folder" in failed("fit", tmp_path / "none", *TINY)
     assert "no known layout; found: nothing" in failed("fit", tmp_path / "empty", *TINY)
     one = good_folder(tmp_path / "one", 1)
-    assert "1 good training images found; at least 8" in failed("fit", one, "--out", tmp_path / "m.twin", *TINY)
+    plain = ("--scoring", "plain", "--out", tmp_path / "m.twin")
+    assert "1 good training images found; at least 8" in failed("fit", one, *plain, *TINY)
 
 
 # ----------------------------------------------------------------------------------- eval, info, predict

@@ -44,7 +44,7 @@ def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
         ({"model": {"ee_depth": 1.5}}, "ee_depth 1.5: accepted"),
         ({"model": {"model": "snl", "recentre": True}}, "recentre: for --model dual only, not snl"),
         ({"model": {"scoring": "white"}}, "unknown scoring 'white'. Accepted: "),
-        ({"train": {"steps": 0}}, "--steps 0: at least 1"),
+        ({"train": {"steps": -1}}, "--steps -1: 0 (no students) or more"),
         ({"train": {"batch": 1}}, "--batch 1: at least 2"),
         ({"train": {"lr": 0.0}}, "learning rates must be above 0"),
         ({"train": {"holdout": 0.9}}, "holdout 0.9: accepted 0.05 to 0.5"),

@@ -116,7 +116,7 @@ def test_a_report_shows_the_nearest_good_image(bundle: Path, tmp_path: Path) -> 
     assert code == 0, error
     html = (tmp_path / "r.html").read_text()
     assert not Page(html).open
-    assert html.count('alt="Nearest good image"') == html.count("<li><div") > 0
+    assert html.count('alt="Nearest good training image"') == html.count("<li><div") > 0
     header, row = (tmp_path / "t.csv").read_text().splitlines()
     named = dict(zip(header.split(","), row.split(","), strict=False))
     assert "nearest" in named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -15,14 +15,19 @@ from twinspect.commands.options import (
     BenchOptions,
     CalibrateOptions,
     CheckOptions,
+    CompareOptions,
     DiagnoseOptions,
     DriftOptions,
+    EvalOptions,
     ExportCommandOptions,
+    FitOptions,
     InspectOptions,
     ManifestOptions,
+    PredictOptions,
     ReproduceOptions,
+    SignOptions,
+    UpdateOptions,
 )
-from twinspect.commands.predict import predict
 from twinspect.commands.serve import serve
 from twinspect.config import ModelConfig, TrainConfig
 
@@ -40,6 +45,7 @@ EXAMPLES = {
     "fit": "twinspect fit data/ -o model.twin",
     "info": "twinspect info model.twin",
     "eval": "twinspect eval model.twin data/ -o report.html",
+    "compare": "twinspect compare old.twin new.twin data/ --report compare.html",
     "diagnose": "twinspect diagnose model.twin data/ --report classes.html",
     "calibrate": "twinspect calibrate model.twin good-day2/ --max-fpr 0.01",
     "predict": "twinspect predict model.twin new/ -o table.csv --overlays pictures/",
@@ -47,6 +53,7 @@ EXAMPLES = {
     "drift": "twinspect drift model.twin monday.csv tuesday.csv",
     "serve": "twinspect serve model.twin --port 8000",
     "export": "twinspect export model.twin -o model.onnx --images new/",
+    "sign": "twinspect sign model.twin --key key.pem",
     "check": "twinspect check model.onnx model.twin new/",
     "bench": "twinspect bench model.twin --batch 1,16",
     "reproduce": "twinspect reproduce mvtec-ad-multi --root mvtec_ad/ -o results/",
@@ -90,11 +97,7 @@ data_app = typer.Typer(
 app.add_typer(data_app)
 app.command()(usual("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue")(serve))
 
-Data = Annotated[Path, typer.Argument(help="Folder of a data set, or a plain folder of good images.")]
 Bundle = Annotated[Path, typer.Argument(help="Trained model (.twin).")]
-Images = Annotated[Optional[Path], typer.Option(help="Folder that the paths of a manifest are relative to.")]  # noqa: UP045
-Weights = Annotated[Optional[Path], typer.Option(help="Local weights file of the teacher.")]  # noqa: UP045
-Force = Annotated[bool, typer.Option("--force", help="Replace a model without keeping the old one as FILE.bak.")]
 
 
 def _say_version(asked: bool) -> None:
@@ -185,75 +188,34 @@ def fetch(
     "device",
 )
 @with_settings(ModelConfig, TrainConfig, optional=True)
-def fit(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Bundle to write.")] = Path("model.twin"),
-    effort: Annotated[
-        str, typer.Option(help="instant: statistics only, no students; fast: half the input side, fewer steps.")
-    ] = "default",
-    config: Annotated[Optional[Path], typer.Option(help="TOML file of settings; options given here win.")] = None,  # noqa: UP045
-    resume_from: Annotated[Optional[Path], typer.Option(help="Bundle to go on from; DATA holds all classes.")] = None,  # noqa: UP045
-    roi: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored."),
-    ] = None,
-    forget: Annotated[bool, typer.Option("--forget", help="Drop classes of that bundle that DATA lacks.")] = False,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder that the paths of a manifest are relative to."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Learn a protocol's split only, such as one-vs-rest/cat.")] = "",
-    work: Annotated[Optional[Path], typer.Option(help="Folder for checkpoint and log.")] = None,  # noqa: UP045
-    thin: Annotated[bool, typer.Option("--thin", help="Leave the teacher's weights out of the bundle.")] = False,
-    force: Force = False,
-    **settings: Any,
-) -> None:
+@with_settings(FitOptions)
+def fit(**given: Any) -> None:
     """Learn what normal looks like from good images and write one bundle."""
     from twinspect.commands.fit import fit_command
-    from twinspect.config import of_effort
 
-    # None is "not given": the dial's value, a TOML file's, or the default then holds.
-    chosen = {
-        section: {one.name: settings[one.name] for one in fields(kind)}
-        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
-    }
+    options = FitOptions(**{one.name: given.pop(one.name) for one in fields(FitOptions)})
     with _console() as console:
-        for section, values in of_effort(effort).items():
-            chosen[section] |= {name: value for name, value in values.items() if chosen[section].get(name) is None}
-        fit_command(
-            data, layout, config, chosen, out, work, thin, console, images, split, resume_from, forget, force, roi
-        )
+        fit_command(options, given, console)
 
 
 @app.command("eval")
-def evaluate(
-    bundle: Bundle,
-    data: Data,
-    json_file: Annotated[str, typer.Option("--json", help="Write metrics as JSON to a file, or - to print.")] = "",
-    report: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(
-            "--report", "--out", help="Report file: .html (with charts and the wrong images), .md or .json."
-        ),
-    ] = None,
-    layout: Annotated[str, typer.Option(help="Layout of DATA; auto detects it.")] = "auto",
-    images: Images = None,
-    split: Annotated[str, typer.Option(help="A protocol's split, such as one-vs-rest/cat.")] = "",
-    intervals: Annotated[bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals.")] = False,
-    leaks: Annotated[bool, typer.Option(help="Look for byte-equal training and test images.")] = True,
-    drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Leave out test images seen in training.")] = False,
-    weights: Weights = None,
-) -> None:
+@takes(EvalOptions)
+def evaluate(options: EvalOptions) -> None:
     """Measure a model on labelled test images: per class and mean, both students alone."""
-    from twinspect.commands.evaluate import EvalOptions, eval_command
+    from twinspect.commands.evaluate import eval_command
 
-    options = EvalOptions(
-        bundle, data, layout, images, split, str(weights or ""), json_file, tuple(report or ()), intervals, leaks,
-        drop_leaks,
-    )  # fmt: skip
-    with _console(quiet=json_file == "-") as console:
+    with _console(quiet=options.json_file == "-") as console:
         eval_command(options, console)
+
+
+@app.command()
+@takes(CompareOptions)
+def compare(options: CompareOptions) -> None:
+    """Score the same labelled images with two models: accuracy, decisions that differ, speed and size."""
+    from twinspect.commands.compare import compare_command
+
+    with _console(quiet=options.json_file == "-") as console:
+        compare_command(options, console)
 
 
 @app.command()
@@ -296,11 +258,19 @@ def reproduce(options: ReproduceOptions) -> None:
         reproduce_command(options, console)
 
 
-app.command()(
-    usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")(
-        predict
-    )
-)
+@app.command()
+@usual("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime")
+@takes(PredictOptions)
+def predict(options: PredictOptions) -> None:
+    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+
+    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
+    and --fail-on ends the run. Exit code 1: none of the images could be read.
+    """
+    from twinspect.commands.predict import predict_command
+
+    with _console() as console:
+        predict_command(options, console)
 
 
 @app.command()
@@ -314,23 +284,20 @@ def export(options: ExportCommandOptions) -> None:
 
 
 @app.command()
-def sign(
-    model: Annotated[Path, typer.Argument(help="Trained or exported model (.twin, .onnx, .xml).")],
-    key: Annotated[Optional[Path], typer.Option(help="Private key to sign with (PEM, Ed25519).")] = None,  # noqa: UP045
-    check: Annotated[Optional[Path], typer.Option(help="Public key to verify with, instead of signing.")] = None,  # noqa: UP045
-) -> None:
+@takes(SignOptions)
+def sign(options: SignOptions) -> None:
     """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
     from twinspect.errors import ConfigError
     from twinspect.signature import sign as sign_model
     from twinspect.signature import verify
 
     with _console() as console:
-        if key is not None and check is None:
-            sign_model(model, key)
-            console.say(f"signed {model}")
-        elif check is not None and key is None:
-            verify(model, check)
-            console.say(f"{model} is as the holder of {check} signed it")
+        if options.key is not None and options.check is None:
+            sign_model(options.model, options.key)
+            console.say(f"signed {options.model}")
+        elif options.check is not None and options.key is None:
+            verify(options.model, options.check)
+            console.say(f"{options.model} is as the holder of {options.check} signed it")
         else:
             raise ConfigError("give --key KEY to sign, or --check KEY to verify")
 
@@ -368,21 +335,13 @@ def calibrate(options: CalibrateOptions) -> None:
 
 @app.command()
 @usual("class_name", "listed", "undo", "out")
-def update(
-    bundle: Bundle,
-    new: Annotated[Optional[Path], typer.Argument(help="New good images: a folder in any layout.")] = None,  # noqa: UP045
-    class_name: Annotated[str, typer.Option("--class", help="Class of all of them, known or new.")] = "",
-    listed: Annotated[bool, typer.Option("--list", help="Say what was learnt since training.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Take the last update back.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Bundle to write; by default BUNDLE itself.")] = None,  # noqa: UP045
-    layout: Annotated[str, typer.Option(help="Layout of NEW; auto detects it.")] = "auto",
-    weights: Weights = None,
-) -> None:
+@takes(UpdateOptions)
+def update(options: UpdateOptions) -> None:
     """Learn new good images, after false alarms or of a new class, without the old ones."""
     from twinspect.commands.update import update_command
 
     with _console() as console:
-        update_command(bundle, new, class_name, out, listed, undo, str(weights or ""), layout, console)
+        update_command(options, console)
 
 
 @app.command()

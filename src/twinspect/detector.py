@@ -376,7 +376,8 @@ class Detector:
         record, decision = self._fitted.record, self._fitted.decision
         named = ", ".join(decision.classes[:3]) + (", ..." if len(decision.classes) > 3 else "")
         return (
-            f"Detector({record['teacher']['name']}, {record['size']} px, {len(decision.classes)} classes ({named}), "
+            f"Detector({record['teacher']['name']}, {record['size']} px, {len(decision.classes)} "
+            f"class{'es' if len(decision.classes) != 1 else ''} ({named}), "
             f"{len(decision.good)} good images, threshold {self.threshold:.3g})"
         )
 

@@ -47,12 +47,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One image beside its overlay, and beside the nearest good image where that is known; small (see `case_of`)."""
+    """One image beside its overlay and perhaps a third picture; small (see `case_of`)."""
 
     caption: str
     image: Image.Image
     overlay: Image.Image
-    near: Image.Image | None = None
+    third: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,14 @@ class Cases:
         cases: in the order shown.
         scale: (low, high) of map values for colours, one for all images of a model.
         note: a sentence above the pictures.
+        third: what the third pictures are, where there are some.
     """
 
     title: str
     cases: tuple[Case, ...]
     scale: tuple[float, float]
     note: str = ""
+    third: str = "Nearest good training image"
 
 
 Part = Table | LineChart | Histogram | Cases
@@ -173,7 +175,7 @@ class _Album:
 
     def add(self, case: Case) -> dict[str, str] | None:
         """Addresses of its pictures, or None once the budget is spent."""
-        pictures = {"image": case.image, "overlay": case.overlay, "near": case.near}
+        pictures = {"image": case.image, "overlay": case.overlay, "third": case.third}
         found = {name: self._encode(picture) for name, picture in pictures.items() if picture is not None}
         size = sum(len(text) for text in found.values())
         if size > self.left:
@@ -202,8 +204,8 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
     if isinstance(part, Cases):
         pictures = [album.add(case) for case in part.cases]
         return {
-            "kind": "cases", "title": part.title, "note": part.note, "gradient": _gradient(),
-            "low": f"{part.scale[0]:g}", "high": f"{part.scale[1]:g}", "cases": [p for p in pictures if p],
+            "kind": "cases", "title": part.title, "note": part.note, "third": part.third, "gradient": _gradient(),
+            "low": f"{part.scale[0]:.3g}", "high": f"{part.scale[1]:.3g}", "cases": [p for p in pictures if p],
         }  # fmt: skip
     from markupsafe import Markup
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from serving import BOUNDARY, BRIGHT, DARK, Brightness, Broken, Running, decision, encoded, form, predictor
 
 from twinspect import Detector
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, TwinspectError
 from twinspect.inference.predictor import Predictor
 from twinspect.server import schema
 from twinspect.server.log import Filter, InspectionLog
@@ -26,6 +26,12 @@ KEY = "0123456789abcdef-secret"
 
 @pytest.fixture
 def server(log: InspectionLog):
+    with Running({"bright": predictor()}, log) as found:
+        yield found
+
+
+@pytest.fixture
+def both(log: InspectionLog):
     models = {"bright": predictor(), "two": predictor(model_id="second", classes=("bolt", "nut"))}
     with Running(models, log) as found:
         yield found
@@ -128,20 +134,23 @@ def test_scores_are_those_of_the_predictor(quick: Detector, parts, log: Inspecti
         assert [r["x"] for r in one["regions"]] == [r.x for r in expected.regions]
 
 
-def test_a_class_may_be_given_and_an_unknown_one_is_refused(server: Running) -> None:
-    found = server.post(encoded(), query="?bundle=two&class=nut").json["results"][0]
+def test_a_class_may_be_given_and_an_unknown_one_is_refused(both: Running) -> None:
+    found = both.post(encoded(), query="?bundle=two&class=nut").json["results"][0]
     assert (found["class_name"], found["predicted_class"]) == ("nut", "bolt")
-    refused = server.post(encoded(), query="?bundle=two&class=nutt")
+    refused = both.post(encoded(), query="?bundle=two&class=nutt")
     assert (refused.status, refused.code) == (422, "not_accepted")
     assert "Did you mean 'nut'" in refused.json["error"]["message"]
 
 
-def test_several_bundles_by_name(server: Running) -> None:
-    assert server.post(encoded()).json["model_id"] == "bright"
-    assert server.post(encoded(), query="?bundle=two").json["model_id"] == "second"
-    refused = server.post(encoded(), query="?bundle=three")
+def test_several_bundles_by_name(both: Running) -> None:
+    assert both.post(encoded(), query="?bundle=bright").json["model_id"] == "bright"
+    unnamed = both.post(encoded())
+    assert (unnamed.status, unnamed.code) == (400, "which_bundle")
+    assert unnamed.json["error"]["message"].endswith("add bundle=NAME: bright, two")
+    assert both.post(encoded(), query="?bundle=two").json["model_id"] == "second"
+    refused = both.post(encoded(), query="?bundle=three")
     assert (refused.status, refused.code) == (404, "unknown_bundle")
-    models = server.get("/v1/models").json
+    models = both.get("/v1/models").json
     TypeAdapter(schema.ModelsAnswer).validate_python(models, strict=True)
     assert [(m["bundle"], m["classes"], m["runtime"]) for m in models["models"]] == [
         ("bright", ["part"], "Brightness"),
@@ -187,24 +196,52 @@ def test_only_the_latest_maps_are_kept_and_memory_is_bounded() -> None:
 # ------------------------------------------------------------------------------------------- the log
 
 
-def test_log_is_queried_and_takes_feedback(server: Running) -> None:
-    server.post(encoded(BRIGHT), encoded(DARK), query="?session=night")
-    server.post(encoded(DARK, seed=9), query="?bundle=two&class=nut")
-    found = server.get("/v1/log?answer=anomaly").json
+def test_log_is_queried_and_takes_feedback(both: Running) -> None:
+    both.post(encoded(BRIGHT), encoded(DARK), query="?bundle=bright&session=night")
+    both.post(encoded(DARK, seed=9), query="?bundle=two&class=nut")
+    found = both.get("/v1/log?answer=anomaly").json
     TypeAdapter(schema.LogAnswer).validate_python(found, strict=True)
     (alarm,) = found["rows"]
     assert alarm["session"] == "night"
-    assert [r["class_name"] for r in server.get("/v1/log?class=nut").json["rows"]] == ["nut"]
-    page = server.get("/v1/log?limit=2").json
-    rest = server.get(f"/v1/log?limit=2&before={page['next']}").json
+    assert [r["class_name"] for r in both.get("/v1/log?class=nut").json["rows"]] == ["nut"]
+    page = both.get("/v1/log?limit=2").json
+    rest = both.get(f"/v1/log?limit=2&before={page['next']}").json
     assert [r["id"] for r in page["rows"] + rest["rows"]] == [3, 2, 1]
     assert rest["next"] is None
-    assert server.get(f"/v1/log?until_ms={alarm['at_ms'] - 5000}").json["rows"] == []
-    answer = server.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "false_alarm", "note": "dust"})
+    assert both.get(f"/v1/log?until_ms={alarm['at_ms'] - 5000}").json["rows"] == []
+    answer = both.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "false_alarm", "note": "dust"})
     assert (answer.status, answer.json["feedback"], answer.json["note"]) == (200, "false_alarm", "dust")
-    wrong = server.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "missed"})
+    wrong = both.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "missed"})
     assert (wrong.status, wrong.code) == (422, "not_accepted")
-    assert server.post_json("/v1/log/99/feedback", {"verdict": "missed"}).code == "no_such_row"
+    assert both.post_json("/v1/log/99/feedback", {"verdict": "missed"}).code == "no_such_row"
+
+
+def test_a_row_of_the_log_opens_again_as_a_picture(log: InspectionLog) -> None:
+    with Running({"bright": predictor()}, log, log_thumbnails=24) as server:
+        server.post(encoded(BRIGHT), encoded(DARK), b"no image")
+        server.post(encoded(BRIGHT), query="?keep=false")
+        rows = server.get("/v1/log").json["rows"]
+        assert [row["picture"] for row in rows] == [True, True]
+        dark, bright = (server.get(f"/v1/log/{row['id']}/picture") for row in rows)
+        for answer in (dark, bright):
+            assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
+            assert Image.open(io.BytesIO(answer.body)).size == (24, 20)
+        assert (
+            np.asarray(Image.open(io.BytesIO(bright.body))).mean()
+            > np.asarray(Image.open(io.BytesIO(dark.body))).mean()
+        )
+        assert server.post_json(f"/v1/log/{rows[0]['id']}/feedback", {"verdict": "missed"}).json["picture"] is True
+        missing = server.get("/v1/log/99/picture")
+        assert (missing.status, missing.code) == (404, "no_such_row")
+        assert "serve --log-thumbnails 320 keeps them" in missing.json["error"]["message"]
+    assert log.prune(-1.0) == 2
+    with pytest.raises(TwinspectError, match="no picture of decision"):
+        log.picture(rows[0]["id"])
+    with Running({"bright": predictor()}, log) as server:  # by default none is kept
+        server.post(encoded(BRIGHT))
+        (row,) = server.get("/v1/log").json["rows"]
+        assert row["picture"] is False
+        assert server.get(f"/v1/log/{row['id']}/picture").code == "no_such_row"
 
 
 @pytest.mark.parametrize(
@@ -423,7 +460,11 @@ def test_openapi_describes_every_route_and_the_real_answers(server: Running) -> 
     assert {"200", "401", "413", "415", "422", "429", "507"} <= set(predict["responses"])
     described = set(found["components"]["schemas"]["ImageAnswer"]["properties"])
     assert described == set(server.post(encoded()).json["results"][0])
-    assert server.get("/docs").status == 404  # it would load scripts from elsewhere
+    words = server.get("/docs")
+    assert (words.status, words.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    for said in ("## POST /v1/predict", "Score one or several images.", "### ImageAnswer", "| `p_value` | "):
+        assert said in words.body.decode()
+    assert "<script" not in words.body.decode()
 
 
 def test_numbers_that_json_has_no_word_for_become_null(server: Running) -> None:

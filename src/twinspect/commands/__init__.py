@@ -23,7 +23,7 @@ def argument(help: str, default: Any = MISSING) -> Any:
 
 
 def option(help: str, default: Any = MISSING, flag: str = "") -> Any:
-    """A field that is typed behind a flag: its name's, or another."""
+    """A field that is typed behind a flag: its name's, or others (with spaces between)."""
     return field(default=default, metadata={"help": help, "flag": flag})
 
 
@@ -70,9 +70,11 @@ def _parameters(kind: Any, optional: bool = False) -> list[inspect.Parameter]:
             hint, default = hint | None, None
         text, name = one.metadata["help"], one.name.replace("_", "-")
         switch = f"/--no-{name}" if one.default is True else ""  # what is on can be turned off
-        flag = one.metadata.get("flag") or _FLAGS.get(one.name, f"--{name}{switch}")
+        flags = (one.metadata.get("flag") or _FLAGS.get(one.name, f"--{name}{switch}")).split()
         is_argument = one.metadata.get("argument", False)
-        info = typer.Argument(help=text) if is_argument else typer.Option(flag, help=text, show_default=not optional)
+        info = (
+            typer.Argument(help=text) if is_argument else typer.Option(*flags, help=text, show_default=not optional)
+        )
         place = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(one.name, place, default=default, annotation=Annotated[hint, info]))
     return parameters

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from twinspect import data as data_room
+from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import (
     MAP_SIZE,
     MASK_RULE,
@@ -38,7 +38,7 @@ from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
-from twinspect.inference.predictor import name_of
+from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.result import Result
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
@@ -47,37 +47,6 @@ AS_GIVEN = "test as the data say"
 _DECISIONS = "An image is called bad from the threshold of its predicted class on (severity 1)."
 _SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
-
-
-@dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """What ``twinspect eval`` was asked for.
-
-    Attributes:
-        bundle: trained model.
-        data: data set.
-        layout: of the data, or ``auto``.
-        images: folder that the paths of a manifest are relative to.
-        split: name of a protocol's split; empty takes the one the bundle was trained on, else the data as given.
-        weights: teacher's file of a thin bundle.
-        json_file: where to write JSON, ``-`` to print it.
-        report: reports, format by suffix.
-        intervals: add 95 % bootstrap intervals of the image metrics.
-        leaks: look for byte-equal images in training and test.
-        drop_leaks: leave test images out that are also training images.
-    """
-
-    bundle: Path
-    data: Path
-    layout: str = "auto"
-    images: Path | None = None
-    split: str = ""
-    weights: str = ""
-    json_file: str = ""
-    report: tuple[Path, ...] = ()
-    intervals: bool = False
-    leaks: bool = True
-    drop_leaks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +88,9 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     for line in loaded.summary():
         console.say(line)
     recorded = detector.record_.get("split", {})
-    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed, detector)
+    test = choose_test(
+        loaded, options.split or recorded.get("name", ""), detector.config.train.seed, [detector.predictor()]
+    )
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
     pairs = leaked_pairs(test) if options.leaks or options.drop_leaks else []
@@ -150,11 +121,11 @@ def eval_command(options: EvalOptions, console: Console) -> None:
         raise SystemExit(NOTHING_SCORED)
 
 
-def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None = None) -> TestSet:
+def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predictor] = ()) -> TestSet:
     """The test set of a named split, or the data's own labelled test images.
 
     Where a set has no good test image (a folder of good images, or good and bad ones side by side), its good images
-    are test images, but for those that ``detector`` has learnt.
+    are test images, but for those that one of ``predictors`` has learnt.
 
     Raises:
         ConfigError: no such split, or the set is semantic and no split was named.
@@ -169,27 +140,29 @@ def choose_test(loaded: Loaded, name: str, seed: int, detector: Detector | None 
             f"trained on with --split, such as one-vs-rest/{loaded.classes[0]}, {accepted}"
         )
     samples: Sequence[Sample] = loaded.samples
-    if detector is not None and not any(s.split == TEST and s.label == 0 for s in samples):
-        samples = unlearnt_as_test(samples, detector)
+    if predictors and not any(s.split == TEST and s.label == 0 for s in samples):
+        samples = unlearnt_as_test(samples, predictors)
     test = tuple(test_samples(samples))
     known = tuple(s for s in samples if s.split != TEST)
     return TestSet(AS_GIVEN, content_hash([(TEST, test)]), known, test)
 
 
-def unlearnt_as_test(samples: Sequence[Sample], detector: Detector) -> list[Sample]:
-    """The same samples, the good ones that the model did not learn from moved to the test split."""
-    learnt, size = set(detector.fitted.decision.trained), detector.predictor().runtime.size
-
-    def new(sample: Sample) -> bool:
-        try:
-            return image_key(sample, size) not in learnt
-        except (DataError, OSError):  # said when it is scored
-            return True
-
+def unlearnt_as_test(samples: Sequence[Sample], predictors: Sequence[Predictor]) -> list[Sample]:
+    """The same samples, the good ones that no model has learnt moved to the test split."""
     return [
-        replace(one, split=TEST, label=0) if one.split != TEST and one.label in (0, None) and new(one) else one
+        replace(one, split=TEST, label=0)
+        if one.split != TEST and one.label in (0, None) and not any(has_learnt(p, one) for p in predictors)
+        else one
         for one in samples
     ]
+
+
+def has_learnt(predictor: Predictor, sample: Sample) -> bool:
+    """Whether a model was trained on an image, by its content; of one that cannot be read, not."""
+    try:
+        return predictor.decision.has_learnt(image_key(sample, predictor.runtime.size))
+    except (DataError, OSError):  # said when it is scored
+        return False
 
 
 def of_split(split: Split) -> TestSet:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.config import LARGEST, OF_MACHINE, RunConfig
+from twinspect.commands.options import FitOptions
+from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError
@@ -20,23 +22,15 @@ _LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
 
-def fit_command(
-    data: Path,
-    layout: str,
-    config_file: Path | None,
-    chosen: dict[str, dict[str, Any]],
-    out: Path,
-    work: Path | None,
-    thin: bool,
-    console: Console,
-    images: Path | None = None,
-    split_name: str = "",
-    resume_from: Path | None = None,
-    forget: bool = False,
-    force: bool = False,
-    roi: Path | None = None,
-) -> None:
-    """``twinspect fit``: read, train, calibrate, write the bundle."""
+def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Console) -> None:
+    """``twinspect fit``: read, train, calibrate, write the bundle.
+
+    Args:
+        options: what is read and written.
+        settings: of `ModelConfig` and `TrainConfig`; None is not given: the dial's value, a TOML file's, or the
+            default then holds.
+        console: where to speak.
+    """
     from twinspect import data as data_room
     from twinspect import files
     from twinspect.bundle import keep_old, refuse_unwritable
@@ -47,12 +41,13 @@ def fit_command(
     from twinspect.training.fit import features_folder, fit
     from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
 
-    before = start_from(resume_from, chosen["model"]) if resume_from is not None else None
-    config = merged(config_file, chosen, before.config if before is not None else None)
+    out, chosen = options.out, with_effort(options.effort, settings)
+    before = start_from(options.resume_from, chosen["model"]) if options.resume_from is not None else None
+    config = merged(options.config, chosen, before.config if before is not None else None)
     group = joined(config.train.device)
     console.quiet |= not group.leads
     refuse_unwritable(out)
-    folder = work or out.with_name(f"{out.name}.work")
+    folder = options.work or out.with_name(f"{out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
     held = files.lock(folder / LOCK, busy) if group.leads else None
@@ -61,18 +56,17 @@ def fit_command(
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
             "folder with TWINSPECT_HOME"
         )
-    loaded = data_room.load(data, layout, images)
+    loaded = data_room.load(options.data, options.layout, options.images)
     for line in loaded.summary():
         console.say(line)
-    split = find_split(loaded.samples, split_name, config.train.seed) if split_name else None
+    split = find_split(loaded.samples, options.split, config.train.seed) if options.split else None
     if split is not None:
         console.say(split.describe())
     if config.model.teacher == "auto" and before is None:
         console.say(explain_auto(resolve_auto()))
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
-    fitted = fit(
-        samples, config, folder, console.progress, before, forget, read_roi(roi) if roi is not None else None
-    )
+    roi = read_roi(options.roi) if options.roi is not None else None
+    fitted = fit(samples, config, folder, console.progress, before, options.forget, roi)
     if not group.leads:
         return
     if split is not None:
@@ -83,17 +77,29 @@ def fit_command(
         console.warn(f"left out {skipped.path}: {skipped.reason}")
     detector = Detector(config=config)
     detector._fitted = fitted
-    if not force and (kept := keep_old(out)):
+    if not options.force and (kept := keep_old(out)):
         console.warn(kept)
-    detector.save(out, thin)
+    detector.save(out, options.thin)
     for line in report_lines(detector, out):
         console.say(line)
-    if work is None:
+    if options.work is None:
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
         remove_checkpoint(folder)
     if held is not None:
         held.close()
+
+
+def with_effort(effort: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by section, those of the dial's position in the place of what is not given."""
+    dial = of_effort(effort)
+    return {
+        section: {
+            one.name: dial[section].get(one.name) if settings[one.name] is None else settings[one.name]
+            for one in fields(kind)
+        }
+        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
+    }
 
 
 def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:

@@ -21,17 +21,19 @@ class CalibrateOptions:
     """Of ``twinspect calibrate``."""
 
     bundle: Path = argument(_BUNDLE)
-    good: Path | None = argument("Good images not trained on; none: new budgets only.", None)
-    max_fpr: float = option("Share of good images that may be called bad; 0: as before.", 0.0)
-    class_name: str = option("Class of all images and of the budgets.", "", "--class")
-    group: str = option("session: keep the budget in every session; none: over all.", "")
+    good: Path | None = argument(
+        "Good images that the model was not trained on; without them only rates change.", None
+    )
+    max_fpr: float = option("Share of good images that may be called bad; 0 keeps what was set.", 0.0)
+    class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
+    group: str = option("session: keep the rate in every session; none: over all sessions together.", "")
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
-    unsure: tuple[float, float] = option("Rates of good images called bad, bad or unsure.", (0.0, 0.0))
+    unsure: tuple[float, float] = option("Two rates of good images: called bad; called bad or unsure.", (0.0, 0.0))
     region_fpr: float = option("Share of good images that may show a region.", 0.0)
     labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
     rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "")
-    miss_cost: float = option("Cost of a miss, a false alarm costs 1: min-cost.", 0.0)
-    source: Path | None = option("Take over from a copy of the same model.", None, "--from")
+    miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 0.0)
+    source: Path | None = option("Copy of the same model to take thresholds from.", None, "--from")
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
     since: str = option("With --from-log: decisions since a date or time.", "")
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
@@ -105,7 +107,7 @@ class BenchOptions:
     runtime: str = option(_RUNTIME, "auto")
     batch: str = option("Images per call, separated by commas.", "1,16")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
-    images: Path | None = option("Images to decode; painted JPEGs without.", None)
+    images: Path | None = option("Images to decode; without it painted JPEGs.", None)
     seconds: float = option("Spent on each batch size.", 10.0)
     weights: str = option(_WEIGHTS, "")
 
@@ -129,13 +131,30 @@ class DiagnoseOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """Of ``twinspect compare``."""
+
+    first: Path = argument("A model: bundle (.twin) or exported.")
+    second: Path = argument("Another, which is compared with the first.")
+    data: Path = argument("Labelled data set; its test images are scored by both.")
+    report: tuple[Path, ...] = option("Report file: .html (with the images they differ on), .md or .json.", ())
+    json_file: str = option(_JSON, "", "--json")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
+    draws: int = option("Bootstrap draws of the test images.", 1000)
+    seed: int = option("Seed of the draws and splits.", 0)
+    device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
+
+
+@dataclass(frozen=True, slots=True)
 class InspectOptions:
     """Of ``twinspect data inspect``."""
 
     path: Path = argument("Folder or manifest of a data set.")
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
-    protocol: str = option("Also list the splits of a protocol, or of all: all.", "")
+    protocol: str = option("Also list the splits of a protocol; all lists those of every protocol.", "")
     leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
     seed: int = option("Seed of the splits.", 0)
     as_json: bool = option("Print everything as JSON.", False, "--json")
@@ -150,3 +169,108 @@ class ManifestOptions:
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """Of ``twinspect eval``."""
+
+    bundle: Path = argument(_BUNDLE)
+    data: Path = argument("Folder of a data set, or a plain folder of good images.")
+    json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
+    report: tuple[Path, ...] = option(
+        "Report file: .html (with charts and the wrong images), .md or .json.", (), "--report --out"
+    )
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
+    intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
+    leaks: bool = option("Look for byte-equal training and test images.", True)
+    drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class PredictOptions:
+    """Of ``twinspect predict``."""
+
+    bundle: Path = argument("Trained model (.twin) or exported model.")
+    paths: tuple[str, ...] = argument(
+        "Images, folders, quoted globs, @lists, tar and zip files, tables, URLs, videos, camera:0, rtsp://..., or @- "
+        "for paths from standard input."
+    )
+    out: str = option(
+        "Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts; - prints rows as "
+        "JSON lines, -.csv as CSV.",
+        "",
+    )
+    class_name: str = option("Class of all images; empty predicts it.", "", "--class")
+    maps: str = option("Folder for raw maps (float16).", "")
+    map_format: str = option("npz or tiff.", "npz")
+    masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
+    overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
+    overlay_format: str = option("jpg or png.", "jpg")
+    overlay_side: int = option("Their longest side in pixels; 0: the image's own.", 1600)
+    coco: str = option("COCO file of all regions.", "")
+    report: tuple[Path, ...] = option("Report file: .html (with charts and the images to look at), .md or .json.", ())
+    submission: str = option("Folder for MVTec AD 2's submission: maps and thresholded maps.", "")
+    batch: int = option("Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0)
+    workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1)
+    weights: str = option(_WEIGHTS, "")
+    runtime: str = option(_RUNTIME, "auto")
+    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
+    device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
+    part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0)
+    watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
+    fail_on: str = option("Exit code 3: anomaly: an image is one, or cannot be read; error: one cannot be read.", "")
+    restart: bool = option("Drop what an unfinished run left.", False, "--restart")
+    shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
+    engine: str = option("local or ray.", "local")
+    actors: int = option("Ray: models; 0: as many as fit.", 0)
+    actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
+    actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)
+    ray_address: str = option("Ray: running cluster.", "")
+
+
+@dataclass(frozen=True, slots=True)
+class SignOptions:
+    """Of ``twinspect sign``."""
+
+    model: Path = argument("Trained or exported model (.twin, .onnx, .xml).")
+    key: Path | None = option("Private key to sign with (PEM, Ed25519).", None)
+    check: Path | None = option("Public key to verify with, instead of signing.", None)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """Of ``twinspect update``."""
+
+    bundle: Path = argument(_BUNDLE)
+    new: Path | None = argument("New good images: a folder in any layout.", None)
+    class_name: str = option("Class of all of them, known or new.", "", "--class")
+    listed: bool = option("Say what was learnt since training.", False, "--list")
+    undo: bool = option("Take the last update back.", False, "--undo")
+    out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
+    layout: str = option("Layout of NEW; auto detects it.", "auto")
+    weights: str = option(_WEIGHTS, "")
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """Of ``twinspect fit``, beside the settings of a run."""
+
+    data: Path = argument("Folder of a data set, or a plain folder of good images.")
+    out: Path = option("Bundle to write.", Path("model.twin"))
+    effort: str = option("instant: statistics only, no students; fast: half the input side, fewer steps.", "default")
+    config: Path | None = option("TOML file of settings; options given here win.", None)
+    resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
+    roi: Path | None = option(
+        "Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored.", None
+    )
+    forget: bool = option("Drop classes of that bundle that DATA lacks.", False, "--forget")
+    layout: str = option("Layout of DATA; auto detects it.", "auto")
+    images: Path | None = option(_IMAGES, None)
+    split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")
+    work: Path | None = option("Folder for checkpoint and log.", None)
+    thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
+    force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")

@@ -8,31 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.bundle import read_bundle, refuse_unwritable
+from twinspect.commands.options import UpdateOptions
 from twinspect.console import Console
 from twinspect.errors import BundleError, ConfigError
 
 
-def update_command(
-    bundle: Path,
-    new: Path | None,
-    class_name: str,
-    out: Path | None,
-    listed: bool,
-    undo: bool,
-    weights: str,
-    layout: str,
-    console: Console,
-) -> None:
+def update_command(options: UpdateOptions, console: Console) -> None:
     """Learn the good images of ``new``, or list what was learnt, or take the last of it back."""
-    if (new is None) == (not listed and not undo):
+    bundle, new = options.bundle, options.new
+    if (new is None) == (not options.listed and not options.undo):
         raise ConfigError("give a folder of new good images, or --list, or --undo: one of the three")
-    if listed:
+    if options.listed:
         lines = list(update_lines(read_bundle(bundle).meta["record"]))
         console.say("\n".join(lines) if lines else f"{bundle} has learnt nothing beyond its training")
-    elif undo:
+    elif options.undo:
         console.say(_taken_back(bundle))
     elif new is not None:
-        _learn(bundle, new, class_name, out or bundle, weights, layout, console)
+        _learn(bundle, new, options.class_name, options.out or bundle, options.weights, options.layout, console)
 
 
 def _learn(bundle: Path, new: Path, class_name: str, out: Path, weights: str, layout: str, console: Console) -> None:

@@ -8,6 +8,7 @@ that the promise holds with wrong predictions too. What becomes of classes with 
 from __future__ import annotations
 
 import base64
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -123,6 +124,11 @@ class Decision:
             bool(distance >= near.far.value) if known and near.far is not None else None,
             rule.p_value(score), rule.image.value, unsure, answer, rule,
         )  # fmt: skip
+
+    def has_learnt(self, key: str) -> bool:
+        """Whether the model learnt from the image of this `image_id`."""
+        place = bisect_left(self.trained, key)
+        return place < len(self.trained) and self.trained[place] == key
 
     def nearest(self, place: int) -> tuple[str, bytes]:
         """Name and small JPEG of a good image of the bank; empty where they are not known."""

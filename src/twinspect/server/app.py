@@ -30,6 +30,7 @@ from twinspect.server import schema
 from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.maps import FORMATS
+from twinspect.server.reference import reference
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
 from twinspect.server.uploads import openapi_body, read_images
@@ -50,7 +51,7 @@ def build_app(
 
     Args:
         settings: limits and key.
-        predictors: models by name; the first is the default.
+        predictors: models by name; where there are several, requests must name one.
         log: where decisions are kept; None keeps none.
         paths: files of models, which are read again when they change.
         open_file: a file to a predictor.
@@ -73,7 +74,7 @@ def build_app(
     known = frozenset(route.path for route in routes)
     return FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection", lifespan=life, routes=[*routes],
-        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
+        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere; ours is `reference`
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics, routes=known)],
         exception_handlers={
             TwinspectError: _refused, HTTPException: _http_error, RequestValidationError: _invalid,
@@ -100,12 +101,14 @@ class _Routes:
             ("GET", "/v1/models", self.models, schema.ModelsAnswer),
             ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
             ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
+            ("GET", "/v1/log/{number}/picture", self.log_picture, ("image/jpeg",)),
             ("POST", "/v1/log/{number}/feedback", self.feedback, schema.LogRow),
             ("GET", "/v1/drift", self.drift, schema.DriftsAnswer),
             ("POST", "/v1/drift/{bundle}/reset", self.reset_drift, schema.DriftsAnswer),
             ("GET", "/healthz", self.healthz, schema.Status),
             ("GET", "/readyz", self.readyz, schema.Status),
             ("GET", "/metrics", self.metrics, ("text/plain",)),
+            ("GET", "/docs", self.docs, ("text/plain",)),
             ("GET", "/", self.index, ("text/html",)),
         )
 
@@ -119,7 +122,7 @@ class _Routes:
                 response_class=Response if isinstance(model, tuple) else JSONResponse,
                 responses={200: answer(model), **(errors if path.startswith("/v1") or path == "/readyz" else {})},
                 openapi_extra=openapi_body() if path == "/v1/predict" else None,
-                include_in_schema=path != "/",
+                include_in_schema=path not in ("/", "/docs"),
             )
             for method, path, endpoint, model in table
         ]  # fmt: skip
@@ -160,6 +163,10 @@ class _Routes:
         rows = await asyncio.to_thread(self.service.the_log().query, wanted)
         return JSONResponse({"rows": rows, "next": rows[-1]["id"] if len(rows) == wanted.limit else None})
 
+    async def log_picture(self, number: Number) -> Response:
+        """The picture of a decision under its map, where the server keeps them (``--log-thumbnails``)."""
+        return Response(await asyncio.to_thread(self.service.the_log().picture, number), media_type="image/jpeg")
+
     async def feedback(self, number: Number, body: Annotated[schema.FeedbackBody, Body()]) -> Response:
         """Keep the operator's word on a decision; calibration can learn from it."""
         log = self.service.the_log()
@@ -196,6 +203,11 @@ class _Routes:
         """Counters for Prometheus."""
         metrics = self.service.metrics
         return Response(metrics.text(), headers={"content-type": metrics.content_type})
+
+    async def docs(self, request: Request) -> Response:
+        """The API in words, as Markdown."""
+        text = "\n".join(["# twinspect: HTTP API\n", *reference(request.app.openapi())])
+        return Response(text, media_type="text/plain; charset=utf-8")
 
     async def index(self) -> Response:
         """The page."""

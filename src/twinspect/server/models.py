@@ -129,7 +129,12 @@ class Models:
         self._stamps[name] = stamp(self.paths[name]) if name in self.paths else None
 
     def get(self, name: str) -> Served:
-        """The present version; an empty name takes the first."""
+        """The present version; an empty name takes the only one."""
+        if not name and len(self._served) > 1:
+            names = ", ".join(self._served)
+            raise Refused(
+                400, "which_bundle", f"several models are served and none is named; add bundle=NAME: {names}"
+            )
         chosen = name or next(iter(self._served), "")
         if chosen not in self._served:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self._served))

@@ -107,7 +107,8 @@ def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
     worth = (
         f"about 1 in {count + 1} of the next good ones will be called bad, at best"
         if count > 1
-        else "its threshold is the highest score of its own copies, which promises nothing"
+        else "its threshold is the highest score of its own copies, which promises nothing: nearly every new image "
+        "will be called bad. Go by the order of scores, and calibrate as soon as there are 20"
     )
     return (
         f"class {name}: {count} good image{'s' if count > 1 else ''}; no students are trained on so few, and copies "

@@ -48,6 +48,8 @@ def fit_few(
     seen = _left_out(model, source, originals, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)
+    if not originals:
+        return good
     readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
     theirs = ~_students_columns(model)
     for i, (reading_R, peak, distance) in seen.items():

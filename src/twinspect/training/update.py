@@ -45,8 +45,8 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     """
     if not fitted.memory:
         raise BundleError(
-            "this model keeps nothing that images can be added to (scoring plain, more than 4,096 good images, or "
-            "written before version 0.3); train it again with all images: twinspect fit DATA"
+            "this model keeps nothing that images can be added to (scoring plain, tiles, more than 4,096 good "
+            "images, or written before version 0.3); train it again with all images: twinspect fit DATA"
         )
     memory, notes = Memory.from_bytes(fitted.memory), list[str]()
     fresh = _named(fitted, samples, class_name, notes)
@@ -69,9 +69,9 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
     bank = _bank(fitted, model, len(memory.key), learnt)
+    small = tuple(one for _, one in bank) if decision.thumbnails else ()
     new = replace(
-        decision, bank=tuple(name for name, _ in bank),
-        thumbnails=tuple(one for _, one in bank if decision.thumbnails),
+        decision, bank=tuple(name for name, _ in bank), thumbnails=small,
         good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
     )  # fmt: skip

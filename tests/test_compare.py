@@ -1,0 +1,100 @@
+"""Two models on the same images: paired intervals, decisions that differ, pictures, speed and size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from test_evaluation import call
+from test_report import Page
+
+from twinspect import Detector
+from twinspect.commands.compare import auroc_difference
+from twinspect.metrics import auroc
+
+
+def rows_of(score: np.ndarray, label: np.ndarray, name: str = "nut") -> dict[str, dict[str, object]]:
+    return {
+        f"{name}/{i}": {"score": float(s), "label": int(y), "true_class": name}
+        for i, (s, y) in enumerate(zip(score, label, strict=True))
+    }
+
+
+def test_the_interval_is_paired() -> None:
+    """Two models that err on the same images differ with far more certainty than their own intervals say."""
+    rng = np.random.default_rng(0)
+    label = np.repeat([0, 1], [60, 60])
+    shared = rng.normal(size=120) + 1.2 * label
+    first, second = shared, shared + 0.15 * label
+    pair = (rows_of(first, label), rows_of(second, label))
+    paths = list(pair[0])
+    found = auroc_difference(pair, paths, "", 500, 0)["nut"]
+    assert found["first"] == pytest.approx(auroc(first, label))
+    assert found["difference"] == pytest.approx(auroc(second, label) - auroc(first, label)) != 0
+    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert found["other_sign"] < 0.01
+    draws = []
+    for _ in range(500):  # not paired: each model its own images
+        at, other = (np.concatenate([rng.integers(0, 60, 60), rng.integers(60, 120, 60)]) for _ in range(2))
+        draws.append(auroc(second[other], label[other]) - auroc(first[at], label[at]))
+    assert np.subtract(*np.quantile(draws, (0.975, 0.025))) > 3 * (found["high"] - found["low"])
+
+
+def test_the_mean_is_over_classes_with_both_labels() -> None:
+    rng = np.random.default_rng(1)
+    label = np.repeat([0, 1], 20)
+    pair: tuple[dict[str, dict[str, object]], ...] = ({}, {})
+    for name, labels in (("a", label), ("b", label), ("good only", np.zeros(40, int))):
+        for one in pair:
+            one |= rows_of(rng.normal(size=40) + labels, labels, name)
+    found = auroc_difference(pair, list(pair[0]), "", 50, 0)
+    assert list(found) == ["a", "b", "mean"]
+    assert found["mean"]["difference"] == pytest.approx((found["a"]["difference"] + found["b"]["difference"]) / 2)
+    same = auroc_difference((pair[0], pair[0]), list(pair[0]), "", 50, 0)["mean"]
+    assert (same["difference"], same["low"], same["high"], same["other_sign"]) == (0.0, 0.0, 0.0, 0.5)
+
+
+def test_compare_says_what_differs(bundle: Path, quick: Detector, parts: Path, tmp_path: Path) -> None:
+    other = quick.save(tmp_path / "other.twin")
+    outs = [option for kind in ("html", "md", "json") for option in ("--report", tmp_path / f"r.{kind}")]
+    words = (bundle, other, parts, "--draws", 50, "--json", tmp_path / "v.json", *outs)
+    code, out, error = call("compare", *words)
+    assert code == 0, error
+    values = json.loads((tmp_path / "v.json").read_text())
+    evals = {}
+    for key, path in (("first", bundle), ("second", other)):
+        assert call("eval", path, parts, "--json", tmp_path / f"{key}.json")[0] == 0
+        evals[key] = json.loads((tmp_path / f"{key}.json").read_text())
+        assert values[key]["mean"] == pytest.approx(evals[key]["mean"])
+        assert values[key]["decisions"] == evals[key]["decisions"]
+        assert values[key]["mb"] == pytest.approx(path.stat().st_size / 1e6, abs=0.01)
+        assert values["auroc_difference"]["mean"][key] == pytest.approx(evals[key]["mean"]["image_auroc"])
+    counts = values["decisions"]
+    total = sum(counts[kind][word] for kind in ("good", "defects") for word in counts[kind])
+    assert total == values["images"] == 20
+    one, two = (sum(counts[kind][word] for kind in ("good", "defects")) for word in ("first_only", "second_only"))
+    assert len(values["differ"]) == one + two > 0
+    assert counts["p_value"] == pytest.approx(binomtest(one, one + two).pvalue)
+    found = sum(row["found"] for row in evals["first"]["decisions"].values())
+    assert counts["defects"]["both"] + counts["defects"]["first_only"] == found
+    html = (tmp_path / "r.html").read_text()
+    assert not Page(html).open
+    assert html.count('alt="Map of the second model"') == len(values["differ"])
+    assert "McNemar" in (tmp_path / "r.md").read_text()
+    assert "judged rightly by" in out + error
+
+
+def test_images_that_a_model_has_learnt_are_said(quick: Detector, parts: Path, tmp_path: Path) -> None:
+    model = quick.save(tmp_path / "m.twin")
+    table = tmp_path / "t.csv"
+    good = sorted((parts / "weave" / "train" / "good").iterdir())[:3]
+    bad = [p for p in sorted((parts / "weave" / "test").rglob("*.png")) if p.parent.name != "good"][:3]
+    lines = [f"{path},test,{label}" for label, paths in ((0, good), (1, bad)) for path in paths]
+    table.write_text("image,split,label\n" + "\n".join(lines) + "\n")
+    code, out, error = call("compare", model, model, table, "--images", "/", "--draws", 10)
+    assert code == 0, error
+    assert "m.twin has learnt 3 of the test images" in out + error
+    assert "accepted 1 to" in call("compare", model, model, table, "--draws", 0)[2]
