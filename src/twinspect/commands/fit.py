@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from twinspect.commands.options import FitOptions
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.detector import Detector
-from twinspect.errors import ConfigError
+from twinspect.errors import NONSENSE, BundleError, ConfigError
 
 if TYPE_CHECKING:
     from twinspect.inference.tiles import Tiles
@@ -217,19 +218,25 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         return export_info(bundle)
     meta = read_bundle(bundle).meta
     decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
-    return {
-        "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
-        "thin": meta["thin"],
-        **meta["record"],
-        "model_id": decision.model_id,
-        "threshold": decision.threshold.value,
-        "promise": decision.threshold.sentence,
-        "thresholds": {
-            name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
-            for name, rule in promises(decision)
-        },
-        "config": meta["config"],
-    }
+    learnt = hashlib.sha256("".join(decision.trained).encode()).hexdigest()  # their ids are sorted
+    try:
+        return {
+            "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
+            "learnt from": f"{len(decision.trained)} images, sha256 of their ids {learnt[:16]}",
+            "seed": meta["config"]["train"]["seed"],
+            "thin": meta["thin"],
+            **meta["record"],
+            "model_id": decision.model_id,
+            "threshold": decision.threshold.value,
+            "promise": decision.threshold.sentence,
+            "thresholds": {
+                name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
+                for name, rule in promises(decision)
+            },
+            "config": meta["config"],
+        }
+    except NONSENSE as error:
+        raise BundleError(f"{bundle}: its parts do not fit together ({error})") from None
 
 
 def info_text(content: dict[str, Any]) -> Iterator[str]:
