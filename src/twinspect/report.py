@@ -205,7 +205,7 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
         pictures = [album.add(case) for case in part.cases]
         return {
             "kind": "cases", "title": part.title, "note": part.note, "third": part.third, "gradient": _gradient(),
-            "low": f"{part.scale[0]:g}", "high": f"{part.scale[1]:g}", "cases": [p for p in pictures if p],
+            "low": f"{part.scale[0]:.3g}", "high": f"{part.scale[1]:.3g}", "cases": [p for p in pictures if p],
         }  # fmt: skip
     from markupsafe import Markup
 
