@@ -8,14 +8,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
+from twinspect.config import ModelConfig, TrainConfig
 from twinspect.server.reference import table
 
 ROOT = Path(__file__).parents[1]
+# Defaults of the options that are settings of a run: not given is None there.
+SETTINGS = {one.name: one.default for kind in (ModelConfig, TrainConfig) for one in fields(kind)}
 # Files outside of docs/ that are pages, too.
 OF_ROOT = {
     "README.md": "index.md",
@@ -88,10 +92,11 @@ def _argument(parameter: Any) -> str:
 
 
 def _default(option: Any) -> str:
-    value = option.default
     if option.required:
         return "needed"
-    return "" if callable(value) or value in (None, "", False) or str(value).startswith("Sentinel") else f"`{value}`"
+    value = SETTINGS.get(option.name, option.default) if option.default is None else option.default
+    shown = isinstance(value, (str, int, float, Path)) and not isinstance(value, bool) and str(value)
+    return f"`{value}`" if shown else ""
 
 
 # ---------------------------------------------------------------------------------------------------- HTTP API

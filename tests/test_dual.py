@@ -18,7 +18,7 @@ from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
-from twinspect.scoring import smooth, surprise
+from twinspect.scoring import surprise
 from twinspect.storage import build_model
 from twinspect.training.fit import choose_images
 from twinspect.training.normal import fit_scales, fit_statistics
@@ -191,7 +191,6 @@ def paper_readings(model: DualModel, pixels: torch.Tensor) -> tuple[torch.Tensor
     side = round(distance.shape[1] ** 0.5)
     maps = distance.reshape(-1, 1, side, side)
     maps = F.interpolate(maps, size=(model.scorer.map_side,) * 2, mode="bilinear", align_corners=False)
-    maps = smooth(maps, model.scorer.kernel)
     top = int(0.01 * maps[0].numel())
     local = maps.flatten(1).sort(1, descending=True).values[:, :top].mean(1)
     scaled = (observed.tokens[0] - model.standardised.mean_E) / model.standardised.scale_E

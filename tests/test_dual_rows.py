@@ -91,7 +91,7 @@ def largest(one: torch.Tensor, share: float) -> float:
 
 
 def slow_plain(model: DualModel, observed: Observed, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over groups of 1 - cos at every position, smoothed; the top 1 % of it, and 1 - cos of class tokens."""
+    """Mean over groups of 1 - cos at every position; the top 1 % of it, and 1 - cos of class tokens."""
     groups, trunk = slow_groups(model, observed)
     pairs = zip(groups, slow_decoder(model, trunk), strict=True)
     maps = full_size(model.scorer, torch.stack([1 - F.cosine_similarity(t, s, dim=1) for t, s in pairs]).mean(0))

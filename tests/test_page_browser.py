@@ -210,13 +210,27 @@ def test_models_classes_and_drift_light(page, images: list[Path], server: Runnin
     page.locator("#light.green", has_text="none").wait_for()
     same = [encoded(DARK + 25, seed=n) for n in range(8)]
     for _ in range(14):
-        server.post(*same)
+        server.post(*same, query="?bundle=bright")
     page.select_option("#bundle", "bright")
     page.locator("#light.red").wait_for()
     page.click("#light")
     assert "image" in page.inner_text("#drift-message")
     page.click("#drift-reset")
     page.locator("#light.grey").wait_for()
+
+
+def test_a_row_of_the_log_opens_as_a_picture(browser, log: InspectionLog) -> None:
+    with Running({"bright": predictor()}, log, log_thumbnails=24) as server:
+        server.post(encoded(BRIGHT))
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.get_by_role("button", name="picture", exact=True).click()
+        image = page.locator("#rows td img")
+        image.wait_for()
+        page.wait_for_function("document.querySelector('#rows td img').naturalWidth === 24")
+        page.get_by_role("button", name="picture", exact=True).click()
+        assert image.count() == 0
+        page.close()
 
 
 def test_a_phone_in_the_dark(browser, server: Running, images: list[Path]) -> None:

@@ -19,7 +19,7 @@ from twinspect.models.observed import Selection
 from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
 from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import smooth, surprise
+from twinspect.scoring import surprise
 from twinspect.storage import build_model
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
@@ -237,7 +237,7 @@ def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
 
 @torch.no_grad()
 def rd4ad(model: StructuralModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Cosine distances of the stages, raised to the finest grid, summed, raised to the map's size and smoothed."""
+    """Cosine distances of the stages, raised to the finest grid, summed, raised to the map's size."""
     x = model.teacher.normalise(fit_size(pixels, model.size))
     observed = model.observe(x)
     stages, predicted = model.answer(observed, model.shrink(x))
@@ -245,8 +245,7 @@ def rd4ad(model: StructuralModel, pixels: torch.Tensor) -> torch.Tensor:
     distances = [1 - (t * s).sum(1) / t.norm(dim=1) / s.norm(dim=1) for t, s in zip(stages, predicted, strict=True)]
     side = max(model.stages.map_sides)
     summed = sum(F.interpolate(d[:, None], size=(side, side), mode="bilinear") for d in distances)
-    large = F.interpolate(summed, size=(model.scorer.map_side,) * 2, mode="bilinear")
-    return smooth(large, model.scorer.kernel)
+    return F.interpolate(summed, size=(model.scorer.map_side,) * 2, mode="bilinear")
 
 
 @pytest.mark.parametrize("name", ["rd", "fd"])

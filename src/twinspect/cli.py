@@ -53,6 +53,7 @@ EXAMPLES = {
     "drift": "twinspect drift model.twin monday.csv tuesday.csv",
     "serve": "twinspect serve model.twin --port 8000",
     "export": "twinspect export model.twin -o model.onnx --images new/",
+    "sign": "twinspect sign model.twin --key key.pem",
     "check": "twinspect check model.onnx model.twin new/",
     "bench": "twinspect bench model.twin --batch 1,16",
     "reproduce": "twinspect reproduce mvtec-ad-multi --root mvtec_ad/ -o results/",
@@ -296,7 +297,7 @@ def sign(options: SignOptions) -> None:
             console.say(f"signed {options.model}")
         elif options.check is not None and options.key is None:
             verify(options.model, options.check)
-            console.say(f"{options.model} is as the holder of {check} signed it")
+            console.say(f"{options.model} is as the holder of {options.check} signed it")
         else:
             raise ConfigError("give --key KEY to sign, or --check KEY to verify")
 

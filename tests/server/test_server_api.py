@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from serving import BOUNDARY, BRIGHT, DARK, Brightness, Broken, Running, decision, encoded, form, predictor
 
 from twinspect import Detector
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, TwinspectError
 from twinspect.inference.predictor import Predictor
 from twinspect.server import schema
 from twinspect.server.log import Filter, InspectionLog
@@ -214,6 +214,34 @@ def test_log_is_queried_and_takes_feedback(both: Running) -> None:
     wrong = both.post_json(f"/v1/log/{alarm['id']}/feedback", {"verdict": "missed"})
     assert (wrong.status, wrong.code) == (422, "not_accepted")
     assert both.post_json("/v1/log/99/feedback", {"verdict": "missed"}).code == "no_such_row"
+
+
+def test_a_row_of_the_log_opens_again_as_a_picture(log: InspectionLog) -> None:
+    with Running({"bright": predictor()}, log, log_thumbnails=24) as server:
+        server.post(encoded(BRIGHT), encoded(DARK), b"no image")
+        server.post(encoded(BRIGHT), query="?keep=false")
+        rows = server.get("/v1/log").json["rows"]
+        assert [row["picture"] for row in rows] == [True, True]
+        dark, bright = (server.get(f"/v1/log/{row['id']}/picture") for row in rows)
+        for answer in (dark, bright):
+            assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
+            assert Image.open(io.BytesIO(answer.body)).size == (24, 20)
+        assert (
+            np.asarray(Image.open(io.BytesIO(bright.body))).mean()
+            > np.asarray(Image.open(io.BytesIO(dark.body))).mean()
+        )
+        assert server.post_json(f"/v1/log/{rows[0]['id']}/feedback", {"verdict": "missed"}).json["picture"] is True
+        missing = server.get("/v1/log/99/picture")
+        assert (missing.status, missing.code) == (404, "no_such_row")
+        assert "serve --log-thumbnails 320 keeps them" in missing.json["error"]["message"]
+    assert log.prune(-1.0) == 2
+    with pytest.raises(TwinspectError, match="no picture of decision"):
+        log.picture(rows[0]["id"])
+    with Running({"bright": predictor()}, log) as server:  # by default none is kept
+        server.post(encoded(BRIGHT))
+        (row,) = server.get("/v1/log").json["rows"]
+        assert row["picture"] is False
+        assert server.get(f"/v1/log/{row['id']}/picture").code == "no_such_row"
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,13 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }
+    taught = f"{images['train']} taught the students, and {images['calibration']} were kept to measure their skill"
+    if not record["training"]["steps"]:
+        taught = "and no students: statistics of these images alone"
     data = Section(
         "Data",
         (
-            f"{images['train'] + images['calibration']} good images: {images['train']} taught the students, and "
-            f"{images['calibration']} were kept from them to measure their skill. {images['skipped']} were left out. "
+            f"{images['train'] + images['calibration']} good images, {taught}. {images['skipped']} were left out. "
             "No image with a defect was learnt from.",
         ),
         (_classes(record, decision),),
@@ -79,10 +81,10 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
 
 
 def _classes(record: dict[str, Any], decision: Decision) -> Table:
-    """Good images of each class: those that taught the students, and those behind its threshold."""
+    """Good images of each class: those that were learnt from, and those behind its threshold."""
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    return Table("Good images by class", ("class", "taught the students", "behind the threshold"), rows)
+    return Table("Good images by class", ("class", "learnt from", "behind the threshold"), rows)
 
 
 def _settings(values: dict[str, Any]) -> Section:

@@ -180,38 +180,22 @@ class _Dtype:
         """Byte order and fields do not matter for bytes."""
 
 
-def _make_array(*_arguments: object) -> _Array:
-    return _Array()
-
-
-def _make_dtype(code: object, *_arguments: object) -> _Dtype:
-    return _Dtype(_text(code).lstrip("|"))
-
-
 def _latin1(text: object, encoding: object = "latin1") -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("only latin1 text is admitted")
     return text.encode("latin-1")
 
 
-def _no_bytes() -> bytes:
-    return b""
-
-
-class _ArrayName:
-    """Only an argument: the type that numpy's pickles name before they build an array."""
-
-
 class _CifarUnpickler(pickle.Unpickler):
     """Admits the names that CIFAR's files hold, each bound to a harmless stand-in; refuses all others."""
 
     _ADMITTED: dict[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): _make_array,
-        ("numpy._core.multiarray", "_reconstruct"): _make_array,
-        ("numpy", "ndarray"): _ArrayName,
-        ("numpy", "dtype"): _make_dtype,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_arguments: _Array(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_arguments: _Array(),
+        ("numpy", "ndarray"): _Array,  # only an argument of the above
+        ("numpy", "dtype"): lambda code, *_arguments: _Dtype(_text(code).lstrip("|")),
         ("_codecs", "encode"): _latin1,
-        ("__builtin__", "bytes"): _no_bytes,
+        ("__builtin__", "bytes"): lambda: b"",
     }
 
     def find_class(self, module: str, name: str) -> Any:

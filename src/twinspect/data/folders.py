@@ -185,7 +185,8 @@ def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
     inner = {child: product for child in subfolders(sub) for product in classes if child.name == product.name}
     if owner is None and len(classes) == 1:
         owner = classes[0]
-    if meant.role in (MASK, BAD) and _learns(sub) and not inner:  # a product: label/train/good
+    learns = any(meaning(part.name).split == TRAIN and _holds_good(part) for part in subfolders(sub))
+    if meant.role in (MASK, BAD) and learns and not inner:  # a product: label/train/good
         classes.append(ClassFolders(sub.name, [(sub, ())]))
     elif owner is not None:
         owner.places.append((sub, _context(sub)))
@@ -235,11 +236,6 @@ def _holds_classes(place: Path) -> bool:
     if has_images(place) or _states(place):
         return False
     return any(_states(sub) or _holds_classes(sub) for sub in subfolders(place))
-
-
-def _learns(place: Path) -> bool:
-    """Whether a folder has good images of a training split."""
-    return any(meaning(sub.name).split == TRAIN and _holds_good(sub) for sub in subfolders(place))
 
 
 def _holds_good(place: Path) -> bool:

@@ -94,7 +94,8 @@ def read_sized_rgb(
             return rgb, (rgb.shape[0], rgb.shape[1])
         width, height = picture.size
         if draft_side > 0:
-            picture.draft("RGB", _draft_size(picture.size, draft_side))
+            scale = min(draft_side / min(width, height), 1.0)
+            picture.draft("RGB", (round(width * scale), round(height * scale)))
         drafted = picture.size != (width, height)
         sideways = drafted and _orientation(picture) in _SIDEWAYS
         rgb = _to_rgb(picture, label)
@@ -139,9 +140,9 @@ def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
     """Values of an array that say by themselves what is black and what is white."""
     kind = values.dtype
     if kind not in (np.uint8, np.uint16) and kind.kind != "f":
-        raise ImageError(
-            f"array of type {kind}; accepted uint8, uint16, or floats from 0 to 1{_how_to_convert(kind.kind)}"
-        )
+        advice = {"b": "a.astype('uint8') * 255", **dict.fromkeys("iu", "a.astype('uint8') if a is within 0..255")}
+        type_it = f", so type: {advice[kind.kind]}" if kind.kind in advice else ""
+        raise ImageError(f"array of type {kind}; accepted uint8, uint16, or floats from 0 to 1{type_it}")
     low, high = (float(values.min()), float(values.max())) if kind.kind == "f" else (0.0, 1.0)
     if not (-_OVERSHOOT <= low and high <= 1 + _OVERSHOOT):  # not a number is refused as well
         raise ImageError(
@@ -149,12 +150,6 @@ def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
             "a / 255 if a is within 0..255, and undo any normalisation"
         )
     return values
-
-
-def _how_to_convert(kind: str) -> str:
-    """What to type for an array of another type, by numpy's letter of its kind."""
-    advice = {"b": "a.astype('uint8') * 255", **dict.fromkeys("iu", "a.astype('uint8') if a is within 0..255")}
-    return f", so type: {advice[kind]}" if kind in advice else ""
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
@@ -399,11 +394,6 @@ def _changes_values(image: Image.Image) -> bool:
         stream: Any = image.fp  # type: ignore[attr-defined]
         return b"VP8L" not in stream.getvalue()[:4096]
     return image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or image.info.get("compression") in ("jpeg", "webp")
-
-
-def _draft_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    scale = side / min(size)
-    return (round(size[0] * scale), round(size[1] * scale)) if scale < 1 else size
 
 
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:

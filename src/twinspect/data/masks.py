@@ -42,7 +42,8 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
     masks_of: dict[Path, list[Path]] = defaultdict(list)
     for path, parts in masks:
         if any(meaning(part).role == GOOD for part in parts):
-            _log_once(path.parent if _in_masks(parts) else path, "masks of good images are not needed", log)
+            in_masks = any(meaning(part).role == MASK for part in parts)
+            _log_once(path.parent if in_masks else path, "masks of good images are not needed", log)
             continue
         hard = _folders(part for part in parts if meaning(part).role != MASK)
         soft = _folders(_first(_bare(part)) if meaning(part).role == MASK else part for part in parts)
@@ -99,13 +100,8 @@ class _Names:
 
 def _folders(parts: Iterable[str]) -> tuple[str, ...]:
     """Names of folders that tell images of one class apart: kinds of defects, lots of one kind."""
-    told = (part for part in parts if part)
-    return tuple(_plain(part) for part in told if not _tells_nothing(part))
-
-
-def _tells_nothing(part: str) -> bool:
-    meant = meaning(part)
-    return not meant.role and (meant.pictures or not meant.rest)
+    known = [(part, meaning(part)) for part in parts if part]
+    return tuple(_plain(part) for part, meant in known if meant.role or (meant.rest and not meant.pictures))
 
 
 def _bare(stem: str) -> list[str]:
@@ -119,10 +115,6 @@ def _first(texts: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
-
-
-def _in_masks(parts: Iterable[str]) -> bool:
-    return any(meaning(part).role == MASK for part in parts)
 
 
 def _log_once(path: Path, reason: str, log: ScanLog) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -163,7 +163,8 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
             split = split or _SPLIT_OF[word]
         else:
             rest.append(word)
-    roles_seen |= set(_anywhere(name))
+    if anywhere := next((role for role, texts in _ANYWHERE if any(text in name for text in texts.split())), ""):
+        roles_seen.add(anywhere)
     if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
         roles_seen, rest = {GOOD if key(name) == "io" else BAD}, []
     both = {GOOD, BAD} <= roles_seen and MASK not in roles_seen  # good_bad, ok-nok: holds either
@@ -202,12 +203,10 @@ def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]
 
 
 def _role(word: str, roles: dict[str, str]) -> str:
-    if word in roles:
-        return roles[word]
-    if _BAD_START.match(word):
-        return GOOD if word.endswith(_FREE) else BAD
+    if role := _known_role(word, roles):
+        return GOOD if word not in roles and word.endswith(_FREE) else role
     for start in _GLUED_NOT:
-        if word.startswith(start) and (turned := _turned(_role_of_rest(word[len(start) :], roles))):
+        if word.startswith(start) and (turned := _turned(_known_role(word[len(start) :], roles))):
             return turned
     for end in _FREE:
         if word.endswith(end) and roles.get(word[: -len(end)]) == BAD:
@@ -215,19 +214,12 @@ def _role(word: str, roles: dict[str, str]) -> str:
     return ""
 
 
-def _role_of_rest(word: str, roles: dict[str, str]) -> str:
+def _known_role(word: str, roles: dict[str, str]) -> str:
     return roles.get(word, BAD if _BAD_START.match(word) else "")
 
 
 def _turned(role: str) -> str:
     return {GOOD: BAD, BAD: GOOD}.get(role, "")
-
-
-def _anywhere(name: str) -> Iterable[str]:
-    for role, texts in _ANYWHERE:
-        if any(text in name for text in texts.split()):
-            return (role,)
-    return ()
 
 
 @lru_cache(maxsize=1 << 14)

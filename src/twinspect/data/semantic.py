@@ -230,16 +230,12 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
     """Folders of images per split, through doubled folders such as ``seg_train/seg_train``."""
     folders: dict[str, list[Path]] = {}
     for split in (TRAIN, TEST):
-        place = next((sub for sub in subfolders(root) if _is_part(sub.name, split)), None)
+        named = ((sub, meaning(sub.name)) for sub in subfolders(root))
+        place = next((sub for sub, m in named if m.split == split and not m.role and m.rest in ("", "seg")), None)
         while place is not None and os.path.isdir(place / place.name) and len(subfolders(place)) == 1:
             place = place / place.name
         folders[split] = [sub for sub in subfolders(place) if has_images_below(sub)] if place is not None else []
     return folders
-
-
-def _is_part(name: str, split: str) -> bool:
-    meant = meaning(name)
-    return meant.split == split and not meant.role and meant.rest in ("", "seg")
 
 
 def _from_folders(root: Path, folders: dict[str, list[Path]], log: ScanLog, image_set: ImageSet) -> list[Sample]:

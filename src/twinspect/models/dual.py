@@ -10,7 +10,7 @@ c_T^l for every block l. Two students learn these answers on good images:
 
     L_ED(x) = 1/2 sum_i (1 - cos(vec F_T^i, vec F_S^i))     L_EE(x) = mean_l (1 - cos(c_T^l, c_S^l))
     training: Noisy-OR of both (`losses.noisy_or_loss`)
-    map(x)      = mean_i (1 - cos(F_T^i, F_S^i)) at every position, smoothed
+    map(x)      = mean_i (1 - cos(F_T^i, F_S^i)) at every position
     local(x)    = mean of the largest 1 % of the map        semantic(x) = L_EE(x)
     score(x)    = Noisy-OR of the probabilities that a good image's local and semantic distance are lower
 

@@ -265,7 +265,7 @@ class StructuralModel(AnomalyModel):
         return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
-        """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum once smoothed."""
+        """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum."""
         pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
             distances = [position_cosine_distance(t, s) for t, s in pairs]

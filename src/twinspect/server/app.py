@@ -101,6 +101,7 @@ class _Routes:
             ("GET", "/v1/models", self.models, schema.ModelsAnswer),
             ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
             ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
+            ("GET", "/v1/log/{number}/picture", self.log_picture, ("image/jpeg",)),
             ("POST", "/v1/log/{number}/feedback", self.feedback, schema.LogRow),
             ("GET", "/v1/drift", self.drift, schema.DriftsAnswer),
             ("POST", "/v1/drift/{bundle}/reset", self.reset_drift, schema.DriftsAnswer),
@@ -161,6 +162,10 @@ class _Routes:
         """Decisions kept, latest first, by time, class, answer, session, feedback or part of the file's name."""
         rows = await asyncio.to_thread(self.service.the_log().query, wanted)
         return JSONResponse({"rows": rows, "next": rows[-1]["id"] if len(rows) == wanted.limit else None})
+
+    async def log_picture(self, number: Number) -> Response:
+        """The picture of a decision under its map, where the server keeps them (``--log-thumbnails``)."""
+        return Response(await asyncio.to_thread(self.service.the_log().picture, number), media_type="image/jpeg")
 
     async def feedback(self, number: Number, body: Annotated[schema.FeedbackBody, Body()]) -> Response:
         """Keep the operator's word on a decision; calibration can learn from it."""

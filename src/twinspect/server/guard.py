@@ -246,7 +246,9 @@ class Guard:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         root = self.settings.root_path or str(scope.get("root_path", ""))
-        path = _local_path(str(scope["path"]), root)
+        path = str(scope["path"])
+        if f"{path}/".startswith(f"{root}/"):  # some proxies take their own part away, others leave it
+            path = path.removeprefix(root) or "/"
         scope["root_path"], scope["path"] = root, root + path
         method = str(scope["method"])
         if method == "HEAD":  # answered like GET, without the body
@@ -330,11 +332,6 @@ def extra_headers(refused: Refused) -> list[tuple[bytes, bytes]]:
     """What HTTP wants with some refusals."""
     headers = [(b"retry-after", str(refused.retry_after_s).encode())] if refused.retry_after_s else []
     return [*headers, (b"www-authenticate", b"Bearer")] if refused.status == 401 else headers
-
-
-def _local_path(path: str, root: str) -> str:
-    """The path as our routes know it: some proxies take their own part away, others leave it."""
-    return path.removeprefix(root) or "/" if f"{path}/".startswith(f"{root}/") else path
 
 
 def _host_name(host: str) -> str:

@@ -1,7 +1,7 @@
 """The inspection log: every decision as a row, kept in SQLite or PostgreSQL, with the operator's word on it.
 
-No image content is kept: a row has the file's name as it was given, its hash, scores and the answer. All values
-reach SQL as bound parameters.
+A row has the file's name as it was given, its hash, scores and the answer. No image content is kept, but for small
+pictures in a table of their own where the server is told to. All values reach SQL as bound parameters.
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ inspections = sa.Table(
     sa.Index("twinspect_inspections_answer", "answer", "id"),
     sa.Index("twinspect_inspections_feedback", "feedback", "id"),
 )
+_pictures = sa.Table(
+    "twinspect_pictures",
+    _tables,
+    sa.Column("id", _id, primary_key=True, autoincrement=False),  # of the inspection
+    sa.Column("jpeg", sa.LargeBinary, nullable=False),
+)
+_has_picture = sa.exists().where(_pictures.c.id == inspections.c.id).label("picture")
 
 
 class LogError(TwinspectError):
@@ -94,6 +101,7 @@ class Inspection:
         image_key: `image_id` of the file, by which calibration recognises copies and training images.
         session: shift, batch or physical object, as the client says; may be empty.
         at_ms: UTC, milliseconds since 1970; 0 is now.
+        picture: JPEG to be kept with it; empty: none.
     """
 
     result: Result
@@ -102,6 +110,7 @@ class Inspection:
     image_key: str
     session: str = ""
     at_ms: int = 0
+    picture: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +215,27 @@ class InspectionLog:
         """Keep decisions in one transaction, all of them or none; their numbers, in order."""
         statement = sa.insert(inspections).returning(inspections.c.id, sort_by_parameter_order=True)
         with self._transaction() as connection:
-            return list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
+            numbers = list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
+            pairs = zip(numbers, rows, strict=True)
+            if pictures := [{"id": number, "jpeg": one.picture} for number, one in pairs if one.picture]:
+                connection.execute(sa.insert(_pictures), pictures)
+        return numbers
+
+    def picture(self, number: int) -> bytes:
+        """The JPEG that was kept of a decision.
+
+        Raises:
+            NoSuchRow: none was.
+        """
+        with self._transaction() as connection:
+            found = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
+        if found is None:
+            raise NoSuchRow(f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them")
+        return bytes(found)
 
     def query(self, wanted: Filter) -> list[dict[str, Any]]:
         """Rows as plain values, latest first."""
-        statement = sa.select(inspections).where(*wanted.conditions())
+        statement = sa.select(inspections, _has_picture).where(*wanted.conditions())
         with self._transaction() as connection:
             rows = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
             return [_row(row) for row in rows.mappings()]
@@ -244,7 +269,7 @@ class InspectionLog:
         }
         here = inspections.c.id == number
         with self._transaction() as connection:
-            row = connection.execute(sa.select(inspections).where(here)).mappings().first()
+            row = connection.execute(sa.select(inspections, _has_picture).where(here)).mappings().first()
             if row is None:
                 raise NoSuchRow(f"the log holds no decision number {number}")
             _refuse_contradiction(row, verdict)
@@ -254,8 +279,10 @@ class InspectionLog:
     def prune(self, days: float) -> int:
         """Delete rows older than so many days; how many there were."""
         oldest = int(time.time() * 1000 - days * _DAY_MS)
+        old = inspections.c.at_ms < oldest
         with self._transaction() as connection:
-            return int(connection.execute(sa.delete(inspections).where(inspections.c.at_ms < oldest)).rowcount)
+            connection.execute(sa.delete(_pictures).where(_pictures.c.id.in_(sa.select(inspections.c.id).where(old))))
+            return int(connection.execute(sa.delete(inspections).where(old)).rowcount)
 
     def save_drift(self, bundle: str, fingerprint: str, state: Mapping[str, Any]) -> None:
         """Keep the state of a drift monitor, so that a restart forgets nothing."""
@@ -328,7 +355,7 @@ def _values(one: Inspection) -> dict[str, Any]:
 
 def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     """A row as the server gives it: what was kept, and what follows from it as in `Result`."""
-    row = {str(k): v for k, v in columns.items()}
+    row: dict[str, Any] = {str(k): bool(v) if k == "picture" else v for k, v in columns.items()}
     known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
     result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
     return {**row, **result.answer_row()}

@@ -71,10 +71,13 @@ else:
         "LogRow",
         {
             "id": int, "at_ms": int, "request_id": str, "bundle": str, "image_key": str, "session": str, **_COLUMNS,
-            "feedback": str, "feedback_at_ms": int | None, "note": str,
+            "feedback": str, "feedback_at_ms": int | None, "note": str, "picture": bool,
         },
     )  # fmt: skip
-    LogRow.__doc__ = "A kept decision; times are UTC in milliseconds since 1970."
+    LogRow.__doc__ = (
+        "A kept decision; times are UTC in milliseconds since 1970. ``picture``: whether one was kept, for "
+        "``/v1/log/{number}/picture``."
+    )
     ClassDriftAnswer = TypedDict("ClassDriftAnswer", get_type_hints(ClassDrift))
     DriftAnswer = TypedDict(
         "DriftAnswer", {"bundle": str, **get_type_hints(DriftReport), "classes": list[ClassDriftAnswer]}
@@ -115,7 +118,7 @@ class ModelAnswer(TypedDict):
 
 
 class ModelsAnswer(TypedDict):
-    """All models; the first is taken where a request names none."""
+    """All models; where there are several, a request names one."""
 
     models: list[ModelAnswer]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import io
 import json
 import logging
 import math
@@ -16,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
 from twinspect.decide.decision import GOOD, image_id
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError
 from twinspect.inference.archives import Item
+from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
@@ -220,7 +225,7 @@ class Service:
         promises = [Future[Scored]() for _ in images]
         served.batcher.announce(len(images))
         for image, promise in zip(images, promises, strict=True):
-            self.decoders.submit(_decode, served, image, asked, self.settings.timeout_s, promise)
+            self.decoders.submit(_decode, served, image, asked, self.settings, promise)
         return [asyncio.wrap_future(one) for one in promises]
 
     async def _keep(
@@ -230,10 +235,12 @@ class Service:
         nothing: list[int | None] = [None] * len(scored)
         if self.writer is None or not asked.keep:
             return nothing, ""
+        kept = {place: one for place, one in enumerate(scored) if not one[0].error}
+        # In a thread: drawing takes some milliseconds.
+        pictures = await asyncio.to_thread(lambda: [_picture(result) for result, _ in kept.values()])
         rows = {
-            place: Inspection(result, served.name, request_id, key, asked.session)
-            for place, (result, key) in enumerate(scored)
-            if not result.error
+            place: Inspection(result, served.name, request_id, key, asked.session, picture=picture)
+            for (place, (result, key)), picture in zip(kept.items(), pictures, strict=True)
         }
         try:
             numbers = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows.values()))
@@ -285,18 +292,38 @@ class Service:
         return self.log
 
 
-def _decode(served: Served, image: Item, asked: Asked, timeout_s: float, promise: Future[Scored]) -> None:
+def _picture(result: Result) -> bytes:
+    """A JPEG of an image under its map, if its pixels were kept; they are let go of."""
+    if result.rgb is None:
+        return b""
+    body = io.BytesIO()
+    result.overlay(words=False).save(body, "JPEG", quality=80)
+    result.rgb = None
+    return body.getvalue()
+
+
+def _shrunk(decoded: Decoded, side: int) -> Decoded:
+    """The same, its whole image made small: many wait for the model at a time."""
+    if decoded.rgb is None:
+        return decoded
+    small = Image.fromarray(decoded.rgb)
+    small.thumbnail((side, side))
+    return decoded._replace(rgb=np.asarray(small))
+
+
+def _decode(served: Served, image: Item, asked: Asked, settings: Settings, promise: Future[Scored]) -> None:
     """Queue an announced image for the model; one that cannot be read is answered here."""
     queued = False
     try:
         if promise.cancelled():  # nobody waits for it any more
             return
-        decoded = served.predictor.decode(image)
+        side = settings.log_thumbnails if asked.keep else 0
+        decoded = _shrunk(served.predictor.decode(image, pixels=side > 0), side)
         key = image_id(hashlib.sha256(image.data or b"").digest())
         if decoded.square is not None:
             queued = True
             job = Queued(decoded, asked.class_name or None, asked.keep, key)
-            served.batcher.submit(job, timeout_s, promise, announced=True)
+            served.batcher.submit(job, settings.timeout_s, promise, announced=True)
         elif promise.set_running_or_notify_cancel():
             promise.set_result((Result(decoded.name, error=decoded.error), key))
     except Exception as error:  # whatever it is belongs to the request

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from twinspect.data.images import ImageLimits
 
 MEGABYTE = 1 << 20
-_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "maps_mb", "log_days")
+_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "maps_mb", "log_days", "log_thumbnails")
 
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class Settings:
     api_key: str = field(default="", repr=False)  # may be empty on a loopback address only
     log_required: bool = _option(False, "No answer without a row in the log.")
     log_days: float = _option(0.0, "Delete rows older than so many days; 0 keeps them.")
+    log_thumbnails: int = _option(0, "Keep a picture of every decision, longest side in pixels; 0: none.")
     max_batch: int = _option(16, "Most images in one call of the model.")
     max_wait_ms: float = _option(5.0, "Longest wait of a call for images being decoded.")
     queue: int = _option(64, "Images accepted at a time; more get 429.")
