@@ -123,6 +123,29 @@ def refuse_unwritable(
         raise error(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
 
 
+def lock(path: Path, busy: str) -> IO[str]:
+    """Keep other processes out until the returned file is closed, or this process ends, however it does.
+
+    Args:
+        path: file that stands for what is locked; it is made.
+        busy: what to tell who comes second.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = path.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # a system without it: two runs at once are then the user's to avoid
+        return file
+    except OSError:
+        file.close()
+        raise ConfigError(busy) from None
+    return file
+
+
 def why_unwritable(folder: Path, name: str = "probe") -> str:
     """Why no file of that name can be made in a folder, which is made if it is not there; empty if one can."""
     try:
