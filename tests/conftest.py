@@ -57,6 +57,14 @@ def bundle(detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def documents_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What README, docs and examples speak of; see `documents.made`."""
+    from documents import made
+
+    return made(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture(scope="session")
 def quick(parts):
     """A random-teacher detector for tests where only the plumbing counts (0.2 seconds)."""
     from twinspect import Detector

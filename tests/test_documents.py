@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from documents import DOCUMENTS, OPERATORS, ROOT, RUN, SHOWN, Block, Runner, blocks, made
+from documents import DOCUMENTS, OPERATORS, ROOT, RUN, SHOWN, Block, Runner, blocks
 
 from twinspect.cli import app
 
@@ -25,15 +25,10 @@ def name_of(document: Path) -> str:
     return document.relative_to(ROOT).as_posix()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("documents"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("document", WITH_LINES, ids=name_of)
-def test_lines_run(document: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_lines_run(document: Path, documents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(documents_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TWINSPECT_HOME", str(tmp_path / "home"))
     runner = Runner(document, monkeypatch)

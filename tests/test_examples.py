@@ -11,22 +11,17 @@ import warnings
 from pathlib import Path
 
 import pytest
-from documents import ROOT, made, serving, small
+from documents import ROOT, serving, small
 
 pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("examples"))
-
-
 @pytest.fixture(autouse=True)
-def _here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(documents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import twinspect.training.fit as room
 
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(documents_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TWINSPECT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(room, "fit", small(room.fit))

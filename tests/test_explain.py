@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -100,7 +99,7 @@ def test_fit_keeps_no_pictures_where_none_are_wanted(parts: Path) -> None:
 def test_an_update_keeps_names_and_pictures_in_step(quick: Detector, parts: Path, tmp_path: Path) -> None:
     fresh = [save(tmp_path / "new" / f"{i}.png", picture(500 + i)) for i in range(3)]
     before = quick.fitted.decision.bank
-    updated = copy.deepcopy(quick).update(tmp_path / "new", class_name="weave")
+    updated = Detector.load(quick.save(tmp_path / "m.twin")).update(tmp_path / "new", class_name="weave")
     decision = updated.fitted.decision
     assert len(decision.bank) == len(decision.thumbnails) == len(updated.fitted.model.scorer.nearest.bank_nF)
     assert set(decision.bank) == {*before, *map(str, fresh)}

@@ -112,7 +112,7 @@ def refuse_unwritable(
         if path.is_dir():
             raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
         special = path.exists() and not path.is_file()
-        why = "" if special else why_unwritable(path.parent)
+        why = "" if special else why_unwritable(path.parent, path.name)
         if path.exists() and not os.access(path, os.W_OK):
             why = "no permission"
         if why:
@@ -146,11 +146,11 @@ def lock(path: Path, busy: str) -> IO[str]:
     return file
 
 
-def why_unwritable(folder: Path) -> str:
-    """Why no file can be made in a folder, which is made if it is not there; empty if one can."""
+def why_unwritable(folder: Path, name: str = "probe") -> str:
+    """Why no file of that name can be made in a folder, which is made if it is not there; empty if one can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _draft(folder / "probe")
+        probe = _draft(folder / name)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -33,8 +33,8 @@ COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-OF_PEAK = 0.5  # of a region's height above the image's level, that all its pixels reach
-OF_NEARBY = 0.8  # of the highest value nearby (above the level), that they reach as well
+OF_PEAK = 0.5**2  # of a region's height above the image's level, that all its pixels reach; see `connected`
+OF_NEARBY = 0.8**2  # of the highest value nearby (above the level), that they reach as well
 NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 
 
@@ -507,7 +507,8 @@ def connected(
     """Regions of a map as it is resized for them, and that size.
 
     A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
-    the image's median. One that is too weak beside another for that is what reaches the threshold.
+    the image's median; both are squares, as surprises grow with the square of a distance. A region that is too weak
+    beside another for that is what reaches the threshold.
     """
     if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
         return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32)), (1, 1)

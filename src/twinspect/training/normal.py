@@ -365,9 +365,9 @@ class _Fitting:
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
             found.append(torch.stack([torch.stack([whitening(one) for one in half]) for half in each]).half())
             white = torch.stack([whitening(one) for one in both]).half()
-            old = range(len(gaussian.whiten_KDD) if self.before is not None else 0)
-            untouched = [k for k in old if not (self.cluster_n == k).any()]
-            white[untouched] = gaussian.whiten_KDD[untouched]
+            for k in range(len(gaussian.whiten_KDD) if self.before is not None else 0):
+                if not (self.cluster_n == k).any():  # nothing new is known of it
+                    white[k] = gaussian.whiten_KDD[k]
             gaussian.whiten_KDD = white
         return found
 
