@@ -81,6 +81,10 @@ _pictures = sa.Table(
 _has_picture = sa.exists().where(_pictures.c.id == inspections.c.id).label("picture")
 
 
+# Two servers that start on one new log would both make its tables.
+_ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(8731)"}
+
+
 class LogError(TwinspectError):
     """The inspection log cannot be opened, read or written; ``full`` says that there is no space left."""
 
@@ -187,6 +191,7 @@ class InspectionLog:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
         with self._transaction() as connection:
             if create:
+                connection.exec_driver_sql(_ALONE.get(parsed.get_backend_name(), "SELECT 1"))
                 _tables.create_all(connection)
             versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
             if create and not versions:
@@ -325,7 +330,7 @@ def plain_text(text: str, length: int) -> str:
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     # Readers do not wait for the writer; a crash of the machine may lose the last rows, never the file.
-    for statement in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={_LOCK_SECONDS * 1000}"):
+    for statement in (f"busy_timeout={_LOCK_SECONDS * 1000}", "journal_mode=WAL", "synchronous=NORMAL"):
         cursor.execute(f"PRAGMA {statement}")
     cursor.close()
 
