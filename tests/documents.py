@@ -69,8 +69,8 @@ def made(root: Path) -> Path:
     """What the documents speak of.
 
     ``data/`` (classes cable and screw, with test images and masks), ``good/`` (100 good images of cable that were not
-    trained on), ``more/`` (20 others), ``new/`` (four good, four others), ``new.png``, ``model.twin``, a key
-    a list and labels.
+    trained on), ``more/`` (20 others), ``new/`` (four good, four others), ``new.png``, ``model.twin``,
+    ``old.twin`` and ``new.twin``, a key, a list and labels.
     """
     from twinspect import Detector
 
@@ -90,7 +90,9 @@ def made(root: Path) -> Path:
     (root / "list.txt").write_text("new.png\n")
     rows = [f"new/{path.name},{path.name[0]}" for path in sorted((root / "new").iterdir())]
     (root / "checked.csv").write_text("\n".join(["image,label", *rows]) + "\n")
-    Detector(config=run_config(RANDOM)).fit(root / "data").save(root / "model.twin")
+    for name, steps in (("model", 3), ("new", 4)):
+        Detector(config=run_config(RANDOM, steps=steps)).fit(root / "data").save(root / f"{name}.twin")
+    shutil.copy(root / "model.twin", root / "old.twin")
     for folder in ("painted", "painting"):
         shutil.rmtree(root / folder)
     return root

@@ -419,5 +419,5 @@ def test_thresholds_of_another_model_are_refused() -> None:
 def test_columns_of_different_lengths_are_refused() -> None:
     values = decision(np.arange(30.0)).to_dict()
     values["good"]["group"].append("x")
-    with pytest.raises(ValueError, match="different lengths"):
+    with pytest.raises(BundleError, match="different lengths"):
         Decision.from_dict(values)

@@ -84,7 +84,7 @@ def lines(draw: st.DrawFn) -> list[str]:
     return line + draw(st.lists(VALUES, max_size=1)) if draw(st.integers(0, 9)) == 0 else line
 
 
-@inputs(600)
+@inputs(500)
 @given(lines())
 def test_any_command_line(place: Path, line: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:

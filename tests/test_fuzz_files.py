@@ -27,6 +27,7 @@ from tiny import picture, save
 from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
+from twinspect.commands.fit import info_lines
 from twinspect.data.images import ImageLimits, array_rgb, count_pictures, read_mask, read_rgb, read_sized_rgb
 from twinspect.errors import BundleError, ConfigError, DataError, ImageError
 from twinspect.inference.archives import Item, Stream
@@ -86,7 +87,8 @@ def test_damaged_masks_and_counts(tmp_path: Path, name: str, changes: list[hosti
 
 
 @inputs(300)
-@given(st.sampled_from(NAMES), st.floats(0, 1, exclude_max=True))
+# Of a picture written as numbers in text, nobody can tell that the last digit is missing.
+@given(st.sampled_from([name for name in NAMES if name != "text.ppm"]), st.floats(0, 1, exclude_max=True))
 def test_a_picture_that_is_cut_off_is_refused_or_whole(name: str, share: float) -> None:
     """Half a picture over grey would be scored as an anomaly, or its missing half as good."""
     raw = whole_files()[name]
@@ -451,8 +453,9 @@ def test_forged_bundles_are_refused_or_work(content: BundleContent, tmp_path: Pa
     everywhere = [p for p in places(content.meta) if p[:2] != ("config", "model")]  # a larger model is no fault
     meta = changed(content.meta, data.draw(st.sampled_from(everywhere)), data.draw(JSON))
     forge(path, meta, content.tensors)
-    try:
-        load(path)
-    except (BundleError, ConfigError) as error:
-        in_words(error, "x.twin")
+    for read in (load, info_lines):
+        try:
+            read(path)
+        except (BundleError, ConfigError) as error:
+            in_words(error, "x.twin")
     tried("forged bundles")

@@ -112,7 +112,7 @@ def refuse_unwritable(
         if path.is_dir():
             raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
         special = path.exists() and not path.is_file()
-        why = "" if special else why_unwritable(path.parent)
+        why = "" if special else why_unwritable(path.parent, path.name)
         if path.exists() and not os.access(path, os.W_OK):
             why = "no permission"
         if why:
@@ -123,11 +123,34 @@ def refuse_unwritable(
         raise error(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
 
 
-def why_unwritable(folder: Path) -> str:
-    """Why no file can be made in a folder, which is made if it is not there; empty if one can."""
+def lock(path: Path, busy: str) -> IO[str]:
+    """Keep other processes out until the returned file is closed, or this process ends, however it does.
+
+    Args:
+        path: file that stands for what is locked; it is made.
+        busy: what to tell who comes second.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = path.open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # a system without it: two runs at once are then the user's to avoid
+        return file
+    except OSError:
+        file.close()
+        raise ConfigError(busy) from None
+    return file
+
+
+def why_unwritable(folder: Path, name: str = "probe") -> str:
+    """Why no file of that name can be made in a folder, which is made if it is not there; empty if one can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _draft(folder / "probe")
+        probe = _draft(folder / name)
         probe.touch()
         probe.unlink()
     except OSError as error:

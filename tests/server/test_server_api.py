@@ -485,10 +485,30 @@ def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
+    wanted = {
+        "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    }  # fmt: skip
+    assert wanted.items() <= dict(answer.headers).items()
     assert text.count("<script>") == text.count("<style>") == policy.count("'sha256-") - 1 == 1
 
 
 # ------------------------------------------------------------------------------------------- the key
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the function made for it, and as digests of one length, whatever length is sent."""
+    from twinspect.server import guard
+
+    compared: list[tuple[bytes, bytes]] = []
+    real = guard.hmac.compare_digest
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    with Running(api_key=KEY) as server:
+        for key in ("x", KEY[:-1], KEY, KEY + "x", "ü" * 300):
+            server.headers = {"X-API-Key": key}
+            assert server.get("/v1/models").status == (200 if key == KEY else 401)
+    assert len(compared) == 5
+    assert {len(one) for pair in compared for one in pair} == {32}
 
 
 def test_key_is_asked_for_everywhere_but_on_the_open_paths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from twinspect.commands.options import FitOptions
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.detector import Detector
-from twinspect.errors import ConfigError
+from twinspect.errors import NONSENSE, BundleError, ConfigError
 
 if TYPE_CHECKING:
     from twinspect.inference.tiles import Tiles
@@ -39,7 +40,7 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
     from twinspect.models.weights import explain_auto, resolve_auto
     from twinspect.training.distributed import joined
     from twinspect.training.fit import features_folder, fit
-    from twinspect.training.resume import LOG, leave_work, remove_checkpoint
+    from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
 
     out, chosen = options.out, with_effort(options.effort, settings)
     before = start_from(options.resume_from, chosen["model"]) if options.resume_from is not None else None
@@ -49,6 +50,8 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
     refuse_unwritable(out)
     folder = options.work or out.with_name(f"{out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
+    busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
+    held = files.lock(folder / LOCK, busy) if group.leads else None
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
@@ -84,6 +87,8 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
         remove_checkpoint(folder)
+    if held is not None:
+        held.close()
 
 
 def with_effort(effort: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -213,19 +218,25 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         return export_info(bundle)
     meta = read_bundle(bundle).meta
     decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
-    return {
-        "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
-        "thin": meta["thin"],
-        **meta["record"],
-        "model_id": decision.model_id,
-        "threshold": decision.threshold.value,
-        "promise": decision.threshold.sentence,
-        "thresholds": {
-            name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
-            for name, rule in promises(decision)
-        },
-        "config": meta["config"],
-    }
+    learnt = hashlib.sha256("".join(decision.trained).encode()).hexdigest()  # their ids are sorted
+    try:
+        return {
+            "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
+            "learnt from": f"{len(decision.trained)} images, sha256 of their ids {learnt[:16]}",
+            "seed": meta["config"]["train"]["seed"],
+            "thin": meta["thin"],
+            **meta["record"],
+            "model_id": decision.model_id,
+            "threshold": decision.threshold.value,
+            "promise": decision.threshold.sentence,
+            "thresholds": {
+                name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
+                for name, rule in promises(decision)
+            },
+            "config": meta["config"],
+        }
+    except NONSENSE as error:
+        raise BundleError(f"{bundle}: its parts do not fit together ({error})") from None
 
 
 def info_text(content: dict[str, Any]) -> Iterator[str]:

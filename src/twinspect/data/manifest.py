@@ -148,7 +148,7 @@ def write_manifest(
         DataError: a name that the table cannot hold, or an ending that is none of the two.
     """
     if path.suffix.lower() not in (".parquet", ".csv"):
-        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type NAME.parquet")
+        raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
     rows = []
     for sample in samples:
         row: Row = {

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from twinspect import files
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference import remote
 
@@ -188,19 +189,8 @@ class PartStore:
         if remote.is_url(self.folder):
             return io.StringIO()
         self._make()
-        file = open(Path(self.folder) / f"{_LOCK}{label}", "w")
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # a system without it: two runs at once are then the user's to avoid
-            return file
-        except OSError:
-            file.close()
-            raise ConfigError(
-                f"another run is writing {self.folder} now; wait for it, or take another --out"
-            ) from None
-        return file
+        busy = f"another run is writing {self.folder} now; wait for it, or take another --out"
+        return files.lock(Path(self.folder) / f"{_LOCK}{label}", busy)
 
     def read(self, name: str) -> bytes:
         """Content of one file."""

@@ -24,6 +24,7 @@ from twinspect.types import TEST, Sample
 
 _NAME = "checkpoint.safetensors"
 LOG = "train.jsonl"
+LOCK = "lock"  # held by the run that writes in a folder
 
 
 def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
@@ -170,7 +171,7 @@ def load_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, finger
 
 def remove_checkpoint(work: Path) -> None:
     """Forget the checkpoint of a run that has finished, and what a killed one was writing."""
-    for path in work.glob(f"{_NAME}*"):
+    for path in (*work.glob(f"{_NAME}*"), work / LOCK):
         path.unlink(missing_ok=True)
 
 
