@@ -132,13 +132,11 @@ def test_a_stream_gives_its_newest_frame_and_is_opened_again(
     results = quick.predict(line.address, stream=True)
     first = next(results)
     time.sleep(0.5)  # a slow model: the frames of this time are passed over
-    next(results)  # the newest when it was asked for; the one after it is of now
-    late, now = next(results), line.sent
+    late = [next(results) for _ in range(2)][-1]
     numbers = [int(one.path.rpartition("#")[2]) for one in (first, late)]
-    assert numbers[1] - numbers[0] > 10
-    assert (now - float(late.rgb.mean() - line.noise.mean())) % 200 < 60, (
-        "half a second, at most, from the camera to the answer"
-    )
+    assert numbers[1] - numbers[0] > 10  # from a queue it would be the second after the first
+    apart = (float(late.rgb.mean() - line.noise.mean()) - numbers[1]) % 200
+    assert min(apart, 200 - apart) < 3, "the number is not that of the frame"
     line.broken = True
     lost = next(one for one in results if one.error)
     assert "gives no more frames" in lost.error

@@ -108,7 +108,7 @@ def test_upload_heat_map_slider_mask_and_feedback(page, images: list[Path], log:
     for word in ("local student", "semantic student", "p-value", "severity", "0.0083", "bad.jpg"):
         assert word in facts
     heat = canvas(page, "heat")
-    assert heat[:60, 140:, 0].mean() > heat[100:, :, 0].mean() + 50  # red where it is bright
+    assert heat[:60, 140:, 1].mean() < heat[100:, :, 1].mean() - 50  # red where it is bright, no yellow
     assert page.evaluate("getComputedStyle(document.getElementById('heat')).opacity") == "0.5"
     assert canvas(page, "image")[:60, 140:, :3].mean() > 200
     before = marked(page)
