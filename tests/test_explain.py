@@ -120,3 +120,11 @@ def test_a_report_shows_the_nearest_good_image(bundle: Path, tmp_path: Path) -> 
     named = dict(zip(header.split(","), row.split(","), strict=False))
     assert "nearest" in named
     assert "share_local" in named
+
+
+def test_an_anomaly_without_a_region_says_where_the_map_is_highest() -> None:
+    grid = np.zeros((4, 8), np.float32)
+    grid[3, 1] = 2.0
+    result = Result("x", score=2.0, threshold=1.0, answer="anomaly", is_anomaly=True, width=80, height=40, grid=grid)
+    assert "the map is highest at (15, 35)" in result.explain()["text"]
+    assert "highest" not in dataclasses.replace(result, answer="good", is_anomaly=False).reasons()

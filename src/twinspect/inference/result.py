@@ -233,6 +233,11 @@ class Result:
         if self.regions:
             one = self.regions[0]
             said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+        elif self.is_anomaly and self.grid is not None:
+            row, column = np.unravel_index(int(self.grid.argmax()), self.grid.shape)
+            rows, columns = self.grid.shape
+            x, y = int((column + 0.5) * self.width / columns), int((row + 0.5) * self.height / rows)
+            said.append(f"no place alone is beyond those of good images; the map is highest at ({x}, {y})")
         return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
 
     def image(self) -> NDArray[np.uint8] | None:
