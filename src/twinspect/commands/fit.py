@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,26 +33,35 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
             default then holds.
         console: where to speak.
     """
-    from twinspect import data as data_room
     from twinspect import files
-    from twinspect.bundle import keep_old, refuse_unwritable
-    from twinspect.data.protocols import find_split
-    from twinspect.data.roi import read_roi
-    from twinspect.models.weights import explain_auto, resolve_auto
+    from twinspect.bundle import refuse_unwritable
     from twinspect.training.distributed import joined
-    from twinspect.training.fit import features_folder, fit
-    from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
+    from twinspect.training.resume import LOCK, LOG
 
-    out, chosen = options.out, with_effort(options.effort, settings)
+    chosen = with_effort(options.effort, settings)
     before = start_from(options.resume_from, chosen["model"]) if options.resume_from is not None else None
     config = merged(options.config, chosen, before.config if before is not None else None)
     group = joined(config.train.device)
     console.quiet |= not group.leads
-    refuse_unwritable(out)
-    folder = options.work or out.with_name(f"{out.name}.work")
+    refuse_unwritable(options.out)
+    folder = options.work or options.out.with_name(f"{options.out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
-    held = files.lock(folder / LOCK, busy) if group.leads else None
+    with closing(files.lock(folder / LOCK, busy)) if group.leads else nullcontext():
+        fitted = learn(options, config, before, folder, console)
+        if group.leads:
+            leave(options, fitted, config, folder, console)
+
+
+def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder: Path, console: Console) -> Fitted:
+    """Read the data and train."""
+    from twinspect import data as data_room
+    from twinspect import files
+    from twinspect.data.protocols import find_split
+    from twinspect.data.roi import read_roi
+    from twinspect.models.weights import explain_auto, resolve_auto
+    from twinspect.training.fit import features_folder, fit
+
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
@@ -68,10 +78,17 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
     samples = loaded.samples if split is None else (*split.train, *split.calibration)
     roi = read_roi(options.roi) if options.roi is not None else None
     fitted = fit(samples, config, folder, console.progress, before, options.forget, roi)
-    if not group.leads:
-        return
     if split is not None:
         fitted.record["split"] = {"name": split.name, "hash": split.hash}
+    return fitted
+
+
+def leave(options: FitOptions, fitted: Fitted, config: RunConfig, folder: Path, console: Console) -> None:
+    """Write the bundle, say what it holds, and clear up."""
+    from twinspect.bundle import keep_old
+    from twinspect.training.resume import leave_work, remove_checkpoint
+
+    out = options.out
     for note in fitted.record["notes"]:
         console.warn(note)
     for skipped in fitted.skipped:
@@ -87,8 +104,6 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
         remove_checkpoint(folder)
-    if held is not None:
-        held.close()
 
 
 def with_effort(effort: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

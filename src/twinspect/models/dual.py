@@ -227,6 +227,7 @@ class DualModel(AnomalyModel):
         self.student = DualStudent(self.groups, self.shape, teacher.info)
         self.scorer = Scorer(teacher.info, self.selection, self.shape.size, scoring, (1, 1))
         self.pixel_side = self.shape.size // self.shape.ee_shrink
+        self.first_token = self.student.semantic.first  # kept here: several processes wrap the student
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """What the students should have said: both layer groups (B x N x D), then the class tokens (B x D)."""
@@ -270,7 +271,7 @@ class DualModel(AnomalyModel):
 
     def _class_tokens(self, observed: Observed) -> list[Tensor]:
         tokens_BE, widths = self.standardised(observed.tokens[0]), list(self.teacher.info.token_channels)
-        return list(torch.split(tokens_BE, widths, 1))[self.student.semantic.first :]
+        return list(torch.split(tokens_BE, widths, 1))[self.first_token :]
 
 
 def build(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
