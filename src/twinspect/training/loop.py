@@ -75,7 +75,7 @@ def train(
     log = _Log(work, start)
     student.train()
     batch = min(config.batch, len(indices)) // group.world
-    began, terms, stopped, step = time.monotonic(), {}, "steps", start
+    began, terms, stopped, done = time.monotonic(), log.terms, "steps", start
     with _compiled(student, config, group), group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             _set_rates(optimiser, config, step)
@@ -91,8 +91,7 @@ def train(
                 stopped = "time budget"
                 break
     model.eval()
-    taken = step + 1 if terms else start
-    return TrainReport(taken, time.monotonic() - began, stopped, terms, batch)
+    return TrainReport(done, time.monotonic() - began, stopped, terms, batch)
 
 
 def _given(
@@ -208,15 +207,25 @@ def _say(values: Mapping[str, float]) -> str:
 
 
 class _Log:
-    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
+    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped.
+
+    Attributes:
+        terms: of the last step that a broken run had taken.
+    """
 
     def __init__(self, work: Path | None, start: int) -> None:
+        self.terms: dict[str, float] = {}
         self._path = work / LOG if work is not None else None
         self._began = time.monotonic()
         if self._path is not None and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
             lines_before = [line for line in lines if _step_of(line) < start]
             self._path.write_text("".join(f"{line}\n" for line in lines_before), encoding="utf-8")
+            if lines_before:
+                last = json.loads(lines_before[-1])
+                self.terms = {
+                    name: value for name, value in last.items() if name not in ("step", "images", "seconds")
+                }
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:
