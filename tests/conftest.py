@@ -32,6 +32,17 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test that runs a model with other threads leaves none of them to the next: sums would end in other bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes in MVTec layout, 96 px: 12 good training images, 4 good and 6 defect test images each."""

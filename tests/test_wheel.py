@@ -129,6 +129,7 @@ assert run("eval model.twin data --report report.html") in (0, None)
 for line in (
     "export model.twin --out m.onnx", "export model.twin --out m.xml", "serve model.twin", "demo --quick",
     "predict model.twin data --out more/ --engine ray", "predict model.twin camera:0",
+    "sign model.twin --key key.pem",
 ):
     assert run(line) == 2, line
 assert not {"onnx", "fastapi", "ray", "openvino"} & set(sys.modules)
@@ -192,6 +193,7 @@ def test_server(place: Place) -> None:
         ("demo", "from twinspect.commands.demo import find_images; assert find_images().is_dir()"),
         ("ray", "import ray.data"),
         ("video", "import cv2"),
+        ("sign", "import cryptography"),
     ],
 )
 def test_other_extras_bring_what_they_are_for(place: Place, extra: str, code: str) -> None:
@@ -200,4 +202,4 @@ def test_other_extras_bring_what_they_are_for(place: Place, extra: str, code: st
 
 
 def test_every_extra_for_users_is_tried_here() -> None:
-    assert set(USERS) == {"onnx", "openvino", "ray", "server", "demo", "video"}
+    assert set(USERS) == {"onnx", "openvino", "ray", "server", "demo", "video", "sign"}
