@@ -414,7 +414,8 @@ class _Fitting:
                 apart += self._apart(places, observed, small, targets)
         skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
         local = torch.tensor([one.dim() == 3 for one in targets], dtype=torch.bool)
-        skills = tuple(float(skill[at].mean()) if bool(at.any()) else 0.0 for at in (local, ~local))
+        # To a hundredth: a student of less skill would change no answer, and is not asked at all.
+        skills = tuple(round(float(skill[at].mean()), 2) if bool(at.any()) else 0.0 for at in (local, ~local))
         return stored, self._shifted(torch.cat(readings)), (skills[0], skills[1])
 
     def _apart(self, places: Tensor, observed: Observed, small: Tensor, targets: list[Tensor]) -> Tensor:
