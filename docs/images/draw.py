@@ -30,7 +30,7 @@ def main(bundle: str, target: str) -> None:
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
     for place, (kind, result) in enumerate(chosen):
         left = GAP + place * (2 * SIDE + GAP)
-        for step, one in enumerate((Image.fromarray(result.rgb), result.overlay(words=False))):
+        for step, one in enumerate((Image.fromarray(result.image()), result.overlay(words=False))):
             picture.paste(one.resize((SIDE, SIDE)), (left + step * SIDE, TEXT + GAP))
         said = "called anomalous" if result.is_anomaly else "called good"
         pen.text((left, GAP), f"{kind}: score {result.score:.1f}, {said}", "black", font)

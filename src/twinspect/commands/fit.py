@@ -48,9 +48,14 @@ def fit_command(options: FitOptions, settings: Mapping[str, Any], console: Conso
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
     with closing(files.lock(folder / LOCK, busy)) if group.leads else nullcontext():
-        fitted = learn(options, config, before, folder, console)
-        if group.leads:
-            leave(options, fitted, config, folder, console)
+        try:
+            fitted = learn(options, config, before, folder, console)
+            if group.leads:
+                leave(options, fitted, config, folder, console)
+        finally:
+            if group.leads and folder.is_dir() and [one.name for one in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()  # nothing was begun, or all of it is done
 
 
 def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder: Path, console: Console) -> Fitted:
