@@ -150,6 +150,22 @@ def test_a_bundle_sees_the_same_tiles(tiled: Detector, tmp_path: Path) -> None:
         Detector.load(bundle).fit(files, resume=True)
 
 
+@pytest.mark.slow
+def test_an_export_sees_the_same_tiles(tiled: Detector, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from twinspect.export.build import ExportOptions, export
+    from twinspect.inference.runtimes import load_predictor
+
+    export(tiled.fitted, tmp_path / "m.onnx", ExportOptions())
+    pixels = sheet(70)
+    expected = tiled.predict(pixels)
+    (answer,) = load_predictor(tmp_path / "m.onnx").predict([pixels])
+    assert answer.score == pytest.approx(expected.score, rel=1e-3)
+    assert answer.answer == expected.answer
+    np.testing.assert_allclose(answer.grid, expected.grid, rtol=1e-2, atol=1e-2)
+
+
 def test_fit_says_what_a_pixel_covers(tmp_path: Path, tiled: Detector) -> None:
     from twinspect.commands.fit import pixel_lines
 
