@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.copies import Altered
+from twinspect.training.copies import Copy
 from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
@@ -61,7 +61,8 @@ def fit_few(
     )
     score_n, counted_n = score_n.cpu(), good.counted_n.clone()
     for i in (i for members in originals.values() for own in members for i in own):
-        counted_n[places[i]] &= not isinstance(source.samples[i], Altered)
+        sample = source.samples[i]
+        counted_n[places[i]] &= not isinstance(sample, Copy) or sample.tolerated
     for members in (one for one in originals.values() if len(one) == 1):
         own = [places[i] for i in members[0]]
         for column in (score_n, peak_n, distance_n):

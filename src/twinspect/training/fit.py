@@ -39,7 +39,7 @@ from twinspect.models.teachers import Teacher
 from twinspect.models.weights import licence
 from twinspect.storage import Fitted, build_model, model_id, teacher_of
 from twinspect.training.cache import KnownFiles, image_key
-from twinspect.training.copies import Altered, add_copies, few_classes
+from twinspect.training.copies import Copy, add_copies, add_tolerated, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import TrainReport, train
@@ -47,7 +47,6 @@ from twinspect.training.memory import MOST, remember
 from twinspect.training.normal import GoodImages, fit_scales
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.training.source import FeatureSource, Tile, in_tiles, picture_of, record_layout
-from twinspect.training.tolerate import Disturbed, add_disturbed
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
@@ -179,7 +178,7 @@ def _fitted(
     if only_few:
         config = replace(config, train=replace(config.train, steps=0))
     training, held, sentences = add_copies(training, held, config.train.pose, few)
-    training, held, more = add_disturbed(training, held, config.train.tolerate, config.train.seed)
+    training, held, more = add_tolerated(training, held, config.train.tolerate, config.train.seed)
     notes += [*sentences, *more]
     torch.manual_seed(config.train.seed)
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
@@ -445,7 +444,7 @@ def _record(
 ) -> dict[str, Any]:
     teacher = model.teacher
     pictures = dict.fromkeys(picture_of(source.samples[i]) for i in train_at)
-    shown = [one for one in pictures if not isinstance(one, (Altered, Disturbed))]
+    shown = [one for one in pictures if not isinstance(one, Copy)]
     held = {picture_of(source.samples[i]) for i in held_at}
     counts = Counter(sample.class_name for sample in shown)
     return {
@@ -492,9 +491,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
         anomaly among the good ones would (`conformal.suspicious_tail`).
     """
     score_n = good.score_n.double().numpy()
-    seen = np.array(
-        [bool(c) and not isinstance(s, (Altered, Disturbed)) for c, s in zip(good.counted_n, samples, strict=True)]
-    )
+    seen = np.array([bool(c) and not isinstance(s, Copy) for c, s in zip(good.counted_n, samples, strict=True)])
     apart: set[int] = set()
     for name in {sample.class_name for sample in samples}:
         own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))

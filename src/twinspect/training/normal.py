@@ -3,7 +3,7 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+itself or for a copy that was made of it (`training.copies`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.

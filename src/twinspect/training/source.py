@@ -24,8 +24,7 @@ from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.training.copies import Altered
-from twinspect.training.tolerate import Disturbed
+from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
 _GPU_BATCH = 32
@@ -173,7 +172,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, (Altered, Disturbed, Tile)):
+            if not sample.in_file or isinstance(sample, (Copy, Tile)):
                 pixels = read_square(sample, self._model.size, self._read)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -253,8 +252,8 @@ def picture_of(sample: Sample) -> Sample:
 
 def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
     """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
-    if isinstance(sample, Disturbed):
-        return sample.disturbed(read_sample_rgb(sample))
+    if isinstance(sample, Copy) and sample.tolerated:
+        return sample.changed(read_sample_rgb(sample))
     return read_sample_rgb(sample, draft_side=side)
 
 
@@ -269,7 +268,7 @@ def read_square(
         pixels = resize_rgb(whole[rows, columns], size)
     else:
         pixels = resize_rgb(read_picture(sample, size), size)
-    return picture.around(pixels) if isinstance(picture, Altered) else pixels
+    return picture.changed(pixels) if isinstance(picture, Copy) and not picture.tolerated else pixels
 
 
 def same_image(samples: Sequence[Sample]) -> list[int]:
@@ -280,7 +279,8 @@ def same_image(samples: Sequence[Sample]) -> list[int]:
     first: dict[tuple[object, ...], int] = {}
     found = []
     for place, one in enumerate(samples):
-        apart = (picture_of(one),) if isinstance(picture_of(one), Altered) else ()
+        picture = picture_of(one)
+        apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
         found.append(first.setdefault((one.image, one.record, *apart), place))
     return found
 
