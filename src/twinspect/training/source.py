@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
@@ -201,6 +202,17 @@ class FeatureSource:
         observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
         self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
         waiting.clear()
+
+
+def features_folder() -> Path:
+    """Where features, and what is known of files, are kept."""
+    return cache_home() / "features"
+
+
+def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
+    """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
+    folder = features_folder()
+    return None if record_layout(model).size * images > limit_gb * 1e9 or why_unwritable(folder) else folder
 
 
 def record_layout(model: AnomalyModel) -> RecordLayout:
