@@ -86,10 +86,12 @@ def test_a_new_class_is_what_training_on_both_makes_of_it(tmp_path: Path) -> Non
     assert again.predict(wedge(3)).near[0] == "image 000003 in memory"
 
 
-def test_what_cannot_be_learnt_is_said(quick: Detector, parts: Path) -> None:
+def test_what_cannot_be_learnt_is_said(quick: Detector, parts: Path, tmp_path: Path) -> None:
     own = train_samples(parts)
+    (tmp_path / "text.png").write_text("no picture")
     for data, name, kind, words in (
         (own, None, DataError, "not learnt already"),
+        (tmp_path, own[0].class_name, DataError, r"none of the 1 images can be read, such as .*text\.png"),
         ([picture(900)], None, ConfigError, "--class NAME"),
         ([picture(900 + i) for i in range(8)], "tile", DataError, "at least 9 are needed"),
     ):
