@@ -228,7 +228,8 @@ class Evaluator:
         if len(labels) < 2:
             kind = "anomalous" if 1 in labels else "normal"
             what = f"all {len(record.images)} images are {kind}" if labels else "no labelled image"
-            out.append(f"{name}: image metrics are undefined, {what}")
+            needs = {"anomalous": "; they need good test images too", "normal": "; they need defects too"}[kind]
+            out.append(f"{name}: image metrics are undefined, {what}{needs if labels else ''}")
         if record.unlabelled:
             out.append(f"{name}: {record.unlabelled} images without label are left out")
         if not self.pixel:
