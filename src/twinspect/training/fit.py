@@ -194,7 +194,7 @@ def _fitted(
     elif roi is not None:
         model.roi_SS = _roi(roi, model, training).to(group.device)
     if model.roi_SS is not None and tiles != (1, 1):
-        raise ConfigError("a region of interest is one for whole pictures: leave --tiles or --roi out")
+        raise ConfigError("a region of interest (--roi) does not work with --tiles; leave one of them out")
     training, held = in_tiles(training, tiles), in_tiles(held, tiles)
     source = _source(model, [*training, *held], config.train.cache_gb, progress, group)
     train_at, held_at = _positions(source, training, held)
