@@ -299,9 +299,9 @@ def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]
             log.note(_NOT_USED.format(table))
     if assumed and len(classes) == 1:
         ((name, count),) = assumed.items()
-        log.note(f"no folder is called good: {count:,} images are taken as good images of one class, {name!r}")
+        log.note(f"no folder in it is called good: {count:,} images are taken as good images of one class, {name!r}")
     elif len(assumed) == len(classes) and assumed:
-        log.note(f"no folder is called good: each folder is one class of good images ({len(assumed)} classes)")
+        log.note(f"no folder in it is called good: each folder is one class of good images ({len(assumed)} classes)")
     elif assumed:
         log.note(f"nothing says which images of {', '.join(assumed)} are good: all of them are taken as good")
     return samples
