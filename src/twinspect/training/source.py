@@ -127,8 +127,8 @@ class FeatureSource:
         return layout.unpack_vectors(block.to(self._model.device))
 
     def _open(self, root: Path) -> FeatureCache:
-        teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        teacher, selection = self._model.teacher, self._model.selection
+        inputs = f"triangle|{self._model.size}|{selection.shrinks}|{selection.levels}"
         if self._model.roi_SS is not None:
             inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
@@ -217,12 +217,12 @@ def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | No
 
 def record_layout(model: AnomalyModel) -> RecordLayout:
     """What is kept of an image for a model."""
-    kept, info = model.selection, model.teacher.info
+    selection, info = model.selection, model.teacher.info
     return RecordLayout(
-        tuple((c, s, s) for c, s in zip(kept.channels, kept.map_sides, strict=True)),
-        tuple((c, s, s) for c, s in zip(kept.coarse_channels, kept.coarse_sides, strict=True)),
-        kept.prefix_shape,
-        (sum(info.token_channels),) * len(kept.shrinks),
+        tuple((c, s, s) for c, s in zip(selection.channels, selection.map_sides, strict=True)),
+        tuple((c, s, s) for c, s in zip(selection.coarse_channels, selection.coarse_sides, strict=True)),
+        selection.prefix_shape,
+        (sum(info.token_channels),) * len(selection.shrinks),
         info.embedding_channels,
         model.pixel_side,
     )
@@ -249,10 +249,10 @@ def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
         return list(samples)
     return [
         Tile(
-            one.image, one.split, f"{one.class_name} @{place // tiles[1]},{place % tiles[1]}", one.label,
-            group=one.group, record=one.record, pixels=one.pixels, of=one, place=place, tiles=tiles,
+            sample.image, sample.split, f"{sample.class_name} @{place // tiles[1]},{place % tiles[1]}", sample.label,
+            group=sample.group, record=sample.record, pixels=sample.pixels, of=sample, place=place, tiles=tiles,
         )
-        for one in samples
+        for sample in samples
         for place in range(tiles[0] * tiles[1])
     ]  # fmt: skip
 
@@ -289,12 +289,12 @@ def same_image(samples: Sequence[Sample]) -> list[int]:
     Copies of images that hardly vary stand for images of their own.
     """
     first: dict[tuple[object, ...], int] = {}
-    found = []
-    for place, one in enumerate(samples):
-        picture = picture_of(one)
+    firsts = []
+    for place, sample in enumerate(samples):
+        picture = picture_of(sample)
         apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
-        found.append(first.setdefault((one.image, one.record, *apart), place))
-    return found
+        firsts.append(first.setdefault((sample.image, sample.record, *apart), place))
+    return firsts
 
 
 def teacher_batch(model: AnomalyModel) -> int:
