@@ -65,7 +65,8 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
     from twinspect.data.protocols import find_split
     from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
-    from twinspect.training.fit import features_folder, fit
+    from twinspect.training.fit import fit
+    from twinspect.training.source import features_folder
 
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
