@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
-from test_statistics import slow_token
+from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
 from twinspect.data.painting import part
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.scorer import TOP_SHARE
-from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
+from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
 from twinspect.storage import build_model
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.outcome import decision_of
@@ -103,9 +103,7 @@ class Slow:
             away = np.stack([row - (total - row) / count for row in rows])
             for half in (0, 1):
                 others = away[1 - half :: 2].reshape(-1, rows.shape[2])
-                covariance = others.T @ others / len(others)
-                covariance += RIDGE * np.diag(covariance.diagonal())
-                inverse = np.linalg.inv(covariance)
+                inverse = np.linalg.inv(shrunk(others.T @ others / len(others), len(others)))
                 square = np.einsum("bnd,de,bne->bn", away[half::2], inverse, away[half::2]) / rows.shape[2]
                 maps = square.reshape(-1, side, side)
                 found[own[half::2]] = np.sqrt(

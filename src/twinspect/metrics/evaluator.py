@@ -185,7 +185,8 @@ class Evaluator:
         if len(labels) < 2:
             kind = "anomalous" if 1 in labels else "normal"
             what = f"all {len(images)} images are {kind}" if labels else "no labelled image"
-            out.append(f"{name}: image metrics are undefined, {what}")
+            needs = {"anomalous": "; they need good test images too", "normal": "; they need defects too"}[kind]
+            out.append(f"{name}: image metrics are undefined, {what}{needs if labels else ''}")
         if unlabelled := len(self.images[name]) - len(images):
             out.append(f"{name}: {unlabelled} images without label are left out")
         if not self.pixel:

@@ -238,7 +238,7 @@ def _model(
     elif resume is not None:
         model.roi_SS = resume.model.roi_SS
     if model.roi_SS is not None and tiles != (1, 1):
-        raise ConfigError("a region of interest is one for whole pictures: leave --tiles or --roi out")
+        raise ConfigError("a region of interest (--roi) does not work with --tiles; leave one of them out")
     return model, config, tiles
 
 

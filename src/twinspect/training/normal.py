@@ -351,10 +351,9 @@ class _Fitting:
             both = total.sum(0) / counts.sum(0)[:, None, None]
             # A cluster with images in one half only is measured by all of them.
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
-            halves.append(
-                torch.stack([torch.stack([whitening(covariance) for covariance in half]) for half in each]).half()
-            )
-            white = torch.stack([whitening(covariance) for covariance in both]).half()
+            vectors = torch.where(counts > 0, counts, counts.sum(0)) * gaussian.side**2
+            halves.append(torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)]))
+            white = _whitenings(both, counts.sum(0) * gaussian.side**2)
             for k in range(len(gaussian.whiten_KDD) if self.before is not None else 0):
                 if not (self.cluster_n == k).any():  # nothing new is known of it
                     white[k] = gaussian.whiten_KDD[k]
@@ -515,6 +514,12 @@ class _Fitting:
             tuple(token_nE.cpu() for token_nE in seen.tokens),
             seen.embedding_nF.cpu(),
         )
+
+
+def _whitenings(covariance_KDD: Tensor, vectors_K: Tensor) -> Tensor:
+    """`whitening` of every cluster's covariance, in fp16."""
+    pairs = zip(covariance_KDD, vectors_K, strict=True)
+    return torch.stack([whitening(covariance, count) for covariance, count in pairs]).half()
 
 
 def _add(totals: list[Tensor], parts: list[Tensor], variant_B: Tensor, variants: int) -> None:

@@ -51,6 +51,9 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     fresh = _named(fitted, samples, class_name, notes)
     model = copy.deepcopy(fitted.model)
     source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
+    if not len(source) and source.skipped:
+        unread = source.skipped[0]
+        raise DataError(f"none of the {len(fresh)} images can be read, such as {unread.path}: {unread.reason}")
     there = set(memory.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
