@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from twinspect import Detector
 from twinspect import evaluation as room
 from twinspect.cli import app
-from twinspect.commands.evaluate import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
-from twinspect.commands.results import grouped, mean_of
+from twinspect.commands.evaluate import AS_GIVEN, choose_test, tables, without_leaks
+from twinspect.commands.results import grouped, mean_of, text_table
 from twinspect.data import load
+from twinspect.data.leaks import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.decide.decision import count_calls
 from twinspect.errors import ConfigError, DataError
@@ -268,7 +269,7 @@ def test_nothing_left_after_leaks(tmp_path: Path) -> None:
     pairs = [(only.known[0], only.samples[0])]
     with pytest.raises(DataError, match="nothing is left"):
         without_leaks(only, pairs)
-    assert leaked_pairs(only) == []
+    assert find_leaks([*only.known, *only.samples]) == []
 
 
 def test_a_semantic_split_is_learnt_and_measured_by_name(tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ def test_lines_show_a_dash_where_nothing_is_defined() -> None:
         "defects": {},
     }  # fmt: skip
     values |= {"decisions": {}, "decisions_mean": {}}
-    lines = list(metric_lines(values))
+    lines = [line for table in tables(values) for line in text_table(table)]
     assert any(line.split() == ["b", "-"] for line in lines)
     assert any(line.split() == ["a", "0.2500"] for line in lines)
 

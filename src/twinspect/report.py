@@ -44,6 +44,15 @@ class Table:
     rows: tuple[tuple[str | int | float, ...], ...]
     note: str = ""
 
+    def cells(self) -> list[list[str]]:
+        """Columns and rows as they are written."""
+        rows = (self.columns, *self.rows)
+        return [[f"{value:.4f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers; those, and the dash for none, stand to the right."""
+        return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -195,12 +204,8 @@ class _Album:
 def _shown(part: Part, album: _Album) -> dict[str, Any]:
     """A part as the template takes it."""
     if isinstance(part, Table):
-        rows = [[_cell(value) for value in row] for row in part.rows]
-        # A heading stands over its values: numbers (and the dash for none) to the right, texts to the left.
-        numeric = [place > 0 and any(not isinstance(row[place], str) for row in part.rows)
-                   for place in range(len(part.columns))]  # fmt: skip
-        columns = [{"text": name, "number": one} for name, one in zip(part.columns, numeric, strict=True)]
-        return {"kind": "table", "title": part.title, "columns": columns, "rows": rows, "note": part.note}
+        columns = [{"text": name, "number": one} for name, one in zip(part.columns, part.numeric(), strict=True)]
+        return {"kind": "table", "title": part.title, "columns": columns, "rows": part.cells()[1:], "note": part.note}
     if isinstance(part, Cases):
         pictures = [album.add(case) for case in part.cases]
         return {
@@ -211,10 +216,6 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
 
     # Everything the chart got from outside is escaped where the SVG is made.
     return {"kind": "chart", "title": part.title, "svg": Markup(part.svg())}
-
-
-def _cell(value: str | int | float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _gradient() -> str:

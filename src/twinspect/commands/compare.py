@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect import data as data_room
 from twinspect.commands.evaluate import TestSet, choose_test, has_learnt, problems
 from twinspect.commands.options import CompareOptions
-from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
+from twinspect.commands.results import check_outputs, publish, read_data, say_tables
 from twinspect.console import NOTHING_SCORED, Console
-from twinspect.errors import ConfigError
 from twinspect.evaluation import Evaluation, evaluate
 from twinspect.inference.predictor import Predictor, name_of
 from twinspect.inference.runtimes import is_export, load_predictor
@@ -24,59 +22,48 @@ from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Section, Table, case_of
 
 _SHOWN = 24  # pictures, those that the models differ on most
-_MOST_DRAWS = 100_000
 Rows = Mapping[str, Mapping[str, Any]]  # of a model's results, by path
 Pair = tuple[Rows, Rows]
 
 
-def compare_command(options: CompareOptions, console: Console) -> None:
+def compare(options: CompareOptions, console: Console) -> None:
     """Score the test images with both models, say what differs and write it where asked.
 
     Raises:
         SystemExit: 1, where no image could be scored by both.
     """
-    if not 1 <= options.draws <= _MOST_DRAWS:
-        raise ConfigError(f"--draws {options.draws}: accepted 1 to {_MOST_DRAWS}")
     check_outputs(options.report, options.json_file)
     paths = (options.first, options.second)
     predictors = [load_predictor(path, device=options.device) for path in paths]
-    loaded = data_room.load(options.data, options.layout, options.images)
-    for line in loaded.summary():
-        console.say(line)
+    loaded = read_data(options.data, options.layout, options.images, console)
     test = choose_test(loaded, options.split, options.seed, predictors)
     console.say(test.describe())
+    measured = []
     for path, predictor in zip(paths, predictors, strict=True):
         if seen := sum(has_learnt(predictor, sample) for sample in test.samples):
             console.warn(f"{path.name} has learnt {seen} of the test images, which flatters it")
-    found = []
-    for path, predictor in zip(paths, predictors, strict=True):
         console.say(f"scoring with {path.name}")
-        found.append(evaluate(predictor, test.samples, console.progress, pooled=test.pooled))
-        for line in problems(found[-1]):
-            console.warn(line)
-    values = as_values(options, test, found)
+        measured.append(evaluate(predictor, test.samples, console.progress, pooled=test.pooled))
+    values = as_values(options, test, measured)
+    for line in problems(values, 2 * _SHOWN):
+        console.warn(line)
     for table in tables(values):
-        for line in text_table(table):
-            console.say(line)
+        say_tables([table], console)
         if table.note:
             console.say(table.note)
-    publish_json(options.json_file, values, console)
-    for path in options.report:
-        shown = sections(values, _pictures(values, predictors, test) if path.suffix.lower() == ".html" else ())
-        facts = {
-            "data": f"{test.name} [{test.hash}]",
-            "test images": f"{values['images']}",
-            "seed": f"{options.seed}",
-        }
-        write_results(path, f"{paths[0].name} and {paths[1].name}", shown, facts, values)
-        console.say(f"wrote {path}")
+    facts = {"data": f"{test.name} [{test.hash}]", "test images": f"{values['images']}", "seed": f"{options.seed}"}
+
+    def shown(pictures: bool) -> list[Section]:
+        return sections(values, _pictures(values, predictors, test) if pictures else ())
+
+    publish(options, f"{paths[0].name} and {paths[1].name}", facts, values, shown, console)
     if not values["images"]:
         raise SystemExit(NOTHING_SCORED)
 
 
-def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation]) -> dict[str, Any]:
+def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluation]) -> dict[str, Any]:
     """Everything found, ready for JSON; ``first`` and ``second`` are the models in the order they were given."""
-    rows = ({row["path"]: row for row in found[0].rows}, {row["path"]: row for row in found[1].rows})
+    rows = ({row["path"]: row for row in measured[0].rows}, {row["path"]: row for row in measured[1].rows})
     both = [path for path in rows[0] if path in rows[1]]
     models = {
         key: {
@@ -85,7 +72,7 @@ def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation
             "model_ms": round(median(row["ms"] for row in one.rows), 2) if one.rows else None,
             "mean": one.table["mean"], "classes": one.table["classes"], "decisions": one.decisions,
         }
-        for key, path, one in zip(("first", "second"), (options.first, options.second), found, strict=True)
+        for key, path, one in zip(("first", "second"), (options.first, options.second), measured, strict=True)
     }  # fmt: skip
     return {
         **models,
@@ -94,7 +81,8 @@ def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation
         "auroc_difference": auroc_difference(rows, both, test.pooled, options.draws, options.seed),
         "decisions": _decisions(rows, both),
         "differ": _differing(rows, both),
-        "failed": sorted({line for one in found for line in one.failed}),
+        "failed": sorted({line for one in measured for line in one.failed}),
+        "masks_not_used": sorted({line for one in measured for line in one.masks}),
     }
 
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.config import RULES
 from twinspect.errors import ConfigError, DataError, unknown_name
 
 Floats = NDArray[np.float64]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
 FEWEST_TAIL = 10  # good images below which nothing is said about a tail
-RULES = ("f1-max", "min-cost", "zero-miss")
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
 

@@ -1,18 +1,25 @@
-"""``twinspect info --card``: the model card, made of what a bundle or an export says of itself."""
+"""``twinspect info``: what a bundle or an export says of itself, as lines, as JSON, or as a model card."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twinspect.commands.decisions import threshold_table
-from twinspect.commands.results import markdown
+from twinspect.bundle import read_bundle
+from twinspect.commands.calibrate import threshold_table
+from twinspect.commands.options import InfoOptions
+from twinspect.commands.results import markdown, text_table
 from twinspect.config import RunConfig
+from twinspect.console import Console
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.rules import class_sentence
+from twinspect.errors import NONSENSE, BundleError
+from twinspect.inference.runtimes import export_info, is_export, read_export
 from twinspect.models.weights import EMBEDDED
 from twinspect.report import Section, Table
 
@@ -27,15 +34,72 @@ _LASTING_LIMITS = (
 )
 
 
+def info(options: InfoOptions, console: Console) -> None:
+    """Print what a model says of itself.
+
+    Raises:
+        BundleError: the file is damaged, or of another version of the library.
+    """
+    if options.as_card:
+        console.result(card(options.bundle))
+    elif options.as_json:
+        console.result(json.dumps(info_lines(options.bundle), indent=1))
+    else:
+        console.say("\n".join(info_text(info_lines(options.bundle))))
+
+
+def info_lines(bundle: Path) -> dict[str, Any]:
+    """What a bundle says of itself, without building the model."""
+    if is_export(bundle):
+        return export_info(bundle)
+    meta = read_bundle(bundle).meta
+    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
+    learnt = hashlib.sha256("".join(decision.trained).encode()).hexdigest()  # their ids are sorted
+    try:
+        return {
+            "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
+            "learnt from": f"{len(decision.trained)} images, sha256 of their ids {learnt[:16]}",
+            "seed": meta["config"]["train"]["seed"],
+            "thin": meta["thin"],
+            **meta["record"],
+            "model_id": decision.model_id,
+            "threshold": decision.threshold.value,
+            "promise": decision.threshold.sentence,
+            "thresholds": {
+                name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
+                for name, rule in promises(decision)
+            },
+            "config": meta["config"],
+        }
+    except NONSENSE as error:
+        raise BundleError(f"{bundle}: its parts do not fit together ({error})") from None
+
+
+def info_text(content: dict[str, Any]) -> Iterator[str]:
+    """The same as aligned lines: one fact a line, then the thresholds; settings are for ``--json``."""
+    facts = dict(_flat({k: v for k, v in content.items() if k not in ("thresholds", "config")}))
+    width = max(map(len, facts))
+    yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
+    if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
+        yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}, ")
+        elif value not in ([], ""):
+            several = value if isinstance(value, list) else [value]
+            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(told)
+
+
 def card(path: Path) -> str:
     """The model card of a bundle or an export, in Markdown.
 
     Raises:
         BundleError: the file is damaged, or of another version of the library.
     """
-    from twinspect.bundle import read_bundle
-    from twinspect.inference.runtimes import is_export, read_export
-
     if is_export(path):
         export = dataclasses.asdict(read_export(path))
         made = f"twinspect {export['writer']}, exported for {export['runtime']} in {export['precision']}"
