@@ -307,7 +307,7 @@ def test_predict_that_breaks_off_leaves_no_whole_looking_table(
 def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     image = images_to_test(parts, None)[0]
     assert "accepted endings are .parquet, .csv, .jsonl" in failed("predict", bundle, image, "--out", "t.xlsx")
-    assert "--batch -1: accepted 0 to 4,096" in failed("predict", bundle, image, "--batch", -1)
+    assert "--batch -1: accepted 0 or more" in failed("predict", bundle, image, "--batch", -1)
     assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")

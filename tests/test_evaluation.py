@@ -78,13 +78,12 @@ def bundle_of_loco(detector_of_loco: Detector, tmp_path_factory: pytest.TempPath
 def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detector_of_loco: Detector) -> None:
     samples = room.test_samples(load(loco).samples)
     kept: dict[str, list] = {}
-
-    def visit(sample: Sample, result: Result) -> None:
+    predictor = detector_of_loco.predictor()
+    for sample, result in zip(samples, predictor.predict(samples), strict=True):
         shape = (result.height, result.width)
         regions = [(r.mask, r.saturation) for r in read_regions(sample, shape)] if sample.label else []
         kept.setdefault(sample.class_name, []).append((result.map, regions, sample.defect_type))
-
-    found = evaluate(detector_of_loco.predictor(), samples, silent, visit)
+    found = evaluate(predictor, samples, silent)
     for name, row in found.table["classes"].items():
         maps, regions, kinds = zip(*kept[name], strict=True)
         assert row["auspro_005"] == pytest.approx(auspro(maps, regions), abs=1e-6)

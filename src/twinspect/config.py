@@ -69,7 +69,8 @@ def option(help: str, default: Any = MISSING, flag: str = "", accepts: Range | t
         help: what it does, for ``--help``.
         default: where it is not typed.
         flag: instead of one made of its name; several with spaces between.
-        accepts: numbers or words that `check_options` accepts; anything where it is empty.
+        accepts: numbers or words that `check_options` accepts. Where it is empty any word and every number from 0 on
+            is; the default always is.
     """
     return field(default=default, metadata={"help": help, "flag": flag, "accepts": accepts})
 
@@ -81,17 +82,19 @@ def flag_of(one: Field[Any]) -> str:
 
 
 def check_options(options: Any) -> None:
-    """Refuse values of a dataclass's fields that their `option` does not accept; defaults are.
+    """Refuse values of a dataclass's fields that their `option` does not accept.
 
     Raises:
         ConfigError: says the flag, the value and what is accepted.
     """
-    for one in fields(options):
-        value, accepts = getattr(options, one.name), one.metadata.get("accepts", ())
-        flag = flag_of(one).split()[0]
-        if isinstance(accepts, Range):
-            _check(not accepts.refusal(value), f"{flag} {value}: {accepts.refusal(value)}")
-        elif accepts and value != one.default:
+    for one in (one for one in fields(options) if "accepts" in one.metadata):
+        value, accepts, flag = getattr(options, one.name), one.metadata["accepts"], flag_of(one).split()[0]
+        if value == one.default:
+            continue
+        if type(value) in (int, float):
+            refusal = (accepts or Range(0)).refusal(value)
+            _check(not refusal, f"{flag} {value}: {refusal}")
+        elif accepts:
             _check(value in accepts, unknown_name(flag, value, accepts))
 
 
@@ -181,7 +184,6 @@ class ModelConfig:
     depth: int = option(
         "Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage.",
         0,
-        accepts=Range(0),
     )
     dropout: float = option(
         "Noise of the bottleneck; 0.4 suits very large and varied sets.", 0.2, accepts=Range(0, 0.99)
@@ -189,7 +191,6 @@ class ModelConfig:
     ee_shrink: int = option(
         "Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN).",
         0,
-        accepts=Range(0),
     )
     ee_depth: float = option(
         "Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25.",
@@ -248,7 +249,6 @@ class ModelConfig:
         "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on "
         "good images; 0 leaves it out.",
         0.0,
-        accepts=Range(0),
     )
 
     def __post_init__(self) -> None:
@@ -359,8 +359,8 @@ class TrainConfig:
         "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.", 2e-3, accepts=ABOVE_ZERO
     )
     lr_ee: float = option("Peak learning rate of the Encoder-Encoder.", 1e-3, accepts=ABOVE_ZERO)
-    warmup: int = option("Steps of linear warm-up.", 10, accepts=Range(0))
-    weight_decay: float = option("Decoupled weight decay.", 1e-4, accepts=Range(0))
+    warmup: int = option("Steps of linear warm-up.", 10)
+    weight_decay: float = option("Decoupled weight decay.", 1e-4)
     clip: float = option("Largest gradient norm of each student.", 0.1, accepts=ABOVE_ZERO)
     noisy_or: str = option("Reading of the Noisy-OR objective: n1, n2 or n3.", "n2", accepts=("n1", "n2", "n3"))
     easy_ramp: int = option(
@@ -382,7 +382,7 @@ class TrainConfig:
         "auto",
         accepts=("auto", "fixed", "free"),
     )
-    time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0, accepts=Range(0))
+    time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
     checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
     tolerate: str = option(
         "Changes of good images that are no anomaly: jpeg, light, shift, separated by commas. Altered copies are "
@@ -400,9 +400,8 @@ class TrainConfig:
     drop_outliers: int = option(
         "Leave out so many good images that are least like the others; fit lists them, also without this.",
         0,
-        accepts=Range(0),
     )
-    cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0, accepts=Range(0))
+    cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -93,39 +92,6 @@ class Section:
     title: str
     text: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
-
-
-@dataclass(slots=True)
-class Gallery:
-    """Keeps the clearest and the hardest images of every kind while results stream by; constant memory.
-
-    Attributes:
-        keep: how many of each.
-    """
-
-    keep: int = 6
-    _found: dict[tuple[bool, str], list[tuple[float, Case]]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, result: Result, kind: str, anomalous: bool) -> None:
-        """Look at one result (with map and image) whose truth is known."""
-        for hardest in (True, False):
-            # The hardest defect scores lowest, the hardest good image highest.
-            rank = result.score if anomalous == hardest else -result.score
-            kept = self._found[hardest, kind]
-            if len(kept) == self.keep and rank >= kept[-1][0]:
-                continue
-            kept.append((rank, case_of(result, kind)))
-            kept.sort(key=lambda pair: pair[0])
-            del kept[self.keep :]
-
-    def cases(self, hardest: bool, scale: tuple[float, float]) -> tuple[Cases, ...]:
-        """Pictures by kind: those scored most against their truth, or most in favour of it."""
-        word = "Hardest" if hardest else "Clearest"
-        return tuple(
-            Cases(f"{word}: {kind}", tuple(case for _, case in kept), scale)
-            for (which, kind), kept in self._found.items()
-            if which == hardest
-        )
 
 
 def case_of(result: Result, kind: str) -> Case:

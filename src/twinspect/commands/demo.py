@@ -17,18 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.bundle import refuse_unwritable
-from twinspect.charts import Histogram, LineChart, Series
 from twinspect.commands.options import DemoOptions
 from twinspect.commands.results import check_outputs, say_tables, write_json
+from twinspect.commands.review import Review
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import DataError
 from twinspect.evaluation import Evaluation, evaluate
-from twinspect.inference.result import Result
-from twinspect.metrics import auroc, bootstrap_interval, roc_curve
+from twinspect.metrics import auroc, bootstrap_interval
 from twinspect.models.weights import DEFAULT_EMBEDDED
-from twinspect.report import Gallery, Section, Table, write_report
+from twinspect.report import Section, Table, write_report
 from twinspect.types import TEST, TRAIN, Sample
 
 PACKAGE = "conformal_clip_data"
@@ -87,15 +86,14 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     detector.fit(training, progress=console.progress)
     fit_s = time.monotonic() - began
     detector.save(bundle)
-    gallery = Gallery()
-
-    def visit(sample: Sample, result: Result) -> None:
-        gallery.add(result, kind_of(sample), sample.label == 1)
-
-    measured = evaluate(detector.predictor(), test, console.progress, visit)
+    measured = evaluate(detector.predictor(), test, console.progress)
+    review = Review()
+    for row in measured.rows:
+        review.add(row)
     metrics = measure(detector, measured, fit_s)
     write_json(numbers, metrics)
-    shown, images = sections(metrics, measured, detector, gallery), metrics["images"]
+    result, made = sections(metrics)
+    shown, images = [result, *review.sections(detector.predictor().predict), made], metrics["images"]
     facts = {
         "Learned from": f"{images['train']} good images, {images['calibration']} more set the threshold",
         "Tested on": ", ".join(f"{count} {kind}" for kind, count in images["test"].items()),
@@ -104,7 +102,7 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
         "Prediction": f"{metrics['predict_img_per_s']} images/s",
     }
     write_report(page, "twinspect demo: textile", shown, facts)
-    say_tables((part for part in shown[0].parts if isinstance(part, Table)), console)
+    say_tables((part for part in result.parts if isinstance(part, Table)), console)
     console.say(f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s")
     console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
@@ -157,14 +155,6 @@ def against_nominal(measured: Evaluation, score: str, kind: str) -> tuple[NDArra
     return np.array([row[score] for row in rows]), np.array([row["label"] for row in rows])
 
 
-def scores_by_kind(measured: Evaluation, score: str) -> dict[str, NDArray[np.float64]]:
-    """Scores of the test images of every kind."""
-    return {
-        kind: np.array([row[score] for row in measured.rows if (row["defect_type"] or NOMINAL) == kind])
-        for kind in (NOMINAL, LOCAL, GLOBAL)
-    }
-
-
 def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str, Any]:
     """Everything that goes to ``metrics.json``; ``train_s`` is all of fit: features, steps, statistics."""
     kinds, record, threshold = (LOCAL, GLOBAL, ALL), detector.record_, detector.fitted.decision.threshold
@@ -173,7 +163,10 @@ def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str,
     )
     # How much of a number is luck of the test images.
     spans = {k: bootstrap_interval(*against_nominal(measured, "score", k), auroc, n=300) for k in kinds}
-    scores = scores_by_kind(measured, "score")
+    scores = {
+        kind: np.array([row["score"] for row in measured.rows if (row["defect_type"] or NOMINAL) == kind])
+        for kind in (NOMINAL, LOCAL, GLOBAL)
+    }
     return {
         "auroc": both,
         "auroc_ed_only": local,
@@ -193,9 +186,9 @@ def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str,
     }
 
 
-def sections(metrics: dict[str, Any], measured: Evaluation, detector: Detector, gallery: Gallery) -> list[Section]:
-    """The report: what was measured, how scores fall, the hardest and clearest images, how it was made."""
-    decision, kinds = detector.fitted.decision, (LOCAL, GLOBAL, ALL)
+def sections(metrics: dict[str, Any]) -> tuple[Section, Section]:
+    """What was measured, and how it was made."""
+    kinds = (LOCAL, GLOBAL, ALL)
     words = (
         "One model saw good textile images only. Local defects change a small spot, global ones the whole "
         "image. The local student (ED) rebuilds patches, the semantic student (EE) the whole image's meaning; "
@@ -210,41 +203,11 @@ def sections(metrics: dict[str, Any], measured: Evaluation, detector: Detector, 
     counts, called = metrics["images"]["test"], metrics["called_anomalous"]
     calls = tuple((kind, counts[kind], f"{called[kind]:.1%}") for kind in counts)
     decisions = Table("Called anomalous at the threshold", ("kind", "images", "called anomalous"), calls)
-    curves = (
-        _roc(measured, "Joint score, by kind of defect", {kind: ("score", kind) for kind in kinds}),
-        _roc(measured, "All defects, by student", {name: (score, ALL) for score, name in SCORES.items()}),
-    )
-    histograms = tuple(
-        Histogram(
-            name[:1].upper() + name[1:],
-            "score",
-            scores_by_kind(measured, score),
-            decision.threshold.value if score == "score" else None,
-        )
-        for score, name in SCORES.items()
-    )
-    hard = "Of each kind, the images whose score speaks most against the truth: what this model gets wrong."
-    heights = "A higher score is more anomalous. Every row has its own height; the axis is common."
     settings = {**metrics["settings"]["model"], **metrics["settings"]["train"], "size": metrics["size"]}
     made = [
         ("teacher weights", f"{metrics['teacher']['weights']}, hash {metrics['teacher']['hash']}"),
         ("steps taken", f"{metrics['training']['steps']} ({metrics['training']['stopped']})"),
         *((name, str(value)) for name, value in settings.items() if value != ""),
     ]
-    return [
-        Section("Result", words, (areas, decisions)),
-        Section("ROC curves", (), curves),
-        Section("Scores by kind", (heights,), histograms),
-        Section("Hardest images", (hard,), gallery.cases(hardest=True, scale=decision.map_scale)),
-        Section("Clearest images", (), gallery.cases(hardest=False, scale=decision.map_scale)),
-        Section("How it was made", (), (Table("Settings", ("setting", "value"), tuple(made)),)),
-    ]
-
-
-def _roc(measured: Evaluation, title: str, lines: dict[str, tuple[str, str]]) -> LineChart:
-    """ROC curves by name, each of (score, kind of defect)."""
-    series = []
-    for name, which in lines.items():
-        alarms, hits, _ = roc_curve(*against_nominal(measured, *which))
-        series.append(Series(name, alarms, hits))
-    return LineChart(title, "false positive rate", "true positive rate", tuple(series))
+    table = Table("Settings", ("setting", "value"), tuple(made))
+    return Section("Result", words, (areas, decisions)), Section("How it was made", (), (table,))

@@ -10,10 +10,11 @@ from twinspect.commands.options import DiagnoseOptions
 from twinspect.commands.results import check_outputs, publish, say_tables
 from twinspect.console import Console
 from twinspect.decide.decision import mixed_up
-from twinspect.diagnose import Diagnosis, Plan
+from twinspect.diagnose import KINDS, Composite, Diagnosis, Plan
 from twinspect.diagnose import diagnose as run
 from twinspect.inference import load
-from twinspect.report import Gallery, Section, Table
+from twinspect.inference.result import Result
+from twinspect.report import Case, Cases, Section, Table, case_of
 
 _TITLES = {
     "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
@@ -37,10 +38,14 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)
     samples = data.load(options.data, options.layout, options.images).samples
-    gallery = Gallery(keep=_HARDEST)
+    passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
+
+    def visit(made: Composite, result: Result) -> None:
+        passed[made.kind].append((result.score, case_of(result, made.kind)))
+        passed[made.kind] = sorted(passed[made.kind], key=lambda one: one[0])[:_HARDEST]
+
     pictures = any(path.suffix.lower() == ".html" for path in options.report)
-    visit = (lambda made, result: gallery.add(result, made.kind, True)) if pictures else None
-    diagnosis = run(predictor, samples, plan, console.progress, visit)
+    diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
     values = {
         "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
         "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
@@ -51,8 +56,10 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     for line in sentences(diagnosis):
         console.say(line)
     shown = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
-    if cases := gallery.cases(True, predictor.decision.map_scale):
-        shown.append(Section("What passed most easily", (), cases))
+    if pictures:
+        scale = predictor.decision.map_scale
+        cases = (Cases(kind, tuple(case for _, case in found), scale) for kind, found in passed.items())
+        shown.append(Section("What passed most easily", (), tuple(cases)))
     facts = {
         "model": f"{values['bundle']} ({values['model_id']})",
         "data": values["data"],

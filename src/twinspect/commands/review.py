@@ -181,6 +181,8 @@ def _kinds(margin: float, label: int) -> Iterator[tuple[str, float]]:
         yield "False alarms, worst first", -margin
     elif label == 1 and margin < 0:
         yield "Missed defects, worst first", margin
+    elif label == 1:
+        yield "Defects found, clearest first", -margin
 
 
 def _number(value: Any) -> float:
