@@ -41,9 +41,9 @@ from twinspect.models import statistics as statistics_room
 from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
 from twinspect.training import statistics as fitting_room
-from twinspect.training.fit import cache_folder, choose_images, fit
+from twinspect.training.fit import choose_images, fit
 from twinspect.training.normal import GoodImages, fit_statistics
-from twinspect.training.source import FeatureSource
+from twinspect.training.source import FeatureSource, cache_folder
 
 MASK_SIDE = 128
 

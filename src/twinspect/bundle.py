@@ -21,7 +21,7 @@ from twinspect._version import __version__
 from twinspect.errors import NONSENSE, BundleError
 from twinspect.files import replacing
 
-FORMAT = 6  # raised when the statistics of a model, or what is made of them, change: 6 has maps of all layer groups
+FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 _SIGNATURE = "signature.txt"

@@ -23,7 +23,7 @@ T = TypeVar("T")
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 MOST_TILES = 48  # each has statistics of its own
 OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
-_CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
+CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 RULES = ("f1-max", "min-cost", "zero-miss")  # how labelled images choose a threshold
 _TERMS = ("flat", "spatial", "channel", "intra", "inter")
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -176,7 +176,7 @@ class ModelConfig:
         accepts=Range(SMALLEST, LARGEST, zero="the teacher's default"),
     )
     tiles: str = option(
-        "RxC: see pictures in rows and columns of overlapping tiles; auto: as their size asks for.", ""
+        "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs.", ""
     )
     width: int = option(
         "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).", 0, accepts=Range(0)
@@ -342,7 +342,7 @@ def tolerated(text: str) -> tuple[str, ...]:
     """
     kinds = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in kinds:
-        _check(name in _CHANGES, unknown_name("--tolerate", name, _CHANGES))
+        _check(name in CHANGES, unknown_name("--tolerate", name, CHANGES))
     return kinds
 
 
@@ -398,7 +398,7 @@ class TrainConfig:
         accepts=Range(0, 512),
     )
     drop_outliers: int = option(
-        "Leave out so many good images that are least like the others; fit lists them, also without this.",
+        "Number of good images to leave out: those least like the others, which fit lists in any case.",
         0,
     )
     cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)

@@ -97,7 +97,10 @@ def parse_batches(text: str) -> tuple[int, ...]:
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
     if images is not None:
-        files = [encoded(item) for item in islice(expand(images), 64)]
+        files = []
+        for item in islice(expand(images), 64):
+            files.append(encoded(item))
+            read_rgb(files[-1], name=item.name)  # one that cannot be read would be measured as a very fast one
         return files, f"{len(files)} files of {images.name}"
     rng, files = np.random.default_rng(0), []
     for number in range(_PAINTED):

@@ -21,6 +21,7 @@ from twinspect.models.weights import store_dir as weights_folder
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
+_OF_CHECKOUT = ("dev", "docs")  # extras that are of use in a checkout of the project only
 _BUSY = 0.5  # load average of a machine that other work is using
 
 
@@ -53,6 +54,8 @@ def _packages(problems: list[str]) -> Iterator[str]:
     yield "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
     for extra, names in declared_extras().items():
         absent = ", ".join(name for name in names if not _version(name))
+        if absent and extra in _OF_CHECKOUT:
+            continue
         yield (
             f'extra {extra}: lacks {absent}; type: pip install "twinspect[{extra}]"'
             if absent
@@ -82,7 +85,7 @@ def _machine(problems: list[str]) -> Iterator[str]:
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     load = f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
     yield f"processor: {usable_cores()} cores, {size}{load}"
-    yield f"threads of torch wait for each other {waiting()}"
+    yield f"how torch's threads share the cores: {waiting()}"
     if not _version("torch"):
         return
     import torch

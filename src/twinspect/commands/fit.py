@@ -11,6 +11,7 @@ from typing import Any
 from twinspect import files
 from twinspect.bundle import keep_old, refuse_unwritable
 from twinspect.commands.calibrate import threshold_lines
+from twinspect.commands.info import outlier_lines
 from twinspect.commands.options import FitOptions
 from twinspect.commands.results import read_data, warn_of
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
@@ -22,12 +23,12 @@ from twinspect.inference.tiles import Tiles, reach
 from twinspect.models.weights import explain_auto, resolve_auto
 from twinspect.storage import Fitted, load, save
 from twinspect.training.distributed import joined
-from twinspect.training.fit import features_folder, fitting_tiles
 from twinspect.training.fit import fit as train
+from twinspect.training.fit import fitting_tiles
 from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
+from twinspect.training.source import features_folder
 
 _COARSE = 2.0  # pixels of a picture that a pixel of the model covers, from which on this is said
-_LEAST_LIKE = 5  # training images that are shown
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
 
 
@@ -155,23 +156,6 @@ def report_lines(fitted: Fitted, out: Path) -> Iterator[str]:
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
-
-
-def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
-    """The training images that are least like the others, and those that were left out for it."""
-
-    def named(rows: list[dict[str, Any]]) -> str:
-        return ", ".join(f"{row['path']} ({row['score']:.1f})" for row in rows)
-
-    if dropped := record.get("dropped"):
-        yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
-    listed = record["least_like"]
-    yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
-    if apart := [row for row in listed if row["apart"]]:
-        yield (
-            f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
-            f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
-        )
 
 
 def pixel_lines(record: dict[str, Any], tiles: Tiles) -> Iterator[str]:

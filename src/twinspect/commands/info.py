@@ -33,6 +33,8 @@ _LASTING_LIMITS = (
     "The model was not made to judge people, and not for decisions about safety without a person who checks them.",
 )
 
+_LEAST_LIKE = 5  # training images that are shown
+
 
 def info(options: InfoOptions, console: Console) -> None:
     """Print what a model says of itself.
@@ -75,11 +77,31 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         raise BundleError(f"{bundle}: its parts do not fit together ({error})") from None
 
 
+def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
+    """The training images that are least like the others, and those that were left out for it."""
+
+    def named(rows: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{row['path']} ({row['score']:.1f})" for row in rows)
+
+    if dropped := record.get("dropped"):
+        yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
+    listed = record["least_like"]
+    yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
+    if apart := [row for row in listed if row["apart"]]:
+        yield (
+            f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
+            f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
+        )
+
+
 def info_text(content: dict[str, Any]) -> Iterator[str]:
     """The same as aligned lines: one fact a line, then the thresholds; settings are for ``--json``."""
-    facts = dict(_flat({k: v for k, v in content.items() if k not in ("thresholds", "config")}))
+    apart = ("thresholds", "config", "least_like", "dropped")
+    facts = dict(_flat({k: v for k, v in content.items() if k not in apart}))
     width = max(map(len, facts))
     yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
+    if "least_like" in content:
+        yield from outlier_lines(content)
     if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
         yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
 
@@ -121,13 +143,14 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }
-    taught = f"{images['train']} taught the students, and {images['calibration']} were kept to measure their skill"
+    learnt = len(decision.trained)  # `calibrate` changes what calibrates, not this
+    taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
     if not record["training"]["steps"]:
         taught = "and no students: statistics of these images alone"
     data = Section(
         "Data",
         (
-            f"{images['train'] + images['calibration']} good images, {taught}. {images['skipped']} were left out. "
+            f"{learnt} good images, {taught}. {images['skipped']} were left out. "
             "No image with a defect was learnt from.",
         ),
         (_classes(record, decision),),

@@ -58,6 +58,7 @@ _EXPECTED = {
 }
 # Names of which one means good, and nobody can tell which.
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
+_UNCLEAR = frozenset("true false positive positives negative negatives pos neg".split())
 _LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # tables that are read are not among them
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
 _NOT_USED = "{} is not used: the names of folders say which images are good"
@@ -298,9 +299,9 @@ def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]
             log.note(_NOT_USED.format(table))
     if assumed and len(classes) == 1:
         ((name, count),) = assumed.items()
-        log.note(f"no folder is called good: {count:,} images are taken as good images of one class, {name!r}")
+        log.note(f"no folder in it is called good: {count:,} images are taken as good images of one class, {name!r}")
     elif len(assumed) == len(classes) and assumed:
-        log.note(f"no folder is called good: each folder is one class of good images ({len(assumed)} classes)")
+        log.note(f"no folder in it is called good: each folder is one class of good images ({len(assumed)} classes)")
     elif assumed:
         log.note(f"nothing says which images of {', '.join(assumed)} are good: all of them are taken as good")
     return samples
@@ -384,7 +385,13 @@ class _ClassReader:
     def _gather(self, place: Path, context: tuple[str, ...]) -> None:
         governed: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
         for here, images, others in walk(place, self._log):
-            _refuse_pair(here, [sub.name for sub in subfolders(here)])
+            inner = [sub.name for sub in subfolders(here)]
+            _refuse_pair(here, inner)
+            if images and (unclear := [name for name in inner if name.lower() in _UNCLEAR]):
+                raise DataError(
+                    f"{here}: images beside the folder {unclear[0]}, which may be good ones or not; "
+                    "rename it to good or bad"
+                )
             parts = (*context, *here.relative_to(place).parts)
             role = role_of(parts)
             tables = label_tables(here) if others and not role else []
@@ -439,6 +446,8 @@ class _ClassReader:
         if split in (TRAIN, CALIBRATION):
             return self._learnt(path, parts, split, role)
         if role == GOOD:
+            if not split and self._trains and parts:
+                self._log.note(f"{Path(*parts)} is learnt as well: its name says good, and neither training nor test")
             return Sample(path, split or TRAIN, self._name)
         if role == BAD:
             return Sample(path, TEST, self._name, 1, _kind(parts))

@@ -185,9 +185,8 @@ class ScoreHistogram:
         while self.budget.drop < other.budget.drop:
             self.budget.coarsen()
         for mine, theirs in zip(self.tables, other.tables, strict=True):
-            drop = other.budget.drop
-            for pages, rows in theirs.chunks():
-                mine.add_pages(pages, rows, drop)
+            for keys, counts in theirs.items():
+                mine.add(keys, counts)
         self.totals = PixelTotals.of([self.totals, other.totals])
         self.maps += other.maps
         self.rounded |= other.rounded

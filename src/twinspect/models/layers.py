@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -138,6 +140,25 @@ def silenced(x: Tensor, mask: Tensor, p: float) -> Tensor:
 def _of_256(p: float) -> int:
     """The chance in steps of a byte; something always gets through."""
     return min(255, round(256 * p))
+
+
+class AllSum(torch.autograd.Function):
+    """Sum over the processes of a group; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        """Sum of every process's values."""
+        ctx.group = group
+        total: Tensor = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Sum of every process's gradient."""
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class NoisyBottleneck(nn.Module):

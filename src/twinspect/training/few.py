@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.copies import Altered
+from twinspect.training.copies import Copy
 from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.types import Progress
+from twinspect.types import Progress, silent
 
 
 @torch.no_grad()
@@ -61,7 +61,8 @@ def fit_few(
     )
     score_n, counted_n = score_n.cpu(), good.counted_n.clone()
     for i in (i for members in originals.values() for own in members for i in own):
-        counted_n[places[i]] &= not isinstance(source.samples[i], Altered)
+        sample = source.samples[i]
+        counted_n[places[i]] &= not isinstance(sample, Copy) or sample.tolerated
     for members in (one for one in originals.values() if len(one) == 1):
         own = [places[i] for i in members[0]]
         for column in (score_n, peak_n, distance_n):
@@ -95,7 +96,7 @@ def _left_out(
         progress("leaving images out", turn + 1, turns)
         away = [i for members in several for own in members[turn : turn + 1] for i in own]
         known = sorted({i for members in originals.values() for own in members for i in own} - set(away))
-        fit_statistics(model, source, known, [], seed, _quiet, students=False, divide=False)
+        fit_statistics(model, source, known, [], seed, silent, students=False, divide=False)
         model.scorer.asks_students = False
         for part, observed, small in source.batches(away):
             out = model.score(observed, small)
@@ -112,7 +113,3 @@ def _students_columns(model: AnomalyModel) -> Tensor:
     column_R = torch.zeros(len(scorer.weight_R), dtype=torch.bool)
     column_R[:local] = column_R[scorer.local_count : scorer.local_count + semantic] = True
     return column_R
-
-
-def _quiet(_stage: str, _done: int, _total: int) -> None:
-    """Of the passes of one turn nothing is said."""

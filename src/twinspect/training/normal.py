@@ -3,7 +3,7 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+itself or for a copy that was made of it (`training.copies`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed, Plain
+from twinspect.models.observed import Observed
 from twinspect.models.scorer import TOP_SHARE, Scorer
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
@@ -93,20 +93,6 @@ class GoodImages(NamedTuple):
     embedding_nF: Tensor
 
 
-class Before(NamedTuple):
-    """What further images are added to.
-
-    Attributes:
-        good: the images that were learnt.
-        names: class of each.
-        classes: class of every cluster.
-    """
-
-    good: GoodImages
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
-
-
 @torch.no_grad()
 def fit_statistics(
     model: AnomalyModel,
@@ -149,7 +135,9 @@ def add_statistics(
     model: AnomalyModel,
     source: FeatureSource,
     images: Sequence[int],
-    before: Before,
+    before: GoodImages,
+    names_before: Sequence[str],
+    classes: Sequence[str],
     seed: int,
     progress: Progress,
 ) -> tuple[GoodImages, tuple[str, ...]]:
@@ -162,6 +150,8 @@ def add_statistics(
         source: has the new images, with their classes.
         images: positions of those to learn.
         before: what it learnt from.
+        names_before: classes of those images.
+        classes: class of every cluster.
         seed: of whatever is drawn.
         progress: called with (stage, done, total).
 
@@ -169,16 +159,16 @@ def add_statistics(
         Old images, then new ones; and the class of every cluster.
     """
     model.eval()
-    scorer, old = model.scorer, before.good
+    scorer = model.scorer
     fresh, embedding_nF = source.vectors(images)
-    tokens = tuple(torch.cat(pair) for pair in zip(old.tokens, fresh, strict=True))
-    embedding_nF = torch.cat([old.embedding_nF, embedding_nF])
-    names = [*before.names, *(source.samples[i].class_name for i in images)]
-    classes, sums = list(before.classes), _Sums.of(scorer, old.variant_n)
-    variant_n = scorer.clusters.extend(tokens[0], embedding_nF, names, old.variant_n, classes, seed)
+    tokens = tuple(torch.cat(pair) for pair in zip(before.tokens, fresh, strict=True))
+    embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
+    names = [*names_before, *(source.samples[i].class_name for i in images)]
+    known, sums = list(classes), _Sums.of(scorer, before.variant_n)
+    variant_n = scorer.clusters.extend(tokens[0], embedding_nF, names, before.variant_n, known, seed)
     seen = _Seen(variant_n, scorer.clusters.owner_V[variant_n], torch.ones_like(variant_n) > 0, tokens, embedding_nF)
-    fitting = _Fitting(model, source, images, seen, progress, scorer.students_count(), sums, old)
-    return fitting.default(seed), tuple(classes)
+    fitting = _Fitting(model, source, images, seen, progress, scorer.students_count(), sums, before)
+    return fitting.default(seed), tuple(known)
 
 
 class _Seen(NamedTuple):
@@ -268,9 +258,12 @@ class _Fitting:
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
-        rows = [(plain.local_BR, plain.semantic_BR, peak_B) for _, plain, _, peak_B in self._answers(peaks=True)]
-        local, semantic, peak_n = (torch.cat(column) for column in zip(*rows, strict=True))
-        return self._calibrated(torch.cat([local, semantic], 1), peak_n, self.held_n)
+        readings, peaks = [], []
+        for _, observed, small in self._batches():
+            plain = self.model.plain(observed, small)
+            readings.append(torch.cat([plain.local_BR, plain.semantic_BR], 1))
+            peaks.append(self._peaks(self.scorer.finish(plain.map_Bhw)))
+        return self._calibrated(torch.cat(readings), torch.cat(peaks), self.held_n)
 
     def default(self, seed: int) -> GoodImages:
         """Everything: see the module."""
@@ -306,11 +299,6 @@ class _Fitting:
             done = self.gone + start if which is None else self.gone
             self.progress("statistics", done, self.passes * len(self.images))
         self.gone += len(self.images) if which is None else 0
-
-    def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
-        for places, observed, small in self._batches():
-            plain = self.model.plain(observed, small)
-            yield places, plain, observed, self._peaks(self.scorer.finish(plain.map_Bhw)) if peaks else places
 
     def _means(self) -> list[Tensor]:
         """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
@@ -363,8 +351,9 @@ class _Fitting:
             both = total.sum(0) / counts.sum(0)[:, None, None]
             # A cluster with images in one half only is measured by all of them.
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
-            found.append(torch.stack([torch.stack([whitening(one) for one in half]) for half in each]).half())
-            white = torch.stack([whitening(one) for one in both]).half()
+            vectors = torch.where(counts > 0, counts, counts.sum(0)) * gaussian.side**2
+            found.append(torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)]))
+            white = _whitenings(both, counts.sum(0) * gaussian.side**2)
             for k in range(len(gaussian.whiten_KDD) if self.before is not None else 0):
                 if not (self.cluster_n == k).any():  # nothing new is known of it
                     white[k] = gaussian.whiten_KDD[k]
@@ -525,6 +514,12 @@ class _Fitting:
             tuple(token_nE.cpu() for token_nE in seen.tokens),
             seen.embedding_nF.cpu(),
         )
+
+
+def _whitenings(covariance_KDD: Tensor, vectors_K: Tensor) -> Tensor:
+    """`whitening` of every cluster's covariance, in fp16."""
+    pairs = zip(covariance_KDD, vectors_K, strict=True)
+    return torch.stack([whitening(covariance, count) for covariance, count in pairs]).half()
 
 
 def _add(totals: list[Tensor], parts: list[Tensor], variant_B: Tensor, variants: int) -> None:

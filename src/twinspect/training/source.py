@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.training.copies import Altered
-from twinspect.training.tolerate import Disturbed
+from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
 _GPU_BATCH = 32
@@ -173,7 +173,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, (Altered, Disturbed, Tile)):
+            if not sample.in_file or isinstance(sample, (Copy, Tile)):
                 pixels = read_square(sample, self._model.size, self._read)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -202,6 +202,17 @@ class FeatureSource:
         observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
         self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
         waiting.clear()
+
+
+def features_folder() -> Path:
+    """Where features, and what is known of files, are kept."""
+    return cache_home() / "features"
+
+
+def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
+    """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
+    folder = features_folder()
+    return None if record_layout(model).size * images > limit_gb * 1e9 or why_unwritable(folder) else folder
 
 
 def record_layout(model: AnomalyModel) -> RecordLayout:
@@ -253,8 +264,8 @@ def picture_of(sample: Sample) -> Sample:
 
 def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
     """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
-    if isinstance(sample, Disturbed):
-        return sample.disturbed(read_sample_rgb(sample))
+    if isinstance(sample, Copy) and sample.tolerated:
+        return sample.changed(read_sample_rgb(sample))
     return read_sample_rgb(sample, draft_side=side)
 
 
@@ -269,7 +280,7 @@ def read_square(
         pixels = resize_rgb(whole[rows, columns], size)
     else:
         pixels = resize_rgb(read_picture(sample, size), size)
-    return picture.around(pixels) if isinstance(picture, Altered) else pixels
+    return picture.changed(pixels) if isinstance(picture, Copy) and not picture.tolerated else pixels
 
 
 def same_image(samples: Sequence[Sample]) -> list[int]:
@@ -280,7 +291,8 @@ def same_image(samples: Sequence[Sample]) -> list[int]:
     first: dict[tuple[object, ...], int] = {}
     found = []
     for place, one in enumerate(samples):
-        apart = (picture_of(one),) if isinstance(picture_of(one), Altered) else ()
+        picture = picture_of(one)
+        apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
         found.append(first.setdefault((one.image, one.record, *apart), place))
     return found
 

@@ -19,10 +19,9 @@ from twinspect.inference.decode import name_of
 from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
-from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
-from twinspect.training.memory import Memory, remember
-from twinspect.training.normal import Before, add_statistics
-from twinspect.training.source import FeatureSource
+from twinspect.training.normal import add_statistics
+from twinspect.training.outcome import Memory, parameter_counts, small_pictures
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
@@ -52,16 +51,21 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     fresh = _named(fitted, samples, class_name, notes)
     model = copy.deepcopy(fitted.model)
     source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
+    if not len(source) and source.skipped:
+        unread = source.skipped[0]
+        raise DataError(f"none of the {len(fresh)} images can be read, such as {unread.path}: {unread.reason}")
     there = set(memory.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
     _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
-    before = Before(memory.good, memory.class_name, fitted.decision.class_of_cluster)
-    good, classes = add_statistics(model, source, images, before, fitted.config.train.seed, progress)
+    good, classes = add_statistics(
+        model, source, images, memory.good, memory.class_name, fitted.decision.class_of_cluster,
+        fitted.config.train.seed, progress,
+    )  # fmt: skip
     if not good.score_n.isfinite().all():
         raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
-    kept = remember(good, source, images, memory)
+    kept = Memory.of(good, source, images, memory)
     decision = fitted.decision
     if set(decision.good.key) - there:
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
