@@ -57,8 +57,10 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     check_outputs(options.report, options.json_file)
     _refuse_sources(options, asked)
     content = read_bundle(options.bundle)
-    before = Decision.from_dict(content.meta["decision"])
-    start = _taken_from(options.source, before) if options.source is not None else before
+    before = start = Decision.from_dict(content.meta["decision"])
+    if options.source is not None:
+        start = Decision.from_dict(read_bundle(options.source).meta["decision"])
+        refuse_other_model(start, before.model_id, str(options.source))
     scored, labelled = (
         _from_log(options, asked, before, console) if options.from_log else _score(options, asked, console)
     )
@@ -116,13 +118,6 @@ def _from_log(
     return logged.good, logged.labelled if asked.rule else None
 
 
-def _taken_from(source: Path, decision: Decision) -> Decision:
-    """The decision of another copy of the same model."""
-    other = Decision.from_dict(read_bundle(source).meta["decision"])
-    refuse_other_model(other, decision.model_id, str(source))
-    return other
-
-
 def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
@@ -177,8 +172,7 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": class_sentence(rule),
         }
-    by_session = [one._asdict() for one in sessions(decision)]
-    return {"model_id": decision.model_id, "classes": classes, "sessions": by_session, "notes": list(notes)}
+    return {"model_id": decision.model_id, "classes": classes, "sessions": sessions(decision), "notes": list(notes)}
 
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
