@@ -451,9 +451,9 @@ def _build(kind: type[T], values: Any) -> T:
     for key, value in values.items():
         if key not in defaults:
             raise ConfigError(unknown_name("setting", key, defaults))
-        wanted = type(defaults[key])
-        if type(value) is not wanted and (wanted, type(value)) != (float, int):
-            raise ConfigError(f"{key} {value!r}: {_KINDS[wanted]} is needed")
+        kind_of_default = type(defaults[key])
+        if type(value) is not kind_of_default and (kind_of_default, type(value)) != (float, int):
+            raise ConfigError(f"{key} {value!r}: {_KINDS[kind_of_default]} is needed")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key} {value}: a finite number is needed")
     return kind(**values)

@@ -268,8 +268,8 @@ class Detector:
         """
         import numpy as np
 
-        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
-        return np.array([-one.score for one in found], dtype=np.float64)
+        results = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in results], dtype=np.float64)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
@@ -419,7 +419,7 @@ def _as_sample(item: Any, number: int) -> Sample:
         return item
     if isinstance(item, Item) and item.data is None and item.offset < 0 and item.record is None:
         return good_files([Path(item.path)])[0]
-    found = decode(item, SMALLEST, pixels=True)
-    if found.rgb is None:
-        raise DataError(found.error)
-    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=found.rgb)
+    decoded = decode(item, SMALLEST, pixels=True)
+    if decoded.rgb is None:
+        raise DataError(decoded.error)
+    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=decoded.rgb)

@@ -73,8 +73,8 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     values = calibration_values(after, notes)
-    if not options.force and (kept := keep_old(out)):
-        console.warn(kept)
+    if not options.force and (note_of_old := keep_old(out)):
+        console.warn(note_of_old)
     if is_signed(options.bundle):
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)

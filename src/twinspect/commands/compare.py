@@ -101,11 +101,11 @@ def auroc_difference(rows: Pair, paths: Sequence[str], pooled: str, draws: int, 
         members.setdefault(pooled or rows[0][path]["true_class"], []).append(path)
     rng, drawn = np.random.default_rng(seed), []
     exact: dict[str, list[float]] = {}
-    for name, own in sorted(members.items()):
-        label = np.array([rows[0][path]["label"] for path in own])
+    for name, paths_of_class in sorted(members.items()):
+        label = np.array([rows[0][path]["label"] for path in paths_of_class])
         if len(set(label.tolist())) < 2:
             continue
-        score = np.array([[one[path]["score"] for path in own] for one in rows])
+        score = np.array([[one[path]["score"] for path in paths_of_class] for one in rows])
         exact[name] = [auroc(one, label) for one in score]
         kinds = [np.flatnonzero(label == kind) for kind in (0, 1)]
         taken = (np.concatenate([rng.choice(kind, len(kind)) for kind in kinds]) for _ in range(draws))
@@ -131,8 +131,8 @@ def _decisions(rows: Pair, paths: Sequence[str]) -> dict[str, Any]:
     """How many images both, one or neither model judges rightly, by label; and McNemar's exact p-value."""
     counts: dict[str, Any] = {}
     for kind, label in (("good", 0), ("defects", 1)):
-        own = [path for path in paths if rows[0][path]["label"] == label]
-        right = [tuple(bool(one[path]["is_anomaly"]) == bool(label) for one in rows) for path in own]
+        of_kind = [path for path in paths if rows[0][path]["label"] == label]
+        right = [tuple(bool(one[path]["is_anomaly"]) == bool(label) for one in rows) for path in of_kind]
         words = {"both": (True, True), "first_only": (True, False), "second_only": (False, True)}
         counts[kind] = {word: right.count(pair) for word, pair in words.items()}
         counts[kind]["neither"] = right.count((False, False))
@@ -144,7 +144,7 @@ def _decisions(rows: Pair, paths: Sequence[str]) -> dict[str, Any]:
 def _differing(rows: Pair, paths: Sequence[str]) -> list[dict[str, Any]]:
     """Images that the models decide differently on, the clearest difference first."""
     names, (first, second) = ("score", "threshold", "severity", "is_anomaly"), rows
-    found = [
+    differ = [
         {
             "path": path, "class": first[path]["true_class"], "label": first[path]["label"],
             "first": {name: first[path][name] for name in names},
@@ -153,7 +153,7 @@ def _differing(rows: Pair, paths: Sequence[str]) -> list[dict[str, Any]]:
         for path in paths
         if first[path]["is_anomaly"] != second[path]["is_anomaly"]
     ]  # fmt: skip
-    return sorted(found, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
+    return sorted(differ, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
 
 
 def size_of(path: Path) -> int:
@@ -205,8 +205,9 @@ def sections(values: dict[str, Any], cases: Sequence[Cases]) -> list[Section]:
     """The comparison for a document."""
     rows = []
     for row in values["differ"]:
-        said = (f"{row[k]['severity']:.2f}{' (called)' if row[k]['is_anomaly'] else ''}" for k in ("first", "second"))
-        rows.append((Path(row["path"]).name, row["class"], "defect" if row["label"] else "good", *said))
+        answers = (row["first"], row["second"])
+        severity = (f"{one['severity']:.2f}{' (called)' if one['is_anomaly'] else ''}" for one in answers)
+        rows.append((Path(row["path"]).name, row["class"], "defect" if row["label"] else "good", *severity))
     columns = ("image", "class", "truth", "severity, first", "severity, second")
     listed = Table("all of them", columns, tuple(rows), "Severity is score / threshold, called bad from 1 on.")
     return [
@@ -221,12 +222,12 @@ def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: Tes
     rows = values["differ"][:_SHOWN]
     if not rows:
         return ()
-    wanted = [samples[row["path"]] for row in rows]
+    differing = [samples[row["path"]] for row in rows]
     cases, scale = [], (0.0, 1.0)
-    for row, *results in zip(rows, *(predictor.predict(wanted) for predictor in predictors), strict=True):
+    for row, *results in zip(rows, *(predictor.predict(differing) for predictor in predictors), strict=True):
         one, other = (case_of(result, "") for result in results)
-        said = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
-        words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {said}"
+        both = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
+        words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {both}"
         cases.append(Case(words, one.image, one.overlay, other.overlay))
         scale = results[0].scale
     note = "Each map has the colours of its own model."

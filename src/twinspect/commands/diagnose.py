@@ -58,7 +58,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     shown = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
     if pictures:
         scale = predictor.decision.map_scale
-        cases = (Cases(kind, tuple(case for _, case in found), scale) for kind, found in passed.items())
+        cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())
         shown.append(Section("What passed most easily", (), tuple(cases)))
     facts = {
         "model": f"{values['bundle']} ({values['model_id']})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,8 +101,8 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     values = as_values(options, loaded, detector, test, measured, pairs)
     values["other_thresholds"] = review.other_thresholds()
     # Masks are not spoken of again if the data's summary did.
-    said = any("no mask" in note for note in loaded.notes)
-    notes = grouped((text for text in values["undefined"] if not (said and "mask" in text)), values["classes"])
+    masks_named = any("no mask" in note for note in loaded.notes)
+    notes = grouped((text for text in values["undefined"] if not (masks_named and "mask" in text)), values["classes"])
     for line in (*problems(values, _SHOWN), *notes):
         console.warn(line)
     say_tables(tables(values), console)
@@ -180,10 +181,10 @@ def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
         DataError: none is left.
     """
     leaked = {sample for _, sample in pairs}
-    kept = tuple(sample for sample in test.samples if sample not in leaked)
-    if not kept:
+    unseen = tuple(sample for sample in test.samples if sample not in leaked)
+    if not unseen:
         raise DataError("every test image is also a training image; nothing is left to measure on")
-    return replace(test, samples=kept, hash=content_hash([(TEST, kept)])) if leaked else test
+    return replace(test, samples=unseen, hash=content_hash([(TEST, unseen)])) if leaked else test
 
 
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
@@ -231,14 +232,11 @@ def as_values(
 
 def by_defect(rows: Sequence[dict[str, Any]], pooled: str) -> dict[str, dict[str, dict[str, float]]]:
     """Defects found at the thresholds in use: class -> defect type -> counts, as `count_calls` gives them."""
-    bad = [row for row in rows if row["label"]]
-    names = {(pooled or row["true_class"]): None for row in bad}
-    return {
-        name: count_calls(
-            (row["defect_type"], 1, row["is_anomaly"]) for row in bad if (pooled or row["true_class"]) == name
-        )
-        for name in sorted(names)
-    }
+    calls = defaultdict(list)
+    for row in rows:
+        if row["label"]:
+            calls[pooled or row["true_class"]].append((row["defect_type"], 1, row["is_anomaly"]))
+    return {name: count_calls(calls[name]) for name in sorted(calls)}
 
 
 def problems(values: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
@@ -296,13 +294,13 @@ def defect_tables(values: dict[str, Any]) -> list[Table]:
 
     def row(name: str, kind: str, numbers: Iterable[float | str]) -> None:
         one = calls.get(name, {}).get(kind)
-        told = (f"{one['found']} of {one['defects']}", f"{100 * one['found_rate']:.1f}") if one else ("", "")
-        rows.append((name, kind, *(told if calls else ()), *numbers))
+        counts = (f"{one['found']} of {one['defects']}", f"{100 * one['found_rate']:.1f}") if one else ("", "")
+        rows.append((name, kind, *(counts if calls else ()), *numbers))
 
     for name in sorted({*calls, *(name for by_class, _ in shown for name in by_class)}):
-        own = [by_class.get(name, {}) for by_class, _ in shown]
-        for kind in dict.fromkeys((*calls.get(name, {}), *(kind for one in own for kind in one))):
-            row(name, kind, (one.get(kind, "-") for one in own))
+        by_kind = [by_class.get(name, {}) for by_class, _ in shown]
+        for kind in dict.fromkeys((*calls.get(name, {}), *(kind for one in by_kind for kind in one))):
+            row(name, kind, (one.get(kind, "-") for one in by_kind))
     means = [evaluation.shared_defects(by_class) for by_class, _ in shown]
     for kind in dict.fromkeys(kind for mean in means for kind in mean):
         row("mean of classes", kind, (mean.get(kind, "-") for mean in means))

@@ -86,8 +86,8 @@ def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -
     """Write the bundle, say what it holds, and clear up."""
     out = options.out
     warn_of(fitted, console)
-    if not options.force and (kept := keep_old(out)):
-        console.warn(kept)
+    if not options.force and (note_of_old := keep_old(out)):
+        console.warn(note_of_old)
     save(fitted, out, options.thin)
     for line in report_lines(fitted, out):
         console.say(line)
@@ -113,8 +113,8 @@ def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
         ConfigError: options that would change its shape.
     """
     before = load(bundle, str(chosen.pop("weights", "")))
-    own = before.config.to_dict()["model"]
-    if other := [name for name, value in chosen.items() if value != own[name]]:
+    of_bundle = before.config.to_dict()["model"]
+    if other := [name for name, value in chosen.items() if value != of_bundle[name]]:
         raise ConfigError(f"--resume-from keeps the bundle's model; leave out: {', '.join(other)}")
     return before
 

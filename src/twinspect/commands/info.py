@@ -112,8 +112,8 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
             several = value if isinstance(value, list) else [value]
-            told = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
-            yield f"{above}{name}", "; ".join(told)
+            texts = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            yield f"{above}{name}", "; ".join(texts)
 
 
 def card(path: Path) -> str:
@@ -147,44 +147,29 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
     taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
     if not record["training"]["steps"]:
         taught = "and no students: statistics of these images alone"
-    data = Section(
-        "Data",
-        (
-            f"{learnt} good images, {taught}. {images['skipped']} were left out. "
-            "No image with a defect was learnt from.",
-        ),
-        (_classes(record, decision),),
+    words = (
+        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
     )
-    promised = Section(
-        "Thresholds and what they promise",
-        tuple(f"{name}: {class_sentence(rule)}" for name, rule in promises(decision)),
-        (threshold_table(decision),),
-    )
-    return markdown(
-        f"Model card: {name}",
-        [data, _settings(meta["config"]), promised, Section("Known limits", tuple(_limits(record, decision)))],
-        facts,
-    )
-
-
-def _classes(record: dict[str, Any], decision: Decision) -> Table:
-    """Good images of each class: those that were learnt from, and those behind its threshold."""
     behind = Counter(decision.good.class_name)
-    rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    return Table("Good images by class", ("class", "learnt from", "behind the threshold"), rows)
-
-
-def _settings(values: dict[str, Any]) -> Section:
-    """Settings that are not the library's defaults, and those that every reader asks for."""
+    counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
+    classes = Table("Good images by class", ("class", "learnt from", "behind the threshold"), counts)
     default = RunConfig().to_dict()
-    rows = tuple(
+    chosen = tuple(
         (f"{section}.{name}", str(value))
         for section in default
-        for name, value in values[section].items()
+        for name, value in meta["config"][section].items()
         if name in ("steps", "batch", "seed") or value != default[section].get(name)
     )
     note = "Every other setting has its default; `twinspect info --json` lists them all."
-    return Section("Settings", (), (Table("Settings of the training run", ("setting", "value"), rows, note),))
+    settings = Table("Settings of the training run", ("setting", "value"), chosen, note)
+    promised = tuple(f"{name}: {class_sentence(rule)}" for name, rule in promises(decision))
+    sections = [
+        Section("Data", (words,), (classes,)),
+        Section("Settings", (), (settings,)),
+        Section("Thresholds and what they promise", promised, (threshold_table(decision),)),
+        Section("Known limits", tuple(_limits(record, decision))),
+    ]
+    return markdown(f"Model card: {name}", sections, facts)
 
 
 def _limits(record: dict[str, Any], decision: Decision) -> Iterator[str]:

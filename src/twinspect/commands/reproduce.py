@@ -115,7 +115,7 @@ def run_recipe(
             write_results(
                 out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values
             )
-    say_tables((comparison(recipe, values), own_table(values), *defect_tables(values)), console)
+    say_tables((part for section in shown[:2] for part in section.parts if isinstance(part, Table)), console)
     if recipe.remark:
         console.say(recipe.remark)
     console.say(f"results: {out / 'results.md'}, results.json, results.html")
@@ -253,10 +253,14 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
         notes.append(f"Only {values['splits_done']} of {values['splits']} splits are finished: no final mean.")
     notes += [recipe.remark] if recipe.remark else []
     undefined = [*values["undefined"], *problems(values)]
+    first = "split" if values["runs"][0]["kind"] == SEMANTIC else "class"
+    ours = metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
+    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
+    runs = tuple(tuple(run[column] for column in columns) for run in values["runs"])
     return [
         Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
-        Section("Ours in full", tuple(undefined), (own_table(values), *defect_tables(values))),
-        Section("Splits", (), (split_table(values),)),
+        Section("Ours in full", tuple(undefined), (ours, *defect_tables(values))),
+        Section("Splits", (), (Table("fit and evaluate in seconds", ("split", *columns[1:]), runs),)),
     ]
 
 
@@ -274,20 +278,6 @@ def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     ]
     title = f"{recipe.layout}, {recipe.protocol}, percent"
     return Table(title, ("system", *metrics, "source"), tuple(rows))
-
-
-def own_table(values: dict[str, Any]) -> Table:
-    """Every metric of ours per class or split, then the mean."""
-    semantic = values["runs"][0]["kind"] == SEMANTIC
-    first = "split" if semantic else "class"
-    return metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
-
-
-def split_table(values: dict[str, Any]) -> Table:
-    """Name, hash, counts and seconds of every finished split."""
-    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
-    rows = tuple(tuple(run[column] for column in columns) for run in values["runs"])
-    return Table("fit and evaluate in seconds", ("split", *columns[1:]), rows)
 
 
 def facts(values: dict[str, Any]) -> dict[str, str]:

@@ -81,12 +81,14 @@ def _taken_back(bundle: Path) -> str:
     updates = read_bundle(bundle).meta["record"].get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
-    kept = bundle.with_name(str(updates[-1].get("before") or f"{bundle.name}.{len(updates) - 1}"))
-    if not kept.is_file():
-        raise BundleError(f"{kept} is gone, the model before the last update; train again, or copy it back")
-    found = read_bundle(kept).meta["decision"]["model_id"]
-    if found != updates[-1]["from"]:
-        raise BundleError(f"{kept} is model {found}, not {updates[-1]['from']}, which the last update was made from")
+    before = bundle.with_name(str(updates[-1].get("before") or f"{bundle.name}.{len(updates) - 1}"))
+    if not before.is_file():
+        raise BundleError(f"{before} is gone, the model before the last update; train again, or copy it back")
+    model_id = read_bundle(before).meta["decision"]["model_id"]
+    if model_id != updates[-1]["from"]:
+        raise BundleError(
+            f"{before} is model {model_id}, not {updates[-1]['from']}, which the last update was made from"
+        )
     line = next(update_lines({"updates": updates[-1:]}))
-    os.replace(kept, bundle)
+    os.replace(before, bundle)
     return f"taken back: {line.partition(' ')[2]}"

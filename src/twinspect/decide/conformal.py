@@ -215,13 +215,13 @@ def labelled_threshold(
     if not bad or not good:
         raise DataError(f"{bad} defects and {good} good images are labelled; a threshold needs some of both")
     values, missed, alarms = _sweep(scores, labels)
-    found = bad - missed
+    hits = bad - missed
     if rule == "zero-miss":
         best = int(np.flatnonzero(missed == 0)[-1])
     elif rule == "min-cost":
         best = int(np.argmin(miss_cost * missed + alarms))
     else:
-        best = int(np.argmax(2.0 * found / np.maximum(found + alarms + bad, 1)))
+        best = int(np.argmax(2.0 * hits / np.maximum(hits + alarms + bad, 1)))
     sentence = (
         f"chosen by {rule}{f' ({miss_cost:g} per miss)' if rule == 'min-cost' else ''} on {bad + good} labelled "
         f"images: {missed[best]} of {bad} defects missed, {alarms[best]} of {good} good images called bad; "

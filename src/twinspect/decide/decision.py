@@ -174,10 +174,10 @@ class Decision:
             BundleError: values that no decision has.
         """
         try:
-            found = cls._of(values)
-            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+            decision = cls._of(values)
+            if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
                 raise ValueError("calibration scores that are not finite")
-            return found
+            return decision
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
 
@@ -288,14 +288,14 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     wrong = sorted(
         ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
     )
-    told = [
+    sentences = [
         f"{count} of {images[name]} good images of {name} are taken for {other}"
         for share, name, other, count in wrong
         if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
     ]
-    if not told:
+    if not sentences:
         return ""
     return (
-        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
+        f"classes that look alike are mixed up: {listed(sentences)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"
     )

@@ -213,8 +213,8 @@ class DriftMonitor:
         """Start again, after the cause of an alarm was found and put right."""
         with self._lock:
             rows = {name: self.good.of_class(name, given=False) for name in sorted(set(self.good.predicted))}
-            self._scores = {name: Bag(self.good.score[kept]) for name, kept in rows.items()}
-            self._distances = {name: Bag(_finite(self.good.distance[kept])) for name, kept in rows.items()}
+            self._scores = {name: Bag(self.good.score[of_class]) for name, of_class in rows.items()}
+            self._distances = {name: Bag(_finite(self.good.distance[of_class])) for name, of_class in rows.items()}
             self.test = ChangeTest(len(_GROUPS), self.false_alarm_rate)
             self._recent: deque[tuple[int, str, float, float]] = deque(maxlen=KEPT)  # number, class, score, distance
             self._rng = np.random.default_rng(self._seed)

@@ -300,7 +300,7 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
     Returns:
         One row a session: ``class_name``, ``group``, ``images``, and how many of them would be ``called`` bad.
     """
-    found = []
+    left_out = []
     for class_name in decision.classes:
         rows = decision.good.take(decision.good.of_class(class_name, given=True))
         groups, names = np.array(rows.group), sorted(set(rows.group) - {""})
@@ -308,5 +308,5 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
             inside = groups == name
             value = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
             called = int((rows.score[inside] >= value).sum())
-            found.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
-    return found
+            left_out.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
+    return left_out
