@@ -138,7 +138,7 @@ DATASETS: dict[str, Dataset] = {
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
     "anomalib": Dataset(listed.anomalib, partial(listed.holds, listed.is_anomalib), listed=True, elsewhere=True),
     "lookout": Dataset(listed.lookout, partial(listed.holds, listed.is_lookout), listed=True, elsewhere=True),
-    **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
+    **{image_set.name: Dataset(image_set.read, image_set.looks_like) for image_set in semantic.SETS},
     folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
 

@@ -315,15 +315,15 @@ def _without_notes(raw: bytes, longest: int) -> bytes:
     """
     if raw[:8] != _PNG:
         return raw
-    kept, place = [_PNG], 8
+    chunks, place = [_PNG], 8
     while place + 8 <= len(raw):
         length = int.from_bytes(raw[place : place + 4], "big")
         kind, start, end = raw[place + 4 : place + 8], place + 8, place + 12 + length
         turns = longest > 0 and raw[start : start + 17] in (b"Raw profile type ", b"XML:com.adobe.xmp")
         if kind not in _PNG_NOTES or length <= longest or turns:
-            kept.append(raw[place:end])
+            chunks.append(raw[place:end])
         place = end
-    return b"".join(kept) if sum(map(len, kept)) < len(raw) else raw
+    return b"".join(chunks) if sum(map(len, chunks)) < len(raw) else raw
 
 
 def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:

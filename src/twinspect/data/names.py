@@ -177,7 +177,7 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     plain = _is_plain(rest)
     if rest and not plain and not split:
         roles_seen.discard(UNSORTED)  # a new_bottle is a product
-    role = UNSORTED if both else next((one for one in (MASK, BAD, UNSORTED, GOOD) if one in roles_seen), "")
+    role = UNSORTED if both else next((word for word in (MASK, BAD, UNSORTED, GOOD) if word in roles_seen), "")
     return Meaning(role, split, " ".join(rest), plain, bool(rest) and _IS_PICTURES.issuperset(rest))
 
 
@@ -235,7 +235,7 @@ def role_of(folders: tuple[str, ...]) -> str:
     A test that its owner keeps private (``test_private``) stays unsorted whatever is in it.
     """
     meanings = [meaning(name) for name in folders]
-    roles = {one.role for one in meanings}
-    private = any(one.role == UNSORTED and one.split == TEST for one in meanings)
+    roles = {meant.role for meant in meanings}
+    private = any(meant.role == UNSORTED and meant.split == TEST for meant in meanings)
     order = (MASK, BAD, UNSORTED) if private else (MASK, BAD, GOOD, UNSORTED)
     return next((role for role in order if role in roles), "")

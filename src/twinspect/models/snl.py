@@ -184,7 +184,7 @@ class StructuralStudent(nn.Module):
         if "crams" not in self.local:
             return predictions
         crams = cast(nn.ModuleList, self.local["crams"])
-        return [cram(one) for cram, one in zip(crams, predictions, strict=True)]
+        return [cram(stage) for cram, stage in zip(crams, predictions, strict=True)]
 
 
 def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> nn.Module:
@@ -234,11 +234,11 @@ class StructuralModel(AnomalyModel):
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """The teacher's stages as rows: B x N x D."""
-        return [to_tokens(one) for one in self.stages.of(observed)]
+        return [to_tokens(stage) for stage in self.stages.of(observed)]
 
     def predictions(self, observed: Observed, small_B3SS: Tensor) -> list[Tensor]:
         """The student's, in their order."""
-        return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
+        return [to_tokens(stage) for stage in self.answer(observed, small_B3SS)[1]]
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
         """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum."""
@@ -261,7 +261,7 @@ class StructuralModel(AnomalyModel):
         distances = [[position_cosine_distance(t, s) for t, s in pairs]]
         if self.structure.affinity_map:
             distances.append([affinity_distance(t, s, grid) for t, s in pairs])
-        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in distances]
+        return [torch.cat([upsample(map_Bhw, side) for map_Bhw in maps], 1).sum(1) for maps in distances]
 
     @torch.no_grad()
     def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
@@ -271,7 +271,7 @@ class StructuralModel(AnomalyModel):
         total, images = torch.zeros(2, device=self.device), 0
         for observed, small in batches():
             maps = self.distance_maps(list(zip(*self.answer(observed, small), strict=True)))
-            total += torch.stack([one.mean((1, 2)).sum() for one in maps])
+            total += torch.stack([map_Bhw.mean((1, 2)).sum() for map_Bhw in maps])
             images += len(maps[0])
         self.map_means_2.copy_((total / images).clamp_min(1e-8))
 

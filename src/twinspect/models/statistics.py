@@ -184,7 +184,7 @@ class TokenGaussian(nn.Module):
         super().__init__()
         self.register_buffer("centre_VE", torch.zeros(1, dims))
         self.register_buffer("scale_KE", torch.ones(1, dims))
-        self.register_buffer("basis_KRE", torch.zeros(1, 1, dims))
+        self.register_buffer("basis_KRE", torch.zeros(1, 1, dims).half())
         self.register_buffer("weight_KR", torch.zeros(1, 1))
         self.register_buffer("rest_K", torch.ones(1))
 
@@ -192,7 +192,7 @@ class TokenGaussian(nn.Module):
         """Root mean square of the whitened difference from the variant's mean (B), near 1 on good images."""
         scaled = token_BE - self.centre_VE.index_select(0, variant_B)
         scaled = scaled / self.scale_KE.index_select(0, cluster_B)
-        along = (self.basis_KRE.index_select(0, cluster_B) @ scaled[:, :, None])[:, :, 0].square()
+        along = (self.basis_KRE.index_select(0, cluster_B).float() @ scaled[:, :, None])[:, :, 0].square()
         beside = (scaled.square().sum(1) - along.sum(1)).clamp_min(0.0) * self.rest_K.index_select(0, cluster_B)
         inside = (along * self.weight_KR.index_select(0, cluster_B)).sum(1)
         return ((inside + beside) / token_BE.shape[1]).sqrt()
@@ -206,7 +206,7 @@ class TokenGaussian(nn.Module):
         most = max(len(weight) for _, _, weight, _ in parts)
         scale, basis, weight, rest = zip(*parts, strict=True)
         self.scale_KE, self.rest_K = torch.stack(scale), torch.stack(rest)
-        self.basis_KRE = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in basis])
+        self.basis_KRE = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in basis]).half()
         self.weight_KR = torch.stack([F.pad(one, (0, most - len(one))) for one in weight])
 
 

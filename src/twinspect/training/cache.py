@@ -78,8 +78,8 @@ class RecordLayout:
     def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
         """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
         block_BR = torch.empty(len(small_B3ss), self.size, dtype=torch.uint8)
-        features = [in_fp16(one) for one in (*observed.maps, *observed.coarse, observed.prefix_BMPD)]
-        vectors = [one.float() for one in (*observed.tokens, observed.embedding_BF)]
+        features = [in_fp16(value) for value in (*observed.maps, *observed.coarse, observed.prefix_BMPD)]
+        vectors = [value.float() for value in (*observed.tokens, observed.embedding_BF)]
         values = (*features, *vectors, small_B3ss.to(torch.uint8))
         for value, (place, shape, _) in zip(values, self._parts, strict=True):
             if value.shape[1:] != shape:
@@ -95,14 +95,14 @@ class RecordLayout:
         batch = len(block_BR)
         *values, small = (_typed(block_BR[:, at], kind).reshape(batch, *shape) for at, shape, kind in self._parts)
         maps, coarse = len(self.map_shapes), len(self.map_shapes) + len(self.coarse_shapes)
-        features = tuple(one.float() for one in values[: coarse + 1])
+        features = tuple(value.float() for value in values[: coarse + 1])
         tokens, embedding_BF = self.unpack_vectors(block_BR[:, slice(*self.vectors)])
         return Observed(features[:maps], features[maps:coarse], tokens, embedding_BF, features[coarse]), small
 
     def unpack_vectors(self, block_BR: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Bytes ``vectors`` of the records of a batch to (tokens of every view B x E, embeddings B x F)."""
         parts = torch.split(_typed(block_BR, torch.float32), [*self.token_dims, self.embedding_dims], 1)
-        *tokens, embedding_BF = (one.clone() for one in parts)
+        *tokens, embedding_BF = (vector.clone() for vector in parts)
         return tuple(tokens), embedding_BF
 
 
@@ -296,7 +296,7 @@ class KnownFiles:
         """Write what was noted; a full disk costs the next start some time, and nothing else."""
         if not self._new:
             return
-        lines = [_NOTE.pack(one, key, zlib.crc32(one + key)) for one, key in self._new]
+        lines = [_NOTE.pack(file, key, zlib.crc32(file + key)) for file, key in self._new]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.known").open("wb") as file:
@@ -310,9 +310,9 @@ class KnownFiles:
             raw = path.read_bytes()
         except OSError:
             return
-        for one, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
-            if zlib.crc32(one + key) == crc:
-                self._keys[one] = key
+        for file, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
+            if zlib.crc32(file + key) == crc:
+                self._keys[file] = key
 
 
 def _described(path: Path, status: os.stat_result) -> bytes:

@@ -105,16 +105,16 @@ def add_copies(
         by_class[sample.class_name].append(sample)
     parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
     notes = []
-    for name, own in by_class.items():
+    for name, members in by_class.items():
         if name in few:
-            chosen, why = (pose, "as asked") if pose != "auto" else find_pose(own)
-            each = max(1, -(-_LEARNT[chosen] // len(own)) - 1)
-            parts[0].extend(_copy(sample, chosen, seed) for sample in own for seed in range(each))
-            notes.append(_few_sentence(name, len(own), chosen, why))
-        elif hardly_differ(own):
-            count = max(_COPIES, len(own) // 2)
+            chosen, why = (pose, "as asked") if pose != "auto" else find_pose(members)
+            each = max(1, -(-_LEARNT[chosen] // len(members)) - 1)
+            parts[0].extend(_copy(sample, chosen, seed) for sample in members for seed in range(each))
+            notes.append(_few_sentence(name, len(members), chosen, why))
+        elif hardly_differ(members):
+            count = max(_COPIES, len(members) // 2)
             for seed in range(count):
-                parts[seed % 4 == 3].append(_copy(own[seed % len(own)], NOISE, seed))
+                parts[seed % 4 == 3].append(_copy(members[seed % len(members)], NOISE, seed))
             notes.append(
                 f"class {name}: its good images differ by less than one grey level; {count} copies with one level of "
                 "noise are learnt too, and whatever differs by more is called an anomaly. If good parts may differ "
@@ -204,7 +204,7 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
     Pairs of images are correlated as they lie, and turned to the angle at which they agree best. Where they agree
     well then and worse as they lie, the product does not always lie the same way. What agrees at no angle is fixed.
     """
-    small = [one for one in map(_small, samples[:_LOOKED_AT]) if one is not None]
+    small = [image for image in map(_small, samples[:_LOOKED_AT]) if image is not None]
     if len(small) < 2:
         return FIXED, "as one image cannot show whether the product lies in any pose; --pose free if it does"
     lying, best = [], []
@@ -214,13 +214,13 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
             for turn in range(_TURNS)
         ]
         for second in small[i + 1 :]:
-            found = [float(turn @ _inside(second)) for turn in turns]
-            lying.append(found[0])
-            best.append(max(found))
+            alike = [float(turn @ _inside(second)) for turn in turns]
+            lying.append(alike[0])
+            best.append(max(alike))
     as_is, turned = float(np.mean(lying)), float(np.mean(best))
     free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
-    said = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
-    return FREE if free else FIXED, said
+    why = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
+    return FREE if free else FIXED, why
 
 
 def _small(sample: Sample) -> Image.Image | None:

@@ -175,7 +175,7 @@ def _fitted(
     held = _positions(source, held_out, resume)
     train_at = [i for i in range(len(source)) if i not in held]
     students = not only_few and (config.train.steps > 0 or resume is not None)
-    skipped = list({one.path: one for one in source.skipped}.values())  # copies cannot be read either
+    skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
     _refuse_too_few(len(train_at), len(held), skipped, students)
     if resume is not None:
         take_over(model, resume.model)

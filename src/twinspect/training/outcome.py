@@ -76,7 +76,7 @@ class Memory:
     def scores(self, classes: Sequence[str]) -> GoodScores:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
         good = self.good
-        score, peak, distance = (one.double().numpy() for one in (good.score_n, good.peak_n, good.distance_n))
+        score, peak, distance = (column.double().numpy() for column in (good.score_n, good.peak_n, good.distance_n))
         predicted = tuple(classes[k] for k in good.cluster_n.tolist())
         rows = GoodScores(score, peak, distance, self.class_name, predicted, self.group, self.key)
         return rows.take(good.counted_n.numpy())
@@ -86,11 +86,11 @@ class Memory:
         from safetensors.torch import save
 
         good = self.good._asdict()
-        tensors: dict[str, torch.Tensor] = {name: one for name, one in good.items() if name != "tokens"}
-        tensors |= {f"tokens.{view}": in_fp16(one) for view, one in enumerate(self.good.tokens)}
+        tensors: dict[str, torch.Tensor] = {name: tensor for name, tensor in good.items() if name != "tokens"}
+        tensors |= {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(self.good.tokens)}
         tensors["embedding_nF"] = in_fp16(self.good.embedding_nF)
         texts = {name: list(getattr(self, name)) for name in _TEXTS}
-        return save({name: one.contiguous() for name, one in tensors.items()}, {"texts": json.dumps(texts)})
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"texts": json.dumps(texts)})
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Memory:
@@ -127,14 +127,14 @@ def decision_of(
     good, images = of_pictures(good, source.samples, classes)
     memory = Memory.of(good, source, images)
     scores = memory.scores(classes)
-    kept = {key for key, i in zip(memory.key, images, strict=True) if i in held}
+    held_out = {key for key, i in zip(memory.key, images, strict=True) if i in held}
     trained = {key for key, i in zip(memory.key, images, strict=True) if not (model.scorer.plain and i in held)}
     nearest, tiles = model.scorer.nearest, next((s.tiles for s in source.samples if isinstance(s, Tile)), (1, 1))
     bank = [picture_of(source.samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     return Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=tuple(sorted(trained)), held=tuple(sorted(kept)),
+        trained=tuple(sorted(trained)), held=tuple(sorted(held_out)),
         bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
         roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
@@ -148,8 +148,8 @@ def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[s
     for place, sample in enumerate(samples):
         places[picture_of(sample)].append(place)
     score_n, owner_n = good.score_n.tolist(), [classes[k] for k in good.cluster_n.tolist()]
-    spoken = [own[speaker([score_n[i] for i in own], [owner_n[i] for i in own])] for own in places.values()]
-    highest = [torch.stack([one[own].amax() for own in places.values()]) for one in good[:3]]
+    spoken = [tiles[speaker([score_n[i] for i in tiles], [owner_n[i] for i in tiles])] for tiles in places.values()]
+    highest = [torch.stack([column[tiles].amax() for tiles in places.values()]) for column in good[:3]]
     return good._replace(
         score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
         counted_n=good.counted_n[spoken],
@@ -237,8 +237,8 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
     seen = np.array([bool(c) and not isinstance(s, Copy) for c, s in zip(good.counted_n, samples, strict=True)])
     apart: set[int] = set()
     for name in {sample.class_name for sample in samples}:
-        own = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
-        apart.update(own[suspicious_tail(score_n[own])].tolist())
+        members = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
+        apart.update(members[suspicious_tail(score_n[members])].tolist())
     order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
     return [
         {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +29,12 @@ from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, ima
 from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
-_AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
+_AHEAD = 31  # images that are decoded, or being decoded, before the teacher has asked for them
 
 
 class FeatureSource:
@@ -97,15 +101,8 @@ class FeatureSource:
 
     def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
         """Batches in order, each read and decoded while the one before it is worked on."""
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            waiting: Future[Tensor] | None = None
-            for part in parts:
-                coming = reader.submit(self.prepare, part)
-                if waiting is not None:
-                    yield self.finish(waiting.result())
-                waiting = coming
-            if waiting is not None:
-                yield self.finish(waiting.result())
+        for prepared in _in_order(self.prepare, parts, workers=1, ahead=1):
+            yield self.finish(prepared)
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Observed, Tensor]]:
         """All samples of a list once, in order."""
@@ -127,8 +124,8 @@ class FeatureSource:
         return layout.unpack_vectors(block.to(self._model.device))
 
     def _open(self, root: Path) -> FeatureCache:
-        teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        teacher, selection = self._model.teacher, self._model.selection
+        inputs = f"triangle|{self._model.size}|{selection.shrinks}|{selection.levels}"
         if self._model.roi_SS is not None:
             inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
@@ -136,8 +133,10 @@ class FeatureSource:
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
         waiting: list[tuple[bytes, NDArray[np.uint8]]] = []
-        for done, (sample, key, pixels) in enumerate(self._decoded(samples)):
-            progress("teacher features" if self._cache is not None else "reading images", done + 1, len(samples))
+        stage = "teacher features" if self._cache is not None else "reading images"
+        decoded = _in_order(self._decode, samples, workers=min(4, os.cpu_count() or 1), ahead=_AHEAD)
+        for done, (sample, (key, pixels)) in enumerate(zip(samples, decoded, strict=True)):
+            progress(stage, done + 1, len(samples))
             if isinstance(key, Skipped):
                 self.skipped.append(key)
                 continue
@@ -154,24 +153,8 @@ class FeatureSource:
         if self._known is not None:
             self._known.save()
 
-    def _decoded(
-        self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[Sample, bytes | Skipped, NDArray[np.uint8] | None]]:
-        """Keys and, where still needed, pixels; decoding runs in threads ahead of the teacher."""
-        waiting: deque[tuple[Sample, Future[tuple[bytes | Skipped, NDArray[np.uint8] | None]]]] = deque()
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            try:
-                for sample in samples:
-                    waiting.append((sample, pool.submit(self._decode, sample)))
-                    if len(waiting) == _AHEAD:
-                        first, decoded = waiting.popleft()
-                        yield first, *decoded.result()
-                for first, decoded in waiting:
-                    yield first, *decoded.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
+        """The key of a sample, or why it cannot be read; and its pixels where they are still needed."""
         try:
             if not sample.in_file or isinstance(sample, (Copy, Tile)):
                 pixels = read_square(sample, self._model.size, self._read)
@@ -204,6 +187,21 @@ class FeatureSource:
         waiting.clear()
 
 
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
+    """What a function gives for items, in their order; threads work on so many items ahead."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def features_folder() -> Path:
     """Where features, and what is known of files, are kept."""
     return cache_home() / "features"
@@ -217,12 +215,12 @@ def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | No
 
 def record_layout(model: AnomalyModel) -> RecordLayout:
     """What is kept of an image for a model."""
-    kept, info = model.selection, model.teacher.info
+    selection, info = model.selection, model.teacher.info
     return RecordLayout(
-        tuple((c, s, s) for c, s in zip(kept.channels, kept.map_sides, strict=True)),
-        tuple((c, s, s) for c, s in zip(kept.coarse_channels, kept.coarse_sides, strict=True)),
-        kept.prefix_shape,
-        (sum(info.token_channels),) * len(kept.shrinks),
+        tuple((c, s, s) for c, s in zip(selection.channels, selection.map_sides, strict=True)),
+        tuple((c, s, s) for c, s in zip(selection.coarse_channels, selection.coarse_sides, strict=True)),
+        selection.prefix_shape,
+        (sum(info.token_channels),) * len(selection.shrinks),
         info.embedding_channels,
         model.pixel_side,
     )
@@ -249,10 +247,10 @@ def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
         return list(samples)
     return [
         Tile(
-            one.image, one.split, f"{one.class_name} @{place // tiles[1]},{place % tiles[1]}", one.label,
-            group=one.group, record=one.record, pixels=one.pixels, of=one, place=place, tiles=tiles,
+            sample.image, sample.split, f"{sample.class_name} @{place // tiles[1]},{place % tiles[1]}", sample.label,
+            group=sample.group, record=sample.record, pixels=sample.pixels, of=sample, place=place, tiles=tiles,
         )
-        for one in samples
+        for sample in samples
         for place in range(tiles[0] * tiles[1])
     ]  # fmt: skip
 
@@ -289,12 +287,12 @@ def same_image(samples: Sequence[Sample]) -> list[int]:
     Copies of images that hardly vary stand for images of their own.
     """
     first: dict[tuple[object, ...], int] = {}
-    found = []
-    for place, one in enumerate(samples):
-        picture = picture_of(one)
+    firsts = []
+    for place, sample in enumerate(samples):
+        picture = picture_of(sample)
         apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
-        found.append(first.setdefault((one.image, one.record, *apart), place))
-    return found
+        firsts.append(first.setdefault((sample.image, sample.record, *apart), place))
+    return firsts
 
 
 def teacher_batch(model: AnomalyModel) -> int:

@@ -65,7 +65,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     )  # fmt: skip
     if not good.score_n.isfinite().all():
         raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
-    kept = Memory.of(good, source, images, memory)
+    learnt_from = Memory.of(good, source, images, memory)
     decision = fitted.decision
     if set(decision.good.key) - there:
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
@@ -73,10 +73,10 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
     bank = _bank(fitted, model, len(memory.key), learnt)
-    small = tuple(one for _, one in bank) if decision.thumbnails else ()
+    small = tuple(picture for _, picture in bank) if decision.thumbnails else ()
     new = replace(
         decision, bank=tuple(name for name, _ in bank), thumbnails=small,
-        good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        good=learnt_from.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
     )  # fmt: skip
     counts = Counter(sample.class_name for sample in learnt)
@@ -94,7 +94,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
             "from": decision.model_id,
         }
     )
-    return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
+    return Fitted(model, new, fitted.config, record, source.skipped, good, learnt_from.to_bytes())
 
 
 def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
@@ -111,17 +111,17 @@ def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
     """Good images, each once, with the class that they are learnt as."""
     good = [s for s in samples if s.split != TEST and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    notes += said
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    notes += sentences
     if class_name is not None:
-        return [replace(sample, class_name=class_name) for sample in kept]
+        return [replace(sample, class_name=class_name) for sample in distinct]
     known = fitted.decision.classes
-    if strange := sorted({sample.class_name for sample in kept} - set(known)):
+    if strange := sorted({sample.class_name for sample in distinct} - set(known)):
         raise ConfigError(
             f"class {', '.join(strange[:3])} is not one that the model knows ({', '.join(known)}); say whose images "
             "these are with --class NAME, which may also be a new class"
         )
-    return kept
+    return distinct
 
 
 def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
