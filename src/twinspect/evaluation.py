@@ -100,7 +100,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
         for name, evaluator in students.items():
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
-        rows.append({**result.row(), **_truth(sample)})
+        truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
+        rows.append({**result.row(), **truth})
     table = _plain(joint.compute())
     alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
     seconds = time.monotonic() - began
@@ -152,10 +153,6 @@ def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
         return {}
     return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
-
-
-def _truth(sample: Sample) -> dict[str, Any]:
-    return {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
 
 
 def _plain(values: Any) -> Any:

@@ -72,7 +72,9 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
-    values = calibration_values(after, notes)
+    values: dict[str, Any] = {
+        "model_id": after.model_id, "classes": class_values(after), "sessions": sessions(after), "notes": notes,
+    }  # fmt: skip
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
     if is_signed(options.bundle):
@@ -155,16 +157,17 @@ def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
     return labelled
 
 
-def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, Any]:
-    """Everything a calibration says, ready for JSON."""
-    classes = {}
+def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
+    """What is to be said of every class's threshold, and of all classes together, ready for JSON."""
+    rows = {}
     for name, rule in promises(decision):
-        images, called = own_counts(decision, rule)
-        classes[name] = {
-            "images": images,
+        score = decision.good.score[decision.good.of_class(rule.class_name, given=True)]
+        rows[name] = {
+            "images": len(score),
             "threshold": rule.image.value,
             "rule": rule.basis,
-            "called": called,
+            "called": int((score >= rule.image.value).sum()),
+            "false_alarms": false_alarms(rule),
             "max_fpr": rule.image.max_fpr,
             "guaranteed": rule.image.guaranteed,
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
@@ -172,7 +175,7 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": class_sentence(rule),
         }
-    return {"model_id": decision.model_id, "classes": classes, "sessions": sessions(decision), "notes": list(notes)}
+    return rows
 
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
@@ -217,22 +220,16 @@ def session_table(values: dict[str, Any]) -> Table:
 
 def threshold_table(decision: Decision) -> Table:
     """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
-    rules = list(promises(decision))
-    third = any(rule.unsure is not None for _, rule in rules)
-    columns = (
-        "class",
-        "good images",
-        *(("unsure from",) if third else ()),
-        "threshold",
-        "false alarms",
-        "called bad",
-    )
-    rows = []
-    for name, rule in rules:
-        images, called = own_counts(decision, rule)
-        unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
-        rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
-    return Table("Thresholds by class", columns, tuple(rows), _NOTE)
+    rows = class_values(decision)
+    third = any(row["threshold_unsure"] is not None for row in rows.values())
+    body = []
+    for name, row in rows.items():
+        unsure = "-" if row["threshold_unsure"] is None else row["threshold_unsure"]
+        numbers = (*((unsure,) if third else ()), row["threshold"], row["false_alarms"], row["called"])
+        body.append((name, row["images"], *numbers))
+    between = ("unsure from",) if third else ()
+    columns = ("class", "good images", *between, "threshold", "false alarms", "called bad")
+    return Table("Thresholds by class", columns, tuple(body), _NOTE)
 
 
 def false_alarms(rule: Rule) -> str:
@@ -253,12 +250,6 @@ _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
     "the good images here the threshold calls bad."
 )
-
-
-def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
-    """Good images of a rule's class, and how many of them its threshold calls bad."""
-    of_class = decision.good.of_class(rule.class_name, given=True)
-    return int(of_class.sum()), int((decision.good.score[of_class] >= rule.image.value).sum())
 
 
 def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:

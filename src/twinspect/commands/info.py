@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.bundle import read_bundle
-from twinspect.commands.calibrate import threshold_table
+from twinspect.commands.calibrate import class_values, threshold_table
 from twinspect.commands.options import InfoOptions
 from twinspect.commands.results import markdown, text_table
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.decide.decision import Decision, promises
-from twinspect.decide.rules import class_sentence
 from twinspect.errors import NONSENSE, BundleError
 from twinspect.inference.runtimes import export_info, is_export, read_export
 from twinspect.models.weights import EMBEDDED
@@ -68,8 +67,8 @@ def info_lines(bundle: Path) -> dict[str, Any]:
             "threshold": decision.threshold.value,
             "promise": decision.threshold.sentence,
             "thresholds": {
-                name: {"value": rule.image.value, "rule": rule.basis, "promise": class_sentence(rule)}
-                for name, rule in promises(decision)
+                name: {"value": row["threshold"], "rule": row["rule"], "promise": row["sentence"]}
+                for name, row in class_values(decision).items()
             },
             "config": meta["config"],
         }
@@ -162,7 +161,7 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
     )
     note = "Every other setting has its default; `twinspect info --json` lists them all."
     settings = Table("Settings of the training run", ("setting", "value"), chosen, note)
-    promised = tuple(f"{name}: {class_sentence(rule)}" for name, rule in promises(decision))
+    promised = tuple(f"{name}: {row['sentence']}" for name, row in class_values(decision).items())
     sections = [
         Section("Data", (words,), (classes,)),
         Section("Settings", (), (settings,)),
