@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from twinspect import Detector, files
 from twinspect.bundle import read_bundle
 from twinspect.cli import app
-from twinspect.commands.fit import info_lines
+from twinspect.commands.info import info_lines
 from twinspect.training.resume import LOCK
 
 SMALL = "--teacher test_vit --random-teacher --size 64 --steps 8 --depth 2 --batch 4 --checkpoint-every 2".split()

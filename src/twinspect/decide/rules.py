@@ -64,7 +64,7 @@ class GoodScores:
         return len(self.score)
 
     def take(self, chosen: NDArray[np.bool_]) -> GoodScores:
-        """The images where ``kept`` is true."""
+        """The images where ``chosen`` is true."""
         numbers = {n: getattr(self, n)[chosen] for n in _NUMBERS}
         texts = {n: tuple(v for v, k in zip(getattr(self, n), chosen, strict=True) if k) for n in _TEXTS}
         return GoodScores.of_columns({**numbers, **texts})
@@ -89,6 +89,13 @@ class GoodScores:
         """Rebuild from `to_dict`."""
         numbers = {n: np.array([np.nan if v is None else v for v in values[n]], np.float64) for n in _NUMBERS}
         return cls.of_columns({**numbers, **{n: tuple(str(v) for v in values[n]) for n in _TEXTS}})
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[Any]]) -> GoodScores:
+        """From the values of every image, in the order of the fields."""
+        names = (*_NUMBERS, *_TEXTS)
+        columns = dict(zip(names, list(zip(*rows, strict=True)) or [()] * len(names), strict=True))
+        return cls.of_columns({**columns, **{n: np.array(columns[n], np.float64) for n in _NUMBERS}})
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Any]) -> GoodScores:
@@ -122,10 +129,6 @@ class Budget:
                 f"--unsure {self.max_fpr:g} {self.unsure:g}: the second rate is of good images called bad or "
                 "unsure and must be the larger one, such as --unsure 0.01 0.05"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"max_fpr": self.max_fpr, "unsure": self.unsure, "region_fpr": self.region_fpr}
 
 
 @dataclass(frozen=True, slots=True)
