@@ -68,8 +68,7 @@ class Batcher(Generic[Job, Answer]):
         self._change = threading.Condition()
         self._closing = False
         self.seconds_per_job = 0.0
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)  # started by the first job
 
     def submit(
         self,
@@ -93,6 +92,8 @@ class Batcher(Generic[Job, Answer]):
                 raise Closed("the server is stopping; send the request again to its successor")
             self._jobs.append(waiting)
             self._change.notify()
+            if self._thread.ident is None:
+                self._thread.start()
         return waiting.future
 
     def announce(self, count: int) -> None:
@@ -114,7 +115,8 @@ class Batcher(Generic[Job, Answer]):
         with self._change:
             self._closing = True
             self._change.notify()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def _work(self) -> None:
         while batch := self._gather():
