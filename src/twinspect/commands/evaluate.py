@@ -38,7 +38,7 @@ from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
-from twinspect.inference.predictor import Predictor, name_of
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
@@ -111,7 +111,7 @@ def eval_command(options: EvalOptions, console: Console) -> None:
         console.warn(line)
     for line in notes:
         console.warn(line)
-    samples = {name_of(sample): sample for sample in test.samples}
+    samples = {sample.name: sample for sample in test.samples}
 
     def again(names: list[str]) -> Iterator[Result]:
         return detector.predictor().predict([samples[name] for name in names])

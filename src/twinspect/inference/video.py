@@ -128,7 +128,6 @@ class _Newest:
 
 
 def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
-    """The next frame as RGB; None at the end."""
     there, bgr = capture.read()
     return np.ascontiguousarray(bgr[..., ::-1]) if there else None
 

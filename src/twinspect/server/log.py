@@ -20,7 +20,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.result import Region, Result, columns, finite
+from twinspect.inference.regions import Region
+from twinspect.inference.result import Result, columns, finite
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
@@ -109,9 +110,9 @@ class Inspection:
     """
 
     result: Result
+    image_key: str
     bundle: str
     request_id: str
-    image_key: str
     session: str = ""
     at_ms: int = 0
     picture: bytes = b""

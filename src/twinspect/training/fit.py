@@ -32,7 +32,6 @@ from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads, in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import cache_home, why_unwritable
-from twinspect.inference.decode import name_of
 from twinspect.inference.tiles import OVERLAP, Tiles, speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
@@ -138,7 +137,7 @@ def fit(
     with in_fp32(group.device.type):
         dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {one["path"] for one in dropped}
-        kept = [s for s in samples if name_of(s) not in paths]
+        kept = [s for s in samples if s.name not in paths]
         fitted = _fitted(kept, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
@@ -290,8 +289,8 @@ def decision_of(
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     scale = (0.0, MAP_TOP * float(np.median(scores.peak)))
     return Decision(
-        scores, classes, scale, model_id=model_id(model), trained=trained, held=kept,
-        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
+        scores, classes, scale, model_id=model_id(model), trained=trained, held=kept, tiles=tiles,
+        bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
 
@@ -502,7 +501,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
     order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
     return [
         {
-            "path": name_of(samples[i]),
+            "path": samples[i].name,
             "class_name": samples[i].class_name,
             "score": round(float(score_n[i]), 3),
             "apart": i in apart,
