@@ -48,11 +48,11 @@ from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.cache import RecordLayout, image_key
 from twinspect.training.copies import add_copies
-from twinspect.training.fit import cache_folder, choose_images
+from twinspect.training.fit import choose_images
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.resume import take_over
-from twinspect.training.source import FeatureSource, observe, record_layout
+from twinspect.training.source import FeatureSource, cache_folder, observe, record_layout
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"

@@ -40,10 +40,10 @@ from twinspect.models import scorer as scorer_room
 from twinspect.models import statistics as statistics_room
 from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
-from twinspect.training import statistics as fitting_room
-from twinspect.training.fit import cache_folder, choose_images, fit
+from twinspect.training import normal as fitting_room
+from twinspect.training.fit import choose_images, fit
 from twinspect.training.normal import GoodImages, fit_statistics
-from twinspect.training.source import FeatureSource
+from twinspect.training.source import FeatureSource, cache_folder
 
 MASK_SIDE = 128
 
@@ -89,9 +89,10 @@ def rows() -> list[Row]:
         ("+ means of positions", {"places": True}),
         ("+ readings scaled at every position", {"scaled": True}),
         ("+ fine group", {"groups": 2}),
-        ("+ deep group", {"groups": 3}),
-        ("+ finest stage alone", {"groups": 4}),
-        ("+ deep group of the coarse view", {"groups": 5}),
+        ("+ finest stage alone", {"groups": 3}),
+        ("+ regions of the deepest stages (score only)", {"groups": 4}),
+        ("+ deep group (map only)", {"groups": 5}),
+        ("+ deep group of the coarse view (map only)", {"groups": 6}),
         ("+ Mahalanobis distance of global tokens", {"views": 1}),
         ("+ global tokens of a second view", {"views": 2}),
         ("+ nearest good images", {"nearest": True}),
@@ -103,7 +104,8 @@ def rows() -> list[Row]:
     return found
 
 
-ORDER = (2, 1, 3, 0, 4)  # layer groups of a CNN by `group_plans`: middle, fine, deep, finest stage, coarse view
+# Layer groups of a CNN by `group_plans`: middle, fine, finest stage, regions, deep, deep of the coarse view.
+ORDER = (2, 1, 0, 5, 3, 4)
 
 
 @contextmanager
@@ -115,7 +117,7 @@ def learning(row: Row) -> Iterator[None]:
     if not row.scaled:
         fitting_room._level_and_spread = lambda total, square, count: (total * 0, torch.ones_like(total))
     if not row.clusters:
-        clusters_room.Clusters.fit = lambda self, token, embedding, names, seed: _one_cluster(self, token)
+        clusters_room.Clusters.fit = lambda self, token, *_: _one_cluster(self, token)
     try:
         yield
     finally:
@@ -197,7 +199,7 @@ def maps_of(
         part = at[i : i + 32]
         distances = [d[i : i + 32].float() for d in answers.distances]
         surprises = scorer.surprises(distances, answers.variant_t[part], answers.cluster_t[part])
-        found.append(surprises[:, list(groups)].sum(1, keepdim=True))
+        found.append(surprises[:, [i for i, g in enumerate(scorer.mapped) if g in groups]].sum(1, keepdim=True))
     return found
 
 

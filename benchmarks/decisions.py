@@ -48,8 +48,9 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
 from twinspect.report import Table
 from twinspect.storage import Fitted
-from twinspect.training.fit import cache_folder, choose_images, classes_of_clusters
-from twinspect.training.source import FeatureSource
+from twinspect.training.fit import choose_images
+from twinspect.training.outcome import classes_of_clusters
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, Sample
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.10)

@@ -171,15 +171,21 @@ def bare_onnx(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) ->
 
 def bare_teacher(proto: Any) -> Any:
     """The teacher of an exported ONNX model, as a model whose outputs are what the other parts read of it."""
+    from onnx.shape_inference import infer_shapes
     from onnx.utils import Extractor
 
-    nodes: dict[bool, list[Any]] = {True: [], False: []}
-    for node in proto.graph.node:
-        nodes[node.name.startswith("teacher/")].append(node)
-    made = {name for node in nodes[True] for name in node.output}
-    read = dict.fromkeys(name for node in nodes[False] for name in node.input if name in made)
+    maker = {name: node for node in proto.graph.node for name in node.output}
+    made = {name for name, node in maker.items() if node.name.startswith("teacher/")}
+    needed, waiting = set[str](), list(made)  # nodes that the teacher cannot do without
+    while waiting:
+        node = maker.get(waiting.pop())
+        if node is not None and node.name not in needed:
+            needed.add(node.name)
+            waiting += node.input
+    others = [node for node in proto.graph.node if node.name not in needed]
+    read = dict.fromkeys(name for node in others for name in node.input if name in made)
     assert read, "nothing is read of a teacher here"
-    return Extractor(proto).extract_model(["image"], list(read))
+    return Extractor(infer_shapes(proto)).extract_model(["image"], list(read))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.metrics import auroc
-from twinspect.training.fit import cache_folder, fit
-from twinspect.training.source import FeatureSource
+from twinspect.training.fit import fit
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import Sample
 
 DRAWS = 400

@@ -36,8 +36,8 @@ from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
 from twinspect.storage import build_model
-from twinspect.training.fit import cache_folder, sized
-from twinspect.training.source import FeatureSource
+from twinspect.training.fit import sized
+from twinspect.training.source import FeatureSource, cache_folder
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
 PROTOCOLS = ("one-vs-rest", "unified", "leave-one-out")

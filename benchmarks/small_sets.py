@@ -34,8 +34,8 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
 from twinspect.report import Table
-from twinspect.training.fit import build_model, cache_folder, fit
-from twinspect.training.source import FeatureSource
+from twinspect.training.fit import build_model, fit
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, TRAIN, Sample
 
 FOLDERS = ("parts", "parts2")

@@ -22,8 +22,8 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
 from twinspect.storage import Fitted
-from twinspect.training.fit import cache_folder, fit
-from twinspect.training.source import FeatureSource
+from twinspect.training.fit import fit
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.training.update import update
 from twinspect.types import TEST, TRAIN, Sample
 

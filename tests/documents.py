@@ -148,6 +148,8 @@ class Runner:
             assert found.exit_code == 0, found.output
         elif program == "pip":
             self._check_install(words)
+        elif program == ".":
+            assert words == [".venv/bin/activate"], "make wheel makes this environment"
         elif program == "make":
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{re.escape(words[0])}:", makefile, re.MULTILINE), f"no target {words[0]}"

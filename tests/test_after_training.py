@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
-from test_statistics import slow_token
+from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
 from twinspect.data.painting import part
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.scorer import TOP_SHARE
-from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, RIDGE, SPREAD_PRIOR
+from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
 from twinspect.storage import build_model
-from twinspect.training.fit import decision_of
 from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.outcome import decision_of
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample, silent
 
@@ -71,7 +71,7 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
     torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
-    made = decision_of(model, source, TRAINED, HELD, good)
+    made = decision_of(model, source, HELD, good)
     assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
     assert made.good.class_name == tuple(source.samples[i].class_name for i in HELD)
     assert made.class_of_cluster == ("ring", "weave")
@@ -103,9 +103,7 @@ class Slow:
             away = np.stack([row - (total - row) / count for row in rows])
             for half in (0, 1):
                 others = away[1 - half :: 2].reshape(-1, rows.shape[2])
-                covariance = others.T @ others / len(others)
-                covariance += RIDGE * np.diag(covariance.diagonal())
-                inverse = np.linalg.inv(covariance)
+                inverse = np.linalg.inv(shrunk(others.T @ others / len(others), len(others)))
                 square = np.einsum("bnd,de,bne->bn", away[half::2], inverse, away[half::2]) / rows.shape[2]
                 maps = square.reshape(-1, side, side)
                 found[own[half::2]] = np.sqrt(
@@ -201,7 +199,7 @@ def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     assert out.cluster_distance_B.mean() < good.distance_n.mean()
     every = (*good._replace(tokens=good.tokens[0]), *good.tokens, *out)
     assert all(one.double().isfinite().all() for one in every)
-    made = decision_of(model, source, TRAINED, HELD, good)
+    made = decision_of(model, source, HELD, good)
     assert len(made.good) == len(made.trained) == 24
     assert len(made.held) == len(HELD)
     assert made.class_of_cluster == ("ring", "weave")

@@ -51,6 +51,14 @@ def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) ->
         assert sum(one["share"].values()) == pytest.approx(1, abs=1e-6)
 
 
+def test_bench_names_an_image_that_cannot_be_read(quick, tmp_path: Path) -> None:
+    bundle = quick.save(tmp_path / "m.twin")
+    (tmp_path / "text.png").write_text("no picture")
+    found = CliRunner().invoke(app, ["bench", str(bundle), "--images", str(tmp_path)])
+    assert found.exit_code == 2
+    assert "text.png: not an image that can be read" in found.output
+
+
 @pytest.mark.parametrize("text", ["", "0", "a", "1,,2", "-1"])
 def test_batches_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="accepted numbers from 1"):

@@ -18,8 +18,7 @@ from twinspect.storage import build_model
 from twinspect.training import cache as cache_module
 from twinspect.training import source as source_module
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.training.fit import cache_folder
-from twinspect.training.source import FeatureSource
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TRAIN, Sample, silent
 
 LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), ((3, 2, 2),), (2, 3, 4), (5, 5), 3, 4)

@@ -128,6 +128,14 @@ def test_in_place_by_default(trained: Path, fresh: Path, tmp_path: Path) -> None
     assert len(decision_of(here).good) == 48
 
 
+def test_images_of_which_none_can_be_read(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "text.png").write_text("no picture")
+    said = run("calibrate", trained, tmp_path / "new", *FEW, "--out", tmp_path / "x.twin", code=2)
+    assert "text.png: not an image that can be read" in said
+    assert "no image to calibrate with: none was given, or none can be read" in said
+
+
 def test_training_images_are_left_out(trained: Path, old: Path, fresh: Path, tmp_path: Path) -> None:
     """Statistics are learnt from all of them, so none is left, also of those the students did not see."""
     said = run("calibrate", trained, old, *FEW, "--out", tmp_path / "x.twin", code=2)

@@ -33,6 +33,19 @@ def test_card_names_data_teacher_settings_promises_and_limits(bundle: Path, dete
     assert "The teacher is a small one." in text
 
 
+def test_card_tells_what_was_learnt_after_other_images_calibrated(bundle: Path, detector, tmp_path: Path) -> None:
+    """`calibrate` notes the number of its images in the record; the card must not take it for what was learnt."""
+    from layouts import Plan, write
+
+    write("folder", tmp_path / "good", Plan(size=64, classes=1, train=60, seed=3))
+    ready = tmp_path / "ready.twin"
+    command = ["calibrate", str(bundle), str(tmp_path / "good"), "--class", "cloth", "-o", str(ready)]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    learnt = len(detector.fitted.decision.trained)
+    assert f"\n{learnt} good images, {detector.record_['images']['train']} taught the students, and" in printed(ready)
+
+
 def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:
     """From the metadata beside it, so that no runtime is needed."""
     from twinspect.inference.runtimes import ExportMeta, write_meta

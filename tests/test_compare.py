@@ -98,3 +98,4 @@ def test_images_that_a_model_has_learnt_are_said(quick: Detector, parts: Path, t
     assert code == 0, error
     assert "m.twin has learnt 3 of the test images" in out + error
     assert "accepted 1 to" in call("compare", model, model, table, "--draws", 0)[2]
+    assert "--seed -1: accepted 0 to" in call("compare", model, model, table, "--seed", -1)[2]

@@ -11,7 +11,7 @@ from tiny import picture, run_config, save, train_samples
 
 from twinspect import Detector
 from twinspect.commands.decisions import threshold_lines
-from twinspect.training.copies import FIXED, FREE, Altered, add_copies, find_pose, hardly_differ
+from twinspect.training.copies import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
 from twinspect.types import TRAIN, Sample
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
@@ -51,21 +51,21 @@ def test_what_cannot_be_read_says_nothing(tmp_path: Path) -> None:
 
 def test_copies_differ_by_a_level_or_two_and_are_the_same_every_time(tmp_path: Path) -> None:
     grey = np.full((32, 32, 3), 100, np.uint8)
-    copies = [Altered(tmp_path / "a.png", TRAIN, "a", seed=seed).around(grey) for seed in range(8)]
+    copies = [Copy(tmp_path / "a.png", TRAIN, "a", seed=seed).changed(grey) for seed in range(8)]
     assert len({one.tobytes() for one in copies}) == 8
     assert all(np.abs(one.astype(int) - 100).max() <= 2 for one in copies)
-    assert (Altered(tmp_path / "a.png", TRAIN, "a", seed=3).around(grey) == copies[3]).all()
-    assert Altered(tmp_path / "a.png", TRAIN, "a", seed=3).around(np.full_like(grey, 255)).min() >= 253  # no overflow
+    assert (Copy(tmp_path / "a.png", TRAIN, "a", seed=3).changed(grey) == copies[3]).all()
+    assert Copy(tmp_path / "a.png", TRAIN, "a", seed=3).changed(np.full_like(grey, 255)).min() >= 253  # no overflow
 
 
 def test_only_such_classes_get_copies_in_both_parts(tmp_path: Path) -> None:
     varied = samples(tmp_path / "varied", [picture(i) for i in range(10)])
     flat = samples(tmp_path / "flat", [specks(i) for i in range(100)])
     training, held, notes = add_copies([*varied[:8], *flat[:80]], [*varied[8:], *flat[80:]])
-    added = [one for one in (*training, *held) if isinstance(one, Altered)]
+    added = [one for one in (*training, *held) if isinstance(one, Copy)]
     assert {one.class_name for one in added} == {"flat"}
     assert len(added) == 50
-    assert 0 < sum(isinstance(one, Altered) for one in held) < 25
+    assert 0 < sum(isinstance(one, Copy) for one in held) < 25
     assert len(notes) == 1
     assert notes[0].startswith("class flat: its good images differ by less than one grey level")
 
@@ -119,7 +119,7 @@ def test_the_pose_is_read_off_the_images(tmp_path: Path) -> None:
 
 def test_moved_copies_are_near_the_image_and_turned_ones_are_not(tmp_path: Path) -> None:
     first = wedge(0)
-    near, turned = (Altered(tmp_path / "a.png", TRAIN, "a", seed=3, pose=p).around(first) for p in (FIXED, FREE))
+    near, turned = (Copy(tmp_path / "a.png", TRAIN, "a", seed=3, kind=p).changed(first) for p in (FIXED, FREE))
     assert 0 < np.abs(near.astype(int) - first).mean() < 12
     assert np.abs(turned.astype(int) - first).mean() > 12
     assert abs(float(turned.mean()) - float(first.mean())) < 12  # nothing is lost at the rim

@@ -67,6 +67,15 @@ def test_absent_extras_name_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 'pip install "twinspect[onnx]"' in text
 
 
+def test_extras_of_a_checkout_are_not_asked_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    absent = ("mypy", "mkdocs-material", "onnx")
+    monkeypatch.setattr(doctor, "_version", lambda name: "" if name in absent else real(name))
+    lacking = [line.split(":")[0] for line in examine() if ": lacks " in line]
+    assert "extra onnx" in lacking
+    assert not {"extra dev", "extra docs"} & set(lacking)
+
+
 def test_extras_are_those_of_the_project() -> None:
     extras = declared_extras()
     assert {"onnx", "openvino", "ray", "server", "demo", "dev"} <= set(extras)

@@ -107,7 +107,15 @@ def slow_plain(model: DualModel, observed: Observed, small: torch.Tensor) -> tup
 def slow_features(scorer: Scorer, plan: GroupPlan, side: int, observed: Observed) -> torch.Tensor:
     """Features of a layer group, B x D x h x w."""
     maps = observed.coarse if plan.coarse else observed.maps
-    return torch.cat([slow_resample(maps[i], side) for i in plan.maps], 1)
+    if plan.region == 1:
+        return torch.cat([slow_resample(maps[i], side) for i in plan.maps], 1)
+    half, rows = plan.region // 2, []
+    for y, x in np.ndindex(side, side):  # maps lie on the grid of the group already
+        part = [
+            maps[i][:, :, half * y : half * y + plan.region, half * x : half * x + plan.region] for i in plan.maps
+        ]
+        rows.append(torch.cat(part, 1).mean((2, 3)))
+    return torch.stack(rows, 2).unflatten(2, (side, side))
 
 
 def slow_distance(one: PositionGaussian, features: torch.Tensor, variant: int, cluster: int) -> torch.Tensor:
@@ -166,7 +174,9 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         both = torch.tensor([counted[: len(local)].sum(), counted[len(local) :].sum()])
         z = z_of(scorer.standardise_students, both, k)
         large = []
-        for g, (m, (_, _, one)) in enumerate(zip(maps, groups, strict=True)):
+        for g, (m, (plan, _, one)) in enumerate(zip(maps, groups, strict=True)):
+            if not plan.mapped:
+                continue
             spread = np.maximum(one.spread_Vhw[variant].numpy(), float(scorer.map_spread_KG[k, g]))
             surprising = slow_surprise((m.numpy() - float(scorer.map_level_KG[k, g])) / spread)
             large.append(full_size(scorer, torch.from_numpy(surprising).float()[None]))

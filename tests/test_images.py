@@ -95,6 +95,43 @@ def test_float_images(tmp_path: Path) -> None:
             assert found[3, 3] == {"hole": 0, "as it is": expected[3, 3]}.get(change, 255)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_planes_of_colours(tmp_path: Path, kind: str, compression: str | None, alpha: bool) -> None:
+    pixels = picture()
+    full = {"uint8": 255, "uint16": 65535, "float32": 1}[kind]
+    values = np.dstack([pixels, np.full((96, 96), 255, np.uint8)] if alpha else [pixels]) / 255 * full
+    values = (values.round() if kind[0] == "u" else values).astype(kind)
+    more = {"extrasamples": ["unassalpha"]} if alpha else {}
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.moveaxis(values, 2, 0), photometric="rgb", planarconfig="separate",
+        compression=compression, **more,
+    )  # fmt: skip
+    assert np.array_equal(read_rgb(tmp_path / "a.tif"), pixels)
+
+
+def test_colours_that_are_no_rgb_in_many_bits(tmp_path: Path) -> None:
+    ink = np.full((4, 8, 8), 9000, np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", ink, photometric="separated", planarconfig="separate")
+    with pytest.raises(ImageError, match=r"a\.tif: a TIFF of SEPARATED colours"):
+        read_rgb(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_floats_that_are_no_picture(tmp_path: Path, kind: str) -> None:
+    grey = picture()[..., 0] / 255
+    odd = {"standardised": (grey - 0.5) / 0.2, "halves": grey * 2 - 1, "counts": grey * 6e4 * 9}
+    for name, values in odd.items():
+        if kind == "float32" or name != "counts":
+            tifffile.imwrite(tmp_path / "a.tif", values.astype(kind), photometric="minisblack")
+            with pytest.raises(ImageError, match="of the values lie outside of black and white"):
+                read_rgb(tmp_path / "a.tif")
+    noisy = np.where(grey > 0.6, grey, np.random.default_rng(0).normal(0, 0.02, grey.shape))
+    tifffile.imwrite(tmp_path / "a.tif", noisy.astype(kind), photometric="minisblack")
+    assert read_rgb(tmp_path / "a.tif").max() > 150
+
+
 @pytest.mark.parametrize("order", ["contig", "separate"])
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64", "uint16", "uint32"])
 @pytest.mark.parametrize("colour", [True, False])

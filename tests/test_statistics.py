@@ -50,7 +50,7 @@ def fitted(
     gaussian.set_means(total, torch.bincount(variant_n).float())
     away = rows - gaussian.means()[variant_n]
     covariances = [away[cluster_n == k].flatten(0, 1).double() for k in range(clusters)]
-    gaussian.whiten_KDD = torch.stack([whitening(one.T @ one / len(one)) for one in covariances]).half()
+    gaussian.whiten_KDD = torch.stack([whitening(one.T @ one / len(one), len(one)) for one in covariances]).half()
     return gaussian
 
 
@@ -61,12 +61,21 @@ def slow_means(image_nND: torch.Tensor) -> np.ndarray:
     return (images.sum(0) + PLACE_PRIOR * centre) / (len(images) + PLACE_PRIOR)
 
 
+def shrunk(covariance: np.ndarray, count: int) -> np.ndarray:
+    """Covariance whose correlations are shrunk as Chen et al. (2010) say (OAS), with the ridge added to them."""
+    scale, dims = np.sqrt(covariance.diagonal()).clip(1 / np.sqrt(RIDGE) / 65504), len(covariance)
+    correlation = covariance / np.outer(scale, scale)
+    squares, trace = (correlation**2).sum(), correlation.trace()
+    weight = ((1 - 2 / dims) * squares + trace**2) / ((count + 1 - 2 / dims) * (squares - trace**2 / dims))
+    correlation = (1 - min(1.0, weight)) * correlation + (min(1.0, weight) + RIDGE) * np.eye(dims)
+    return correlation * np.outer(scale, scale)
+
+
 def slow_distance(image_nND: torch.Tensor, row_D: torch.Tensor, place: int) -> float:
-    """Mahalanobis distance of a patch over the root of the channels; the ridge is added to the correlations."""
+    """Mahalanobis distance of a patch over the root of the channels, by the covariance of `shrunk`."""
     mean = slow_means(image_nND)
     away = (image_nND.double().numpy() - mean).reshape(-1, image_nND.shape[2])
-    covariance = away.T @ away / len(away)
-    covariance += RIDGE * np.diag(covariance.diagonal())
+    covariance = shrunk(away.T @ away / len(away), len(away))
     difference = row_D.double().numpy() - mean[place]
     return float(np.sqrt(difference @ np.linalg.inv(covariance) @ difference / len(difference)))
 
@@ -158,12 +167,24 @@ def test_level_and_spread_of_a_position_scale_its_distance() -> None:
         torch.testing.assert_close(gaussian.scaled(distance, variant)[b], slow)
 
 
-def test_whitening_gives_identity() -> None:
-    for seed in (0, 5):
-        covariance = torch.cov(correlated(500, 12, seed=seed).double().T)
-        ridged = covariance + RIDGE * covariance.diagonal().diag()
-        white = whitening(covariance)
-        torch.testing.assert_close(white.T @ ridged @ white, torch.eye(12).double(), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("count", [8, 500])
+def test_whitening_makes_the_shrunk_covariance_the_identity(count: int) -> None:
+    covariance = torch.cov(correlated(500, 12, seed=5).double().T)
+    white = whitening(covariance, count)
+    regular = torch.from_numpy(shrunk(covariance.numpy(), count))
+    torch.testing.assert_close(white.T @ regular @ white, torch.eye(12).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_what_few_vectors_taught_does_not_lie_nearer_than_what_they_did_not() -> None:
+    """The mean squared length of new vectors is 1 with many, and with few it grows less than without shrinkage."""
+    rows = correlated(4000, 40, seed=1).double()
+    new = rows[2000:]
+    for count, most in ((2000, 1.1), (60, 1.6)):
+        white = whitening(rows[:count].T @ rows[:count] / count, count)
+        inverse = torch.linalg.inv(rows[:count].T @ rows[:count] / count)
+        shrunk_square = float((new @ white).square().sum(1).mean() / 40)
+        square = float(((new @ inverse) * new).sum(1).mean() / 40)
+        assert 0.8 < shrunk_square < min(most, square)
 
 
 def test_whitening_of_silent_channels_is_finite_in_fp16() -> None:
@@ -171,7 +192,7 @@ def test_whitening_of_silent_channels_is_finite_in_fp16() -> None:
     rows = normal(100, 6).double()
     rows[:, 1], rows[:, 2], rows[:, 4] = 1e-5 * rows[:, 1], 0.0, 3.0 * rows[:, 0]
     for covariance in (torch.cov(rows.T), torch.zeros(6, 6).double()):
-        white = whitening(covariance).half()
+        white = whitening(covariance, 100).half()
         assert white.isfinite().all()
         assert float(white.diagonal().min()) > 0.0
 

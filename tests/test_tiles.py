@@ -92,6 +92,14 @@ def test_what_is_accepted_and_what_auto_takes() -> None:
     assert rows * columns <= 48 < 2 * rows * columns
 
 
+def test_a_region_of_interest_is_refused_before_the_work(tmp_path: Path) -> None:
+    """It is drawn on whole pictures, and a tile is not one."""
+    mask = save(tmp_path / "roi.png", np.full((240, 240), 255, np.uint8))
+    config = run_config("efficientnet-lite0", pretrained=True, size=96, steps=0, depth=1, tiles="2x2")
+    with pytest.raises(ConfigError, match=r"--roi\) does not work with --tiles; leave one of them out"):
+        Detector(config=config).fit([sheet(number) for number in range(12)], roi=mask, quiet=True)
+
+
 # ------------------------------------------------------------------------------------------------- models
 
 SEAMS = [(y, x) for y in (120, 68, 172) for x in (120, 68, 172)][1:]  # middles of what two or four tiles share

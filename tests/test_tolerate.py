@@ -15,9 +15,8 @@ from twinspect.config import RunConfig
 from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.models.statistics import NearestImages, left_out
-from twinspect.training.copies import Altered
+from twinspect.training.copies import Copy, add_tolerated, lit, packed, shifted
 from twinspect.training.source import read_square, same_image
-from twinspect.training.tolerate import Disturbed, add_disturbed, lit, packed, shifted
 from twinspect.types import TRAIN, Sample
 
 
@@ -35,10 +34,10 @@ def test_what_a_camera_does() -> None:
 def test_copies_are_made_of_the_whole_image_and_always_the_same(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", picture(0, 300, 300))
     for seed in range(4):
-        one = Disturbed(path, TRAIN, "a", kind="jpeg", seed=seed)
+        one = Copy(path, TRAIN, "a", kind="jpeg", seed=seed)
         quality = int(np.random.default_rng(seed).integers(50, 90, endpoint=True))
         assert (read_square(one, 64) == resize_rgb(packed(picture(0, 300, 300), quality), 64)).all()
-    both = [Disturbed(path, TRAIN, "a", kind=kind, seed=1).disturbed(picture(0)) for kind in ("light", "shift")]
+    both = [Copy(path, TRAIN, "a", kind=kind, seed=1).changed(picture(0)) for kind in ("light", "shift")]
     assert not (both[0] == picture(0)).all()
     assert not (both[1] == picture(0)).all()
 
@@ -47,16 +46,16 @@ def test_copies_stay_on_the_side_of_their_image(tmp_path: Path) -> None:
     train = [Sample(tmp_path / f"{i}.png", TRAIN, "a") for i in range(80)]
     held = [Sample(tmp_path / f"h{i}.png", TRAIN, "a") for i in range(8)]
     few = [Sample(tmp_path / f"b{i}.png", TRAIN, "b") for i in range(3)]
-    first, second, [note] = add_disturbed([*train, *few], held, "shift, jpeg,shift", 0)
+    first, second, [note] = add_tolerated([*train, *few], held, "shift, jpeg,shift", 0)
     assert first[:83] == [*train, *few]
-    copies = [one for one in (*first, *second) if isinstance(one, Disturbed)]
+    copies = [one for one in (*first, *second) if isinstance(one, Copy)]
     assert {one.image for one in second} == {one.image for one in held}
     counts = {(c, k): sum(o.class_name == c and o.kind == k for o in copies) for c in "ab" for k in ("shift", "jpeg")}
     assert counts == {("a", "shift"): 44, ("a", "jpeg"): 44, ("b", "shift"): 3, ("b", "jpeg"): 3}
     assert len({one.seed for one in copies}) == len(copies)
     assert "94 altered copies of 91 images" in note
-    assert add_disturbed(train, held, "", 0) == (train, held, [])
-    together = [*train[:2], copies[0], *[Altered(train[0].image, TRAIN, "a", seed=s) for s in range(2)]]
+    assert add_tolerated(train, held, "", 0) == (train, held, [])
+    together = [*train[:2], copies[0], *[Copy(train[0].image, TRAIN, "a", seed=s) for s in range(2)]]
     assert same_image(together) == [0, 1, 0, 3, 4]  # copies of what hardly varies stand for images of their own
 
 

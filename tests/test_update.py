@@ -86,10 +86,12 @@ def test_a_new_class_is_what_training_on_both_makes_of_it(tmp_path: Path) -> Non
     assert again.predict(wedge(3)).near[0] == "image 000003 in memory"
 
 
-def test_what_cannot_be_learnt_is_said(quick: Detector, parts: Path) -> None:
+def test_what_cannot_be_learnt_is_said(quick: Detector, parts: Path, tmp_path: Path) -> None:
     own = train_samples(parts)
+    (tmp_path / "text.png").write_text("no picture")
     for data, name, kind, words in (
         (own, None, DataError, "not learnt already"),
+        (tmp_path, own[0].class_name, DataError, r"none of the 1 images can be read, such as .*text\.png"),
         ([picture(900)], None, ConfigError, "--class NAME"),
         ([picture(900 + i) for i in range(8)], "tile", DataError, "at least 9 are needed"),
     ):
@@ -127,7 +129,7 @@ def test_sums_and_covariances_are_read_off_the_statistics() -> None:
     generator = torch.Generator().manual_seed(0)
     rows_nD = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
     covariance = (rows_nD.T @ rows_nD / 200).double()
-    found = unwhitened(whitening(covariance).half())
+    found = unwhitened(whitening(covariance, 20_000).half())
     torch.testing.assert_close(found, covariance, rtol=0.02, atol=0.02 * float(covariance.diagonal().mean()))
     gaussian = PositionGaussian(6, 4)
     sums, images_V = torch.randn(2, 16, 6, generator=generator) * 30, torch.tensor([30.0, 5.0])

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from twinspect._version import __version__
 from twinspect.errors import NONSENSE, BundleError
 from twinspect.files import replacing
 
-FORMAT = 6  # raised when the statistics of a model, or what is made of them, change: 6 has maps of all layer groups
+FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 _SIGNATURE = "signature.txt"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
-_NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, OSError, EOFError, RuntimeError)
+_NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
+_MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like that
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,10 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
 
 
 def _write(path: Path, members: Mapping[str, bytes]) -> None:
-    with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as file:
+    with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w") as file:
         for name, body in members.items():
-            file.writestr(zipfile.ZipInfo(name), body)
+            kind = zipfile.ZIP_STORED if name == _META else zipfile.ZIP_DEFLATED
+            file.writestr(zipfile.ZipInfo(name), body, kind, compresslevel=1)  # 9 takes three times as long for 1 %
 
 
 def signed_part(path: Path) -> tuple[dict[str, Any], str]:
@@ -147,9 +150,10 @@ def read_bundle(path: Path) -> BundleContent:
 
 
 def _member(file: zipfile.ZipFile, name: str) -> bytes:
-    """A stored member; compressed ones are refused, as a small file could unpack to more than the memory."""
-    if file.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
+    """A member; one that unpacks to far more than any model does is refused: it could fill the memory."""
+    info = file.getinfo(name)
+    if info.file_size > _MOST_UNPACKED * max(info.compress_size, 100_000):
+        raise ValueError(f"{name} would unpack to {info.file_size:,} bytes from {info.compress_size:,}")
     return file.read(name)
 
 

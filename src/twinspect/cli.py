@@ -190,7 +190,7 @@ def fetch(
 @with_settings(ModelConfig, TrainConfig, optional=True)
 @with_settings(FitOptions)
 def fit(**given: Any) -> None:
-    """Learn what normal looks like from good images and write one bundle."""
+    """Learn from good images what is usual, and write one model file (a bundle)."""
     from twinspect.commands.fit import fit_command
 
     options = FitOptions(**{one.name: given.pop(one.name) for one in fields(FitOptions)})
@@ -201,7 +201,7 @@ def fit(**given: Any) -> None:
 @app.command("eval")
 @takes(EvalOptions)
 def evaluate(options: EvalOptions) -> None:
-    """Measure a model on labelled test images: per class and mean, both students alone."""
+    """Measure a model on labelled test images: defects found, false alarms and AUROC by class."""
     from twinspect.commands.evaluate import eval_command
 
     with _console(quiet=options.json_file == "-") as console:

@@ -127,7 +127,7 @@ class ModelConfig:
     pretrained: bool = _setting(True, "False builds a random-weight teacher, for tests of shape and speed only.")
     size: int = _setting(0, "Input side in pixels; 0 takes the teacher's default.")
     tiles: str = _setting(
-        "", "RxC: see pictures in rows and columns of overlapping tiles; auto: as their size asks for."
+        "", "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs."
     )
     width: int = _setting(0, "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).")
     depth: int = _setting(
@@ -327,7 +327,7 @@ class TrainConfig:
         96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
     )
     drop_outliers: int = _setting(
-        0, "Leave out so many good images that are least like the others; fit lists them, also without this."
+        0, "Number of good images to leave out: those least like the others, which fit lists in any case."
     )
     cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
 

@@ -35,9 +35,9 @@ def share_cores() -> None:
 
 
 def waiting() -> str:
-    """How the threads of torch wait for each other, in words."""
+    """How the threads of torch share the cores, in words."""
     settings = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
-    return settings or "as OpenMP does by default: torch was imported before twinspect"
+    return settings or "by the defaults of OpenMP, as torch was imported before twinspect"
 
 
 def usable_cores() -> int:

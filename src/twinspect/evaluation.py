@@ -63,8 +63,9 @@ def test_samples(samples: Sequence[Sample]) -> list[Sample]:
     labelled = [s for s in samples if s.split == TEST and s.label is not None]
     if not labelled:
         raise DataError(
-            "no labelled test images found; eval needs test/good and test/<defect> folders (MVTec layout) or "
-            "a manifest with the split 'test'. To score unlabelled images type: twinspect predict BUNDLE PATH"
+            "no labelled test images found; eval needs images of defects (a folder such as bad/ beside good/, or "
+            "test/good and test/scratch), or a table with labels. "
+            "To score unlabelled images type: twinspect predict BUNDLE PATH"
         )
     return labelled
 

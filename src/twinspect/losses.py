@@ -48,7 +48,7 @@ def soften_easy(cosine_BN: Tensor, sums: Sequence[Tensor], share: float, factor:
     with torch.no_grad():
         distance_BN = 1.0 - cosine_BN
         keep = torch.where(distance_BN < easy_limit(distance_BN, share), factor, 1.0)
-    return [keep * one + ((1.0 - keep) * one).detach() for one in sums]
+    return [keep * sum_BN + ((1.0 - keep) * sum_BN).detach() for sum_BN in sums]
 
 
 def easy_limit(distance_BN: Tensor, share: float) -> Tensor:
@@ -86,14 +86,14 @@ def _mined_distance(teacher_BND: Tensor, student_BND: Tensor, share_easy: float)
     with torch.no_grad():
         cosine_BN = shared_BN / own_BN.clamp_min(_EPS) / length_BN.clamp_min(_EPS)
     shared_BN, length_BN = soften_easy(cosine_BN, (shared_BN, length_BN), share_easy)
-    lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (own_BN, length_BN)]
+    lengths = [torch.linalg.vector_norm(length, dim=1).clamp_min(_EPS) for length in (own_BN, length_BN)]
     distance: Tensor = 1.0 - shared_BN.sum(1) / lengths[0] / lengths[1]
     return distance
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine along the second axis; `F.cosine_similarity` copies both, which are the largest tensors of a step."""
-    lengths = [torch.linalg.vector_norm(one, dim=1).clamp_min(_EPS) for one in (x, y)]
+    lengths = [torch.linalg.vector_norm(vector, dim=1).clamp_min(_EPS) for vector in (x, y)]
     cosine: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
     return cosine
 

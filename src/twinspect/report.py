@@ -132,7 +132,7 @@ def case_of(result: Result, kind: str) -> Case:
     verdict = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
     if result.share_local == result.share_local:
-        numbers += f", {100 * result.share_local:.0f} % from places"
+        numbers += f", {100 * result.share_local:.0f} % from single places"
     return Case(f"{Path(result.path).name}: {kind}, {numbers}, {verdict}", image, overlay, near)
 
 

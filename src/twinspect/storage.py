@@ -35,7 +35,7 @@ class Fitted:
     record: dict[str, Any] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     good: GoodImages | None = None  # of a model that was just trained
-    memory: bytes = b""  # what further images can be added to; see `training.memory`
+    memory: bytes = b""  # what further images can be added to; see `training.outcome`
 
 
 def teacher_of(config: ModelConfig) -> Teacher:

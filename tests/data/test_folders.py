@@ -102,7 +102,7 @@ def test_training_without_a_folder_good(tmp_path: Path) -> None:
     found = load(tree(tmp_path, **part("bottle", train=3, **{"test/good": 2, "test/bad": 1}), **part("cap", train=4)))
     assert learnt(found) == {"bottle/train", "cap/train"}
     assert seen(found)["bottle/test/bad", "test", 1] == 1
-    assert any("taken as good" in note or "no folder is called good" in note for note in found.notes)
+    assert any("taken as good" in note or "no folder in it is called good" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])
@@ -116,11 +116,24 @@ def test_validation_folders_calibrate(tmp_path: Path, name: str) -> None:
 
 
 def test_beside_good_plain_words_are_no_kinds_of_defects(tmp_path: Path) -> None:
-    beside = {"test": 1, "images": 1, "unsorted": 1, "new": 1, "poke": 2, "scratch": 2}
+    beside = {"test": 1, "images": 1, "unsorted": 1, "new": 1, "backup": 1, "golden": 1, "poke": 2, "scratch": 2}
     found = seen(tree(tmp_path, good=3, **beside))
     assert {name: next(label for folder, _, label in found if folder == name) for name in beside} == {
-        "test": None, "images": None, "unsorted": None, "new": None, "poke": 1, "scratch": 1,
+        "test": None, "images": None, "unsorted": None, "new": None, "backup": None, "golden": None,
+        "poke": 1, "scratch": 1,
     }  # fmt: skip
+
+
+def test_good_images_beside_the_training_part_are_said(tmp_path: Path) -> None:
+    found = load(tree(tmp_path, **{"train/good": 3, "test/good": 1, "evening/good": 2}))
+    assert learnt(found) == {"train/good", "evening/good"}
+    assert any(note.startswith("evening/good is learnt as well") for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["neg", "false", "Positives"])
+def test_a_folder_that_may_be_good_or_not_beside_images(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=f"images beside the folder {name}, which may be good ones or not"):
+        load(tree(tmp_path, **{"9{:02d}.png": 3, name: 2}))
 
 
 def test_any_order_of_part_and_kind(tmp_path: Path) -> None:

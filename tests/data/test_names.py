@@ -10,10 +10,13 @@ from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meani
     [
         (
             GOOD,
-            "good OK ok_front normal_dir passed gut Gutteile iO i.O. bueno conforme 良品 合格 正常 정상 годные",
+            "good OK ok_front normal_dir passed gut Gutteile iO i.O. bueno conforme 良品 合格 正常 정상 годные OK品",
         ),
         (GOOD, "no_defects DefectFree defect-free non_defective nodefect ohne_Fehler fehlerfrei unbroken NonCracked"),
-        (BAD, "bad NG ng2 NOK not_ok Not-OK nicht_ok niO fail failed rejected defective def_front bottle_bad"),
+        (
+            BAD,
+            "bad NG ng2 NG品 zły hatalı NOK Not-OK nicht_ok niO fail failed rejected defective def_front bottle_bad",
+        ),
         (
             BAD,
             "anomaly anomalies abnormal_dir schlecht Fehlerteile Ausschuss Défaut mauvais non_conforme malo difetti",
@@ -36,7 +39,7 @@ def test_folders(role: str, names: str) -> None:
     ("split", "names"),
     [
         ("train", "train Training seg_train train_good"),
-        ("calibration", "val valid validation Validation calib holdout"),
+        ("calibration", "val valid validation Validation calib holdout held-out dev cal"),
         ("test", "test test_public testing good_test test_private"),
         ("", "good contest trainer value"),
     ],
@@ -50,6 +53,8 @@ def test_what_is_left_names_the_product() -> None:
     assert meaning("good_lot2").plain
     assert meaning("images").pictures
     assert not meaning("0").plain  # may as well be a label
+    assert all(meaning(name).plain for name in ("raw", "backup", "golden", "reference 2", "tmp", "predictions"))
+    assert not meaning("golden_retriever").plain
     assert is_of_product("apple black rot", "apples")
     assert not is_of_product("pineapple", "apple")
 

@@ -91,7 +91,7 @@ def test_one_label_is_undefined_and_left_out_of_the_mean():
     assert out["classes"]["zipper"] == {}
     assert out["mean_over"]["image_auroc"] == 2
     text = " | ".join(out["undefined"])
-    assert "zipper: image metrics are undefined, all 8 images are normal" in text
+    assert "zipper: image metrics are undefined, all 8 images are normal; they need defects too" in text
     assert "zipper: no pixel metrics" in text
     assert "mean of image_auroc is over the 2 of 3 classes" in text
     assert "NaN" not in json.dumps(out, allow_nan=False)

@@ -141,10 +141,14 @@ def _kind(options: BenchOptions) -> tuple[str, str]:
 
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
+    from twinspect.data.images import read_rgb
     from twinspect.inference.decode import encoded, expand
 
     if images is not None:
-        files = [encoded(item) for item in islice(expand(images), 64)]
+        files = []
+        for item in islice(expand(images), 64):
+            files.append(encoded(item))
+            read_rgb(files[-1], name=item.name)  # one that cannot be read would be measured as a very fast one
         return files, f"{len(files)} files of {images.name}"
     from twinspect.data.painting import part
 

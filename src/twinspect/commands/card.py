@@ -57,13 +57,14 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }
-    taught = f"{images['train']} taught the students, and {images['calibration']} were kept to measure their skill"
+    learnt = len(decision.trained)  # `calibrate` changes what calibrates, not this
+    taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
     if not record["training"]["steps"]:
         taught = "and no students: statistics of these images alone"
     data = Section(
         "Data",
         (
-            f"{images['train'] + images['calibration']} good images, {taught}. {images['skipped']} were left out. "
+            f"{learnt} good images, {taught}. {images['skipped']} were left out. "
             "No image with a defect was learnt from.",
         ),
         (_classes(record, decision),),

@@ -15,8 +15,9 @@ from twinspect import data as data_room
 from twinspect.commands.evaluate import TestSet, choose_test, has_learnt, problems
 from twinspect.commands.options import CompareOptions
 from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
+from twinspect.config import LARGEST_SEED
 from twinspect.console import NOTHING_SCORED, Console
-from twinspect.errors import ConfigError
+from twinspect.errors import check_range
 from twinspect.evaluation import Evaluation, evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import is_export, load_predictor
@@ -35,8 +36,8 @@ def compare_command(options: CompareOptions, console: Console) -> None:
     Raises:
         SystemExit: 1, where no image could be scored by both.
     """
-    if not 1 <= options.draws <= _MOST_DRAWS:
-        raise ConfigError(f"--draws {options.draws}: accepted 1 to {_MOST_DRAWS}")
+    check_range("--draws", options.draws, 1, _MOST_DRAWS)
+    check_range("--seed", options.seed, 0, LARGEST_SEED)
     check_outputs(options.report, options.json_file)
     paths = (options.first, options.second)
     predictors = [load_predictor(path, device=options.device) for path in paths]

@@ -30,6 +30,7 @@ _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
 _BUSY = 0.5  # load average of a machine that other work is using
 _OLDEST_PYTHON = (3, 11)
+_OF_CHECKOUT = ("dev", "docs")  # extras that are of use in a checkout of the project only
 
 
 def examine() -> list[str]:
@@ -71,7 +72,7 @@ def _extras() -> Iterator[str]:
         absent = [name for name in names if not _version(name)]
         if not absent:
             yield f"extra {extra}: present"
-        else:
+        elif extra not in _OF_CHECKOUT:
             yield f'extra {extra}: lacks {", ".join(absent)}; type: pip install "twinspect[{extra}]"'
 
 
@@ -97,7 +98,7 @@ def _machine(problems: list[str]) -> Iterator[str]:
         problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
     size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
     yield f"processor: {usable_cores()} cores, {size}{_load()}"
-    yield f"threads of torch wait for each other {waiting()}"
+    yield f"how torch's threads share the cores: {waiting()}"
 
 
 def _load() -> str:

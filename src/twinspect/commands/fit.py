@@ -65,7 +65,8 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
     from twinspect.data.protocols import find_split
     from twinspect.data.roi import read_roi
     from twinspect.models.weights import explain_auto, resolve_auto
-    from twinspect.training.fit import features_folder, fit
+    from twinspect.training.fit import fit
+    from twinspect.training.source import features_folder
 
     if config.train.cache_gb and (reason := files.why_unwritable(features_folder())):
         console.warn(
@@ -264,9 +265,12 @@ def info_text(content: dict[str, Any]) -> Iterator[str]:
     from twinspect.commands.results import text_table
     from twinspect.report import Table
 
-    facts = dict(_flat({k: v for k, v in content.items() if k not in ("thresholds", "config")}))
+    apart = ("thresholds", "config", "least_like", "dropped")
+    facts = dict(_flat({k: v for k, v in content.items() if k not in apart}))
     width = max(map(len, facts))
     yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
+    if "least_like" in content:
+        yield from outlier_lines(content)
     if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
         yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
 

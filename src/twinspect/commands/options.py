@@ -29,7 +29,7 @@ class CalibrateOptions:
     group: str = option("session: keep the rate in every session; none: over all sessions together.", "")
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
     unsure: tuple[float, float] = option("Two rates of good images: called bad; called bad or unsure.", (0.0, 0.0))
-    region_fpr: float = option("Share of good images that may show a region.", 0.0)
+    region_fpr: float = option("Share of good images that may show a region; 0: as set before, or as --max-fpr.", 0.0)
     labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
     rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "")
     miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 0.0)
@@ -176,7 +176,7 @@ class EvalOptions:
     """Of ``twinspect eval``."""
 
     bundle: Path = argument(_BUNDLE)
-    data: Path = argument("Folder of a data set, or a plain folder of good images.")
+    data: Path = argument("Data set with labelled test images: good ones and defects.")
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     report: tuple[Path, ...] = option(
         "Report file: .html (with charts and the wrong images), .md or .json.", (), "--report --out"
@@ -222,7 +222,7 @@ class PredictOptions:
     device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0)
     watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
-    fail_on: str = option("Exit code 3: anomaly: an image is one, or cannot be read; error: one cannot be read.", "")
+    fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
     restart: bool = option("Drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
     engine: str = option("local or ray.", "local")
@@ -267,7 +267,7 @@ class FitOptions:
     roi: Path | None = option(
         "Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored.", None
     )
-    forget: bool = option("Drop classes of that bundle that DATA lacks.", False, "--forget")
+    forget: bool = option("With --resume-from: drop classes that DATA lacks.", False, "--forget")
     layout: str = option("Layout of DATA; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")

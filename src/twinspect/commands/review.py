@@ -113,7 +113,7 @@ class Review:
         """
         if not self._columns:
             return []
-        words = "Thresholds that are chosen by this table flatter: these very images chose them."
+        words = "A threshold chosen from this table does better on these images than on others: they chose it."
         found = [Section("Other thresholds", (words,), tuple(self._threshold_tables()))]
         if again is not None and self._shown:
             found.append(Section("Pictures", (), tuple(self._pictures(again))))

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, others, semantic
+from twinspect.data import folders, listed, semantic
 from twinspect.data.images import count_pictures, is_image
 from twinspect.data.manifest import looks_like_manifest, manifest
 from twinspect.data.names import BAD, MASK, meaning
@@ -134,11 +134,11 @@ DATASETS: dict[str, Dataset] = {
         name: Dataset(partial(folders.read_folders, layout=name), partial(_is, name))
         for name in (folders.MVTEC_AD_2, folders.MVTEC_LOCO, folders.MVTEC_AD)
     },
-    "meta-json": Dataset(listed.meta_json, listed.looks_like_meta_json, listed=True, elsewhere=True),
+    "meta-json": Dataset(listed.meta_json, partial(listed.holds, listed.is_meta_json), listed=True, elsewhere=True),
     "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
-    "anomalib": Dataset(others.anomalib, others.looks_like_anomalib, listed=True, elsewhere=True),
-    "lookout": Dataset(others.lookout, others.looks_like_lookout, listed=True, elsewhere=True),
-    **{one.name: Dataset(one.read, one.looks_like) for one in semantic.SETS},
+    "anomalib": Dataset(listed.anomalib, partial(listed.holds, listed.is_anomalib), listed=True, elsewhere=True),
+    "lookout": Dataset(listed.lookout, partial(listed.holds, listed.is_lookout), listed=True, elsewhere=True),
+    **{image_set.name: Dataset(image_set.read, image_set.looks_like) for image_set in semantic.SETS},
     folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
 

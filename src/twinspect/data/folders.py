@@ -58,6 +58,7 @@ _EXPECTED = {
 }
 # Names of which one means good, and nobody can tell which.
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
+_UNCLEAR = frozenset("true false positive positives negative negatives pos neg".split())
 _LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # tables that are read are not among them
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
 _NOT_USED = "{} is not used: the names of folders say which images are good"
@@ -205,11 +206,13 @@ def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
     """Classes of folders such as bottle_good, bottle_bad, cap_good, cap_bad; empty for any other shape."""
     products = [meaning(sub.name).rest for sub in speaking if _is_learnt(sub.name) and not meaning(sub.name).plain]
     products = [
-        one for one in products if one and not any(one != two and is_of_product(one, two) for two in products)
+        product
+        for product in products
+        if product and not any(product != other and is_of_product(product, other) for other in products)
     ]
     owners: dict[str, list[Path]] = defaultdict(list)
     for sub in (*speaking, *silent):
-        product = next((one for one in products if is_of_product(meaning(sub.name).rest, one)), "")
+        product = next((name for name in products if is_of_product(meaning(sub.name).rest, name)), "")
         owners[product].append(sub)
     if "" in owners or len(owners) < 2:
         return []
@@ -247,7 +250,7 @@ def _unnamed_training(place: Path) -> str:
     for sub in subfolders(place):
         meant = meaning(sub.name)
         if meant.split == TRAIN and not meant.role and not _holds_good(sub):
-            if any(_is_kind(one.name) and has_images_below(one) for one in subfolders(sub)):
+            if any(_is_kind(inner.name) and has_images_below(inner) for inner in subfolders(sub)):
                 return listing(sub)
             if names := _unnamed_training(sub):  # seg_train/seg_train
                 return names
@@ -298,9 +301,9 @@ def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]
             log.note(_NOT_USED.format(table))
     if assumed and len(classes) == 1:
         ((name, count),) = assumed.items()
-        log.note(f"no folder is called good: {count:,} images are taken as good images of one class, {name!r}")
+        log.note(f"no folder in it is called good: {count:,} images are taken as good images of one class, {name!r}")
     elif len(assumed) == len(classes) and assumed:
-        log.note(f"no folder is called good: each folder is one class of good images ({len(assumed)} classes)")
+        log.note(f"no folder in it is called good: each folder is one class of good images ({len(assumed)} classes)")
     elif assumed:
         log.note(f"nothing says which images of {', '.join(assumed)} are good: all of them are taken as good")
     return samples
@@ -364,7 +367,9 @@ class _ClassReader:
             replace(sample, masks=masks.get(path, ())) if sample.label == 1 and not sample.masks else sample
             for (path, _), sample in self._listed
         ]
-        used = sorted((one for one in read if one is not None), key=lambda sample: SPLITS.index(sample.split))
+        used = sorted(
+            (sample for sample in read if sample is not None), key=lambda sample: SPLITS.index(sample.split)
+        )
         self._say(used)
         return used
 
@@ -373,9 +378,11 @@ class _ClassReader:
         self._log.skipped = [(path, reason) for path, reason in self._log.skipped if path not in told]
         for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
             (self._log.leave if self.assumed else self._log.skip)(path, reason)
-        unknown = [one for one in used if one.label is None and not one.defect_type.startswith("test_private")]
+        unknown = [
+            sample for sample in used if sample.label is None and not sample.defect_type.startswith("test_private")
+        ]
         if unknown:
-            places = sorted({one.image.parent.name for one in unknown})
+            places = sorted({sample.image.parent.name for sample in unknown})
             self._log.note(
                 f"{len(unknown):,} images of {self._name} are neither learnt nor tested, as nothing says whether "
                 f"they are good ({', '.join(places[:5])}); folders called good and bad in there would"
@@ -384,7 +391,13 @@ class _ClassReader:
     def _gather(self, place: Path, context: tuple[str, ...]) -> None:
         governed: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
         for here, images, others in walk(place, self._log):
-            _refuse_pair(here, [sub.name for sub in subfolders(here)])
+            inner = [sub.name for sub in subfolders(here)]
+            _refuse_pair(here, inner)
+            if images and (unclear := [name for name in inner if name.lower() in _UNCLEAR]):
+                raise DataError(
+                    f"{here}: images beside the folder {unclear[0]}, which may be good ones or not; "
+                    "rename it to good or bad"
+                )
             parts = (*context, *here.relative_to(place).parts)
             role = role_of(parts)
             tables = label_tables(here) if others and not role else []
@@ -394,7 +407,7 @@ class _ClassReader:
             masks, lost = (images, []) if role == MASK else masks_among(images)
             for path in lost:
                 self._log.skip(path, "a mask by its name, of an image that is not there")
-            listed = next((found for above, found in governed.items() if here.is_relative_to(above)), None)
+            listed = next((paths for above, paths in governed.items() if here.is_relative_to(above)), None)
             self._masks += [(path, parts) for path in masks if listed is None or path not in listed]
             for path in (path for path in images if path not in {*masks, *lost}):
                 if listed is None or role:  # a folder called good or bad says more than a table above it
@@ -439,6 +452,8 @@ class _ClassReader:
         if split in (TRAIN, CALIBRATION):
             return self._learnt(path, parts, split, role)
         if role == GOOD:
+            if not split and self._trains and parts:
+                self._log.note(f"{Path(*parts)} is learnt as well: its name says good, and neither training nor test")
             return Sample(path, split or TRAIN, self._name)
         if role == BAD:
             return Sample(path, TEST, self._name, 1, _kind(parts))

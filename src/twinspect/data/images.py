@@ -39,7 +39,9 @@ _UNREAD = (
 )
 UNREAD_SUFFIXES = frozenset(f".{ending}" for ending in _UNREAD.split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
-_PHOTOMETRIC = 262  # TIFF tag; 0 means that white is zero
+_PHOTOMETRIC, _BITS, _PLANES = 262, 258, 284  # TIFF tags; 0 means that white is zero, 2 one plane for each channel
+_GREY_OR_RGB = (0, 1, 2)  # values of the first of them
+_MANY = 0.02  # of an image's values: more than ringing at edges and noise around zero
 _BLOCK = 1 << 22  # values that become 8 bits at a time
 _RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -184,7 +186,8 @@ def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
     overshoot (interpolation, gain) and single hot pixels do not change the range. What is not a number is 0.
 
     Raises:
-        ImageError: whole numbers outside of 0 to 65,535, whose window nothing says.
+        ImageError: whole numbers outside of 0 to 65,535, or many floats below 0 or above 65,535: nothing says
+            what is black and white there.
     """
     if values.dtype == np.uint8:
         return values
@@ -195,11 +198,17 @@ def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
             f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats from 0 to 1"
         )
     scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
-    eight = np.empty(values.shape, np.uint8)
+    eight, outside = np.empty(values.shape, np.uint8), 0
     rows = max(1, _BLOCK * len(values) // max(values.size, 1))
     for start in range(0, len(values), rows):  # the whole image would be there four times, with eight bytes a value
         scaled = values[start : start + rows].astype(np.float64) * scale
         eight[start : start + rows] = np.fmin(np.fmax(scaled, 0), 255).round()  # not a number: 0
+        outside += int((((scaled < -255 * _OVERSHOOT) | (scaled > 510)) & np.isfinite(scaled)).sum())
+    if outside > _MANY * values.size:
+        raise ImageError(
+            f"{label}: {outside / values.size:.0%} of the values lie outside of black and white, which for floats "
+            "are 0 and 1, 255 or 65,535; undo any normalisation, or save it as floats from 0 to 1"
+        )
     return eight
 
 
@@ -282,13 +291,21 @@ def _opened(raw: bytes) -> Image.Image | None:
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(_without_notes(raw, 1000)), formats=_FORMATS)
+            opened = Image.open(io.BytesIO(_without_notes(raw, 1000)), formats=_FORMATS)
+            return None if _is_misread(opened) else opened
         except Exception:
             if raw[:4] in _TIFF:
                 return None
             if raw[:8] != _PNG:
                 raise
             return Image.open(io.BytesIO(_without_notes(raw, 0)), formats=_FORMATS)
+
+
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow takes the bytes of this TIFF for other pixels: planes of more than 8 bits, not compressed."""
+    tags: Any = getattr(image, "tag_v2", {})
+    compressed = image.info.get("compression", "raw") != "raw"
+    return tags.get(_PLANES) == 2 and max(tags.get(_BITS, (8,))) > 8 and not compressed
 
 
 def _without_notes(raw: bytes, longest: int) -> bytes:
@@ -298,15 +315,15 @@ def _without_notes(raw: bytes, longest: int) -> bytes:
     """
     if raw[:8] != _PNG:
         return raw
-    kept, place = [_PNG], 8
+    chunks, place = [_PNG], 8
     while place + 8 <= len(raw):
         length = int.from_bytes(raw[place : place + 4], "big")
         kind, start, end = raw[place + 4 : place + 8], place + 8, place + 12 + length
         turns = longest > 0 and raw[start : start + 17] in (b"Raw profile type ", b"XML:com.adobe.xmp")
         if kind not in _PNG_NOTES or length <= longest or turns:
-            kept.append(raw[place:end])
+            chunks.append(raw[place:end])
         place = end
-    return b"".join(kept) if sum(map(len, kept)) < len(raw) else raw
+    return b"".join(chunks) if sum(map(len, chunks)) < len(raw) else raw
 
 
 def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
@@ -318,6 +335,10 @@ def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
             raise ImageError(
                 f"{label}: a TIFF of {page.samplesperpixel} channels and axes {page.axes}; accepted: one picture of "
                 "1 (grey), 3 (RGB) or 4 (RGB and alpha) channels"
+            )
+        if page.photometric not in _GREY_OR_RGB:
+            raise ImageError(
+                f"{label}: a TIFF of {page.photometric.name} colours with more than 8 bits; save it as RGB or grey"
             )
         values: NDArray[Any] = page.asarray(maxworkers=1)
         tag = page.tags.get(ExifTags.Base.Orientation.value)

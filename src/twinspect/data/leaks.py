@@ -48,7 +48,7 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
 
     def leave_out(groups: Iterable[list[Sample]]) -> None:
         for twins in groups:
-            first, *others = sorted(twins, key=lambda one: (one.label != 1, one.split != TRAIN, sort_key(one)))
+            first, *others = sorted(twins, key=lambda twin: (twin.label != 1, twin.split != TRAIN, sort_key(twin)))
             (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
 
     leave_out(_equal([*good, *defects]))

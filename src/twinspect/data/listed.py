@@ -1,25 +1,26 @@
-"""Sets whose split is a list in a file: VisA, Real-IAD, ADer's ``meta.json``, UniAD's JSON lines.
+"""Sets whose split is a list in a file: VisA, Real-IAD, ADer's ``meta.json``, UniAD's JSON lines, Lookout for Vision.
 
-Each reader brings its rows into one shape. A row that names a missing file is skipped and reported; one that points
-outside the data folder is an error.
+And folder settings of anomalib. A row that names a missing file is skipped and reported; one that points outside the
+data folder is an error.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinspect.data.folders import MVTEC_AD, find_classes, read_folders, shape_of
-from twinspect.data.names import meaning
+from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import (
     ScanLog,
     existing_folder,
     existing_root,
     files_in,
+    folder_name,
     images_below,
     inside,
     listing,
@@ -36,68 +37,86 @@ from twinspect.data.tables import (
     text_of,
 )
 from twinspect.errors import DataError
+from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
 VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
 VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
+_LOOKOUT_LABEL = "groundtruth/image-classification"
+_HEAD = 1 << 16  # bytes of a file that say what it is
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One image of a list.
+def holds(is_list: Callable[[Path], bool], root: Path) -> bool:
+    """Whether it is a list of a kind, or a folder with one."""
+    return bool(_lists(root, is_list))
 
-    Attributes:
+
+def _lists(root: Path, is_list: Callable[[Path], bool], needed: str = "") -> list[Path]:
+    """The file itself, or those of a folder, that are lists of a kind; without any an error says what is needed."""
+    paths = [path for path in (files_in(root) if os.path.isdir(root) else [root]) if is_list(path)]
+    if needed and not paths:
+        raise DataError(f"{root}: {needed}; found: {listing(root)}")
+    return paths
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return text in file.read(_HEAD)
+    return False
+
+
+def _listed(
+    log: ScanLog,
+    where: str,
+    base: Path,
+    image: str,
+    split: str,
+    label: int | None,
+    mask: Any = None,
+    kind: str = "anomaly",
+    class_name: str = "",
+) -> list[Sample]:
+    """The sample of a row; none if its image is missing.
+
+    Args:
+        log: takes what is missing.
         where: file and row, for messages.
-        image: its path below ``base``.
-        mask: path of its mask, or of a folder of masks; anything that is no text says that there is none.
+        base: folder that paths are relative to.
+        image: its path.
+        split: of the image.
+        label: of the image.
+        mask: path of a mask, or of a folder of masks; anything that is no text says that there is none.
         kind: of defect; empty takes the name of the image's folder.
         class_name: empty takes the first folder of the image's path.
-        view_of: whether the image is one view of the object that its folder is named after.
     """
-
-    where: str
-    base: Path
-    split: str
-    image: str
-    label: int | None
-    mask: Any = None
-    kind: str = "anomaly"
-    class_name: str = ""
-    view_of: bool = False
-
-
-def _samples(rows: Iterable[_Row], log: ScanLog) -> list[Sample]:
-    samples = []
-    for row in rows:
-        image = _file(row, row.image, log)
-        masks = _masks(row, log) if row.label == 1 else ()
-        if image is None:
-            continue
-        path = image.relative_to(row.base) if image.is_relative_to(row.base) else image
-        name = row.class_name or path.parts[0]
-        kind = (row.kind or image.parent.name) if row.label == 1 else ""
-        group = f"{name}/{path.parent.as_posix()}" if row.view_of else ""
-        samples.append(Sample(image, row.split, name, row.label, kind, masks, group))
-    return samples
+    masks: tuple[Path, ...] = ()
+    if label == 1 and isinstance(mask, str) and mask.strip():
+        path = inside(base, mask, where)
+        masks = tuple(images_below(path, log)) if os.path.isdir(path) else tuple(_present([path], log))
+    return [
+        Sample(
+            path,
+            split,
+            class_name or _below(path, base).parts[0],
+            label,
+            (kind or path.parent.name) if label == 1 else "",
+            masks,
+        )
+        for path in _present([inside(base, image, where)], log)
+    ]
 
 
-def _file(row: _Row, text: str, log: ScanLog) -> Path | None:
-    path = inside(row.base, text, row.where)
-    if os.path.isfile(path):
-        return path
-    log.skip(path, "listed, but there is no such file")
-    return None
+def _present(paths: list[Path], log: ScanLog) -> Iterator[Path]:
+    for path in paths:
+        if os.path.isfile(path):
+            yield path
+        else:
+            log.skip(path, "listed, but there is no such file")
 
 
-def _masks(row: _Row, log: ScanLog) -> tuple[Path, ...]:
-    if not isinstance(row.mask, str) or not row.mask.strip():
-        return ()
-    path = inside(row.base, row.mask, row.where)
-    if os.path.isdir(path):
-        return tuple(images_below(path, log))
-    mask = _file(row, row.mask, log)
-    return (mask,) if mask is not None else ()
+def _below(path: Path, base: Path) -> Path:
+    return path.relative_to(base) if path.is_relative_to(base) else path
 
 
 # ----------------------------------------------------------------------------------------------- VisA
@@ -121,15 +140,13 @@ def visa(root: Path, log: ScanLog) -> list[Sample]:
         raise DataError(
             f"{table}: columns {', '.join(rows[0]) if rows else 'none'}; needed: {', '.join(VISA_COLUMNS)}"
         )
-    return _samples((_visa_row(root, row, f"{table} row {number}") for number, row in enumerate(rows, 1)), log)
-
-
-def _visa_row(root: Path, row: Mapping[str, str], where: str) -> _Row:
-    label = text_of(row, "label", where).lower()
-    if label not in ("normal", "anomaly"):
-        raise DataError(f"{where}: label is {label!r}; accepted: normal, anomaly")
-    split, image, name = split_of(row["split"], where), text_of(row, "image", where), text_of(row, "object", where)
-    return _Row(where, root, split, image, int(label == "anomaly"), row["mask"], class_name=name)
+    samples = []
+    for number, row in enumerate(rows, 1):
+        where = f"{table} row {number}"
+        label, split = label_of(text_of(row, "label", where), where), split_of(row["split"], where)
+        name, image = text_of(row, "object", where), text_of(row, "image", where)
+        samples += _listed(log, where, root, image, split, label, row["mask"], class_name=name)
+    return samples
 
 
 def looks_like_visa(root: Path) -> bool:
@@ -139,7 +156,7 @@ def looks_like_visa(root: Path) -> bool:
     if os.path.isdir(root / "split_csv") or os.path.isdir(root / "visa_pytorch"):
         return True
     classes = find_classes(_visa_place(root), ScanLog())
-    return bool(classes) and all(one.name in VISA and shape_of(one) == MVTEC_AD for one in classes)
+    return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
 
 
 def _converted_visa(root: Path, log: ScanLog) -> list[Sample]:
@@ -173,7 +190,7 @@ def real_iad(root: Path, log: ScanLog) -> list[Sample]:
     samples: list[Sample] = []
     for path in sorted(jsons.glob("*.json")):
         if os.path.isdir(images / path.stem):
-            samples += _samples(_real_iad_rows(images / path.stem, path), log)
+            samples += _real_iad_class(images / path.stem, path, log)
         else:
             log.skip(path, "list of a class without image folder")
     return samples
@@ -208,18 +225,25 @@ def _real_iad_images(root: Path, log: ScanLog) -> Path:
     return sizes[0]
 
 
-def _real_iad_rows(images: Path, path: Path) -> Iterator[_Row]:
+def _real_iad_class(images: Path, path: Path, log: ScanLog) -> Iterator[Sample]:
     lists = as_object(read_json(path), str(path))
     for split in (TRAIN, TEST):
         for number, entry in enumerate(as_list(lists.get(split), f"{path} {split}"), start=1):
             where = f"{path} {split} row {number}"
             row = as_object(entry, where)
             image, kind = text_of(row, "image_path", where), text_of(row, "anomaly_class", where)
-            mask = row.get("mask_path")
-            yield _Row(where, images, split, image, int(kind != "OK"), mask, kind, images.name, view_of=True)
+            mask, label = row.get("mask_path"), int(kind != "OK")
+            for sample in _listed(log, where, images, image, split, label, mask, kind, images.name):
+                view_of = _below(sample.image, images).parent.as_posix()
+                yield replace(sample, group=f"{images.name}/{view_of}")
 
 
 # ------------------------------------------------------------------------------------------ meta.json
+
+
+def is_meta_json(path: Path) -> bool:
+    """Whether it is a file called ``meta.json``."""
+    return path.name.lower() == "meta.json"
 
 
 def meta_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
@@ -230,36 +254,36 @@ def meta_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Samp
     """
     path = existing_root(root)
     if os.path.isdir(path):
-        named = [one for one in files_in(path) if one.name.lower() == "meta.json"]
-        if not named:
-            raise DataError(f"{path / 'meta.json'}: no such file; found: {listing(path)}")
-        path = named[0]
+        path = _lists(path, is_meta_json, "no meta.json in it")[0]
     base = existing_folder(images) if images is not None else path.parent
     samples: list[Sample] = []
     for word, classes in as_object(read_json(path), str(path)).items():
-        if meaning(word).split:
-            samples += _samples(_meta_rows(base, path, word, classes), log)
-        else:
+        split = meaning(word).split
+        if not split:
             log.skip(path, f"part {word!r} is neither train, calibration nor test")
+            continue
+        for name, entries in as_object(classes, f"{path} {word}").items():
+            for number, entry in enumerate(as_list(entries, f"{path} {word} {name}"), start=1):
+                where = f"{path} {word} {name} row {number}"
+                row = {"cls_name": name, **as_object(entry, where)}
+                image, label = text_of(row, "img_path", where), label_of(row.get("anomaly"), where)
+                kind, class_name = str(row.get("specie_name") or "anomaly"), text_of(row, "cls_name", where)
+                samples += _listed(log, where, base, image, split, label, row.get("mask_path"), kind, class_name)
     return samples
 
 
-def looks_like_meta_json(root: Path) -> bool:
-    """Whether it is such a file, or a folder that holds one."""
-    return any(path.name.lower() == "meta.json" for path in ([root] if os.path.isfile(root) else files_in(root)))
-
-
-def _meta_rows(base: Path, path: Path, word: str, classes: Any) -> Iterator[_Row]:
-    for name, entries in as_object(classes, f"{path} {word}").items():
-        for number, entry in enumerate(as_list(entries, f"{path} {word} {name}"), start=1):
-            where = f"{path} {word} {name} row {number}"
-            row = {"cls_name": name, **as_object(entry, where)}
-            image, label = text_of(row, "img_path", where), label_of(row.get("anomaly"), where)
-            kind, class_name = str(row.get("specie_name") or "anomaly"), text_of(row, "cls_name", where)
-            yield _Row(where, base, meaning(word).split, image, label, row.get("mask_path"), kind, class_name)
-
-
 # -------------------------------------------------------------------------------------- UniAD's lines
+
+
+def is_uniad(path: Path) -> bool:
+    """Whether it is a file of such lines: also where a line of it cannot be read."""
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        return False
+    try:
+        first = next(read_json_lines(path), None)
+    except DataError:
+        return _contains(path, b'"filename"')
+    return first is not None and "filename" in first[1]
 
 
 def uniad_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
@@ -269,44 +293,28 @@ def uniad_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Sam
     are relative to ``images``, else to that folder, else to a folder inside it where the first file is
     found. Training images without a label are normal.
     """
-    files = _uniad_files(existing_root(root))
-    if not files:
-        raise DataError(f"{root}: neither train.json nor test.json; found: {listing(Path(root))}")
     samples: list[Sample] = []
-    for path, split in files:
-        entries = list(read_json_lines(path))
+    for path in _uniad_files(existing_root(root), "neither train.json nor test.json"):
+        split, entries = meaning(path.stem).split or TEST, list(read_json_lines(path))
         base = existing_folder(images) if images is not None else _uniad_base(path.parent, entries)
-        samples += _samples((_uniad_row(base, entry, split, where) for where, entry in entries), log)
+        for where, entry in entries:
+            label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
+            image, name, kind = text_of(entry, "filename", where), str(entry.get("clsname") or ""), ""
+            samples += _listed(log, where, base, image, split, label, entry.get("maskname"), kind, name)
     return samples
 
 
-def _uniad_row(base: Path, entry: dict[str, Any], split: str, where: str) -> _Row:
-    label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
-    name, image = str(entry.get("clsname") or ""), text_of(entry, "filename", where)
-    return _Row(where, base, split, image, label, entry.get("maskname"), "", name)  # label_name only says defective
-
-
 def looks_like_uniad(root: Path) -> bool:
-    """Whether it is a file of such lines, or a folder with one: also where a line of it cannot be read."""
-    return any(_names_files(path) for path, _ in _uniad_files(root))
+    """Whether it is a file of such lines, or a folder with one."""
+    return any(map(is_uniad, _uniad_files(root)))
 
 
-def _names_files(path: Path) -> bool:
-    try:
-        first = next(read_json_lines(path), None)
-    except DataError:
-        with suppress(OSError):
-            return b'"filename"' in path.read_bytes()
-        return False
-    return first is not None and "filename" in first[1]
-
-
-def _uniad_files(root: Path) -> list[tuple[Path, str]]:
+def _uniad_files(root: Path, needed: str = "") -> list[Path]:
     if os.path.isfile(root):
-        return [(root, meaning(root.stem).split or TEST)] if root.suffix.lower() in (".json", ".jsonl") else []
-    names = {f"{split}{suffix}": split for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")}
-    files = [(path, names[path.name.lower()]) for path in files_in(root) if path.name.lower() in names]
-    return sorted(files, key=lambda one: list(names).index(one[0].name.lower()))
+        return [root]
+    names = [f"{split}{suffix}" for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
+    files = _lists(root, lambda path: path.name.lower() in names, needed)
+    return sorted(files, key=lambda path: names.index(path.name.lower()))
 
 
 def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path:
@@ -316,3 +324,144 @@ def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path
     name = text_of(first, "filename", where)
     places = (folder, *subfolders(folder))
     return next((base for base in places if os.path.isfile(inside(base, name, where))), folder)
+
+
+# ----------------------------------------------------------------------------------- Lookout for Vision
+
+
+def is_lookout(path: Path) -> bool:
+    """Whether it is such a manifest."""
+    return path.suffix.lower() in (".manifest", ".jsonl", ".json") and _contains(path, b'"source-ref"')
+
+
+def lookout(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
+    """Manifests of Amazon Lookout for Vision: one JSON object a line, with ``source-ref`` and an image label.
+
+    ``root`` is a manifest, or a folder of them (``train.manifest``, ``test.manifest``). The images must lie on this
+    disk, in ``images`` or beside the manifest: of an address ``s3://bucket/a/b.png`` the longest end that is there,
+    the same for all. A manifest whose name says no split gives good images to training and anomalies to the test.
+    """
+    paths = _lists(existing_root(root), is_lookout, "no manifest with source-ref")
+    return [sample for path in paths for sample in _lookout_lines(path, log, images)]
+
+
+def _lookout_lines(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    lines, samples = list(read_json_lines(path)), list[Sample]()
+    keys = [_key(text_of(entry, "source-ref", where)) for where, entry in lines]
+    base = existing_folder(images) if images is not None else path.parent
+    depth = len(keys[0].parts)
+    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*keys[0].parts[n:]))), depth - 1)
+    if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
+        log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
+    for key, (where, entry) in zip(keys, lines, strict=True):
+        label = _lookout_label(entry, where)
+        split = meaning(path.stem).split or (TEST if label else TRAIN)
+        image = PurePosixPath(*key.parts[dropped:]).as_posix()
+        samples += _listed(log, where, base, image, split, label, class_name=folder_name(base))
+    return samples
+
+
+def _key(address: str) -> PurePosixPath:
+    """The parts of an address without its scheme; none of them leads upwards."""
+    parts = PurePosixPath(address.partition("://")[2] or address).parts
+    return PurePosixPath(*(part for part in parts if part not in ("..", "/")))
+
+
+def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
+    """By the class name, as numbers differ between labelling jobs; None where nobody has judged the image."""
+    for name, value in entry.items():
+        if name.endswith("-metadata") and as_object(value, where).get("type") == _LOOKOUT_LABEL:
+            class_name = str(value.get("class-name", ""))
+            role = meaning(class_name).role
+            if role not in (GOOD, BAD):
+                raise DataError(f"{where}: class-name {class_name!r}; accepted: normal, anomaly")
+            return int(role == BAD)
+    return None
+
+
+# ------------------------------------------------------------------------------------------- anomalib
+
+
+def is_anomalib(path: Path) -> bool:
+    """Whether it is a YAML file with anomalib's folder settings."""
+    return path.suffix.lower() in (".yaml", ".yml") and bool(_settings(path))
+
+
+def anomalib(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
+    """Settings of anomalib's ``Folder`` data: ``normal_dir``, ``abnormal_dir``, ``normal_test_dir``, ``mask_dir``.
+
+    ``root`` is a YAML file, or a folder of such files: one class a file, all for one model. The folder that the
+    settings call ``root`` is looked for beside the file and where the command runs; ``images`` replaces it. Masks go
+    with the images of ``abnormal_dir`` in the order of their names, and must carry those names.
+    """
+    paths = _lists(existing_root(root), is_anomalib, "no YAML file with normal_dir")
+    return [sample for path in paths for sample in _anomalib_class(path, _settings(path), log, images)]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The mapping that holds ``normal_dir``, at whatever depth; empty where there is none.
+
+    Raises:
+        DataError: it should be there, but the file is not YAML.
+    """
+    import yaml
+
+    if not _contains(path, b"normal_dir"):
+        return {}
+    try:
+        waiting = [yaml.safe_load(read_text(path))]
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: cannot be read as YAML ({error})") from None
+    while waiting:
+        mapping = waiting.pop()
+        if isinstance(mapping, dict):
+            if "normal_dir" in mapping:
+                return mapping
+            waiting += mapping.values()
+    return {}
+
+
+def _anomalib_class(path: Path, settings: dict[str, Any], log: ScanLog, images: Path | None) -> list[Sample]:
+    base = existing_folder(images) if images is not None else _anomalib_root(path, settings)
+    name = str(settings.get("name") or folder_name(base))
+    samples, defects = list[Sample](), list[Sample]()
+    for key, split, label in (("normal_dir", TRAIN, 0), ("normal_test_dir", TEST, 0), ("abnormal_dir", TEST, 1)):
+        for folder in _folders(path, base, settings, key):
+            kind = folder.name if label else ""
+            part = [Sample(image, split, name, label, kind) for image in images_below(folder, log)]
+            (defects if label else samples).extend(part)
+    masks = [mask for folder in _folders(path, base, settings, "mask_dir") for mask in images_below(folder, log)]
+    return samples + (_with_masks(path, defects, masks) if masks else defects)
+
+
+def _anomalib_root(path: Path, settings: dict[str, Any]) -> Path:
+    text = str(settings.get("root") or settings.get("path") or ".")
+    root = next((place / text for place in (path.parent, Path.cwd()) if os.path.isdir(place / text)), None)
+    if root is None:
+        raise DataError(
+            f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
+        )
+    return root
+
+
+def _folders(path: Path, base: Path, settings: dict[str, Any], key: str) -> Iterator[Path]:
+    value = settings.get(key) or []
+    for text in value if isinstance(value, list) else [value]:
+        folder = base / str(text)
+        if not os.path.isdir(folder):
+            raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
+        yield folder
+
+
+def _with_masks(path: Path, defects: list[Sample], masks: list[Path]) -> list[Sample]:
+    """Every defect with its mask, paired as anomalib does."""
+    pairs = list(zip(defects, masks, strict=False))
+    wrong = [
+        f"; {mask.name} would go with {s.image.name}" for s, mask in pairs if not mask.stem.startswith(s.image.stem)
+    ]
+    if wrong or len(masks) != len(defects):
+        raise DataError(
+            f"{path}: {len(defects)} images in abnormal_dir and {len(masks)} masks in mask_dir do not pair by "
+            f"name{''.join(wrong[:1])}. Every mask is named like its image"
+        )
+    return [replace(sample, masks=(mask,)) for sample, mask in pairs]

@@ -301,7 +301,7 @@ class _Reader:
         if self._predicted:
             text, _, record = text.partition("#")
         image = self._existing(text, where)
-        masks = tuple(self._existing(one, where) for one in _mask_texts(row.get(self._names.get("mask", ""))))
+        masks = tuple(self._existing(mask, where) for mask in _mask_texts(row.get(self._names.get("mask", ""))))
         word = self._text(row, "split")
         split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
         label, kind = self._label(row, where, split, image, masks)

@@ -70,7 +70,7 @@ _ROLES = {
     """,
     UNSORTED: """
         unsorted unlabeled unlabelled unknown unclassified unchecked unjudged todo new incoming inbox private
-        unsortiert unbekannt neu neue
+        unsortiert unbekannt neu neue neuer neues
     """,
 }
 _NOT_OF_FILES = {
@@ -86,14 +86,18 @@ _NOT_OF_FILES = {
 _BAD_START = re.compile(r"defe[ck]t|anomal(?!ib)|fehler|schlecht|ausschuss|mangel|beschae?dig|difett|uszkodz|дефект")
 _SPLITS = {
     TRAIN: "train training trainset trn",
-    CALIBRATION: "val valid validate validation valset calibration calib holdout heldout",
+    CALIBRATION: "val valid validate validation valset calibration calib cal dev holdout heldout",
     TEST: "test testing tests testset tst eval evaluation",
 }
 _PICTURES = """
     image images img imgs picture pictures pic pics photo photos foto fotos bild bilder data dataset frame frames
-    capture captures public set dir folder all seg
+    capture captures public set dir folder ordner all seg raw original originals
 """
-_LOTS = "lot lots batch batches day days date dates session sessions cam cams camera cameras kamera part parts"
+_LOTS = """
+    lot lots batch batches day days date dates session sessions cam cams camera cameras kamera part parts
+    reference references ref golden background backup archive tmp temp result results output outputs prediction
+    predictions
+"""
 _NOT = frozenset("no not non without ohne sans sin sem senza kein keine nicht nie bez ikke inte".split())
 _GLUED_NOT = ("un", "non", "not", "no", "nicht")
 _FREE = ("free", "less", "frei")
@@ -105,7 +109,8 @@ _ANYWHERE = (
     (BAD, "不良 不合格 缺陷 瑕疵 异常 異常 欠陥 非良品 不正常 次品 废品 불량 결함 이상"),
     (GOOD, "合格 良品 良好 正常"),
 )
-_WORD = re.compile(r"\d+|[^\W\d_]+", re.UNICODE)
+_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # they are not composed
+_WORD = re.compile(r"\d+|[a-z]+|[^\W\d_a-z]+")  # Latin letters end where others begin: NG品
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 
@@ -147,7 +152,7 @@ def is_of_product(rest: str, product: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    plain = unicodedata.normalize("NFKD", name).casefold()
+    plain = unicodedata.normalize("NFKD", name).casefold().translate(_LETTERS)
     return _WORD.findall("".join(c for c in plain if not unicodedata.combining(c)))
 
 
@@ -163,6 +168,7 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
             split = split or _SPLIT_OF[word]
         else:
             rest.append(word)
+    split = split or _SPLIT_OF.get(key(name), "")  # held-out
     if anywhere := next((role for role, texts in _ANYWHERE if any(text in name for text in texts.split())), ""):
         roles_seen.add(anywhere)
     if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
@@ -171,7 +177,7 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     plain = _is_plain(rest)
     if rest and not plain and not split:
         roles_seen.discard(UNSORTED)  # a new_bottle is a product
-    role = UNSORTED if both else next((one for one in (MASK, BAD, UNSORTED, GOOD) if one in roles_seen), "")
+    role = UNSORTED if both else next((word for word in (MASK, BAD, UNSORTED, GOOD) if word in roles_seen), "")
     return Meaning(role, split, " ".join(rest), plain, bool(rest) and _IS_PICTURES.issuperset(rest))
 
 
@@ -229,7 +235,7 @@ def role_of(folders: tuple[str, ...]) -> str:
     A test that its owner keeps private (``test_private``) stays unsorted whatever is in it.
     """
     meanings = [meaning(name) for name in folders]
-    roles = {one.role for one in meanings}
-    private = any(one.role == UNSORTED and one.split == TEST for one in meanings)
+    roles = {meant.role for meant in meanings}
+    private = any(meant.role == UNSORTED and meant.split == TEST for meant in meanings)
     order = (MASK, BAD, UNSORTED) if private else (MASK, BAD, GOOD, UNSORTED)
     return next((role for role in order if role in roles), "")

@@ -212,8 +212,10 @@ def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> G
         if kind.any():
             notes.append(f"{int(kind.sum())} of {len(rows)} images left out: {what}")
     usable = ~(learnt | copies | there)
+    if not len(rows):
+        raise DataError("no image to calibrate with: none was given, or none can be read")
     if not usable.any():
-        raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes) or 'there are none'}")
+        raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes)}")
     notes += suspects(rows.take(usable), [n for n, k in zip(scored.names, usable, strict=True) if k])
     return rows.take(usable)
 

@@ -22,7 +22,7 @@ from twinspect.inference.job import Job, Unit, units
 from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
-from twinspect.inference.result import Result
+from twinspect.inference.result import Result, counted
 from twinspect.inference.sources import walk_all, watch
 from twinspect.inference.stores import is_url
 from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
@@ -324,7 +324,7 @@ def say_result(result: Result) -> str:
         return f"ERROR    {result.error}"
     word = "ANOMALY" if result.is_anomaly else result.answer
     kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
-    regions = f"  {len(result.regions)} regions" if result.regions else ""
+    regions = f"  {counted(len(result.regions), 'region')}" if result.regions else ""
     numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
     return f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
 
@@ -334,7 +334,8 @@ def say_totals(totals: Totals, out: str) -> str:
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
     where = f"; {out}" if out[:1] not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
-    return f"{totals.rows} images{before}: {totals.bad} anomalous, {totals.errors} could not be read{where}{several}"
+    found = f"{totals.bad} anomalous, {totals.errors} could not be read"
+    return f"{counted(totals.rows, 'image')}{before}: {found}{where}{several}"
 
 
 class _Counter:

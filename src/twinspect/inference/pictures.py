@@ -207,16 +207,16 @@ def coco_regions(result: Result) -> list[Annotation]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
-    found = connected(result.grid, (result.height, result.width), result.threshold_region)
-    scale = np.array([result.width, result.height]) / found.label_HW.shape[::-1]
+    regions = connected(result.grid, (result.height, result.width), result.threshold_region)
+    scale = np.array([result.width, result.height]) / regions.label_HW.shape[::-1]
     return [
         Annotation(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,
-            [(outline * scale).round(2).ravel().tolist() for outline in outlines(found, i)],
+            [(outline * scale).round(2).ravel().tolist() for outline in outlines(regions, i)],
         )
-        for i, one in zip(strongest(found), result.regions, strict=True)
+        for i, one in zip(strongest(regions), result.regions, strict=True)
     ]
 
 

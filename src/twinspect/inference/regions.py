@@ -130,22 +130,22 @@ def find_regions(grid: Map, shape: tuple[int, int], threshold: float, peaks: Flo
         threshold: of map values, that a region reaches somewhere.
         peaks: map maxima of good images.
     """
-    found = connected(grid, shape, threshold)
-    p_R = p_values(found.peak_R, peaks)
-    down, right = (side / own for side, own in zip(shape, found.label_HW.shape, strict=True))
-    regions = []
-    for i in strongest(found):
-        top, left, bottom, end = found.box_R4[i].tolist()
+    regions = connected(grid, shape, threshold)
+    p_R = p_values(regions.peak_R, peaks)
+    down, right = (side / measured for side, measured in zip(shape, regions.label_HW.shape, strict=True))
+    listed = []
+    for i in strongest(regions):
+        top, left, bottom, end = regions.box_R4[i].tolist()
         x, y = math.floor(left * right), math.floor(top * down)
         width, height = min(shape[1], math.ceil(end * right)) - x, min(shape[0], math.ceil(bottom * down)) - y
-        area = max(1, round(int(found.area_R[i]) * down * right))
-        regions.append(Region(x, y, width, height, area, float(found.peak_R[i]), float(p_R[i])))
-    return regions
+        area = max(1, round(int(regions.area_R[i]) * down * right))
+        listed.append(Region(x, y, width, height, area, float(regions.peak_R[i]), float(p_R[i])))
+    return listed
 
 
-def strongest(found: Components) -> list[int]:
+def strongest(regions: Components) -> list[int]:
     """Regions in the order of `find_regions`."""
-    return [int(i) for i in np.argsort(-found.peak_R, kind="stable")[:MOST_REGIONS]]
+    return [int(i) for i in np.argsort(-regions.peak_R, kind="stable")[:MOST_REGIONS]]
 
 
 def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components:
@@ -160,16 +160,16 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     heat, level = _resized(grid, shape), float(np.median(grid))
     nearby = resize_map(_highest_nearby(grid), *heat.shape)
     wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
-    found = components(wide, heat)
-    half = found.painted(level + OF_PEAK * (found.peak_R - level)).astype(np.float32)
+    regions = components(wide, heat)
+    half = regions.painted(level + OF_PEAK * (regions.peak_R - level)).astype(np.float32)
     inside = wide & (heat >= half)
     core = components(heat >= threshold, heat)
     lost = np.ones(len(core.peak_R) + 1, np.bool_)
     lost[core.label_HW[inside]] = lost[0] = False
-    found = components(inside | lost[core.label_HW], heat)
-    high = found.peak_R >= threshold
-    label_HW = found.painted(np.cumsum(high) * high)
-    return Components(label_HW, found.area_R[high], found.peak_R[high], found.box_R4[high])
+    regions = components(inside | lost[core.label_HW], heat)
+    high = regions.peak_R >= threshold
+    label_HW = regions.painted(np.cumsum(high) * high)
+    return Components(label_HW, regions.area_R[high], regions.peak_R[high], regions.box_R4[high])
 
 
 def region_mask(grid: Map, shape: tuple[int, int], threshold: float) -> Bools:
@@ -180,13 +180,13 @@ def region_mask(grid: Map, shape: tuple[int, int], threshold: float) -> Bools:
     return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST), dtype=np.bool_)
 
 
-def outlines(found: Components, region: int) -> list[NDArray[np.int64]]:
+def outlines(regions: Components, region: int) -> list[NDArray[np.int64]]:
     """Outer outlines of a region along the edges of its pixels, clockwise: corners x, y (C x 2) each.
 
     Parts that touch by a corner have an outline each. Holes have none, as polygons of COCO cannot have holes.
     """
-    top, left = found.box_R4[region, :2].tolist()
-    mask = np.pad(found.mask(region), 1)
+    top, left = regions.box_R4[region, :2].tolist()
+    mask = np.pad(regions.mask(region), 1)
     # Every edge between a pixel inside and one outside, as the corner it starts at and its direction: 0 right above
     # a pixel, 1 down beside it, 2 left below it, 3 up.
     ahead: dict[tuple[int, int], list[int]] = {}

@@ -217,10 +217,12 @@ class Result:
         times = f", {self.severity:.2f} times the threshold" if self.severity == self.severity else ""
         said = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
         if self.share_local == self.share_local:
-            said.append(f"{100 * self.share_local:.0f} % of it from places, the rest from the image as a whole")
+            share = f"{100 * self.share_local:.0f} %"
+            said.append(f"{share} of it from single places, the rest from the image as a whole")
         if self.regions:
             one = self.regions[0]
-            said.append(f"{self.n_regions} regions, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+            number = counted(self.n_regions, "region")
+            said.append(f"{number}, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
         elif self.is_anomaly and self.grid is not None:
             row, column = np.unravel_index(int(self.grid.argmax()), self.grid.shape)
             rows, columns = self.grid.shape
@@ -317,6 +319,11 @@ def _surprise(z: float) -> float:
     """As `scoring.surprise`, of one number: -log(1 - Phi(z)) in nats; beyond 30 its tangent."""
     near = min(z, 30.0)
     return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def finite(value: Any) -> Any:

@@ -311,12 +311,12 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
     for number, row in enumerate(rows, start=1):
         text, record = str(row.get(column) or ""), row.get("record")
         try:
-            found = str(inside(path.parent, text, f"{path} row {number}"))
+            file = str(inside(path.parent, text, f"{path} row {number}"))
         except DataError as error:
             yield Item(text, error=str(error))
             continue
         known = record is not None and str(record).isdecimal()
-        yield Item(f"{found}#{record}", found, record=int(str(record))) if known else Item(found, found)
+        yield Item(f"{file}#{record}", file, record=int(str(record))) if known else Item(file, file)
 
 
 def _own_rows(path: Path) -> Iterator[Item]:
@@ -343,8 +343,8 @@ def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
 
 def _holder(name: str) -> str:
     """The archive or table that a name is in; empty for a file."""
-    found = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
-    return name[: found.end() - 1] if found else ""
+    match = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
+    return name[: match.end() - 1] if match else ""
 
 
 def _placed(name: str, folder: Path) -> str:
@@ -363,4 +363,4 @@ def _file_or_record(name: str) -> Item:
 
 def _unescaped(name: str) -> str:
     """A file's name from what `table.as_text` has made of it."""
-    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda found: chr(int(found[1], 16)), name)
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda match: chr(int(match[1], 16)), name)

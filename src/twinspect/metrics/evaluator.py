@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -25,48 +24,16 @@ Numbers = dict[str, float]
 
 
 class _Image(NamedTuple):
-    """What is kept of one labelled image."""
+    """What is kept of one image."""
 
     score: float
-    label: int
+    label: int | None
     defect: str
     group: str
+    masked: bool
 
 
-@dataclass
-class _ClassRecords:
-    """What is kept of the images of one class."""
-
-    images: list[_Image] = field(default_factory=list)
-    without_mask: int = 0
-    unlabelled: int = 0
-
-    def extend(self, other: _ClassRecords) -> None:
-        self.images += other.images
-        self.without_mask += other.without_mask
-        self.unlabelled += other.unlabelled
-
-    def arrays(self, defect: str = "") -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Scores and labels: of all images, or of the normal ones and one type of defect."""
-        images = [one for one in self.images if not defect or not one.label or one.defect == defect]
-        return np.array([one.score for one in images], np.float64), np.array([one.label for one in images], np.int64)
-
-    def by_defect(self) -> Numbers:
-        """Image AUROC of each defect type against all normal images of the class."""
-        kinds = sorted({one.defect for one in self.images if one.defect and one.label})
-        return _defined({kind: ranking.auroc(*self.arrays(kind)) for kind in kinds})
-
-    def by_sample(self) -> Numbers:
-        """AUROC over groups, a group scoring the maximum of its views; nothing if no group has two images."""
-        groups: dict[str, tuple[float, int]] = {}
-        for i, one in enumerate(self.images):
-            key = one.group or f"\0{i}"
-            best, worst = groups.get(key, (one.score, one.label))
-            groups[key] = (max(best, one.score), max(worst, one.label))
-        if len(groups) == len(self.images):
-            return {}
-        scores, labels = zip(*groups.values(), strict=True)
-        return {"sample_auroc": ranking.auroc(scores, labels)}
+Images = list[_Image]
 
 
 class Evaluator:
@@ -80,7 +47,7 @@ class Evaluator:
     def __init__(self, pixel: bool = True, memory_limit: int = MEMORY_LIMIT) -> None:
         self.pixel = pixel
         self.budget = MemoryBudget(memory_limit)
-        self.records: dict[str, _ClassRecords] = {}
+        self.images: dict[str, Images] = {}
         # Per class, then per part: "" or, for images with saturated regions, the defect type. A class is the
         # sum of its parts, and a part with the good images is LOCO's "logical" or "structural" result.
         self.meters: dict[str, dict[str, ScoreHistogram]] = {}
@@ -115,8 +82,7 @@ class Evaluator:
             DataError: a score or map that is not finite, a mask of another size, a label that is not 0, 1 or
                 None, or defect pixels on a normal image. Nothing is added then.
         """
-        record = self.records.get(class_name, _ClassRecords())
-        who = name or f"{class_name} image number {len(record.images)}"
+        who = name or f"{class_name} image number {len(_labelled(self.images.get(class_name, [])))}"
         if not math.isfinite(score):
             raise DataError(f"score of {who} is {score}; accepted: finite numbers")
         if label not in (0, 1, None):
@@ -127,12 +93,8 @@ class Evaluator:
                 raise DataError(f"{who} is labelled normal but its mask has defect pixels")
             part = defect_type if regions else ""
             self._meter(class_name, part).update(map_HW, mask_HW, who, regions)
-        self.records[class_name] = record
-        if label is None:
-            record.unlabelled += 1
-            return
-        record.without_mask += int(label == 1 and not masked)
-        record.images.append(_Image(float(score), int(label), defect_type, group))
+        image = _Image(float(score), label, defect_type, group, masked)
+        self.images.setdefault(class_name, []).append(image)
 
     def _meter(self, class_name: str, part: str) -> ScoreHistogram:
         parts = self.meters.setdefault(class_name, {})
@@ -149,8 +111,8 @@ class Evaluator:
         mine, theirs = (self.pixel, self.budget.limit), (other.pixel, other.budget.limit)
         if mine != theirs:
             raise DataError(f"cannot merge evaluators with different settings: {mine} and {theirs}")
-        for class_name, record in other.records.items():
-            self.records.setdefault(class_name, _ClassRecords()).extend(record)
+        for class_name, images in other.images.items():
+            self.images.setdefault(class_name, []).extend(images)
         for class_name, parts in other.meters.items():
             for part, meter in parts.items():
                 self._meter(class_name, part).merge(meter)
@@ -167,17 +129,17 @@ class Evaluator:
             ``error_bound``: class -> most that any pixel metric can be off (0.0: exact).
             ``undefined``: sentences about what is missing or not certain, and why.
         """
-        names = sorted(self.records)
+        names, labelled = sorted(self.images), {name: _labelled(images) for name, images in self.images.items()}
         pixels = {name: self._pixels(name) for name in names}
-        classes = {name: self._image(name) for name in names}
+        classes = {name: _image_metrics(labelled[name]) for name in names}
         for name, summary in pixels.items():
             classes[name] |= _defined(summary.values) if summary is not None else {}
         return {
             "classes": classes,
             **_mean(classes),
-            "defects": {n: d for n in names if (d := self.records[n].by_defect())},
+            "defects": {n: d for n in names if (d := _by_defect(labelled[n]))},
             "defects_auspro_005": {n: d for n in names if (d := self._saturated_parts(n))},
-            "images": {n: len(self.records[n].images) for n in names},
+            "images": {n: len(labelled[n]) for n in names},
             "error_bound": {n: s.error_bound for n in names if (s := pixels[n]) is not None},
             "undefined": self._undefined(classes, pixels),
         }
@@ -187,19 +149,14 @@ class Evaluator:
     ) -> dict[str, dict[str, tuple[float, float]]]:
         """Bootstrap intervals of the image metrics: class -> metric -> (low, high), where defined."""
         out: dict[str, dict[str, tuple[float, float]]] = {}
-        for name in sorted(self.records):
-            scores, labels = self.records[name].arrays()
+        for name in sorted(self.images):
+            scores, labels = _arrays(_labelled(self.images[name]))
             if 0 < labels.sum() < len(labels):
                 out[name] = {
                     metric: ranking.bootstrap_interval(scores, labels, function, n, seed, level)
                     for metric, function in ranking.IMAGE_METRICS.items()
                 }
         return out
-
-    def _image(self, class_name: str) -> Numbers:
-        record = self.records[class_name]
-        values = {metric: function(*record.arrays()) for metric, function in ranking.IMAGE_METRICS.items()}
-        return _defined(values | record.by_sample())
 
     def _pixels(self, class_name: str) -> PixelSummary | None:
         """Summary of a class; None if no defect pixel was ever given."""
@@ -214,7 +171,7 @@ class Evaluator:
 
     def _undefined(self, classes: Mapping[str, Numbers], pixels: Mapping[str, PixelSummary | None]) -> list[str]:
         out = [s for name in sorted(classes) for s in self._class_notes(name, pixels[name])]
-        if self.pixel and self.records and not any(pixels.values()):
+        if self.pixel and self.images and not any(pixels.values()):
             out = [s for s in out if "no pixel metrics" not in s]
             out.append("no defect masks with score maps were given: image metrics only")
         for name, count in _mean(classes)["mean_over"].items():
@@ -223,20 +180,21 @@ class Evaluator:
         return out
 
     def _class_notes(self, name: str, summary: PixelSummary | None) -> list[str]:
-        record, out = self.records[name], []
-        labels = {one.label for one in record.images}
+        images, out = _labelled(self.images[name]), []
+        labels = {image.label for image in images}
         if len(labels) < 2:
             kind = "anomalous" if 1 in labels else "normal"
-            what = f"all {len(record.images)} images are {kind}" if labels else "no labelled image"
-            out.append(f"{name}: image metrics are undefined, {what}")
-        if record.unlabelled:
-            out.append(f"{name}: {record.unlabelled} images without label are left out")
+            what = f"all {len(images)} images are {kind}" if labels else "no labelled image"
+            needs = {"anomalous": "; they need good test images too", "normal": "; they need defects too"}[kind]
+            out.append(f"{name}: image metrics are undefined, {what}{needs if labels else ''}")
+        if unlabelled := len(self.images[name]) - len(images):
+            out.append(f"{name}: {unlabelled} images without label are left out")
         if not self.pixel:
             return out
         if summary is None:
             return [*out, f"{name}: no pixel metrics, no anomalous image has both a score map and a mask"]
-        if record.without_mask:
-            out.append(f"{name}: pixel metrics leave out {record.without_mask} anomalous images without mask")
+        if without_mask := sum(image.label == 1 and not image.masked for image in images):
+            out.append(f"{name}: pixel metrics leave out {without_mask} anomalous images without mask")
         if summary.error_bound > TOLERANCE:
             out.append(
                 f"{name}: pixel metrics are certain only to {summary.error_bound:.1g}; "
@@ -245,6 +203,38 @@ class Evaluator:
         if summary.totals.positives == summary.totals.pixels:
             out.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
         return out
+
+
+def _labelled(images: Images) -> Images:
+    return [image for image in images if image.label is not None]
+
+
+def _arrays(images: Images) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores and labels."""
+    return np.array([i.score for i in images], np.float64), np.array([i.label for i in images], np.int64)
+
+
+def _image_metrics(images: Images) -> Numbers:
+    values = {metric: function(*_arrays(images)) for metric, function in ranking.IMAGE_METRICS.items()}
+    return _defined(values | _by_sample(images))
+
+
+def _by_defect(images: Images) -> Numbers:
+    """Image AUROC of each defect type against all normal images of the class."""
+    kinds = sorted({image.defect for image in images if image.defect and image.label})
+    parts = {kind: [image for image in images if not image.label or image.defect == kind] for kind in kinds}
+    return _defined({kind: ranking.auroc(*_arrays(part)) for kind, part in parts.items()})
+
+
+def _by_sample(images: Images) -> Numbers:
+    """AUROC over groups, a group scoring the maximum of its views; nothing if no group has two images."""
+    groups: dict[str, Images] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.group or f"\0{i}", []).append(image)
+    if len(groups) == len(images):
+        return {}
+    views = [_arrays(part) for part in groups.values()]
+    return {"sample_auroc": ranking.auroc([s.max() for s, _ in views], [labels.max() for _, labels in views])}
 
 
 def _has_defect(mask_HW: ArrayLike | None, regions: Sequence[tuple[ArrayLike, float]] | None) -> bool:

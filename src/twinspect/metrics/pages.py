@@ -15,7 +15,6 @@ any resolution and so add nothing to the error bound.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,16 +58,6 @@ def bins_of(keys: Bins, drop: int) -> Bins:
 def edges_of(bins: Bins, drop: int) -> Bins:
     """Lowest key of each bin."""
     return ((bins >> np.uint32(1)) << np.uint32(drop)) | (bins & np.uint32(1))
-
-
-def coarser(pages: Bins, rows: Counts) -> tuple[Bins, Counts]:
-    """One resolution step for pages (sorted, unique) and their rows: of four bins, the first stays alone."""
-    quads = rows.reshape(len(rows), PAGE // 4, 4)
-    folded = np.stack((quads[:, :, 0], quads[:, :, 1:].sum(2)), axis=2).reshape(len(rows), PAGE // 2)
-    parents, which = np.unique(pages >> np.uint32(1), return_inverse=True)
-    out = np.zeros((len(parents), 2, PAGE // 2), np.int64)
-    out[which, pages & np.uint32(1)] = folded
-    return parents, out.reshape(-1, PAGE)
 
 
 class MemoryBudget:
@@ -115,16 +104,18 @@ class PagedCounts:
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         budget.tables.append(self)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._pages: Bins = np.zeros(0, np.uint32)
         # Page 0 stays empty: the directory's "nothing here" points at it. Flat, so that it can grow in place
         # (realloc moves memory pages instead of copying, which keeps the peak near the limit).
         self._values = np.zeros(PAGE, np.int64)
+        self._settle(np.zeros(0, np.uint32))
+
+    def _settle(self, pages: Bins) -> None:
+        """Make the directory anew, of pages that lie in this order."""
+        self._pages: Bins = np.zeros(0, np.uint32)
         self._root = np.zeros(ROW, np.int32)
         self._leaf = np.zeros(ROW, np.int32)
         self._rows = 0
+        self._allocate(pages)
 
     @property
     def nbytes(self) -> int:
@@ -153,20 +144,6 @@ class PagedCounts:
                 self._allocate(pages)
         np.add.at(self._values, (slot << PAGE_BITS) + (bins & np.uint32(PAGE - 1)), counts)
 
-    def add_pages(self, pages: Bins, rows: Counts, drop: int) -> None:
-        """Add whole pages (sorted, unique) that are at resolution ``drop``, not coarser than this table."""
-        while True:
-            for _ in range(self.budget.drop - drop):
-                pages, rows = coarser(pages, rows)
-            drop = self.budget.drop
-            new = pages[self._slots(pages) == 0]
-            if not len(new) or self.budget.admit(self, new):
-                return self._put(pages, rows)
-
-    def _put(self, pages: Bins, rows: Counts) -> None:
-        self._allocate(pages[self._slots(pages) == 0])
-        self._values.reshape(-1, PAGE)[self._slots(pages)] += rows
-
     def pages(self) -> Bins:
         """Numbers of the pages in use, ascending."""
         return np.sort(self._pages)
@@ -175,19 +152,42 @@ class PagedCounts:
         """Counts of the given pages, n x 256; zeros for a page that is not in use."""
         return self._values.reshape(-1, PAGE)[self._slots(pages)]
 
-    def chunks(self) -> Iterator[tuple[Bins, Counts]]:
-        """All pages in ascending order, some at a time."""
+    def items(self) -> Iterator[tuple[Bins, Counts]]:
+        """Lowest keys of the bins that are not empty, ascending, and their counts, some at a time."""
         pages = self.pages()
         for start in range(0, len(pages), CHUNK_PAGES):
             part = pages[start : start + CHUNK_PAGES]
-            yield part, self.rows(part)
+            counts = self.rows(part).ravel()
+            full = np.flatnonzero(counts)
+            bins = (part[full >> PAGE_BITS] << np.uint32(PAGE_BITS)) | (full & (PAGE - 1)).astype(np.uint32)
+            yield edges_of(bins, self.budget.drop), counts[full]
 
     def coarsen(self) -> None:
-        """Drop one low bit: pairs of pages become one."""
-        fine = copy(self)
-        self._clear()
-        for pages, rows in fine.chunks():
-            self._put(*coarser(pages, rows))
+        """Drop one low bit: of four bins the first stays alone, and two pages become one.
+
+        In place: a copy of all counts beside them would be most of the memory that an evaluation takes.
+        """
+        values, order = self._values.reshape(-1, PAGE), np.argsort(self._pages)
+        numbers = self._pages[order]
+        parents, first = np.unique(numbers >> np.uint32(1), return_index=True)
+        last = np.append(first[1:], len(order)) - 1  # the same page again where only one of the two is in use
+        home = order[first] + 1
+        for start in range(0, len(parents), CHUNK_PAGES):
+            part = slice(start, start + CHUNK_PAGES)
+            folded = np.zeros((len(home[part]), 2, PAGE // 2), np.int64)
+            for child in (first[part], last[part]):
+                quads = values[order[child] + 1].reshape(-1, PAGE // 4, 4)
+                halves = np.stack((quads[:, :, 0], quads[:, :, 1:].sum(2)), axis=2).reshape(-1, PAGE // 2)
+                folded[np.arange(len(child)), numbers[child] & np.uint32(1)] = halves
+            values[home[part]] = folded.reshape(-1, PAGE)
+        free, beyond = np.setdiff1d(np.arange(1, len(parents) + 1), home), np.flatnonzero(home > len(parents))
+        for start in range(0, len(free), CHUNK_PAGES):
+            part = slice(start, start + CHUNK_PAGES)
+            values[free[part]] = values[home[beyond[part]]]
+        home[beyond] = free
+        del values
+        self._values.resize((len(parents) + 1) * PAGE, refcheck=False)
+        self._settle(parents[np.argsort(home)])
 
     def _slots(self, pages: Bins) -> NDArray[np.int64]:
         row = self._root.take(pages >> np.uint32(ROW_BITS), mode="clip")

@@ -185,9 +185,8 @@ class ScoreHistogram:
         while self.budget.drop < other.budget.drop:
             self.budget.coarsen()
         for mine, theirs in zip(self.tables, other.tables, strict=True):
-            drop = other.budget.drop
-            for pages, rows in theirs.chunks():
-                mine.add_pages(pages, rows, drop)
+            for keys, counts in theirs.items():
+                mine.add(keys, counts)
         self.totals = PixelTotals.of([self.totals, other.totals])
         self.maps += other.maps
         self.rounded |= other.rounded
@@ -434,7 +433,7 @@ def summarise(
     for bins in _descending([h.tables for h in histograms], any(h.rounded for h in histograms)):
         tp, fp = tp[-1] + np.cumsum(bins.positive), fp[-1] + np.cumsum(bins.negative)
         precision.add(bins, tp, fp)
-        for area in (one for one in areas.values() if one.whole):
+        for area in (area for area in areas.values() if area.whole):
             area.add(fp - bins.negative, bins)
     results = {name: area.result() for name, area in areas.items()}
     results["pixel_ap"] = results["pixel_f1max"] = (math.nan, 0.0)

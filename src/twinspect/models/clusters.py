@@ -92,10 +92,10 @@ class Clusters(nn.Module):
             cluster_n = groups(token_nE, smallest, GAP_CLUSTERS, seed)
         variant_n, owners = torch.zeros_like(cluster_n), list[int]()
         for k in range(int(cluster_n.max()) + 1):
-            own = cluster_n == k
-            found = groups(token_nE[own], SMALLEST, GAP_VARIANTS, seed)
-            variant_n[own] = found + len(owners)
-            owners += [k] * (int(found.max()) + 1)
+            members = cluster_n == k
+            group_m = groups(token_nE[members], SMALLEST, GAP_VARIANTS, seed)
+            variant_n[members] = group_m + len(owners)
+            owners += [k] * (int(group_m.max()) + 1)
         self._settle(token_nE, embedding_nF, variant_n, owners)
         if len(known) > 1:
             self._confuse(token_nE, variant_n, names, known, seed)
@@ -126,21 +126,21 @@ class Clusters(nn.Module):
         owners, old = self.owner_V.tolist(), len(before_m)
         variant_n = torch.cat([before_m, torch.full((len(token_nE) - old,), -1, device=before_m.device)])
         for name in dict.fromkeys(names[old:]):
-            own = torch.tensor([one == name for one in names], device=token_nE.device).nonzero()[:, 0]
+            members = torch.tensor([of_image == name for of_image in names], device=token_nE.device).nonzero()[:, 0]
             theirs = [v for v, k in enumerate(owners) if classes[k] == name]
             if not theirs:
                 classes.append(name)
-            nearest_m = self._nearest(token_nE[own], theirs) if theirs else None
-            group_m = groups(token_nE[own], SMALLEST, GAP_VARIANTS, seed)
+            nearest_m = self._nearest(token_nE[members], theirs) if theirs else None
+            group_m = groups(token_nE[members], SMALLEST, GAP_VARIANTS, seed)
             for group in range(int(group_m.max()) + 1):
                 inside = group_m == group
-                if nearest_m is None or bool((own[inside] >= old).all()):
+                if nearest_m is None or bool((members[inside] >= old).all()):
                     cluster = len(classes) - 1 if nearest_m is None else owners[int(nearest_m[inside].mode().values)]
-                    variant_n[own[inside]] = len(owners)
+                    variant_n[members[inside]] = len(owners)
                     owners.append(cluster)
                 else:
-                    fresh = inside & (own >= old)
-                    variant_n[own[fresh]] = nearest_m[fresh]
+                    fresh = inside & (members >= old)
+                    variant_n[members[fresh]] = nearest_m[fresh]
         self._settle(token_nE, embedding_nF, variant_n, owners)
         if len(set(classes)) > 1:
             self._confuse(token_nE, variant_n, names, classes, seed)
@@ -211,11 +211,11 @@ def groups(token_nE: Tensor, smallest: int, gap: float, seed: int) -> Tensor:
         points = ((token - mean) @ project[:, : min(max(_DIRECTIONS, most // 2), telling)]).float()
         centres = choose_centres(points, min(most, room), seed, least=most // 4 if further else 1)
         centres = drop_small(points, centres, smallest)
-        found = merge_centres(points, centres, gap)[torch.cdist(points, centres).argmin(1)]
+        group_n = merge_centres(points, centres, gap)[torch.cdist(points, centres).argmin(1)]
         # Sixteen groups of forty products mix them all. More groups are better only if they tell more products apart
         # than the fewer could: else they cut products in pieces.
-        if not further or 2 * (int(found.max()) + 1) > most:
-            best = found
+        if not further or 2 * (int(group_n.max()) + 1) > most:
+            best = group_n
     return best
 
 
@@ -233,12 +233,12 @@ def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float) -> Tensor:
         i, j = min(apart, key=lambda pair: apart[pair])
         if apart[i, j] >= gap:
             break
-        owner = [i if one == j else one for one in owner]
+        owner = [i if k == j else k for k in owner]
         members[i] = torch.cat([members[i], members.pop(j)])
         apart = {pair: value for pair, value in apart.items() if j not in pair}
         apart |= {(min(i, k), max(i, k)): _separation(members[i], members[k]) for k in members if k != i}
     names = sorted(members)
-    return torch.tensor([names.index(one) for one in owner], device=points_NP.device)
+    return torch.tensor([names.index(k) for k in owner], device=points_NP.device)
 
 
 def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
@@ -252,8 +252,8 @@ def _separation(one_NP: Tensor, other_MP: Tensor) -> float:
 
 def best_k_means(points_NP: Tensor, count: int, seed: int) -> Tensor:
     """Centres (count x P) of the start that leaves the points nearest to them."""
-    found = [k_means(points_NP, count, seed + start) for start in range(_STARTS if count > 1 else 1)]
-    return min(found, key=lambda centres: float(torch.cdist(points_NP, centres).amin(1).square().sum()))
+    starts = [k_means(points_NP, count, seed + start) for start in range(_STARTS if count > 1 else 1)]
+    return min(starts, key=lambda centres: float(torch.cdist(points_NP, centres).amin(1).square().sum()))
 
 
 def k_means(points_NP: Tensor, count: int, seed: int, rounds: int = 50) -> Tensor:
@@ -333,11 +333,11 @@ def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int
     unit = nn.functional.normalize(embedding_nF, dim=1)
     links = torch.ones(clusters, device=embedding_nF.device)
     for k in range(clusters):
-        own = unit[cluster_n == k][:most]
-        if len(own) < 4:
+        members = unit[cluster_n == k][:most]
+        if len(members) < 4:
             continue  # too few to tell
-        apart = (1.0 - own @ own.T).clamp_min(0.0)
-        away = apart[~torch.eye(len(own), dtype=torch.bool, device=own.device)].reshape(len(own), -1)
+        apart = (1.0 - members @ members.T).clamp_min(0.0)
+        away = apart[~torch.eye(len(members), dtype=torch.bool, device=members.device)].reshape(len(members), -1)
         near = away.topk(2, dim=1, largest=False).values.mean(1).median()
         alike = near * (near / away.median().clamp_min(1e-9)).square()
         links[k] = 1.0 / (1.0 + (alike / 0.022) ** 6)

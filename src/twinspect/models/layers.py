@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -57,7 +59,7 @@ class LinearAttention(nn.Module):
         parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
         q, k, v = (_on_tokens(x_BND, weight, bias) for weight, bias in parts)
         # Sums over N in fp32: thousands of positive terms lose digits in bf16.
-        q, k, v = (self._bundled(one) for one in ((F.elu(q) + 1).float(), (F.elu(k) + 1).float(), v.float()))
+        q, k, v = (self._bundled(part) for part in ((F.elu(q) + 1).float(), (F.elu(k) + 1).float(), v.float()))
         with torch.autocast(x_BND.device.type, enabled=False):
             context = torch.where(self.same_head_CC, k.transpose(-1, -2) @ v, 0.0)
             total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
@@ -138,6 +140,25 @@ def silenced(x: Tensor, mask: Tensor, p: float) -> Tensor:
 def _of_256(p: float) -> int:
     """The chance in steps of a byte; something always gets through."""
     return min(255, round(256 * p))
+
+
+class AllSum(torch.autograd.Function):
+    """Sum over the processes of a group; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        """Sum of every process's values."""
+        ctx.group = group
+        total: Tensor = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Sum of every process's gradient."""
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class NoisyBottleneck(nn.Module):
@@ -265,9 +286,9 @@ def to_map(tokens_BND: Tensor) -> Tensor:
     return tokens_BND.transpose(1, 2).reshape(batch, width, side, side)
 
 
-def whole_divisor(size: int, wanted: int, multiple: int) -> int:
-    """The largest factor up to ``wanted`` that leaves a whole side, a multiple of the patch."""
-    return next(f for f in range(max(1, wanted), 0, -1) if size % f == 0 and (size // f) % multiple == 0)
+def whole_divisor(size: int, most: int, multiple: int) -> int:
+    """The largest factor up to ``most`` that leaves a whole side, a multiple of the patch."""
+    return next(f for f in range(max(1, most), 0, -1) if size % f == 0 and (size // f) % multiple == 0)
 
 
 def in_fp16(x: Tensor) -> Tensor:

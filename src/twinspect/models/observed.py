@@ -126,12 +126,12 @@ class Selection(nn.Module):
     def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the teacher's."""
         joined = (self._mean(maps, members) for members in self.levels)
-        return tuple(_at_side(one, side) for one, side in zip(joined, self.map_sides, strict=True))
+        return tuple(_at_side(mean, side) for mean, side in zip(joined, self.map_sides, strict=True))
 
     def select_coarse(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the coarse view's."""
         chosen = (maps[i] for i in self.coarse_levels)
-        return tuple(_at_side(one, side) for one, side in zip(chosen, self.coarse_sides, strict=True))
+        return tuple(_at_side(chosen_map, side) for chosen_map, side in zip(chosen, self.coarse_sides, strict=True))
 
     def select_prefix(self, features: Features) -> Tensor:
         """Class and register tokens of the kept maps: B x M x P x D."""

@@ -32,6 +32,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.models.clusters import Clusters
@@ -43,6 +44,9 @@ from twinspect.scoring import surprise, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
+REGION = (
+    4  # positions of the coarsest stages, of 32 pixels, that features are averaged over in a region; half overlap
+)
 
 
 class GroupPlan(NamedTuple):
@@ -51,14 +55,18 @@ class GroupPlan(NamedTuple):
     Attributes:
         maps: indices of the maps.
         stride: pixels of the model's input per position.
+        scored: whether the group gives a local reading.
+        mapped: whether it is part of the anomaly map.
         coarse: whether the maps are those of the coarse view.
-        scored: whether the group gives a local reading; all are part of the anomaly map.
+        region: positions of the grid that features are averaged over, in windows that overlap by half.
     """
 
     maps: tuple[int, ...]
     stride: int
-    coarse: bool = False
     scored: bool = True
+    mapped: bool = True
+    coarse: bool = False
+    region: int = 1
 
 
 class Scorer(nn.Module):
@@ -85,6 +93,7 @@ class Scorer(nn.Module):
         self.clusters = Clusters(sum(info.token_channels))
         plans = [] if self.plain else group_plans(info, selection)
         self.scored = [g for g, plan in enumerate(plans) if plan.scored]
+        self.mapped = [g for g, plan in enumerate(plans) if plan.mapped]
         self.plans, self.grids = plans, nn.ModuleList(Grid(plan, selection, size) for plan in plans)
         self.patches = nn.ModuleList(
             PositionGaussian(grid.dims, grid.side, _window(plan.stride))
@@ -130,14 +139,15 @@ class Scorer(nn.Module):
         return self.surprises(distances, variant_B, cluster_B).sum(1, keepdim=True)
 
     def surprises(self, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor) -> Tensor:
-        """How surprising the distance at every position is, a group each: B x G x H x W.
+        """How surprising the distance at every position is, a group of the map each: B x G x H x W.
 
         One level a map, and at every position a spread that is at least the whole map's: where good images hardly
         vary, as on a black ground, a level and a spread of its own would make dust there louder than a cut in the
         product. Where they vary most, as at the rim that the teacher pads with zeros, a distance says less.
         """
         maps = []
-        for g, (gaussian, distance_Bhw) in enumerate(zip(self.gaussians(), distances, strict=True)):
+        for g in self.mapped:
+            gaussian, distance_Bhw = self.gaussians()[g], distances[g]
             level, spread = (one[:, g].index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
             spread_Bhw = gaussian.spread_Vhw.index_select(0, variant_B).maximum(spread[:, None, None])
             maps.append(upsample(surprise((distance_Bhw - level[:, None, None]) / spread_Bhw), self.map_side))
@@ -213,22 +223,33 @@ class Scorer(nn.Module):
 
 
 class Grid(nn.Module):
-    """Features of a layer group: its maps, each brought to the group's grid, as rows B x N x D."""
+    """Features of a layer group: its maps, each brought to the group's grid, or means of regions, as rows B x N x D.
+
+    Attributes:
+        side: of the positions or regions.
+        dims: D.
+    """
 
     def __init__(self, plan: GroupPlan, selection: Selection, size: int) -> None:
         super().__init__()
         self.plan = plan
         sides = selection.coarse_sides if plan.coarse else selection.map_sides
         channels = selection.coarse_channels if plan.coarse else selection.channels
-        self.side = max(sides) if plan.coarse else -(-size // plan.stride)
+        side = max(sides) if plan.coarse else -(-size // plan.stride)
+        self.side = side if plan.region == 1 else (side - plan.region) // (plan.region // 2) + 1
         self.dims = sum(channels[i] for i in plan.maps)
-        self.moves = nn.ModuleList(Resample(sides[i], self.side) for i in plan.maps)
+        self.moves = nn.ModuleList(Resample(sides[i], side) for i in plan.maps)
 
     def forward(self, observed: Observed) -> Tensor:
         """B x N x D."""
         maps = observed.coarse if self.plan.coarse else observed.maps
-        moved = [move(maps[i]).permute(0, 2, 3, 1) for i, move in zip(self.plan.maps, self.moves, strict=True)]
+        moved = [self._regions(move(maps[i])) for i, move in zip(self.plan.maps, self.moves, strict=True)]
         return to_rows(torch.cat(moved, 3) if len(moved) > 1 else moved[0])
+
+    def _regions(self, map_BDhw: Tensor) -> Tensor:
+        if self.plan.region > 1:
+            map_BDhw = F.avg_pool2d(map_BDhw, self.plan.region, self.plan.region // 2)
+        return map_BDhw.permute(0, 2, 3, 1)
 
 
 def _window(stride: int) -> int:
@@ -241,7 +262,8 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
 
     ViT: the kept maps, one each. CNN: what a surface is made of (stride 4 alone), fine (strides 4, 8 and the first of
     16, on the grid of 8), middle (stride 8 and all of 16, on the grid of 16), deep (the last of 16 and of 32, on the
-    grid of 16), and deep once more in the coarse view, which sees what is large.
+    grid of 16), and deep once more in the coarse view, which sees what is large. The last two make the map only. The
+    score reads the deepest stages as means of regions instead: noise of single positions averages out there.
     """
     if info.kind == "vit":
         return [GroupPlan((i,), info.strides[0]) for i in range(len(selection.channels))]
@@ -252,11 +274,14 @@ def group_plans(info: BackboneInfo, selection: Selection) -> list[GroupPlan]:
     deep = tuple(sorted({of_16[-1], last.get(32, len(info.strides) - 1)}))
     grid_16 = info.strides[of_16[-1]]
     plans = [GroupPlan((last[4],), 4)] if 4 in last else []
+    regions = tuple(i for i, stride in enumerate(info.strides) if stride == 32)
     plans += [
         GroupPlan(tuple(fine), max(8, info.strides[fine[0]])),
         GroupPlan(tuple(middle), grid_16),
-        GroupPlan(deep, grid_16),
+        GroupPlan(deep, grid_16, scored=not regions),
     ]
     if selection.coarse_levels:
-        plans.append(GroupPlan(tuple(range(len(selection.coarse_levels))), grid_16, coarse=True, scored=False))
+        plans.append(GroupPlan(tuple(range(len(selection.coarse_levels))), grid_16, scored=False, coarse=True))
+    if regions:
+        plans.append(GroupPlan(regions, 32, mapped=False, region=REGION))
     return plans

@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, Structure, TrainConfig
@@ -41,7 +42,7 @@ from twinspect.losses import (
 )
 from twinspect.models.clusters import k_means
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import to_tokens
+from twinspect.models.layers import AllSum, to_tokens
 from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
 from twinspect.models.scorer import Scorer
@@ -103,24 +104,6 @@ class Cram(nn.Module):
         self.assign.bias.copy_(-alpha * centres.square().sum(1))
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is the sum of what every process asks of a part, given to the part's owner."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        part: Tensor = total.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-        return part, None
-
-
 def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
     """Join the equal parts of a batch of all processes along the first dimension, in rank order, with gradients.
 
@@ -134,7 +117,9 @@ def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return part_B
-    joined: Tensor = _Gather.apply(part_B, group)  # type: ignore[no-untyped-call]
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    before, behind = rank * len(part_B), (world - 1 - rank) * len(part_B)
+    joined: Tensor = AllSum.apply(F.pad(part_B, (0, 0) * (part_B.dim() - 1) + (before, behind)), group)  # type: ignore[no-untyped-call]
     return joined
 
 
@@ -188,27 +173,18 @@ class StructuralStudent(nn.Module):
 
     def __init__(self, info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> None:
         super().__init__()
-        self.local = _Local(info, stages, config, size)
+        structure = config.structure()
+        self.local = nn.ModuleDict({"net": _student(info, stages, config, size)})
+        if structure.cram and structure.cram_place == "stages":
+            self.local["crams"] = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels)
 
     def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
         """Predictions of the teacher's stages, fine to coarse."""
-        predictions: list[Tensor] = self.local(stages, pixels_B3ss)
-        return predictions
-
-
-class _Local(nn.Module):
-    def __init__(self, info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> None:
-        super().__init__()
-        structure = config.structure()
-        at_stages = structure.cram and structure.cram_place == "stages"
-        self.net = _student(info, stages, config, size)
-        self.crams = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels) if at_stages else None
-
-    def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
-        predictions: list[Tensor] = self.net(stages, pixels_B3ss)
-        if self.crams is None:
+        predictions: list[Tensor] = self.local["net"](stages, pixels_B3ss)
+        if "crams" not in self.local:
             return predictions
-        return [cram(one) for cram, one in zip(self.crams, predictions, strict=True)]
+        crams = cast(nn.ModuleList, self.local["crams"])
+        return [cram(stage) for cram, stage in zip(crams, predictions, strict=True)]
 
 
 def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> nn.Module:
@@ -258,11 +234,11 @@ class StructuralModel(AnomalyModel):
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """The teacher's stages as rows: B x N x D."""
-        return [to_tokens(one) for one in self.stages.of(observed)]
+        return [to_tokens(stage) for stage in self.stages.of(observed)]
 
     def predictions(self, observed: Observed, small_B3SS: Tensor) -> list[Tensor]:
         """The student's, in their order."""
-        return [to_tokens(one) for one in self.answer(observed, small_B3SS)[1]]
+        return [to_tokens(stage) for stage in self.answer(observed, small_B3SS)[1]]
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
         """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum."""
@@ -285,7 +261,7 @@ class StructuralModel(AnomalyModel):
         distances = [[position_cosine_distance(t, s) for t, s in pairs]]
         if self.structure.affinity_map:
             distances.append([affinity_distance(t, s, grid) for t, s in pairs])
-        return [torch.cat([upsample(one, side) for one in maps], 1).sum(1) for maps in distances]
+        return [torch.cat([upsample(map_Bhw, side) for map_Bhw in maps], 1).sum(1) for maps in distances]
 
     @torch.no_grad()
     def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
@@ -295,7 +271,7 @@ class StructuralModel(AnomalyModel):
         total, images = torch.zeros(2, device=self.device), 0
         for observed, small in batches():
             maps = self.distance_maps(list(zip(*self.answer(observed, small), strict=True)))
-            total += torch.stack([one.mean((1, 2)).sum() for one in maps])
+            total += torch.stack([map_Bhw.mean((1, 2)).sum() for map_Bhw in maps])
             images += len(maps[0])
         self.map_means_2.copy_((total / images).clamp_min(1e-8))
 

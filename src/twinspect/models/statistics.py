@@ -123,21 +123,43 @@ def left_out(images_n: Tensor, copies_n: Tensor) -> Tensor:
     return (images_n + PLACE_PRIOR) / (images_n + PLACE_PRIOR - copies_n.minimum(images_n))
 
 
-def whitening(covariance_DD: Tensor) -> Tensor:
-    """D x D matrix W with x W of identity covariance, after adding ``RIDGE`` to the correlations' diagonal.
+def shrinkage(trace: Tensor, square: Tensor, count: Tensor | float, dims: int) -> Tensor:
+    """Weight of the identity that a covariance is shrunk by: oracle-approximating shrinkage (Chen et al., 2010).
 
-    Standard deviations are at least what keeps W finite in fp16: a ReLU can be silent on all good images.
+    Args:
+        trace: of the covariance.
+        square: trace of its square.
+        count: vectors it was learnt from.
+        dims: its side.
+    """
+    top = (1 - 2 / dims) * square + trace.square()
+    below = (count + 1 - 2 / dims) * (square - trace.square() / dims)
+    weight: Tensor = (top / below.clamp_min(1e-12)).clamp(0.0, 1.0)
+    return weight
+
+
+def whitening(covariance_DD: Tensor, count: Tensor | float) -> Tensor:
+    """D x D matrix W with x W of identity covariance; the correlations are shrunk first, and get ``RIDGE`` added.
+
+    Without the shrinkage a covariance of few vectors is too small along most directions, and images that it was not
+    learnt from lie too far away. Standard deviations are at least what keeps W finite in fp16: a ReLU can be silent
+    on all good images.
+
+    Args:
+        covariance_DD: of the features.
+        count: vectors it was learnt from.
     """
     scale_D = covariance_DD.diagonal().sqrt().clamp_min(RIDGE**-0.5 / torch.finfo(torch.float16).max)
     correlation = covariance_DD / scale_D / scale_D[:, None]
+    weight = shrinkage(correlation.trace(), correlation.square().sum(), count, len(scale_D))
     eye = torch.eye(len(scale_D), dtype=correlation.dtype, device=correlation.device)
-    lower = torch.linalg.cholesky(correlation + RIDGE * eye)
+    lower = torch.linalg.cholesky((1 - weight) * correlation + (weight + RIDGE) * eye)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.T / scale_D[:, None]
 
 
 def unwhitened(whiten_DD: Tensor) -> Tensor:
-    """The covariance that `whitening` made a matrix of, as exactly as fp16 keeps it."""
+    """The covariance that `whitening` made a matrix of, shrunk as it was, as exactly as fp16 keeps it."""
     inverse = torch.linalg.inv(whiten_DD.double())
     ridged = inverse.T @ inverse
     variance_D = ridged.diagonal() / (1.0 + RIDGE)
@@ -162,7 +184,7 @@ class TokenGaussian(nn.Module):
         super().__init__()
         self.register_buffer("centre_VE", torch.zeros(1, dims))
         self.register_buffer("scale_KE", torch.ones(1, dims))
-        self.register_buffer("basis_KRE", torch.zeros(1, 1, dims))
+        self.register_buffer("basis_KRE", torch.zeros(1, 1, dims).half())
         self.register_buffer("weight_KR", torch.zeros(1, 1))
         self.register_buffer("rest_K", torch.ones(1))
 
@@ -170,7 +192,7 @@ class TokenGaussian(nn.Module):
         """Root mean square of the whitened difference from the variant's mean (B), near 1 on good images."""
         scaled = token_BE - self.centre_VE.index_select(0, variant_B)
         scaled = scaled / self.scale_KE.index_select(0, cluster_B)
-        along = (self.basis_KRE.index_select(0, cluster_B) @ scaled[:, :, None])[:, :, 0].square()
+        along = (self.basis_KRE.index_select(0, cluster_B).float() @ scaled[:, :, None])[:, :, 0].square()
         beside = (scaled.square().sum(1) - along.sum(1)).clamp_min(0.0) * self.rest_K.index_select(0, cluster_B)
         inside = (along * self.weight_KR.index_select(0, cluster_B)).sum(1)
         return ((inside + beside) / token_BE.shape[1]).sqrt()
@@ -184,7 +206,7 @@ class TokenGaussian(nn.Module):
         most = max(len(weight) for _, _, weight, _ in parts)
         scale, basis, weight, rest = zip(*parts, strict=True)
         self.scale_KE, self.rest_K = torch.stack(scale), torch.stack(rest)
-        self.basis_KRE = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in basis])
+        self.basis_KRE = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in basis]).half()
         self.weight_KR = torch.stack([F.pad(one, (0, most - len(one))) for one in weight])
 
 
@@ -194,9 +216,8 @@ def shrunk_directions(centred_nE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     scale_E = centred_nE.square().mean(0).sqrt().clamp_min(1e-6)
     _, singular, basis = torch.linalg.svd(centred_nE / scale_E, full_matrices=False)
     variance = singular.square() / max(1, count)
-    trace, square = variance.sum(), variance.square().sum()
-    top = (1 - 2 / dims) * square + trace.square()
-    rho = (top / ((count + 1 - 2 / dims) * (square - trace.square() / dims)).clamp_min(1e-12)).clamp(1e-3, 1.0)
+    trace = variance.sum()
+    rho = shrinkage(trace, variance.square().sum(), count, dims).clamp_min(1e-3)
     kept = min(MOST_DIRECTIONS, len(variance))
     floor = rho * trace / dims
     beside = (1 - rho) * variance[kept:].sum() / max(1, dims - kept)

@@ -116,11 +116,11 @@ class Backbone(nn.Module):
             x_B3HW, indices=asked, intermediates_only=True, return_prefix_tokens=has_prefix, output_fmt="NCHW"
         )
         if not has_prefix:  # timm then gives maps alone
-            pairs = [(one, one.new_zeros(one.shape[0], 0, one.shape[1])) for one in pairs]
+            pairs = [(level, level.new_zeros(level.shape[0], 0, level.shape[1])) for level in pairs]
         by_level = dict(zip(asked, pairs, strict=True))
         maps, prefix = (tuple(by_level[level][which] for level in self.levels) for which in (0, 1))
         levels = (by_level[level] for level in self.token_levels)
-        tokens = tuple(p[:, 0] if self.info.class_token else one.mean((2, 3)) for one, p in levels)
+        tokens = tuple(p[:, 0] if self.info.class_token else level.mean((2, 3)) for level, p in levels)
         return Features(maps, tokens, prefix)
 
 
@@ -249,7 +249,7 @@ def _thin_stages(net: Any, depth: float) -> None:
         hook.remove()
     for row in rows:
         first, *others = row
-        repeats = [type(one) is type(first) and len(set(shapes.get(id(one), (0, 1)))) == 1 for one in others]
+        repeats = [type(block) is type(first) and len(set(shapes.get(id(block), (0, 1)))) == 1 for block in others]
         if all(repeats):
             del row[math.ceil(depth * len(row)) :]
 

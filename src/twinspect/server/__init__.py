@@ -16,4 +16,4 @@ def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
     """Say what to type where packages of the extra are missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise TwinspectError(f'the server room needs {", ".join(missing)}; type: pip install "twinspect[server]"')
+        raise TwinspectError(f'the server needs {", ".join(missing)}; type: pip install "twinspect[server]"')

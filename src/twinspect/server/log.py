@@ -234,10 +234,10 @@ class InspectionLog:
             NoSuchRow: none was.
         """
         with self._transaction() as connection:
-            found = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
-        if found is None:
+            jpeg = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
+        if jpeg is None:
             raise NoSuchRow(f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them")
-        return bytes(found)
+        return bytes(jpeg)
 
     def query(self, wanted: Filter) -> list[dict[str, Any]]:
         """Rows as plain values, latest first."""

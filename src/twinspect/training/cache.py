@@ -53,34 +53,38 @@ class RecordLayout:
     small_side: int
 
     @property
+    def _parts(self) -> list[tuple[slice, tuple[int, ...], torch.dtype]]:
+        """Bytes, shape and type of every part of a record, in order."""
+        halves = [(shape, torch.float16) for shape in (*self.map_shapes, *self.coarse_shapes, self.prefix_shape)]
+        vectors = [((dims,), torch.float32) for dims in (*self.token_dims, self.embedding_dims)]
+        parts, start = list[tuple[slice, tuple[int, ...], torch.dtype]](), 0
+        for shape, dtype in (*halves, *vectors, ((3, self.small_side, self.small_side), torch.uint8)):
+            stop = start + dtype.itemsize * math.prod(shape)
+            parts.append((slice(start, stop), shape, dtype))
+            start = stop
+        return parts
+
+    @property
     def size(self) -> int:
         """Bytes of one record."""
-        return self.vectors[1] + 3 * self.small_side**2
+        return sum(dtype.itemsize * math.prod(shape) for _, shape, dtype in self._parts)
 
     @property
     def vectors(self) -> tuple[int, int]:
         """First and last byte (exclusive) of a record's tokens and embedding."""
-        start = 2 * sum(math.prod(s) for s in self._fp16_shapes)
-        return start, start + 4 * (sum(self.token_dims) + self.embedding_dims)
-
-    @property
-    def _fp16_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        return (*self.map_shapes, *self.coarse_shapes, self.prefix_shape)
+        places = [place for place, _, dtype in self._parts if dtype == torch.float32]
+        return places[0].start, places[-1].stop
 
     def pack(self, observed: Observed, small_B3ss: Tensor) -> Tensor:
         """The teacher's answers and the shrunk pixels of a batch to its records: uint8, B x size, on the CPU."""
-        batch = len(small_B3ss)
-        block_BR = torch.empty(batch, self.size, dtype=torch.uint8)
-        features = [in_fp16(one) for one in (*observed.maps, *observed.coarse, observed.prefix_BMPD)]
-        vectors = [one.float() for one in (*observed.tokens, observed.embedding_BF)]
-        start = 0
-        for part in (*features, *vectors, small_B3ss.to(torch.uint8)):
-            raw_BR = part.cpu().contiguous().flatten(1).view(torch.uint8)
-            stop = start + raw_BR.shape[1]
-            block_BR[:, start:stop] = raw_BR
-            start = stop
-        if start != self.size:
-            raise ValueError(f"records of {start} bytes, expected {self.size}")
+        block_BR = torch.empty(len(small_B3ss), self.size, dtype=torch.uint8)
+        features = [in_fp16(value) for value in (*observed.maps, *observed.coarse, observed.prefix_BMPD)]
+        vectors = [value.float() for value in (*observed.tokens, observed.embedding_BF)]
+        values = (*features, *vectors, small_B3ss.to(torch.uint8))
+        for value, (place, shape, _) in zip(values, self._parts, strict=True):
+            if value.shape[1:] != shape:
+                raise ValueError(f"a part of shape {tuple(value.shape[1:])}, expected {shape}")
+            block_BR[:, place] = value.cpu().contiguous().flatten(1).view(torch.uint8)
         return block_BR
 
     def unpack(self, block_BR: Tensor) -> tuple[Observed, Tensor]:
@@ -88,22 +92,17 @@ class RecordLayout:
 
         On the block's device: a GPU is sent half the bytes and widens them itself.
         """
-        features, start, batch = [], 0, len(block_BR)
-        for shape in self._fp16_shapes:
-            stop = start + 2 * math.prod(shape)
-            features.append(_typed(block_BR, start, stop, torch.float16).reshape(batch, *shape).float())
-            start = stop
-        start, stop = self.vectors
-        small = block_BR[:, stop:].reshape(batch, 3, self.small_side, self.small_side)
-        maps, count = tuple(features[:-1]), len(self.map_shapes)
-        tokens, embedding_BF = self.unpack_vectors(block_BR[:, start:stop])
-        return Observed(maps[:count], maps[count:], tokens, embedding_BF, features[-1]), small
+        batch = len(block_BR)
+        *values, small = (_typed(block_BR[:, at], kind).reshape(batch, *shape) for at, shape, kind in self._parts)
+        maps, coarse = len(self.map_shapes), len(self.map_shapes) + len(self.coarse_shapes)
+        features = tuple(value.float() for value in values[: coarse + 1])
+        tokens, embedding_BF = self.unpack_vectors(block_BR[:, slice(*self.vectors)])
+        return Observed(features[:maps], features[maps:coarse], tokens, embedding_BF, features[coarse]), small
 
     def unpack_vectors(self, block_BR: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Bytes ``vectors`` of the records of a batch to (tokens of every view B x E, embeddings B x F)."""
-        both = _typed(block_BR, 0, block_BR.shape[1], torch.float32)
-        parts = torch.split(both, [*self.token_dims, self.embedding_dims], 1)
-        *tokens, embedding_BF = (one.clone() for one in parts)
+        parts = torch.split(_typed(block_BR, torch.float32), [*self.token_dims, self.embedding_dims], 1)
+        *tokens, embedding_BF = (vector.clone() for vector in parts)
         return tuple(tokens), embedding_BF
 
 
@@ -243,14 +242,13 @@ def _write_all(file: io.FileIO, rest: memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _typed(block_BR: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Bytes of every record as numbers: in place where records lie so, else copied."""
-    if start == stop:  # torch sees no numbers of two bytes in none at all
-        return block_BR.new_empty(len(block_BR), 0, dtype=dtype)
-    part = block_BR[:, start:stop]
-    if part.stride(0) % dtype.itemsize or part.storage_offset() % dtype.itemsize:
-        part = part.clone(memory_format=torch.contiguous_format)
-    return part.view(dtype)
+def _typed(part_BR: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of a part of every record as numbers: in place where records lie so, else copied."""
+    if not part_BR.shape[1]:  # torch sees no numbers of two bytes in none at all
+        return part_BR.new_empty(len(part_BR), 0, dtype=dtype)
+    if part_BR.stride(0) % dtype.itemsize or part_BR.storage_offset() % dtype.itemsize:
+        part_BR = part_BR.clone(memory_format=torch.contiguous_format)
+    return part_BR.view(dtype)
 
 
 def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:
@@ -298,7 +296,7 @@ class KnownFiles:
         """Write what was noted; a full disk costs the next start some time, and nothing else."""
         if not self._new:
             return
-        lines = [_NOTE.pack(one, key, zlib.crc32(one + key)) for one, key in self._new]
+        lines = [_NOTE.pack(file, key, zlib.crc32(file + key)) for file, key in self._new]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.known").open("wb") as file:
@@ -312,9 +310,9 @@ class KnownFiles:
             raw = path.read_bytes()
         except OSError:
             return
-        for one, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
-            if zlib.crc32(one + key) == crc:
-                self._keys[one] = key
+        for file, key, crc in _NOTE.iter_unpack(raw[: len(raw) // _NOTE.size * _NOTE.size]):
+            if zlib.crc32(file + key) == crc:
+                self._keys[file] = key
 
 
 def _described(path: Path, status: os.stat_result) -> bytes:

@@ -4,10 +4,14 @@ Two kinds of class need them. Of a class whose images hardly differ, such as a b
 one grey level of brightness a huge anomaly: copies with a level of noise tell them what 8 bits round away.
 A class of a few images shows no spread at all: copies moved and lit as a camera would move and light them give one,
 turned round where the product may lie in any pose. Copies are learnt; no threshold counts them (`training.few`).
+
+Others are asked for (--tolerate): packed as JPEG, under another light, shifted. They are learnt and calibrated on
+beside the images themselves. Cross-fitting holds an image and such copies to be one (`training.normal`).
 """
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect.config import CHANGES, tolerated
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.types import Sample
 
 FEW = 8  # good images of a class up to which each is left out in turn and copies are learnt
-FIXED, FREE = "fixed", "free"
+NOISE, FIXED, FREE = "noise", "fixed", "free"
 _LEVEL = 1.0  # grey levels that two images differ by (root mean square), or they are hardly different
 _LOOKED_AT = 8  # images of a class that are compared
 _SIDE = 512  # pixels a side that are compared of a large image
@@ -31,28 +36,49 @@ _SHIFT, _LIGHT = 0.015, 0.04  # of the side, and of the brightness, that a camer
 _POSE_SIDE, _TURNS = 48, 24  # pixels and angles that poses are compared with
 # Mean correlation of pairs that are turned to agree, and what turning must gain of it, or the pose is fixed.
 _POSE_ALIKE, _POSE_GAIN = 0.65, 0.12
+# How far copies that are asked for go, a little beyond what is promised: quality 60, 10 % brighter, 2 % of the width.
+_QUALITY, _TOLERATED_LIGHT, _TOLERATED_SHIFT = (50, 90), 0.12, 0.025
+_MOST_TOLERATED = 50  # images of a class that are copied for each kind
 
 
 @dataclass(frozen=True, slots=True)
-class Altered(Sample):
-    """A copy of an image, not of its file: `around` changes its pixels.
+class Copy(Sample):
+    """A copy of an image, not of its file.
 
     Attributes:
+        kind: ``noise``, ``fixed`` (noise, and moved and lit a little), ``free`` (turned round as well), or one of
+            `config.CHANGES`.
         seed: of the change.
-        pose: ``fixed`` (moved and lit a little), ``free`` (turned round as well); empty for noise alone.
     """
 
+    kind: str = NOISE
     seed: int = 0
-    pose: str = ""
 
-    def around(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The pixels moved as the pose says, up to one level brighter or darker, a share of them one level off."""
+    @property
+    def tolerated(self) -> bool:
+        """Whether it was asked for: then the whole picture is changed, else its pixels at the model's size."""
+        return self.kind in CHANGES
+
+    def changed(self, pixels_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image's pixels as the copy has them."""
         rng = np.random.default_rng(self.seed)
+        match self.kind:
+            case "jpeg":
+                return packed(pixels_HWC, int(rng.integers(*_QUALITY, endpoint=True)))
+            case "light":
+                return lit(pixels_HWC, float(rng.uniform(1 - _TOLERATED_LIGHT, 1 + _TOLERATED_LIGHT)))
+            case "shift":
+                return shifted(pixels_HWC, *rng.uniform(-_TOLERATED_SHIFT, _TOLERATED_SHIFT, 2))
+        # Up to one level brighter or darker, and a share of the pixels one level off.
         shift, share = rng.uniform(-1.0, 1.0), 10.0 ** rng.uniform(-3.0, -0.3)
-        pixels = moved(pixels_HWC, self.pose, rng) if self.pose else pixels_HWC
+        pixels = pixels_HWC if self.kind == NOISE else moved(pixels_HWC, self.kind, rng)
         steps = np.sign(shift) * (rng.random(pixels.shape) < abs(shift))
         steps += rng.choice([-1, 1], pixels.shape) * (rng.random(pixels.shape) < share)
         return np.asarray((pixels + steps).clip(0, 255), dtype=np.uint8)
+
+
+def _copy(sample: Sample, kind: str, seed: int) -> Copy:
+    return Copy(**{field.name: getattr(sample, field.name) for field in fields(Sample)}, kind=kind, seed=seed)
 
 
 def few_classes(samples: Sequence[Sample]) -> frozenset[str]:
@@ -79,27 +105,22 @@ def add_copies(
         by_class[sample.class_name].append(sample)
     parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
     notes = []
-    for name, own in by_class.items():
+    for name, members in by_class.items():
         if name in few:
-            chosen, said = (pose, "as asked") if pose != "auto" else find_pose(own)
-            each = max(1, -(-_LEARNT[chosen] // len(own)) - 1)
-            parts[0].extend(_copy(one, seed, chosen) for one in own for seed in range(each))
-            notes.append(_few_sentence(name, len(own), chosen, said))
-        elif hardly_differ(own):
-            count = max(_COPIES, len(own) // 2)
+            chosen, why = (pose, "as asked") if pose != "auto" else find_pose(members)
+            each = max(1, -(-_LEARNT[chosen] // len(members)) - 1)
+            parts[0].extend(_copy(sample, chosen, seed) for sample in members for seed in range(each))
+            notes.append(_few_sentence(name, len(members), chosen, why))
+        elif hardly_differ(members):
+            count = max(_COPIES, len(members) // 2)
             for seed in range(count):
-                parts[seed % 4 == 3].append(_copy(own[seed % len(own)], seed, ""))
+                parts[seed % 4 == 3].append(_copy(members[seed % len(members)], NOISE, seed))
             notes.append(
                 f"class {name}: its good images differ by less than one grey level; {count} copies with one level of "
                 "noise are learnt too, and whatever differs by more is called an anomaly. If good parts may differ "
                 "by more, give images of different ones"
             )
     return *parts, notes
-
-
-def _copy(sample: Sample, seed: int, pose: str) -> Altered:
-    values = {field.name: getattr(sample, field.name) for field in fields(Sample)}
-    return Altered(**values, seed=seed, pose=pose)
 
 
 def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
@@ -115,6 +136,54 @@ def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
         f"{turned} are learnt with them (--pose {pose}, {why}). {worth[0].upper()}{worth[1:]}: 49 or more are needed "
         "for 2 %"
     )
+
+
+def add_tolerated(
+    training: Sequence[Sample], held: Sequence[Sample], tolerate: str, seed: int
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Both parts with copies of their own images, and a sentence about them.
+
+    Args:
+        training: good images.
+        held: good images held out.
+        tolerate: kinds, separated by commas; empty adds nothing.
+        seed: of how far each copy goes.
+    """
+    kinds = tolerated(tolerate)
+    by_class: dict[str, list[tuple[int, Sample]]] = defaultdict(list)
+    for part, samples in enumerate((training, held)):
+        for sample in samples:
+            by_class[sample.class_name].append((part, sample))
+    parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
+    count = 0
+    for members in by_class.values():
+        for number, kind in enumerate(kinds):
+            for part, sample in members[:: -(-len(members) // _MOST_TOLERATED)]:
+                parts[part].append(_copy(sample, kind, seed + len(kinds) * count + number))
+                count += 1
+    images = len(training) + len(held)
+    sentence = f"--tolerate {','.join(kinds)}: {count} altered copies of {images} images are learnt and counted too"
+    return *parts, [sentence] if kinds else []
+
+
+def packed(pixels_HWC: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    """As a JPEG file of that quality gives them back."""
+    body = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(body, "JPEG", quality=quality)
+    return np.asarray(Image.open(body).convert("RGB"))
+
+
+def lit(pixels_HWC: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
+    """So many times as bright; white stays white."""
+    return np.asarray((pixels_HWC * factor).round().clip(0, 255), dtype=np.uint8)
+
+
+def shifted(pixels_HWC: NDArray[np.uint8], down: float, right: float) -> NDArray[np.uint8]:
+    """Shifted by shares of the width; the rim is repeated outwards."""
+    height, width = pixels_HWC.shape[:2]
+    rows, columns = (np.arange(side) - round(by * width) for side, by in ((height, down), (width, right)))
+    moved: NDArray[np.uint8] = pixels_HWC[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
+    return moved
 
 
 def moved(pixels_HWC: NDArray[np.uint8], pose: str, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -135,7 +204,7 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
     Pairs of images are correlated as they lie, and turned to the angle at which they agree best. Where they agree
     well then and worse as they lie, the product does not always lie the same way. What agrees at no angle is fixed.
     """
-    small = [one for one in map(_small, samples[:_LOOKED_AT]) if one is not None]
+    small = [image for image in map(_small, samples[:_LOOKED_AT]) if image is not None]
     if len(small) < 2:
         return FIXED, "as one image cannot show whether the product lies in any pose; --pose free if it does"
     lying, best = [], []
@@ -145,13 +214,13 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
             for turn in range(_TURNS)
         ]
         for second in small[i + 1 :]:
-            found = [float(turn @ _inside(second)) for turn in turns]
-            lying.append(found[0])
-            best.append(max(found))
+            alike = [float(turn @ _inside(second)) for turn in turns]
+            lying.append(alike[0])
+            best.append(max(alike))
     as_is, turned = float(np.mean(lying)), float(np.mean(best))
     free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
-    said = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
-    return FREE if free else FIXED, said
+    why = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
+    return FREE if free else FIXED, why
 
 
 def _small(sample: Sample) -> Image.Image | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -29,7 +29,7 @@ from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.losses import easy_limit
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import noise, noise_mask, silenced
+from twinspect.models.layers import AllSum, noise, noise_mask, silenced
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
@@ -142,9 +142,9 @@ class Group:
         finally:
             model.student = student
 
-    def one_batch(self) -> OneBatch | _Alone:
+    def one_batch(self) -> AbstractContextManager[Any]:
         """A context in which a step's slice is treated as part of the whole batch."""
-        return OneBatch(self) if self.world > 1 else _Alone()
+        return OneBatch(self) if self.world > 1 else nullcontext()
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         try:
@@ -160,16 +160,6 @@ class Group:
 
 
 ALONE = Group()
-
-
-class _Alone:
-    """One process needs no care."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def joined(device: str = "cpu") -> Group:
@@ -275,9 +265,9 @@ class OneBatch(TorchFunctionMode):
         wide, axes = x.float(), [0, *range(2, x.dim())]
         count = self.group.world * x.numel() // x.shape[1]
         shape = (1, -1, *[1] * (x.dim() - 2))
-        mean = _AllSum.apply(wide.sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        mean = AllSum.apply(wide.sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
         apart = wide - mean.view(shape)
-        variance = _AllSum.apply(apart.square().sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        variance = AllSum.apply(apart.square().sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
         with torch.no_grad():
             if running_mean is not None and running_var is not None:
                 running_mean.lerp_(mean.detach(), momentum)
@@ -286,22 +276,3 @@ class OneBatch(TorchFunctionMode):
         out = out if weight is None else out * weight.view(shape)
         shifted: Tensor = out if bias is None else out + bias.view(shape)
         return shifted.to(x.dtype)
-
-
-class _AllSum(torch.autograd.Function):
-    """Sum over the processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, channel: Any) -> Tensor:
-        """Sum of every process's values."""
-        ctx.channel = channel
-        total: Tensor = values.clone()
-        dist.all_reduce(total, group=channel)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Sum of every process's gradient."""
-        total = grads[0].clone()
-        dist.all_reduce(total, group=ctx.channel)
-        return total, None

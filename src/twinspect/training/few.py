@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.copies import Altered
+from twinspect.training.copies import Copy
 from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
-from twinspect.types import Progress
+from twinspect.types import Progress, silent
 
 
 @torch.no_grad()
@@ -60,24 +60,25 @@ def fit_few(
         readings_nR.to(model.device), good.cluster_n.to(model.device), everything.to(model.device)
     )
     score_n, counted_n = score_n.cpu(), good.counted_n.clone()
-    for i in (i for members in originals.values() for own in members for i in own):
-        counted_n[places[i]] &= not isinstance(source.samples[i], Altered)
-    for members in (one for one in originals.values() if len(one) == 1):
-        own = [places[i] for i in members[0]]
+    for i in (i for members in originals.values() for copies in members for i in copies):
+        sample = source.samples[i]
+        counted_n[places[i]] &= not isinstance(sample, Copy) or sample.tolerated
+    for members in (images for images in originals.values() if len(images) == 1):
+        together = [places[i] for i in members[0]]
         for column in (score_n, peak_n, distance_n):
-            column[own] = column[own].amax()
+            column[together] = column[together].amax()
     return good._replace(
         score_n=score_n, peak_n=peak_n, distance_n=distance_n, counted_n=counted_n, readings_nR=readings_nR
     )
 
 
-def _originals(source: FeatureSource, own: Sequence[int]) -> dict[str, list[list[int]]]:
+def _originals(source: FeatureSource, positions: Sequence[int]) -> dict[str, list[list[int]]]:
     """Class -> for each of its images the positions of the image and its copies."""
-    found: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i in own:
+    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i in positions:
         sample = source.samples[i]
-        found[sample.class_name][sample.image, sample.record].append(i)
-    return {name: list(images.values()) for name, images in found.items()}
+        by_class[sample.class_name][sample.image, sample.record].append(i)
+    return {name: list(images.values()) for name, images in by_class.items()}
 
 
 def _left_out(
@@ -88,21 +89,21 @@ def _left_out(
     progress: Progress,
 ) -> dict[int, tuple[Tensor, float, float]]:
     """Position -> raw readings, peak and distance by statistics that saw neither the image nor its copies."""
-    found: dict[int, tuple[Tensor, float, float]] = {}
+    answers: dict[int, tuple[Tensor, float, float]] = {}
     several = [members for members in originals.values() if len(members) > 1]
     turns = max((len(members) for members in several), default=0)
     for turn in range(turns):
         progress("leaving images out", turn + 1, turns)
-        away = [i for members in several for own in members[turn : turn + 1] for i in own]
-        known = sorted({i for members in originals.values() for own in members for i in own} - set(away))
-        fit_statistics(model, source, known, [], seed, _quiet, students=False, divide=False)
+        away = [i for members in several for copies in members[turn : turn + 1] for i in copies]
+        known = sorted({i for members in originals.values() for copies in members for i in copies} - set(away))
+        fit_statistics(model, source, known, [], seed, silent, students=False, divide=False)
         model.scorer.asks_students = False
         for part, observed, small in source.batches(away):
             out = model.score(observed, small)
             for i, *values in zip(part, out.readings_BR, out.map_B1HW, out.cluster_distance_B, strict=True):
-                found[i] = (values[0].cpu(), float(values[1].amax()), float(values[2]))
+                answers[i] = (values[0].cpu(), float(values[1].amax()), float(values[2]))
         model.scorer.asks_students = True
-    return found
+    return answers
 
 
 def _students_columns(model: AnomalyModel) -> Tensor:
@@ -112,7 +113,3 @@ def _students_columns(model: AnomalyModel) -> Tensor:
     column_R = torch.zeros(len(scorer.weight_R), dtype=torch.bool)
     column_R[:local] = column_R[scorer.local_count : scorer.local_count + semantic] = True
     return column_R
-
-
-def _quiet(_stage: str, _done: int, _total: int) -> None:
-    """Of the passes of one turn nothing is said."""

@@ -40,6 +40,11 @@ class TrainReport:
     terms: dict[str, float]
     batch: int
 
+    def numbers(self) -> dict[str, Any]:
+        """For the record of a run."""
+        terms = {name: round(value, 6) for name, value in self.terms.items()}
+        return {"steps": self.steps, "seconds": round(self.seconds, 1), "stopped": self.stopped, **terms}
+
 
 def train(
     model: AnomalyModel,

@@ -3,7 +3,7 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself or for a copy that was made of it (`training.tolerate`). Pictures of one part still vouch for each other:
+itself or for a copy that was made of it (`training.copies`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
 Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed, Plain
+from twinspect.models.observed import Observed
 from twinspect.models.scorer import TOP_SHARE, Scorer
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
@@ -48,20 +48,20 @@ def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [indices[i] for i in order[:_INIT_IMAGES]]
     tokens: list[Tensor] = []
-    kept = model.selection
-    sums = [torch.zeros(c, dtype=torch.float64, device=model.device) for c in kept.channels]
-    squares = [torch.zeros_like(one) for one in sums]
+    selection = model.selection
+    sums = [torch.zeros(c, dtype=torch.float64, device=model.device) for c in selection.channels]
+    squares = [torch.zeros_like(total) for total in sums]
     counts = [0 for _ in sums]
     for _, observed, _ in source.batches(chosen):
         tokens.append(observed.tokens[0])
-        for i, one in enumerate(observed.maps):
-            sums[i] += one.double().sum((0, 2, 3))
-            squares[i] += one.double().square().sum((0, 2, 3))
-            counts[i] += one.shape[0] * one.shape[2] * one.shape[3]
+        for i, map_BDhw in enumerate(observed.maps):
+            sums[i] += map_BDhw.double().sum((0, 2, 3))
+            squares[i] += map_BDhw.double().square().sum((0, 2, 3))
+            counts[i] += map_BDhw.shape[0] * map_BDhw.shape[2] * map_BDhw.shape[3]
     for i, (total, square, count) in enumerate(zip(sums, squares, counts, strict=True)):
         mean = total / count
         variance = (square / count - mean.square()).clamp_min(0.0)
-        kept.fit(i, mean.float(), variance.sqrt().float())
+        selection.fit(i, mean.float(), variance.sqrt().float())
     model.standardised.fit(torch.cat(tokens))
     few = chosen[:_START_IMAGES]
     model.initialise(lambda: ((observed, small) for _, observed, small in source.batches(few)), seed)
@@ -91,20 +91,6 @@ class GoodImages(NamedTuple):
     variant_n: Tensor
     tokens: tuple[Tensor, ...]
     embedding_nF: Tensor
-
-
-class Before(NamedTuple):
-    """What further images are added to.
-
-    Attributes:
-        good: the images that were learnt.
-        names: class of each.
-        classes: class of every cluster.
-    """
-
-    good: GoodImages
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -149,7 +135,9 @@ def add_statistics(
     model: AnomalyModel,
     source: FeatureSource,
     images: Sequence[int],
-    before: Before,
+    before: GoodImages,
+    names_before: Sequence[str],
+    classes: Sequence[str],
     seed: int,
     progress: Progress,
 ) -> tuple[GoodImages, tuple[str, ...]]:
@@ -162,6 +150,8 @@ def add_statistics(
         source: has the new images, with their classes.
         images: positions of those to learn.
         before: what it learnt from.
+        names_before: classes of those images.
+        classes: class of every cluster.
         seed: of whatever is drawn.
         progress: called with (stage, done, total).
 
@@ -169,16 +159,16 @@ def add_statistics(
         Old images, then new ones; and the class of every cluster.
     """
     model.eval()
-    scorer, old = model.scorer, before.good
+    scorer = model.scorer
     fresh, embedding_nF = source.vectors(images)
-    tokens = tuple(torch.cat(pair) for pair in zip(old.tokens, fresh, strict=True))
-    embedding_nF = torch.cat([old.embedding_nF, embedding_nF])
-    names = [*before.names, *(source.samples[i].class_name for i in images)]
-    classes, sums = list(before.classes), _Sums.of(scorer, old.variant_n)
-    variant_n = scorer.clusters.extend(tokens[0], embedding_nF, names, old.variant_n, classes, seed)
+    tokens = tuple(torch.cat(pair) for pair in zip(before.tokens, fresh, strict=True))
+    embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
+    names = [*names_before, *(source.samples[i].class_name for i in images)]
+    known, sums = list(classes), _Sums.of(scorer, before.variant_n)
+    variant_n = scorer.clusters.extend(tokens[0], embedding_nF, names, before.variant_n, known, seed)
     seen = _Seen(variant_n, scorer.clusters.owner_V[variant_n], torch.ones_like(variant_n) > 0, tokens, embedding_nF)
-    fitting = _Fitting(model, source, images, seen, progress, scorer.students_count(), sums, old)
-    return fitting.default(seed), tuple(classes)
+    fitting = _Fitting(model, source, images, seen, progress, scorer.students_count(), sums, before)
+    return fitting.default(seed), tuple(known)
 
 
 class _Seen(NamedTuple):
@@ -215,9 +205,9 @@ class _Sums(NamedTuple):
         level_KG, spread_KG = scorer.map_level_KG.double(), scorer.map_spread_KG.double()
         return cls(
             images_V,
-            [one.sums(images_V) for one in gaussians],
-            [torch.stack([unwhitened(white) for white in one.whiten_KDD]) for one in gaussians],
-            [_unscaled(one.level_Vhw, one.spread_Vhw, images_V) for one in gaussians],
+            [gaussian.sums(images_V) for gaussian in gaussians],
+            [torch.stack([unwhitened(white) for white in gaussian.whiten_KDD]) for gaussian in gaussians],
+            [_unscaled(gaussian.level_Vhw, gaussian.spread_Vhw, images_V) for gaussian in gaussians],
             (level_KG, spread_KG.square() + level_KG.square()),
         )
 
@@ -268,9 +258,12 @@ class _Fitting:
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
-        rows = [(plain.local_BR, plain.semantic_BR, peak_B) for _, plain, _, peak_B in self._answers(peaks=True)]
-        local, semantic, peak_n = (torch.cat(column) for column in zip(*rows, strict=True))
-        return self._calibrated(torch.cat([local, semantic], 1), peak_n, self.held_n)
+        readings, peaks = [], []
+        for _, observed, small in self._batches():
+            plain = self.model.plain(observed, small)
+            readings.append(torch.cat([plain.local_BR, plain.semantic_BR], 1))
+            peaks.append(self._peaks(self.scorer.finish(plain.map_Bhw)))
+        return self._calibrated(torch.cat(readings), torch.cat(peaks), self.held_n)
 
     def default(self, seed: int) -> GoodImages:
         """Everything: see the module."""
@@ -307,11 +300,6 @@ class _Fitting:
             self.progress("statistics", done, self.passes * len(self.images))
         self.gone += len(self.images) if which is None else 0
 
-    def _answers(self, peaks: bool = False) -> Iterator[tuple[Tensor, Plain, Observed, Tensor]]:
-        for places, observed, small in self._batches():
-            plain = self.model.plain(observed, small)
-            yield places, plain, observed, self._peaks(self.scorer.finish(plain.map_Bhw)) if peaks else places
-
     def _means(self) -> list[Tensor]:
         """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
         groups: list[Tensor] = []
@@ -332,14 +320,14 @@ class _Fitting:
         """Whitening matrices of both halves of some images of every cluster: 2 x K x D x D a group."""
         chosen: list[int] = []
         for k in range(self.scorer.clusters.count):
-            own = (self.cluster_n == k).nonzero()[:, 0].tolist()
-            step = max(1, len(own) // (2 * _HALF_IMAGES))
-            chosen += own[::step][: 2 * _HALF_IMAGES]
+            members = (self.cluster_n == k).nonzero()[:, 0].tolist()
+            step = max(1, len(members) // (2 * _HALF_IMAGES))
+            chosen += members[::step][: 2 * _HALF_IMAGES]
         half_n = self._halves()
         clusters = self.scorer.clusters.count
         sums = [
-            torch.zeros(2, clusters, one.dims, one.dims, dtype=torch.float64, device=self.model.device)
-            for one in self.scorer.gaussians()
+            torch.zeros(2, clusters, gaussian.dims, gaussian.dims, dtype=torch.float64, device=self.model.device)
+            for gaussian in self.scorer.gaussians()
         ]
         counts = torch.zeros(2, clusters, dtype=torch.float64, device=self.model.device)
         if self.sums is not None:
@@ -349,7 +337,7 @@ class _Fitting:
             counts[:, : len(old_K)] += old_K.clamp_max(2.0 * _HALF_IMAGES)
             for total, covariance in zip(sums, self.sums.covariance, strict=True):
                 total[:, : len(old_K)] += covariance.double() * counts[:, : len(old_K), None, None]
-        means = [one.means() for one in self.scorer.gaussians()]
+        means = [gaussian.means() for gaussian in self.scorer.gaussians()]
         for places, observed, _ in self._batches(chosen):
             for g, (grid, gaussian) in enumerate(zip(self.scorer.all_grids(), self.scorer.gaussians(), strict=True)):
                 difference = gaussian.rows(grid(observed)) - means[g][self.variant_n[places]]
@@ -358,25 +346,26 @@ class _Fitting:
                     sums[g][half_n[place], self.cluster_n[place]] += (rows.T @ rows).double() / len(rows)
             for place in places.tolist():
                 counts[half_n[place], self.cluster_n[place]] += 1
-        found = []
+        halves = []
         for gaussian, total in zip(self.scorer.gaussians(), sums, strict=True):
             both = total.sum(0) / counts.sum(0)[:, None, None]
             # A cluster with images in one half only is measured by all of them.
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
-            found.append(torch.stack([torch.stack([whitening(one) for one in half]) for half in each]).half())
-            white = torch.stack([whitening(one) for one in both]).half()
+            vectors = torch.where(counts > 0, counts, counts.sum(0)) * gaussian.side**2
+            halves.append(torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)]))
+            white = _whitenings(both, counts.sum(0) * gaussian.side**2)
             for k in range(len(gaussian.whiten_KDD) if self.before is not None else 0):
                 if not (self.cluster_n == k).any():  # nothing new is known of it
                     white[k] = gaussian.whiten_KDD[k]
             gaussian.whiten_KDD = white
-        return found
+        return halves
 
     def _halves(self) -> Tensor:
         """Half (0 or 1) of every image, alternating within its cluster."""
         half_n = torch.zeros_like(self.cluster_n)
         for k in range(self.scorer.clusters.count):
-            own = (self.cluster_n == k).nonzero()[:, 0]
-            half_n[own] = torch.arange(len(own), device=own.device) % 2
+            members = (self.cluster_n == k).nonzero()[:, 0]
+            half_n[members] = torch.arange(len(members), device=members.device) % 2
         return half_n[self.first_n]
 
     def _tokens(self, view: int, token_nE: Tensor, seed: int) -> Tensor:
@@ -392,9 +381,9 @@ class _Fitting:
     ) -> tuple[list[NDArray[np.float16]], Tensor, tuple[float, float]]:
         """Third pass: distances by the other half's covariances, kept on disk; the students' readings and skills."""
         gaussians, half_n = self.scorer.gaussians(), self._halves()
-        sides = [one.side for one in gaussians]
+        sides = [gaussian.side for gaussian in gaussians]
         stored = _arrays(file, len(self.images), sides)
-        means = [one.means() for one in gaussians]
+        means = [gaussian.means() for gaussian in gaussians]
         readings: list[Tensor] = []
         apart = torch.zeros(len(targets), 2, dtype=torch.float64)
         for places, observed, small in self._batches():
@@ -413,7 +402,7 @@ class _Fitting:
             if self.before is None and self.held_n[places].any():
                 apart += self._apart(places, observed, small, targets)
         skill = (1.0 - apart[:, 0] / apart[:, 1].clamp_min(1e-12)).clamp(0.0, 1.0)
-        local = torch.tensor([one.dim() == 3 for one in targets], dtype=torch.bool)
+        local = torch.tensor([target.dim() == 3 for target in targets], dtype=torch.bool)
         # To a hundredth: a student of less skill would change no answer, and is not asked at all.
         skills = tuple(round(float(skill[at].mean()), 2) if bool(at.any()) else 0.0 for at in (local, ~local))
         return stored, self._shifted(torch.cat(readings)), (skills[0], skills[1])
@@ -424,17 +413,15 @@ class _Fitting:
         Of the images held out only, each left out of that mean.
         """
         held = self.held_n[places]
-        found = []
+        apart = []
         pairs = zip(self.model.targets(observed), self.model.predictions(observed, small), targets, strict=True)
-        for target, said, mean in pairs:
-            target, said = target[held], said[held]
+        for target, answer, mean in pairs:
+            target, answer = target[held], answer[held]
             count = self.images_V[self.variant_n[places][held]].reshape(-1, *[1] * (target.dim() - 1))
             others = (count * mean[self.variant_n[places][held]] - target) / (count - 1).clamp_min(1.0)
-            distances = (1.0 - F.cosine_similarity(target, one, dim=-1) for one in (said, others))
-            found.append(
-                torch.stack([one.flatten(1).mean(1).sum() if one.dim() > 1 else one.sum() for one in distances])
-            )
-        return torch.stack(found).double().cpu()
+            distances = (1.0 - F.cosine_similarity(target, other, dim=-1) for other in (answer, others))
+            apart.append(torch.stack([distance.reshape(len(target), -1).mean(1).sum() for distance in distances]))
+        return torch.stack(apart).double().cpu()
 
     def _shifted(self, reading_nR: Tensor) -> Tensor:
         """Students' readings; those of images that they were trained on are raised to the level of the others."""
@@ -450,8 +437,8 @@ class _Fitting:
         clusters = self.scorer.clusters.count
         levels, spreads = [], []
         for g, (gaussian, array) in enumerate(zip(self.scorer.gaussians(), stored, strict=True)):
-            found = [self._level_and_spread(g, array, v) for v in range(len(self.owner_V))]
-            columns = zip(*found, strict=True)
+            scales = [self._level_and_spread(g, array, v) for v in range(len(self.owner_V))]
+            columns = zip(*scales, strict=True)
             gaussian.set_scale(*(torch.stack(column).to(self.model.device) for column in columns))
             whole = [self._whole(g, array, k) for k in range(clusters)]
             mean, square = (torch.stack(column) for column in zip(*whole, strict=True))
@@ -470,7 +457,7 @@ class _Fitting:
         """Sum and sum of squares of a variant's distances, and its images, those learnt before among them."""
         total, square, count = _sums(array, (self.variant_n == v).cpu().numpy())
         if self.sums is not None and v < len(self.sums.images_V):
-            before = [one[v] for one in self.sums.distances[g]]
+            before = [known[v] for known in self.sums.distances[g]]
             total, square, count = total + before[0], square + before[1], count + int(self.sums.images_V[v])
         return total, square, count
 
@@ -481,7 +468,7 @@ class _Fitting:
         if self.sums is None or k >= len(self.sums.maps[0]):
             return mean, of_squares
         old = float(self.sums.images_V[self.owner_V[: len(self.sums.images_V)] == k].sum())
-        before = [one[k, g].cpu() for one in self.sums.maps]
+        before = [known[k, g].cpu() for known in self.sums.maps]
         share = count / (count + old)
         return (1 - share) * before[0] + share * mean, (1 - share) * before[1] + share * of_squares
 
@@ -495,10 +482,12 @@ class _Fitting:
                 places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
                 total, square, count = self._distance_sums(g, array, v)
                 for place in places:
-                    own = torch.from_numpy(array[place].astype(np.float64))
-                    others = (total - own, square - own.square(), count - 1) if count > 1 else (total, square, count)
+                    d_hw = torch.from_numpy(array[place].astype(np.float64))
+                    others = (
+                        (total - d_hw, square - d_hw.square(), count - 1) if count > 1 else (total, square, count)
+                    )
                     level, spread = _level_and_spread(*others)
-                    reading_n[place] = top_mean(((own - level) / spread)[None], TOP_SHARE)[0]
+                    reading_n[place] = top_mean(((d_hw - level) / spread)[None], TOP_SHARE)[0]
             readings.append(reading_n)
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
@@ -527,22 +516,28 @@ class _Fitting:
         )
 
 
+def _whitenings(covariance_KDD: Tensor, vectors_K: Tensor) -> Tensor:
+    """`whitening` of every cluster's covariance, in fp16."""
+    pairs = zip(covariance_KDD, vectors_K, strict=True)
+    return torch.stack([whitening(covariance, count) for covariance, count in pairs]).half()
+
+
 def _add(totals: list[Tensor], parts: list[Tensor], variant_B: Tensor, variants: int) -> None:
     """Add the images of a batch to the sums of their variants, of every part."""
     if not totals:
-        totals += [torch.zeros(variants, *one.shape[1:], device=one.device) for one in parts]
-    for total, one in zip(totals, parts, strict=True):
-        total.index_add_(0, variant_B, one.float())
+        totals += [torch.zeros(variants, *part.shape[1:], device=part.device) for part in parts]
+    for total, part in zip(totals, parts, strict=True):
+        total.index_add_(0, variant_B, part.float())
 
 
 def _arrays(file: object, images: int, sides: Sequence[int]) -> list[NDArray[np.float16]]:
     """One array of maps a group, in a file: n x h x w each."""
-    offset, found = 0, []
+    offset, arrays = 0, []
     for side in sides:
         shape = (images, side, side)
-        found.append(np.memmap(file, np.float16, "w+", offset, shape))  # type: ignore[call-overload]
+        arrays.append(np.memmap(file, np.float16, "w+", offset, shape))  # type: ignore[call-overload]
         offset += 2 * images * side * side
-    return found
+    return arrays
 
 
 def _sums(array: NDArray[np.float16], at: NDArray[np.bool_] | NDArray[np.int64]) -> tuple[Tensor, Tensor, int]:

@@ -93,7 +93,7 @@ def _portions(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
     for parameter in parameters:
         part.append(parameter)
-        if sum(one.numel() for one in part) >= _PORTION:
+        if sum(parameter.numel() for parameter in part) >= _PORTION:
             yield part
             part = []
     if part:

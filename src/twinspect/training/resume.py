@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from twinspect.decide.decision import Decision, image_id
 from twinspect.errors import DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.source import FeatureSource
 from twinspect.types import TEST, Sample
 
 _NAME = "checkpoint.safetensors"
@@ -45,20 +44,11 @@ def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: boo
     return missing
 
 
-def keep_sides(
-    source: FeatureSource, train_at: Sequence[int], held_at: Sequence[int], decision: Decision
-) -> tuple[list[int], list[int]]:
-    """Positions to train on and to hold out, every known image on the side where it was."""
-    held_before = set(decision.held)
-    trained_before = set(decision.trained) - held_before
-    held = set(held_at)
-    for i, key in enumerate(source.keys):
-        name = image_id(key)
-        if name in held_before:
-            held.add(i)
-        elif name in trained_before:
-            held.discard(i)
-    return [i for i in range(len(source.keys)) if i not in held], sorted(held)
+def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
+    """Positions to hold out of images with these keys, every known image on the side where it was."""
+    held_before, trained = set(decision.held), set(decision.trained) - set(decision.held)
+    names = [image_id(key) for key in keys]
+    return {i for i, name in enumerate(names) if name in held_before or (i in held and name not in trained)}
 
 
 def take_over(model: AnomalyModel, before: AnomalyModel) -> None:

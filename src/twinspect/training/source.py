@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
-from twinspect.training.copies import Altered
-from twinspect.training.tolerate import Disturbed
+from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
 _GPU_BATCH = 32
@@ -127,8 +127,8 @@ class FeatureSource:
         return layout.unpack_vectors(block.to(self._model.device))
 
     def _open(self, root: Path) -> FeatureCache:
-        teacher, kept = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.size}|{kept.shrinks}|{kept.levels}"
+        teacher, selection = self._model.teacher, self._model.selection
+        inputs = f"triangle|{self._model.size}|{selection.shrinks}|{selection.levels}"
         if self._model.roi_SS is not None:
             inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
         return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
@@ -173,7 +173,7 @@ class FeatureSource:
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         try:
-            if not sample.in_file or isinstance(sample, (Altered, Disturbed, Tile)):
+            if not sample.in_file or isinstance(sample, (Copy, Tile)):
                 pixels = read_square(sample, self._model.size, self._read)
                 return image_key(pixels), pixels
             key = self._known.find(sample.image) if self._known is not None else None
@@ -204,14 +204,25 @@ class FeatureSource:
         waiting.clear()
 
 
+def features_folder() -> Path:
+    """Where features, and what is known of files, are kept."""
+    return cache_home() / "features"
+
+
+def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
+    """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
+    folder = features_folder()
+    return None if record_layout(model).size * images > limit_gb * 1e9 or why_unwritable(folder) else folder
+
+
 def record_layout(model: AnomalyModel) -> RecordLayout:
     """What is kept of an image for a model."""
-    kept, info = model.selection, model.teacher.info
+    selection, info = model.selection, model.teacher.info
     return RecordLayout(
-        tuple((c, s, s) for c, s in zip(kept.channels, kept.map_sides, strict=True)),
-        tuple((c, s, s) for c, s in zip(kept.coarse_channels, kept.coarse_sides, strict=True)),
-        kept.prefix_shape,
-        (sum(info.token_channels),) * len(kept.shrinks),
+        tuple((c, s, s) for c, s in zip(selection.channels, selection.map_sides, strict=True)),
+        tuple((c, s, s) for c, s in zip(selection.coarse_channels, selection.coarse_sides, strict=True)),
+        selection.prefix_shape,
+        (sum(info.token_channels),) * len(selection.shrinks),
         info.embedding_channels,
         model.pixel_side,
     )
@@ -238,10 +249,10 @@ def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
         return list(samples)
     return [
         Tile(
-            one.image, one.split, f"{one.class_name} @{place // tiles[1]},{place % tiles[1]}", one.label,
-            group=one.group, record=one.record, pixels=one.pixels, of=one, place=place, tiles=tiles,
+            sample.image, sample.split, f"{sample.class_name} @{place // tiles[1]},{place % tiles[1]}", sample.label,
+            group=sample.group, record=sample.record, pixels=sample.pixels, of=sample, place=place, tiles=tiles,
         )
-        for one in samples
+        for sample in samples
         for place in range(tiles[0] * tiles[1])
     ]  # fmt: skip
 
@@ -253,8 +264,8 @@ def picture_of(sample: Sample) -> Sample:
 
 def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
     """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
-    if isinstance(sample, Disturbed):
-        return sample.disturbed(read_sample_rgb(sample))
+    if isinstance(sample, Copy) and sample.tolerated:
+        return sample.changed(read_sample_rgb(sample))
     return read_sample_rgb(sample, draft_side=side)
 
 
@@ -269,7 +280,7 @@ def read_square(
         pixels = resize_rgb(whole[rows, columns], size)
     else:
         pixels = resize_rgb(read_picture(sample, size), size)
-    return picture.around(pixels) if isinstance(picture, Altered) else pixels
+    return picture.changed(pixels) if isinstance(picture, Copy) and not picture.tolerated else pixels
 
 
 def same_image(samples: Sequence[Sample]) -> list[int]:
@@ -278,11 +289,12 @@ def same_image(samples: Sequence[Sample]) -> list[int]:
     Copies of images that hardly vary stand for images of their own.
     """
     first: dict[tuple[object, ...], int] = {}
-    found = []
-    for place, one in enumerate(samples):
-        apart = (picture_of(one),) if isinstance(picture_of(one), Altered) else ()
-        found.append(first.setdefault((one.image, one.record, *apart), place))
-    return found
+    firsts = []
+    for place, sample in enumerate(samples):
+        picture = picture_of(sample)
+        apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
+        firsts.append(first.setdefault((sample.image, sample.record, *apart), place))
+    return firsts
 
 
 def teacher_batch(model: AnomalyModel) -> int:

@@ -18,10 +18,9 @@ from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
-from twinspect.training.fit import cache_folder, parameter_counts, small_pictures
-from twinspect.training.memory import Memory, remember
-from twinspect.training.normal import Before, add_statistics
-from twinspect.training.source import FeatureSource
+from twinspect.training.normal import add_statistics
+from twinspect.training.outcome import Memory, parameter_counts, small_pictures
+from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, Progress, Sample
 
 _NAMED = 20  # images of an update that the record names
@@ -51,16 +50,21 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     fresh = _named(fitted, samples, class_name, notes)
     model = copy.deepcopy(fitted.model)
     source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
+    if not len(source) and source.skipped:
+        unread = source.skipped[0]
+        raise DataError(f"none of the {len(fresh)} images can be read, such as {unread.path}: {unread.reason}")
     there = set(memory.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
     _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
-    before = Before(memory.good, memory.class_name, fitted.decision.class_of_cluster)
-    good, classes = add_statistics(model, source, images, before, fitted.config.train.seed, progress)
+    good, classes = add_statistics(
+        model, source, images, memory.good, memory.class_name, fitted.decision.class_of_cluster,
+        fitted.config.train.seed, progress,
+    )  # fmt: skip
     if not good.score_n.isfinite().all():
         raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
-    kept = remember(good, source, images, memory)
+    learnt_from = Memory.of(good, source, images, memory)
     decision = fitted.decision
     if set(decision.good.key) - there:
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
@@ -68,10 +72,10 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
     bank = _bank(fitted, model, len(memory.key), learnt)
-    small = tuple(one for _, one in bank) if decision.thumbnails else ()
+    small = tuple(picture for _, picture in bank) if decision.thumbnails else ()
     new = replace(
         decision, bank=tuple(name for name, _ in bank), thumbnails=small,
-        good=kept.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        good=learnt_from.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
     )  # fmt: skip
     counts = Counter(sample.class_name for sample in learnt)
@@ -89,7 +93,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
             "from": decision.model_id,
         }
     )
-    return Fitted(model, new, fitted.config, record, source.skipped, good, kept.to_bytes())
+    return Fitted(model, new, fitted.config, record, source.skipped, good, learnt_from.to_bytes())
 
 
 def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
@@ -106,17 +110,17 @@ def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
     """Good images, each once, with the class that they are learnt as."""
     good = [s for s in samples if s.split != TEST and s.label in (0, None)]
-    kept, said = count_once(good, [s for s in samples if s.label == 1])
-    notes += said
+    distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
+    notes += sentences
     if class_name is not None:
-        return [replace(sample, class_name=class_name) for sample in kept]
+        return [replace(sample, class_name=class_name) for sample in distinct]
     known = fitted.decision.classes
-    if strange := sorted({sample.class_name for sample in kept} - set(known)):
+    if strange := sorted({sample.class_name for sample in distinct} - set(known)):
         raise ConfigError(
             f"class {', '.join(strange[:3])} is not one that the model knows ({', '.join(known)}); say whose images "
             "these are with --class NAME, which may also be a new class"
         )
-    return kept
+    return distinct
 
 
 def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
