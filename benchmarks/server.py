@@ -1,19 +1,18 @@
-"""Measure the server as clients see it: batching, latency, overload, and a soak with hostile requests.
+"""Measure the server as clients see it: batching, latency, overload, long loads, hostile requests, new versions.
 
 python benchmarks/server.py parts.twin --image part.jpg
 python benchmarks/server.py simulated                     # a model whose call costs 20 ms + 1 ms per image (GPU-like)
-python benchmarks/server.py simulated --only soak --soak 1800
+python benchmarks/server.py simulated --only soak --long 1800
+python benchmarks/server.py parts.twin --only half --only storm --only reloads --long 1800
 
-Loopback only. Clients that never pause are ``hey`` (apt-get install hey); requests at a given rate come from here.
-The client shares the cores with the server, and other work shows in every number, so the load average is printed.
-Tables for people, the last line is JSON.
+Loopback only. The client shares the cores with the server, and other work shows in every number, so the
+load average is printed. Tables for people, the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import http.client
 import io
 import json
@@ -31,7 +30,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +40,9 @@ from PIL import Image
 CALL_S, IMAGE_S = 0.020, 0.001  # of the simulated model
 SIDE = 64  # of the simulated model's input
 SIMULATED = "simulated"
+Request = tuple[str, Callable[["Server", bytes], str]]  # a name, and what sends it and says what came
 QUEUE = 16  # for the measurement of overload
-PARTS = ("batching", "latency", "overload", "soak")
+PARTS = ("batching", "latency", "overload", "half", "storm", "reloads", "soak")
 
 
 class Load(NamedTuple):
@@ -137,13 +137,22 @@ class Server(NamedTuple):
         """Images that went through the model, and in how many calls."""
         return self.metric("twinspect_batch_images_sum"), self.metric("twinspect_batch_images_count")
 
-    def metric(self, name: str) -> float:
-        """Sum of a counter over its labels."""
+    def answered(self) -> float:
+        """Images that were scored, and not refused as unreadable."""
+        return self.metric("twinspect_images_total") - self.metric("twinspect_images_total", 'answer="error"')
+
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of a counter over its labels, or over those with one."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+        return sum(
+            float(v)
+            for v in re.findall(
+                rf"^{name}(?:{{.*}})? (\S+)$" if not label else rf"^{name}{{.*{label}.*}} (\S+)$", text, re.MULTILINE
+            )
+        )
 
 
 @contextmanager
@@ -186,26 +195,21 @@ def ready(server: Server) -> bool:
 
 def load(server: Server, image: Path, seconds: float, clients: int) -> Load:
     """Closed loop: so many clients for some seconds, each sends its next request once it has its answer."""
-    command = [
-        "hey",
-        "-z",
-        f"{seconds}s",
-        "-m",
-        "POST",
-        "-T",
-        "image/jpeg",
-        "-D",
-        str(image),
-        "-o",
-        "csv",
-        "-t",
-        "60",
-    ]
-    began = time.monotonic()
-    text = subprocess.run([*command, "-c", str(clients), server.url], stdout=subprocess.PIPE, text=True).stdout
-    rows = list(csv.DictReader(io.StringIO(text)))
-    wall = time.monotonic() - began
-    return Load([float(r["response-time"]) for r in rows], [int(r["status-code"]) for r in rows], wall)
+
+    async def run() -> Load:
+        lines, loop = Lines(server, image.read_bytes()), asyncio.get_running_loop()
+        began = loop.time()
+
+        async def one() -> None:
+            while loop.time() - began < seconds:
+                await lines.ask(loop.time())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(one())
+        return lines.done(loop.time() - began)
+
+    return asyncio.run(run())
 
 
 def arrivals(server: Server, image: Path, gaps: Sequence[float]) -> Load:
@@ -213,7 +217,18 @@ def arrivals(server: Server, image: Path, gaps: Sequence[float]) -> Load:
 
     A request's time counts from the moment it was due, so that a client or server that falls behind shows.
     """
-    return asyncio.run(_arrivals(server, image.read_bytes(), gaps))
+
+    async def run() -> Load:
+        lines, loop = Lines(server, image.read_bytes()), asyncio.get_running_loop()
+        began = due = loop.time()
+        async with asyncio.TaskGroup() as group:
+            for gap in gaps:
+                due += gap
+                await asyncio.sleep(due - loop.time())
+                group.create_task(lines.ask(due))
+        return lines.done(loop.time() - began)
+
+    return asyncio.run(run())
 
 
 def even(rate: float, seconds: float) -> list[float]:
@@ -226,36 +241,43 @@ def poisson(rate: float, seconds: float) -> list[float]:
     return np.random.default_rng(0).exponential(1.0 / rate, round(rate * seconds)).tolist()
 
 
-async def _arrivals(server: Server, image: bytes, gaps: Sequence[float]) -> Load:
-    target = server.url.partition(str(server.port))[2]
-    head = f"POST {target} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: image/jpeg\r\n"
-    body = f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
-    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    found, loop = Load([], [], 0.0), asyncio.get_running_loop()
+class Lines:
+    """Requests with one image each over connections that stay open, and what came of them."""
 
-    async def ask(due: float) -> None:
-        while idle and idle[-1][0].at_eof():  # the server hangs up on those that rest
-            idle.pop()[1].close()
-        reader, writer = idle.pop() if idle else await asyncio.open_connection(server.host, server.port)
-        writer.write(body)
+    def __init__(self, server: Server, image: bytes) -> None:
+        target = server.url.partition(str(server.port))[2]
+        head = f"POST {target} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: image/jpeg\r\n"
+        self._body = f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
+        self._server, self._found = server, Load([], [], 0.0)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, due: float) -> None:
+        """One request, whose time counts from when it was due; status 0 where no whole answer came."""
+        while self._idle and self._idle[-1][0].at_eof():  # the server hangs up on those that rest
+            self._idle.pop()[1].close()
+        status = 0
+        with suppress(OSError, asyncio.IncompleteReadError):
+            status = await self._answer()
+        self._found.seconds.append(asyncio.get_running_loop().time() - due)
+        self._found.status.append(status)
+
+    async def _answer(self) -> int:
+        old = self._idle.pop() if self._idle else None
+        reader, writer = old or await asyncio.open_connection(self._server.host, self._server.port)
+        writer.write(self._body)
         answer = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(re.findall(rb"content-length: (\d+)", answer)[0]))
-        found.seconds.append(loop.time() - due)
-        found.status.append(int(answer[9:12]))
         if b"connection: close" in answer:
             writer.close()
         else:
-            idle.append((reader, writer))
+            self._idle.append((reader, writer))
+        return int(answer[9:12])
 
-    began = due = loop.time()
-    async with asyncio.TaskGroup() as group:
-        for gap in gaps:
-            due += gap
-            await asyncio.sleep(due - loop.time())
-            group.create_task(ask(due))
-    for _, writer in idle:
-        writer.close()
-    return found._replace(wall_s=loop.time() - began)
+    def done(self, wall_s: float) -> Load:
+        """What was seen; connections are closed."""
+        for _, writer in self._idle:
+            writer.close()
+        return self._found._replace(wall_s=wall_s)
 
 
 # ----------------------------------------------------------------------------------------------- parts
@@ -327,18 +349,110 @@ def overload(model: str, image: Path, folder: Path, seconds: float, clients: int
         }  # fmt: skip
 
 
-def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict[str, Any]:
-    """Good and hostile requests mixed; memory after each sixth of the time, and growth after the first tenth."""
-    stop = time.monotonic() + seconds
-    outcomes: Counter[str] = Counter()
-    lock = threading.Lock()
+@contextmanager
+def memory(server: Server, seconds: float) -> Iterator[list[float]]:
+    """Resident memory before, and after each sixth of the time that the body takes, in MB."""
+    ended, found = threading.Event(), [round(server.rss_mb(), 1)]
+
+    def look() -> None:
+        while not ended.wait(seconds / 6):
+            found.append(round(server.rss_mb(), 1))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def half(model: str, image: Path, folder: Path, seconds: float, clients: int) -> dict[str, Any]:
+    """Half of what the server can do, for long: nothing may grow, and every request is answered."""
+    with started(model, folder) as server:
+        capacity = load(server, image, min(20.0, seconds), clients).rate
+        before = server.handles()
+        with memory(server, seconds) as rss_mb:
+            found = arrivals(server, image, even(capacity / 2, seconds))
+        return {
+            "seconds": round(found.wall_s), "capacity_per_s": round(capacity, 1),
+            "images_per_s": round(found.rate, 1), "status": dict(Counter(found.status)),
+            "p50_ms": milliseconds(found, 50), "p99_ms": milliseconds(found, 99),
+            "longest_ms": milliseconds(found, 100), "rss_mb": rss_mb,
+            "files_and_threads": [before, server.handles()], "alive": ready(server),
+        }  # fmt: skip
+
+
+def storm(model: str, image: Path, folder: Path, seconds: float, clients: int) -> dict[str, Any]:
+    """Four times as many requests as can be answered, while others are slow, huge, malformed or hang up."""
+    with started(model, folder, "--queue", str(QUEUE), "--max-body-mb", "2") as server:
+        capacity = load(server, image, min(20.0, seconds), min(clients, QUEUE)).rate
+        before, handles = server.answered(), server.handles()
+        command = [sys.executable, __file__, "--attack", server.host, str(server.port), str(server.pid), str(seconds)]
+        with (
+            memory(server, seconds) as rss_mb,
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as others,
+        ):
+            found = arrivals(server, image, even(4 * capacity, seconds))
+            hostile = json.loads(others.communicate()[0])
+        return {
+            "seconds": round(found.wall_s), "capacity_per_s": round(capacity, 1),
+            "offered_per_s": round(len(found.status) / found.wall_s, 1), "status": dict(Counter(found.status)),
+            "scored": int(server.answered() - before), "answered": found.good,
+            "answered_p99_ms": milliseconds(found, 99), "hostile_requests": sum(hostile.values()),
+            "hostile_outcomes": hostile, "rss_mb": rss_mb,
+            "files_and_threads": [handles, server.handles()], "alive": ready(server),
+        }  # fmt: skip
+
+
+def reloads(model: str, image: Path, folder: Path, times: int) -> dict[str, Any]:
+    """A model's file is replaced and read again many times, while clients never pause."""
+    if model == SIMULATED:
+        raise SystemExit("reloads need a bundle: a simulated model has no file")
+    path = Path(shutil.copy(model, folder / "reloaded.twin"))
+    with started(str(path), folder) as server:
+        statuses: Counter[str] = Counter()
+        took: list[float] = []
+
+        def renew() -> None:
+            for _ in range(times):
+                shutil.copy(model, folder / "next.twin")
+                os.replace(folder / "next.twin", path)
+                began = time.monotonic()
+                statuses[post(server, b"", "application/json", "/v1/models/reloaded/reload")] += 1
+                took.append(time.monotonic() - began)
+
+        rss, thread, found = [server.rss_mb()], threading.Thread(target=renew), Load([], [], 0.0)
+        thread.start()
+        while thread.is_alive():
+            one = load(server, image, 2.0, 2)
+            found = Load(found.seconds + one.seconds, found.status + one.status, found.wall_s + one.wall_s)
+            rss.append(server.rss_mb())
+        return {
+            "reloads": dict(statuses), "reload_p50_ms": round(1000 * float(np.median(took))),
+            "reload_longest_ms": round(1000 * max(took)), "seconds": round(found.wall_s),
+            "status": dict(Counter(found.status)), "p50_ms": milliseconds(found, 50),
+            "p99_ms": milliseconds(found, 99), "rss_mb": [round(rss[len(rss) * n // 6], 1) for n in range(6)],
+            "rss_mb_end": round(rss[-1], 1), "alive": ready(server),
+        }  # fmt: skip
+
+
+def attack(server: Server, image: bytes, seconds: float) -> Counter[str]:
+    """Hostile requests alone, by what came of them."""
+    hostile = [one for one in ATTACKS if not one[0].startswith("good")]
+    return mixed(server, image, seconds, hostile, 2)
+
+
+def mixed(server: Server, image: bytes, seconds: float, requests: Sequence[Request], workers: int) -> Counter[str]:
+    """Requests drawn at random, from several threads, by what came of them."""
+    stop, outcomes, lock = time.monotonic() + seconds, Counter[str](), threading.Lock()
 
     def work(seed: int) -> None:
         dice = random.Random(seed)
         while time.monotonic() < stop:
-            name, attack = dice.choice(ATTACKS)
+            name, send = dice.choice(requests)
             try:
-                said = attack(server, image)
+                said = send(server, image)
             except OSError as error:
                 said = type(error).__name__
             with lock:
@@ -347,19 +461,32 @@ def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict
     threads = [threading.Thread(target=work, args=(n,)) for n in range(workers)]
     for one in threads:
         one.start()
-    samples: list[float] = []
-    course: list[tuple[int, float, int]] = []
-    while any(one.is_alive() for one in threads):
-        time.sleep(min(1.0, seconds / 20))
-        samples.append(server.rss_mb())
-        if time.monotonic() > stop - seconds + (len(course) + 1) * seconds / 6:
-            course.append((round(time.monotonic() - stop + seconds), round(samples[-1], 1), sum(outcomes.values())))
-            print("  after {} s: {} MB, {} requests".format(*course[-1]), flush=True)
+    for one in threads:
+        one.join()
+    return outcomes
+
+
+def soak(server: Server, image: bytes, seconds: float, workers: int = 4) -> dict[str, Any]:
+    """Good and hostile requests mixed; memory after each sixth of the time, and growth after the first tenth."""
+    ended, samples, course = threading.Event(), list[float](), list[tuple[int, float]]()
+
+    def look() -> None:
+        began = time.monotonic()
+        while not ended.wait(min(1.0, seconds / 20)):
+            samples.append(server.rss_mb())
+            if time.monotonic() - began > (len(course) + 1) * seconds / 6:
+                course.append((round(time.monotonic() - began), round(samples[-1], 1)))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    outcomes = mixed(server, image, seconds, ATTACKS, workers)
+    ended.set()
+    watcher.join()
     warm = samples[max(1, len(samples) // 10) :]
     quarter = max(1, len(warm) // 4)
     return {
         "seconds": seconds, "requests": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items())),
-        "status": by_status(outcomes), "seconds_rss_mb_requests": course,
+        "status": by_status(outcomes), "seconds_rss_mb": course,
         "rss_mb_start": round(warm[0], 1), "rss_mb_end": round(samples[-1], 1),
         "rss_mb_first_quarter": round(statistics.median(warm[:quarter]), 1),
         "rss_mb_last_quarter": round(statistics.median(warm[-quarter:]), 1),
@@ -414,7 +541,7 @@ def bomb() -> bytes:
 _SQL = b'{"verdict": "\' OR 1=1 --"}'
 _BOMB, _FORM = bomb(), "multipart/form-data; boundary=x"
 _HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
-ATTACKS: tuple[tuple[str, Callable[[Server, bytes], str]], ...] = (
+ATTACKS: tuple[Request, ...] = (
     *[("good image", lambda server, image: post(server, image, "image/jpeg"))] * 6,
     ("good batch", lambda server, image: post(server, many_files(4, image), _FORM, "/v1/predict?maps=inline")),
     ("no image", lambda server, image: post(server, b"<script>" * 500, "image/png")),
@@ -459,17 +586,22 @@ def main() -> None:
     if sys.argv[1:2] == ["--serve-simulated"]:
         serve_simulated(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["--attack"]:
+        host, port, pid, seconds = sys.argv[2:]
+        with tempfile.TemporaryDirectory() as name:
+            image = painted(Path(name) / "a.jpg").read_bytes()
+            print(json.dumps(attack(Server(host, int(port), int(pid)), image, float(seconds))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="bundle, exported model, or: simulated")
     parser.add_argument("--image", type=Path, help="image to send; a painted JPEG without")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-    parser.add_argument("--soak", type=float, default=120.0, help="seconds of the soak")
+    parser.add_argument("--long", type=float, default=120.0, help="seconds of half, storm and soak each")
+    parser.add_argument("--reloads", type=int, default=50, help="how often a model's file is replaced")
     parser.add_argument("--only", choices=PARTS, action="append", help="these parts only")
     given = parser.parse_args()
     wanted = given.only or list(PARTS)
-    if shutil.which("hey") is None and wanted != ["soak"]:
-        raise SystemExit("hey is not installed; type: apt-get install hey")
     found: dict[str, Any] = {"model": given.model, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -478,9 +610,16 @@ def main() -> None:
             if part in wanted:
                 found[part] = measure(given.model, image, folder, given.seconds, given.clients)
                 show(part, found[part])
+        for part, measure in (("half", half), ("storm", storm)):
+            if part in wanted:
+                found[part] = measure(given.model, image, folder, given.long, given.clients)
+                show(part, found[part])
+        if "reloads" in wanted and (given.only or given.model != SIMULATED):
+            found["reloads"] = reloads(given.model, image, folder, given.reloads)
+            show("reloads", found["reloads"])
         if "soak" in wanted:
             with started(given.model, folder, "--max-body-mb", "2") as server:
-                found["soak"] = soak(server, image.read_bytes(), given.soak)
+                found["soak"] = soak(server, image.read_bytes(), given.long)
             show("soak", found["soak"])
     print(json.dumps(found))
 

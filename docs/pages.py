@@ -68,7 +68,8 @@ def cli_page() -> Iterator[str]:
     from twinspect.cli import app
 
     yield "# Command line\n"
-    yield "Made from the program itself. `twinspect COMMAND --help` says the same; of `fit` only the usual options.\n"
+    yield "Made from the program itself. `twinspect COMMAND --help` says the same; of some commands "
+    yield "only the usual options, and `--help-all` the others.\n"
     yield from _command(typer.main.get_command(app), "twinspect")
 
 

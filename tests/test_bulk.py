@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.commands.decisions import read_predictions
+from twinspect.commands.drift import read_predictions
 from twinspect.commands.predict import chosen_engine, shard_of
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference.archives import Stream

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from tiny import picture, run_config, save, train_samples
 
 from twinspect import Detector
-from twinspect.commands.decisions import threshold_lines
+from twinspect.commands.calibrate import threshold_lines
 from twinspect.training.copies import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
 from twinspect.types import TRAIN, Sample
 

@@ -141,6 +141,31 @@ def test_coverage_on_fresh_draws_is_exact() -> None:
         assert realised == pytest.approx(kth / 120, abs=3.5 * math.sqrt(kth) / 120 / math.sqrt(1000) + 0.001)
 
 
+def test_p_values_of_good_images_are_not_too_small() -> None:
+    """P(p <= a) <= a for every a, over calibration and test images drawn alike."""
+    rng = np.random.default_rng(1)
+    p = np.concatenate([p_values(rng.gamma(2, size=10), rng.gamma(2, size=30)) for _ in range(3000)])
+    for a in (0.05, 0.1, 0.3, 0.7):
+        assert (p <= a).mean() <= a + 4 * np.sqrt(a * (1 - a) / 3000)
+
+
+def test_the_promise_in_words_and_counts() -> None:
+    found = conformal_threshold(np.arange(199.0), 0.01)
+    assert found.sentence == (
+        "from 199 good images: at most 1 % of the next ones, taken like these, will be called bad"
+    )
+    assert (np.arange(199.0) >= found.value).sum() == 1
+    assert found.max_fpr == 0.01
+    ties = conformal_threshold(np.ones(200), 0.05)  # all alike: no threshold may call them all bad
+    assert ties.value == np.nextafter(1.0, 2.0)
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_impossible_budgets_are_refused(budget: float) -> None:
+    with pytest.raises(ConfigError, match="accepted a rate between 0 and 1, such as 0.01"):
+        conformal_threshold(np.arange(10.0), budget)
+
+
 # ------------------------------------------------------------------------------------ classes and groups
 
 

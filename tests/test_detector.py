@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import RANDOM, good_folder, picture, run_config, same_tensors, save
 
 from twinspect import Detector, Sample
-from twinspect.commands.decisions import threshold_lines
+from twinspect.commands.calibrate import threshold_lines
 from twinspect.detector import as_samples
 from twinspect.errors import ConfigError, DataError, ImageError
 from twinspect.inference.decode import is_single

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from twinspect import Detector
 from twinspect import evaluation as room
 from twinspect.cli import app
-from twinspect.commands.evaluate import AS_GIVEN, choose_test, leaked_pairs, metric_lines, without_leaks
-from twinspect.commands.results import grouped, mean_of
+from twinspect.commands.evaluate import AS_GIVEN, choose_test, tables, without_leaks
+from twinspect.commands.results import grouped, mean_of, text_table
 from twinspect.data import load
+from twinspect.data.leaks import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.decide.decision import count_calls
 from twinspect.errors import ConfigError, DataError
@@ -77,13 +78,12 @@ def bundle_of_loco(detector_of_loco: Detector, tmp_path_factory: pytest.TempPath
 def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detector_of_loco: Detector) -> None:
     samples = room.test_samples(load(loco).samples)
     kept: dict[str, list] = {}
-
-    def visit(sample: Sample, result: Result) -> None:
+    predictor = detector_of_loco.predictor()
+    for sample, result in zip(samples, predictor.predict(samples), strict=True):
         shape = (result.height, result.width)
         regions = [(r.mask, r.saturation) for r in read_regions(sample, shape)] if sample.label else []
         kept.setdefault(sample.class_name, []).append((result.map, regions, sample.defect_type))
-
-    found = evaluate(detector_of_loco.predictor(), samples, silent, visit)
+    found = evaluate(predictor, samples, silent)
     for name, row in found.table["classes"].items():
         maps, regions, kinds = zip(*kept[name], strict=True)
         assert row["auspro_005"] == pytest.approx(auspro(maps, regions), abs=1e-6)
@@ -268,7 +268,7 @@ def test_nothing_left_after_leaks(tmp_path: Path) -> None:
     pairs = [(only.known[0], only.samples[0])]
     with pytest.raises(DataError, match="nothing is left"):
         without_leaks(only, pairs)
-    assert leaked_pairs(only) == []
+    assert find_leaks([*only.known, *only.samples]) == []
 
 
 def test_a_semantic_split_is_learnt_and_measured_by_name(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_lines_show_a_dash_where_nothing_is_defined() -> None:
         "defects": {},
     }  # fmt: skip
     values |= {"decisions": {}, "decisions_mean": {}}
-    lines = list(metric_lines(values))
+    lines = [line for table in tables(values) for line in text_table(table)]
     assert any(line.split() == ["b", "-"] for line in lines)
     assert any(line.split() == ["a", "0.2500"] for line in lines)
 

@@ -11,7 +11,7 @@ from test_copies import wedge
 from tiny import run_config, save
 
 from twinspect import Detector, Sample
-from twinspect.commands.fit import outlier_lines
+from twinspect.commands.info import outlier_lines
 from twinspect.errors import ConfigError
 from twinspect.training.normal import GoodImages
 from twinspect.training.outcome import least_like

@@ -108,8 +108,6 @@ def test_upload_overlay_slider_and_feedback(page, images: list[Path], log: Inspe
     assert image[:60, 140:].mean() > 200
     reddish = heat[..., 0].astype(int) - heat[..., 1]
     assert reddish[10:60, 140:].mean() > reddish[100:].mean() + 30  # red where it is bright
-    pink = (np.abs(heat.astype(int) - (255, 0, 200)) < 60).all(2)
-    assert pink.any()  # the box of the region
     page.locator("#opacity").fill("0")
     assert page.evaluate("getComputedStyle(document.getElementById('heat')).opacity") == "0"
     assert page.locator("#regions tr").count() == 1

@@ -15,7 +15,7 @@ from twinspect.charts import Axis, Histogram, LineChart, Series, _thin
 from twinspect.errors import TwinspectError
 from twinspect.inference.result import Result
 from twinspect.inference.table import encode
-from twinspect.report import Case, Cases, Gallery, Section, Table, case_of, write_report
+from twinspect.report import Case, Cases, Section, Table, case_of, write_report
 
 VOID = {"meta", "img", "br", "path", "circle", "link", "hr", "input"}
 
@@ -141,23 +141,6 @@ def test_a_thousand_noisy_pictures_stay_under_five_megabytes(tmp_path: Path) -> 
     path = write_report(tmp_path / "r.html", "many", [Section("all", (), (Cases("c", (case,) * 1000, (0, 1)),))])
     assert path.stat().st_size < 5_000_000
     assert "were left out to keep this file small" in path.read_text(encoding="utf-8")
-
-
-def test_gallery_keeps_hardest_and_clearest_of_each_kind() -> None:
-    gallery = Gallery(keep=2)
-    for score in (5.0, 1.0, 9.0, 3.0):
-        gallery.add(result(score, f"bad{score}.png"), "local", anomalous=True)
-        gallery.add(result(score, f"good{score}.png"), "nominal", anomalous=False)
-    hard = {cases.title: [c.caption.split(":")[0] for c in cases.cases] for cases in gallery.cases(True, (0, 1))}
-    clear = {cases.title: [c.caption.split(":")[0] for c in cases.cases] for cases in gallery.cases(False, (0, 1))}
-    assert hard == {
-        "Hardest: local": ["bad1.0.png", "bad3.0.png"],
-        "Hardest: nominal": ["good9.0.png", "good5.0.png"],
-    }
-    assert clear == {
-        "Clearest: local": ["bad9.0.png", "bad5.0.png"],
-        "Clearest: nominal": ["good1.0.png", "good3.0.png"],
-    }
 
 
 def test_a_result_without_a_map_is_refused() -> None:

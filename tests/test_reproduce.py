@@ -47,7 +47,7 @@ def run_small(name: str, out: Path, seed: int = 0) -> dict:
     """Results of a recipe on its painted set."""
     recipe = find_recipe(name)
     write_small(recipe, out / "data")
-    return room.reproduce(recipe, out / "data", out, small(recipe, seed), Console(quiet=True))
+    return room.run_recipe(recipe, out / "data", out, small(recipe, seed), Console(quiet=True))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -108,17 +108,17 @@ def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
 
     monkeypatch.setattr(room, "run_split", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        room.reproduce(recipe, root, out, config, Console(quiet=True))
+        room.run_recipe(recipe, root, out, config, Console(quiet=True))
     partial = json.loads((out / "results.json").read_text())
     assert not partial["complete"]
     assert "Only 1 of 2 splits are finished" in (out / "results.md").read_text()
-    values = room.reproduce(recipe, root, out, config, Console())
+    values = room.run_recipe(recipe, root, out, config, Console())
     assert values["complete"]
     assert names == ["single-class/candle", "single-class/capsules", "single-class/capsules"]
     assert values["classes"]["candle"] == partial["classes"]["candle"]
     assert capsys.readouterr().out.count("finished before") == 1
     monkeypatch.setattr(room, "run_split", None)
-    again = room.reproduce(recipe, root, out, config, Console(quiet=True))
+    again = room.run_recipe(recipe, root, out, config, Console(quiet=True))
     assert again["classes"] == values["classes"]
 
 
@@ -154,8 +154,8 @@ def test_training_copies_of_test_images_can_be_left_out(tmp_path: Path, capsys: 
     write_small(recipe, root)
     good = root / "ring" / "test" / "good" / "000.png"
     (root / "ring" / "train" / "good" / "copy.png").write_bytes(good.read_bytes())
-    full = room.reproduce(recipe, root, tmp_path / "full", config, Console())
-    less = room.reproduce(recipe, root, tmp_path / "less", config, Console(), without_leaks=True)
+    full = room.run_recipe(recipe, root, tmp_path / "full", config, Console())
+    less = room.run_recipe(recipe, root, tmp_path / "less", config, Console(), without_leaks=True)
     said = capsys.readouterr().out
     assert "they flatter the numbers" in said
     assert "their training copies are left out" in said

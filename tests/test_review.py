@@ -55,24 +55,24 @@ def test_a_threshold_below_zero_cannot_be_multiplied() -> None:
     assert found["all"] == [{"factor": 1.0, "called": 1, "false_alarms": 0, "missed": 0}]
 
 
-def test_the_worst_mistakes_are_shown_worst_first() -> None:
+def test_the_worst_mistakes_and_the_clearest_defects_are_shown() -> None:
     score = [2.5, 9.0, 2.1, 3.0, 4.0, 5.0, 6.0, 7.0, 1.0, 0.1, 8.0]
     label = [0] * 8 + [1] * 3
     review = reviewed(*rows(score, label), {"path": "broken", "error": "cannot be read", "score": None})
     asked: list[str] = []
     assert review.sections(lambda names: asked.extend(names) or [])
-    assert set(asked) == {f"nut/{i}" for i in (1, 7, 6, 5, 4, 3, 9, 8)}
+    assert set(asked) == {f"nut/{i}" for i in (1, 7, 6, 5, 4, 3, 9, 8, 10)}
     assert review.errors == 1
 
 
-def test_eval_report_shows_decisions_and_the_wrong_images(bundle: Path, parts: Path, tmp_path: Path) -> None:
+def test_eval_report_shows_decisions_and_pictures(bundle: Path, parts: Path, tmp_path: Path) -> None:
     code, _, error = call("eval", bundle, parts, "--report", tmp_path / "r.html", "--json", tmp_path / "r.json")
     assert code == 0, error
     html, values = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())
     assert not Page(html).open
     counts = values["decisions"]
-    wrong = [n for row in counts.values() for n in (row["false_alarms"], row["defects"] - row["found"])]
-    assert html.count('<li><div class="pair">') == sum(min(n, 6) for n in wrong) > 0
+    shown = [n for row in counts.values() for n in (row["false_alarms"], row["found"], row["defects"] - row["found"])]
+    assert html.count('<li><div class="pair">') == sum(min(n, 6) for n in shown) > 0
     assert html.count("ROC: ") >= len(counts)
     assert html.count("threshold in use") >= len(counts)
     use = next(row for row in values["other_thresholds"]["all"] if row["factor"] == 1.0)

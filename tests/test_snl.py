@@ -48,10 +48,10 @@ def noise(count: int = 3, size: int = 64) -> torch.Tensor:
 def test_baselines_are_configurations_of_the_same_file() -> None:
     rd, fd = (run_config(model=name).model.structure() for name in ("rd", "fd"))
     same = run_config(model="snl", terms="flat", cram=0, scoring="plain").model.structure()
-    assert rd == same
-    assert fd == dataclasses.replace(same, direction="forward", cram_place="stages")
+    assert rd == dataclasses.replace(same, model="rd")
+    assert fd == dataclasses.replace(same, model="fd", direction="forward", cram_place="stages")
     full = RunConfig.from_dict({"model": {"model": "snl"}}).model.structure()
-    assert (full.direction, list(full.terms)) == ("reverse", ["spatial", "channel", "intra", "inter"])
+    assert (full.direction, list(full.weights_of_terms())) == ("reverse", ["spatial", "channel", "intra", "inter"])
     assert (full.cram, full.cram_place, full.scoring) == (32, "bottleneck", "default")
 
 
@@ -72,12 +72,12 @@ def test_baselines_are_configurations_of_the_same_file() -> None:
         ({"model": "snl", "scoring": "plan"}, "'plain'"),
         ({"model": "snl", "channel_reading": "js"}, "kl, kl_mean, cosine"),
         ({"model": "rd", "affinity_map": 1.0}, "--model snl only"),
-        ({"model": "snl", "affinity_map": -1.0}, "a weight above 0"),
+        ({"model": "snl", "affinity_map": -1.0}, "--affinity-map -1.0: accepted 0 or more"),
         ({"model": "snl", "affinity_map": 1.0, "scoring": "published"}, "has none"),
         ({"model": "snl", "cram": 0, "cram_add_back": False}, "at the bottleneck only"),
         ({"model": "snl", "cram_place": "stages", "cram_add_back": False}, "at the bottleneck only"),
         ({"model": "snl", "temperature": 0.0}, "above 0"),
-        ({"model": "snl", "affinity_side": 1}, "at least 2"),
+        ({"model": "snl", "affinity_side": 1}, "--affinity-side 1: accepted 2 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_with_what_to_type(changes: dict, says: str) -> None:

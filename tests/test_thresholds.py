@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinspect.commands.decisions import MOST_LINES, threshold_lines, threshold_table
+from twinspect.commands.calibrate import MOST_LINES, threshold_lines, threshold_table
 from twinspect.decide.conformal import Threshold
 from twinspect.decide.decision import Decision
 from twinspect.decide.rules import Budget, GoodScores

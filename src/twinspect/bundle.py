@@ -60,8 +60,8 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
 def _write(path: Path, members: Mapping[str, bytes]) -> None:
     with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w") as file:
         for name, body in members.items():
-            kind = zipfile.ZIP_STORED if name == _META else zipfile.ZIP_DEFLATED
-            file.writestr(zipfile.ZipInfo(name), body, kind, compresslevel=1)  # 9 takes three times as long for 1 %
+            # Level 9 takes three times as long, for 1 % less.
+            file.writestr(zipfile.ZipInfo(name), body, zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
 def signed_part(path: Path) -> tuple[dict[str, Any], str]:

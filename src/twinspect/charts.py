@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 64, 16, 12, 44
+_WIDTH, _LEFT, _END, _TOP, _BOTTOM = 640, 64, 624, 12, 44  # of the picture, the plot's sides, room above and below
 _PLOT, _ROW = 300, 78  # heights in pixels: of a line chart, of one group of a histogram
 _CAPTION = 14  # room above the rows for the threshold's words
 _BINS = 48
@@ -56,24 +56,22 @@ class LineChart:
 
     def svg(self) -> str:
         """The chart as an ``svg`` element."""
-        x = Axis(0.0, 1.0, _LEFT, _WIDTH - _RIGHT)
-        y = Axis(0.0, 1.0, _TOP + _PLOT, _TOP)
-        parts = [*_x_axis(x, self.x_label, _TOP + _PLOT), *_y_axis(y, self.y_label)]
+        x, y, bottom = Axis(0.0, 1.0, _LEFT, _END), Axis(0.0, 1.0, _TOP + _PLOT, _TOP), _TOP + _PLOT + _BOTTOM
         guess = np.array([0.0, 1.0])
-        parts.append(f'<path class="guess" d="{_path(x, y, guess, guess)}"/>')
+        parts = [*_x_axis(x, self.x_label, _TOP + _PLOT), *_y_axis(y, self.y_label)]
+        parts.append(_path("guess", _points(x, y, guess, guess)))
+        room = (_END - _LEFT) / max(len(self.series), 1)
         for place, one in enumerate(self.series):
             points = _thin(np.asarray(one.x, np.float64), np.asarray(one.y, np.float64))
-            parts.append(f'<path class="line s{place % COLOURS}" d="{_path(x, y, *points)}"/>')
+            parts.append(_path(f"line s{place % COLOURS}", _points(x, y, *points)))
+            at = _LEFT + room * place
+            parts.append(_path(f"line s{place % COLOURS}", f"M{at:.1f} {bottom + 14}H{at + 26:.1f}"))
+            parts.append(_text(at + 32, bottom + 18, one.name, "start"))
         for name, at_x, at_y in self.marks:
             left, top = x.place(at_x), y.place(at_y)
             parts.append(f'<circle class="mark" cx="{left:.1f}" cy="{top:.1f}" r="5"/>')
-            end = "start" if left < _WIDTH / 2 else "end"
-            aside = left + (10 if end == "start" else -10)
-            parts.append(
-                f'<text class="label" x="{aside:.1f}" y="{top + 18:.1f}" text-anchor="{end}">{escape(name)}</text>'
-            )
-        bottom = _TOP + _PLOT + _BOTTOM
-        parts += _legend([s.name for s in self.series], bottom + 14)
+            inside = 10 if left < _WIDTH / 2 else -10
+            parts.append(_text(left + inside, top + 18, name, "start" if inside > 0 else "end", "label"))
         return _svg(self, parts, bottom + 28)
 
 
@@ -109,17 +107,15 @@ class Histogram:
         bottom = start + _ROW * len(groups)
         parts = _x_axis(axis, self.x_label + (", compressed scale" if axis.unit else ""), bottom)
         for place, (name, values) in enumerate(groups.items()):
-            parts += _bars(axis, values, start + _ROW * place, place)
+            top = start + _ROW * place
+            parts += [_path("axis", f"M{_LEFT} {top + _ROW - 6}H{_END}"), _bars(axis, values, top, place)]
             if len(groups) > 1:  # one alone is named by the heading
-                at = f'x="{_WIDTH - _RIGHT}" y="{start + _ROW * place + 14}"'
-                parts.append(f'<text class="label" {at} text-anchor="end">{escape(name)}</text>')
+                parts.append(_text(_END, top + 14, name, "end", "label"))
         if self.threshold is not None:
             x = axis.place(self.threshold)
-            parts.append(f'<path class="threshold" d="M{x:.1f} {start}V{bottom}"/>')
-            anchor = "start" if x < _WIDTH / 2 else "end"
-            parts.append(
-                f'<text x="{x:.1f}" y="{_TOP + 8}" text-anchor="{anchor}">threshold {self.threshold:.3g}</text>'
-            )
+            parts.append(_path("threshold", f"M{x:.1f} {start}V{bottom}"))
+            words = f"threshold {self.threshold:.3g}"
+            parts.append(_text(x, _TOP + 8, words, "start" if x < _WIDTH / 2 else "end"))
         return _svg(self, parts, bottom + _BOTTOM)
 
 
@@ -163,7 +159,7 @@ def _score_axis(values: Floats) -> Axis:
     high = high if high > low else low + 1.0
     middle = float(np.median(np.abs(values))) if len(values) else 0.0
     unit = middle if middle > 0 and high > _LONG_TAIL * middle else 0.0
-    return Axis(low, high, _LEFT, _WIDTH - _RIGHT, unit)
+    return Axis(low, high, _LEFT, _END, unit)
 
 
 def _round_steps(low: float, high: float) -> list[float]:
@@ -186,63 +182,48 @@ def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return x[at], y[at]
 
 
-def _path(x: Axis, y: Axis, xs: Floats, ys: Floats) -> str:
-    points = (f"{x.place(float(a)):.1f} {y.place(float(b)):.1f}" for a, b in zip(xs, ys, strict=True))
-    return "M" + "L".join(points)
+def _points(x: Axis, y: Axis, xs: Floats, ys: Floats) -> str:
+    return "M" + "L".join(f"{x.place(a):.1f} {y.place(b):.1f}" for a, b in zip(xs, ys, strict=True))
 
 
-def _bars(axis: Axis, values: Floats, top: float, place: int) -> list[str]:
+def _bars(axis: Axis, values: Floats, top: float, place: int) -> str:
     counts, edges = np.histogram(values, axis.edges(_BINS))
-    tallest = max(int(counts.max(initial=0)), 1)
-    base, room = top + _ROW - 6, _ROW - 24
-    x = [axis.place(float(edge)) for edge in edges]
-    heights = [base - room * count / tallest for count in counts]
+    base, room, x = top + _ROW - 6, _ROW - 24, [axis.place(edge) for edge in edges]
+    heights = base - room * counts / max(int(counts.max(initial=0)), 1)
     bars = "".join(
         f"M{left:.1f} {base:.1f}V{height:.1f}H{right:.1f}V{base:.1f}Z"
         for height, left, right in zip(heights, x[:-1], x[1:], strict=True)
         if height < base
     )
-    ground = f'<path class="axis" d="M{_LEFT} {base:.1f}H{_WIDTH - _RIGHT}"/>'
-    return [ground, f'<path class="bar s{place % COLOURS}" d="{bars}"/>']
+    return _path(f"bar s{place % COLOURS}", bars)
 
 
 def _x_axis(axis: Axis, label: str, y: float) -> list[str]:
-    parts = [f'<path class="axis" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>']
-    last = -math.inf
+    parts, last = [_path("axis", f"M{_LEFT} {y:.1f}H{_END}")], -math.inf
     for value in axis.ticks():
         at = axis.place(value)
         if at - last < 34:  # labels would touch
             continue
         last = at
-        parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{y:.1f}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{y + 16:.1f}" text-anchor="middle">{value:g}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{y + 36:.1f}" text-anchor="middle">{escape(label)}</text>')
-    return parts
+        parts += [_path("grid", f"M{at:.1f} {_TOP}V{y:.1f}"), _text(at, y + 16, f"{value:g}")]
+    return [*parts, _text((_LEFT + _END) / 2, y + 36, label, kind="label")]
 
 
 def _y_axis(axis: Axis, label: str) -> list[str]:
-    parts = [f'<path class="axis" d="M{_LEFT} {axis.start:.1f}V{axis.stop:.1f}"/>']
+    parts, middle = [_path("axis", f"M{_LEFT} {axis.start:.1f}V{axis.stop:.1f}")], (axis.start + axis.stop) / 2
     for value in axis.ticks():
         at = axis.place(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-    middle = (axis.start + axis.stop) / 2
-    turned = f"rotate(-90 16 {middle})"
-    parts.append(
-        f'<text class="label" x="16" y="{middle}" text-anchor="middle" transform="{turned}">{escape(label)}</text>'
-    )
-    return parts
+        parts += [_path("grid", f"M{_LEFT} {at:.1f}H{_END}"), _text(_LEFT - 8, at + 4, f"{value:g}", "end")]
+    return [*parts, f'<g transform="rotate(-90 16 {middle})">{_text(16, middle, label, kind="label")}</g>']
 
 
-def _legend(names: Sequence[str], y: float) -> list[str]:
-    room = (_WIDTH - _LEFT - _RIGHT) / max(len(names), 1)
-    parts = []
-    for place, name in enumerate(names):
-        at = _LEFT + room * place
-        parts.append(f'<path class="line s{place % COLOURS}" d="M{at:.1f} {y}H{at + 26:.1f}"/>')
-        parts.append(f'<text x="{at + 32:.1f}" y="{y + 4}">{escape(name)}</text>')
-    return parts
+def _path(kind: str, points: str) -> str:
+    return f'<path class="{kind}" d="{points}"/>'
+
+
+def _text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+    of_kind = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:g}" text-anchor="{anchor}"{of_kind}>{escape(words)}</text>'
 
 
 def _svg(chart: LineChart | Histogram, parts: Sequence[str], height: float) -> str:

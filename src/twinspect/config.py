@@ -11,32 +11,91 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from twinspect.errors import ConfigError, DataError, check_range, unknown_name
+from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.files import read_text
 
 T = TypeVar("T")
 
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
-LARGEST_BATCH = 1 << 16
-LARGEST_SEED = 2**32 - 1  # seeds are multiplied by the step, and generators take 64 bits
-LARGEST_THUMBNAIL = 512  # pixels; two thousand of them would be larger than the model
-_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 MOST_TILES = 48  # each has statistics of its own
-CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
-NOISY_OR = ("n1", "n2", "n3")
-EE_TOKENS = ("all", "last")
-PRECISIONS = ("auto", "fp32", "bf16")
-POSES = ("auto", "fixed", "free")
-DIRECTIONS = ("reverse", "forward")
-TERMS = ("flat", "spatial", "channel", "intra", "inter")
-CHANNEL_READINGS = ("kl", "kl_mean", "cosine")
-CRAM_PLACES = ("bottleneck", "stages")
 OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
-SCORINGS = ("plain", "default", "published")
+CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
+RULES = ("f1-max", "min-cost", "zero-miss")  # how labelled images choose a threshold
+_TERMS = ("flat", "spatial", "channel", "intra", "inter")
+_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+class Range(NamedTuple):
+    """Numbers that an option accepts, both ends included.
+
+    Attributes:
+        low: smallest; 0 < x where it is the smallest float.
+        high: largest.
+        zero: what a 0 outside of the range means; empty where it is refused.
+    """
+
+    low: float
+    high: float = math.inf
+    zero: str = ""
+
+    def refusal(self, value: float) -> str:
+        """What is accepted instead of a value; empty where it is accepted."""
+        if self.low <= value <= self.high or (self.zero and value == 0):
+            return ""
+        if self.high < math.inf:
+            words = f"{self.low:,} to {self.high:,}"
+        else:
+            words = "a number above 0" if self == ABOVE_ZERO else f"{self.low:,} or more"
+        return f"accepted {words}{f', or 0 ({self.zero})' if self.zero else ''}"
+
+
+ABOVE_ZERO = Range(math.nextafter(0.0, 1.0))
+SEEDS = Range(0, 2**32 - 1)  # seeds are multiplied by the step, and generators take 64 bits
+
+
+def argument(help: str, default: Any = MISSING) -> Any:
+    """A field that is typed without a flag."""
+    return field(default=default, metadata={"help": help, "argument": True})
+
+
+def option(help: str, default: Any = MISSING, flag: str = "", accepts: Range | tuple[str, ...] = ()) -> Any:
+    """A field that is typed behind a flag.
+
+    Args:
+        help: what it does, for ``--help``.
+        default: where it is not typed.
+        flag: instead of one made of its name; several with spaces between.
+        accepts: numbers or words that `check_options` accepts. Where it is empty any word and every number from 0 on
+            is; the default always is.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "accepts": accepts})
+
+
+def flag_of(one: Field[Any]) -> str:
+    """The flags of an option with spaces between, the first one first: ``time_budget_s`` is ``--time-budget``."""
+    name = one.name.removesuffix("_s").replace("_", "-")
+    return one.metadata.get("flag") or f"--{name}{f'/--no-{name}' if one.default is True else ''}"
+
+
+def check_options(options: Any) -> None:
+    """Refuse values of a dataclass's fields that their `option` does not accept.
+
+    Raises:
+        ConfigError: says the flag, the value and what is accepted.
+    """
+    for one in (one for one in fields(options) if "accepts" in one.metadata):
+        value, accepts, flag = getattr(options, one.name), one.metadata["accepts"], flag_of(one).split()[0]
+        if value == one.default:
+            continue
+        if type(value) in (int, float):
+            refusal = (accepts or Range(0)).refusal(value)
+            _check(not refusal, f"{flag} {value}: {refusal}")
+        elif accepts:
+            _check(value in accepts, unknown_name(flag, value, accepts))
 
 
 # The one dial: what costs time. Everything else is the same at every position; docs/results.md has what each gives.
@@ -56,22 +115,6 @@ def of_effort(name: str) -> dict[str, dict[str, Any]]:
     if name not in EFFORTS:
         raise ConfigError(unknown_name("effort", name, tuple(EFFORTS)))
     return EFFORTS[name]
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """A structural model with everything decided; see `twinspect.models.snl`."""
-
-    direction: str
-    terms: Mapping[str, float]
-    cram: int
-    cram_place: str
-    cram_add_back: bool
-    scoring: str
-    channel_reading: str
-    temperature: float
-    affinity_side: int
-    affinity_map: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,112 +143,117 @@ _SNL_OWN = (
     "affinity_map",
 )  # fmt: skip
 _SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
-_FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "scoring": "plain"}
+_FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "cram_place": "bottleneck", "scoring": "plain"}
 FAMILIES: dict[str, Family] = {
     "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre", "ee_tokens")),
     "snl": Family(_SNL, "structural", 256, _SNL_OWN, _SNL_PRESET),
     "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
-    "fd": Family(_SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward"}),
+    "fd": Family(
+        _SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward", "cram_place": "stages"}
+    ),
 }
-
-
-def _setting(default: T, text: str) -> T:
-    """A field with its default and its help."""
-    found: T = field(default=default, metadata={"help": text})
-    return found
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What is built: teacher, students, input size."""
 
-    model: str = _setting(
-        "dual", "Family: " + "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items()) + "."
+    model: str = option(
+        "Family: " + "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items()) + ".",
+        "dual",
+        accepts=tuple(FAMILIES),
     )
-    teacher: str = _setting("auto", "Short name, any timm name, or auto.")
-    weights: str = _setting("", "Local weights file of the teacher; empty searches the known places on disk.")
-    pretrained: bool = _setting(True, "False builds a random-weight teacher, for tests of shape and speed only.")
-    size: int = _setting(0, "Input side in pixels; 0 takes the teacher's default.")
-    tiles: str = _setting(
-        "", "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs."
+    teacher: str = option("Short name, any timm name, or auto.", "auto")
+    weights: str = option("Local weights file of the teacher; empty searches the known places on disk.", "")
+    pretrained: bool = option(
+        "False builds a random-weight teacher, for tests of shape and speed only.",
+        True,
+        flag="--pretrained/--random-teacher",
     )
-    width: int = _setting(0, "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).")
-    depth: int = _setting(
+    size: int = option(
+        "Input side in pixels; 0 takes the teacher's default.",
         0,
+        accepts=Range(SMALLEST, LARGEST, zero="the teacher's default"),
+    )
+    tiles: str = option(
+        "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs.", ""
+    )
+    width: int = option(
+        "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).", 0, accepts=Range(0)
+    )
+    depth: int = option(
         "Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage.",
-    )
-    dropout: float = _setting(0.2, "Noise of the bottleneck; 0.4 suits very large and varied sets.")
-    ee_shrink: int = _setting(
         0,
+    )
+    dropout: float = option(
+        "Noise of the bottleneck; 0.4 suits very large and varied sets.", 0.2, accepts=Range(0, 0.99)
+    )
+    ee_shrink: int = option(
         "Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN).",
+        0,
     )
-    ee_depth: float = _setting(
-        0.0,
+    ee_depth: float = option(
         "Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25.",
+        0.0,
+        accepts=Range(0, 1),
     )
-    ee_tokens: str = _setting(
-        "all",
+    ee_tokens: str = option(
         "dual: class tokens that the Encoder-Encoder learns and is compared in: those of all blocks, or of the last.",
+        "all",
+        accepts=("all", "last"),
     )
-    recentre: bool = _setting(
-        False,
+    recentre: bool = option(
         "dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2).",
+        False,
     )
-    direction: str = _setting(
-        "",
+    direction: str = option(
         "snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse.",
-    )
-    terms: str = _setting(
         "",
+        accepts=("reverse", "forward"),
+    )
+    terms: str = option(
         "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; a weight may follow "
         "(spatial,intra:0.1). Empty takes the last four.",
-    )
-    cram: int = _setting(-1, "snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.")
-    cram_place: str = _setting(
         "",
+    )
+    cram: int = option("snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.", -1)
+    cram_place: str = option(
         "snl: bottleneck (reverse only) or stages; empty takes the first that is possible.",
-    )
-    cram_add_back: bool = _setting(
-        True,
-        "snl: whether the residual aggregation adds the centres back to what of the residuals passes.",
-    )
-    scoring: str = _setting(
         "",
+        accepts=("bottleneck", "stages"),
+    )
+    cram_add_back: bool = option(
+        "snl: whether the residual aggregation adds the centres back to what of the residuals passes.", True
+    )
+    scoring: str = option(
         "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
         "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
         "default, plain for rd and fd.",
+        "",
+        accepts=("plain", "default", "published"),
     )
-    channel_reading: str = _setting(
-        "kl", "snl: reading of the channel term: kl (sum over positions), kl_mean (mean over them) or cosine."
+    channel_reading: str = option(
+        "snl: reading of the channel term: kl (sum over positions), kl_mean (mean over them) or cosine.",
+        "kl",
+        accepts=("kl", "kl_mean", "cosine"),
     )
-    temperature: float = _setting(
-        1.0,
-        "snl: of the channel term's softmax, in spreads of a channel on normal images.",
+    temperature: float = option(
+        "snl: of the channel term's softmax, in spreads of a channel on normal images.", 1.0, accepts=ABOVE_ZERO
     )
-    affinity_side: int = _setting(
-        16,
+    affinity_side: int = option(
         "snl: grid that maps are pooled to for affinities within an image; memory is its fourth power.",
+        16,
+        accepts=Range(2),
     )
-    affinity_map: float = _setting(
-        0.0,
+    affinity_map: float = option(
         "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on "
         "good images; 0 leaves it out.",
+        0.0,
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         tiles_of(self.tiles)
-        if self.model not in FAMILIES:
-            raise ConfigError(unknown_name("model", self.model, FAMILIES))
-        _check(
-            self.size == 0 or SMALLEST <= self.size <= LARGEST,
-            f"--size {self.size}: at least {SMALLEST} pixels and at most {LARGEST:,}, or 0 for the default",
-        )
-        for name in ("width", "depth", "ee_shrink"):
-            _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: at least 1, or 0 (automatic)")
-        _check(0.0 <= self.dropout < 1.0, f"dropout {self.dropout}: accepted 0 <= dropout < 1")
-        _check(0.0 <= self.ee_depth <= 1.0, f"ee_depth {self.ee_depth}: accepted 0 (automatic) to 1")
-        _check(self.ee_tokens in EE_TOKENS, unknown_name("ee_tokens", self.ee_tokens, EE_TOKENS))
-        _check(not self.scoring or self.scoring in SCORINGS, unknown_name("scoring", self.scoring, SCORINGS))
         self._refuse_others_settings()
         if "terms" in FAMILIES[self.model].preset:
             self._check_structure()
@@ -214,20 +262,39 @@ class ModelConfig:
         """The scoring that is meant."""
         return self.scoring or str(FAMILIES[self.model].preset.get("scoring", "default"))
 
-    def structure(self) -> Structure:
-        """The structural model that is meant, presets filled in; of structural families only."""
+    def structure(self) -> ModelConfig:
+        """The same settings with the presets of a structural family filled in; see `twinspect.models.snl`."""
         preset = FAMILIES[self.model].preset
         direction = self.direction or preset["direction"]
-        terms = _weighed(self.terms or preset["terms"])
-        cram = preset["cram"] if self.cram < 0 else self.cram
-        place = self.cram_place or ("bottleneck" if direction == "reverse" else "stages")
-        return Structure(
-            direction, terms, cram, place, self.cram_add_back, self.scores(),
-            self.channel_reading, self.temperature, self.affinity_side, self.affinity_map,
-        )  # fmt: skip
+        meant: dict[str, Any] = {
+            "direction": direction,
+            "terms": self.terms or preset["terms"],
+            "cram": preset["cram"] if self.cram < 0 else self.cram,
+            "cram_place": self.cram_place
+            or preset.get("cram_place")
+            or ("stages" if direction == "forward" else "bottleneck"),
+            "scoring": self.scores(),
+        }
+        return self if all(getattr(self, k) == v for k, v in meant.items()) else dataclasses.replace(self, **meant)
+
+    def weights_of_terms(self) -> dict[str, float]:
+        """Loss terms with their weights, from a list such as ``spatial,intra:0.1``."""
+        weights: dict[str, float] = {}
+        for part in self.terms.split(","):
+            name, _, number = (word.strip() for word in part.partition(":"))
+            _check(name in _TERMS, unknown_name("term", name, _TERMS))
+            _check(name not in weights, f"terms {self.terms!r}: {name} is named twice")
+            try:
+                weights[name] = float(number or 1.0)
+            except ValueError:
+                raise ConfigError(
+                    f"terms {self.terms!r}: {number!r} is no weight; type a number, such as {name}:0.1"
+                ) from None
+            _check(0.0 < weights[name] < math.inf, f"terms {self.terms!r}: the weight of {name} must be above 0")
+        return weights
 
     def _refuse_others_settings(self) -> None:
-        family, default = FAMILIES[self.model], {f.name: f.default for f in dataclasses.fields(self)}
+        family, default = FAMILIES[self.model], {f.name: f.default for f in fields(self)}
         for name in (name for other in FAMILIES.values() for name in other.own if name not in family.own):
             if getattr(self, name) not in (default[name], family.preset.get(name, default[name])):
                 owner = next(key for key, row in FAMILIES.items() if name in row.own)
@@ -235,28 +302,20 @@ class ModelConfig:
                 raise ConfigError(f"{name}: for --model {owner} only, not {self.model}{fixed}")
 
     def _check_structure(self) -> None:
-        found = self.structure()
-        _check(found.direction in DIRECTIONS, unknown_name("direction", found.direction, DIRECTIONS))
-        _check(found.cram_place in CRAM_PLACES, unknown_name("cram_place", found.cram_place, CRAM_PLACES))
+        meant = self.structure()
+        meant.weights_of_terms()
+        _check(meant.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
         _check(
-            self.channel_reading in CHANNEL_READINGS,
-            unknown_name("channel reading", self.channel_reading, CHANNEL_READINGS),
-        )
-        _check(self.temperature > 0, f"temperature {self.temperature}: accepted above 0")
-        _check(self.affinity_side >= 2, f"affinity_side {self.affinity_side}: at least 2")
-        _check(found.cram != 1, "cram 1: one centre is a mean; accepted 0 (none) or 2 and more")
-        _check(self.affinity_map >= 0, f"affinity_map {self.affinity_map}: accepted 0 (none) or a weight above 0")
-        _check(
-            not self.affinity_map or found.scoring != "published",
+            not self.affinity_map or meant.scoring != "published",
             "affinity_map: the map of scoring published has none; type scoring = plain",
         )
         _check(
-            self.cram_add_back or bool(found.cram and found.cram_place == "bottleneck"),
+            self.cram_add_back or bool(meant.cram and meant.cram_place == "bottleneck"),
             "cram_add_back false: for a residual aggregation at the bottleneck only; behind a stage its output would "
             "never be negative, which features are",
         )
-        if found.cram and found.direction == "forward":
-            _check(found.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
+        if meant.cram and meant.direction == "forward":
+            _check(meant.cram_place == "stages", "cram_place bottleneck: a forward student has none; type stages")
 
 
 def tiles_of(text: str) -> tuple[int, int]:
@@ -265,13 +324,14 @@ def tiles_of(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: anything else, or more than `MOST_TILES`.
     """
-    found = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text or "1x1")
-    if text == "auto":
+    if text in ("", "auto"):
         return 1, 1
-    accepted = f"--tiles {text}: accepted auto, or rows x columns such as 3x4, at most {MOST_TILES} in all"
-    if found is None or int(found[1]) * int(found[2]) > MOST_TILES:
-        raise ConfigError(accepted)
-    return int(found[1]), int(found[2])
+    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
+    if match is None or int(match[1]) * int(match[2]) > MOST_TILES:
+        raise ConfigError(
+            f"--tiles {text}: accepted auto, or rows x columns such as 3x4, at most {MOST_TILES} in all"
+        )
+    return int(match[1]), int(match[2])
 
 
 def tolerated(text: str) -> tuple[str, ...]:
@@ -290,65 +350,62 @@ def tolerated(text: str) -> tuple[str, ...]:
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = _setting(100, "Optimiser steps; 0 trains no students and learns statistics of good images only.")
-    batch: int = _setting(16, "Images per step.")
-    seed: int = _setting(0, "Seed of weights, order, noise and splits.")
-    lr: float = _setting(2e-3, "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.")
-    lr_ee: float = _setting(1e-3, "Peak learning rate of the Encoder-Encoder.")
-    warmup: int = _setting(10, "Steps of linear warm-up.")
-    weight_decay: float = _setting(1e-4, "Decoupled weight decay.")
-    clip: float = _setting(0.1, "Largest gradient norm of each student.")
-    noisy_or: str = _setting("n2", "Reading of the Noisy-OR objective: n1, n2 or n3.")
-    easy_ramp: int = _setting(1000, "Steps over which the easy share of positions rises to 0.9 (hard mining).")
-    precision: str = _setting(
-        "auto",
+    steps: int = option(
+        "Optimiser steps; 0 trains no students and learns statistics of good images only.", 100, accepts=Range(0)
+    )
+    batch: int = option("Images per step.", 16, accepts=Range(2, 1 << 16))
+    seed: int = option("Seed of weights, order, noise and splits.", 0, accepts=SEEDS)
+    lr: float = option(
+        "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.", 2e-3, accepts=ABOVE_ZERO
+    )
+    lr_ee: float = option("Peak learning rate of the Encoder-Encoder.", 1e-3, accepts=ABOVE_ZERO)
+    warmup: int = option("Steps of linear warm-up.", 10)
+    weight_decay: float = option("Decoupled weight decay.", 1e-4)
+    clip: float = option("Largest gradient norm of each student.", 0.1, accepts=ABOVE_ZERO)
+    noisy_or: str = option("Reading of the Noisy-OR objective: n1, n2 or n3.", "n2", accepts=("n1", "n2", "n3"))
+    easy_ramp: int = option(
+        "Steps over which the easy share of positions rises to 0.9 (hard mining).", 1000, accepts=Range(0)
+    )
+    precision: str = option(
         "fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a "
         "GPU.",
-    )
-    device: str = _setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:1.")
-    compile: bool = _setting(
-        False,
-        "Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU.",
-    )
-    pose: str = _setting(
         "auto",
+        accepts=("auto", "fp32", "bf16"),
+    )
+    device: str = option("auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
+    compile: bool = option(
+        "Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU.", False
+    )
+    pose: str = option(
         "How products of at most 8 good images lie: fixed, free (in any pose: turned copies are learnt too), or auto "
         "(as the images look).",
+        "auto",
+        accepts=("auto", "fixed", "free"),
     )
-    time_budget_s: float = _setting(0.0, "Stop training after so many seconds; 0 means no limit.")
-    checkpoint_every: int = _setting(20, "Steps between checkpoints that a killed run resumes from.")
-    tolerate: str = _setting(
-        "",
+    time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
+    checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
+    tolerate: str = option(
         "Changes of good images that are no anomaly: jpeg, light, shift, separated by commas. Altered copies are "
         "learnt, at most 50 a class and kind.",
+        "",
     )
-    holdout: float = _setting(0.2, "Share of the good training images that the students do not see.")
-    thumbnails: int = _setting(
-        96, "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none."
+    holdout: float = option(
+        "Share of the good training images that the students do not see.", 0.2, accepts=Range(0.05, 0.5)
     )
-    drop_outliers: int = _setting(
-        0, "Number of good images to leave out: those least like the others, which fit lists in any case."
+    thumbnails: int = option(
+        "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none.",
+        96,
+        accepts=Range(0, 512),
     )
-    cache_gb: float = _setting(20.0, "Largest teacher-feature cache on disk; 0 turns it off.")
+    drop_outliers: int = option(
+        "Number of good images to leave out: those least like the others, which fit lists in any case.",
+        0,
+    )
+    cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 0, f"--steps {self.steps}: 0 (no students) or more")
-        _check(2 <= self.batch <= LARGEST_BATCH, f"--batch {self.batch}: at least 2, at most {LARGEST_BATCH:,}")
-        check_range("--seed", self.seed, 0, LARGEST_SEED)
-        check_range("--thumbnails", self.thumbnails, 0, LARGEST_THUMBNAIL)
-        _check(self.cache_gb >= 0, f"--cache-gb {self.cache_gb:g}: accepted 0 (no cache) or 10^9 bytes")
-        _check(self.drop_outliers >= 0, f"--drop-outliers {self.drop_outliers}: accepted 0 (none) or more")
-        for name in ("warmup", "weight_decay", "easy_ramp"):
-            _check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: accepted 0 or more")
-        for name in ("clip", "checkpoint_every"):
-            _check(getattr(self, name) > 0, f"{name} {getattr(self, name)}: accepted above 0")
+        check_options(self)
         tolerated(self.tolerate)
-        _check(self.noisy_or in NOISY_OR, unknown_name("Noisy-OR reading", self.noisy_or, NOISY_OR))
-        _check(self.pose in POSES, unknown_name("pose", self.pose, POSES))
-        _check(self.precision in PRECISIONS, unknown_name("precision", self.precision, PRECISIONS))
-        _check(0.05 <= self.holdout <= 0.5, f"holdout {self.holdout}: accepted 0.05 to 0.5")
-        _check(self.lr > 0 and self.lr_ee > 0, "learning rates must be above 0")
-        _check(self.time_budget_s >= 0, f"--time-budget {self.time_budget_s}: accepted 0 (no limit) or seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,27 +451,12 @@ def _build(kind: type[T], values: Any) -> T:
     for key, value in values.items():
         if key not in defaults:
             raise ConfigError(unknown_name("setting", key, defaults))
-        wanted = type(defaults[key])
-        if type(value) is not wanted and (wanted, type(value)) != (float, int):
-            raise ConfigError(f"{key} {value!r}: {_KINDS[wanted]} is needed")
+        kind_of_default = type(defaults[key])
+        if type(value) is not kind_of_default and (kind_of_default, type(value)) != (float, int):
+            raise ConfigError(f"{key} {value!r}: {_KINDS[kind_of_default]} is needed")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key} {value}: a finite number is needed")
     return kind(**values)
-
-
-def _weighed(text: str) -> dict[str, float]:
-    """Loss terms with their weights, from a list such as ``spatial,intra:0.1``."""
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, number = (word.strip() for word in part.partition(":"))
-        _check(name in TERMS, unknown_name("term", name, TERMS))
-        _check(name not in found, f"terms {text!r}: {name} is named twice")
-        try:
-            found[name] = float(number or 1.0)
-        except ValueError:
-            raise ConfigError(f"terms {text!r}: {number!r} is no weight; type a number, such as {name}:0.1") from None
-        _check(0.0 < found[name] < math.inf, f"terms {text!r}: the weight of {name} must be above 0")
-    return found
 
 
 def _check(holds: bool, message: str) -> None:

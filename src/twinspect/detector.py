@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from glob import has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from twinspect.inference.predictor import Predictor
-    from twinspect.inference.result import Result
     from twinspect.storage import Fitted
     from twinspect.types import Progress, Skipped
 
@@ -56,13 +55,9 @@ class Detector:
         effort: str = "default",
     ) -> None:
         self._given = {
-            "teacher": teacher,
-            "size": size,
-            "weights": weights,
-            "pretrained": pretrained,
-            "config": config,
+            "teacher": teacher, "size": size, "weights": weights, "pretrained": pretrained, "config": config,
             "effort": effort,
-        }
+        }  # fmt: skip
         dial = of_effort(effort)
         model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
         model |= dial["model"] | ({"size": size} if size else {})
@@ -108,24 +103,18 @@ class Detector:
         from twinspect.data.roi import read_roi
         from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
-        from twinspect.types import silent
 
         changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
         train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
         self.config = dataclasses.replace(self.config, train=train)
         folder = Path(work) if work is not None else None
         before = self.fitted if resume else None
-        console = Console()
-        told = progress or (silent if quiet else console.progress)
         inside = read_roi(Path(roi)) if isinstance(roi, (str, os.PathLike)) else roi
         inside = None if inside is None else np.asarray(inside) > 0
-        self._fitted = fit(as_samples(data, bgr), self.config, folder, told, before, roi=inside)
-        console.finish()
-        for note in () if quiet or progress else self._fitted.record["notes"]:
-            console.warn(note)
+        samples = as_samples(data, bgr)
+        self._take(lambda told: fit(samples, self.config, folder, told, before, roi=inside), progress, quiet)
         if folder is not None:
             remove_checkpoint(folder)
-        self._predictor = None
         return self
 
     def update(
@@ -158,17 +147,20 @@ class Detector:
         """
         from twinspect.training.update import update
 
-        console, classes = Console(), self.fitted.decision.classes
-        samples = as_samples(good, bgr)
-        if class_name is None and len(classes) == 1 and {s.class_name for s in samples} == {"normal"}:
-            class_name = classes[0]
-        told = progress or (silent if quiet else console.progress)
-        self._fitted = update(self.fitted, samples, class_name, told)
+        classes, samples = self.fitted.decision.classes, as_samples(good, bgr)
+        only = len(classes) == 1 and {s.class_name for s in samples} == {"normal"}
+        name = classes[0] if class_name is None and only else class_name
+        self._take(lambda told: update(self.fitted, samples, name, told), progress, quiet)
+        return self
+
+    def _take(self, learn: Callable[[Progress], Fitted], progress: Progress | None, quiet: bool) -> None:
+        """Learn, and show on stderr how it goes and what was noticed, where nobody else is told."""
+        console = Console()
+        self._fitted = learn(progress or (silent if quiet else console.progress))
         console.finish()
         for note in () if quiet or progress else self._fitted.record["notes"]:
             console.warn(note)
         self._predictor = None
-        return self
 
     def calibrate(
         self,
@@ -199,7 +191,6 @@ class Detector:
         import warnings
 
         from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
-        from twinspect.types import silent
 
         request = Request(max_fpr, unsure, class_name=class_name, add=add)
         predictor = self.predictor()
@@ -210,24 +201,6 @@ class Detector:
         self._predictor = None
         return self
 
-    @overload
-    def predict(
-        self,
-        source: Any,
-        stream: Literal[True],
-        maps: bool = True,
-        class_name: str | None = None,
-        bgr: bool = False,
-    ) -> Iterator[Result]: ...
-    @overload
-    def predict(
-        self,
-        source: Any,
-        stream: Literal[False] = False,
-        maps: bool = True,
-        class_name: str | None = None,
-        bgr: bool = False,
-    ) -> Any: ...
     def predict(
         self,
         source: Any,
@@ -295,8 +268,8 @@ class Detector:
         """
         import numpy as np
 
-        found = self.predictor().predict(source, maps=False, pixels=False, live=False)
-        return np.array([-one.score for one in found], dtype=np.float64)
+        results = self.predictor().predict(source, maps=False, pixels=False, live=False)
+        return np.array([-one.score for one in results], dtype=np.float64)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
@@ -362,10 +335,9 @@ class Detector:
         given = value if isinstance(value, Mapping) else dict.fromkeys([*decision.classes, ""], value)
         for name, one in given.items():
             decision.checked_class(name or None)
-            if one is None:
-                fixed.pop(name, None)
-                continue
-            fixed[name] = _by_hand(one, name)
+            fixed.pop(name, None)
+            if one is not None:
+                fixed[name] = _by_hand(one, name)
         self.fitted.decision = dataclasses.replace(decision, fixed=fixed)
         self._predictor = None
 
@@ -449,7 +421,7 @@ def _as_sample(item: Any, number: int) -> Sample:
         return item
     if item.is_file or item.error:
         return good_files([Path(item.path)])[0]
-    found = decode(item, SMALLEST, pixels=True)
-    if found.rgb is None:
-        raise DataError(found.error)
-    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=found.rgb)
+    decoded = decode(item, SMALLEST, pixels=True)
+    if decoded.rgb is None:
+        raise DataError(decoded.error)
+    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=decoded.rgb)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.config import LARGEST_SEED
+from twinspect.config import SEEDS
 from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import ConfigError, DataError, check_range, unknown_name
@@ -81,7 +81,7 @@ class Plan:
     def __post_init__(self) -> None:
         check_range("--count", self.count, 1, 10_000)
         check_range("--normals", self.normals, 2, 1_000_000)
-        check_range("--seed", self.seed, 0, LARGEST_SEED)
+        check_range("--seed", self.seed, *SEEDS[:2])
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from twinspect.metrics import Evaluator
 from twinspect.types import TEST, Progress, Sample
 
 SCORES = ("score", "score_local", "score_semantic")
-Visit = Callable[[Sample, Result], None]
 _Mask = NDArray[np.bool_]
 _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas
 
@@ -70,9 +69,7 @@ def test_samples(samples: Sequence[Sample]) -> list[Sample]:
     return labelled
 
 
-def evaluate(
-    predictor: Predictor, samples: Sequence[Sample], progress: Progress, visit: Visit | None = None, pooled: str = ""
-) -> Evaluation:
+def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress, pooled: str = "") -> Evaluation:
     """Score labelled samples and compute every metric; pixel metrics at the images' own resolution.
 
     An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
@@ -82,7 +79,6 @@ def evaluate(
         predictor: any loaded model.
         samples: with labels; masks where there are some.
         progress: called with (stage, done, total).
-        visit: called with every sample and result (with map and image), for reports.
         pooled: name under which all classes count as one, for semantic protocols (one metric over the whole
             test split); empty gives metrics per class.
 
@@ -93,7 +89,7 @@ def evaluate(
     joint = Evaluator(pixel=not pooled)
     students = {name: Evaluator(pixel=False) for name in SCORES[1:]}
     rows, failed, unused, began = [], [], [], time.monotonic()
-    results = predictor.predict(samples, maps=bool(masked or visit), pixels=visit is not None)
+    results = predictor.predict(samples, maps=bool(masked), pixels=False)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("evaluating", done + 1, len(samples))
         if result.error:
@@ -104,9 +100,8 @@ def evaluate(
         for name, evaluator in students.items():
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
-        rows.append({**result.row(), **_truth(sample)})
-        if visit is not None:
-            visit(sample, result)
+        truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
+        rows.append({**result.row(), **truth})
     table = _plain(joint.compute())
     alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
     seconds = time.monotonic() - began
@@ -158,10 +153,6 @@ def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
         return {}
     return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
-
-
-def _truth(sample: Sample) -> dict[str, Any]:
-    return {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
 
 
 def _plain(values: Any) -> Any:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,15 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str | int | float, ...], ...]
     note: str = ""
+
+    def cells(self) -> list[list[str]]:
+        """Columns and rows as they are written."""
+        rows = (self.columns, *self.rows)
+        return [[f"{value:.4f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers; those, and the dash for none, stand to the right."""
+        return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,39 +92,6 @@ class Section:
     title: str
     text: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
-
-
-@dataclass(slots=True)
-class Gallery:
-    """Keeps the clearest and the hardest images of every kind while results stream by; constant memory.
-
-    Attributes:
-        keep: how many of each.
-    """
-
-    keep: int = 6
-    _found: dict[tuple[bool, str], list[tuple[float, Case]]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, result: Result, kind: str, anomalous: bool) -> None:
-        """Look at one result (with map and image) whose truth is known."""
-        for hardest in (True, False):
-            # The hardest defect scores lowest, the hardest good image highest.
-            rank = result.score if anomalous == hardest else -result.score
-            kept = self._found[hardest, kind]
-            if len(kept) == self.keep and rank >= kept[-1][0]:
-                continue
-            kept.append((rank, case_of(result, kind)))
-            kept.sort(key=lambda pair: pair[0])
-            del kept[self.keep :]
-
-    def cases(self, hardest: bool, scale: tuple[float, float]) -> tuple[Cases, ...]:
-        """Pictures by kind: those scored most against their truth, or most in favour of it."""
-        word = "Hardest" if hardest else "Clearest"
-        return tuple(
-            Cases(f"{word}: {kind}", tuple(case for _, case in kept), scale)
-            for (which, kind), kept in self._found.items()
-            if which == hardest
-        )
 
 
 def case_of(result: Result, kind: str) -> Case:
@@ -195,12 +170,8 @@ class _Album:
 def _shown(part: Part, album: _Album) -> dict[str, Any]:
     """A part as the template takes it."""
     if isinstance(part, Table):
-        rows = [[_cell(value) for value in row] for row in part.rows]
-        # A heading stands over its values: numbers (and the dash for none) to the right, texts to the left.
-        numeric = [place > 0 and any(not isinstance(row[place], str) for row in part.rows)
-                   for place in range(len(part.columns))]  # fmt: skip
-        columns = [{"text": name, "number": one} for name, one in zip(part.columns, numeric, strict=True)]
-        return {"kind": "table", "title": part.title, "columns": columns, "rows": rows, "note": part.note}
+        columns = [{"text": name, "number": one} for name, one in zip(part.columns, part.numeric(), strict=True)]
+        return {"kind": "table", "title": part.title, "columns": columns, "rows": part.cells()[1:], "note": part.note}
     if isinstance(part, Cases):
         pictures = [album.add(case) for case in part.cases]
         return {
@@ -211,10 +182,6 @@ def _shown(part: Part, album: _Album) -> dict[str, Any]:
 
     # Everything the chart got from outside is escaped where the SVG is made.
     return {"kind": "chart", "title": part.title, "svg": Markup(part.svg())}
-
-
-def _cell(value: str | int | float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _gradient() -> str:

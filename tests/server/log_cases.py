@@ -115,15 +115,6 @@ def deletes_what_is_old(log: InspectionLog) -> None:
     assert len(log.query(Filter())) == 1
 
 
-def keeps_the_state_of_a_drift_monitor(log: InspectionLog) -> None:
-    assert log.load_drift("parts", "f1") is None
-    log.save_drift("parts", "f1", {"images": 1})
-    log.save_drift("parts", "f1", {"images": 2})
-    log.save_drift("other", "f1", {"images": 9})
-    assert log.load_drift("parts", "f1") == {"images": 2}
-    assert log.load_drift("parts", "f2") is None
-
-
 def takes_rows_from_several_threads(log: InspectionLog) -> None:
     trouble: list[Exception] = []
 
@@ -151,6 +142,5 @@ CASES: tuple[Callable[[InspectionLog], None], ...] = (
     keeps_feedback,
     scans_one_model_in_order,
     deletes_what_is_old,
-    keeps_the_state_of_a_drift_monitor,
     takes_rows_from_several_threads,
 )

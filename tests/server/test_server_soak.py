@@ -1,12 +1,13 @@
 """Good and hostile requests mixed, for a while: the server lives, answers, and does not grow.
 
-For longer: python benchmarks/server.py simulated --only soak --soak 1800.
+For longer: python benchmarks/server.py simulated --only soak --long 1800.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,13 +16,30 @@ GROWTH_MB = 12.0  # allowed between the first and the last quarter, after a tent
 LEFT = 24  # files and threads of an idle server
 
 
-@pytest.mark.slow
-def test_soak(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """The benchmark, whose clients these are."""
     path = Path(__file__).parents[2] / "benchmarks" / "server.py"
     spec = importlib.util.spec_from_file_location("server_benchmark", path)
     assert spec is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_overload_beside_hostile_clients(bench: ModuleType, tmp_path: Path) -> None:
+    image = bench.painted(tmp_path / "a.jpg")
+    found = bench.storm(bench.SIMULATED, image, tmp_path, 3.0, 4)
+    assert found["alive"]
+    assert set(found["status"]) <= {200, 429}
+    assert found["scored"] == found["answered"] > 0
+    assert found["hostile_requests"] > 10
+    assert not [one for one in found["hostile_outcomes"] if one.rpartition(": ")[2] in ("200", "500")]
+
+
+@pytest.mark.slow
+def test_soak(bench: ModuleType, tmp_path: Path) -> None:
     image = bench.painted(tmp_path / "a.jpg").read_bytes()
     with bench.started(bench.SIMULATED, tmp_path, "--max-body-mb", "2") as server:
         found = bench.soak(server, image, SECONDS)

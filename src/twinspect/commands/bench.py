@@ -1,4 +1,4 @@
-"""How fast a model is here: throughput, latency, memory, and where the time goes. Numbers are of this machine.
+"""``twinspect bench``: throughput, latency, memory, and where the time goes. Numbers are of this machine.
 
 Each stage is timed alone, on one thread of ours: decode (file to RGB), preprocess (resize), graph (the
 runtime), post (p-value, threshold, regions). Images per second are measured apart from that, through the whole
@@ -12,10 +12,9 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,73 +22,61 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.commands.options import BenchOptions
+from twinspect.commands.results import say_tables
 from twinspect.console import Console
+from twinspect.data.images import read_rgb, resize_rgb
+from twinspect.data.painting import part
 from twinspect.device import peak_mb
-from twinspect.errors import ConfigError, check_range
+from twinspect.errors import ConfigError
+from twinspect.inference.decode import encoded, expand
 from twinspect.inference.predictor import Predictor, check_counts
-from twinspect.inference.runtimes import load_predictor
-from twinspect.types import Progress
+from twinspect.inference.runtimes import is_export, load_predictor, read_export
+from twinspect.report import Table
 
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
 
 
-@dataclass(frozen=True, slots=True)
-class BatchTimes:
-    """One batch size.
+def bench(options: BenchOptions, console: Console) -> None:
+    """Measure a model on this machine: a table for people, one line of JSON at the end.
 
-    Attributes:
-        batch: images per call.
-        images_per_s: through the whole predictor: files in, results out.
-        graph_images_per_s: of the graph alone, at its median time.
-        latency_ms: p50, p95 and p99 of one image (or batch) from file to result, nothing in parallel.
-        share: of that time by stage: decode, preprocess, graph, post.
+    Raises:
+        DataError: no images found.
+        BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
     """
-
-    batch: int
-    images_per_s: float
-    graph_images_per_s: float
-    latency_ms: dict[str, float]
-    share: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class BenchReport:
-    """Everything measured; ``peak_memory_mb`` is of the whole process, None where the system does not say."""
-
-    model: str
-    runtime: str
-    precision: str
-    size: int
-    threads: int
-    images: str
-    batches: tuple[BatchTimes, ...]
-    peak_memory_mb: float | None
-
-    def lines(self) -> Iterator[str]:
-        """A table for people."""
-        yield (
-            f"{self.model}: {self.runtime} {self.precision} at {self.size} px, threads {self.threads or 'auto'}, "
-            f"{self.images}"
-        )
-        yield "batch  images/s  graph only   p50 ms   p95 ms   p99 ms"
-        for one in self.batches:
-            ms = one.latency_ms
-            yield (
-                f"{one.batch:5d}  {one.images_per_s:8.1f}  {one.graph_images_per_s:10.1f} {ms['p50']:8.1f} "
-                f"{ms['p95']:8.1f} {ms['p99']:8.1f}"
-            )
-        for one in self.batches:
-            yield f"share of time at batch {one.batch}: {_percent(one.share)}"
-        if self.peak_memory_mb is not None:
-            yield f"peak memory of the process: {self.peak_memory_mb:.0f} MB"
-
-
-def bench_command(options: BenchOptions, console: Console) -> None:
-    """``twinspect bench``: a table for people, one line of JSON at the end."""
-    report = bench(options, console.progress)
-    for line in report.lines():
-        console.say(line)
-    console.result(json.dumps(asdict(report)))
+    batches = parse_batches(options.batch)
+    for batch in batches:
+        check_counts(options.threads, batch)
+    predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
+    files, images = _files(options.images)
+    rows = []
+    for done, batch in enumerate(batches):
+        console.progress("measuring", done, len(batches))
+        rows.append(_measure(predictor, files, batch, options.seconds / 2))
+    runtime, precision = "torch", "fp32"
+    if is_export(options.model):
+        meta = read_export(options.model)
+        runtime, precision = (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
+    title = (
+        f"{options.model.name}: {runtime} {precision} at {predictor.runtime.size} px, "
+        f"threads {options.threads or 'auto'}, {images}"
+    )
+    columns = ("batch", "images/s", "graph only", "p50 ms", "p95 ms", "p99 ms")
+    body = tuple(
+        (str(row["batch"]), *(f"{x:.1f}" for x in (row["images_per_s"], row["graph_images_per_s"], *ms.values())))
+        for row in rows
+        if (ms := row["latency_ms"])
+    )
+    say_tables([Table(title, columns, body)], console)
+    for row in rows:
+        shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in row["share"].items())
+        console.say(f"share of time at batch {row['batch']}: {shares}")
+    if peak := peak_mb():
+        console.say(f"peak memory of the process: {peak:.0f} MB")
+    values = {
+        "model": options.model.name, "runtime": runtime, "precision": precision, "size": predictor.runtime.size,
+        "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
+    }  # fmt: skip
+    console.result(json.dumps(values))
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
@@ -107,51 +94,14 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def bench(options: BenchOptions, progress: Progress) -> BenchReport:
-    """Measure a model on this machine.
-
-    Raises:
-        DataError: no images found.
-        BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
-    """
-    check_range("--seconds", options.seconds, 0.001, 86_400)
-    batches = parse_batches(options.batch)
-    for batch in batches:
-        check_counts(options.threads, batch)
-    predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
-    files, what = _files(options.images)
-    rows = []
-    for done, batch in enumerate(batches):
-        progress("measuring", done, len(batches))
-        rows.append(_measure(predictor, files, batch, options))
-    runtime, precision = _kind(options)
-    return BenchReport(
-        options.model.name, runtime, precision, predictor.runtime.size, options.threads, what, tuple(rows), peak_mb()
-    )
-
-
-def _kind(options: BenchOptions) -> tuple[str, str]:
-    from twinspect.inference.runtimes import is_export, read_export
-
-    if not is_export(options.model):
-        return "torch", "fp32"
-    meta = read_export(options.model)
-    return (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
-
-
 def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
-    from twinspect.data.images import read_rgb
-    from twinspect.inference.decode import encoded, expand
-
     if images is not None:
         files = []
         for item in islice(expand(images), 64):
             files.append(encoded(item))
             read_rgb(files[-1], name=item.name)  # one that cannot be read would be measured as a very fast one
         return files, f"{len(files)} files of {images.name}"
-    from twinspect.data.painting import part
-
     rng, files = np.random.default_rng(0), []
     for number in range(_PAINTED):
         body = io.BytesIO()
@@ -160,36 +110,35 @@ def _files(images: Path | None) -> tuple[list[bytes], str]:
     return files, f"{_PAINTED} painted JPEGs of {_PAINTED_SIDE} x {_PAINTED_SIDE}"
 
 
-def _measure(predictor: Predictor, files: list[bytes], batch: int, options: BenchOptions) -> BatchTimes:
-    stages = _stages(predictor, files, batch, options.seconds / 2)
-    total = stages["total"]
-    graph = float(np.median(stages["graph"]))
-    shares = {name: float(stages[name].sum() / total.sum()) for name in stages if name != "total"}
-    return BatchTimes(
-        batch,
-        _throughput(predictor, files, batch, options.seconds / 2),
-        batch / graph,
-        {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
-        shares,
-    )
+def _measure(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, Any]:
+    """One batch size: images per second of everything and of the graph alone, latency, share of every stage."""
+    stages = _stages(predictor, files, batch, seconds)
+    total = stages.pop("total")
+    return {
+        "batch": batch,
+        "images_per_s": _throughput(predictor, files, batch, seconds),
+        "graph_images_per_s": batch / float(np.median(stages["graph"])),
+        "latency_ms": {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
+        "share": {name: float(times.sum() / total.sum()) for name, times in stages.items()},
+    }
 
 
 def _stages(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Seconds of every stage of every call."""
-    from twinspect.data.images import read_rgb, resize_rgb
-
+    """Seconds of every stage of every call, nothing in parallel, and their total."""
     size, rows = predictor.runtime.size, defaultdict(list)
-    replay = _Replay(size)
+    answers: Any = {}
+    # Says again what the runtime said, so that only what comes after it is timed.
+    replay: Any = SimpleNamespace(size=size, run=lambda _pixels: answers)
     after = Predictor(replay, predictor.decision, batch, workers=1)
     endless, began = cycle(files), time.perf_counter()
-    for call in range(100_000):
+    for call in count():
         bodies = list(islice(endless, batch))
         marks = [time.perf_counter()]
         drafts = [read_rgb(body, draft_side=size) for body in bodies]
         marks.append(time.perf_counter())
         squares = np.stack([resize_rgb(one, size) for one in drafts])
         marks.append(time.perf_counter())
-        replay.answers = predictor.runtime.run(squares)
+        answers = predictor.runtime.run(squares)
         marks.append(time.perf_counter())
         list(after.predict(squares, maps=True, pixels=False))
         marks.append(time.perf_counter())
@@ -200,18 +149,6 @@ def _stages(predictor: Predictor, files: list[bytes], batch: int, seconds: float
         if call >= 3 and time.perf_counter() - began > seconds:
             break
     return {name: np.array(values) for name, values in rows.items()}
-
-
-class _Replay:
-    """A runtime that says again what another one said, so that only what comes after is timed."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.answers: Mapping[str, NDArray[Any]] = {}
-
-    def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        """The answers kept."""
-        return self.answers
 
 
 def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> float:
@@ -227,7 +164,3 @@ def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: f
             if time.perf_counter() - began > seconds and done >= 2 * batch:
                 break
         return done / (time.perf_counter() - began)
-
-
-def _percent(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items())

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect import data as data_room
 from twinspect.commands.evaluate import TestSet, choose_test, has_learnt, problems
 from twinspect.commands.options import CompareOptions
-from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
-from twinspect.config import LARGEST_SEED
+from twinspect.commands.results import check_outputs, publish, read_data, say_tables
 from twinspect.console import NOTHING_SCORED, Console
-from twinspect.errors import check_range
 from twinspect.evaluation import Evaluation, evaluate
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import is_export, load_predictor
@@ -25,59 +22,48 @@ from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Section, Table, case_of
 
 _SHOWN = 24  # pictures, those that the models differ on most
-_MOST_DRAWS = 100_000
 Rows = Mapping[str, Mapping[str, Any]]  # of a model's results, by path
 Pair = tuple[Rows, Rows]
 
 
-def compare_command(options: CompareOptions, console: Console) -> None:
+def compare(options: CompareOptions, console: Console) -> None:
     """Score the test images with both models, say what differs and write it where asked.
 
     Raises:
         SystemExit: 1, where no image could be scored by both.
     """
-    check_range("--draws", options.draws, 1, _MOST_DRAWS)
-    check_range("--seed", options.seed, 0, LARGEST_SEED)
     check_outputs(options.report, options.json_file)
     paths = (options.first, options.second)
     predictors = [load_predictor(path, device=options.device) for path in paths]
-    loaded = data_room.load(options.data, options.layout, options.images)
-    for line in loaded.summary():
-        console.say(line)
+    loaded = read_data(options.data, options.layout, options.images, console)
     test = choose_test(loaded, options.split, options.seed, predictors)
     console.say(test.describe())
+    measured = []
     for path, predictor in zip(paths, predictors, strict=True):
         if seen := sum(has_learnt(predictor, sample) for sample in test.samples):
             console.warn(f"{path.name} has learnt {seen} of the test images, which flatters it")
-    found = []
-    for path, predictor in zip(paths, predictors, strict=True):
         console.say(f"scoring with {path.name}")
-        found.append(evaluate(predictor, test.samples, console.progress, pooled=test.pooled))
-        for line in problems(found[-1]):
-            console.warn(line)
-    values = as_values(options, test, found)
+        measured.append(evaluate(predictor, test.samples, console.progress, pooled=test.pooled))
+    values = as_values(options, test, measured)
+    for line in problems(values, 2 * _SHOWN):
+        console.warn(line)
     for table in tables(values):
-        for line in text_table(table):
-            console.say(line)
+        say_tables([table], console)
         if table.note:
             console.say(table.note)
-    publish_json(options.json_file, values, console)
-    for path in options.report:
-        shown = sections(values, _pictures(values, predictors, test) if path.suffix.lower() == ".html" else ())
-        facts = {
-            "data": f"{test.name} [{test.hash}]",
-            "test images": f"{values['images']}",
-            "seed": f"{options.seed}",
-        }
-        write_results(path, f"{paths[0].name} and {paths[1].name}", shown, facts, values)
-        console.say(f"wrote {path}")
+    facts = {"data": f"{test.name} [{test.hash}]", "test images": f"{values['images']}", "seed": f"{options.seed}"}
+
+    def shown(pictures: bool) -> list[Section]:
+        return sections(values, _pictures(values, predictors, test) if pictures else ())
+
+    publish(options, f"{paths[0].name} and {paths[1].name}", facts, values, shown, console)
     if not values["images"]:
         raise SystemExit(NOTHING_SCORED)
 
 
-def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation]) -> dict[str, Any]:
+def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluation]) -> dict[str, Any]:
     """Everything found, ready for JSON; ``first`` and ``second`` are the models in the order they were given."""
-    rows = ({row["path"]: row for row in found[0].rows}, {row["path"]: row for row in found[1].rows})
+    rows = ({row["path"]: row for row in measured[0].rows}, {row["path"]: row for row in measured[1].rows})
     both = [path for path in rows[0] if path in rows[1]]
     models = {
         key: {
@@ -86,7 +72,7 @@ def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation
             "model_ms": round(median(row["ms"] for row in one.rows), 2) if one.rows else None,
             "mean": one.table["mean"], "classes": one.table["classes"], "decisions": one.decisions,
         }
-        for key, path, one in zip(("first", "second"), (options.first, options.second), found, strict=True)
+        for key, path, one in zip(("first", "second"), (options.first, options.second), measured, strict=True)
     }  # fmt: skip
     return {
         **models,
@@ -95,7 +81,8 @@ def as_values(options: CompareOptions, test: TestSet, found: Sequence[Evaluation
         "auroc_difference": auroc_difference(rows, both, test.pooled, options.draws, options.seed),
         "decisions": _decisions(rows, both),
         "differ": _differing(rows, both),
-        "failed": sorted({line for one in found for line in one.failed}),
+        "failed": sorted({line for one in measured for line in one.failed}),
+        "masks_not_used": sorted({line for one in measured for line in one.masks}),
     }
 
 
@@ -114,11 +101,11 @@ def auroc_difference(rows: Pair, paths: Sequence[str], pooled: str, draws: int, 
         members.setdefault(pooled or rows[0][path]["true_class"], []).append(path)
     rng, drawn = np.random.default_rng(seed), []
     exact: dict[str, list[float]] = {}
-    for name, own in sorted(members.items()):
-        label = np.array([rows[0][path]["label"] for path in own])
+    for name, paths_of_class in sorted(members.items()):
+        label = np.array([rows[0][path]["label"] for path in paths_of_class])
         if len(set(label.tolist())) < 2:
             continue
-        score = np.array([[one[path]["score"] for path in own] for one in rows])
+        score = np.array([[one[path]["score"] for path in paths_of_class] for one in rows])
         exact[name] = [auroc(one, label) for one in score]
         kinds = [np.flatnonzero(label == kind) for kind in (0, 1)]
         taken = (np.concatenate([rng.choice(kind, len(kind)) for kind in kinds]) for _ in range(draws))
@@ -144,8 +131,8 @@ def _decisions(rows: Pair, paths: Sequence[str]) -> dict[str, Any]:
     """How many images both, one or neither model judges rightly, by label; and McNemar's exact p-value."""
     counts: dict[str, Any] = {}
     for kind, label in (("good", 0), ("defects", 1)):
-        own = [path for path in paths if rows[0][path]["label"] == label]
-        right = [tuple(bool(one[path]["is_anomaly"]) == bool(label) for one in rows) for path in own]
+        of_kind = [path for path in paths if rows[0][path]["label"] == label]
+        right = [tuple(bool(one[path]["is_anomaly"]) == bool(label) for one in rows) for path in of_kind]
         words = {"both": (True, True), "first_only": (True, False), "second_only": (False, True)}
         counts[kind] = {word: right.count(pair) for word, pair in words.items()}
         counts[kind]["neither"] = right.count((False, False))
@@ -157,7 +144,7 @@ def _decisions(rows: Pair, paths: Sequence[str]) -> dict[str, Any]:
 def _differing(rows: Pair, paths: Sequence[str]) -> list[dict[str, Any]]:
     """Images that the models decide differently on, the clearest difference first."""
     names, (first, second) = ("score", "threshold", "severity", "is_anomaly"), rows
-    found = [
+    differ = [
         {
             "path": path, "class": first[path]["true_class"], "label": first[path]["label"],
             "first": {name: first[path][name] for name in names},
@@ -166,7 +153,7 @@ def _differing(rows: Pair, paths: Sequence[str]) -> list[dict[str, Any]]:
         for path in paths
         if first[path]["is_anomaly"] != second[path]["is_anomaly"]
     ]  # fmt: skip
-    return sorted(found, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
+    return sorted(differ, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
 
 
 def size_of(path: Path) -> int:
@@ -218,8 +205,9 @@ def sections(values: dict[str, Any], cases: Sequence[Cases]) -> list[Section]:
     """The comparison for a document."""
     rows = []
     for row in values["differ"]:
-        said = (f"{row[k]['severity']:.2f}{' (called)' if row[k]['is_anomaly'] else ''}" for k in ("first", "second"))
-        rows.append((Path(row["path"]).name, row["class"], "defect" if row["label"] else "good", *said))
+        answers = (row["first"], row["second"])
+        severity = (f"{one['severity']:.2f}{' (called)' if one['is_anomaly'] else ''}" for one in answers)
+        rows.append((Path(row["path"]).name, row["class"], "defect" if row["label"] else "good", *severity))
     columns = ("image", "class", "truth", "severity, first", "severity, second")
     listed = Table("all of them", columns, tuple(rows), "Severity is score / threshold, called bad from 1 on.")
     return [
@@ -234,12 +222,12 @@ def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: Tes
     rows = values["differ"][:_SHOWN]
     if not rows:
         return ()
-    wanted = [samples[row["path"]] for row in rows]
+    differing = [samples[row["path"]] for row in rows]
     cases, scale = [], (0.0, 1.0)
-    for row, *results in zip(rows, *(predictor.predict(wanted) for predictor in predictors), strict=True):
+    for row, *results in zip(rows, *(predictor.predict(differing) for predictor in predictors), strict=True):
         one, other = (case_of(result, "") for result in results)
-        said = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
-        words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {said}"
+        both = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
+        words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {both}"
         cases.append(Case(words, one.image, one.overlay, other.overlay))
         scale = results[0].scale
     note = "Each map has the colours of its own model."

@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.bundle import refuse_unwritable
-from twinspect.charts import Histogram, LineChart, Series
-from twinspect.commands.results import check_outputs, text_table, write_json
+from twinspect.commands.options import DemoOptions
+from twinspect.commands.results import check_outputs, say_tables, write_json
+from twinspect.commands.review import Review
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.detector import Detector
 from twinspect.errors import DataError
 from twinspect.evaluation import Evaluation, evaluate
-from twinspect.inference.result import Result
-from twinspect.metrics import auroc, bootstrap_interval, roc_curve
+from twinspect.metrics import auroc, bootstrap_interval
 from twinspect.models.weights import DEFAULT_EMBEDDED
-from twinspect.report import Gallery, Section, Table, write_report
+from twinspect.report import Section, Table, write_report
 from twinspect.types import TEST, TRAIN, Sample
 
 PACKAGE = "conformal_clip_data"
@@ -61,17 +61,17 @@ FULL = DemoSize(train=400, test=300, steps=TrainConfig().steps, budget_s=90.0)
 QUICK = DemoSize(train=120, test=60, steps=40, budget_s=35.0)
 
 
-def run_demo(out: Path, quick: bool, console: Console) -> None:
+def demo(options: DemoOptions, console: Console) -> None:
     """Train, evaluate, and write ``report.html``, ``metrics.json`` and ``demo.twin`` to a folder.
 
     Raises:
         DataError: the package of images is not installed.
     """
-    run_on(find_images(), out, QUICK if quick else FULL, console)
+    run_on(find_images(), options.out, QUICK if options.quick else FULL, console)
 
 
 def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
-    """`run_demo` on a folder with ``nominal``, ``local`` and ``global`` images, with a given size."""
+    """`demo` on a folder with ``nominal``, ``local`` and ``global`` images, with a given size."""
     bundle, page, numbers = out / "demo.twin", out / "report.html", out / "metrics.json"
     refuse_unwritable(bundle)
     check_outputs([page], str(numbers), "--out")
@@ -86,18 +86,23 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     detector.fit(training, progress=console.progress)
     fit_s = time.monotonic() - began
     detector.save(bundle)
-    gallery = Gallery()
-
-    def visit(sample: Sample, result: Result) -> None:
-        gallery.add(result, kind_of(sample), sample.label == 1)
-
-    measured = evaluate(detector.predictor(), test, console.progress, visit)
+    measured = evaluate(detector.predictor(), test, console.progress)
+    review = Review()
+    for row in measured.rows:
+        review.add(row)
     metrics = measure(detector, measured, fit_s)
     write_json(numbers, metrics)
-    write_report(page, "twinspect demo: textile", sections(metrics, measured, detector, gallery), facts(metrics))
-    for table in (_auroc_table(metrics), _decision_table(metrics)):
-        for line in text_table(table):
-            console.say(line)
+    result, made = sections(metrics)
+    shown, images = [result, *review.sections(detector.predictor().predict), made], metrics["images"]
+    facts = {
+        "Learned from": f"{images['train']} good images, {images['calibration']} more set the threshold",
+        "Tested on": ", ".join(f"{count} {kind}" for kind, count in images["test"].items()),
+        "Teacher": metrics["teacher"]["name"],
+        "Training": f"{metrics['train_s']} s",
+        "Prediction": f"{metrics['predict_img_per_s']} images/s",
+    }
+    write_report(page, "twinspect demo: textile", shown, facts)
+    say_tables((part for part in result.parts if isinstance(part, Table)), console)
     console.say(f"training took {metrics['train_s']} s, prediction {metrics['predict_img_per_s']} images/s")
     console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
@@ -144,41 +149,34 @@ def kind_of(sample: Sample) -> str:
     return sample.defect_type or NOMINAL
 
 
-def column(measured: Evaluation, score: str, kind: str) -> NDArray[np.float64]:
-    """Scores of the test images of one kind."""
-    return np.array([row[score] for row in measured.rows if (row["defect_type"] or NOMINAL) == kind])
-
-
 def against_nominal(measured: Evaluation, score: str, kind: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Scores and labels of the nominal images and of the defects of one kind (or all)."""
-    good = column(measured, score, NOMINAL)
-    bad = np.concatenate([column(measured, score, k) for k in ((LOCAL, GLOBAL) if kind == ALL else (kind,))])
-    return np.concatenate([good, bad]), np.repeat([0, 1], [len(good), len(bad)])
+    rows = [row for row in measured.rows if kind == ALL or row["defect_type"] in ("", kind)]
+    return np.array([row[score] for row in rows]), np.array([row["label"] for row in rows])
 
 
 def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str, Any]:
     """Everything that goes to ``metrics.json``; ``train_s`` is all of fit: features, steps, statistics."""
-    tables = {
-        score: {kind: round(auroc(*against_nominal(measured, score, kind)), 4) for kind in (LOCAL, GLOBAL, ALL)}
-        for score in SCORES
+    kinds, record, threshold = (LOCAL, GLOBAL, ALL), detector.record_, detector.fitted.decision.threshold
+    both, local, semantic = (
+        {kind: round(auroc(*against_nominal(measured, score, kind)), 4) for kind in kinds} for score in SCORES
+    )
+    # How much of a number is luck of the test images.
+    spans = {k: bootstrap_interval(*against_nominal(measured, "score", k), auroc, n=300) for k in kinds}
+    scores = {
+        kind: np.array([row["score"] for row in measured.rows if (row["defect_type"] or NOMINAL) == kind])
+        for kind in (NOMINAL, LOCAL, GLOBAL)
     }
-    record, threshold = detector.record_, detector.fitted.decision.threshold
-    scores = {kind: column(measured, "score", kind) for kind in (NOMINAL, LOCAL, GLOBAL)}
     return {
-        "auroc": tables["score"],
-        "auroc_ed_only": tables["score_local"],
-        "auroc_ee_only": tables["score_semantic"],
+        "auroc": both,
+        "auroc_ed_only": local,
+        "auroc_ee_only": semantic,
         "train_s": round(fit_s, 1),
         "predict_img_per_s": round(len(measured.rows) / measured.seconds, 2),
-        "auroc_interval_95": {kind: interval(measured, kind) for kind in (LOCAL, GLOBAL, ALL)},
-        "called_anomalous": {
-            kind: round(float((values >= threshold.value).mean()), 4) for kind, values in scores.items()
-        },
+        "auroc_interval_95": {kind: [round(low, 4), round(high, 4)] for kind, (low, high) in spans.items()},
+        "called_anomalous": {kind: round(float((one >= threshold.value).mean()), 4) for kind, one in scores.items()},
         "threshold": {"value": threshold.value, "promise": threshold.sentence},
-        "images": {
-            **record["images"],
-            "test": {kind: len(values) for kind, values in scores.items()},
-        },
+        "images": {**record["images"], "test": {kind: len(one) for kind, one in scores.items()}},
         "failed": measured.failed,
         "training": record["training"],
         "seed": SEED,
@@ -188,99 +186,28 @@ def measure(detector: Detector, measured: Evaluation, fit_s: float) -> dict[str,
     }
 
 
-def interval(measured: Evaluation, kind: str) -> list[float]:
-    """95 % bootstrap interval of the joint AUROC: how much of a number is luck of the test images."""
-    low, high = bootstrap_interval(*against_nominal(measured, "score", kind), auroc, n=300)
-    return [round(low, 4), round(high, 4)]
-
-
-def sections(metrics: dict[str, Any], measured: Evaluation, detector: Detector, gallery: Gallery) -> list[Section]:
-    """The report: what was measured, how scores fall, the hardest and clearest images, how it was made."""
-    scale = detector.fitted.decision.map_scale
-    return [
-        Section("Result", _result_words(metrics), (_auroc_table(metrics), _decision_table(metrics))),
-        Section("ROC curves", (), _roc_charts(measured)),
-        Section(
-            "Scores by kind",
-            ("A higher score is more anomalous. Every row has its own height; the axis is common.",),
-            _histograms(measured, detector.fitted.decision.threshold.value),
-        ),
-        Section(
-            "Hardest images",
-            ("Of each kind, the images whose score speaks most against the truth: what this model gets wrong.",),
-            gallery.cases(hardest=True, scale=scale),
-        ),
-        Section("Clearest images", (), gallery.cases(hardest=False, scale=scale)),
-        Section("How it was made", (), (_settings_table(metrics),)),
-    ]
-
-
-def facts(metrics: dict[str, Any]) -> dict[str, str]:
-    """Short statements for the head of the report."""
-    images = metrics["images"]
-    return {
-        "Learned from": f"{images['train']} good images, {images['calibration']} more set the threshold",
-        "Tested on": ", ".join(f"{count} {kind}" for kind, count in images["test"].items()),
-        "Teacher": metrics["teacher"]["name"],
-        "Training": f"{metrics['train_s']} s",
-        "Prediction": f"{metrics['predict_img_per_s']} images/s",
-    }
-
-
-def _result_words(metrics: dict[str, Any]) -> tuple[str, ...]:
-    return (
+def sections(metrics: dict[str, Any]) -> tuple[Section, Section]:
+    """What was measured, and how it was made."""
+    kinds = (LOCAL, GLOBAL, ALL)
+    words = (
         "One model saw good textile images only. Local defects change a small spot, global ones the whole "
         "image. The local student (ED) rebuilds patches, the semantic student (EE) the whole image's meaning; "
         "their joint score is a Noisy-OR.",
         f"Threshold {metrics['threshold']['value']:.3f}: {metrics['threshold']['promise']}.",
     )
-
-
-def _auroc_table(metrics: dict[str, Any]) -> Table:
-    kinds = (LOCAL, GLOBAL, ALL)
     keys = ("auroc", "auroc_ed_only", "auroc_ee_only")
     rows = [(name, *(metrics[key][k] for k in kinds)) for name, key in zip(SCORES.values(), keys, strict=True)]
-    spans = (f"{low:.4f} to {high:.4f}" for low, high in (metrics["auroc_interval_95"][k] for k in kinds))
+    spans = ("95 % interval of both", *("{:.4f} to {:.4f}".format(*metrics["auroc_interval_95"][k]) for k in kinds))
     note = "1 is perfect, 0.5 is guessing. The interval is a bootstrap over the test images."
-    title = "Image AUROC against unseen good images"
-    return Table(title, ("score", *kinds), (*rows, ("95 % interval of both", *spans)), note)
-
-
-def _decision_table(metrics: dict[str, Any]) -> Table:
+    areas = Table("Image AUROC against unseen good images", ("score", *kinds), (*rows, spans), note)
     counts, called = metrics["images"]["test"], metrics["called_anomalous"]
-    rows = tuple((kind, counts[kind], f"{called[kind]:.1%}") for kind in counts)
-    return Table("Called anomalous at the threshold", ("kind", "images", "called anomalous"), rows)
-
-
-def _roc_charts(measured: Evaluation) -> tuple[LineChart, ...]:
-    def chart(title: str, lines: list[tuple[str, str, str]]) -> LineChart:
-        curves = ((name, roc_curve(*against_nominal(measured, score, kind))) for name, score, kind in lines)
-        series = tuple(Series(name, fpr, tpr) for name, (fpr, tpr, _) in curves)
-        return LineChart(title, "false positive rate", "true positive rate", series)
-
-    joint = chart("Joint score, by kind of defect", [(kind, "score", kind) for kind in (LOCAL, GLOBAL, ALL)])
-    names = {"score": "both", "score_local": "local student", "score_semantic": "semantic student"}
-    return joint, chart("All defects, by student", [(name, score, ALL) for score, name in names.items()])
-
-
-def _histograms(measured: Evaluation, threshold: float) -> tuple[Histogram, ...]:
-    return tuple(
-        Histogram(
-            name[:1].upper() + name[1:],
-            "score",
-            {kind: column(measured, score, kind) for kind in (NOMINAL, LOCAL, GLOBAL)},
-            threshold if score == "score" else None,
-        )
-        for score, name in SCORES.items()
-    )
-
-
-def _settings_table(metrics: dict[str, Any]) -> Table:
+    calls = tuple((kind, counts[kind], f"{called[kind]:.1%}") for kind in counts)
+    decisions = Table("Called anomalous at the threshold", ("kind", "images", "called anomalous"), calls)
     settings = {**metrics["settings"]["model"], **metrics["settings"]["train"], "size": metrics["size"]}
-    training = metrics["training"]
-    rows = [
+    made = [
         ("teacher weights", f"{metrics['teacher']['weights']}, hash {metrics['teacher']['hash']}"),
-        ("steps taken", f"{training['steps']} ({training['stopped']})"),
+        ("steps taken", f"{metrics['training']['steps']} ({metrics['training']['stopped']})"),
         *((name, str(value)) for name, value in settings.items() if value != ""),
     ]
-    return Table("Settings", ("setting", "value"), tuple(rows))
+    table = Table("Settings", ("setting", "value"), tuple(made))
+    return Section("Result", words, (areas, decisions)), Section("How it was made", (), (table,))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from twinspect import data as data_room
+from twinspect import data
 from twinspect.commands.options import DiagnoseOptions
-from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
+from twinspect.commands.results import check_outputs, publish, say_tables
 from twinspect.console import Console
 from twinspect.decide.decision import mixed_up
-from twinspect.diagnose import Diagnosis, Plan
+from twinspect.diagnose import KINDS, Composite, Diagnosis, Plan
 from twinspect.diagnose import diagnose as run
 from twinspect.inference import load
-from twinspect.report import Gallery, Section, Table
+from twinspect.inference.result import Result
+from twinspect.report import Case, Cases, Section, Table, case_of
 
 _TITLES = {
     "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
@@ -21,37 +22,53 @@ _TITLES = {
     "pixel_auroc": "CutPaste: pixel AUROC of finding the pasted piece",
     "aupro": "CutPaste: AUPRO (to 0.3) of finding the pasted piece",
 }
+_TEXT = (
+    "Normal images of different classes were laid over each other (Mixup) or pasted into each other (CutPaste). "
+    "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
+    "0.5 is guessing, 1 is certain."
+)
 _HARDEST = 5  # pictures of each kind in a report
 _HIDDEN = 0.9  # AUROC below which a class is said to hide in another
 
 
-def diagnose_command(options: DiagnoseOptions, console: Console) -> None:
+def diagnose(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
     names = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     plan = Plan(options.count, options.normals, options.seed, names)
     check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)
-    samples = data_room.load(options.data, options.layout, options.images).samples
-    gallery = Gallery(keep=_HARDEST)
+    samples = data.load(options.data, options.layout, options.images).samples
+    passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
+
+    def visit(made: Composite, result: Result) -> None:
+        passed[made.kind].append((result.score, case_of(result, made.kind)))
+        passed[made.kind] = sorted(passed[made.kind], key=lambda one: one[0])[:_HARDEST]
+
     pictures = any(path.suffix.lower() == ".html" for path in options.report)
-    visit = (lambda made, result: gallery.add(result, made.kind, True)) if pictures else None
-    diagnosis = run(predictor, samples, plan, console.progress, visit)
+    diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
     values = {
         "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
         "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
     }  # fmt: skip
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    for table in matrices(diagnosis):
-        for line in text_table(table):
-            console.say(line)
+    say_tables(matrices(diagnosis), console)
     for line in sentences(diagnosis):
         console.say(line)
-    publish_json(options.json_file, values, console)
-    for path in options.report:
-        shown = sections(diagnosis, gallery, predictor.decision.map_scale)
-        write_results(path, f"How classes interfere in {options.bundle.name}", shown, facts(values), values)
-        console.say(f"wrote {path}")
+    shown = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
+    if pictures:
+        scale = predictor.decision.map_scale
+        cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())
+        shown.append(Section("What passed most easily", (), tuple(cases)))
+    facts = {
+        "model": f"{values['bundle']} ({values['model_id']})",
+        "data": values["data"],
+        "images per pair and kind": str(options.count),
+        "normal images per class": f"up to {options.normals} of {', '.join(sorted(set(diagnosis.splits.values())))}",
+        "seed": str(options.seed),
+    }
+    title = f"How classes interfere in {options.bundle.name}"
+    publish(options, title, facts, values, lambda _: shown, console)
 
 
 def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
@@ -90,28 +107,3 @@ def sentences(diagnosis: Diagnosis) -> Iterator[str]:
 def _noticed(pair: dict[str, Any]) -> float:
     """How surely a class is noticed inside another, at its worst."""
     return min(float(pair["mixup_auroc"]), float(pair["cutpaste_auroc"]))
-
-
-def sections(diagnosis: Diagnosis, gallery: Gallery, scale: tuple[float, float]) -> list[Section]:
-    """Matrices, then the images that passed most easily."""
-    text = (
-        "Normal images of different classes were laid over each other (Mixup) or pasted into each other (CutPaste). "
-        "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
-        "0.5 is guessing, 1 is certain.",
-        *sentences(diagnosis),
-    )
-    shown = [Section("Which class hides which", text, tuple(matrices(diagnosis)))]
-    cases = gallery.cases(True, scale)
-    return [*shown, Section("What passed most easily", (), cases)] if cases else shown
-
-
-def facts(values: dict[str, Any]) -> dict[str, str]:
-    """What must stand beside the numbers."""
-    splits = sorted(set(values["normal_images_from"].values()))
-    return {
-        "model": f"{values['bundle']} ({values['model_id']})",
-        "data": values["data"],
-        "images per pair and kind": str(values["count"]),
-        "normal images per class": f"up to {values['normals']} of {', '.join(splits)}",
-        "seed": str(values["seed"]),
-    }

@@ -6,50 +6,40 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from twinspect._version import __version__
+from twinspect.commands.options import DoctorOptions
+from twinspect.console import Console
 from twinspect.device import usable_cores, waiting
 from twinspect.errors import TwinspectError
-from twinspect.models.weights import (
-    EMBEDDED,
-    SHORT_NAMES,
-    explain_auto,
-    find_weights,
-    record_file,
-    resolve_auto,
-    store_dir,
-    stored_file,
-)
+from twinspect.models.weights import EMBEDDED, SHORT_NAMES, explain_auto, find_weights, record_file, resolve_auto
+from twinspect.models.weights import store_dir as weights_folder
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
-_BUSY = 0.5  # load average of a machine that other work is using
-_OLDEST_PYTHON = (3, 11)
 _OF_CHECKOUT = ("dev", "docs")  # extras that are of use in a checkout of the project only
+_BUSY = 0.5  # load average of a machine that other work is using
+
+
+def doctor(options: DoctorOptions, console: Console) -> None:
+    """Print what this machine has; nothing is downloaded, built or written."""
+    for line in examine():
+        console.say(line)
 
 
 def examine() -> list[str]:
-    """Versions, extras, cores and memory, CUDA devices, teachers, caches; ends with ready or what to fix.
-
-    Nothing is downloaded, built or written.
-    """
+    """Versions, extras, cores and memory, CUDA devices, teachers, caches; ends with ready or what to fix."""
     problems: list[str] = []
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
-        *_versions(problems),
-        *_extras(),
+        *_packages(problems),
         *_machine(problems),
-        *_devices(problems),
         "",
-        *_teachers(),
-        "",
-        *_stores(),
-        *_automatic(problems),
+        *_teachers(problems),
         "",
     ]
     if problems:
@@ -57,23 +47,20 @@ def examine() -> list[str]:
     return [*lines, "ready; try: twinspect demo --quick"]
 
 
-def _versions(problems: list[str]) -> Iterator[str]:
-    if sys.version_info < _OLDEST_PYTHON:
-        problems.append("Python 3.11 or newer is needed")
+def _packages(problems: list[str]) -> Iterator[str]:
+    """What is installed, and the extras as this installation declares them."""
     versions = {name: _version(name) for name in _CORE}
-    for name in (n for n, version in versions.items() if not version):
-        problems.append(f"{name} is not installed; type: pip install twinspect")
+    problems += [f"{name} is not installed; type: pip install twinspect" for name in _CORE if not versions[name]]
     yield "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
-
-
-def _extras() -> Iterator[str]:
-    """Optional parts as this installation declares them."""
     for extra, names in declared_extras().items():
-        absent = [name for name in names if not _version(name)]
-        if not absent:
-            yield f"extra {extra}: present"
-        elif extra not in _OF_CHECKOUT:
-            yield f'extra {extra}: lacks {", ".join(absent)}; type: pip install "twinspect[{extra}]"'
+        absent = ", ".join(name for name in names if not _version(name))
+        if absent and extra in _OF_CHECKOUT:
+            continue
+        yield (
+            f'extra {extra}: lacks {absent}; type: pip install "twinspect[{extra}]"'
+            if absent
+            else (f"extra {extra}: present")
+        )
 
 
 def declared_extras() -> dict[str, list[str]]:
@@ -82,14 +69,12 @@ def declared_extras() -> dict[str, list[str]]:
         metadata = importlib.metadata.metadata("twinspect")
     except importlib.metadata.PackageNotFoundError:
         return {}
-    optional = [
-        one for line in metadata.get_all("Requires-Dist") or [] if (one := Requirement(line)).marker is not None
-    ]
-    extras = {
-        extra: [one.name for one in optional if one.marker is not None and one.marker.evaluate({"extra": extra})]
+    needs = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    return {
+        extra: names
         for extra in metadata.get_all("Provides-Extra") or []
+        if (names := [one.name for one in needs if one.marker and one.marker.evaluate({"extra": extra})])
     }
-    return {name: names for name, names in extras.items() if names}
 
 
 def _machine(problems: list[str]) -> Iterator[str]:
@@ -97,17 +82,24 @@ def _machine(problems: list[str]) -> Iterator[str]:
     if 0 < memory < _LITTLE_MEMORY:
         problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
     size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
-    yield f"processor: {usable_cores()} cores, {size}{_load()}"
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    load = f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
+    yield f"processor: {usable_cores()} cores, {size}{load}"
     yield f"how torch's threads share the cores: {waiting()}"
+    if not _version("torch"):
+        return
+    import torch
 
-
-def _load() -> str:
-    """How many processes want a core; with more than there are, everything takes longer."""
+    if not torch.cuda.device_count():
+        build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
+        yield f"CUDA: none ({build}); everything runs on the processor"
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        yield f"CUDA {number}: {device.name}, {device.total_memory / 1e9:.1f} GB"
     try:
-        busy = os.getloadavg()[0]
-    except (AttributeError, OSError):  # Windows
-        return ""
-    return f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
+        from twinspect.models.timm_import import timm  # noqa: F401
+    except (TwinspectError, ImportError, RuntimeError) as error:
+        problems.append(f"timm cannot be imported: {error}")
 
 
 def _memory() -> int:
@@ -118,30 +110,20 @@ def _memory() -> int:
         return 0
 
 
-def _devices(problems: list[str]) -> Iterator[str]:
-    if importlib.util.find_spec("torch") is None:
-        return
-    import torch
-
-    count = torch.cuda.device_count()
-    if not count:
-        build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
-        yield f"CUDA: none ({build}); everything runs on the processor"
-    for number in range(count):
-        device = torch.cuda.get_device_properties(number)
-        yield f"CUDA {number}: {device.name}, {device.total_memory / 1e9:.1f} GB"
+def _teachers(problems: list[str]) -> Iterator[str]:
+    """Every teacher and where its weights are, the folders, and which teacher is taken by default."""
+    names, archs = (max(map(len, column)) for column in (SHORT_NAMES.keys(), SHORT_NAMES.values()))
+    yield f"{'teacher':<{names}}  {'architecture':<{archs}}  weights"
+    yield from (f"{name:<{names}}  {arch:<{archs}}  {_where(name)}" for name, arch in SHORT_NAMES.items())
+    yield ""
+    for what, folder in (("weights", weights_folder()), ("feature cache", weights_folder().with_name("features"))):
+        yield f"{what}: {folder} ({_content(folder)})"
+    chosen = resolve_auto()
     try:
-        from twinspect.models.timm_import import timm  # noqa: F401
-    except (TwinspectError, ImportError, RuntimeError) as error:
-        problems.append(f"timm cannot be imported: {error}")
-
-
-def _teachers() -> Iterator[str]:
-    rows = [("teacher", "architecture", "weights")]
-    rows += [(name, arch, _where(name)) for name, arch in SHORT_NAMES.items()]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, arch, where in rows:
-        yield f"{name:<{widths[0]}}  {arch:<{widths[1]}}  {where}"
+        find_weights(chosen)
+    except TwinspectError as error:
+        problems.append(str(error))
+    yield f"--teacher auto takes: {explain_auto(chosen)}"
 
 
 def _where(name: str) -> str:
@@ -157,44 +139,14 @@ def _where(name: str) -> str:
     return f"here ({origin}: {source.path.name})"
 
 
-def _stores() -> Iterator[str]:
-    features = store_dir().with_name("features")
-    for what, folder, remark in (("weights", store_dir(), ""), ("feature cache", features, ", may be deleted")):
-        yield f"{what}: {folder} ({_content(folder, remark)})"
-
-
-def _content(folder: Path, remark: str) -> str:
+def _content(folder: Path) -> str:
     try:
         os.scandir(folder).close()
-    except FileNotFoundError:
+        return f"{sum(one.stat().st_size for one in folder.rglob('*')) / 1e9:.2f} GB"
+    except FileNotFoundError:  # also of a file that is deleted meanwhile
         return "empty"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}; set another folder with TWINSPECT_HOME"
-    return f"{_size(folder) / 1e9:.2f} GB{remark}"
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for root, _, files in os.walk(folder):
-        total += sum(_file_size(Path(root) / name) for name in files)
-    return total
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # deleted meanwhile
-        return 0
-
-
-def _automatic(problems: list[str]) -> Sequence[str]:
-    chosen = resolve_auto()
-    if stored_file(chosen) is None:
-        try:
-            find_weights(chosen)
-        except TwinspectError as error:
-            problems.append(str(error))
-    return [f"--teacher auto takes: {explain_auto(chosen)}"]
 
 
 def _version(distribution: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from twinspect import data as data_room
+from twinspect import evaluation
 from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import (
     MAP_SIZE,
@@ -15,9 +16,9 @@ from twinspect.commands.results import (
     grouped,
     mean_of,
     metric_table,
-    publish_json,
-    text_table,
-    write_results,
+    publish,
+    read_data,
+    say_tables,
 )
 from twinspect.commands.review import Review
 from twinspect.console import NOTHING_SCORED, Console
@@ -37,7 +38,6 @@ from twinspect.decide.decision import count_calls
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
-from twinspect.evaluation import Evaluation, evaluate, shared_defects, test_samples
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.report import Section, Table
@@ -76,7 +76,7 @@ class TestSet:
         )
 
 
-def eval_command(options: EvalOptions, console: Console) -> None:
+def evaluate(options: EvalOptions, console: Console) -> None:
     """Score the test images of a data set, print the metrics and write them where asked.
 
     Raises:
@@ -84,40 +84,43 @@ def eval_command(options: EvalOptions, console: Console) -> None:
     """
     check_outputs(options.report, options.json_file)
     detector = Detector.load(options.bundle, options.weights)
-    loaded = data_room.load(options.data, options.layout, options.images)
-    for line in loaded.summary():
-        console.say(line)
-    recorded = detector.record_.get("split", {})
-    test = choose_test(
-        loaded, options.split or recorded.get("name", ""), detector.config.train.seed, [detector.predictor()]
-    )
+    predictor, recorded = detector.predictor(), detector.record_.get("split", {})
+    loaded = read_data(options.data, options.layout, options.images, console)
+    test = choose_test(loaded, options.split or recorded.get("name", ""), detector.config.train.seed, [predictor])
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
-    pairs = leaked_pairs(test) if options.leaks or options.drop_leaks else []
+    pairs = find_leaks([*test.known, *test.samples]) if options.leaks or options.drop_leaks else []
     test = without_leaks(test, pairs) if options.drop_leaks else test
     console.say(test.describe())
     if options.leaks or options.drop_leaks:
         console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
-    found = evaluate(detector.predictor(), test.samples, console.progress, pooled=test.pooled)
+    measured = evaluation.evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
     review = Review(test.pooled)
-    for row in found.rows:
+    for row in measured.rows:
         review.add(row)
-    values = {
-        **as_values(options, loaded, detector, test, found, pairs),
-        "other_thresholds": review.other_thresholds(),
-    }
-    notes = remarks(values, loaded)
-    for line in problems(found):
+    values = as_values(options, loaded, detector, test, measured, pairs)
+    values["other_thresholds"] = review.other_thresholds()
+    # Masks are not spoken of again if the data's summary did.
+    masks_named = any("no mask" in note for note in loaded.notes)
+    notes = grouped((text for text in values["undefined"] if not (masks_named and "mask" in text)), values["classes"])
+    for line in (*problems(values, _SHOWN), *notes):
         console.warn(line)
-    for line in notes:
-        console.warn(line)
-    samples = {sample.name: sample for sample in test.samples}
+    say_tables(tables(values), console)
 
     def again(names: list[str]) -> Iterator[Result]:
-        return detector.predictor().predict([samples[name] for name in names])
+        samples = {sample.name: sample for sample in test.samples}
+        return predictor.predict([samples[name] for name in names])
 
-    publish(options, values, notes, lambda pictures: review.sections(again if pictures else None), console)
-    if not found.rows:
+    def sections(pictures: bool) -> list[Section]:
+        first, *others = tables(values)
+        parts = [first, *others] if not values["decisions"] else others
+        more = [Section("Decisions", (), (first,))] if values["decisions"] else []
+        more += [*review.sections(again if pictures else None), Section("Metrics", (), tuple(parts))]
+        lines = (*notes, *problems(values))
+        return [*more, Section("Remarks", lines)] if lines else more
+
+    publish(options, f"{options.bundle.name} on {options.data.name}", facts(values), values, sections, console)
+    if not measured.rows:
         raise SystemExit(NOTHING_SCORED)
 
 
@@ -142,7 +145,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
     samples: Sequence[Sample] = loaded.samples
     if predictors and not any(s.split == TEST and s.label == 0 for s in samples):
         samples = unlearnt_as_test(samples, predictors)
-    test = tuple(test_samples(samples))
+    test = tuple(evaluation.test_samples(samples))
     known = tuple(s for s in samples if s.split != TEST)
     return TestSet(AS_GIVEN, content_hash([(TEST, test)]), known, test)
 
@@ -171,11 +174,6 @@ def of_split(split: Split) -> TestSet:
     return TestSet(split.name, split.hash, (*split.train, *split.calibration), split.test, pooled)
 
 
-def leaked_pairs(test: TestSet) -> list[Pair]:
-    """Byte-equal pairs of a training (or calibration) image and a test image."""
-    return find_leaks([*test.known, *test.samples])
-
-
 def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
     """The test set without images that are also training images: the model has seen those.
 
@@ -183,10 +181,10 @@ def without_leaks(test: TestSet, pairs: Sequence[Pair]) -> TestSet:
         DataError: none is left.
     """
     leaked = {sample for _, sample in pairs}
-    kept = tuple(sample for sample in test.samples if sample not in leaked)
-    if not kept:
+    unseen = tuple(sample for sample in test.samples if sample not in leaked)
+    if not unseen:
         raise DataError("every test image is also a training image; nothing is left to measure on")
-    return replace(test, samples=kept, hash=content_hash([(TEST, kept)])) if leaked else test
+    return replace(test, samples=unseen, hash=content_hash([(TEST, unseen)])) if leaked else test
 
 
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
@@ -200,22 +198,27 @@ def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
 
 
 def as_values(
-    options: EvalOptions, loaded: Loaded, detector: Detector, test: TestSet, found: Evaluation, pairs: Sequence[Pair]
+    options: EvalOptions,
+    loaded: Loaded,
+    detector: Detector,
+    test: TestSet,
+    measured: evaluation.Evaluation,
+    pairs: Sequence[Pair],
 ) -> dict[str, Any]:
     """Everything found, ready for JSON: ``classes``, ``mean``, ``config`` and more."""
     values = {
-        **found.table,
-        "defects_mean": shared_defects(found.table["defects"]),
-        "students": {name: table["mean"] for name, table in found.students.items()},
-        "decisions": found.decisions,
-        "defect_decisions": by_defect(found.rows, test.pooled),
-        "decisions_mean": {k: v for k, v in mean_of(found.decisions).items() if k.endswith("_rate")},
+        **measured.table,
+        "defects_mean": evaluation.shared_defects(measured.table["defects"]),
+        "students": {name: table["mean"] for name, table in measured.students.items()},
+        "decisions": measured.decisions,
+        "defect_decisions": by_defect(measured.rows, test.pooled),
+        "decisions_mean": {k: v for k, v in mean_of(measured.decisions).items() if k.endswith("_rate")},
         "split": {"name": test.name, "hash": test.hash, "kind": SEMANTIC if test.pooled else INDUSTRIAL},
-        "failed": found.failed,
-        "masks_not_used": found.masks,
+        "failed": measured.failed,
+        "masks_not_used": measured.masks,
         "config": {
             "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
-            "seconds": round(found.seconds, 2), "test_images": len(found.rows), "failed": len(found.failed),
+            "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(measured.failed),
             "mask_rule": MASK_RULE, "map_size": MAP_SIZE, **detector.config.to_dict(), **detector.record_,
         },
     }  # fmt: skip
@@ -223,79 +226,43 @@ def as_values(
         leaked = [[str(test_one.image), str(known.image)] for known, test_one in pairs]
         values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
-        values["intervals"] = found.intervals(seed=detector.config.train.seed)
+        values["intervals"] = measured.intervals(seed=detector.config.train.seed)
     return values
 
 
 def by_defect(rows: Sequence[dict[str, Any]], pooled: str) -> dict[str, dict[str, dict[str, float]]]:
     """Defects found at the thresholds in use: class -> defect type -> counts, as `count_calls` gives them."""
-    bad = [row for row in rows if row["label"]]
-    names = {(pooled or row["true_class"]): None for row in bad}
-    return {
-        name: count_calls(
-            (row["defect_type"], 1, row["is_anomaly"]) for row in bad if (pooled or row["true_class"]) == name
-        )
-        for name in sorted(names)
-    }
+    calls = defaultdict(list)
+    for row in rows:
+        if row["label"]:
+            calls[pooled or row["true_class"]].append((row["defect_type"], 1, row["is_anomaly"]))
+    return {name: count_calls(calls[name]) for name in sorted(calls)}
 
 
-def remarks(values: dict[str, Any], loaded: Loaded) -> list[str]:
-    """What is undefined and why; masks are not spoken of again if the data's summary did."""
-    said = any("no mask" in note for note in loaded.notes)
-    sentences = [text for text in values["undefined"] if not (said and "mask" in text)]
-    return grouped(sentences, values["classes"])
-
-
-def problems(found: Evaluation) -> Iterator[str]:
-    """Images that were not scored and masks that were not used, the first of many."""
-    for what, lines in (("not scored", found.failed), ("mask not used, image metrics only", found.masks)):
-        yield from (f"{what}: {line}" for line in lines[:_SHOWN])
-        if len(lines) > _SHOWN:
-            yield f"{what}: {len(lines) - _SHOWN:,} more (all of them are in the JSON)"
-
-
-def problem_lines(values: dict[str, Any]) -> Iterator[str]:
-    """All of them, for a document."""
-    yield from (f"Not scored: {text}" for text in values["failed"])
-    yield from (f"Mask not used: {text}" for text in values["masks_not_used"])
-
-
-def publish(
-    options: EvalOptions, values: dict[str, Any], notes: Sequence[str], shown: Callable[[bool], list[Section]],
-    console: Console,
-) -> None:  # fmt: skip
-    """Print the tables and write the files asked for; ``shown`` gives more for these, with pictures or not."""
-    for line in metric_lines(values):
-        console.say(line)
-    publish_json(options.json_file, values, console)
-    title = f"{options.bundle.name} on {options.data.name}"
-    for path in options.report:
-        found = sections(
-            values, notes, [] if path.suffix.lower() == ".json" else shown(path.suffix.lower() == ".html")
-        )
-        write_results(path, title, found, facts(values), values)
-        console.say(f"wrote {path}")
-
-
-def metric_lines(values: dict[str, Any]) -> Iterator[str]:
-    """Metrics as aligned text tables: classes and mean, defect types, each student alone."""
-    for table in tables(values):
-        yield from text_table(table)
+def problems(values: Mapping[str, Any], most: int | None = None) -> Iterator[str]:
+    """Images that were not scored and masks that were not used: all of them, or the first of many."""
+    for what, key in (("not scored", "failed"), ("mask not used, image metrics only", "masks_not_used")):
+        lines = values[key]
+        yield from (f"{what}: {line}" for line in lines[:most])
+        if most is not None and len(lines) > most:
+            yield f"{what}: {len(lines) - most:,} more (all of them are in the JSON)"
 
 
 def tables(values: dict[str, Any]) -> list[Table]:
     """The tables of an evaluation."""
-    found = [decision_table(values)] if values["decisions"] else []
+    shown = [decision_table(values)] if values["decisions"] else []
     if values["mean"]:  # undefined with one label only, which a remark says
-        found.append(metric_table("metrics", values["classes"], values["mean"]))
+        shown.append(metric_table("metrics", values["classes"], values["mean"]))
         students = {f"{name} alone": row for name, row in values["students"].items()}
-        columns = list(dict.fromkeys(metric for row in students.values() for metric in row))
-        rows = tuple((name, *(row.get(metric, "-") for metric in columns)) for name, row in students.items())
-        found.append(Table("mean of each student alone", ("score", *columns), rows))
-    found += defect_tables(values)
-    if values.get("intervals"):
-        found.append(_interval_table(values["intervals"]))
-    return found
+        shown.append(metric_table("mean of each student alone", students, first="score"))
+    shown += defect_tables(values)
+    if intervals := values.get("intervals"):
+        rows = {
+            name: {metric: f"{low:.4f} - {high:.4f}" for metric, (low, high) in row.items()}
+            for name, row in intervals.items()
+        }
+        shown.append(metric_table("95 % bootstrap intervals over the test images", rows))
+    return shown
 
 
 def decision_table(values: dict[str, Any]) -> Table:
@@ -327,39 +294,20 @@ def defect_tables(values: dict[str, Any]) -> list[Table]:
 
     def row(name: str, kind: str, numbers: Iterable[float | str]) -> None:
         one = calls.get(name, {}).get(kind)
-        told = (f"{one['found']} of {one['defects']}", f"{100 * one['found_rate']:.1f}") if one else ("", "")
-        rows.append((name, kind, *(told if calls else ()), *numbers))
+        counts = (f"{one['found']} of {one['defects']}", f"{100 * one['found_rate']:.1f}") if one else ("", "")
+        rows.append((name, kind, *(counts if calls else ()), *numbers))
 
     for name in sorted({*calls, *(name for by_class, _ in shown for name in by_class)}):
-        own = [by_class.get(name, {}) for by_class, _ in shown]
-        for kind in dict.fromkeys((*calls.get(name, {}), *(kind for one in own for kind in one))):
-            row(name, kind, (one.get(kind, "-") for one in own))
-    means = [shared_defects(by_class) for by_class, _ in shown]
+        by_kind = [by_class.get(name, {}) for by_class, _ in shown]
+        for kind in dict.fromkeys((*calls.get(name, {}), *(kind for one in by_kind for kind in one))):
+            row(name, kind, (one.get(kind, "-") for one in by_kind))
+    means = [evaluation.shared_defects(by_class) for by_class, _ in shown]
     for kind in dict.fromkeys(kind for mean in means for kind in mean):
         row("mean of classes", kind, (mean.get(kind, "-") for mean in means))
     if any(means):
         row("mean of classes", "mean of the types", (sum(m.values()) / len(m) if m else "-" for m in means))
     columns = ("class", "defect", *(("found", "found, %") if calls else ()), *(title for _, title in shown))
     return [Table("defect types", columns, tuple(rows))] if rows else []
-
-
-def _interval_table(intervals: dict[str, dict[str, Sequence[float]]]) -> Table:
-    names = list(dict.fromkeys(metric for row in intervals.values() for metric in row))
-    rows = tuple(
-        (name, *(f"{row[m][0]:.4f} - {row[m][1]:.4f}" if m in row else "-" for m in names))
-        for name, row in intervals.items()
-    )
-    return Table("95 % bootstrap intervals over the test images", ("class", *names), rows)
-
-
-def sections(values: dict[str, Any], notes: Sequence[str], more: Sequence[Section] = ()) -> list[Section]:
-    """The same tables for a document, with what is undefined; ``more`` comes after the decisions."""
-    every = tables(values)
-    first = len(every[:1]) if values["decisions"] else 0
-    shown = [Section("Decisions", (), tuple(every[:first]))] if first else []
-    shown += [*more, Section("Metrics", (), tuple(every[first:]))]
-    lines = [*notes, *problem_lines(values)]
-    return [*shown, Section("Remarks", tuple(lines))] if lines else shown
 
 
 def facts(values: dict[str, Any]) -> dict[str, str]:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
+from twinspect.export import build
+from twinspect.export.parity import TOLERANCES, CheckImages, ParityError, load_images, load_labelled
+from twinspect.inference.runtimes import companion
+from twinspect.storage import load
 
-if TYPE_CHECKING:
-    from twinspect.export.parity import CheckImages
 
-
-def export_command(options: ExportCommandOptions, console: Console) -> None:
+def export(options: ExportCommandOptions, console: Console) -> None:
     """``twinspect export``: write a file that agreed with torch on real images."""
-    from twinspect.export.build import ExportOptions, export, format_of, refuse_wrong_name, too_few
-    from twinspect.export.parity import load_images
-    from twinspect.inference.runtimes import companion
-    from twinspect.storage import load
-
-    out, format = options.out, format_of(options.out, options.format)
-    asked = ExportOptions(format, options.precision, options.batch, options.any_size, options.accept_loss)
-    refuse_wrong_name(out, asked)
+    out, format = options.out, build.format_of(options.out, options.format)
+    asked = build.ExportOptions(format, options.precision, options.batch, options.any_size, options.accept_loss)
+    build.refuse_wrong_name(out, asked)
     fitted = load(options.bundle, options.weights)
     size = fitted.model.size
     compared = check_images(options.images, options.data, size)
     calibration = load_images(options.images, size) if options.images is not None else None
-    if compared is not None and too_few(compared):
-        console.warn(too_few(compared))
-    comparison = export(fitted, out, asked, compared, calibration, console.progress)
+    if compared is not None and build.too_few(compared):
+        console.warn(build.too_few(compared))
+    comparison = build.export(fitted, out, asked, compared, calibration, console.progress)
     for line in comparison.lines():
         console.say(line)
     if problems := comparison.problems(options.precision):
@@ -39,23 +34,19 @@ def export_command(options: ExportCommandOptions, console: Console) -> None:
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def check_command(options: CheckOptions, console: Console) -> None:
+def check(options: CheckOptions, console: Console) -> None:
     """``twinspect check``: an export beside its bundle on images of the user's choice.
 
     Raises:
         ParityError: they differ by more than the precision's tolerance, which was not accepted when it was written.
     """
-    from twinspect.export.build import check, too_few
-    from twinspect.export.parity import TOLERANCES, ParityError
-    from twinspect.storage import load
-
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
     compared = check_images(options.images, options.data, fitted.model.size)
     assert compared is not None
-    if too_few(compared):
-        console.warn(too_few(compared))
-    comparison, meta = check(path, fitted, compared, options.runtime)
+    if build.too_few(compared):
+        console.warn(build.too_few(compared))
+    comparison, meta = build.check(path, fitted, compared, options.runtime)
     for line in comparison.lines():
         console.say(line)
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
@@ -75,8 +66,6 @@ def check_command(options: CheckOptions, console: Console) -> None:
 
 def check_images(images: Path | None, data: Path | None, size: int) -> CheckImages | None:
     """Labelled images of a data set if given, else plain good images, else none."""
-    from twinspect.export.parity import load_images, load_labelled
-
     if data is not None:
         return load_labelled(data, size)
     return load_images(images, size) if images is not None else None

@@ -1,11 +1,14 @@
-"""What commands may be told: one field an option, with its default and its help. `cli` makes the options of it."""
+"""What commands may be told: a dataclass a command, whose docstring is its help; a field an option.
+
+`cli` makes the command line of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinspect.commands import argument, option
+from twinspect.config import RULES, SEEDS, Range, argument, option
 
 _BUNDLE = "Trained model (.twin)."
 _WEIGHTS = "Local weights file of the teacher."
@@ -18,7 +21,7 @@ _LABELLED = "Labelled data set, to compare image AUROC."
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """Of ``twinspect calibrate``."""
+    """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
 
     bundle: Path = argument(_BUNDLE)
     good: Path | None = argument(
@@ -26,12 +29,14 @@ class CalibrateOptions:
     )
     max_fpr: float = option("Share of good images that may be called bad; 0 keeps what was set.", 0.0)
     class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
-    group: str = option("session: keep the rate in every session; none: over all sessions together.", "")
+    group: str = option(
+        "session: keep the rate in every session; none: over all sessions together.", "", accepts=("session", "none")
+    )
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
     unsure: tuple[float, float] = option("Two rates of good images: called bad; called bad or unsure.", (0.0, 0.0))
     region_fpr: float = option("Share of good images that may show a region; 0: as set before, or as --max-fpr.", 0.0)
     labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
-    rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "")
+    rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "", accepts=RULES)
     miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 0.0)
     source: Path | None = option("Copy of the same model to take thresholds from.", None, "--from")
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
@@ -47,7 +52,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, slots=True)
 class DriftOptions:
-    """Of ``twinspect drift``."""
+    """Say whether predictions still look like the calibration images, and if not, what changed."""
 
     bundle: Path = argument(_BUNDLE)
     tables: tuple[Path, ...] = argument("Tables of twinspect predict, oldest first.")
@@ -58,14 +63,14 @@ class DriftOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReproduceOptions:
-    """Of ``twinspect reproduce``."""
+    """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
 
     recipe: str = argument("Name of a recipe; without one they are listed.", "")
     root: Path | None = option("Folder of the data set.", None)
     out: Path | None = option("Folder for results; without: reproduce-out/RECIPE.", None)
     teacher: str = option("Instead of the recipe's teacher.", "")
     weights: str = option(_WEIGHTS, "")
-    seed: int = option("Seed of weights, order, noise and splits.", 0)
+    seed: int = option("Seed of weights, order, noise and splits.", 0, accepts=SEEDS)
     limit_steps: int = option("Train so many steps at most; 0: the recipe's.", 0)
     size: int = option("Input side in pixels; 0: the recipe's.", 0)
     drop_leaks: bool = option("Do not train on copies of test images.", False, "--drop-leaks")
@@ -73,7 +78,7 @@ class ReproduceOptions:
 
 @dataclass(frozen=True, slots=True)
 class ExportCommandOptions:
-    """Of ``twinspect export``."""
+    """Write the model as one graph for another runtime, after it agreed with torch on images."""
 
     bundle: Path = argument(_BUNDLE)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
@@ -89,7 +94,7 @@ class ExportCommandOptions:
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """Of ``twinspect check``."""
+    """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
 
     export: Path = argument("Exported model (.onnx or .xml).")
     bundle: Path = argument(_BUNDLE)
@@ -101,27 +106,27 @@ class CheckOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """Of ``twinspect bench``."""
+    """Measure images per second, latency, memory and the share of every stage; the last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
     runtime: str = option(_RUNTIME, "auto")
     batch: str = option("Images per call, separated by commas.", "1,16")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
     images: Path | None = option("Images to decode; without it painted JPEGs.", None)
-    seconds: float = option("Spent on each batch size.", 10.0)
+    seconds: float = option("Spent on each batch size.", 10.0, accepts=Range(0.001, 86_400))
     weights: str = option(_WEIGHTS, "")
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnoseOptions:
-    """Of ``twinspect diagnose``."""
+    """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
 
     bundle: Path = argument("Trained model (.twin), or an exported one.")
     data: Path = argument("Folder of a data set with normal images of two classes or more.")
     count: int = option("Images of each kind per ordered pair of classes.", 8)
     normals: int = option("Normal images of each class to compare with.", 40)
     classes: str = option("Only these classes, separated by commas.", "")
-    seed: int = option("Seed of everything drawn.", 0)
+    seed: int = option("Seed of everything drawn.", 0, accepts=SEEDS)
     report: tuple[Path, ...] = option(_REPORT, ())
     json_file: str = option(_JSON, "", "--json")
     layout: str = option("Layout of DATA; auto detects it.", "auto")
@@ -132,7 +137,7 @@ class DiagnoseOptions:
 
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
-    """Of ``twinspect compare``."""
+    """Score the same labelled images with two models: accuracy, decisions that differ, speed and size."""
 
     first: Path = argument("A model: bundle (.twin) or exported.")
     second: Path = argument("Another, which is compared with the first.")
@@ -142,27 +147,27 @@ class CompareOptions:
     layout: str = option("Layout of DATA; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
-    draws: int = option("Bootstrap draws of the test images.", 1000)
-    seed: int = option("Seed of the draws and splits.", 0)
+    draws: int = option("Bootstrap draws of the test images.", 1000, accepts=Range(1, 100_000))
+    seed: int = option("Seed of the draws and splits.", 0, accepts=SEEDS)
     device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
 
 
 @dataclass(frozen=True, slots=True)
 class InspectOptions:
-    """Of ``twinspect data inspect``."""
+    """Say what is there: layout, classes, counts, masks, what is skipped and why."""
 
     path: Path = argument("Folder or manifest of a data set.")
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     protocol: str = option("Also list the splits of a protocol; all lists those of every protocol.", "")
     leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
-    seed: int = option("Seed of the splits.", 0)
+    seed: int = option("Seed of the splits.", 0, accepts=SEEDS)
     as_json: bool = option("Print everything as JSON.", False, "--json")
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestOptions:
-    """Of ``twinspect data manifest``."""
+    """Write one row per image: image, split, class_name, label, defect_type, mask, group, record."""
 
     path: Path = argument("Folder or manifest of a data set.")
     out: Path = option("Manifest to write: .parquet or .csv.")
@@ -173,7 +178,7 @@ class ManifestOptions:
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """Of ``twinspect eval``."""
+    """Measure a model on labelled test images: defects found, false alarms and AUROC by class."""
 
     bundle: Path = argument(_BUNDLE)
     data: Path = argument("Data set with labelled test images: good ones and defects.")
@@ -192,7 +197,11 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
-    """Of ``twinspect predict``."""
+    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+
+    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
+    and --fail-on ends the run. Exit code 1: none of the images could be read.
+    """
 
     bundle: Path = argument("Trained model (.twin) or exported model.")
     paths: tuple[str, ...] = argument(
@@ -234,7 +243,7 @@ class PredictOptions:
 
 @dataclass(frozen=True, slots=True)
 class SignOptions:
-    """Of ``twinspect sign``."""
+    """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
 
     model: Path = argument("Trained or exported model (.twin, .onnx, .xml).")
     key: Path | None = option("Private key to sign with (PEM, Ed25519).", None)
@@ -243,7 +252,7 @@ class SignOptions:
 
 @dataclass(frozen=True, slots=True)
 class UpdateOptions:
-    """Of ``twinspect update``."""
+    """Learn new good images, after false alarms or of a new class, without the old ones."""
 
     bundle: Path = argument(_BUNDLE)
     new: Path | None = argument("New good images: a folder in any layout.", None)
@@ -257,7 +266,7 @@ class UpdateOptions:
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """Of ``twinspect fit``, beside the settings of a run."""
+    """Learn from good images what is usual, and write one model file (a bundle)."""
 
     data: Path = argument("Folder of a data set, or a plain folder of good images.")
     out: Path = option("Bundle to write.", Path("model.twin"))
@@ -274,3 +283,48 @@ class FitOptions:
     work: Path | None = option("Folder for checkpoint and log.", None)
     thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """Say what this machine has: versions, device, teachers and their weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """Train on good textile images, find local and global defects, write a report."""
+
+    out: Path = option("Folder for report.html, metrics.json and the model.", Path("demo-out"))
+    quick: bool = option("A smaller run of about a minute.", False, "--quick")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """Download a teacher's weights, verify them, and record their commit and sha256."""
+
+    name: str = argument("Short name of a teacher, such as dinov2-base, or a timm name.")
+    revision: str = option("Commit or branch of the hub repository; empty takes main.", "")
+    sha256: str = option("Refuse any other file; empty takes the hub's word.", "")
+
+
+@dataclass(frozen=True, slots=True)
+class InfoOptions:
+    """Say what a model holds: teacher, classes, training, threshold and its promise."""
+
+    bundle: Path = argument(_BUNDLE)
+    as_json: bool = option("Print everything as JSON.", False, "--json")
+    as_card: bool = option("Print a model card in Markdown.", False, "--card")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Answer images over HTTP, with a page at /, an inspection log and metrics."""
+
+    bundles: tuple[str, ...] = argument("Bundles or exported models: FILE or NAME=FILE.")
+    api_key_file: Path | None = option("File with the API key; or set TWINSPECT_API_KEY.", None)
+    log: str = option("Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db.", "")
+    runtime: str = option("auto, torch, onnx or openvino; auto is what a file was made for.", "auto")
+    threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0)
+    require_signature: Path | None = option(
+        "Public key: serve models only that its holder has signed (twinspect sign).", None
+    )

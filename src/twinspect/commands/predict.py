@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from twinspect.inference.result import Result
 
 
-def predict_command(options: PredictOptions, console: Console) -> None:
+def predict(options: PredictOptions, console: Console) -> None:
     """Run a job, with reports if they are asked for.
 
     Raises:
+        ConfigError: a report that cannot be written, or whose rows lie on several machines.
         typer.Exit: with the exit code, where images could not be read or ``--fail-on`` says so.
     """
     pictures = PictureOptions(
@@ -38,37 +39,28 @@ def predict_command(options: PredictOptions, console: Console) -> None:
     )  # fmt: skip
     ray = (options.actors, options.actor_cpus, options.actor_gpus, options.ray_address)
     engine = chosen_engine(options.engine, job.keeps_parts, *ray)
-    review = reviewed(job, options.report)
+    review = None
+    if options.report:
+        from twinspect.commands.results import check_outputs
+        from twinspect.commands.review import Review
+
+        check_outputs(options.report)
+        if job.shard[1] > 1 or is_url(job.out):
+            raise ConfigError("--report reads the whole table: give --out on this disk, and no --shard")
+        review = Review()
     totals = run(job, console, engine, review.add if review is not None else None)
     (console.warn if job.on_stdout else console.say)(say_totals(totals, options.out))
     if review is not None:
-        write_reports(job, options.report, review, console)
+        write_reports(options, job, review, console)
     if totals.nothing_scored:
         raise typer.Exit(NOTHING_SCORED)
     if totals.fails(options.fail_on):
         raise typer.Exit(FAILED_ON)
 
 
-def reviewed(job: Job, reports: Sequence[Path]) -> Review | None:
-    """What gathers rows for reports, or None where none are wanted.
-
-    Raises:
-        ConfigError: a report that cannot be written, or whose rows lie on several machines.
-    """
-    if not reports:
-        return None
-    from twinspect.commands.results import check_outputs
-    from twinspect.commands.review import Review
-
-    check_outputs(reports)
-    if job.shard[1] > 1 or is_url(job.out):
-        raise ConfigError("--report reads the whole table: give --out on this disk, and no --shard")
-    return Review()
-
-
-def write_reports(job: Job, reports: Sequence[Path], review: Review, console: Console) -> None:
+def write_reports(options: PredictOptions, job: Job, review: Review, console: Console) -> None:
     """Reports of a finished run; the images to look at are scored once more for their pictures."""
-    from twinspect.commands.results import write_results
+    from twinspect.commands.results import publish
     from twinspect.inference.runtimes import load_predictor
     from twinspect.inference.sources import named
     from twinspect.report import Section
@@ -85,11 +77,11 @@ def write_reports(job: Job, reports: Sequence[Path], review: Review, console: Co
     }
     images = sum(len(review.columns(name)[0]) for name in review.classes)
     facts = {"model": Path(job.model).name, "images": f"{images}", "not scored": f"{review.errors}"}
-    for path in reports:
-        more = review.sections(again if path.suffix.lower() == ".html" else None)
-        title = f"{Path(job.model).name} on {', '.join(job.sources[:3])}"
-        write_results(path, title, [Section("Answers", (), (answers,)), *more], facts, values)
-        console.say(f"wrote {path}")
+
+    def sections(pictures: bool) -> list[Section]:
+        return [Section("Answers", (), (answers,)), *review.sections(again if pictures else None)]
+
+    publish(options, f"{Path(job.model).name} on {', '.join(job.sources[:3])}", facts, values, sections, console)
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -118,145 +118,133 @@ def structural_settings(steps: int, model: str) -> RunConfig:
     )
 
 
-def _published(
-    system: str, image_auroc: float, source: str, pixel: tuple[float, float, float] | None = None
-) -> Published:
-    values = {"image_auroc": image_auroc}
-    if pixel is not None:
-        values |= dict(zip(("pixel_auroc", "pixel_ap", "aupro"), pixel, strict=True))
-    return Published(system, MappingProxyType(values), source)
+def _published(system: str, image_auroc: float, source: str, **others: float) -> Published:
+    return Published(system, MappingProxyType({"image_auroc": image_auroc, **others}), source)
 
 
-MVTEC, VISA, LOCO, REAL = (3_629, 1_725), (8_659, 2_162), (1_772, 1_568), (36_465, 114_585)
-CIFAR, FASHION, VIEW = (50_000, 10_000), (60_000, 10_000), (14_034, 3_000)
-_INDUSTRIAL = published_settings(10_000, INDUSTRIAL_SIZE)
+# Layout -> what it is called; training and test images of the official split.
+_SETS = {
+    "mvtec-ad": ("MVTec AD", (3_629, 1_725)), "visa": ("VisA", (8_659, 2_162)),
+    "mvtec-loco": ("MVTec LOCO AD", (1_772, 1_568)), "real-iad": ("Real-IAD", (36_465, 114_585)),
+    "cifar10": ("CIFAR-10", (50_000, 10_000)), "cifar100": ("CIFAR-100", (50_000, 10_000)),
+    "fashion-mnist": ("Fashion-MNIST", (60_000, 10_000)), "view": ("View (Intel scenes)", (14_034, 3_000)),
+}  # fmt: skip
+_DUAL, _LONG = published_settings(10_000, INDUSTRIAL_SIZE), published_settings(50_000, INDUSTRIAL_SIZE, dropout=0.4)
 _SEMANTIC = published_settings(5_000, SEMANTIC_SIZE)
-_SEMANTIC_REMARK = (
-    "The paper's input size and steps for semantic sets are not known: 224 pixels and 5,000 steps are ours."
-)
-_STRUCTURAL_REMARK = (
+_SIZE = "The paper's input size and steps for semantic sets are not known: 224 pixels and 5,000 steps are ours."
+_GAINS = (
     f"The numbers of {SNL} itself were not at hand, only its gains over distillation methods in the multi-class "
     "setting (abstract): MVTec AD +3.9 detection and +1.5 localisation, VisA +1.2 and +2.5. The steps are ours."
 )
-_LOCO_REMARK = "Steps for this set are not published: 10,000 as for the other industrial sets."
-_RD_MVTEC = Published("RD4AD", {"image_auroc": 94.6, "pixel_auroc": 96.1}, RD4AD)
-_RD_VISA = Published("RD4AD", {"image_auroc": 92.4, "pixel_auroc": 98.1}, RD4AD)
-_SINGLE_MVTEC = (_published("GLASS", 99.9, "GLASS, ECCV 2024"), _published("UniNet", 99.9, "UniNet, CVPR 2025"))
-_SINGLE_VISA = (_published("GLAD", 99.5, "GLAD, ECCV 2024"),)
+_RD_MVTEC = _published("RD4AD", 94.6, RD4AD, pixel_auroc=96.1)
+_RD_VISA = _published("RD4AD", 92.4, RD4AD, pixel_auroc=98.1)
+_ONE_MVTEC = (_published("GLASS", 99.9, "GLASS, ECCV 2024"), _published("UniNet", 99.9, "UniNet, CVPR 2025"))
+_ONE_VISA = (_published("GLAD", 99.5, "GLAD, ECCV 2024"),)
+
+
+def _row(
+    name: str, layout: str, protocol: str, runs: int, settings: RunConfig, words: str,
+    published: tuple[Published, ...] = (), remark: str = "",
+) -> Recipe:  # fmt: skip
+    called, official = _SETS[layout]
+    return Recipe(name, f"{called}, {words}", layout, protocol, runs, settings, official, published, remark)
+
 
 _ROWS = (
-    Recipe(
-        "mvtec-ad-multi", "MVTec AD, one model for 15 classes", "mvtec-ad", "multi-class", 1, _INDUSTRIAL, MVTEC,
+    _row(
+        "mvtec-ad-multi", "mvtec-ad", "multi-class", 1, _DUAL, "one model for 15 classes",
         (
             _published("Dinomaly2", 99.9, DINOMALY2),
             _published("INP-Former", 99.7, INP_FORMER),
             _published("dual-student paper", 99.7, f"{PAPER}, abstract"),
-            _published("Dinomaly-B", 99.6, DINOMALY, (98.4, 69.3, 94.8)),
+            _published("Dinomaly-B", 99.6, DINOMALY, pixel_auroc=98.4, pixel_ap=69.3, aupro=94.8),
             _RD_MVTEC,
         ),
     ),
-    Recipe(
-        "mvtec-ad-single", "MVTec AD, one model per class", "mvtec-ad", "single-class", 15, _INDUSTRIAL, MVTEC,
-        _SINGLE_MVTEC,
-    ),
-    Recipe(
-        "visa-multi", "VisA, one model for 12 classes", "visa", "multi-class", 1, _INDUSTRIAL, VISA,
+    _row("mvtec-ad-single", "mvtec-ad", "single-class", 15, _DUAL, "one model per class", _ONE_MVTEC),
+    _row(
+        "visa-multi", "visa", "multi-class", 1, _DUAL, "one model for 12 classes",
         (
             _published("Dinomaly2", 99.3, DINOMALY2),
             _published("INP-Former", 98.9, INP_FORMER),
             _published("dual-student paper", 98.8, f"{PAPER}, second-hand"),
-            _published("Dinomaly-B", 98.7, DINOMALY, (98.7, 53.2, 94.5)),
+            _published("Dinomaly-B", 98.7, DINOMALY, pixel_auroc=98.7, pixel_ap=53.2, aupro=94.5),
             _RD_VISA,
         ),
     ),
-    Recipe("visa-single", "VisA, one model per class", "visa", "single-class", 12, _INDUSTRIAL, VISA, _SINGLE_VISA),
-    Recipe(
-        "real-iad-multi",
-        "Real-IAD, one model for 30 classes of five views; metrics per image, and per sample (highest view)",
-        "real-iad", "multi-class", 1, published_settings(50_000, INDUSTRIAL_SIZE, dropout=0.4), REAL,
+    _row("visa-single", "visa", "single-class", 12, _DUAL, "one model per class", _ONE_VISA),
+    _row(
+        "real-iad-multi", "real-iad", "multi-class", 1, _LONG,
+        "one model for 30 classes of five views; metrics per image, and per sample (highest view)",
         (
             _published("Dinomaly2", 92.1, DINOMALY2),
             _published("INP-Former", 90.5, INP_FORMER),
-            _published("Dinomaly-B", 89.3, DINOMALY, (98.8, 42.8, 93.9)),
-            Published("RD4AD", {"image_auroc": 82.4, "pixel_auroc": 97.3}, RD4AD),
+            _published("Dinomaly-B", 89.3, DINOMALY, pixel_auroc=98.8, pixel_ap=42.8, aupro=93.9),
+            _published("RD4AD", 82.4, RD4AD, pixel_auroc=97.3),
         ),
     ),
-    Recipe(  # Dinomaly's own number of steps for one class
-        "real-iad-single", "Real-IAD, one model per class", "real-iad", "single-class", 30,
-        published_settings(5_000, INDUSTRIAL_SIZE), REAL, (_published("INP-Former", 92.1, INP_FORMER),),
+    _row(  # Dinomaly's own number of steps for one class
+        "real-iad-single", "real-iad", "single-class", 30, published_settings(5_000, INDUSTRIAL_SIZE),
+        "one model per class", (_published("INP-Former", 92.1, INP_FORMER),),
     ),
-    Recipe(
-        "mvtec-loco-multi",
-        "MVTec LOCO AD, one model for 5 classes; joint, logical and structural results, and AU-sPRO to 0.05",
-        "mvtec-loco", "multi-class", 1, _INDUSTRIAL, LOCO,
+    _row(
+        "mvtec-loco-multi", "mvtec-loco", "multi-class", 1, _DUAL,
+        "one model for 5 classes; joint, logical and structural results, and AU-sPRO to 0.05",
         (
             _published("dual-student paper", 86.1, f"{PAPER}, second-hand"),
             _published("InvAD", 82.3, "InvAD (arXiv 2404.10760), second-hand"),
             _published("SALAD (one model per class)", 96.1, "SALAD, ICCV 2025 (arXiv 2509.02101)"),
             _published("EfficientAD-M (one model per class)", 90.7, "EfficientAD, WACV 2024"),
         ),
-        _LOCO_REMARK,
+        "Steps for this set are not published: 10,000 as for the other industrial sets.",
     ),
-    Recipe(
-        "cifar10-one-vs-rest", "CIFAR-10, each class once as the normal one", "cifar10", "one-vs-rest", 10,
-        _SEMANTIC, CIFAR, (_published("GeneralAD-L", 99.3, GENERAL_AD), _published("PANDA", 96.2, PANDA)),
-        _SEMANTIC_REMARK,
+    _row(
+        "cifar10-one-vs-rest", "cifar10", "one-vs-rest", 10, _SEMANTIC, "each class once as the normal one",
+        (_published("GeneralAD-L", 99.3, GENERAL_AD), _published("PANDA", 96.2, PANDA)), _SIZE,
     ),
-    Recipe(
-        "cifar10-unified", "CIFAR-10, five classes normal, four splits", "cifar10", "unified", 4, _SEMANTIC, CIFAR,
+    _row(
+        "cifar10-unified", "cifar10", "unified", 4, _SEMANTIC, "five classes normal, four splits",
         (
             _published("dual-student paper", 97.8, f"{PAPER}, abstract"),
             _published("UniAD", 86.5, "UniAD, NeurIPS 2022 (arXiv 2206.03687)"),
         ),
-        _SEMANTIC_REMARK,
+        _SIZE,
     ),
-    Recipe(
-        "cifar10-leave-one-out", "CIFAR-10, nine classes normal, the tenth is the anomaly", "cifar10",
-        "leave-one-out", 10, _SEMANTIC, CIFAR, (), _SEMANTIC_REMARK,
+    _row(
+        "cifar10-leave-one-out", "cifar10", "leave-one-out", 10, _SEMANTIC,
+        "nine classes normal, the tenth is the anomaly", (), _SIZE,
     ),
-    Recipe(
-        "cifar100-one-vs-rest", "CIFAR-100, each of the 20 super-classes once as the normal one", "cifar100",
-        "one-vs-rest-super", 20, _SEMANTIC, CIFAR, (_published("GeneralAD-L", 98.4, GENERAL_AD),), _SEMANTIC_REMARK,
+    _row(
+        "cifar100-one-vs-rest", "cifar100", "one-vs-rest-super", 20, _SEMANTIC,
+        "each of the 20 super-classes once as the normal one", (_published("GeneralAD-L", 98.4, GENERAL_AD),), _SIZE,
     ),
-    Recipe(
-        "cifar100-unified", "CIFAR-100, half of the 100 fine classes normal, four splits", "cifar100", "unified", 4,
-        _SEMANTIC, CIFAR, (), _SEMANTIC_REMARK,
+    _row(
+        "cifar100-unified", "cifar100", "unified", 4, _SEMANTIC, "half of the 100 fine classes normal, four splits",
+        (), _SIZE,
     ),
-    Recipe(
-        "fashion-mnist-one-vs-rest", "Fashion-MNIST, each class once as the normal one", "fashion-mnist",
-        "one-vs-rest", 10, _SEMANTIC, FASHION, (_published("PANDA", 95.6, PANDA),), _SEMANTIC_REMARK,
+    _row(
+        "fashion-mnist-one-vs-rest", "fashion-mnist", "one-vs-rest", 10, _SEMANTIC,
+        "each class once as the normal one", (_published("PANDA", 95.6, PANDA),), _SIZE,
     ),
-    Recipe(
-        "view-one-vs-rest", "View (Intel scenes), each class once as the normal one", "view", "one-vs-rest", 6,
-        _SEMANTIC, VIEW, (_published("GeneralAD-L", 95.9, GENERAL_AD),), _SEMANTIC_REMARK,
+    _row(
+        "view-one-vs-rest", "view", "one-vs-rest", 6, _SEMANTIC, "each class once as the normal one",
+        (_published("GeneralAD-L", 95.9, GENERAL_AD),), _SIZE,
     ),
-    Recipe(
-        "view-unified", "View (Intel scenes), three classes normal, four splits", "view", "unified", 4, _SEMANTIC,
-        VIEW, (), _SEMANTIC_REMARK,
-    ),
-    Recipe(
-        "snl-mvtec-ad-multi", "MVTec AD, system B, one model for 15 classes", "mvtec-ad", "multi-class", 1,
-        structural_settings(10_000, "snl"), MVTEC, (_RD_MVTEC,), _STRUCTURAL_REMARK,
-    ),
-    Recipe(
-        "snl-mvtec-ad-single", "MVTec AD, system B, one model per class", "mvtec-ad", "single-class", 15,
-        structural_settings(3_000, "snl"), MVTEC, _SINGLE_MVTEC, _STRUCTURAL_REMARK,
-    ),
-    Recipe(
-        "snl-visa-multi", "VisA, system B, one model for 12 classes", "visa", "multi-class", 1,
-        structural_settings(10_000, "snl"), VISA, (_RD_VISA,), _STRUCTURAL_REMARK,
-    ),
-    Recipe(
-        "snl-visa-single", "VisA, system B, one model per class", "visa", "single-class", 12,
-        structural_settings(3_000, "snl"), VISA, _SINGLE_VISA, _STRUCTURAL_REMARK,
-    ),
-    Recipe(
-        "rd-mvtec-ad-multi", "MVTec AD, plain reverse distillation (the base of system B), one model for 15 classes",
-        "mvtec-ad", "multi-class", 1, structural_settings(10_000, "rd"), MVTEC, (_RD_MVTEC,), _STRUCTURAL_REMARK,
-    ),
-    Recipe(
-        "rd-visa-multi", "VisA, plain reverse distillation (the base of system B), one model for 12 classes", "visa",
-        "multi-class", 1, structural_settings(10_000, "rd"), VISA, (_RD_VISA,), _STRUCTURAL_REMARK,
+    _row("view-unified", "view", "unified", 4, _SEMANTIC, "three classes normal, four splits", (), _SIZE),
+    *(
+        _row(
+            f"{model}-{layout}-{'multi' if runs == 1 else 'single'}", layout,
+            "multi-class" if runs == 1 else "single-class", runs,
+            structural_settings(10_000 if runs == 1 else 3_000, model),
+            f"{'system B' if model == 'snl' else 'plain reverse distillation (the base of system B)'}, one model "
+            + (f"for {classes} classes" if runs == 1 else "per class"),
+            published, _GAINS,
+        )
+        for model, layout, classes, runs, published in (
+            ("snl", "mvtec-ad", 15, 1, (_RD_MVTEC,)), ("snl", "mvtec-ad", 15, 15, _ONE_MVTEC),
+            ("snl", "visa", 12, 1, (_RD_VISA,)), ("snl", "visa", 12, 12, _ONE_VISA),
+            ("rd", "mvtec-ad", 15, 1, (_RD_MVTEC,)), ("rd", "visa", 12, 1, (_RD_VISA,)),
+        )
     ),
 )  # fmt: skip
 RECIPES = {row.name: row for row in _ROWS}

@@ -10,14 +10,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from twinspect import data as data_room
 from twinspect._version import __version__
-from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problem_lines, problems
+from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problems
 from twinspect.commands.options import ReproduceOptions
 from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
 from twinspect.commands.results import (
@@ -28,7 +27,9 @@ from twinspect.commands.results import (
     grouped,
     mean_of,
     metric_table,
-    text_table,
+    read_data,
+    say_tables,
+    warn_of,
     write_json,
     write_results,
 )
@@ -38,49 +39,44 @@ from twinspect.data import Loaded
 from twinspect.data.leaks import drop_leaks, find_leaks
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
+from twinspect.evaluation import evaluate
+from twinspect.inference.predictor import Predictor
+from twinspect.inference.runtimes import TorchRuntime
+from twinspect.models.weights import resolve_auto
 from twinspect.report import Section, Table
+from twinspect.training.fit import fit
+from twinspect.training.resume import remove_checkpoint
 from twinspect.types import TEST, TRAIN
 
+_SHOWN = 20  # problems of a kind that are named
 OURS = "twinspect (our re-implementation)"
 STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
 MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
 
-def reproduce_command(options: ReproduceOptions, console: Console) -> None:
+def reproduce(options: ReproduceOptions, console: Console) -> None:
     """List the recipes, or run one.
 
     Raises:
         ConfigError: unknown recipe, or no data set named.
     """
     if not options.recipe:
-        for line in recipe_lines():
-            console.say(line)
+        for name, recipe in RECIPES.items():
+            console.say(f"{name:<28}{recipe.title}: {recipe.cost}")
         return
     recipe = find_recipe(options.recipe)
     if options.root is None:
         raise ConfigError(
             f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
         )
-    config = recipe.config(named(options.teacher), options.weights, options.seed, options.limit_steps, options.size)
+    teacher = resolve_auto() if options.teacher == "auto" else options.teacher  # the settings depend on it
+    config = recipe.config(teacher, options.weights, options.seed, options.limit_steps, options.size)
     out = options.out or Path("reproduce-out") / recipe.name
-    reproduce(recipe, options.root, out, config, console, options.drop_leaks)
+    run_recipe(recipe, options.root, out, config, console, options.drop_leaks)
 
 
-def named(teacher: str) -> str:
-    """The teacher's name, with ``auto`` resolved: the settings depend on it."""
-    from twinspect.models.weights import resolve_auto
-
-    return resolve_auto() if teacher == "auto" else teacher
-
-
-def recipe_lines() -> Iterator[str]:
-    """Every recipe with its title and what has to be computed."""
-    for name, recipe in RECIPES.items():
-        yield f"{name:<28}{recipe.title}: {recipe.cost}"
-
-
-def reproduce(
+def run_recipe(
     recipe: Recipe, root: Path, out: Path, config: RunConfig, console: Console, without_leaks: bool = False
 ) -> dict[str, Any]:
     """Train and evaluate all splits of a recipe that are not finished yet, and write the comparison.
@@ -100,9 +96,7 @@ def reproduce(
         DataError: the data are not of the recipe's layout, or a split has too few images.
     """
     check_outputs([out / f"results{suffix}" for suffix in SUFFIXES], option="--out")
-    loaded = data_room.load(root, recipe.layout)
-    for line in loaded.summary():
-        console.say(line)
+    loaded = read_data(root, recipe.layout, None, console)
     pairs = find_leaks(loaded.samples)
     console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
     samples = drop_leaks(loaded.samples) if without_leaks and pairs else list(loaded.samples)
@@ -116,9 +110,14 @@ def reproduce(
         console.say(f"split {number} of {len(splits)}: {split.describe()}")
         done.append(finished_or_run(split, out, config, console))
         values = summarise(recipe, config, done, len(splits), reasons)
-        publish(recipe, out, values)
-    for line in result_lines(recipe, values):
-        console.say(line)
+        shown = sections(recipe, values)
+        for suffix in SUFFIXES:
+            write_results(
+                out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values
+            )
+    say_tables((part for section in shown[:2] for part in section.parts if isinstance(part, Table)), console)
+    if recipe.remark:
+        console.say(recipe.remark)
     console.say(f"results: {out / 'results.md'}, results.json, results.html")
     return values
 
@@ -173,8 +172,6 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     if finished is not None:
         console.say(f"finished before: {path.name}")
         return finished
-    from twinspect.training.resume import remove_checkpoint
-
     work = out / "work" / stem
     result = run_split(split, config, work, console) | {"key": key}
     write_json(path, result)
@@ -193,24 +190,14 @@ def read_result(path: Path, key: str) -> SplitResult | None:
 
 def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> SplitResult:
     """Train on a split's normal images, calibrate on those set aside, measure on its test images."""
-    from twinspect.evaluation import evaluate
-    from twinspect.inference.predictor import Predictor
-    from twinspect.inference.runtimes import TorchRuntime
-    from twinspect.training.fit import fit
-
     began = time.monotonic()
     fitted = fit([*split.train, *split.calibration], config, work, console.progress)
     fit_s = time.monotonic() - began
-    for note in fitted.record["notes"]:
-        console.warn(note)
-    for skipped in fitted.skipped:
-        console.warn(f"left out {skipped.path}: {skipped.reason}")
+    warn_of(fitted, console)
     test = of_split(split)
     predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
     measured = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
-    for line in problems(measured):
-        console.warn(line)
-    return {
+    result = {
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
         **measured.table,
@@ -220,6 +207,9 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
         "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
     }
+    for line in problems(result, _SHOWN):
+        console.warn(line)
+    return result
 
 
 def summarise(
@@ -242,7 +232,7 @@ def summarise(
         "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
         "undefined": grouped([text for result in done for text in result["undefined"]], rows),
         "failed": [text for result in done for text in result["failed"]],
-        "masks_not_used": [text for result in done for text in result.get("masks_not_used", ())],
+        "masks_not_used": [text for result in done for text in result["masks_not_used"]],
         "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [
@@ -256,24 +246,21 @@ def summarise(
     }  # fmt: skip
 
 
-def publish(recipe: Recipe, out: Path, values: dict[str, Any]) -> None:
-    """Write ``results.md``, ``results.json`` and ``results.html``."""
-    shown = sections(recipe, values)
-    for suffix in SUFFIXES:
-        write_results(out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values)
-
-
 def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
     """Comparison, own numbers in full, the splits, and what to know."""
     notes = [f"Not comparable with the published numbers: {text}." for text in values["not_comparable"]]
     if not values["complete"]:
         notes.append(f"Only {values['splits_done']} of {values['splits']} splits are finished: no final mean.")
     notes += [recipe.remark] if recipe.remark else []
-    undefined = [*values["undefined"], *problem_lines(values)]
+    undefined = [*values["undefined"], *problems(values)]
+    first = "split" if values["runs"][0]["kind"] == SEMANTIC else "class"
+    ours = metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
+    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
+    runs = tuple(tuple(run[column] for column in columns) for run in values["runs"])
     return [
         Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
-        Section("Ours in full", tuple(undefined), (own_table(values), *defect_tables(values))),
-        Section("Splits", (), (split_table(values),)),
+        Section("Ours in full", tuple(undefined), (ours, *defect_tables(values))),
+        Section("Splits", (), (Table("fit and evaluate in seconds", ("split", *columns[1:]), runs),)),
     ]
 
 
@@ -282,29 +269,15 @@ def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
     ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     rows = [
-        (name, *(_percent(100 * row[m]) if m in row else "-" for m in metrics), "measured by this run")
+        (name, *(f"{100 * row[m]:.1f}" if m in row else "-" for m in metrics), "measured by this run")
         for name, row in ours.items()
     ]
     rows += [
-        (p.system, *(_percent(p.values[m]) if m in p.values else "-" for m in metrics), f"published: {p.source}")
+        (p.system, *(f"{p.values[m]:.1f}" if m in p.values else "-" for m in metrics), f"published: {p.source}")
         for p in recipe.published
     ]
     title = f"{recipe.layout}, {recipe.protocol}, percent"
     return Table(title, ("system", *metrics, "source"), tuple(rows))
-
-
-def own_table(values: dict[str, Any]) -> Table:
-    """Every metric of ours per class or split, then the mean."""
-    semantic = values["runs"][0]["kind"] == SEMANTIC
-    first = "split" if semantic else "class"
-    return metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
-
-
-def split_table(values: dict[str, Any]) -> Table:
-    """Name, hash, counts and seconds of every finished split."""
-    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
-    rows = tuple(tuple(run[column] for column in columns) for run in values["runs"])
-    return Table("fit and evaluate in seconds", ("split", *columns[1:]), rows)
 
 
 def facts(values: dict[str, Any]) -> dict[str, str]:
@@ -321,15 +294,3 @@ def facts(values: dict[str, Any]) -> dict[str, str]:
         "map size": config["map_size"],
         "version": config["version"],
     }
-
-
-def result_lines(recipe: Recipe, values: dict[str, Any]) -> Iterator[str]:
-    """The comparison and our own numbers for the terminal."""
-    for table in (comparison(recipe, values), own_table(values), *defect_tables(values)):
-        yield from text_table(table)
-    if recipe.remark:
-        yield recipe.remark
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f}"

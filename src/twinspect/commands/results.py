@@ -1,26 +1,51 @@
-"""Tables of numbers for people and machines: text for the terminal, Markdown, HTML and JSON by suffix."""
+"""What commands share: reading data, and tables of numbers for people and machines.
+
+A table becomes text for the terminal, Markdown, HTML or JSON, by the suffix of a file.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from twinspect import data
 from twinspect._version import __version__
 from twinspect.console import Console
+from twinspect.data import Loaded
 from twinspect.errors import ConfigError, listed
 from twinspect.files import refuse_unwritable, write_text
 from twinspect.metrics import METRICS
 from twinspect.report import Section, Table, write_report
+
+if TYPE_CHECKING:
+    from twinspect.storage import Fitted
 
 SUFFIXES = (".md", ".html", ".json")
 WRITER = f"twinspect {__version__}"
 MASK_RULE, MAP_SIZE = "> 0", "original image"
 
 Rows = Mapping[str, Mapping[str, float]]
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def read_data(path: Path, layout: str, images: Path | None, console: Console) -> Loaded:
+    """A data set, and what was found in it to the console. Raises as `data.load`."""
+    loaded = data.load(path, layout, images)
+    for line in loaded.summary():
+        console.say(line)
+    return loaded
+
+
+def warn_of(fitted: Fitted, console: Console) -> None:
+    """Say what training noticed, and which images it left out."""
+    for note in fitted.record["notes"]:
+        console.warn(note)
+    for skipped in fitted.skipped:
+        console.warn(f"left out {skipped.path}: {skipped.reason}")
 
 
 def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "--report") -> None:
@@ -34,19 +59,19 @@ def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "-
     Raises:
         ConfigError: no permission, another program's file, or another suffix than .md, .html or .json.
     """
+
+    def names_us(path: Path) -> bool:
+        return b"twinspect" in path.read_bytes()
+
     for path in reports:
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(
                 f"{option} {path}: accepted endings are {', '.join(SUFFIXES)}; type {option} "
                 f"{path.with_suffix('.md') if path.name else 'results.md'}"
             )
-        refuse_unwritable(path, option, ours=_names_us)
+        refuse_unwritable(path, option, ours=names_us)
     if json_file not in ("", "-"):
-        refuse_unwritable(Path(json_file), "--json", ours=_names_us)
-
-
-def _names_us(path: Path) -> bool:
-    return b"twinspect" in path.read_bytes()
+        refuse_unwritable(Path(json_file), "--json", ours=names_us)
 
 
 def write_results(
@@ -55,10 +80,8 @@ def write_results(
     """Write ``values`` as JSON, or facts and sections as Markdown or self-contained HTML, atomically.
 
     Raises:
-        ConfigError: another suffix than .md, .html or .json.
         TwinspectError: the file cannot be written.
     """
-    check_outputs([path])
     if path.suffix.lower() == ".html":
         return write_report(path, title, sections, facts)
     if path.suffix.lower() == ".json":
@@ -71,12 +94,29 @@ def write_json(path: Path, values: Mapping[str, Any]) -> Path:
     return write_text(path, json.dumps({**values, "written_by": WRITER}, indent=1, ensure_ascii=False) + "\n")
 
 
-def publish_json(target: str, values: Mapping[str, Any], console: Console) -> None:
-    """What ``--json`` asks for: ``-`` prints the values, empty does nothing."""
+def publish(
+    options: Any, title: str, facts: Mapping[str, str], values: Mapping[str, Any],
+    sections: Callable[[bool], Sequence[Section]], console: Console,
+) -> None:  # fmt: skip
+    """What a command's ``--json`` and ``--report`` ask for.
+
+    Args:
+        options: of the command, with ``report`` and perhaps ``json_file``.
+        title: of the reports.
+        facts: at their head.
+        values: what JSON holds.
+        sections: called with whether pictures can be shown.
+        console: where to speak.
+    """
+    target = getattr(options, "json_file", "")
     if target == "-":
         console.result(json.dumps({**values, "written_by": WRITER}, indent=1))  # ASCII, which every code page takes
     elif target:
         write_json(Path(target), values)
+    for path in options.report:
+        kind = path.suffix.lower()
+        write_results(path, title, [] if kind == ".json" else sections(kind == ".html"), facts, values)
+        console.say(f"wrote {path}")
 
 
 def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
@@ -86,29 +126,38 @@ def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) 
         lines += ["", f"## {section.title}"]
         for text in section.text:
             lines += ["", text]
-        for part in section.parts:
-            if isinstance(part, Table):
-                lines += ["", *_markdown_table(part)]
+        for table in (part for part in section.parts if isinstance(part, Table)):
+            head, *body = ([cell.replace("|", "\\|") for cell in row] for row in table.cells())
+            rule = ["--:" if number else "---" for number in table.numeric()]
+            lines += ["", f"**{table.title}**", "", f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"]
+            lines += [f"| {' | '.join(row)} |" for row in body]
+            lines += ["", table.note] if table.note else []
     return "\n".join(lines) + "\n"
 
 
-def metric_table(title: str, rows: Rows, mean: Mapping[str, float], note: str = "", first: str = "class") -> Table:
+def metric_table(title: str, rows: Cells, mean: Mapping[str, Any] | None = None, first: str = "class") -> Table:
     """One row a class (or split), then the mean; a metric that is undefined is a dash."""
-    every = {**rows, "mean": mean}
-    found = list(dict.fromkeys(metric for row in every.values() for metric in row))
-    names = [metric for metric in METRICS if metric in found] + [metric for metric in found if metric not in METRICS]
+    every = rows if mean is None else {**rows, "mean": mean}
+    seen = list(dict.fromkeys(metric for row in every.values() for metric in row))
+    names = [metric for metric in METRICS if metric in seen] + [metric for metric in seen if metric not in METRICS]
     body = tuple((name, *(row.get(metric, "-") for metric in names)) for name, row in every.items())
-    return Table(title, (first, *names), body, note)
+    return Table(title, (first, *names), body)
 
 
 def text_table(table: Table) -> Iterator[str]:
     """A table as aligned lines for the terminal."""
-    rows = [[_cell(value) for value in row] for row in (table.columns, *table.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    rows = table.cells()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield table.title
     for row in rows:
         cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         yield "  ".join(["", f"{row[0]:<{widths[0]}}", *cells])
+
+
+def say_tables(tables: Iterable[Table], console: Console) -> None:
+    """Print tables."""
+    for table in tables:
+        console.say("\n".join(text_table(table)))
 
 
 def mean_of(rows: Rows) -> dict[str, float]:
@@ -132,25 +181,4 @@ def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
             owners["mean of {} " + sentence[mean.end() :]].append(mean[1])
         else:
             owners[sentence] = []
-    return [text.replace("{}", listed(found), 1) if found else text for text, found in owners.items()]
-
-
-def _markdown_table(table: Table) -> Iterator[str]:
-    yield f"**{table.title}**"
-    yield ""
-    yield _markdown_row(table.columns)
-    numeric = (any(not isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns)))
-    yield "|" + "".join("--:|" if number else "---|" for number in numeric)
-    for row in table.rows:
-        yield _markdown_row(row)
-    if table.note:
-        yield ""
-        yield table.note
-
-
-def _markdown_row(row: Sequence[str | int | float]) -> str:
-    return "| " + " | ".join(_cell(value).replace("|", "\\|") for value in row) + " |"
-
-
-def _cell(value: str | int | float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return [text.replace("{}", listed(group), 1) if group else text for text, group in owners.items()]

@@ -50,9 +50,9 @@ class Review:
         for column, value in zip(columns, (score, threshold, label), strict=True):
             column.append(value)
         for kind, rank in _kinds(score - threshold, label):
-            kept = self._shown[kind, name]
-            insort(kept, (rank, str(row["path"])))
-            del kept[_KEPT:]
+            ranked = self._shown[kind, name]
+            insort(ranked, (rank, str(row["path"])))
+            del ranked[_KEPT:]
 
     @property
     def classes(self) -> list[str]:
@@ -80,7 +80,7 @@ class Review:
             called = score >= factor * threshold
             counts = {"called": called, "false_alarms": called & (label == 0), "missed": ~called & (label == 1)}
             rows.append({"factor": factor, **{key: int(one.sum()) for key, one in counts.items()}})
-        return {"all": rows, "classes": {name: found for name in self.classes if (found := self._limits(name))}}
+        return {"all": rows, "classes": {name: limits for name in self.classes if (limits := self._limits(name))}}
 
     def _limits(self, name: str) -> dict[str, Any]:
         score, threshold, label = self.columns(name)
@@ -114,28 +114,28 @@ class Review:
         if not self._columns:
             return []
         words = "A threshold chosen from this table does better on these images than on others: they chose it."
-        found = [Section("Other thresholds", (words,), tuple(self._threshold_tables()))]
+        shown = [Section("Other thresholds", (words,), tuple(self._threshold_tables()))]
         if again is not None and self._shown:
-            found.append(Section("Pictures", (), tuple(self._pictures(again))))
+            shown.append(Section("Pictures", (), tuple(self._pictures(again))))
         charts = tuple(chart for name in self.classes[:_MOST_CHARTS] for chart in self._charts(name))
         more = len(self.classes) - _MOST_CHARTS
-        return [*found, Section("Scores", (f"{more} more classes are not drawn.",) if more > 0 else (), charts)]
+        return [*shown, Section("Scores", (f"{more} more classes are not drawn.",) if more > 0 else (), charts)]
 
     def _threshold_tables(self) -> Iterator[Table]:
         other = self.other_thresholds()
         _, _, label = self.columns()
         totals = {"called": len(label), "false_alarms": int((label == 0).sum()), "missed": int((label == 1).sum())}
-        wanted = ["called"] if totals["called"] and not totals["false_alarms"] + totals["missed"] else []
-        wanted += [key for key in ("false_alarms", "missed") if totals[key]]
+        counted = ["called"] if totals["called"] and not totals["false_alarms"] + totals["missed"] else []
+        counted += [key for key in ("false_alarms", "missed") if totals[key]]
         words = {"called": "called anomalous", "false_alarms": "false alarms", "missed": "missed"}
         rows = tuple(
             (
                 f"{row['factor']:g} x{' (in use)' if row['factor'] == 1 else ''}",
-                *(t for k in wanted for t in (f"{row[k]} of {totals[k]}", f"{100 * row[k] / totals[k]:.1f}")),
+                *(t for k in counted for t in (f"{row[k]} of {totals[k]}", f"{100 * row[k] / totals[k]:.1f}")),
             )
             for row in other["all"]
         )
-        columns = [text for key in wanted for text in (words[key], f"{words[key]}, %")]
+        columns = [text for key in counted for text in (words[key], f"{words[key]}, %")]
         yield Table("every threshold multiplied", ("threshold", *columns), rows)
         if other["classes"]:
             body = []
@@ -147,10 +147,10 @@ class Review:
             yield Table("limits of each class", head, tuple(body))
 
     def _pictures(self, again: Again) -> Iterator[Cases]:
-        names = list(dict.fromkeys(name for kept in self._shown.values() for _, name in kept))
-        found = {result.path: result for result in again(names) if not result.error}
-        for (kind, name), kept in sorted(self._shown.items()):
-            shown = [found[path] for _, path in kept if path in found]
+        names = list(dict.fromkeys(name for ranked in self._shown.values() for _, name in ranked))
+        results = {result.path: result for result in again(names) if not result.error}
+        for (kind, name), ranked in sorted(self._shown.items()):
+            shown = [results[path] for _, path in ranked if path in results]
             if shown:
                 title = f"{kind}: {name}" if len(self._columns) > 1 else kind
                 yield Cases(title, tuple(case_of(one, name) for one in shown), shown[0].scale)
@@ -162,11 +162,11 @@ class Review:
         yield Histogram(f"Scores: {name}", "score", groups, float(np.median(threshold)))
         if {"good", "defects"} <= groups.keys():
             known = label != _UNKNOWN
-            alarms, found, _ = roc_curve(score[known], label[known])
+            alarms, hits, _ = roc_curve(score[known], label[known])
             called = score >= threshold
             works_at = (float(called[label == 0].mean()), float(called[label == 1].mean()))
             yield LineChart(
-                f"ROC: {name}", "good images called anomalous", "defects found", (Series(name, alarms, found),),
+                f"ROC: {name}", "good images called anomalous", "defects found", (Series(name, alarms, hits),),
                 marks=(("threshold in use", *works_at),),
             )  # fmt: skip
 
@@ -181,6 +181,8 @@ def _kinds(margin: float, label: int) -> Iterator[tuple[str, float]]:
         yield "False alarms, worst first", -margin
     elif label == 1 and margin < 0:
         yield "Missed defects, worst first", margin
+    elif label == 1:
+        yield "Defects found, clearest first", -margin
 
 
 def _number(value: Any) -> float:

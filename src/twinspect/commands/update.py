@@ -8,58 +8,57 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.bundle import read_bundle, refuse_unwritable
+from twinspect.commands.calibrate import threshold_lines
 from twinspect.commands.options import UpdateOptions
+from twinspect.commands.results import read_data, warn_of
 from twinspect.console import Console
 from twinspect.errors import BundleError, ConfigError
 
 
-def update_command(options: UpdateOptions, console: Console) -> None:
-    """Learn the good images of ``new``, or list what was learnt, or take the last of it back."""
-    bundle, new = options.bundle, options.new
-    if (new is None) == (not options.listed and not options.undo):
+def update(options: UpdateOptions, console: Console) -> None:
+    """Learn the good images of ``new``, or list what was learnt, or take the last of it back.
+
+    Raises:
+        ConfigError: none of the three is asked for, or more than one.
+    """
+    bundle = options.bundle
+    if (options.new is None) == (not options.listed and not options.undo):
         raise ConfigError("give a folder of new good images, or --list, or --undo: one of the three")
     if options.listed:
         lines = list(update_lines(read_bundle(bundle).meta["record"]))
         console.say("\n".join(lines) if lines else f"{bundle} has learnt nothing beyond its training")
     elif options.undo:
         console.say(_taken_back(bundle))
-    elif new is not None:
-        _learn(bundle, new, options.class_name, options.out or bundle, options.weights, options.layout, console)
+    elif options.new is not None:
+        _learn(bundle, options.new, options, console)
 
 
-def _learn(bundle: Path, new: Path, class_name: str, out: Path, weights: str, layout: str, console: Console) -> None:
-    from twinspect import data as data_room
-    from twinspect.commands.decisions import threshold_lines
+def _learn(bundle: Path, new: Path, options: UpdateOptions, console: Console) -> None:
     from twinspect.storage import load, save
-    from twinspect.training.update import update
+    from twinspect.training.update import update as learn
 
+    out = options.out or bundle
     refuse_unwritable(out)
-    fitted = load(bundle, weights)
-    loaded = data_room.load(new, layout)
-    for line in loaded.summary():
-        console.say(line)
-    found = update(fitted, loaded.samples, class_name or None, console.progress)
-    for note in found.record["notes"]:
-        console.warn(note)
-    for skipped in found.skipped:
-        console.warn(f"left out {skipped.path}: {skipped.reason}")
-    last = found.record["updates"][-1]
+    fitted = load(bundle, options.weights)
+    loaded = read_data(new, options.layout, None, console)
+    after = learn(fitted, loaded.samples, options.class_name or None, console.progress)
+    warn_of(after, console)
+    last = after.record["updates"][-1]
     thin = bool(read_bundle(bundle).meta["thin"])
     if out == bundle:
-        kept = bundle.with_name(f"{bundle.name}.{len(found.record['updates']) - 1}")
-        refuse_unwritable(kept)
-        last["before"] = kept.name
-        os.replace(bundle, kept)
+        before = bundle.with_name(f"{bundle.name}.{len(after.record['updates']) - 1}")
+        refuse_unwritable(before)
+        last["before"] = before.name
+        os.replace(bundle, before)
         try:
-            save(found, out, thin)
+            save(after, out, thin)
         except BaseException:
-            os.replace(kept, bundle)
+            os.replace(before, bundle)
             raise
-        console.say(f"the model before is {kept}; twinspect update {bundle} --undo takes it back")
+        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     else:
-        save(found, out, thin)
-    console.say(next(update_lines({"updates": [last]})))
-    for line in threshold_lines(found.decision):
+        save(after, out, thin)
+    for line in (next(update_lines({"updates": [last]})), *threshold_lines(after.decision)):
         console.say(line)
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
@@ -82,12 +81,14 @@ def _taken_back(bundle: Path) -> str:
     updates = read_bundle(bundle).meta["record"].get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
-    kept = bundle.with_name(str(updates[-1].get("before") or f"{bundle.name}.{len(updates) - 1}"))
-    if not kept.is_file():
-        raise BundleError(f"{kept} is gone, the model before the last update; train again, or copy it back")
-    found = read_bundle(kept).meta["decision"]["model_id"]
-    if found != updates[-1]["from"]:
-        raise BundleError(f"{kept} is model {found}, not {updates[-1]['from']}, which the last update was made from")
+    before = bundle.with_name(str(updates[-1].get("before") or f"{bundle.name}.{len(updates) - 1}"))
+    if not before.is_file():
+        raise BundleError(f"{before} is gone, the model before the last update; train again, or copy it back")
+    model_id = read_bundle(before).meta["decision"]["model_id"]
+    if model_id != updates[-1]["from"]:
+        raise BundleError(
+            f"{before} is model {model_id}, not {updates[-1]['from']}, which the last update was made from"
+        )
     line = next(update_lines({"updates": updates[-1:]}))
-    os.replace(kept, bundle)
+    os.replace(before, bundle)
     return f"taken back: {line.partition(' ')[2]}"

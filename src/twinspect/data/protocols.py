@@ -16,7 +16,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from twinspect.data.semantic import CIFAR100, FASHION
@@ -130,36 +130,39 @@ def _refuse_semantic(samples: Sequence[Sample]) -> None:
 # -------------------------------------------------------------------------------------------- semantic
 
 
-def one_vs_rest(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
-    """Each class once as the only normal one, all others anomalous, on the whole test split."""
-    ready = _semantic_samples(samples, seed)
-    return [_semantic(f"one-vs-rest/{name}", ready, {name}, seed) for name in class_order(ready)]
+def one_vs_rest(names: Sequence[str]) -> dict[str, set[str]]:
+    """Each class once as the only normal one, all others anomalous."""
+    return {name: {name} for name in names}
 
 
-def unified(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
+def unified(names: Sequence[str]) -> dict[str, set[str]]:
     """Half of the classes normal, four times: first and second half, even and odd, in the official order.
 
     CIFAR-10: {0..4}, {5..9}, {0,2,4,6,8}, {1,3,5,7,9}; View: {0,1,2}, {3,4,5}, {0,2,4}, {1,3,5}. Of an odd
     number of classes the first half has one more.
     """
-    ready = _semantic_samples(samples, seed)
-    names = class_order(ready)
     half = (len(names) + 1) // 2
     parts = {"first-half": names[:half], "second-half": names[half:], "even": names[::2], "odd": names[1::2]}
-    return [_semantic(f"unified/{part}", ready, set(normal), seed) for part, normal in parts.items()]
+    return {part: set(normal) for part, normal in parts.items()}
 
 
-def leave_one_out(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
+def leave_one_out(names: Sequence[str]) -> dict[str, set[str]]:
     """All classes but one are normal; the one left out is the anomaly."""
+    return {name: set(names) - {name} for name in names}
+
+
+def _semantic_splits(
+    samples: Sequence[Sample], seed: int, protocol: str, parts: Callable[[Sequence[str]], dict[str, set[str]]]
+) -> list[Split]:
+    """A split for every part of the classes that is normal, on the whole test split."""
     ready = _semantic_samples(samples, seed)
-    names = class_order(ready)
-    return [_semantic(f"leave-one-out/{name}", ready, set(names) - {name}, seed) for name in names]
+    normal = parts(class_order(ready))
+    return [_semantic(f"{protocol}/{part}", ready, classes, seed) for part, classes in normal.items()]
 
 
 def one_vs_rest_super(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
     """CIFAR-100 by its 20 super-classes: each once as the normal one."""
-    splits = one_vs_rest(by_superclass(samples), seed)
-    return [replace(s, name=s.name.replace("one-vs-rest", "one-vs-rest-super")) for s in splits]
+    return _semantic_splits(by_superclass(samples), seed, "one-vs-rest-super", one_vs_rest)
 
 
 def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
@@ -223,10 +226,10 @@ def _ordered(samples: Iterable[Sample]) -> tuple[Sample, ...]:
 PROTOCOLS: dict[str, ProtocolFn] = {
     "multi-class": multi_class,
     "single-class": single_class,
-    "one-vs-rest": one_vs_rest,
+    "one-vs-rest": partial(_semantic_splits, protocol="one-vs-rest", parts=one_vs_rest),
     "one-vs-rest-super": one_vs_rest_super,
-    "unified": unified,
-    "leave-one-out": leave_one_out,
+    "unified": partial(_semantic_splits, protocol="unified", parts=unified),
+    "leave-one-out": partial(_semantic_splits, protocol="leave-one-out", parts=leave_one_out),
 }
 
 

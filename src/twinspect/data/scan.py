@@ -103,7 +103,8 @@ def existing_root(root: Path | str) -> Path:
         raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
-    names = [entry.name for entries in _entries(path.parent) for entry in entries]
+    content = _listing(path.parent)
+    names = [entry.name for entry in (*content.folders, *content.files)]
     near = get_close_matches(path.name, names, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(str(path.parent / n)) for n in near)}?" if near else ""
     raise DataError(f"{path}: no such file or folder.{hint}")
@@ -123,7 +124,7 @@ def existing_folder(root: Path | str) -> Path:
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [sub for sub in _entries(folder)[0] if not is_hidden(sub.name)]
+    return [sub for sub in _listing(folder).folders if not is_hidden(sub.name)]
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -136,18 +137,13 @@ def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Pa
 
     Each real folder is visited once, so links cannot loop. Where there are images, other files are logged.
     """
-    visited: set[tuple[int, int]] = set()
-    stack = [folder]
-    while stack:
-        here = stack.pop()
-        if not _first_visit(here, visited):
-            log.skip(here, READ_BEFORE)
-            continue
-        inner, files = _entries(here, log)
-        quiet = log if any(map(is_image, files)) or not inner else ScanLog()  # a licence beside folders is no news
-        images = [path for path in files if _accept(path, quiet)]
+    for here, content in _folders_below(folder, log):
+        log.skipped += content.skipped
+        files = content.files
+        # A licence beside folders is no news.
+        quiet = log if any(map(is_image, files)) or not content.folders else ScanLog()
+        images = [path for path in files if _accept(path, content.broken, quiet)]
         yield here, images, [path for path in files if not is_image(path) and not is_hidden(path.name)]
-        stack.extend(sub for sub in reversed(inner) if not is_hidden(sub.name))
 
 
 def images_below(folder: Path, log: ScanLog) -> list[Path]:
@@ -163,16 +159,7 @@ def has_images(folder: Path) -> bool:
 @once
 def has_images_below(folder: Path) -> bool:
     """Whether at least one image lies inside at any depth."""
-    visited: set[tuple[int, int]] = set()
-    stack = [folder]
-    while stack:
-        here = stack.pop()
-        if not _first_visit(here, visited):
-            continue
-        if has_images(here):
-            return True
-        stack.extend(subfolders(here))
-    return False
+    return any(has_images(here) for here, _ in _folders_below(folder, ScanLog()))
 
 
 def unread_picture(folder: Path) -> Path | None:
@@ -203,8 +190,8 @@ def listing(folder: Path, limit: int = 8) -> str:
     """Names inside a folder for an error message."""
     if not os.path.isdir(folder):
         return "a file"
-    folders, files = _entries(folder)
-    names = sorted([f"{sub.name}/" for sub in folders] + [path.name for path in files])
+    content = _listing(folder)
+    names = sorted([f"{sub.name}/" for sub in content.folders] + [path.name for path in content.files])
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
@@ -299,14 +286,6 @@ def _listing(folder: Path) -> _Listing:
     )
 
 
-def _entries(folder: Path, log: ScanLog | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Folders and other things directly inside; what is left out goes to the log."""
-    content = _listing(folder)
-    if log is not None:
-        log.skipped += content.skipped
-    return content.folders, content.files
-
-
 def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
     """Whether a link leads to a folder that it lies in; what is beside it there is not a part of this folder."""
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(link))
@@ -319,24 +298,31 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _accept(entry: Path, log: ScanLog) -> bool:
+def _accept(entry: Path, broken: frozenset[Path], log: ScanLog) -> bool:
     if not is_image(entry):
         known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
         log.skip(entry, HIDDEN if is_hidden(entry.name) else known)
-        return False
-    if entry in _listing(entry.parent).broken:
+    elif entry in broken:
         log.skip(entry, "broken link")
-        return False
-    return True
+    else:
+        return True
+    return False
 
 
-def _first_visit(folder: Path, visited: set[tuple[int, int]]) -> bool:
-    try:
-        status = folder.stat()
-    except OSError:
-        return False
-    key = (status.st_dev, status.st_ino)
-    if key in visited:
-        return False
-    visited.add(key)
-    return True
+def _folders_below(folder: Path, log: ScanLog) -> Iterator[tuple[Path, _Listing]]:
+    """Every visible folder from ``folder`` on, sorted, each real one once."""
+    visited: set[tuple[int, int]] = set()
+    stack = [folder]
+    while stack:
+        here = stack.pop()
+        try:
+            status = here.stat()
+        except OSError:
+            status = None
+        place = (status.st_dev, status.st_ino) if status is not None else None
+        if place is None or place in visited:
+            log.skip(here, READ_BEFORE)
+            continue
+        visited.add(place)
+        yield here, _listing(here)
+        stack.extend(reversed(subfolders(here)))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect.config import RULES
 from twinspect.errors import ConfigError, DataError, unknown_name
 
 Floats = NDArray[np.float64]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
 FEWEST_TAIL = 10  # good images below which nothing is said about a tail
-RULES = ("f1-max", "min-cost", "zero-miss")
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
 
@@ -215,13 +215,13 @@ def labelled_threshold(
     if not bad or not good:
         raise DataError(f"{bad} defects and {good} good images are labelled; a threshold needs some of both")
     values, missed, alarms = _sweep(scores, labels)
-    found = bad - missed
+    hits = bad - missed
     if rule == "zero-miss":
         best = int(np.flatnonzero(missed == 0)[-1])
     elif rule == "min-cost":
         best = int(np.argmin(miss_cost * missed + alarms))
     else:
-        best = int(np.argmax(2.0 * found / np.maximum(found + alarms + bad, 1)))
+        best = int(np.argmax(2.0 * hits / np.maximum(hits + alarms + bad, 1)))
     sentence = (
         f"chosen by {rule}{f' ({miss_cost:g} per miss)' if rule == 'min-cost' else ''} on {bad + good} labelled "
         f"images: {missed[best]} of {bad} defects missed, {alarms[best]} of {good} good images called bad; "

@@ -11,7 +11,7 @@ import base64
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,15 +147,16 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        fixed = {n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()}
         return {
             "good": self.good.to_dict(),
             "class_of_cluster": list(self.class_of_cluster),
             "map_scale": list(self.map_scale),
-            "budget": self.budget.to_dict(),
-            "budgets": {name: one.to_dict() for name, one in self.budgets.items()},
+            "budget": asdict(self.budget),
+            "budgets": {name: asdict(one) for name, one in self.budgets.items()},
             "by_group": self.by_group,
-            "fixed": fixed,
+            "fixed": {  # never promised, so that is not written
+                n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()
+            },
             "model_id": self.model_id,
             "trained": _packed(self.trained),
             "held": _packed(self.held),
@@ -173,10 +174,10 @@ class Decision:
             BundleError: values that no decision has.
         """
         try:
-            found = cls._of(values)
-            if not np.isfinite([*found.good.score, *found.map_scale]).all():  # no image would be called bad
+            decision = cls._of(values)
+            if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
                 raise ValueError("calibration scores that are not finite")
-            return found
+            return decision
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
 
@@ -287,20 +288,14 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     wrong = sorted(
         ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
     )
-    told = [
+    sentences = [
         f"{count} of {images[name]} good images of {name} are taken for {other}"
         for share, name, other, count in wrong
         if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
     ]
-    if not told:
+    if not sentences:
         return ""
     return (
-        f"classes that look alike are mixed up: {listed(told)}. Name the class when you predict "
+        f"classes that look alike are mixed up: {listed(sentences)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"
     )
-
-
-def kept_keys(good: GoodScores, keys: Iterable[str]) -> NDArray[np.bool_]:
-    """Which of these images are not among the calibration images yet."""
-    present = set(good.key) - {""}
-    return np.array([key not in present for key in keys], dtype=np.bool_)

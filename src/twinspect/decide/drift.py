@@ -15,17 +15,15 @@ defects move the tail only; another product or background moves the scene.
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
+import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from twinspect.decide.conformal import Floats, p_values
 from twinspect.decide.rules import GoodScores
@@ -193,7 +191,6 @@ class DriftMonitor:
         good: calibration images of the bundle.
         false_alarm_rate: largest chance of an alarm, ever, while nothing changes; between 0 and 1.
         seed: of the random breaking of ties.
-        state: of an earlier monitor over the same calibration images, from `state`.
 
     Raises:
         ConfigError: a rate outside (0, 1).
@@ -205,27 +202,19 @@ class DriftMonitor:
         ...         print(monitor.report().message)
     """
 
-    def __init__(
-        self,
-        good: GoodScores,
-        false_alarm_rate: float = 0.01,
-        seed: int = 0,
-        state: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, good: GoodScores, false_alarm_rate: float = 0.01, seed: int = 0) -> None:
         if not 0.0 < false_alarm_rate < 1.0:
             raise ConfigError(f"--false-alarm-rate {false_alarm_rate}: accepted between 0 and 1, such as 0.01")
         self.false_alarm_rate, self.good, self._seed = false_alarm_rate, good, seed
         self._lock = threading.Lock()
         self.reset()
-        if state is not None:
-            self._restore(state)
 
     def reset(self) -> None:
         """Start again, after the cause of an alarm was found and put right."""
         with self._lock:
             rows = {name: self.good.of_class(name, given=False) for name in sorted(set(self.good.predicted))}
-            self._scores = {name: Bag(self.good.score[kept]) for name, kept in rows.items()}
-            self._distances = {name: Bag(_finite(self.good.distance[kept])) for name, kept in rows.items()}
+            self._scores = {name: Bag(self.good.score[of_class]) for name, of_class in rows.items()}
+            self._distances = {name: Bag(_finite(self.good.distance[of_class])) for name, of_class in rows.items()}
             self.test = ChangeTest(len(_GROUPS), self.false_alarm_rate)
             self._recent: deque[tuple[int, str, float, float]] = deque(maxlen=KEPT)  # number, class, score, distance
             self._rng = np.random.default_rng(self._seed)
@@ -260,50 +249,23 @@ class DriftMonitor:
     def report(self) -> DriftReport:
         """What can be said now."""
         with self._lock:  # the rest looks at thousands of scores, and results go on coming in
-            images, alarm_at, since = self.images, self.test.alarm_at, self.test.since
-            evidence, won = self.test.capital, str(_GROUPS[np.argmax(self.test.run)])
+            test, images = copy.copy(self.test), self.images
+            won = str(_GROUPS[np.argmax(test.run)])
             recent: dict[str, list[tuple[float, float]]] = {}
             for number, name, score, distance in self._recent:
-                if number >= since:
+                if number >= test.since:
                     recent.setdefault(name, []).append((score, distance))
-        described = [_class_row(self.good, name, np.array(rows)) for name, rows in sorted(recent.items())]
-        classes = tuple(row for row, _ in described)
-        kind = _kind(won, classes, [off for _, off in described]) if alarm_at else NONE
-        light = "grey" if not images else "red" if alarm_at else "green"
-        message = _message(kind, classes, images, alarm_at, since, self.false_alarm_rate)
+        rows = [_class_row(self.good, name, *np.array(seen).T) for name, seen in sorted(recent.items())]
+        classes = tuple(row for row, _ in rows)
+        # The tail wins first where a shift is large, so the bulk counts too.
+        mostly = sum(one.tail * one.images for one in classes) > sum(one.images for one in classes) / 2
+        shifted = won == DEFECTS and (mostly or any(moved for _, moved in rows))
+        kind = NONE if not test.alarm_at else SHIFT if shifted else won
+        light = "grey" if not images else "red" if test.alarm_at else "green"
+        message = _message(kind, classes, images, test)
         return DriftReport(
-            light, kind, message, images, self.false_alarm_rate, alarm_at, since, evidence, classes
+            light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, classes
         )  # fmt: skip
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for JSON, so that a service that restarts forgets nothing."""
-        with self._lock:
-            bags = {"scores": self._scores, "distances": self._distances}
-            return {
-                "images": self.images,
-                "bags": {k: {n: [b.values, b.counts] for n, b in found.items()} for k, found in bags.items()},
-                "test": {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self.test).items()},
-                "recent": [[n, name, s, None if d != d else d] for n, name, s, d in self._recent],
-                "random": self._rng.bit_generator.state,
-            }
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.images = int(state["images"])
-        for name, found in state["bags"].items():
-            bags = {key: Bag() for key in found}
-            for key, bag in bags.items():
-                bag.values, bag.counts = (list(one) for one in found[key])
-            setattr(self, f"_{name}", bags)
-        for name, value in state["test"].items():
-            setattr(self.test, name, np.array(value) if isinstance(value, list) else value)
-        self._recent.extend((n, name, s, math.nan if d is None else d) for n, name, s, d in state["recent"])
-        self._rng.bit_generator.state = state["random"]
-
-    @property
-    def fingerprint(self) -> str:
-        """The same only for the same calibration images and rate."""
-        text = json.dumps([self.false_alarm_rate, self.good.to_dict()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rounded(values: Floats) -> Floats:
@@ -315,46 +277,35 @@ def _finite(values: Floats) -> Floats:
     return np.asarray(values[np.isfinite(values)])
 
 
-def _class_row(good: GoodScores, name: str, seen_n2: NDArray[np.float64]) -> tuple[ClassDrift, tuple[float, float]]:
-    """One class, and by how much its bulk is off: see `_off`."""
+def _moved(p: Floats, calibration: int) -> bool:
+    """Whether p-values, each counted in so many calibration images, are off one half as a whole."""
+    return (
+        bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12)) if len(p) >= 5 else False
+    )
+
+
+def _class_row(good: GoodScores, name: str, score_N: Floats, distance_N: Floats) -> tuple[ClassDrift, bool]:
+    """One class, and whether the bulk of its scores moved."""
     of_class = good.of_class(name, given=False)
     if not of_class.any():  # a class without calibration images is compared with all
         of_class = np.ones(len(good), dtype=np.bool_)
-    usual, distances = _finite(good.distance[of_class]), _finite(seen_n2[:, 1])
-    p = p_values(seen_n2[:, 0], good.score[of_class])
-    scene = p_values(distances, usual) if len(usual) and len(distances) else np.empty(0)
-    moved = any(
-        len(one) >= 5 and abs(off) > _SIGMAS * math.sqrt(variance)
-        for one, off, variance in ((p, *_off(p, of_class.sum())), (scene, *_off(scene, max(len(usual), 1))))
+    usual, distances = _finite(good.distance[of_class]), _finite(distance_N)
+    p, known = p_values(score_N, good.score[of_class]), len(usual) and len(distances)
+    scene = p_values(distances, usual) if known else np.empty(0)
+    count, bulk = int(of_class.sum()), (p[p > TAIL] - TAIL) / (1.0 - TAIL)
+    moved = _moved(p, count) or _moved(scene, max(len(usual), 1))
+    median = float(np.median(scene)) if known else None
+    return ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved), _moved(
+        bulk, count
     )
-    median = float(np.median(scene)) if len(scene) else None
-    row = ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved)
-    return row, _off(p[p > TAIL], of_class.sum(), TAIL)
 
 
-def _off(p: Floats, calibration: int, low: float = 0.0) -> tuple[float, float]:
-    """Sum of p-values above what is usual, and its variance: of uniform p-values, and of what they are counted in."""
-    variance = (1.0 - low) ** 2 / 12 * (len(p) + len(p) ** 2 / calibration)
-    return float((p - (1.0 + low) / 2).sum()), variance
-
-
-def _kind(won: str, classes: Sequence[ClassDrift], off: Sequence[tuple[float, float]]) -> str:
-    """The bets that won say what changed; the tail wins first where a shift is large, so the bulk counts too."""
-    images = sum(one.images for one in classes)
-    mostly = sum(one.tail * one.images for one in classes) - images / 2 > 1.64 * math.sqrt(images / 4)
-    total, variance = (sum(column) for column in zip(*off, strict=True))
-    return SHIFT if won == DEFECTS and (mostly or abs(total) > _SIGMAS * math.sqrt(variance)) else won
-
-
-def _message(
-    kind: str, classes: Sequence[ClassDrift], images: int, alarm_at: int, since: int, false_alarm_rate: float
-) -> str:
-    chance = f"If nothing changed, the chance of any alarm, ever, is at most {100 * false_alarm_rate:g} %."
+def _message(kind: str, classes: Sequence[ClassDrift], images: int, test: ChangeTest) -> str:
+    chance = f"If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
     if kind == NONE:
         return f"no drift in {images} images. {chance}"
-    latest = sum(one.images for one in classes)
-    middle = sum(one.median_p * one.images for one in classes) / latest
-    tail = sum(one.tail * one.images for one in classes) / latest
+    latest = [one.images for one in classes]
+    middle, tail = (np.average([getattr(c, name) for c in classes], weights=latest) for name in ("median_p", "tail"))
     facts = f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %"
     moved = [one.class_name for one in classes if one.moved]
     if len(classes) > 1 and len(moved) == 1:
@@ -362,4 +313,4 @@ def _message(
     elif len(classes) > 1 and moved:
         facts += f"; {len(moved)} of {len(classes)} classes differ from calibration"
     advice = _MOSTLY_BAD if kind == SHIFT and tail >= 0.5 else _ADVICE[kind]
-    return f"{kind} since about image {since} (noticed at image {alarm_at}): {facts}. {advice} {chance}"
+    return f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): {facts}. {advice} {chance}"

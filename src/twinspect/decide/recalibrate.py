@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from twinspect.decide.conformal import (
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.decide.decision import Decision, image_id, kept_keys
+from twinspect.decide.decision import Decision, image_id
 from twinspect.decide.rules import Budget, GoodScores
 from twinspect.errors import ConfigError, DataError, listed
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
@@ -78,15 +78,6 @@ class Scored:
     failed: tuple[str, ...]
 
 
-class Session(NamedTuple):
-    """How a session would have fared with a threshold from the others of its class."""
-
-    class_name: str
-    group: str
-    images: int
-    called: int
-
-
 def good_samples(samples: Sequence[Sample]) -> list[Sample]:
     """Good images to calibrate with: those of the set's own calibration split, else of its training split.
 
@@ -118,8 +109,7 @@ def score_images(
         DataError: a score that is not finite.
     """
     known = set(predictor.decision.classes)
-    columns: dict[str, list[object]] = {f.name: [] for f in dataclasses.fields(GoodScores)}
-    names, labels, failed = [], [], []
+    rows, names, labels, failed = [], [], [], []
     results = predictor.predict(list(samples), maps=False, pixels=False, class_name=class_name)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("scoring", done + 1, len(samples))
@@ -129,17 +119,12 @@ def score_images(
             failed.append(result.error)
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
-        row = (
-            result.score, result.peak, result.cluster_distance, name, result.predicted_class,
-            sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size),
-        )  # fmt: skip
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
+        group, key = sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size)
+        numbers = (result.score, result.peak, result.cluster_distance)
+        rows.append((*numbers, name, result.predicted_class, group, key))
         names.append(result.path)
         labels.append(int(sample.label == 1))
-    numbers = {n: np.array(columns[n], np.float64) for n in ("score", "peak", "distance")}
-    rows = GoodScores.of_columns({**{n: tuple(v) for n, v in columns.items()}, **numbers})
-    return Scored(rows, tuple(names), np.array(labels, np.int64), tuple(failed))
+    return Scored(GoodScores.of_rows(rows), tuple(names), np.array(labels, np.int64), tuple(failed))
 
 
 def session_of(sample: Sample, root: Path | None) -> str:
@@ -203,7 +188,8 @@ def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> G
     first = {key: place for place, key in reversed(list(enumerate(rows.key)))}
     learnt = np.array([key in trained for key in rows.key], dtype=np.bool_)
     copies = np.array([first[key] != place for place, key in enumerate(rows.key)], dtype=np.bool_)
-    there = ~kept_keys(decision.good, rows.key) if add else np.zeros(len(rows), dtype=np.bool_)
+    present = set(decision.good.key) - {""} if add else set()
+    there = np.array([key in present for key in rows.key], dtype=np.bool_)
     for kind, what in (
         (learnt, "the model was trained on them, so they score too well"),
         (copies & ~learnt, "they are copies of others given"),
@@ -308,18 +294,19 @@ def fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[
     return thresholds
 
 
-def sessions(decision: Decision) -> list[Session]:
-    """Leave-one-session-out: every session of a class against the threshold of the other sessions."""
-    return [one for name in decision.classes for one in _sessions_of(decision, name)]
+def sessions(decision: Decision) -> list[dict[str, Any]]:
+    """Leave-one-session-out: every session of a class against a threshold from the other sessions.
 
-
-def _sessions_of(decision: Decision, class_name: str) -> Iterator[Session]:
-    rows = decision.good.take(decision.good.of_class(class_name, given=True))
-    groups = np.array(rows.group)
-    names = sorted(set(rows.group) - {""})
-    if len(names) < 2:
-        return
-    for name in names:
-        inside = groups == name
-        value = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
-        yield Session(class_name, name, int(inside.sum()), int((rows.score[inside] >= value).sum()))
+    Returns:
+        One row a session: ``class_name``, ``group``, ``images``, and how many of them would be ``called`` bad.
+    """
+    left_out = []
+    for class_name in decision.classes:
+        rows = decision.good.take(decision.good.of_class(class_name, given=True))
+        groups, names = np.array(rows.group), sorted(set(rows.group) - {""})
+        for name in names if len(names) > 1 else ():
+            inside = groups == name
+            value = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
+            called = int((rows.score[inside] >= value).sum())
+            left_out.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
+    return left_out

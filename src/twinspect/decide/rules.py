@@ -91,6 +91,13 @@ class GoodScores:
         return cls.of_columns({**numbers, **{n: tuple(str(v) for v in values[n]) for n in _TEXTS}})
 
     @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[Any]]) -> GoodScores:
+        """From the values of every image, in the order of the fields."""
+        names = (*_NUMBERS, *_TEXTS)
+        columns = dict(zip(names, list(zip(*rows, strict=True)) or [()] * len(names), strict=True))
+        return cls.of_columns({**columns, **{n: np.array(columns[n], np.float64) for n in _NUMBERS}})
+
+    @classmethod
     def of_columns(cls, columns: Mapping[str, Any]) -> GoodScores:
         """From a mapping with every field."""
         return cls(**{name: columns[name] for name in (*_NUMBERS, *_TEXTS)})
@@ -122,10 +129,6 @@ class Budget:
                 f"--unsure {self.max_fpr:g} {self.unsure:g}: the second rate is of good images called bad or "
                 "unsure and must be the larger one, such as --unsure 0.01 0.05"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"max_fpr": self.max_fpr, "unsure": self.unsure, "region_fpr": self.region_fpr}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinspect.config import ModelConfig, Structure, TrainConfig
+from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import (
     affinity_distance,
     channel_loss,
@@ -218,7 +218,7 @@ class StructuralModel(AnomalyModel):
 
     def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
         super().__init__(teacher, size, STAGES)
-        self.structure: Structure = config.structure()
+        self.structure = config.structure()
         self.stages = Stages(teacher.info, self.selection)
         self.student = StructuralStudent(teacher.info, self.stages, config, size)
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
@@ -278,13 +278,10 @@ class StructuralModel(AnomalyModel):
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Sum over stages of every term that is switched on, by its weight, and each term's own sum without it."""
         stages, predicted = self.answer(observed, small_B3SS)
-        pairs = list(enumerate(zip(stages, predicted, strict=True)))
-        terms = {
-            name: torch.stack([self._term(name, i, t, s) for i, (t, s) in pairs]).sum()
-            for name in self.structure.terms
-        }
+        pairs, weights = list(enumerate(zip(stages, predicted, strict=True))), self.structure.weights_of_terms()
+        terms = {name: torch.stack([self._term(name, i, t, s) for i, (t, s) in pairs]).sum() for name in weights}
         parts = {name: value.detach() for name, value in terms.items()}
-        weighed = [weight * terms[name] for name, weight in self.structure.terms.items()]
+        weighed = [weight * terms[name] for name, weight in weights.items()]
         return {"loss": torch.stack(weighed).sum(), **parts}
 
     def _term(self, name: str, i: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:

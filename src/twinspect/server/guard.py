@@ -305,7 +305,7 @@ class Guard:
 
     def _count(self, scope: MutableMapping[str, Any], exchange: _Exchange) -> None:
         seconds = time.perf_counter() - exchange.began
-        matched = getattr(scope.get("route"), "path", None)  # set by the router: /v1/maps/{map_id}, never a real id
+        matched = getattr(scope.get("route"), "path", None)  # set by the router: /v1/log/{number}/picture, no number
         path = matched if matched in self.routes else "other"
         status = exchange.status or 499  # gone before the answer
         self.metrics.requests.labels(path, str(status)).inc()

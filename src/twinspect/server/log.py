@@ -40,13 +40,6 @@ _tables = sa.MetaData()
 # SQLite counts up only columns of type INTEGER.
 _id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _schema = sa.Table("twinspect_schema", _tables, sa.Column("version", sa.Integer, nullable=False))
-_drift = sa.Table(
-    "twinspect_drift",
-    _tables,
-    sa.Column("bundle", sa.String(200), primary_key=True),
-    sa.Column("fingerprint", sa.String(64), nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-)
 _COLUMN_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "string": sa.String(200), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
     "int64": sa.BigInteger(), "regions": sa.Text(),
@@ -289,20 +282,6 @@ class InspectionLog:
         with self._transaction() as connection:
             connection.execute(sa.delete(_pictures).where(_pictures.c.id.in_(sa.select(inspections.c.id).where(old))))
             return int(connection.execute(sa.delete(inspections).where(old)).rowcount)
-
-    def save_drift(self, bundle: str, fingerprint: str, state: Mapping[str, Any]) -> None:
-        """Keep the state of a drift monitor, so that a restart forgets nothing."""
-        values = {"bundle": bundle, "fingerprint": fingerprint, "state": json.dumps(state)}
-        with self._transaction() as connection:
-            connection.execute(sa.delete(_drift).where(_drift.c.bundle == bundle))
-            connection.execute(_drift.insert(), values)
-
-    def load_drift(self, bundle: str, fingerprint: str) -> dict[str, Any] | None:
-        """The state kept for a bundle with the same calibration images, if there is one."""
-        statement = sa.select(_drift.c.state).where(_drift.c.bundle == bundle, _drift.c.fingerprint == fingerprint)
-        with self._transaction() as connection:
-            state = connection.execute(statement).scalar()
-        return None if state is None else dict(json.loads(state))
 
     def close(self) -> None:
         """Close all connections."""

@@ -121,7 +121,6 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.models.close()
-        await asyncio.to_thread(self._keep_drift)
         if self.writer is not None:
             await asyncio.to_thread(self.writer.close)
         self.decoders.shutdown(wait=False, cancel_futures=True)
@@ -129,7 +128,6 @@ class Service:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
-            await asyncio.to_thread(self._keep_drift)
             if self.log is not None and self.settings.log_days:
                 try:
                     gone = await asyncio.to_thread(self.log.prune, self.settings.log_days)
@@ -147,24 +145,12 @@ class Service:
                 except TwinspectError as error:
                     say("reload_failed", logging.ERROR, bundle=name, message=str(error))
 
-    def _keep_drift(self) -> None:
-        if self.log is None:
-            return
-        for served in self.models:
-            try:
-                self.log.save_drift(served.name, served.light.fingerprint, served.light.state())
-            except LogError as error:
-                say("log_trouble", logging.ERROR, message=str(error))
-
     def _make(self, name: str, predictor: Predictor, before: Served | None) -> Served:
         """A predictor with its worker and its drift light, which lives on where the calibration is the same."""
         predictor.limits = self.settings.limits
         good, rate = predictor.decision.good, self.settings.drift_rate
-        light = DriftMonitor(good, rate)
-        if before is not None and before.light.fingerprint == light.fingerprint:
-            light = before.light
-        elif self.log is not None and (state := self.log.load_drift(name, light.fingerprint)):
-            light = DriftMonitor(good, rate, state=state)
+        same = before is not None and before.light.good.to_dict() == good.to_dict()
+        light = before.light if before is not None and same else DriftMonitor(good, rate)
         self.metrics.drift.labels(name).set(light.alarmed)
         batching = (self.settings.max_batch, self.settings.max_wait_ms / 1000)
         return Served(name, predictor, light, batching, self._observe, self._alarm)

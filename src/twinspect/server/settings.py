@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from twinspect.config import option
 from twinspect.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,35 +17,26 @@ MEGABYTE = 1 << 20
 _MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "log_days", "log_thumbnails")
 
 
-T = TypeVar("T")
-
-
-def _option(default: T, text: str) -> T:
-    """A field that is an option of ``twinspect serve``, with its help."""
-    option: T = field(default=default, metadata={"help": text})
-    return option
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything the server can be told; the defaults suit one line PC."""
 
-    host: str = _option("127.0.0.1", "Address to listen on; others than loopback need a key.")
-    port: int = _option(8000, "Port; 0 takes a free one.")
+    host: str = option("Address to listen on; others than loopback need a key.", "127.0.0.1")
+    port: int = option("Port; 0 takes a free one.", 8000)
     api_key: str = field(default="", repr=False)  # may be empty on a loopback address only
-    log_required: bool = _option(False, "No answer without a row in the log.")
-    log_days: float = _option(0.0, "Delete rows older than so many days; 0 keeps them.")
-    log_thumbnails: int = _option(0, "Keep a picture of every decision, longest side in pixels; 0: none.")
-    max_batch: int = _option(16, "Most images in one call of the model.")
-    max_wait_ms: float = _option(5.0, "Longest wait of a call for images being decoded.")
-    queue: int = _option(64, "Images accepted at a time; more get 429.")
-    timeout_s: float = _option(30.0, "Seconds from acceptance to the answer.")
-    max_body_mb: float = _option(64.0, "Size of a request.")
-    max_memory_mb: float = _option(512.0, "Size of all requests being answered.")
-    max_files: int = _option(32, "Images in a request.")
-    max_megapixels: float = _option(50.0, "Size of an image.")
-    root_path: str = _option("", "Where a proxy shows the server, such as /inspect.")
-    watch_s: float = _option(5.0, "Seconds between looks for a new version of a file; 0: never.")
+    log_required: bool = option("No answer without a row in the log.", False)
+    log_days: float = option("Delete rows older than so many days; 0 keeps them.", 0.0)
+    log_thumbnails: int = option("Keep a picture of every decision, longest side in pixels; 0: none.", 0)
+    max_batch: int = option("Most images in one call of the model.", 16)
+    max_wait_ms: float = option("Longest wait of a call for images being decoded.", 5.0)
+    queue: int = option("Images accepted at a time; more get 429.", 64)
+    timeout_s: float = option("Seconds from acceptance to the answer.", 30.0)
+    max_body_mb: float = option("Size of a request.", 64.0)
+    max_memory_mb: float = option("Size of all requests being answered.", 512.0)
+    max_files: int = option("Images in a request.", 32)
+    max_megapixels: float = option("Size of an image.", 50.0)
+    root_path: str = option("Where a proxy shows the server, such as /inspect.", "")
+    watch_s: float = option("Seconds between looks for a new version of a file; 0: never.", 5.0)
     body_timeout_s: float = 20.0  # for a client to send its request, and to take a piece of the answer
     header_timeout_s: float = 10.0  # for a client to send the head of its request
     decoders: int = 2  # threads that decode

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +29,12 @@ from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, ima
 from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
-_AHEAD = 32  # images that are decoded, or being decoded, before the teacher has asked for them
+_AHEAD = 31  # images that are decoded, or being decoded, before the teacher has asked for them
 
 
 class FeatureSource:
@@ -97,15 +101,8 @@ class FeatureSource:
 
     def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
         """Batches in order, each read and decoded while the one before it is worked on."""
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            waiting: Future[Tensor] | None = None
-            for part in parts:
-                coming = reader.submit(self.prepare, part)
-                if waiting is not None:
-                    yield self.finish(waiting.result())
-                waiting = coming
-            if waiting is not None:
-                yield self.finish(waiting.result())
+        for prepared in _in_order(self.prepare, parts, workers=1, ahead=1):
+            yield self.finish(prepared)
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Observed, Tensor]]:
         """All samples of a list once, in order."""
@@ -136,8 +133,10 @@ class FeatureSource:
     def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Check every image can be read and, with a cache, fill in what it lacks."""
         waiting: list[tuple[bytes, NDArray[np.uint8]]] = []
-        for done, (sample, key, pixels) in enumerate(self._decoded(samples)):
-            progress("teacher features" if self._cache is not None else "reading images", done + 1, len(samples))
+        stage = "teacher features" if self._cache is not None else "reading images"
+        decoded = _in_order(self._decode, samples, workers=min(4, os.cpu_count() or 1), ahead=_AHEAD)
+        for done, (sample, (key, pixels)) in enumerate(zip(samples, decoded, strict=True)):
+            progress(stage, done + 1, len(samples))
             if isinstance(key, Skipped):
                 self.skipped.append(key)
                 continue
@@ -154,24 +153,8 @@ class FeatureSource:
         if self._known is not None:
             self._known.save()
 
-    def _decoded(
-        self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[Sample, bytes | Skipped, NDArray[np.uint8] | None]]:
-        """Keys and, where still needed, pixels; decoding runs in threads ahead of the teacher."""
-        waiting: deque[tuple[Sample, Future[tuple[bytes | Skipped, NDArray[np.uint8] | None]]]] = deque()
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            try:
-                for sample in samples:
-                    waiting.append((sample, pool.submit(self._decode, sample)))
-                    if len(waiting) == _AHEAD:
-                        first, decoded = waiting.popleft()
-                        yield first, *decoded.result()
-                for first, decoded in waiting:
-                    yield first, *decoded.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
+        """The key of a sample, or why it cannot be read; and its pixels where they are still needed."""
         try:
             if not sample.in_file or isinstance(sample, (Copy, Tile)):
                 pixels = read_square(sample, self._model.size, self._read)
@@ -202,6 +185,21 @@ class FeatureSource:
         observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
         self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
         waiting.clear()
+
+
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
+    """What a function gives for items, in their order; threads work on so many items ahead."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def features_folder() -> Path:

@@ -1,4 +1,4 @@
-"""What ``twinspect calibrate`` and ``twinspect drift`` do, apart from parsing."""
+"""``twinspect calibrate``: new thresholds into a bundle, and thresholds as a table."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from twinspect import data as data_room
+from twinspect import data
 from twinspect.bundle import is_signed, keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
-from twinspect.commands.options import CalibrateOptions, DriftOptions
-from twinspect.commands.results import check_outputs, publish_json, text_table, write_results
+from twinspect.commands.options import CalibrateOptions
+from twinspect.commands.results import check_outputs, publish, read_data, say_tables, text_table
 from twinspect.console import Console
-from twinspect.decide.conformal import RULES
 from twinspect.decide.decision import Decision, promises, refuse_other_model
-from twinspect.decide.drift import DriftMonitor, DriftReport
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, GoodScores, Rule, class_sentence
-from twinspect.errors import ConfigError, DataError, unknown_name
-from twinspect.inference.table import parts_in, read_rows
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule, class_sentence
+from twinspect.errors import ConfigError, DataError
 from twinspect.report import Section, Table
 from twinspect.types import Sample
 
 _MOST_CHARTS = 12
-_COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 
 
@@ -37,15 +31,11 @@ def requested(options: CalibrateOptions) -> Request:
         ConfigError: options that contradict each other, or a value that is not accepted.
     """
     max_fpr, unsure, group, rule = options.max_fpr, options.unsure, options.group, options.rule
-    if group not in ("", "none", "session"):
-        raise ConfigError(unknown_name("--group", group, ("session", "none")))
     if max_fpr and any(unsure) and max_fpr != unsure[0]:
         raise ConfigError(
             f"--max-fpr {max_fpr:g} and --unsure {unsure[0]:g} {unsure[1]:g} say different things: the first rate of "
             "--unsure is the one of good images called bad; leave --max-fpr out"
         )
-    if rule and rule not in RULES:
-        raise ConfigError(unknown_name("rule", rule, RULES))
     if options.miss_cost and rule not in ("", "min-cost"):
         raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
     return Request(
@@ -60,15 +50,17 @@ def requested(options: CalibrateOptions) -> Request:
     )
 
 
-def calibrate_command(options: CalibrateOptions, console: Console) -> None:
+def calibrate(options: CalibrateOptions, console: Console) -> None:
     """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
     asked, out = requested(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
     _refuse_sources(options, asked)
     content = read_bundle(options.bundle)
-    before = Decision.from_dict(content.meta["decision"])
-    start = _taken_from(options.source, before) if options.source is not None else before
+    before = start = Decision.from_dict(content.meta["decision"])
+    if options.source is not None:
+        start = Decision.from_dict(read_bundle(options.source).meta["decision"])
+        refuse_other_model(start, before.model_id, str(options.source))
     scored, labelled = (
         _from_log(options, asked, before, console) if options.from_log else _score(options, asked, console)
     )
@@ -80,13 +72,21 @@ def calibrate_command(options: CalibrateOptions, console: Console) -> None:
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
-    values = calibration_values(after, notes)
-    if not options.force and (kept := keep_old(out)):
-        console.warn(kept)
+    values: dict[str, Any] = {
+        "model_id": after.model_id, "classes": class_values(after), "sessions": sessions(after), "notes": notes,
+    }  # fmt: skip
+    if not options.force and (note_of_old := keep_old(out)):
+        console.warn(note_of_old)
     if is_signed(options.bundle):
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
-    _publish(options, values, after, notes, console)
+    for line in threshold_lines(after, most=len(values["classes"])):
+        console.say(line)
+    if values["sessions"]:
+        say_tables([session_table(values)], console)
+    facts = {"model": after.model_id, "calibration images": str(len(after.good))}
+    title = f"Calibration of {options.bundle.name}"
+    publish(options, title, facts, values, lambda _: sections(values, after, notes), console)
     console.say(f"wrote {out}")
 
 
@@ -120,13 +120,6 @@ def _from_log(
     return logged.good, logged.labelled if asked.rule else None
 
 
-def _taken_from(source: Path, decision: Decision) -> Decision:
-    """The decision of another copy of the same model."""
-    other = Decision.from_dict(read_bundle(source).meta["decision"])
-    refuse_other_model(other, decision.model_id, str(source))
-    return other
-
-
 def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
@@ -138,9 +131,7 @@ def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:
-        loaded = data_room.load(options.good, options.layout, options.images)
-        for line in loaded.summary():
-            console.say(line)
+        loaded = read_data(options.good, options.layout, options.images, console)
         by_session = bool(asked.by_group) and name is not None
         root = loaded.root if by_session and loaded.root.is_dir() else None
         good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
@@ -156,7 +147,7 @@ def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
     Raises:
         DataError: not both kinds of label.
     """
-    labelled = [s for s in data_room.load(path, "auto", images).samples if s.label is not None]
+    labelled = [s for s in data.load(path, "auto", images).samples if s.label is not None]
     kinds = {s.label for s in labelled}
     if kinds != {0, 1}:
         raise DataError(
@@ -166,16 +157,17 @@ def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
     return labelled
 
 
-def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, Any]:
-    """Everything a calibration says, ready for JSON."""
-    classes = {}
+def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
+    """What is to be said of every class's threshold, and of all classes together, ready for JSON."""
+    rows = {}
     for name, rule in promises(decision):
-        images, called = own_counts(decision, rule)
-        classes[name] = {
-            "images": images,
+        score = decision.good.score[decision.good.of_class(rule.class_name, given=True)]
+        rows[name] = {
+            "images": len(score),
             "threshold": rule.image.value,
             "rule": rule.basis,
-            "called": called,
+            "called": int((score >= rule.image.value).sum()),
+            "false_alarms": false_alarms(rule),
             "max_fpr": rule.image.max_fpr,
             "guaranteed": rule.image.guaranteed,
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
@@ -183,23 +175,7 @@ def calibration_values(decision: Decision, notes: Sequence[str]) -> dict[str, An
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": class_sentence(rule),
         }
-    by_session = [one._asdict() for one in sessions(decision)]
-    return {"model_id": decision.model_id, "classes": classes, "sessions": by_session, "notes": list(notes)}
-
-
-def _publish(
-    options: CalibrateOptions, values: dict[str, Any], decision: Decision, notes: Sequence[str], console: Console
-) -> None:
-    for line in threshold_lines(decision, most=len(values["classes"])):
-        console.say(line)
-    if values["sessions"]:
-        for line in text_table(session_table(values)):
-            console.say(line)
-    publish_json(options.json_file, values, console)
-    facts = {"model": decision.model_id, "calibration images": str(len(decision.good))}
-    for path in options.report:
-        write_results(path, f"Calibration of {options.bundle.name}", sections(values, decision, notes), facts, values)
-        console.say(f"wrote {path}")
+    return rows
 
 
 def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
@@ -239,113 +215,21 @@ def session_table(values: dict[str, Any]) -> Table:
     return Table("each session left out", ("session", "good images", "called bad", "rate"), rows, note)
 
 
-def drift_command(options: DriftOptions, console: Console) -> None:
-    """``twinspect drift``: watch the predictions of one or more tables, in their order."""
-    check_outputs(options.report, options.json_file)
-    decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
-    monitor = DriftMonitor(decision.good, options.false_alarm_rate)
-    left_out = 0
-    for path in options.tables:
-        for row in read_predictions(path):
-            _refuse_other_table(path, str(row.get("model_id") or ""), decision.model_id)
-            left_out += not watch(monitor, row)
-    if not monitor.images:
-        raise DataError("the tables hold no scored image; nothing can be said about drift")
-    drift = monitor.report()
-    console.say(drift.message)
-    if left_out:
-        console.warn(f"{left_out} rows without a score were left out")
-    table = drift_table(drift)
-    for line in text_table(table):
-        console.say(line)
-    publish_json(options.json_file, drift.to_dict(), console)
-    facts = {"images": str(drift.images), "chance of a false alarm": f"at most {100 * drift.false_alarm_rate:g} %"}
-    for path in options.report:
-        shown = [Section(drift.kind.capitalize(), (drift.message,), (table, *_drift_charts(options, decision.good)))]
-        write_results(path, f"Drift of {options.bundle.name}", shown, facts, drift.to_dict())
-        console.say(f"wrote {path}")
-
-
-def _refuse_other_table(path: Path, model_id: str, expected: str) -> None:
-    if model_id and model_id != expected:
-        raise DataError(
-            f"{path}: its scores come from another model (id {model_id}, the bundle's is {expected}) and cannot be "
-            f"compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
-        )
-
-
-def watch(monitor: DriftMonitor, row: dict[str, Any]) -> bool:
-    """Show one row of a table to a monitor; False for a row without a score."""
-    score, distance = _number(row.get("score")), _number(row.get("cluster_distance"))
-    if row.get("error") or not np.isfinite(score):
-        return False
-    monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)
-    return True
-
-
-def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time.
-
-    Raises:
-        DataError: no such file, another kind of file, or no scores in it.
-    """
-    if not path.is_file() and not parts_in(path):
-        raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
-    for number, row in enumerate(read_rows(path, _COLUMNS)):
-        if number == 0 and "score" not in row:
-            raise DataError(f"{path} has no column score; give a table written by twinspect predict")
-        yield row
-
-
-def _number(value: Any) -> float:
-    try:
-        return float("nan") if value in (None, "") else float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"a score in the table is {value!r}, not a number") from None
-
-
-def drift_table(drift: DriftReport) -> Table:
-    """Latest images by class, as a table."""
-    rows = tuple(
-        (
-            one.class_name or "(none)", one.images, one.median_p, one.tail,
-            "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
-        )
-        for one in drift.classes
-    )  # fmt: skip
-    columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
-    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
-    return Table("latest images by class", columns, rows, note)
-
-
-def _drift_charts(options: DriftOptions, good: GoodScores) -> tuple[Histogram, ...]:
-    rows = (row for path in options.tables for row in read_predictions(path) if not row.get("error"))
-    scores = np.fromiter((_number(row.get("score")) for row in rows), np.float64)
-    groups = {"calibration": good.score, "predictions": scores[np.isfinite(scores)]}
-    return (Histogram("Scores of calibration and of the predictions", "score", groups),)
-
-
 # ---------------------------------------------------------------------------------------------- thresholds as a table
 
 
 def threshold_table(decision: Decision) -> Table:
     """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
-    rules = list(promises(decision))
-    third = any(rule.unsure is not None for _, rule in rules)
-    columns = (
-        "class",
-        "good images",
-        *(("unsure from",) if third else ()),
-        "threshold",
-        "false alarms",
-        "called bad",
-    )
-    rows = []
-    for name, rule in rules:
-        images, called = own_counts(decision, rule)
-        unsure = (rule.unsure.value if rule.unsure is not None else "-",) if third else ()
-        rows.append((name, images, *unsure, rule.image.value, false_alarms(rule), called))
-    return Table("Thresholds by class", columns, tuple(rows), _NOTE)
+    rows = class_values(decision)
+    third = any(row["threshold_unsure"] is not None for row in rows.values())
+    body = []
+    for name, row in rows.items():
+        unsure = "-" if row["threshold_unsure"] is None else row["threshold_unsure"]
+        numbers = (*((unsure,) if third else ()), row["threshold"], row["false_alarms"], row["called"])
+        body.append((name, row["images"], *numbers))
+    between = ("unsure from",) if third else ()
+    columns = ("class", "good images", *between, "threshold", "false alarms", "called bad")
+    return Table("Thresholds by class", columns, tuple(body), _NOTE)
 
 
 def false_alarms(rule: Rule) -> str:
@@ -366,12 +250,6 @@ _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
     "the good images here the threshold calls bad."
 )
-
-
-def own_counts(decision: Decision, rule: Rule) -> tuple[int, int]:
-    """Good images of a rule's class, and how many of them its threshold calls bad."""
-    of_class = decision.good.of_class(rule.class_name, given=True)
-    return int(of_class.sum()), int((decision.good.score[of_class] >= rule.image.value).sum())
 
 
 def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:

@@ -1,0 +1,98 @@
+"""``twinspect drift``: do the predictions of a table still look like the calibration images?"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twinspect.bundle import read_bundle
+from twinspect.charts import Histogram
+from twinspect.commands.options import DriftOptions
+from twinspect.commands.results import check_outputs, publish, say_tables
+from twinspect.console import Console
+from twinspect.decide.decision import Decision
+from twinspect.decide.drift import DriftMonitor, DriftReport
+from twinspect.errors import DataError
+from twinspect.inference.table import parts_in, read_rows
+from twinspect.report import Section, Table
+
+_COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
+
+
+def drift(options: DriftOptions, console: Console) -> None:
+    """Watch the predictions of one or more tables, in their order.
+
+    Raises:
+        DataError: a table of another model, without scores, or with one that is no number.
+    """
+    check_outputs(options.report, options.json_file)
+    decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
+    monitor = DriftMonitor(decision.good, options.false_alarm_rate)
+    scores, left_out = array("d"), 0
+    for path in options.tables:
+        for row in read_predictions(path):
+            model_id = row.get("model_id") or decision.model_id
+            if model_id != decision.model_id:
+                raise DataError(
+                    f"{path}: its scores come from another model (id {model_id}, the bundle's is "
+                    f"{decision.model_id}) and cannot be compared. Type: twinspect predict BUNDLE IMAGES "
+                    f"--out {path.name}"
+                )
+            score, distance = _number(row.get("score")), _number(row.get("cluster_distance"))
+            if row.get("error") or not np.isfinite(score):
+                left_out += 1
+                continue
+            scores.append(score)
+            monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)
+    if not monitor.images:
+        raise DataError("the tables hold no scored image; nothing can be said about drift")
+    report = monitor.report()
+    console.say(report.message)
+    if left_out:
+        console.warn(f"{left_out} rows without a score were left out")
+    table = drift_table(report)
+    say_tables([table], console)
+    groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
+    chart = Histogram("Scores of calibration and of the predictions", "score", groups)
+    shown = [Section(report.kind.capitalize(), (report.message,), (table, chart))]
+    facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
+    publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), lambda _: shown, console)
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time.
+
+    Raises:
+        DataError: no such file, another kind of file, or no scores in it.
+    """
+    if not path.is_file() and not parts_in(path):
+        raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
+    for number, row in enumerate(read_rows(path, _COLUMNS)):
+        if number == 0 and "score" not in row:
+            raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+        yield row
+
+
+def _number(value: Any) -> float:
+    try:
+        return float("nan") if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"a score in the table is {value!r}, not a number") from None
+
+
+def drift_table(report: DriftReport) -> Table:
+    """Latest images by class, as a table."""
+    rows = tuple(
+        (
+            one.class_name or "(none)", one.images, one.median_p, one.tail,
+            "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
+        )
+        for one in report.classes
+    )  # fmt: skip
+    columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
+    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
+    return Table("latest images by class", columns, rows, note)
