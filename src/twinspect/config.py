@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -62,7 +62,7 @@ def argument(help: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": help, "argument": True})
 
 
-def option(help: str, default: Any = MISSING, flag: str = "", accepts: Range | tuple[str, ...] = ()) -> Any:
+def option(help: str, default: Any = MISSING, flag: str = "", accepts: Range | Collection[str] = ()) -> Any:
     """A field that is typed behind a flag.
 
     Args:
@@ -161,7 +161,7 @@ class ModelConfig:
     model: str = option(
         "Family: " + "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items()) + ".",
         "dual",
-        accepts=tuple(FAMILIES),
+        accepts=FAMILIES,
     )
     teacher: str = option("Short name, any timm name, or auto.", "auto")
     weights: str = option("Local weights file of the teacher; empty searches the known places on disk.", "")

@@ -116,10 +116,6 @@ class Dataset:
     listed: bool = False
     elsewhere: bool = False
 
-    def __call__(self, root: Path, log: ScanLog | None = None) -> list[Sample]:
-        """Read the data set at ``root``."""
-        return self.read(root, log or ScanLog())
-
 
 def _is(layout: str, root: Path) -> bool:
     return folders.layout_of(root) == layout

@@ -64,7 +64,7 @@ class GoodScores:
         return len(self.score)
 
     def take(self, chosen: NDArray[np.bool_]) -> GoodScores:
-        """The images where ``kept`` is true."""
+        """The images where ``chosen`` is true."""
         numbers = {n: getattr(self, n)[chosen] for n in _NUMBERS}
         texts = {n: tuple(v for v, k in zip(getattr(self, n), chosen, strict=True) if k) for n in _TEXTS}
         return GoodScores.of_columns({**numbers, **texts})

@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         self.net, self.is_vit = _create(arch, depth, img_size)
         self.levels, self.token_levels = _choose_levels(self.net, self.is_vit)
         self.info = _describe(arch, self)
-        self._extra = {"extra_blocks": True} if _has_parameter(self.net, "extra_blocks") else {}
+        self._extra = _extra(self.net)
 
     def features(self, x_B3HW: Tensor) -> Features:
         """Maps (one per level, NCHW) and global tokens (one per token level, B x D)."""
@@ -284,12 +284,11 @@ def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
 
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     """(channels, stride) of every intermediate a CNN returns, read from a tiny forward pass."""
-    extra = {"extra_blocks": True} if _has_parameter(net, "extra_blocks") else {}
     was_training = net.training
     net.eval()
     try:
         with torch.no_grad():
-            maps = net.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True, **extra)
+            maps = net.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True, **_extra(net))
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(
             f"{type(net).__name__} takes images of its own size only ({error}); choose another teacher"
@@ -322,5 +321,6 @@ def _has_wide_head(net: Any) -> bool:
     return hasattr(net, "conv_head") and hasattr(net, "bn2")
 
 
-def _has_parameter(net: Any, name: str) -> bool:
-    return name in inspect.signature(net.forward_intermediates).parameters
+def _extra(net: Any) -> dict[str, bool]:
+    """What makes an EfficientNet of timm give all its blocks; other networks do not know it."""
+    return {"extra_blocks": True} if "extra_blocks" in inspect.signature(net.forward_intermediates).parameters else {}

@@ -31,17 +31,9 @@ def fit_few(
     progress: Progress,
     students: bool,
 ) -> GoodImages:
-    """`fit_statistics`, with classes of a few images calibrated on images left out. Copies count for no threshold.
+    """`fit_statistics`, with classes of a few images (``few``) calibrated on images left out.
 
-    Args:
-        model: as for `fit_statistics`, like all others but ``few``.
-        source: see there.
-        train_at: see there.
-        held_at: see there.
-        few: classes of a few images.
-        seed: see there.
-        progress: see there.
-        students: see there.
+    Copies count for no threshold.
     """
     places = {i: place for place, i in enumerate(sorted([*train_at, *held_at]))}
     originals = _originals(source, [i for i in train_at if source.samples[i].class_name in few])
