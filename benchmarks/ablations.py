@@ -39,7 +39,7 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.diagnose import Plan, diagnose
 from twinspect.evaluation import evaluate, test_samples
-from twinspect.inference.decode import decode, name_of
+from twinspect.inference.decode import as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel
@@ -192,7 +192,7 @@ class Remembering:
             self.readings.append(out.readings_BR.numpy())
             for i, (item, one) in enumerate(zip(source[start : start + 16], part, strict=True)):
                 scores = (float(said[i]) for said in (out.score_B, out.score_local_B, out.score_semantic_B))
-                result = Result(name_of(item), *scores, is_anomaly=False, height=one.height, width=one.width)
+                result = Result(as_item(item).name, *scores, is_anomaly=False, height=one.height, width=one.width)
                 result.grid = out.map_B1HW[i, 0].numpy()
                 yield result
 

@@ -1,8 +1,10 @@
-"""Where a call of a model's graph spends its time: teacher, students, scorer, in torch or ONNX Runtime.
+"""Where a call of a model's graph spends its time, and how much longer it takes than its bare teacher.
 
     PYTHONPATH=src python benchmarks/graph_parts.py model.onnx --batch 1,16
 
-Torch is timed part by part, ONNX Runtime by its own profile; OpenVINO does not say.
+Torch is timed part by part, ONNX Runtime by its own profile; OpenVINO does not say. The bare teacher is cut out of
+the same model: raw pixels in, the maps and the embedding that the students need out. Both are timed in turns, a few
+calls each, as a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predict
 
 Clock = Callable[[], float]
 Pixels = NDArray[np.uint8]
-PARTS = ("teacher", "local", "semantic", "scorer")
+Call = Callable[[], object]
+PARTS = ("teacher", "local", "semantic", "scorer")  # how the names of nodes begin: see `twinspect.export.graph`
 _PROFILED = 10  # calls in a profile
+_TURNS, _CALLS = 5, 4  # of the graph and the bare teacher, and calls in a turn
 
 
 def main() -> None:
@@ -34,10 +38,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
     runtime = load_predictor(given.model, threads=given.threads).runtime
+    assert isinstance(runtime, (TorchRuntime, OnnxRuntime)), "accepted: a bundle (.twin) or an .onnx file"
     for batch in (int(one) for one in given.batch.split(",")):
-        pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
+        pixels = np.zeros((runtime.batch or batch, runtime.size, runtime.size, 3), np.uint8)
         parts = graph_parts(runtime, given.model, given.threads, pixels)
-        print(f"batch {batch}: " + ", ".join(f"{name} {value:.0%}" for name, value in parts.items()))
+        times = ratio(runtime, given.model, given.threads, pixels)
+        shares = ", ".join(f"{name} {value:.0%}" for name, value in parts.items())
+        print(f"batch {len(pixels)}: {shares}; {times:.2f} times the bare teacher")
 
 
 def graph_parts(runtime: TorchRuntime | OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:
@@ -120,6 +127,65 @@ def onnx_parts(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -
             part = event["name"].split("/")[0]
             spent[part if part in PARTS else "other"] += event["dur"] / 1e6 / _PROFILED
     return dict(spent)
+
+
+# -------------------------------------------------------------------------------------------------- the bare teacher
+
+
+def ratio(runtime: TorchRuntime | OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> float:
+    """Time of the graph over that of its bare teacher."""
+    is_torch = isinstance(runtime, TorchRuntime)
+    bare = bare_torch(runtime, pixels) if is_torch else bare_onnx(runtime, path, threads, pixels)
+    spent: dict[str, list[float]] = defaultdict(list)
+    calls: dict[str, Call] = {"whole": lambda: runtime.run(pixels), "bare": bare}
+    for _ in range(_TURNS):
+        for name, call in calls.items():
+            call()  # takes the other's threads and memory back
+            for _ in range(_CALLS):
+                began = time.perf_counter()
+                call()
+                spent[name].append(time.perf_counter() - began)
+    return float(np.median(spent["whole"]) / np.median(spent["bare"]))
+
+
+def bare_torch(runtime: TorchRuntime, pixels: Pixels) -> Call:
+    import torch
+
+    teacher = runtime.model.teacher
+
+    def call(part: Pixels) -> None:
+        with torch.inference_mode():
+            teacher.embedding(teacher.features(teacher.normalise(torch.from_numpy(part).permute(0, 3, 1, 2))))
+
+    return lambda: runtime.spread(call, pixels)
+
+
+def bare_onnx(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> Call:
+    import onnx
+    import onnxruntime as ort
+
+    alone = bare_teacher(onnx.load(str(path))).SerializeToString()
+    session = ort.InferenceSession(alone, OnnxRuntime.options(threads), providers=runtime.session.get_providers())
+    return lambda: session.run(None, {"image": pixels})
+
+
+def bare_teacher(proto: Any) -> Any:
+    """The teacher of an exported ONNX model, as a model whose outputs are what the other parts read of it."""
+    from onnx.shape_inference import infer_shapes
+    from onnx.utils import Extractor
+
+    maker = {name: node for node in proto.graph.node for name in node.output}
+    made = {name for name, node in maker.items() if node.name.startswith("teacher/")}
+    needed, waiting = set[str](), list(made)  # nodes that the teacher cannot do without
+    while waiting:
+        node = maker.get(waiting.pop())
+        if node is not None and node.name not in needed:
+            needed.add(node.name)
+            waiting += node.input
+    others = [node for node in proto.graph.node if node.name not in needed]
+    read = dict.fromkeys(name for node in others for name in node.input if name in made)
+    assert read, "nothing is read of a teacher here"
+    return Extractor(infer_shapes(proto)).extract_model(["image"], list(read))
 
 
 if __name__ == "__main__":

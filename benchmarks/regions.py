@@ -15,7 +15,7 @@ import numpy as np
 from twinspect import data
 from twinspect.data.samples import read_sample_mask
 from twinspect.inference import load
-from twinspect.inference.result import region_mask, resize_map
+from twinspect.inference.regions import region_mask, resize_map
 
 
 def main() -> None:

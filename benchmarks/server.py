@@ -102,8 +102,7 @@ def serve_simulated(options: list[str]) -> None:
         parser.add_argument(name, type=kind, default=None)
     given = {k: v for k, v in vars(parser.parse_args(options)).items() if v is not None}
     log = InspectionLog(given.pop("log"))
-    # A small store of maps is full within minutes; what grows in a soak after that is a leak.
-    settings = Settings(port=0, watch_s=0, header_timeout_s=2.0, body_timeout_s=2.0, maps_mb=4.0, **given)
+    settings = Settings(port=0, watch_s=0, header_timeout_s=2.0, body_timeout_s=2.0, **given)
     app = build_app(settings, {"part": Predictor(Simulated(), Decision(good, ("part",), (0.0, 8.0)))}, log)
     serve(app, settings, lambda address: print(address, flush=True))
 
@@ -118,7 +117,7 @@ class Server(NamedTuple):
     @property
     def url(self) -> str:
         """Where images go."""
-        return f"http://{self.host}:{self.port}/v1/predict?maps=none"
+        return f"http://{self.host}:{self.port}/v1/predict"
 
     def rss_mb(self) -> float:
         """Resident memory."""

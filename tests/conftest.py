@@ -81,3 +81,9 @@ def quick(parts):
     from twinspect import Detector
 
     return Detector(config=run_config(RANDOM)).fit(train_samples(parts))
+
+
+@pytest.fixture(scope="session")
+def model(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quick`, saved."""
+    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")

@@ -27,6 +27,7 @@ from twinspect import Detector
 from twinspect.commands.drift import read_predictions
 from twinspect.commands.predict import chosen_engine, shard_of
 from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.inference.archives import Stream
 from twinspect.inference.bulk import Totals, _Counter, run, say_totals
 from twinspect.inference.job import Job, units
 from twinspect.inference.parts import Part, PartStore, digest
@@ -46,11 +47,6 @@ class Silent:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         self.seen.append((done, total))
-
-
-@pytest.fixture(scope="module")
-def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
 
 
 @pytest.fixture(scope="module")
@@ -378,9 +374,7 @@ def test_rows_go_to_a_url(model: Path, shots: Path, whole: list[dict[str, Any]],
 
 def test_units_cut_the_input(shots: Path) -> None:
     found = list(units(walk_all([str(shots / "late"), str(shots / "shard.tar"), str(shots / "late")]), 6))
-    assert [(len(one.items), one.stream is not None) for one in found] == [
-        (6, False), (6, False), (3, False), (0, True), (6, False), (6, False), (3, False),
-    ]  # fmt: skip
+    assert [0 if isinstance(one.content, Stream) else len(one.content) for one in found] == [6, 6, 3, 0, 6, 6, 3]
     assert [one.number for one in found] == list(range(7))
 
 
@@ -393,7 +387,7 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
     store = PartStore(str(tmp_path / "p"), ".csv")
     store.begin({"x": 1}, restart=False)
     store.put(part, b"row\n")
-    assert store.whole(12) == []  # the first three parts are missing
+    assert store.of_unit(12) == []  # the first three parts are missing
     (tmp_path / "p" / "mine.txt").write_text("x")
     store.clear(all_of_it=True)
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["mine.txt"]
@@ -424,7 +418,7 @@ def test_full_disk_is_said_and_leaves_no_draft(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("twinspect.inference.parts.os.fsync", full)
+        patch.setattr("twinspect.inference.stores.os.fsync", full)
         with pytest.raises(TwinspectError, match="cannot be written .No space left on device"):
             run(one, Silent())
     assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))

@@ -41,14 +41,14 @@ class Truth:
     blind: bool = False
 
     def predict(self, source, maps: bool = True, pixels: bool = True):  # type: ignore[no-untyped-def]
-        from twinspect.inference.decode import name_of
+        from twinspect.inference.decode import as_item
 
         for item in source:
             rgb = item if isinstance(item, np.ndarray) else np.asarray(_read(item))
             main = rgb.reshape(-1, 3).astype(int).sum(0).argmax()
             grid = 255.0 - rgb[..., main].astype(np.float32) + rgb.sum(2) - rgb[..., main]
             grid = np.zeros_like(grid) if self.blind else grid
-            result = Result(name_of(item), score=float(grid.max()), width=rgb.shape[1], height=rgb.shape[0])
+            result = Result(as_item(item).name, score=float(grid.max()), width=rgb.shape[1], height=rgb.shape[0])
             result.grid, result.rgb = grid, rgb
             yield result
 

@@ -160,7 +160,7 @@ from twinspect.server.log import Inspection, InspectionLog
 log = InspectionLog(sys.argv[1])
 for number in range(int(sys.argv[2])):
     results = [Result(f"{sys.argv[3]}-{number}-{k}", score=1.0, answer="good") for k in range(3)]
-    rows = [Inspection(one, "b", "r", "k") for one in results]
+    rows = [Inspection(one, "k", "b", "r") for one in results]
     print(*log.append(rows), flush=True)
 """
 

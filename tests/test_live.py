@@ -29,11 +29,6 @@ cv2 = pytest.importorskip("cv2")
 
 
 @pytest.fixture(scope="module")
-def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
-
-
-@pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six frames, 96 x 64, each brighter than the one before."""
     path = tmp_path_factory.mktemp("clip") / "clip.avi"

@@ -11,37 +11,19 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import ray
+from test_bulk import Silent, first_parts, job, table
 from tiny import picture, save
 
-from twinspect import Detector
 from twinspect.errors import ConfigError, TwinspectError
 from twinspect.inference.bulk import run
-from twinspect.inference.job import Job
 from twinspect.inference.on_ray import RayEngine
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's own: of its settings, and of sockets it leaves to the collector
 ]
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.done = 0
-
-    def result(self, text: str) -> None:
-        raise AssertionError(text)
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        self.done = done
-
-
-@pytest.fixture(scope="module")
-def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
 
 
 @pytest.fixture(scope="module")
@@ -65,38 +47,19 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def job(model: Path, out: Path, source: Path, **changes: Any) -> Job:
-    return Job(str(model), (str(source),), str(out), rows=12, workers=0, **changes)
-
-
-def table(path: Path) -> list[dict[str, Any]]:
-    return pq.read_table(path).drop(["ms"]).to_pylist()
-
-
 @pytest.fixture(scope="module")
 def local(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("local") / "t.parquet"
-    run(job(model, out, images), Silent())
+    run(job(model, out, images, part_rows=12), Silent())
     return table(out)
-
-
-class Gone(Exception):
-    """Breaks a local run off."""
-
-
-class Breaks(Silent):
-    def progress(self, stage: str, done: int, total: int) -> None:
-        if done >= 24:
-            raise Gone
 
 
 def test_same_rows_although_an_actor_is_killed(
     model: Path, images: Path, local: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """A local run breaks off, Ray goes on with it, and loses a process that holds a model on the way."""
-    one = job(model, tmp_path / "t.parquet", images)
-    with pytest.raises(Gone):
-        run(one, Breaks())
+    one = job(model, tmp_path / "t.parquet", images, part_rows=12)
+    first_parts(one, 2)
     stored, killed, over = tmp_path / "t.parquet.parts", list[tuple[int, int]](), Event()
 
     def kill() -> None:

@@ -19,13 +19,8 @@ from tiny import images_to_test, picture, save
 from twinspect import Detector
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.bulk import run
-from twinspect.inference.pictures import PictureOptions, outlines, submission_place
-from twinspect.inference.result import components, pixels_of
-
-
-@pytest.fixture(scope="module")
-def model(quick: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quick.save(tmp_path_factory.mktemp("model") / "tiny.twin")
+from twinspect.inference.pictures import PictureOptions, submission_place
+from twinspect.inference.regions import components, find_regions, outlines
 
 
 def pixels(path: Path | str) -> np.ndarray:
@@ -93,9 +88,8 @@ def test_outlines_of_random_masks() -> None:
         mask = rng.random(rng.integers(1, 12, 2)) < 0.55
         mask[rng.integers(mask.shape[0]), rng.integers(mask.shape[1])] = True
         found = components(mask, mask.astype(np.float32))
-        for region in range(len(found.area)):
-            own = np.zeros(mask.shape, bool)
-            own[pixels_of(found, region)] = True
+        for region in range(len(found.area_R)):
+            own = found.label_HW == region + 1
             inside = np.zeros(mask.shape, int)
             for outline in outlines(found, region):
                 for (x, y), (to_x, to_y) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
@@ -167,7 +161,7 @@ def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Pa
 
 def test_overlays_say_what_was_found(model: Path, parts: Path, tmp_path: Path) -> None:
     """Outline and box of each region, and the answer in a strip; no larger than asked for, one colour scale."""
-    from twinspect.inference.result import Result, colourise, find_regions
+    from twinspect.inference.result import Result, colourise
 
     grid = np.zeros((32, 32), np.float32)
     grid[8:16, 4:12] = 30.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from twinspect.inference import result as regions
-from twinspect.inference.result import find_regions, resize_map
+from twinspect.inference import regions
+from twinspect.inference.regions import find_regions, resize_map
 
 PEAKS = np.arange(1.0, 100.0)
 

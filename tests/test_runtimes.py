@@ -17,7 +17,7 @@ from installed import needed
 from tiny import images_to_test, picture
 
 from twinspect.inference import load
-from twinspect.inference.result import components
+from twinspect.inference.regions import components
 from twinspect.inference.runtimes import TorchRuntime, in_batches
 
 ROOT = Path(__file__).parents[1]
@@ -153,11 +153,11 @@ def test_components_equal_scipys() -> None:
         mask = values >= rng.normal() * 0.5
         labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
         found = components(mask, values)
-        assert len(found.area) == count
+        assert np.array_equal(found.label_HW, labels)
         if count:
-            assert found.peak.tolist() == ndimage.maximum(values, labels, np.arange(1, count + 1)).tolist()
+            assert found.peak_R.tolist() == ndimage.maximum(values, labels, np.arange(1, count + 1)).tolist()
             boxes = [(y.start, x.start, y.stop, x.stop) for y, x in ndimage.find_objects(labels)]
-            assert boxes == list(zip(found.top, found.left, found.bottom, found.right, strict=True))
+            assert boxes == [tuple(box) for box in found.box_R4]
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_server(place: Place) -> None:
     ("extra", "code"),
     [
         ("demo", "from twinspect.commands.demo import find_images; assert find_images().is_dir()"),
-        ("ray", "import ray.data"),
+        ("ray", "import ray.util"),
         ("video", "import cv2"),
         ("sign", "import cryptography"),
     ],

@@ -385,6 +385,7 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
     """
     from twinspect import data as data_room
     from twinspect.data.folders import good_files
+    from twinspect.inference.archives import Item
     from twinspect.inference.decode import expand, from_bgr, is_array
 
     if isinstance(data, (str, os.PathLike)):
@@ -396,8 +397,10 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
             return list(data)
         if all(isinstance(one, (str, os.PathLike)) and not _stands_for_several(one) for one in data):
             return good_files(Path(one) for one in data)
+    parts = data if isinstance(data, list) else [data]
     try:
-        items = [from_bgr(one) if bgr else one for one in expand(data)]
+        items = [one for part in parts for one in ([part] if isinstance(part, Sample) else expand(part))]
+        items = [from_bgr(one) if bgr and isinstance(one, Item) else one for one in items]
     except ImageError as error:
         raise ConfigError(
             f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"
@@ -412,12 +415,11 @@ def _stands_for_several(path: str | os.PathLike[str]) -> bool:
 def _as_sample(item: Any, number: int) -> Sample:
     """A good image by what `decode.expand` gives."""
     from twinspect.data.folders import good_files
-    from twinspect.inference.archives import Item
     from twinspect.inference.decode import decode
 
     if isinstance(item, Sample):
         return item
-    if isinstance(item, Item) and item.data is None and item.offset < 0 and item.record is None:
+    if item.is_file or item.error:
         return good_files([Path(item.path)])[0]
     decoded = decode(item, SMALLEST, pixels=True)
     if decoded.rgb is None:

@@ -22,7 +22,7 @@ from twinspect.config import SEEDS
 from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import ConfigError, DataError, check_range, unknown_name
-from twinspect.inference.predictor import Predictor, name_of
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
@@ -209,7 +209,7 @@ def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan:
         else:
             image, mask, box = cutpaste(*pixels, rng)
             weight = 1.0
-        yield Composite(kind, *names, name_of(one), name_of(two), image, mask, weight, box)
+        yield Composite(kind, *names, one.name, two.name, image, mask, weight, box)
 
 
 def diagnose(

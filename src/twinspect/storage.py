@@ -128,7 +128,6 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
 
 
 def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:
-    """A thin bundle's teacher comes from this disk, a full one's from the bundle itself."""
     name = meta["record"]["teacher"]["name"]
     from_disk = bool(meta["thin"]) and config.model.pretrained
     return create_teacher(name, weights or None, pretrained=from_disk)

@@ -58,6 +58,11 @@ class Sample:
             raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
 
     @property
+    def name(self) -> str:
+        """Its path; ``path#record`` inside a container file."""
+        return str(self.image) if self.record is None else f"{self.image}#{self.record}"
+
+    @property
     def in_file(self) -> bool:
         """Whether the image is a file of its own."""
         return self.record is None and self.pixels is None

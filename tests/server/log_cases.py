@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from twinspect.errors import ConfigError
-from twinspect.inference.result import Region, Result
+from twinspect.inference.regions import Region
+from twinspect.inference.result import Result
 from twinspect.server.log import Filter, Inspection, InspectionLog, NoSuchRow
 
 NASTY = "x'; DROP TABLE twinspect_inspections; --"
@@ -25,7 +26,7 @@ def result(name: str = "a.png", answer: str = "good", score: float = 1.5, **chan
 
 
 def row(at_ms: int = 1000, bundle: str = "parts", session: str = "", key: str = "k", **changes: object) -> Inspection:
-    return Inspection(result(**changes), bundle, "request", key, session, at_ms)
+    return Inspection(result(**changes), key, bundle, "request", session, at_ms)
 
 
 def keeps_rows_and_gives_them_back(log: InspectionLog) -> None:
@@ -109,7 +110,7 @@ def scans_one_model_in_order(log: InspectionLog) -> None:
 
 
 def deletes_what_is_old(log: InspectionLog) -> None:
-    log.append([row(at_ms=1000), Inspection(result(), "parts", "r", "k")])  # of 1970, and of now
+    log.append([row(at_ms=1000), Inspection(result(), "k", "parts", "r")])  # of 1970, and of now
     assert log.prune(30) == 1
     assert len(log.query(Filter())) == 1
 

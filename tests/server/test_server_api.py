@@ -160,7 +160,7 @@ def test_several_bundles_by_name(both: Running) -> None:
 # ------------------------------------------------------------------------------------------------ maps
 
 
-def test_maps_inline_and_by_link_say_the_same(server: Running) -> None:
+def test_a_map_comes_with_its_answer_where_it_is_asked_for(server: Running) -> None:
     pixels = np.zeros((64, 128, 3), np.uint8)
     pixels[:32, 64:] = 255  # the top right quarter
     out = io.BytesIO()
@@ -170,26 +170,18 @@ def test_maps_inline_and_by_link_say_the_same(server: Running) -> None:
     grid = np.frombuffer(base64.b64decode(inline["data"]), "<f4").reshape(inline["rows"], inline["columns"])
     assert grid[:4, 4:].min() > 9
     assert grid[4:].max() < 1
-    npy = server.get(f"/v1/maps/{one['map_id']}?format=npy")
-    full = np.load(io.BytesIO(npy.body), allow_pickle=False)
-    assert (full.shape, full.dtype) == ((64, 128), np.float16)
-    assert full[:24, 80:].min() > 9
-    assert full[40:].max() < 1
-    png = server.get(f"/v1/maps/{one['map_id']}?side=32")
-    with Image.open(io.BytesIO(png.body)) as picture:
-        assert (picture.size, picture.format) == ((32, 16), "PNG")
-    assert server.post(encoded(), query="?maps=none").json["results"][0]["map_id"] == ""
-
-
-def test_only_the_latest_maps_are_kept_and_memory_is_bounded() -> None:
-    with Running(maps_mb=2400 / (1 << 20)) as server:  # three maps of 8 x 8 float32 in 768 bytes
-        names = [server.post(encoded(seed=n)).json["results"][0]["map_id"] for n in range(5)]
-        found = [server.get(f"/v1/maps/{name}?side=8").status for name in names]
-        assert found == [404, 404, 200, 200, 200]
-        assert server.get(f"/v1/maps/{names[0]}").code == "no_such_map"
-        assert server.get("/v1/maps/..%2f..%2fetc%2fpasswd").status == 404
-        assert server.get(f"/v1/maps/{names[4]}?format=exe").status == 400
-        assert server.get(f"/v1/maps/{names[4]}?side=100000").status == 400
+    assert (inline["dtype"], inline["scale"]) == ("float32", one["map_scale"])
+    (drawn,) = server.post(out.getvalue(), query="?maps=overlay").json["results"]
+    with Image.open(io.BytesIO(base64.b64decode(drawn["overlay"]))) as picture:
+        assert (picture.size, picture.format) == ((128, 64), "JPEG")
+        red, _, blue = np.asarray(picture, int)[8:24, 80:112].mean((0, 1))
+    assert red - blue > 50
+    assert (one["overlay"], drawn["map"]) == ("", None)
+    wide = server.post(encoded(side=1500), query="?maps=overlay").json["results"][0]
+    with Image.open(io.BytesIO(base64.b64decode(wide["overlay"]))) as picture:
+        assert max(picture.size) == 1024
+    plain = server.post(encoded()).json["results"][0]
+    assert (plain["map"], plain["overlay"]) == (None, "")
 
 
 # ------------------------------------------------------------------------------------------- the log
@@ -376,23 +368,17 @@ def test_unknown_paths_and_methods(server: Running) -> None:
 
 
 def test_head_is_answered_like_get_without_a_body(server: Running) -> None:
-    number = server.post(encoded()).json["results"][0]["map_id"]
-    for path in (
-        "/",
-        "/healthz",
-        "/readyz",
-        "/metrics",
-        "/v1/models",
-        "/v1/log",
-        f"/v1/maps/{number}",
-        "/openapi.json",
-    ):
+    for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/log", "/openapi.json"):
         got, head = server.get(path), server.ask("HEAD", path)
         assert (head.status, head.body) == (got.status, b"") == (200, b""), path
         assert head.headers["content-type"] == got.headers["content-type"]
         if path != "/metrics":  # its numbers grow with every request
             assert head.headers["content-length"] == str(len(got.body))
-    assert [server.ask("HEAD", path).status for path in ("/nothing", "/v1/predict", "/v1/maps/x")] == [404, 405, 404]
+    assert [server.ask("HEAD", path).status for path in ("/nothing", "/v1/predict", "/v1/log/9/picture")] == [
+        404,
+        405,
+        404,
+    ]
     raw = server.socket()
     with raw:  # the connection goes on behind the head: nothing of a body is sent
         raw.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -428,26 +414,24 @@ def test_health_readiness_and_metrics(server: Running) -> None:
     assert server.get("/healthz").json == {"status": "ok"}
     assert server.get("/readyz").json == {"status": "ready"}
     server.post(encoded(DARK), encoded(BRIGHT), b"none")
-    server.get("/v1/maps/unknown-map-name")
+    server.get("/v1/log/77777777/picture")
     text = server.get("/metrics").body.decode()
     for line in (
         'twinspect_images_total{answer="good",bundle="bright"} 1.0',
         'twinspect_images_total{answer="anomaly",bundle="bright"} 1.0',
         'twinspect_images_total{answer="error",bundle="bright"} 1.0',
         'twinspect_requests_total{route="/v1/predict",status="200"} 1.0',
-        'twinspect_requests_total{route="/v1/maps/{map_id}",status="404"} 1.0',
+        'twinspect_requests_total{route="/v1/log/{number}/picture",status="404"} 1.0',
         "twinspect_images_accepted 0.0",
         "twinspect_request_bytes 0.0",
     ):
         assert line in text, line
-    assert "unknown-map-name" not in text
+    assert "77777777" not in text
 
 
 def test_openapi_describes_every_route_and_the_real_answers(server: Running) -> None:
     found = server.get("/openapi.json").json
-    assert {"/v1/predict", "/v1/maps/{map_id}", "/v1/log", "/v1/log/{number}/feedback", "/v1/drift"} <= set(
-        found["paths"]
-    )
+    assert {"/v1/predict", "/v1/log", "/v1/log/{number}/feedback", "/v1/drift"} <= set(found["paths"])
     predict = found["paths"]["/v1/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
     assert {"200", "401", "413", "415", "422", "429", "507"} <= set(predict["responses"])
@@ -474,7 +458,7 @@ def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
     text = answer.body.decode()
     assert answer.headers["content-type"].startswith("text/html")
     assert "://" not in text
-    assert "__COLOURS__" not in text
+    assert "__ROOT__" not in text
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -558,8 +542,7 @@ def test_below_a_path_of_a_proxy(stripped: bool) -> None:
         assert server.get(f"{at}/nothing").code == "not_found"
         assert server.get("/line/77/v1/models").code == "not_found"
         body, headers = form(("a.png", encoded()))
-        answer = server.ask("POST", f"{at}/v1/predict?maps=link", body, headers)
-        assert server.get(f"{at}/v1/maps/{answer.json['results'][0]['map_id']}").status == 200
+        assert server.ask("POST", f"{at}/v1/predict", body, headers).status == 200
         assert server.get(f"{at}/openapi.json").json["servers"] == [{"url": "/line/7"}]
         assert b'="/v1/predict"' in server.get(f"{at}/metrics").body  # counted under its route
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future
 
 import pytest
 
@@ -54,37 +53,29 @@ def test_a_lone_job_does_not_wait() -> None:
     batcher.close()
 
 
-def test_a_job_waits_for_announced_ones_but_not_longer_than_the_limit() -> None:
+def test_a_job_waits_for_those_on_the_way_but_not_longer_than_the_limit() -> None:
     slow = Slow(0.0)
     batcher = Batcher(slow, max_batch=8, max_wait_s=0.2)
-    batcher.announce(3)
-    first = batcher.submit(1, announced=True)
-    time.sleep(0.05)
-    second = batcher.submit(2, announced=True)
-    assert (first.result(5), second.result(5)) == (2, 4)
-    assert slow.batches == [[1, 2]]
-    began = time.monotonic()
-    assert batcher.submit(3).result(5) == 6
-    assert 0.15 < time.monotonic() - began < 2.0
+    with batcher.expecting():
+        with batcher.expecting():
+            first = batcher.submit(1)
+            time.sleep(0.05)
+            second = batcher.submit(2)
+        assert (first.result(5), second.result(5)) == (2, 4)
+        assert slow.batches == [[1, 2]]
+        began = time.monotonic()
+        assert batcher.submit(3).result(5) == 6
+        assert 0.15 < time.monotonic() - began < 2.0
     batcher.close()
 
 
-def test_nobody_waits_for_an_announced_job_that_will_never_be() -> None:
+def test_nobody_waits_for_a_job_that_will_never_be() -> None:
     batcher = Batcher(double, max_batch=8, max_wait_s=30.0)
-    batcher.announce(1)
-    future = batcher.submit(1)
-    time.sleep(0.05)
-    assert not future.done()
-    batcher.turned_back()
+    with batcher.expecting():
+        future = batcher.submit(1)
+        time.sleep(0.05)
+        assert not future.done()
     assert future.result(5) == 2
-    batcher.close()
-
-
-def test_the_answer_goes_where_the_caller_waits_already() -> None:
-    promise: Future[int] = Future()
-    batcher = Batcher(double, max_batch=8)
-    assert batcher.submit(21, promise=promise) is promise
-    assert promise.result(5) == 42
     batcher.close()
 
 
@@ -152,17 +143,17 @@ def test_time_per_job_follows_the_load_and_is_observed() -> None:
 
 def test_many_threads() -> None:
     batcher = Batcher(double, max_batch=16, max_wait_s=0.001)
-    batcher.announce(1)  # and never comes: every batch waits its longest
     wrong = []
 
     def caller(start: int) -> None:
         wrong.extend(n for n in range(start, start + 100) if batcher.submit(n).result(10) != 2 * n)
 
     threads = [threading.Thread(target=caller, args=(1000 * i,)) for i in range(8)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(30)
+    with batcher.expecting():  # of one that never comes: every batch waits its longest
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join(30)
     batcher.close()
     assert not wrong
     assert len(batcher) == 0

@@ -27,7 +27,7 @@ def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, c
         Inspection(
             result(f"{start + n}.png", "anomaly" if s >= 2.6 else "good", float(s), model_id=model_id,
                    class_name=class_name, cluster_distance=1.0),
-            "bright", "r", f"{start + n:016x}", f"shift-{n % 2}", 1_000_000 + start + n,
+            f"{start + n:016x}", "bright", "r", f"shift-{n % 2}", 1_000_000 + start + n,
         )
         for n, s in enumerate(scores)
     ]  # fmt: skip

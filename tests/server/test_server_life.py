@@ -94,6 +94,18 @@ def test_a_lone_client_does_not_wait_for_company() -> None:
         assert time.monotonic() - began < 3.0
 
 
+def test_an_application_has_threads_only_while_it_serves() -> None:
+    def threads() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.endswith("-lone")}
+
+    lone = Running({"lone": predictor()})  # one that is built and never runs leaves nothing to close
+    assert threads() == set()
+    with lone as server:
+        assert server.post(encoded()).status == 200
+        assert threads() == {"model-lone", "drift-lone"}
+    assert threads() == set()
+
+
 def test_answers_are_sent_without_delay() -> None:
     with Running() as server, server.socket() as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")

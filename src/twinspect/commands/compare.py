@@ -16,7 +16,7 @@ from twinspect.commands.options import CompareOptions
 from twinspect.commands.results import check_outputs, publish, read_data, say_tables
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.evaluation import Evaluation, evaluate
-from twinspect.inference.predictor import Predictor, name_of
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import is_export, load_predictor
 from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Section, Table, case_of
@@ -218,7 +218,7 @@ def sections(values: dict[str, Any], cases: Sequence[Cases]) -> list[Section]:
 
 def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: TestSet) -> tuple[Cases, ...]:
     """Image, map of the first and of the second model, of the images that they differ on most."""
-    samples = {name_of(sample): sample for sample in test.samples}
+    samples = {sample.name: sample for sample in test.samples}
     rows = values["differ"][:_SHOWN]
     if not rows:
         return ()

@@ -38,7 +38,7 @@ from twinspect.decide.decision import count_calls
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
-from twinspect.inference.predictor import Predictor, name_of
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.report import Section, Table
 from twinspect.types import TEST, Sample
@@ -108,7 +108,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     say_tables(tables(values), console)
 
     def again(names: list[str]) -> Iterator[Result]:
-        samples = {name_of(sample): sample for sample in test.samples}
+        samples = {sample.name: sample for sample in test.samples}
         return predictor.predict([samples[name] for name in names])
 
     def sections(pictures: bool) -> list[Section]:

@@ -14,7 +14,7 @@ from twinspect.errors import ConfigError, unknown_name
 from twinspect.inference.bulk import Engine, run, say_totals
 from twinspect.inference.job import Job
 from twinspect.inference.pictures import PictureOptions
-from twinspect.inference.remote import is_url
+from twinspect.inference.stores import is_url
 
 if TYPE_CHECKING:
     from twinspect.commands.review import Review

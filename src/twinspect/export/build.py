@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -170,21 +170,25 @@ class _Build:
 
     def accepted(self) -> Comparison:
         """Write, compare, refuse; int8 is tried with more and more of the teacher in fp32."""
-        from twinspect.export.graph import SKIPPED_SHARES
+        from twinspect.export.graph import SKIPPED_SHARES, to_onnx
 
+        self.progress("exporting", 0, 1)
+        proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
+        self.progress("exporting", 1, 1)
+        write = self._int8 if self.options.precision == "int8" else self._plain
         tried: dict[float, Comparison] = {}
-        write = self._writer()
         for share in SKIPPED_SHARES if self.options.precision == "int8" else (-1.0,):
-            write(share)
+            write(proto, share)
+            self._seal({})
             tried[share] = comparison = _compare(self.draft, self.fitted, self.images, "auto", self.progress)
             if not comparison.problems(self.options.precision):
-                self._describe(comparison, share)
+                self._describe(comparison, share, accepted_loss=False)
                 return comparison
-        best = min(tried, key=lambda one: tried[one].loss)
+        best = min(tried, key=lambda share: tried[share].loss)
         if not self.options.accept_loss or tried[best].broken:
             self._refuse(tried)
         if best != share:
-            write(best)
+            write(proto, best)
         self._describe(tried[best], best, accepted_loss=True)
         return tried[best]
 
@@ -204,18 +208,7 @@ class _Build:
             )
         )
 
-    def _writer(self) -> Callable[[float], None]:
-        """What writes the draft, given the share of the teacher that stays in fp32 (int8 only)."""
-        self.progress("exporting", 0, 1)
-        from twinspect.export.graph import to_onnx
-
-        proto = to_onnx(self.fitted.model, self.options.batch, self.options.any_size)
-        self.progress("exporting", 1, 1)
-        if self.options.precision != "int8":
-            return lambda _share: self._plain(proto)
-        return lambda share: self._int8(proto, share)
-
-    def _plain(self, proto: Any) -> None:
+    def _plain(self, proto: Any, _share: float) -> None:
         from twinspect.export.graph import refuse_too_large, save_proto
 
         if self.options.format == "onnx":
@@ -226,10 +219,8 @@ class _Build:
 
             half = self.options.precision == "fp16"
             ov.save_model(ov.Core().read_model(self._step(proto)), self.draft, compress_to_fp16=half)
-        self._seal()
 
     def _step(self, proto: Any) -> Path:
-        """The fp32 ONNX file that other formats and precisions are made from."""
         from twinspect.export.graph import save_proto
 
         step = self.draft.parent / "steps" / "fp32.onnx"
@@ -251,19 +242,16 @@ class _Build:
             int8_onnx(step, self.draft, proto, chosen, skipped)
         else:
             int8_openvino(step, self.draft, chosen, skipped)
-        self._seal()
 
-    def _describe(self, comparison: Comparison, share: float, accepted_loss: bool = False) -> None:
-        """Put what was found into the metadata."""
+    def _describe(self, comparison: Comparison, share: float, accepted_loss: bool) -> None:
         part = {"teacher_fp32_share": share} if share >= 0 else {}
         self._seal({**comparison.to_dict(), "accepted_loss": accepted_loss, **part})
 
-    def _seal(self, checked: dict[str, Any] | None = None) -> None:
-        """Write the draft's metadata and sha256 beside it."""
+    def _seal(self, checked: dict[str, Any]) -> None:
         fitted, options = self.fitted, self.options
         write_meta(self.draft, ExportMeta(
             options.format, options.precision, fitted.model.size, options.batch, options.any_size,
-            fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked or {}, __version__,
+            fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), checked, __version__,
         ))  # fmt: skip
 
 

@@ -83,8 +83,7 @@ def trace(model: AnomalyModel, batch: int, any_size: bool) -> torch.export.Expor
         dims |= {i + 1: torch.export.Dim(side, min=2, max=_MOST_SIDE) for i, side in enumerate(("height", "width"))}
     graph = DeployedGraph(prepared(model.eval()), any_size).eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silent():
             return torch.export.export(graph, (example,), dynamic_shapes=(dims or None,), strict=False)
     except Exception as error:  # torch.export raises a dozen types of its own
         raise ConfigError(f"this model cannot be exported: {_first_line(error)}") from error
@@ -96,32 +95,24 @@ def to_onnx(model: AnomalyModel, batch: int, any_size: bool) -> Any:
     Raises:
         ConfigError: an operator without ONNX equivalent.
     """
-    # Its remarks on single nodes ("Skipping constant folding for op Split") are of no use to who exports.
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    from onnxscript.optimizer import fold_constants
+
     program = trace(model, batch, any_size)
     try:
-        # The exporter reports its progress on stdout, which belongs to the commands' own results.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silent():
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=list(Outputs._fields),
                 external_data=False, verbose=False,
             )  # fmt: skip
+            assert exported is not None
+            # What depends on weights alone, however large: quantisation wants every weight as a constant.
+            fold_constants(exported.model, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ConfigError(f"this model cannot be written as ONNX: {_first_line(error)}") from error
-    assert exported is not None
-    _fold_weights(exported.model)
     proto = exported.model_proto
     _name_parts(proto)
     _name_axes(proto, any_size)
     return proto
-
-
-def _fold_weights(graph: Any) -> None:
-    """Work out what depends on weights alone, however large; quantisation wants every weight as a constant."""
-    from onnxscript.optimizer import fold_constants
-
-    fold_constants(graph, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
 
 
 def _name_parts(proto: Any) -> None:
@@ -149,7 +140,6 @@ def _part_of(node: Any) -> str:
 
 
 def _name_axes(proto: Any, any_size: bool) -> None:
-    """Readable names for the input's open axes."""
     names = ("batch", "height", "width") if any_size else ("batch",)
     for axis, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, names, strict=False):
         if not axis.HasField("dim_value"):
@@ -235,24 +225,17 @@ def int8_openvino(source: Path, target: Path, images: Sequence[Pixels], skipped:
 
 
 def _nncf() -> Any:
-    """NNCF without its reports to an outside address, which it would otherwise send unasked."""
-    before = os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"
+    os.environ.setdefault("NNCF_CI", "1")  # or it would send reports to an outside address, unasked
     try:
         import nncf
     except ImportError as error:
         raise TwinspectError(f"int8 for OpenVINO needs nncf ({error}); type: pip install nncf") from None
-    finally:
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
     return nncf
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Both quantisers print bars and log lines of their own."""
+    """The exporter and the quantisers print bars and remarks on stdout, which belongs to the commands' results."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

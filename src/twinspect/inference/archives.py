@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.errors import DataError
-from twinspect.inference import remote
-from twinspect.inference.remote import is_url, open_stream, read
+from twinspect.inference import stores
+from twinspect.inference.stores import is_url
 
 _PLAIN_TAR = ".tar"  # the one archive whose members can be read by their places
 ARCHIVES = (_PLAIN_TAR, ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
@@ -40,7 +35,7 @@ class Item:
         offset, size: its bytes inside ``path``; -1 is the whole file.
         record: position inside a container file, else None.
         data: encoded bytes, where whoever listed the image had to read them anyway.
-        pixels: H x W x 3, RGB, of a video's frame.
+        pixels: of an image in memory: an array, as `decode` takes it, or a PIL image.
         error: why it must not be read.
         state: size and time of change of a file in a store, where the store's listing said them.
     """
@@ -51,21 +46,28 @@ class Item:
     size: int = -1
     record: int | None = None
     data: bytes | None = field(default=None, repr=False)
-    pixels: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    pixels: Any = field(default=None, repr=False, compare=False)
     error: str = ""
     state: str = ""
 
     @property
     def identity(self) -> str:
         """Its name with size and time of change of its file: another file under the same name has another one."""
-        return f"{self.name}\0{self.state or _local_state(self.path)}"
+        return f"{self.name}\0{self.state or stores.state(self.path)}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without what is at its default."""
-        return {name: value for name, value in asdict(self).items() if value != getattr(_DEFAULT, name)}
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a whole file of this disk."""
+        inside = self.offset >= 0 or self.record is not None
+        return not (inside or self.error or is_url(self.path)) and self.data is None and self.pixels is None
 
+    def items(self) -> Iterator[Item]:
+        """Itself: so that files that are images and files that hold images are read alike."""
+        return iter([self])
 
-_DEFAULT = Item("")
+    def count(self) -> int:
+        """1; see `items`."""
+        return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Stream:
     @property
     def identity(self) -> str:
         """As `Item.identity`, of the whole file."""
-        return f"{self.path}\0{remote.state(self.path) if is_url(self.path) else _local_state(self.path)}"
+        return f"{self.path}\0{stores.state(self.path)}"
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
@@ -135,7 +137,9 @@ def _table_images(path: str) -> Iterator[Item]:
             for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
                 for cell in batch.column(0).to_pylist():
                     raw = cell.get("bytes") if isinstance(cell, dict) else cell
-                    yield _of_bytes(f"{path}#{number}", raw if isinstance(raw, bytes) else b"")
+                    name, body = f"{path}#{number}", raw if isinstance(raw, bytes) else b""
+                    refusal = _refusal("", len(body))
+                    yield Item(name, error=f"{name}: {refusal}") if refusal else Item(name, data=body)
                     number += 1
     except (pa.ArrowException, OSError, DataError) as error:
         yield Item(path, error=f"{path}: damaged table after {number} images ({error}); copy it again")
@@ -146,13 +150,7 @@ def _table_images(path: str) -> Iterator[Item]:
 
 def _seekable(path: str) -> Any:
     # Footers are at the end: a table of a store is read whole. Large sets there belong into shards.
-    return io.BytesIO(read(path, 4 * MOST_BYTES)) if is_url(path) else open(path, "rb")
-
-
-def _of_bytes(name: str, raw: bytes) -> Item:
-    if len(raw) > MOST_BYTES:
-        return Item(name, error=f"{name}: {len(raw):,} bytes; an image file of that size is not read")
-    return Item(name, data=raw)
+    return io.BytesIO(stores.read(path, 4 * MOST_BYTES)) if is_url(path) else open(path, "rb")
 
 
 def _archive_images(path: str) -> Iterator[Item]:
@@ -171,76 +169,52 @@ def _archive_images(path: str) -> Iterator[Item]:
 
 def _tar_members(path: str) -> Iterator[Item]:
     by_place = not is_url(path) and path.lower().endswith(_PLAIN_TAR)
-    with _tar(path, by_place) as archive:
+    mode: Any = "r:" if by_place else "r|*"
+    with stores.open_stream(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
-            if not member.isdir() and _is_wanted(member.name):
-                yield _tar_member(path, archive, member, by_place)
-
-
-@contextmanager
-def _tar(path: str, by_place: bool) -> Iterator[tarfile.TarFile]:
-    with (
-        open_stream(path) if is_url(path) else open(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r:" if by_place else "r|*") as archive,
-    ):
-        yield archive
-
-
-def _tar_member(path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, by_place: bool) -> Item:
-    name = f"{path}#{member.name}"
-    if _leads_out(member.name):
-        return Item(name, error=f"{name}: the name leaves the archive; refused")
-    if not member.isreg() or member.issparse():
-        return Item(name, error=f"{name}: a link, device or sparse file; only plain files of an archive are read")
-    if member.size > MOST_BYTES:
-        return Item(name, error=f"{name}: {member.size:,} bytes; an image file of that size is not read")
-    if by_place:
-        return Item(name, path, member.offset_data, member.size)
-    body = archive.extractfile(member)
-    return Item(name, data=body.read() if body is not None else b"")
+            if member.isdir() or not _is_image(member.name):
+                continue
+            name, refusal = f"{path}#{member.name}", _refusal(member.name, member.size)
+            if not refusal and (not member.isreg() or member.issparse()):
+                refusal = "a link, device or sparse file; only plain files of an archive are read"
+            if refusal:
+                yield Item(name, error=f"{name}: {refusal}")
+            elif by_place:
+                yield Item(name, path, member.offset_data, member.size)
+            else:
+                body = archive.extractfile(member)
+                yield Item(name, data=body.read() if body is not None else b"")
 
 
 def _zip_members(path: str) -> Iterator[Item]:
     with _seekable(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if not member.is_dir() and _is_wanted(member.filename):
-                yield _zip_member(f"{path}#{member.filename}", archive, member)
+            if member.is_dir() or not _is_image(member.filename):
+                continue
+            name = f"{path}#{member.filename}"
+            refusal = _refusal(member.filename, member.file_size)  # no more than the header says is ever unpacked
+            try:
+                body = archive.read(member) if not refusal else None
+            except (*_DAMAGED, RuntimeError) as error:  # encrypted, or packed in a way that Python lacks
+                body, refusal = None, f"cannot be unpacked ({error})"
+            yield Item(name, data=body, error=f"{name}: {refusal}" if refusal else "")
 
 
-def _zip_member(name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Item:
-    if _leads_out(member.filename):
-        return Item(name, error=f"{name}: the name leaves the archive; refused")
-    if member.file_size > MOST_BYTES:  # no more than the header says is ever unpacked
-        return Item(name, error=f"{name}: {member.file_size:,} bytes; an image file of that size is not read")
-    try:
-        return Item(name, data=archive.read(member))
-    except (*_DAMAGED, RuntimeError) as error:  # RuntimeError: encrypted, or packed in a way that Python lacks
-        return Item(name, error=f"{name}: cannot be unpacked ({error})")
-
-
-def _is_wanted(name: str) -> bool:
-    """Whether a member is an image in no hidden folder."""
-    folders = name.replace("\\", "/").split("/")[:-1]
-    return is_image(name) and not any(is_hidden(one) for one in folders if one not in (".", ".."))
-
-
-def _leads_out(name: str) -> bool:
+def _refusal(name: str, size: int) -> str:
     parts = PurePosixPath(name.replace("\\", "/"))
-    return parts.is_absolute() or ".." in parts.parts
+    if parts.is_absolute() or ".." in parts.parts:
+        return "the name leaves the archive; refused"
+    return f"{size:,} bytes; an image file of that size is not read" if size > MOST_BYTES else ""
+
+
+def _is_image(name: str) -> bool:
+    folders = name.replace("\\", "/").split("/")[:-1]
+    return is_image(name) and not any(is_hidden(folder) for folder in folders if folder not in (".", ".."))
 
 
 def _is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
-
-
-def _local_state(path: str) -> str:
-    """Size and time of change of a file on this disk; empty for others."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: the name holds a zero byte
-        return ""
-    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def suffixes() -> str:

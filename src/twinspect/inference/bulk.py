@@ -7,26 +7,24 @@ command. No torch import here: the light install runs it too.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, count, groupby, islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures
 from twinspect.errors import DataError
-from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
-from twinspect.inference.decode import Decoded, DecodePool
+from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job, Unit, units
 from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, counted
 from twinspect.inference.sources import walk_all, watch
+from twinspect.inference.stores import is_url
 from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
@@ -110,42 +108,40 @@ class UnitScorer:
     def __enter__(self) -> UnitScorer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.pool.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self.pool.__exit__()
 
-    def results(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Result]]:
+    def results(self, units: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Result]]:
         """Images of units scored in order, pictures written. A batch never holds images of two parts.
 
         Args:
-            wanted: units.
+            units: of the input.
             skipped: told of every part that an earlier run had done.
         """
-        tagged = (pair for unit in wanted for pair in self._tagged(unit, skipped))
-        for _, part in groupby(self.pool.stream(tagged), key=_place):
-            tags = deque[Tag]()
-            for result in self.predictor.score(
-                _untagged(part, tags), self.job.pictures.wants_maps, self.job.class_name
-            ):
-                tag = tags.popleft()
-                save_pictures(result, self.job.pictures, tag.unit, tag.number)
-                yield tag, result
+        wants, class_name = self.job.pictures.wants_maps, self.job.class_name
+        tagged = (pair for unit in units for pair in self._tagged(unit, skipped))
+        for _, part in groupby(self.pool.stream(tagged), key=lambda pair: (pair[0].unit, pair[0].sub)):
+            while batch := list(islice(part, self.predictor.batch)):
+                images = [image for _, image in batch]
+                results = self.predictor.score_batch(images, wants, [class_name] * len(batch))
+                for (tag, _), result in zip(batch, results, strict=True):
+                    save_pictures(result, self.job.pictures, tag.unit, tag.number)
+                    yield tag, result
 
-    def live(self, found: Iterable[Item | Stream]) -> Iterator[Result]:
+    def live(self, files: Iterable[Item | Stream]) -> Iterator[Result]:
         """Images scored one by one, each before the next is asked for, pictures written."""
-        wants, pictures = self.job.pictures.wants_maps, self.job.pictures
-        items = (item for one in found for item in (one.items() if isinstance(one, Stream) else (one,)))
-        for number, item in enumerate(items):
-            image = self.predictor.decode(item, bool(pictures.overlays))
-            for result in self.predictor.score_batch([image], wants, [self.job.class_name]):
-                save_pictures(result, pictures, 0, number)
-                yield result
+        pictures, items = self.job.pictures, chain.from_iterable(file.items() for file in files)
+        results = self.predictor.predict(
+            items, pictures.wants_maps, bool(pictures.overlays), self.job.class_name, live=True
+        )
+        for number, result in enumerate(results):
+            save_pictures(result, pictures, 0, number)
+            yield result
 
-    def parts(self, wanted: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
+    def parts(self, units: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
         """Score units and keep their rows; a part is given when it is safely stored."""
         rows, lines, images = list[dict[str, Any]](), list[bytes](), list[str]()
-        for tag, result in self.results(wanted, skipped):
+        for tag, result in self.results(units, skipped):
             rows.append(result.row())
             images.append(tag.image)
             lines += [coco_line(result)] if self.job.pictures.coco else []
@@ -182,19 +178,7 @@ class UnitScorer:
                 return
 
 
-def _place(pair: tuple[Tag, Any]) -> Place:
-    return pair[0].unit, pair[0].sub
-
-
-def _untagged(pairs: Iterable[tuple[Tag, Decoded]], tags: deque[Tag]) -> Iterator[Decoded]:
-    """The images alone; their tags are left in ``tags``."""
-    for tag, image in pairs:
-        tags.append(tag)
-        yield image
-
-
 def _with_end(items: Iterator[Item]) -> Iterator[tuple[Item, bool]]:
-    """Every item, with whether it is the last one."""
     held = next(items, None)
     while held is not None:
         following = next(items, None)
@@ -202,20 +186,21 @@ def _with_end(items: Iterator[Item]) -> Iterator[tuple[Item, bool]]:
         held = following
 
 
-def pending(wanted: Iterable[Unit], store: PartStore, skipped: Callable[[Part], None]) -> Iterator[Unit]:
+def pending(units: Iterable[Unit], store: PartStore, skipped: Callable[[Part], None]) -> Iterator[Unit]:
     """Units that are not finished. Parts of finished ones are checked against their source and told of.
 
     Raises:
         DataError: the input is not that of the parts there are.
     """
-    for unit in wanted:
-        done = store.whole(unit.number)
-        if not done:
+    for unit in units:
+        done = store.of_unit(unit.number)
+        if not (done and done[-1].end):
             yield unit
             continue
-        listed = unit.stream is None
-        images = (item.identity for item in unit.items)
-        expected = digest(unit.identity, images) if listed else source_digest(unit.identity)
+        if isinstance(unit.content, Stream):
+            expected = source_digest(unit.identity)
+        else:
+            expected = digest("", (item.identity for item in unit.content))
         for part in done:
             store.check(part, expected)
             skipped(part)
@@ -245,42 +230,43 @@ def run(
     """
     totals = Totals()
     # An empty source is refused before the model is loaded.
-    found = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
+    files = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
     job.check_outputs()
     if not job.keeps_parts:
-        return _print(job, found, listener, totals, visit)
+        _print(job, files, listener, totals, visit)
+        return totals
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        _run_parts(job, store, found, label, listener, engine or local, totals)
+        seen = _keep_parts(job, store, files, listener, engine or local, totals)
+        if job.coco:
+            write_coco(lambda: store.asides(seen), Path(job.coco))
+        if job.is_folder:
+            store.finish(label)
+        else:
+            join(store.bodies(seen), Path(job.out))
+            store.clear(all_of_it=True)
     if visit is not None:
         for row in read_rows(Path(job.out)):
             visit(row)
     return totals
 
 
-def _counting_several(found: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
+def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
     """The same, and counts the files that hold several pictures: of the first ones, as each must be opened for it."""
     looked = 0
-    for one in found:
-        whole = isinstance(one, Item) and one.path and one.offset < 0 and one.record is None
-        if isinstance(one, Item) and whole and looked < _LOOKED_INTO and not remote.is_url(one.path):
-            path = Path(one.path)
+    for file in files:
+        if isinstance(file, Item) and file.is_file and looked < _LOOKED_INTO:
+            path = Path(file.path)
             looked += path.suffix.lower() in SEVERAL_SUFFIXES
             totals.several += count_pictures(path) > 1
-        yield one
+        yield file
 
 
-def _run_parts(
-    job: Job,
-    store: PartStore,
-    found: Iterable[Item | Stream],
-    label: str,
-    listener: Listener,
-    engine: Engine,
-    totals: Totals,
-) -> None:
+def _keep_parts(
+    job: Job, store: PartStore, files: Iterable[Item | Stream], listener: Listener, engine: Engine, totals: Totals
+) -> set[Place]:
     number, of = job.shard
     # The other shards' parts are not this one's to judge.
     store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
@@ -290,7 +276,7 @@ def _run_parts(
         seen.add((part.unit, part.sub))
         totals.add(part, before=True)
 
-    mine = (unit for unit in units(found, job.part_rows) if unit.number % of == number)
+    mine = (unit for unit in units(files, job.part_rows) if unit.number % of == number)
     counter = _Counter(job.sources if of == 1 else ())
     for part in engine(job, store, pending(mine, store, skipped), skipped):
         store.known[part.unit, part.sub] = part
@@ -298,30 +284,30 @@ def _run_parts(
         totals.add(part)
         listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
     store.refuse_stale(seen)
-    _finish(job, store, seen, label)
+    return seen
 
 
-def local(job: Job, store: PartStore, wanted: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
+def local(job: Job, store: PartStore, units: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
     """The engine that is this process."""
-    first = next(wanted, None)
+    first = next(units, None)
     if first is None:
         return  # everything is there: the model need not be loaded
     with UnitScorer(job, store) as scorer:
-        yield from scorer.parts(chain([first], wanted), skipped)
+        yield from scorer.parts(chain([first], units), skipped)
 
 
 def _print(
     job: Job,
-    found: Iterable[Item | Stream],
+    files: Iterable[Item | Stream],
     listener: Listener,
     totals: Totals,
     visit: Callable[[dict[str, Any]], None] | None,
-) -> Totals:
+) -> None:
     with UnitScorer(job) as scorer:
         if job.on_stdout == ".csv":
             listener.result(csv_header())
-        rest = (result for _, result in scorer.results(units(found, job.part_rows), lambda part: None))
-        for result in scorer.live(found) if job.is_live else rest:
+        rest = (result for _, result in scorer.results(units(files, job.part_rows), lambda part: None))
+        for result in scorer.live(files) if job.is_live else rest:
             totals.rows += 1
             totals.bad += bool(result.is_anomaly)
             totals.errors += bool(result.error)
@@ -330,17 +316,6 @@ def _print(
                 visit(result.row())
             if job.is_endless and totals.fails(job.fail_on):
                 break
-    return totals
-
-
-def _finish(job: Job, store: PartStore, seen: set[Place], label: str) -> None:
-    if job.coco:
-        write_coco(lambda: store.asides(seen), Path(job.coco))
-    if job.is_folder:
-        store.finish(label)
-        return
-    join(store.bodies(seen), Path(job.out))
-    store.clear(all_of_it=True)
 
 
 def say_result(result: Result) -> str:
@@ -369,17 +344,17 @@ class _Counter:
     def __init__(self, sources: Sequence[str]) -> None:
         self.total = 0
         self._sources = sources
-        if sources and not any(remote.is_url(source) for source in sources):
+        if sources and not any(is_url(source) for source in sources):
             threading.Thread(target=self._count, daemon=True).start()
 
     def _count(self) -> None:
         total = 0
         try:
             for one in walk_all(self._sources):
-                found = 1 if isinstance(one, Item) else one.count()
-                if found is None:
+                images = one.count()
+                if images is None:
                     return
-                total += found
+                total += images
         except DataError:  # said by the run itself
             return
         self.total = total

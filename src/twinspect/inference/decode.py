@@ -11,10 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,12 +23,12 @@ from PIL import Image
 
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb
-from twinspect.data.samples import DEFAULT_LIMITS, read_sample_rgb
+from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
-from twinspect.inference.archives import ARCHIVES, Item, Stream
-from twinspect.inference.remote import is_url, read
+from twinspect.inference.archives import ARCHIVES, Item
 from twinspect.inference.sources import TABLES, among, walk
 from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference.stores import is_url, read
 from twinspect.inference.tiles import Tiles, cut
 from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
@@ -83,16 +83,16 @@ class DecodePool:
     ) -> None:
         self._decode = partial(decode_all, size=size, limits=limits, pixels=pixels, tiles=tiles)
         self._workers, self._processes = workers, processes
-        self._group = _images_of_a_job(size, pixels) if processes else 1
+        # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
+        group = 4 if pixels else min(16, max(4, _JOB_BYTES // (3 * size * size)))
+        self._group = group if processes else 1
         self._ahead = max(2 * workers, -(-2 * batch // self._group))
         self._pool = self._started()
 
     def __enter__(self) -> DecodePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def stream(self, tagged: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Decoded]]:
@@ -127,7 +127,7 @@ class DecodePool:
             try:
                 decoded += self._pool.submit(self._decode, [item]).result()
             except BrokenExecutor:
-                name = name_of(item)
+                name = as_item(item).name
                 decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
                 self._pool = self._started()
         return decoded
@@ -139,11 +139,6 @@ class DecodePool:
 
         # Not forked: a copy of a process that runs threads (torch, pyarrow) may hang.
         return ProcessPoolExecutor(self._workers, get_context("spawn"), initializer=_begin_worker)
-
-
-def _images_of_a_job(size: int, pixels: bool) -> int:
-    """Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one."""
-    return 4 if pixels else min(16, max(4, _JOB_BYTES // (3 * size * size)))
 
 
 def _begin_worker() -> None:
@@ -161,18 +156,18 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def decode_all(items: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
-    """`decode` for the items of one job."""
-    return [decode(item, size, limits, pixels, tiles) for item in items]
+def decode_all(images: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
+    """`decode` for the images of one job."""
+    return [decode(image, size, limits, pixels, tiles) for image in images]
 
 
 def decode(
-    item: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False, tiles: Tiles = (1, 1)
+    image: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False, tiles: Tiles = (1, 1)
 ) -> Decoded:
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        item: one of what `expand` gives, or a path.
+        image: whatever `as_item` takes.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
@@ -181,52 +176,32 @@ def decode(
     Raises:
         ImageError: an array of a wrong kind. No file is bad then, but the program that made the array.
     """
-    name = name_of(item)
-    if is_array(item):
-        rgb = array_rgb(as_array(item), limits)
-        return Decoded(name, "", rgb.shape[0], rgb.shape[1], cut(rgb, size, tiles), rgb if pixels else None)
+    item = as_item(image)
     try:
         rgb, (height, width) = _pixels(item, limits, size * max(tiles))
         square = cut(rgb, size, tiles)
         if pixels and rgb.shape[:2] != (height, width):
             rgb, _ = _pixels(item, limits, 0)
     except DataError as error:
-        return Decoded(name, str(error))
+        if is_array(item.pixels):
+            raise
+        return Decoded(item.name, str(error))
     except MemoryError:
-        return Decoded(name, f"{name}: not enough memory to decode it")
-    return Decoded(name, "", height, width, square, rgb if pixels else None)
+        return Decoded(item.name, f"{item.name}: not enough memory to decode it")
+    return Decoded(item.name, "", height, width, square, rgb if pixels else None)
 
 
-def name_of(item: Any) -> str:
-    """The path of a file or sample, or a word for what has none."""
-    if isinstance(item, Item):
-        return item.name
-    if isinstance(item, Sample):
-        return str(item.image) if item.record is None else f"{item.image}#{item.record}"
-    return str(item) if isinstance(item, (str, Path)) else f"<{type(item).__name__}>"
-
-
-def _pixels(item: Any, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+def _pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Pixels, large JPEGs as a draft as in training, and the whole image's height and width."""
-    if isinstance(item, Item):
-        return _item_pixels(item, limits, draft_side)
-    if isinstance(item, Sample) and item.in_file:
-        item = item.image
-    if isinstance(item, (str, Path)):
-        return read_sized_rgb(Path(item), limits, draft_side=draft_side)
-    rgb = read_sample_rgb(item, limits) if isinstance(item, Sample) else pil_rgb(item, limits)
-    return rgb, (rgb.shape[0], rgb.shape[1])
-
-
-def _item_pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     if item.pixels is not None:
-        return item.pixels, (item.pixels.shape[0], item.pixels.shape[1])
-    if item.record is not None and not item.error:
+        is_picture = isinstance(item.pixels, Image.Image)
+        rgb = pil_rgb(item.pixels, limits) if is_picture else array_rgb(as_array(item.pixels), limits)
+    elif item.record is not None and not item.error:
         rgb = read_record(Path(item.path), item.record, limits)
-        return rgb, (rgb.shape[0], rgb.shape[1])
-    plain = item.data is None and item.offset < 0 and not item.error and not is_url(item.path)
-    source = Path(item.path) if plain else encoded(item, limits)
-    return read_sized_rgb(source, limits, item.name, draft_side)
+    else:
+        source = Path(item.path) if item.is_file else encoded(item, limits)
+        return read_sized_rgb(source, limits, item.name, draft_side)
+    return rgb, (rgb.shape[0], rgb.shape[1])
 
 
 def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -252,12 +227,12 @@ def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
 # -------------------------------------------------------------------------------------------- what is given in Python
 
 
-def expand(source: Any) -> Iterator[Any]:
+def expand(source: Any) -> Iterator[Item]:
     """The images that a source stands for, lazily and in fixed order.
 
-    Paths, folders, globs, lists, archives, tables and URLs become `Item`s, and so do encoded bytes and open files.
-    Arrays (of four dimensions: a stack of images), PIL images and `Sample`s stay what they are. Any iterable of these
-    is taken apart. Of several sources, a path without any image gives an item with an error, which becomes its row.
+    A source is a path, folder, glob, list, archive, table or URL, the bytes of an image file or an open one, an array
+    (of four dimensions: a stack of images), a PIL image, a `Sample`, or an iterable of these, which is taken apart.
+    Of several sources, a path without any image gives an item with an error, which becomes its row.
 
     Raises:
         DataError: nothing found behind the only path; the message says what was looked for.
@@ -305,27 +280,46 @@ def as_array(item: Any) -> NDArray[Any]:
         raise ImageError(f"{type(item).__name__} is no array that numpy can read ({error})") from None
 
 
-def from_bgr(item: Any) -> Any:
-    """An array with its first three channels in reverse, as OpenCV gives them; anything else as it is."""
-    if not is_array(item):
-        return item
-    array = as_array(item)
+def from_bgr(item: Item) -> Item:
+    """An array's first three channels in reverse, as OpenCV gives them; anything else as it is."""
+    array = as_array(item.pixels) if is_array(item.pixels) else np.zeros(0)
     axis = next((a for a in (-1, 0) if array.ndim == 3 and array.shape[a] in (3, 4)), None)
     if axis is None:
-        return array
-    return np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis))
+        return item
+    return replace(item, pixels=np.ascontiguousarray(array.take([2, 1, 0, 3][: array.shape[axis]], axis)))
 
 
-def _expanded(one: Any, one_of_several: bool) -> Iterator[Any]:
-    if isinstance(one, (str, os.PathLike)):
-        listed = (among if one_of_several else walk)(os.fsdecode(one))
-        return (item for part in listed for item in (part.items() if isinstance(part, Stream) else (part,)))
-    many = _several(one)
+def as_item(image: Any) -> Item:
+    """A single image: a path, a `Sample`, an array, a PIL image, the bytes of an image file or an open one.
+
+    Raises:
+        ImageError: a file that is closed or gives no bytes.
+    """
+    if isinstance(image, Item):
+        return image
+    if isinstance(image, Sample):
+        return Item(image.name, str(image.image), record=image.record, pixels=image.pixels)
+    if isinstance(image, (str, os.PathLike)):
+        return Item(os.fsdecode(image), os.fsdecode(image))
+    kind = f"<{type(image).__name__}>"
+    if is_array(image) or isinstance(image, Image.Image):
+        return Item(kind, pixels=image)
+    name = getattr(image, "name", "")
+    return Item(name if isinstance(name, str) and name else kind, data=_content(image))
+
+
+def _expanded(source: Any, one_of_several: bool) -> Iterator[Item]:
+    if isinstance(source, (str, os.PathLike)):
+        files = (among if one_of_several else walk)(os.fsdecode(source))
+        return chain.from_iterable(file.items() for file in files)
+    many = _several(source)
     if many is None:
-        return iter([_encoded(one)])
+        return iter([as_item(source)])
     if isinstance(many, (list, tuple)):
         return chain.from_iterable(_expanded(inner, len(many) > 1) for inner in many)
-    return (item for inner in many for item in _expanded(_own_copy(inner), True))
+    # A copy of an array: a camera may write its next image into the same memory.
+    images = (np.array(as_array(inner)) if is_array(inner) else inner for inner in many)
+    return chain.from_iterable(_expanded(image, True) for image in images)
 
 
 def _several(one: Any) -> Iterable[Any] | None:
@@ -347,14 +341,6 @@ def _several(one: Any) -> Iterable[Any] | None:
     raise ImageError(f"{type(one).__name__}{hint}; accepted {_ACCEPTED}")
 
 
-def _encoded(one: Any) -> Any:
-    """A single image; the content of an image file as an `Item`."""
-    if isinstance(one, (Item, Sample, Image.Image)) or is_array(one):
-        return one
-    name = getattr(one, "name", "")
-    return Item(name if isinstance(name, str) and name else f"<{type(one).__name__}>", data=_content(one))
-
-
 def _content(one: Any) -> bytes:
     if isinstance(one, (bytes, bytearray, memoryview)):
         return bytes(one)
@@ -367,10 +353,3 @@ def _content(one: Any) -> bytes:
     if not isinstance(body, bytes):
         raise ImageError(f"{type(one).__name__} gives {type(body).__name__} instead of bytes; open files with 'rb'")
     return body
-
-
-def _own_copy(one: Any) -> Any:
-    """An image of an iterator, out of reach of a camera that writes the next one into the same memory."""
-    if is_array(one):
-        return np.array(as_array(one))
-    return one if isinstance(one, (str, os.PathLike)) or _several(one) is not None else _encoded(one)

@@ -7,19 +7,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
 from twinspect.errors import BundleError, ConfigError, check_range, unknown_name
 from twinspect.files import refuse_unwritable
-from twinspect.inference import remote
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.result import columns
 from twinspect.inference.sources import is_live, would_find
+from twinspect.inference.stores import is_url
 from twinspect.inference.table import check_format, is_own
 from twinspect.inference.video import is_endless
 
@@ -113,7 +114,7 @@ class Job:
     @property
     def is_folder(self) -> bool:
         """Whether the parts themselves are the table."""
-        return self.out.endswith(("/", os.sep)) or remote.is_url(self.out) or Path(self.out).is_dir()
+        return self.out.endswith(("/", os.sep)) or is_url(self.out) or Path(self.out).is_dir()
 
     @property
     def part_rows(self) -> int:
@@ -138,7 +139,7 @@ class Job:
         if self.coco:
             refuse_unwritable(Path(self.coco), "--coco", ours=is_own_coco)
         for option, place in self.pictures.places():
-            if not remote.is_url(place):
+            if not is_url(place):
                 refuse_unwritable(Path(place), option)
             if is_image(place) and self._would_find(place):
                 raise ConfigError(
@@ -175,43 +176,35 @@ class Unit:
 
     Attributes:
         number: place in the input.
-        items: images, or
-        stream: an archive or table of them.
+        content: listed images, or an archive or table of them.
     """
 
     number: int
-    items: tuple[Item, ...] = ()
-    stream: Stream | None = None
-
-    @property
-    def source(self) -> str:
-        """The stream's path; empty for listed images."""
-        return self.stream.path if self.stream is not None else ""
+    content: tuple[Item, ...] | Stream
 
     @property
     def identity(self) -> str:
         """As `Stream.identity`; empty for listed images, which have their own."""
-        return self.stream.identity if self.stream is not None else ""
+        return self.content.identity if isinstance(self.content, Stream) else ""
 
     def images(self) -> Iterator[Item]:
         """Its images, lazily."""
-        return iter(self.items) if self.stream is None else self.stream.items()
+        return self.content.items() if isinstance(self.content, Stream) else iter(self.content)
 
 
-def units(found: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
+def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
     """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
-    number, held = 0, list[Item]()
-    for one in found:
-        if isinstance(one, Item):
-            held.append(one)
-        if held and (len(held) == rows or isinstance(one, Stream)):
-            yield Unit(number, tuple(held))
-            number, held = number + 1, []
-        if isinstance(one, Stream):
-            yield Unit(number, stream=one)
-            number += 1
-    if held:
-        yield Unit(number, tuple(held))
+    number, images = count(), list[Item]()
+    for file in files:
+        if isinstance(file, Item):
+            images.append(file)
+        if images and (len(images) == rows or isinstance(file, Stream)):
+            yield Unit(next(number), tuple(images))
+            images = []
+        if isinstance(file, Stream):
+            yield Unit(next(number), file)
+    if images:
+        yield Unit(next(number), tuple(images))
 
 
 def decision_digest(model: str) -> str:

@@ -1,4 +1,4 @@
-"""The same run on a cluster: Ray Data hands units of the input to actors, each of which holds one model.
+"""The same run on a cluster: Ray hands units of the input to actors, each of which holds one model.
 
 What makes it safe is not Ray but the parts: a unit's rows become files with fixed names, written whole. An actor that
 is lost is started again and its unit done again, to the same files; the driver counts what is there.
@@ -6,15 +6,14 @@ is lost is started again and its unit done again, to the same files; the driver 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from twinspect.errors import TwinspectError, check_range
-from twinspect.inference.archives import Item, Stream
 from twinspect.inference.bulk import UnitScorer
 from twinspect.inference.job import Job, Unit
 from twinspect.inference.parts import Part, PartStore
@@ -52,10 +51,8 @@ class RayEngine:
         ray = _ray()
         started = self._connected(ray)
         try:
-            for row in self._rows(ray, job, store, units):
-                part = Part.of(row["name"])
-                assert part is not None
-                if row["before"]:
+            for part, known in self._parts(ray, job, store, units):
+                if known:
                     skipped(part)
                 else:
                     yield part
@@ -80,27 +77,18 @@ class RayEngine:
             raise TwinspectError(f"Ray at {self.address} cannot be reached ({error})") from None
         return True
 
-    def _rows(self, ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[dict[str, Any]]:
-        import pyarrow as pa
-
-        # One block a unit, put away as they are found: the object store spills to disk; only references stay here.
-        blocks = [ray.put(pa.table({"unit": [_packed(unit, store)]})) for unit in units]
-        if not blocks:
-            return
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # ours says images, not blocks
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        actors = self.actors or self._every_actor(ray)
-        answers = ray.data.from_arrow_refs(blocks).map_batches(
-            _Actor,
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks)), max_tasks_in_flight_per_actor=2),
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            fn_constructor_args=(replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd()),
-        )
-        yield from answers.iter_rows()
+    def _parts(self, ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
+        first = list(islice(units, self.actors or self._every_actor(ray)))
+        # An actor that is lost is started again, and does again what it was doing.
+        kind = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=self.cpus, num_gpus=self.gpus)(_Actor)
+        given = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
+        pool = ray.util.ActorPool([kind.remote(*given) for _ in first])
+        for number, unit in enumerate(chain(first, units)):
+            if number >= 2 * len(first):  # the input is listed as it is needed
+                yield from pool.get_next_unordered()
+            pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number)), unit)
+        while pool.has_next():
+            yield from pool.get_next_unordered()
 
     def _every_actor(self, ray: Any) -> int:
         resources = ray.cluster_resources()
@@ -114,48 +102,22 @@ class _Actor:
     def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
         if os.path.isdir(home):
             os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
-        self.scorer = UnitScorer(job, PartStore(folder, suffix))
+        self.store = PartStore(folder, suffix)
+        self.scorer = UnitScorer(job, self.store)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Score the units of a batch (one): names of their parts, and whether they were there already."""
-        names: list[str] = []
-        before: list[bool] = []
-
-        def skipped(part: Part) -> None:
-            names.append(part.name)
-            before.append(True)
-
-        for text in batch["unit"]:
-            unit, known = _unpacked(str(text))
-            assert self.scorer.store is not None
-            self.scorer.store.known = known
-            for part in self.scorer.parts([unit], skipped):
-                names.append(part.name)
-                before.append(False)
-        return {"name": names, "before": before}
-
-
-def _packed(unit: Unit, store: PartStore) -> str:
-    known, sub = list[str](), 0
-    while (part := store.known.get((unit.number, sub))) is not None:
-        known, sub = [*known, part.name], sub + 1
-    return json.dumps(
-        {"number": unit.number, "items": [one.to_dict() for one in unit.items], "stream": unit.source, "known": known}
-    )
-
-
-def _unpacked(text: str) -> tuple[Unit, dict[tuple[int, int], Part]]:
-    values = json.loads(text)
-    items = tuple(Item(**one) for one in values["items"])
-    parts = [part for name in values["known"] if (part := Part.of(name)) is not None]
-    unit = Unit(values["number"], items, Stream(values["stream"]) if values["stream"] else None)
-    return unit, {(part.unit, part.sub): part for part in parts}
+    def score(self, unit: Unit, known: list[Part]) -> list[tuple[Part, bool]]:
+        """Parts of a unit, and of each whether it was there already: those of an earlier run are ``known``."""
+        self.store.known = {(part.unit, part.sub): part for part in known}
+        parts: list[tuple[Part, bool]] = []
+        for part in self.scorer.parts([unit], lambda part: parts.append((part, True))):
+            parts.append((part, False))
+        return parts
 
 
 def _ray() -> Any:
     try:
         import ray
-        import ray.data
+        import ray.util
     except ImportError as error:
         raise TwinspectError(
             f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"

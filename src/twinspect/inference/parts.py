@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,13 @@ from typing import IO, Any, NamedTuple
 
 from twinspect import files
 from twinspect.errors import ConfigError, DataError, TwinspectError
-from twinspect.inference import remote
+from twinspect.inference import stores
 
 _NAME = re.compile(
     r"part-(?P<unit>\d{8})-(?P<sub>\d{6})-(?P<rows>\d+)-(?P<bad>\d+)-(?P<errors>\d+)-(?P<digest>[0-9a-f]{16})"
     r"(?P<end>-end)?(?P<suffix>\.\w+)"
 )
-RUN, _DRAFT, _LOCK = "_run.json", "_tmp-", "_lock"  # readers of Parquet folders pass over names that begin with _
+RUN, _LOCK = "_run.json", "_lock"  # readers of Parquet folders pass over names that begin with _
 Place = tuple[int, int]
 
 
@@ -107,20 +105,20 @@ class PartStore:
         if restart:
             self.clear()
         text = json.dumps(dict(settings), indent=1, sort_keys=True)
-        names = self._names()
+        names = stores.names(self.folder)
         if RUN in names:
             self._refuse_other(json.loads(self.read(RUN)), json.loads(text), restart)
         else:
-            self._put(RUN, text.encode())
+            stores.put(self.folder, RUN, text.encode())
         parts = [part for name in names if (part := Part.of(name)) is not None and not restart]
         self.known = {(part.unit, part.sub): part for part in parts}
 
-    def whole(self, unit: int) -> list[Part]:
-        """Parts of a unit if it is finished, else nothing."""
+    def of_unit(self, unit: int) -> list[Part]:
+        """Parts of a unit that are there; the last one says whether they are all."""
         parts: list[Part] = []
         while (part := self.known.get((unit, len(parts)))) is not None:
             parts.append(part)
-        return parts if parts and parts[-1].end else []
+        return parts
 
     def check(self, part: Part, expected: str) -> None:
         """Refuse a part that was made from other images than those at its place now.
@@ -152,8 +150,8 @@ class PartStore:
     def put(self, part: Part, body: bytes, aside: bytes | None = None) -> None:
         """Keep a part for good; ``aside`` (lines for a COCO file) is kept before it, so that it is never missing."""
         if aside is not None:
-            self._put(f"_coco-{part.unit:08d}-{part.sub:06d}.jsonl", aside)
-        self._put(part.name, body)
+            stores.put(self.folder, f"_coco-{part.unit:08d}-{part.sub:06d}.jsonl", aside)
+        stores.put(self.folder, part.name, body)
 
     def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
         """Contents of parts, in the order of their places."""
@@ -165,20 +163,20 @@ class PartStore:
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
-        for name in self._names():
-            if Part.of(name) is not None or name.startswith((RUN, _DRAFT, "_coco-", "_SUCCESS")):
-                self._remove(name)
+        for name in stores.names(self.folder):
+            if Part.of(name) is not None or name.startswith((RUN, stores.DRAFT, "_coco-", "_SUCCESS")):
+                stores.remove(self.folder, name)
             elif all_of_it and name.startswith(_LOCK):
-                self._remove(name)
-        if all_of_it and not remote.is_url(self.folder) and not any(Path(self.folder).iterdir()):
+                stores.remove(self.folder, name)
+        if all_of_it and not stores.is_url(self.folder) and not any(Path(self.folder).iterdir()):
             Path(self.folder).rmdir()
 
     def finish(self, label: str) -> None:
         """Leave a mark that everything is there, and sweep up drafts of killed runs."""
-        self._put(f"_SUCCESS{label}", b"")
-        for name in self._names() if not label else ():
-            if name.startswith(_DRAFT):
-                self._remove(name)
+        stores.put(self.folder, f"_SUCCESS{label}", b"")
+        for name in stores.names(self.folder) if not label else ():
+            if name.startswith(stores.DRAFT):
+                stores.remove(self.folder, name)
 
     def lock(self, label: str) -> IO[str]:
         """Keep others from writing the same parts until the returned file is closed; local folders only.
@@ -186,17 +184,16 @@ class PartStore:
         Raises:
             ConfigError: another run is writing them now.
         """
-        if remote.is_url(self.folder):
+        if stores.is_url(self.folder):
             return io.StringIO()
-        self._make()
+        if why := files.why_unwritable(Path(self.folder)):
+            raise TwinspectError(f"{self.folder} cannot be written ({why})")
         busy = f"another run is writing {self.folder} now; wait for it, or take another --out"
         return files.lock(Path(self.folder) / f"{_LOCK}{label}", busy)
 
     def read(self, name: str) -> bytes:
         """Content of one file."""
-        if remote.is_url(self.folder):
-            return remote.read(f"{self.folder.rstrip('/')}/{name}", 1 << 40)
-        return (Path(self.folder) / name).read_bytes()
+        return stores.read(f"{self.folder.rstrip('/')}/{name}", 1 << 40)
 
     def _refuse_other(self, before: dict[str, Any], now: dict[str, Any], restart: bool) -> None:
         other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -205,37 +202,3 @@ class PartStore:
                 f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the same "
                 "command again to go on with it, --restart to drop it, or take another --out"
             )
-
-    def _names(self) -> list[str]:
-        if remote.is_url(self.folder):
-            return remote.names(self.folder)
-        return sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
-
-    def _make(self) -> None:
-        try:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TwinspectError(f"{self.folder} cannot be written ({error.strerror or error})") from None
-
-    def _put(self, name: str, body: bytes) -> None:
-        if remote.is_url(self.folder):
-            remote.put(self.folder.rstrip("/"), name, body)
-            return
-        self._make()
-        # Two workers may write the same part, one of them given up for lost: each draft has a name of its own.
-        draft = Path(self.folder) / f"{_DRAFT}{uuid.uuid4().hex}"
-        try:
-            with draft.open("wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, Path(self.folder) / name)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise TwinspectError(f"{self.folder}/{name} cannot be written ({error.strerror or error})") from None
-
-    def _remove(self, name: str) -> None:
-        if remote.is_url(self.folder):
-            remote.remove(self.folder, name)
-        else:
-            (Path(self.folder) / name).unlink(missing_ok=True)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.errors import ConfigError, DataError, TwinspectError, check_range
+from twinspect.errors import ConfigError, DataError, check_range
 from twinspect.files import replacing
-from twinspect.inference.result import Components, connected, pixels_of, region_mask, strongest
+from twinspect.inference import stores
+from twinspect.inference.regions import connected, outlines, region_mask, strongest
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ MAP_FORMATS, OVERLAY_FORMATS = ("npz", "tiff"), {"jpg": "JPEG", "png": "PNG"}
 MOST_SIDE = 65_000  # of a JPEG
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
-_DOWN, _RIGHT = (0, 1, 0, -1), (1, 0, -1, 0)  # steps to the right, down, left, up
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
 
 
@@ -187,22 +187,10 @@ def _mask_bytes(mask: NDArray[np.bool_]) -> bytes:
 
 
 def _write(folder: str, name: str, body: bytes) -> str:
-    """A file under a folder or URL; its path. A kill may leave it cut, and its image is then done again."""
-    from twinspect.inference import remote
-
-    if remote.is_url(folder):
-        inner = PurePosixPath(name)
-        remote.put(
-            str(folder).rstrip("/") + ("" if inner.parent.name == "" else f"/{inner.parent}"), inner.name, body
-        )
-        return f"{folder.rstrip('/')}/{name}"
-    target = Path(folder) / name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(body)
-    except OSError as error:
-        raise TwinspectError(f"{target} cannot be written ({error.strerror or error})") from None
-    return str(target)
+    path = f"{folder.rstrip('/')}/{name}"
+    where, _, last = path.rpartition("/")
+    stores.put(where, last, body, flushed=False)  # what a crash takes, the run does again
+    return path
 
 
 # ------------------------------------------------------------------------------------------------- COCO
@@ -219,54 +207,17 @@ def coco_regions(result: Result) -> list[Annotation]:
     """Regions of a result with their pixels, in the order of ``result.regions``."""
     if result.grid is None or not result.regions:
         return []
-    found, size = connected(result.grid, (result.height, result.width), result.threshold_region)
-    scale = np.array([result.width / size[1], result.height / size[0]])
+    regions = connected(result.grid, (result.height, result.width), result.threshold_region)
+    scale = np.array([result.width, result.height]) / regions.label_HW.shape[::-1]
     return [
         Annotation(
             (one.x, one.y, one.width, one.height),
             one.area,
             one.score,
-            [(outline * scale).round(2).ravel().tolist() for outline in outlines(found, i)],
+            [(outline * scale).round(2).ravel().tolist() for outline in outlines(regions, i)],
         )
-        for i, one in zip(strongest(found), result.regions, strict=True)
+        for i, one in zip(strongest(regions), result.regions, strict=True)
     ]
-
-
-def outlines(found: Components, region: int) -> list[NDArray[np.int64]]:
-    """Outer outlines of a region along the edges of its pixels, clockwise: corners x, y (C x 2) each.
-
-    Parts that touch by a corner have an outline each. Holes have none, as polygons of COCO cannot have holes.
-    """
-    rows, columns = pixels_of(found, region)
-    top, left = int(rows.min()), int(columns.min())
-    mask = np.zeros((int(rows.max()) - top + 3, int(columns.max()) - left + 3), np.bool_)
-    mask[rows - top + 1, columns - left + 1] = True
-    # Every edge between a pixel inside and one outside, as the corner it starts at and its direction: 0 right above
-    # a pixel, 1 down beside it, 2 left below it, 3 up.
-    ahead: dict[tuple[int, int], list[int]] = {}
-    for way, (shift, axis, y, x) in enumerate(((1, 0, 0, 0), (-1, 1, 0, 1), (-1, 0, 1, 1), (1, 1, 1, 0))):
-        for row, column in np.argwhere(mask & ~np.roll(mask, shift, axis)).tolist():
-            ahead.setdefault((row + y, column + x), []).append(way)
-    found_outlines = []
-    while ahead:
-        (y, x), corners, before = next(iter(ahead)), list[tuple[int, int]](), -1
-        start = (y, x)
-        while (y, x) in ahead:
-            ways = ahead[y, x]
-            way = next((one for one in ways if one == (before + 1) % 4), ways[0])  # to the right: the same pixel's
-            ways.remove(way)
-            if not ways:
-                del ahead[y, x]
-            if way != before:
-                corners.append((x + left - 1, y + top - 1))
-            before, y, x = way, y + _DOWN[way], x + _RIGHT[way]
-            if (y, x) == start:
-                break
-        outline = np.array(corners)
-        beside = np.roll(outline, -1, axis=0)
-        if (outline[:, 0] * beside[:, 1] - outline[:, 1] * beside[:, 0]).sum() > 0:  # anticlockwise is a hole
-            found_outlines.append(outline)
-    return found_outlines
 
 
 def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:

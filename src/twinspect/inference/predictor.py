@@ -21,8 +21,8 @@ from twinspect.decide.decision import ANOMALY, unpack_roi
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
-from twinspect.inference.decode import name_of as name_of
-from twinspect.inference.result import Result, find_regions
+from twinspect.inference.regions import find_regions
+from twinspect.inference.result import Result
 from twinspect.inference.tiles import joined
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
@@ -154,7 +154,6 @@ class Predictor:
         return joined(out, tiles, self.decision.class_of_cluster)
 
     def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
-        """The answer for an image, from what the runtime said of it."""
         decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
         score, distance = float(out["score_B"]), float(out.get("cluster_distance_B", np.nan))
         verdict = decision.judge(score, int(out["cluster_B"]), distance, class_name)._asdict()

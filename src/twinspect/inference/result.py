@@ -1,10 +1,4 @@
-"""What a prediction says about one image: its columns, its regions, its pictures. No torch.
-
-Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
-promise is per image: at most the stated share of good images shows any region at all. How far a region reaches is
-decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. Both
-shares of it were chosen on masks of five sets (docs/results.md).
-"""
+"""What a prediction says about one image: its columns and its pictures. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import io
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.data.images import read_rgb
-from twinspect.decide.conformal import Floats, p_values
 from twinspect.errors import ConfigError
+from twinspect.inference.regions import Region, region_mask, resize_map
 
 _BOX = (255, 0, 200)  # which neither the colours nor most products have
 _NOTEBOOK_SIDE = 640  # pixels
 _BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
-
-OF_PEAK = 0.5**2  # of a region's height above the image's level, that all its pixels reach; see `connected`
-OF_NEARBY = 0.8**2  # of the highest value nearby (above the level), that they reach as well
-NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 
 
 class Column(NamedTuple):
@@ -333,15 +321,14 @@ def _surprise(z: float) -> float:
     return 30.0 * max(z - 30.0, 0.0) - math.log(0.5 * math.erfc(near / math.sqrt(2.0)))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def finite(value: Any) -> Any:
     """The value itself; None for a float that JSON and SQL cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def resize_map(grid: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Bilinear resize of a map to height x width."""
-    image = Image.fromarray(np.ascontiguousarray(grid, dtype=np.float32))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
 
 
 def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.uint8]:
@@ -361,229 +348,3 @@ def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
 
 
 _TABLE = _colour_table()
-
-
-# ------------------------------------------------------------------------------------------------------------ regions
-
-
-class Components(NamedTuple):
-    """8-connected regions, numbered in reading order of their first pixel; one place per region.
-
-    Attributes:
-        area: pixels.
-        peak: highest value inside.
-        top, left, bottom, right: smallest box; bottom and right are outside.
-        run_row, run_start, run_stop, run_owner: one place per horizontal run: its row, first column, column after
-            the last, and region.
-    """
-
-    area: Ints
-    peak: NDArray[np.float64]
-    top: Ints
-    left: Ints
-    bottom: Ints
-    right: Ints
-    run_row: Ints
-    run_start: Ints
-    run_stop: Ints
-    run_owner: Ints
-
-
-def components(mask_HW: NDArray[np.bool_], values_HW: NDArray[np.float32]) -> Components:
-    """Regions of ``mask_HW`` and what is known of each."""
-    row, start, stop = _runs(mask_HW)
-    owner = _owners(row, start, stop)
-    count = int(owner.max()) + 1 if len(owner) else 0
-    peaks = _run_peaks(values_HW, row, start, stop)
-    top, left = np.full(count, mask_HW.shape[0]), np.full(count, mask_HW.shape[1])
-    bottom, right, area = (np.zeros(count, np.int64) for _ in range(3))
-    peak = np.full(count, -np.inf)
-    np.minimum.at(top, owner, row)
-    np.minimum.at(left, owner, start)
-    np.maximum.at(bottom, owner, row + 1)
-    np.maximum.at(right, owner, stop)
-    np.add.at(area, owner, stop - start)
-    np.maximum.at(peak, owner, peaks)
-    return Components(area, peak, top, left, bottom, right, row, start, stop, owner)
-
-
-def pixels_of(regions: Components, region: int) -> tuple[Ints, Ints]:
-    """Rows and columns of a region's pixels, in reading order."""
-    inside = regions.run_owner == region
-    length = regions.run_stop[inside] - regions.run_start[inside]
-    offset = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    return np.repeat(regions.run_row[inside], length), np.repeat(regions.run_start[inside], length) + offset
-
-
-def _runs(mask_HW: NDArray[np.bool_]) -> tuple[Ints, Ints, Ints]:
-    """Row, first column and column after the last of every horizontal run, in reading order."""
-    height, width = mask_HW.shape
-    padded = np.zeros((height, width + 2), dtype=np.int8)
-    padded[:, 1:-1] = mask_HW
-    steps = np.diff(padded, axis=1)
-    row, start = np.nonzero(steps == 1)
-    return row, start, np.nonzero(steps == -1)[1]
-
-
-def _run_peaks(values_HW: NDArray[np.float32], row: Ints, start: Ints, stop: Ints) -> NDArray[np.float64]:
-    if not len(row):
-        return np.zeros(0)
-    width = values_HW.shape[1]
-    flat = np.append(values_HW.ravel(), -np.inf)  # so that a run may end at the last pixel
-    bounds = np.stack([row * width + start, row * width + stop], 1).ravel()
-    return np.asarray(np.maximum.reduceat(flat, bounds)[::2], dtype=np.float64)
-
-
-def _owners(row: Ints, start: Ints, stop: Ints) -> Ints:
-    """Region number of every run: runs of neighbouring rows that touch, also by a corner, belong together."""
-    parent = list(range(len(row)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first_of_row = np.searchsorted(row, np.arange(int(row[-1]) + 2)) if len(row) else np.zeros(0, np.int64)
-    for here, y in enumerate(row.tolist()):
-        if y == 0:
-            continue
-        above = slice(int(first_of_row[y - 1]), int(first_of_row[y]))
-        low = above.start + int(np.searchsorted(stop[above], start[here], side="left"))
-        high = above.start + int(np.searchsorted(start[above], stop[here], side="right"))
-        for other in range(low, high):
-            a, b = root(here), root(other)
-            parent[max(a, b)] = min(a, b)
-    roots = np.array([root(i) for i in range(len(row))], dtype=np.int64)
-    return np.asarray(np.unique(roots, return_inverse=True)[1], dtype=np.int64)
-
-
-MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
-MOST_REGIONS = 100  # listed per image, strongest first
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 images."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """One connected region.
-
-    Attributes:
-        x, y, width, height: smallest box around it, in original pixels; (x, y) is its top left pixel.
-        area: pixels of the region itself.
-        score: highest map value inside.
-        p_value: share of good images (n + 1 rule) whose map reaches that value anywhere.
-    """
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    score: float
-    p_value: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-def find_regions(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
-    """Regions of a map, strongest first, at most ``MOST_REGIONS``.
-
-    Args:
-        grid: map at the model's own size.
-        shape: height and width of the original image.
-        threshold: of map values, that a region reaches somewhere.
-        peaks: map maxima of good images.
-    """
-    found, size = connected(grid, shape, threshold)
-    if not len(found.peak):
-        return []
-    p = p_values(found.peak, peaks)
-    scale = (shape[0] / size[0], shape[1] / size[1])
-    return [_region(found, i, p[i], scale, shape) for i in strongest(found)]
-
-
-def strongest(found: Components) -> list[int]:
-    """Regions in the order of `find_regions`."""
-    return [int(i) for i in np.argsort(-found.peak, kind="stable")[:MOST_REGIONS]]
-
-
-def connected(
-    grid: NDArray[np.float32], shape: tuple[int, int], threshold: float
-) -> tuple[Components, tuple[int, int]]:
-    """Regions of a map as it is resized for them, and that size.
-
-    A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
-    the image's median; both are squares, as surprises grow with the square of a distance. A region that is too weak
-    beside another for that is what reaches the threshold.
-    """
-    if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
-        return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32)), (1, 1)
-    heat, level = resized_for_regions(grid, shape), float(np.median(grid))
-    nearby = resize_map(_highest_nearby(grid), *heat.shape)
-    wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
-    found = components(wide, heat)
-    half = painted(found, level + OF_PEAK * (found.peak - level), heat.shape)
-    inside = wide & (heat >= half)
-    core = components(heat >= threshold, heat)
-    alive = np.zeros(len(core.peak), np.bool_)
-    before = np.concatenate([[0], np.cumsum(inside, dtype=np.int64)])
-    first = core.run_row * heat.shape[1]
-    np.logical_or.at(alive, core.run_owner, before[first + core.run_stop] > before[first + core.run_start])
-    inside |= painted(core, ~alive, heat.shape) > 0
-    return _reaching(components(inside, heat), threshold), (heat.shape[0], heat.shape[1])
-
-
-def _reaching(found: Components, threshold: float) -> Components:
-    """The regions that reach a threshold, numbered anew."""
-    kept = found.peak >= threshold
-    runs = kept[found.run_owner]
-    number = np.cumsum(kept) - 1
-    columns = [column[kept] for column in found[:6]] + [column[runs] for column in found[6:9]]
-    return Components._make([*columns, number[found.run_owner[runs]]])
-
-
-def painted(found: Components, value_R: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """An image in which every pixel of a region has the region's value, and all others 0."""
-    steps = np.zeros((shape[0], shape[1] + 1), np.float64)
-    value = value_R.astype(np.float64)[found.run_owner]
-    np.add.at(steps, (found.run_row, found.run_start), value)
-    np.subtract.at(steps, (found.run_row, found.run_stop), value)
-    return np.cumsum(steps[:, :-1], axis=1).astype(np.float32)
-
-
-def region_mask(grid: NDArray[np.float32], shape: tuple[int, int], threshold: float) -> Bools:
-    """Pixels of all regions of a map, in the original image's height and width."""
-    found, size = connected(grid, shape, threshold)
-    mask = painted(found, np.ones(len(found.peak)), size) > 0.5
-    if size == shape:
-        return mask
-    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST), dtype=np.bool_)
-
-
-def _highest_nearby(grid: NDArray[np.float32]) -> NDArray[np.float32]:
-    for axis in (0, 1):
-        reach = round(NEARBY * grid.shape[axis])
-        padded = np.pad(grid, [(reach, reach) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
-        grid = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis).max(-1)
-    return grid
-
-
-def resized_for_regions(grid: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """A map in the image's own height and width, or smaller by one factor where that is above ``MOST_PIXELS``."""
-    height, width = shape
-    factor = max(1.0, math.sqrt(height * width / MOST_PIXELS))
-    return resize_map(grid, max(1, round(height / factor)), max(1, round(width / factor)))
-
-
-def _region(regions: Components, i: int, p: float, scale: tuple[float, float], shape: tuple[int, int]) -> Region:
-    y, x = math.floor(regions.top[i] * scale[0]), math.floor(regions.left[i] * scale[1])
-    bottom = min(shape[0], math.ceil(regions.bottom[i] * scale[0]))
-    right = min(shape[1], math.ceil(regions.right[i] * scale[1]))
-    pixels = max(1, round(int(regions.area[i]) * scale[0] * scale[1]))
-    return Region(x, y, right - x, bottom - y, pixels, float(regions.peak[i]), float(p))

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from twinspect.errors import DataError
 from twinspect.files import open_text
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.parts import RUN
-from twinspect.inference.remote import below, is_url
+from twinspect.inference.stores import below, is_url
 from twinspect.inference.table import OWN, columns_of, read_rows
 from twinspect.inference.video import VIDEOS, is_endless, is_video, live_frames
 
@@ -60,8 +61,8 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     if os.path.isfile(path):  # unlike Path's own, false for a name that is too long
         return _file(path)
     if text and os.path.isdir(path):
-        found = _own_rows(path) if (path / RUN).is_file() else _below(text, set())
-        return _first(found, NothingFound(f"no image files in {path} (looked for {suffixes()})"))
+        inside = _own_rows(path) if (path / RUN).is_file() else _below(text, set())
+        return _first(inside, NothingFound(f"no image files in {path} (looked for {suffixes()})"))
     if text.startswith("@"):
         return _list(Path(text[1:]))
     where = text or "an empty path"
@@ -75,8 +76,8 @@ def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
     Raises:
         DataError: at once, where nothing is behind the only one, or a list or table cannot be read.
     """
-    listed = list(sources)
-    return walk(listed[0]) if len(listed) == 1 else chain.from_iterable([among(one) for one in listed])
+    given = list(sources)
+    return walk(given[0]) if len(given) == 1 else chain.from_iterable([among(source) for source in given])
 
 
 def is_live(source: object) -> bool:
@@ -109,7 +110,7 @@ def _watched(folders: list[str]) -> Iterator[Item]:
         for identity, one in now.items():
             if identity in before and identity not in given:
                 given.add(identity)
-                yield from one.items() if isinstance(one, Stream) else (one,)
+                yield from one.items()
         before = set(now)
         time.sleep(max(_WATCH_SECONDS, 5 * looked))  # a folder of very many files costs a sixth of a core at most
 
@@ -139,12 +140,12 @@ def would_find(source: str, file: str) -> bool:
     return globbing.has_magic(source) and place.match(str(here))
 
 
-def _first(found: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Item | Stream]:
-    """The same items; an error at once where there are none."""
-    first = next(found, None)
+def _first(files: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Item | Stream]:
+    """The same; an error at once where there are none."""
+    first = next(files, None)
     if first is None:
         raise otherwise
-    return chain([first], found)
+    return chain([first], files)
 
 
 def _file(path: Path) -> Iterator[Item | Stream]:
@@ -154,35 +155,41 @@ def _file(path: Path) -> Iterator[Item | Stream]:
     return iter([Stream(str(path)) if name.endswith((*ARCHIVES, *VIDEOS)) else Item(str(path), str(path))])
 
 
-def _kept(text: str, state: str = "") -> Item | Stream | None:
-    """What a file in a folder is by its name: an image, an archive of images, or neither."""
-    if is_image(text):
-        return Item(text, text, state=state)
-    return Stream(text) if text.lower().endswith(ARCHIVES) and not is_hidden(os.path.basename(text)) else None
+def _by_name(path: str, state: str = "") -> Item | Stream | None:
+    """An image, an archive of images, or neither."""
+    if is_image(path):
+        return Item(path, path, state=state)
+    return Stream(path) if path.lower().endswith(ARCHIVES) and not is_hidden(os.path.basename(path)) else None
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
 def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
-    """Images in and below a folder. Links to folders are followed, and no folder is read twice."""
     try:
-        if not _is_new(folder, visited):
-            return
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, _kind(entry)) for entry in entries if not is_hidden(entry.name))
+        entries = _entries(folder, visited)
     except OSError as error:
         yield Item(folder, error=f"{folder}: the folder cannot be listed ({error.strerror or error})")
         return
-    for name, kind in found:
+    for name, kind in entries:
         path = os.path.join(folder, name)
-        kept = _kept(path)
+        file = _by_name(path)
         if kind == "folder":
             yield from _below(path, visited)
-        elif kept is not None:
-            yield kept
+        elif file is not None:
+            yield file
         elif kind == "broken link" and "." not in name:  # by its name the link to a folder: of a disk not mounted?
             yield Item(path, error=f"{path}: a link to what is not there or may not be read")
+
+
+def _entries(folder: str, visited: Visited) -> list[tuple[str, str]]:
+    """Names in a folder with their kinds, sorted; nothing where links lead to a folder that was read before."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in visited:
+        return []
+    visited.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, _kind(entry)) for entry in entries if not is_hidden(entry.name))
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -194,22 +201,13 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "broken link"
 
 
-def _is_new(folder: str, visited: Visited) -> bool:
-    """Whether a folder is met for the first time, by whatever name."""
-    status = os.stat(folder)
-    known = (status.st_dev, status.st_ino) in visited
-    visited.add((status.st_dev, status.st_ino))
-    return not known
-
-
 def _remote(url: str) -> Iterator[Item | Stream]:
-    found = below(url)
-    first, state = next(found)
-    if first == url.rstrip("/"):
-        packed = first.lower().endswith((*ARCHIVES, ".parquet"))
-        yield Stream(first) if packed else Item(first, first, state=state)
-        return
-    yield from (kept for one in chain([(first, state)], found) if (kept := _kept(*one)) is not None)
+    for path, state in below(url):
+        if path == url.rstrip("/"):
+            packed = path.lower().endswith((*ARCHIVES, ".parquet"))
+            yield Stream(path) if packed else Item(path, path, state=state)
+        elif (file := _by_name(path, state)) is not None:
+            yield file
 
 
 def _globbed(pattern: str) -> Iterator[Item | Stream]:
@@ -232,17 +230,16 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _folders(top: str, visited: Visited) -> Iterator[str]:
-    """A folder and all below it, each once."""
+    before = len(visited)
     try:
-        if not _is_new(top or os.curdir, visited):
-            return
-        with os.scandir(top or os.curdir) as entries:
-            inner = sorted(entry.name for entry in entries if not is_hidden(entry.name) and _kind(entry) == "folder")
+        entries = _entries(top or os.curdir, visited)
     except OSError:  # as glob passes over it
         return
-    yield top
-    for name in inner:
-        yield from _folders(os.path.join(top, name), visited)
+    if len(visited) > before:
+        yield top
+    for name, kind in entries:
+        if kind == "folder":
+            yield from _folders(os.path.join(top, name), visited)
 
 
 # ------------------------------------------------------------------------------------------------ lists
@@ -314,45 +311,40 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
     for number, row in enumerate(rows, start=1):
         text, record = str(row.get(column) or ""), row.get("record")
         try:
-            found = str(inside(path.parent, text, f"{path} row {number}"))
+            file = str(inside(path.parent, text, f"{path} row {number}"))
         except DataError as error:
             yield Item(text, error=str(error))
             continue
         known = record is not None and str(record).isdecimal()
-        yield Item(f"{found}#{record}", found, record=int(str(record))) if known else Item(found, found)
+        yield Item(f"{file}#{record}", file, record=int(str(record))) if known else Item(file, file)
 
 
 def _own_rows(path: Path) -> Iterator[Item]:
-    """Images of a table of predictions, by the names that its run gave them."""
     return named(_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
 
 
 def named(names: Iterable[str]) -> Iterator[Item]:
     """Images by the names of their rows; those of one archive that follow each other are read together."""
     for holder, group in groupby(names, key=_holder):
-        yield from (_members if holder else _files)(holder, group)
-
-
-def _files(_holder: str, names: Iterable[str]) -> Iterator[Item]:
-    return map(_file_or_record, names)
+        read = partial(_members, holder) if holder else partial(map, _file_or_record)
+        yield from read(group)
 
 
 def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
-    wanted = dict.fromkeys(names)
-    reason = "no longer in the archive"
+    missing, reason = dict.fromkeys(names), "no longer in the archive"
     for item in Stream(holder).items():
-        if item.name in wanted:
-            del wanted[item.name]
+        if item.name in missing:
+            del missing[item.name]
             yield item
         elif item.name == holder:  # the archive itself cannot be read
             reason = item.error
-    yield from (Item(name, error=f"{name}: {reason}") for name in wanted)
+    yield from (Item(name, error=f"{name}: {reason}") for name in missing)
 
 
 def _holder(name: str) -> str:
     """The archive or table that a name is in; empty for a file."""
-    found = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
-    return name[: found.end() - 1] if found else ""
+    match = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
+    return name[: match.end() - 1] if match else ""
 
 
 def _placed(name: str, folder: Path) -> str:
@@ -371,4 +363,4 @@ def _file_or_record(name: str) -> Item:
 
 def _unescaped(name: str) -> str:
     """A file's name from what `table.as_text` has made of it."""
-    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda found: chr(int(found[1], 16)), name)
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda match: chr(int(match[1], 16)), name)

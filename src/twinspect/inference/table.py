@@ -83,7 +83,6 @@ def _kinds() -> dict[str, str]:
 
 
 def _plain(values: list[Any], kind: str) -> list[Any]:
-    """A column's values: no not-a-number, no text that a format cannot hold."""
     if kind == "double":
         return [None if value != value else value for value in values]
     return [as_text(value) for value in values] if kind == "string" else values

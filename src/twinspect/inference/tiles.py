@@ -60,13 +60,13 @@ def joined(out: Mapping[str, NDArray[Any]], tiles: Tiles, classes: Sequence[str]
         tiles: rows and columns.
         classes: class of every cluster.
     """
-    by_picture = {name: one.reshape(-1, tiles[0] * tiles[1], *one.shape[1:]) for name, one in out.items()}
+    by_picture = {name: values.reshape(-1, tiles[0] * tiles[1], *values.shape[1:]) for name, values in out.items()}
     pairs = zip(by_picture["score_B"], by_picture["cluster_B"], strict=True)
     spoken = [speaker(score_T, [classes[int(k)] for k in cluster_T]) for score_T, cluster_T in pairs]
-    found = {name: one[np.arange(len(spoken)), spoken] for name, one in by_picture.items()}
-    found |= {name: by_picture[name].max(1) for name in _HIGHEST if name in by_picture}
-    found["map_B1HW"] = np.stack([blended(map_T1hw[:, 0], tiles)[None] for map_T1hw in by_picture["map_B1HW"]])
-    return found
+    answers = {name: values[np.arange(len(spoken)), spoken] for name, values in by_picture.items()}
+    answers |= {name: by_picture[name].max(1) for name in _HIGHEST if name in by_picture}
+    answers["map_B1HW"] = np.stack([blended(map_T1hw[:, 0], tiles)[None] for map_T1hw in by_picture["map_B1HW"]])
+    return answers
 
 
 def blended(map_Thw: NDArray[np.float32], tiles: Tiles) -> NDArray[np.float32]:

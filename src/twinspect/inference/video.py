@@ -79,8 +79,8 @@ def _followed(capture: cv2.VideoCapture | None, source: str, name: str) -> Itera
         if capture is not None:
             newest = _Newest(capture, number)
             try:
-                while (found := newest.frame()) is not None:
-                    number, pixels = found
+                while (newest_frame := newest.frame()) is not None:
+                    number, pixels = newest_frame
                     yield Item(f"{name}#{number}", pixels=pixels)
             finally:
                 newest.stop()
@@ -108,8 +108,8 @@ class _Newest:
         with self._changed:
             while self._held is None and not self._ended:
                 self._changed.wait(_LOOK_SECONDS)
-            found, self._held = self._held, None
-            return found
+            frame, self._held = self._held, None
+            return frame
 
     def stop(self) -> None:
         """Let go of the source, as soon as it gives its next frame."""
@@ -128,7 +128,6 @@ class _Newest:
 
 
 def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
-    """The next frame as RGB; None at the end."""
     there, bgr = capture.read()
     return np.ascontiguousarray(bgr[..., ::-1]) if there else None
 

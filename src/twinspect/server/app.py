@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import Body, Depends, FastAPI, Query, Request, Response
+from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -25,17 +25,14 @@ from twinspect._version import __version__
 from twinspect.errors import TwinspectError, unknown_name
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
-from twinspect.inference.result import COLOURS
 from twinspect.server import schema
 from twinspect.server.guard import Guard, Refused, error_body, extra_headers, refusal_of
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
-from twinspect.server.maps import FORMATS
 from twinspect.server.reference import reference
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
 from twinspect.server.uploads import openapi_body, read_images
 
-_MOST_SIDE = 20_000
 _CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
 Number = Annotated[int, InPath(ge=1, le=MOST)]
 
@@ -97,7 +94,6 @@ class _Routes:
         }
         table: Sequence[tuple[str, str, Callable[..., Any], Any]] = (
             ("POST", "/v1/predict", self.predict, schema.PredictAnswer),
-            ("GET", "/v1/maps/{map_id}", self.map, tuple(FORMATS.values())),
             ("GET", "/v1/models", self.models, schema.ModelsAnswer),
             ("POST", "/v1/models/{bundle}/reload", self.reload, schema.ModelAnswer),
             ("GET", "/v1/log", self.log_rows, schema.LogAnswer),
@@ -132,18 +128,13 @@ class _Routes:
 
         Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
         (predicted otherwise), ``session`` is kept in the inspection log, ``keep=false`` is for trials that neither
-        the log nor the drift light shall see, ``maps`` chooses how maps come.
+        the log nor the drift light shall see, ``maps=inline`` adds anomaly maps as
+        numbers, ``maps=overlay`` pictures of the images under them.
         A single image that cannot be read is refused (422); among several it has ``error`` set.
         """
         self.service.refuse_if_full(asked.bundle)
         images = await read_images(request, self.service.settings.max_files)
         return JSONResponse(await self.service.predict(images, asked, str(request.state.request_id)))
-
-    async def map(
-        self, map_id: str, format: Literal["png", "npy"] = "png", side: Annotated[int, Query(ge=0, le=_MOST_SIDE)] = 0
-    ) -> Response:
-        """The map of a recent answer in the geometry of its image, as colours (png) or float16 values (npy)."""
-        return Response(await self.service.map_bytes(map_id, format, side), media_type=FORMATS[format])
 
     async def models(self) -> Response:
         """Models being served, with thresholds and what they promise."""
@@ -226,7 +217,7 @@ def _refuse_unknown(request: Request) -> None:
 def page(root: str = "") -> tuple[str, str]:
     """The page for clients that see it below ``root``, and its policy: no script or style from elsewhere."""
     text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
-    text = text.replace("__COLOURS__", json.dumps(COLOURS.astype(int).tolist())).replace("__ROOT__", json.dumps(root))
+    text = text.replace("__ROOT__", json.dumps(root))
     hashes = {
         kind: " ".join(f"'sha256-{_digest(part)}'" for part in re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S))
         for kind in ("script", "style")
@@ -267,7 +258,6 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _complaint(one: Mapping[str, Any]) -> str:
-    """What was got, and what is accepted."""
     place, *names = one["loc"]
     if place == "body" and (not names or one["type"] == "json_invalid"):
         return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"

@@ -1,8 +1,7 @@
 """Dynamic micro-batching: many callers, one worker that takes what has come in, up to a limit. No HTTP here.
 
-A batch leaves at once when nobody else is on the way, so a lone caller never waits; otherwise it waits for those who
-were announced, but not longer than ``max_wait_s``: a little for the first, a whole batch less for the others. While a
-batch runs, the next one gathers.
+A batch leaves at once when no other job is on the way, so a lone caller never waits; otherwise it waits for those
+that are expected, but not longer than ``max_wait_s``. While a batch runs, the next one gathers.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,7 +43,7 @@ class Batcher(Generic[Job, Answer]):
     Args:
         run: jobs to answers, one each, in order. What it raises reaches every job of the batch.
         max_batch: most jobs in a call.
-        max_wait_s: longest wait for jobs that were announced, in seconds.
+        max_wait_s: longest wait for jobs that are expected, in seconds.
         observe: called with (jobs, seconds) after every batch.
         name: of the thread.
 
@@ -63,48 +63,36 @@ class Batcher(Generic[Job, Answer]):
         name: str = "batcher",
     ) -> None:
         self._run, self._max_batch, self._max_wait_s = run, max_batch, max_wait_s
-        self._observe, self._announced = observe, 0
+        self._observe, self._expected = observe, 0
         self._jobs: deque[_Waiting[Job, Answer]] = deque()
         self._change = threading.Condition()
         self._closing = False
         self.seconds_per_job = 0.0
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)  # started by the first job
 
-    def submit(
-        self,
-        job: Job,
-        timeout_s: float = float("inf"),
-        promise: Future[Answer] | None = None,
-        announced: bool = False,
-    ) -> Future[Answer]:
-        """Queue a job; it is dropped (`Expired`) if its turn has not come within ``timeout_s``.
-
-        Args:
-            job: for the function.
-            timeout_s: counted from now.
-            promise: a future the caller waits for already; a new one without.
-            announced: whether it is one of those of `announce`.
-        """
-        waiting = _Waiting(job, time.monotonic() + timeout_s, promise or Future[Answer]())
+    def submit(self, job: Job, timeout_s: float = float("inf")) -> Future[Answer]:
+        """Queue a job; it is dropped (`Expired`) if its turn has not come within ``timeout_s`` from now."""
+        waiting = _Waiting(job, time.monotonic() + timeout_s, Future[Answer]())
         with self._change:
-            self._announced -= announced
             if self._closing:
                 raise Closed("the server is stopping; send the request again to its successor")
             self._jobs.append(waiting)
             self._change.notify()
+            if self._thread.ident is None:
+                self._thread.start()
         return waiting.future
 
-    def announce(self, count: int) -> None:
-        """So many jobs come soon; each has to end in `submit` with ``announced``, or in `turned_back`."""
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While entered, a job is on the way: a batch waits for it."""
         with self._change:
-            self._announced += count
-
-    def turned_back(self) -> None:
-        """An announced job will never be."""
-        with self._change:
-            self._announced -= 1
-            self._change.notify()
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._expected -= 1
+                self._change.notify()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -114,7 +102,8 @@ class Batcher(Generic[Job, Answer]):
         with self._change:
             self._closing = True
             self._change.notify()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def _work(self) -> None:
         while batch := self._gather():
@@ -128,7 +117,7 @@ class Batcher(Generic[Job, Answer]):
             while not self._jobs and not self._closing:
                 self._change.wait()
             until = time.monotonic() + self._max_wait_s
-            while len(self._jobs) < self._max_batch and not self._closing and self._announced > 0:
+            while len(self._jobs) < self._max_batch and not self._closing and self._expected:
                 left = until - time.monotonic()
                 if left <= 0:
                     break

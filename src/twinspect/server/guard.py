@@ -144,27 +144,13 @@ class Metrics:
         return bytes(generate_latest(self.registry))
 
 
-class RequestMemory:
-    """Bytes of requests in flight, against a limit."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-
-    def take(self, count: int) -> None:
-        """Reserve, or refuse with 429."""
-        if self.used + count > self.limit:
-            raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
-        self.used += count
-
-
 @dataclass(slots=True)
 class _Exchange:
     """One request on its way."""
 
+    guard: Guard
     receive: Receive
     send: Send
-    settings: Settings
-    memory: RequestMemory
     request_id: str
     method: str
     until: float  # when the body must have come
@@ -176,13 +162,15 @@ class _Exchange:
 
     def reserve(self, total: int) -> None:
         """Account for a body of so many bytes."""
-        if total > self.settings.max_body_mb * MEGABYTE:
+        settings, more = self.guard.settings, max(0, total - self.reserved)
+        if total > settings.max_body_mb * MEGABYTE:
             raise Refused(
-                413, "too_large", f"the request has more than {self.settings.max_body_mb:g} MB; send fewer images"
+                413, "too_large", f"the request has more than {settings.max_body_mb:g} MB; send fewer images"
             )
-        if total > self.reserved:
-            self.memory.take(total - self.reserved)
-            self.reserved = total
+        if self.guard.reserved + more > settings.max_memory_mb * MEGABYTE:
+            raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
+        self.reserved += more
+        self.guard.reserved += more
 
     async def next_message(self) -> Message:
         """The next piece of the body, within size and time."""
@@ -192,7 +180,7 @@ class _Exchange:
             async with asyncio.timeout_at(self.until):
                 message = await self.receive()
         except TimeoutError:
-            wait = f"{self.settings.body_timeout_s:g}"
+            wait = f"{self.guard.settings.body_timeout_s:g}"
             raise Refused(408, "too_slow", f"the request was not complete within {wait} s") from None
         if message["type"] == "http.request":
             self.read += len(message.get("body", b""))
@@ -235,7 +223,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.routes = app, settings, metrics, routes
-        self.memory = RequestMemory(int(settings.max_memory_mb * MEGABYTE))
+        self.reserved = 0  # bytes of the requests being answered
         self._key_hash = hashlib.sha256(settings.api_key.encode()).digest() if settings.api_key else b""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -256,12 +244,12 @@ class Guard:
         if method == "HEAD":  # answered like GET, without the body
             scope["method"] = "GET"
         until = asyncio.get_running_loop().time() + self.settings.body_timeout_s
-        exchange = _Exchange(receive, send, self.settings, self.memory, request_id, method, until)
+        exchange = _Exchange(self, receive, send, request_id, method, until)
         try:
             await self._pass(scope, path, headers, exchange)
         finally:
-            self.memory.used -= exchange.reserved
-            self.metrics.memory.set(self.memory.used)
+            self.reserved -= exchange.reserved
+            self.metrics.memory.set(self.reserved)
             self._count(scope, exchange)
 
     async def _pass(
@@ -275,7 +263,7 @@ class Guard:
             exchange.complete = length == "0" or (not length and "transfer-encoding" not in headers)
             if length.isdigit():
                 exchange.reserve(int(length))
-            self.metrics.memory.set(self.memory.used)
+            self.metrics.memory.set(self.reserved)
             await self.app(scope, exchange.next_message, exchange.answer)
         except Refused as refused:
             await self._refuse(exchange, refused)
@@ -317,7 +305,7 @@ class Guard:
 
     def _count(self, scope: MutableMapping[str, Any], exchange: _Exchange) -> None:
         seconds = time.perf_counter() - exchange.began
-        matched = getattr(scope.get("route"), "path", None)  # set by the router: /v1/maps/{map_id}, never a real id
+        matched = getattr(scope.get("route"), "path", None)  # set by the router: /v1/log/{number}/picture, no number
         path = matched if matched in self.routes else "other"
         status = exchange.status or 499  # gone before the answer
         self.metrics.requests.labels(path, str(status)).inc()

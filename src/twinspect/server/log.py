@@ -20,7 +20,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
-from twinspect.inference.result import Region, Result, columns, finite
+from twinspect.inference.regions import Region
+from twinspect.inference.result import Result, columns, finite
 
 SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
 FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
@@ -102,9 +103,9 @@ class Inspection:
     """
 
     result: Result
+    image_key: str
     bundle: str
     request_id: str
-    image_key: str
     session: str = ""
     at_ms: int = 0
     picture: bytes = b""
@@ -226,10 +227,10 @@ class InspectionLog:
             NoSuchRow: none was.
         """
         with self._transaction() as connection:
-            found = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
-        if found is None:
+            jpeg = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
+        if jpeg is None:
             raise NoSuchRow(f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them")
-        return bytes(found)
+        return bytes(jpeg)
 
     def query(self, wanted: Filter) -> list[dict[str, Any]]:
         """Rows as plain values, latest first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
+from twinspect.inference.stores import state
 from twinspect.server.batcher import Batcher
 from twinspect.server.guard import Refused
 
-Stamp = tuple[int, int, int]
 Scored = tuple[Result, str]  # and the key of its image
 _WATCHED = 64  # results the drift monitor takes at a time
 _RETIRING_S = 0.05  # how often a replaced model looks whether its last request is answered
@@ -118,7 +117,7 @@ class Models:
     ) -> None:
         self.paths, self._open, self._make = dict(paths), open_file, make
         self._served: dict[str, Served] = {}
-        self._stamps: dict[str, Stamp | None] = {}
+        self._stamps: dict[str, str] = {}
         self.trouble: dict[str, str] = {}  # why the latest version of a file is not the one being served
         self._retiring: set[asyncio.Task[None]] = set()
         self._reloading = asyncio.Lock()
@@ -126,7 +125,7 @@ class Models:
     def add(self, name: str, predictor: Predictor) -> None:
         """Serve a predictor."""
         self._served[name] = self._make(name, predictor, None)
-        self._stamps[name] = stamp(self.paths[name]) if name in self.paths else None
+        self._stamps[name] = state(str(self.paths[name])) if name in self.paths else ""
 
     def get(self, name: str) -> Served:
         """The present version; an empty name takes the only one."""
@@ -145,9 +144,9 @@ class Models:
 
     async def changed(self) -> list[str]:
         """Names of models whose file is another one than when it was last read."""
-        now = {name: await asyncio.to_thread(stamp, path) for name, path in self.paths.items()}
+        now = {name: await asyncio.to_thread(state, str(path)) for name, path in self.paths.items()}
         # A file that is gone for a moment, or for good, leaves the model in service.
-        return [name for name, found in now.items() if found is not None and found != self._stamps[name]]
+        return [name for name, stamp in now.items() if stamp and stamp != self._stamps[name]]
 
     async def reload(self, name: str) -> Served:
         """Read a model's file again; requests that hold the old version finish with it.
@@ -161,7 +160,7 @@ class Models:
             raise Refused(409, "no_file", f"{served.name} was not opened from a file and cannot be reloaded")
         async with self._reloading:
             served = self.get(served.name)
-            self._stamps[served.name] = stamp(path)
+            self._stamps[served.name] = state(str(path))
             try:
                 predictor = await asyncio.to_thread(self._open, path)
                 fresh = await asyncio.to_thread(self._make, served.name, predictor, served)
@@ -186,15 +185,6 @@ async def _retire(served: Served) -> None:
     while served.users:
         await asyncio.sleep(_RETIRING_S)
     await asyncio.to_thread(served.close)
-
-
-def stamp(path: Path) -> Stamp | None:
-    """What changes when a file is replaced; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 def named_paths(given: Sequence[str]) -> dict[str, Path]:

@@ -8,7 +8,8 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from twinspect.decide.drift import ClassDrift, DriftReport
-from twinspect.inference.result import Region, columns
+from twinspect.inference.regions import Region
+from twinspect.inference.result import columns
 
 
 class ErrorDetail(TypedDict):
@@ -62,7 +63,7 @@ else:
     ImageAnswer = TypedDict(
         "ImageAnswer",
         {
-            "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map_id": str, "map": InlineMap | None,
+            "log_id": int | None, **_COLUMNS, "map_scale": list[float], "map": InlineMap | None, "overlay": str,
             "nearest_jpeg": str,
         },
     )  # fmt: skip

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ from twinspect.inference.result import Result
 from twinspect.server.batcher import Batcher
 from twinspect.server.guard import Metrics, Refused, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
-from twinspect.server.maps import MapStore, encoded_map, inline_map
 from twinspect.server.models import Models, Queued, Scored, Served
-from twinspect.server.settings import MEGABYTE, Settings
+from twinspect.server.settings import Settings
 
 _HOUSEKEEPING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
+_OVERLAY = 1024  # longest side of a picture with an answer, in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class Asked:
     Attributes:
         bundle: name of the model; empty for the only one.
         class_name: class of all images; empty predicts it.
-        maps: ``link`` (fetch it later) or ``inline`` (base64).
+        maps: ``inline`` adds the anomaly map as numbers, ``overlay`` the image under it as a picture; both in base64.
         session: kept in the log.
         keep: whether the decisions count: go into the log and before the drift light.
     """
 
     bundle: Text = ""
     class_name: ClassName = ""
-    maps: Literal["none", "link", "inline"] = "link"
+    maps: Literal["none", "inline", "overlay"] = "none"
     session: Text = ""
     keep: bool = True
 
@@ -97,7 +97,6 @@ class Service:
     ) -> None:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.gate = Gate(settings.queue, self.metrics.waiting.set)
-        self.maps = MapStore(int(settings.maps_mb * MEGABYTE))
         self.models = Models(paths, open_file, self._make)
         self.decoders = ThreadPoolExecutor(settings.decoders, "decode")
         self.writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
@@ -184,7 +183,7 @@ class Service:
             with self.gate.enter(len(images), served.batcher.seconds_per_job):
                 try:
                     async with asyncio.timeout(self.settings.timeout_s):
-                        scored = await asyncio.gather(*self._begin(served, images, asked))
+                        scored = await asyncio.gather(*(self._score(served, image, asked) for image in images))
                         results = [result for result, _ in scored]
                         for one in results:
                             answer = "error" if one.error else one.answer
@@ -196,7 +195,9 @@ class Service:
                     raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
         finally:
             served.users -= 1
-        rows = [self._row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
+        rows = await asyncio.to_thread(
+            lambda: [_row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
+        )
         return {
             "request_id": request_id,
             "bundle": served.name,
@@ -206,59 +207,44 @@ class Service:
             "results": rows,
         }
 
-    def _begin(self, served: Served, images: Sequence[Item], asked: Asked) -> list[asyncio.Future[Scored]]:
-        """Results and keys to come; a decoder hands its image to the model itself, without a detour here."""
-        promises = [Future[Scored]() for _ in images]
-        served.batcher.announce(len(images))
-        for image, promise in zip(images, promises, strict=True):
-            self.decoders.submit(_decode, served, image, asked, self.settings, promise)
-        return [asyncio.wrap_future(one) for one in promises]
+    async def _score(self, served: Served, image: Item, asked: Asked) -> Scored:
+        side = max(self.settings.log_thumbnails if asked.keep else 0, _OVERLAY if asked.maps == "overlay" else 0)
+        with served.batcher.expecting():
+            loop = asyncio.get_running_loop()
+            decoded, key = await loop.run_in_executor(self.decoders, _decoded, served.predictor, image, side)
+            if decoded.square is None:
+                return Result(decoded.name, error=decoded.error), key
+            job = Queued(decoded, asked.class_name or None, asked.keep, key)
+            scored = served.batcher.submit(job, self.settings.timeout_s)
+        return await asyncio.wrap_future(scored)
 
     async def _keep(
         self, served: Served, scored: Sequence[Scored], asked: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
-        nothing: list[int | None] = [None] * len(scored)
+        numbers: list[int | None] = [None] * len(scored)
         if self.writer is None or not asked.keep:
-            return nothing, ""
-        kept = {place: one for place, one in enumerate(scored) if not one[0].error}
-        # In a thread: drawing takes some milliseconds.
-        pictures = await asyncio.to_thread(lambda: [_picture(result) for result, _ in kept.values()])
-        rows = {
-            place: Inspection(result, served.name, request_id, key, asked.session, picture=picture)
-            for (place, (result, key)), picture in zip(kept.items(), pictures, strict=True)
-        }
+            return numbers, ""
+        places = [place for place, (result, _) in enumerate(scored) if not result.error]
+        side = self.settings.log_thumbnails  # in a thread: drawing takes some milliseconds
+        pictures = await asyncio.to_thread(lambda: [_jpeg(scored[place][0], side) for place in places])
+        rows = [
+            Inspection(*scored[place], served.name, request_id, asked.session, picture=picture)
+            for place, picture in zip(places, pictures, strict=True)
+        ]
         try:
-            numbers = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows.values()))
+            kept = await asyncio.gather(*(asyncio.wrap_future(self.writer.submit(row)) for row in rows))
         except LogError as error:
             self.metrics.log_errors.inc(len(rows))
             say("log_trouble", logging.ERROR, message=str(error))
             if self.settings.log_required:
                 raise
-            return nothing, str(error)
-        number_of = dict(zip(rows, numbers, strict=True))
-        return [number_of.get(place) for place in range(len(scored))], ""
-
-    def _row(self, result: Result, number: int | None, maps: str) -> dict[str, Any]:
-        """One image's answer as plain JSON values."""
-        return {
-            "log_id": number,
-            **result.answer_row(),
-            "map_scale": list(result.scale),
-            "map_id": self.maps.add(result) if maps != "none" else "",
-            "map": inline_map(result) if maps == "inline" else None,
-            # Base64 of a few kB; what is good needs no explanation.
-            "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
-        }
+            return numbers, str(error)
+        for place, number in zip(places, kept, strict=True):
+            numbers[place] = number
+        return numbers, ""
 
     # ---------------------------------------------------------------------------------------- others
-
-    async def map_bytes(self, name: str, format: str, side: int) -> bytes:
-        """A map of a recent answer; see `encoded_map`."""
-        result = self.maps.get(name)
-        with self.gate.enter(1, 0.0):  # large pictures take memory and time like an image does
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.decoders, encoded_map, result, format, side)
 
     async def reload(self, name: str) -> Served:
         """Read a model's file again; see `Models.reload`."""
@@ -278,46 +264,43 @@ class Service:
         return self.log
 
 
-def _picture(result: Result) -> bytes:
-    """A JPEG of an image under its map, if its pixels were kept; they are let go of."""
-    if result.rgb is None:
+def _row(result: Result, number: int | None, maps: str) -> dict[str, Any]:
+    return {
+        "log_id": number,
+        **result.answer_row(),
+        "map_scale": list(result.scale),
+        "map": _inline_map(result) if maps == "inline" else None,
+        "overlay": base64.b64encode(_jpeg(result, _OVERLAY)).decode() if maps == "overlay" else "",
+        # Base64 of a few kB; what is good needs no explanation.
+        "nearest_jpeg": base64.b64encode(result.near[1]).decode() if result.answer not in ("", GOOD) else "",
+    }
+
+
+def _inline_map(result: Result) -> dict[str, Any] | None:
+    if result.grid is None:
+        return None
+    data = base64.b64encode(np.ascontiguousarray(result.grid, dtype="<f4").tobytes()).decode("ascii")
+    rows, columns = result.grid.shape
+    return {"rows": rows, "columns": columns, "dtype": "float32", "scale": list(result.scale), "data": data}
+
+
+def _jpeg(result: Result, side: int) -> bytes:
+    """An image under its map, if its pixels were kept and a picture of such a side is wanted."""
+    if result.rgb is None or not side:
         return b""
     body = io.BytesIO()
-    result.overlay(words=False).save(body, "JPEG", quality=80)
-    result.rgb = None
+    result.overlay(side=side, words=False).save(body, "JPEG", quality=80)
     return body.getvalue()
 
 
-def _shrunk(decoded: Decoded, side: int) -> Decoded:
-    """The same, its whole image made small: many wait for the model at a time."""
-    if decoded.rgb is None:
-        return decoded
-    small = Image.fromarray(decoded.rgb)
-    small.thumbnail((side, side))
-    return decoded._replace(rgb=np.asarray(small))
-
-
-def _decode(served: Served, image: Item, asked: Asked, settings: Settings, promise: Future[Scored]) -> None:
-    """Queue an announced image for the model; one that cannot be read is answered here."""
-    queued = False
-    try:
-        if promise.cancelled():  # nobody waits for it any more
-            return
-        side = settings.log_thumbnails if asked.keep else 0
-        decoded = _shrunk(served.predictor.decode(image, pixels=side > 0), side)
-        key = image_id(hashlib.sha256(image.data or b"").digest())
-        if decoded.square is not None:
-            queued = True
-            job = Queued(decoded, asked.class_name or None, asked.keep, key)
-            served.batcher.submit(job, settings.timeout_s, promise, announced=True)
-        elif promise.set_running_or_notify_cancel():
-            promise.set_result((Result(decoded.name, error=decoded.error), key))
-    except Exception as error:  # whatever it is belongs to the request
-        if promise.set_running_or_notify_cancel():
-            promise.set_exception(error)
-    finally:
-        if not queued:
-            served.batcher.turned_back()
+def _decoded(predictor: Predictor, image: Item, side: int) -> tuple[Decoded, str]:
+    """An image made ready, its pixels for pictures made small (many wait for the model at a time), and its key."""
+    decoded = predictor.decode(image, pixels=side > 0)
+    if decoded.rgb is not None:
+        small = Image.fromarray(decoded.rgb)
+        small.thumbnail((side, side))
+        decoded = decoded._replace(rgb=np.asarray(small))
+    return decoded, image_id(hashlib.sha256(image.data or b"").digest())
 
 
 def _refuse_failures(results: Sequence[Result]) -> None:

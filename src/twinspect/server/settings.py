@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from twinspect.data.images import ImageLimits
 
 MEGABYTE = 1 << 20
-_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "maps_mb", "log_days", "log_thumbnails")
+_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "log_days", "log_thumbnails")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,6 @@ class Settings:
     header_timeout_s: float = 10.0  # for a client to send the head of its request
     decoders: int = 2  # threads that decode
     drain_s: float = 30.0  # longest time that accepted requests have after the signal to stop
-    maps_mb: float = 64.0  # memory for maps that can be fetched after the answer
     drift_rate: float = 0.01  # chance of any false drift alarm, ever
 
     def __post_init__(self) -> None:

@@ -25,7 +25,6 @@ from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.files import why_unwritable
-from twinspect.inference.decode import name_of
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
@@ -130,7 +129,7 @@ def fit(
     with in_fp32(group.device.type):
         dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {row["path"] for row in dropped}
-        rest = [s for s in samples if name_of(s) not in paths]
+        rest = [s for s in samples if s.name not in paths]
         fitted = _fitted(rest, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted

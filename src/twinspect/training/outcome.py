@@ -27,7 +27,6 @@ from twinspect.decide.decision import Decision, image_id, pack_roi
 from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
-from twinspect.inference.decode import name_of
 from twinspect.inference.tiles import speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.layers import in_fp16
@@ -134,8 +133,8 @@ def decision_of(
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     return Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=tuple(sorted(trained)), held=tuple(sorted(held_out)),
-        bank=tuple(map(name_of, bank)), thumbnails=small_pictures(bank, side) if side else (), tiles=tiles,
+        trained=tuple(sorted(trained)), held=tuple(sorted(held_out)), tiles=tiles,
+        bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()),
     )  # fmt: skip
 
@@ -242,7 +241,7 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
     order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
     return [
         {
-            "path": name_of(samples[i]),
+            "path": samples[i].name,
             "class_name": samples[i].class_name,
             "score": round(float(score_n[i]), 3),
             "apart": i in apart,

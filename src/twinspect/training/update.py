@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from twinspect.data.leaks import count_once
 from twinspect.decide.decision import image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
-from twinspect.inference.decode import name_of
 from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
@@ -90,7 +89,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "classes": dict(sorted(counts.items())),
-            "images": [name_of(sample) for sample in learnt[:_NAMED]],
+            "images": [sample.name for sample in learnt[:_NAMED]],
             "from": decision.model_id,
         }
     )
@@ -104,7 +103,7 @@ def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample
     pictures = decision.thumbnails or (b"",) * old
     fresh = small_pictures(learnt, fitted.config.train.thumbnails) if decision.thumbnails else (b"",) * len(learnt)
     rows = list(zip(decision.bank, pictures, strict=True)) if known else nothing
-    rows += zip(map(name_of, learnt), fresh, strict=True)
+    rows += zip((sample.name for sample in learnt), fresh, strict=True)
     return [rows[i] for i in model.scorer.nearest.kept] if model.scorer.nearest is not None else []
 
 
