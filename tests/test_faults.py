@@ -103,7 +103,7 @@ def test_killed_at_any_moment_and_begun_again_gives_the_same(
 
     def line(out: Path) -> list[str]:
         if what == "fit":
-            return command("fit", good, "--out", out, *SMALL)
+            return command("fit", good, "--out", out, "--force", *SMALL)
         if what == "calibrate":
             return command("calibrate", out, fresh, "--max-fpr", "0.1", "--region-fpr", "0.1", "--force")
         if what == "update":

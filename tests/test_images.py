@@ -14,7 +14,16 @@ import tifffile
 from PIL import Image, ImageDraw, PngImagePlugin
 from tiny import picture, save
 
-from twinspect.data.images import ImageLimits, is_image, pil_rgb, read_mask, read_rgb, read_sized_rgb, resize_rgb
+from twinspect.data.images import (
+    ImageLimits,
+    count_pictures,
+    is_image,
+    pil_rgb,
+    read_mask,
+    read_rgb,
+    read_sized_rgb,
+    resize_rgb,
+)
 from twinspect.errors import ImageError
 
 
@@ -109,6 +118,15 @@ def test_planes_of_colours(tmp_path: Path, kind: str, compression: str | None, a
         compression=compression, **more,
     )  # fmt: skip
     assert np.array_equal(read_rgb(tmp_path / "a.tif"), pixels)
+
+
+@pytest.mark.parametrize("missing", [10, 18, 100])
+def test_a_tiff_that_lacks_a_byte_is_counted_and_ends(tmp_path: Path, missing: int) -> None:
+    """Its directory leads nowhere or back to itself: counting its pages went round until the memory was full."""
+    tifffile.imwrite(tmp_path / "a.tif", picture(), photometric="rgb", byteorder=">")
+    raw = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(raw[:missing] + raw[missing + 1 :])
+    assert count_pictures(tmp_path / "a.tif") <= 1
 
 
 def test_colours_that_are_no_rgb_in_many_bits(tmp_path: Path) -> None:

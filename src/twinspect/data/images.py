@@ -225,7 +225,9 @@ def count_pictures(path: Path) -> int:
     with suppress(Exception):  # whoever reads the file says what is wrong with it
         if suffix in (".tif", ".tiff"):
             with _tifffile("").TiffFile(path) as file:
-                return sum(not page.is_reduced for page in file.pages)  # smaller copies of a page are none
+                # Counted first: iterating goes round for ever where a damaged page leads back to itself.
+                places = range(len(file.pages))
+                return sum(not file.pages[place].is_reduced for place in places)  # smaller copies of a page are none
         if suffix in SEVERAL_SUFFIXES:
             with Image.open(path, formats=_FORMATS) as image:
                 return int(getattr(image, "n_frames", 1))
