@@ -81,18 +81,20 @@ def outcome(path: Path) -> Any:
     """All that a finished command has left, but times."""
     if path.suffix == ".twin":
         return said_by(path)
+    if path.suffix == ".onnx":
+        return path.read_bytes(), path.with_name(f"{path.name}.json").read_bytes()
     with path.open(newline="") as file:
         return [{name: cell for name, cell in row.items() if name != "ms"} for row in csv.DictReader(file)]
 
 
 @needs_posix
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["fit", "calibrate", "update", "predict"])
+@pytest.mark.parametrize("what", ["fit", "calibrate", "update", "export", "predict"])
 def test_killed_at_any_moment_and_begun_again_gives_the_same(
     what: str, good: Path, fresh: Path, tmp_path: Path
 ) -> None:
     """Old or new after each kill, never between; and in the end what nothing disturbed has made."""
-    ending = ".csv" if what == "predict" else ".twin"
+    ending = {"predict": ".csv", "export": ".onnx"}.get(what, ".twin")
     calm, shaken, model = (tmp_path / name / f"m{ending}" for name in ("calm", "shaken", "model"))
     model = model.with_suffix(".twin")
     for path in (calm, shaken, model):
@@ -106,6 +108,8 @@ def test_killed_at_any_moment_and_begun_again_gives_the_same(
             return command("calibrate", out, fresh, "--max-fpr", "0.1", "--region-fpr", "0.1", "--force")
         if what == "update":
             return command("update", model, fresh, "--class", first.fitted.decision.classes[0], "--out", out)
+        if what == "export":
+            return command("export", model, "--out", out)
         return command("predict", model, fresh, "--out", out, "--part-rows", "4", "--workers", "0")
 
     for path in (calm, shaken) if what == "calibrate" else (model,):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import tempfile
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,7 +20,7 @@ import numpy as np
 from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.export.parity import FEWEST, CheckImages, Comparison, ParityError, compare, painted, spread
-from twinspect.files import refuse_unwritable
+from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.predictor import check_counts
 from twinspect.inference.runtimes import ExportMeta, read_export, write_meta
 from twinspect.types import Progress, silent
@@ -101,8 +102,8 @@ def export(
     report = progress or silent
     checked = images or painted(fitted.model.size)
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-            draft = Path(folder) / out.name
+        with _drafts(out) as folder:
+            draft = folder / out.name
             build = _Build(fitted, options, checked, calibration or checked, draft, report)
             comparison = build.accepted()
             made = [part for part in draft.parent.iterdir() if part.is_file()]
@@ -111,6 +112,25 @@ def export(
     except OSError as error:
         raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
     return comparison
+
+
+@contextmanager
+def _drafts(out: Path) -> Iterator[Path]:
+    """A folder for what is not accepted yet; one that a killed export left is emptied first.
+
+    Raises:
+        ConfigError: another export to the same file is at work.
+    """
+    folder = out.with_name(f".{out.name}.export")
+    folder.mkdir(exist_ok=True)
+    with lock(folder / "lock", f"another export to {out} is at work; wait for it, or choose another --out"):
+        drafts = folder / "drafts"
+        shutil.rmtree(drafts, ignore_errors=True)
+        drafts.mkdir()
+        try:
+            yield drafts
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check(path: Path, fitted: Fitted, images: CheckImages, runtime: str = "auto") -> tuple[Comparison, ExportMeta]:
