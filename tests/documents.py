@@ -121,8 +121,10 @@ class Runner:
     """Runs the lines of one document in its own copy of the folder."""
 
     def __init__(self, document: Path, patch: pytest.MonkeyPatch) -> None:
+        import twinspect.commands.fit as command
         import twinspect.training.fit as room
 
+        patch.setattr(command, "train", small(room.fit))
         patch.setattr(room, "fit", small(room.fit))
         patch.setattr("twinspect.server.run.serve", self._serve)
         runs = [

@@ -80,7 +80,7 @@ def test_fit_refuses_a_bad_out_before_training(tmp_path: Path, monkeypatch: pyte
     def never(*_: object) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr("twinspect.training.fit.fit", never)
+    monkeypatch.setattr("twinspect.commands.fit.train", never)
     data = good_folder(tmp_path / "good", 12)
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("fit", data, "--out", tmp_path / "file" / "m.twin", *TINY)
