@@ -7,6 +7,7 @@ pictures in a table of their own where the server is told to. All values reach S
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -309,9 +310,18 @@ def plain_text(text: str, length: int) -> str:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")
     # Readers do not wait for the writer; a crash of the machine may lose the last rows, never the file.
-    for statement in (f"busy_timeout={_LOCK_SECONDS * 1000}", "journal_mode=WAL", "synchronous=NORMAL"):
-        cursor.execute(f"PRAGMA {statement}")
+    latest = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:  # another process makes the same file: SQLite does not wait here by itself
+            if time.monotonic() > latest:
+                raise
+            time.sleep(0.05)
+    cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
 
 
