@@ -6,7 +6,8 @@ maps as the public code of its relatives makes them, see `scoring.published_map`
 these join them, each learnt in closed form from the same good images (`models.statistics`):
 
 1. clusters and variants: every product is measured by its own statistics (`models.clusters`);
-2. local: of every layer group, how far patches lie from the mean of good images at their position;
+2. local: of every layer group, how far patches, or means of regions, lie from the mean of good images at their
+   position;
 3. semantic: how far global tokens lie from those of good images, in two views; how far the nearest good images are.
 
 Every reading is standardised by its mean and standard deviation on good images, z. A surprise is -log of the
@@ -17,7 +18,7 @@ rule: at every position the surprises of the layer groups add up.
 
     local = sum over local readings of w s(z)          semantic = sum over semantic readings of w z
     score = link s(z of local) + s(z of semantic)      s(z) = -log(1 - Phi(z))
-    map = sum over layer groups of s(z of distance)
+    map = sum over the layer groups of the map of s(z of distance)
 
 The weight w of a student's reading is its skill, how much better it predicts good images than their mean does; 1 for
 the rest. ``link`` says how far the good images of a cluster repeat each other (`clusters.repetition`): 1 on a line,
