@@ -225,7 +225,7 @@ def as_values(
         leaked = [[str(test_one.image), str(known.image)] for known, test_one in pairs]
         values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
-        values["intervals"] = measured.intervals(seed=detector.config.train.seed)
+        values["intervals"] = measured.joint.intervals(seed=detector.config.train.seed)
     return values
 
 
