@@ -36,7 +36,6 @@ from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meani
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import (
     ScanLog,
-    existing_folder,
     files_in,
     folder_name,
     has_images,
@@ -272,7 +271,6 @@ def _is_kind(name: str) -> bool:
 
 def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]:
     """Samples of all classes at a folder that have a layout; `FOLDER` takes every class."""
-    root = existing_folder(root)
     classes = find_classes(root, log)
     if layout != FOLDER:
         classes = _of_layout(root, classes, layout, log)
