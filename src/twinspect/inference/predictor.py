@@ -21,7 +21,7 @@ from twinspect.decide.decision import ANOMALY, unpack_roi
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
-from twinspect.inference.regions import find_regions
+from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.tiles import joined
 
@@ -169,8 +169,11 @@ class Predictor:
             result.error = f"{image.name}: the score is not finite; the model is damaged"
             result.is_anomaly, result.answer = None, ""
         elif rule.region is not None:
-            result.threshold_region = rule.region.value
-            result.regions = find_regions(grid, (image.height, image.width), rule.region.value, rule.peaks)
+            threshold, shape = rule.region.value, (image.height, image.width)
+            if result.is_anomaly:
+                threshold = min(threshold, strongest_place(grid, shape))
+            result.threshold_region = threshold
+            result.regions = find_regions(grid, shape, threshold, rule.peaks)
         return result
 
 
