@@ -184,7 +184,7 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     if log.undecided and layout == "auto":
         raise DataError(_undecided(name, place, samples, log))
     if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(log.skipped)[:_SHOWN])
         raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
     if place != given:
         log.note(f"{given} only wraps {place.name}, which was read")

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
 
+_NOT_IMAGE = "not an image file"
+_UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 _UNLISTED = "cannot be listed"
 _READ_BEFORE = "link to a folder that was already read"
 # Folders that systems make, with copies, thumbnails or what was deleted.
@@ -45,23 +47,23 @@ class ScanLog:
     """What a loader left out and what its user should know.
 
     Attributes:
-        skipped: path and reason, in the order met.
+        skipped: path and reason, each pair once, in the order met.
         notes: sentences about choices made for the user.
         undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: dict[tuple[Path, str], None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     undecided: list[tuple[Path, str]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
         """Remember a file or folder that is not used."""
-        self.skipped.append((path, reason))
+        self.skipped[path, reason] = None
 
-    def skip_once(self, path: Path, reason: str) -> None:
-        """Remember a folder of which many files are not used for one reason."""
-        if (path, reason) not in self.skipped:
-            self.skip(path, reason)
+    def take_back(self, path: Path) -> None:
+        """Forget a file that was met before somebody had a better reason for it."""
+        for reason in (_NOT_IMAGE, _UNREAD):
+            self.skipped.pop((path, reason), None)
 
     def leave(self, path: Path, reason: str) -> None:
         """Remember a folder of images that cannot be used as it is, so that its user has to decide."""
@@ -132,10 +134,11 @@ def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Pa
             continue
         visited.add(real)
         content = _content(here)
-        log.skipped += content.left_out
+        reasons = list(content.left_out)
         if content.images or not content.folders:  # a licence beside folders is no news
-            log.skipped += content.unusable
-            log.skipped += [(path, _why_unread(path)) for path in content.others]
+            reasons += [*content.unusable, *((path, _why_unread(path)) for path in content.others)]
+        for path, reason in reasons:
+            log.skip(path, reason)
         yield here, list(content.images), list(content.others)
         stack.extend(reversed(content.folders))
 
@@ -263,5 +266,4 @@ def _content(folder: Path) -> _Content:
 
 
 def _why_unread(path: Path) -> str:
-    picture = path.suffix.lower() in UNREAD_SUFFIXES
-    return "a picture in a format that is not read; save it as PNG or JPEG" if picture else "not an image file"
+    return _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else _NOT_IMAGE
