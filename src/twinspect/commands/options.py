@@ -173,7 +173,6 @@ class ManifestOptions:
     out: Path = option("Manifest to write: .parquet or .csv.")
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
-    details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")
 
 
 @dataclass(frozen=True, slots=True)
