@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
-from twinspect.decide.decision import count_calls
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
@@ -49,8 +48,7 @@ class Evaluation:
 
     def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
         """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
-        intervals: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
-        return intervals
+        return self.joint.intervals(draws, seed)
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -102,8 +100,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
         truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
         rows.append({**result.row(), **truth})
-    table = _plain(joint.compute())
-    alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
+    table = joint.compute()
+    alone = {name: evaluator.compute() for name, evaluator in students.items()}
     seconds = time.monotonic() - began
     decisions = count_calls((pooled or row["true_class"], row["label"], row["is_anomaly"]) for row in rows)
     return Evaluation(table, alone, rows, decisions, seconds, failed, unused, joint)
@@ -147,18 +145,31 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     return mask, regions
 
 
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class.
+
+    Args:
+        rows: class, label and whether the image is called anomalous.
+
+    Returns:
+        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
+        ``false_alarm_rate``; a share of no images is absent.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
+    return dict(sorted(counts.items()))
+
+
 def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Mean over classes per defect type, if all classes have the same types (MVTec LOCO's two), else empty."""
     kinds = [tuple(sorted(row)) for row in defects.values()]
     if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
         return {}
     return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
-
-
-def _plain(values: Any) -> Any:
-    """Numpy numbers to Python's, so that json takes them."""
-    if isinstance(values, dict):
-        return {str(k): _plain(v) for k, v in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_plain(v) for v in values]
-    return values.item() if isinstance(values, np.generic) else values

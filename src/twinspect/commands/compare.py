@@ -142,7 +142,13 @@ def _differing(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         for one, other in pairs
         if one["is_anomaly"] != other["is_anomaly"]
     ]  # fmt: skip
-    return sorted(differ, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
+    return sorted(
+        differ, key=lambda row: -abs((row["second"]["severity"] or 0.0) - (row["first"]["severity"] or 0.0))
+    )
+
+
+def _severity(answer: Row) -> str:
+    return "-" if answer["severity"] is None else f"{answer['severity']:.2f}"
 
 
 def size_of(path: Path) -> int:
@@ -199,8 +205,7 @@ def sections(values: dict[str, Any], cases: Sequence[Cases]) -> list[Section]:
         truth = "defect" if row["label"] else "good"
         cells = {"image": Path(row["path"]).name, "class": row["class"], "truth": truth}
         for key in ("first", "second"):
-            called = " (called)" if row[key]["is_anomaly"] else ""
-            cells[f"severity, {key}"] = f"{row[key]['severity']:.2f}{called}"
+            cells[f"severity, {key}"] = _severity(row[key]) + (" (called)" if row[key]["is_anomaly"] else "")
         rows.append(cells)
     listed = Table.of("all of them", rows, "Severity is score / threshold, called bad from 1 on.")
     return [
@@ -218,7 +223,7 @@ def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: Tes
     answers = (predictor.predict([samples[row["path"]] for row in rows]) for predictor in predictors)
     cases = []
     for row, first, second in zip(rows, *answers, strict=True):
-        both = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
+        both = ", ".join(_severity(row[key]) for key in ("first", "second"))
         words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {both}"
         one, other = case_of(first, ""), case_of(second, "")
         cases.append(Case(words, one.image, one.overlay, other.overlay))

@@ -14,7 +14,6 @@ from twinspect.commands.review import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded, protocols
 from twinspect.data.leaks import find_leaks
-from twinspect.decide.decision import count_calls
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
@@ -185,7 +184,7 @@ def values_of(measured: evaluation.Evaluation, test: TestSet) -> dict[str, Any]:
         "defects_mean": evaluation.shared_defects(measured.table["defects"]),
         "students": {name: table["mean"] for name, table in measured.students.items()},
         "decisions": measured.decisions,
-        "defect_decisions": {name: count_calls(calls[name]) for name in sorted(calls)},
+        "defect_decisions": {name: evaluation.count_calls(calls[name]) for name in sorted(calls)},
         "decisions_mean": {k: v for k, v in results.mean_of(measured.decisions).items() if k.endswith("_rate")},
         "split": {"name": test.name, "hash": test.hash, "kind": kind},
         "failed": measured.failed,

@@ -24,7 +24,7 @@ from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.data.leaks import find_leaks
+from twinspect.data.leaks import drop_leaks, find_leaks
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
 from twinspect.evaluation import evaluate
@@ -71,8 +71,7 @@ def run_recipe(
     loaded = results.read_data(root, recipe.layout, None, console)
     pairs = find_leaks(loaded.samples)
     console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
-    left_out = {known for known, _ in pairs} if without_leaks else set()
-    samples = [sample for sample in loaded.samples if sample not in left_out]
+    samples = drop_leaks(loaded.samples) if without_leaks else list(loaded.samples)
     splits = make_splits(samples, recipe.protocol, config.train.seed)
     reasons = differences(recipe, loaded, config)
     for reason in reasons:

@@ -95,11 +95,11 @@ def _scored(rows: Sequence[dict[str, Any]], labels: Sequence[int]) -> Scored:
     def numbers(name: str) -> Any:
         return np.array([math.nan if row[name] is None else row[name] for row in rows], np.float64)
 
-    def texts(name: str) -> tuple[str, ...]:
-        return tuple(str(row[name]) for row in rows)
+    def texts(name: str) -> Any:
+        return [row[name] for row in rows]
 
     columns = GoodScores(
         numbers("score"), numbers("peak"), numbers("cluster_distance"), texts("class_name"),
         texts("predicted_class"), texts("session"), texts("image_key"),
     )  # fmt: skip
-    return Scored(columns, texts("name"), np.array(labels, np.int64), ())
+    return Scored(columns, tuple(map(str, texts("name"))), np.array(labels, np.int64), ())
