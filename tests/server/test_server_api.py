@@ -321,7 +321,9 @@ def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
     answer = server.ask("POST", "/v1/predict", body, headers)
     assert answer.code == "no_image"
     assert "'other' with a file; type: curl -F file=@" in answer.json["error"]["message"]
-    body, _ = form(("a.png", encoded()))
+    body, _ = form(("a.png", encoded()), ("b.png", encoded()))
+    for cut in (1, 5, 100, len(body) // 2):  # the last image was passed over once
+        assert server.ask("POST", "/v1/predict", body[: -4 - cut], headers).code == "bad_form"
     for kind in ("multipart/form-data", "multipart/form-data; boundary=somethingelse"):
         assert server.ask("POST", "/v1/predict", body, {"Content-Type": kind}).code in ("bad_form", "no_image")
     assert server.ask("POST", "/v1/predict", b"", headers).code in ("bad_form", "no_image")
