@@ -24,9 +24,8 @@ from twinspect.commands.results import grouped, mean_of, text_table
 from twinspect.data import load
 from twinspect.data.leaks import find_leaks
 from twinspect.data.samples import read_regions
-from twinspect.decide.decision import count_calls
 from twinspect.errors import ConfigError, DataError
-from twinspect.evaluation import evaluate, shared_defects
+from twinspect.evaluation import count_calls, evaluate, shared_defects
 from twinspect.inference.result import Result
 from twinspect.metrics import auspro
 from twinspect.types import TEST, Sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
-from twinspect.decide.decision import count_calls
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
@@ -145,6 +144,28 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     if not marks and sample.label == 1:
         raise DataError(f"{names}: marks no pixel, and {sample.image} is called a defect")
     return mask, regions
+
+
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class.
+
+    Args:
+        rows: class, label and whether the image is called anomalous.
+
+    Returns:
+        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
+        ``false_alarm_rate``; a share of no images is absent.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
+    return dict(sorted(counts.items()))
 
 
 def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from twinspect.commands.results import check_outputs, publish, read_data, say_ta
 from twinspect.console import Console
 from twinspect.decide.decision import Decision, promises, refuse_other_model
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule, class_sentence
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import Section, Table
 from twinspect.types import Sample
@@ -173,7 +173,7 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
             "threshold_region": rule.region.value if rule.region is not None else None,
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
-            "sentence": class_sentence(rule),
+            "sentence": rule.sentence(),
         }
     return rows
 

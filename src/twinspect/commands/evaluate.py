@@ -34,7 +34,6 @@ from twinspect.data.protocols import (
     is_semantic,
     make_splits,
 )
-from twinspect.decide.decision import count_calls
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError
@@ -236,7 +235,7 @@ def by_defect(rows: Sequence[dict[str, Any]], pooled: str) -> dict[str, dict[str
     for row in rows:
         if row["label"]:
             calls[pooled or row["true_class"]].append((row["defect_type"], 1, row["is_anomaly"]))
-    return {name: count_calls(calls[name]) for name in sorted(calls)}
+    return {name: evaluation.count_calls(calls[name]) for name in sorted(calls)}
 
 
 def problems(values: Mapping[str, Any], most: int | None = None) -> Iterator[str]:

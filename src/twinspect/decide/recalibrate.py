@@ -120,11 +120,11 @@ def score_images(
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
         group, key = sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size)
-        numbers = (result.score, result.peak, result.cluster_distance)
-        rows.append((*numbers, name, result.predicted_class, group, key))
+        rows.append((result.score, result.peak, result.cluster_distance, name, result.predicted_class, group, key))
         names.append(result.path)
         labels.append(int(sample.label == 1))
-    return Scored(GoodScores.of_rows(rows), tuple(names), np.array(labels, np.int64), tuple(failed))
+    good = GoodScores(*(zip(*rows, strict=True) if rows else [()] * 7))
+    return Scored(good, tuple(names), np.array(labels, np.int64), tuple(failed))
 
 
 def session_of(sample: Sample, root: Path | None) -> str:
@@ -181,28 +181,28 @@ def recalibrate(
     return new, notes
 
 
+_LEARNT = "the model was trained on them, so they score too well"
+_COPY = "they are copies of others given"
+_THERE = "they are among the calibration images already"
+
+
 def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
     """The new images without those the model learnt from, copies, and those that are there already."""
-    rows = scored.rows
-    trained = set(decision.trained)
-    first = {key: place for place, key in reversed(list(enumerate(rows.key)))}
-    learnt = np.array([key in trained for key in rows.key], dtype=np.bool_)
-    copies = np.array([first[key] != place for place, key in enumerate(rows.key)], dtype=np.bool_)
+    rows, trained, seen = scored.rows, set(decision.trained), set[str]()
     present = set(decision.good.key) - {""} if add else set()
-    there = np.array([key in present for key in rows.key], dtype=np.bool_)
-    for kind, what in (
-        (learnt, "the model was trained on them, so they score too well"),
-        (copies & ~learnt, "they are copies of others given"),
-        (there & ~learnt & ~copies, "they are among the calibration images already"),
-    ):
-        if kind.any():
-            notes.append(f"{int(kind.sum())} of {len(rows)} images left out: {what}")
-    usable = ~(learnt | copies | there)
     if not len(rows):
         raise DataError("no image to calibrate with: none was given, or none can be read")
+    reasons = []
+    for key in rows.key:
+        reasons.append(_LEARNT if key in trained else _COPY if key in seen else _THERE if key in present else "")
+        seen.add(key)
+    usable = np.array([not reason for reason in reasons])
+    for reason in (_LEARNT, _COPY, _THERE):
+        if count := reasons.count(reason):
+            notes.append(f"{count} of {len(rows)} images left out: {reason}")
     if not usable.any():
         raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes)}")
-    notes += suspects(rows.take(usable), [n for n, k in zip(scored.names, usable, strict=True) if k])
+    notes += suspects(rows.take(usable), [n for n, use in zip(scored.names, usable, strict=True) if use])
     return rows.take(usable)
 
 

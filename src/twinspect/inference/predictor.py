@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY, unpack_roi
+from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
-from twinspect.inference.regions import find_regions
+from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.tiles import joined
 
@@ -163,14 +163,17 @@ class Predictor:
             is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
             model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
             grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
-            roi=unpack_roi(decision.roi), **verdict,
+            roi=decision.roi, **verdict,
         )  # fmt: skip
         if not np.isfinite(score):
             result.error = f"{image.name}: the score is not finite; the model is damaged"
             result.is_anomaly, result.answer = None, ""
         elif rule.region is not None:
-            result.threshold_region = rule.region.value
-            result.regions = find_regions(grid, (image.height, image.width), rule.region.value, rule.peaks)
+            threshold, shape = rule.region.value, (image.height, image.width)
+            if result.is_anomaly:
+                threshold = min(threshold, strongest_place(grid, shape))
+            result.threshold_region = threshold
+            result.regions = find_regions(grid, shape, threshold, rule.peaks)
         return result
 
 

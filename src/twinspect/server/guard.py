@@ -185,7 +185,7 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             for name, value in {**_HEADERS, "x-request-id": self.request_id}.items():
                 headers.setdefault(name, value)
-            with suppress(TimeoutError):
+            with suppress(TimeoutError):  # if the connection ended now, the sender of a long body would see no answer
                 async with asyncio.timeout(LINGER_S):
                     while not self.complete:
                         await self._read()

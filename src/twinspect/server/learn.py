@@ -85,15 +85,7 @@ def milliseconds(text: str) -> int | None:
 
 def _scored(good: Sequence[Mapping[Any, Any]], bad: Sequence[Mapping[Any, Any]]) -> Scored:
     rows = [*good, *bad]
-
-    def numbers(name: str) -> Any:
-        return np.array([row[name] for row in rows], np.float64)  # None becomes not-a-number
-
-    def texts(name: str) -> tuple[str, ...]:
-        return tuple(str(row[name]) for row in rows)
-
-    columns = GoodScores(
-        numbers("score"), numbers("peak"), numbers("cluster_distance"), texts("class_name"),
-        texts("predicted_class"), texts("session"), texts("image_key"),
-    )  # fmt: skip
-    return Scored(columns, texts("name"), np.repeat([0, 1], [len(good), len(bad)]), ())
+    names = ("score", "peak", "cluster_distance", "class_name", "predicted_class", "session", "image_key")
+    columns: list[Any] = [[row[name] for row in rows] for name in names]
+    labels = np.repeat([0, 1], [len(good), len(bad)])
+    return Scored(GoodScores(*columns), tuple(row["name"] for row in rows), labels, ())

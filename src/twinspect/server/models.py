@@ -34,7 +34,7 @@ class Served:
         self._users, self._replaced = 0, False  # changed on the event loop only
         predictor.limits = ImageLimits(max_pixels=int(settings.max_megapixels * 1e6))
         good = predictor.decision.good
-        self.light = DriftMonitor(good, settings.drift_rate)
+        self.light = DriftMonitor(good)
         if before is not None and before.light.good.to_dict() == good.to_dict():
             self.light = before.light
         metrics.drift.labels(name).set_function(lambda: self.light.alarmed)

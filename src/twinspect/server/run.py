@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from twinspect.server.guard import MOST_HEAD, JsonLines, Refused, refusal_answer
 from twinspect.server.settings import Settings
 
 KEY_VARIABLE = "TWINSPECT_API_KEY"
+DRAIN_S = 30  # longest time that accepted requests have after the signal to stop
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 
 
@@ -100,7 +100,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         http=protocol(settings.header_timeout_s, settings.body_timeout_s),
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        timeout_graceful_shutdown=DRAIN_S,
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Named, or asyncio would not see that it is TCP and leave Nagle's delay on: 40 ms for each answer.

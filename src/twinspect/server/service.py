@@ -34,6 +34,7 @@ from twinspect.server.schema import PredictAnswer
 from twinspect.server.settings import Settings
 
 Scored = tuple[Result, str]  # and the key by which calibration recognises the image's file
+_DECODERS = 2  # threads
 _PRUNING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
 _OVERLAY = 1024  # longest side of a picture with an answer, in pixels
@@ -68,7 +69,7 @@ class Service:
         self._stamps = {name: state(str(path)) for name, path in paths.items()}  # of files when they were last read
         self._accepted = 0  # images between acceptance and answer
         self.metrics.waiting.set_function(lambda: self._accepted)
-        self._decoders = ThreadPoolExecutor(settings.decoders, "decode")
+        self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
         self._writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
 
     @asynccontextmanager

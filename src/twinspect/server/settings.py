@@ -34,9 +34,6 @@ class Settings:
     watch_s: float = option("Seconds between looks for a new version of a file; 0: never.", 5.0)
     body_timeout_s: float = 20.0  # for a client to send its request, and to take a piece of the answer
     header_timeout_s: float = 10.0  # for a client to send the head of its request
-    decoders: int = 2  # threads that decode
-    drain_s: float = 30.0  # longest time that accepted requests have after the signal to stop
-    drift_rate: float = 0.01  # chance of any false drift alarm, ever
 
     def __post_init__(self) -> None:
         check_options(self)
