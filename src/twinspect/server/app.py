@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -144,17 +143,16 @@ async def docs(request: Request) -> Response:
 
 
 @others.get("/", include_in_schema=False)
-async def index(service: Serving) -> Response:
+async def index() -> Response:
     """The page."""
-    text, policy = page(service.settings.root_path)
+    text, policy = _page()
     return HTMLResponse(text, headers={"content-security-policy": policy})
 
 
 @cache
-def page(root: str = "") -> tuple[str, str]:
-    """The page for clients that see it below ``root``, and its policy: no script or style from elsewhere."""
+def _page() -> tuple[str, str]:
+    """The page and its policy: no script or style from elsewhere."""
     text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
-    text = text.replace("__ROOT__", json.dumps(root))
     hashes = {}
     for kind in ("script", "style"):
         (part,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S)

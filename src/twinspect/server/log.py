@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import sqlalchemy as sa
 from fastapi import Query
@@ -24,9 +24,8 @@ from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.regions import Region
 from twinspect.inference.result import Result, columns, finite
 
-FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
-FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
-MOST_ROWS = 500  # of one query
+Verdict = Literal["false_alarm", "missed", "confirmed"]
+FALSE_ALARM, MISSED, CONFIRMED = FEEDBACK = get_args(Verdict)
 MOST = 2**63 - 1  # of a number that a database takes
 Text = Annotated[str, Query(max_length=200)]
 ClassName = Annotated[str, Query(alias="class", max_length=200)]
@@ -112,10 +111,10 @@ class Filter:
     class_name: ClassName = ""
     answer: Literal["", "good", "unsure", "anomaly"] = ""
     session: Text = ""
-    feedback: Literal["", "none", "false_alarm", "missed", "confirmed"] = ""
+    feedback: Literal["", "none"] | Verdict = ""
     name: Annotated[str, Query(max_length=200, description="Part of the file's name, any case")] = ""
     before: Annotated[int | None, Query(ge=1, le=MOST, description="Smaller ids only: the next page")] = None
-    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50
+    limit: Annotated[int, Query(ge=1, le=500)] = 50
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """SQL conditions with bound values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, get_type_hints
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from twinspect.decide.drift import ClassDrift, DriftReport
 from twinspect.inference.regions import Region
 from twinspect.inference.result import columns
-from twinspect.server.log import inspections
+from twinspect.server.log import Verdict, inspections
 
 
 class ErrorDetail(TypedDict):
@@ -123,11 +123,11 @@ class LogAnswer(TypedDict):
 
 
 class FeedbackBody(TypedDict):
-    """The operator's word: ``false_alarm``, ``missed``, ``confirmed``, or empty to take it back."""
+    """The operator's word; an empty verdict takes it back."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic reads it here
 
-    verdict: str
+    verdict: Literal[""] | Verdict
     note: NotRequired[str]
 
 
@@ -166,6 +166,8 @@ def reference(described: Mapping[str, Any]) -> Iterator[str]:
 def _kind(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
+    if words := schema.get("enum", [schema["const"]] if "const" in schema else None):
+        return " or ".join(f"`{word}`" if word else "empty" for word in words)
     if "anyOf" in schema:
         return " or ".join(_kind(one) for one in schema["anyOf"])
     if schema.get("type") == "array":
