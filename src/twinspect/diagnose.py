@@ -279,7 +279,7 @@ def _measure(
         diagnosis.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
-    values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
+    values: Mapping[str, float] = evaluator.compute()["classes"][name]
     return values
 
 

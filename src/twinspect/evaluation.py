@@ -48,8 +48,7 @@ class Evaluation:
 
     def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
         """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
-        intervals: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
-        return intervals
+        return self.joint.intervals(draws, seed)
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -101,8 +100,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
         truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
         rows.append({**result.row(), **truth})
-    table = _plain(joint.compute())
-    alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
+    table = joint.compute()
+    alone = {name: evaluator.compute() for name, evaluator in students.items()}
     seconds = time.monotonic() - began
     decisions = count_calls((pooled or row["true_class"], row["label"], row["is_anomaly"]) for row in rows)
     return Evaluation(table, alone, rows, decisions, seconds, failed, unused, joint)
@@ -174,12 +173,3 @@ def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
         return {}
     return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
-
-
-def _plain(values: Any) -> Any:
-    """Numpy numbers to Python's, so that json takes them."""
-    if isinstance(values, dict):
-        return {str(k): _plain(v) for k, v in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_plain(v) for v in values]
-    return values.item() if isinstance(values, np.generic) else values

@@ -173,7 +173,6 @@ class ManifestOptions:
     out: Path = option("Manifest to write: .parquet or .csv.")
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
-    details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +213,7 @@ class PredictOptions:
         "",
     )
     class_name: str = option("Class of all images; empty predicts it.", "", "--class")
-    maps: str = option("Folder for raw maps (float16).", "")
-    map_format: str = option("npz or tiff.", "npz")
+    maps: str = option("Folder for raw maps (.npz, float16).", "")
     masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
     overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
     overlay_format: str = option("jpg or png.", "jpg")

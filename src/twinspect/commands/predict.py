@@ -29,11 +29,11 @@ def predict(options: PredictOptions, console: Console) -> None:
         typer.Exit: with the exit code, where images could not be read or ``--fail-on`` says so.
     """
     pictures = PictureOptions(
-        options.maps, options.map_format, options.masks, options.overlays, options.submission, bool(options.coco),
+        options.maps, options.masks, options.overlays, options.submission, options.coco,
         options.overlay_format, options.overlay_side,
     )  # fmt: skip
     job = Job(
-        str(options.bundle), options.paths, options.out, pictures, options.coco, options.runtime, options.threads,
+        str(options.bundle), options.paths, options.out, pictures, options.runtime, options.threads,
         options.batch, options.weights, options.device, options.class_name or None, options.workers,
         options.part_rows, shard_of(options.shard), options.restart, options.watch, options.fail_on,
     )  # fmt: skip
