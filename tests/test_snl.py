@@ -346,15 +346,14 @@ def test_trains_predicts_and_comes_back_from_its_bundle(name: str, parts: Path, 
 
 
 def test_a_killed_run_resumes_to_the_same_weights(parts: Path, tmp_path: Path) -> None:
-    from twinspect.training import loop
+    def stop(stage: str, done: int, _: int) -> None:
+        if stage.startswith("training") and done == 3:
+            raise KeyboardInterrupt
 
     whole = trained(parts, steps=4)
     config = run_config(RANDOM_CNN, model="snl", steps=4)
-    real = loop._step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[5] == 2 else real(*a))
-        with pytest.raises(KeyboardInterrupt):
-            Detector(config=config).fit(train_samples(parts), work=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Detector(config=config).fit(train_samples(parts), work=tmp_path, progress=stop)
     resumed = Detector(config=config).fit(train_samples(parts), work=tmp_path)
     for a, b in zip(whole.fitted.model.student.parameters(), resumed.fitted.model.student.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -76,26 +76,35 @@ def train(
         return TrainReport(0, 0.0, "no steps asked for", {}, 0)
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
-    work = work if group.leads else None
-    log = _Log(work, start)
+    log = _Log(work if group.leads else None, start)
     student.train()
-    batch = min(config.batch, len(indices)) // group.world
     began, terms, stopped, done = time.monotonic(), log.terms, "steps", start
     with _compiled(student, config, group), group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
-            _set_rates(optimiser, config, step)
-            terms = _step(model, observed, small, optimiser, config, step, group)
-            _refuse_non_finite(terms, source, part, step)
-            log.write(step, terms, len(part) * group.world)
-            progress(f"training  {_say(terms)}", step + 1, config.steps)
+            for students in optimiser.param_groups:
+                students["lr"] = students["peak"] * schedule(step, config.steps, config.warmup)
+            with autocast(config.precision, group.device), group.one_batch():
+                losses = model.losses(observed, small, step, config)
+            terms = group.mean(_numbers(losses))
+            if not all(math.isfinite(value) for value in terms.values()):
+                raise _not_finite(terms, source, part, step)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(losses["loss"])
+            for students in optimiser.param_groups:
+                torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
+            optimiser.step()
             done = step + 1
+            log.write(step, terms, len(part) * group.world)
+            progress(f"training  {_say(terms)}", done, config.steps)
             over = config.time_budget_s and group.agree(time.monotonic() - began > config.time_budget_s)
-            if work is not None and (done % config.checkpoint_every == 0 or done == config.steps or over):
+            due = done % config.checkpoint_every == 0 or done == config.steps or over
+            if work is not None and group.leads and due:
                 save_checkpoint(work, student, optimiser, done, fingerprint)
             if over:
                 stopped = "time budget"
                 break
     model.eval()
+    batch = min(config.batch, len(indices)) // group.world
     return TrainReport(done, time.monotonic() - began, stopped, terms, batch)
 
 
@@ -146,29 +155,6 @@ def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
     return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _step(
-    model: AnomalyModel,
-    observed: Observed,
-    small: Tensor,
-    optimiser: StableAdamW,
-    config: TrainConfig,
-    step: int,
-    group: Group,
-) -> dict[str, float]:
-    with autocast(config.precision, group.device), group.one_batch():
-        terms = model.losses(observed, small, step, config)
-    numbers = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
-    values = group.mean(dict(zip(terms, numbers, strict=True)))
-    if not all(math.isfinite(value) for value in values.values()):
-        return values
-    optimiser.zero_grad(set_to_none=True)
-    torch.autograd.backward(terms["loss"])
-    for students in optimiser.param_groups:
-        torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
-    optimiser.step()
-    return values
-
-
 def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterator[tuple[int, list[int]]]:
     """(step, indices) from a step on; each epoch is one seeded permutation, the last batch is filled up."""
     batch = min(config.batch, len(indices))
@@ -184,18 +170,16 @@ def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterato
         yield step, [indices[i] for i in order[place : place + batch]]
 
 
-def _set_rates(optimiser: StableAdamW, config: TrainConfig, step: int) -> None:
-    factor = schedule(step, config.steps, config.warmup)
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * factor
+def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every term as a number; a GPU is waited for once."""
+    values = torch.stack([value.detach().double() for value in losses.values()]).tolist()
+    return dict(zip(losses, values, strict=True))
 
 
-def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> None:
-    if all(math.isfinite(value) for value in values.values()):
-        return
+def _not_finite(terms: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> TrainingError:
     names = ", ".join(source.samples[i].image.name for i in part[:3])
-    raise TrainingError(
-        f"the loss is not finite at step {step} ({_say(values)}); batch with {names} ... "
+    return TrainingError(
+        f"the loss is not finite at step {step} ({_say(terms)}); batch with {names} ... "
         "Lower the learning rate (--lr), or train with --precision fp32. The last checkpoint is kept"
     )
 
@@ -223,14 +207,11 @@ class _Log:
         self._path = work / LOG if work is not None else None
         self._began = time.monotonic()
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            lines_before = [line for line in lines if _step_of(line) < start]
-            self._path.write_text("".join(f"{line}\n" for line in lines_before), encoding="utf-8")
-            if lines_before:
-                last = json.loads(lines_before[-1])
-                self.terms = {
-                    name: value for name, value in last.items() if name not in ("step", "images", "seconds")
-                }
+            rows = [_row(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+            rows = [row for row in rows if row.get("step", start) < start]
+            self._path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+            apart = ("step", "images", "seconds")
+            self.terms = {name: value for row in rows[-1:] for name, value in row.items() if name not in apart}
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:
@@ -240,8 +221,9 @@ class _Log:
             file.write(json.dumps(row) + "\n")
 
 
-def _step_of(line: str) -> int:
+def _row(line: str) -> dict[str, Any]:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 60  # a line cut off by a kill
+        row = json.loads(line)
+    except ValueError:  # a line cut off by a kill
+        return {}
+    return row if isinstance(row, dict) else {}
