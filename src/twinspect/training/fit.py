@@ -258,15 +258,8 @@ def choose_images(
 ) -> tuple[list[Sample], list[Sample]]:
     """Normal training images, and those held out for calibration (by the data set itself or carved).
 
-    Copies are counted once, so that no image that is held out was learnt.
-
-    Args:
-        samples: of any splits.
-        config: how much is held out, and the seed.
-        notes: takes sentences about copies that were left out.
-
-    Raises:
-        DataError: too few good images; the message says how many are copies.
+    Copies are counted once, so that no image that is held out was learnt; ``notes`` takes sentences about them. A
+    `DataError` where there are too few.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
     distinct, sentences = count_once(good, [s for s in samples if s.label == 1])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
-from twinspect.errors import ConfigError, TrainingError
+from twinspect.errors import TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.distributed import ALONE, Group
@@ -56,20 +56,11 @@ def train(
     fingerprint: str = "",
     group: Group = ALONE,
 ) -> TrainReport:
-    """Train both students on the samples ``indices`` of a source.
+    """Train both students in place on the samples ``indices`` of a source.
 
-    Args:
-        model: its student is trained in place.
-        source: teacher answers and pixels.
-        indices: positions of the training images in the source.
-        config: steps, rates, budget.
-        work: folder for checkpoint and log; None keeps nothing on disk.
-        progress: called with ("training: terms", step, steps).
-        fingerprint: what a checkpoint must have been made with to be resumed.
-        group: the processes that share every batch; all end with the same weights.
-
-    Raises:
-        TrainingError: a loss that is not finite.
+    Checkpoint and log are kept in ``work``, from which a killed run with the same ``fingerprint`` goes on. The
+    processes of a ``group`` share every batch; all end with the same weights. A loss that is not finite raises
+    `TrainingError`.
     """
     if not config.steps:
         model.eval()
@@ -78,8 +69,8 @@ def train(
     start = _resumed(student, optimiser, work, fingerprint, group)
     log = _Log(work if group.leads else None, start)
     student.train()
-    began, terms, stopped, done = time.monotonic(), log.terms, "steps", start
-    with _compiled(student, config, group), group.averaging(model):
+    began, terms, stopped, done = time.monotonic(), dict[str, float](), "steps", start
+    with group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
             for students in optimiser.param_groups:
                 students["lr"] = students["peak"] * schedule(step, config.steps, config.warmup)
@@ -119,21 +110,6 @@ def _given(
         with autocast(config.precision, group.device):  # a teacher that is asked at every step
             batch = next(batches)
         yield step, part, *batch
-
-
-@contextlib.contextmanager
-def _compiled(student: nn.Module, config: TrainConfig, group: Group) -> Iterator[None]:
-    """While entered, the students are compiled if that is asked for; what is saved and predicts is not."""
-    if config.compile and group.world > 1:
-        raise ConfigError("compile: for one process; several see the whole batch through functions that it inlines")
-    parts = list(student.children()) if config.compile else []
-    for part in parts:
-        part.compile()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None
 
 
 def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
@@ -196,22 +172,13 @@ def _say(values: Mapping[str, float]) -> str:
 
 
 class _Log:
-    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped.
-
-    Attributes:
-        terms: of the last step that a broken run had taken.
-    """
+    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
 
     def __init__(self, work: Path | None, start: int) -> None:
-        self.terms: dict[str, float] = {}
-        self._path = work / LOG if work is not None else None
-        self._began = time.monotonic()
+        self._path, self._began = work / LOG if work is not None else None, time.monotonic()
         if self._path is not None and self._path.exists():
-            rows = [_row(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-            rows = [row for row in rows if row.get("step", start) < start]
-            self._path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-            apart = ("step", "images", "seconds")
-            self.terms = {name: value for row in rows[-1:] for name, value in row.items() if name not in apart}
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if _step_of(line) < start), encoding="utf-8")
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:
@@ -221,9 +188,8 @@ class _Log:
             file.write(json.dumps(row) + "\n")
 
 
-def _row(line: str) -> dict[str, Any]:
+def _step_of(line: str) -> int:
     try:
-        row = json.loads(line)
-    except ValueError:  # a line cut off by a kill
-        return {}
-    return row if isinstance(row, dict) else {}
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 60  # a line cut off by a kill

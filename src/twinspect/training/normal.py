@@ -100,17 +100,10 @@ def fit_statistics(
     students: bool = True,
     divide: bool = True,
 ) -> GoodImages:
-    """Learn the scorer's statistics and calibrate it.
+    """Learn the statistics of a trained model's scorer and calibrate it.
 
-    Args:
-        model: trained.
-        source: images.
-        train_at: positions of the images that the students were trained on.
-        held_at: positions of the others.
-        seed: of whatever is drawn.
-        progress: called with (stage, done, total).
-        students: whether there are students that say anything; else they are not asked.
-        divide: whether images without class names may fall into several clusters.
+    The students were trained on the images at ``train_at``, not on those at ``held_at``. Without ``students`` there
+    are none that say anything. With ``divide`` images without class names may fall into several clusters.
     """
     model.eval()
     if students:
@@ -138,17 +131,9 @@ def add_statistics(
 ) -> tuple[GoodImages, tuple[str, ...]]:
     """Learn further good images: sums that the statistics are made of grow, nothing old is read again.
 
-    Of the images before, readings of global tokens are made anew; those of patches stay what they were.
-
-    Args:
-        model: trained, with scoring ``default``.
-        source: has the new images, with their classes.
-        images: positions of those to learn.
-        before: what it learnt from.
-        names_before: classes of those images.
-        classes: class of every cluster.
-        seed: of whatever is drawn.
-        progress: called with (stage, done, total).
+    The model has scoring ``default`` and learnt from the images ``before``, of classes ``names_before``; ``classes``
+    has the class of every cluster. Readings of global tokens are made anew for all images; those of patches stay
+    what they were for the old ones.
 
     Returns:
         Old images, then new ones; and the class of every cluster.

@@ -43,14 +43,8 @@ class FeatureSource:
     """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples, on the model's device.
 
     With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
-    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``.
-
-    Args:
-        model: its teacher is asked.
-        samples: images.
-        cache_root: folder of cached features; None asks the teacher at every visit.
-        progress: called with (stage, done, total).
-        known: files read before, which are not read again only to learn that they have not changed.
+    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Files that are
+    ``known`` are not read again only to learn that they have not changed.
     """
 
     def __init__(
