@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 MOST_TILES = 48  # each has statistics of its own
-OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
+OF_MACHINE = ("device",)  # what a model does not depend on, and another machine may lack
 CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 RULES = ("f1-max", "min-cost", "zero-miss")  # how labelled images choose a threshold
 _TERMS = ("flat", "spatial", "channel", "intra", "inter")
@@ -322,7 +322,6 @@ class TrainConfig:
         "fp32, bf16 (autocast of the students), or auto: bf16 on a GPU.", "auto", accepts=("auto", "fp32", "bf16")
     )
     device: str = option("auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
-    compile: bool = option("Compile the students (torch.compile), which pays in long runs on a GPU.", False)
     pose: str = option(
         "How products of at most 8 good images lie: fixed, free (in any pose: turned copies are learnt too), or auto "
         "(as the images look).",
