@@ -13,7 +13,7 @@ from twinspect.storage import load
 
 
 def export(options: ExportCommandOptions, console: Console) -> None:
-    """``twinspect export``: write a file that agreed with torch on real images."""
+    """Write a file that agreed with torch on real images."""
     out = options.out
     build.checked_runtime(out, options.precision)
     fitted = load(options.bundle, options.weights)
@@ -27,7 +27,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
 
 
 def check(options: CheckOptions, console: Console) -> None:
-    """``twinspect check``: an export beside its bundle on images of the user's choice.
+    """Compare an export with its bundle on images of the user's choice.
 
     Raises:
         ParityError: they differ by more than the precision's tolerance.
