@@ -225,7 +225,7 @@ class PredictOptions:
     fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
     restart: bool = option("Drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local")
+    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
     actors: int = option("Ray: models; 0: as many as fit.", 0)
     actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
     actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)
