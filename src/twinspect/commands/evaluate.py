@@ -60,12 +60,10 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     test = choose_test(loaded, options.split or recorded.get("name", ""), config.train.seed, [predictor])
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
-    checked = options.leaks or options.drop_leaks
-    pairs = find_leaks([*test.known, *test.samples]) if checked else []
+    pairs = find_leaks([*test.known, *test.samples])
     test = without_leaks(test, pairs) if options.drop_leaks else test
     console.say(test.describe())
-    if checked:
-        console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
+    console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
     measured = evaluation.evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
     review = Review(measured.rows, test.pooled)
     values = {**values_of(measured, test), "other_thresholds": review.other_thresholds()}
@@ -74,9 +72,8 @@ def evaluate(options: EvalOptions, console: Console) -> None:
         "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(measured.failed),
         "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE, **config.to_dict(), **detector.record_,
     }  # fmt: skip
-    if checked:
-        leaked = [[str(test_one.image), str(known.image)] for known, test_one in pairs]
-        values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
+    leaked = [[str(tested.image), str(known.image)] for known, tested in pairs]
+    values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
         values["intervals"] = measured.intervals(seed=config.train.seed)
     # Masks are not spoken of again if the data's summary did.
@@ -95,7 +92,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
         "split": f"{test.name} [{test.hash}]",
         "test images": f"{len(measured.rows)}",
         **run_facts(values["config"]),
-        "leaks": f"{len(pairs)} pairs" if checked else "not looked for",
+        "leaks": f"{len(pairs)} pairs",
     }
     title = f"{options.bundle.name} on {options.data.name}"
     results.publish(options, title, facts, values, shown, console)

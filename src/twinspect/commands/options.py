@@ -182,7 +182,6 @@ class EvalOptions:
     images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
-    leaks: bool = option("Look for byte-equal training and test images.", True)
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
     weights: str = option(_WEIGHTS, "")
 
