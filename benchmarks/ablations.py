@@ -46,13 +46,13 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.report import Section, Table
 from twinspect.storage import build_model
-from twinspect.training.cache import RecordLayout, image_key
+from twinspect.training.cache import image_key, pack, unpack
 from twinspect.training.copies import add_copies
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.resume import take_over
-from twinspect.training.source import FeatureSource, cache_folder, observe, record_layout
+from twinspect.training.source import FeatureSource, cache_folder, observe, space_of
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"
@@ -159,7 +159,7 @@ READINGS = {
 class Seen(NamedTuple):
     """The teacher's answer to an image, as the feature cache has it, and the image's size in pixels."""
 
-    record: Tensor
+    parts: dict[str, Tensor]
     height: int
     width: int
 
@@ -169,24 +169,24 @@ class Remembering:
 
     Args:
         model: trained and calibrated.
-        seen: images by path or pixels, for models of one teacher and one layout of records.
+        seen: images by path or pixels, for models whose teacher's answers are the same.
 
     Attributes:
         readings: raw ones of every image that was asked for, in order.
     """
 
-    def __init__(self, model: AnomalyModel, seen: dict[RecordLayout, dict[Any, Seen]]) -> None:
-        self.model, self.layout = model.eval(), record_layout(model)
-        if self.layout not in seen:
-            seen.clear()  # no two layouts in memory at once
-        self.seen = seen.setdefault(self.layout, {})
+    def __init__(self, model: AnomalyModel, seen: dict[str, dict[Any, Seen]]) -> None:
+        self.model, space = model.eval(), space_of(model)
+        if space not in seen:
+            seen.clear()  # no two spaces in memory at once
+        self.seen = seen.setdefault(space, {})
         self.readings: list[NDArray[np.float32]] = []
 
     def predict(self, source: Sequence[Any], maps: bool = True, pixels: bool = False) -> Iterator[Result]:
         """Scores and map of every image; no thresholds."""
         for start in range(0, len(source), 16):
             part = [self._look(item) for item in source[start : start + 16]]
-            observed, small = self.layout.unpack(torch.stack([one.record for one in part]))
+            observed, small = unpack({name: torch.cat([one.parts[name] for one in part]) for name in part[0].parts})
             with torch.inference_mode():
                 out = self.model.score(observed, self.model.teacher.normalise(small))
             self.readings.append(out.readings_BR.numpy())
@@ -202,8 +202,8 @@ class Remembering:
             found = decode(item, self.model.size)
             if found.square is None:
                 raise SystemExit(found.error)
-            (record,) = self.layout.pack(*observe(self.model, torch.from_numpy(np.stack([found.square]))))
-            self.seen[key] = Seen(record, found.height, found.width)
+            parts = pack(*observe(self.model, torch.from_numpy(np.stack([found.square]))))
+            self.seen[key] = Seen(parts, found.height, found.width)
         return self.seen[key]
 
 
@@ -254,7 +254,7 @@ def scored(trained: Trained, config: RunConfig, console: Console) -> AnomalyMode
         return model
 
     def held() -> Iterator[tuple[Observed, Tensor]]:
-        return ((observed, small) for _, observed, small in source.batches(trained.held_at))
+        return source.batches(trained.held_at)
 
     model.fit_plain(held)
     plain = [model.plain(*batch) for batch in held()]
@@ -427,7 +427,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     samples = data_room.load(Path(args.data)).samples
     done = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-    seen: dict[RecordLayout, dict[Any, Seen]] = {}
+    seen: dict[str, dict[Any, Seen]] = {}
     with Console() as console:
         jobs = [job for seed in args.seeds for job in jobs_of(args.rows, MULTI, seed)]
         names = sorted({s.class_name for s in samples}) if args.single else []

@@ -148,14 +148,15 @@ def answers_of(model: AnomalyModel, good: GoodImages, source: FeatureSource, mas
     """Readings of all test images, maps of those of classes with masks."""
     readings, variants, clusters, maps, plains = [], [], [], [], []
     wanted = set(masked.tolist())
-    for part, observed, small in source.batches(range(len(source))):
+    for observed, small in source.batches(range(len(source))):
+        start = sum(len(one) for one in readings)
         plain = model.plain(observed, small)
         variant_B, cluster_B = model.scorer.clusters(observed.tokens[0])
         distances = model.scorer.distances(observed, variant_B, cluster_B)
         readings.append(model.scorer.readings(plain, observed, distances, variant_B, cluster_B))
         variants.append(variant_B)
         clusters.append(cluster_B)
-        chosen = [i for i, place in enumerate(part) if place in wanted]
+        chosen = [i for i in range(len(small)) if start + i in wanted]
         maps.append([one[chosen].half() for one in distances])
         plains.append(plain.map_Bhw[chosen])
     joined = [torch.cat(column) for column in zip(*maps, strict=True)]

@@ -182,7 +182,7 @@ def scenes(model: AnomalyModel, parts: dict[str, Sequence[Sample]], cache_gb: fl
     source = FeatureSource(model, samples, cache_folder(model, len(samples), cache_gb), progress)
     if source.skipped:
         raise SystemExit(f"cannot be read: {source.skipped[0].path}: {source.skipped[0].reason}")
-    seen = [(one.tokens[0], one.embedding_BF) for _, one, _ in source.batches(range(len(samples)))]
+    seen = [(one.tokens[0], one.embedding_BF) for one, _ in source.batches(range(len(samples)))]
     tokens, embeddings = (torch.cat(column) for column in zip(*seen, strict=True))
     names = [name for name, members in parts.items() for _ in members]
     return Scenes(tokens, embeddings, np.array([s.class_name for s in samples]), np.array(names))

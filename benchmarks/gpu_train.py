@@ -76,7 +76,7 @@ def step_times(given: argparse.Namespace, device: str, folder: Path) -> dict[str
     torch.manual_seed(0)
     samples = painted(folder, _IMAGES, given.size)
     model = build_model(ModelConfig(teacher=given.arch, pretrained=False, size=given.size)).to(device)
-    config = TrainConfig(steps=given.timed, batch=given.batch, precision="bf16", device=device, compile=given.compile)
+    config = TrainConfig(steps=given.timed, batch=given.batch, precision="bf16", device=device)
     rate = matrix_rate(device, given.matrix)
     found: dict[str, Any] = {"size": given.size, "batch": given.batch, "tflop_per_s": rate / 1e12}
     for name, root in (("warm", folder / "cache"), ("cold", None)):
@@ -169,7 +169,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--timed", type=int, default=40, help="timed steps")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices whose product is the measure")
-    parser.add_argument("--compile", action="store_true", help="compile the students in timed steps")
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:

@@ -38,8 +38,7 @@ from torch.overrides import TorchFunctionMode
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, flat_cosine_distance
 from twinspect.models.layers import noise, to_map
-from twinspect.models.reverse import ConvReverse
-from twinspect.models.snl import RD_BETAS
+from twinspect.models.snl import RD_BETAS, ConvReverse
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import SHORT_NAMES
 from twinspect.scoring import published_map
@@ -548,7 +547,7 @@ def compare_reverse(given: argparse.Namespace, comparison: Comparison, size: int
         with torch.no_grad():
             stages = encoder(their_input(image, teacher).float())
         observed = model.observe(teacher.normalise(image))
-        comparison.add("features (3)", zip(model.stages.of(observed), stages, strict=True))
+        comparison.add("features (3)", zip(model.stages.of(observed.maps), stages, strict=True))
         student = model.student.local.net
         fill(student, seed=1)
     mapped = take_weights(theirs, student, RD4AD_NAMES)

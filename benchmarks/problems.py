@@ -210,7 +210,7 @@ def cached_scores(
     if source.skipped:
         raise DataError(f"images that cannot be read: {'; '.join(s.reason for s in source.skipped)}")
     with torch.inference_mode():
-        outputs = [model.score(observed, small) for _, observed, small in source.batches(range(len(source)))]
+        outputs = [model.score(observed, small) for observed, small in source.batches(range(len(source)))]
     found = {
         shown: torch.cat([getattr(out, f"{field}_B") for out in outputs]).numpy() for field, shown in READINGS.items()
     }

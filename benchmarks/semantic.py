@@ -50,7 +50,7 @@ def pooled_embeddings(config, samples, console):
     """Place of an image -> row, and one N x D matrix per embedding: the teacher's global tokens, then its head's."""
     model = build_model(config.model)
     source = FeatureSource(model, samples, cache_folder(model, len(samples), config.train.cache_gb), console.progress)
-    found = [observed for _, observed, _ in source.batches(range(len(source)))]
+    found = [observed for observed, _ in source.batches(range(len(source)))]
     tokens = torch.cat([observed.tokens[0] for observed in found]).float()
     head = torch.cat([observed.embedding_BF for observed in found]).float()
     stages = [*torch.split(tokens, list(model.teacher.info.token_channels), dim=1), head]

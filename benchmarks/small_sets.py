@@ -61,7 +61,7 @@ def judged(samples: list[Sample], args: argparse.Namespace, console: Console) ->
     scores: list[float] = []
     clusters: list[int] = []
     with torch.inference_mode():
-        for _, observed, small in source.batches(range(len(source))):
+        for observed, small in source.batches(range(len(source))):
             out = model.score(observed, small)
             scores += out.score_B.tolist()
             clusters += out.cluster_B.tolist()

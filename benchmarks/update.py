@@ -33,7 +33,7 @@ def measured(fitted: Fitted, test: list[Sample], console: Console) -> dict[str, 
     model = fitted.model.eval()
     source = FeatureSource(model, test, cache_folder(model, 20_000, 20.0), console.progress)
     scores, called = [], []
-    for _, observed, small in source.batches(range(len(source))):
+    for observed, small in source.batches(range(len(source))):
         with torch.inference_mode():
             out = model.score(observed, small)
         for score, cluster in zip(out.score_B.tolist(), out.cluster_B.tolist(), strict=True):

@@ -22,7 +22,7 @@ def main(data: Path, work: Path, what: str, step: int) -> None:
     if joined().rank == 1 and what == "other-data":
         samples = samples[:-1]
     if joined().rank == 1 and what == "fail":
-        read = FeatureSource.prepare
+        read = FeatureSource._prepare
 
         def breaks(self: FeatureSource, indices: list[int]) -> object:
             steps[0] += len(indices) == 4  # only slices of a step are so long
@@ -30,7 +30,7 @@ def main(data: Path, work: Path, what: str, step: int) -> None:
                 raise DataError("the disk of rank 1 went away")
             return read(self, indices)
 
-        FeatureSource.prepare = breaks
+        FeatureSource._prepare = breaks
     fit(samples, config, work)
 
 

@@ -1,6 +1,5 @@
 """Feature cache: computed once, never the wrong image's, never in the way."""
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +16,22 @@ from twinspect.models.observed import Observed
 from twinspect.storage import build_model
 from twinspect.training import cache as cache_module
 from twinspect.training import source as source_module
-from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
+from twinspect.training.cache import FeatureCache, KnownFiles, image_key, pack, unpack
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TRAIN, Sample, silent
 
-LAYOUT = RecordLayout(((2, 3, 3), (4, 1, 1)), ((3, 2, 2),), (2, 3, 4), (5, 5), 3, 4)
 
+def answer(number: int, small_side: int = 4) -> tuple[Observed, torch.Tensor]:
+    """A teacher's answer to one image, as a batch of one."""
+    generator = torch.Generator().manual_seed(number)
 
-def record(seed: int) -> torch.Tensor:
-    """The record of one image, as a batch of one."""
-    generator = torch.Generator().manual_seed(seed)
-    maps, coarse = (
-        tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
-        for shapes in (LAYOUT.map_shapes, LAYOUT.coarse_shapes)
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    observed = Observed(
+        (drawn(2, 3, 3), drawn(4, 1, 1)), (drawn(3, 2, 2),), (drawn(5), drawn(5)), drawn(3), drawn(0, 0, 0)
     )
-    *tokens, embedding = (torch.randn(1, dims, generator=generator) for dims in (*LAYOUT.token_dims, 3))
-    prefix = torch.randn(1, *LAYOUT.prefix_shape, generator=generator)
-    return LAYOUT.pack(Observed(maps, coarse, tuple(tokens), embedding, prefix), torch.full((1, 3, 4, 4), seed))
+    return observed, torch.full((1, 3, small_side, small_side), number, dtype=torch.uint8)
 
 
 def key(number: int) -> bytes:
@@ -41,10 +39,9 @@ def key(number: int) -> bytes:
 
 
 def filled(root: Path, numbers: range) -> FeatureCache:
-    cache = FeatureCache(root, "space", LAYOUT)
+    cache = FeatureCache(root, "space")
     for number in numbers:
-        cache.add([key(number)], record(number))
-    cache.flush()
+        cache.write([key(number)], pack(*answer(number)))
     return cache
 
 
@@ -74,116 +71,58 @@ class Counting:
 # -------------------------------------------------------------------------------------------- records
 
 
-def test_records_come_back(tmp_path: Path) -> None:
+def test_answers_come_back(tmp_path: Path) -> None:
     cache = filled(tmp_path, range(5))
-    observed, small = LAYOUT.unpack(cache.read([key(3), key(1), key(3)]))
-    assert [tuple(m.shape) for m in observed.maps] == [(3, 2, 3, 3), (3, 4, 1, 1)]
-    assert torch.equal(observed.maps[0][0], observed.maps[0][2])
-    expected = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(observed.maps[0][0], expected, rtol=1e-3, atol=1e-3)  # fp16
+    observed, small = unpack(cache.read([key(3), key(1), key(3)]))
+    for part, expected in zip(
+        (*observed.maps, *observed.coarse), [*answer(3)[0].maps, *answer(3)[0].coarse], strict=True
+    ):
+        torch.testing.assert_close(part[[0, 2]], expected.expand(2, -1, -1, -1), rtol=1e-3, atol=1e-3)  # fp16
+    for part, expected in zip(observed.tokens, answer(1)[0].tokens, strict=True):
+        assert torch.equal(part[1:2], expected)
+    assert torch.equal(observed.embedding_BF[1:2], answer(1)[0].embedding_BF)
+    assert observed.prefix_BMPD.shape == (3, 0, 0, 0)
+    assert {part.dtype for part in (*observed.maps, observed.prefix_BMPD)} == {torch.float32}
     assert small[1].unique().tolist() == [1]
     assert key(9) not in cache
 
 
-def test_another_process_reads_and_appends(tmp_path: Path) -> None:
-    filled(tmp_path, range(3))
-    second = filled(tmp_path, range(3, 6))
-    third = FeatureCache(tmp_path, "space", LAYOUT)
-    assert all(key(n) in second for n in range(6))
-    assert all(key(n) in third for n in range(6))
-    assert LAYOUT.unpack(third.read([key(4)]))[1].unique().tolist() == [4]
+def test_many_maps_stay_in_order(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "space")
+    maps = tuple(torch.full((2, 1, 1, 1), float(i)) for i in range(12))
+    observed = Observed(maps, (), (torch.zeros(2, 3),), torch.zeros(2, 3), torch.zeros(2, 2, 1, 2))
+    cache.write([key(0), key(1)], pack(observed, torch.zeros(2, 3, 0, 0, dtype=torch.uint8)))
+    back, small = unpack(cache.read([key(1)]))
+    assert [float(one) for one in back.maps] == list(range(12))
+    assert back.coarse == ()
+    assert small.shape == (1, 3, 0, 0)
 
 
-def test_other_spaces_and_layouts_are_apart(tmp_path: Path) -> None:
-    filled(tmp_path, range(3))
-    assert key(0) not in FeatureCache(tmp_path, "other teacher", LAYOUT)
-    assert key(0) not in FeatureCache(tmp_path, "space", replace(LAYOUT, small_side=8))
+def test_another_process_reads_and_adds(tmp_path: Path) -> None:
+    first = filled(tmp_path, range(3))
+    filled(tmp_path, range(2, 6))
+    assert all(key(n) in first for n in range(6))
+    assert unpack(first.read([key(4)]))[1].unique().tolist() == [4]
+    assert key(0) not in FeatureCache(tmp_path, "other teacher")
 
 
-@pytest.mark.parametrize("suffix", [".data", ".index"])
-def test_what_a_crash_cut_off_is_forgotten_and_the_rest_kept(tmp_path: Path, suffix: str) -> None:
-    filled(tmp_path, range(4))
-    file = next(tmp_path.rglob(f"*{suffix}"))
-    file.write_bytes(file.read_bytes()[:-10])
-    cache = FeatureCache(tmp_path, "space", LAYOUT)
-    assert [key(n) in cache for n in range(4)] == [True, True, True, False]
-    assert LAYOUT.unpack(cache.read([key(2)]))[1].unique().tolist() == [2]
-    cache.add([key(3)], record(3))
-    cache.flush()
-    assert LAYOUT.unpack(cache.read([key(3)]))[1].unique().tolist() == [3]
-
-
-def test_missing_data_and_a_damaged_index_line(tmp_path: Path) -> None:
-    filled(tmp_path, range(3))
-    index = next(tmp_path.rglob("*.index"))
-    raw = bytearray(index.read_bytes())
-    raw[30] ^= 0xFF  # in the second line
-    index.write_bytes(raw)
-    cache = FeatureCache(tmp_path, "space", LAYOUT)
-    assert [key(n) in cache for n in range(3)] == [True, False, True]
-    next(tmp_path.rglob("*.data")).unlink()
-    assert key(0) not in FeatureCache(tmp_path, "space", LAYOUT)
+@pytest.mark.parametrize("kept", [0, 5, -10])
+def test_a_file_that_was_cut_off_is_computed_again(tmp_path: Path, kept: int) -> None:
+    cache = filled(tmp_path, range(2))
+    file = next(tmp_path.rglob(f"{key(1).hex()}*"))
+    file.write_bytes(file.read_bytes()[:kept])
+    assert [key(n) in cache for n in range(2)] == [True, False]
+    with pytest.raises(DataError, match="--cache-gb 0"):
+        cache.read([key(1)])
+    filled(tmp_path, range(1, 2))
+    assert unpack(cache.read([key(1)]))[1].unique().tolist() == [1]
 
 
 def test_features_beyond_fp16_stay_finite(tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path, "space", LAYOUT)
-    huge, coarse = (
-        tuple(torch.full((1, *shape), 1e6) for shape in shapes)
-        for shapes in (LAYOUT.map_shapes, LAYOUT.coarse_shapes)
-    )
-    prefix = torch.full((1, *LAYOUT.prefix_shape), -1e6)
-    observed = Observed(huge, coarse, (torch.zeros(1, 5), torch.zeros(1, 5)), torch.zeros(1, 3), prefix)
-    cache.add([key(0)], LAYOUT.pack(observed, torch.zeros(1, 3, 4, 4)))
-    cache.flush()
-    found = LAYOUT.unpack(cache.read([key(0)]))[0]
-    assert all(torch.isfinite(m).all() for m in (*found.maps, *found.coarse, found.prefix_BMPD))
-
-
-@pytest.mark.parametrize("coarse", [(), ((1, 2, 1),)])
-@pytest.mark.parametrize("prefix", [(0, 0, 0), (2, 1, 2)])
-@pytest.mark.parametrize("small_side", [3, 4])
-def test_records_of_any_length(
-    small_side: int, prefix: tuple[int, int, int], coarse: tuple[tuple[int, int, int], ...], tmp_path: Path
-) -> None:
-    """An odd number of bytes puts every other record where numbers of two bytes cannot lie."""
-    views = 1 + len(coarse)
-    layout = RecordLayout(((2, 3, 3), (1, 1, 1)), coarse, prefix, (3,) * views, 2, small_side)
-    assert layout.size % 2 == small_side % 2
-    cache = FeatureCache(tmp_path, "space", layout)
-    for number in range(3):
-        maps = tuple(torch.full((1, *shape), float(number + i)) for i, shape in enumerate(layout.map_shapes))
-        halves = tuple(torch.full((1, *shape), number + 0.5) for shape in coarse)
-        tokens = tuple(torch.full((1, 3), 0.1 + number + 10 * view) for view in range(views))
-        observed = Observed(maps, halves, tokens, torch.full((1, 2), -1.0), torch.full((1, *prefix), 0.5 - number))
-        cache.add([key(number)], layout.pack(observed, torch.full((1, 3, small_side, small_side), 10 + number)))
-    cache.flush()
-    observed, small = layout.unpack(cache.read([key(n) for n in (2, 0, 1)]))
-    assert [m.dtype for m in (*observed.maps, *observed.coarse)] == [torch.float32] * (1 + views)
-    assert observed.maps[0][:, 1, 2, 0].tolist() == [2.0, 0.0, 1.0]
-    assert observed.maps[1].flatten().tolist() == [3.0, 1.0, 2.0]
-    assert [one[:, 0, 1, 0].tolist() for one in observed.coarse] == [[2.5, 0.5, 1.5]] * len(coarse)
-    assert torch.equal(observed.prefix_BMPD, torch.tensor([-1.5, 0.5, -0.5])[:, None, None, None].expand(3, *prefix))
-    for view, token_BE in enumerate(observed.tokens):
-        assert torch.equal(token_BE[:, 2], torch.tensor([2.1, 0.1, 1.1]) + 10 * view)
-    assert torch.equal(observed.embedding_BF, torch.full((3, 2), -1.0))
-    assert small.flatten(1).unique(dim=1).flatten().tolist() == [12, 10, 11]
-    tokens, embedding_BF = layout.unpack_vectors(cache.read([key(n) for n in (2, 0, 1)], span=layout.vectors))
-    assert all(torch.equal(a, b) for a, b in zip(tokens, observed.tokens, strict=True))
-    assert torch.equal(embedding_BF, observed.embedding_BF)
-
-
-def test_a_file_cut_off_while_it_is_used(tmp_path: Path) -> None:
-    cache = filled(tmp_path, range(2))
-    file = next(tmp_path.rglob("*.data"))
-    file.write_bytes(file.read_bytes()[:-3])
-    assert LAYOUT.unpack(cache.read([key(0)]))[1].unique().tolist() == [0]
-    with pytest.raises(DataError, match="has become shorter.*--cache-gb 0"):
-        cache.read([key(1)])
-
-
-def test_a_record_of_another_size_is_our_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        FeatureCache(tmp_path, "space", LAYOUT).add([key(0)], record(0)[:, 1:])
+    cache, (observed, small) = FeatureCache(tmp_path, "space"), answer(0)
+    huge = observed._replace(maps=tuple(torch.full_like(one, 1e6) for one in observed.maps))
+    cache.write([key(0)], pack(huge, small))
+    assert all(torch.isfinite(one).all() for one in unpack(cache.read([key(0)]))[0].maps)
 
 
 # --------------------------------------------------------------------------------- places that refuse
@@ -192,66 +131,32 @@ def test_a_record_of_another_size_is_our_mistake(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "features").write_text("x")
     with pytest.raises(DataError, match=r"cannot be written or read .*TWINSPECT_HOME.*--cache-gb 0"):
-        FeatureCache(tmp_path / "features", "space", LAYOUT)
+        FeatureCache(tmp_path / "features", "space")
 
 
-def test_a_full_disk_is_said_and_the_cache_works_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = FeatureCache(tmp_path, "space", LAYOUT)
+def test_a_disk_that_fills_up_on_the_way_is_said_soon_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = samples_of(good_folder(tmp_path / "good", 3)) * 40
+    samples = [Sample(one.image, TRAIN, "a", pixels=picture(number, 32, 32)) for number, one in enumerate(samples)]
+    model, written, looked = model_of(), [], []
+    write_bytes = Path.write_bytes
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    cache.add([key(0)], record(0))
-    with pytest.raises(DataError, match="No space left on device.* --cache-gb 0"):
-        cache.flush()
-    monkeypatch.undo()
-    cache.add([key(0)], record(0))  # shown to the teacher again
-    cache.flush()
-    assert LAYOUT.unpack(cache.read([key(0)]))[1].unique().tolist() == [0]
-
-
-def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread's error comes out in the caller's, soon after; what was written before stays."""
-    cache, flushed, synced = FeatureCache(tmp_path, "space", LAYOUT), [], os.fsync
-
-    def full_later(file: int) -> None:
-        if len(flushed) == 2:
+    def full(path: Path, body: bytes) -> int:
+        if len(written) == 10:
+            write_bytes(path, body[:7])
             raise OSError(28, "No space left on device")
-        flushed.append(file)
-        synced(file)
+        written.append(path)
+        return write_bytes(path, body)
 
-    monkeypatch.setattr("os.fsync", full_later)
-    portion, added = 8, []
-
-    def fill() -> None:
-        for number in range(64):
-            added.append(number)
-            first = number * portion
-            cache.add([key(n) for n in range(first, first + portion)], torch.cat([record(0)] * portion))
-
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DataError, match=r"No space left on device.* --cache-gb 0"):
-        fill()
-    assert len(added) < 16  # not only at the end of a long pass
-    cache._thread.shutdown()
-    kept = FeatureCache(tmp_path, "space", LAYOUT)
-    assert [key(n) in kept for n in (0, 2 * portion - 1, 2 * portion)] == [True, True, False]
-
-
-def test_an_index_never_names_what_is_not_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, seen = FeatureCache(tmp_path, "space", LAYOUT), []
-
-    def look(file: int) -> None:
-        named = sum(len(one.read_bytes()) for one in tmp_path.rglob("*.index")) // 28
-        seen.append((named, os.fstat(file).st_size // LAYOUT.size))
-
-    monkeypatch.setattr("os.fsync", look)
-    for number in range(30):
-        cache.add([key(number)], record(number))
-    cache.flush()
-    assert len(seen) > 2
-    assert [named for named, _ in seen] == [0, *(written for _, written in seen[:-1])]
-    assert seen[-1][1] == 30
+        FeatureSource(model, samples, tmp_path / "cache", lambda _, done, __: looked.append(done))
+    assert len(looked) < 60  # not only at the end of a long pass
+    assert len([file for file in (tmp_path / "cache").rglob("*") if file.is_file()]) == 10
+    monkeypatch.undo()
+    FeatureSource(model, samples, tmp_path / "cache", silent)
+    assert len([file for file in (tmp_path / "cache").rglob("*") if file.is_file()]) == 120
 
 
 def test_too_large_a_cache_is_not_made() -> None:
@@ -393,6 +298,12 @@ def test_a_file_of_this_moment_is_not_noted_and_damaged_notes_are_left_out(tmp_p
     assert fresh.find(file) == b"k" * 16
     fresh.save()
     assert KnownFiles(tmp_path / "notes").find(file) == b"k" * 16
+    again = KnownFiles(tmp_path / "notes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "_SETTLED_NS", -1)
+        again.note(other := save(tmp_path / "b.png", picture(1)), other.stat(), b"m" * 16)
+    again.save()  # keeps what was noted before
+    assert [KnownFiles(tmp_path / "notes").find(one) for one in (file, other)] == [b"k" * 16, b"m" * 16]
     notes = next((tmp_path / "notes").iterdir())
     notes.write_bytes(b"x" + notes.read_bytes()[1:] + b"torn")
     assert KnownFiles(tmp_path / "notes").find(file) is None

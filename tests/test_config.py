@@ -61,7 +61,7 @@ def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
         ({"train": {"steps": "ten"}}, "steps 'ten': a whole number is needed"),
         ({"train": {"steps": 2.5}}, "steps 2.5: a whole number is needed"),
         ({"train": {"steps": True}}, "steps True: a whole number is needed"),
-        ({"train": {"compile": 1}}, "compile 1: true or false is needed"),
+        ({"model": {"recentre": 1}}, "recentre 1: true or false is needed"),
         ({"model": {"teacher": 3}}, "teacher 3: a text is needed"),
         ({"model": "resnet18"}, "'resnet18' stands where a table of settings is needed"),
     ],

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,8 +21,7 @@ from twinspect.commands.fit import merged
 from twinspect.config import RunConfig
 from twinspect.device import choose_device, cpu_quota, granted_threads, in_fp32, usable_cores
 from twinspect.errors import ConfigError
-from twinspect.training import loop
-from twinspect.training.distributed import Group, backend_of, joined, own_device
+from twinspect.training.distributed import backend_of, joined, own_device
 from twinspect.training.fit import fit
 from twinspect.training.loop import autocast
 
@@ -72,9 +70,9 @@ def test_the_processor_by_name_is_the_default_without_a_gpu(parts: Path) -> None
 
 
 def test_going_on_takes_no_device_from_the_bundle() -> None:
-    before = RunConfig.from_dict({"train": {"device": "cuda:7", "compile": True, "steps": 9}})
+    before = RunConfig.from_dict({"train": {"device": "cuda:7", "steps": 9}})
     train = merged(None, {"model": {}, "train": {"lr": 0.5}}, before).train
-    assert (train.device, train.compile, train.steps, train.lr) == ("auto", False, 9, 0.5)
+    assert (train.device, train.steps, train.lr) == ("auto", 9, 0.5)
 
 
 @pytest.mark.parametrize("teacher", [RANDOM, RANDOM_CNN])
@@ -107,29 +105,6 @@ def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         with in_fp32("cpu"):
             assert torch.backends.cudnn.allow_tf32 is before
         assert torch.backends.cudnn.allow_tf32 is before
-
-
-def test_compiled_students_train_and_are_plain_again(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a compiler that changes nothing: what is tried here is who is compiled, and when."""
-    calls = [0]
-
-    def compiler(function: Any, **_: Any) -> Any:
-        def called(*values: Any, **named: Any) -> Any:
-            calls[0] += 1
-            return function(*values, **named)
-
-        return called
-
-    plain = fit(train_samples(parts), run_config())
-    monkeypatch.setattr(torch, "compile", compiler)
-    fitted = fit(train_samples(parts), run_config(compile=True))
-    assert calls[0] == 3 * 2  # steps, students; statistics and calibration run as prediction will
-    assert same_tensors(fitted.model.state_dict(), plain.model.state_dict())
-    with (
-        pytest.raises(ConfigError, match="compile: for one process"),
-        loop._compiled(fitted.model.student, run_config(compile=True).train, Group(world=2)),
-    ):
-        raise AssertionError("entered")
 
 
 @pytest.mark.slow

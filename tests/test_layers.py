@@ -15,7 +15,6 @@ from twinspect.models.layers import (
     pool,
     standardise,
     to_map,
-    to_rows,
     to_tokens,
 )
 from twinspect.models.teachers import timm
@@ -133,15 +132,6 @@ def test_standardise_is_minus_mean_over_scale() -> None:
     maps, mean, scale = torch.randn(2, 3, 4, 4), torch.randn(3), torch.rand(3) + 1e-3
     slow = torch.stack([(maps[:, c] - mean[c]) / scale[c] for c in range(3)], 1)
     torch.testing.assert_close(standardise(maps, mean, scale), slow, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_rows_come_in_blocks(factor: int) -> None:
-    grid = torch.arange(2 * 8 * 8).reshape(2, 8, 8, 1).float()
-    rows = to_rows(grid, factor)
-    assert torch.equal(rows.flatten(1).sort(1).values, grid.flatten(1))  # every position once
-    block = rows[1].reshape(-1, factor, factor)[1]  # the second token's, in the first line of tokens
-    assert torch.equal(block, grid[1, :factor, factor : 2 * factor, 0])
 
 
 @pytest.mark.parametrize(

@@ -89,20 +89,6 @@ def test_parameters_without_gradient_are_left_alone_and_state_can_be_stored() ->
     assert all(isinstance(v, torch.Tensor) for state in first.state.values() for v in state.values())
 
 
-def test_closure_is_called_with_gradients_on() -> None:
-    weight, target = problem()
-    optimiser = StableAdamW([weight], lr=0.01)
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        loss = (weight - target).square().sum()
-        loss.backward()
-        return loss
-
-    losses = [optimiser.step(closure).item() for _ in range(20)]
-    assert losses == sorted(losses, reverse=True)
-
-
 def test_schedule_values() -> None:
     assert [schedule(s, 100, 10) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert schedule(10, 100, 10) == pytest.approx(1.0)

@@ -14,10 +14,10 @@ from twinspect.config import FAMILIES, RunConfig, TrainConfig
 from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
+from twinspect.models import snl
 from twinspect.models.contract import fit_size
 from twinspect.models.observed import Selection
-from twinspect.models.reverse import ConvReverse, bottleneck_width, reverse_widths
-from twinspect.models.snl import STAGES, Cram, Stages, StructuralModel
+from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import surprise
 from twinspect.storage import build_model
@@ -223,11 +223,11 @@ def test_a_term_counts_by_its_weight() -> None:
     )
 
 
-def test_the_gather_hook_is_what_the_inter_affinity_joins_by() -> None:
+def test_the_inter_affinity_joins_the_batch_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(terms="inter", cram=0).eval()
     x = model.teacher.normalise(noise(2))
     seen = []
-    model.gather = lambda part: seen.append(part.shape[0]) or part.repeat(2, 1, 1)
+    monkeypatch.setattr(snl, "gather_batch", lambda part: seen.append(part.shape[0]) or part.repeat(2, 1, 1))
     model.losses(model.observe(x), model.shrink(x), 0, TrainConfig())
     assert seen == [2, 2] * len(model.stages.channels)
 
@@ -324,7 +324,7 @@ def test_default_scoring_joins_what_good_images_teach(parts: Path) -> None:
 def test_a_student_that_fails_everywhere_scores_higher_than_one_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("rd").eval()
     observed = model.observe(model.teacher.normalise(noise(2, model.size)))
-    said = [torch.stack([stage[0], -stage[1]]) for stage in model.stages.of(observed)]
+    said = [torch.stack([stage[0], -stage[1]]) for stage in model.stages.of(observed.maps)]
     monkeypatch.setattr(model.student, "forward", lambda stages, pixels: said)
     with torch.no_grad():
         out = model.score(observed, noise(2)[:, :, :0, :0])
@@ -346,15 +346,14 @@ def test_trains_predicts_and_comes_back_from_its_bundle(name: str, parts: Path, 
 
 
 def test_a_killed_run_resumes_to_the_same_weights(parts: Path, tmp_path: Path) -> None:
-    from twinspect.training import loop
+    def stop(stage: str, done: int, _: int) -> None:
+        if stage.startswith("training") and done == 3:
+            raise KeyboardInterrupt
 
     whole = trained(parts, steps=4)
     config = run_config(RANDOM_CNN, model="snl", steps=4)
-    real = loop._step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt) if a[5] == 2 else real(*a))
-        with pytest.raises(KeyboardInterrupt):
-            Detector(config=config).fit(train_samples(parts), work=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Detector(config=config).fit(train_samples(parts), work=tmp_path, progress=stop)
     resumed = Detector(config=config).fit(train_samples(parts), work=tmp_path)
     for a, b in zip(whole.fitted.model.student.parameters(), resumed.fitted.model.student.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -386,12 +385,12 @@ def test_batches_mix_classes() -> None:
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
     """`export` compares with torch itself and refuses to write what differs."""
-    from twinspect.export.build import ExportOptions, export
+    from twinspect.export.build import export
     from twinspect.inference import load
 
     detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side
     out = tmp_path / "model.onnx"
-    found = export(detector.fitted, out, ExportOptions("onnx", "fp32"))
+    found = export(detector.fitted, out)
     assert not found.problems("fp32")
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     (theirs,) = load(out).predict([image])

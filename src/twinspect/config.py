@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 SMALLEST, LARGEST = 64, 4096  # input side in pixels; memory grows with its square
 MOST_TILES = 48  # each has statistics of its own
-OF_MACHINE = ("device", "compile")  # what a model does not depend on, and another machine may lack
+OF_MACHINE = ("device",)  # what a model does not depend on, and another machine may lack
 CHANGES = ("jpeg", "light", "shift")  # what a camera may do to an image that is good all the same
 RULES = ("f1-max", "min-cost", "zero-miss")  # how labelled images choose a threshold
 _TERMS = ("flat", "spatial", "channel", "intra", "inter")
@@ -270,9 +270,7 @@ class ModelConfig:
             "direction": direction,
             "terms": self.terms or preset["terms"],
             "cram": preset["cram"] if self.cram < 0 else self.cram,
-            "cram_place": self.cram_place
-            or preset.get("cram_place")
-            or ("stages" if direction == "forward" else "bottleneck"),
+            "cram_place": self.cram_place or ("stages" if direction == "forward" else "bottleneck"),
             "scoring": self.scores(),
         }
         return self if all(getattr(self, k) == v for k, v in meant.items()) else dataclasses.replace(self, **meant)
@@ -373,9 +371,6 @@ class TrainConfig:
         accepts=("auto", "fp32", "bf16"),
     )
     device: str = option("auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
-    compile: bool = option(
-        "Compile the students (torch.compile): minutes at the start, which pay in long runs on a GPU.", False
-    )
     pose: str = option(
         "How products of at most 8 good images lie: fixed, free (in any pose: turned copies are learnt too), or auto "
         "(as the images look).",

@@ -17,7 +17,7 @@ from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
 from twinspect.types import TEST, Progress, Sample
 
-SCORES = ("score", "score_local", "score_semantic")
+STUDENTS = ("score_local", "score_semantic")
 _Mask = NDArray[np.bool_]
 _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas
 
@@ -27,6 +27,7 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
+        joint: accumulator of the joint score, for bootstrap intervals or to merge with others.
         table: ``classes``, ``mean``, ``defects``, ``images``, ``undefined`` of the joint score, ready for JSON.
         students: mean and per-class image metrics of each student alone.
         rows: one plain dict per image.
@@ -34,21 +35,16 @@ class Evaluation:
         seconds: wall time of decoding and prediction.
         failed: images that could not be scored, with reasons.
         masks: masks that could not be used, with reasons; their images add to image metrics only.
-        joint: the accumulator of the joint score, for intervals or to merge with others.
     """
 
-    table: dict[str, Any]
-    students: dict[str, dict[str, Any]]
+    joint: Evaluator
+    table: dict[str, Any] = field(default_factory=dict)
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     decisions: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     failed: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
-    joint: Evaluator = field(default_factory=Evaluator)
-
-    def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
-        return self.joint.intervals(draws, seed)
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -84,44 +80,37 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
         DataError: a score or map that is not finite (names the image).
     """
     masked = {s.class_name for s in samples if s.masks} if not pooled else set()
-    joint = Evaluator(pixel=not pooled)
-    students = {name: Evaluator(pixel=False) for name in SCORES[1:]}
-    rows, failed, unused, began = [], [], [], time.monotonic()
+    found, began = Evaluation(Evaluator(pixel=not pooled)), time.monotonic()
+    students = {name: Evaluator(pixel=False) for name in STUDENTS}
     results = predictor.predict(samples, maps=bool(masked), pixels=False)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("evaluating", done + 1, len(samples))
         if result.error:
-            failed.append(f"{result.path}: {result.error}")
+            found.failed.append(f"{result.path}: {result.error}")
             continue
         class_name = pooled or sample.class_name
-        unused += _update(joint, sample, result, class_name, sample.class_name in masked)
+        truth: _Truth = (None, None)
+        use_map = sample.class_name in masked and has_pixel_truth(sample)
+        if use_map and sample.masks:
+            try:
+                truth = _truth_of_pixels(sample, result)
+            except DataError as error:
+                use_map = False
+                found.masks.append(str(error))
+        found.joint.update(
+            result.score, sample.label, class_name, sample.defect_type, result.map if use_map else None, *truth,
+            name=result.path, group=sample.group,
+        )  # fmt: skip
         for name, evaluator in students.items():
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
-        truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
-        rows.append({**result.row(), **truth})
-    table = joint.compute()
-    alone = {name: evaluator.compute() for name, evaluator in students.items()}
-    seconds = time.monotonic() - began
-    decisions = count_calls((pooled or row["true_class"], row["label"], row["is_anomaly"]) for row in rows)
-    return Evaluation(table, alone, rows, decisions, seconds, failed, unused, joint)
-
-
-def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> list[str]:
-    """Add one image; what is wrong with its mask, if its pixels cannot count."""
-    use_map, wrong = masked and has_pixel_truth(sample), []
-    truth: _Truth = (None, None)
-    if use_map and sample.masks:
-        try:
-            truth = _truth_of_pixels(sample, result)
-        except DataError as error:
-            use_map, wrong = False, [str(error)]
-    evaluator.update(
-        result.score, sample.label, class_name, sample.defect_type,
-        map_HW=result.map if use_map else None, mask_HW=truth[0], regions=truth[1], name=result.path,
-        group=sample.group,
-    )  # fmt: skip
-    return wrong
+        labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
+        found.rows.append({**result.row(), **labels})
+    found.table = found.joint.compute()
+    found.students = {name: evaluator.compute() for name, evaluator in students.items()}
+    found.seconds = time.monotonic() - began
+    found.decisions = count_calls((pooled or r["true_class"], r["label"], r["is_anomaly"]) for r in found.rows)
+    return found
 
 
 def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:

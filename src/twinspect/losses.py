@@ -57,8 +57,7 @@ def easy_limit(distance_BN: Tensor, share: float) -> Tensor:
     Like torch's own functions it can be replaced by a `TorchFunctionMode`.
     """
     if has_torch_function_unary(distance_BN):
-        replaced: Tensor = handle_torch_function(easy_limit, (distance_BN,), distance_BN, share)
-        return replaced
+        return handle_torch_function(easy_limit, (distance_BN,), distance_BN, share)
     count = distance_BN.numel()
     hard = max(1, int(count * (1 - share)))
     return torch.kthvalue(distance_BN.flatten(), count - hard + 1).values
@@ -87,15 +86,15 @@ def _mined_distance(teacher_BND: Tensor, student_BND: Tensor, share_easy: float)
         cosine_BN = shared_BN / own_BN.clamp_min(_EPS) / length_BN.clamp_min(_EPS)
     shared_BN, length_BN = soften_easy(cosine_BN, (shared_BN, length_BN), share_easy)
     lengths = [torch.linalg.vector_norm(length, dim=1).clamp_min(_EPS) for length in (own_BN, length_BN)]
-    distance: Tensor = 1.0 - shared_BN.sum(1) / lengths[0] / lengths[1]
-    return distance
+    distance_B: Tensor = 1.0 - shared_BN.sum(1) / lengths[0] / lengths[1]
+    return distance_B
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosine along the second axis; `F.cosine_similarity` copies both, which are the largest tensors of a step."""
     lengths = [torch.linalg.vector_norm(vector, dim=1).clamp_min(_EPS) for vector in (x, y)]
-    cosine: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
-    return cosine
+    cosine_B: Tensor = (x * y).sum(1) / lengths[0] / lengths[1]
+    return cosine_B
 
 
 def encoder_encoder_loss(teacher_tokens: Sequence[Tensor], student_tokens: Sequence[Tensor]) -> Tensor:
@@ -173,8 +172,8 @@ def affinity_distance(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int = 16
     The map at position u is the mean over v of |A_T(u, v) - A_S(u, v)|, A as in `intra_affinity_loss`: B x h x w of
     the pooled grid.
     """
-    found_BP = _affinity_difference(teacher_BDhw, student_BDhw, side).abs().mean(2)
-    return found_BP.reshape(-1, *_pooled(teacher_BDhw, side))
+    difference_BP = _affinity_difference(teacher_BDhw, student_BDhw, side).abs().mean(2)
+    return difference_BP.reshape(-1, *_pooled(teacher_BDhw, side))
 
 
 def _affinity_difference(teacher_BDhw: Tensor, student_BDhw: Tensor, side: int) -> Tensor:
@@ -188,14 +187,8 @@ def inter_affinity_loss(
     """How alike any two images of the batch are at a position, compared between teacher and student (scalar).
 
     Mean over positions, pooled to at most ``side`` x ``side``, of the mean squared difference of both B x B
-    matrices of cosines. Only a batch that mixes classes says how classes relate.
-
-    Args:
-        teacher_BDhw: teacher's map of one stage.
-        student_BDhw: student's prediction of it.
-        side: positions kept along each side.
-        gather: joins the B x ... tensors of all processes along the first dimension, with gradients
-            (`twinspect.models.snl.gather_batch`); None for one process. The loss is then that of the joined batch.
+    matrices of cosines. Only a batch that mixes classes says how classes relate. With ``gather``
+    (`twinspect.models.snl.gather_batch`) the batch is joined over all processes.
     """
     join = gather or (lambda x: x)
     t_PBD, s_PBD = (join(_unit_positions(x, side)).transpose(0, 1) for x in (teacher_BDhw.detach(), student_BDhw))

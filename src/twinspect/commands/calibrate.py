@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from twinspect import data
-from twinspect.bundle import is_signed, keep_old, read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions
 from twinspect.commands.results import check_outputs, publish, read_data, say_tables, text_table
@@ -44,7 +44,7 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
-    if is_signed(options.bundle):
+    if content.signature:
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
     values: dict[str, Any] = {

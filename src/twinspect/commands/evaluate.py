@@ -75,7 +75,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     leaked = [[str(tested.image), str(known.image)] for known, tested in pairs]
     values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
-        values["intervals"] = measured.intervals(seed=config.train.seed)
+        values["intervals"] = measured.joint.intervals(seed=config.train.seed)
     # Masks are not spoken of again if the data's summary did.
     masks_named = any("no mask" in note for note in loaded.notes)
     notes = [text for text in values["undefined"] if not (masks_named and "mask" in text)]

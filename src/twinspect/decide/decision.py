@@ -154,9 +154,7 @@ class Decision:
             "budget": asdict(self.budget),
             "budgets": {name: asdict(one) for name, one in self.budgets.items()},
             "by_group": self.by_group,
-            "fixed": {  # never promised, so that is not written
-                n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()
-            },
+            "fixed": {name: asdict(one) for name, one in self.fixed.items()},
             "model_id": self.model_id,
             "trained": _text(bytes.fromhex("".join(self.trained))),
             "held": _text(bytes.fromhex("".join(self.held))),
@@ -177,9 +175,9 @@ class Decision:
             decision = cls._of(values)
             if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
                 raise ValueError("calibration scores that are not finite")
-            return decision
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+        return decision
 
     @classmethod
     def _of(cls, values: Mapping[str, Any]) -> Decision:
@@ -191,7 +189,7 @@ class Decision:
             Budget(**values["budget"]),
             {str(name): Budget(**one) for name, one in values["budgets"].items()},
             bool(values["by_group"]),
-            {
+            {  # whatever the file says, a threshold that was chosen promises nothing
                 str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
                 for name, t in values["fixed"].items()
             },
@@ -257,13 +255,11 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     images = Counter[str]()
     for (name, _), count in taken.items():
         images[name] += count
-    wrong = sorted(
-        ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
-    )
+    shares = {pair: count / images[pair[0]] for pair, count in taken.items() if pair[0] != pair[1]}
     sentences = [
-        f"{count} of {images[name]} good images of {name} are taken for {other}"
-        for share, name, other, count in wrong
-        if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
+        f"{taken[name, other]} of {images[name]} good images of {name} are taken for {other}"
+        for (name, other), share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+        if taken[name, other] >= _FEWEST_TAKEN and share > _SHARE_TAKEN
     ]
     if not sentences:
         return ""

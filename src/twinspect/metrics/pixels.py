@@ -191,9 +191,6 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
         raise DataError(f"score map of {who} has shape {values.shape}; accepted: (height, width), not empty")
     if values.dtype.kind not in "fiub":
         raise DataError(f"score map of {who} holds {values.dtype}; accepted: real numbers")
-    if values.dtype.kind != "f":
-        small = int(values.max()) <= 1 << 24 and int(values.min()) >= -(1 << 24)
-        return values.astype(np.float32), not small
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         row, col = bad[0]
@@ -201,11 +198,9 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
             f"score map of {who} has {len(bad)} values that are not finite; the first is "
             f"{values[row, col]} at row {row}, column {col}"
         )
-    if values.dtype.itemsize <= 4:
-        return values.astype(np.float32, copy=False), False
     with np.errstate(over="ignore", under="ignore"):
-        narrow = np.nan_to_num(values.astype(np.float32))
-    return narrow, not np.array_equal(narrow.astype(values.dtype), values)
+        narrow = np.nan_to_num(values.astype(np.float32, copy=False))
+    return narrow, bool((narrow != values).any())
 
 
 def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
@@ -218,7 +213,7 @@ def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
 
 
 def _as_area(area: float, who: str) -> float:
-    if not np.isfinite(area) or area <= 0:
+    if not 0 < area < math.inf:
         raise DataError(f"saturation area of a region of {who} is {area}; accepted: pixels, above 0")
     return area
 
@@ -227,29 +222,26 @@ def _as_area(area: float, who: str) -> float:
 
 
 def connected_regions(mask_HW: Mask) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
-    """8-connected regions of a mask.
+    """8-connected regions of a mask that is true somewhere.
 
     Returns:
         Flat positions of the defect pixels, the region number (from 0) of each, and the number of regions.
     """
-    rows, cols = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    if not len(rows):
-        return np.zeros(0, np.intp), np.zeros(0, np.int64), 0
-    top, left = rows[0], cols[0]
-    crop = mask_HW[top : rows[-1] + 1, left : cols[-1] + 1]
+    rows, columns = ndimage.find_objects(mask_HW.astype(np.uint8))[0]  # most masks are small
+    crop = mask_HW[rows, columns]
     labels, count = ndimage.label(crop, structure=_EIGHT_NEIGHBOURS)
     y, x = np.nonzero(crop)
-    return (y + top) * mask_HW.shape[1] + x + left, labels[y, x].astype(np.int64) - 1, int(count)
+    where = (y + rows.start) * mask_HW.shape[1] + x + columns.start
+    return where, labels[y, x].astype(np.int64) - 1, int(count)
 
 
 def _given_regions(regions: Sequence[Region]) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
     """Flat positions of the region pixels, the region number of each, the saturation area of every region."""
-    flat = [(np.flatnonzero(mask), area) for mask, area in regions]
-    flat = [(pixels, area) for pixels, area in flat if len(pixels)]
-    pixels = np.concatenate([p for p, _ in flat]) if flat else np.zeros(0, np.intp)
-    number = np.repeat(np.arange(len(flat)), [len(p) for p, _ in flat])
-    areas = [max(1, min(len(p), int(area))) for p, area in flat]
-    return pixels, number, np.array(areas, np.int64)
+    flat = [(pixels, area) for mask, area in regions if len(pixels := np.flatnonzero(mask))]
+    sizes = [len(pixels) for pixels, _ in flat]
+    areas = [max(1, min(size, int(area))) for size, (_, area) in zip(sizes, flat, strict=True)]
+    where = np.concatenate([np.zeros(0, np.intp), *(pixels for pixels, _ in flat)])
+    return where, np.repeat(np.arange(len(flat)), sizes), np.array(areas, np.int64)
 
 
 def region_weights(

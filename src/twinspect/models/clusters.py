@@ -75,14 +75,10 @@ class Clusters(nn.Module):
     def fit(
         self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int, divide: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Find clusters and variants of good images; which one each image belongs to (n each).
+        """Find variants and clusters of good images; which one each image belongs to (n each).
 
-        Args:
-            token_nE: global tokens.
-            embedding_nF: what the teacher's own classifier would see.
-            names: class of each image; empty where unknown. With fewer than two names clusters are found.
-            seed: of k-means.
-            divide: whether clusters are found where there are fewer than two names; else all images are one.
+        With two class names or more, clusters are the classes; else they are found, or (without ``divide``) all
+        images are one.
         """
         known = sorted(set(names))
         if len(known) > 1 or not divide:
@@ -115,29 +111,26 @@ class Clusters(nn.Module):
         A group of new images that a gap separates from all old ones of their class is a new variant, and so is every
         group of a new class. Other images join the nearest variant of their class.
 
-        Args:
-            token_nE: global tokens of the images that are known, then of the new ones.
-            embedding_nF: of the same.
-            names: class of each.
-            before_m: variants of the known ones.
-            classes: class of every cluster; new ones are added.
-            seed: of k-means.
+        Tokens, embeddings and names are of the images that are known, then of the new ones; ``before_m`` are the
+        variants of the known ones. New classes are added to ``classes``, which has the class of every cluster.
         """
-        owners, old = self.owner_V.tolist(), len(before_m)
-        variant_n = torch.cat([before_m, torch.full((len(token_nE) - old,), -1, device=before_m.device)])
+        owners, old, device = self.owner_V.tolist(), len(before_m), token_nE.device
+        variant_n = torch.cat([before_m, torch.full((len(token_nE) - old,), -1, device=device)])
         for name in dict.fromkeys(names[old:]):
-            members = torch.tensor([of_image == name for of_image in names], device=token_nE.device).nonzero()[:, 0]
+            members = torch.tensor([of_image == name for of_image in names], device=device).nonzero()[:, 0]
             theirs = [v for v, k in enumerate(owners) if classes[k] == name]
-            if not theirs:
+            nearest_m = torch.full_like(members, -1)
+            if theirs:
+                apart = torch.cdist(token_nE[members] @ self.project_EP, self.centres_VP[theirs])
+                nearest_m = torch.tensor(theirs, device=device)[apart.argmin(1)]
+            else:
                 classes.append(name)
-            nearest_m = self._nearest(token_nE[members], theirs) if theirs else None
             group_m = groups(token_nE[members], SMALLEST, GAP_VARIANTS, seed)
             for group in range(int(group_m.max()) + 1):
                 inside = group_m == group
-                if nearest_m is None or bool((members[inside] >= old).all()):
-                    cluster = len(classes) - 1 if nearest_m is None else owners[int(nearest_m[inside].mode().values)]
+                if not theirs or bool((members[inside] >= old).all()):
                     variant_n[members[inside]] = len(owners)
-                    owners.append(cluster)
+                    owners.append(owners[int(nearest_m[inside].mode().values)] if theirs else len(classes) - 1)
                 else:
                     fresh = inside & (members >= old)
                     variant_n[members[fresh]] = nearest_m[fresh]
@@ -145,11 +138,6 @@ class Clusters(nn.Module):
         if len(set(classes)) > 1:
             self._confuse(token_nE, variant_n, names, classes, seed)
         return variant_n
-
-    def _nearest(self, token_mE: Tensor, variants: list[int]) -> Tensor:
-        """The nearest of some variants (m)."""
-        apart = torch.cdist(token_mE @ self.project_EP, self.centres_VP[variants])
-        return torch.tensor(variants, device=token_mE.device)[apart.argmin(1)]
 
     def _settle(self, token_nE: Tensor, embedding_nF: Tensor, variant_n: Tensor, owners: list[int]) -> None:
         self.owner_V = torch.tensor(owners, device=token_nE.device)
@@ -159,13 +147,7 @@ class Clusters(nn.Module):
     def _confuse(
         self, token_nE: Tensor, variant_n: Tensor, names: Sequence[str], classes: Sequence[str], seed: int
     ) -> None:
-        """Count which class good images are taken for."""
-        taken_n = self._taken(token_nE, variant_n, seed).tolist()
-        self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n, strict=True))
-        self._discriminate(token_nE, variant_n)
-
-    def _taken(self, token_nE: Tensor, variant_n: Tensor, seed: int) -> Tensor:
-        """Cluster (n) that each image is taken for by centres that did not see it, or that saw its whole variant."""
+        """Count which class good images are taken for, by centres that did not see them (or saw a whole variant)."""
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
@@ -174,7 +156,8 @@ class Clusters(nn.Module):
             away |= (torch.bincount(variant_n[away], minlength=self.variants) == 0)[variant_n]
             self._discriminate(token_nE[away], variant_n[away])
             taken_n[here] = self(token_nE[here])[1]
-        return taken_n
+        self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))
+        self._discriminate(token_nE, variant_n)
 
     def _discriminate(self, token_nE: Tensor, variant_n: Tensor) -> None:
         centres = torch.stack([token_nE[variant_n == v].mean(0) for v in range(self.variants)])
@@ -195,17 +178,16 @@ def groups(token_nE: Tensor, smallest: int, gap: float, seed: int) -> Tensor:
     Tokens are standardised and projected to a few principal directions; k-means, its number by the likelihood of
     held-out images, gives centres, and centres that no gap separates are joined. So a product that varies stays one.
     """
-    token = token_nE.double()
+    token, best = token_nE.double(), torch.zeros(len(token_nE), dtype=torch.int64, device=token_nE.device)
     room = len(token) // (2 * smallest)
     if room < 2:
-        return torch.zeros(len(token), dtype=torch.int64, device=token.device)
+        return best
     mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
     _, values, basis = torch.linalg.svd((token - mean) / scale, full_matrices=False)
     spread = (values / len(token) ** 0.5).clamp_min(1e-9)
     # Square root of the spread: between raw axes (one direction rules) and whitened ones (noise rules).
     project = basis.T / scale[:, None] / spread.sqrt()
     telling = max(1, int((values > 1e-6 * values[0]).sum()))
-    best = torch.zeros(len(token), dtype=torch.int64, device=token.device)
     for most in (_MOST[0], *(m for m in _MOST[1:] if m <= room)):
         further = most > _MOST[0]
         points = ((token - mean) @ project[:, : min(max(_DIRECTIONS, most // 2), telling)]).float()
@@ -300,12 +282,10 @@ def choose_centres(points_NP: Tensor, most: int, seed: int, least: int = 1) -> T
             both = (halves, halves[::-1])
             parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
             values[count] = torch.cat(parts)
-    best = max(values, key=lambda count: float(values[count].mean()))
-    for count, value in values.items():
-        behind = values[best] - value
-        if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
-            return best_k_means(points_NP[order], count, seed)
-    return best_k_means(points_NP[order], best, seed)
+    best = values[max(values, key=lambda count: float(values[count].mean()))]
+    behind = {count: best - value for count, value in values.items()}
+    simplest = next(n for n, by in behind.items() if float(by.mean()) <= float(by.std()) / len(by) ** 0.5)
+    return best_k_means(points_NP[order], simplest, seed)
 
 
 def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:

@@ -24,24 +24,19 @@ from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
 from twinspect.types import Features
 
+Batches = Callable[[], Iterable[tuple[Observed, Tensor]]]  # (teacher's answer, shrunk pixels) of some images
 GREY = 127.0  # of 255, in the place of pixels that are not looked at
 
 
 class AnomalyModel(nn.Module):
     """Teacher, students and scorer: raw RGB pixels to `Outputs` in one forward path.
 
-    A family sets the attributes and fills in the abstract methods.
-
-    Args:
-        teacher: frozen.
-        size: input side in pixels.
-        parts: number of maps that a ViT's levels are averaged in.
+    A family sets the last three attributes and fills in the abstract methods.
 
     Attributes:
-        teacher: frozen.
-        size: input side in pixels.
-        selection: the teacher's maps that are kept.
+        selection: the teacher's maps that are kept; a ViT's levels are averaged in ``parts``.
         standardised: standardises the teacher's global tokens (of the first view).
+        roi_SS: region of interest: true where pixels are looked at; None: everywhere.
         student: everything that is trained; its children are named by part (``local``, ``semantic``).
         scorer: maps and scores.
         pixel_side: side of the pixels the student itself looks at; 0 if it sees the teacher's maps only.
@@ -61,7 +56,7 @@ class AnomalyModel(nn.Module):
             Shrink(after // before) for before, after in zip((1, *shrinks), shrinks, strict=False)
         )
         self.standardised = TokenScale(sum(teacher.info.token_channels))
-        self.register_buffer("roi_SS", None)  # region of interest: true where pixels are looked at; None: everywhere
+        self.register_buffer("roi_SS", None)
 
     @property
     def device(self) -> torch.device:
@@ -129,20 +124,11 @@ class AnomalyModel(nn.Module):
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """The optimiser's groups, each with ``params`` and ``lr``."""
 
-    def initialise(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]], seed: int) -> None:
-        """Start the student from normal images, once its inputs are scaled and before it is trained.
+    def initialise(self, batches: Batches, seed: int) -> None:
+        """Start the student from some training images, once its inputs are scaled and before it is trained."""
 
-        Args:
-            batches: gives (teacher's answer, shrunk pixels) of some training images.
-            seed: of whatever is drawn.
-        """
-
-    def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
-        """Learn what `plain` itself takes from good images, once the student is trained.
-
-        Args:
-            batches: gives (teacher's answer, shrunk pixels) of the good images held out.
-        """
+    def fit_plain(self, batches: Batches) -> None:
+        """Learn what `plain` itself takes from the good images held out, once the student is trained."""
 
 
 def fit_size(image_BCHW: Tensor, size: int) -> Tensor:

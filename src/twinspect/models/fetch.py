@@ -5,7 +5,7 @@
 asked for the commit behind a revision and for the sha256 of the file (the etag of its large-file storage); the bytes
 must agree. Commit and sha256 are written beside the file, and every later load compares.
 
-The table below names repositories but no commits: a pin that nobody has checked would be worth nothing. Pin with
+timm names the repositories, but nobody names commits: a pin that nobody has checked would be worth nothing. Pin with
 ``--revision`` and ``--sha256``, or copy them from the record of a machine that you trust.
 """
 
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from twinspect.errors import ConfigError, WeightsError, unknown_name
 from twinspect.files import sha256_of
+from twinspect.models.timm_import import timm
 from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
@@ -38,18 +39,6 @@ from twinspect.types import Progress, silent
 
 T = TypeVar("T")
 
-# Short name -> hub repository of the timm weights; the file is always model.safetensors.
-REPOSITORIES = {
-    "dinov2-small": "timm/vit_small_patch14_reg4_dinov2.lvd142m",
-    "dinov2-base": "timm/vit_base_patch14_reg4_dinov2.lvd142m",
-    "dinov2-large": "timm/vit_large_patch14_reg4_dinov2.lvd142m",
-    "dinov2-small-noreg": "timm/vit_small_patch14_dinov2.lvd142m",
-    "dinov2-base-noreg": "timm/vit_base_patch14_dinov2.lvd142m",
-    "dinov2-large-noreg": "timm/vit_large_patch14_dinov2.lvd142m",
-    "dinov3-small": "timm/vit_small_patch16_dinov3.lvd1689m",
-    "dinov3-base": "timm/vit_base_patch16_dinov3.lvd1689m",
-    "wide-resnet50-2": "timm/wide_resnet50_2.racm_in1k",
-}
 FILE = "model.safetensors"
 _TIMEOUT_S = 30.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -100,7 +89,7 @@ def _download(name: str, repo: str, revision: str, sha256: str, path: Path, prog
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     url = hf_hub_url(repo, FILE, revision=revision or "main", endpoint=endpoint)
-    if is_offline():
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise WeightsError(f"HF_HUB_OFFLINE is set, so {name} is not fetched. {three_ways(name)}")
     remote = _answered(
         name, url, lambda: get_hf_file_metadata(url, token=get_token(), timeout=_TIMEOUT_S, endpoint=endpoint)
@@ -116,15 +105,15 @@ def _download(name: str, repo: str, revision: str, sha256: str, path: Path, prog
         )
     folder = path.with_name(f"{path.name}.incoming")
     bar = _bar(lambda done: progress(f"fetching {name} (MiB)", done >> 20, size >> 20))
+    options: dict[str, Any] = {"endpoint": endpoint, "etag_timeout": _TIMEOUT_S, "tqdm_class": bar}
     try:
-        file = _answered(
-            name, url,
-            lambda: hf_hub_download(
-                repo, FILE, revision=commit, local_dir=folder, endpoint=endpoint, etag_timeout=_TIMEOUT_S,
-                tqdm_class=bar,
-            ),
-        )  # fmt: skip
-        digest = _verified(Path(file), repo, sha256 or promised)
+        file = _answered(name, url, lambda: hf_hub_download(repo, FILE, revision=commit, local_dir=folder, **options))
+        digest, expected = sha256_of(Path(file)), sha256 or promised
+        if expected and digest != expected:
+            raise WeightsError(
+                f"the file fetched from {repo} has sha256 {digest}, expected {expected}; it was deleted. "
+                "Try again; if it happens twice, the file or the way to it is tampered with"
+            )
         path.unlink(missing_ok=True)  # an older file must never stand beside the new record
         record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": size}
         record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -134,40 +123,26 @@ def _download(name: str, repo: str, revision: str, sha256: str, path: Path, prog
 
 
 def _answered(name: str, url: str, call: Callable[[], T]) -> T:
-    """What the hub answers; what it or the way to it refuses becomes a sentence, what our disk refuses is raised.
-
-    Raises:
-        WeightsError: the hub cannot be reached or refuses.
-        OSError: the disk.
-    """
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    """What the hub answers; what it or the way to it refuses becomes a sentence, what our disk refuses is raised."""
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return call()
     except Exception as error:  # the hub's client raises dozens of kinds, of three libraries
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
-        if isinstance(error, GatedRepoError) or (isinstance(error, HfHubHTTPError) and _status(error) in (401, 403)):
-            raise WeightsError(_gated(name, url)) from None
+        hub = urlsplit(url)
+        refused = error.response if isinstance(error, HfHubHTTPError) else None
+        if refused is not None and refused.status_code in (401, 403):
+            raise WeightsError(
+                f"{hub.netloc} gives {name} only to accounts that have access (licence: {licence(name)}). Read and "
+                f"accept the terms at {hub.scheme}://{hub.netloc}/{repository(name)}, make a token in the settings "
+                f"of your account, and type: hf auth login (or set HF_TOKEN). {three_ways(name)}"
+            ) from None
         first = "".join(str(error).strip().splitlines()[:1])
         raise WeightsError(
-            f"{urlsplit(url).netloc} cannot be reached or refuses {name} ({type(error).__name__}: {first}). "
-            f"{three_ways(name)}"
+            f"{hub.netloc} cannot be reached or refuses {name} ({type(error).__name__}: {first}). {three_ways(name)}"
         ) from None
-
-
-def _status(error: Any) -> int:
-    return int(error.response.status_code) if error.response is not None else 0
-
-
-def _gated(name: str, url: str) -> str:
-    parts = urlsplit(url)
-    page = f"{parts.scheme}://{parts.netloc}/{repository(name)}"
-    return (
-        f"{parts.netloc} gives {name} only to accounts that have access (licence: {licence(name)}). Read and accept "
-        f"the terms at {page}, make a token in the settings of your account, and type: hf auth login (or set "
-        f"HF_TOKEN). {three_ways(name)}"
-    )
 
 
 def _bar(tell: Callable[[int], None]) -> type:
@@ -186,37 +161,19 @@ def _bar(tell: Callable[[int], None]) -> type:
     return Bar
 
 
-def _verified(file: Path, repo: str, sha256: str) -> str:
-    digest = sha256_of(file)
-    if sha256 and digest != sha256:
-        raise WeightsError(
-            f"the file fetched from {repo} has sha256 {digest}, expected {sha256}; it was deleted. "
-            "Try again; if it happens twice, the file or the way to it is tampered with"
-        )
-    return digest
-
-
 def repository(name: str) -> str:
     """Hub repository of a short name or a timm name.
 
     Raises:
         ConfigError: neither of them, or timm knows no file on the hub for it.
     """
-    if name in REPOSITORIES:
-        return REPOSITORIES[name]
-    from twinspect.models.timm_import import timm
-
-    if not timm.is_model(name):
+    arch = SHORT_NAMES.get(name, name)
+    if not timm.is_model(arch):
         raise ConfigError(unknown_name("teacher", name, SHORT_NAMES) + ", or any timm name")
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(arch)
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"timm knows no weights of {name} on the hub; pass a local file with --weights FILE")
     return str(config.hf_hub_id)
-
-
-def is_offline() -> bool:
-    """Whether the user forbids the hub (``HF_HUB_OFFLINE``)."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _present(name: str, revision: str, sha256: str) -> Path | None:
@@ -224,16 +181,13 @@ def _present(name: str, revision: str, sha256: str) -> Path | None:
     path = stored_file(name)
     if path is None:
         return None
-    record = record_file(path)
-    if not record.is_file():  # put there by hand: its owner knows what it is
-        return path if not sha256 or sha256_of(path) == sha256 else None
     try:
-        verify_record(path)
-        known = json.loads(record.read_text(encoding="utf-8"))
+        known = verify_record(path)
     except WeightsError:
         return None
-    agrees = sha256 in ("", known["sha256"]) and revision in ("", known.get("revision"))
-    return path if agrees else None
+    if not known:  # put there by hand: its owner knows what it is
+        return path if not sha256 or sha256_of(path) == sha256 else None
+    return path if sha256 in ("", known["sha256"]) and revision in ("", known.get("revision")) else None
 
 
 def fetch_lines(name: str, revision: str, sha256: str, progress: Progress) -> list[str]:
@@ -241,10 +195,9 @@ def fetch_lines(name: str, revision: str, sha256: str, progress: Progress) -> li
     path = fetch(name, progress, revision, sha256)
     if name in EMBEDDED:
         return [f"{name} comes inside a Python package, nothing needs fetching: {path}"]
-    record = record_file(path)
-    if not record.is_file():
+    if not record_file(path).is_file():
         return [f"{name} was put there by hand and is left alone: {path}"]
-    known = json.loads(record.read_text(encoding="utf-8"))
+    known = json.loads(record_file(path).read_text(encoding="utf-8"))
     return [
         f"weights of {name}: {path} ({known['size'] / 1e6:.0f} MB), licence: {licence(name)}",
         f"from {known['repo']} at {known['revision']}, sha256 {known['sha256']} (verified at every load)",

@@ -38,7 +38,8 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
     replaced: dict[int, nn.Module] = {}
     for conv, norm in pairs:
         _fold(conv, norm)
-        then = _activation(norm)
+        # What timm's combined norm-and-activation layers still have to do once the norm is gone.
+        then = norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()
         if type(then) in _CLIPS and FrozenConv.accepts(conv):
             replaced[id(conv)], then = FrozenConv(conv, then), nn.Identity()
         replaced[id(norm)] = then
@@ -58,10 +59,7 @@ class FrozenConv(nn.Module):
     sides have equal paddings already. The kernel is enlarged at every call (a few kilobytes).
 
     The weights stay as they are, so that hashes, bundles and whatever loads weights later know nothing of this.
-
-    Args:
-        conv: `accepts` it; its weights are shared.
-        then: follows the convolution directly: a ReLU, a ReLU6, or None.
+    ``then`` follows the convolution directly: a ReLU, a ReLU6, or None.
     """
 
     def __init__(self, conv: nn.Conv2d, then: nn.Module | None = None) -> None:
@@ -112,8 +110,7 @@ def _clipped(
     x_BDHW: Tensor, weight: Tensor, bias: Tensor | None, where: tuple[Any, Any, Any, int], at_six: bool
 ) -> Tensor:
     kind, ends = ("hardtanh", [0.0, 6.0]) if at_six else ("relu", [])
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x_BDHW, weight, bias, *where, kind, ends, "")
-    return out
+    return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x_BDHW, weight, bias, *where, kind, ends, ""))
 
 
 @functools.cache
@@ -188,12 +185,6 @@ def _fold(conv: nn.Conv2d, norm: Any) -> None:
         bias = bias + conv.bias * scale
     conv.weight.mul_(scale[:, None, None, None])
     conv.bias = nn.Parameter(bias.clone(), requires_grad=False)
-
-
-def _activation(norm: nn.Module) -> nn.Module:
-    """What timm's combined norm-and-activation layers still have to do once the norm is gone."""
-    act = getattr(norm, "act", None)
-    return act if isinstance(act, nn.Module) else nn.Identity()
 
 
 _Module = TypeVar("_Module", bound=nn.Module)

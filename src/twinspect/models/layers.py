@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -65,8 +65,7 @@ class LinearAttention(nn.Module):
             total = torch.where(self.own_head_CH, k.sum(-2)[..., None], 0.0)
             norm = (q @ total).clamp_min(1e-6)[..., None]
             mixed = (q @ context).reshape(-1, self.bundles, count, norm.shape[-2], width // self.heads) / norm
-        out: Tensor = self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype))
-        return out
+        return cast(Tensor, self.out(mixed.flatten(3).transpose(1, 2).reshape(-1, count, width).to(x_BND.dtype)))
 
     def _bundled(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x G x N x C."""
@@ -87,8 +86,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D to B x N x D."""
         x_BND = x_BND + self.attention(self.norm_1(x_BND))
-        out: Tensor = x_BND + self.mlp(self.norm_2(x_BND))
-        return out
+        return cast(Tensor, x_BND + self.mlp(self.norm_2(x_BND)))
 
 
 def start_small(module: nn.Module) -> None:
@@ -102,10 +100,7 @@ def start_small(module: nn.Module) -> None:
 class Noise(nn.Module):
     """Dropout whose random numbers are bytes: torch draws a number for every value, which takes most of a CPU's step.
 
-    The chance is a whole number of 1/256.
-
-    Args:
-        p: chance that a value becomes 0 in training; the others grow so that the mean stays.
+    The chance ``p`` that a value becomes 0 is a whole number of 1/256.
     """
 
     def __init__(self, p: float) -> None:
@@ -120,8 +115,7 @@ class Noise(nn.Module):
 def noise(x: Tensor, p: float) -> Tensor:
     """What `Noise` does in training. Like torch's own functions it can be replaced by a `TorchFunctionMode`."""
     if has_torch_function_unary(x):
-        replaced: Tensor = handle_torch_function(noise, (x,), x, p)
-        return replaced
+        return handle_torch_function(noise, (x,), x, p)
     return silenced(x, noise_mask(x.shape, p, x.device), p)
 
 
@@ -174,8 +168,7 @@ class NoisyBottleneck(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D_in to B x N x D."""
-        out: Tensor = self.net(x_BND)
-        return out
+        return cast(Tensor, self.net(x_BND))
 
 
 def _on_tokens(x_BND: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -192,12 +185,8 @@ def pool(map_BDhw: Tensor, factor: int, lying: int = 1) -> Tensor:
     """Means of blocks of factor x factor positions.
 
     Torch pools four times as fast as it takes means. ONNX Runtime is slow at pooling maps whose channels lie last, or
-    are few, and at means over two axes at once: exports take means over one axis after the other.
-
-    Args:
-        map_BDhw: maps.
-        factor: side of a block.
-        lying: axis of the channels in memory, 1 or 3.
+    are few, and at means over two axes at once: exports take means over one axis after the other. ``lying`` is the
+    axis of the channels in memory, 1 or 3.
     """
     if not torch.compiler.is_exporting():
         return F.avg_pool2d(map_BDhw, factor)
@@ -213,9 +202,6 @@ class Shrink(nn.Module):
 
     Means of blocks alone let fine texture through as noise, which a teacher sees: with them the tokens of woven glass
     fibre told defects apart with an AUROC of 0.82 instead of 0.96.
-
-    Args:
-        factor: by which sides shrink.
     """
 
     kernel_t: Tensor
@@ -265,13 +251,9 @@ class Resample(nn.Module):
             return (self.weight_oi @ lines).permute(0, 3, 1, 2)
 
 
-def to_rows(grid_BhwD: Tensor, factor: int = 1) -> Tensor:
-    """B x h x w x D to B x (h*w) x D; blocks of factor x factor positions follow each other, rows inside first."""
-    if factor == 1:
-        return grid_BhwD.flatten(1, 2)
-    _, height, width, dims = grid_BhwD.shape
-    lines = grid_BhwD.reshape(-1, height // factor, factor, width // factor, factor * dims)
-    return lines.transpose(2, 3).reshape(-1, height * width, dims)
+def to_rows(grid_BhwD: Tensor) -> Tensor:
+    """B x h x w x D to B x (h*w) x D."""
+    return grid_BhwD.flatten(1, 2)
 
 
 def to_tokens(map_BDhw: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ together, F of the embedding, R readings, H W map.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +83,6 @@ class Selection(nn.Module):
     CNN: every level, and a coarse view of half the side with the last levels of stride 16 and 32. ViT: its levels
     averaged in ``parts`` parts (Dinomaly: two).
 
-    Args:
-        info: the teacher.
-        size: input side in pixels.
-        parts: number of maps of a ViT.
-
     Attributes:
         levels: members of every map, as indices of the teacher's levels.
         channels, map_sides: of every map.
@@ -125,13 +120,12 @@ class Selection(nn.Module):
 
     def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the teacher's."""
-        joined = (self._mean(maps, members) for members in self.levels)
+        joined = [self._mean(maps, members) for members in self.levels]
         return tuple(_at_side(mean, side) for mean, side in zip(joined, self.map_sides, strict=True))
 
     def select_coarse(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the coarse view's."""
-        chosen = (maps[i] for i in self.coarse_levels)
-        return tuple(_at_side(chosen_map, side) for chosen_map, side in zip(chosen, self.coarse_sides, strict=True))
+        return tuple(_at_side(maps[i], side) for i, side in zip(self.coarse_levels, self.coarse_sides, strict=True))
 
     def select_prefix(self, features: Features) -> Tensor:
         """Class and register tokens of the kept maps: B x M x P x D."""
@@ -181,7 +175,4 @@ def _parts(count: int, parts: int) -> list[list[int]]:
 
 def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
     here = map_BDhw.shape[-1]
-    if here == side:
-        return map_BDhw
-    resampled: Tensor = Resample(here, side).to(map_BDhw.device)(map_BDhw)
-    return resampled
+    return map_BDhw if here == side else cast(Tensor, Resample(here, side).to(map_BDhw.device)(map_BDhw))

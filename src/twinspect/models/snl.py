@@ -13,16 +13,17 @@ centres of what is normal (`Cram`; NetVLAD is among the paper's references). One
                published plain, with the very map of RD4AD's code
                default   the same reading beside what good images teach in closed form (`models.scorer`)
 
-``rd`` and ``fd`` are flat, without CRAM, plain. What is ours: any CNN or ViT as the teacher, default scoring, and
-what the paper's abstract leaves open (see `losses`).
+``rd`` and ``fd`` are flat, without CRAM, plain. With a WideResNet-50-2 the reverse student is RD4AD's network (Deng,
+Li, CVPR 2022) to the digit: see docs/papers.md and benchmarks/parity.py. What is ours: any CNN or ViT as the teacher,
+default scoring, and what the paper's abstract leaves open (see `losses`).
 
-Shapes: B images, D channels, h w grid, E width of all global tokens together, S input side.
+Shapes: B images, D channels, h w grid, N tokens, E width of all global tokens together, S input side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -41,10 +42,9 @@ from twinspect.losses import (
     spatial_loss,
 )
 from twinspect.models.clusters import k_means
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import AllSum, to_tokens
+from twinspect.models.contract import AnomalyModel, Batches
+from twinspect.models.layers import AllSum, DecoderBlock, to_map, to_tokens
 from twinspect.models.observed import Observed, Plain, Selection
-from twinspect.models.reverse import ConvReverse, TokenReverse, bottleneck_width
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, upsample
@@ -62,11 +62,6 @@ class Cram(nn.Module):
     so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
     convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
     that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
-
-    Args:
-        width: D.
-        centres: K.
-        add_back: whether the centres are added back.
     """
 
     def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
@@ -110,10 +105,6 @@ def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
     A loss of the joined batch, computed by every process, gives each one its own part's gradient times the number
     of processes; averaging parameter gradients over processes, as data-parallel training does, then gives exactly
     the gradient of one process with the whole batch. Without a process group the part is the batch.
-
-    Args:
-        part_B: this process's part, B x ...
-        group: process group; None takes the default one.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return part_B
@@ -125,6 +116,7 @@ def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
+RD4AD_DEPTHS = (6, 4, 3)  # blocks of the decoder's stages, fine to coarse; the embedding has as many as the last
 _START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
@@ -136,23 +128,151 @@ class Stages:
 
     def __init__(self, info: BackboneInfo, selection: Selection) -> None:
         self.selection = selection
-        every = list(range(len(selection.channels)))
-        self.at = every if info.kind == "vit" else _finest(info.strides)
+        last = {stride: i for i, stride in enumerate(info.strides)}
+        finest = [last[stride] for stride in sorted(last)[:STAGES]]
+        self.at = list(range(len(selection.channels))) if info.kind == "vit" else finest
         self.channels = [selection.channels[i] for i in self.at]
         self.map_sides = [selection.map_sides[i] for i in self.at]
 
-    def of(self, observed: Observed) -> list[Tensor]:
-        """The teacher's stages."""
-        return [observed.maps[i] for i in self.at]
-
-    def select(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
-        """The stages of a network of the teacher's architecture."""
-        selected = self.selection.select(maps)
-        return [selected[i] for i in self.at]
+    def of(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        """The stages among kept maps."""
+        return [maps[i] for i in self.at]
 
     def in_spreads(self, map_BDhw: Tensor, i: int) -> Tensor:
         """A map of the i-th stage in units of each channel's standard deviation on good images."""
         return map_BDhw / self.selection.get_buffer(f"scale_{self.at[i]}")[:, None, None]
+
+
+def conv_norm(width_in: int, width: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    """Convolution and batch norm."""
+    conv = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return [conv, nn.BatchNorm2d(width)]
+
+
+def rise_norm(width_in: int, width: int, factor: int) -> list[nn.Module]:
+    """Transposed convolution that makes a square of every position, and batch norm."""
+    return [nn.ConvTranspose2d(width_in, width, factor, factor, bias=False), nn.BatchNorm2d(width)]
+
+
+class WideBottleneck(nn.Module):
+    """ResNet's block of three convolutions around a shortcut, half as wide inside (WideResNet-50-2).
+
+    With ``rise`` a transposed convolution in the place of the middle one enlarges the grid by that factor.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int = 1, rise: int = 1) -> None:
+        super().__init__()
+        inner = width // 2
+        middle = conv_norm(inner, inner, stride=stride) if rise == 1 else rise_norm(inner, inner, rise)
+        self.body = nn.Sequential(
+            *conv_norm(width_in, inner, 1), nn.ReLU(), *middle, nn.ReLU(), *conv_norm(inner, width, 1)
+        )
+        self.shortcut = nn.Sequential()
+        if rise > 1:
+            self.shortcut.extend(rise_norm(width_in, width, rise))
+        elif stride > 1 or width_in != width:
+            self.shortcut.extend(conv_norm(width_in, width, 1, stride))
+
+    def forward(self, x_BDhw: Tensor) -> Tensor:
+        """B x D x h x w to B x D_out x h_out x w_out."""
+        return F.relu(self.body(x_BDhw) + self.shortcut(x_BDhw))
+
+
+class ConvReverse(nn.Module):
+    """Stages on falling grids to predictions of the same shapes, through a grid half as fine as the coarsest.
+
+    Args:
+        channels, sides: of the stages, fine to coarse.
+        width: of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64.
+        depth: blocks of the embedding and of every stage of the decoder; 0 takes RD4AD's for a rectified teacher,
+            else 3.
+        rectified: whether the teacher's stages end in a ReLU, as ResNet's do. The decoder's last ReLU can then give
+            them; other stages are given by a linear head.
+        at_bottleneck: made for the bottleneck's width; sits between bottleneck and decoder.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        sides: Sequence[int],
+        width: int,
+        depth: int,
+        rectified: bool,
+        at_bottleneck: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.sides = tuple(sides)
+        widths = reverse_widths(channels, width)
+        depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 3,) * len(widths)
+        embedded = bottleneck_width(channels, width)
+        self.fuse = nn.ModuleList(_downwards([channels[i], *widths[i + 1 :]], sides[i:]) for i in range(len(widths)))
+        fused = sum(widths[-1] for _ in channels[:-1]) + channels[-1]
+        self.embed = nn.Sequential(
+            WideBottleneck(fused, embedded, stride=2),
+            *(WideBottleneck(embedded, embedded) for _ in range(depths[-1] - 1)),
+        )
+        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.rise, self.heads = nn.ModuleList(), nn.ModuleList()
+        above, here = embedded, -(-sides[-1] // 2)
+        for w, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
+            first = WideBottleneck(above, w, rise=-(-side // here))
+            self.rise.append(nn.Sequential(first, *(WideBottleneck(w, w) for _ in range(blocks - 1))))
+            self.heads.append(nn.Identity() if rectified and w == c else nn.Conv2d(w, c, 1))
+            above, here = w, side
+
+    def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
+        """Predictions of the stages, fine to coarse; pixels are not looked at."""
+        x = self.at_bottleneck(self.embed(torch.cat([f(s) for f, s in zip(self.fuse, stages, strict=True)], 1)))
+        predictions = []
+        for rise, head, side in zip(self.rise, self.heads, reversed(self.sides), strict=True):
+            x = rise(x)[..., :side, :side]  # of an odd side a row too many was made
+            predictions.append(head(x))
+        return predictions[::-1]
+
+
+class TokenReverse(nn.Module):
+    """The same for stages on one grid (ViT): an MLP bottleneck and transformer blocks, deep stages first."""
+
+    def __init__(
+        self, channels: Sequence[int], width: int, depth: int, heads: int, at_bottleneck: nn.Module | None
+    ) -> None:
+        super().__init__()
+        count = len(channels)
+        self.embed = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width))
+        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.rise = nn.ModuleList(
+            nn.Sequential(*(DecoderBlock(width, heads) for _ in range(max(1, depth // count)))) for _ in channels
+        )
+        self.heads = nn.ModuleList(nn.Linear(width, c) for c in reversed(channels))
+
+    def forward(self, stages: Sequence[Tensor], pixels_B3ss: Tensor) -> list[Tensor]:
+        """Predictions of the stages; pixels are not looked at."""
+        x_BND = self.embed(to_tokens(torch.cat(list(stages), 1)))
+        x_BND = to_tokens(self.at_bottleneck(to_map(x_BND)))
+        predictions = []
+        for rise, head in zip(self.rise, self.heads, strict=True):
+            x_BND = rise(x_BND)
+            predictions.append(to_map(head(x_BND)))
+        return predictions[::-1]
+
+
+def reverse_widths(channels: Sequence[int], width: int) -> list[int]:
+    """Width of the decoder at every stage, fine to coarse."""
+    return [width * 2**i for i in range(len(channels))] if width else [max(64, c) for c in channels]
+
+
+def bottleneck_width(channels: Sequence[int], width: int) -> int:
+    """Channels of the bottleneck: twice those of the coarsest stage, on half its grid."""
+    return 2 * reverse_widths(channels, width)[-1]
+
+
+def _downwards(widths: Sequence[int], sides: Sequence[int]) -> nn.Module:
+    """Convolutions that bring a stage to the coarsest one's grid, one for every stage between."""
+    steps: list[nn.Module] = []
+    for i in range(len(sides) - 1):
+        steps += [*conv_norm(widths[i], widths[i + 1], stride=round(sides[i] / sides[i + 1])), nn.ReLU()]
+    return nn.Sequential(*steps)
 
 
 class ForwardEncoder(nn.Module):
@@ -160,12 +280,11 @@ class ForwardEncoder(nn.Module):
 
     def __init__(self, info: BackboneInfo, stages: Stages, size: int) -> None:
         super().__init__()
-        self.net = Backbone(info.arch, img_size=size)
-        self.select = stages.select
+        self.net, self.stages = Backbone(info.arch, img_size=size), stages
 
     def forward(self, stages: Sequence[Tensor], pixels_B3SS: Tensor) -> list[Tensor]:
         """Normalised pixels to predictions of the stages; the teacher's are not looked at."""
-        return self.select(self.net.features(pixels_B3SS).maps)
+        return self.stages.of(self.stages.selection.select(self.net.features(pixels_B3SS).maps))
 
 
 class StructuralStudent(nn.Module):
@@ -173,8 +292,19 @@ class StructuralStudent(nn.Module):
 
     def __init__(self, info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> None:
         super().__init__()
-        structure = config.structure()
-        self.local = nn.ModuleDict({"net": _student(info, stages, config, size)})
+        structure, vit = config.structure(), info.kind == "vit"
+        width = config.width or (info.channels[0] if vit else 0)
+        inside = width if vit else bottleneck_width(stages.channels, width)
+        at_bottleneck = structure.cram and structure.cram_place == "bottleneck" and structure.direction == "reverse"
+        cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
+        net: nn.Module
+        if structure.direction == "forward":
+            net = ForwardEncoder(info, stages, size)
+        elif vit:
+            net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
+        else:
+            net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
+        self.local = nn.ModuleDict({"net": net})
         if structure.cram and structure.cram_place == "stages":
             self.local["crams"] = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels)
 
@@ -187,31 +317,8 @@ class StructuralStudent(nn.Module):
         return [cram(stage) for cram, stage in zip(crams, predictions, strict=True)]
 
 
-def _student(info: BackboneInfo, stages: Stages, config: ModelConfig, size: int) -> nn.Module:
-    structure = config.structure()
-    if structure.direction == "forward":
-        return ForwardEncoder(info, stages, size)
-    vit = info.kind == "vit"
-    width = config.width or (info.channels[0] if vit else 0)
-    inside = width if vit else bottleneck_width(stages.channels, width)
-    at_bottleneck = structure.cram and structure.cram_place == "bottleneck"
-    cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
-    if vit:
-        return TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
-    return ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
-
-
 class StructuralModel(AnomalyModel):
-    """Teacher, one student, scorer.
-
-    Args:
-        teacher: frozen teacher.
-        config: which student, terms and scoring; see the module.
-        size: input side.
-
-    Attributes:
-        gather: joins a batch's features over training processes for the inter-affinity; does nothing in one.
-    """
+    """Teacher, one student, scorer; ``config`` says which student, terms and scoring."""
 
     student: StructuralStudent
     map_means_2: Tensor
@@ -223,18 +330,17 @@ class StructuralModel(AnomalyModel):
         self.student = StructuralStudent(teacher.info, self.stages, config, size)
         self.scorer = Scorer(teacher.info, self.selection, size, self.structure.scoring, (1, 0))
         self.pixel_side = size if self.structure.direction == "forward" else 0
-        self.gather: Callable[[Tensor], Tensor] = gather_batch
         if self.structure.affinity_map:
             self.register_buffer("map_means_2", torch.ones(2))
 
     def answer(self, observed: Observed, small_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's stages, and the student's predictions of them."""
-        stages = self.stages.of(observed)
+        stages = self.stages.of(observed.maps)
         return stages, self.student(stages, small_B3SS)
 
     def targets(self, observed: Observed) -> list[Tensor]:
         """The teacher's stages as rows: B x N x D."""
-        return [to_tokens(stage) for stage in self.stages.of(observed)]
+        return [to_tokens(stage) for stage in self.stages.of(observed.maps)]
 
     def predictions(self, observed: Observed, small_B3SS: Tensor) -> list[Tensor]:
         """The student's, in their order."""
@@ -264,7 +370,7 @@ class StructuralModel(AnomalyModel):
         return [torch.cat([upsample(map_Bhw, side) for map_Bhw in maps], 1).sum(1) for maps in distances]
 
     @torch.no_grad()
-    def fit_plain(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]]) -> None:
+    def fit_plain(self, batches: Batches) -> None:
         """Means of both maps on good images, which bring them to one scale."""
         if not self.structure.affinity_map:
             return
@@ -298,16 +404,15 @@ class StructuralModel(AnomalyModel):
             case "intra":
                 return intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
             case "inter":
-                return inter_affinity_loss(teacher_BDhw, student_BDhw, gather=self.gather)
+                return inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
         raise ValueError(f"unknown term {name!r}")
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """One group for the one student."""
-        group: dict[str, Any] = {"params": list(self.student.parameters()), "lr": config.lr}
-        return [{**group, "betas": RD_BETAS}]
+        return [{"params": list(self.student.parameters()), "lr": config.lr, "betas": RD_BETAS}]
 
     @torch.no_grad()
-    def initialise(self, batches: Callable[[], Iterable[tuple[Observed, Tensor]]], seed: int) -> None:
+    def initialise(self, batches: Batches, seed: int) -> None:
         """Put the centres of every CRAM on features of normal images, as the untrained student has them."""
         crams = [module for module in self.student.modules() if isinstance(module, Cram)]
         if not crams:
@@ -332,9 +437,3 @@ class StructuralModel(AnomalyModel):
 def build(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
     return StructuralModel(teacher, config, size)
-
-
-def _finest(strides: tuple[int, ...]) -> list[int]:
-    """The last level of each of the three finest strides."""
-    last = {stride: i for i, stride in enumerate(strides)}
-    return [last[stride] for stride in sorted(last)[:STAGES]]

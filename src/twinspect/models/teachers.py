@@ -214,12 +214,22 @@ def create_teacher(
     return teacher
 
 
+def _refuse_unknown(arch: str) -> None:
+    if not timm.is_model(arch):
+        names = difflib.get_close_matches(arch, ["auto", *SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+        raise ConfigError(
+            f"unknown teacher {arch!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
+        )
+
+
 def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
     _refuse_unknown(arch)
-    is_vit = _looks_like_vit(arch)
-    options: dict[str, Any] = {"num_classes": 0} if is_vit else {}
-    if is_vit:
-        options |= {"dynamic_img_size": True} | ({"img_size": img_size} if img_size else {})
+    module = timm.models.model_entrypoint(arch).__module__.rsplit(".", 1)[-1]
+    is_vit = module in {"vision_transformer", "eva", "beit", "deit"}
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True} if is_vit else {}
+    if is_vit and img_size:
+        options["img_size"] = img_size
     if is_vit and depth < 1.0:
         full = len(timm.create_model(arch, pretrained=False, num_classes=0).blocks)
         options["depth"] = max(2, round(full * depth))
@@ -252,19 +262,6 @@ def _thin_stages(net: Any, depth: float) -> None:
         repeats = [type(block) is type(first) and len(set(shapes.get(id(block), (0, 1)))) == 1 for block in others]
         if all(repeats):
             del row[math.ceil(depth * len(row)) :]
-
-
-def _refuse_unknown(arch: str) -> None:
-    if timm.is_model(arch):
-        return
-    names = difflib.get_close_matches(arch, ["auto", *SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
-    raise ConfigError(f"unknown teacher {arch!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name")
-
-
-def _looks_like_vit(arch: str) -> bool:
-    entry = timm.models.model_entrypoint(arch)
-    return entry.__module__.rsplit(".", 1)[-1] in {"vision_transformer", "eva", "beit", "deit"}
 
 
 def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:

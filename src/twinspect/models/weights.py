@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,11 @@ def licence(name: str) -> str:
     """Licence of the published weights of a teacher (short or timm name), as timm states it."""
     from twinspect.models.timm_import import timm
 
-    config = (
-        timm.get_pretrained_cfg(SHORT_NAMES.get(name, name)) if timm.is_model(SHORT_NAMES.get(name, name)) else None
-    )
+    arch = SHORT_NAMES.get(name, name)
+    config = timm.get_pretrained_cfg(arch) if timm.is_model(arch) else None
     stated = str(config.license or "") if config is not None else ""
-    return {"": "not stated", "dinov3-license": "DINOv3 License, Meta's own terms (access on request)"}.get(
-        stated, stated
-    )
+    dinov3 = "DINOv3 License, Meta's own terms (access on request)"
+    return {"": "not stated", "dinov3-license": dinov3}.get(stated, stated)
 
 
 def store_name(name: str, suffix: str = ".safetensors") -> str:
@@ -133,17 +132,18 @@ def record_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def verify_record(path: Path) -> None:
-    """Compare a file with the record written when it was fetched; a file without one is left to its owner.
+def verify_record(path: Path) -> dict[str, Any]:
+    """Compare a file with the record written when it was fetched; the record, empty for a file without one.
 
     Raises:
         WeightsError: the record cannot be read, or the file is not the one that was fetched.
     """
     record = record_file(path)
     if not record.is_file():
-        return
+        return {}
     try:
-        expected = str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
+        known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        expected = str(known["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         raise WeightsError(f"{record} is damaged; delete it and {path.name}, then fetch again") from None
     digest = sha256_of(path)
@@ -152,6 +152,7 @@ def verify_record(path: Path) -> None:
             f"{path} has sha256 {digest}, but {expected} was fetched: the file was damaged or replaced. "
             f"Delete it and fetch again, or delete {record.name} if you replaced it on purpose"
         )
+    return known
 
 
 def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
@@ -161,21 +162,26 @@ def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
         WeightsError: damaged file, not the one that was fetched, or weights of another network.
     """
     verify_record(source.path)
-    state = read_state(source.path)
-    target = net.state_dict()
-    if set(target) <= set(state) and all(target[key].shape == state[key].shape for key in target):
-        mapped = {key: state[key] for key in target}
-    elif name in EMBEDDED:
-        mapped = _by_order(target, state, source.path)
-    else:
-        mapped = _by_timm_filter(net, target, state, source.path)
-    for key, value in mapped.items():
-        if target[key].shape != value.shape:
+    state, target, file = read_state(source.path), net.state_dict(), source.path.name
+    if not (set(target) <= set(state) and all(target[key].shape == state[key].shape for key in target)):
+        if name not in EMBEDDED:
+            state = _renamed(net, state, file)
+        elif len(target) == len(state):  # the packages use other names for the same tensors in the same order
+            state = dict(zip(target, state.values(), strict=True))
+        else:
+            raise WeightsError(f"{file}: {len(state)} tensors, expected {len(target)}; another network's file")
+    if missing := [key for key in target if key not in state]:
+        raise WeightsError(
+            f"{file} lacks {len(missing)} of {len(target)} tensors (first: {missing[0]}); "
+            f"it is a file of another network, or of a format that timm {version('timm')} does not know"
+        )
+    for key, value in target.items():
+        if value.shape != state[key].shape:
             raise WeightsError(
-                f"{source.path.name} is not a file of {name}: {key} has shape {tuple(value.shape)}, "
-                f"expected {tuple(target[key].shape)}"
+                f"{file} is not a file of {name}: {key} has shape {tuple(state[key].shape)}, "
+                f"expected {tuple(value.shape)}"
             )
-    net.load_state_dict(mapped)
+    net.load_state_dict({key: state[key] for key in target})
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -219,30 +225,11 @@ def _embedded_file(name: str) -> WeightsSource:
     return WeightsSource(files[0], f"package {package}")
 
 
-def _by_order(target: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The embedded packages use other names for the same tensors in the same order."""
-    if len(target) != len(state):
-        raise WeightsError(f"{path.name}: {len(state)} tensors, expected {len(target)}; another network's file")
-    return dict(zip(target, state.values(), strict=True))
-
-
-def _by_timm_filter(
-    net: torch.nn.Module, target: Mapping[str, Tensor], state: dict[str, Tensor], path: Path
-) -> dict[str, Tensor]:
+def _renamed(net: torch.nn.Module, state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
     """Original releases (Meta's ``.pth``) use other names; timm knows how to rename them."""
-    from twinspect.models.timm_import import timm
-
-    module = importlib.import_module(type(net).__module__)
-    rename = getattr(module, "checkpoint_filter_fn", None)
+    rename = getattr(importlib.import_module(type(net).__module__), "checkpoint_filter_fn", None)
     try:
-        renamed = dict(rename(dict(state), net)) if rename is not None else dict(state)
+        return dict(rename(dict(state), net)) if rename is not None else state
     except Exception as error:
         # timm's renaming trusts the file; on another network's it fails in any way there is.
-        raise WeightsError(f"{path.name} is a file of another network ({type(error).__name__}: {error})") from None
-    missing = [key for key in target if key not in renamed]
-    if missing:
-        raise WeightsError(
-            f"{path.name} lacks {len(missing)} of {len(target)} tensors (first: {missing[0]}); "
-            f"it is a file of another network, or of a format that timm {timm.__version__} does not know"
-        )
-    return {key: renamed[key] for key in target}
+        raise WeightsError(f"{file} is a file of another network ({type(error).__name__}: {error})") from None

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -94,11 +95,8 @@ def add_copies(
 ) -> tuple[list[Sample], list[Sample], list[str]]:
     """Both parts with copies where they are needed, and a sentence about each class that has some.
 
-    Args:
-        training: good images.
-        held: good images held out.
-        pose: how products of a few images lie: ``fixed``, ``free`` or ``auto``.
-        few: classes of a few images, all of them in ``training``.
+    Classes of a few images (``few``), all of them in ``training``, get copies as their ``pose`` asks for: ``fixed``,
+    ``free`` or ``auto``.
     """
     by_class: dict[str, list[Sample]] = defaultdict(list)
     for sample in (*training, *held):
@@ -141,14 +139,7 @@ def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
 def add_tolerated(
     training: Sequence[Sample], held: Sequence[Sample], tolerate: str, seed: int
 ) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Both parts with copies of their own images, and a sentence about them.
-
-    Args:
-        training: good images.
-        held: good images held out.
-        tolerate: kinds, separated by commas; empty adds nothing.
-        seed: of how far each copy goes.
-    """
+    """Both parts with altered copies of their own images (`config.tolerated` kinds), and a sentence about them."""
     kinds = tolerated(tolerate)
     by_class: dict[str, list[tuple[int, Sample]]] = defaultdict(list)
     for part, samples in enumerate((training, held)):
@@ -204,15 +195,16 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
     Pairs of images are correlated as they lie, and turned to the angle at which they agree best. Where they agree
     well then and worse as they lie, the product does not always lie the same way. What agrees at no angle is fixed.
     """
-    small = [image for image in map(_small, samples[:_LOOKED_AT]) if image is not None]
+    box, grey = (_POSE_SIDE, _POSE_SIDE), Image.Resampling.BOX
+    read = _readable(samples[:_LOOKED_AT], draft_side=_POSE_SIDE)
+    small = [Image.fromarray(rgb).convert("L").resize(box, grey) for rgb in read]
     if len(small) < 2:
         return FIXED, "as one image cannot show whether the product lies in any pose; --pose free if it does"
     lying, best = [], []
     for i, first in enumerate(small):
-        turns = [
-            _inside(first.rotate(360.0 * turn / _TURNS, Image.Resampling.BILINEAR, fillcolor=_mean(first)))
-            for turn in range(_TURNS)
-        ]
+        mean = round(float(np.asarray(first).mean()))
+        angles = [360.0 * turn / _TURNS for turn in range(_TURNS)]
+        turns = [_inside(first.rotate(angle, Image.Resampling.BILINEAR, fillcolor=mean)) for angle in angles]
         for second in small[i + 1 :]:
             alike = [float(turn @ _inside(second)) for turn in turns]
             lying.append(alike[0])
@@ -221,18 +213,6 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
     free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
     why = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
     return FREE if free else FIXED, why
-
-
-def _small(sample: Sample) -> Image.Image | None:
-    try:
-        rgb = read_sample_rgb(sample, draft_side=_POSE_SIDE)
-    except (DataError, OSError):
-        return None  # whoever reads all images says what is wrong with it
-    return Image.fromarray(rgb).convert("L").resize((_POSE_SIDE, _POSE_SIDE), Image.Resampling.BOX)
-
-
-def _mean(image: Image.Image) -> int:
-    return round(float(np.asarray(image).mean()))
 
 
 def _inside(image: Image.Image) -> NDArray[np.float64]:
@@ -246,14 +226,17 @@ def _inside(image: Image.Image) -> NDArray[np.float64]:
 def hardly_differ(samples: Sequence[Sample]) -> bool:
     """Whether images differ by less than one grey level, brightness aside; also true of one image alone."""
     last: NDArray[np.float32] | None = None
-    for sample in samples[:: max(1, len(samples) // _LOOKED_AT)]:
-        try:
-            rgb = read_sample_rgb(sample)
-        except (DataError, OSError):
-            continue  # whoever reads all images says what is wrong with it
+    for rgb in _readable(samples[:: max(1, len(samples) // _LOOKED_AT)]):
         step = max(1, min(rgb.shape[:2]) // _SIDE)
         pixels = rgb[::step, ::step].astype(np.float32)
         if last is not None and (last.shape != pixels.shape or float((last - pixels).std()) >= _LEVEL):
             return False
         last = pixels
     return last is not None
+
+
+def _readable(samples: Sequence[Sample], draft_side: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """Pixels of the images that can be read; whoever reads all of them says what is wrong with the others."""
+    for sample in samples:
+        with suppress(DataError, OSError):
+            yield read_sample_rgb(sample, draft_side=draft_side)

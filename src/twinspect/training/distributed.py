@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -60,11 +60,7 @@ class Group:
         return self.rank == 0
 
     def mine(self, part: Sequence[T]) -> list[T]:
-        """This process's slice of a batch.
-
-        Raises:
-            ConfigError: the batch cannot be divided equally.
-        """
+        """This process's slice of a batch; refused where it cannot be divided equally."""
         if len(part) % self.world:
             raise ConfigError(
                 f"--batch: {len(part)} images a step cannot be divided among {self.world} processes; take a multiple "
@@ -95,8 +91,7 @@ class Group:
             return make()
         held: list[Any] = [make() if self.leads else None]
         self._guarded(lambda: dist.broadcast_object_list(held, src=0))
-        shared: T = held[0]
-        return shared
+        return cast(T, held[0])
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -104,38 +99,27 @@ class Group:
             self._guarded(dist.barrier)
 
     def refuse_difference(self, what: str, digest_here: str, count: int) -> None:
-        """Compare a digest of each process's data.
-
-        Raises:
-            TrainingError: on every process, naming those that differ from rank 0.
-        """
+        """Compare a digest of each process's data; where one differs from rank 0, all stop and name it."""
         if self.world == 1:
             return
         answers: list[Any] = [None] * self.world
         self._guarded(lambda: dist.all_gather_object(answers, (digest_here, count)))
-        other = [
-            f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != answers[0][0]
-        ]
-        if other:
+        first, images = answers[0]
+        if other := [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != first]:
             raise TrainingError(
-                f"the processes do not have the same {what}: rank 0 has {answers[0][1]} images, different on rank "
+                f"the processes do not have the same {what}: rank 0 has {images} images, different on rank "
                 f"{', '.join(other)}. Give every machine the same files, settings and version"
             )
 
     @contextmanager
     def averaging(self, model: AnomalyModel) -> Iterator[None]:
-        """While entered, the students' gradients are averaged; at its start all get the weights of rank 0.
-
-        Raises:
-            TrainingError: another process is gone.
-        """
+        """While entered, the students' gradients are averaged; at its start all get the weights of rank 0."""
         if self.world == 1:
             yield
             return
         student = model.student
         try:
-            wrapped = nn.parallel.DistributedDataParallel(student, static_graph=True)
-            model.student = wrapped
+            model.student = nn.parallel.DistributedDataParallel(student, static_graph=True)
             yield
         except RuntimeError as error:
             raise self._lost(error) from None
@@ -187,11 +171,7 @@ def joined(device: str = "cpu") -> Group:
 
 
 def own_device(device: str, local_rank: int) -> torch.device:
-    """The device of one of several processes of a machine.
-
-    Raises:
-        ConfigError: a numbered GPU, which all of them would take, or fewer GPUs than processes.
-    """
+    """The device of one of several processes of a machine, each of which needs a GPU of its own."""
     chosen = torch.device(choose_device(device))
     if chosen.type != "cuda":
         return chosen
@@ -218,15 +198,6 @@ def _group(rank: int, world: int, device: torch.device) -> Group:
     return Group(rank, world, *local, whole, device)
 
 
-def noise_of_slice(x: Tensor, p: float, first: int, total: int) -> Tensor:
-    """`noise` of a slice that begins at image ``first`` of a batch of ``total``, with that batch's mask.
-
-    The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step.
-    """
-    mask = noise_mask((total, *x.shape[1:]), p, x.device)
-    return silenced(x, mask[first : first + x.shape[0]], p)
-
-
 class OneBatch(TorchFunctionMode):
     """Gives the three functions that see a whole batch the whole batch; everything else is left alone."""
 
@@ -242,7 +213,10 @@ class OneBatch(TorchFunctionMode):
         return self._ours.get(function, function)(*arguments, **(named or {}))
 
     def _noise(self, x: Tensor, p: float) -> Tensor:
-        return noise_of_slice(x, p, self.group.rank * x.shape[0], self.group.world * x.shape[0])
+        # The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step.
+        each, first = x.shape[0], self.group.rank * x.shape[0]
+        mask = noise_mask((self.group.world * each, *x.shape[1:]), p, x.device)
+        return silenced(x, mask[first : first + each], p)
 
     def _easy_limit(self, distance_BN: Tensor, share: float) -> Tensor:
         parts = [torch.empty_like(distance_BN) for _ in range(self.group.world)]
@@ -274,5 +248,4 @@ class OneBatch(TorchFunctionMode):
                 running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), momentum)
         out = apart * (variance + eps).rsqrt().view(shape)
         out = out if weight is None else out * weight.view(shape)
-        shifted: Tensor = out if bias is None else out + bias.view(shape)
-        return shifted.to(x.dtype)
+        return cast(Tensor, out if bias is None else out + bias.view(shape)).to(x.dtype)

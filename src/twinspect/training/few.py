@@ -19,6 +19,8 @@ from twinspect.training.normal import GoodImages, fit_statistics
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress, silent
 
+_Classes = list[list[list[int]]]  # of every class for each image the positions of the image and its copies
+
 
 @torch.no_grad()
 def fit_few(
@@ -35,73 +37,61 @@ def fit_few(
 
     Copies count for no threshold.
     """
-    places = {i: place for place, i in enumerate(sorted([*train_at, *held_at]))}
-    originals = _originals(source, [i for i in train_at if source.samples[i].class_name in few])
-    seen = _left_out(model, source, originals, seed, progress)
+    classes = _by_image(source, [i for i in train_at if source.samples[i].class_name in few])
+    seen = _left_out(model, source, classes, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)
-    if not originals:
+    if not classes:
         return good
-    readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
-    theirs = ~_students_columns(model)
+    place_of = {i: place for place, i in enumerate(sorted([*train_at, *held_at]))}
+    readings_nR, counted_n = good.readings_nR.clone(), good.counted_n.clone()
+    local, semantic = model.scorer.student_readings
+    theirs = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own stay as they are
+    theirs[:local] = theirs[model.scorer.local_count : model.scorer.local_count + semantic] = False
+    peak_n, distance_n = good.peak_n.clone(), good.distance_n.clone()
     for i, (reading_R, peak, distance) in seen.items():
-        readings_nR[places[i], theirs] = reading_R[theirs]
-        peak_n[places[i]], distance_n[places[i]] = peak, distance
-    everything = torch.ones_like(good.counted_n)
-    score_n, _ = model.scorer.calibrate(
-        readings_nR.to(model.device), good.cluster_n.to(model.device), everything.to(model.device)
-    )
-    score_n, counted_n = score_n.cpu(), good.counted_n.clone()
-    for i in (i for members in originals.values() for copies in members for i in copies):
-        sample = source.samples[i]
-        counted_n[places[i]] &= not isinstance(sample, Copy) or sample.tolerated
-    for members in (images for images in originals.values() if len(images) == 1):
-        together = [places[i] for i in members[0]]
-        for column in (score_n, peak_n, distance_n):
-            column[together] = column[together].amax()
+        readings_nR[place_of[i], theirs] = reading_R[theirs]
+        peak_n[place_of[i]], distance_n[place_of[i]] = peak, distance
+    columns = (readings_nR, good.cluster_n, torch.ones_like(counted_n))
+    score_n = model.scorer.calibrate(*(column.to(model.device) for column in columns))[0].cpu()
+    for members in classes:
+        for i in (i for copies in members for i in copies):
+            sample = source.samples[i]
+            counted_n[place_of[i]] &= not isinstance(sample, Copy) or sample.tolerated
+        if len(members) == 1:
+            together = [place_of[i] for i in members[0]]
+            for column in (score_n, peak_n, distance_n):
+                column[together] = column[together].amax()
     return good._replace(
         score_n=score_n, peak_n=peak_n, distance_n=distance_n, counted_n=counted_n, readings_nR=readings_nR
     )
 
 
-def _originals(source: FeatureSource, positions: Sequence[int]) -> dict[str, list[list[int]]]:
-    """Class -> for each of its images the positions of the image and its copies."""
+def _by_image(source: FeatureSource, positions: Sequence[int]) -> _Classes:
     by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in positions:
         sample = source.samples[i]
         by_class[sample.class_name][sample.image, sample.record].append(i)
-    return {name: list(images.values()) for name, images in by_class.items()}
+    return [list(images.values()) for images in by_class.values()]
 
 
 def _left_out(
-    model: AnomalyModel,
-    source: FeatureSource,
-    originals: dict[str, list[list[int]]],
-    seed: int,
-    progress: Progress,
-) -> dict[int, tuple[Tensor, float, float]]:
+    model: AnomalyModel, source: FeatureSource, classes: _Classes, seed: int, progress: Progress
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Position -> raw readings, peak and distance by statistics that saw neither the image nor its copies."""
-    answers: dict[int, tuple[Tensor, float, float]] = {}
-    several = [members for members in originals.values() if len(members) > 1]
+    answers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    several = [members for members in classes if len(members) > 1]
+    everything = {i for members in classes for copies in members for i in copies}
     turns = max((len(members) for members in several), default=0)
     for turn in range(turns):
         progress("leaving images out", turn + 1, turns)
         away = [i for members in several for copies in members[turn : turn + 1] for i in copies]
-        known = sorted({i for members in originals.values() for copies in members for i in copies} - set(away))
-        fit_statistics(model, source, known, [], seed, silent, students=False, divide=False)
+        fit_statistics(model, source, sorted(everything - set(away)), [], seed, silent, students=False, divide=False)
         model.scorer.asks_students = False
-        for part, observed, small in source.batches(away):
-            out = model.score(observed, small)
-            for i, *values in zip(part, out.readings_BR, out.map_B1HW, out.cluster_distance_B, strict=True):
-                answers[i] = (values[0].cpu(), float(values[1].amax()), float(values[2]))
+        outs = [model.score(*batch) for batch in source.batches(away)]
         model.scorer.asks_students = True
+        readings = torch.cat([out.readings_BR for out in outs]).cpu()
+        peaks = torch.cat([out.map_B1HW.amax((1, 2, 3)) for out in outs]).cpu()
+        distances = torch.cat([out.cluster_distance_B for out in outs]).cpu()
+        answers.update(zip(away, zip(readings, peaks, distances, strict=True), strict=True))
     return answers
-
-
-def _students_columns(model: AnomalyModel) -> Tensor:
-    """Which readings are the students' own."""
-    scorer = model.scorer
-    local, semantic = scorer.student_readings
-    column_R = torch.zeros(len(scorer.weight_R), dtype=torch.bool)
-    column_R[:local] = column_R[scorer.local_count : scorer.local_count + semantic] = True
-    return column_R

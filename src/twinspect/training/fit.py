@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, til
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
-from twinspect.data.roi import fit_roi
-from twinspect.data.samples import read_sample_rgb
+from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
@@ -34,14 +32,13 @@ from twinspect.training.copies import add_copies, add_tolerated, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import train
-from twinspect.training.normal import GoodImages, fit_scales
-from twinspect.training.outcome import MOST, Memory, decision_of, least_like, of_pictures, record_of
+from twinspect.training.normal import fit_scales
+from twinspect.training.outcome import LISTED, outcome_of
 from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, cache_folder, features_folder, in_tiles, picture_of
+from twinspect.training.source import FeatureSource, cache_folder, features_folder, in_tiles
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
-LISTED = 10  # images that are least like the others, kept in the record
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --tiles auto
@@ -125,31 +122,22 @@ def fit(
             raise ConfigError("a model that sees tiles cannot be gone on from; train it anew on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
-    progress = progress if group.leads else silent
+    progress, dropped = progress if group.leads else silent, []
     with in_fp32(group.device.type):
-        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
+        if count := config.train.drop_outliers:  # a model without students tells
+            good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
+            if 3 * count > good:
+                raise ConfigError(
+                    f"--drop-outliers {count}: at most a third of the {good} good images can be left out"
+                )
+            quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
+            listed = _fitted(samples, quick, None, progress, None, group, roi, count).record["least_like"]
+            dropped = list(listed[:count])
         paths = {row["path"] for row in dropped}
         rest = [s for s in samples if s.name not in paths]
         fitted = _fitted(rest, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
-
-
-def _outliers(
-    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
-) -> list[dict[str, Any]]:
-    """The good images that are least like the others, as many as shall be left out; a model without students tells.
-
-    Raises:
-        ConfigError: more than a third of the good images.
-    """
-    count = config.train.drop_outliers
-    quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    listed = _fitted(samples, quick, None, progress, None, group, roi, count).record["least_like"]
-    good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
-    if 3 * count > good:
-        raise ConfigError(f"--drop-outliers {count}: at most a third of the {good} good images can be left out")
-    return list(listed[:count])
 
 
 def _fitted(
@@ -162,6 +150,7 @@ def _fitted(
     roi: NDArray[np.bool_] | None,
     listed: int = LISTED,
 ) -> Fitted:
+    """A run from images to a calibrated model."""
     training, held_out, few, notes = _images(samples, config)
     only_few = few.issuperset({sample.class_name for sample in training})
     if only_few:
@@ -171,7 +160,10 @@ def _fitted(
     model, config, tiles = _model(config, training, sides, resume, roi, group)
     training, held_out = in_tiles(training, tiles), in_tiles(held_out, tiles)
     source = _source(model, [*training, *held_out], config.train.cache_gb, progress, group)
-    held = _positions(source, held_out, resume)
+    apart = set(held_out)
+    held = {i for i, sample in enumerate(source.samples) if sample in apart}
+    if resume is not None:
+        held = keep_sides(source.keys, held, resume.decision)
     train_at = [i for i in range(len(source)) if i not in held]
     students = not only_few and (config.train.steps > 0 or resume is not None)
     skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
@@ -186,21 +178,29 @@ def _fitted(
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
     group.refuse_difference("images or settings", fingerprint, len(source))
     report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
-    good = _good_images(model, source, train_at, sorted(held), few, config.train.seed, progress, students)
-    decision = decision_of(model, source, held, good, config.train.thumbnails)
-    record = record_of(model, source, held, len(skipped)) | {
+    try:
+        good = fit_few(model, source, train_at, sorted(held), few, config.train.seed, progress, students)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise DataError(
+            "the good images are too much alike to learn how good ones differ (copies of one image?); "
+            "give images of different parts or moments"
+        ) from error
+    if not good.score_n.isfinite().all():
+        raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
+    outcome = outcome_of(model, source, held, good, config.train.thumbnails, listed)
+    outcome.record["images"]["skipped"] = len(skipped)
+    on_gpu = group.device.type == "cuda"
+    gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
+    mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
+    record = outcome.record | {
         "training": report.numbers(),
-        "notes": [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})])],
+        "notes": [*notes, *([mixed] if mixed else [])],
         "sides": list(sides),
-        "memory": _memory(report.batch, group.device),
+        "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
-    shown, spoken = of_pictures(good, source.samples, decision.class_of_cluster)
-    record["least_like"] = least_like([picture_of(source.samples[i]) for i in spoken], shown, listed)
     if resume is not None:
-        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
-    no_update = model.scorer.plain or len(source) > MOST or tiles != (1, 1)
-    memory = b"" if no_update else Memory.of(good, source, range(len(source))).to_bytes()
-    return Fitted(model.cpu(), decision, config, record, skipped, good, memory)
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, outcome.decision)}
+    return Fitted(model.cpu(), outcome.decision, config, record, skipped, good, outcome.memory)
 
 
 def _images(
@@ -241,45 +241,15 @@ def _model(
     return model, config, tiles
 
 
-def _good_images(
-    model: AnomalyModel,
-    source: FeatureSource,
-    train_at: Sequence[int],
-    held_at: Sequence[int],
-    few: frozenset[str],
-    seed: int,
-    progress: Progress,
-    students: bool,
-) -> GoodImages:
-    try:
-        good = fit_few(model, source, train_at, held_at, few, seed, progress, students)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise DataError(
-            "the good images are too much alike to learn how good ones differ (copies of one image?); "
-            "give images of different parts or moments"
-        ) from error
-    if not good.score_n.isfinite().all():
-        raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    return good
-
-
 def _source(
     model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
 ) -> FeatureSource:
-    root = cache_folder(model, len(samples), cache_gb)
-
-    def known() -> KnownFiles | None:
-        return KnownFiles(features_folder()) if cache_gb and not why_unwritable(features_folder()) else None
-
+    root, notes = cache_folder(model, len(samples), cache_gb), features_folder()
+    known = bool(cache_gb) and not why_unwritable(notes)
     if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress, known())
+        FeatureSource(model, group.share_of_work(samples), root, progress, KnownFiles(notes) if known else None)
         group.barrier()
-    return FeatureSource(model, samples, root, progress, known())
-
-
-def _memory(batch: int, device: torch.device) -> dict[str, Any]:
-    gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(device) / 1e6} if device.type == "cuda" else {}
-    return {"peak_mb": peak_mb(), **gpu, "batch": batch}
+    return FeatureSource(model, samples, root, progress, KnownFiles(notes) if known else None)
 
 
 def choose_images(
@@ -287,15 +257,8 @@ def choose_images(
 ) -> tuple[list[Sample], list[Sample]]:
     """Normal training images, and those held out for calibration (by the data set itself or carved).
 
-    Copies are counted once, so that no image that is held out was learnt.
-
-    Args:
-        samples: of any splits.
-        config: how much is held out, and the seed.
-        notes: takes sentences about copies that were left out.
-
-    Raises:
-        DataError: too few good images; the message says how many are copies.
+    Copies are counted once, so that no image that is held out was learnt; ``notes`` takes sentences about them. A
+    `DataError` where there are too few.
     """
     good = [s for s in samples if s.split in (TRAIN, CALIBRATION) and s.label in (0, None)]
     distinct, sentences = count_once(good, [s for s in samples if s.label == 1])
@@ -318,13 +281,6 @@ def choose_images(
     minimum = min(20, len(many) // 4)
     train_part, held = carve_calibration(many, config.train.holdout, config.train.seed, minimum)
     return [*train_part, *(s for s in normal if s.class_name in few)], list(held)
-
-
-def _positions(source: FeatureSource, held_out: Collection[Sample], resume: Fitted | None) -> set[int]:
-    """Positions of the images that the students do not see; what a resumed model knows stays on its side."""
-    apart = set(held_out)
-    held = {i for i, sample in enumerate(source.samples) if sample in apart}
-    return held if resume is None else keep_sides(source.keys, held, resume.decision)
 
 
 def _refuse_too_few(training: int, held_out: int, skipped: list[Skipped], students: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
-from twinspect.errors import ConfigError, TrainingError
+from twinspect.errors import TrainingError
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
 from twinspect.training.distributed import ALONE, Group
@@ -56,46 +56,46 @@ def train(
     fingerprint: str = "",
     group: Group = ALONE,
 ) -> TrainReport:
-    """Train both students on the samples ``indices`` of a source.
+    """Train both students in place on the samples ``indices`` of a source.
 
-    Args:
-        model: its student is trained in place.
-        source: teacher answers and pixels.
-        indices: positions of the training images in the source.
-        config: steps, rates, budget.
-        work: folder for checkpoint and log; None keeps nothing on disk.
-        progress: called with ("training: terms", step, steps).
-        fingerprint: what a checkpoint must have been made with to be resumed.
-        group: the processes that share every batch; all end with the same weights.
-
-    Raises:
-        TrainingError: a loss that is not finite.
+    Checkpoint and log are kept in ``work``, from which a killed run with the same ``fingerprint`` goes on. The
+    processes of a ``group`` share every batch; all end with the same weights. A loss that is not finite raises
+    `TrainingError`.
     """
     if not config.steps:
         model.eval()
         return TrainReport(0, 0.0, "no steps asked for", {}, 0)
     student, optimiser = model.student, make_optimiser(model, config)
     start = _resumed(student, optimiser, work, fingerprint, group)
-    work = work if group.leads else None
-    log = _Log(work, start)
+    log = _Log(work if group.leads else None, start)
     student.train()
-    batch = min(config.batch, len(indices)) // group.world
-    began, terms, stopped, done = time.monotonic(), log.terms, "steps", start
-    with _compiled(student, config, group), group.averaging(model):
+    began, terms, stopped, done = time.monotonic(), dict[str, float](), "steps", start
+    with group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
-            _set_rates(optimiser, config, step)
-            terms = _step(model, observed, small, optimiser, config, step, group)
-            _refuse_non_finite(terms, source, part, step)
-            log.write(step, terms, len(part) * group.world)
-            progress(f"training  {_say(terms)}", step + 1, config.steps)
+            for students in optimiser.param_groups:
+                students["lr"] = students["peak"] * schedule(step, config.steps, config.warmup)
+            with autocast(config.precision, group.device), group.one_batch():
+                losses = model.losses(observed, small, step, config)
+            terms = group.mean(_numbers(losses))
+            if not all(math.isfinite(value) for value in terms.values()):
+                raise _not_finite(terms, source, part, step)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(losses["loss"])
+            for students in optimiser.param_groups:
+                torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
+            optimiser.step()
             done = step + 1
+            log.write(step, terms, len(part) * group.world)
+            progress(f"training  {_say(terms)}", done, config.steps)
             over = config.time_budget_s and group.agree(time.monotonic() - began > config.time_budget_s)
-            if work is not None and (done % config.checkpoint_every == 0 or done == config.steps or over):
+            due = done % config.checkpoint_every == 0 or done == config.steps or over
+            if work is not None and group.leads and due:
                 save_checkpoint(work, student, optimiser, done, fingerprint)
             if over:
                 stopped = "time budget"
                 break
     model.eval()
+    batch = min(config.batch, len(indices)) // group.world
     return TrainReport(done, time.monotonic() - began, stopped, terms, batch)
 
 
@@ -110,21 +110,6 @@ def _given(
         with autocast(config.precision, group.device):  # a teacher that is asked at every step
             batch = next(batches)
         yield step, part, *batch
-
-
-@contextlib.contextmanager
-def _compiled(student: nn.Module, config: TrainConfig, group: Group) -> Iterator[None]:
-    """While entered, the students are compiled if that is asked for; what is saved and predicts is not."""
-    if config.compile and group.world > 1:
-        raise ConfigError("compile: for one process; several see the whole batch through functions that it inlines")
-    parts = list(student.children()) if config.compile else []
-    for part in parts:
-        part.compile()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None
 
 
 def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
@@ -146,29 +131,6 @@ def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
     return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _step(
-    model: AnomalyModel,
-    observed: Observed,
-    small: Tensor,
-    optimiser: StableAdamW,
-    config: TrainConfig,
-    step: int,
-    group: Group,
-) -> dict[str, float]:
-    with autocast(config.precision, group.device), group.one_batch():
-        terms = model.losses(observed, small, step, config)
-    numbers = torch.stack([value.detach().double() for value in terms.values()]).tolist()  # a GPU is waited for once
-    values = group.mean(dict(zip(terms, numbers, strict=True)))
-    if not all(math.isfinite(value) for value in values.values()):
-        return values
-    optimiser.zero_grad(set_to_none=True)
-    torch.autograd.backward(terms["loss"])
-    for students in optimiser.param_groups:
-        torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
-    optimiser.step()
-    return values
-
-
 def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterator[tuple[int, list[int]]]:
     """(step, indices) from a step on; each epoch is one seeded permutation, the last batch is filled up."""
     batch = min(config.batch, len(indices))
@@ -184,18 +146,16 @@ def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterato
         yield step, [indices[i] for i in order[place : place + batch]]
 
 
-def _set_rates(optimiser: StableAdamW, config: TrainConfig, step: int) -> None:
-    factor = schedule(step, config.steps, config.warmup)
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * factor
+def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every term as a number; a GPU is waited for once."""
+    values = torch.stack([value.detach().double() for value in losses.values()]).tolist()
+    return dict(zip(losses, values, strict=True))
 
 
-def _refuse_non_finite(values: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> None:
-    if all(math.isfinite(value) for value in values.values()):
-        return
+def _not_finite(terms: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> TrainingError:
     names = ", ".join(source.samples[i].image.name for i in part[:3])
-    raise TrainingError(
-        f"the loss is not finite at step {step} ({_say(values)}); batch with {names} ... "
+    return TrainingError(
+        f"the loss is not finite at step {step} ({_say(terms)}); batch with {names} ... "
         "Lower the learning rate (--lr), or train with --precision fp32. The last checkpoint is kept"
     )
 
@@ -212,25 +172,13 @@ def _say(values: Mapping[str, float]) -> str:
 
 
 class _Log:
-    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped.
-
-    Attributes:
-        terms: of the last step that a broken run had taken.
-    """
+    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
 
     def __init__(self, work: Path | None, start: int) -> None:
-        self.terms: dict[str, float] = {}
-        self._path = work / LOG if work is not None else None
-        self._began = time.monotonic()
+        self._path, self._began = work / LOG if work is not None else None, time.monotonic()
         if self._path is not None and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            lines_before = [line for line in lines if _step_of(line) < start]
-            self._path.write_text("".join(f"{line}\n" for line in lines_before), encoding="utf-8")
-            if lines_before:
-                last = json.loads(lines_before[-1])
-                self.terms = {
-                    name: value for name, value in last.items() if name not in ("step", "images", "seconds")
-                }
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if _step_of(line) < start), encoding="utf-8")
 
     def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
         if self._path is None:

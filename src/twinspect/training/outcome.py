@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load, save
 
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
@@ -38,6 +39,7 @@ from twinspect.training.normal import GoodImages
 from twinspect.training.source import FeatureSource, Tile, picture_of
 from twinspect.types import Sample
 
+LISTED = 10  # images that are least like the others, kept in the record
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
 MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 _TEXTS = ("class_name", "group", "key")
@@ -62,15 +64,11 @@ class Memory:
         cls, good: GoodImages, source: FeatureSource, images: Sequence[int], before: Memory | None = None
     ) -> Memory:
         """The good images of ``before``, then those at some positions of a source."""
-        samples = [picture_of(source.samples[i]) for i in images]
-        texts = (
-            tuple(sample.class_name for sample in samples),
-            tuple(sample.group for sample in samples),
-            tuple(_content_id(source, i) for i in images),
-        )
+        samples = [(picture_of(source.samples[i]), i) for i in images]
+        rows = [(sample.class_name, sample.group, _content_id(source, i)) for sample, i in samples]
         if before is not None:
-            texts = tuple(getattr(before, name) + new for name, new in zip(_TEXTS, texts, strict=True))
-        return cls(good, *texts)
+            rows = [*zip(before.class_name, before.group, before.key, strict=True), *rows]
+        return cls(good, *zip(*rows, strict=True))
 
     def scores(self, classes: Sequence[str]) -> GoodScores:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
@@ -82,11 +80,9 @@ class Memory:
 
     def to_bytes(self) -> bytes:
         """As safetensors, with the texts as JSON in its header."""
-        from safetensors.torch import save
-
-        good = self.good._asdict()
-        tensors: dict[str, torch.Tensor] = {name: tensor for name, tensor in good.items() if name != "tokens"}
-        tensors |= {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(self.good.tokens)}
+        tensors = self.good._asdict()
+        views = tensors.pop("tokens")
+        tensors |= {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(views)}
         tensors["embedding_nF"] = in_fp16(self.good.embedding_nF)
         texts = {name: list(getattr(self, name)) for name in _TEXTS}
         return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"texts": json.dumps(texts)})
@@ -98,20 +94,36 @@ class Memory:
         Raises:
             ValueError, KeyError: it is something else.
         """
-        from safetensors.torch import load
-
         head: dict[str, Any] = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         texts, tensors = json.loads(head["__metadata__"]["texts"]), load(body)
-        views = sorted(name for name in tensors if name.startswith("tokens."))
-        good = {name: tensors[name] for name in GoodImages._fields if name != "tokens"}
-        good["embedding_nF"] = good["embedding_nF"].float()
-        tokens = tuple(tensors[name].float() for name in views)
-        return cls(GoodImages(**good, tokens=tokens), *(tuple(texts[name]) for name in _TEXTS))
+        tokens = tuple(tensors.pop(name).float() for name in sorted(tensors) if name.startswith("tokens."))
+        tensors["embedding_nF"] = tensors["embedding_nF"].float()
+        return cls(GoodImages(**tensors, tokens=tokens), *(tuple(texts[name]) for name in _TEXTS))
 
 
-def decision_of(
-    model: AnomalyModel, source: FeatureSource, held: Collection[int], good: GoodImages, thumbnails: int = 0
-) -> Decision:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training made of good images, for a bundle.
+
+    Attributes:
+        decision: thresholds and what else answers need.
+        record: plain numbers and texts about the model and its images.
+        memory: what further images can be added to, as bytes; none where that is not possible.
+    """
+
+    decision: Decision
+    record: dict[str, Any]
+    memory: bytes
+
+
+def outcome_of(
+    model: AnomalyModel,
+    source: FeatureSource,
+    held: Collection[int],
+    good: GoodImages,
+    thumbnails: int = 0,
+    listed: int = LISTED,
+) -> Outcome:
     """What good images' scores and the clusters' classes make of a trained model.
 
     Args:
@@ -120,23 +132,37 @@ def decision_of(
         held: positions of those that the students were not trained on.
         good: what `fit_statistics` returns of all, in the order of positions.
         thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
+        listed: how many of those that are least like the others are in the record.
     """
     names = [picture_of(sample).class_name for sample in source.samples]
     classes = classes_of_clusters(good.cluster_n.numpy(), names, model.scorer.clusters.count)
-    good, images = of_pictures(good, source.samples, classes)
-    memory = Memory.of(good, source, images)
+    tiles = next((sample.tiles for sample in source.samples if isinstance(sample, Tile)), (1, 1))
+    images = list(range(len(source)))
+    if tiles != (1, 1):
+        good, images = _of_pictures(good, source.samples, classes)
+    pictures = [picture_of(source.samples[i]) for i in images]
+    memory, plain, nearest = Memory.of(good, source, images), model.scorer.plain, model.scorer.nearest
     scores = memory.scores(classes)
-    held_out = {key for key, i in zip(memory.key, images, strict=True) if i in held}
-    trained = {key for key, i in zip(memory.key, images, strict=True) if not (model.scorer.plain and i in held)}
-    nearest, tiles = model.scorer.nearest, next((s.tiles for s in source.samples if isinstance(s, Tile)), (1, 1))
     bank = [picture_of(source.samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
-    return Decision(
+    decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=tuple(sorted(trained)), held=tuple(sorted(held_out)), tiles=tiles,
+        trained=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if not (plain and i in held)})),
+        held=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if i in held})),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
-        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()),
+        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip
+    learnt = [p for p, i in zip(pictures, images, strict=True) if i not in held and not isinstance(p, Copy)]
+    record = {
+        "teacher": _teacher(model),
+        "size": model.size,
+        "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
+        "images": {"train": len(learnt), "calibration": sum(i in held for i in images)},
+        **sizes(model),
+        "least_like": least_like(pictures, good, listed),
+    }
+    no_update = plain or tiles != (1, 1) or len(source) > MOST
+    return Outcome(decision, record, b"" if no_update else memory.to_bytes())
 
 
 def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -145,15 +171,13 @@ def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return np.asarray(roi_SS[np.ix_(at, at)])
 
 
-def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
+def _of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
     """What is said of pictures by their tiles, as `tiles.joined` has it; and the place of the tile that speaks."""
-    if not any(isinstance(sample, Tile) for sample in samples):
-        return good, list(range(len(samples)))
     places: dict[Sample, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
         places[picture_of(sample)].append(place)
-    score_n, owner_n = good.score_n.tolist(), [classes[k] for k in good.cluster_n.tolist()]
-    spoken = [tiles[speaker([score_n[i] for i in tiles], [owner_n[i] for i in tiles])] for tiles in places.values()]
+    scores, owners = good.score_n.tolist(), [classes[k] for k in good.cluster_n.tolist()]
+    spoken = [tiles[speaker([scores[i] for i in tiles], [owners[i] for i in tiles])] for tiles in places.values()]
     highest = [torch.stack([column[tiles].amax() for tiles in places.values()]) for column in good[:3]]
     return good._replace(
         score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
@@ -192,43 +216,22 @@ def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], co
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in counts)
 
 
-def record_of(model: AnomalyModel, source: FeatureSource, held: Collection[int], skipped: int) -> dict[str, Any]:
-    """What a bundle says of its model and images: plain numbers and texts, for JSON.
-
-    Args:
-        model: trained.
-        source: good images.
-        held: positions of those that the students were not trained on.
-        skipped: images that could not be read.
-    """
+def _teacher(model: AnomalyModel) -> dict[str, str]:
     teacher = model.teacher
-    learnt = dict.fromkeys(picture_of(sample) for i, sample in enumerate(source.samples) if i not in held)
-    shown = [picture for picture in learnt if not isinstance(picture, Copy)]
-    calibration = len({picture_of(source.samples[i]) for i in held})
+    terms = licence(teacher.name) if teacher.weights != "random" else "none (random weights)"
     return {
-        "teacher": {
-            "name": teacher.name,
-            "arch": teacher.info.arch,
-            "weights": teacher.weights,
-            "licence": licence(teacher.name) if teacher.weights != "random" else "none (random weights)",
-            "hash": teacher.hash(),
-        },
-        "size": model.size,
-        "classes": dict(sorted(Counter(sample.class_name for sample in shown).items())),
-        "images": {"train": len(shown), "calibration": calibration, "skipped": skipped},
-        "clusters": model.scorer.clusters.count,
-        "variants": model.scorer.clusters.variants,
-        "parameters": parameter_counts(model),
-    }
+        "name": teacher.name, "arch": teacher.info.arch, "weights": teacher.weights, "licence": terms,
+        "hash": teacher.hash(),
+    }  # fmt: skip
 
 
-def parameter_counts(model: AnomalyModel) -> dict[str, int]:
-    """Numbers of weights: teacher (frozen), students by part (trained), and bytes of the normal statistics."""
+def sizes(model: AnomalyModel) -> dict[str, Any]:
+    """For the record: clusters, variants, numbers of weights by part, bytes of statistics."""
     parts = {"teacher": model.teacher, **dict(model.student.named_children())}
-    return {
-        **{name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
-        "statistics_bytes": sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values()),
-    }
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
+    clusters = model.scorer.clusters
+    return {"clusters": clusters.count, "variants": clusters.variants, "parameters": parameters}
 
 
 def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
@@ -238,19 +241,19 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
         ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
         anomaly among the good ones would (`conformal.suspicious_tail`).
     """
-    score_n = good.score_n.double().numpy()
+    score_n, names = good.score_n.double().numpy(), np.array([sample.class_name for sample in samples])
     seen = np.array([bool(c) and not isinstance(s, Copy) for c, s in zip(good.counted_n, samples, strict=True)])
-    apart: set[int] = set()
-    for name in {sample.class_name for sample in samples}:
-        members = np.flatnonzero(seen & np.array([sample.class_name == name for sample in samples]))
-        apart.update(members[suspicious_tail(score_n[members])].tolist())
+    apart = np.zeros(len(samples), bool)
+    for name in set(names):
+        members = np.flatnonzero(seen & (names == name))
+        apart[members[suspicious_tail(score_n[members])]] = True
     order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
     return [
         {
             "path": samples[i].name,
             "class_name": samples[i].class_name,
             "score": round(float(score_n[i]), 3),
-            "apart": i in apart,
+            "apart": bool(apart[i]),
         }
         for i in order
     ]

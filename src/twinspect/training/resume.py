@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,11 +29,7 @@ LOCK = "lock"  # held by the run that writes in a folder
 
 
 def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
-    """Old classes of which the data hold no good image; refused unless ``forget``.
-
-    Raises:
-        DataError: there are some.
-    """
+    """Old classes of which the data hold no good image; a `DataError` unless ``forget``."""
     present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
     missing = [name for name in decision.classes if name not in present]
     if missing and not forget:
@@ -52,11 +50,7 @@ def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set
 
 
 def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
-    """Give a new model of the same shape the students and channel statistics of a trained one.
-
-    Raises:
-        DataError: the shapes differ.
-    """
+    """Give a new model the students and channel statistics of a trained one; a `DataError` if shapes differ."""
     try:
         for part in ("student", "selection", "standardised"):
             getattr(model, part).load_state_dict(getattr(before, part).state_dict())
@@ -73,15 +67,13 @@ def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
     ``called_at_old`` is how many images would be called bad had the old threshold been kept. Of a class without such
     images nothing can be said: its numbers are None.
     """
-    scores_after = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
+    now = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
     rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
-    by_class = []
-    for name in before.classes:
-        pairs = [
-            (score, scores_after[key]) for score, key, owner in rows if owner == name and key in scores_after and key
-        ]
-        by_class.append(_change(name, np.array(pairs).reshape(-1, 2), before, after))
-    return by_class
+    pairs = {
+        name: [(score, now[key]) for score, key, owner in rows if owner == name and key and key in now]
+        for name in before.classes
+    }
+    return [_change(name, np.array(both).reshape(-1, 2), before, after) for name, both in pairs.items()]
 
 
 def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> dict[str, Any]:
@@ -107,14 +99,7 @@ def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Dec
 
 
 def save_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, step: int, fingerprint: str) -> None:
-    """Write the state after ``step`` steps; a crash while writing leaves the previous file whole.
-
-    Raises:
-        TrainingError: the folder cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Write the state after ``step`` steps; a crash while writing leaves the previous file whole."""
     tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in student.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
@@ -129,16 +114,10 @@ def save_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, step: 
 
 
 def load_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, fingerprint: str) -> int:
-    """Take up the state a killed run left; the number of steps already taken (0 without a checkpoint).
-
-    Raises:
-        TrainingError: the checkpoint belongs to other data or settings, or is damaged.
-    """
+    """Take up the state a killed run left; the number of steps already taken (0 without a checkpoint)."""
     path = work / _NAME
     if not path.is_file():
         return 0
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections import deque
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
@@ -25,7 +25,7 @@ from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.observed import Observed
-from twinspect.training.cache import FeatureCache, KnownFiles, RecordLayout, image_key
+from twinspect.training.cache import FeatureCache, KnownFiles, image_key, pack, unpack
 from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
 
@@ -34,25 +34,17 @@ R = TypeVar("R")
 
 _GPU_BATCH = 32
 _TEACHER_BATCH = 4  # larger batches leave the CPU's cache and are slower per image
+_BATCH = 8  # images that are looked at together where a batch means nothing
 _AHEAD = 31  # images that are decoded, or being decoded, before the teacher has asked for them
+_WAITING = 3  # portions, of one call of the teacher each, that may wait for the disk
 
 
 class FeatureSource:
-    """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples.
+    """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples, on the model's device.
 
     With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
-    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Batches lie on
-    the model's device.
-
-    Attributes:
-        portion: images that are looked at together where a batch means nothing.
-
-    Args:
-        model: its teacher is asked.
-        samples: images.
-        cache_root: folder of cached features; None asks the teacher at every visit.
-        progress: called with (stage, done, total).
-        known: files read before, which are not read again only to learn that they have not changed.
+    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Files that are
+    ``known`` are not read again only to learn that they have not changed.
     """
 
     def __init__(
@@ -64,94 +56,83 @@ class FeatureSource:
         known: KnownFiles | None = None,
     ) -> None:
         self._model, self._known = model, known
-        self.portion = 8
         self._picture: tuple[Sample, NDArray[np.uint8]] | None = None
         self._reading = threading.Lock()
         self.skipped: list[Skipped] = []
         self.samples: list[Sample] = []
         self.keys: list[bytes] = []
-        self._cache = self._open(cache_root) if cache_root is not None else None
-        self._prepare(samples, progress)
+        self._cache = FeatureCache(cache_root, space_of(model)) if cache_root is not None else None
+        for _ in _in_order(self._store, self._missing(samples, progress), workers=1, ahead=_WAITING):
+            pass
+        self._picture = None
+        if known is not None:
+            known.save()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def batch(self, indices: Sequence[int]) -> tuple[Observed, Tensor]:
         """The teacher's answer and the Encoder-Encoder's input of some samples."""
-        return self.finish(self.prepare(indices))
-
-    def prepare(self, indices: Sequence[int]) -> Tensor:
-        """What disk and decoder have to give for a batch: records, or pixels B x S x S x 3; for another thread."""
-        pinned = self._model.device.type == "cuda"
-        if self._cache is not None:
-            return self._cache.read([self.keys[i] for i in indices], pinned)
-        pixels = torch.from_numpy(
-            np.stack([read_square(self.samples[i], self._model.size, self._read) for i in indices])
-        )
-        return pixels.pin_memory() if pinned else pixels
-
-    def finish(self, prepared: Tensor) -> tuple[Observed, Tensor]:
-        """The rest of `batch`, on the model's device."""
-        if self._cache is not None:
-            observed, small = self._cache.layout.unpack(prepared.to(self._model.device, non_blocking=True))
-        else:
-            answers = [observe(self._model, part) for part in torch.split(prepared, self.portion)]
-            observed, small = tree_map(lambda *parts: torch.cat(parts), *answers)
-        return observed, self._model.teacher.normalise(small)
+        return self._finish(self._prepare(indices))
 
     def ahead(self, parts: Iterable[Sequence[int]]) -> Iterator[tuple[Observed, Tensor]]:
         """Batches in order, each read and decoded while the one before it is worked on."""
-        for prepared in _in_order(self.prepare, parts, workers=1, ahead=1):
-            yield self.finish(prepared)
+        for prepared in _in_order(self._prepare, parts, workers=1, ahead=1):
+            yield self._finish(prepared)
 
-    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Observed, Tensor]]:
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[Observed, Tensor]]:
         """All samples of a list once, in order."""
-        parts = [list(indices[i : i + self.portion]) for i in range(0, len(indices), self.portion)]
-        for part, (observed, small) in zip(parts, self.ahead(parts), strict=True):
-            yield part, observed, small
+        return self.ahead(indices[i : i + _BATCH] for i in range(0, len(indices), _BATCH))
 
     def vectors(self, indices: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The teacher's raw tokens (n x E, a view each) and embeddings (n x F), on the model's device.
-
-        With a cache these few kilobytes of every record are all that is read.
-        """
+        """The teacher's raw tokens (n x E, a view each) and embeddings (n x F), on the model's device."""
         if self._cache is None:
-            seen = [(*observed.tokens, observed.embedding_BF) for _, observed, _ in self.batches(indices)]
-            *tokens, embedding_nF = (torch.cat(column) for column in zip(*seen, strict=True))
-            return tuple(tokens), embedding_nF
-        layout = self._cache.layout
-        block = self._cache.read([self.keys[i] for i in indices], span=layout.vectors)
-        return layout.unpack_vectors(block.to(self._model.device))
+            seen = [(observed.embedding_BF, *observed.tokens) for observed, _ in self.batches(indices)]
+            embedding_nF, *tokens = (torch.cat(column) for column in zip(*seen, strict=True))
+        else:
+            parts = self._cache.read([self.keys[i] for i in indices], vectors=True)
+            embedding_nF, *tokens = (parts[name].to(self._model.device) for name in sorted(parts))
+        return tuple(tokens), embedding_nF
 
-    def _open(self, root: Path) -> FeatureCache:
-        teacher, selection = self._model.teacher, self._model.selection
-        inputs = f"triangle|{self._model.size}|{selection.shrinks}|{selection.levels}"
-        if self._model.roi_SS is not None:
-            inputs += f"|{hashlib.sha256(self._model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
-        return FeatureCache(root, f"v5|{teacher.info.arch}|{teacher.hash()}|{inputs}", record_layout(self._model))
+    def _prepare(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What disk and decoder have to give for a batch; on another thread."""
+        if self._cache is not None:
+            parts = self._cache.read([self.keys[i] for i in indices])
+        else:
+            squares = [read_square(self.samples[i], self._model.size, self._read) for i in indices]
+            parts = {"squares": torch.from_numpy(np.stack(squares))}
+        pinned = self._model.device.type == "cuda"
+        return {name: part.pin_memory() for name, part in parts.items()} if pinned else parts
 
-    def _prepare(self, samples: Sequence[Sample], progress: Progress) -> None:
-        """Check every image can be read and, with a cache, fill in what it lacks."""
-        waiting: list[tuple[bytes, NDArray[np.uint8]]] = []
+    def _finish(self, prepared: dict[str, Tensor]) -> tuple[Observed, Tensor]:
+        """The rest of a batch. A GPU is sent half the bytes, and widens them itself."""
+        parts = {name: part.to(self._model.device, non_blocking=True) for name, part in prepared.items()}
+        observed, small = unpack(parts) if self._cache is not None else observe(self._model, parts["squares"])
+        return observed, self._model.teacher.normalise(small)
+
+    def _missing(
+        self, samples: Sequence[Sample], progress: Progress
+    ) -> Iterator[tuple[list[bytes], dict[str, Tensor]]]:
+        """Try to read every image; what the teacher answers to those that the cache lacks, in portions."""
+        waiting: dict[bytes, NDArray[np.uint8]] = {}
         stage = "teacher features" if self._cache is not None else "reading images"
         decoded = _in_order(self._decode, samples, workers=min(4, os.cpu_count() or 1), ahead=_AHEAD)
-        for done, (sample, (key, pixels)) in enumerate(zip(samples, decoded, strict=True)):
-            progress(stage, done + 1, len(samples))
+        for done, (sample, (key, pixels)) in enumerate(zip(samples, decoded, strict=True), 1):
+            progress(stage, done, len(samples))
             if isinstance(key, Skipped):
                 self.skipped.append(key)
-                continue
-            self.samples.append(sample)
-            self.keys.append(key)
-            if pixels is not None and self._cache is not None and key not in self._cache:
-                waiting.append((key, pixels))
-            if len(waiting) == teacher_batch(self._model):
-                self._store(waiting)
-        self._store(waiting)
+            else:
+                self.samples.append(sample)
+                self.keys.append(key)
+                if pixels is not None and self._cache is not None and key not in self._cache:
+                    waiting[key] = pixels
+            if len(waiting) == teacher_batch(self._model) or (waiting and done == len(samples)):
+                yield list(waiting), pack(*observe(self._model, torch.from_numpy(np.stack([*waiting.values()]))))
+                waiting = {}
+
+    def _store(self, portion: tuple[list[bytes], dict[str, Tensor]]) -> None:
         if self._cache is not None:
-            self._cache.flush()
-        self._picture = None
-        if self._known is not None:
-            self._known.save()
+            self._cache.write(*portion)
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
         """The key of a sample, or why it cannot be read; and its pixels where they are still needed."""
@@ -179,12 +160,14 @@ class FeatureSource:
                 self._picture = (sample, read_picture(sample, side))
             return self._picture[1]
 
-    def _store(self, waiting: list[tuple[bytes, NDArray[np.uint8]]]) -> None:
-        if not waiting or self._cache is None:
-            return
-        observed, small = observe(self._model, torch.from_numpy(np.stack([pixels for _, pixels in waiting])))
-        self._cache.add([key for key, _ in waiting], self._cache.layout.pack(observed, small))
-        waiting.clear()
+
+def space_of(model: AnomalyModel) -> str:
+    """What the teacher's answers depend on besides the image."""
+    teacher, selection = model.teacher, model.selection
+    space = f"v6|{teacher.info.arch}|{teacher.hash()}|{model.size}|{selection.shrinks}|{selection.levels}"
+    if model.roi_SS is not None:
+        space += f"|{hashlib.sha256(model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
+    return f"{space}|{model.pixel_side}"
 
 
 def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
@@ -210,20 +193,20 @@ def features_folder() -> Path:
 def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
     """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
     folder = features_folder()
-    return None if record_layout(model).size * images > limit_gb * 1e9 or why_unwritable(folder) else folder
+    return None if record_bytes(model) * images > limit_gb * 1e9 or why_unwritable(folder) else folder
 
 
-def record_layout(model: AnomalyModel) -> RecordLayout:
-    """What is kept of an image for a model."""
+def record_bytes(model: AnomalyModel) -> int:
+    """Bytes that are kept of an image for a model, a few hundred of file header aside."""
     selection, info = model.selection, model.teacher.info
-    return RecordLayout(
-        tuple((c, s, s) for c, s in zip(selection.channels, selection.map_sides, strict=True)),
-        tuple((c, s, s) for c, s in zip(selection.coarse_channels, selection.coarse_sides, strict=True)),
-        selection.prefix_shape,
-        (sum(info.token_channels),) * len(selection.shrinks),
-        info.embedding_channels,
-        model.pixel_side,
+    maps = zip(
+        [*selection.channels, *selection.coarse_channels],
+        [*selection.map_sides, *selection.coarse_sides],
+        strict=True,
     )
+    halves = sum(channels * side * side for channels, side in maps) + math.prod(selection.prefix_shape)
+    floats = len(selection.shrinks) * sum(info.token_channels) + info.embedding_channels
+    return 2 * halves + 4 * floats + 3 * model.pixel_side**2
 
 
 @dataclass(frozen=True, slots=True)

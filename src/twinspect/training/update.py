@@ -19,7 +19,7 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
 from twinspect.training.normal import add_statistics
-from twinspect.training.outcome import Memory, parameter_counts, small_pictures
+from twinspect.training.outcome import Memory, sizes, small_pictures
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, Progress, Sample
 
@@ -64,26 +64,23 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     )  # fmt: skip
     if not good.score_n.isfinite().all():
         raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
-    learnt_from = Memory.of(good, source, images, memory)
-    decision = fitted.decision
+    learnt_from, decision = Memory.of(good, source, images, memory), fitted.decision
     if set(decision.good.key) - there:
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
     if decision.fixed:
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
     bank = _bank(fitted, model, len(memory.key), learnt)
-    small = tuple(picture for _, picture in bank) if decision.thumbnails else ()
     new = replace(
-        decision, bank=tuple(name for name, _ in bank), thumbnails=small,
+        decision, bank=tuple(name for name, _ in bank),
+        thumbnails=tuple(picture for _, picture in bank) if decision.thumbnails else (),
         good=learnt_from.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
-        trained=tuple(sorted({*decision.trained, *(image_id(source.keys[i]) for i in images)})),
+        trained=tuple(sorted({*decision.trained, *learnt_from.key[len(memory.key) :]})),
     )  # fmt: skip
-    counts = Counter(sample.class_name for sample in learnt)
-    record = copy.deepcopy(fitted.record)
+    counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
     record["images"]["train"] += len(images)
-    record |= {"clusters": model.scorer.clusters.count, "variants": model.scorer.clusters.variants}
-    record["parameters"] = parameter_counts(model)
+    record |= sizes(model)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
     record.setdefault("updates", []).append(
         {
@@ -98,13 +95,14 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
 
 def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
     """Names and small pictures of the images that others are compared with; empty ones where they are not known."""
-    decision, nothing = fitted.decision, [("", b"")] * old
+    decision, nearest = fitted.decision, model.scorer.nearest
     known = len(decision.bank) == old
-    pictures = decision.thumbnails or (b"",) * old
-    fresh = small_pictures(learnt, fitted.config.train.thumbnails) if decision.thumbnails else (b"",) * len(learnt)
-    rows = list(zip(decision.bank, pictures, strict=True)) if known else nothing
-    rows += zip((sample.name for sample in learnt), fresh, strict=True)
-    return [rows[i] for i in model.scorer.nearest.kept] if model.scorer.nearest is not None else []
+    names = (*(decision.bank if known else ("",) * old), *(sample.name for sample in learnt))
+    small = (b"",) * len(names)
+    if decision.thumbnails:
+        before = decision.thumbnails if known else (b"",) * old
+        small = (*before, *small_pictures(learnt, fitted.config.train.thumbnails))
+    return [(names[i], small[i]) for i in nearest.kept] if nearest is not None else []
 
 
 def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, notes: list[str]) -> list[Sample]:
