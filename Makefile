@@ -10,7 +10,7 @@ DEMO := $(VENV)/.installed-demo
 DOCS := $(VENV)/.installed-docs-server
 ALL := $(VENV)/.installed-dev-demo-docs-server-onnx-openvino-ray-video-sign
 
-.PHONY: demo quick test check docs wheel bench picture clean
+.PHONY: demo quick test coverage check docs wheel bench picture clean
 
 demo: $(DEMO)
 	$(BIN)/twinspect demo --out $(OUT)
@@ -20,6 +20,10 @@ quick: $(DEMO)
 
 test: $(ALL)
 	$(BIN)/python -m pytest
+
+# The same tests, and which lines of src/ they reach.
+coverage: $(ALL)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=92
 
 check: $(ALL)
 	$(BIN)/ruff check .

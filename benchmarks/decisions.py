@@ -244,10 +244,7 @@ def brightened(samples: Sequence[Sample], factor: float) -> list[NDArray[np.uint
 
 def drawn(good: GoodScores, rng: np.random.Generator, count: int) -> GoodScores:
     """Images drawn with replacement."""
-    at = rng.integers(0, len(good), count)
-    numbers = {n: getattr(good, n)[at] for n in ("score", "peak", "distance")}
-    texts = {n: tuple(getattr(good, n)[i] for i in at) for n in ("class_name", "predicted", "group", "key")}
-    return GoodScores.of_columns({**numbers, **texts})
+    return good.take(rng.integers(0, len(good), count))
 
 
 def first_alarm(monitor: DriftMonitor, rows: GoodScores) -> int | None:
@@ -349,12 +346,10 @@ def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, fact
         for i in range(0, len(samples), 16)
     ]
     rows = [r for part in results for r in part]
-    numbers = {
-        "score": np.array([r.score for r in rows]), "peak": np.array([r.peak for r in rows]),
-        "distance": np.array([r.cluster_distance for r in rows]),
-    }  # fmt: skip
-    texts = {"predicted": tuple(r.predicted_class for r in rows), "class_name": tuple(s.class_name for s in samples)}
-    return GoodScores.of_columns({**numbers, **texts, "group": (), "key": ()})
+    return GoodScores(
+        [r.score for r in rows], [r.peak for r in rows], [r.cluster_distance for r in rows],
+        [s.class_name for s in samples], [r.predicted_class for r in rows],
+    )  # fmt: skip
 
 
 def _say_table(say: Callable[[str], None], title: str, rows: Sequence[Values]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 from twinspect.config import ModelConfig, TrainConfig
-from twinspect.server.reference import table
+from twinspect.server.schema import reference, table
 
 ROOT = Path(__file__).parents[1]
 # Defaults of the options that are settings of a run: not given is None there.
@@ -106,7 +106,6 @@ def _default(option: Any) -> str:
 def http_page() -> Iterator[str]:
     """Routes and records of the server."""
     from twinspect.server.app import build_app
-    from twinspect.server.reference import reference
     from twinspect.server.settings import Settings
 
     yield "# HTTP API\n"

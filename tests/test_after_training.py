@@ -73,7 +73,7 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
     made = outcome_of(model, source, HELD, good).decision
     assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
-    assert made.good.class_name == tuple(source.samples[i].class_name for i in HELD)
+    assert made.good.class_name.tolist() == [source.samples[i].class_name for i in HELD]
     assert made.class_of_cluster == ("ring", "weave")
     assert len(made.trained) == len(TRAINED)
 

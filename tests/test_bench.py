@@ -47,8 +47,7 @@ def test_bench_ends_with_one_line_of_json(quick, parts: Path, tmp_path: Path) ->
     for one in report["batches"]:
         assert one["images_per_s"] > 0
         assert one["latency_ms"]["p50"] <= one["latency_ms"]["p99"]
-        assert set(one["share"]) == {"decode", "preprocess", "graph", "post"}
-        assert sum(one["share"].values()) == pytest.approx(1, abs=1e-6)
+        assert one["graph_images_per_s"] > 0
 
 
 def test_bench_names_an_image_that_cannot_be_read(quick, tmp_path: Path) -> None:

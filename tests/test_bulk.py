@@ -28,8 +28,8 @@ from twinspect.commands.drift import read_predictions
 from twinspect.commands.predict import chosen_engine, shard_of
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference.archives import Stream
-from twinspect.inference.bulk import Totals, _Counter, run, say_totals
-from twinspect.inference.job import Job, units
+from twinspect.inference.bulk import Totals, _Counter, run, say_totals, units
+from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, digest
 from twinspect.inference.pictures import PictureOptions
 from twinspect.inference.sources import walk_all
@@ -369,7 +369,8 @@ def test_rows_go_to_a_url(model: Path, shots: Path, whole: list[dict[str, Any]],
     assert (totals.rows, totals.before) == (46, 8)
     found = table(tmp_path / "t")
     assert [row["score"] for row in found] == [row["score"] for row in whole]
-    assert [row["path"].removeprefix("file://") for row in found] == [row["path"] for row in whole]
+    assert [row["path"] for row in found] == [row["path"] for row in whole]
+    assert not list((tmp_path / "t").glob("_tmp-*"))
 
 
 def test_units_cut_the_input(shots: Path) -> None:
@@ -399,7 +400,7 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
         ({"out": "t.xlsx"}, r"accepted endings are \.parquet, \.csv, \.jsonl"),
         ({"shard": (4, 4), "out": "t/"}, "--shard 4/4: accepted 0/N to N-1/N"),
         ({"shard": (0, 2), "out": "t.csv"}, "--shard writes parts to one folder"),
-        ({"coco": "c.json", "out": ""}, "give --out FILE as well"),
+        ({"pictures": PictureOptions(coco="c.json"), "out": ""}, "give --out FILE as well"),
         ({"rows": -1}, "--part-rows -1"),
     ],
 )
@@ -443,12 +444,12 @@ def test_nothing_scored(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "folder", "sources"),
     [
-        *((name, "in/pictures", ["in"]) for name in ("maps", "masks", "overlays", "submission")),
+        *((name, "in/pictures", ["in"]) for name in ("masks", "overlays", "submission")),
         ("overlays", "in", ["in"]),
         ("overlays", "in/a/b", ["file://in"]),
         ("overlays", "in", ["in/*.png"]),
         ("masks", "in/pictures", ["in/**/*.png"]),
-        ("maps", "in", ["in/*.tif*"]),
+        ("submission", "in", ["in/*.tif*"]),
         ("overlays", "in", ["in/a.png", "in/b.png"]),  # as a shell expands in/*.png
         ("overlays", "in/pictures", ["other", "in"]),
     ],
@@ -457,7 +458,7 @@ def test_pictures_are_not_put_among_the_images(tmp_path: Path, name: str, folder
     for file in ("in/a.png", "in/b.png", "in/c.tiff", "other/a.png"):
         save(tmp_path / file, picture())
     placed = [one.replace("in", f"{tmp_path}/in", 1).replace("other", f"{tmp_path}/other") for one in sources]
-    pictures = PictureOptions(map_format="tiff", overlay_format="png", **{name: f"{tmp_path}/{folder}"})
+    pictures = PictureOptions(overlay_format="png", **{name: f"{tmp_path}/{folder}"})
     with pytest.raises(ConfigError, match=f"--{name} .*images are read from there.*choose a folder outside"):
         run(job("no model is opened", tmp_path / "t.csv", *placed, pictures=pictures), Silent())
 
@@ -478,8 +479,8 @@ def test_pictures_that_no_later_run_would_take_for_images(model: Path, tmp_path:
     "changes",
     [
         {"out": "{}/file/t.csv"},
-        {"out": "{}/t.csv", "coco": "{}/file/c.json"},
-        {"out": "{}/t.csv", "coco": "{}"},
+        {"out": "{}/t.csv", "pictures": PictureOptions(coco="{}/file/c.json")},
+        {"out": "{}/t.csv", "pictures": PictureOptions(coco="{}")},
         {"pictures": PictureOptions(maps="{}/file")},
         {"pictures": PictureOptions(masks="{}/file/masks")},
     ],
@@ -491,7 +492,8 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(
 
     def placed(value: Any) -> Any:
         if isinstance(value, PictureOptions):
-            return replace(value, maps=value.maps.format(tmp_path), masks=value.masks.format(tmp_path))
+            names = ("maps", "masks", "coco")
+            return replace(value, **{name: getattr(value, name).format(tmp_path) for name in names})
         return value.format(tmp_path)
 
     one = replace(job("no model is opened", "", shots), **{key: placed(value) for key, value in changes.items()})
@@ -511,7 +513,7 @@ def test_a_file_of_another_kind_is_not_replaced(model: Path, tmp_path: Path) -> 
             run(job(model, tmp_path / name, tmp_path / "in"), Silent())
         assert (tmp_path / name).read_text() == text
     (tmp_path / "c.json").write_text('{"images": []}')
-    coco = {"pictures": PictureOptions(coco=True), "coco": str(tmp_path / "c.json")}
+    coco = {"pictures": PictureOptions(coco=str(tmp_path / "c.json"))}
     with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --coco"):
         run(job(model, tmp_path / "t.csv", tmp_path / "in", **coco), Silent())
     (tmp_path / "c.json").unlink()
@@ -556,22 +558,26 @@ def test_some_rows_of_a_table_are_an_input(model: Path, shots: Path, tmp_path: P
 
 
 def test_images_are_counted_beside_the_work(shots: Path) -> None:
-    counter = _Counter((str(shots), str(shots / "late")))
+    counter = _Counter((str(shots / "late"), str(shots / "000.png")))
     wait_for(lambda: counter.total)
-    assert counter.total == 46 + 15
+    assert counter.total == 16
     assert _Counter(("s3://bucket/x",)).total == 0
 
 
 def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str, Any]]) -> None:
     totals, listener = runs(job(model, "-", shots))
     rows = [json.loads(line) for line in listener.lines]
-    assert [{k: v for k, v in row.items() if k != "ms"} for row in rows] == whole
+    assert [row["path"] for row in rows] == [row["path"] for row in whole]
+    assert [row.keys() - {"ms"} for row in rows] == [row.keys() for row in whole]
+    scores = [[row["score"] for row in found if row["score"] is not None] for found in (rows, whole)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-3)  # a batch holds other images here
     assert say_totals(totals, "-").endswith("1 could not be read")
     _, listener = runs(job(model, "-.csv", shots))
     found = list(csv.DictReader(io.StringIO("\n".join(listener.lines))))
     assert [row["path"] for row in found] == [row["path"] for row in whole]
-    assert [row["score"] for row in found] == ["" if row["score"] is None else str(row["score"]) for row in whole]
-    for changes, sentence in (({"coco": "c.json"}, "give --out FILE"), ({"shard": (0, 2)}, "to one folder")):
+    assert [row["score"] for row in found] == ["" if row["score"] is None else str(row["score"]) for row in rows]
+    coco = {"pictures": PictureOptions(coco="c.json")}
+    for changes, sentence in ((coco, "give --out FILE"), ({"shard": (0, 2)}, "to one folder")):
         with pytest.raises(ConfigError, match=sentence):
             job(model, "-", shots, **changes)
 

@@ -165,7 +165,7 @@ def test_new_budgets_alone_need_no_image(trained: Path, tmp_path: Path) -> None:
     run("calibrate", trained, "--unsure", 0.05, 0.2, "--out", out)
     after = decision_of(out)
     assert (after.budget.max_fpr, after.budget.unsure, after.budget.region_fpr) == (0.05, 0.2, 0.05)
-    assert after.good.key == decision_of(trained).good.key
+    assert after.good.key.tolist() == decision_of(trained).good.key.tolist()
     answers = {r.answer for r in Detector.load(out).predict(images_to_test(trained_parts(out), None), maps=False)}
     assert answers <= {"good", "unsure", "anomaly"}
 
@@ -274,18 +274,10 @@ def test_nan_scores_are_refused(quick, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_thresholds_of_another_model_are_refused(trained: Path, old: Path, tmp_path: Path) -> None:
     other = Detector(config=run_config(RANDOM, seed=5)).fit(train_samples(old)).save(tmp_path / "other.twin")
-    said = run("calibrate", trained, "--from", other, *FEW, "--out", tmp_path / "x.twin", code=2)
-    assert "made with another model" in said
     meta = {**read_bundle(trained).meta, "decision": read_bundle(other).meta["decision"]}
     write_bundle(tmp_path / "mixed.twin", meta, read_bundle(trained).tensors)
     with pytest.raises(BundleError, match="another model"):
         Detector.load(tmp_path / "mixed.twin")
-
-
-def test_thresholds_of_a_copy_are_taken_over(trained: Path, fresh: Path, tmp_path: Path) -> None:
-    run("calibrate", trained, fresh, *FEW, "--out", tmp_path / "line2.twin")
-    run("calibrate", trained, "--from", tmp_path / "line2.twin", "--out", tmp_path / "x.twin")
-    assert decision_of(tmp_path / "x.twin").to_dict() == decision_of(tmp_path / "line2.twin").to_dict()
 
 
 # ------------------------------------------------------------------------------------------ from Python

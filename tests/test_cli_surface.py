@@ -65,7 +65,7 @@ def test_every_flag_and_command_has_help() -> None:
         ),
         ("predict", ("--out", "--class", "--overlays"), ("--part-rows", "--shard", "--ray-address", "--submission")),
         ("serve", ("--port", "--log", "--api-key-file"), ("--max-wait-ms", "--max-body-mb", "--root-path")),
-        ("calibrate", ("--max-fpr", "--labels", "--out"), ("--group", "--from", "--since", "--layout")),
+        ("calibrate", ("--max-fpr", "--labels", "--out"), ("--group", "--since", "--layout")),
     ],
 )
 def test_help_shows_what_people_use_and_help_all_the_rest(
@@ -85,7 +85,7 @@ def test_help_shows_what_people_use_and_help_all_the_rest(
 
 
 def test_an_option_is_one_field_with_its_help_and_what_it_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import twinspect.commands as room
+    import twinspect.cli as room
     from twinspect.config import Range, argument, option
 
     @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def test_an_option_is_one_field_with_its_help_and_what_it_accepts(monkeypatch: p
     module = SimpleNamespace(run=lambda options, console: given.append(options))
     monkeypatch.setattr(room, "import_module", {"twinspect.commands.toy": module}.__getitem__)
     toys = typer.Typer()
-    room.Command("toy", "toy:run", Toy, "toy x", shown=("names",)).add_to(toys)
+    room.Command("toy", "toy:run", Toy, "x", shown=("names",)).add_to(toys)
     runner = CliRunner()
     assert runner.invoke(toys, ["x"]).exit_code == 0
     assert runner.invoke(toys, ["x", "--names", "a", "--names", "b", "--loud", "--rate", "1"]).exit_code == 0
@@ -119,7 +119,8 @@ def test_commands_stand_in_the_order_of_work_each_with_an_example_that_parses() 
     from twinspect.commands.recipes import RECIPES
 
     top = typer.main.get_command(app)
-    found, examples = commands_of(top), {row.name: row.example for row in COMMANDS}
+    found = commands_of(top)
+    examples = {row.name: f"twinspect {row.name} {row.example}".rstrip() for row in COMMANDS}
     assert [name for name in found if name != "data"] == list(examples)
     examples["data"] = "twinspect data inspect data/"
     for name, command in found.items():

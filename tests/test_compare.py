@@ -16,11 +16,11 @@ from twinspect.commands.compare import auroc_difference
 from twinspect.metrics import auroc
 
 
-def rows_of(score: np.ndarray, label: np.ndarray, name: str = "nut") -> dict[str, dict[str, object]]:
-    return {
-        f"{name}/{i}": {"score": float(s), "label": int(y), "true_class": name}
-        for i, (s, y) in enumerate(zip(score, label, strict=True))
-    }
+def pairs_of(first: np.ndarray, second: np.ndarray, label: np.ndarray, name: str = "nut") -> list:
+    return [
+        tuple({"score": float(score), "label": int(y), "true_class": name} for score in both)
+        for *both, y in zip(first, second, label, strict=True)
+    ]
 
 
 def test_the_interval_is_paired() -> None:
@@ -29,9 +29,7 @@ def test_the_interval_is_paired() -> None:
     label = np.repeat([0, 1], [60, 60])
     shared = rng.normal(size=120) + 1.2 * label
     first, second = shared, shared + 0.15 * label
-    pair = (rows_of(first, label), rows_of(second, label))
-    paths = list(pair[0])
-    found = auroc_difference(pair, paths, "", 500, 0)["nut"]
+    found = auroc_difference(pairs_of(first, second, label), "", 500, 0)["nut"]
     assert found["first"] == pytest.approx(auroc(first, label))
     assert found["difference"] == pytest.approx(auroc(second, label) - auroc(first, label)) != 0
     assert 0 < found["low"] < found["difference"] < found["high"]
@@ -46,14 +44,14 @@ def test_the_interval_is_paired() -> None:
 def test_the_mean_is_over_classes_with_both_labels() -> None:
     rng = np.random.default_rng(1)
     label = np.repeat([0, 1], 20)
-    pair: tuple[dict[str, dict[str, object]], ...] = ({}, {})
+    pairs = []
     for name, labels in (("a", label), ("b", label), ("good only", np.zeros(40, int))):
-        for one in pair:
-            one |= rows_of(rng.normal(size=40) + labels, labels, name)
-    found = auroc_difference(pair, list(pair[0]), "", 50, 0)
+        first, second = rng.normal(size=(2, 40)) + labels
+        pairs += pairs_of(first, second, labels, name)
+    found = auroc_difference(pairs, "", 50, 0)
     assert list(found) == ["a", "b", "mean"]
     assert found["mean"]["difference"] == pytest.approx((found["a"]["difference"] + found["b"]["difference"]) / 2)
-    same = auroc_difference((pair[0], pair[0]), list(pair[0]), "", 50, 0)["mean"]
+    same = auroc_difference([(one, one) for one, _ in pairs], "", 50, 0)["mean"]
     assert (same["difference"], same["low"], same["high"], same["other_sign"]) == (0.0, 0.0, 0.0, 0.5)
 
 

@@ -155,7 +155,7 @@ def test_a_class_of_a_few_images_beside_a_large_one(tmp_path: Path) -> None:
     detector = Detector(config=run_config("efficientnet-lite0", True, size=128)).fit(train_samples(tmp_path))
     assert detector.record_["training"]["steps"] == 3
     assert detector.record_["images"]["calibration"] == 4  # of the large class only
-    assert detector.fitted.decision.good.class_name.count("wedge") == 3
+    assert detector.fitted.decision.good.class_name.tolist().count("wedge") == 3
     good, bad, cloth = detector.predict([wedge(90), scratched(wedge(91)), picture(90)])
     assert [one.predicted_class for one in (good, bad, cloth)] == ["wedge", "wedge", "weave"]
     assert bad.is_anomaly

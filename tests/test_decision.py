@@ -12,7 +12,6 @@ import pytest
 
 from twinspect.decide.conformal import (
     conformal_threshold,
-    extended_threshold,
     images_needed,
     labelled_threshold,
     p_values,
@@ -20,7 +19,7 @@ from twinspect.decide.conformal import (
     suspicious_tail,
 )
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, promises, refuse_other_model
-from twinspect.decide.rules import Budget, GoodScores, class_sentence
+from twinspect.decide.rules import Budget, GoodScores
 from twinspect.errors import BundleError, ConfigError, DataError
 
 GOLDEN = Path(__file__).parent / "golden" / "nonconform_p_values.json"
@@ -177,8 +176,8 @@ def test_a_rare_class_goes_by_its_own_images_and_promises_what_they_can() -> Non
     assert (rare.basis, rare.images) == ("own images", 9)
     assert rare.image.value == np.nextafter(scores[200:].max(), np.inf)
     assert made.rule("").image.value < rare.image.value
-    assert "from 9 good images: about 1 good image in 10 will be called bad" in class_sentence(rare)
-    assert "at least 99 good images are needed" in class_sentence(rare)
+    assert "from 9 good images: about 1 good image in 10 will be called bad" in rare.sentence()
+    assert "at least 99 good images are needed" in rare.sentence()
     assert not rare.image.guaranteed
     big = made.rule("big")
     assert (big.basis, big.image.guaranteed) == ("own images", True)
@@ -221,25 +220,6 @@ def test_a_small_class_of_larger_scores_has_the_rate_that_its_own_images_support
     assert np.mean(ours) == pytest.approx(expected, abs=4 * np.std(ours) / math.sqrt(len(ours)))
 
 
-def test_an_extended_threshold_keeps_a_rate_beyond_what_ranks_can_say() -> None:
-    """Exact for an exponential tail of any place and scale, where the largest score is not above it."""
-    rng = np.random.default_rng(2)
-    for rate in (0.001, 0.005):
-        drawn = 7.0 + 3.0 * rng.exponential(size=(4000, 40))
-        beyond = [extended_threshold(one, rate) for one in drawn]
-        realised = np.exp(-(np.array(beyond) - 7.0) / 3.0)
-        assert np.mean(realised) == pytest.approx(rate, abs=4 * np.std(realised) / math.sqrt(4000))
-    # Distances go by it, so that an image of no known kind needs no hundred good ones to be told.
-    rule = decision(good(np.arange(40.0), distance=drawn[0]), 0.005).rule("a")
-    assert rule.far is not None
-    assert rule.far.value == beyond[0] > drawn[0].max()
-    assert rule.class_p(beyond[0]) == pytest.approx(0.005)
-    assert not rule.far.guaranteed
-    few = decision(good(np.arange(9.0), distance=drawn[0, :9]), 0.005).rule("a")
-    assert few.far is not None
-    assert few.far.value == np.nextafter(drawn[0, :9].max(), np.inf)
-
-
 @pytest.mark.parametrize("sizes", [(200, 60, 40), (120, 12, 5), (30,), (95, 9)])
 def test_answers_follow_p_values_whatever_rule_decided(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(4)
@@ -263,8 +243,6 @@ def test_answers_follow_p_values_whatever_rule_decided(sizes: tuple[int, ...]) -
 def test_a_tail_of_ties_puts_the_threshold_above_them() -> None:
     rule = decision(np.r_[np.zeros(10), np.full(10, 2.0)], 0.01).rule("a")
     assert rule.image.value == np.nextafter(2.0, np.inf)
-    with pytest.raises(ValueError, match="9 scores say nothing"):
-        extended_threshold(np.arange(9.0), 0.01)
 
 
 def test_given_and_predicted_classes_have_their_own_images() -> None:
@@ -306,6 +284,8 @@ def test_an_unknown_class_is_named_by_its_distance() -> None:
     assert near.class_p > 0.2
     assert far.unknown_class is True
     assert far.class_p == pytest.approx(1 / 101)
+    few = decision(good(rng.normal(size=30), distance=np.arange(30.0)), 0.005)
+    assert [few.judge(0.0, 0, distance).unknown_class for distance in (29.0, 29.1)] == [False, True]
     silent = made.judge(0.0, 0)
     assert silent.unknown_class is None
     assert math.isnan(silent.class_p)
@@ -322,7 +302,7 @@ def test_unsure_lies_between_two_budgets() -> None:
     assert answers.count(ANOMALY) == 1
     assert answers.count(ANOMALY) + answers.count(UNSURE) == 19
     assert answers == sorted(answers, key=[GOOD, UNSURE, ANOMALY].index)
-    assert "called bad or unsure" in class_sentence(made.rule("a"))
+    assert "called bad or unsure" in made.rule("a").sentence()
 
 
 @pytest.mark.parametrize("rates", [(0.0, None), (1.0, None), (0.05, 0.01), (0.05, 0.05), (0.01, 1.5)])
@@ -431,7 +411,7 @@ def test_json_round_trip_keeps_every_answer() -> None:
         for score in rng.normal(size=20):
             ours, theirs = made.judge(score, cluster), back.judge(score, cluster)
             assert (ours.p_value, ours.threshold, ours.answer) == (theirs.p_value, theirs.threshold, theirs.answer)
-    assert class_sentence(made.rule("a")) == class_sentence(back.rule("a"))
+    assert made.rule("a").sentence() == back.rule("a").sentence()
 
 
 def test_thresholds_of_another_model_are_refused() -> None:

@@ -39,7 +39,9 @@ def test_demo_writes_report_numbers_and_model(
         assert all(0 <= value <= 1 for value in metrics[key].values())
     assert metrics["train_s"] > 0
     assert metrics["predict_img_per_s"] > 0
-    assert metrics["images"]["test"] == {"nominal": 4, "local": 4, "global": 4}
+    found = metrics["decisions"]["textile"]
+    assert (found["good"], found["defects"]) == (4, 8)
+    assert set(metrics["defect_decisions"]["textile"]) == {"local", "global"}
     assert metrics["settings"]["train"]["steps"] == 2
     html = (out / "report.html").read_text(encoding="utf-8")
     assert len(html) < 5_000_000
@@ -48,7 +50,7 @@ def test_demo_writes_report_numbers_and_model(
     assert (out / "demo.twin").is_file()
     said = capsys.readouterr().out
     assert "Image AUROC" in said
-    assert "Called anomalous at the threshold" in said
+    assert "decisions at the thresholds in use" in said
     assert "report.html" in said
 
 

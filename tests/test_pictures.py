@@ -36,9 +36,10 @@ def beside(
     root = tmp_path_factory.mktemp("beside")
     images = images_to_test(parts, 1)[:4]
     save(root / "wide.png", np.asarray(Image.fromarray(pixels(images[0])).resize((2600, 1800))))
-    options = PictureOptions(str(root / "maps"), "tiff", str(root / "masks"), str(root / "over"), "", True)
+    folders = [str(root / name) for name in ("maps", "masks", "over")]
+    options = PictureOptions(*folders, coco=str(root / "c.json"))
     sources = [*images, root / "wide.png", root / "gone.png"]
-    runs(job(model, root / "t.parquet", *sources, pictures=options, coco=str(root / "c.json")))
+    runs(job(model, root / "t.parquet", *sources, pictures=options))
     return root, table(root / "t.parquet"), [*images, root / "wide.png"]
 
 
@@ -48,7 +49,7 @@ def test_maps_masks_and_overlays(beside: tuple[Path, list[dict[str, Any]], list[
     assert rows[-1]["error"]
     assert rows[-1]["map_path"] == ""
     for row, path in zip(rows, images, strict=False):
-        heat = tifffile.imread(row["map_path"])
+        heat = np.load(row["map_path"])["map"]
         expected = quick.predict(path).map
         assert (heat.dtype, heat.shape) == (np.float16, expected.shape)
         np.testing.assert_allclose(heat, expected, rtol=2e-3, atol=2e-3)

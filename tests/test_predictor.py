@@ -275,3 +275,10 @@ def test_row_is_plain(quick: Detector) -> None:
         row
     )
     assert all(isinstance(v, (str, int, float, bool, type(None))) for v in row.values())
+
+
+def test_every_alarm_shows_a_region(quick: Detector) -> None:
+    results = quick.predict(np.stack([picture(i) if i % 2 else np.roll(picture(i), 9, 2) // 2 for i in range(8)]))
+    bad = [result for result in results if result.is_anomaly]
+    assert bad
+    assert all(result.regions for result in bad)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twinspect.inference import regions
-from twinspect.inference.regions import find_regions, resize_map
+from twinspect.inference.regions import find_regions, resize_map, strongest_place
 
 PEAKS = np.arange(1.0, 100.0)
 
@@ -131,3 +131,18 @@ def test_a_noisy_map_lists_the_strongest_hundred() -> None:
     found = find_regions(grid, (64, 64), 0.5, PEAKS)
     assert len(found) == regions.MOST_REGIONS
     assert found[0].score == pytest.approx(float(grid.max()))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (500, 400), (20, 30)])
+def test_strongest_place_of_a_weak_map_is_a_region(shape: tuple[int, int]) -> None:
+    grid = np.random.default_rng(0).random((40, 40)).astype(np.float32)
+    grid[10:14, 20:24] += 2
+    assert not find_regions(grid, shape, 50.0, PEAKS)
+    (region,) = find_regions(grid, shape, strongest_place(grid, shape), PEAKS)
+    y, x = 12 / 40 * shape[0], 22 / 40 * shape[1]
+    assert region.x <= x < region.x + region.width
+    assert region.y <= y < region.y + region.height
+
+
+def test_a_flat_map_has_no_strongest_place() -> None:
+    assert strongest_place(np.ones((8, 8), np.float32), (20, 20)) == float("inf")

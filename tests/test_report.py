@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from twinspect.charts import Axis, Histogram, LineChart, Series, _thin
+from twinspect.charts import Axis, Histogram, LineChart
 from twinspect.errors import TwinspectError
 from twinspect.inference.result import Result
 from twinspect.inference.table import encode
@@ -62,7 +62,7 @@ def everything(cases: int = 2) -> list[Section]:
             ("Words with <b>marks</b>.",),
             (
                 Table("Numbers", ("class", "auroc", "count"), (("a <i>", 0.98765, 12), ("b", 1.0, 3)), "a note"),
-                LineChart("ROC", "fpr", "tpr", (Series("x & y", [0, 0, 1], [0, 0.5, 1]),)),
+                LineChart("ROC", "fpr", "tpr", {"x & y": ([0, 0, 1], [0, 0.5, 1])}),
                 Histogram("Scores", "score", {"good": [1, 2, 3], "<bad>": [4.0, 9.0]}, threshold=3.5),
             ),
         ),
@@ -161,14 +161,16 @@ def test_histograms_of_odd_values(values: list[float]) -> None:
     assert "inf" not in svg
 
 
-def test_a_long_tail_gets_a_compressed_axis_that_keeps_order() -> None:
-    svg = Histogram("h", "score", {"good": [1.0, 2.0, 3.0], "bad": [1e4]}, 4.0).svg()
-    assert "compressed scale" in svg
-    axis = Axis(0.0, 1e4, 0.0, 100.0, 2.0)
-    places = [axis.place(v) for v in (0.0, 1.0, 3.0, 100.0, 1e4, 1e9)]
-    assert places == sorted(places)
-    assert places[-2:] == [100.0, 100.0]
-    assert np.allclose([axis.place(float(v)) for v in axis.edges(10)], np.linspace(0, 100, 11))
+def test_a_long_tail_shares_the_last_bar_and_good_images_stay_visible() -> None:
+    good = np.linspace(1.0, 3.0, 50)
+    svg = Histogram("h", "score", {"good": good, "bad": [1e4, 2e4]}, 4.0).svg()
+    assert "the last bar: this and more" in svg
+    bars = re.findall(r'class="bar s\d" d="([^"]+)"', svg)
+    places = [[float(x) for x in re.findall(r"M([0-9.]+)", one)] for one in bars]
+    assert max(places[0]) - min(places[0]) > 50  # pixels
+    assert len(places[1]) == 1
+    assert places[1][0] > 600
+    assert "this and more" not in Histogram("h", "score", {"good": good}, 4.0).svg()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-2, 3), (0, 1e-6), (0, 123456)])
@@ -178,9 +180,18 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
 
 
-def test_thinning_keeps_corners() -> None:
-    x, y = _thin(np.array([0.0, 0, 0, 0.5, 1]), np.array([0.0, 0.2, 0.6, 0.6, 0.6]))
-    assert list(zip(x, y, strict=True)) == [(0, 0), (0, 0.6), (1, 0.6)]
+def test_many_points_make_a_small_chart_with_both_ends() -> None:
+    x = np.linspace(0, 1, 100_000)
+    svg = LineChart("ROC", "x", "y", {"a": (x, x**2)}, {"here": (0.5, 0.25)}).svg()
+    assert len(svg) < 20_000
+    points = re.search(r'class="line s0" d="M([^"]+)"', svg)[1].split("L")
+    assert (points[0], points[-1]) == ("64.0 312.0", "624.0 12.0")
+
+
+def test_a_table_of_dicts_has_a_dash_where_a_row_has_no_value() -> None:
+    table = Table.of("t", [{"class": "a", "auroc": 0.5}, {"class": "b", "found": 3}], "a note")
+    assert table.columns == ("class", "auroc", "found")
+    assert table.rows == (("a", 0.5, "-"), ("b", "-", 3))
 
 
 def test_headings_stand_over_their_values_and_a_dash_among_numbers(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
     assert again["classes"] == values["classes"]
 
 
-def test_other_settings_or_damage_run_again(tmp_path: Path) -> None:
+def test_other_settings_or_damage_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = find_recipe("mvtec-ad-multi")
     write_small(recipe, tmp_path / "data")
     (split,) = make_splits(load(tmp_path / "data").samples)
@@ -130,14 +130,15 @@ def test_other_settings_or_damage_run_again(tmp_path: Path) -> None:
     key = room.run_key(split, base)
     assert key != room.run_key(split, other)
     assert key == room.run_key(split, small(recipe))
-    path = tmp_path / "split.json"
-    assert room.read_result(path, key) is None
+    runs: list[str] = []
+    monkeypatch.setattr(room, "run_split", lambda split, *_: runs.append(split.name) or {})
+    for _ in range(2):
+        assert room.finished_or_run(split, tmp_path, base, Console(quiet=True))["key"] == key
+    assert len(runs) == 1
+    (path,) = (tmp_path / "splits").iterdir()
     path.write_text('{"key": "')
-    assert room.read_result(path, key) is None
-    path.write_text(json.dumps({"key": "another"}))
-    assert room.read_result(path, key) is None
-    path.write_text(json.dumps({"key": key}))
-    assert room.read_result(path, key) == {"key": key}
+    assert room.finished_or_run(split, tmp_path, base, Console(quiet=True))["key"] == key
+    assert len(runs) == 2
 
 
 def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from twinspect.charts import Histogram, LineChart, Series
+from twinspect.charts import Histogram, LineChart
 from twinspect.data.painting import part
 from twinspect.decide.conformal import conformal_threshold
 from twinspect.diagnose import cutpaste, mixup
@@ -61,7 +61,7 @@ def students() -> str:
 def noisy_or() -> str:
     """The joint probability over one student's, for four values of the other's."""
     x = np.linspace(0, 1, 101)
-    lines = tuple(Series(f"local {p:g}", x, 1 - (1 - p) * (1 - x)) for p in (0.0, 0.3, 0.6, 0.9))
+    lines = {f"local {p:g}": (x, 1 - (1 - p) * (1 - x)) for p in (0.0, 0.3, 0.6, 0.9)}
     return LineChart("Noisy-OR", "probability of the semantic student", "joint probability", lines).svg()
 
 

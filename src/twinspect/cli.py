@@ -1,69 +1,142 @@
-"""The command line: one row a command. Heavy imports live inside the commands."""
+"""The command line: one row a command, whose options are the fields of its dataclass.
+
+Heavy imports live inside the commands, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
-from twinspect.commands import Command
 from twinspect.commands import options as of
-from twinspect.config import ModelConfig, TrainConfig
+from twinspect.config import ModelConfig, TrainConfig, check_options, flag_of
 from twinspect.server.settings import Settings
 
-# Every command in the order in which one works.
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A row of `COMMANDS`.
+
+    Attributes:
+        name: what is typed, such as ``data inspect``.
+        run: ``module:function`` of ``twinspect.commands``. It is called with the options, a dict of the settings
+            where there are some, and a `Console`.
+        options: dataclass; its docstring is the help, its fields that have a help are the options.
+        example: what may follow the name; stands under the help.
+        settings: further dataclasses whose fields are options too.
+        optional: whether a setting that is not typed is None, and not its default.
+        shown: options that ``--help`` shows; the others need ``--help-all``. Without any it shows all.
+    """
+
+    name: str
+    run: str
+    options: type
+    example: str = ""
+    settings: tuple[type, ...] = ()
+    optional: bool = False
+    shown: tuple[str, ...] = ()
+
+    def add_to(self, app: typer.Typer) -> None:
+        """Make it a command of an app."""
+
+        def run(**typed: Any) -> None:
+            from twinspect.console import Console
+
+            typed.pop("help_all", None)
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+            own = {one.name: values.pop(one.name) for one in fields(self.options)}
+            options = self.options(**{name: value for name, value in own.items() if value is not None})
+            quiet = own.get("json_file") == "-" or own.get("as_json") is True
+            module, _, function = self.run.partition(":")
+            with Console(quiet) as console:
+                check_options(options)
+                called = getattr(import_module(f"twinspect.commands.{module}"), function)
+                called(options, *([values] if self.settings else []), console)
+
+        run.__signature__ = inspect.Signature(list(self._parameters()))  # type: ignore[attr-defined]
+        example = f"\b\nExample:\n  twinspect {self.name} {self.example}".rstrip()
+        app.command(self.name.split()[-1], help=self.options.__doc__, epilog=example)(run)
+
+    def _parameters(self) -> Iterator[inspect.Parameter]:
+        for kind in (self.options, *self.settings):
+            hints = get_type_hints(kind)
+            for one in (one for one in fields(kind) if "help" in one.metadata):
+                yield self._parameter(one, hints[one.name], self.optional and kind in self.settings)
+        if self.shown:
+            info = typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option, and stop.")
+            yield _keyword("help_all", False, Annotated[bool, info])
+
+    def _parameter(self, one: Any, hint: Any, optional: bool) -> inspect.Parameter:
+        """A field as typer reads it: several values are a list there, None where none is given."""
+        default = inspect.Parameter.empty if one.default is MISSING else one.default
+        if get_origin(hint) is tuple and get_args(hint)[-1] is ...:
+            hint = list[get_args(hint)[0]]  # type: ignore[misc]
+        if optional or default == ():
+            hint, default = hint | None, None
+        text = one.metadata["help"]
+        if one.metadata.get("argument"):
+            return _keyword(one.name, default, Annotated[hint, typer.Argument(help=text)])
+        flags, hidden = flag_of(one).split(), bool(self.shown) and one.name not in self.shown
+        flags = ["-o", *flags] if "--out" in flags else flags
+        info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden)
+        return _keyword(one.name, default, Annotated[hint, info])
+
+
+def _keyword(name: str, default: Any, hint: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _help_all(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+# In the order in which one works.
 COMMANDS = (
-    Command("doctor", "doctor:doctor", of.DoctorOptions, "twinspect doctor"),
-    Command("demo", "demo:demo", of.DemoOptions, "twinspect demo --quick -o demo-out"),
-    Command("fetch", "fetch:fetch", of.FetchOptions, "twinspect fetch dinov2-base"),
-    Command("data inspect", "data:inspect", of.InspectOptions, "twinspect data inspect data/ --leaks"),
-    Command("data manifest", "data:manifest", of.ManifestOptions, "twinspect data manifest data/ -o data.csv"),
+    Command("doctor", "doctor:doctor", of.DoctorOptions),
+    Command("demo", "demo:demo", of.DemoOptions, "--quick -o demo-out"),
+    Command("fetch", "doctor:fetch", of.FetchOptions, "dinov2-base"),
+    Command("data inspect", "data:inspect", of.InspectOptions, "data/ --leaks"),
+    Command("data manifest", "data:manifest", of.ManifestOptions, "data/ -o data.csv"),
     Command(
-        "fit", "fit:fit", of.FitOptions, "twinspect fit data/ -o model.twin", (ModelConfig, TrainConfig), True,
+        "fit", "fit:fit", of.FitOptions, "data/ -o model.twin", (ModelConfig, TrainConfig), True,
         ("out", "effort", "config", "teacher", "size", "steps", "roi", "device"),
     ),
-    Command("info", "info:info", of.InfoOptions, "twinspect info model.twin"),
-    Command("eval", "evaluate:evaluate", of.EvalOptions, "twinspect eval model.twin data/ -o report.html"),
+    Command("info", "info:info", of.InfoOptions, "model.twin"),
+    Command("eval", "evaluate:evaluate", of.EvalOptions, "model.twin data/ -o report.html"),
+    Command("compare", "compare:compare", of.CompareOptions, "old.twin new.twin data/ --report compare.html"),
+    Command("diagnose", "diagnose:diagnose", of.DiagnoseOptions, "model.twin data/ --report classes.html"),
     Command(
-        "compare", "compare:compare", of.CompareOptions,
-        "twinspect compare old.twin new.twin data/ --report compare.html",
-    ),
-    Command(
-        "diagnose", "diagnose:diagnose", of.DiagnoseOptions,
-        "twinspect diagnose model.twin data/ --report classes.html",
-    ),
-    Command(
-        "calibrate", "calibrate:calibrate", of.CalibrateOptions,
-        "twinspect calibrate model.twin good-day2/ --max-fpr 0.01",
+        "calibrate", "calibrate:calibrate", of.CalibrateOptions, "model.twin good-day2/ --max-fpr 0.01",
         shown=("max_fpr", "class_name", "add", "unsure", "labels", "rule", "from_log", "out", "report"),
     ),
     Command(
-        "predict", "predict:predict", of.PredictOptions,
-        "twinspect predict model.twin new/ -o table.csv --overlays pictures/",
-        shown=(
-            "out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime",
-        ),
+        "predict", "predict:predict", of.PredictOptions, "model.twin new/ -o table.csv --overlays pictures/",
+        shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(
-        "update", "update:update", of.UpdateOptions, "twinspect update model.twin false-alarms/",
+        "update", "update:update", of.UpdateOptions, "model.twin false-alarms/",
         shown=("class_name", "listed", "undo", "out"),
     ),
-    Command("drift", "drift:drift", of.DriftOptions, "twinspect drift model.twin monday.csv tuesday.csv"),
+    Command("drift", "drift:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
     Command(
-        "serve", "serve:serve", of.ServeOptions, "twinspect serve model.twin --port 8000", (Settings,),
+        "serve", "serve:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
         shown=("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue"),
     ),
-    Command(
-        "export", "export:export", of.ExportCommandOptions, "twinspect export model.twin -o model.onnx --images new/"
-    ),
-    Command("sign", "sign:sign", of.SignOptions, "twinspect sign model.twin --key key.pem"),
-    Command("check", "export:check", of.CheckOptions, "twinspect check model.onnx model.twin new/"),
-    Command("bench", "bench:bench", of.BenchOptions, "twinspect bench model.twin --batch 1,16"),
-    Command(
-        "reproduce", "reproduce:reproduce", of.ReproduceOptions,
-        "twinspect reproduce mvtec-ad-multi --root mvtec_ad/ -o results/",
-    ),
+    Command("export", "export:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
+    Command("sign", "serve:sign", of.SignOptions, "model.twin --key key.pem"),
+    Command("check", "export:check", of.CheckOptions, "model.onnx model.twin new/"),
+    Command("bench", "bench:bench", of.BenchOptions, "model.twin --batch 1,16"),
+    Command("reproduce", "reproduce:reproduce", of.ReproduceOptions, "mvtec-ad-multi --root mvtec_ad/ -o results/"),
 )  # fmt: skip
 
 

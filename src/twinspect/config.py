@@ -270,9 +270,7 @@ class ModelConfig:
             "direction": direction,
             "terms": self.terms or preset["terms"],
             "cram": preset["cram"] if self.cram < 0 else self.cram,
-            "cram_place": self.cram_place
-            or preset.get("cram_place")
-            or ("stages" if direction == "forward" else "bottleneck"),
+            "cram_place": self.cram_place or ("stages" if direction == "forward" else "bottleneck"),
             "scoring": self.scores(),
         }
         return self if all(getattr(self, k) == v for k, v in meant.items()) else dataclasses.replace(self, **meant)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from twinspect.errors import TwinspectError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
 _MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
@@ -47,12 +47,10 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._stage = ""
         self._began = self._said = 0.0
         self._first = 0
-        self._deaf = False
-        self._lost: OSError | None = None
+        self._lost: OSError | None = None  # why nothing more can be printed
 
     def __enter__(self) -> Console:
         return self
@@ -64,21 +62,19 @@ class Console:
         if isinstance(error, KeyboardInterrupt):
             _say("stopped; training, or predict --out, resumes when the same command is typed again")
             raise SystemExit(_SIGTERM if isinstance(error, Terminated) else _SIGINT) from None
-        reason = _in_words(error)
-        if error is None and self._lost is not None:
-            reason = f"{_lost_words(self._lost)}; everything else is done"
-        if reason:
+        if reason := _in_words(error):
             _stop(reason)
+        if error is None and self._lost is not None and not isinstance(self._lost, BrokenPipeError):
+            _stop(f"{_lost_words(self._lost)}; everything else is done")
 
     def say(self, text: str) -> None:
         """One line on stdout. Where it cannot be written, the command does its work all the same."""
         self.finish()
-        if not self.quiet and not self._deaf:
+        if not self.quiet and self._lost is None:
             try:
                 print(text, flush=True)
             except OSError as error:
-                self._deaf = True
-                self._lost = None if isinstance(error, BrokenPipeError) else error
+                self._lost = error
                 drop_output()
 
     def warn(self, text: str) -> None:
@@ -112,13 +108,12 @@ class Console:
         name = stage.split("  ")[0]
         if name != self._stage:
             self.finish()
-            self._stage, self._began, self._said = name, time.monotonic(), time.monotonic()
-            self._first = done
-            self._open(name, total)
+            self._stage, self._first, self._bar = name, done, _bar(name, total)
+            self._began = self._said = time.monotonic()
         rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             text = f"{stage}  {rate:.1f}/s" if done > self._first else stage
-            self._bar.update(self._task, completed=done, total=total or None, description=text)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total or None, description=text)
         elif time.monotonic() - self._said > _PLAIN_SECONDS:
             self._said = time.monotonic()
             left = f", {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
@@ -128,23 +123,23 @@ class Console:
         """Close the bar of the stage that was running."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._task = None
-        self._stage = ""
+        self._bar, self._stage = None, ""
 
-    def _open(self, name: str, total: int) -> None:
-        if sys.stderr is None or not sys.stderr.isatty():
-            return
-        try:
-            from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError:  # the light install
-            return
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=RichConsole(stderr=True),
-        )  # fmt: skip
-        self._bar.start()
-        self._task = self._bar.add_task(name, total=total or None)
+
+def _bar(name: str, total: int) -> Progress | None:
+    """A running bar with one task; None where there is no terminal, or rich is not installed (the light install)."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=RichConsole(stderr=True))
+    bar.add_task(name, total=total or None)
+    bar.start()
+    return bar
 
 
 def plain_streams() -> None:
@@ -156,12 +151,10 @@ def plain_streams() -> None:
 
 def drop_output() -> None:
     """Send to nowhere what standard output still holds, or Python would fail on it once more when it ends."""
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # no file behind it
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    except (OSError, ValueError, AttributeError):  # no file behind it
-        pass
 
 
 def _in_words(error: BaseException | None) -> str:
@@ -173,18 +166,13 @@ def _in_words(error: BaseException | None) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
     # torch raises a RuntimeError of its own; asking for its class would load torch.
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
-        return (
-            f"not enough memory ({text or 'for the next array'}); a smaller --size, --batch or --workers needs less"
-        )
+        text = text or "for the next array"
+        return f"not enough memory ({text}); a smaller --size, --batch or --workers needs less"
     return ""
 
 
 def end_lost(error: OSError) -> NoReturn:
-    """End a command whose output was lost.
-
-    Raises:
-        SystemExit: 2, after a sentence on stderr.
-    """
+    """End a command whose output was lost, with a sentence and exit code 2."""
     drop_output()
     _stop(_lost_words(error))
 

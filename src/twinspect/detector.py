@@ -77,7 +77,7 @@ class Detector:
         quiet: bool = False,
         roi: str | Path | NDArray[np.bool_] | None = None,
     ) -> Detector:
-        """Train on the normal training images of a data set folder, or on good images.
+        """Train on the normal training images of a data set folder, or on good images, and return this detector.
 
         Args:
             data: folder in any layout that `twinspect.data.load` knows, samples, or good images: a glob, paths,
@@ -92,9 +92,6 @@ class Detector:
             roi: region of interest: a mask image, LabelMe polygons, or an array H x W that is true (above 0) inside;
                 the rest is neither learnt nor scored.
 
-        Returns:
-            This detector.
-
         Raises:
             DataError: nothing to learn from, or old classes are missing.
         """
@@ -104,8 +101,10 @@ class Detector:
         from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
 
-        changes = {k: v for k, v in (("steps", steps), ("seed", seed)) if v is not None}
-        train: TrainConfig = dataclasses.replace(self.config.train, **changes)  # type: ignore[arg-type]
+        train = self.config.train
+        train = dataclasses.replace(
+            train, steps=train.steps if steps is None else steps, seed=train.seed if seed is None else seed
+        )
         self.config = dataclasses.replace(self.config, train=train)
         folder = Path(work) if work is not None else None
         before = self.fitted if resume else None
@@ -125,7 +124,7 @@ class Detector:
         bgr: bool = False,
         quiet: bool = False,
     ) -> Detector:
-        """Learn further good images without the old ones: after false alarms, or of a new class.
+        """Learn further good images without the old ones, after false alarms or of a new class; return this detector.
 
         Thresholds are made anew, with the budgets that were set. ``record_["updates"]`` lists what was learnt; save
         the model before, if it may have to be taken back.
@@ -136,9 +135,6 @@ class Detector:
             progress: called with (stage, done, total); without one it is shown on stderr.
             bgr: arrays have blue first, as OpenCV reads them.
             quiet: show nothing.
-
-        Returns:
-            This detector.
 
         Raises:
             BundleError: the model keeps nothing that images can be added to.
@@ -171,7 +167,7 @@ class Detector:
         add: bool = False,
         progress: Progress | None = None,
     ) -> Detector:
-        """Set thresholds from good images the model was not trained on; the model stays as it is.
+        """Set thresholds from good images the model was not trained on, and return this detector; the model stays.
 
         Args:
             good: folder, samples, or paths of good images.
@@ -180,9 +176,6 @@ class Detector:
             unsure: share of good images that may be called bad or unsure, for a third answer.
             add: keep the calibration images there are, instead of replacing those of the same classes.
             progress: called with (stage, done, total).
-
-        Returns:
-            This detector.
 
         Raises:
             ConfigError: a rate that so few images cannot support (the message says how many are needed).
@@ -240,13 +233,10 @@ class Detector:
             raise ConfigError(
                 f"{source} does not end: type predict({source!r}, stream=True), and take results from it"
             )
-        single = is_single(source)
-        live = None if stream else False
+        single, live = is_single(source), None if stream else False
         answers = self.predictor().predict(source, maps=maps, pixels=maps, class_name=class_name, live=live, bgr=bgr)
-        if stream:
-            return answers
-        if single:
-            return next(answers)
+        if stream or single:
+            return answers if stream else next(answers)
         results = Results()
         for result in answers:
             if result.rgb is not None and os.path.isfile(result.path):
@@ -257,14 +247,8 @@ class Detector:
     def score_samples(self, source: Any) -> NDArray[np.float64]:
         """Scores with the sign that scikit-learn's ``score_samples`` has: the lower, the more anomalous.
 
-        They are `Result.score` times -1; everywhere else in this library a higher score is more anomalous. NaN where
-        an image could not be read.
-
-        Args:
-            source: as `predict` takes it.
-
-        Returns:
-            One value an image, in their order.
+        They are `Result.score` times -1, one for each image of ``source`` (as `predict` takes it), and NaN where an
+        image could not be read. Everywhere else in this library a higher score is more anomalous.
         """
         import numpy as np
 
@@ -272,11 +256,7 @@ class Detector:
         return np.array([-one.score for one in results], dtype=np.float64)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """What the constructor was given, by name, so that ``sklearn.base.clone`` makes an untrained copy.
-
-        Args:
-            deep: has no effect, as no setting is an estimator itself.
-        """
+        """What the constructor was given, by name, for ``sklearn.base.clone``; ``deep`` has no effect."""
         return dict(self._given)
 
     def predictor(self) -> Predictor:
@@ -333,11 +313,15 @@ class Detector:
         decision = self.fitted.decision
         fixed = dict(decision.fixed) if isinstance(value, Mapping) else {}
         given = value if isinstance(value, Mapping) else dict.fromkeys([*decision.classes, ""], value)
-        for name, one in given.items():
+        for name, number in given.items():
             decision.checked_class(name or None)
             fixed.pop(name, None)
-            if one is not None:
-                fixed[name] = _by_hand(one, name)
+            if number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                of_class = f" of {name}" if name else ""
+                raise ConfigError(f"threshold {number!r}{of_class}: a finite number, or None")
+            fixed[name] = Threshold(float(number), 0.0, False, f"{HAND}; nothing is promised")
         self.fitted.decision = dataclasses.replace(decision, fixed=fixed)
         self._predictor = None
 
@@ -346,11 +330,12 @@ class Detector:
             model = self.config.model
             return f"Detector({model.teacher}, {f'{model.size} px, ' if model.size else ''}not fitted)"
         record, decision = self._fitted.record, self._fitted.decision
-        named = ", ".join(decision.classes[:3]) + (", ..." if len(decision.classes) > 3 else "")
+        classes = decision.classes
+        named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         return (
-            f"Detector({record['teacher']['name']}, {record['size']} px, {len(decision.classes)} "
-            f"class{'es' if len(decision.classes) != 1 else ''} ({named}), "
-            f"{len(decision.good)} good images, threshold {self.threshold:.3g})"
+            f"Detector({record['teacher']['name']}, {record['size']} px, {len(classes)} "
+            f"class{'es' if len(classes) != 1 else ''} ({named}), {len(decision.good)} good images, "
+            f"threshold {self.threshold:.3g})"
         )
 
     @property
@@ -362,17 +347,6 @@ class Detector:
     def record_(self) -> dict[str, Any]:
         """How the model came to be: teacher, sizes, counts, training."""
         return self.fitted.record
-
-
-def _by_hand(value: Any, class_name: str) -> Threshold:
-    """A threshold that somebody set.
-
-    Raises:
-        ConfigError: it is no finite number.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"threshold {value!r}{f' of {class_name}' if class_name else ''}: a finite number, or None")
-    return Threshold(float(value), 0.0, False, f"{HAND}; nothing is promised")
 
 
 def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
@@ -393,8 +367,6 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
             return list(data_room.load(Path(data)).samples)
     elif isinstance(data, Iterable) and not is_array(data):
         data = list(data)
-        if all(isinstance(one, Sample) for one in data):
-            return list(data)
         if all(isinstance(one, (str, os.PathLike)) and not _stands_for_several(one) for one in data):
             return good_files(Path(one) for one in data)
     parts = data if isinstance(data, list) else [data]

@@ -36,8 +36,8 @@ def share_cores() -> None:
 
 def waiting() -> str:
     """How the threads of torch share the cores, in words."""
-    settings = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
-    return settings or "by the defaults of OpenMP, as torch was imported before twinspect"
+    said = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
+    return said or "by the defaults of OpenMP, as torch was imported before twinspect"
 
 
 def usable_cores() -> int:
@@ -56,12 +56,7 @@ def granted_threads() -> int:
 
 
 def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that Linux grants to this process; infinite without a limit.
-
-    Args:
-        groups: where control groups are mounted.
-        own: the file that names those of this process.
-    """
+    """Cores' worth of time that the control groups of Linux grant to this process; infinite without a limit."""
     limits = [math.inf]
     for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
         _, controllers, path = line.split(":", 2)

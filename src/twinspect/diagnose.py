@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,8 @@ class Composite:
 
     def row(self) -> dict[str, Any]:
         """How it was made, as plain values."""
-        names = ("kind", "base", "other", "base_image", "other_image", "weight")
-        return {**{name: getattr(self, name) for name in names}, "box": list(self.box)}
+        names = ("kind", "base", "other", "base_image", "other_image", "weight", "box")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +90,18 @@ class Diagnosis:
 
     Attributes:
         classes: in the order of the matrices.
+        splits: class -> split its normal images come from.
         pairs: one dict per ordered pair: ``base``, ``other`` and `MEASURES`.
         images: one dict per made image: how it was made and how it scored.
-        splits: class -> split its normal images come from.
         failed: normal images that could not be read.
         taken: (class, class that its normal images are taken for) to number of images.
     """
 
     classes: list[str]
-    pairs: list[dict[str, Any]]
-    images: list[dict[str, Any]]
     splits: dict[str, str]
-    failed: list[str]
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     taken: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def mean(self) -> dict[str, float]:
@@ -146,11 +146,8 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
 
 
 def _preferred(members: Sequence[Sample]) -> list[Sample]:
-    for split in (TEST, CALIBRATION, TRAIN):
-        members_of_split = [s for s in members if s.split == split]
-        if len(members_of_split) >= 2:
-            return members_of_split
-    return list(members)
+    by_split = ([s for s in members if s.split == split] for split in (TEST, CALIBRATION, TRAIN))
+    return next((of_split for of_split in by_split if len(of_split) >= 2), list(members))
 
 
 def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], float]:
@@ -202,13 +199,12 @@ def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan:
     first, second = (rng.permutation(len(members)) for members in (base, other))
     for i in range(plan.count):
         one, two = base[first[i % len(base)]], other[second[i % len(other)]]
-        pixels = read_sample_rgb(one), read_sample_rgb(two)
+        pixels, weight = (read_sample_rgb(one), read_sample_rgb(two)), 1.0
         if kind == MIXUP:
             image, mask, weight = mixup(*pixels, rng)
-            box = (0, 0, image.shape[0], image.shape[1])
+            box = (0, 0, *mask.shape)
         else:
             image, mask, box = cutpaste(*pixels, rng)
-            weight = 1.0
         yield Composite(kind, *names, one.name, two.name, image, mask, weight, box)
 
 
@@ -228,20 +224,19 @@ def diagnose(
         DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
     """
     chosen = normal_images(samples, plan)
-    diagnosis = Diagnosis(list(chosen), [], [], {name: members[0].split for name, members in chosen.items()}, [])
-    total, done = len(chosen) * (len(chosen) - 1), 0
+    diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
+    total = len(chosen) * (len(chosen) - 1)
     for base, members in chosen.items():
         normal = _normal_images(predictor, members[: plan.normals], diagnosis)
         for other in (name for name in chosen if name != base):
-            measured = {
-                kind: _measure(
-                    predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit
-                )
+            mixed, pasted = (
+                _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit)
                 for kind in KINDS
-            }
-            diagnosis.pairs.append({"base": base, "other": other, **_pair_values(measured)})
-            done += 1
-            progress("cross-class images", done, total)
+            )
+            # Where a paste is depends on CutPaste alone, as Mixup is everywhere.
+            values = (mixed["image_auroc"], pasted["image_auroc"], pasted["pixel_auroc"], pasted["aupro"])
+            diagnosis.pairs.append({"base": base, "other": other, **dict(zip(MEASURES, values, strict=True))})
+            progress("cross-class images", len(diagnosis.pairs), total)
     return diagnosis
 
 
@@ -265,7 +260,7 @@ def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: D
 
 def _measure(
     predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
-) -> Mapping[str, float]:
+) -> dict[str, float]:
     """Metrics of one kind of image of one pair; the images are added to the diagnosis."""
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
     name = images[0].base
@@ -279,15 +274,7 @@ def _measure(
         diagnosis.images.append({**one.row(), "score": result.score})
         if visit is not None:
             visit(one, result)
-    values: Mapping[str, float] = evaluator.compute()["classes"][name]  # type: ignore[index]
-    return values
-
-
-def _pair_values(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """`MEASURES` of a pair; where a paste is depends on CutPaste alone, as Mixup is everywhere."""
-    paste = measured[CUTPASTE]
-    values = (measured[MIXUP]["image_auroc"], paste["image_auroc"], paste["pixel_auroc"], paste["aupro"])
-    return dict(zip(MEASURES, values, strict=True))
+    return dict(evaluator.compute()["classes"][name])
 
 
 def _sized(other: Pixels, base: Pixels) -> Pixels:

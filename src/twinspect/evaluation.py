@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
-from twinspect.decide.decision import count_calls
 from twinspect.errors import DataError
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
 from twinspect.types import TEST, Progress, Sample
 
-SCORES = ("score", "score_local", "score_semantic")
+STUDENTS = ("score_local", "score_semantic")
 _Mask = NDArray[np.bool_]
 _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas
 
@@ -28,6 +27,7 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
+        joint: accumulator of the joint score, for bootstrap intervals or to merge with others.
         table: ``classes``, ``mean``, ``defects``, ``images``, ``undefined`` of the joint score, ready for JSON.
         students: mean and per-class image metrics of each student alone.
         rows: one plain dict per image.
@@ -35,22 +35,16 @@ class Evaluation:
         seconds: wall time of decoding and prediction.
         failed: images that could not be scored, with reasons.
         masks: masks that could not be used, with reasons; their images add to image metrics only.
-        joint: the accumulator of the joint score, for intervals or to merge with others.
     """
 
-    table: dict[str, Any]
-    students: dict[str, dict[str, Any]]
+    joint: Evaluator
+    table: dict[str, Any] = field(default_factory=dict)
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     decisions: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     failed: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
-    joint: Evaluator = field(default_factory=Evaluator)
-
-    def intervals(self, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
-        """95 % bootstrap intervals of the image metrics: class -> metric -> [low, high], where defined."""
-        intervals: dict[str, Any] = _plain(self.joint.intervals(draws, seed))
-        return intervals
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -86,44 +80,37 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
         DataError: a score or map that is not finite (names the image).
     """
     masked = {s.class_name for s in samples if s.masks} if not pooled else set()
-    joint = Evaluator(pixel=not pooled)
-    students = {name: Evaluator(pixel=False) for name in SCORES[1:]}
-    rows, failed, unused, began = [], [], [], time.monotonic()
+    found, began = Evaluation(Evaluator(pixel=not pooled)), time.monotonic()
+    students = {name: Evaluator(pixel=False) for name in STUDENTS}
     results = predictor.predict(samples, maps=bool(masked), pixels=False)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("evaluating", done + 1, len(samples))
         if result.error:
-            failed.append(f"{result.path}: {result.error}")
+            found.failed.append(f"{result.path}: {result.error}")
             continue
         class_name = pooled or sample.class_name
-        unused += _update(joint, sample, result, class_name, sample.class_name in masked)
+        truth: _Truth = (None, None)
+        use_map = sample.class_name in masked and has_pixel_truth(sample)
+        if use_map and sample.masks:
+            try:
+                truth = _truth_of_pixels(sample, result)
+            except DataError as error:
+                use_map = False
+                found.masks.append(str(error))
+        found.joint.update(
+            result.score, sample.label, class_name, sample.defect_type, result.map if use_map else None, *truth,
+            name=result.path, group=sample.group,
+        )  # fmt: skip
         for name, evaluator in students.items():
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
-        truth = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
-        rows.append({**result.row(), **truth})
-    table = _plain(joint.compute())
-    alone = {name: _plain(evaluator.compute()) for name, evaluator in students.items()}
-    seconds = time.monotonic() - began
-    decisions = count_calls((pooled or row["true_class"], row["label"], row["is_anomaly"]) for row in rows)
-    return Evaluation(table, alone, rows, decisions, seconds, failed, unused, joint)
-
-
-def _update(evaluator: Evaluator, sample: Sample, result: Result, class_name: str, masked: bool) -> list[str]:
-    """Add one image; what is wrong with its mask, if its pixels cannot count."""
-    use_map, wrong = masked and has_pixel_truth(sample), []
-    truth: _Truth = (None, None)
-    if use_map and sample.masks:
-        try:
-            truth = _truth_of_pixels(sample, result)
-        except DataError as error:
-            use_map, wrong = False, [str(error)]
-    evaluator.update(
-        result.score, sample.label, class_name, sample.defect_type,
-        map_HW=result.map if use_map else None, mask_HW=truth[0], regions=truth[1], name=result.path,
-        group=sample.group,
-    )  # fmt: skip
-    return wrong
+        labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
+        found.rows.append({**result.row(), **labels})
+    found.table = found.joint.compute()
+    found.students = {name: evaluator.compute() for name, evaluator in students.items()}
+    found.seconds = time.monotonic() - began
+    found.decisions = count_calls((pooled or r["true_class"], r["label"], r["is_anomaly"]) for r in found.rows)
+    return found
 
 
 def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
@@ -147,18 +134,31 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     return mask, regions
 
 
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class.
+
+    Args:
+        rows: class, label and whether the image is called anomalous.
+
+    Returns:
+        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
+        ``false_alarm_rate``; a share of no images is absent.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
+    return dict(sorted(counts.items()))
+
+
 def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Mean over classes per defect type, if all classes have the same types (MVTec LOCO's two), else empty."""
     kinds = [tuple(sorted(row)) for row in defects.values()]
     if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
         return {}
     return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
-
-
-def _plain(values: Any) -> Any:
-    """Numpy numbers to Python's, so that json takes them."""
-    if isinstance(values, dict):
-        return {str(k): _plain(v) for k, v in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_plain(v) for v in values]
-    return values.item() if isinstance(values, np.generic) else values

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,19 +28,19 @@ _STOPS = 7
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under named columns; the first cell names its row.
-
-    Attributes:
-        title: caption.
-        columns: headings, the first above the row names.
-        rows: texts and numbers; floats are written with four decimals.
-        note: a sentence under the table.
-    """
+    """Rows under named columns; the first cell names its row, and floats are written with four decimals."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str | int | float, ...], ...]
     note: str = ""
+
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Mapping[str, str | int | float]], note: str = "") -> Table:
+        """A column for every key of the rows, in the order in which they first stand; a dash where a row has none."""
+        listed = list(rows)
+        columns = tuple(dict.fromkeys(key for row in listed for key in row))
+        return cls(title, columns, tuple(tuple(row.get(key, "-") for key in columns) for row in listed), note)
 
     def cells(self) -> list[list[str]]:
         """Columns and rows as they are written."""
@@ -55,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One image beside its overlay and perhaps a third picture; small (see `case_of`)."""
+    """One image beside its overlay and perhaps a third picture, all of them small."""
 
     caption: str
     image: Image.Image
@@ -68,8 +67,6 @@ class Cases:
     """Pictures under one colour scale.
 
     Attributes:
-        title: heading.
-        cases: in the order shown.
         scale: (low, high) of map values for colours, one for all images of a model.
         note: a sentence above the pictures.
         third: what the third pictures are, where there are some.
@@ -112,76 +109,41 @@ def case_of(result: Result, kind: str) -> Case:
 
 
 def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:
-    """Write a report atomically and return its path.
-
-    Args:
-        path: the HTML file.
-        title: of the page.
-        sections: in order.
-        facts: short statements at the top (teacher, images, threshold), name to value.
-
-    Raises:
-        TwinspectError: the file cannot be written.
-    """
+    """Write a report atomically and return its path; ``facts`` are short statements at its top."""
     from jinja2 import Environment, StrictUndefined
 
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = template.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
-    album = _Album(sections)
-    shown = [{"title": s.title, "text": s.text, "parts": [_shown(p, album) for p in s.parts]} for s in sections]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
+    album = _Album(sum(len(part.cases) for s in sections for part in s.parts if isinstance(part, Cases)))
+    shown = [{"title": s.title, "text": s.text, "parts": [(type(p).__name__, p) for p in s.parts]} for s in sections]
     html = page.render(
-        title=title,
-        facts=dict(facts or {}),
-        sections=shown,
-        left_out=album.left_out,
-        made=__version__,
-        pictures=any(isinstance(p, Cases) for s in sections for p in s.parts),
+        title=title, facts=facts or {}, sections=shown, album=album, gradient=_gradient(), made=__version__
     )
     return write_text(path, html)
 
 
 class _Album:
-    """Pictures to data addresses within one budget: the more there are, the smaller they get."""
+    """Pictures of a report as data addresses within one budget: the more there are, the smaller they get."""
 
-    def __init__(self, sections: Sequence[Section]) -> None:
-        count = sum(len(p.cases) for s in sections for p in s.parts if isinstance(p, Cases))
+    def __init__(self, count: int) -> None:
+        self.count, self.left, self.left_out = count, _PICTURE_BYTES, 0
         self.side = next((side for most, side in ((80, THUMB), (300, 128)) if count <= most), 80)
-        self.left, self.left_out = _PICTURE_BYTES, 0
 
-    def add(self, case: Case) -> dict[str, str] | None:
-        """Addresses of its pictures, or None once the budget is spent."""
-        pictures = {"image": case.image, "overlay": case.overlay, "third": case.third}
-        found = {name: self._encode(picture) for name, picture in pictures.items() if picture is not None}
-        size = sum(len(text) for text in found.values())
+    def addresses(self, case: Case) -> list[str]:
+        """Of the image, its overlay and perhaps the third picture; none once the budget is spent."""
+        found = [self._encoded(one) for one in (case.image, case.overlay, case.third) if one is not None]
+        size = sum(map(len, found))
         if size > self.left:
             self.left_out += 1
-            return None
+            return []
         self.left -= size
-        return {"caption": case.caption, **found}
+        return found
 
-    def _encode(self, picture: Image.Image) -> str:
-        small = picture.convert("RGB")
+    def _encoded(self, picture: Image.Image) -> str:
+        small, data = picture.convert("RGB"), io.BytesIO()
         small.thumbnail((self.side, self.side))
-        data = io.BytesIO()
         small.save(data, "JPEG", quality=72, optimize=True)
         return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-
-
-def _shown(part: Part, album: _Album) -> dict[str, Any]:
-    """A part as the template takes it."""
-    if isinstance(part, Table):
-        columns = [{"text": name, "number": one} for name, one in zip(part.columns, part.numeric(), strict=True)]
-        return {"kind": "table", "title": part.title, "columns": columns, "rows": part.cells()[1:], "note": part.note}
-    if isinstance(part, Cases):
-        pictures = [album.add(case) for case in part.cases]
-        return {
-            "kind": "cases", "title": part.title, "note": part.note, "third": part.third, "gradient": _gradient(),
-            "low": f"{part.scale[0]:.3g}", "high": f"{part.scale[1]:.3g}", "cases": [p for p in pictures if p],
-        }  # fmt: skip
-    from markupsafe import Markup
-
-    # Everything the chart got from outside is escaped where the SVG is made.
-    return {"kind": "chart", "title": part.title, "svg": Markup(part.svg())}
 
 
 def _gradient() -> str:

@@ -39,14 +39,11 @@ def smooth(map_B1hw: Tensor, kernel: Tensor, rim: str = "replicate") -> Tensor:
             ``zeros``; ``mirror``: the map again, edge values included.
     """
     radius = kernel.numel() // 2
-    if rim == "mirror":
+    if rim == "mirror":  # edge values included, which no mode of F.pad does
         for axis in (2, 3):
-            side = map_B1hw.shape[axis]
-            ends = (
-                map_B1hw.narrow(axis, 0, radius).flip(axis),
-                map_B1hw.narrow(axis, side - radius, radius).flip(axis),
-            )
-            map_B1hw = torch.cat([ends[0], map_B1hw, ends[1]], axis)
+            low = map_B1hw.narrow(axis, 0, radius).flip(axis)
+            high = map_B1hw.narrow(axis, map_B1hw.shape[axis] - radius, radius).flip(axis)
+            map_B1hw = torch.cat([low, map_B1hw, high], axis)
     else:
         map_B1hw = F.pad(map_B1hw, (radius,) * 4, mode="constant" if rim == "zeros" else rim)
     return F.conv2d(F.conv2d(map_B1hw, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
@@ -86,10 +83,10 @@ def published_map(distances: Sequence[Tensor], size: int, name: str) -> tuple[Te
         name: a key of `PUBLISHED_MAPS`.
     """
     how = PUBLISHED_MAPS[name]
-    raised = [
-        F.interpolate(one[:, None], size=(size, size), mode="bilinear", align_corners=True) for one in distances
-    ]
-    joined = torch.stack(raised).mean(0) if how.mean else torch.stack(raised).sum(0)
+    raised = torch.stack(
+        [F.interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=True) for d in distances]
+    )
+    joined = raised.mean(0) if how.mean else raised.sum(0)
     if how.side:
         joined = F.interpolate(joined, size=(how.side, how.side), mode="bilinear", align_corners=False)
     map_B1SS = smooth(joined, gaussian_kernel(4.0, how.radius).to(joined), how.rim)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinspect.bundle import add_signature, signed_part
+from twinspect.bundle import add_signature, read_bundle
 from twinspect.errors import BundleError, ConfigError
 from twinspect.files import write_text
 from twinspect.inference.runtimes import companion, is_export, read_export
@@ -65,17 +65,12 @@ def verify(path: Path, key_file: Path) -> None:
 
 @contextmanager
 def verified(path: Path, key_file: Path) -> Iterator[Path]:
-    """A copy of a model that nobody else can write, so that what is opened is what was verified.
-
-    Raises:
-        BundleError, ConfigError: as `verify`; or it cannot be copied.
-    """
+    """A copy of a model that nobody else can write: what is opened is what was verified. Raises as `verify`."""
     with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
         beside = (companion(path), path.with_suffix(".bin")) if is_export(path) else ()
         try:
-            for part in (path, *beside):
-                if part == path or part.is_file():
-                    shutil.copyfile(part, Path(folder) / part.name)
+            for part in (path, *(one for one in beside if one.is_file())):
+                shutil.copyfile(part, Path(folder) / part.name)
         except OSError as error:
             raise BundleError(f"{path}: cannot be copied to be verified ({error.strerror or error})") from None
         copy = Path(folder) / path.name
@@ -89,7 +84,8 @@ def verified(path: Path, key_file: Path) -> Iterator[Path]:
 def _parts(path: Path) -> tuple[dict[str, Any], str]:
     """What is signed of a model, which is found to be whole, and the signature it has."""
     if not is_export(path):
-        return signed_part(path)
+        content = read_bundle(path)
+        return content.hashes, content.signature
     read_export(path)
     values = dict(json.loads(companion(path).read_text(encoding="utf-8")))
     return values, str(values.pop(_SIGNATURE, ""))
@@ -100,13 +96,18 @@ def _statement(values: dict[str, Any]) -> bytes:
 
 
 def _key(file: Path, private: bool) -> Any:
-    kind = "private" if private else "public"
     try:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ed25519
         from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
     except ImportError:
         raise ConfigError("signatures need the package cryptography; type: pip install 'twinspect[sign]'") from None
+    kind = "private" if private else "public"
+    made_by = (
+        "openssl genpkey -algorithm ed25519 -out key.pem"
+        if private
+        else "openssl pkey -in key.pem -pubout -out key.pub"
+    )
     try:
         body = file.read_bytes()
         key = load_pem_private_key(body, None) if private else load_pem_public_key(body)
@@ -114,14 +115,8 @@ def _key(file: Path, private: bool) -> Any:
         raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise ConfigError(
-            f"{file}: no {kind} key in a PEM file without password ({error}). {_MAKE[private]}"
+            f"{file}: no {kind} key in a PEM file without password ({error}). Type: {made_by}"
         ) from None
     if not isinstance(key, ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey):
-        raise ConfigError(f"{file}: a key of another kind than Ed25519. {_MAKE[private]}")
+        raise ConfigError(f"{file}: a key of another kind than Ed25519. Type: {made_by}")
     return key
-
-
-_MAKE = {
-    True: "Type: openssl genpkey -algorithm ed25519 -out key.pem",
-    False: "Type: openssl pkey -in key.pem -pubout -out key.pub",
-}

@@ -72,12 +72,8 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
         raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
     state = fitted.model.state_dict()
     tensors = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
-    meta = {
-        "config": fitted.config.to_dict(),
-        "record": fitted.record,
-        "decision": fitted.decision.to_dict(),
-        "thin": thin,
-    }
+    config, decision = fitted.config.to_dict(), fitted.decision.to_dict()
+    meta = {"config": config, "record": fitted.record, "decision": decision, "thin": thin}
     write_bundle(path, meta, to_bytes(tensors), fitted.memory)
     return path
 
@@ -91,10 +87,8 @@ def load(path: Path, weights: str = "") -> Fitted:
     content = read_bundle(path)
     try:
         return _rebuild(content, path, weights)
-    except ConfigError as error:
-        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
-    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
-        if isinstance(error, TwinspectError):
+    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError, TwinspectError) as error:
+        if isinstance(error, TwinspectError) and not isinstance(error, ConfigError):
             raise
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
 
@@ -105,38 +99,32 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
     tensors = from_bytes(content.tensors)
-    teacher = _teacher(meta, weights, config)
+    made_with, thin = record["teacher"], bool(meta["thin"])
+    teacher = create_teacher(made_with["name"], weights or None, pretrained=thin and config.model.pretrained)
     model = build_model(config.model, teacher)
     model.roi_SS = tensors.get("roi_SS")
-    resize_buffers(model, tensors)
+    _resize_buffers(model, tensors)
     needed = model.state_dict()
-    missing = [key for key in needed if key not in tensors and not (meta["thin"] and key.startswith(_TEACHER))]
+    missing = [key for key in needed if key not in tensors and not (thin and key.startswith(_TEACHER))]
     if missing or any(key not in needed for key in tensors):
         raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
     model.load_state_dict(tensors, strict=False)
     model.eval()
-    teacher_hash, expected = model.teacher.hash(), record["teacher"]["hash"]
-    if teacher_hash != expected:
+    if (teacher_hash := model.teacher.hash()) != made_with["hash"]:
         raise BundleError(
-            f"{path} was made with teacher {record['teacher']['name']} of hash {expected}, but the teacher on "
+            f"{path} was made with teacher {made_with['name']} of hash {made_with['hash']}, but the teacher on "
             f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
         )
-    model.teacher.weights = record["teacher"]["weights"]
+    model.teacher.weights = made_with["weights"]
     decision = Decision.from_dict(meta["decision"], str(path))
     refuse_other_model(decision, model_id(model), str(path))
     return Fitted(model, decision, config, record, memory=content.memory)
 
 
-def _teacher(meta: dict[str, Any], weights: str, config: RunConfig) -> Teacher:
-    name = meta["record"]["teacher"]["name"]
-    from_disk = bool(meta["thin"]) and config.model.pretrained
-    return create_teacher(name, weights or None, pretrained=from_disk)
-
-
-def resize_buffers(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def _resize_buffers(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """Give statistics buffers the sizes of the stored ones: their number of clusters is learnt."""
     for name, buffer in list(model.named_buffers()):
         stored = tensors.get(name)
         if stored is not None and stored.shape != buffer.shape:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner.register_buffer(name.rpartition(".")[2], torch.empty_like(stored))
+            owner, _, own_name = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(own_name, torch.empty_like(stored))

@@ -102,7 +102,9 @@ def test_training_without_a_folder_good(tmp_path: Path) -> None:
     found = load(tree(tmp_path, **part("bottle", train=3, **{"test/good": 2, "test/bad": 1}), **part("cap", train=4)))
     assert learnt(found) == {"bottle/train", "cap/train"}
     assert seen(found)["bottle/test/bad", "test", 1] == 1
-    assert any("taken as good" in note or "no folder in it is called good" in note for note in found.notes)
+    assert any(
+        "nothing says which images of bottle, cap are good: all 7 are taken as good" in note for note in found.notes
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])

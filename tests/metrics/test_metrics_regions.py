@@ -4,15 +4,24 @@ from metrics_reference import aupro as slow_aupro
 from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
-from twinspect.metrics import aupro, auspro
+from twinspect.metrics import ScoreHistogram
 from twinspect.metrics.pages import keys_of
-from twinspect.metrics.pixels import UNIT, connected_regions, region_weights
+from twinspect.metrics.pixels import REGION_METRICS, UNIT, connected_regions, region_weights
+
+
+def area(name, maps, masks=None, regions=None):
+    """A metric of `REGION_METRICS`."""
+    histogram, nothing = ScoreHistogram(), [None] * len(maps)
+    for m, mask, pairs in zip(maps, masks or nothing, regions or nothing, strict=True):
+        histogram.update(m, mask, regions=pairs)
+    return histogram.compute().values[name]
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.05, 1.0, 0.001])
-def test_aupro_is_the_literal_definition(scored, limit):
+def test_aupro_is_the_literal_definition(scored, limit, monkeypatch):
+    monkeypatch.setitem(REGION_METRICS, "aupro", ("pro", limit))
     maps, masks = scored
-    assert aupro(maps, masks, limit) == pytest.approx(slow_aupro(maps, masks, limit), abs=1e-9)
+    assert area("aupro", maps, masks) == pytest.approx(slow_aupro(maps, masks, limit), abs=1e-9)
 
 
 def overlapping_regions(masks):
@@ -25,19 +34,21 @@ def overlapping_regions(masks):
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
-def test_auspro_is_the_literal_definition(scored, limit):
+def test_auspro_is_the_literal_definition(scored, limit, monkeypatch):
+    monkeypatch.setitem(REGION_METRICS, "auspro_005", ("spro", limit))
     maps, masks = scored
     regions = overlapping_regions(masks)
-    assert auspro(maps, regions, limit) == pytest.approx(slow_auspro(maps, regions, limit), abs=1e-9)
+    assert area("auspro_005", maps, regions=regions) == pytest.approx(slow_auspro(maps, regions, limit), abs=1e-9)
 
 
-def test_saturation_at_full_size_of_connected_regions_is_pro():
+def test_saturation_at_full_size_of_connected_regions_is_pro(monkeypatch):
+    monkeypatch.setitem(REGION_METRICS, "aupro", ("pro", 0.05))
     rng = np.random.default_rng(0)
     mask = np.zeros((9, 9), bool)
     mask[2:5, 2:7] = True
     maps = list(rng.normal(size=(2, 9, 9)).astype(np.float32))
     regions = [[(mask, mask.sum())], []]
-    assert auspro(maps, regions, 0.3) == aupro(maps, [mask, None], 0.3)
+    assert area("auspro_005", maps, regions=regions) == area("aupro", maps, [mask, None])
 
 
 def test_corner_contact_is_one_region():
@@ -66,25 +77,17 @@ def test_weights_of_a_region_sum_to_the_unit_and_saturate():
 def test_best_and_worst():
     mask = np.zeros((10, 10), bool)
     mask[3:5, 3:6] = True
-    assert aupro([mask.astype(float)], [mask]) == 1.0
-    assert aupro([-mask.astype(float)], [mask], 0.05) == 0.0
+    assert area("aupro", [mask.astype(float)], [mask]) == 1.0
+    assert area("aupro_005", [-mask.astype(float)], [mask]) == 0.0
 
 
 def test_undefined_without_regions_or_without_normal_pixels():
     maps = [np.ones((3, 3))]
-    assert np.isnan(aupro(maps, [None]))
-    assert np.isnan(aupro(maps, [np.ones((3, 3))]))
-    assert np.isnan(auspro(maps, [[]]))
+    assert np.isnan(area("aupro", maps))
+    assert np.isnan(area("aupro", maps, [np.ones((3, 3))]))
+    assert np.isnan(area("auspro_005", maps, regions=[[]]))
 
 
 def test_bad_area():
     with pytest.raises(DataError, match="saturation area"):
-        auspro([np.ones((3, 3))], [[(np.ones((3, 3)), 0)]])
-
-
-@pytest.mark.parametrize("limit", [0.0, -0.1, 1.5, np.nan])
-def test_a_limit_outside_the_curve_is_refused(limit):
-    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
-        aupro([np.zeros((2, 2))], [None], limit)
-    with pytest.raises(DataError, match="accepted: above 0, at most 1"):
-        auspro([np.zeros((2, 2))], [[]], limit)
+        ScoreHistogram().update(np.ones((3, 3)), regions=[(np.ones((3, 3)), 0)])

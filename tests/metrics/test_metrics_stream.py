@@ -15,7 +15,6 @@ from twinspect.metrics.pages import (
     bins_of,
     edges_of,
     keys_of,
-    scores_of,
 )
 
 SMALL = 96 << 10
@@ -29,7 +28,7 @@ def filled(maps, masks, limit=128 << 20):
 
 
 def same_state(a, b):
-    assert (a.totals, a.maps, a.rounded, a.budget.drop) == (b.totals, b.maps, b.rounded, b.budget.drop)
+    assert (a.totals, a.rounded, a.budget.drop) == (b.totals, b.rounded, b.budget.drop)
     for mine, theirs in zip(a.tables, b.tables, strict=True):
         np.testing.assert_array_equal(mine.pages(), theirs.pages())
         np.testing.assert_array_equal(mine.rows(mine.pages()), theirs.rows(theirs.pages()))
@@ -139,7 +138,7 @@ def test_memory_stays_within_the_limit():
     for _ in range(60):
         scores = (rng.normal(size=(64, 64)) * 10.0 ** rng.integers(-20, 20)).astype(np.float32)
         histogram.update(scores, rng.random((64, 64)) < 0.05)
-        held.append(histogram.nbytes)
+        held.append(histogram.budget.used)
     assert max(held) <= 2 << 20
     assert histogram.totals.pixels == 60 * 64 * 64
     assert sum(t._values.nbytes for t in histogram.tables) < 1.5 * (2 << 20)
@@ -151,7 +150,7 @@ def test_coarsest_step_admits_everything():
     assert histogram.compute().values["pixel_auroc"] > 0
 
 
-def test_keys_keep_order_and_come_back():
+def test_keys_keep_order_and_bins_their_edges():
     rng = np.random.default_rng(0)
     tiny, huge = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
     scores = np.concatenate(
@@ -160,7 +159,6 @@ def test_keys_keep_order_and_come_back():
     scores = np.unique(scores)
     keys = keys_of(scores)
     assert (np.diff(keys.astype(np.int64)) > 0).all()
-    np.testing.assert_array_equal(scores_of(keys), scores)
     assert keys_of(np.float32([-0.0]))[0] == keys_of(np.float32([0.0]))[0]
     for drop in range(FINEST, COARSEST + 1):
         bins = bins_of(keys, drop)
@@ -239,7 +237,7 @@ def test_a_map_that_is_not_finite_is_named_and_not_counted(bad):
     scores[2, 3] = bad
     with pytest.raises(DataError, match=r"bracket 7\.png.*row 2, column 3"):
         histogram.update(scores, name="bracket 7.png")
-    with pytest.raises(DataError, match="map number 0"):
+    with pytest.raises(DataError, match="score map of a map has 1 values"):
         histogram.update(scores)
     assert histogram.totals.pixels == 0
     assert histogram.tables.all.nbytes == 0

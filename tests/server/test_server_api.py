@@ -321,7 +321,9 @@ def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
     answer = server.ask("POST", "/v1/predict", body, headers)
     assert answer.code == "no_image"
     assert "'other' with a file; type: curl -F file=@" in answer.json["error"]["message"]
-    body, _ = form(("a.png", encoded()))
+    body, _ = form(("a.png", encoded()), ("b.png", encoded()))
+    for cut in (1, 5, 100, len(body) // 2):  # the last image was passed over once
+        assert server.ask("POST", "/v1/predict", body[: -4 - cut], headers).code == "bad_form"
     for kind in ("multipart/form-data", "multipart/form-data; boundary=somethingelse"):
         assert server.ask("POST", "/v1/predict", body, {"Content-Type": kind}).code in ("bad_form", "no_image")
     assert server.ask("POST", "/v1/predict", b"", headers).code in ("bad_form", "no_image")
@@ -458,7 +460,6 @@ def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
     text = answer.body.decode()
     assert answer.headers["content-type"].startswith("text/html")
     assert "://" not in text
-    assert "__ROOT__" not in text
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -535,7 +536,6 @@ def test_below_a_path_of_a_proxy(stripped: bool) -> None:
         for path in ("/healthz", "/readyz", "/") if stripped else ("/healthz", "/readyz", "/", ""):
             assert server.get(at + path).status == 200
             assert server.ask("HEAD", at + path).status == 200
-        assert b'ROOT = "/line/7"' in server.get(f"{at}/").body
         for path in ("/v1/models", "/metrics", "/nothing"):
             assert server.get(at + path).status == 401
         server.headers = own

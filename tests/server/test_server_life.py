@@ -96,13 +96,13 @@ def test_a_lone_client_does_not_wait_for_company() -> None:
 
 def test_an_application_has_threads_only_while_it_serves() -> None:
     def threads() -> set[str]:
-        return {thread.name for thread in threading.enumerate() if thread.name.endswith("-lone")}
+        return {thread.name for thread in threading.enumerate() if "-lone" in thread.name}
 
     lone = Running({"lone": predictor()})  # one that is built and never runs leaves nothing to close
     assert threads() == set()
     with lone as server:
         assert server.post(encoded()).status == 200
-        assert threads() == {"model-lone", "drift-lone"}
+        assert threads() == {"model-lone", "drift-lone_0"}
     assert threads() == set()
 
 
@@ -271,7 +271,7 @@ def test_command_says_what_is_wrong_before_it_loads_a_model(folder: Path) -> Non
         ({"api_key": "short"}, "16 or more"),
         ({"api_key": "ümlaut" * 5}, "16 or more"),
         ({"queue": 0}, "--queue 0"),
-        ({"timeout_s": -1.0}, "--timeout-s -1"),
+        ({"timeout_s": -1.0}, "--timeout -1"),
         ({"max_wait_ms": -1.0}, "--max-wait-ms"),
         ({"max_wait_ms": float("nan")}, "--max-wait-ms"),
         ({"port": 70000}, "--port 70000"),

@@ -1,9 +1,4 @@
-"""``twinspect bench``: throughput, latency, memory, and where the time goes. Numbers are of this machine.
-
-Each stage is timed alone, on one thread of ours: decode (file to RGB), preprocess (resize), graph (the
-runtime), post (p-value, threshold, regions). Images per second are measured apart from that, through the whole
-predictor with its decoding threads.
-"""
+"""``twinspect bench``: throughput, latency and memory on this machine."""
 
 from __future__ import annotations
 
@@ -11,14 +6,12 @@ import io
 import json
 import tempfile
 import time
-from collections import defaultdict
-from itertools import count, cycle, islice
+from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.commands.options import BenchOptions
@@ -37,12 +30,7 @@ _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are giv
 
 
 def bench(options: BenchOptions, console: Console) -> None:
-    """Measure a model on this machine: a table for people, one line of JSON at the end.
-
-    Raises:
-        DataError: no images found.
-        BundleError, ConfigError, TwinspectError: as `inference.runtimes.load_predictor`.
-    """
+    """Measure a model on this machine: a table for people, one line of JSON at the end."""
     batches = parse_batches(options.batch)
     for batch in batches:
         check_counts(options.threads, batch)
@@ -52,46 +40,33 @@ def bench(options: BenchOptions, console: Console) -> None:
     for done, batch in enumerate(batches):
         console.progress("measuring", done, len(batches))
         rows.append(_measure(predictor, files, batch, options.seconds / 2))
-    runtime, precision = "torch", "fp32"
+    runtime, precision, size = "torch", "fp32", predictor.runtime.size
     if is_export(options.model):
         meta = read_export(options.model)
         runtime, precision = (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
-    title = (
-        f"{options.model.name}: {runtime} {precision} at {predictor.runtime.size} px, "
-        f"threads {options.threads or 'auto'}, {images}"
-    )
-    columns = ("batch", "images/s", "graph only", "p50 ms", "p95 ms", "p99 ms")
-    body = tuple(
-        (str(row["batch"]), *(f"{x:.1f}" for x in (row["images_per_s"], row["graph_images_per_s"], *ms.values())))
-        for row in rows
-        if (ms := row["latency_ms"])
-    )
-    say_tables([Table(title, columns, body)], console)
+    threads = options.threads or "auto"
+    title = f"{options.model.name}: {runtime} {precision} at {size} px, threads {threads}, {images}"
+    body = []
     for row in rows:
-        shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in row["share"].items())
-        console.say(f"share of time at batch {row['batch']}: {shares}")
+        numbers = (row["images_per_s"], row["graph_images_per_s"], *row["latency_ms"].values())
+        body.append((str(row["batch"]), *(f"{number:.1f}" for number in numbers)))
+    columns = ("batch", "images/s", "graph only", "p50 ms", "p95 ms", "p99 ms")
+    say_tables([Table(title, columns, tuple(body))], console)
     if peak := peak_mb():
         console.say(f"peak memory of the process: {peak:.0f} MB")
     values = {
-        "model": options.model.name, "runtime": runtime, "precision": precision, "size": predictor.runtime.size,
+        "model": options.model.name, "runtime": runtime, "precision": precision, "size": size,
         "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
     }  # fmt: skip
     console.result(json.dumps(values))
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """``1,16`` to numbers.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        batches = tuple(int(one) for one in text.split(","))
-    except ValueError:
-        batches = ()
-    if not batches or min(batches) < 1:
+    """``1,16`` to numbers."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
         raise ConfigError(f"--batch {text}: accepted numbers from 1, separated by commas, such as 1,16")
-    return batches
+    return tuple(map(int, words))
 
 
 def _files(images: Path | None) -> tuple[list[bytes], str]:
@@ -111,44 +86,30 @@ def _files(images: Path | None) -> tuple[list[bytes], str]:
 
 
 def _measure(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, Any]:
-    """One batch size: images per second of everything and of the graph alone, latency, share of every stage."""
-    stages = _stages(predictor, files, batch, seconds)
-    total = stages.pop("total")
+    """One batch size: images per second of everything and of the graph alone, and latency, file to result."""
+    size, endless = predictor.runtime.size, cycle(files)
+    squares = np.stack([resize_rgb(read_rgb(body, draft_side=size), size) for body in islice(endless, batch)])
+    alone = Predictor(predictor.runtime, predictor.decision, batch, workers=1)
+    graph = _timed(lambda: predictor.runtime.run(squares), seconds / 2)
+    whole = _timed(lambda: list(alone.predict(list(islice(endless, batch)), pixels=False, live=False)), seconds / 2)
     return {
         "batch": batch,
         "images_per_s": _throughput(predictor, files, batch, seconds),
-        "graph_images_per_s": batch / float(np.median(stages["graph"])),
-        "latency_ms": {f"p{q}": float(np.percentile(total, q)) * 1e3 for q in (50, 95, 99)},
-        "share": {name: float(times.sum() / total.sum()) for name, times in stages.items()},
+        "graph_images_per_s": batch / float(np.median(graph)),
+        "latency_ms": {f"p{q}": float(np.percentile(whole, q)) * 1e3 for q in (50, 95, 99)},
     }
 
 
-def _stages(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Seconds of every stage of every call, nothing in parallel, and their total."""
-    size, rows = predictor.runtime.size, defaultdict(list)
-    answers: Any = {}
-    # Says again what the runtime said, so that only what comes after it is timed.
-    replay: Any = SimpleNamespace(size=size, run=lambda _pixels: answers)
-    after = Predictor(replay, predictor.decision, batch, workers=1)
-    endless, began = cycle(files), time.perf_counter()
-    for call in count():
-        bodies = list(islice(endless, batch))
-        marks = [time.perf_counter()]
-        drafts = [read_rgb(body, draft_side=size) for body in bodies]
-        marks.append(time.perf_counter())
-        squares = np.stack([resize_rgb(one, size) for one in drafts])
-        marks.append(time.perf_counter())
-        answers = predictor.runtime.run(squares)
-        marks.append(time.perf_counter())
-        list(after.predict(squares, maps=True, pixels=False))
-        marks.append(time.perf_counter())
-        if call:  # the first call warms up
-            for name, step in zip(("decode", "preprocess", "graph", "post"), np.diff(marks), strict=True):
-                rows[name].append(float(step))
-            rows["total"].append(marks[-1] - marks[0])
-        if call >= 3 and time.perf_counter() - began > seconds:
-            break
-    return {name: np.array(values) for name, values in rows.items()}
+def _timed(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of every call but the first, which warms up."""
+    call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> float:

@@ -4,105 +4,90 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from twinspect import data
-from twinspect.bundle import is_signed, keep_old, read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
 from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions
 from twinspect.commands.results import check_outputs, publish, read_data, say_tables, text_table
 from twinspect.console import Console
-from twinspect.decide.decision import Decision, promises, refuse_other_model
+from twinspect.decide.decision import Decision, promises
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule, class_sentence
+from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import Section, Table
-from twinspect.types import Sample
 
 _MOST_CHARTS = 12
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
-
-
-def requested(options: CalibrateOptions) -> Request:
-    """What shall change; zeros and empty texts were not typed.
-
-    Raises:
-        ConfigError: options that contradict each other, or a value that is not accepted.
-    """
-    max_fpr, unsure, group, rule = options.max_fpr, options.unsure, options.group, options.rule
-    if max_fpr and any(unsure) and max_fpr != unsure[0]:
-        raise ConfigError(
-            f"--max-fpr {max_fpr:g} and --unsure {unsure[0]:g} {unsure[1]:g} say different things: the first rate of "
-            "--unsure is the one of good images called bad; leave --max-fpr out"
-        )
-    if options.miss_cost and rule not in ("", "min-cost"):
-        raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
-    return Request(
-        max_fpr=unsure[0] if any(unsure) else max_fpr or None,
-        unsure=unsure[1] if any(unsure) else None,
-        region_fpr=options.region_fpr or None,
-        class_name=options.class_name or None,
-        by_group=group == "session" if group else None,
-        add=options.add,
-        rule=rule or ("min-cost" if options.miss_cost else ""),
-        miss_cost=options.miss_cost or 1.0,
-    )
+_NOTE = (
+    "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
+    "the good images here the threshold calls bad."
+)
 
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
-    """``twinspect calibrate``: new thresholds into a bundle; the model stays as it is."""
+    """New thresholds into a bundle; the model stays as it is."""
     asked, out = requested(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
-    _refuse_sources(options, asked)
     content = read_bundle(options.bundle)
-    before = start = Decision.from_dict(content.meta["decision"])
-    if options.source is not None:
-        start = Decision.from_dict(read_bundle(options.source).meta["decision"])
-        refuse_other_model(start, before.model_id, str(options.source))
-    scored, labelled = (
-        _from_log(options, asked, before, console) if options.from_log else _score(options, asked, console)
-    )
-    for failure in (*(scored.failed if scored else ()), *(labelled.failed if labelled else ())):
+    before = Decision.from_dict(content.meta["decision"])
+    good, labelled = _logged(options, before, console) if options.from_log else _scored(options, console)
+    for failure in (failure for one in (good, labelled) if one is not None for failure in one.failed):
         console.warn(f"left out {failure}")
-    after, notes = recalibrate(start, asked, scored, labelled)
+    after, notes = recalibrate(before, asked, good, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
+    if not options.force and (note_of_old := keep_old(out)):
+        console.warn(note_of_old)
+    if content.signature:
+        console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
+    write_bundle(out, meta, content.tensors, content.memory)
     values: dict[str, Any] = {
         "model_id": after.model_id, "classes": class_values(after), "sessions": sessions(after), "notes": notes,
     }  # fmt: skip
-    if not options.force and (note_of_old := keep_old(out)):
-        console.warn(note_of_old)
-    if is_signed(options.bundle):
-        console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
-    write_bundle(out, meta, content.tensors, content.memory)
     for line in threshold_lines(after, most=len(values["classes"])):
         console.say(line)
-    if values["sessions"]:
-        say_tables([session_table(values)], console)
+    say_tables(session_tables(values["sessions"]), console)
     facts = {"model": after.model_id, "calibration images": str(len(after.good))}
     title = f"Calibration of {options.bundle.name}"
-    publish(options, title, facts, values, lambda _: sections(values, after, notes), console)
+    publish(options, title, facts, values, sections(values, after), console)
     console.say(f"wrote {out}")
 
 
-def _refuse_sources(options: CalibrateOptions, asked: Request) -> None:
-    """Options that contradict each other about where images come from."""
+def requested(options: CalibrateOptions) -> Request:
+    """What shall change."""
+    unsure, rule, labelled = options.unsure, options.rule, options.labels is not None or bool(options.from_log)
     if options.from_log and (options.good is not None or options.labels is not None):
         raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
     if options.since and not options.from_log:
         raise ConfigError("--since has no effect without --from-log")
-    if asked.rule and options.labels is None and not options.from_log:
+    if unsure is not None and options.max_fpr not in (None, unsure[0]):
+        raise ConfigError(
+            f"--max-fpr {options.max_fpr:g} and --unsure {unsure[0]:g} {unsure[1]:g} say different things: the first "
+            "rate of --unsure is the one of good images called bad; leave --max-fpr out"
+        )
+    if options.miss_cost is not None and rule not in ("", "min-cost"):
+        raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
+    if (rule or options.miss_cost is not None) and not labelled:
         raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
+    return Request(
+        max_fpr=options.max_fpr if unsure is None else unsure[0],
+        unsure=None if unsure is None else unsure[1],
+        region_fpr=options.region_fpr,
+        class_name=options.class_name or None,
+        by_group=options.group == "session" if options.group else None,
+        add=options.add,
+        rule=rule or ("" if options.miss_cost is None else "min-cost"),
+        miss_cost=1.0 if options.miss_cost is None else options.miss_cost,
+    )
 
 
-def _from_log(
-    options: CalibrateOptions, asked: Request, decision: Decision, console: Console
-) -> tuple[Scored | None, Scored | None]:
+def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good images of an inspection log, and labelled ones where a rule shall choose by them."""
     from twinspect.server import refuse_missing
 
@@ -112,49 +97,67 @@ def _from_log(
 
     log = InspectionLog(options.from_log, create=False)
     try:
-        logged = learn(log, decision, options.since, asked.class_name)
+        logged = learn(log, decision, options.since, options.class_name or None)
     finally:
         log.close()
     for note in logged.notes:
         console.warn(note)
-    return logged.good, logged.labelled if asked.rule else None
+    return logged.good, logged.labelled if options.rule or options.miss_cost is not None else None
 
 
-def _score(options: CalibrateOptions, asked: Request, console: Console) -> tuple[Scored | None, Scored | None]:
+def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:
     """Good and labelled images with scores, each None if not given; the model is built only if it is needed."""
     if options.good is None and options.labels is None:
         return None, None
     from twinspect.detector import Detector
 
-    predictor = Detector.load(options.bundle, options.weights).predictor()
-    name = asked.class_name
+    predictor, name = Detector.load(options.bundle, options.weights).predictor(), options.class_name or None
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:
         loaded = read_data(options.good, options.layout, options.images, console)
-        by_session = bool(asked.by_group) and name is not None
-        root = loaded.root if by_session and loaded.root.is_dir() else None
+        by_folder = options.group == "session" and name is not None and loaded.root.is_dir()
+        root = loaded.root if by_folder else None
         good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
     if options.labels is not None:
-        samples = labelled_samples(options.labels, options.images)
+        samples = [s for s in data.load(options.labels, "auto", options.images).samples if s.label is not None]
+        if (kinds := {s.label for s in samples}) != {0, 1}:
+            raise DataError(
+                f"{options.labels}: {len(samples)} labelled images, of {'one kind only' if kinds else 'no kind'}; "
+                "good images (label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
+            )
         labelled = score_images(predictor, samples, name, None, console.progress)
     return good, labelled
 
 
-def labelled_samples(path: Path, images: Path | None = None) -> list[Sample]:
-    """Images with labels from a manifest (columns image, label) or a data set.
+def sections(values: dict[str, Any], decision: Decision) -> list[Section]:
+    """A calibration for a document."""
+    charts = tuple(
+        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
+        for name, rule in list(promises(decision))[:_MOST_CHARTS]
+        if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
+    )
+    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
+    return [
+        Section("Thresholds", (), (threshold_table(decision), *session_tables(values["sessions"]))),
+        Section("What is promised", words),
+        Section("Scores", (), charts),
+        *([Section("Remarks", tuple(values["notes"]))] if values["notes"] else []),
+    ]
 
-    Raises:
-        DataError: not both kinds of label.
-    """
-    labelled = [s for s in data.load(path, "auto", images).samples if s.label is not None]
-    kinds = {s.label for s in labelled}
-    if kinds != {0, 1}:
-        raise DataError(
-            f"{path}: {len(labelled)} labelled images, of {'one kind only' if kinds else 'no kind'}; good images "
-            "(label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
-        )
-    return labelled
+
+def session_tables(left_out: Sequence[dict[str, Any]]) -> list[Table]:
+    """Leave-one-session-out, as a table, where there are sessions."""
+    rows = tuple(
+        (f"{one['class_name']}: {one['group']}", one["images"], one["called"], one["called"] / one["images"])
+        for one in left_out
+    )
+    note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
+    columns = ("session", "good images", "called bad", "rate")
+    return [Table("each session left out", columns, rows, note)] if rows else []
+
+
+# ---------------------------------------------------------------------------------------------- thresholds as a table
 
 
 def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
@@ -173,49 +176,9 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
             "threshold_region": rule.region.value if rule.region is not None else None,
             "region_fpr": rule.region.max_fpr if rule.region is not None else None,
-            "sentence": class_sentence(rule),
+            "sentence": rule.sentence(),
         }
     return rows
-
-
-def sections(values: dict[str, Any], decision: Decision, notes: Sequence[str]) -> list[Section]:
-    """A calibration for a document."""
-    parts = [Section("Thresholds", (), (threshold_table(decision), *_region_table(values)))]
-    if values["sessions"]:
-        parts.append(Section("Sessions", (), (session_table(values),)))
-    charts = tuple(
-        Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
-        for name, rule in list(promises(decision))[:_MOST_CHARTS]
-        if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
-    )
-    parts.append(Section("Scores", (), charts))
-    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    parts.append(Section("What is promised", words))
-    return [*parts, Section("Remarks", tuple(notes))] if notes else parts
-
-
-def _region_table(values: dict[str, Any]) -> Iterator[Table]:
-    rows = tuple(
-        (name, row["threshold_region"], f"{100 * row['region_fpr']:g} %")
-        for name, row in values["classes"].items()
-        if row["threshold_region"] is not None
-    )
-    if rows:
-        note = "At most this share of good images shows a region, where the images are enough for it."
-        yield Table("Regions of the map", ("class", "threshold of map values", "budget"), rows, note)
-
-
-def session_table(values: dict[str, Any]) -> Table:
-    """Leave-one-session-out, as a table."""
-    rows = tuple(
-        (f"{one['class_name']}: {one['group']}", one["images"], one["called"], one["called"] / one["images"])
-        for one in values["sessions"]
-    )
-    note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
-    return Table("each session left out", ("session", "good images", "called bad", "rate"), rows, note)
-
-
-# ---------------------------------------------------------------------------------------------- thresholds as a table
 
 
 def threshold_table(decision: Decision) -> Table:
@@ -244,12 +207,6 @@ def false_alarms(rule: Rule) -> str:
         return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
     return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
-
-
-_NOTE = (
-    "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
-    "the good images here the threshold calls bad."
-)
 
 
 def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:

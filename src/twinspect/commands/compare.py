@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -10,32 +10,31 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
+from twinspect.commands import results
 from twinspect.commands.evaluate import TestSet, choose_test, has_learnt, problems
 from twinspect.commands.options import CompareOptions
-from twinspect.commands.results import check_outputs, publish, read_data, say_tables
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.evaluation import Evaluation, evaluate
 from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import is_export, load_predictor
+from twinspect.inference.runtimes import companion, is_export, load_predictor
 from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Section, Table, case_of
 
 _SHOWN = 24  # pictures, those that the models differ on most
-Rows = Mapping[str, Mapping[str, Any]]  # of a model's results, by path
-Pair = tuple[Rows, Rows]
+Row = Mapping[str, Any]  # of `Evaluation.rows`
+Pair = tuple[Row, Row]  # what the first and the second model say of one image
+# Whether the first and the second model judge an image rightly.
+_JUDGED = {(True, True): "both", (True, False): "first_only", (False, True): "second_only", (False, False): "neither"}
 
 
 def compare(options: CompareOptions, console: Console) -> None:
-    """Score the test images with both models, say what differs and write it where asked.
-
-    Raises:
-        SystemExit: 1, where no image could be scored by both.
-    """
-    check_outputs(options.report, options.json_file)
+    """Score the test images with both models, say what differs and write it where asked."""
+    results.check_outputs(options.report, options.json_file)
     paths = (options.first, options.second)
     predictors = [load_predictor(path, device=options.device) for path in paths]
-    loaded = read_data(options.data, options.layout, options.images, console)
+    loaded = results.read_data(options.data, options.layout, options.images, console)
     test = choose_test(loaded, options.split, options.seed, predictors)
     console.say(test.describe())
     measured = []
@@ -48,23 +47,20 @@ def compare(options: CompareOptions, console: Console) -> None:
     for line in problems(values, 2 * _SHOWN):
         console.warn(line)
     for table in tables(values):
-        say_tables([table], console)
-        if table.note:
-            console.say(table.note)
+        results.say_tables([table], console)
+        console.say(table.note)
+    pictures = _pictures(values, predictors, test) if results.shows_pictures(options.report) else ()
     facts = {"data": f"{test.name} [{test.hash}]", "test images": f"{values['images']}", "seed": f"{options.seed}"}
-
-    def shown(pictures: bool) -> list[Section]:
-        return sections(values, _pictures(values, predictors, test) if pictures else ())
-
-    publish(options, f"{paths[0].name} and {paths[1].name}", facts, values, shown, console)
+    title = f"{paths[0].name} and {paths[1].name}"
+    results.publish(options, title, facts, values, sections(values, pictures), console)
     if not values["images"]:
         raise SystemExit(NOTHING_SCORED)
 
 
 def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluation]) -> dict[str, Any]:
     """Everything found, ready for JSON; ``first`` and ``second`` are the models in the order they were given."""
-    rows = ({row["path"]: row for row in measured[0].rows}, {row["path"]: row for row in measured[1].rows})
-    both = [path for path in rows[0] if path in rows[1]]
+    second = {row["path"]: row for row in measured[1].rows}
+    pairs = [(row, second[row["path"]]) for row in measured[0].rows if row["path"] in second]
     models = {
         key: {
             "file": str(path), "model_id": next((row["model_id"] for row in one.rows), ""),
@@ -76,17 +72,17 @@ def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluat
     }  # fmt: skip
     return {
         **models,
-        "images": len(both),
+        "images": len(pairs),
         "split": {"name": test.name, "hash": test.hash},
-        "auroc_difference": auroc_difference(rows, both, test.pooled, options.draws, options.seed),
-        "decisions": _decisions(rows, both),
-        "differ": _differing(rows, both),
+        "auroc_difference": auroc_difference(pairs, test.pooled, options.draws, options.seed),
+        "decisions": _decisions(pairs),
+        "differ": _differing(pairs),
         "failed": sorted({line for one in measured for line in one.failed}),
         "masks_not_used": sorted({line for one in measured for line in one.masks}),
     }
 
 
-def auroc_difference(rows: Pair, paths: Sequence[str], pooled: str, draws: int, seed: int) -> dict[str, Any]:
+def auroc_difference(pairs: Sequence[Pair], pooled: str, draws: int, seed: int) -> dict[str, Any]:
     """Image AUROC of the second model less that of the first, by class and their mean, with bootstrap intervals.
 
     Paired: a draw takes the same images for both, good ones and defects of every class each with replacement.
@@ -96,69 +92,68 @@ def auroc_difference(rows: Pair, paths: Sequence[str], pooled: str, draws: int, 
         ``other_sign``, the share of draws in which the difference has the other sign (and half of those in which
         there is none). Empty where no class has both labels.
     """
-    members: dict[str, list[str]] = {}
-    for path in paths:
-        members.setdefault(pooled or rows[0][path]["true_class"], []).append(path)
-    rng, drawn = np.random.default_rng(seed), []
-    exact: dict[str, list[float]] = {}
-    for name, paths_of_class in sorted(members.items()):
-        label = np.array([rows[0][path]["label"] for path in paths_of_class])
-        if len(set(label.tolist())) < 2:
+    members: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        members[pooled or pair[0]["true_class"]].append(pair)
+    rng = np.random.default_rng(seed)
+    exact: dict[str, NDArray[np.float64]] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
+    for name, of_class in sorted(members.items()):
+        label = np.array([row["label"] for row, _ in of_class])
+        if label.min() == label.max():
             continue
-        score = np.array([[one[path]["score"] for path in paths_of_class] for one in rows])
-        exact[name] = [auroc(one, label) for one in score]
+        score = np.array([[row["score"] for row in pair] for pair in of_class]).T
+        exact[name] = np.array([auroc(one, label) for one in score])
         kinds = [np.flatnonzero(label == kind) for kind in (0, 1)]
         taken = (np.concatenate([rng.choice(kind, len(kind)) for kind in kinds]) for _ in range(draws))
-        drawn.append([auroc(score[1, at], label[at]) - auroc(score[0, at], label[at]) for at in taken])
+        drawn[name] = np.array([auroc(score[1, at], label[at]) - auroc(score[0, at], label[at]) for at in taken])
     if not exact:
         return {}
-    exact["mean"] = np.mean(list(exact.values()), axis=0).tolist()
-    differences = [*np.array(drawn), np.mean(drawn, axis=0)]
-    return {name: _interval(exact[name], one) for name, one in zip(exact, differences, strict=True)}
+    exact["mean"], drawn["mean"] = np.mean(list(exact.values()), axis=0), np.mean(list(drawn.values()), axis=0)
+    found = {}
+    for name, (first, second) in exact.items():
+        low, high = np.quantile(drawn[name], (0.025, 0.975)).tolist()
+        other = np.mean(drawn[name] * (second - first) < 0.0) + 0.5 * np.mean(drawn[name] == 0.0)
+        found[name] = {
+            "first": float(first), "second": float(second), "difference": float(second - first), "low": low,
+            "high": high, "other_sign": float(other) if second != first else 0.5,
+        }  # fmt: skip
+    return found
 
 
-def _interval(exact: Sequence[float], drawn: NDArray[np.float64]) -> dict[str, float]:
-    difference = exact[1] - exact[0]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    other = np.mean(drawn * difference < 0.0) + 0.5 * np.mean(drawn == 0.0)
-    return {
-        "first": exact[0], "second": exact[1], "difference": difference, "low": float(low), "high": float(high),
-        "other_sign": float(other) if difference else 0.5,
-    }  # fmt: skip
-
-
-def _decisions(rows: Pair, paths: Sequence[str]) -> dict[str, Any]:
+def _decisions(pairs: Sequence[Pair]) -> dict[str, Any]:
     """How many images both, one or neither model judges rightly, by label; and McNemar's exact p-value."""
-    counts: dict[str, Any] = {}
-    for kind, label in (("good", 0), ("defects", 1)):
-        of_kind = [path for path in paths if rows[0][path]["label"] == label]
-        right = [tuple(bool(one[path]["is_anomaly"]) == bool(label) for one in rows) for path in of_kind]
-        words = {"both": (True, True), "first_only": (True, False), "second_only": (False, True)}
-        counts[kind] = {word: right.count(pair) for word, pair in words.items()}
-        counts[kind]["neither"] = right.count((False, False))
-    one, other = (sum(counts[kind][word] for kind in ("good", "defects")) for word in ("first_only", "second_only"))
-    tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1)) / 2 ** (one + other)
-    return {**counts, "p_value": min(1.0, 2.0 * tail)}
+    counts: dict[str, Any] = {kind: dict.fromkeys(_JUDGED.values(), 0) for kind in ("good", "defects")}
+    for one, other in pairs:
+        bad = bool(one["label"])
+        counts["defects" if bad else "good"][_JUDGED[one["is_anomaly"] == bad, other["is_anomaly"] == bad]] += 1
+    first, second = (sum(counts[kind][word] for kind in counts) for word in ("first_only", "second_only"))
+    return {**counts, "p_value": float(binomtest(first, first + second).pvalue) if first + second else 1.0}
 
 
-def _differing(rows: Pair, paths: Sequence[str]) -> list[dict[str, Any]]:
+def _differing(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """Images that the models decide differently on, the clearest difference first."""
-    names, (first, second) = ("score", "threshold", "severity", "is_anomaly"), rows
+    names = ("score", "threshold", "severity", "is_anomaly")
     differ = [
         {
-            "path": path, "class": first[path]["true_class"], "label": first[path]["label"],
-            "first": {name: first[path][name] for name in names},
-            "second": {name: second[path][name] for name in names},
+            "path": one["path"], "class": one["true_class"], "label": one["label"],
+            "first": {name: one[name] for name in names}, "second": {name: other[name] for name in names},
         }
-        for path in paths
-        if first[path]["is_anomaly"] != second[path]["is_anomaly"]
+        for one, other in pairs
+        if one["is_anomaly"] != other["is_anomaly"]
     ]  # fmt: skip
-    return sorted(differ, key=lambda row: -abs(row["second"]["severity"] - row["first"]["severity"]))
+    return sorted(
+        differ, key=lambda row: -abs((row["second"]["severity"] or 0.0) - (row["first"]["severity"] or 0.0))
+    )
+
+
+def _severity(answer: Row) -> str:
+    return "-" if answer["severity"] is None else f"{answer['severity']:.2f}"
 
 
 def size_of(path: Path) -> int:
     """Bytes of a model, an export's other files included."""
-    beside = (path.with_suffix(".bin"), path.with_name(f"{path.name}.json")) if is_export(path) else ()
+    beside = (path.with_suffix(".bin"), companion(path)) if is_export(path) else ()
     return sum(one.stat().st_size for one in (path, *beside) if one.is_file())
 
 
@@ -168,26 +163,28 @@ def tables(values: dict[str, Any]) -> Iterator[Table]:
     # Folders tell two files of one name apart.
     names = [Path(one["file"]).name for one in models]
     names = names if names[0] != names[1] else [one["file"] for one in models]
-    rows: list[tuple[str | float, ...]] = [
-        (metric, *(one["mean"].get(metric, "-") for one in models))
+    cells: dict[str, list[str | float]] = {
+        metric: [one["mean"].get(metric, "-") for one in models]
         for metric in dict.fromkeys(metric for one in models for metric in one["mean"])
-    ]
+    }
     for words, part, whole in (("defects found", "found", "defects"), ("false alarms", "false_alarms", "good")):
-        totals = [sum(row[whole] for row in one["decisions"].values()) for one in models]
-        counts = [sum(row[part] for row in one["decisions"].values()) for one in models]
-        rows.append((words, *(f"{count} of {total}" for count, total in zip(counts, totals, strict=True))))
-    rows += [
-        (words, *(f"{one[key]}" for one in models))
-        for words, key in (("file, MB", "mb"), ("images/s", "images_per_s"), ("model, ms an image", "model_ms"))
-    ]
-    yield Table("both models", ("mean of classes", *names), tuple(rows), _SPEED)
+        counted = [[sum(row[key] for row in one["decisions"].values()) for key in (part, whole)] for one in models]
+        cells[words] = [f"{count} of {total}" for count, total in counted]
+    for words, key in (("file, MB", "mb"), ("images/s", "images_per_s"), ("model, ms an image", "model_ms")):
+        cells[words] = [f"{one[key]}" for one in models]
+    rows = tuple((name, *both) for name, both in cells.items())
+    yield Table("both models", ("mean of classes", *names), rows, _SPEED)
     if values["auroc_difference"]:
-        body = []
-        for name, one in values["auroc_difference"].items():
-            interval, other = f"{one['low']:+.4f} to {one['high']:+.4f}", f"{100 * one['other_sign']:.1f} %"
-            body.append((name, one["first"], one["second"], f"{one['difference']:+.4f}", interval, other))
-        columns = ("class", "first", "second", "difference", "95 % interval", "other sign")
-        yield Table("image AUROC", columns, tuple(body), _PAIRED)
+        areas = [
+            {
+                "class": name, "first": one["first"], "second": one["second"],
+                "difference": f"{one['difference']:+.4f}",
+                "95 % interval": f"{one['low']:+.4f} to {one['high']:+.4f}",
+                "other sign": f"{100 * one['other_sign']:.1f} %",
+            }
+            for name, one in values["auroc_difference"].items()
+        ]  # fmt: skip
+        yield Table.of("image AUROC", areas, _PAIRED)
     counts = values["decisions"]
     judged = tuple((kind, *counts[kind].values()) for kind in ("good", "defects"))
     note = f"Chance of a difference as large without any (McNemar, exact): {counts['p_value']:.3f}."
@@ -205,11 +202,12 @@ def sections(values: dict[str, Any], cases: Sequence[Cases]) -> list[Section]:
     """The comparison for a document."""
     rows = []
     for row in values["differ"]:
-        answers = (row["first"], row["second"])
-        severity = (f"{one['severity']:.2f}{' (called)' if one['is_anomaly'] else ''}" for one in answers)
-        rows.append((Path(row["path"]).name, row["class"], "defect" if row["label"] else "good", *severity))
-    columns = ("image", "class", "truth", "severity, first", "severity, second")
-    listed = Table("all of them", columns, tuple(rows), "Severity is score / threshold, called bad from 1 on.")
+        truth = "defect" if row["label"] else "good"
+        cells = {"image": Path(row["path"]).name, "class": row["class"], "truth": truth}
+        for key in ("first", "second"):
+            cells[f"severity, {key}"] = _severity(row[key]) + (" (called)" if row[key]["is_anomaly"] else "")
+        rows.append(cells)
+    listed = Table.of("all of them", rows, "Severity is score / threshold, called bad from 1 on.")
     return [
         Section("Comparison", (), tuple(tables(values))),
         Section("Decisions that differ", (f"{len(rows)} of {values['images']} images.",), (listed, *cases)),
@@ -222,13 +220,12 @@ def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: Tes
     rows = values["differ"][:_SHOWN]
     if not rows:
         return ()
-    differing = [samples[row["path"]] for row in rows]
-    cases, scale = [], (0.0, 1.0)
-    for row, *results in zip(rows, *(predictor.predict(differing) for predictor in predictors), strict=True):
-        one, other = (case_of(result, "") for result in results)
-        both = ", ".join(f"{row[key]['severity']:.2f}" for key in ("first", "second"))
+    answers = (predictor.predict([samples[row["path"]] for row in rows]) for predictor in predictors)
+    cases = []
+    for row, first, second in zip(rows, *answers, strict=True):
+        both = ", ".join(_severity(row[key]) for key in ("first", "second"))
         words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {both}"
+        one, other = case_of(first, ""), case_of(second, "")
         cases.append(Case(words, one.image, one.overlay, other.overlay))
-        scale = results[0].scale
     note = "Each map has the colours of its own model."
-    return (Cases("Largest differences", tuple(cases), scale, note, "Map of the second model"),)
+    return (Cases("Largest differences", tuple(cases), first.scale, note, "Map of the second model"),)

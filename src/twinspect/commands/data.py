@@ -15,7 +15,6 @@ from twinspect.data import Loaded
 from twinspect.data.leaks import find_leaks
 from twinspect.data.manifest import write_manifest
 from twinspect.data.protocols import PROTOCOLS, make_splits
-from twinspect.data.scan import ScanLog
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import refuse_unwritable
 from twinspect.inference.table import has_columns
@@ -53,13 +52,10 @@ def manifest(options: ManifestOptions, console: Console) -> None:
     refuse_unwritable(out, "--out", ours=lambda file: has_columns(file, {"image", "split"}))
     loaded = read_data(options.path, options.layout, options.images, console)
     root = options.images or (loaded.root if loaded.root.is_dir() else loaded.root.parent)
-    log = ScanLog()
     try:
-        rows = write_manifest(loaded.samples, out, root, options.details, log)
+        rows = write_manifest(loaded.samples, out, root)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
-    for _, reason in log.skipped:
-        console.warn(f"no details: {reason}")
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {quote(str(out))} --images {quote(str(root))}")

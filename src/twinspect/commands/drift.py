@@ -11,11 +11,11 @@ import numpy as np
 
 from twinspect.bundle import read_bundle
 from twinspect.charts import Histogram
+from twinspect.commands import results
 from twinspect.commands.options import DriftOptions
-from twinspect.commands.results import check_outputs, publish, say_tables
 from twinspect.console import Console
 from twinspect.decide.decision import Decision
-from twinspect.decide.drift import DriftMonitor, DriftReport
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import DataError
 from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import Section, Table
@@ -24,12 +24,8 @@ _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model
 
 
 def drift(options: DriftOptions, console: Console) -> None:
-    """Watch the predictions of one or more tables, in their order.
-
-    Raises:
-        DataError: a table of another model, without scores, or with one that is no number.
-    """
-    check_outputs(options.report, options.json_file)
+    """Watch the predictions of one or more tables, in their order."""
+    results.check_outputs(options.report, options.json_file)
     decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
     monitor = DriftMonitor(decision.good, options.false_alarm_rate)
     scores, left_out = array("d"), 0
@@ -54,21 +50,26 @@ def drift(options: DriftOptions, console: Console) -> None:
     console.say(report.message)
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
-    table = drift_table(report)
-    say_tables([table], console)
+    rows = [
+        {
+            "class": one.class_name or "(none)", "images": one.images, "median p": one.median_p,
+            "share p <= 0.05": one.tail, "median scene p": "-" if one.median_scene_p is None else one.median_scene_p,
+            "moved": "yes" if one.moved else "no",
+        }
+        for one in report.classes
+    ]  # fmt: skip
+    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
+    table = Table.of("latest images by class", rows, note)
+    results.say_tables([table], console)
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
     chart = Histogram("Scores of calibration and of the predictions", "score", groups)
     shown = [Section(report.kind.capitalize(), (report.message,), (table, chart))]
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
-    publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), lambda _: shown, console)
+    results.publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), shown, console)
 
 
 def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time.
-
-    Raises:
-        DataError: no such file, another kind of file, or no scores in it.
-    """
+    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time."""
     if not path.is_file() and not parts_in(path):
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
     for number, row in enumerate(read_rows(path, _COLUMNS)):
@@ -82,17 +83,3 @@ def _number(value: Any) -> float:
         return float("nan") if value in (None, "") else float(value)
     except (TypeError, ValueError):
         raise DataError(f"a score in the table is {value!r}, not a number") from None
-
-
-def drift_table(report: DriftReport) -> Table:
-    """Latest images by class, as a table."""
-    rows = tuple(
-        (
-            one.class_name or "(none)", one.images, one.median_p, one.tail,
-            "-" if one.median_scene_p is None else one.median_scene_p, "yes" if one.moved else "no",
-        )
-        for one in report.classes
-    )  # fmt: skip
-    columns = ("class", "images", "median p", "share p <= 0.05", "median scene p", "moved")
-    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
-    return Table("latest images by class", columns, rows, note)

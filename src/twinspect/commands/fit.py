@@ -10,10 +10,10 @@ from typing import Any
 
 from twinspect import files
 from twinspect.bundle import keep_old, refuse_unwritable
+from twinspect.commands import results
 from twinspect.commands.calibrate import threshold_lines
 from twinspect.commands.info import outlier_lines
 from twinspect.commands.options import FitOptions
-from twinspect.commands.results import read_data, warn_of
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.data.protocols import find_split
@@ -41,9 +41,7 @@ def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> N
             default then holds.
         console: where to speak.
     """
-    chosen = with_effort(options.effort, settings)
-    before = start_from(options.resume_from, chosen["model"]) if options.resume_from is not None else None
-    config = merged(options.config, chosen, before.config if before is not None else None)
+    config, before = configured(options, settings)
     group = joined(config.train.device)
     console.quiet |= not group.leads
     refuse_unwritable(options.out)
@@ -68,7 +66,7 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
             "folder with TWINSPECT_HOME"
         )
-    loaded = read_data(options.data, options.layout, options.images, console)
+    loaded = results.read_data(options.data, options.layout, options.images, console)
     split = find_split(loaded.samples, options.split, config.train.seed) if options.split else None
     if split is not None:
         console.say(split.describe())
@@ -85,7 +83,7 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
 def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -> None:
     """Write the bundle, say what it holds, and clear up."""
     out = options.out
-    warn_of(fitted, console)
+    results.warn_of(fitted, console)
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
     save(fitted, out, options.thin)
@@ -97,26 +95,19 @@ def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -
         remove_checkpoint(folder)
 
 
-def with_effort(effort: str, typed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings by section that are chosen: those of the dial's position, and over them what was typed."""
-    dial = of_effort(effort)
-    return {
+def configured(options: FitOptions, typed: Mapping[str, Any]) -> tuple[RunConfig, Fitted | None]:
+    """Settings of a run, and the model that it goes on from. What was typed wins over the position of the dial."""
+    dial, before = of_effort(options.effort), None
+    chosen = {
         section: dial[section] | {one.name: value for one in fields(kind) if (value := typed[one.name]) is not None}
         for section, kind in (("model", ModelConfig), ("train", TrainConfig))
     }
-
-
-def start_from(bundle: Path, chosen: dict[str, Any]) -> Fitted:
-    """The model to go on from.
-
-    Raises:
-        ConfigError: options that would change its shape.
-    """
-    before = load(bundle, str(chosen.pop("weights", "")))
-    of_bundle = before.config.to_dict()["model"]
-    if other := [name for name, value in chosen.items() if value != of_bundle[name]]:
-        raise ConfigError(f"--resume-from keeps the bundle's model; leave out: {', '.join(other)}")
-    return before
+    if options.resume_from is not None:
+        before = load(options.resume_from, str(chosen["model"].pop("weights", "")))
+        of_bundle = before.config.to_dict()["model"]
+        if other := [name for name, value in chosen["model"].items() if value != of_bundle[name]]:
+            raise ConfigError(f"--resume-from keeps the bundle's model; leave out: {', '.join(other)}")
+    return merged(options.config, chosen, None if before is None else before.config), before
 
 
 def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: RunConfig | None = None) -> RunConfig:

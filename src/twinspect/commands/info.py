@@ -36,11 +36,7 @@ _LEAST_LIKE = 5  # training images that are shown
 
 
 def info(options: InfoOptions, console: Console) -> None:
-    """Print what a model says of itself.
-
-    Raises:
-        BundleError: the file is damaged, or of another version of the library.
-    """
+    """Print what a model says of itself."""
     if options.as_card:
         console.result(card(options.bundle))
     elif options.as_json:
@@ -50,7 +46,7 @@ def info(options: InfoOptions, console: Console) -> None:
 
 
 def info_lines(bundle: Path) -> dict[str, Any]:
-    """What a bundle says of itself, without building the model."""
+    """What a bundle or an export says of itself, without building the model."""
     if is_export(bundle):
         return export_info(bundle)
     meta = read_bundle(bundle).meta
@@ -66,10 +62,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
             "model_id": decision.model_id,
             "threshold": decision.threshold.value,
             "promise": decision.threshold.sentence,
-            "thresholds": {
-                name: {"value": row["threshold"], "rule": row["rule"], "promise": row["sentence"]}
-                for name, row in class_values(decision).items()
-            },
+            "thresholds": class_values(decision),
             "config": meta["config"],
         }
     except NONSENSE as error:
@@ -101,11 +94,15 @@ def info_text(content: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
     if "least_like" in content:
         yield from outlier_lines(content)
-    if rows := tuple((name, row["value"], row["rule"]) for name, row in content.get("thresholds", {}).items()):
-        yield from text_table(Table("thresholds", ("class", "threshold", "from"), rows))
+    rows = [
+        {"class": name, "threshold": row["threshold"], "from": row["rule"]}
+        for name, row in content.get("thresholds", {}).items()
+    ]
+    if rows:
+        yield from text_table(Table.of("thresholds", rows))
 
 
-def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}, ")
@@ -116,29 +113,21 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def card(path: Path) -> str:
-    """The model card of a bundle or an export, in Markdown.
-
-    Raises:
-        BundleError: the file is damaged, or of another version of the library.
-    """
+    """The model card of a bundle or an export, in Markdown."""
     if is_export(path):
-        export = dataclasses.asdict(read_export(path))
-        made = f"twinspect {export['writer']}, exported for {export['runtime']} in {export['precision']}"
-        return _card(path.name, made, export)
-    meta = read_bundle(path).meta
-    return _card(path.name, f"twinspect {meta['twinspect']}, bundle format {meta['format']}", meta)
-
-
-def _card(name: str, made: str, meta: dict[str, Any]) -> str:
-    record, decision = meta["record"], Decision.from_dict(meta["decision"])
+        meta = dataclasses.asdict(read_export(path))
+        made = f"twinspect {meta['writer']}, exported for {meta['runtime']} in {meta['precision']}"
+    else:
+        meta = read_bundle(path).meta
+        made = f"twinspect {meta['twinspect']}, bundle format {meta['format']}"
+    record, config, decision = meta["record"], meta["config"], Decision.from_dict(meta["decision"])
     teacher, images = record["teacher"], record["images"]
     facts = {
         "what it does": "gives every image a score of how unusual it is, an answer (good or anomaly) and a map",
         "written by": made,
         "model": decision.model_id,
-        "family": meta["config"]["model"]["model"],
-        "teacher": f"{teacher['name']} ({teacher['arch']}), weights from {teacher['weights']}, "
-        f"hash {teacher['hash']}",
+        "family": config["model"]["model"],
+        "teacher": "{name} ({arch}), weights from {weights}, hash {hash}".format(**teacher),
         "licence of the teacher's weights": teacher["licence"],
         "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
     }
@@ -151,24 +140,23 @@ def _card(name: str, made: str, meta: dict[str, Any]) -> str:
     )
     behind = Counter(decision.good.class_name)
     counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    classes = Table("Good images by class", ("class", "learnt from", "behind the threshold"), counts)
+    columns = ("class", "learnt from", "behind the threshold")
     default = RunConfig().to_dict()
     chosen = tuple(
         (f"{section}.{name}", str(value))
         for section in default
-        for name, value in meta["config"][section].items()
+        for name, value in config[section].items()
         if name in ("steps", "batch", "seed") or value != default[section].get(name)
     )
     note = "Every other setting has its default; `twinspect info --json` lists them all."
-    settings = Table("Settings of the training run", ("setting", "value"), chosen, note)
     promised = tuple(f"{name}: {row['sentence']}" for name, row in class_values(decision).items())
     sections = [
-        Section("Data", (words,), (classes,)),
-        Section("Settings", (), (settings,)),
+        Section("Data", (words,), (Table("Good images by class", columns, counts),)),
+        Section("Settings", (), (Table("Settings of the training run", ("setting", "value"), chosen, note),)),
         Section("Thresholds and what they promise", promised, (threshold_table(decision),)),
         Section("Known limits", tuple(_limits(record, decision))),
     ]
-    return markdown(f"Model card: {name}", sections, facts)
+    return markdown(f"Model card: {path.name}", sections, facts)
 
 
 def _limits(record: dict[str, Any], decision: Decision) -> Iterator[str]:

@@ -24,21 +24,16 @@ class CalibrateOptions:
     """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
 
     bundle: Path = argument(_BUNDLE)
-    good: Path | None = argument(
-        "Good images that the model was not trained on; without them only rates change.", None
-    )
-    max_fpr: float = option("Share of good images that may be called bad; 0 keeps what was set.", 0.0)
+    good: Path | None = argument("Good images that the model has not seen; without them only rates change.", None)
+    max_fpr: float | None = option("Share of good images that may be called bad; without: as set before.", None)
     class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
-    group: str = option(
-        "session: keep the rate in every session; none: over all sessions together.", "", accepts=("session", "none")
-    )
+    group: str = option("session: keep the rate in every session; none: over all.", "", accepts=("session", "none"))
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
-    unsure: tuple[float, float] = option("Two rates of good images: called bad; called bad or unsure.", (0.0, 0.0))
-    region_fpr: float = option("Share of good images that may show a region; 0: as set before, or as --max-fpr.", 0.0)
+    unsure: tuple[float, float] | None = option("Two rates of good images: called bad; called bad or unsure.", None)
+    region_fpr: float | None = option("Share of good images that may show a region; without: as --max-fpr.", None)
     labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
     rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "", accepts=RULES)
-    miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 0.0)
-    source: Path | None = option("Copy of the same model to take thresholds from.", None, "--from")
+    miss_cost: float | None = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", None)
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
     since: str = option("With --from-log: decisions since a date or time.", "")
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
@@ -106,7 +101,7 @@ class CheckOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """Measure images per second, latency, memory and the share of every stage; the last line is JSON."""
+    """Measure images per second, latency and memory; the last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
     runtime: str = option(_RUNTIME, "auto")
@@ -173,7 +168,6 @@ class ManifestOptions:
     out: Path = option("Manifest to write: .parquet or .csv.")
     layout: str = option("Layout of the data; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
-    details: bool = option("Add width, height and SHA-256 (reads all).", False, "--details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +177,7 @@ class EvalOptions:
     bundle: Path = argument(_BUNDLE)
     data: Path = argument("Data set with labelled test images: good ones and defects.")
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
-    report: tuple[Path, ...] = option(
-        "Report file: .html (with charts and the wrong images), .md or .json.", (), "--report --out"
-    )
+    report: tuple[Path, ...] = option("Report: .html (with the wrong images), .md or .json.", (), "--report --out")
     layout: str = option("Layout of DATA; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
@@ -214,8 +206,7 @@ class PredictOptions:
         "",
     )
     class_name: str = option("Class of all images; empty predicts it.", "", "--class")
-    maps: str = option("Folder for raw maps (float16).", "")
-    map_format: str = option("npz or tiff.", "npz")
+    maps: str = option("Folder for raw maps (.npz, float16).", "")
     masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
     overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
     overlay_format: str = option("jpg or png.", "jpg")
@@ -273,9 +264,7 @@ class FitOptions:
     effort: str = option("instant: statistics only, no students; fast: half the input side, fewer steps.", "default")
     config: Path | None = option("TOML file of settings; options given here win.", None)
     resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
-    roi: Path | None = option(
-        "Region of interest: mask image (white inside) or LabelMe polygons; the rest is ignored.", None
-    )
+    roi: Path | None = option("Region of interest: mask image (white inside) or LabelMe polygons.", None)
     forget: bool = option("With --resume-from: drop classes that DATA lacks.", False, "--forget")
     layout: str = option("Layout of DATA; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
@@ -325,6 +314,4 @@ class ServeOptions:
     log: str = option("Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db.", "")
     runtime: str = option("auto, torch, onnx or openvino; auto is what a file was made for.", "auto")
     threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0)
-    require_signature: Path | None = option(
-        "Public key: serve models only that its holder has signed (twinspect sign).", None
-    )
+    require_signature: Path | None = option("Public key: serve only models that its holder has signed.", None)

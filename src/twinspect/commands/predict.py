@@ -22,18 +22,13 @@ if TYPE_CHECKING:
 
 
 def predict(options: PredictOptions, console: Console) -> None:
-    """Run a job, with reports if they are asked for.
-
-    Raises:
-        ConfigError: a report that cannot be written, or whose rows lie on several machines.
-        typer.Exit: with the exit code, where images could not be read or ``--fail-on`` says so.
-    """
+    """Run a job, with reports if they are asked for."""
     pictures = PictureOptions(
-        options.maps, options.map_format, options.masks, options.overlays, options.submission, bool(options.coco),
+        options.maps, options.masks, options.overlays, options.submission, options.coco,
         options.overlay_format, options.overlay_side,
     )  # fmt: skip
     job = Job(
-        str(options.bundle), options.paths, options.out, pictures, options.coco, options.runtime, options.threads,
+        str(options.bundle), options.paths, options.out, pictures, options.runtime, options.threads,
         options.batch, options.weights, options.device, options.class_name or None, options.workers,
         options.part_rows, shard_of(options.shard), options.restart, options.watch, options.fail_on,
     )  # fmt: skip
@@ -60,36 +55,31 @@ def predict(options: PredictOptions, console: Console) -> None:
 
 def write_reports(options: PredictOptions, job: Job, review: Review, console: Console) -> None:
     """Reports of a finished run; the images to look at are scored once more for their pictures."""
-    from twinspect.commands.results import publish
+    from twinspect.commands.results import publish, shows_pictures
     from twinspect.inference.runtimes import load_predictor
     from twinspect.inference.sources import named
     from twinspect.report import Section
+
+    answers, name = review.answers(), Path(job.model).name
 
     def again(names: list[str]) -> Iterator[Result]:
         predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
         return predictor.predict(list(named(names)), class_name=job.class_name)
 
-    answers = review.answers()
+    images = sum(len(review.columns(one)[0]) for one in review.classes)
+    facts = {"model": name, "images": f"{images}", "not scored": f"{review.errors}"}
     values = {
         "errors": review.errors,
-        "classes": {str(name): dict(zip(answers.columns[1:3], rest, strict=False)) for name, *rest in answers.rows},
+        "classes": {row[0]: {"images": row[1], "called anomalous": row[2]} for row in answers.rows},
         "other_thresholds": review.other_thresholds(),
     }
-    images = sum(len(review.columns(name)[0]) for name in review.classes)
-    facts = {"model": Path(job.model).name, "images": f"{images}", "not scored": f"{review.errors}"}
-
-    def sections(pictures: bool) -> list[Section]:
-        return [Section("Answers", (), (answers,)), *review.sections(again if pictures else None)]
-
-    publish(options, f"{Path(job.model).name} on {', '.join(job.sources[:3])}", facts, values, sections, console)
+    pictures = review.sections(again if shows_pictures(options.report) else None)
+    title = f"{name} on {', '.join(job.sources[:3])}"
+    publish(options, title, facts, values, [Section("Answers", (), (answers,)), *pictures], console)
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """``I/N`` as two numbers.
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """``I/N`` as two numbers."""
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal()):
         raise ConfigError(f"--shard {text}: accepted I/N, such as 0/4 on the first of four machines")
@@ -97,11 +87,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def chosen_engine(name: str, keeps_parts: bool, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
-    """The engine of that name; None is this process.
-
-    Raises:
-        ConfigError: an unknown name, Ray without a table, or Ray's options without Ray.
-    """
+    """The engine of that name; None is this process."""
     if name not in ("local", "ray"):
         raise ConfigError(unknown_name("engine", name, ("local", "ray")))
     if name == "local":

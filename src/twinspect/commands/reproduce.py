@@ -11,28 +11,16 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from twinspect._version import __version__
-from twinspect.commands.evaluate import defect_tables, leak_line, of_split, problems
+from twinspect.commands import results
+from twinspect.commands.evaluate import SHOWN, defect_tables, leak_line, of_split, problems, run_facts, values_of
 from twinspect.commands.options import ReproduceOptions
 from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
-from twinspect.commands.results import (
-    MAP_SIZE,
-    MASK_RULE,
-    SUFFIXES,
-    check_outputs,
-    grouped,
-    mean_of,
-    metric_table,
-    read_data,
-    say_tables,
-    warn_of,
-    write_json,
-    write_results,
-)
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import Loaded
@@ -48,7 +36,6 @@ from twinspect.training.fit import fit
 from twinspect.training.resume import remove_checkpoint
 from twinspect.types import TEST, TRAIN
 
-_SHOWN = 20  # problems of a kind that are named
 OURS = "twinspect (our re-implementation)"
 STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
 MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
@@ -56,11 +43,7 @@ SplitResult = dict[str, Any]
 
 
 def reproduce(options: ReproduceOptions, console: Console) -> None:
-    """List the recipes, or run one.
-
-    Raises:
-        ConfigError: unknown recipe, or no data set named.
-    """
+    """List the recipes, or run one."""
     if not options.recipe:
         for name, recipe in RECIPES.items():
             console.say(f"{name:<28}{recipe.title}: {recipe.cost}")
@@ -81,25 +64,14 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Train and evaluate all splits of a recipe that are not finished yet, and write the comparison.
 
-    Args:
-        recipe: what to run.
-        root: folder of the data set.
-        out: folder for ``results.md``, ``results.json``, ``results.html`` and one file per split.
-        config: settings of every run.
-        console: where to speak.
-        without_leaks: leave training copies of test images out of training.
-
     Returns:
-        The content of ``results.json``.
-
-    Raises:
-        DataError: the data are not of the recipe's layout, or a split has too few images.
+        The content of ``results.json``, which lies in ``out`` beside the reports and one file per split.
     """
-    check_outputs([out / f"results{suffix}" for suffix in SUFFIXES], option="--out")
-    loaded = read_data(root, recipe.layout, None, console)
+    results.check_outputs([out / f"results{suffix}" for suffix in results.SUFFIXES], option="--out")
+    loaded = results.read_data(root, recipe.layout, None, console)
     pairs = find_leaks(loaded.samples)
     console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
-    samples = drop_leaks(loaded.samples) if without_leaks and pairs else list(loaded.samples)
+    samples = drop_leaks(loaded.samples) if without_leaks else list(loaded.samples)
     splits = make_splits(samples, recipe.protocol, config.train.seed)
     reasons = differences(recipe, loaded, config)
     for reason in reasons:
@@ -111,11 +83,14 @@ def run_recipe(
         done.append(finished_or_run(split, out, config, console))
         values = summarise(recipe, config, done, len(splits), reasons)
         shown = sections(recipe, values)
-        for suffix in SUFFIXES:
-            write_results(
-                out / f"results{suffix}", f"twinspect reproduce {recipe.name}", shown, facts(values), values
-            )
-    say_tables((part for section in shown[:2] for part in section.parts if isinstance(part, Table)), console)
+        facts = {
+            "protocol": recipe.protocol, "splits": f"{len(done)} of {len(splits)}", **run_facts(values["config"]),
+            "version": __version__,
+        }  # fmt: skip
+        for suffix in results.SUFFIXES:
+            title = f"twinspect reproduce {recipe.name}"
+            results.write_results(out / f"results{suffix}", title, shown, facts, values)
+    results.say_tables((part for section in shown[:2] for part in section.parts if isinstance(part, Table)), console)
     if recipe.remark:
         console.say(recipe.remark)
     console.say(f"results: {out / 'results.md'}, results.json, results.html")
@@ -124,22 +99,18 @@ def run_recipe(
 
 def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
     """Why numbers of this run must not be compared with the published ones; empty if nothing is known."""
-    settings, reasons = recipe.settings, []
-    if not config.model.pretrained:
-        reasons.append("the teacher has random weights")
+    reasons = [] if config.model.pretrained else ["the teacher has random weights"]
     for name, ours, theirs in (
-        ("teacher", config.model.teacher, settings.model.teacher),
-        ("input size", config.model.size, settings.model.size),
-        ("steps", config.train.steps, settings.train.steps),
+        ("teacher", config.model.teacher, recipe.settings.model.teacher),
+        ("input size", config.model.size, recipe.settings.model.size),
+        ("steps", config.train.steps, recipe.settings.train.steps),
     ):
         if ours != theirs:
             reasons.append(f"{name} {ours or 'by default'}, the recipe has {theirs}")
-    counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
+    train, test = counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
     if counts != recipe.official:
-        reasons.append(
-            f"{counts[0]:,} training and {counts[1]:,} test images, the official split has "
-            f"{recipe.official[0]:,} and {recipe.official[1]:,}"
-        )
+        given = "{:,} training and {:,} test images"
+        reasons.append(f"{given.format(train, test)}, the official split has {given.format(*recipe.official)}")
     return reasons
 
 
@@ -167,25 +138,15 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
     """The result of a split: read if an earlier run finished it, else made and written."""
     key = run_key(split, config)
     stem = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', split.name)}-{key}"
-    path = out / "splits" / f"{stem}.json"
-    finished = read_result(path, key)
-    if finished is not None:
+    path, work = out / "splits" / f"{stem}.json", out / "work" / stem
+    with suppress(OSError, ValueError):  # not there, or damaged
+        result: SplitResult = json.loads(path.read_text(encoding="utf-8"))
         console.say(f"finished before: {path.name}")
-        return finished
-    work = out / "work" / stem
+        return result
     result = run_split(split, config, work, console) | {"key": key}
-    write_json(path, result)
+    results.write_json(path, result)
     remove_checkpoint(work)
     return result
-
-
-def read_result(path: Path, key: str) -> SplitResult | None:
-    """A split's result that was written before, if it is whole and of the same run."""
-    try:
-        result: SplitResult = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and result.get("key") == key else None
 
 
 def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> SplitResult:
@@ -193,21 +154,17 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     began = time.monotonic()
     fitted = fit([*split.train, *split.calibration], config, work, console.progress)
     fit_s = time.monotonic() - began
-    warn_of(fitted, console)
+    results.warn_of(fitted, console)
     test = of_split(split)
     predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
     measured = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
     result = {
-        "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
+        **values_of(measured, test),
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
-        **measured.table,
-        "students": {name: table["classes"] for name, table in measured.students.items()},
-        "failed": measured.failed,
-        "masks_not_used": measured.masks,
         "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
     }
-    for line in problems(result, _SHOWN):
+    for line in problems(result, SHOWN):
         console.warn(line)
     return result
 
@@ -220,27 +177,29 @@ def summarise(
     def joined(name: str) -> dict[str, Any]:
         return {row: values for result in done for row, values in result[name].items()}
 
-    rows = joined("classes")
+    def listed(name: str) -> list[str]:
+        return [text for result in done for text in result[name]]
+
+    rows, record = joined("classes"), done[0]["record"]
     students = {
-        name: mean_of({row: values for result in done for row, values in result["students"][name].items()})
-        for name in STUDENTS
+        name: results.mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS
     }
     return {
         "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
         "complete": len(done) == total, "splits_done": len(done), "splits": total,
-        "classes": rows, "mean": mean_of(rows), "students": students,
+        "classes": rows, "mean": results.mean_of(rows), "students": students,
         "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
-        "undefined": grouped([text for result in done for text in result["undefined"]], rows),
-        "failed": [text for result in done for text in result["failed"]],
-        "masks_not_used": [text for result in done for text in result["masks_not_used"]],
+        "defect_decisions": joined("defect_decisions"),
+        "undefined": results.grouped(listed("undefined"), rows),
+        "failed": listed("failed"), "masks_not_used": listed("masks_not_used"),
         "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [
             {**result["split"], **result["counts"], **result["seconds"], "key": result["key"]} for result in done
         ],
         "config": {
-            **config.to_dict(), "teacher": done[0]["record"]["teacher"], "size": done[0]["record"]["size"],
-            "steps": done[0]["record"]["training"]["steps"], "mask_rule": MASK_RULE, "map_size": MAP_SIZE,
+            **config.to_dict(), "teacher": record["teacher"], "size": record["size"], "training": record["training"],
+            "steps": record["training"]["steps"], "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE,
             "version": __version__,
         },
     }  # fmt: skip
@@ -252,15 +211,15 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
     if not values["complete"]:
         notes.append(f"Only {values['splits_done']} of {values['splits']} splits are finished: no final mean.")
     notes += [recipe.remark] if recipe.remark else []
-    undefined = [*values["undefined"], *problems(values)]
     first = "split" if values["runs"][0]["kind"] == SEMANTIC else "class"
-    ours = metric_table(f"per {first} and mean", values["classes"], values["mean"], first=first)
-    columns = ("name", "hash", "train", "calibration", "test", "fit", "evaluate")
-    runs = tuple(tuple(run[column] for column in columns) for run in values["runs"])
+    rows = {**values["classes"], "mean": values["mean"]}
+    columns = ("hash", "train", "calibration", "test", "fit", "evaluate")
+    runs = [{"split": run["name"], **{column: run[column] for column in columns}} for run in values["runs"]]
+    ours = (results.metric_table(f"per {first} and mean", rows, first), *defect_tables(values))
     return [
         Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
-        Section("Ours in full", tuple(undefined), (ours, *defect_tables(values))),
-        Section("Splits", (), (Table("fit and evaluate in seconds", ("split", *columns[1:]), runs),)),
+        Section("Ours in full", (*values["undefined"], *problems(values)), ours),
+        Section("Splits", (), (Table.of("fit and evaluate in seconds", runs),)),
     ]
 
 
@@ -268,29 +227,10 @@ def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     """Ours, each student alone, and what others report, in percent with the source."""
     metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
     ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
-    rows = [
-        (name, *(f"{100 * row[m]:.1f}" if m in row else "-" for m in metrics), "measured by this run")
-        for name, row in ours.items()
-    ]
-    rows += [
-        (p.system, *(f"{p.values[m]:.1f}" if m in p.values else "-" for m in metrics), f"published: {p.source}")
-        for p in recipe.published
-    ]
-    title = f"{recipe.layout}, {recipe.protocol}, percent"
-    return Table(title, ("system", *metrics, "source"), tuple(rows))
-
-
-def facts(values: dict[str, Any]) -> dict[str, str]:
-    """What must stand beside the numbers."""
-    config = values["config"]
-    return {
-        "protocol": values["protocol"],
-        "splits": f"{values['splits_done']} of {values['splits']}",
-        "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
-        "input size": str(config["size"]),
-        "steps": str(config["steps"]),
-        "seed": str(config["train"]["seed"]),
-        "mask rule": config["mask_rule"],
-        "map size": config["map_size"],
-        "version": config["version"],
-    }
+    every = [(name, {m: 100 * v for m, v in row.items()}, "measured by this run") for name, row in ours.items()]
+    every += [(p.system, dict(p.values), f"published: {p.source}") for p in recipe.published]
+    rows = tuple(
+        (system, *(f"{percent[m]:.1f}" if m in percent else "-" for m in metrics), source)
+        for system, percent, source in every
+    )
+    return Table(f"{recipe.layout}, {recipe.protocol}, percent", ("system", *metrics, "source"), rows)

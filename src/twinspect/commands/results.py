@@ -1,14 +1,11 @@
-"""What commands share: reading data, and tables of numbers for people and machines.
-
-A table becomes text for the terminal, Markdown, HTML or JSON, by the suffix of a file.
-"""
+"""What commands share: reading data, and results as text for the terminal, Markdown, HTML or JSON."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +25,7 @@ SUFFIXES = (".md", ".html", ".json")
 WRITER = f"twinspect {__version__}"
 MASK_RULE, MAP_SIZE = "> 0", "original image"
 
-Rows = Mapping[str, Mapping[str, float]]
-Cells = Mapping[str, Mapping[str, Any]]
+Rows = Mapping[str, Mapping[str, Any]]
 
 
 def read_data(path: Path, layout: str, images: Path | None, console: Console) -> Loaded:
@@ -49,16 +45,7 @@ def warn_of(fitted: Fitted, console: Console) -> None:
 
 
 def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "--report") -> None:
-    """Refuse, before any work is done, files that could not be written or that would replace another program's.
-
-    Args:
-        reports: results files; the suffix is their format.
-        json_file: file for the values alone; ``-`` and empty are none.
-        option: that names the reports.
-
-    Raises:
-        ConfigError: no permission, another program's file, or another suffix than .md, .html or .json.
-    """
+    """Refuse, before any work is done, files that could not be written or that would replace another program's."""
 
     def names_us(path: Path) -> bool:
         return b"twinspect" in path.read_bytes()
@@ -74,49 +61,41 @@ def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "-
         refuse_unwritable(Path(json_file), "--json", ours=names_us)
 
 
-def write_results(
-    path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str], values: Mapping[str, Any]
-) -> Path:
-    """Write ``values`` as JSON, or facts and sections as Markdown or self-contained HTML, atomically.
-
-    Raises:
-        TwinspectError: the file cannot be written.
-    """
-    if path.suffix.lower() == ".html":
-        return write_report(path, title, sections, facts)
-    if path.suffix.lower() == ".json":
-        return write_json(path, values)
-    return write_text(path, markdown(title, sections, {**facts, "written by": WRITER}))
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    """Write values as JSON, with who wrote them."""
-    return write_text(path, json.dumps({**values, "written_by": WRITER}, indent=1, ensure_ascii=False) + "\n")
+def shows_pictures(reports: Iterable[Path]) -> bool:
+    """Whether one of the reports asked for can show pictures."""
+    return any(path.suffix.lower() == ".html" for path in reports)
 
 
 def publish(
-    options: Any, title: str, facts: Mapping[str, str], values: Mapping[str, Any],
-    sections: Callable[[bool], Sequence[Section]], console: Console,
+    options: Any, title: str, facts: Mapping[str, str], values: Mapping[str, Any], sections: Sequence[Section],
+    console: Console,
 ) -> None:  # fmt: skip
-    """What a command's ``--json`` and ``--report`` ask for.
-
-    Args:
-        options: of the command, with ``report`` and perhaps ``json_file``.
-        title: of the reports.
-        facts: at their head.
-        values: what JSON holds.
-        sections: called with whether pictures can be shown.
-        console: where to speak.
-    """
+    """Write what a command's ``--json`` and ``--report`` ask for; ``values`` are what JSON holds."""
     target = getattr(options, "json_file", "")
     if target == "-":
         console.result(json.dumps({**values, "written_by": WRITER}, indent=1))  # ASCII, which every code page takes
     elif target:
         write_json(Path(target), values)
     for path in options.report:
-        kind = path.suffix.lower()
-        write_results(path, title, [] if kind == ".json" else sections(kind == ".html"), facts, values)
+        write_results(path, title, sections, facts, values)
         console.say(f"wrote {path}")
+
+
+def write_results(
+    path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str], values: Mapping[str, Any]
+) -> None:
+    """Write ``values`` as JSON, or facts and sections as Markdown or self-contained HTML, atomically."""
+    if path.suffix.lower() == ".html":
+        write_report(path, title, sections, facts)
+    elif path.suffix.lower() == ".json":
+        write_json(path, values)
+    else:
+        write_text(path, markdown(title, sections, {**facts, "written by": WRITER}))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values as JSON, with who wrote them."""
+    write_text(path, json.dumps({**values, "written_by": WRITER}, indent=1, ensure_ascii=False) + "\n")
 
 
 def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
@@ -135,12 +114,11 @@ def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) 
     return "\n".join(lines) + "\n"
 
 
-def metric_table(title: str, rows: Cells, mean: Mapping[str, Any] | None = None, first: str = "class") -> Table:
-    """One row a class (or split), then the mean; a metric that is undefined is a dash."""
-    every = rows if mean is None else {**rows, "mean": mean}
-    seen = list(dict.fromkeys(metric for row in every.values() for metric in row))
-    names = [metric for metric in METRICS if metric in seen] + [metric for metric in seen if metric not in METRICS]
-    body = tuple((name, *(row.get(metric, "-") for metric in names)) for name, row in every.items())
+def metric_table(title: str, rows: Rows, first: str = "class") -> Table:
+    """One row a class (or split, or score); a metric that is undefined is a dash."""
+    seen = {metric for row in rows.values() for metric in row}
+    names = [metric for metric in METRICS if metric in seen] + sorted(seen - {*METRICS})
+    body = tuple((name, *(row.get(metric, "-") for metric in names)) for name, row in rows.items())
     return Table(title, (first, *names), body)
 
 
@@ -149,9 +127,9 @@ def text_table(table: Table) -> Iterator[str]:
     rows = table.cells()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     yield table.title
-    for row in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        yield "  ".join(["", f"{row[0]:<{widths[0]}}", *cells])
+    for name, *others in rows:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        yield "  ".join(["", f"{name:<{widths[0]}}", *cells])
 
 
 def say_tables(tables: Iterable[Table], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""``twinspect serve``: what is done before the server room takes over."""
+"""``twinspect serve`` and ``sign``: a model put to work, and the proof of who made it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.commands.options import ServeOptions
+from twinspect.commands.options import ServeOptions, SignOptions
 from twinspect.console import Console
 from twinspect.errors import ConfigError
 from twinspect.server import refuse_missing
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> None:
-    """Open the models and the log, and answer until the process is told to end.
-
-    Raises:
-        ConfigError: options that contradict each other, or an address that needs a key.
-        TwinspectError: the extra ``server`` is not installed.
-    """
+    """Open the models and the log, and answer until the process is told to end."""
     refuse_missing()
     from twinspect.inference import load
     from twinspect.server.app import build_app
@@ -50,3 +45,17 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
     serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
     if log is not None:
         log.close()
+
+
+def sign(options: SignOptions, console: Console) -> None:
+    """Sign a model with --key, or verify it with --check."""
+    from twinspect import signature
+
+    if (options.key is None) == (options.check is None):
+        raise ConfigError("give --key KEY to sign, or --check KEY to verify")
+    if options.key is not None:
+        signature.sign(options.model, options.key)
+        console.say(f"signed {options.model}")
+    elif options.check is not None:
+        signature.verify(options.model, options.check)
+        console.say(f"{options.model} is as the holder of {options.check} signed it")

@@ -16,11 +16,7 @@ from twinspect.errors import BundleError, ConfigError
 
 
 def update(options: UpdateOptions, console: Console) -> None:
-    """Learn the good images of ``new``, or list what was learnt, or take the last of it back.
-
-    Raises:
-        ConfigError: none of the three is asked for, or more than one.
-    """
+    """Learn the good images of ``new``, or list what was learnt, or take the last of it back."""
     bundle = options.bundle
     if (options.new is None) == (not options.listed and not options.undo):
         raise ConfigError("give a folder of new good images, or --list, or --undo: one of the three")
@@ -73,11 +69,7 @@ def update_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _taken_back(bundle: Path) -> str:
-    """Put the model before the last update into its place.
-
-    Raises:
-        BundleError: there is none, or it is another model.
-    """
+    """Put the model before the last update into its place."""
     updates = read_bundle(bundle).meta["record"].get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")

@@ -1,4 +1,4 @@
-"""Data sets as people have them on disk: one function per layout, ``root -> list[Sample]``.
+"""Data sets as people have them on disk: one function per layout, ``folder -> list[Sample]``.
 
 ``load(root)`` recognises the layout, reads it and keeps what it left out; ``.summary()`` says so in words.
 A new layout is one function and one row of ``DATASETS``.
@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from twinspect.data import folders, listed, semantic
-from twinspect.data.images import count_pictures, is_image
-from twinspect.data.manifest import looks_like_manifest, manifest
+from twinspect.data.images import UNREAD_SUFFIXES, count_pictures, is_image
+from twinspect.data.manifest import find_manifests, read_list
 from twinspect.data.names import BAD, MASK, meaning
 from twinspect.data.scan import (
     ScanLog,
@@ -23,13 +23,14 @@ from twinspect.data.scan import (
     existing_root,
     files_in,
     folder_name,
+    forget,
     has_images_below,
     listing,
-    listing_once,
     subfolders,
-    unread_picture,
+    walk,
 )
 from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.errors import listed as shortened
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
@@ -91,9 +92,8 @@ class Loaded:
         """Lines for people: counts per class, what was skipped and why, choices made."""
         counts = self.counts
         plural = "class" if len(counts) == 1 else "classes"
-        head = f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images"
         return [
-            head,
+            f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images",
             *_table(counts),
             *_skipped_lines(self.skipped),
             *(f"note: {text}" for text in self.notes),
@@ -105,35 +105,42 @@ class Dataset:
     """A layout on disk.
 
     Attributes:
-        read: the samples at a folder or file; what is left out goes to the log.
+        read: the samples of a folder. Of a list: those of one file, whose paths are relative to a third argument, or
+            by itself to the file's folder. What is left out goes to the log.
         looks_like: whether a folder or file has this layout.
         listed: whether images are named in a list, so that folders of others must be a mistake.
-        elsewhere: whether they may lie in another folder than the list: ``read`` takes it as third argument.
+        find: of lists, the files at a path, itself or in it.
+        needed: of lists, what must be in a folder, in words.
     """
 
     read: Callable[..., list[Sample]]
     looks_like: Callable[[Path], bool]
     listed: bool = False
-    elsewhere: bool = False
+    find: Callable[[Path], list[Path]] | None = None
+    needed: str = ""
 
 
 def _is(layout: str, root: Path) -> bool:
     return folders.layout_of(root) == layout
 
 
+def _lists(read: Callable[..., list[Sample]], find: Callable[[Path], list[Path]], needed: str) -> Dataset:
+    return Dataset(read, lambda root: bool(find(root)), True, find, needed)
+
+
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "manifest": Dataset(manifest, looks_like_manifest, listed=True, elsewhere=True),
+    "manifest": _lists(read_list, find_manifests, "manifest.parquet or manifest.csv"),
     "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
     "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
     **{
         name: Dataset(partial(folders.read_folders, layout=name), partial(_is, name))
         for name in (folders.MVTEC_AD_2, folders.MVTEC_LOCO, folders.MVTEC_AD)
     },
-    "meta-json": Dataset(listed.meta_json, partial(listed.holds, listed.is_meta_json), listed=True, elsewhere=True),
-    "uniad-json": Dataset(listed.uniad_json, listed.looks_like_uniad, listed=True, elsewhere=True),
-    "anomalib": Dataset(listed.anomalib, partial(listed.holds, listed.is_anomalib), listed=True, elsewhere=True),
-    "lookout": Dataset(listed.lookout, partial(listed.holds, listed.is_lookout), listed=True, elsewhere=True),
+    "meta-json": _lists(listed.meta_json, listed.find_meta_json, "meta.json"),
+    "uniad-json": _lists(listed.uniad_json, listed.find_uniad_json, "train.json or test.json with filename"),
+    "anomalib": _lists(listed.anomalib, listed.find_anomalib, "YAML file with normal_dir"),
+    "lookout": _lists(listed.lookout, listed.find_lookout, "manifest with source-ref"),
     **{image_set.name: Dataset(image_set.read, image_set.looks_like) for image_set in semantic.SETS},
     folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
 }
@@ -145,8 +152,8 @@ def detect(root: Path | str) -> str:
     Raises:
         DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
     """
-    with listing_once():
-        return _locate(existing_root(root))[0]
+    forget()
+    return _locate(existing_root(root))[0]
 
 
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:
@@ -162,11 +169,8 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     """
     if layout != "auto" and layout not in DATASETS:
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    with listing_once():
-        return _load(existing_root(root), layout, images)
-
-
-def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
+    forget()
+    given = existing_root(root)
     given = existing_folder(given) if os.path.isdir(given) else given
     if layout == "auto":
         name, place = _locate(given)
@@ -174,23 +178,33 @@ def _load(given: Path, layout: str, images: Path | str | None) -> Loaded:
     else:
         name = layout
         place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
-    if images is not None and not DATASETS[name].elsewhere:
-        lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.elsewhere)
-        raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
     log = ScanLog()
-    samples = DATASETS[name].read(place, log, *([] if images is None else [Path(images)]))
-    samples = _known_labels(samples, log)
+    samples = _known_labels(_read(name, place, images, log), log)
     _unnamed_folders(name, place, samples, log)
     if log.undecided and layout == "auto":
         raise DataError(_undecided(name, place, samples, log))
     if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in log.skipped[:_SHOWN])
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(log.skipped)[:_SHOWN])
         raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
     if place != given:
         log.note(f"{given} only wraps {place.name}, which was read")
     _note_missing_masks(samples, log)
     _note_more_pictures(samples, log)
     return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
+
+
+def _read(name: str, place: Path, images: Path | str | None, log: ScanLog) -> list[Sample]:
+    dataset = DATASETS[name]
+    if dataset.find is None:
+        if images is not None:
+            lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.find is not None)
+            raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
+        return dataset.read(existing_folder(place), log)
+    paths = dataset.find(place) if os.path.isdir(place) else [place]
+    if not paths:
+        raise DataError(f"{place}: no {dataset.needed} in it; found: {listing(place)}")
+    base = existing_folder(images) if images is not None else None
+    return [sample for path in paths for sample in dataset.read(path, log, base)]
 
 
 def _locate(root: Path) -> tuple[str, Path]:
@@ -210,15 +224,16 @@ def _locate(root: Path) -> tuple[str, Path]:
 
 def _advice(root: Path) -> str:
     """What to do about what people give in place of a data set."""
-    if os.path.isdir(root):
-        archive = next((path.name for path in files_in(root) if path.name.lower().endswith(_ARCHIVES)), "")
-        if archive:
-            return f"Unpack {archive} first. "
-        other = unread_picture(root)
-        return f"{other.name} is in a format that is not read; save such pictures as PNG or JPEG. " if other else ""
-    if root.name.lower().endswith(_ARCHIVES):
-        return "It is an archive: unpack it, and give the folder. "
-    return "It is one image: give the folder of many. " if is_image(root) else ""
+    if os.path.isfile(root):
+        if root.name.lower().endswith(_ARCHIVES):
+            return "It is an archive: unpack it, and give the folder. "
+        return "It is one image: give the folder of many. " if is_image(root) else ""
+    if archive := next((path.name for path in files_in(root) if path.name.lower().endswith(_ARCHIVES)), ""):
+        return f"Unpack {archive} first. "
+    others = (path for _, _, others in walk(root, ScanLog()) for path in others)
+    if other := next((path.name for path in others if path.suffix.lower() in UNREAD_SUFFIXES), ""):
+        return f"{other} is in a format that is not read; save such pictures as PNG or JPEG. "
+    return ""
 
 
 def _known(place: Path) -> str | None:
@@ -294,10 +309,9 @@ def _note_missing_masks(samples: list[Sample], log: ScanLog) -> None:
     defects = [s for s in samples if s.split == TEST and s.label == 1]
     missing = [s for s in defects if not s.masks]
     if missing:
-        names = sorted({s.class_name for s in missing})
-        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        names = shortened(sorted({s.class_name for s in missing}), 5)
         log.note(
-            f"{len(missing):,} of {len(defects):,} defect images have no mask ({listed}): "
+            f"{len(missing):,} of {len(defects):,} defect images have no mask ({names}): "
             "image-level metrics only for them"
         )
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +29,7 @@ CIFAR_SIDE = 32
 CIFAR_BYTES = 3 * CIFAR_SIDE * CIFAR_SIDE
 _MOST_UNPACKED = 1 << 30
 IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("fine_label", "label")
+_LABEL_COLUMNS = ("fine_label", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,15 @@ class Container:
     Attributes:
         count: how many.
         rgb: H x W x 3 of one record.
-        labels: class number or name of each record, if the file says.
+        labels: class number or name of each record; empty if the file does not say.
     """
 
     count: int
     rgb: Callable[[int, ImageLimits], NDArray[np.uint8]]
-    labels: Sequence[int | str] | None = None
+    labels: Sequence[int | str] = ()
 
 
-def _planes(pixels_NCHW: NDArray[np.uint8], labels: Sequence[int | str] | None = None) -> Container:
+def _planes(pixels_NCHW: NDArray[np.uint8], labels: Sequence[int | str] = ()) -> Container:
     """Records of raw 8-bit pixels, one or three channels; one channel is repeated."""
 
     def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
@@ -72,6 +74,22 @@ def open_container(path: Path) -> Container:
     return _open(path, status.st_mtime_ns, status.st_size)
 
 
+def labels_of(path: Path) -> Sequence[int | str]:
+    """Class number or name of each record, which for IDX files stand in another file beside it."""
+    container = open_container(path)
+    if "idx3" not in path.name:
+        return container.labels
+    beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    if not os.path.isfile(beside):
+        raise DataError(f"{beside}: no such file; the classes of {path.name} are in it")
+    labels = [int(x) for x in read_idx(beside).ravel()]
+    if len(labels) != container.count:
+        raise DataError(
+            f"{beside}: {len(labels):,} labels for the {container.count:,} images of {path.name}; copy both again"
+        )
+    return labels
+
+
 @lru_cache(maxsize=16)
 def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
     name = path.name.lower()
@@ -83,9 +101,6 @@ def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
         return _open_cifar_binary(path) if name.endswith(".bin") else _open_cifar_pickle(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
-
-
-# ---------------------------------------------------------------------------------------------- IDX
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -124,28 +139,21 @@ def _open_cifar_binary(path: Path) -> Container:
 
 
 def _open_cifar_pickle(path: Path) -> Container:
-    batch = _load_cifar_pickle(path)
-    labels = batch.get("fine_labels", batch.get("labels"))
-    data = batch.get("data")
+    with path.open("rb") as stream:
+        try:
+            content = _CifarUnpickler(stream, encoding="bytes").load()
+        except DataError:
+            raise
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise DataError(f"{path}: not a pickle of CIFAR's python version ({error})") from None
+    batch = {_text(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+    labels, data = batch.get("fine_labels", batch.get("labels")), batch.get("data")
     pixels = data.array(path) if isinstance(data, _Array) else None
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != CIFAR_BYTES or not isinstance(labels, list):
         raise DataError(f"{path}: not a batch of CIFAR's python version (data N x 3072, labels)")
     if len(labels) != len(pixels) or not all(type(label) is int for label in labels):
         raise DataError(f"{path}: {len(labels)} labels for {len(pixels)} images; copy it again from its source")
     return _planes(pixels.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE), labels)
-
-
-def _load_cifar_pickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        try:
-            batch = _CifarUnpickler(stream, encoding="bytes").load()
-        except DataError:
-            raise
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise DataError(f"{path}: not a pickle of CIFAR's python version ({error})") from None
-    if not isinstance(batch, dict):
-        raise DataError(f"{path}: holds a {type(batch).__name__}, and CIFAR's batches hold a dict")
-    return {_text(key): value for key, value in batch.items()}
 
 
 def _text(key: object) -> str:
@@ -155,11 +163,10 @@ def _text(key: object) -> str:
 class _Array:
     """Stands in for numpy's array while unpickling: only remembers its state."""
 
-    def __init__(self) -> None:
-        self.state: tuple[Any, ...] = ()
+    state: object = ()
 
     def __setstate__(self, state: object) -> None:
-        self.state = state if isinstance(state, tuple) else ()
+        self.state = state
 
     def array(self, path: Path) -> NDArray[np.uint8]:
         """The bytes as an array; only C- or Fortran-ordered unsigned bytes are accepted."""
@@ -214,46 +221,46 @@ class _CifarUnpickler(pickle.Unpickler):
 
 def parquet_columns(path: Path) -> dict[str, str]:
     """Column names and types of a Parquet file, from its header."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    with _readable(path):
+        return {field.name: str(field.type) for field in pq.read_schema(path)}
+
+
+def parquet_table(path: Path, columns: Sequence[str]) -> Any:
+    """Columns of a Parquet file as an Arrow table."""
+    import pyarrow.parquet as pq
+
+    with _readable(path):
+        return pq.read_table(path, columns=list(columns))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    import pyarrow as pa
 
     try:
-        return {field.name: str(field.type) for field in pq.read_schema(path)}
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
-
-
-def parquet_labels(path: Path) -> list[int | str]:
-    """The label column alone, without the images."""
-    import pyarrow.parquet as pq
-
-    column = _one_of(path, LABEL_COLUMNS)
-    values: list[int | str] = pq.read_table(path, columns=[column]).column(column).to_pylist()
-    return values
 
 
 def _open_parquet(path: Path) -> Container:
     """Records of encoded image bytes in an Arrow column, which is kept in memory."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    name = _one_of(path, IMAGE_COLUMNS)
-    column = pq.read_table(path, columns=[name]).column(name)
-    if "bytes" in parquet_columns(path)[name]:
-        column = pc.struct_field(column, "bytes")
+    kinds = parquet_columns(path)
+    name = next((column for column in IMAGE_COLUMNS if column in kinds), None)
+    if name is None:
+        raise DataError(f"{path}: columns {', '.join(kinds)}; one of {', '.join(IMAGE_COLUMNS)} is needed")
+    label = next((column for column in _LABEL_COLUMNS if column in kinds), None)
+    table = parquet_table(path, [name, label] if label else [name])
+    images = pc.struct_field(table.column(name), "bytes") if "bytes" in kinds[name] else table.column(name)
 
     def rgb(record: int, limits: ImageLimits) -> NDArray[np.uint8]:
-        raw = column[record].as_py()
+        raw = images[record].as_py()
         if not isinstance(raw, bytes):
             raise DataError(f"{path}: record {record} holds no image bytes; accepted: PNG or JPEG bytes")
         return read_rgb(raw, limits, name=f"{path} record {record}")
 
-    return Container(len(column), rgb)
-
-
-def _one_of(path: Path, accepted: tuple[str, ...]) -> str:
-    columns = parquet_columns(path)
-    for name in accepted:
-        if name in columns:
-            return name
-    raise DataError(f"{path}: columns {', '.join(columns)}; one of {', '.join(accepted)} is needed")
+    return Container(table.num_rows, rgb, table.column(label).to_pylist() if label else ())

@@ -36,7 +36,6 @@ from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meani
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import (
     ScanLog,
-    existing_folder,
     files_in,
     folder_name,
     has_images,
@@ -46,7 +45,7 @@ from twinspect.data.scan import (
     walk,
     why_without_images,
 )
-from twinspect.errors import DataError
+from twinspect.errors import DataError, listed
 from twinspect.types import CALIBRATION, SPLITS, TEST, TRAIN, Sample
 
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
@@ -103,22 +102,22 @@ def layout_of(root: Path) -> str:
 
 def shape_of(product: ClassFolders) -> str:
     """Name of the layout of one class."""
-    place = product.places[0][0]
-    inside = {sub.name.lower(): sub for sub in subfolders(place)}
+    inside = {sub.name.lower(): sub for sub in subfolders(product.places[0][0])}
     if "test_public" in inside:
         return MVTEC_AD_2
-    tests = {sub.name.lower() for name in ("test",) if name in inside for sub in subfolders(inside[name])}
-    if tests & {LOGICAL, STRUCTURAL}:
+    if "test" in inside and {sub.name.lower() for sub in subfolders(inside["test"])} & {LOGICAL, STRUCTURAL}:
         return MVTEC_LOCO
-    splits = {meaning(name).split: sub for name, sub in inside.items() if not meaning(name).role}
-    good = {split for split, sub in splits.items() if split and _holds_good(sub)}
-    masks = any(meaning(name).role == MASK for name in inside)
+    said = {name: meaning(name) for name in inside}
+    good = {said[name].split for name, sub in inside.items() if not said[name].role and _holds_good(sub)}
+    masks = any(meant.role == MASK for meant in said.values())
     return MVTEC_AD if TRAIN in good or (TEST in good and masks) else FOLDER
+
+
+# ------------------------------------------------------------------------------------- which classes there are
 
 
 def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
     """The classes at a folder: itself, or folders in it. Folders of images that belong to none are logged."""
-    whole = ClassFolders(folder_name(root), [(root, ())])
     inner = []
     for sub in subfolders(root):
         if has_images_below(sub):
@@ -133,8 +132,23 @@ def find_classes(root: Path, log: ScanLog) -> list[ClassFolders]:
     stated = any(_states(sub) for sub in silent)
     wrapped = all(meaning(sub.name).pictures and not _holds_classes(sub) for sub in silent)  # images/ beside masks/
     if learns or wrapped or ((has_images(root) or label_tables(root)) and not stated):
-        return [whole] if inner or has_images(root) else []
+        return [ClassFolders(folder_name(root), [(root, ())])] if inner or has_images(root) else []
     return _classes_among(root, silent, speaking, log)
+
+
+def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
+    """Classes of folders such as bottle_good, bottle_bad, cap_good, cap_bad; empty for any other shape."""
+    named = {meaning(sub.name).rest for sub in speaking if _is_learnt(sub.name) and not meaning(sub.name).plain}
+    products = [product for product in named if not any(is_of_product(product, other) for other in named - {product})]
+    owners: dict[str, list[Path]] = defaultdict(list)
+    for sub in (*speaking, *silent):
+        owners[next((name for name in products if is_of_product(meaning(sub.name).rest, name)), "")].append(sub)
+    if "" in owners or len(owners) < 2:
+        return []
+    return [
+        ClassFolders(product.replace(" ", "_"), [(sub, _context(sub)) for sub in subs])
+        for product, subs in owners.items()
+    ]
 
 
 def _classes_among(root: Path, silent: list[Path], speaking: list[Path], log: ScanLog) -> list[ClassFolders]:
@@ -153,6 +167,34 @@ def _classes_among(root: Path, silent: list[Path], speaking: list[Path], log: Sc
     for image in next(walk(root, ScanLog()))[1] if classes else ():
         log.skip(image, "image beside the folders of classes")
     return classes
+
+
+def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
+    """A folder whose name says what is in it, beside classes: to the class that it names, or to the only one."""
+    meant = meaning(sub.name)
+    owner = next((product for product in classes if is_of_product(meant.rest, meaning(product.name).rest)), None)
+    owner = classes[0] if owner is None and len(classes) == 1 else owner
+    inner = {child: product for child in subfolders(sub) for product in classes if child.name == product.name}
+    learns = any(meaning(part.name).split == TRAIN and _holds_good(part) for part in subfolders(sub))
+    if meant.role in (MASK, BAD) and learns and not inner:  # a product: label/train/good
+        classes.append(ClassFolders(sub.name, [(sub, ())]))
+    elif owner is not None:
+        owner.places.append((sub, _context(sub)))
+    elif inner:  # NG/bottle, NG/cap
+        for child, product in inner.items():
+            product.places.append((child, _context(sub)))
+    elif meant.role == BAD:
+        log.leave(
+            sub, "its name says defects, and not of which class; move it into the folder of its class, or rename it"
+        )
+    else:
+        log.skip(sub, "its name does not say to which class it belongs")
+
+
+def _context(sub: Path) -> tuple[str, ...]:
+    """What the name of a folder says, without the product: it counts as a folder above its images."""
+    meant = meaning(sub.name)
+    return (meant.split,) if meant.split and not meant.role else (sub.name,)
 
 
 def _refuse_pair(place: Path, names: Iterable[str]) -> None:
@@ -177,53 +219,6 @@ def _speaks(sub: Path, beside: Sequence[Path]) -> bool:
             "good with folders of defects beside it, or a folder for each product with good in it"
         )
     return meant.role == GOOD
-
-
-def _give(sub: Path, classes: list[ClassFolders], log: ScanLog) -> None:
-    """A folder whose name says what is in it, beside classes: to the class that it names, or to the only one."""
-    meant = meaning(sub.name)
-    owner = next((product for product in classes if is_of_product(meant.rest, meaning(product.name).rest)), None)
-    inner = {child: product for child in subfolders(sub) for product in classes if child.name == product.name}
-    if owner is None and len(classes) == 1:
-        owner = classes[0]
-    learns = any(meaning(part.name).split == TRAIN and _holds_good(part) for part in subfolders(sub))
-    if meant.role in (MASK, BAD) and learns and not inner:  # a product: label/train/good
-        classes.append(ClassFolders(sub.name, [(sub, ())]))
-    elif owner is not None:
-        owner.places.append((sub, _context(sub)))
-    elif inner:  # NG/bottle, NG/cap
-        for child, product in inner.items():
-            product.places.append((child, _context(sub)))
-    elif meant.role == BAD:
-        log.leave(
-            sub, "its name says defects, and not of which class; move it into the folder of its class, or rename it"
-        )
-    else:
-        log.skip(sub, "its name does not say to which class it belongs")
-
-
-def _by_product(speaking: list[Path], silent: list[Path]) -> list[ClassFolders]:
-    """Classes of folders such as bottle_good, bottle_bad, cap_good, cap_bad; empty for any other shape."""
-    products = [meaning(sub.name).rest for sub in speaking if _is_learnt(sub.name) and not meaning(sub.name).plain]
-    products = [
-        product
-        for product in products
-        if product and not any(product != other and is_of_product(product, other) for other in products)
-    ]
-    owners: dict[str, list[Path]] = defaultdict(list)
-    for sub in (*speaking, *silent):
-        product = next((name for name in products if is_of_product(meaning(sub.name).rest, name)), "")
-        owners[product].append(sub)
-    if "" in owners or len(owners) < 2:
-        return []
-    named = {product.replace(" ", "_"): subs for product, subs in owners.items()}
-    return [ClassFolders(name, [(sub, _context(sub)) for sub in subs]) for name, subs in named.items()]
-
-
-def _context(sub: Path) -> tuple[str, ...]:
-    """What the name of a folder says, without the product: it counts as a folder above its images."""
-    meant = meaning(sub.name)
-    return (meant.split,) if meant.split and not meant.role else (sub.name,)
 
 
 def _states(place: Path) -> bool:
@@ -263,6 +258,7 @@ def _is_learnt(name: str) -> bool:
 
 
 def _is_kind(name: str) -> bool:
+    """Whether a name says nothing that is known: a kind of defects, or a product."""
     meant = meaning(name)
     return not meant.says and not meant.plain
 
@@ -272,7 +268,6 @@ def _is_kind(name: str) -> bool:
 
 def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]:
     """Samples of all classes at a folder that have a layout; `FOLDER` takes every class."""
-    root = existing_folder(root)
     classes = find_classes(root, log)
     if layout != FOLDER:
         classes = _of_layout(root, classes, layout, log)
@@ -299,13 +294,11 @@ def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]
             log.skip(path, reason)
         for table in label_tables(root):
             log.note(_NOT_USED.format(table))
-    if assumed and len(classes) == 1:
-        ((name, count),) = assumed.items()
-        log.note(f"no folder in it is called good: {count:,} images are taken as good images of one class, {name!r}")
-    elif len(assumed) == len(classes) and assumed:
-        log.note(f"no folder in it is called good: each folder is one class of good images ({len(assumed)} classes)")
-    elif assumed:
-        log.note(f"nothing says which images of {', '.join(assumed)} are good: all of them are taken as good")
+    if assumed:
+        log.note(
+            f"nothing says which images of {listed(list(assumed))} are good: "
+            f"all {sum(assumed.values()):,} are taken as good"
+        )
     return samples
 
 
@@ -336,7 +329,6 @@ class _ClassReader:
         self._masks: list[Place] = []
         self._odd: list[tuple[Path, str]] = []
         self._tables: set[Path] = set()
-        self._seen: set[tuple[Path, str]] = set()
         for place, context in product.places:
             if names := _unnamed_training(place):
                 raise DataError(
@@ -351,42 +343,22 @@ class _ClassReader:
 
     def samples(self) -> list[Sample]:
         """All of them, training first, each part in the order of paths."""
-        placed = [(place, sample) for place in self._images if (sample := self._sample(*place)) is not None]
-        judged = [*placed, *self._listed]
+        judged = [(place, sample) for place in self._images if (sample := self._judge(*place)) is not None]
         # Good images often have the names of defects in other folders, and masks of those are not theirs.
-        defects = [place for place, sample in judged if sample.label == 1]
+        defects = [place for place, sample in (*judged, *self._listed) if sample.label == 1]
         others = [
-            place for place, sample in judged if sample.label is None or not (sample.label or role_of(place[1]))
+            place
+            for place, sample in (*judged, *self._listed)
+            if sample.label is None or not (sample.label or role_of(place[1]))
         ]
         masks = match((defects, others), self._masks, self._log)
-        read = [
-            self._masked(sample, masks.get(path, ()), free=not _split(parts) or sample.split == TEST)
-            for (path, parts), sample in placed
-        ]
-        read += [
-            replace(sample, masks=masks.get(path, ())) if sample.label == 1 and not sample.masks else sample
-            for (path, _), sample in self._listed
-        ]
-        used = sorted(
-            (sample for sample in read if sample is not None), key=lambda sample: SPLITS.index(sample.split)
-        )
+        read = [self._masked(sample, masks.get(path, ()), parts) for (path, parts), sample in judged]
+        for (path, _), sample in self._listed:
+            own = masks.get(path, ()) if sample.label == 1 and not sample.masks else sample.masks
+            read.append(replace(sample, masks=own))
+        used = [sample for split in SPLITS for sample in read if sample is not None and sample.split == split]
         self._say(used)
         return used
-
-    def _say(self, used: Sequence[Sample]) -> None:
-        told = {*self._tables, *(path for path, _ in self._odd)}
-        self._log.skipped = [(path, reason) for path, reason in self._log.skipped if path not in told]
-        for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
-            (self._log.leave if self.assumed else self._log.skip)(path, reason)
-        unknown = [
-            sample for sample in used if sample.label is None and not sample.defect_type.startswith("test_private")
-        ]
-        if unknown:
-            places = sorted({sample.image.parent.name for sample in unknown})
-            self._log.note(
-                f"{len(unknown):,} images of {self._name} are neither learnt nor tested, as nothing says whether "
-                f"they are good ({', '.join(places[:5])}); folders called good and bad in there would"
-            )
 
     def _gather(self, place: Path, context: tuple[str, ...]) -> None:
         governed: dict[Path, set[Path]] = {}  # folder with tables of labels -> what they list
@@ -407,12 +379,13 @@ class _ClassReader:
             masks, lost = (images, []) if role == MASK else masks_among(images)
             for path in lost:
                 self._log.skip(path, "a mask by its name, of an image that is not there")
-            listed = next((paths for above, paths in governed.items() if here.is_relative_to(above)), None)
-            self._masks += [(path, parts) for path in masks if listed is None or path not in listed]
-            for path in (path for path in images if path not in {*masks, *lost}):
-                if listed is None or role:  # a folder called good or bad says more than a table above it
+            in_table = next((paths for above, paths in governed.items() if here.is_relative_to(above)), None)
+            self._masks += [(path, parts) for path in masks if in_table is None or path not in in_table]
+            no_images = {*masks, *lost}
+            for path in (path for path in images if path not in no_images):
+                if in_table is None or role:  # a folder called good or bad says more than a table above it
                     self._images.append((path, parts))
-                elif path not in listed:
+                elif path not in in_table:
                     self._log.skip(path, "an image that the table of labels does not list")
 
     def _read_tables(self, tables: Sequence[Path], place: Path, context: tuple[str, ...]) -> set[Path]:
@@ -425,92 +398,85 @@ class _ClassReader:
         def split_at(image: Path) -> str:
             return _split(parts_of(image)) or meaning(table.stem).split
 
-        listed: set[Path] = set()
+        in_tables: set[Path] = set()
         for table in tables:
             rows = read_list(table, self._log, None, self._name, place, split_at)
             fresh = [row for row in rows if not role_of(parts_of(row.image))]
-            twice = next((row.image for row in fresh if row.image in listed), None)
+            twice = next((row.image for row in fresh if row.image in in_tables), None)
             if twice is not None:
                 raise DataError(f"{table}: {twice} is listed twice, here or in another table beside it")
             self._listed += [((row.image, parts_of(row.image)), row) for row in fresh]
-            listed.update(path for row in fresh for path in (row.image, *row.masks))
+            in_tables.update(path for row in fresh for path in (row.image, *row.masks))
             self._tables.add(table)
             if not fresh:
                 self._log.note(_NOT_USED.format(table))
-        return listed
+        return in_tables
 
-    def _sample(self, path: Path, parts: tuple[str, ...]) -> Sample | None:
+    def _judge(self, path: Path, parts: tuple[str, ...]) -> Sample | None:
         """An image by the folders above it, then by its own name; None, with a log entry, if it is not used."""
-        split, role, kinds = _split(parts), role_of(parts), _kinds(parts)
-        by_name = meaning_of_file(path.name).role
+        split, role, by_name = _split(parts), role_of(parts), meaning_of_file(path.name).role
+        kinds = any(map(_is_kind, parts))
         if role == GOOD and by_name == BAD:
-            self._skip(path, "its name says defect, and its folder good")
+            self._log.skip(path, "its name says defect, and its folder good")
             return None
         if not role and by_name in (GOOD, BAD) and (by_name == BAD or not kinds):
             role = by_name
             self._log.note("some images are good, or defects, by their own names, such as OK_1.png and NG_1.png")
         if split in (TRAIN, CALIBRATION):
-            return self._learnt(path, parts, split, role)
-        if role == GOOD:
+            if role in (BAD, UNSORTED) or (not role and (split in self._good_in or kinds)):
+                above = meaning(path.parent.name)
+                part = path if above.split and not above.role else path.parent
+                self._log.skip(part, f"only good images are used for {split}")
+                return None
+            if not role and split == CALIBRATION and self._good_in & {TRAIN, ""}:  # good is said of others only
+                return Sample(path, TEST, self._name, None)
+        elif role == GOOD:
             if not split and self._trains and parts:
                 self._log.note(f"{Path(*parts)} is learnt as well: its name says good, and neither training nor test")
-            return Sample(path, split or TRAIN, self._name)
-        if role == BAD:
-            return Sample(path, TEST, self._name, 1, _kind(parts))
-        if role == UNSORTED:
+        elif role == UNSORTED:
             return Sample(path, TEST, self._name, None, next(p for p in parts if meaning(p).role == UNSORTED))
-        if split == TEST or "" in self._good_in:  # what stands beside good images under a name of its own is a defect
-            return Sample(path, TEST, self._name, 1, _kind(parts)) if kinds else Sample(path, TEST, self._name, None)
-        if self._trains:
-            self._skip(path.parent, "neither in the training nor in the test part")
-            return None
-        return self._assumed(path, TRAIN)
-
-    def _learnt(self, path: Path, parts: tuple[str, ...], split: str, role: str) -> Sample | None:
-        """An image of a training or calibration part."""
-        if role in (BAD, UNSORTED) or (not role and (split in self._good_in or _kinds(parts))):
-            inside = not meaning(path.parent.name).split or meaning(path.parent.name).role
-            self._skip(path.parent if inside else path, f"only good images are used for {split}")
-            return None
-        if role == GOOD:
-            return Sample(path, split, self._name)
-        if split == CALIBRATION and self._good_in & {TRAIN, ""}:  # good is said of others, and not of these
+        elif role == BAD or (kinds and (split == TEST or "" in self._good_in)):  # a kind of its own beside good/
+            return Sample(path, TEST, self._name, 1, _kind(parts))
+        elif split == TEST or "" in self._good_in:
             return Sample(path, TEST, self._name, None)
-        return self._assumed(path, split)
+        elif self._trains:
+            self._log.skip(path.parent, "neither in the training nor in the test part")
+            return None
+        self.assumed += not role
+        return Sample(path, split or TRAIN, self._name)
 
-    def _assumed(self, path: Path, split: str) -> Sample:
-        self.assumed += 1
-        return Sample(path, split, self._name)
-
-    def _masked(self, sample: Sample, masks: tuple[Path, ...], free: bool) -> Sample | None:
+    def _masked(self, sample: Sample, masks: tuple[Path, ...], parts: tuple[str, ...]) -> Sample | None:
         """A defect with its masks; an image of which nothing else is said, by what its masks say."""
         if not masks or sample.label == 1:
             return replace(sample, masks=masks)
         marks = marks_a_defect(masks)
         if marks is None:
-            self._skip(sample.image, "its mask cannot be read, and nothing else says whether it is good")
+            self._log.skip(sample.image, "its mask cannot be read, and nothing else says whether it is good")
             return None
         if not marks:
             return replace(sample, label=0)
-        if not free:
-            self._skip(sample.image, f"its mask marks a defect; only good images are used for {sample.split}")
+        if _split(parts) and sample.split != TEST:
+            self._log.skip(sample.image, f"its mask marks a defect; only good images are used for {sample.split}")
             return None
         self._log.note("images of which only a mask says whether they are good are defects if it marks a pixel")
         return replace(sample, split=TEST, label=1, defect_type=sample.defect_type or "anomaly", masks=masks)
 
-    def _skip(self, path: Path, reason: str) -> None:
-        if (path, reason) not in self._seen:
-            self._seen.add((path, reason))
-            self._log.skip(path, reason)
+    def _say(self, used: Sequence[Sample]) -> None:
+        for path in (*self._tables, *(path for path, _ in self._odd)):
+            self._log.take_back(path)
+        for path, reason in self._odd:  # a list that is not read may name defects among what is taken as good
+            (self._log.leave if self.assumed else self._log.skip)(path, reason)
+        unknown = [s for s in used if s.label is None and not s.defect_type.startswith("test_private")]
+        if unknown:
+            places = sorted({sample.image.parent.name for sample in unknown})
+            self._log.note(
+                f"{len(unknown):,} images of {self._name} are neither learnt nor tested, as nothing says whether "
+                f"they are good ({', '.join(places[:5])}); folders called good and bad in there would"
+            )
 
 
 def _split(parts: Iterable[str]) -> str:
     return next((split for part in parts if (split := meaning(part).split)), "")
-
-
-def _kinds(parts: Iterable[str]) -> list[str]:
-    """Names that say nothing that is known: kinds of defects, or of products."""
-    return [part for part in parts if _is_kind(part)]
 
 
 def _kind(parts: Sequence[str]) -> str:

@@ -43,44 +43,36 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
     Copies are byte-equal. Of few images, which copies harm most, also equal pixels make one: the same picture saved
     anew. The first copy stays, a training image before one of calibration: what is held out must not be known.
     """
-    copies: dict[Sample, Sample] = {}
-    both: dict[Sample, Sample] = {}
+    first_of: dict[Sample, Sample] = {}  # a copy -> what it is a copy of
 
     def leave_out(groups: Iterable[list[Sample]]) -> None:
         for twins in groups:
             first, *others = sorted(twins, key=lambda twin: (twin.label != 1, twin.split != TRAIN, sort_key(twin)))
-            (both if first.label == 1 else copies).update(dict.fromkeys((s for s in others if s.label != 1), first))
+            first_of.update((other, first) for other in others if other.label != 1)
 
     leave_out(_equal([*good, *defects]))
-    rest = [sample for sample in good if sample not in copies and sample not in both]
+    rest = [sample for sample in good if sample not in first_of]
     if len(rest) <= _FEW:
         leave_out(_split((sample for sample in rest if sample.in_file), _pixel_hash))
-    notes = [
-        f"{len(left_out_of):,} of {len(good):,} good images {what} (first: {_named(left_out_of)}): {done}"
-        for left_out_of, what, done in (
-            (copies, "are copies of others", "each picture is counted once"),
-            (both, "are copies of images that are called defects", "they are left out"),
-        )
-        if left_out_of
-    ]
-    return [sample for sample in rest if sample not in copies], notes
-
-
-def _named(copies: dict[Sample, Sample]) -> str:
-    copy, first = next(iter(copies.items()))
-    return f"{copy.image} = {first.image}"
+    notes = []
+    for label, what, done in (
+        (0, "are copies of others", "each picture is counted once"),
+        (1, "are copies of images that are called defects", "they are left out"),
+    ):
+        pairs = [(copy, first) for copy, first in first_of.items() if (first.label == 1) == label]
+        if pairs:
+            pair = f"{pairs[0][0].image} = {pairs[0][1].image}"
+            notes.append(f"{len(pairs):,} of {len(good):,} good images {what} (first: {pair}): {done}")
+    return [sample for sample in rest if sample not in first_of], notes
 
 
 def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
     """Groups of two and more samples with the same content."""
-    files: list[Sample] = []
-    records: list[Sample] = []
-    for sample in samples:
-        (files if sample.in_file else records).append(sample)
-    groups = [files]
+    known = list(samples)
+    groups = [[sample for sample in known if sample.in_file]]
     for key in (_size, _peek, lambda sample: sha256_of(sample.image)):
         groups = [part for group in groups for part in _split(group, key)]
-    return groups + _split(records, _pixel_hash)
+    return groups + _split((sample for sample in known if not sample.in_file), _pixel_hash)
 
 
 def _split(samples: Iterable[Sample], key: Callable[[Sample], Hashable]) -> list[list[Sample]]:

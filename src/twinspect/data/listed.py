@@ -7,30 +7,20 @@ data folder is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from twinspect.data.folders import MVTEC_AD, find_classes, read_folders, shape_of
 from twinspect.data.names import BAD, GOOD, meaning
-from twinspect.data.scan import (
-    ScanLog,
-    existing_folder,
-    existing_root,
-    files_in,
-    folder_name,
-    images_below,
-    inside,
-    listing,
-    subfolders,
-)
+from twinspect.data.scan import ScanLog, files_in, folder_name, images_below, inside, listing, subfolders
 from twinspect.data.tables import (
     as_list,
     as_object,
+    csv_rows,
     label_of,
-    read_csv,
     read_json,
     read_json_lines,
     split_of,
@@ -41,82 +31,66 @@ from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
 VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
-VISA_COLUMNS = ("object", "split", "label", "image", "mask")
-REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
+_VISA_COLUMNS = ("object", "split", "label", "image", "mask")
+_REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
 _HEAD = 1 << 16  # bytes of a file that say what it is
 
 
-def holds(is_list: Callable[[Path], bool], root: Path) -> bool:
-    """Whether it is a list of a kind, or a folder with one."""
-    return bool(_lists(root, is_list))
+class _Row(NamedTuple):
+    """One image as a list names it.
 
-
-def _lists(root: Path, is_list: Callable[[Path], bool], needed: str = "") -> list[Path]:
-    """The file itself, or those of a folder, that are lists of a kind; without any an error says what is needed."""
-    paths = [path for path in (files_in(root) if os.path.isdir(root) else [root]) if is_list(path)]
-    if needed and not paths:
-        raise DataError(f"{root}: {needed}; found: {listing(root)}")
-    return paths
-
-
-def _contains(path: Path, text: bytes) -> bool:
-    with suppress(OSError), path.open("rb") as file:
-        return text in file.read(_HEAD)
-    return False
-
-
-def _listed(
-    log: ScanLog,
-    where: str,
-    base: Path,
-    image: str,
-    split: str,
-    label: int | None,
-    mask: Any = None,
-    kind: str = "anomaly",
-    class_name: str = "",
-) -> list[Sample]:
-    """The sample of a row; none if its image is missing.
-
-    Args:
-        log: takes what is missing.
+    Attributes:
         where: file and row, for messages.
-        base: folder that paths are relative to.
-        image: its path.
+        image: its path, relative to a folder that is known.
         split: of the image.
         label: of the image.
         mask: path of a mask, or of a folder of masks; anything that is no text says that there is none.
         kind: of defect; empty takes the name of the image's folder.
         class_name: empty takes the first folder of the image's path.
     """
-    masks: tuple[Path, ...] = ()
-    if label == 1 and isinstance(mask, str) and mask.strip():
-        path = inside(base, mask, where)
-        masks = tuple(images_below(path, log)) if os.path.isdir(path) else tuple(_present([path], log))
-    return [
-        Sample(
-            path,
-            split,
-            class_name or _below(path, base).parts[0],
-            label,
-            (kind or path.parent.name) if label == 1 else "",
-            masks,
-        )
-        for path in _present([inside(base, image, where)], log)
-    ]
+
+    where: str
+    image: str
+    split: str
+    label: int | None
+    mask: Any = None
+    kind: str = "anomaly"
+    class_name: str = ""
 
 
-def _present(paths: list[Path], log: ScanLog) -> Iterator[Path]:
-    for path in paths:
-        if os.path.isfile(path):
-            yield path
-        else:
+def _samples(rows: Iterable[_Row], base: Path, log: ScanLog) -> list[Sample]:
+    """Samples of rows whose paths are relative to a folder, without those whose images are missing."""
+    samples = []
+    for row in rows:
+        image, masks = inside(base, row.image, row.where), list[Path]()
+        if row.label == 1 and isinstance(row.mask, str) and row.mask.strip():
+            mask = inside(base, row.mask, row.where)
+            masks = images_below(mask, log) if os.path.isdir(mask) else [mask]
+        missing = [path for path in (image, *masks) if not os.path.isfile(path)]
+        for path in missing:
             log.skip(path, "listed, but there is no such file")
+        if image not in missing:
+            class_name = row.class_name or _below(image, base).parts[0]
+            kind = (row.kind or image.parent.name) if row.label == 1 else ""
+            masks = [mask for mask in masks if mask not in missing]
+            samples.append(Sample(image, row.split, class_name, row.label, kind, tuple(masks)))
+    return samples
 
 
 def _below(path: Path, base: Path) -> Path:
     return path.relative_to(base) if path.is_relative_to(base) else path
+
+
+def _lists(root: Path, is_list: Callable[[Path], bool]) -> list[Path]:
+    """The file itself, or those of a folder, that are lists of a kind."""
+    return [path for path in (files_in(root) if os.path.isdir(root) else [root]) if is_list(path)]
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return text in file.read(_HEAD)
+    return False
 
 
 # ----------------------------------------------------------------------------------------------- VisA
@@ -128,25 +102,16 @@ def visa(root: Path, log: ScanLog) -> list[Sample]:
     Official counts of the one-class split: 12 classes, 8,659 training and 2,162 test images (962 good,
     1,200 with defects). Mask pixels are small integers: any value above zero is defect.
     """
-    root = existing_folder(root)
     folder = root / "split_csv"
-    if not os.path.isdir(folder):
-        return _converted_visa(root, log)
-    table = folder / "1cls.csv"
-    if not os.path.isfile(table):
-        raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
-    rows = read_csv(table)
-    if not rows or set(VISA_COLUMNS) - set(rows[0]):
+    if os.path.isdir(folder):
+        return _samples(_visa_rows(folder), root, log)
+    try:
+        return read_folders(_visa_place(root), log, MVTEC_AD)
+    except DataError:
         raise DataError(
-            f"{table}: columns {', '.join(rows[0]) if rows else 'none'}; needed: {', '.join(VISA_COLUMNS)}"
-        )
-    samples = []
-    for number, row in enumerate(rows, 1):
-        where = f"{table} row {number}"
-        label, split = label_of(text_of(row, "label", where), where), split_of(row["split"], where)
-        name, image = text_of(row, "object", where), text_of(row, "image", where)
-        samples += _listed(log, where, root, image, split, label, row["mask"], class_name=name)
-    return samples
+            f"{root}: neither split_csv/1cls.csv (raw VisA) nor 1cls/<class>/train/good (converted); "
+            f"found: {listing(root)}"
+        ) from None
 
 
 def looks_like_visa(root: Path) -> bool:
@@ -159,14 +124,20 @@ def looks_like_visa(root: Path) -> bool:
     return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
 
 
-def _converted_visa(root: Path, log: ScanLog) -> list[Sample]:
-    try:
-        return read_folders(_visa_place(root), log, MVTEC_AD)
-    except DataError:
+def _visa_rows(folder: Path) -> Iterator[_Row]:
+    table = folder / "1cls.csv"
+    if not os.path.isfile(table):
+        raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
+    rows = list(csv_rows(table))
+    if not rows or set(_VISA_COLUMNS) - set(rows[0]):
         raise DataError(
-            f"{root}: neither split_csv/1cls.csv (raw VisA) nor 1cls/<class>/train/good (converted); "
-            f"found: {listing(root)}"
-        ) from None
+            f"{table}: columns {', '.join(rows[0]) if rows else 'none'}; needed: {', '.join(_VISA_COLUMNS)}"
+        )
+    for number, row in enumerate(rows, 1):
+        where = f"{table} row {number}"
+        name, image, label = (text_of(row, column, where) for column in ("object", "image", "label"))
+        split = split_of(row["split"], where)
+        yield _Row(where, image, split, label_of(label, where), row["mask"], class_name=name)
 
 
 def _visa_place(root: Path) -> Path:
@@ -184,79 +155,72 @@ def real_iad(root: Path, log: ScanLog) -> list[Sample]:
     are there in several sizes the first of 1024, 512, raw, 256 is read, and the notes say so. Official
     counts: 30 classes, 36,465 training and 114,585 test images.
     """
-    root = existing_folder(root)
-    jsons = _real_iad_jsons(root, log)
-    images = _real_iad_images(root, log)
-    samples: list[Sample] = []
-    for path in sorted(jsons.glob("*.json")):
-        if os.path.isdir(images / path.stem):
-            samples += _real_iad_class(images / path.stem, path, log)
-        else:
-            log.skip(path, "list of a class without image folder")
-    return samples
-
-
-def looks_like_real_iad(root: Path) -> bool:
-    """Whether a folder holds Real-IAD's lists."""
-    return any(sub.name.startswith("realiad_jsons") for sub in subfolders(root))
-
-
-def _real_iad_jsons(root: Path, log: ScanLog) -> Path:
-    lists = [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
+    lists = [sub for sub in subfolders(root) if _is_real_iad(sub)]
     if not lists:
         raise DataError(f"{root}: no folder realiad_jsons with <class>.json files; found: {listing(root)}")
     folder = next((sub for sub in lists if sub.name == "realiad_jsons"), lists[0])
     for sub in lists:
         if sub != folder:
             log.skip(sub, f"another list of Real-IAD; {folder.name} is read")
-    if any(folder.glob("*.json")):
-        return folder
-    return next((sub for sub in subfolders(folder) if any(sub.glob("*.json"))), folder)
+    place = next((sub for sub in (folder, *subfolders(folder)) if any(sub.glob("*.json"))), folder)
+    images = _real_iad_images(root, log)
+    samples: list[Sample] = []
+    for path in sorted(place.glob("*.json")):
+        pictures = images / path.stem
+        if not os.path.isdir(pictures):
+            log.skip(path, "list of a class without image folder")
+            continue
+        for sample in _samples(_real_iad_rows(path), pictures, log):
+            view_of = _below(sample.image, pictures).parent.as_posix()
+            samples.append(replace(sample, group=f"{path.stem}/{view_of}"))
+    return samples
+
+
+def looks_like_real_iad(root: Path) -> bool:
+    """Whether a folder holds Real-IAD's lists."""
+    return any(map(_is_real_iad, subfolders(root)))
+
+
+def _is_real_iad(folder: Path) -> bool:
+    return folder.name.startswith("realiad_jsons")
 
 
 def _real_iad_images(root: Path, log: ScanLog) -> Path:
-    sizes = [root / name for name in REAL_IAD_FOLDERS if os.path.isdir(root / name)]
-    if not sizes:
-        return root
+    sizes = [root / name for name in _REAL_IAD_FOLDERS if os.path.isdir(root / name)]
     if len(sizes) > 1:
         log.note(f"images are here as {', '.join(f.name for f in sizes)}: {sizes[0].name} is read")
     for other in sizes[1:]:
         log.skip(other, f"the same images in another size; {sizes[0].name} is read")
-    return sizes[0]
+    return sizes[0] if sizes else root
 
 
-def _real_iad_class(images: Path, path: Path, log: ScanLog) -> Iterator[Sample]:
+def _real_iad_rows(path: Path) -> Iterator[_Row]:
     lists = as_object(read_json(path), str(path))
     for split in (TRAIN, TEST):
         for number, entry in enumerate(as_list(lists.get(split), f"{path} {split}"), start=1):
             where = f"{path} {split} row {number}"
             row = as_object(entry, where)
             image, kind = text_of(row, "image_path", where), text_of(row, "anomaly_class", where)
-            mask, label = row.get("mask_path"), int(kind != "OK")
-            for sample in _listed(log, where, images, image, split, label, mask, kind, images.name):
-                view_of = _below(sample.image, images).parent.as_posix()
-                yield replace(sample, group=f"{images.name}/{view_of}")
+            yield _Row(where, image, split, int(kind != "OK"), row.get("mask_path"), kind, path.stem)
 
 
 # ------------------------------------------------------------------------------------------ meta.json
 
 
-def is_meta_json(path: Path) -> bool:
-    """Whether it is a file called ``meta.json``."""
-    return path.name.lower() == "meta.json"
+def find_meta_json(root: Path) -> list[Path]:
+    """The file called ``meta.json``."""
+    return _lists(root, lambda path: path.name.lower() == "meta.json")
 
 
-def meta_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
+def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """``meta.json`` of the ADer and AnomalyCLIP family: ``{train: {class: [...]}, test: {class: [...]}}``.
 
-    ``root`` is the file, or the folder that holds it; paths in it are relative to that folder or to
-    ``images``.
+    Paths in it are relative to its folder or to ``images``.
     """
-    path = existing_root(root)
-    if os.path.isdir(path):
-        path = _lists(path, is_meta_json, "no meta.json in it")[0]
-    base = existing_folder(images) if images is not None else path.parent
-    samples: list[Sample] = []
+    return _samples(_meta_rows(path, log), images or path.parent, log)
+
+
+def _meta_rows(path: Path, log: ScanLog) -> Iterator[_Row]:
     for word, classes in as_object(read_json(path), str(path)).items():
         split = meaning(word).split
         if not split:
@@ -268,14 +232,20 @@ def meta_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Samp
                 row = {"cls_name": name, **as_object(entry, where)}
                 image, label = text_of(row, "img_path", where), label_of(row.get("anomaly"), where)
                 kind, class_name = str(row.get("specie_name") or "anomaly"), text_of(row, "cls_name", where)
-                samples += _listed(log, where, base, image, split, label, row.get("mask_path"), kind, class_name)
-    return samples
+                yield _Row(where, image, split, label, row.get("mask_path"), kind, class_name)
 
 
 # -------------------------------------------------------------------------------------- UniAD's lines
 
 
-def is_uniad(path: Path) -> bool:
+def find_uniad_json(root: Path) -> list[Path]:
+    """A file of such lines, or ``train.json`` and ``test.json`` (also ``.jsonl``) of a folder with one."""
+    names = [f"{split}{suffix}" for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
+    files = [path for path in files_in(root) if path.name.lower() in names] if os.path.isdir(root) else [root]
+    return sorted(files, key=lambda path: path.stem.lower() != TRAIN) if any(map(_is_uniad, files)) else []
+
+
+def _is_uniad(path: Path) -> bool:
     """Whether it is a file of such lines: also where a line of it cannot be read."""
     if path.suffix.lower() not in (".json", ".jsonl"):
         return False
@@ -286,85 +256,57 @@ def is_uniad(path: Path) -> bool:
     return first is not None and "filename" in first[1]
 
 
-def uniad_json(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
+def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """UniAD's JSON lines: ``filename, label, label_name, clsname, maskname``, one object a line.
 
-    ``root`` is a folder with ``train.json`` and ``test.json`` (also ``.jsonl``), or one such file. Paths
-    are relative to ``images``, else to that folder, else to a folder inside it where the first file is
+    Paths are relative to ``images``, else to the file's folder, else to a folder inside it where the first file is
     found. Training images without a label are normal.
     """
-    samples: list[Sample] = []
-    for path in _uniad_files(existing_root(root), "neither train.json nor test.json"):
-        split, entries = meaning(path.stem).split or TEST, list(read_json_lines(path))
-        base = existing_folder(images) if images is not None else _uniad_base(path.parent, entries)
-        for where, entry in entries:
-            label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
-            image, name, kind = text_of(entry, "filename", where), str(entry.get("clsname") or ""), ""
-            samples += _listed(log, where, base, image, split, label, entry.get("maskname"), kind, name)
-    return samples
-
-
-def looks_like_uniad(root: Path) -> bool:
-    """Whether it is a file of such lines, or a folder with one."""
-    return any(map(is_uniad, _uniad_files(root)))
-
-
-def _uniad_files(root: Path, needed: str = "") -> list[Path]:
-    if os.path.isfile(root):
-        return [root]
-    names = [f"{split}{suffix}" for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
-    files = _lists(root, lambda path: path.name.lower() in names, needed)
-    return sorted(files, key=lambda path: names.index(path.name.lower()))
-
-
-def _uniad_base(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> Path:
-    if not entries:
-        return folder
-    where, first = entries[0]
-    name = text_of(first, "filename", where)
-    places = (folder, *subfolders(folder))
-    return next((base for base in places if os.path.isfile(inside(base, name, where))), folder)
+    split, entries = meaning(path.stem).split or TEST, list(read_json_lines(path))
+    rows = []
+    for where, entry in entries:
+        label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
+        image, name = text_of(entry, "filename", where), str(entry.get("clsname") or "")
+        rows.append(_Row(where, image, split, label, entry.get("maskname"), "", name))
+    places = (path.parent, *subfolders(path.parent))
+    found = (place for place in places if rows and os.path.isfile(inside(place, rows[0].image, rows[0].where)))
+    return _samples(rows, images or next(found, path.parent), log)
 
 
 # ----------------------------------------------------------------------------------- Lookout for Vision
 
 
-def is_lookout(path: Path) -> bool:
-    """Whether it is such a manifest."""
-    return path.suffix.lower() in (".manifest", ".jsonl", ".json") and _contains(path, b'"source-ref"')
+def find_lookout(root: Path) -> list[Path]:
+    """Manifests with ``source-ref``."""
+    endings = (".manifest", ".jsonl", ".json")
+    return _lists(root, lambda path: path.suffix.lower() in endings and _contains(path, b'"source-ref"'))
 
 
-def lookout(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
-    """Manifests of Amazon Lookout for Vision: one JSON object a line, with ``source-ref`` and an image label.
+def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """A manifest of Amazon Lookout for Vision: one JSON object a line, with ``source-ref`` and an image label.
 
-    ``root`` is a manifest, or a folder of them (``train.manifest``, ``test.manifest``). The images must lie on this
-    disk, in ``images`` or beside the manifest: of an address ``s3://bucket/a/b.png`` the longest end that is there,
-    the same for all. A manifest whose name says no split gives good images to training and anomalies to the test.
+    The images must lie on this disk, in ``images`` or beside the manifest: of an address ``s3://bucket/a/b.png`` the
+    longest end that is there, the same for all. A manifest whose name says no split gives good images to training and
+    anomalies to the test.
     """
-    paths = _lists(existing_root(root), is_lookout, "no manifest with source-ref")
-    return [sample for path in paths for sample in _lookout_lines(path, log, images)]
-
-
-def _lookout_lines(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
-    lines, samples = list(read_json_lines(path)), list[Sample]()
+    lines, base = list(read_json_lines(path)), images or path.parent
     keys = [_key(text_of(entry, "source-ref", where)) for where, entry in lines]
-    base = existing_folder(images) if images is not None else path.parent
-    depth = len(keys[0].parts)
-    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*keys[0].parts[n:]))), depth - 1)
+    depth = len(keys[0]) if keys else 0
+    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*keys[0][n:]))), depth - 1)
     if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
         log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
-    for key, (where, entry) in zip(keys, lines, strict=True):
+    rows = []
+    for parts, (where, entry) in zip(keys, lines, strict=True):
         label = _lookout_label(entry, where)
         split = meaning(path.stem).split or (TEST if label else TRAIN)
-        image = PurePosixPath(*key.parts[dropped:]).as_posix()
-        samples += _listed(log, where, base, image, split, label, class_name=folder_name(base))
-    return samples
+        rows.append(_Row(where, "/".join(parts[dropped:]) or ".", split, label, class_name=folder_name(base)))
+    return _samples(rows, base, log)
 
 
-def _key(address: str) -> PurePosixPath:
+def _key(address: str) -> list[str]:
     """The parts of an address without its scheme; none of them leads upwards."""
     parts = PurePosixPath(address.partition("://")[2] or address).parts
-    return PurePosixPath(*(part for part in parts if part not in ("..", "/")))
+    return [part for part in parts if part not in ("..", "/")]
 
 
 def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
@@ -382,20 +324,40 @@ def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
 # ------------------------------------------------------------------------------------------- anomalib
 
 
-def is_anomalib(path: Path) -> bool:
-    """Whether it is a YAML file with anomalib's folder settings."""
-    return path.suffix.lower() in (".yaml", ".yml") and bool(_settings(path))
+def find_anomalib(root: Path) -> list[Path]:
+    """YAML files with anomalib's folder settings."""
+    return _lists(root, lambda path: path.suffix.lower() in (".yaml", ".yml") and bool(_settings(path)))
 
 
-def anomalib(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
+def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """Settings of anomalib's ``Folder`` data: ``normal_dir``, ``abnormal_dir``, ``normal_test_dir``, ``mask_dir``.
 
-    ``root`` is a YAML file, or a folder of such files: one class a file, all for one model. The folder that the
-    settings call ``root`` is looked for beside the file and where the command runs; ``images`` replaces it. Masks go
-    with the images of ``abnormal_dir`` in the order of their names, and must carry those names.
+    One YAML file is one class. The folder that the settings call ``root`` is looked for beside the file and where
+    the command runs; ``images`` replaces it. Masks go with the images of ``abnormal_dir`` in the order of their
+    names, and must carry those names.
     """
-    paths = _lists(existing_root(root), is_anomalib, "no YAML file with normal_dir")
-    return [sample for path in paths for sample in _anomalib_class(path, _settings(path), log, images)]
+    settings = _settings(path)
+    if not settings:
+        raise DataError(f"{path}: no normal_dir in it, which anomalib's folder settings have")
+    base = images or _anomalib_root(path, settings)
+    name = str(settings.get("name") or folder_name(base))
+
+    def folders(key: str) -> Iterator[Path]:
+        value = settings.get(key) or []
+        for text in value if isinstance(value, list) else [value]:
+            folder = base / str(text)
+            if not os.path.isdir(folder):
+                raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
+            yield folder
+
+    samples = [
+        Sample(image, split, name, label, folder.name if label else "")
+        for key, split, label in (("normal_dir", TRAIN, 0), ("normal_test_dir", TEST, 0), ("abnormal_dir", TEST, 1))
+        for folder in folders(key)
+        for image in images_below(folder, log)
+    ]
+    masks = [mask for folder in folders("mask_dir") for mask in images_below(folder, log)]
+    return _with_masks(path, samples, masks) if masks else samples
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -421,19 +383,6 @@ def _settings(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _anomalib_class(path: Path, settings: dict[str, Any], log: ScanLog, images: Path | None) -> list[Sample]:
-    base = existing_folder(images) if images is not None else _anomalib_root(path, settings)
-    name = str(settings.get("name") or folder_name(base))
-    samples, defects = list[Sample](), list[Sample]()
-    for key, split, label in (("normal_dir", TRAIN, 0), ("normal_test_dir", TEST, 0), ("abnormal_dir", TEST, 1)):
-        for folder in _folders(path, base, settings, key):
-            kind = folder.name if label else ""
-            part = [Sample(image, split, name, label, kind) for image in images_below(folder, log)]
-            (defects if label else samples).extend(part)
-    masks = [mask for folder in _folders(path, base, settings, "mask_dir") for mask in images_below(folder, log)]
-    return samples + (_with_masks(path, defects, masks) if masks else defects)
-
-
 def _anomalib_root(path: Path, settings: dict[str, Any]) -> Path:
     text = str(settings.get("root") or settings.get("path") or ".")
     root = next((place / text for place in (path.parent, Path.cwd()) if os.path.isdir(place / text)), None)
@@ -444,17 +393,9 @@ def _anomalib_root(path: Path, settings: dict[str, Any]) -> Path:
     return root
 
 
-def _folders(path: Path, base: Path, settings: dict[str, Any], key: str) -> Iterator[Path]:
-    value = settings.get(key) or []
-    for text in value if isinstance(value, list) else [value]:
-        folder = base / str(text)
-        if not os.path.isdir(folder):
-            raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
-        yield folder
-
-
-def _with_masks(path: Path, defects: list[Sample], masks: list[Path]) -> list[Sample]:
+def _with_masks(path: Path, samples: list[Sample], masks: list[Path]) -> list[Sample]:
     """Every defect with its mask, paired as anomalib does."""
+    defects = [sample for sample in samples if sample.label]
     pairs = list(zip(defects, masks, strict=False))
     wrong = [
         f"; {mask.name} would go with {s.image.name}" for s, mask in pairs if not mask.stem.startswith(s.image.stem)
@@ -464,4 +405,4 @@ def _with_masks(path: Path, defects: list[Sample], masks: list[Path]) -> list[Sa
             f"{path}: {len(defects)} images in abnormal_dir and {len(masks)} masks in mask_dir do not pair by "
             f"name{''.join(wrong[:1])}. Every mask is named like its image"
         )
-    return [replace(sample, masks=(mask,)) for sample, mask in pairs]
+    return [sample for sample in samples if not sample.label] + [replace(s, masks=(mask,)) for s, mask in pairs]

@@ -1,43 +1,30 @@
 """Tables that list images, one row each: our own manifest, which every layout can be written as, and other people's.
 
-Columns: ``image`` (required), ``split``, ``class_name``, ``label`` (0, 1 or empty), ``defect_type``,
-    ``mask`` (a list, or ``;`` between paths), ``group``, ``record`` (position inside a container file), and
-    on request ``width``, ``height``, ``sha256``. Paths are relative to the manifest's folder, or to the
-    folder given when reading. Headers and labels are read as people write them (``_ALIASES``, `names.meaning`).
+Columns: ``image`` (required), ``split``, ``class_name``, ``label`` (0, 1 or empty), ``defect_type``, ``mask`` (a
+list, or ``;`` between paths), ``group``, ``record`` (position inside a container file). Paths are relative to the
+table's folder, or to the folder given when reading. Headers and labels are read as people write them (``_ALIASES``,
+`names.meaning`).
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns
+from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns, parquet_table
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
-from twinspect.data.samples import marks_a_defect, read_sample_rgb
-from twinspect.data.scan import (
-    ScanLog,
-    existing_folder,
-    existing_root,
-    files_in,
-    folder_name,
-    inside,
-    listing,
-    once,
-    relative_to_root,
-    subfolders,
-)
-from twinspect.data.tables import csv_header, is_empty, label_of, read_csv, read_json_lines, split_of
+from twinspect.data.samples import marks_a_defect
+from twinspect.data.scan import ScanLog, files_in, folder_name, inside, once, relative_to_root, subfolders
+from twinspect.data.tables import csv_header, csv_rows, is_empty, label_of, read_json_lines, split_of
 from twinspect.errors import DataError
 from twinspect.files import replacing
 from twinspect.types import TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
-DETAILS = ("width", "height", "sha256")
 NAMES = ("manifest.parquet", "manifest.csv")
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")
 # Headers that other tools' tables have for the same things, as `names.key` spells them, the best first.
@@ -53,35 +40,17 @@ _ALIASES = {
     "record": "record",
 }
 _PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
-SHOWN_PROBLEMS = 5
-ROOT_KEY = b"twinspect.root"
+_SHOWN = 5  # of what is wrong in one message
 Row = dict[str, Any]
 
 
-def manifest(root: Path, log: ScanLog, images: Path | None = None) -> list[Sample]:
-    """Samples listed in a table, or in ``manifest.parquet`` or ``manifest.csv`` of a folder.
-
-    ``images`` is the folder that the paths are relative to; without it, the table's own. Any row that
-    cannot be used (no such file, outside that folder, unknown split) refuses the whole table, with the
-    row's number: a list that is half true is not a data set. Row 1 is the first below the header.
-    """
-    path = existing_root(root)
-    if os.path.isdir(path):
-        named = _named(path)
-        if not named:
-            raise DataError(f"{path}: neither {' nor '.join(NAMES)}; found: {listing(path)}")
-        path = named[0]
-    return read_list(path, log, existing_folder(images) if images is not None else None)
-
-
-def looks_like_manifest(root: Path) -> bool:
-    """Whether it is a table with an image column, or a folder that holds a manifest."""
+def find_manifests(root: Path) -> list[Path]:
+    """The table itself, if it has an image column, or the manifest of a folder."""
     if os.path.isdir(root):
-        return bool(_named(root))
+        return [path for name in NAMES for path in files_in(root) if path.name.lower() == name][:1]
     suffix = root.suffix.lower()
-    return os.path.isfile(root) and (
-        suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(root))))
-    )
+    table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(root))))
+    return [root] if table else []
 
 
 def path_column(names: Iterable[str]) -> str:
@@ -103,7 +72,7 @@ def read_list(
     within: Path | None = None,
     split_at: Callable[[Path], str] = lambda _: "",
 ) -> list[Sample]:
-    """Samples of one table; a DataError names the rows that cannot be used.
+    """Samples of one table. Row 1 is the first below the header.
 
     Args:
         path: of the table.
@@ -112,8 +81,12 @@ def read_list(
         class_name: of rows that name none; empty: the folder's name.
         within: data set that the table is a part of; paths may then be relative to any folder above the table.
         split_at: split of an image whose row names none, where it is known.
+
+    Raises:
+        DataError: it names the rows that cannot be used (no such file, outside the folder, unknown split). One is
+            enough: a list that is half true is not a data set.
     """
-    rows, recorded = _rows(path)
+    rows = _rows(path)
     names = _columns(rows[0])
     if "image" not in names:
         raise DataError(
@@ -129,29 +102,29 @@ def read_list(
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(_refusal(path, problems, len(rows), base, recorded))
+        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{path}: {len(problems):,} of {len(rows):,} rows cannot be used. Paths are taken relative to {base}; if "
+            f"the images are elsewhere, name their folder (--images DIR).\n  " + "\n  ".join(problems[:_SHOWN]) + more
+        )
     for note in reader.notes():
         log.note(f"{path.name}: {note}")
     return samples
 
 
-def write_manifest(
-    samples: Iterable[Sample], path: Path, root: Path, details: bool = False, log: ScanLog | None = None
-) -> int:
+def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
     """Write samples to ``.parquet`` or ``.csv`` with paths relative to ``root``; how many rows were written.
 
-    With ``details`` each image is read for ``width``, ``height`` and ``sha256`` (of the file, or of the
-    pixels of a record); they stay empty for an image that cannot be read, which goes to the log. If the manifest does
-    not lie in ``root``, name that folder when reading it.
+    If the manifest does not lie in ``root``, name that folder when reading it.
 
     Raises:
         DataError: a name that the table cannot hold, or an ending that is none of the two.
     """
-    if path.suffix.lower() not in (".parquet", ".csv"):
+    suffix = path.suffix.lower()
+    if suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: a manifest ends in .parquet or .csv; type {path.with_suffix('.parquet')}")
-    rows = []
-    for sample in samples:
-        row: Row = {
+    rows: list[Row] = [
+        {
             "image": relative_to_root(sample.image, root),
             "split": sample.split,
             "class_name": sample.class_name,
@@ -161,22 +134,16 @@ def write_manifest(
             "group": sample.group,
             "record": sample.record,
         }
-        rows.append(row | _details(sample, log or ScanLog()) if details else row)
+        for sample in samples
+    ]
     _refuse_other_names(rows)
-    names = (*COLUMNS, *DETAILS) if details else COLUMNS
+    content = _parquet_bytes(rows) if suffix == ".parquet" else _csv_text(rows).encode()
     with replacing(path, DataError) as file:
-        if path.suffix.lower() == ".parquet":
-            _write_parquet(rows, names, file, root)
-        else:
-            file.write(_csv_text(rows, names).encode())
+        file.write(content)
     return len(rows)
 
 
 # --------------------------------------------------------------------------------------------- tables
-
-
-def _named(folder: Path) -> list[Path]:
-    return [path for name in NAMES for path in files_in(folder) if path.name.lower() == name][:1]
 
 
 def _lists_labels(path: Path) -> bool:
@@ -187,7 +154,7 @@ def _lists_labels(path: Path) -> bool:
             return False
         if set(names) - {"image", "record", "group"}:
             return True
-        rows, _ = _rows(path)
+        rows = _rows(path)
     except DataError:
         if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
             raise
@@ -217,38 +184,28 @@ def _columns(header: Iterable[str]) -> dict[str, str]:
     return {ours: name for ours, name in columns.items() if name}
 
 
-def _rows(path: Path) -> tuple[list[Row], str]:
-    """Rows, and the folder that the table was written for, where it says so."""
-    suffix, recorded = path.suffix.lower(), ""
-    rows: list[Row]
+def _rows(path: Path) -> list[Row]:
+    suffix = path.suffix.lower()
     if suffix == ".parquet":
-        rows, recorded = _parquet_rows(path)
+        rows = _parquet_rows(path)
     elif suffix == ".jsonl":
         rows = [row for _, row in read_json_lines(path)]
     elif suffix in SUFFIXES:
-        rows = [dict(row) for row in read_csv(path)]
+        rows = [dict(row) for row in csv_rows(path)]
     else:
         raise DataError(f"{path}: a manifest ends in .parquet or .csv (accepted too: {', '.join(SUFFIXES[2:])})")
     if not rows:
         raise DataError(f"{path}: holds no row")
-    return rows, recorded
+    return rows
 
 
-def _parquet_rows(path: Path) -> tuple[list[Row], str]:
+def _parquet_rows(path: Path) -> list[Row]:
     """Rows of a Parquet file; images that it holds itself become records of it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     kinds = parquet_columns(path)
-    try:
-        table = pq.read_table(path, columns=[name for name, kind in kinds.items() if "binary" not in kind])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
-    recorded = (table.schema.metadata or {}).get(ROOT_KEY, b"").decode("utf-8", "replace")
-    rows: list[Row] = table.to_pylist()
+    rows: list[Row] = parquet_table(path, [name for name, kind in kinds.items() if "binary" not in kind]).to_pylist()
     if "image" not in _columns(kinds) or any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
         rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
-    return rows, recorded
+    return rows
 
 
 def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
@@ -271,7 +228,7 @@ def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
 
 
 class _Reader:
-    """Rows of one table as samples. Where it says which images are good is found once, for all rows."""
+    """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
     def __init__(
         self,
@@ -281,7 +238,8 @@ class _Reader:
         class_name: str,
         split_at: Callable[[Path], str],
     ) -> None:
-        self._rows, self._base, self._class_name, self._split_at = rows, base, class_name, split_at
+        self._base, self._class_name, self._split_at = base, class_name, split_at
+        self._columns = [name for name in rows[0] if name]
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
@@ -296,15 +254,17 @@ class _Reader:
 
     def sample(self, row: Row, where: str) -> Sample:
         """One row, or a DataError whose words begin with ``where``."""
-        text = self._text(row, "image")
-        record = row.get(self._names.get("record", ""))
+        text, record = self._text(row, "image"), row.get(self._names.get("record", ""))
         if self._predicted:
             text, _, record = text.partition("#")
         image = self._existing(text, where)
         masks = tuple(self._existing(mask, where) for mask in _mask_texts(row.get(self._names.get("mask", ""))))
         word = self._text(row, "split")
         split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
-        label, kind = self._label(row, where, split, image, masks)
+        if self._judge:
+            label, kind = self._judged(row.get(self._judge), where)
+        else:
+            label, kind = self._label_of_files(image, masks, split, where), ""
         if not split:
             split = TEST if label == 1 or (label is None and self._labelled) else TRAIN
         return Sample(
@@ -325,44 +285,42 @@ class _Reader:
             return
         if self._judge and self._judge != self._names.get("label"):
             yield f"column {self._judge!r} says which images are good"
-        used = {*self._names.values(), self._judge, *DETAILS}
-        other = [name for name in self._rows[0] if name and name not in used]
+        other = [name for name in self._columns if name not in (*self._names.values(), self._judge)]
         if other:
             yield f"columns not used: {', '.join(other)}"
 
-    def _label(self, row: Row, where: str, split: str, image: Path, masks: Sequence[Path]) -> tuple[int | None, str]:
-        """Label, and the kind of defect if the label names one."""
-        if self._judge:
-            cell = row.get(self._judge)
-            if is_empty(cell):
-                return (0 if self._judge == self._names.get("defect_type") else None), ""
-            try:
-                label = label_of(cell, where)
-            except DataError:
-                if not self._kinds:
-                    raise
-                return 1, str(cell).strip()
-            word = meaning(str(cell)).role
-            yes = meaning(self._judge).role == GOOD and not word  # a column called is_good
-            return (1 - label if yes and label is not None else label), (str(cell).strip() if word == BAD else "")
+    def _judged(self, cell: Any, where: str) -> tuple[int | None, str]:
+        """Label by a cell of the column that judges, and the kind of defect if the cell names one."""
+        if is_empty(cell):
+            return (0 if self._judge == self._names.get("defect_type") else None), ""
+        try:
+            label = label_of(cell, where)
+        except DataError:
+            if not self._kinds:
+                raise
+            return 1, str(cell).strip()
+        word = meaning(str(cell)).role
+        if label is not None and not word and meaning(self._judge).role == GOOD:  # 0 in a column called is_good
+            label = 1 - label
+        return label, (str(cell).strip() if word == BAD else "")
+
+    def _label_of_files(self, image: Path, masks: Sequence[Path], split: str, where: str) -> int | None:
+        """Label of an image of a table that does not judge: by its masks, else by names of folders and its own."""
         if masks:
-            return int(marks_a_defect(masks) is not False), ""
+            return int(marks_a_defect(masks) is not False)
         folders = image.parent.relative_to(self._base).parts if image.is_relative_to(self._base) else ()
         role = role_of(folders) or meaning_of_file(image.name).role
         if role == MASK:
             raise DataError(f"{where}: {image} is a mask by its name, and is listed as an image")
-        if role:
-            return {GOOD: 0, BAD: 1}.get(role), ""
-        return (0 if split != TEST else None), ""
+        return {GOOD: 0, BAD: 1, UNSORTED: None, "": 0 if split != TEST else None}[role]
 
     def _text(self, row: Row, ours: str) -> str:
         cell = row.get(self._names.get(ours, ""))
-        if cell is None or cell != cell:
+        if cell is None or cell != cell or (ours in ("split", "defect_type") and is_empty(cell)):
             return ""
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # whole numbers become floats where cells of their column are empty
-        text = cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)
-        return "" if ours in ("split", "defect_type") and is_empty(text) else text.strip()
+        return (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)).strip()
 
     def _existing(self, text: str, where: str) -> Path:
         path = inside(self._base, text, where)
@@ -402,27 +360,7 @@ def _mask_texts(cell: Any) -> list[str]:
     return [str(part).strip() for part in parts if not is_empty(part)]
 
 
-def _refusal(path: Path, problems: Sequence[str], count: int, base: Path, recorded: str) -> str:
-    more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    hint = f" It was written for images below {recorded}." if recorded else ""
-    shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
-    return (
-        f"{path}: {len(problems):,} of {count:,} rows cannot be used. Paths are taken relative to {base}; if "
-        f"the images are elsewhere, name their folder (--images DIR).{hint}\n  {shown}{more}"
-    )
-
-
 # -------------------------------------------------------------------------------------------- writing
-
-
-def _details(sample: Sample, log: ScanLog) -> Row:
-    try:
-        rgb = read_sample_rgb(sample)
-        content = sample.image.read_bytes() if sample.record is None else rgb.tobytes()
-    except (DataError, OSError) as error:
-        log.skip(sample.image, str(error))
-        return dict.fromkeys(DETAILS)
-    return {"width": rgb.shape[1], "height": rgb.shape[0], "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _refuse_other_names(rows: Sequence[Row]) -> None:
@@ -430,7 +368,7 @@ def _refuse_other_names(rows: Sequence[Row]) -> None:
     texts = [text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])]
     bad = list(dict.fromkeys(text for text in texts if _escaped(text) != text))
     if bad:
-        shown = ", ".join(map(_escaped, bad[:SHOWN_PROBLEMS])) + (", ..." if len(bad) > SHOWN_PROBLEMS else "")
+        shown = ", ".join(map(_escaped, bad[:_SHOWN])) + (", ..." if len(bad) > _SHOWN else "")
         raise DataError(
             f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {shown}. Rename them, for example "
             "with: convmv -f latin1 -t utf8 -r --notest DIR"
@@ -441,20 +379,20 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_parquet(rows: list[Row], names: Sequence[str], file: IO[bytes], root: Path) -> None:
+def _parquet_bytes(rows: list[Row]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = {"label": pa.int8(), "mask": pa.list_(pa.string()), "record": pa.int64()}
-    kinds |= {"width": pa.int32(), "height": pa.int32()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
-    schema = schema.with_metadata({ROOT_KEY: os.fsencode(os.path.abspath(root))})
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream)
+    return stream.getvalue()
 
 
-def _csv_text(rows: list[Row], names: Sequence[str]) -> str:
+def _csv_text(rows: list[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         if any(";" in mask for mask in row["mask"]):

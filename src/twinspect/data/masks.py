@@ -43,17 +43,17 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
     for path, parts in masks:
         if any(meaning(part).role == GOOD for part in parts):
             in_masks = any(meaning(part).role == MASK for part in parts)
-            _log_once(path.parent if in_masks else path, "masks of good images are not needed", log)
+            log.skip(path.parent if in_masks else path, "masks of good images are not needed")
             continue
         hard = _folders(part for part in parts if meaning(part).role != MASK)
-        soft = _folders(_first(_bare(part)) if meaning(part).role == MASK else part for part in parts)
+        soft = _folders("".join(_bare(part)[:1]) if meaning(part).role == MASK else part for part in parts)
         owners: list[Path] = next((fits for group in names if (fits := group.owners(path, soft, hard))), [])
         if len(owners) == 1:
             masks_of[owners[0]].append(path)
         elif owners:
             log.skip(path, "mask that fits images of several folders")
         elif hard and not kinds & set(hard):
-            _log_once(path.parent, "masks of a kind that has no images", log)
+            log.skip(path.parent, "masks of a kind that has no images")
         else:
             log.skip(path, "mask without image")
     return {image: tuple(sorted(paths)) for image, paths in masks_of.items()}
@@ -71,19 +71,16 @@ class _Names:
             for name in (path.stem, path.name):  # a mask of 000.jpg may be 000.jpg.png
                 self._exact[folders, _plain(name)].append(path)
         for path, folders in places:
-            other = _OF_IMAGE.match(path.stem)
-            if other and (folders, _plain(other["a"] or other["b"])) not in self._exact:
-                self._exact[folders, _plain(other["a"] or other["b"])].append(path)
+            if other := _OF_IMAGE.match(path.stem):  # img_000, unless another image is called 000
+                self._exact.setdefault((folders, _plain(other["a"] or other["b"])), [path])
         for (folders, stem), paths in self._exact.items():
             self._by_stem[stem] += [(folders, path) for path in paths]
 
     def owners(self, mask: Path, soft: tuple[str, ...], hard: tuple[str, ...]) -> list[Path]:
         """Images that a mask may belong to, the best fit only.
 
-        Args:
-            mask: its file.
-            soft: names of the folders above it, also those that folders of masks have besides (``bad_mask``).
-            hard: names of the folders above it that are no folders of masks.
+        ``hard`` are the folders above it that are no folders of masks; ``soft`` has also what folders of masks are
+        called besides (``bad`` of ``bad_mask``).
         """
         stems = [_plain(mask.stem), *_bare(mask.stem)]
         for folders in dict.fromkeys((soft, hard)):
@@ -109,14 +106,5 @@ def _bare(stem: str) -> list[str]:
     return [_plain(parts["stem"]) for pattern in (_AFTER, _BEFORE) if (parts := pattern.match(stem))]
 
 
-def _first(texts: Sequence[str]) -> str:
-    return texts[0] if texts else ""
-
-
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
-
-
-def _log_once(path: Path, reason: str, log: ScanLog) -> None:
-    if (path, reason) not in log.skipped:
-        log.skip(path, reason)

@@ -1,11 +1,11 @@
 """From samples to splits: who trains, who calibrates, who is tested, under which name.
 
-Two families. *Industrial* sets carry labels: training normals, test images with and without defects;
-metrics per class, then their mean. *Semantic* sets carry classes and no labels: the protocol says which
-classes are normal; one metric over the whole test split, then the mean over splits.
+*Industrial* sets carry labels: normal training images, test images with and without defects; metrics per class, then
+their mean. *Semantic* sets carry classes and no labels: the protocol says which classes are normal; one metric over
+the whole test split, then the mean over splits.
 
-Every choice is made by hashing the seed and names relative to the data: it does not depend on file order, on other
-classes or on where the data lie, and adding an image moves few others.
+Images are chosen by hashing the seed and names relative to the data: the choice does not depend on file order, on
+other classes or on where the data lie, and adding an image moves few others.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Split:
 
     Attributes:
         name: protocol and part, such as ``one-vs-rest/cat``; print it beside every number.
-        kind: ``industrial`` (metrics per class, then the mean) or ``semantic`` (one metric over the whole
-            test).
+        kind: ``industrial`` or ``semantic``.
         train: normal images.
         calibration: normal images that are not trained on.
         test: labelled images; in a semantic split ``defect_type`` of an anomaly is its true class.
@@ -103,28 +102,27 @@ def multi_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
     Test images without a label are left out. A class with defects but no good test images (plain folders)
     gives a fifth of its good images to the test.
     """
-    _refuse_semantic(samples)
-    return [_industrial("multi-class", hold_out_good(samples, seed), seed)]
+    return [_industrial("multi-class", _labelled(samples, seed), seed)]
 
 
 def single_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
     """One model per class; calibration and held-out images are the same as in ``multi_class``."""
-    _refuse_semantic(samples)
-    held = by_class(hold_out_good(samples, seed))
-    return [_industrial(f"single-class/{name}", members, seed) for name, members in held.items()]
+    classes = by_class(_labelled(samples, seed))
+    return [_industrial(f"single-class/{name}", members, seed) for name, members in classes.items()]
 
 
-def _industrial(name: str, samples: Sequence[Sample], seed: int) -> Split:
-    test = [s for s in samples if s.split == TEST and s.label is not None]
-    return _split(name, INDUSTRIAL, [s for s in samples if s.label == 0], test, seed)
-
-
-def _refuse_semantic(samples: Sequence[Sample]) -> None:
+def _labelled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     if is_semantic(samples):
         raise ConfigError(
             "this set says which class an image shows, and not whether it is good: type --protocol "
             "one-vs-rest, unified or leave-one-out"
         )
+    return hold_out_good(samples, seed)
+
+
+def _industrial(name: str, samples: Sequence[Sample], seed: int) -> Split:
+    test = [s for s in samples if s.split == TEST and s.label is not None]
+    return _split(name, INDUSTRIAL, [s for s in samples if s.label == 0], test, seed)
 
 
 # -------------------------------------------------------------------------------------------- semantic
@@ -156,8 +154,30 @@ def _semantic_splits(
 ) -> list[Split]:
     """A split for every part of the classes that is normal, on the whole test split."""
     ready = _semantic_samples(samples, seed)
-    normal = parts(class_order(ready))
-    return [_semantic(f"{protocol}/{part}", ready, classes, seed) for part, classes in normal.items()]
+    splits = []
+    for part, normal in parts(class_order(ready)).items():
+        known = [replace(s, label=0) for s in ready if s.class_name in normal]
+        strange = [s for s in ready if s.split == TEST and s.class_name not in normal]
+        test = [s for s in known if s.split == TEST]
+        test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
+        splits.append(_split(f"{protocol}/{part}", SEMANTIC, known, test, seed))
+    return splits
+
+
+def _semantic_samples(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Samples with a test split for every class; refuses sets that know their defects."""
+    if any(sample.label == 1 for sample in samples):
+        raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
+    classes = by_class(samples)
+    for name, members in classes.items():
+        if not any(sample.split == TEST for sample in members):
+            train = [sample for sample in members if sample.split == TRAIN]
+            classes[name] = _moved_to_test(members, train, seed)
+            if not any(sample.split == TEST for sample in classes[name]):
+                raise DataError(f"class {name!r} has {len(train)} training images and no test image; add test images")
+    if len(classes) < 2:
+        raise ConfigError("a semantic protocol needs at least two classes: one to be normal, one not")
+    return [sample for members in classes.values() for sample in members]
 
 
 def one_vs_rest_super(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
@@ -183,32 +203,8 @@ def class_order(samples: Iterable[Sample]) -> list[str]:
     return [name for name in FASHION if name in names] if names <= set(FASHION) else sorted(names)
 
 
-def _semantic_samples(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Samples with a test split for every class; refuses sets that know their defects."""
-    if any(sample.label == 1 for sample in samples):
-        raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
-    ready: list[Sample] = []
-    for name, members in by_class(samples).items():
-        if not any(sample.split == TEST for sample in members):
-            train = [sample for sample in members if sample.split == TRAIN]
-            members = _moved_to_test(members, train, seed)
-            if not any(sample.split == TEST for sample in members):
-                raise DataError(f"class {name!r} has {len(train)} training images and no test image; add test images")
-        ready += members
-    if len({sample.class_name for sample in ready}) < 2:
-        raise ConfigError("a semantic protocol needs at least two classes: one to be normal, one not")
-    return ready
-
-
-def _semantic(name: str, samples: Sequence[Sample], normal: set[str], seed: int) -> Split:
-    known = [replace(s, label=0) for s in samples if s.class_name in normal]
-    strange = [s for s in samples if s.split == TEST and s.class_name not in normal]
-    test = [s for s in known if s.split == TEST]
-    test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
-    return _split(name, SEMANTIC, known, test, seed)
-
-
 def _split(name: str, kind: str, normal: Sequence[Sample], test: Sequence[Sample], seed: int) -> Split:
+    """Calibration images are set aside of classes that have none of their own."""
     given = [s for s in normal if s.split == CALIBRATION]
     provided = {s.class_name for s in given}
     train = [s for s in normal if s.split == TRAIN]
@@ -220,7 +216,7 @@ def _split(name: str, kind: str, normal: Sequence[Sample], test: Sequence[Sample
 
 
 def _ordered(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    return tuple(sample for members in by_class(samples).values() for sample in members)
+    return tuple(sorted(samples, key=sort_key))
 
 
 PROTOCOLS: dict[str, ProtocolFn] = {
@@ -262,8 +258,9 @@ def hold_out_good(samples: Iterable[Sample], seed: int = 0) -> list[Sample]:
     result: list[Sample] = []
     for members in by_class(samples).values():
         tested = {s.label for s in members if s.split == TEST}
-        good = [s for s in members if s.split == TRAIN and s.label == 0]
-        result += _moved_to_test(members, good, seed) if 1 in tested and 0 not in tested else members
+        if 1 in tested and 0 not in tested:
+            members = _moved_to_test(members, [s for s in members if s.split == TRAIN and s.label == 0], seed)
+        result += members
     return result
 
 
@@ -279,7 +276,7 @@ def by_class(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     classes: dict[str, list[Sample]] = defaultdict(list)
     for sample in sorted(samples, key=sort_key):
         classes[sample.class_name].append(sample)
-    return dict(sorted(classes.items()))
+    return dict(classes)
 
 
 def sort_key(sample: Sample) -> tuple[str, str, int]:

@@ -5,60 +5,41 @@ Every loader reports what it left out through a ``ScanLog``, so that ``load`` ca
 
 from __future__ import annotations
 
-import itertools
 import os
 import posixpath
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import wraps
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.errors import DataError
 
-NOT_IMAGE = "not an image file"
-UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
-HIDDEN = "hidden file"
+_NOT_IMAGE = "not an image file"
+_UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 _UNLISTED = "cannot be listed"
-READ_BEFORE = "link to a folder that was already read"
+_READ_BEFORE = "link to a folder that was already read"
 # Folders that systems make, with copies, thumbnails or what was deleted.
 _SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
-
-
-_remembered: ContextVar[dict[tuple[object, Path], Any] | None] = ContextVar("remembered", default=None)
+_caches: list[Any] = []
 T = TypeVar("T")
 
 
-@contextmanager
-def listing_once() -> Iterator[None]:
-    """Inside, every folder is listed once: it is looked into many times until its layout is known."""
-    token = _remembered.set({}) if _remembered.get() is None else None
-    try:
-        yield
-    finally:
-        if token is not None:
-            _remembered.reset(token)
-
-
 def once(function: Callable[[Path], T]) -> Callable[[Path], T]:
-    """A function of a folder that is asked once for each inside `listing_once`."""
+    """A function of a folder that is asked once for each, until `forget`: a layout is known after many looks."""
+    cached = lru_cache(maxsize=None)(function)
+    _caches.append(cached)
+    return cached
 
-    @wraps(function)
-    def asked(folder: Path) -> T:
-        known = _remembered.get()
-        if known is None:
-            return function(folder)
-        if (function, folder) not in known:
-            known[function, folder] = function(folder)
-        answer: T = known[function, folder]
-        return answer
 
-    return asked
+def forget() -> None:
+    """Look at the disk anew from here on."""
+    for cached in _caches:
+        cached.cache_clear()
 
 
 @dataclass(slots=True)
@@ -66,18 +47,23 @@ class ScanLog:
     """What a loader left out and what its user should know.
 
     Attributes:
-        skipped: path and reason, in the order met.
+        skipped: path and reason, each pair once, in the order met.
         notes: sentences about choices made for the user.
         undecided: folders of images, among those skipped, that nobody asked to leave out.
     """
 
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: dict[tuple[Path, str], None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     undecided: list[tuple[Path, str]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
         """Remember a file or folder that is not used."""
-        self.skipped.append((path, reason))
+        self.skipped[path, reason] = None
+
+    def take_back(self, path: Path) -> None:
+        """Forget a file that was met before somebody had a better reason for it."""
+        for reason in (_NOT_IMAGE, _UNREAD):
+            self.skipped.pop((path, reason), None)
 
     def leave(self, path: Path, reason: str) -> None:
         """Remember a folder of images that cannot be used as it is, so that its user has to decide."""
@@ -103,9 +89,9 @@ def existing_root(root: Path | str) -> Path:
         raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
-    content = _listing(path.parent)
-    names = [entry.name for entry in (*content.folders, *content.files)]
-    near = get_close_matches(path.name, names, n=3, cutoff=0.6)
+    near: list[str] = []
+    with suppress(OSError):
+        near = get_close_matches(path.name, os.listdir(path.parent), n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(str(path.parent / n)) for n in near)}?" if near else ""
     raise DataError(f"{path}: no such file or folder.{hint}")
 
@@ -124,12 +110,13 @@ def existing_folder(root: Path | str) -> Path:
 
 def subfolders(folder: Path) -> list[Path]:
     """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return [sub for sub in _listing(folder).folders if not is_hidden(sub.name)]
+    return list(_content(folder).folders)
 
 
 def files_in(folder: Path) -> list[Path]:
     """Visible files directly inside, sorted by name."""
-    return list(_listing(folder).plain)
+    content = _content(folder)
+    return sorted((*content.images, *content.others))
 
 
 def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Path]]]:
@@ -137,13 +124,23 @@ def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Pa
 
     Each real folder is visited once, so links cannot loop. Where there are images, other files are logged.
     """
-    for here, content in _folders_below(folder, log):
-        log.skipped += content.skipped
-        files = content.files
-        # A licence beside folders is no news.
-        quiet = log if any(map(is_image, files)) or not content.folders else ScanLog()
-        images = [path for path in files if _accept(path, content.broken, quiet)]
-        yield here, images, [path for path in files if not is_image(path) and not is_hidden(path.name)]
+    visited: set[str] = set()
+    stack = [folder]
+    while stack:
+        here = stack.pop()
+        real = os.path.realpath(here)
+        if real in visited:
+            log.skip(here, _READ_BEFORE)
+            continue
+        visited.add(real)
+        content = _content(here)
+        reasons = list(content.left_out)
+        if content.images or not content.folders:  # a licence beside folders is no news
+            reasons += [*content.unusable, *((path, _why_unread(path)) for path in content.others)]
+        for path, reason in reasons:
+            log.skip(path, reason)
+        yield here, list(content.images), list(content.others)
+        stack.extend(reversed(content.folders))
 
 
 def images_below(folder: Path, log: ScanLog) -> list[Path]:
@@ -153,26 +150,19 @@ def images_below(folder: Path, log: ScanLog) -> list[Path]:
 
 def has_images(folder: Path) -> bool:
     """Whether at least one image lies directly inside."""
-    return any(map(is_image, _listing(folder).plain))
+    return bool(_content(folder).images)
 
 
 @once
 def has_images_below(folder: Path) -> bool:
     """Whether at least one image lies inside at any depth."""
-    return any(has_images(here) for here, _ in _folders_below(folder, ScanLog()))
-
-
-def unread_picture(folder: Path) -> Path | None:
-    """A picture in a format that is not read, at any depth."""
-    files_below = (path for _, _, files in walk(folder, ScanLog()) for path in files)
-    return next((path for path in files_below if path.suffix.lower() in UNREAD_SUFFIXES), None)
+    return any(images for _, images, _ in walk(folder, ScanLog()))
 
 
 def why_without_images(folder: Path) -> str:
     """The reason for which no image was found below a folder."""
     log = ScanLog()
-    for _ in walk(folder, log):
-        pass
+    images_below(folder, log)
     return next((f"{path}: {why}" for path, why in log.skipped if why.startswith(_UNLISTED)), "folder without images")
 
 
@@ -190,8 +180,9 @@ def listing(folder: Path, limit: int = 8) -> str:
     """Names inside a folder for an error message."""
     if not os.path.isdir(folder):
         return "a file"
-    content = _listing(folder)
-    names = sorted([f"{sub.name}/" for sub in content.folders] + [path.name for path in content.files])
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(name + "/" * os.path.isdir(folder / name) for name in os.listdir(folder))
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
@@ -207,19 +198,21 @@ def inside(root: Path, text: str, where: str) -> Path:
     posix = text.strip().replace("\\", "/")
     if not posix or "\0" in posix:
         raise DataError(f"{where}: the path is {text!r}; a path below {root} is needed")
-    relative = PurePosixPath(posix)
     # ``C:/x`` anywhere; ``C:x`` only where it means a drive, as it is a good file name elsewhere.
     drive = posix[:1].isalpha() and posix[1:2] == ":" and (posix[2:3] in ("/", "") or os.name == "nt")
-    if relative.is_absolute() or drive:
+    if PurePosixPath(posix).is_absolute() or drive:
         path = Path(os.path.normpath(posix))
         if not path.is_relative_to(os.path.abspath(root)):
             raise DataError(f"{where}: {posix!r} points outside {root}; write paths relative to that folder")
         return path
-    steps = itertools.accumulate(-1 if part == ".." else 1 for part in relative.parts)
-    if min(steps, default=0) < 0:
-        raise DataError(f"{where}: {text!r} points outside {root}; only files below it are read")
     plain = posixpath.normpath(posix)
-    return next((p for p in _spellings(root, plain, text) if os.path.exists(p)), root / plain)
+    if plain.split("/")[0] == "..":
+        raise DataError(f"{where}: {text!r} points outside {root}; only files below it are read")
+    # A list written on another system may spell an accented letter in the other Unicode form.
+    spellings = [plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain)]
+    if "\\" in text and "/" not in text and os.sep == "/":
+        spellings.append(text)  # a real backslash in a POSIX file name
+    return next((root / name for name in spellings if os.path.exists(root / name)), root / plain)
 
 
 def relative_to_root(path: Path, root: Path) -> str:
@@ -230,99 +223,47 @@ def relative_to_root(path: Path, root: Path) -> str:
     return absolute.relative_to(base).as_posix()
 
 
-def _spellings(root: Path, posix: str, text: str) -> Iterator[Path]:
-    yield root / posix
-    # A list written on another system may spell an accented letter in the other Unicode form.
-    yield root / unicodedata.normalize("NFC", posix)
-    yield root / unicodedata.normalize("NFD", posix)
-    if "\\" in text and "/" not in text and os.sep == "/":
-        yield root / text  # a real backslash in a POSIX file name
-
-
-class _Listing(NamedTuple):
+class _Content(NamedTuple):
     """What is directly in a folder, each kind sorted by name.
 
     Attributes:
-        folders: and links to folders that do not lead upwards.
-        files: and whatever else is no folder.
-        plain: those of ``files`` that are visible and really files.
-        broken: those of ``files`` that are none: links that lead nowhere, devices.
-        skipped: what is left out, or why nothing can be listed.
+        folders: visible ones, and links to folders that do not lead upwards.
+        images: visible files.
+        others: visible files.
+        unusable: hidden files, links that lead nowhere and devices, with that reason.
+        left_out: links upwards, or the folder itself if it cannot be listed, with the reason.
     """
 
     folders: tuple[Path, ...]
-    files: tuple[Path, ...]
-    plain: tuple[Path, ...]
-    broken: frozenset[Path]
-    skipped: tuple[tuple[Path, str], ...]
+    images: tuple[Path, ...]
+    others: tuple[Path, ...]
+    unusable: tuple[tuple[Path, str], ...]
+    left_out: tuple[tuple[Path, str], ...]
 
 
 @once
-def _listing(folder: Path) -> _Listing:
-    folders: list[str] = []
-    files: list[str] = []
-    broken: list[str] = []
-    skipped: list[tuple[Path, str]] = []
+def _content(folder: Path) -> _Content:
+    folders, images, others = list[Path](), list[Path](), list[Path]()
+    unusable, left_out = list[tuple[Path, str]](), list[tuple[Path, str]]()
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_symlink() and _leads_up(folder, entry):
-                    skipped.append((folder / entry.name, READ_BEFORE))
-                elif _is(entry.is_dir):
-                    folders.append(entry.name)
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path, linked = folder / entry.name, entry.is_symlink()
+                # What is beside a link to a folder that it lies in is not a part of this folder.
+                if linked and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
+                    left_out.append((path, _READ_BEFORE))
+                elif os.path.isdir(path) if linked else entry.is_dir():
+                    folders += [] if is_hidden(entry.name) else [path]
+                elif is_hidden(entry.name):
+                    unusable.append((path, "hidden file"))
+                elif not (os.path.isfile(path) if linked else entry.is_file()):
+                    unusable.append((path, "broken link"))
                 else:
-                    files.append(entry.name)
-                    broken += [] if _is(entry.is_file) else [entry.name]
+                    (images if is_image(entry.name) else others).append(path)
     except OSError as error:
-        skipped.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
-    paths = tuple(folder / name for name in sorted(files))
-    nowhere = frozenset(folder / name for name in broken)
-    return _Listing(
-        tuple(folder / name for name in sorted(folders)),
-        paths,
-        tuple(path for path in paths if path not in nowhere and not is_hidden(path.name)),
-        nowhere,
-        tuple(skipped),
-    )
+        left_out.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
+    return _Content(tuple(folders), tuple(images), tuple(others), tuple(unusable), tuple(left_out))
 
 
-def _leads_up(folder: Path, link: os.DirEntry[str]) -> bool:
-    """Whether a link leads to a folder that it lies in; what is beside it there is not a part of this folder."""
-    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(link))
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link to where nobody may look
-        return False
-
-
-def _accept(entry: Path, broken: frozenset[Path], log: ScanLog) -> bool:
-    if not is_image(entry):
-        known = UNREAD if entry.suffix.lower() in UNREAD_SUFFIXES else NOT_IMAGE
-        log.skip(entry, HIDDEN if is_hidden(entry.name) else known)
-    elif entry in broken:
-        log.skip(entry, "broken link")
-    else:
-        return True
-    return False
-
-
-def _folders_below(folder: Path, log: ScanLog) -> Iterator[tuple[Path, _Listing]]:
-    """Every visible folder from ``folder`` on, sorted, each real one once."""
-    visited: set[tuple[int, int]] = set()
-    stack = [folder]
-    while stack:
-        here = stack.pop()
-        try:
-            status = here.stat()
-        except OSError:
-            status = None
-        place = (status.st_dev, status.st_ino) if status is not None else None
-        if place is None or place in visited:
-            log.skip(here, READ_BEFORE)
-            continue
-        visited.add(place)
-        yield here, _listing(here)
-        stack.extend(reversed(subfolders(here)))
+def _why_unread(path: Path) -> str:
+    return _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else _NOT_IMAGE

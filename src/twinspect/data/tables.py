@@ -57,11 +57,6 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     return as_object(entry, where)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """All of `csv_rows`."""
-    return list(csv_rows(path))
-
-
 def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
     """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 

@@ -21,7 +21,6 @@ from twinspect.errors import ConfigError, DataError, unknown_name
 Floats = NDArray[np.float64]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
-FEWEST_TAIL = 10  # good images below which nothing is said about a tail
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
 
@@ -43,16 +42,11 @@ class Threshold:
     sentence: str
 
 
-def p_values(score_N: Floats, calibration_M: Floats) -> Floats:
+def p_values(score_N: Floats | float, calibration_M: Floats) -> Floats:
     """Conformal p-value of each score: (1 + number of calibration scores >= score) / (M + 1)."""
     ordered = np.sort(calibration_M)
     at_least = len(ordered) - np.searchsorted(ordered, score_N, side="left")
     return np.asarray((1.0 + at_least) / (len(ordered) + 1.0), dtype=np.float64)
-
-
-def p_value(score: float, ordered_M: Floats) -> float:
-    """`p_values` of one score among calibration scores that are in order."""
-    return (1.0 + len(ordered_M) - int(ordered_M.searchsorted(score, side="left"))) / (len(ordered_M) + 1.0)
 
 
 def images_needed(max_fpr: float) -> int:
@@ -60,15 +54,15 @@ def images_needed(max_fpr: float) -> int:
     return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)
 
 
-def checked_rate(max_fpr: float) -> float:
+def checked_rate(rate: float, option: str = "--max-fpr") -> float:
     """The rate itself.
 
     Raises:
         ConfigError: outside (0, 1).
     """
-    if not 0.0 < max_fpr < 1.0:
-        raise ConfigError(f"--max-fpr {max_fpr}: accepted a rate between 0 and 1, such as 0.01")
-    return max_fpr
+    if not 0.0 < rate < 1.0:
+        raise ConfigError(f"{option} {rate}: accepted a rate between 0 and 1, such as 0.01")
+    return rate
 
 
 def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
@@ -91,60 +85,17 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     # p <= max_fpr means: at most k - 1 calibration scores reach the image's score.
     allowed = math.floor(max_fpr * (count + 1) + 1e-9) - 1
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
-    if count == 1:
-        needed = images_needed(max_fpr)
-        sentence = f"from 1 good image: nothing is promised; for {100 * max_fpr:g} % at least {needed} are needed"
-    elif allowed < 0:
+    share, needed = f"{100 * max_fpr:g} %", images_needed(max_fpr)
+    if allowed >= 0:
+        sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
+    elif count == 1:
+        sentence = f"from 1 good image: nothing is promised; for {share} at least {needed} are needed"
+    else:
         sentence = (
             f"from {count} good images: about 1 good image in {count + 1} will be called bad, at best; for "
-            f"{100 * max_fpr:g} % at least {images_needed(max_fpr)} good images are needed"
+            f"{share} at least {needed} good images are needed"
         )
-    else:
-        share = f"{100 * max_fpr:g} %"
-        sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
     return Threshold(value, max_fpr, allowed >= 0, sentence)
-
-
-def extended_p_values(score_N: Floats, calibration_M: Floats) -> Floats:
-    """`p_values` up to the largest calibration score; beyond it, those of an exponential tail.
-
-    A rank cannot say more than "above all M", p = 1 / (M + 1). A new score reaches the (k + 1)-th largest with
-    p = (k + 1) / (M + 1), whatever the distribution. Where the tail beyond is exponential, of unknown scale, it
-    exceeds that score by x with p = (1 + x / S)^-k, where S is the sum of the k largest's excesses (Pareto, as
-    the scale is estimated: no plug-in, so it holds for few images too). k is the cube root of M: more would take
-    in scores that are not tail yet. Heavier tails make it a model: p is never above 1 / (M + 1), which is promised,
-    but may be too far below (a third too low on log-normal scores, measured).
-
-    Args:
-        score_N: scores.
-        calibration_M: scores of at least ``FEWEST_TAIL`` good images.
-    """
-    score = np.asarray(score_N, dtype=np.float64)
-    base, total, k, odds = _tail(calibration_M)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        beyond = odds * (1.0 + (score - base) / total) ** -k
-    exact = p_values(score, calibration_M)
-    return np.where(score > np.max(calibration_M), np.minimum(exact, beyond), exact)
-
-
-def extended_threshold(calibration_M: Floats, max_fpr: float) -> float:
-    """Lowest threshold at which `extended_p_values` is at most ``max_fpr`` (never at or below the largest score
-    where the images are too few to promise the rate).
-    """
-    ranked = conformal_threshold(calibration_M, max_fpr)
-    if ranked.guaranteed:
-        return ranked.value
-    base, total, k, odds = _tail(calibration_M)
-    return max(ranked.value, float(np.nextafter(base + total * ((odds / max_fpr) ** (1.0 / k) - 1.0), np.inf)))
-
-
-def _tail(calibration_M: Floats) -> tuple[float, float, int, float]:
-    """The (k + 1)-th largest score, the sum of the k largest's excesses over it, k, and the chance of reaching it."""
-    if len(calibration_M) < FEWEST_TAIL:
-        raise ValueError(f"{len(calibration_M)} scores say nothing about a tail; {FEWEST_TAIL} are needed")
-    k = round(math.cbrt(len(calibration_M)))
-    top = np.sort(np.asarray(calibration_M, dtype=np.float64))[::-1][: k + 1]
-    return float(top[k]), float((top[:k] - top[k]).sum()), k, (k + 1) / (len(calibration_M) + 1)
 
 
 def refuse_unsupported(count: int, max_fpr: float, what: str = "--max-fpr") -> None:
@@ -154,36 +105,30 @@ def refuse_unsupported(count: int, max_fpr: float, what: str = "--max-fpr") -> N
         ConfigError: says how many are needed, and what these support.
     """
     needed = images_needed(max_fpr)
-    if count >= needed:
-        return
-    raise ConfigError(
-        f"{what} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
-        f"({needed - count} more); with {count} the lowest rate is {what} {math.ceil(1e4 / (count + 1)) / 1e4:g}"
-    )
+    if count < needed:
+        raise ConfigError(
+            f"{what} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
+            f"({needed - count} more); with {count} the lowest rate is {what} {math.ceil(1e4 / (count + 1)) / 1e4:g}"
+        )
 
 
 def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
     """Positions of scores that look like anomalies among good images; empty when nothing stands apart.
 
-    In an exponential tail (which the surprise score has by construction) the gap between the j-th and the
-    next largest score, times j, is exponential with one scale for all j (Renyi). A gap far above that scale,
-    measured robustly on the upper half, separates a second mode. (With few images the scale is rough: 1 in 100
-    clean sets of 20 is suspected.) Anomalies that score like good images cannot be seen this way, nor more
-    than three in ten.
+    In an exponential tail (which the surprise score has by construction) the gap between the j-th and the next
+    largest score, times j, is exponential with one scale for all j (Renyi). A gap far above that scale, which the
+    upper half gives robustly, separates a second group. Anomalies that score like good images cannot be seen this
+    way, nor more than three in ten. Of clean sets of 20, 1 in 100 is suspected, as few images give a rough scale.
     """
     order = np.argsort(score_N)[::-1]
     upper = np.asarray(score_N, dtype=np.float64)[order][: len(order) // 2 + 1]
-    if len(upper) < FEWEST // 2:
-        return np.zeros(0, dtype=np.intp)
-    rank = np.arange(1, len(upper))
-    scaled_gap = -np.diff(upper) * rank
-    scale = float(np.median(scaled_gap)) / math.log(2.0)
-    if scale <= 0.0:
-        return np.zeros(0, dtype=np.intp)  # more than half of the gaps are ties: nothing to measure with
+    scaled_gap = -np.diff(upper) * np.arange(1, len(upper))
+    if len(upper) < FEWEST // 2 or np.median(scaled_gap) <= 0.0:  # too few, or more than half of them are ties
+        return order[:0]
     looked_at = max(1, int(_TAIL_SHARE * len(order)))
-    limit = scale * math.log(looked_at / _GAP_FALSE_WARNING)
+    limit = np.median(scaled_gap) / math.log(2.0) * math.log(looked_at / _GAP_FALSE_WARNING)
     wide = np.flatnonzero(scaled_gap[:looked_at] > limit)  # anomalies differ among themselves: the lowest counts
-    return order[: wide[-1] + 1] if len(wide) else np.zeros(0, dtype=np.intp)
+    return order[: wide[-1] + 1] if len(wide) else order[:0]
 
 
 def labelled_threshold(

@@ -10,14 +10,14 @@ from __future__ import annotations
 import base64
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.decide.conformal import Threshold
+from twinspect.decide.conformal import Threshold, p_values
 from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
 from twinspect.errors import NONSENSE, BundleError, ConfigError, listed, unknown_name
 
@@ -58,7 +58,7 @@ class Decision:
         held: those of the images that the students were not trained on.
         bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
         thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
-        roi: region of interest for pictures, see `pack_roi`; empty for the whole image.
+        roi: region of interest for pictures, ROI_SIDE x ROI_SIDE over the image; None for the whole image.
         tiles: rows and columns that every picture is seen in; see `inference.tiles`.
     """
 
@@ -74,7 +74,7 @@ class Decision:
     held: tuple[str, ...] = ()
     bank: tuple[str, ...] = ()
     thumbnails: tuple[bytes, ...] = ()
-    roi: str = ""
+    roi: NDArray[np.bool_] | None = None
     tiles: tuple[int, int] = (1, 1)
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
@@ -115,14 +115,14 @@ class Decision:
         predicted = self.class_of_cluster[cluster]
         rule = self.rule(class_name or predicted, class_name is not None)
         near = self.rule(predicted, given=False)
-        known = near.far is not None and distance == distance
+        class_p, unknown = float("nan"), None
+        if near.far is not None and distance == distance:
+            class_p, unknown = float(p_values(distance, near.distances)), distance >= near.far.value
         unsure = rule.unsure.value if rule.unsure is not None else float("nan")
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
         return Verdict(
-            class_name or predicted, predicted,
-            near.class_p(distance),
-            bool(distance >= near.far.value) if known and near.far is not None else None,
-            rule.p_value(score), rule.image.value, unsure, answer, rule,
+            class_name or predicted, predicted, class_p, unknown, rule.p_value(score), rule.image.value, unsure,
+            answer, rule,
         )  # fmt: skip
 
     def has_learnt(self, key: str) -> bool:
@@ -154,15 +154,13 @@ class Decision:
             "budget": asdict(self.budget),
             "budgets": {name: asdict(one) for name, one in self.budgets.items()},
             "by_group": self.by_group,
-            "fixed": {  # never promised, so that is not written
-                n: {"value": t.value, "max_fpr": t.max_fpr, "sentence": t.sentence} for n, t in self.fixed.items()
-            },
+            "fixed": {name: asdict(one) for name, one in self.fixed.items()},
             "model_id": self.model_id,
-            "trained": _packed(self.trained),
-            "held": _packed(self.held),
+            "trained": _text(bytes.fromhex("".join(self.trained))),
+            "held": _text(bytes.fromhex("".join(self.held))),
             "bank": list(self.bank),
-            "thumbnails": [base64.b64encode(one).decode("ascii") for one in self.thumbnails],
-            **({"roi": self.roi} if self.roi else {}),
+            "thumbnails": [_text(one) for one in self.thumbnails],
+            **({"roi": _text(np.packbits(self.roi).tobytes())} if self.roi is not None else {}),
             "tiles": list(self.tiles),
         }
 
@@ -177,13 +175,13 @@ class Decision:
             decision = cls._of(values)
             if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
                 raise ValueError("calibration scores that are not finite")
-            return decision
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
+        return decision
 
     @classmethod
     def _of(cls, values: Mapping[str, Any]) -> Decision:
-        low, high = values["map_scale"]
+        (low, high), (rows, columns) = values["map_scale"], values["tiles"]
         return cls(
             GoodScores.from_dict(values["good"]),
             tuple(str(name) for name in values["class_of_cluster"]),
@@ -191,41 +189,35 @@ class Decision:
             Budget(**values["budget"]),
             {str(name): Budget(**one) for name, one in values["budgets"].items()},
             bool(values["by_group"]),
-            {
+            {  # whatever the file says, a threshold that was chosen promises nothing
                 str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
                 for name, t in values["fixed"].items()
             },
             str(values["model_id"]),
-            _unpacked(values["trained"]),
-            _unpacked(values["held"]),
-            tuple(map(str, values.get("bank", ()))),
-            tuple(base64.b64decode(text, validate=True) for text in values.get("thumbnails", ())),
-            str(values.get("roi", "")),
-            (int(values["tiles"][0]), int(values["tiles"][1])) if "tiles" in values else (1, 1),
+            _keys(values["trained"]),
+            _keys(values["held"]),
+            tuple(map(str, values["bank"])),
+            tuple(map(_bytes, values["thumbnails"])),
+            _grid(values["roi"]) if values.get("roi") else None,
+            (int(rows), int(columns)),
         )
 
 
-def _packed(keys: tuple[str, ...]) -> str:
-    return base64.b64encode(bytes.fromhex("".join(keys))).decode("ascii")
+def _text(body: bytes) -> str:
+    return base64.b64encode(body).decode("ascii")
 
 
-def _unpacked(text: str) -> tuple[str, ...]:
-    digits, step = base64.b64decode(text, validate=True).hex(), 2 * KEY_BYTES
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    digits, step = _bytes(text).hex(), 2 * KEY_BYTES
     return tuple(digits[i : i + step] for i in range(0, len(digits), step))
 
 
-def pack_roi(roi_SS: NDArray[np.bool_]) -> str:
-    """A square region of interest on a grid that pictures are drawn from, as text."""
-    at = (np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE
-    return base64.b64encode(np.packbits(roi_SS[np.ix_(at.astype(int), at.astype(int))]).tobytes()).decode("ascii")
-
-
-def unpack_roi(text: str) -> NDArray[np.bool_] | None:
-    """The grid that `pack_roi` made, ROI_SIDE x ROI_SIDE; None for an empty text."""
-    if not text:
-        return None
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), np.uint8))
-    return bits.reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
+def _grid(text: str) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(_bytes(text), np.uint8)).reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
 
 
 def image_id(digest: bytes) -> str:
@@ -254,28 +246,6 @@ def promises(decision: Decision) -> Iterator[tuple[str, Rule]]:
         yield "all classes", decision.rule("")
 
 
-def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
-    """What the thresholds in use make of labelled images, by class.
-
-    Args:
-        rows: class, label and whether the image is called anomalous.
-
-    Returns:
-        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
-        ``false_alarm_rate``; a share of no images is absent.
-    """
-    counts: dict[str, dict[str, float]] = {}
-    for name, label, called in rows:
-        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
-        counted["defects" if label else "good"] += 1
-        counted["found" if label else "false_alarms"] += called
-    for counted in counts.values():
-        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
-            if counted[whole]:
-                counted[rate] = counted[part] / counted[whole]
-    return dict(sorted(counts.items()))
-
-
 def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     """One sentence on classes whose good images are taken for another's, and what to do; empty where none are.
 
@@ -285,13 +255,11 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     images = Counter[str]()
     for (name, _), count in taken.items():
         images[name] += count
-    wrong = sorted(
-        ((-count / images[name], name, other, count) for (name, other), count in taken.items() if name != other)
-    )
+    shares = {pair: count / images[pair[0]] for pair, count in taken.items() if pair[0] != pair[1]}
     sentences = [
-        f"{count} of {images[name]} good images of {name} are taken for {other}"
-        for share, name, other, count in wrong
-        if count >= _FEWEST_TAKEN and -share > _SHARE_TAKEN
+        f"{taken[name, other]} of {images[name]} good images of {name} are taken for {other}"
+        for (name, other), share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+        if taken[name, other] >= _FEWEST_TAKEN and share > _SHARE_TAKEN
     ]
     if not sentences:
         return ""

@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decide.conformal import Floats, p_values
+from twinspect.decide.conformal import Floats, checked_rate, p_values
 from twinspect.decide.rules import GoodScores
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import DataError
 
 TAIL = 0.05  # share of ranks that counts as the tail
 KEPT = 2000  # latest images kept for saying what changed
 _SIGMAS = 2.6  # standard errors beyond which a mean p-value counts as moved
-_HALF_MAX = 65504.0
+_HALF_MAX = 65504.0  # largest float of half precision
 _TILTS = np.array([-1.8, -0.9, -0.4, 0.4, 0.9, 1.8])
 _SPREADS = np.array([-0.9, 0.9])
 _POWERS = np.array([0.3, 0.6])
@@ -109,19 +109,24 @@ class Bag:
     """Counts of values seen, in steps of half-precision floats: constant memory, exact ranks with ties."""
 
     def __init__(self, values: Floats | Sequence[float] = ()) -> None:
-        rounded, counts = np.unique(_rounded(np.asarray(values, dtype=np.float64)), return_counts=True)
-        self.values: list[float] = rounded.tolist()
+        distinct, counts = np.unique(_half(values), return_counts=True)
+        self.values: list[float] = distinct.tolist()
         self.counts: list[int] = counts.tolist()
 
     def rank(self, value: float, chance: float) -> float:
         """Add a value; its smoothed p-value among all values including itself. ``chance`` is uniform."""
-        one = float(_rounded(np.array(value)))
-        place = bisect.bisect_left(self.values, one)
-        if place == len(self.values) or self.values[place] != one:
-            self.values.insert(place, one)
+        rounded = float(_half(value))
+        place = bisect.bisect_left(self.values, rounded)
+        if place == len(self.values) or self.values[place] != rounded:
+            self.values.insert(place, rounded)
             self.counts.insert(place, 0)
         self.counts[place] += 1
         return (sum(self.counts[place + 1 :]) + chance * self.counts[place]) / sum(self.counts)
+
+
+def _half(values: Floats | Sequence[float] | float) -> Floats:
+    """Values in half precision, without a negative zero."""
+    return np.asarray(np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float64) + 0.0)
 
 
 class ChangeTest:
@@ -162,12 +167,8 @@ def bulk_bets(u: float) -> Floats:
     """Factors for a uniform rank in (0, 1): moved, spread or narrowed, and far moved either way."""
     u = min(max(u, 1e-12), 1.0 - 1e-12)
     legendre = 6.0 * u * u - 6.0 * u + 1.0
-    return np.concatenate(
-        [
-            1.0 + _TILTS * (u - 0.5), 1.0 + _SPREADS * legendre,
-            _POWERS * u ** (_POWERS - 1.0), _POWERS * (1.0 - u) ** (_POWERS - 1.0),
-        ]
-    )  # fmt: skip
+    low, high = (_POWERS * side ** (_POWERS - 1.0) for side in (u, 1.0 - u))
+    return np.concatenate([1.0 + _TILTS * (u - 0.5), 1.0 + _SPREADS * legendre, low, high])
 
 
 def tail_bets(u: float) -> Floats:
@@ -175,7 +176,7 @@ def tail_bets(u: float) -> Floats:
     if u >= TAIL:
         return np.repeat((1.0 - _RATES) / (1.0 - TAIL), len(_DEPTHS))
     inside = max(u / TAIL, 1e-12)
-    return np.asarray(((_RATES / TAIL)[:, None] * (_DEPTHS * inside ** (_DEPTHS - 1.0))[None]).ravel())
+    return np.outer(_RATES / TAIL, _DEPTHS * inside ** (_DEPTHS - 1.0)).ravel()
 
 
 _BULK, _TAIL = len(bulk_bets(0.5)), len(tail_bets(0.5))
@@ -203,18 +204,17 @@ class DriftMonitor:
     """
 
     def __init__(self, good: GoodScores, false_alarm_rate: float = 0.01, seed: int = 0) -> None:
-        if not 0.0 < false_alarm_rate < 1.0:
-            raise ConfigError(f"--false-alarm-rate {false_alarm_rate}: accepted between 0 and 1, such as 0.01")
-        self.false_alarm_rate, self.good, self._seed = false_alarm_rate, good, seed
-        self._lock = threading.Lock()
+        self.false_alarm_rate = checked_rate(false_alarm_rate, "--false-alarm-rate")
+        self.good, self._seed, self._lock = good, seed, threading.Lock()
         self.reset()
 
     def reset(self) -> None:
         """Start again, after the cause of an alarm was found and put right."""
         with self._lock:
-            rows = {name: self.good.of_class(name, given=False) for name in sorted(set(self.good.predicted))}
-            self._scores = {name: Bag(self.good.score[of_class]) for name, of_class in rows.items()}
-            self._distances = {name: Bag(_finite(self.good.distance[of_class])) for name, of_class in rows.items()}
+            self._scores, self._distances = {}, {}
+            for name in sorted(set(self.good.predicted)):
+                rows = self.good.take(self.good.of_class(name, given=False))
+                self._scores[name], self._distances[name] = Bag(rows.score), Bag(_finite(rows.distance))
             self.test = ChangeTest(len(_GROUPS), self.false_alarm_rate)
             self._recent: deque[tuple[int, str, float, float]] = deque(maxlen=KEPT)  # number, class, score, distance
             self._rng = np.random.default_rng(self._seed)
@@ -232,8 +232,8 @@ class DriftMonitor:
             if u >= TAIL:
                 bulk = bulk_bets((u - TAIL) / (1.0 - TAIL))
             if math.isfinite(distance):
-                bag = self._distances.setdefault(predicted_class, Bag())
-                scene = bulk_bets(bag.rank(distance, self._rng.random()))
+                distances = self._distances.setdefault(predicted_class, Bag())
+                scene = bulk_bets(distances.rank(distance, self._rng.random()))
             return self.test.update(np.concatenate([bulk, tail_bets(u), scene]))
 
     def watch(self, results: Iterable[Any]) -> bool:
@@ -250,27 +250,23 @@ class DriftMonitor:
         """What can be said now."""
         with self._lock:  # the rest looks at thousands of scores, and results go on coming in
             test, images = copy.copy(self.test), self.images
-            won = str(_GROUPS[np.argmax(test.run)])
             recent: dict[str, list[tuple[float, float]]] = {}
             for number, name, score, distance in self._recent:
                 if number >= test.since:
                     recent.setdefault(name, []).append((score, distance))
         rows = [_class_row(self.good, name, *np.array(seen).T) for name, seen in sorted(recent.items())]
         classes = tuple(row for row, _ in rows)
-        # The tail wins first where a shift is large, so the bulk counts too.
-        mostly = sum(one.tail * one.images for one in classes) > sum(one.images for one in classes) / 2
-        shifted = won == DEFECTS and (mostly or any(moved for _, moved in rows))
-        kind = NONE if not test.alarm_at else SHIFT if shifted else won
-        light = "grey" if not images else "red" if test.alarm_at else "green"
-        message = _message(kind, classes, images, test)
+        light, kind = ("green" if images else "grey"), NONE
+        if test.alarm_at:
+            light, kind = "red", str(_GROUPS[np.argmax(test.run)])
+            # The bets on the tail win first where a shift is large, so the bulk counts too.
+            mostly = sum(row.tail * row.images for row in classes) > sum(row.images for row in classes) / 2
+            if kind == DEFECTS and (mostly or any(bulk_moved for _, bulk_moved in rows)):
+                kind = SHIFT
         return DriftReport(
-            light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, classes
+            light, kind, _message(kind, classes, images, test), images, test.level, test.alarm_at, test.since,
+            test.capital, classes,
         )  # fmt: skip
-
-
-def _rounded(values: Floats) -> Floats:
-    clipped = np.clip(values, -_HALF_MAX, _HALF_MAX)
-    return np.asarray(clipped.astype(np.float16).astype(np.float64) + 0.0)
 
 
 def _finite(values: Floats) -> Floats:
@@ -279,35 +275,34 @@ def _finite(values: Floats) -> Floats:
 
 def _moved(p: Floats, calibration: int) -> bool:
     """Whether p-values, each counted in so many calibration images, are off one half as a whole."""
-    return (
-        bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12)) if len(p) >= 5 else False
-    )
+    if len(p) < 5:
+        return False
+    return bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12))
 
 
 def _class_row(good: GoodScores, name: str, score_N: Floats, distance_N: Floats) -> tuple[ClassDrift, bool]:
     """One class, and whether the bulk of its scores moved."""
     of_class = good.of_class(name, given=False)
-    if not of_class.any():  # a class without calibration images is compared with all
-        of_class = np.ones(len(good), dtype=np.bool_)
-    usual, distances = _finite(good.distance[of_class]), _finite(distance_N)
-    p, known = p_values(score_N, good.score[of_class]), len(usual) and len(distances)
-    scene = p_values(distances, usual) if known else np.empty(0)
-    count, bulk = int(of_class.sum()), (p[p > TAIL] - TAIL) / (1.0 - TAIL)
-    moved = _moved(p, count) or _moved(scene, max(len(usual), 1))
-    median = float(np.median(scene)) if known else None
-    return ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved), _moved(
-        bulk, count
-    )
+    rows = good.take(of_class) if of_class.any() else good  # a class without calibration images: against all
+    p, usual, distances = p_values(score_N, rows.score), _finite(rows.distance), _finite(distance_N)
+    scene = p_values(distances, usual) if len(usual) else np.empty(0)
+    moved = _moved(p, len(rows)) or _moved(scene, len(usual))
+    row = ClassDrift(
+        name, len(p), float(np.median(p)), float((p <= TAIL).mean()),
+        float(np.median(scene)) if len(scene) else None, moved,
+    )  # fmt: skip
+    return row, _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(rows))
 
 
 def _message(kind: str, classes: Sequence[ClassDrift], images: int, test: ChangeTest) -> str:
     chance = f"If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
     if kind == NONE:
         return f"no drift in {images} images. {chance}"
-    latest = [one.images for one in classes]
-    middle, tail = (np.average([getattr(c, name) for c in classes], weights=latest) for name in ("median_p", "tail"))
+    weights = [row.images for row in classes]
+    middle = np.average([row.median_p for row in classes], weights=weights)
+    tail = np.average([row.tail for row in classes], weights=weights)
     facts = f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %"
-    moved = [one.class_name for one in classes if one.moved]
+    moved = [row.class_name for row in classes if row.moved]
     if len(classes) > 1 and len(moved) == 1:
         facts += f"; only {moved[0]} differs from calibration, so look at that product before the camera"
     elif len(classes) > 1 and moved:

@@ -99,7 +99,7 @@ def score_images(
 
     Args:
         predictor: of the bundle.
-        samples: good images, or labelled ones.
+        samples: good or labelled images.
         class_name: class of all of them; None takes the data's where the bundle knows it, else the predicted.
         root: folder whose sub-folders are sessions where the data name none; None: no sessions.
         progress: called with (stage, done, total).
@@ -120,11 +120,11 @@ def score_images(
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
         group, key = sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size)
-        numbers = (result.score, result.peak, result.cluster_distance)
-        rows.append((*numbers, name, result.predicted_class, group, key))
+        rows.append((result.score, result.peak, result.cluster_distance, name, result.predicted_class, group, key))
         names.append(result.path)
         labels.append(int(sample.label == 1))
-    return Scored(GoodScores.of_rows(rows), tuple(names), np.array(labels, np.int64), tuple(failed))
+    good = GoodScores(*(zip(*rows, strict=True) if rows else [()] * 7))
+    return Scored(good, tuple(names), np.array(labels, np.int64), tuple(failed))
 
 
 def session_of(sample: Sample, root: Path | None) -> str:
@@ -159,70 +159,70 @@ def recalibrate(
     """
     decision.checked_class(request.class_name)
     notes: list[str] = []
-    good = decision.good
+    good, fixed = decision.good, dict(decision.fixed)
     if scored is not None:
-        fresh = _fresh(decision, scored, request.add, notes)
-        good = _merged(decision, fresh, request.add, notes)
+        good = _merged(decision, _fresh(decision, scored, request.add, notes), request.add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
         )
+    if request.max_fpr is not None:
+        for name in list(fixed):
+            if request.class_name in (None, name):
+                notes.append(f"{name}: its threshold from labelled images gives way to the budget")
+                del fixed[name]
+    if labelled is not None:
+        fixed |= _fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
     budget, budgets = _budgets(decision, request)
     by_group = decision.by_group if request.by_group is None else request.by_group
-    fixed = dict(decision.fixed)
-    if request.max_fpr is not None:
-        cleared = [n for n in fixed if request.class_name in (None, n)]
-        notes += [f"{n}: its threshold from labelled images gives way to the budget" for n in cleared]
-        fixed = {n: t for n, t in fixed.items() if n not in cleared}
-    if labelled is not None:
-        fixed |= fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
     new = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
     _refuse_promises(new, request.class_name)
     return new, notes
 
 
+_LEARNT = "the model was trained on them, so they score too well"
+_COPY = "they are copies of others given"
+_THERE = "they are among the calibration images already"
+
+
 def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
     """The new images without those the model learnt from, copies, and those that are there already."""
-    rows = scored.rows
-    trained = set(decision.trained)
-    first = {key: place for place, key in reversed(list(enumerate(rows.key)))}
-    learnt = np.array([key in trained for key in rows.key], dtype=np.bool_)
-    copies = np.array([first[key] != place for place, key in enumerate(rows.key)], dtype=np.bool_)
+    rows, trained, seen = scored.rows, set(decision.trained), set[str]()
     present = set(decision.good.key) - {""} if add else set()
-    there = np.array([key in present for key in rows.key], dtype=np.bool_)
-    for kind, what in (
-        (learnt, "the model was trained on them, so they score too well"),
-        (copies & ~learnt, "they are copies of others given"),
-        (there & ~learnt & ~copies, "they are among the calibration images already"),
-    ):
-        if kind.any():
-            notes.append(f"{int(kind.sum())} of {len(rows)} images left out: {what}")
-    usable = ~(learnt | copies | there)
     if not len(rows):
         raise DataError("no image to calibrate with: none was given, or none can be read")
+    reasons = []
+    for key in rows.key:
+        reasons.append(_LEARNT if key in trained else _COPY if key in seen else _THERE if key in present else "")
+        seen.add(key)
+    usable = np.array([not reason for reason in reasons])
+    for reason in (_LEARNT, _COPY, _THERE):
+        if count := reasons.count(reason):
+            notes.append(f"{count} of {len(rows)} images left out: {reason}")
     if not usable.any():
         raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes)}")
-    notes += suspects(rows.take(usable), [n for n, k in zip(scored.names, usable, strict=True) if k])
+    notes += _suspects(rows.take(usable), [n for n, use in zip(scored.names, usable, strict=True) if use])
     return rows.take(usable)
 
 
 def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) -> GoodScores:
+    """The new images beside those of other classes, or beside all that are there."""
     if add:
         notes.append(f"{len(fresh)} good images added to {len(decision.good)}")
         return decision.good.join(fresh)
-    present = set(fresh.class_name)
-    others = np.array([name not in present for name in decision.good.class_name], dtype=np.bool_)
-    if others.any():
-        named = ", ".join(f"{n} ({c})" for n, c in sorted(Counter(decision.good.take(others).class_name).items()))
-        notes.append(f"calibrated {', '.join(sorted(present))}; earlier calibration images are kept for {named}")
     before, now = Counter(decision.good.class_name), Counter(fresh.class_name)
-    for name in sorted(present):
-        if now[name] < before[name]:
-            notes.append(f"{name}: {now[name]} in the place of {before[name]} earlier ones; --add would keep both")
-    return decision.good.take(others).join(fresh)
+    if others := [f"{name} ({count})" for name, count in sorted(before.items()) if name not in now]:
+        notes.append(
+            f"calibrated {', '.join(sorted(now))}; earlier calibration images are kept for {', '.join(others)}"
+        )
+    for name, count in sorted(now.items()):
+        if count < before[name]:
+            notes.append(f"{name}: {count} in the place of {before[name]} earlier ones; --add would keep both")
+    kept = np.array([name not in now for name in decision.good.class_name], dtype=np.bool_)
+    return decision.good.take(kept).join(fresh)
 
 
-def suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
+def _suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
     """Sentences on images among the good ones that score apart from the rest of their class."""
     sentences = []
     for class_name in sorted(set(rows.class_name)):
@@ -239,15 +239,14 @@ def suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
 
 
 def _budgets(decision: Decision, request: Request) -> tuple[Budget, Mapping[str, Budget]]:
-    asked = (request.max_fpr, request.unsure, request.region_fpr)
-    if all(one is None for one in asked):
+    """Of all classes, and of single ones."""
+    if (request.max_fpr, request.unsure, request.region_fpr) == (None, None, None):
         return decision.budget, decision.budgets
     base = decision.budget_of(request.class_name or "")
-    max_fpr = base.max_fpr if request.max_fpr is None else request.max_fpr
-    # A new budget without --unsure asks for two answers; --region-fpr follows --max-fpr unless it is given.
-    unsure = request.unsure if request.max_fpr is not None else request.unsure or base.unsure
-    region = request.region_fpr or (base.region_fpr if request.max_fpr is None else max_fpr)
-    new = Budget(max_fpr, unsure, region)
+    if request.max_fpr is None:
+        new = Budget(base.max_fpr, request.unsure or base.unsure, request.region_fpr or base.region_fpr)
+    else:  # without --unsure it asks for two answers; --region-fpr follows unless it is given
+        new = Budget(request.max_fpr, request.unsure, request.region_fpr or request.max_fpr)
     if request.class_name is None:
         return new, {}
     return decision.budget, {**decision.budgets, request.class_name: new}
@@ -260,8 +259,7 @@ def _refuse_promises(decision: Decision, class_name: str | None) -> None:
         asked, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
     for budget in asked:
         refuse_unsupported(len(good), budget.max_fpr)
-        peaks = int(np.isfinite(good.peak).sum())
-        if peaks:
+        if peaks := int(np.isfinite(good.peak).sum()):
             refuse_unsupported(peaks, budget.region_fpr, "--region-fpr")
     if decision.by_group and not sessions(decision):
         raise ConfigError(
@@ -270,24 +268,20 @@ def _refuse_promises(decision: Decision, class_name: str | None) -> None:
         )
 
 
-def fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[str]) -> dict[str, Threshold]:
-    """Thresholds of every labelled class; one with few labels takes that of all labelled images together.
-
-    Raises:
-        DataError: not both kinds of label.
-    """
+def _fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[str]) -> dict[str, Threshold]:
+    """Thresholds of every labelled class; one with few labels takes that of all labelled images together."""
     together = labelled_threshold(labelled.rows.score, labelled.label_N, rule, miss_cost)
     thresholds = {}
     for name in sorted(set(labelled.rows.class_name)):
         of_class = labelled.rows.of_class(name, given=True)
         labels = labelled.label_N[of_class]
-        bad = int(labels.sum())
-        if min(bad, len(labels) - bad) >= _FEWEST_LABELLED:
+        bad, good = int(labels.sum()), int((labels == 0).sum())
+        if min(bad, good) >= _FEWEST_LABELLED:
             thresholds[name] = labelled_threshold(labelled.rows.score[of_class], labels, rule, miss_cost)
         else:
             thresholds[name] = together
             notes.append(
-                f"{name}: {bad} defects and {len(labels) - bad} good images are labelled, {_FEWEST_LABELLED} of each "
+                f"{name}: {bad} defects and {good} good images are labelled, {_FEWEST_LABELLED} of each "
                 "are needed for a threshold of its own; that of all labelled images is used"
             )
     notes.append("thresholds were chosen on labelled images; measure on others, or the numbers flatter")
@@ -303,10 +297,10 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
     left_out = []
     for class_name in decision.classes:
         rows = decision.good.take(decision.good.of_class(class_name, given=True))
-        groups, names = np.array(rows.group), sorted(set(rows.group) - {""})
+        names = sorted(set(rows.group) - {""})
         for name in names if len(names) > 1 else ():
-            inside = groups == name
-            value = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
-            called = int((rows.score[inside] >= value).sum())
+            inside = np.asarray(rows.group == name)
+            limit = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
+            called = int((rows.score[inside] >= limit).sum())
             left_out.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
     return left_out

@@ -1,11 +1,9 @@
-"""Images inside other files: members of tar and zip files, and encoded images in Parquet tables. No torch."""
+"""Images by reference (`Item`), and files that hold many (`Stream`): tar and zip, Parquet, video. No torch."""
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -22,7 +20,6 @@ _PLAIN_TAR = ".tar"  # the one archive whose members can be read by their places
 ARCHIVES = (_PLAIN_TAR, ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MOST_BYTES = ImageLimits().max_bytes
 _IMAGE_BYTES = ("image", "img", "jpg", "png", "bytes")  # columns of encoded images in other people's tables
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +62,6 @@ class Item:
         """Itself: so that files that are images and files that hold images are read alike."""
         return iter([self])
 
-    def count(self) -> int:
-        """1; see `items`."""
-        return 1
-
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -89,23 +82,35 @@ class Stream:
         """Its images; damage becomes a last item with an error."""
         from twinspect.inference.video import file_frames, is_video
 
+        lower = self.path.lower()
         if is_video(self.path):
             return file_frames(self.path)
-        return _table_images(self.path) if _is_parquet(self.path) else _archive_images(self.path)
+        if lower.endswith(".parquet"):
+            return self._with_damage(_cells(self.path), "table", "")
+        members = _zip_members(self.path) if lower.endswith(".zip") else _tar_members(self.path)
+        return self._with_damage(members, "archive", f" (looked for {suffixes()})")
 
-    def count(self) -> int | None:
-        """Number of images, where finding out needs no reading of all its bytes."""
-        if is_url(self.path):
-            return None
-        if _is_parquet(self.path):
-            import pyarrow.parquet as pq
+    def _with_damage(self, images: Iterator[Item], kind: str, sought: str) -> Iterator[Item]:
+        count = 0
+        try:
+            for item in images:
+                count += 1
+                yield item
+        except Exception as error:  # of the disk, the store, the unpacker or pyarrow
+            reason = f"damaged {kind} after {count} images ({error}); copy it again"
+            yield Item(self.path, error=f"{self.path}: {reason}")
+            return
+        if not count:
+            yield Item(self.path, error=f"{self.path}: no image in the {kind}{sought}")
 
-            return int(pq.read_metadata(self.path).num_rows)
-        return sum(1 for _ in self.items()) if self.path.lower().endswith(_PLAIN_TAR) else None
+
+def suffixes() -> str:
+    """Endings of image files, for messages."""
+    return ", ".join(sorted(SUFFIXES))
 
 
 def image_column(path: str) -> tuple[str, bool]:
-    """Name of the column with images, and whether it holds their bytes instead of paths.
+    """Name of a Parquet table's column with images, and whether it holds their bytes instead of paths.
 
     Raises:
         DataError: not Parquet, or no such column.
@@ -114,7 +119,7 @@ def image_column(path: str) -> tuple[str, bool]:
     import pyarrow.parquet as pq
 
     try:
-        with _seekable(path) as file:
+        with stores.open_file(path) as file:
             columns = {one.name: str(one.type) for one in pq.read_schema(file)}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
@@ -126,51 +131,26 @@ def image_column(path: str) -> tuple[str, bool]:
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
 
 
-def _table_images(path: str) -> Iterator[Item]:
-    import pyarrow as pa
+def _cells(path: str) -> Iterator[Item]:
+    """Images of a Parquet table of encoded images."""
     import pyarrow.parquet as pq
 
-    number = 0
-    try:
-        column, _ = image_column(path)
-        with _seekable(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
-                for cell in batch.column(0).to_pylist():
-                    raw = cell.get("bytes") if isinstance(cell, dict) else cell
-                    name, body = f"{path}#{number}", raw if isinstance(raw, bytes) else b""
-                    refusal = _refusal("", len(body))
-                    yield Item(name, error=f"{name}: {refusal}") if refusal else Item(name, data=body)
-                    number += 1
-    except (pa.ArrowException, OSError, DataError) as error:
-        yield Item(path, error=f"{path}: damaged table after {number} images ({error}); copy it again")
-        return
-    if not number:
-        yield Item(path, error=f"{path}: no image in the table")
-
-
-def _seekable(path: str) -> Any:
-    # Footers are at the end: a table of a store is read whole. Large sets there belong into shards.
-    return io.BytesIO(stores.read(path, 4 * MOST_BYTES)) if is_url(path) else open(path, "rb")
-
-
-def _archive_images(path: str) -> Iterator[Item]:
-    """Images of an archive. A plain tar file on this disk is read by place; others as a stream, bytes at hand."""
-    count = 0
-    try:
-        for item in _zip_members(path) if path.lower().endswith(".zip") else _tar_members(path):
-            count += 1
-            yield item
-    except (*_DAMAGED, DataError) as error:
-        yield Item(path, error=f"{path}: damaged archive after {count} images ({error}); copy it again")
-        return
-    if not count:
-        yield Item(path, error=f"{path}: no image in the archive (looked for {suffixes()})")
+    number, (column, _) = 0, image_column(path)
+    with stores.open_file(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
+            for cell in batch.column(0).to_pylist():
+                raw = cell.get("bytes") if isinstance(cell, dict) else cell
+                name, body = f"{path}#{number}", raw if isinstance(raw, bytes) else b""
+                refusal = _refusal("", len(body))
+                yield Item(name, error=f"{name}: {refusal}") if refusal else Item(name, data=body)
+                number += 1
 
 
 def _tar_members(path: str) -> Iterator[Item]:
+    """Images of a tar file: of a plain one on this disk by their places, else with their bytes."""
     by_place = not is_url(path) and path.lower().endswith(_PLAIN_TAR)
     mode: Any = "r:" if by_place else "r|*"
-    with stores.open_stream(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:
+    with stores.open_file(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
             if member.isdir() or not _is_image(member.name):
@@ -188,7 +168,7 @@ def _tar_members(path: str) -> Iterator[Item]:
 
 
 def _zip_members(path: str) -> Iterator[Item]:
-    with _seekable(path) as file, zipfile.ZipFile(file) as archive:
+    with stores.open_file(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.is_dir() or not _is_image(member.filename):
                 continue
@@ -196,7 +176,7 @@ def _zip_members(path: str) -> Iterator[Item]:
             refusal = _refusal(member.filename, member.file_size)  # no more than the header says is ever unpacked
             try:
                 body = archive.read(member) if not refusal else None
-            except (*_DAMAGED, RuntimeError) as error:  # encrypted, or packed in a way that Python lacks
+            except Exception as error:  # damaged, encrypted, or packed in a way that Python lacks
                 body, refusal = None, f"cannot be unpacked ({error})"
             yield Item(name, data=body, error=f"{name}: {refusal}" if refusal else "")
 
@@ -211,12 +191,3 @@ def _refusal(name: str, size: int) -> str:
 def _is_image(name: str) -> bool:
     folders = name.replace("\\", "/").split("/")[:-1]
     return is_image(name) and not any(is_hidden(folder) for folder in folders if folder not in (".", ".."))
-
-
-def _is_parquet(path: str) -> bool:
-    return path.lower().endswith(".parquet")
-
-
-def suffixes() -> str:
-    """Endings of image files, for messages."""
-    return ", ".join(sorted(SUFFIXES))

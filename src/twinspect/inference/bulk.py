@@ -1,7 +1,7 @@
 """Prediction over large sets: constant memory, a table written in parts, and runs that go on after being killed.
 
-`Scorer` does a `Job` for any units of the input (this process's, or those a Ray actor is given), `run` is the whole
-command. No torch import here: the light install runs it too.
+`run` is the whole command. `PartScorer` scores units of the input: here all of them, on Ray those that an actor is
+given. No torch import here: the light install runs it too.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain, count, groupby, islice
+from dataclasses import dataclass, field
+from itertools import chain, count, groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures
 from twinspect.errors import DataError
 from twinspect.inference.archives import Item, Stream
-from twinspect.inference.decode import DecodePool
-from twinspect.inference.job import Job, Unit, units
-from twinspect.inference.parts import Part, PartStore, Place, digest, source_digest
+from twinspect.inference.job import Job
+from twinspect.inference.parts import Part, PartStore, Place, digest
 from twinspect.inference.pictures import coco_line, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, counted
@@ -28,6 +27,8 @@ from twinspect.inference.stores import is_url
 from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
+Skipped = Callable[[Part], None]  # told of a part that an earlier run had done
+Visit = Callable[[dict[str, Any]], None]  # told of a row
 
 
 class Listener(Protocol):
@@ -38,21 +39,6 @@ class Listener(Protocol):
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` images; total 0 is not known yet."""
-
-
-class Tag(NamedTuple):
-    """Where an image's row belongs: unit, part of it, place in the unit; whether the part, the unit end with it.
-
-    ``source`` and ``image`` are the identities of unit and image when they were listed.
-    """
-
-    unit: int
-    sub: int
-    number: int
-    last: bool
-    end: bool
-    source: str
-    image: str
 
 
 @dataclass(slots=True)
@@ -83,110 +69,47 @@ class Totals:
         self.before += part.rows if before else 0
 
 
-class UnitScorer:
-    """One loaded model with its decoders. A context.
+# ----------------------------------------------------------------------------------------- the input, cut
 
-    Args:
-        job: what to run.
-        store: where parts go; its ``known`` parts are not done again.
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one worker is given at a time.
+
+    Attributes:
+        number: place in the input.
+        content: listed images, or an archive or table of them.
     """
 
-    def __init__(self, job: Job, store: PartStore | None = None) -> None:
-        from twinspect.inference.runtimes import load_predictor
+    number: int
+    content: tuple[Item, ...] | Stream
 
-        self.job, self.store = job, store
-        self.predictor: Predictor = load_predictor(
-            job.model, job.runtime, job.threads, job.batch, job.weights, job.device
-        )
-        self.predictor.decision.checked_class(job.class_name)
-        workers, size = job.decoders, self.predictor.runtime.size
-        self.pool = DecodePool(
-            size, self.predictor.limits, bool(job.pictures.overlays), workers or self.predictor.workers, workers > 0,
-            self.predictor.batch, self.predictor.decision.tiles,
-        )  # fmt: skip
+    @property
+    def source(self) -> str:
+        """Identity of the archive or table; empty for listed images, which have their own."""
+        return self.content.identity if isinstance(self.content, Stream) else ""
 
-    def __enter__(self) -> UnitScorer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.__exit__()
-
-    def results(self, units: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Result]]:
-        """Images of units scored in order, pictures written. A batch never holds images of two parts.
-
-        Args:
-            units: of the input.
-            skipped: told of every part that an earlier run had done.
-        """
-        wants, class_name = self.job.pictures.wants_maps, self.job.class_name
-        tagged = (pair for unit in units for pair in self._tagged(unit, skipped))
-        for _, part in groupby(self.pool.stream(tagged), key=lambda pair: (pair[0].unit, pair[0].sub)):
-            while batch := list(islice(part, self.predictor.batch)):
-                images = [image for _, image in batch]
-                results = self.predictor.score_batch(images, wants, [class_name] * len(batch))
-                for (tag, _), result in zip(batch, results, strict=True):
-                    save_pictures(result, self.job.pictures, tag.unit, tag.number)
-                    yield tag, result
-
-    def live(self, files: Iterable[Item | Stream]) -> Iterator[Result]:
-        """Images scored one by one, each before the next is asked for, pictures written."""
-        pictures, items = self.job.pictures, chain.from_iterable(file.items() for file in files)
-        results = self.predictor.predict(
-            items, pictures.wants_maps, bool(pictures.overlays), self.job.class_name, live=True
-        )
-        for number, result in enumerate(results):
-            save_pictures(result, pictures, 0, number)
-            yield result
-
-    def parts(self, units: Iterable[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
-        """Score units and keep their rows; a part is given when it is safely stored."""
-        rows, lines, images = list[dict[str, Any]](), list[bytes](), list[str]()
-        for tag, result in self.results(units, skipped):
-            rows.append(result.row())
-            images.append(tag.image)
-            lines += [coco_line(result)] if self.job.pictures.coco else []
-            if tag.last:
-                aside = b"".join(lines) if self.job.pictures.coco else None
-                yield self._stored(tag, rows, digest(tag.source, images), aside)
-                rows, lines, images = [], [], []
-
-    def _stored(self, tag: Tag, rows: list[dict[str, Any]], key: str, aside: bytes | None) -> Part:
-        assert self.store is not None
-        bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
-        part = Part(tag.unit, tag.sub, len(rows), bad, errors, key, tag.end, self.store.suffix)
-        self.store.put(part, encode(rows, part.suffix), aside)
-        return part
-
-    def _tagged(self, unit: Unit, skipped: Callable[[Part], None]) -> Iterator[tuple[Tag, Item]]:
-        """A unit's images with their places, without those of parts that are there."""
-        images, number, source = _with_end(unit.images()), 0, unit.identity
-        for sub in count():
-            end = True  # should nothing follow
-            known = self.store.known.get((unit.number, sub)) if self.store is not None else None
-            chunk, done = islice(images, self.job.part_rows), list[str]()
-            for place, (item, end) in enumerate(chunk, start=1):
-                if known is None:
-                    last = end or place == self.job.part_rows
-                    yield Tag(unit.number, sub, number, last, end, source, item.identity), item
-                else:
-                    done.append(item.identity)
-                number += 1
-            if known is not None and self.store is not None:
-                self.store.check(known, digest(source, done))
-                skipped(known)
-            if end:
-                return
+    def images(self) -> Iterator[Item]:
+        """Its images, lazily."""
+        return self.content.items() if isinstance(self.content, Stream) else iter(self.content)
 
 
-def _with_end(items: Iterator[Item]) -> Iterator[tuple[Item, bool]]:
-    held = next(items, None)
-    while held is not None:
-        following = next(items, None)
-        yield held, following is None
-        held = following
+def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
+    """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
+    number, images = count(), list[Item]()
+    for file in files:
+        if isinstance(file, Item):
+            images.append(file)
+        if images and (len(images) == rows or isinstance(file, Stream)):
+            yield Unit(next(number), tuple(images))
+            images = []
+        if isinstance(file, Stream):
+            yield Unit(next(number), file)
+    if images:
+        yield Unit(next(number), tuple(images))
 
 
-def pending(units: Iterable[Unit], store: PartStore, skipped: Callable[[Part], None]) -> Iterator[Unit]:
+def pending(units: Iterable[Unit], store: PartStore, skipped: Skipped) -> Iterator[Unit]:
     """Units that are not finished. Parts of finished ones are checked against their source and told of.
 
     Raises:
@@ -197,25 +120,118 @@ def pending(units: Iterable[Unit], store: PartStore, skipped: Callable[[Part], N
         if not (done and done[-1].end):
             yield unit
             continue
-        if isinstance(unit.content, Stream):
-            expected = source_digest(unit.identity)
-        else:
-            expected = digest("", (item.identity for item in unit.content))
+        images = None if isinstance(unit.content, Stream) else [item.identity for item in unit.content]
         for part in done:
-            store.check(part, expected)
+            store.check(part, unit.source, images)
             skipped(part)
 
 
+# -------------------------------------------------------------------------------------------- scoring it
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A part whose images are being listed; the scorer comes after.
+
+    Attributes:
+        unit, sub: its place.
+        source, images: identities of the unit and of its images, when they were listed.
+        end: whether the unit ends with it; known when the last image was listed.
+    """
+
+    unit: int
+    sub: int
+    source: str
+    images: list[str] = field(default_factory=list)
+    end: bool = False
+
+
+class PartScorer:
+    """One loaded model with its decoders, which makes parts. A context.
+
+    Args:
+        job: what to run.
+        store: where parts go; its ``known`` parts are not done again.
+    """
+
+    def __init__(self, job: Job, store: PartStore) -> None:
+        self.job, self.store, self.predictor = job, store, _loaded(job)
+        self.pool = self.predictor.pool(bool(job.pictures.overlays))
+
+    def __enter__(self) -> PartScorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.__exit__()
+
+    def parts(self, units: Iterable[Unit], skipped: Skipped) -> Iterator[Part]:
+        """Score units in order; a part is given when its rows are safely stored.
+
+        No batch holds images of two parts, so that a run that went on has the rows of one that was not killed.
+        """
+        pictures = self.job.pictures
+        listed = (pair for unit in units for pair in self._listed(unit, skipped))
+        for begun, images in groupby(self.pool.stream(listed), key=lambda pair: pair[0]):
+            rows, lines = list[dict[str, Any]](), list[bytes]()
+            results = self.predictor.score((image for _, image in images), pictures.wants_maps, self.job.class_name)
+            for number, result in enumerate(results, start=begun.sub * self.job.part_rows):
+                save_pictures(result, pictures, begun.unit, number)
+                rows.append(result.row())
+                lines += [coco_line(result)] if pictures.coco else []
+            yield self._stored(begun, rows, b"".join(lines) if pictures.coco else None)
+
+    def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[_Begun, Item]]:
+        """A unit's images with the part of each, without those of parts that are there."""
+        images, source, sub = unit.images(), unit.source, count()
+        item = next(images, None)
+        while item is not None:
+            part = _Begun(unit.number, next(sub), source)
+            known = self.store.known.get((part.unit, part.sub))
+            while item is not None and len(part.images) < self.job.part_rows:
+                part.images.append(item.identity)
+                if known is None:
+                    yield part, item
+                item = next(images, None)
+            part.end = item is None
+            if known is not None:
+                self.store.check(known, source, part.images)
+                skipped(known)
+
+    def _stored(self, begun: _Begun, rows: list[dict[str, Any]], aside: bytes | None) -> Part:
+        bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
+        key = digest(begun.source, begun.images)
+        part = Part(begun.unit, begun.sub, len(rows), bad, errors, key, begun.end, self.store.suffix)
+        self.store.put(part, encode(rows, part.suffix), aside)
+        return part
+
+
+def _loaded(job: Job) -> Predictor:
+    from twinspect.inference.runtimes import load_predictor
+
+    predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
+    predictor.decision.checked_class(job.class_name)
+    if job.decoders:
+        predictor.workers, predictor.processes = job.decoders, True
+    return predictor
+
+
 # Who scores units: told of the job, the store, the units, and whom to tell of parts that were there already.
-Engine = Callable[[Job, PartStore, Iterator[Unit], Callable[[Part], None]], Iterator[Part]]
+Engine = Callable[[Job, PartStore, Iterator[Unit], Skipped], Iterator[Part]]
 
 
-def run(
-    job: Job,
-    listener: Listener,
-    engine: Engine | None = None,
-    visit: Callable[[dict[str, Any]], None] | None = None,
-) -> Totals:
+def local(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
+    """The engine that is this process."""
+    first = next(units, None)
+    if first is None:
+        return  # everything is there: the model need not be loaded
+    with PartScorer(job, store) as scorer:
+        yield from scorer.parts(chain([first], units), skipped)
+
+
+# ------------------------------------------------------------------------------------- the whole command
+
+
+def run(job: Job, listener: Listener, engine: Engine | None = None, visit: Visit | None = None) -> Totals:
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
@@ -240,8 +256,8 @@ def run(
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
         seen = _keep_parts(job, store, files, listener, engine or local, totals)
-        if job.coco:
-            write_coco(lambda: store.asides(seen), Path(job.coco))
+        if job.pictures.coco:
+            write_coco(lambda: store.asides(seen), Path(job.pictures.coco))
         if job.is_folder:
             store.finish(label)
         else:
@@ -273,49 +289,56 @@ def _keep_parts(
     seen = set[Place]()
 
     def skipped(part: Part) -> None:
-        seen.add((part.unit, part.sub))
+        seen.add(part.place)
         totals.add(part, before=True)
 
     mine = (unit for unit in units(files, job.part_rows) if unit.number % of == number)
     counter = _Counter(job.sources if of == 1 else ())
     for part in engine(job, store, pending(mine, store, skipped), skipped):
-        store.known[part.unit, part.sub] = part
-        seen.add((part.unit, part.sub))
+        store.known[part.place] = part
+        seen.add(part.place)
         totals.add(part)
         listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
     store.refuse_stale(seen)
     return seen
 
 
-def local(job: Job, store: PartStore, units: Iterator[Unit], skipped: Callable[[Part], None]) -> Iterator[Part]:
-    """The engine that is this process."""
-    first = next(units, None)
-    if first is None:
-        return  # everything is there: the model need not be loaded
-    with UnitScorer(job, store) as scorer:
-        yield from scorer.parts(chain([first], units), skipped)
+class _Counter:
+    """Counts the images of local sources beside the work, for the time left; ``total`` is 0 until it is known."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.total = 0
+        if sources and not any(map(is_url, sources)):
+            threading.Thread(target=self._count, args=(sources,), daemon=True).start()
+
+    def _count(self, sources: Sequence[str]) -> None:
+        total = 0
+        try:
+            for file in walk_all(sources):
+                if isinstance(file, Stream):
+                    return  # counting its images is reading it
+                total += 1
+        except DataError:  # said by the run itself
+            return
+        self.total = total
 
 
-def _print(
-    job: Job,
-    files: Iterable[Item | Stream],
-    listener: Listener,
-    totals: Totals,
-    visit: Callable[[dict[str, Any]], None] | None,
-) -> None:
-    with UnitScorer(job) as scorer:
-        if job.on_stdout == ".csv":
-            listener.result(csv_header())
-        rest = (result for _, result in scorer.results(units(files, job.part_rows), lambda part: None))
-        for result in scorer.live(files) if job.is_live else rest:
-            totals.rows += 1
-            totals.bad += bool(result.is_anomaly)
-            totals.errors += bool(result.error)
-            listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
-            if visit is not None:
-                visit(result.row())
-            if job.is_endless and totals.fails(job.fail_on):
-                break
+def _print(job: Job, files: Iterable[Item | Stream], listener: Listener, totals: Totals, visit: Visit | None) -> None:
+    predictor, pictures = _loaded(job), job.pictures
+    images = chain.from_iterable(file.items() for file in files)
+    results = predictor.predict(images, pictures.wants_maps, bool(pictures.overlays), job.class_name, job.is_live)
+    if job.on_stdout == ".csv":
+        listener.result(csv_header())
+    for number, result in enumerate(results):
+        save_pictures(result, pictures, 0, number)
+        totals.rows += 1
+        totals.bad += bool(result.is_anomaly)
+        totals.errors += bool(result.error)
+        listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+        if visit is not None:
+            visit(result.row())
+        if job.is_endless and totals.fails(job.fail_on):
+            break
 
 
 def say_result(result: Result) -> str:
@@ -336,25 +359,3 @@ def say_totals(totals: Totals, out: str) -> str:
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     found = f"{totals.bad} anomalous, {totals.errors} could not be read"
     return f"{counted(totals.rows, 'image')}{before}: {found}{where}{several}"
-
-
-class _Counter:
-    """Counts the images of local sources beside the work, for the time left; ``total`` is 0 until it is known."""
-
-    def __init__(self, sources: Sequence[str]) -> None:
-        self.total = 0
-        self._sources = sources
-        if sources and not any(is_url(source) for source in sources):
-            threading.Thread(target=self._count, daemon=True).start()
-
-    def _count(self) -> None:
-        total = 0
-        try:
-            for one in walk_all(self._sources):
-                images = one.count()
-                if images is None:
-                    return
-                total += images
-        except DataError:  # said by the run itself
-            return
-        self.total = total

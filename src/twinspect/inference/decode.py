@@ -1,6 +1,4 @@
-"""What `predict` is given, taken apart into images, and these decoded to squares ahead of the model: in threads, or
-in processes that may die. No torch.
-"""
+"""What `predict` is given, taken apart into images, and these decoded to squares ahead of the model. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +23,10 @@ from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
-from twinspect.inference.archives import ARCHIVES, Item
-from twinspect.inference.sources import TABLES, among, walk
-from twinspect.inference.sources import is_live as is_live_path
+from twinspect.inference import sources
+from twinspect.inference.archives import Item
 from twinspect.inference.stores import is_url, read
 from twinspect.inference.tiles import Tiles, cut
-from twinspect.inference.video import VIDEOS
 from twinspect.types import Sample
 
 T = TypeVar("T")
@@ -61,14 +57,11 @@ class DecodePool:
     """Decodes ahead and in order. A context; closing it ends its processes.
 
     Args:
-        size: side of the squares.
-        limits: what an image may hold.
-        pixels: keep whole images for overlays.
+        size, limits, pixels, tiles: as of `decode`.
         workers: threads, or processes.
         processes: decode in processes: they use more cores, and an image that kills its decoder (out of memory, a
             crash inside a codec) costs its own row only.
         batch: images that the reader takes at a time; at least as many are decoded ahead.
-        tiles: rows and columns that every image is cut into.
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class DecodePool:
         batch: int = 1,
         tiles: Tiles = (1, 1),
     ) -> None:
-        self._decode = partial(decode_all, size=size, limits=limits, pixels=pixels, tiles=tiles)
+        self._decode = partial(_decode_job, size=size, limits=limits, pixels=pixels, tiles=tiles)
         self._workers, self._processes = workers, processes
         # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
         group = 4 if pixels else min(16, max(4, _JOB_BYTES // (3 * size * size)))
@@ -156,8 +149,7 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def decode_all(images: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
-    """`decode` for the images of one job."""
+def _decode_job(images: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
     return [decode(image, size, limits, pixels, tiles) for image in images]
 
 
@@ -244,16 +236,15 @@ def expand(source: Any) -> Iterator[Item]:
 def is_single(source: Any) -> bool:
     """Whether a source stands for exactly one image."""
     if isinstance(source, (str, os.PathLike)):
-        return Path(source).is_file() and not str(source).lower().endswith((*ARCHIVES, *TABLES, *VIDEOS))
+        return Path(source).is_file() and not str(source).lower().endswith(sources.OF_SEVERAL)
     return _several(source) is None
 
 
 def is_live(source: Any) -> bool:
     """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
-    if is_live_path(source):
-        return True
-    lasting = isinstance(source, (str, os.PathLike)) or hasattr(source, "__len__")
-    return not lasting and _several(source) is not None
+    if isinstance(source, (str, os.PathLike)):
+        return sources.is_live(source)
+    return not hasattr(source, "__len__") and _several(source) is not None
 
 
 def is_array(item: Any) -> bool:
@@ -310,7 +301,7 @@ def as_item(image: Any) -> Item:
 
 def _expanded(source: Any, one_of_several: bool) -> Iterator[Item]:
     if isinstance(source, (str, os.PathLike)):
-        files = (among if one_of_several else walk)(os.fsdecode(source))
+        files = (sources.among if one_of_several else sources.walk)(os.fsdecode(source))
         return chain.from_iterable(file.items() for file in files)
     many = _several(source)
     if many is None:
@@ -335,8 +326,7 @@ def _several(one: Any) -> Iterable[Any] | None:
     if isinstance(one, (Item, Sample, Image.Image, bytes, bytearray, memoryview)) or hasattr(one, "read"):
         return None
     if any(hasattr(type(one), name) for name in ("__iter__", "__getitem__")) and not isinstance(one, Mapping):
-        several: Iterable[Any] = one
-        return several
+        return cast(Iterable[Any], one)
     hint = ", which cv2.imread returns for a file that it cannot read" if one is None else ""
     raise ImageError(f"{type(one).__name__}{hint}; accepted {_ACCEPTED}")
 

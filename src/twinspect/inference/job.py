@@ -1,20 +1,17 @@
-"""What to predict and where rows go (`Job`), and the input cut into what one worker is given (`Unit`). No torch."""
+"""What to predict and where rows go (`Job`). No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from twinspect.data.images import is_image
 from twinspect.errors import BundleError, ConfigError, check_range, unknown_name
 from twinspect.files import refuse_unwritable
-from twinspect.inference.archives import Item, Stream
 from twinspect.inference.parts import PartStore
 from twinspect.inference.pictures import PictureOptions, is_own_coco
 from twinspect.inference.predictor import check_counts
@@ -39,7 +36,6 @@ class Job:
         out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); ``-`` or ``-.csv`` prints
             the rows as JSON lines or CSV; empty prints lines for people.
         pictures: what to write beside it.
-        coco: COCO file of all regions; empty writes none.
         runtime, threads, batch, weights, device: as `inference.load`.
         class_name: class of all images; None predicts it.
         workers: processes that decode; 0 decodes in threads of this one; -1 is automatic.
@@ -54,7 +50,6 @@ class Job:
     sources: tuple[str, ...]
     out: str = ""
     pictures: PictureOptions = field(default_factory=PictureOptions)
-    coco: str = ""
     runtime: str = "auto"
     threads: int = 0
     batch: int = 0
@@ -74,12 +69,12 @@ class Job:
         check_counts(self.threads, self.batch)
         if self.fail_on not in ("", "anomaly", "error"):
             raise ConfigError(unknown_name("--fail-on", self.fail_on, ("anomaly", "error")))
-        number, of = self.shard
+        (number, of), coco = self.shard, self.pictures.coco
         if not 0 <= number < of:
             raise ConfigError(f"--shard {number}/{of}: accepted 0/N to N-1/N, such as 0/4")
-        if of > 1 and (not self.is_folder or self.coco):
+        if of > 1 and (not self.is_folder or coco):
             raise ConfigError("--shard writes parts to one folder (--out DIR/), and no --coco")
-        if self.coco and not self.keeps_parts:
+        if coco and not self.keeps_parts:
             raise ConfigError("--coco is made from the run's parts; give --out FILE as well")
         if self.is_live and self.keeps_parts:
             raise ConfigError(
@@ -136,8 +131,8 @@ class Job:
         """
         if self.keeps_parts and not self.is_folder:
             refuse_unwritable(Path(self.out), "--out", ours=is_own)
-        if self.coco:
-            refuse_unwritable(Path(self.coco), "--coco", ours=is_own_coco)
+        if self.pictures.coco:
+            refuse_unwritable(Path(self.pictures.coco), "--coco", ours=is_own_coco)
         for option, place in self.pictures.places():
             if not is_url(place):
                 refuse_unwritable(Path(place), option)
@@ -162,52 +157,15 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What parts of one run must have in common."""
         return {
-            "model": decision_digest(self.model),
+            "model": _decision_digest(Path(self.model)),
             "class": self.class_name or "",
             "part-rows": self.part_rows,
             "columns": " ".join(column.name for column in columns()),  # another version may have others
-            **{name.replace("_", "-"): value for name, value in self.pictures.to_dict().items()},
+            **{name.replace("_", "-"): value for name, value in asdict(self.pictures).items()},
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What one worker is given at a time.
-
-    Attributes:
-        number: place in the input.
-        content: listed images, or an archive or table of them.
-    """
-
-    number: int
-    content: tuple[Item, ...] | Stream
-
-    @property
-    def identity(self) -> str:
-        """As `Stream.identity`; empty for listed images, which have their own."""
-        return self.content.identity if isinstance(self.content, Stream) else ""
-
-    def images(self) -> Iterator[Item]:
-        """Its images, lazily."""
-        return self.content.items() if isinstance(self.content, Stream) else iter(self.content)
-
-
-def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
-    """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
-    number, images = count(), list[Item]()
-    for file in files:
-        if isinstance(file, Item):
-            images.append(file)
-        if images and (len(images) == rows or isinstance(file, Stream)):
-            yield Unit(next(number), tuple(images))
-            images = []
-        if isinstance(file, Stream):
-            yield Unit(next(number), file)
-    if images:
-        yield Unit(next(number), tuple(images))
-
-
-def decision_digest(model: str) -> str:
+def _decision_digest(path: Path) -> str:
     """What identifies a model with its calibration, without building it.
 
     Raises:
@@ -215,7 +173,6 @@ def decision_digest(model: str) -> str:
     """
     from twinspect.inference.runtimes import is_export, read_export
 
-    path = Path(model)
     if is_export(path):
         decision = read_export(path).decision
     else:

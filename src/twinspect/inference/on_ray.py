@@ -1,21 +1,21 @@
 """The same run on a cluster: Ray hands units of the input to actors, each of which holds one model.
 
-What makes it safe is not Ray but the parts: a unit's rows become files with fixed names, written whole. An actor that
-is lost is started again and its unit done again, to the same files; the driver counts what is there.
+An actor that is lost is started again and its unit done again. That is safe because a part has a fixed name and is
+written whole: the driver counts what is there.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from twinspect.errors import TwinspectError, check_range
-from twinspect.inference.bulk import UnitScorer
-from twinspect.inference.job import Job, Unit
+from twinspect.inference.bulk import PartScorer, Skipped, Unit
+from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore
 
 
@@ -40,9 +40,7 @@ class RayEngine:
         check_range("--actor-cpus", self.cpus, 0.01, 1024)
         check_range("--actor-gpus", self.gpus, 0, 64)
 
-    def __call__(
-        self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Callable[[Part], None]
-    ) -> Iterator[Part]:
+    def __call__(self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
         """Parts as actors finish them, in any order.
 
         Raises:
@@ -78,22 +76,19 @@ class RayEngine:
         return True
 
     def _parts(self, ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
-        first = list(islice(units, self.actors or self._every_actor(ray)))
+        kind, each = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
+        fitting = max(1, int(ray.cluster_resources().get(kind, 0) / each))
+        first = list(islice(units, self.actors or fitting))
         # An actor that is lost is started again, and does again what it was doing.
-        kind = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=self.cpus, num_gpus=self.gpus)(_Actor)
+        actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=self.cpus, num_gpus=self.gpus)(_Actor)
         given = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
-        pool = ray.util.ActorPool([kind.remote(*given) for _ in first])
+        pool = ray.util.ActorPool([actor.remote(*given) for _ in first])
         for number, unit in enumerate(chain(first, units)):
             if number >= 2 * len(first):  # the input is listed as it is needed
                 yield from pool.get_next_unordered()
             pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number)), unit)
         while pool.has_next():
             yield from pool.get_next_unordered()
-
-    def _every_actor(self, ray: Any) -> int:
-        resources = ray.cluster_resources()
-        kind, each = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
-        return max(1, int(resources.get(kind, 0) / each))
 
 
 class _Actor:
@@ -103,15 +98,14 @@ class _Actor:
         if os.path.isdir(home):
             os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
         self.store = PartStore(folder, suffix)
-        self.scorer = UnitScorer(job, self.store)
+        self.scorer = PartScorer(job, self.store)
 
     def score(self, unit: Unit, known: list[Part]) -> list[tuple[Part, bool]]:
         """Parts of a unit, and of each whether it was there already: those of an earlier run are ``known``."""
-        self.store.known = {(part.unit, part.sub): part for part in known}
-        parts: list[tuple[Part, bool]] = []
-        for part in self.scorer.parts([unit], lambda part: parts.append((part, True))):
-            parts.append((part, False))
-        return parts
+        self.store.known = {part.place: part for part in known}
+        before: list[Part] = []
+        parts = list(self.scorer.parts([unit], before.append))
+        return [*((part, True) for part in before), *((part, False) for part in parts)]
 
 
 def _ray() -> Any:

@@ -13,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,11 +21,9 @@ from twinspect import files
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference import stores
 
-_NAME = re.compile(
-    r"part-(?P<unit>\d{8})-(?P<sub>\d{6})-(?P<rows>\d+)-(?P<bad>\d+)-(?P<errors>\d+)-(?P<digest>[0-9a-f]{16})"
-    r"(?P<end>-end)?(?P<suffix>\.\w+)"
-)
+_NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(-end)?(\.\w+)")
 RUN, _LOCK = "_run.json", "_lock"  # readers of Parquet folders pass over names that begin with _
+_MOST_BYTES = 1 << 40
 Place = tuple[int, int]
 
 
@@ -35,7 +33,7 @@ class Part(NamedTuple):
     Attributes:
         unit, sub: its place: unit of the input, and part of that unit.
         rows, bad, errors: images in it, anomalous ones, and ones that could not be read.
-        digest: of the identities of the unit's source (first half) and of its images (second half).
+        digest: see `digest`.
         end: whether the unit ends with it.
         suffix: format of the rows.
     """
@@ -50,6 +48,11 @@ class Part(NamedTuple):
     suffix: str
 
     @property
+    def place(self) -> Place:
+        """Unit and part of it."""
+        return self.unit, self.sub
+
+    @property
     def name(self) -> str:
         """Its file name."""
         counts = f"{self.rows}-{self.bad}-{self.errors}"
@@ -61,21 +64,16 @@ class Part(NamedTuple):
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        unit, sub, rows, bad, errors = (int(match[key]) for key in ("unit", "sub", "rows", "bad", "errors"))
-        return cls(unit, sub, rows, bad, errors, match["digest"], bool(match["end"]), match["suffix"])
+        unit, sub, rows, bad, errors = map(int, match.groups()[:5])
+        return cls(unit, sub, rows, bad, errors, match[6], bool(match[7]), match[8])
 
 
 def digest(source: str, images: Iterable[str]) -> str:
-    """What identifies a part's input: 8 hex digits for the identity of its unit's source, 8 for its images."""
+    """What identifies a part's input: 8 hex digits for its unit's source, 8 for its images, by their identities."""
     whole = hashlib.sha256()
     for name in images:
         whole.update(name.encode("utf-8", "backslashreplace") + b"\0")
-    return source_digest(source) + whole.hexdigest()[:8]
-
-
-def source_digest(source: str) -> str:
-    """First half of `digest`."""
-    return hashlib.sha256(source.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return hashlib.sha256(source.encode("utf-8", "backslashreplace")).hexdigest()[:8] + whole.hexdigest()[:8]
 
 
 @dataclass(slots=True)
@@ -90,10 +88,7 @@ class PartStore:
 
     folder: str
     suffix: str
-    known: dict[Place, Part]
-
-    def __init__(self, folder: str, suffix: str) -> None:
-        self.folder, self.suffix, self.known = folder, suffix, {}
+    known: dict[Place, Part] = field(default_factory=dict)
 
     def begin(self, settings: Mapping[str, Any], restart: bool) -> None:
         """Look for parts of the same run; those of another run are refused, or dropped with ``restart``.
@@ -104,14 +99,19 @@ class PartStore:
         """
         if restart:
             self.clear()
-        text = json.dumps(dict(settings), indent=1, sort_keys=True)
-        names = stores.names(self.folder)
+        names, now = stores.names(self.folder), json.dumps(dict(settings), indent=1, sort_keys=True)
         if RUN in names:
-            self._refuse_other(json.loads(self.read(RUN)), json.loads(text), restart)
+            self._refuse_other(json.loads(self.read(RUN)), json.loads(now))
         else:
-            stores.put(self.folder, RUN, text.encode())
-        parts = [part for name in names if (part := Part.of(name)) is not None and not restart]
-        self.known = {(part.unit, part.sub): part for part in parts}
+            stores.put(self.folder, RUN, now.encode())
+        self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
+
+    def _refuse_other(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if other := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+            raise ConfigError(
+                f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the same "
+                "command again to go on with it, --restart to drop it, or take another --out"
+            )
 
     def of_unit(self, unit: int) -> list[Part]:
         """Parts of a unit that are there; the last one says whether they are all."""
@@ -120,37 +120,40 @@ class PartStore:
             parts.append(part)
         return parts
 
-    def check(self, part: Part, expected: str) -> None:
-        """Refuse a part that was made from other images than those at its place now.
+    def check(self, part: Part, source: str, images: Iterable[str] | None) -> None:
+        """Refuse a part that was made from other input than that at its place now, by the identities of both.
+
+        Args:
+            part: that is there.
+            source: archive or table that the unit is; empty for listed images.
+            images: of the part; None where an unchanged source is enough.
 
         Raises:
             DataError: the input has changed since.
         """
-        if not part.digest.startswith(expected):
+        if not part.digest.startswith(digest(source, images or ())[: 16 if images is not None else 8]):
             raise DataError(
                 f"the images given are no longer those of the run in {self.folder} (part {part.unit}): files were "
                 "added, removed, renamed or overwritten. Type --restart to score all of them anew, or take another "
                 "--out"
             )
 
-    def refuse_stale(self, seen: Iterable[Place]) -> None:
+    def refuse_stale(self, seen: set[Place]) -> None:
         """Refuse parts that no image belongs to any more.
 
         Raises:
             DataError: there are such parts.
         """
-        rest = sorted(set(self.known) - set(seen))
-        if rest:
-            part = self.known[rest[0]]
+        if rest := sorted(set(self.known) - seen):
             raise DataError(
-                f"{self.folder} holds rows of images that are no longer given ({part.name}); type --restart to "
-                "begin anew"
+                f"{self.folder} holds rows of images that are no longer given ({self.known[rest[0]].name}); type "
+                "--restart to begin anew"
             )
 
     def put(self, part: Part, body: bytes, aside: bytes | None = None) -> None:
         """Keep a part for good; ``aside`` (lines for a COCO file) is kept before it, so that it is never missing."""
         if aside is not None:
-            stores.put(self.folder, f"_coco-{part.unit:08d}-{part.sub:06d}.jsonl", aside)
+            stores.put(self.folder, _aside(part.place), aside)
         stores.put(self.folder, part.name, body)
 
     def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
@@ -159,14 +162,17 @@ class PartStore:
 
     def asides(self, places: Iterable[Place]) -> Iterator[bytes]:
         """What was kept aside of them."""
-        return (self.read(f"_coco-{unit:08d}-{sub:06d}.jsonl") for unit, sub in sorted(places))
+        return (self.read(_aside(place)) for place in sorted(places))
+
+    def read(self, name: str) -> bytes:
+        """Content of one file."""
+        return stores.read(f"{self.folder.rstrip('/')}/{name}", _MOST_BYTES)
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
+        ours = (RUN, stores.DRAFT, "_coco-", "_SUCCESS", *([_LOCK] if all_of_it else []))
         for name in stores.names(self.folder):
-            if Part.of(name) is not None or name.startswith((RUN, stores.DRAFT, "_coco-", "_SUCCESS")):
-                stores.remove(self.folder, name)
-            elif all_of_it and name.startswith(_LOCK):
+            if Part.of(name) is not None or name.startswith(ours):
                 stores.remove(self.folder, name)
         if all_of_it and not stores.is_url(self.folder) and not any(Path(self.folder).iterdir()):
             Path(self.folder).rmdir()
@@ -191,14 +197,6 @@ class PartStore:
         busy = f"another run is writing {self.folder} now; wait for it, or take another --out"
         return files.lock(Path(self.folder) / f"{_LOCK}{label}", busy)
 
-    def read(self, name: str) -> bytes:
-        """Content of one file."""
-        return stores.read(f"{self.folder.rstrip('/')}/{name}", 1 << 40)
 
-    def _refuse_other(self, before: dict[str, Any], now: dict[str, Any], restart: bool) -> None:
-        other = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if other and not restart:
-            raise ConfigError(
-                f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the same "
-                "command again to go on with it, --restart to drop it, or take another --out"
-            )
+def _aside(place: Place) -> str:
+    return f"_coco-{place[0]:08d}-{place[1]:06d}.jsonl"

@@ -6,9 +6,9 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from twinspect.inference.table import as_text
 if TYPE_CHECKING:
     from twinspect.inference.result import Result
 
-MAP_FORMATS, OVERLAY_FORMATS = ("npz", "tiff"), {"jpg": "JPEG", "png": "PNG"}
+OVERLAY_FORMATS = {"jpg": "JPEG", "png": "PNG"}
 MOST_SIDE = 65_000  # of a JPEG
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
@@ -35,22 +35,20 @@ class PictureOptions:
     """What to write beside the table; an empty folder name writes nothing.
 
     Attributes:
-        maps: folder for raw maps in the image's own size (float16).
-        map_format: ``npz`` or ``tiff``.
+        maps: folder for raw maps in the image's own size (float16, as ``map`` of an ``.npz`` file).
         masks: folder for PNG masks, 255 in the regions.
         overlays: folder for pictures of the image under its map, with its regions and answer.
         overlay_format: ``jpg`` or ``png``.
         overlay_side: longest side of these in pixels; 0: the image's own.
         submission: folder for MVTec AD 2's two trees of maps and masks.
-        coco: whether regions are kept for a COCO file.
+        coco: COCO file of all regions.
     """
 
     maps: str = ""
-    map_format: str = "npz"
     masks: str = ""
     overlays: str = ""
     submission: str = ""
-    coco: bool = False
+    coco: str = ""
     overlay_format: str = "jpg"
     overlay_side: int = 1600
 
@@ -58,9 +56,7 @@ class PictureOptions:
         if self.overlay_format not in OVERLAY_FORMATS:
             raise ConfigError(f"--overlay-format {self.overlay_format}: accepted {' or '.join(OVERLAY_FORMATS)}")
         check_range("--overlay-side", self.overlay_side, 0, MOST_SIDE)
-        if self.map_format not in MAP_FORMATS:
-            raise ConfigError(f"--map-format {self.map_format}: accepted {' or '.join(MAP_FORMATS)}")
-        if (self.maps and self.map_format == "tiff") or self.submission:
+        if self.submission:
             _tifffile()
 
     @property
@@ -71,8 +67,7 @@ class PictureOptions:
     def places(self) -> Iterator[tuple[str, str]]:
         """The option of every folder that is written, with a file as it is written there."""
         for name, file in (
-            ("maps", f"000000-000000_a.{self.map_format}"), ("masks", "000000-000000_a.png"),
-            ("overlays", f"000000-000000_a.{self.overlay_format}"), ("submission", "anomaly_images.tiff"),
+            ("maps", "a.npz"), ("masks", "a.png"), ("overlays", f"a.{self.overlay_format}"), ("submission", "a.tiff"),
         ):  # fmt: skip
             if folder := getattr(self, name):
                 yield f"--{name}", f"{folder.rstrip('/')}/{file}"
@@ -80,20 +75,7 @@ class PictureOptions:
     @property
     def wants_maps(self) -> bool:
         """Whether any of them needs the anomaly map."""
-        return self.wants_files or self.coco
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-
-class Annotation(NamedTuple):
-    """What COCO calls an annotation: box (x, y, width, height), area, score and polygons, in original pixels."""
-
-    bbox: tuple[int, int, int, int]
-    area: int
-    score: float
-    segmentation: list[list[float]]
+        return self.wants_files or bool(self.coco)
 
 
 def save_pictures(result: Result, options: PictureOptions, unit: int, index: int) -> None:
@@ -108,20 +90,21 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
     if result.error or not options.wants_files:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
-    heat = result.map if options.maps or options.submission else None
-    if heat is not None and options.maps:
-        result.map_path = _write(options.maps, f"{stem}.{options.map_format}", _map_bytes(heat, options.map_format))
-    if result.grid is not None and options.masks:
+    if options.maps:
+        body = io.BytesIO()
+        np.savez_compressed(body, map=_half(_map(result)))
+        result.map_path = _write(options.maps, f"{stem}.npz", body.getvalue())
+    if options.masks and result.grid is not None:
         inside = region_mask(result.grid, (result.height, result.width), _threshold(result))
         result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(inside))
-    if heat is not None and options.submission:
-        place = submission_place(result.path)
-        result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", _tiff(heat, compressed=False))
+    if options.submission:
+        place, heat, body = submission_place(result.path), _map(result), io.BytesIO()
+        _tifffile().imwrite(body, _half(heat))
+        result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", body.getvalue())
         mask = _mask_bytes(heat >= _threshold(result))
         result.mask_path = _write(options.submission, f"anomaly_images_thresholded/{place}.png", mask)
     if options.overlays:
-        body = io.BytesIO()
-        kind = options.overlay_format
+        body, kind = io.BytesIO(), options.overlay_format
         result.overlay(side=options.overlay_side).save(body, OVERLAY_FORMATS[kind], quality=90)
         _write(options.overlays, f"{stem}.{kind}", body.getvalue())
 
@@ -151,12 +134,10 @@ def _threshold(result: Result) -> float:
     return result.threshold_region
 
 
-def _map_bytes(heat: NDArray[np.float32], kind: str) -> bytes:
-    if kind == "tiff":
-        return _tiff(heat, compressed=True)
-    body = io.BytesIO()
-    np.savez_compressed(body, map=_half(heat))
-    return body.getvalue()
+def _map(result: Result) -> NDArray[np.float32]:
+    heat = result.map
+    assert heat is not None, "`PictureOptions.wants_maps` asks for it"
+    return heat
 
 
 def _half(heat: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -164,18 +145,12 @@ def _half(heat: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.clip(heat, -most, most).astype(np.float16)
 
 
-def _tiff(heat: NDArray[np.float32], compressed: bool) -> bytes:
-    body = io.BytesIO()
-    _tifffile().imwrite(body, _half(heat), compression="zlib" if compressed else None)
-    return body.getvalue()
-
-
 def _tifffile() -> Any:
     try:
         import tifffile
     except ImportError:
         raise ConfigError(
-            "float16 TIFF needs tifffile; type: pip install tifffile, or take --map-format npz"
+            "--submission writes TIFF files, which needs tifffile; type: pip install tifffile"
         ) from None
     return tifffile
 
@@ -198,26 +173,24 @@ def _write(folder: str, name: str, body: bytes) -> str:
 
 def coco_line(result: Result) -> bytes:
     """One image and its regions as a line of JSON, before numbers are given out."""
-    regions = [] if result.error else [one._asdict() for one in coco_regions(result)]
+    regions = [] if result.error else coco_annotations(result)
     image = {"file_name": as_text(result.path), "width": result.width, "height": result.height}
     return json.dumps({"image": image, "regions": regions}).encode() + b"\n"
 
 
-def coco_regions(result: Result) -> list[Annotation]:
-    """Regions of a result with their pixels, in the order of ``result.regions``."""
+def coco_annotations(result: Result) -> list[dict[str, Any]]:
+    """What COCO calls so, for each of ``result.regions``: box, area, score and polygons, in original pixels."""
     if result.grid is None or not result.regions:
         return []
     regions = connected(result.grid, (result.height, result.width), result.threshold_region)
     scale = np.array([result.width, result.height]) / regions.label_HW.shape[::-1]
     return [
-        Annotation(
-            (one.x, one.y, one.width, one.height),
-            one.area,
-            one.score,
-            [(outline * scale).round(2).ravel().tolist() for outline in outlines(regions, i)],
-        )
+        {
+            "bbox": (one.x, one.y, one.width, one.height), "area": one.area, "score": one.score,
+            "segmentation": [(outline * scale).round(2).ravel().tolist() for outline in outlines(regions, i)],
+        }
         for i, one in zip(strongest(regions), result.regions, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY, unpack_roi
+from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
-from twinspect.inference.regions import find_regions
+from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.tiles import joined
 
@@ -45,7 +45,7 @@ class Predictor:
         runtime: executes the graph.
         decision: calibration and threshold of the bundle.
         batch: images per call of the runtime.
-        workers: threads that decode ahead.
+        workers: threads that decode ahead, or processes with ``processes`` (see `DecodePool`).
         limits: what an image file may hold.
     """
 
@@ -58,7 +58,7 @@ class Predictor:
         limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.runtime, self.decision, self.batch, self.limits = runtime, decision, batch, limits
-        self.workers = workers or min(4, os.cpu_count() or 1)
+        self.workers, self.processes = workers or min(4, os.cpu_count() or 1), False
 
     def predict(
         self,
@@ -74,8 +74,8 @@ class Predictor:
         Args:
             source: a path, folder, glob, ``@list``, tar, zip or table file, URL, PIL image, `Sample`, the bytes of an
                 image file or an open one, an array, or any iterable of these. Arrays are H x W (grey), H x W x C or
-                C x H x W with 1, 3 (RGB) or 4 (RGBA) channels, of uint8, uint16 or floats from 0 to 1, and may be
-                torch's; four dimensions are a stack of images.
+                C x H x W with 1, 3 (RGB) or 4 (RGBA) channels, of uint8, uint16 or floats from 0 to 1, of numpy or
+                torch; four dimensions are a stack of images.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
@@ -90,13 +90,9 @@ class Predictor:
                 read. An unreadable file among several gives a result with ``error`` instead.
         """
         self.decision.checked_class(class_name)
-        one_by_one = is_live(source) if live is None else live
         items = map(from_bgr, expand(source)) if bgr else expand(source)
-        results = (
-            self._live(items, maps, pixels, class_name)
-            if one_by_one
-            else self._ahead(items, maps, pixels, class_name)
-        )
+        one_by_one = is_live(source) if live is None else live
+        results = (self._live if one_by_one else self._ahead)(items, maps, pixels, class_name)
         return self._readable(results) if is_single(source) else results
 
     def _live(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
@@ -104,8 +100,7 @@ class Predictor:
             yield from self.score_batch([self.decode(item, pixels)], maps, [class_name])
 
     def _ahead(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
-        size, tiles = self.runtime.size, self.decision.tiles
-        with DecodePool(size, self.limits, pixels, self.workers, batch=self.batch, tiles=tiles) as pool:
+        with self.pool(pixels) as pool:
             yield from self.score((image for _, image in pool.stream((None, i) for i in items)), maps, class_name)
 
     @staticmethod
@@ -114,6 +109,11 @@ class Predictor:
             if result.error:
                 raise ImageError(result.error)
             yield result
+
+    def pool(self, pixels: bool) -> DecodePool:
+        """What decodes ahead for `score`; ``pixels`` keeps whole images."""
+        size, tiles = self.runtime.size, self.decision.tiles
+        return DecodePool(size, self.limits, pixels, self.workers, self.processes, self.batch, tiles)
 
     def score(self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None) -> Iterator[Result]:
         """Results of images that were decoded to ``runtime.size``, in order, a batch at a time."""
@@ -132,15 +132,13 @@ class Predictor:
         usable = [image.square for image in images if image.square is not None]
         began = time.perf_counter()
         out = self._run(np.stack(usable)) if usable else {}
-        ms = (time.perf_counter() - began) * 1e3 / max(len(usable), 1)
-        places = count()
+        ms, place = (time.perf_counter() - began) * 1e3 / max(len(usable), 1), 0
         for image, class_name in zip(images, class_names, strict=True):
             if image.square is None:
                 yield Result(image.name, width=image.width, height=image.height, rgb=image.rgb, error=image.error)
                 continue
-            place = next(places)
             result = self._result(image, {name: value[place] for name, value in out.items()}, class_name, ms)
-            result.grid = result.grid if maps else None
+            result.grid, place = result.grid if maps else None, place + 1
             yield result
 
     def _run(self, squares: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
@@ -163,14 +161,17 @@ class Predictor:
             is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
             model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
             grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
-            roi=unpack_roi(decision.roi), **verdict,
+            roi=decision.roi, **verdict,
         )  # fmt: skip
         if not np.isfinite(score):
             result.error = f"{image.name}: the score is not finite; the model is damaged"
             result.is_anomaly, result.answer = None, ""
         elif rule.region is not None:
-            result.threshold_region = rule.region.value
-            result.regions = find_regions(grid, (image.height, image.width), rule.region.value, rule.peaks)
+            threshold, shape = rule.region.value, (image.height, image.width)
+            if result.is_anomaly:
+                threshold = min(threshold, strongest_place(grid, shape))
+            result.threshold_region = threshold
+            result.regions = find_regions(grid, shape, threshold, rule.peaks)
         return result
 
 

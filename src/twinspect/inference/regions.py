@@ -1,7 +1,8 @@
 """Connected regions of an anomaly map: boxes in original pixels, masks, outlines. No torch.
 
 Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
-promise is per image: at most the stated share of good images shows any region at all. How far a region reaches is
+promise is per image: at most the stated share of good images shows any region at all. An image that is called bad by
+its score shows its strongest place in any case (`strongest_place`). How far a region reaches is
 decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. Both
 shares of it were chosen on masks of five sets (docs/results.md).
 """
@@ -141,6 +142,12 @@ def find_regions(grid: Map, shape: tuple[int, int], threshold: float, peaks: Flo
         area = max(1, round(int(regions.area_R[i]) * down * right))
         listed.append(Region(x, y, width, height, area, float(regions.peak_R[i]), float(p_R[i])))
     return listed
+
+
+def strongest_place(grid: Map, shape: tuple[int, int]) -> float:
+    """The threshold at which a map shows its strongest place and what is nearly as strong; infinite if it is flat."""
+    peak, level = float(_resized(grid, shape).max()), float(np.median(grid))
+    return level + OF_NEARBY * (peak - level) if peak > level else math.inf
 
 
 def strongest(regions: Components) -> list[int]:

@@ -21,6 +21,7 @@ from twinspect.inference.regions import Region, region_mask, resize_map
 
 _BOX = (255, 0, 200)  # which neither the colours nor most products have
 _NOTEBOOK_SIDE = 640  # pixels
+_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
 _BEND = 32.0  # the scale's high end over the value up to which colours are linear
 # Blue, cyan, yellow, red at equal steps; readable in print and for the common colour deficiencies.
 COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]], dtype=np.float64)
@@ -62,9 +63,6 @@ def column(kind: str, help: str, tables_only: bool = False) -> Any:
     if kind == "regions":
         return field(default_factory=list, metadata=metadata)
     return field(default=CELLS[kind][1], metadata=metadata)
-
-
-_OUTSIDE = 0.4  # brightness of what lies outside of the region of interest
 
 
 @dataclass(slots=True)
@@ -161,14 +159,14 @@ class Result:
         return None if self.grid is None else resize_map(self.grid, self.height, self.width)
 
     def row(self) -> dict[str, Any]:
-        """Plain values for a table; ``regions`` is JSON text, as tables hold no lists."""
-        values = {column.name: getattr(self, column.name) for column in columns()}
-        return {**values, "regions": json.dumps([region.to_dict() for region in self.regions])}
+        """As `to_dict`, for a table: ``regions`` is JSON text, as tables hold no lists."""
+        values = self.to_dict()
+        return {**values, "regions": json.dumps(values["regions"])}
 
     def answer_row(self) -> dict[str, Any]:
         """As `to_dict`, as the server gives it: ``name`` is the path, and no file was written."""
-        values = {k: v for k, v in self.to_dict().items() if k not in {c.name for c in columns() if c.tables_only}}
-        return {"name": values.pop("path"), **values}
+        values, no_files = self.to_dict(), {column.name for column in columns() if column.tables_only}
+        return {"name": values.pop("path"), **{name: v for name, v in values.items() if name not in no_files}}
 
     def to_dict(self) -> dict[str, Any]:
         """All columns as plain values for JSON: regions are a list, None is not-a-number."""
@@ -195,20 +193,15 @@ class Result:
         """Why this answer, ready for JSON.
 
         Returns:
-            ``answer``, ``score``, ``threshold``, ``severity`` (how far above), ``p_value``; ``shares`` of the score
+            ``answer``, ``score``, ``threshold``, ``severity``, ``p_value``, ``class_name``; ``shares`` of the score
             of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
             ``text``, the same in a few sentences.
         """
         local = finite(self.share_local)
         shares = None if local is None else {"local": local, "semantic": 1.0 - local}
-        names = ("answer", "score", "threshold", "severity", "p_value", "class_name")
-        return {
-            **{name: finite(getattr(self, name)) for name in names},
-            "shares": shares,
-            "regions": [region.to_dict() for region in self.regions],
-            "nearest": self.nearest,
-            "text": self.reasons(),
-        }
+        values = self.to_dict()
+        names = ("answer", "score", "threshold", "severity", "p_value", "class_name", "regions", "nearest")
+        return {**{name: values[name] for name in names}, "shares": shares, "text": self.reasons()}
 
     def reasons(self) -> str:
         """Why this answer, in a few sentences."""
@@ -225,10 +218,11 @@ class Result:
             said.append(f"{number}, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
         elif self.is_anomaly and self.grid is not None:
             row, column = np.unravel_index(int(self.grid.argmax()), self.grid.shape)
-            rows, columns = self.grid.shape
-            x, y = int((column + 0.5) * self.width / columns), int((row + 0.5) * self.height / rows)
+            down, right = self.height / self.grid.shape[0], self.width / self.grid.shape[1]
+            x, y = int((column + 0.5) * right), int((row + 0.5) * down)
             said.append(f"no place alone is beyond those of good images; the map is highest at ({x}, {y})")
-        return "; ".join([*said, *([f"nearest good image {self.nearest}"] if self.nearest else [])])
+        said += [f"nearest good image {self.nearest}"] if self.nearest else []
+        return "; ".join(said)
 
     def image(self) -> NDArray[np.uint8] | None:
         """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
@@ -272,9 +266,9 @@ class Result:
         picture.paste((255, 255, 255), mask=Image.fromarray(mask & ~inner).convert("L"))
         right, down = picture.width / self.width, picture.height / self.height
         for one in self.regions:
-            box = (one.x * right, one.y * down, (one.x + one.width) * right, (one.y + one.height) * down)
-            pen.rectangle([round(v) + grow for v, grow in zip(box, (-thick, -thick, thick, thick), strict=True)],
-                          outline=_BOX, width=thick)  # fmt: skip
+            top, bottom = round(one.y * down) - thick, round((one.y + one.height) * down) + thick
+            left, end = round(one.x * right) - thick, round((one.x + one.width) * right) + thick
+            pen.rectangle((left, top, end, bottom), outline=_BOX, width=thick)
 
     def _titled(self, picture: Image.Image) -> Image.Image:
         text = f"{self.answer or 'no answer'}  score {self.score:.4g}, threshold {self.threshold:.4g}"
@@ -342,9 +336,8 @@ def colourise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArra
 
 
 def _colour_table(steps: int = 1024) -> NDArray[np.uint8]:
-    place = np.linspace(0.0, len(COLOURS) - 1, steps)
-    channels = [np.interp(place, np.arange(len(COLOURS)), COLOURS[:, channel]) for channel in range(3)]
-    return np.stack(channels, 1).round().astype(np.uint8)
+    place, known = np.linspace(0.0, len(COLOURS) - 1, steps), np.arange(len(COLOURS))
+    return np.stack([np.interp(place, known, channel) for channel in COLOURS.T], 1).round().astype(np.uint8)
 
 
 _TABLE = _colour_table()

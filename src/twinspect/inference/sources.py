@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,18 @@ from twinspect.data.manifest import path_column
 from twinspect.data.scan import inside, is_hidden
 from twinspect.errors import DataError
 from twinspect.files import open_text
+from twinspect.inference import stores
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.parts import RUN
-from twinspect.inference.stores import below, is_url
-from twinspect.inference.table import OWN, columns_of, read_rows
-from twinspect.inference.video import VIDEOS, is_endless, is_video, live_frames
+from twinspect.inference.stores import is_url
+from twinspect.inference.table import OWN, TABLES, columns_of, read_rows
+from twinspect.inference.video import VIDEOS, is_endless, live_frames
 
-TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _LOCAL = "file://"
 _DEEP = "**"  # of a glob: folders at any depth
-_PACKED = tuple(
-    f"{suffix}#" for suffix in (*ARCHIVES, *VIDEOS, ".parquet")
-)  # after these, a name is that of a member
+_HOLDERS = (*ARCHIVES, *VIDEOS)
+OF_SEVERAL = (*_HOLDERS, *TABLES)  # endings of files that stand for more than one image
+_MEMBER = re.compile("|".join(re.escape(f"{ending}#") for ending in (*_HOLDERS, ".parquet")), re.IGNORECASE)
 _WATCH_SECONDS = 0.2  # between two looks into a watched folder
 STDIN = "@-"  # a list that others write while it is read
 Visited = set[tuple[int, int]]  # folders by device and inode
@@ -50,19 +49,19 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     Raises:
         DataError: at once where nothing is found; the message says what was looked for.
     """
-    text = str(source)
+    text = str(source).removeprefix(_LOCAL)
     if "\0" in text:
         raise DataError(f"{text!r}: no path of this system (it holds a zero byte)")
     if is_endless(text):
         return live_frames(text)
+    nothing = NothingFound(f"no image files in {text} (looked for {suffixes()})")
     if is_url(text):
-        return _first(_remote(text), NothingFound(f"no image files in {text} (looked for {suffixes()})"))
+        return _first(_remote(text), nothing)
     path = Path(text)
     if os.path.isfile(path):  # unlike Path's own, false for a name that is too long
         return _file(path)
     if text and os.path.isdir(path):
-        inside = _own_rows(path) if (path / RUN).is_file() else _below(text, set())
-        return _first(inside, NothingFound(f"no image files in {path} (looked for {suffixes()})"))
+        return _first(_own_rows(path) if (path / RUN).is_file() else _below(text, set()), nothing)
     if text.startswith("@"):
         return _list(Path(text[1:]))
     where = text or "an empty path"
@@ -117,7 +116,7 @@ def _watched(folders: list[str]) -> Iterator[Item]:
 
 def among(source: str | Path) -> Iterator[Item | Stream]:
     """As `walk`, for one source of several: an item with an error where nothing is behind it."""
-    text = str(source)
+    text = str(source).removeprefix(_LOCAL)
     if not (is_url(text) or text.startswith("@") or globbing.has_magic(text) or os.path.exists(text)):
         return iter([Item(text, text)])
     try:
@@ -149,47 +148,58 @@ def _first(files: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Ite
 
 
 def _file(path: Path) -> Iterator[Item | Stream]:
-    name = path.name.lower()
-    if name.endswith(TABLES):
-        return _table(path)
-    return iter([Stream(str(path)) if name.endswith((*ARCHIVES, *VIDEOS)) else Item(str(path), str(path))])
+    return _table(path) if path.name.lower().endswith(TABLES) else iter([_whole(str(path))])
 
 
-def _by_name(path: str, state: str = "") -> Item | Stream | None:
-    """An image, an archive of images, or neither."""
-    if is_image(path):
-        return Item(path, path, state=state)
-    return Stream(path) if path.lower().endswith(ARCHIVES) and not is_hidden(os.path.basename(path)) else None
+def _whole(path: str, state: str = "") -> Item | Stream:
+    """A file that was named by whoever asks: by its ending one that holds images, or an image."""
+    return Stream(path) if path.lower().endswith(_HOLDERS) else Item(path, path, state=state)
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
+def _remote(url: str) -> Iterator[Item | Stream]:
+    is_folder, state = stores.status(url)
+    if is_folder:
+        yield from _below(url.rstrip("/"), set())
+    else:
+        yield Stream(url) if url.lower().endswith(".parquet") else _whole(url, state)
+
+
 def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
+    """Images and archives in a folder and those below, depth first, names sorted; see `_entries`."""
     try:
         entries = _entries(folder, visited)
     except OSError as error:
         yield Item(folder, error=f"{folder}: the folder cannot be listed ({error.strerror or error})")
         return
-    for name, kind in entries:
-        path = os.path.join(folder, name)
-        file = _by_name(path)
+    for name, kind, state in entries:
+        path = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
         if kind == "folder":
             yield from _below(path, visited)
-        elif file is not None:
-            yield file
+        elif is_image(path):
+            yield Item(path, path, state=state)
+        elif path.lower().endswith(ARCHIVES):
+            yield Stream(path)
         elif kind == "broken link" and "." not in name:  # by its name the link to a folder: of a disk not mounted?
             yield Item(path, error=f"{path}: a link to what is not there or may not be read")
 
 
-def _entries(folder: str, visited: Visited) -> list[tuple[str, str]]:
-    """Names in a folder with their kinds, sorted; nothing where links lead to a folder that was read before."""
+def _entries(folder: str, visited: Visited) -> list[tuple[str, str, str]]:
+    """Names in a folder with kind and state, sorted, hidden ones passed over.
+
+    Nothing where links lead to a folder of this disk that was read before.
+    """
+    if is_url(folder):
+        found = stores.entries(folder)
+        return [(name, "folder" if deep else "file", state) for name, deep, state in found if not is_hidden(name)]
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in visited:
         return []
     visited.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
-        return sorted((entry.name, _kind(entry)) for entry in entries if not is_hidden(entry.name))
+        return sorted((entry.name, _kind(entry), "") for entry in entries if not is_hidden(entry.name))
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -199,15 +209,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "file"
     except OSError:  # of what a link leads to
         return "broken link"
-
-
-def _remote(url: str) -> Iterator[Item | Stream]:
-    for path, state in below(url):
-        if path == url.rstrip("/"):
-            packed = path.lower().endswith((*ARCHIVES, ".parquet"))
-            yield Stream(path) if packed else Item(path, path, state=state)
-        elif (file := _by_name(path, state)) is not None:
-            yield file
 
 
 def _globbed(pattern: str) -> Iterator[Item | Stream]:
@@ -237,7 +238,7 @@ def _folders(top: str, visited: Visited) -> Iterator[str]:
         return
     if len(visited) > before:
         yield top
-    for name, kind in entries:
+    for name, kind, _ in entries:
         if kind == "folder":
             yield from _folders(os.path.join(top, name), visited)
 
@@ -272,8 +273,8 @@ def _listed(line: str, path: Path) -> Item | Stream:
     if "\0" in line:
         name = line.partition("\0")[0]
         return Item(name, error=f"{name}: {path} holds a zero byte here; save the list as UTF-8, one path a line")
-    where = line if is_url(line) else _spelled(path.parent, line)
-    return Stream(where) if where.lower().endswith(ARCHIVES) or is_video(where) else Item(where, where)
+    line = line.removeprefix(_LOCAL)
+    return _whole(line if is_url(line) else _spelled(path.parent, line))
 
 
 def _spelled(folder: Path, line: str) -> str:
@@ -290,21 +291,18 @@ def _spelled(folder: Path, line: str) -> str:
 
 def _table(path: Path) -> Iterator[Item | Stream]:
     """Images of a manifest, of a table of predictions, or of a Parquet file that holds encoded images itself."""
-    columns, binary = columns_of(path), path.suffix.lower() == ".parquet"
-    for _ in read_rows(path) if not binary else ():  # a row that cannot be read is found before the work
+    columns, empty = columns_of(path), DataError(f"{path}: holds no row")
+    is_parquet = path.suffix.lower() == ".parquet"
+    for _ in () if is_parquet else read_rows(path):  # a row that cannot be read is found before the work
         pass
-    empty = DataError(f"{path}: holds no row")
     if set(columns) >= OWN:
         return _first(_own_rows(path), empty)
-    if binary:
-        column, encoded = image_column(str(path))
-        if encoded:
-            return iter([Stream(str(path))])
-        return _first(_manifest(read_rows(path, (column, "record")), column, path), empty)
-    column = path_column(columns)
+    column, encoded = image_column(str(path)) if is_parquet else (path_column(columns), False)
+    if encoded:
+        return iter([Stream(str(path))])
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
-    return _first(_manifest(read_rows(path), column, path), empty)
+    return _first(_manifest(read_rows(path, (column, "record")), column, path), empty)
 
 
 def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterator[Item]:
@@ -326,8 +324,10 @@ def _own_rows(path: Path) -> Iterator[Item]:
 def named(names: Iterable[str]) -> Iterator[Item]:
     """Images by the names of their rows; those of one archive that follow each other are read together."""
     for holder, group in groupby(names, key=_holder):
-        read = partial(_members, holder) if holder else partial(map, _file_or_record)
-        yield from read(group)
+        if holder:
+            yield from _members(holder, group)
+        else:
+            yield from map(_file_or_record, group)
 
 
 def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
@@ -342,8 +342,8 @@ def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
 
 
 def _holder(name: str) -> str:
-    """The archive or table that a name is in; empty for a file."""
-    match = re.search("|".join(map(re.escape, _PACKED)), name, re.IGNORECASE)
+    """The archive, video or table that a name is in; empty for a file."""
+    match = _MEMBER.search(name)
     return name[: match.end() - 1] if match else ""
 
 

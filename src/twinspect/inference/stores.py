@@ -1,7 +1,7 @@
-"""Files by path or URL. URLs go through pyarrow's file systems, else fsspec's. No torch.
+"""Files by path or by URL. No torch.
 
-``s3://``, ``gs://``, ``abfs://``, ``hdfs://`` and ``file://`` need pyarrow alone; any other scheme goes to fsspec,
-whose packages (such as ``adlfs``) the user installs. Credentials are those of the environment.
+URLs go through fsspec. For most schemes it needs a package of its own (``s3://``: s3fs, ``gs://``: gcsfs, ``abfs://``:
+adlfs), whose name stands in the error where it is missing. Credentials are those of the environment.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from twinspect.data.scan import is_hidden
 from twinspect.errors import DataError, TwinspectError
 
 DRAFT = "_tmp-"  # how the names of files begin that are being written
 _PIECE = 1 << 22
-_OBJECT_STORES = ("s3", "gcs", "abfs")  # as pyarrow calls them; they have no folders to make
+_OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "az://")  # show a file when it is complete; have no folders
+_CHANGED = ("mtime", "ETag", "last_modified", "LastModified", "updated", "created")  # what stores say of a change
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -29,60 +28,56 @@ def is_url(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
-def below(url: str) -> Iterator[tuple[str, str]]:
-    """URLs of the files at or below a URL, each with its `state`, depth first and sorted by name.
-
-    One folder's names are in memory at a time. Hidden folders are passed over, no folder of this disk is read twice.
+def status(url: str) -> tuple[bool, str]:
+    """Whether a URL is a folder, and its `state`.
 
     Raises:
         DataError: nothing there, no such scheme, or no access.
     """
-    url = url.rstrip("/")
+    system, path = _opened(url)
     with _refusing(f"{url} cannot be listed", DataError):
-        system, path = _opened(url)
-        (info,) = system.get_file_info([path])
-        if info.is_file:
-            yield url, _state(info)
-        elif info.type.name == "Directory":
-            yield from _folder(system, path, url, set())
-        else:
-            raise DataError(f"nothing found at {url}")
+        try:
+            info = system.info(path)
+        except FileNotFoundError:
+            raise DataError(f"nothing found at {url}") from None
+    return info["type"] == "directory", _state(info)
 
 
-def _folder(system: Any, path: str, url: str, visited: set[str]) -> Iterator[tuple[str, str]]:
-    from pyarrow import fs
+def entries(url: str) -> list[tuple[str, bool, str]]:
+    """Name of everything directly in a folder, whether it is a folder itself, and its `state`; sorted.
 
-    real = os.path.realpath(path) if system.type_name == "local" else path  # links may lead back
-    if real in visited:
-        return
-    visited.add(real)
-    for info in sorted(system.get_file_info(fs.FileSelector(path)), key=lambda one: str(one.base_name)):
-        here = f"{url}/{info.base_name}"
-        if info.type == fs.FileType.Directory and not is_hidden(info.base_name):
-            yield from _folder(system, info.path, here, visited)
-        elif info.type == fs.FileType.File:
-            yield here, _state(info)
+    Raises:
+        DataError: it cannot be listed.
+    """
+    system, path = _opened(url)
+    with _refusing(f"{url} cannot be listed", DataError):
+        system.invalidate_cache()  # other machines write as well
+        try:
+            infos = system.ls(path, detail=True)
+        except FileNotFoundError:
+            infos = []
+    inside = [info for info in infos if info["name"].strip("/") != path.strip("/")]  # some stores list the folder too
+    return sorted((Path(info["name"]).name, info["type"] == "directory", _state(info)) for info in inside)
 
 
 def state(path: str) -> str:
     """Size and time of change of a file, as text; empty where they are not known."""
     try:
-        if not is_url(path):
-            status = os.stat(path)
-            return f"{status.st_size}-{status.st_mtime_ns}"
-        system, inner = _opened(path)
-        (info,) = system.get_file_info([inner])
-    except (OSError, ValueError):  # ValueError: the name holds a zero byte
+        if is_url(path):
+            return status(path)[1]
+        local = os.stat(path)
+        return f"{local.st_size}-{local.st_mtime_ns}"
+    except (OSError, ValueError):  # ValueError: the name holds a zero byte, or a DataError
         return ""
-    return _state(info)
 
 
-def _state(info: Any) -> str:
-    return f"{info.size}-{info.mtime_ns}" if info.size is not None else ""
+def _state(info: Mapping[str, Any]) -> str:
+    changed = next((info[key] for key in _CHANGED if info.get(key)), "")
+    return f"{info['size']}-{changed}" if info.get("size") is not None else ""
 
 
-def open_stream(path: str) -> Any:
-    """A file object that reads a file from its start; closing it is the caller's.
+def open_file(path: str) -> Any:
+    """A file object that reads a file and can seek; closing it is the caller's.
 
     Raises:
         DataError: a URL that cannot be opened.
@@ -90,10 +85,9 @@ def open_stream(path: str) -> Any:
     """
     if not is_url(path):
         return open(path, "rb")
-    folder, _, name = path.rpartition("/")
+    system, inner = _opened(path)
     with _refusing(f"{path}: cannot be opened", DataError):
-        system, inner = _opened(folder)
-        return system.open_input_stream(f"{inner}/{name}")
+        return system.open(inner, "rb")
 
 
 def read(path: str, most: int) -> bytes:
@@ -103,8 +97,8 @@ def read(path: str, most: int) -> bytes:
         DataError: it cannot be read, or is longer.
     """
     parts, length = list[bytes](), 0
-    with _refusing(f"{path}: cannot be read", DataError), open_stream(path) as stream:
-        while part := stream.read(_PIECE):  # asked for more, pyarrow would set that much memory aside at once
+    with _refusing(f"{path}: cannot be read", DataError), open_file(path) as file:
+        while part := file.read(_PIECE):  # asked for all at once, it may set ``most`` bytes aside
             parts.append(part)
             length += len(part)
             if length > most:
@@ -113,7 +107,7 @@ def read(path: str, most: int) -> bytes:
 
 
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
-    """Write one file whole: object stores show it when it is complete, other systems by a rename at the end.
+    """Write a file whole: under its name it is complete or not there.
 
     Args:
         folder: path or URL; it is made.
@@ -130,15 +124,13 @@ def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
         if not is_url(folder):
             _put_here(Path(folder), draft, name, body, flushed)
             return
-        system, path = _opened(folder.rstrip("/"))
-        if any(kind in system.type_name for kind in _OBJECT_STORES):
-            draft = name
+        system, path = _opened(folder)
+        if folder.startswith(_OBJECT_STORES):
+            system.pipe_file(f"{path}/{name}", body)
         else:
-            system.create_dir(path, recursive=True)
-        with system.open_output_stream(f"{path}/{draft}") as stream:
-            stream.write(body)
-        if draft != name:
-            system.move(f"{path}/{draft}", f"{path}/{name}")
+            system.makedirs(path, exist_ok=True)
+            system.pipe_file(f"{path}/{draft}", body)
+            system.mv(f"{path}/{draft}", f"{path}/{name}")
 
 
 def _put_here(folder: Path, draft: str, name: str, body: bytes, flushed: bool) -> None:
@@ -155,26 +147,21 @@ def _put_here(folder: Path, draft: str, name: str, body: bytes, flushed: bool) -
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; empty where there is no such folder.
+    """Names of the files directly in a folder, sorted; none where there is no such folder.
 
     Raises:
         DataError: it cannot be listed.
     """
-    if not is_url(folder):
-        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    with _refusing(f"{folder} cannot be listed", DataError):
-        system, path = _opened(folder)
-        from pyarrow import fs
-
-        inside = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(str(info.base_name) for info in inside if info.type == fs.FileType.File)
+    if is_url(folder):
+        return [name for name, is_folder, _ in entries(folder) if not is_folder]
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def remove(folder: str, name: str) -> None:
     """Delete one file."""
     if is_url(folder):
         system, path = _opened(folder)
-        system.delete_file(f"{path}/{name}")
+        system.rm_file(f"{path}/{name}")
     else:
         (Path(folder) / name).unlink(missing_ok=True)
 
@@ -186,34 +173,19 @@ def _refusing(what: str, kind: type[TwinspectError]) -> Iterator[None]:
         yield
     except TwinspectError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # packages of stores raise kinds of their own, such as botocore's
         raise kind(f"{what} ({_short(error)})") from None
 
 
-@lru_cache(maxsize=64)
-def _opened(folder: str) -> tuple[Any, str]:
-    """File system and path of a folder's URL; kept, as opening one may ask the store for its region."""
-    try:
-        from pyarrow import fs
-    except ImportError:
-        raise DataError(f"{folder}: URLs need pyarrow; type: pip install pyarrow") from None
-    try:
-        system, path = fs.FileSystem.from_uri(folder)
-        return system, str(path).rstrip("/")
-    except (ValueError, NotImplementedError, OSError) as error:
-        return _by_fsspec(folder, error)
-
-
-def _by_fsspec(folder: str, reason: Exception) -> tuple[Any, str]:
-    from pyarrow import fs
-
+def _opened(url: str) -> tuple[Any, str]:
+    """File system of a URL (fsspec keeps it), and the path in it."""
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(folder)
-    except (ImportError, ValueError, OSError) as error:
-        raise DataError(f"{folder}: no file system for it ({_short(reason)}; fsspec: {_short(error)})") from None
-    return fs.PyFileSystem(fs.FSSpecHandler(system)), str(path).rstrip("/")
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:  # an ImportError says what to install
+        raise DataError(f"{url}: no file system for it ({_short(error)})") from None
+    return system, str(path).rstrip("/")
 
 
 def _short(error: Exception) -> str:

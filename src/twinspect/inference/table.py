@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,41 +20,29 @@ from twinspect.inference.result import CELLS, columns
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
 OWN = frozenset({"path", "score"})  # what tells a table of predictions from others
 FORMATS = (".parquet", ".csv", ".jsonl")
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")  # that are read
 
 
 def check_format(suffix: str, name: str) -> None:
-    """Refuse a table that could not be written.
-
-    Raises:
-        ConfigError: an ending that is none of the accepted ones, or Parquet without pyarrow.
-    """
+    """Raise ConfigError for an ending that is none of the accepted ones, or Parquet without pyarrow."""
     if suffix not in FORMATS:
         raise ConfigError(
             f"--out {name}: accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
         )
-    if suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                f"--out {name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv"
-            ) from None
+    if suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(f"--out {name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv")
 
 
 def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
-    """Rows of `Result.row` as one part: a Parquet file, or CSV or JSON lines without a header.
-
-    Not-a-number becomes an empty cell, and names become what `as_text` makes of them.
-    """
-    cells = {name: _plain([row[name] for row in rows], kind) for name, kind in _kinds().items()}
+    """Rows of `Result.row` as one part: a Parquet file, or CSV or JSON lines without a header."""
+    cells = [{name: as_text(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
     if suffix == ".parquet":
         return _parquet(cells)
     text = io.StringIO(newline="")
-    lines = zip(*cells.values(), strict=True)
     if suffix == ".csv":
-        csv.writer(text).writerows(lines)
+        csv.writer(text).writerows(row.values() for row in cells)
     else:
-        text.writelines(json.dumps(dict(zip(cells, line, strict=True))) + "\n" for line in lines)
+        text.writelines(json.dumps(row) + "\n" for row in cells)
     return text.getvalue().encode("utf-8")
 
 
@@ -64,7 +53,7 @@ def as_line(row: dict[str, Any], suffix: str) -> str:
 
 def csv_header() -> str:
     """First line of a CSV table, without its end."""
-    return ",".join(_kinds())
+    return ",".join(column.name for column in columns())
 
 
 def join(parts: Iterable[bytes], out: Path) -> None:
@@ -74,18 +63,12 @@ def join(parts: Iterable[bytes], out: Path) -> None:
         TwinspectError: the folder cannot be written.
     """
     with replacing(out) as file:
-        _join_parquet(parts, file) if out.suffix == ".parquet" else _join_text(parts, file, out.suffix)
-
-
-def _kinds() -> dict[str, str]:
-    """Column -> type of its cells, by pyarrow's aliases."""
-    return {column.name: CELLS[column.kind][0] for column in columns()}
-
-
-def _plain(values: list[Any], kind: str) -> list[Any]:
-    if kind == "double":
-        return [None if value != value else value for value in values]
-    return [as_text(value) for value in values] if kind == "string" else values
+        if out.suffix == ".parquet":
+            _join_parquet(parts, file)
+            return
+        if out.suffix == ".csv":
+            file.write(f"{csv_header()}\r\n".encode())
+        file.writelines(parts)
 
 
 def as_text(value: str) -> str:
@@ -96,15 +79,15 @@ def as_text(value: str) -> str:
 def _schema() -> Any:
     import pyarrow as pa
 
-    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _kinds().items()])
+    return pa.schema([(column.name, pa.type_for_alias(CELLS[column.kind][0])) for column in columns()])
 
 
-def _parquet(columns: dict[str, list[Any]]) -> bytes:
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     body = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_schema()), body)
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), body)
     return body.getvalue()
 
 
@@ -120,12 +103,6 @@ def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
                 writer.write_table(pa.concat_tables(held))
                 held = []
         writer.write_table(pa.concat_tables([*held, _schema().empty_table()]))
-
-
-def _join_text(parts: Iterable[bytes], file: IO[bytes], suffix: str) -> None:
-    if suffix == ".csv":
-        file.write(f"{csv_header()}\r\n".encode())
-    file.writelines(parts)
 
 
 # ------------------------------------------------------------------------------------------- and back again
@@ -178,11 +155,14 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any
         for part in parts_in(path):
             yield from read_rows(part, columns)
         return
-    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows}
-    if path.suffix.lower() not in readers:
-        raise ConfigError(f"{path.name}: accepted tables end in {', '.join(readers)}")
+    suffix = path.suffix.lower()
+    if suffix not in TABLES:
+        raise ConfigError(f"{path.name}: accepted tables end in {', '.join(TABLES)}")
     with _readable(path):
-        yield from readers[path.suffix.lower()](path, columns)
+        if suffix == ".parquet":
+            yield from _parquet_rows(path, columns)
+        else:
+            yield from _json_rows(path) if suffix == ".jsonl" else csv_rows(path, "surrogateescape")
 
 
 @contextmanager
@@ -206,11 +186,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
         yield from batch.to_pylist()
 
 
-def _csv_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    return csv_rows(path, "surrogateescape")
-
-
-def _json_rows(path: Path, _columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip(" \t\r\n,"):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from twinspect.errors import DataError, TwinspectError
 from twinspect.inference.archives import Item
+from twinspect.inference.stores import is_url
 
 if TYPE_CHECKING:
     import cv2
@@ -63,25 +64,24 @@ def file_frames(path: str) -> Iterator[Item]:
 def live_frames(source: str) -> Iterator[Item]:
     """The newest frame of a camera or network stream, each time that one is asked for. It does not end.
 
-    Frames are numbered as the source gave them, so gaps tell how many were passed over. A source that breaks off
-    gives one item with an error, then frames again once it is back.
+    Frames are numbered as the source gave them. A source that breaks off gives one item with an error, then frames
+    again once it is back.
 
     Raises:
         DataError: at once, where it cannot be opened.
         TwinspectError: at once, where OpenCV is not installed.
     """
-    return _followed(_opened(source), source, _without_password(source))
+    return _followed(_opened(source), source)
 
 
-def _followed(capture: cv2.VideoCapture | None, source: str, name: str) -> Iterator[Item]:
-    number = 0
+def _followed(capture: cv2.VideoCapture | None, source: str) -> Iterator[Item]:
+    name, number = _without_password(source), 0
     while True:
         if capture is not None:
             newest = _Newest(capture, number)
             try:
-                while (newest_frame := newest.frame()) is not None:
-                    number, pixels = newest_frame
-                    yield Item(f"{name}#{number}", pixels=pixels)
+                while (frame := newest.frame()) is not None:
+                    yield Item(f"{name}#{frame[0]}", pixels=frame[1])
             finally:
                 newest.stop()
             number = newest.number
@@ -141,14 +141,15 @@ def _opened(source: str) -> cv2.VideoCapture:
             f"{source}: videos and cameras need OpenCV; type: pip install 'twinspect[video]'"
         ) from None
     cv2.utils.logging.setLogLevel(0)
-    name, device = _without_password(source), source[len(CAMERA) :]
     if source.lower().startswith(CAMERA):
+        device = source[len(CAMERA) :]
         capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
     else:
-        capture = cv2.VideoCapture(source if is_endless(source) else str(Path(source).resolve()))
+        capture = cv2.VideoCapture(source if is_url(source) else str(Path(source).resolve()))
     if not capture.isOpened():
         raise DataError(
-            f"{name} cannot be opened as a video; give camera:0, an address such as rtsp://HOST/PATH, or a file"
+            f"{_without_password(source)} cannot be opened as a video; give camera:0, an address such as "
+            "rtsp://HOST/PATH, or a file"
         )
     return capture
 

@@ -1,13 +1,13 @@
 """Metrics of anomaly detection: exact for images, in constant memory with proven error for pixels.
 
-``METRICS`` names them all. ``Evaluator`` accumulates a whole evaluation; ``ScoreHistogram`` is its pixel
-half; the functions are for arrays at hand.
+``METRICS`` names them all. ``Evaluator`` accumulates a whole evaluation; ``ScoreHistogram`` is its pixel half; the
+functions are for image scores at hand.
 """
 
 from __future__ import annotations
 
 from twinspect.metrics.evaluator import Evaluator
-from twinspect.metrics.pixels import PIXEL_METRICS, PixelSummary, ScoreHistogram, aupro, auspro
+from twinspect.metrics.pixels import PIXEL_METRICS, PixelSummary, ScoreHistogram
 from twinspect.metrics.ranking import (
     IMAGE_METRICS,
     auroc,
@@ -22,9 +22,7 @@ __all__ = [
     "Evaluator",
     "PixelSummary",
     "ScoreHistogram",
-    "aupro",
     "auroc",
-    "auspro",
     "average_precision",
     "bootstrap_interval",
     "f1_max",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -87,13 +87,13 @@ class Evaluator:
             raise DataError(f"score of {who} is {score}; accepted: finite numbers")
         if label not in (0, 1, None):
             raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly), None (unknown)")
-        masked = mask_HW is not None or bool(regions)
-        if self.pixel and map_HW is not None and (label == 0 or (label == 1 and masked)):
-            if label == 0 and _has_defect(mask_HW, regions):
+        masks = [mask for mask, _ in regions or ()] + ([] if mask_HW is None else [mask_HW])
+        if self.pixel and map_HW is not None and (label == 0 or (label == 1 and masks)):
+            if label == 0 and any(bool(np.any(mask)) for mask in masks):
                 raise DataError(f"{who} is labelled normal but its mask has defect pixels")
             part = defect_type if regions else ""
             self._meter(class_name, part).update(map_HW, mask_HW, who, regions)
-        image = _Image(float(score), label, defect_type, group, masked)
+        image = _Image(float(score), label, defect_type, group, bool(masks))
         self.images.setdefault(class_name, []).append(image)
 
     def _meter(self, class_name: str, part: str) -> ScoreHistogram:
@@ -117,7 +117,7 @@ class Evaluator:
             for part, meter in parts.items():
                 self._meter(class_name, part).merge(meter)
 
-    def compute(self) -> dict[str, object]:
+    def compute(self) -> dict[str, Any]:
         """Every metric of everything added so far; plain numbers, no nan, ready for JSON.
 
         Returns:
@@ -182,11 +182,13 @@ class Evaluator:
     def _class_notes(self, name: str, summary: PixelSummary | None) -> list[str]:
         images, out = _labelled(self.images[name]), []
         labels = {image.label for image in images}
-        if len(labels) < 2:
-            kind = "anomalous" if 1 in labels else "normal"
-            what = f"all {len(images)} images are {kind}" if labels else "no labelled image"
-            needs = {"anomalous": "; they need good test images too", "normal": "; they need defects too"}[kind]
-            out.append(f"{name}: image metrics are undefined, {what}{needs if labels else ''}")
+        if not labels:
+            out.append(f"{name}: image metrics are undefined, no labelled image")
+        elif len(labels) == 1:
+            kind, lacking = ("anomalous", "good test images") if 1 in labels else ("normal", "defects")
+            out.append(
+                f"{name}: image metrics are undefined, all {len(images)} images are {kind}; they need {lacking} too"
+            )
         if unlabelled := len(self.images[name]) - len(images):
             out.append(f"{name}: {unlabelled} images without label are left out")
         if not self.pixel:
@@ -235,11 +237,6 @@ def _by_sample(images: Images) -> Numbers:
         return {}
     views = [_arrays(part) for part in groups.values()]
     return {"sample_auroc": ranking.auroc([s.max() for s, _ in views], [labels.max() for _, labels in views])}
-
-
-def _has_defect(mask_HW: ArrayLike | None, regions: Sequence[tuple[ArrayLike, float]] | None) -> bool:
-    masks = [m for m, _ in regions or ()] + ([] if mask_HW is None else [mask_HW])
-    return any(bool(np.any(mask)) for mask in masks)
 
 
 def _defined(values: Mapping[str, float]) -> Numbers:

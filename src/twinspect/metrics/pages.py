@@ -41,12 +41,6 @@ def keys_of(scores: NDArray[np.float32]) -> Bins:
     return bits ^ sign
 
 
-def scores_of(keys: Bins) -> NDArray[np.float32]:
-    """Inverse of ``keys_of``."""
-    sign = np.where(keys >> np.uint32(31), np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
-    return (keys ^ sign).view(np.float32)
-
-
 def bins_of(keys: Bins, drop: int) -> Bins:
     """Bin numbers at a resolution: floor plus ceiling of key / 2**drop, so an exact edge has its own bin."""
     if drop == FINEST:
@@ -83,15 +77,9 @@ class MemoryBudget:
             table.coarsen()
         self.drop += 1
 
-    def admit(self, table: PagedCounts, pages: Bins) -> bool:
-        """Whether new pages fit; if not, coarsen once and let the caller ask again with its new pages.
-
-        At the coarsest step (16 of 32 key bits dropped, half a megabyte per table) everything is admitted.
-        """
-        if self.drop >= COARSEST or self.used + table.cost(pages) <= self.limit:
-            return True
-        self.coarsen()
-        return False
+    def fits(self, table: PagedCounts, pages: Bins) -> bool:
+        """Whether new pages of a table fit. At the coarsest step (half a megabyte a table) everything does."""
+        return self.drop >= COARSEST or self.used + table.cost(pages) <= self.limit
 
 
 class PagedCounts:
@@ -131,18 +119,22 @@ class PagedCounts:
         """Add counts (one per key, or one for all) at keys."""
         for start in range(0, len(keys), CHUNK_KEYS):
             part = slice(start, start + CHUNK_KEYS)
-            self._add_chunk(keys[part], counts if isinstance(counts, int) else counts[part])
+            bins, slot = self._admitted(keys[part])
+            place = (slot << PAGE_BITS) + (bins & np.uint32(PAGE - 1))
+            np.add.at(self._values, place, counts if isinstance(counts, int) else counts[part])
 
-    def _add_chunk(self, keys: Bins, counts: Counts | int) -> None:
+    def _admitted(self, keys: Bins) -> tuple[Bins, NDArray[np.int64]]:
+        """Bins of keys, at the finest resolution at which all pages fit, and the place of each one's page."""
         while True:
             bins = bins_of(keys, self.budget.drop)
             slot = self._slots(bins >> np.uint32(PAGE_BITS))
             if slot.all():
-                break
+                return bins, slot
             pages = np.unique(bins[slot == 0] >> np.uint32(PAGE_BITS))
-            if self.budget.admit(self, pages):
+            if self.budget.fits(self, pages):
                 self._allocate(pages)
-        np.add.at(self._values, (slot << PAGE_BITS) + (bins & np.uint32(PAGE - 1)), counts)
+            else:
+                self.budget.coarsen()
 
     def pages(self) -> Bins:
         """Numbers of the pages in use, ascending."""

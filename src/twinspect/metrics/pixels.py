@@ -23,7 +23,7 @@ over a decade the default limit gives about 7 million bins and a bound of about 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,14 +34,11 @@ from scipy import ndimage
 from twinspect.errors import DataError
 from twinspect.metrics.pages import (
     CHUNK_PAGES,
-    PAGE,
-    PAGE_BITS,
+    FINEST,
     Bins,
     MemoryBudget,
     PagedCounts,
-    edges_of,
     keys_of,
-    scores_of,
 )
 
 MEMORY_LIMIT = 128 << 20
@@ -116,24 +113,18 @@ class ScoreHistogram:
         self.budget = budget or MemoryBudget(memory_limit)
         self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
         self.totals = PixelTotals()
-        self.maps = 0
         self.rounded = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of counts held."""
-        return sum(table.nbytes for table in self.tables)
 
     @property
     def exact(self) -> bool:
         """Whether every bin is a single score, so that all results are exact."""
-        return self.budget.drop == 1 and not self.rounded
+        return self.budget.drop == FINEST and not self.rounded
 
     def update(
         self,
         map_HW: ArrayLike,
         mask_HW: ArrayLike | None = None,
-        name: str = "",
+        name: str = "a map",
         regions: Sequence[tuple[ArrayLike, float]] | None = None,
     ) -> None:
         """Count one map.
@@ -149,28 +140,23 @@ class ScoreHistogram:
         Raises:
             DataError: a map or mask that cannot be used, or an area that is not above 0; nothing is counted then.
         """
-        who = name or f"map number {self.maps}"
-        values, rounded = _as_map(map_HW, who)
-        given = [(_as_mask(m, values.shape, who), _as_area(area, who)) for m, area in regions or ()]
-        mask = None if mask_HW is None else _as_mask(mask_HW, values.shape, who)
+        values, rounded = _as_map(map_HW, name)
+        given = [(_as_mask(m, values.shape, name), _as_area(area, name)) for m, area in regions or ()]
+        mask = None if mask_HW is None else _as_mask(mask_HW, values.shape, name)
         for region, _ in given:
             mask = region if mask is None else mask | region
         self.rounded |= rounded
-        self.maps += 1
-        self._count(keys_of(values), mask, given)
-
-    def _count(self, keys: Bins, mask: Mask | None, given: Sequence[Region]) -> None:
+        keys, positives, connected = keys_of(values), 0, 0
         self.tables.all.add(keys)
-        positives = regions = 0
         if mask is not None and mask.any():
-            where, number, regions = connected_regions(mask)
+            where, number, connected = connected_regions(mask)
             positives = len(where)
             self.tables.positive.add(keys[where])
             self.tables.pro.add(*region_weights(keys[where], number))
         where, number, areas = _given_regions(given)
         if len(areas):
             self.tables.spro.add(*region_weights(keys[where], number, areas))
-        self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, regions, len(areas))])
+        self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, connected, len(areas))])
 
     def merge(self, other: ScoreHistogram) -> None:
         """Add the counts of another histogram, which stays as it is.
@@ -188,55 +174,11 @@ class ScoreHistogram:
             for keys, counts in theirs.items():
                 mine.add(keys, counts)
         self.totals = PixelTotals.of([self.totals, other.totals])
-        self.maps += other.maps
         self.rounded |= other.rounded
 
     def compute(self) -> PixelSummary:
         """Metrics of everything counted so far, with error bounds."""
         return summarise([self])
-
-
-def aupro(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike | None], limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve, 0 to 1; nan without a region or without a normal pixel.
-
-    Args:
-        maps: H x W score maps; sizes may differ.
-        masks: one H x W mask per map, non-zero means defect; None for a good image.
-        limit: false positive rate at which the curve ends.
-
-    Raises:
-        DataError: a limit outside (0, 1], or a map or mask that cannot be used.
-    """
-    histogram = ScoreHistogram()
-    for map_HW, mask_HW in zip(maps, masks, strict=True):
-        histogram.update(map_HW, mask_HW)
-    return summarise([histogram], {"aupro": ("pro", _as_limit(limit))}).values["aupro"]
-
-
-def auspro(
-    maps: Iterable[ArrayLike], regions: Iterable[Sequence[tuple[ArrayLike, float]]], limit: float = 0.05
-) -> float:
-    """Area under the saturated per-region overlap curve, 0 to 1; nan without a region or a normal pixel.
-
-    Args:
-        maps: H x W score maps; sizes may differ.
-        regions: for every map its (mask H x W, saturation area in pixels) pairs, each one region whether
-            connected or not; empty for a good image. An area above the region's size means the size.
-        limit: false positive rate at which the curve ends.
-
-    Raises:
-        DataError: a limit outside (0, 1], or a map, mask or area that cannot be used.
-    """
-    histogram = ScoreHistogram()
-    for map_HW, pairs in zip(maps, regions, strict=True):
-        histogram.update(map_HW, regions=pairs)
-    return summarise([histogram], {"auspro": ("spro", _as_limit(limit))}).values["auspro"]
-
-
-def _as_limit(limit: float) -> float:
-    if not 0 < limit <= 1:
-        raise DataError(f"false positive rate limit is {limit}; accepted: above 0, at most 1 (usual: 0.3)")
-    return limit
 
 
 def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
@@ -249,9 +191,6 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
         raise DataError(f"score map of {who} has shape {values.shape}; accepted: (height, width), not empty")
     if values.dtype.kind not in "fiub":
         raise DataError(f"score map of {who} holds {values.dtype}; accepted: real numbers")
-    if values.dtype.kind != "f":
-        small = int(values.max()) <= 1 << 24 and int(values.min()) >= -(1 << 24)
-        return values.astype(np.float32), not small
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         row, col = bad[0]
@@ -259,11 +198,9 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
             f"score map of {who} has {len(bad)} values that are not finite; the first is "
             f"{values[row, col]} at row {row}, column {col}"
         )
-    if values.dtype.itemsize <= 4:
-        return values.astype(np.float32, copy=False), False
     with np.errstate(over="ignore", under="ignore"):
-        narrow = np.nan_to_num(values.astype(np.float32))
-    return narrow, not np.array_equal(narrow.astype(values.dtype), values)
+        narrow = np.nan_to_num(values.astype(np.float32, copy=False))
+    return narrow, bool((narrow != values).any())
 
 
 def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
@@ -276,7 +213,7 @@ def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
 
 
 def _as_area(area: float, who: str) -> float:
-    if not np.isfinite(area) or area <= 0:
+    if not 0 < area < math.inf:
         raise DataError(f"saturation area of a region of {who} is {area}; accepted: pixels, above 0")
     return area
 
@@ -285,29 +222,26 @@ def _as_area(area: float, who: str) -> float:
 
 
 def connected_regions(mask_HW: Mask) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
-    """8-connected regions of a mask.
+    """8-connected regions of a mask that is true somewhere.
 
     Returns:
         Flat positions of the defect pixels, the region number (from 0) of each, and the number of regions.
     """
-    rows, cols = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    if not len(rows):
-        return np.zeros(0, np.intp), np.zeros(0, np.int64), 0
-    top, left = rows[0], cols[0]
-    crop = mask_HW[top : rows[-1] + 1, left : cols[-1] + 1]
+    rows, columns = ndimage.find_objects(mask_HW.astype(np.uint8))[0]  # most masks are small
+    crop = mask_HW[rows, columns]
     labels, count = ndimage.label(crop, structure=_EIGHT_NEIGHBOURS)
     y, x = np.nonzero(crop)
-    return (y + top) * mask_HW.shape[1] + x + left, labels[y, x].astype(np.int64) - 1, int(count)
+    where = (y + rows.start) * mask_HW.shape[1] + x + columns.start
+    return where, labels[y, x].astype(np.int64) - 1, int(count)
 
 
 def _given_regions(regions: Sequence[Region]) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
     """Flat positions of the region pixels, the region number of each, the saturation area of every region."""
-    flat = [(np.flatnonzero(mask), area) for mask, area in regions]
-    flat = [(pixels, area) for pixels, area in flat if len(pixels)]
-    pixels = np.concatenate([p for p, _ in flat]) if flat else np.zeros(0, np.intp)
-    number = np.repeat(np.arange(len(flat)), [len(p) for p, _ in flat])
-    areas = [max(1, min(len(p), int(area))) for p, area in flat]
-    return pixels, number, np.array(areas, np.int64)
+    flat = [(pixels, area) for mask, area in regions if len(pixels := np.flatnonzero(mask))]
+    sizes = [len(pixels) for pixels, _ in flat]
+    areas = [max(1, min(size, int(area))) for size, (_, area) in zip(sizes, flat, strict=True)]
+    where = np.concatenate([np.zeros(0, np.intp), *(pixels for pixels, _ in flat)])
+    return where, np.repeat(np.arange(len(flat)), sizes), np.array(areas, np.int64)
 
 
 def region_weights(
@@ -338,7 +272,6 @@ def region_weights(
 class Bin(NamedTuple):
     """Columns over non-empty bins, scores descending: counts in the bin, and whether it may mix scores."""
 
-    score: NDArray[np.float32]
     negative: Floats
     positive: Floats
     pro: Floats
@@ -346,19 +279,17 @@ class Bin(NamedTuple):
     mixed: NDArray[np.bool_]
 
 
-def _descending(tables: Sequence[Tables], rounded: bool) -> Iterator[Bin]:
-    """Bins of the sum of several sets of tables on one budget, from the highest score down."""
-    drop = tables[0].all.budget.drop
-    pages = np.unique(np.concatenate([t.all.pages() for t in tables]))[::-1]
+def _descending(histograms: Sequence[ScoreHistogram]) -> Iterator[Bin]:
+    """Bins of the sum of several histograms on one budget, from the highest score down."""
+    rounded, coarse = any(h.rounded for h in histograms), histograms[0].budget.drop > FINEST
+    pages = np.unique(np.concatenate([h.tables.all.pages() for h in histograms]))[::-1]
     for start in range(0, len(pages), CHUNK_PAGES):
         part = pages[start : start + CHUNK_PAGES]
-        counts = [sum(t[i].rows(part) for t in tables)[:, ::-1].ravel() for i in range(4)]  # type: ignore[index]
+        counts = [sum(h.tables[i].rows(part) for h in histograms)[:, ::-1].ravel() for i in range(4)]  # type: ignore[index]
         full = np.flatnonzero(counts[0])
-        bins: Bins = ((part[full >> PAGE_BITS] + np.uint32(1)) << np.uint32(PAGE_BITS)) - np.uint32(1)
-        bins -= (full & (PAGE - 1)).astype(np.uint32)
-        everything, positive, pro, spro = (c[full].astype(np.float64) for c in counts)
-        mixed = np.full(len(bins), rounded) | ((bins & np.uint32(1)).astype(bool) & (drop > 1))
-        yield Bin(scores_of(edges_of(bins, drop)), everything - positive, positive, pro, spro, mixed)
+        everything, positive, pro, spro = (column[full].astype(np.float64) for column in counts)
+        inside = full % 2 == 0  # a page ends with the inner part of a step, and it is read backwards
+        yield Bin(everything - positive, positive, pro, spro, np.full(len(full), rounded) | (coarse & inside))
 
 
 @dataclass
@@ -413,24 +344,16 @@ class _Precision:
         self.f1_upper = max(self.f1_upper, float(np.max(2 * tp / (tp + fp - n + self.positives))))
 
 
-def summarise(
-    histograms: Sequence[ScoreHistogram],
-    region_metrics: Mapping[str, tuple[Literal["pro", "spro"], float]] = REGION_METRICS,
-) -> PixelSummary:
-    """Pixel metrics of the sum of one or more histograms on the same budget.
-
-    Args:
-        histograms: to be summed.
-        region_metrics: areas under curves of regions, as in ``REGION_METRICS``.
-    """
+def summarise(histograms: Sequence[ScoreHistogram]) -> PixelSummary:
+    """Pixel metrics of the sum of one or more histograms on the same budget."""
     totals = PixelTotals.of([h.totals for h in histograms])
     negatives = totals.pixels - totals.positives
     weights = {"pro": totals.regions * UNIT, "spro": totals.saturated * UNIT}
     areas = {"pixel_auroc": _Area("positive", negatives, totals.positives)} | {
-        name: _Area(column, limit * negatives, weights[column]) for name, (column, limit) in region_metrics.items()
+        name: _Area(column, limit * negatives, weights[column]) for name, (column, limit) in REGION_METRICS.items()
     }
     precision, tp, fp = _Precision(totals.positives), np.zeros(1), np.zeros(1)
-    for bins in _descending([h.tables for h in histograms], any(h.rounded for h in histograms)):
+    for bins in _descending(histograms):
         tp, fp = tp[-1] + np.cumsum(bins.positive), fp[-1] + np.cumsum(bins.negative)
         precision.add(bins, tp, fp)
         for area in (area for area in areas.values() if area.whole):

@@ -120,11 +120,9 @@ def bootstrap_interval(
     normal, anomaly = np.sort(values[truth == 0]), np.sort(values[truth == 1])
     if not len(normal) or not len(anomaly):
         return math.nan, math.nan
-    drawn_truth = np.repeat((0, 1), (len(normal), len(anomaly))).astype(np.int64)
-    rng = np.random.default_rng(seed)
-    draws = [
-        metric(np.concatenate((rng.choice(normal, len(normal)), rng.choice(anomaly, len(anomaly)))), drawn_truth)
-        for _ in range(n)
-    ]
+    labels_drawn, rng, draws = np.sort(truth), np.random.default_rng(seed), []
+    for _ in range(n):
+        drawn = rng.choice(normal, len(normal)), rng.choice(anomaly, len(anomaly))
+        draws.append(metric(np.concatenate(drawn), labels_drawn))
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)

@@ -1,6 +1,6 @@
 """The server room: HTTP API, micro-batching, inspection log and page, over any bundle or exported model.
 
-Needs the extra ``server`` (FastAPI, uvicorn, prometheus-client, python-multipart, SQLAlchemy, psycopg).
+Needs the extra ``server`` (FastAPI, uvicorn, prometheus-client, SQLAlchemy, psycopg).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 
 from twinspect.errors import TwinspectError
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "sqlalchemy")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
 
 
 def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:

@@ -7,8 +7,7 @@ images with high scores makes thresholds too low.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -34,11 +33,8 @@ class Logged:
 def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: str | None = None) -> Logged:
     """Good and bad images of a log, without looking at a picture again.
 
-    Args:
-        log: the log.
-        decision: of the bundle; rows of other models are left out, as their scores cannot be compared.
-        since: ISO date or time; rows before it are left out. Local time where it names no zone.
-        class_name: this class only.
+    Rows of other models than the decision's are left out, as their scores cannot be compared, and those from before
+    ``since``, an ISO date or time (local where it names no zone).
 
     Raises:
         ConfigError: not a time, or an unknown class.
@@ -46,28 +42,24 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
         LogError: the log cannot be read.
     """
     decision.checked_class(class_name)
-    rows = [
-        row
-        for row in log.scan(decision.model_id, milliseconds(since))
-        if class_name in (None, row["class_name"]) and row["score"] is not None
-    ]
-    labels = [label_of(row["answer"], row["feedback"]) for row in rows]
-    known = [(row, label) for row, label in zip(rows, labels, strict=True) if label is not None]
-    good = [row for row, label in known if label == 0]
+    labelled: dict[int | None, list[Mapping[Any, Any]]] = {0: [], 1: [], None: []}
+    for row in log.scan(decision.model_id, milliseconds(since)):
+        if class_name in (None, row["class_name"]) and row["score"] is not None:
+            labelled[label_of(row["answer"], row["feedback"])].append(row)
+    good, bad, unknown = labelled[0], labelled[1], len(labelled[None])
     if not good:
         raise DataError(
-            f"{log.described} holds no good image of this model (id {decision.model_id}) among {len(rows)} decisions "
-            "that fit; score some with: twinspect serve BUNDLE"
+            f"{log.described} holds no good image of this model (id {decision.model_id}) among "
+            f"{len(bad) + unknown} decisions that fit; score some with: twinspect serve BUNDLE"
         )
-    unknown = len(rows) - len(known)
-    points = 100 * unknown / (len(good) + unknown)
-    notes = [f"{len(good)} good and {len(known) - len(good)} bad images from the log"]
+    notes = [f"{len(good)} good and {len(bad)} bad images from the log"]
     if unknown:
+        points = 100 * unknown / (len(good) + unknown)
         notes.append(
             f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
             f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
         )
-    return Logged(_scored(good, [0] * len(good)), _scored([r for r, _ in known], [n for _, n in known]), tuple(notes))
+    return Logged(_scored(good, []), _scored(good, bad), tuple(notes))
 
 
 def label_of(answer: str, feedback: str) -> int | None:
@@ -91,15 +83,9 @@ def milliseconds(text: str) -> int | None:
         raise ConfigError(f"--since {text!r}: accepted a date or time such as 2026-11-22T06:00") from None
 
 
-def _scored(rows: Sequence[dict[str, Any]], labels: Sequence[int]) -> Scored:
-    def numbers(name: str) -> Any:
-        return np.array([math.nan if row[name] is None else row[name] for row in rows], np.float64)
-
-    def texts(name: str) -> tuple[str, ...]:
-        return tuple(str(row[name]) for row in rows)
-
-    columns = GoodScores(
-        numbers("score"), numbers("peak"), numbers("cluster_distance"), texts("class_name"),
-        texts("predicted_class"), texts("session"), texts("image_key"),
-    )  # fmt: skip
-    return Scored(columns, texts("name"), np.array(labels, np.int64), ())
+def _scored(good: Sequence[Mapping[Any, Any]], bad: Sequence[Mapping[Any, Any]]) -> Scored:
+    rows = [*good, *bad]
+    names = ("score", "peak", "cluster_distance", "class_name", "predicted_class", "session", "image_key")
+    columns: list[Any] = [[row[name] for row in rows] for name in names]
+    labels = np.repeat([0, 1], [len(good), len(bad)])
+    return Scored(GoodScores(*columns), tuple(row["name"] for row in rows), labels, ())

@@ -13,34 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import sqlalchemy as sa
 from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from twinspect.decide.decision import ANOMALY, GOOD, UNSURE
+from twinspect.decide.decision import ANOMALY, GOOD
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.regions import Region
 from twinspect.inference.result import Result, columns, finite
 
-SCHEMA = 1  # of the tables; another number in a file means another version of the library wrote it
-FALSE_ALARM, MISSED, CONFIRMED = "false_alarm", "missed", "confirmed"
-FEEDBACK = (FALSE_ALARM, MISSED, CONFIRMED)
-MOST_ROWS = 500  # of one query
+Verdict = Literal["false_alarm", "missed", "confirmed"]
+FALSE_ALARM, MISSED, CONFIRMED = FEEDBACK = get_args(Verdict)
 MOST = 2**63 - 1  # of a number that a database takes
 Text = Annotated[str, Query(max_length=200)]
 ClassName = Annotated[str, Query(alias="class", max_length=200)]
 Moment = Annotated[int | None, Query(ge=0, le=MOST, description="UTC, milliseconds since 1970")]
 _DAY_MS = 86_400_000
-_LOCK_SECONDS = 5  # how long one writer waits for another before it gives up
+_LOCK_SECONDS = 5  # as long as Python's sqlite3 lets one writer wait for another
 _PAGE = 1000
 _POSTGRES_DISK_FULL = "53100"  # SQLSTATE
 
 _tables = sa.MetaData()
 # SQLite counts up only columns of type INTEGER.
 _id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-_schema = sa.Table("twinspect_schema", _tables, sa.Column("version", sa.Integer, nullable=False))
 _COLUMN_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "string": sa.String(200), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
     "int64": sa.BigInteger(), "regions": sa.Text(),
@@ -75,7 +72,6 @@ _pictures = sa.Table(
 )
 _has_picture = sa.exists().where(_pictures.c.id == inspections.c.id).label("picture")
 
-
 # Two servers that start on one new log would both make its tables.
 _ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(8731)"}
 
@@ -94,69 +90,46 @@ class NoSuchRow(TwinspectError):
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One decision to be kept, of a model served under the name ``bundle``.
-
-    Attributes:
-        image_key: `image_id` of the file, by which calibration recognises copies and training images.
-        session: shift, batch or physical object, as the client says; may be empty.
-        at_ms: UTC, milliseconds since 1970; 0 is now.
-        picture: JPEG to be kept with it; empty: none.
-    """
+    """One decision to be kept."""
 
     result: Result
-    image_key: str
-    bundle: str
+    image_key: str  # `image_id` of the file, by which calibration recognises copies and training images
+    bundle: str  # name of the model
     request_id: str
-    session: str = ""
-    at_ms: int = 0
-    picture: bytes = b""
+    session: str = ""  # shift, batch or physical object, as the client says
+    at_ms: int = 0  # UTC, milliseconds since 1970; 0 is now
+    picture: bytes = b""  # JPEG
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows are asked for, also as parameters of the log's address; empty or None means any.
-
-    Attributes:
-        since_ms, until_ms: half-open interval of time.
-        bundle, class_name, answer, session: equal to.
-        feedback: one of ``FEEDBACK``, or ``none`` for rows without.
-        name: part of the file's name, any case.
-        before: rows with smaller numbers only (the next page).
-        limit: most rows.
-    """
+    """Which rows are asked for, also as parameters of the log's address; empty or None means any."""
 
     since_ms: Moment = None
     until_ms: Moment = None
     bundle: Text = ""
     class_name: ClassName = ""
-    answer: Text = ""
+    answer: Literal["", "good", "unsure", "anomaly"] = ""
     session: Text = ""
-    feedback: Text = ""
-    name: Text = ""
-    before: Annotated[int | None, Query(ge=1, le=MOST)] = None
-    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50
-
-    def __post_init__(self) -> None:
-        if self.answer not in ("", GOOD, UNSURE, ANOMALY):
-            raise ConfigError(unknown_name("answer", self.answer, (GOOD, UNSURE, ANOMALY)))
-        if self.feedback not in ("", "none", *FEEDBACK):
-            raise ConfigError(unknown_name("feedback", self.feedback, ("none", *FEEDBACK)))
-        if not 1 <= self.limit <= MOST_ROWS:
-            raise ConfigError(f"limit {self.limit}: accepted 1 to {MOST_ROWS}; ask for the next page with before")
+    feedback: Literal["", "none"] | Verdict = ""
+    name: Annotated[str, Query(max_length=200, description="Part of the file's name, any case")] = ""
+    before: Annotated[int | None, Query(ge=1, le=MOST, description="Smaller ids only: the next page")] = None
+    limit: Annotated[int, Query(ge=1, le=500)] = 50
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """SQL conditions with bound values."""
         column = inspections.c
-        conditions: list[sa.ColumnElement[bool]] = []
+        conditions = [
+            column[name] == plain_text(getattr(self, name), 200)
+            for name in ("bundle", "class_name", "answer", "session")
+            if getattr(self, name)
+        ]
         if self.since_ms is not None:
             conditions.append(column.at_ms >= self.since_ms)
         if self.until_ms is not None:
             conditions.append(column.at_ms < self.until_ms)
         if self.before is not None:
             conditions.append(column.id < self.before)
-        for name in ("bundle", "class_name", "answer", "session"):
-            if getattr(self, name):
-                conditions.append(column[name] == plain_text(getattr(self, name), 200))
         if self.feedback:
             conditions.append(column.feedback == ("" if self.feedback == "none" else self.feedback))
         if self.name:
@@ -174,30 +147,21 @@ class InspectionLog:
 
     def __init__(self, url: str, create: bool = True) -> None:
         parsed = database_url(url)
+        kind, file = parsed.get_backend_name(), parsed.database
         self.described = parsed.render_as_string(hide_password=True)
-        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
-        if not create and file is not None and not Path(file).is_file():
+        if not create and kind == "sqlite" and not Path(file or "").is_file():
             raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve BUNDLE --log {file}")
         try:
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
         except (NoSuchModuleError, ImportError) as error:
             raise ConfigError(f"--log {self.described}: {error}; accepted sqlite or postgresql") from None
-        if parsed.get_backend_name() == "sqlite":
+        if kind == "sqlite":
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
         with self._transaction() as connection:
             if create:
-                connection.exec_driver_sql(_ALONE.get(parsed.get_backend_name(), "SELECT 1"))
+                connection.exec_driver_sql(_ALONE.get(kind, "SELECT 1"))
                 _tables.create_all(connection)
-            versions = connection.execute(sa.select(_schema.c.version)).scalars().all()
-            if create and not versions:
-                connection.execute(_schema.insert(), {"version": SCHEMA})
-            if list(versions) == [SCHEMA]:
-                _add_columns(connection)
-        if versions and list(versions) != [SCHEMA]:
-            raise LogError(
-                f"{self.described} has tables of version {versions[0]}, this library reads version {SCHEMA}; "
-                "name another file or database with --log"
-            )
+            _add_columns(connection)
 
     @contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
@@ -222,11 +186,7 @@ class InspectionLog:
         return numbers
 
     def picture(self, number: int) -> bytes:
-        """The JPEG that was kept of a decision.
-
-        Raises:
-            NoSuchRow: none was.
-        """
+        """The JPEG that was kept of a decision."""
         with self._transaction() as connection:
             jpeg = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
         if jpeg is None:
@@ -240,39 +200,34 @@ class InspectionLog:
             rows = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
             return [_row(row) for row in rows.mappings()]
 
-    def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[dict[str, Any]]:
-        """All rows of a model, oldest first, a page at a time."""
-        last = 0
-        conditions = [inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions()]
-        while True:
-            statement = sa.select(inspections).where(inspections.c.id > last, *conditions)
-            with self._transaction() as connection:
-                rows = connection.execute(statement.order_by(inspections.c.id).limit(_PAGE)).mappings().all()
-            if not rows:
-                return
-            yield from (_row(one) for one in rows)
-            last = int(rows[-1]["id"])
+    def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[Mapping[Any, Any]]:
+        """All rows of a model as they were kept, oldest first, read while they are used."""
+        wanted = (inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions())
+        statement = sa.select(inspections).where(*wanted).order_by(inspections.c.id)
+        with self._transaction() as connection:
+            yield from connection.execute(statement.execution_options(yield_per=_PAGE)).mappings()
 
     def give_feedback(self, number: int, verdict: str, note: str = "") -> dict[str, Any]:
         """Keep the operator's word on a decision, and return its row; an empty verdict takes it back.
 
-        Raises:
-            ConfigError: an unknown verdict, or one that contradicts the answer.
-            NoSuchRow: no such row.
+        Refused (ConfigError) are an unknown verdict, and one that contradicts the answer.
         """
         if verdict not in ("", *FEEDBACK):
             raise ConfigError(unknown_name("feedback", verdict, FEEDBACK))
-        change = {
-            "feedback": verdict,
-            "feedback_at_ms": int(time.time() * 1000) if verdict else None,
-            "note": plain_text(note, 500),
-        }
+        at_ms = int(time.time() * 1000) if verdict else None
+        change = {"feedback": verdict, "feedback_at_ms": at_ms, "note": plain_text(note, 500)}
         here = inspections.c.id == number
         with self._transaction() as connection:
             row = connection.execute(sa.select(inspections, _has_picture).where(here)).mappings().first()
             if row is None:
                 raise NoSuchRow(f"the log holds no decision number {number}")
-            _refuse_contradiction(row, verdict)
+            wrong = {FALSE_ALARM: GOOD, MISSED: ANOMALY}.get(verdict)
+            if wrong is not None and row["answer"] == wrong:
+                other = MISSED if wrong == GOOD else FALSE_ALARM
+                raise ConfigError(
+                    f"decision {number} was {wrong!r}, which {verdict!r} contradicts; "
+                    f"accepted {CONFIRMED!r} or {other!r}"
+                )
             connection.execute(sa.update(inspections).where(here).values(change))
         return _row({**row, **change})
 
@@ -309,20 +264,17 @@ def plain_text(text: str, length: int) -> str:
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")
     # Readers do not wait for the writer; a crash of the machine may lose the last rows, never the file.
     latest = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL")
             break
         except sqlite3.OperationalError:  # another process makes the same file: SQLite does not wait here by itself
             if time.monotonic() > latest:
                 raise
             time.sleep(0.05)
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _add_columns(connection: sa.Connection) -> None:
@@ -335,16 +287,14 @@ def _add_columns(connection: sa.Connection) -> None:
 
 
 def _values(one: Inspection) -> dict[str, Any]:
-    row = one.result.row()
-    values = {c.name: plain_text(row[c.name], 200) if c.kind == "string" else finite(row[c.name]) for c in _RESULT}
-    texts = {"name": one.result.path, "bundle": one.bundle, "session": one.session}
+    about = {name: getattr(one, name) for name in ("bundle", "request_id", "session", "image_key")}
+    row = {**one.result.row(), **about, "name": one.result.path, "at_ms": one.at_ms or int(time.time() * 1000)}
     return {
-        **values,
-        **{name: plain_text(text, 200) for name, text in texts.items()},
-        "n_regions": row["n_regions"],
-        "at_ms": one.at_ms or int(time.time() * 1000),
-        "request_id": one.request_id,
-        "image_key": one.image_key,
+        c.name: plain_text(row[c.name], length)
+        if (length := getattr(c.type, "length", None))
+        else finite(row[c.name])
+        for c in inspections.c
+        if c.name in row
     }
 
 
@@ -354,12 +304,3 @@ def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
     result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
     return {**row, **result.answer_row()}
-
-
-def _refuse_contradiction(row: Mapping[Any, Any], verdict: str) -> None:
-    wrong = {FALSE_ALARM: GOOD, MISSED: ANOMALY}.get(verdict)
-    if wrong is not None and row["answer"] == wrong:
-        raise ConfigError(
-            f"decision {row['id']} was {row['answer']!r}, which {verdict!r} contradicts; accepted "
-            f"{CONFIRMED!r} or {MISSED if wrong == GOOD else FALSE_ALARM!r}"
-        )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -19,19 +17,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import read_text
-from twinspect.server.guard import MOST_HEAD, JsonLines, error_body
+from twinspect.server.guard import MOST_HEAD, JsonLines, Refused, refusal_answer
 from twinspect.server.settings import Settings
 
 KEY_VARIABLE = "TWINSPECT_API_KEY"
+DRAIN_S = 30  # longest time that accepted requests have after the signal to stop
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 
 
 def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol]:
     """HTTP/1.1 as uvicorn speaks it, that hangs up on slow clients.
 
-    Args:
-        header_timeout_s: from the first byte of a request, or the connection, to the end of its head.
-        body_timeout_s: in which a client must take a piece of its answer.
+    The first limit is for the head of a request, from its first byte or from the connection on; the second is for
+    taking a piece of the answer.
     """
 
     class Impatient(H11Protocol):
@@ -62,9 +60,9 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
 
         def send_400_response(self, msg: str) -> None:
             """What is no HTTP is told so in the shape of every other error, and the connection ends."""
-            body = json.dumps(error_body("no_http", msg, "none")).encode()
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
+            answer = refusal_answer(Refused(400, "no_http", msg), "none", {"connection": "close"})
+            head = b"".join(b"%s: %s\r\n" % one for one in answer.raw_headers)
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(answer.body))
             self.transport.close()
 
         def pause_writing(self) -> None:
@@ -81,13 +79,7 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
 
 
 def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
-    """Answer requests until SIGTERM or SIGINT, then finish what was accepted.
-
-    Args:
-        app: of `build_app`.
-        settings: the same as given there.
-        started: called with the address once it is bound.
-    """
+    """Answer requests until SIGTERM or SIGINT, then finish what was accepted; ``started`` is told the address."""
     set_up_logging()
     server, listening = prepared(app, settings)
 
@@ -108,7 +100,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         http=protocol(settings.header_timeout_s, settings.body_timeout_s),
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        timeout_graceful_shutdown=DRAIN_S,
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Named, or asyncio would not see that it is TCP and leave Nagle's delay on: 40 ms for each answer.

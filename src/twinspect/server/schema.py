@@ -1,8 +1,9 @@
-"""Shapes of the answers, for OpenAPI and for whoever reads this instead."""
+"""Shapes of the answers, for OpenAPI; and the API in words, made from its OpenAPI description."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, get_type_hints
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
@@ -10,6 +11,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from twinspect.decide.drift import ClassDrift, DriftReport
 from twinspect.inference.regions import Region
 from twinspect.inference.result import columns
+from twinspect.server.log import Verdict, inspections
 
 
 class ErrorDetail(TypedDict):
@@ -24,12 +26,6 @@ class ErrorAnswer(TypedDict):
     """Every answer with a status of 400 or more."""
 
     error: ErrorDetail
-
-
-class Status(TypedDict):
-    """That the process lives, or that it accepts requests."""
-
-    status: str
 
 
 class InlineMap(TypedDict):
@@ -68,13 +64,8 @@ else:
         },
     )  # fmt: skip
     ImageAnswer.__doc__ = "One image. Higher scores are more anomalous; null is unknown."
-    LogRow = TypedDict(
-        "LogRow",
-        {
-            "id": int, "at_ms": int, "request_id": str, "bundle": str, "image_key": str, "session": str, **_COLUMNS,
-            "feedback": str, "feedback_at_ms": int | None, "note": str, "picture": bool,
-        },
-    )  # fmt: skip
+    _OF_LOG = {c.name: c.type.python_type | None if c.nullable else c.type.python_type for c in inspections.c}
+    LogRow = TypedDict("LogRow", {**_OF_LOG, **_COLUMNS, "picture": bool})
     LogRow.__doc__ = (
         "A kept decision; times are UTC in milliseconds since 1970. ``picture``: whether one was kept, for "
         "``/v1/log/{number}/picture``."
@@ -132,11 +123,11 @@ class LogAnswer(TypedDict):
 
 
 class FeedbackBody(TypedDict):
-    """The operator's word: ``false_alarm``, ``missed``, ``confirmed``, or empty to take it back."""
+    """The operator's word; an empty verdict takes it back."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic reads it here
 
-    verdict: str
+    verdict: Literal[""] | Verdict
     note: NotRequired[str]
 
 
@@ -144,3 +135,50 @@ class DriftsAnswer(TypedDict):
     """All models."""
 
     drift: list[DriftAnswer]
+
+
+def reference(described: Mapping[str, Any]) -> Iterator[str]:
+    """Routes and records of an OpenAPI description as lines of Markdown: what ``/docs`` answers.
+
+    FastAPI's own page loads its scripts from elsewhere, which a machine on a line cannot.
+    """
+    for path, methods in described["paths"].items():
+        for method, route in methods.items():
+            yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
+            rows = [
+                (f"`{one['name']}`", one["in"], _kind(one["schema"]), one.get("description", ""))
+                for one in route.get("parameters", ())
+            ]
+            yield from table(("parameter", "in", "type", "meaning"), rows)
+            content = route["responses"]["200"].get("content", {})
+            bodies = (f"{kind} {_kind(one.get('schema', {'type': ''}))}".strip() for kind, one in content.items())
+            others = [status for status in route["responses"] if status != "200"]
+            errors = f"; with status {', '.join(others)}: ErrorAnswer" if others else ""
+            yield f"Answer: {', '.join(bodies)}{errors}.\n"
+    yield "## Records\n"
+    for name, schema in described.get("components", {}).get("schemas", {}).items():
+        yield f"### {name}\n\n{schema.get('description', '')}\n"
+        fields = schema.get("properties", {}).items()
+        cells = [(f"`{field}`", _kind(value), value.get("description", "")) for field, value in fields]
+        yield from table(("field", "type", "meaning"), cells)
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if words := schema.get("enum", [schema["const"]] if "const" in schema else None):
+        return " or ".join(f"`{word}`" if word else "empty" for word in words)
+    if "anyOf" in schema:
+        return " or ".join(_kind(one) for one in schema["anyOf"])
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """A table in Markdown; nothing where it has no rows."""
+    if not rows:
+        return
+    for cells in (head, ["---"] * len(head), *rows):
+        yield "| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    yield ""

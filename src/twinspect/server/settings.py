@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
-from twinspect.config import option
+from twinspect.config import ABOVE_ZERO, Range, check_options, option
 from twinspect.errors import ConfigError
 
-if TYPE_CHECKING:
-    from twinspect.data.images import ImageLimits
-
-MEGABYTE = 1 << 20
-_MAY_BE_ZERO = ("port", "max_wait_ms", "watch_s", "log_days", "log_thumbnails")
+_SOME = Range(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,34 +17,26 @@ class Settings:
     """Everything the server can be told; the defaults suit one line PC."""
 
     host: str = option("Address to listen on; others than loopback need a key.", "127.0.0.1")
-    port: int = option("Port; 0 takes a free one.", 8000)
+    port: int = option("Port; 0 takes a free one.", 8000, accepts=Range(0, 65535))
     api_key: str = field(default="", repr=False)  # may be empty on a loopback address only
     log_required: bool = option("No answer without a row in the log.", False)
     log_days: float = option("Delete rows older than so many days; 0 keeps them.", 0.0)
     log_thumbnails: int = option("Keep a picture of every decision, longest side in pixels; 0: none.", 0)
-    max_batch: int = option("Most images in one call of the model.", 16)
+    max_batch: int = option("Most images in one call of the model.", 16, accepts=_SOME)
     max_wait_ms: float = option("Longest wait of a call for images being decoded.", 5.0)
-    queue: int = option("Images accepted at a time; more get 429.", 64)
-    timeout_s: float = option("Seconds from acceptance to the answer.", 30.0)
-    max_body_mb: float = option("Size of a request.", 64.0)
-    max_memory_mb: float = option("Size of all requests being answered.", 512.0)
-    max_files: int = option("Images in a request.", 32)
-    max_megapixels: float = option("Size of an image.", 50.0)
+    queue: int = option("Images accepted at a time; more get 429.", 64, accepts=_SOME)
+    timeout_s: float = option("Seconds from acceptance to the answer.", 30.0, accepts=ABOVE_ZERO)
+    max_body_mb: float = option("Size of a request.", 64.0, accepts=ABOVE_ZERO)
+    max_memory_mb: float = option("Size of all requests being answered.", 512.0, accepts=ABOVE_ZERO)
+    max_files: int = option("Images in a request.", 32, accepts=_SOME)
+    max_megapixels: float = option("Size of an image.", 50.0, accepts=ABOVE_ZERO)
     root_path: str = option("Where a proxy shows the server, such as /inspect.", "")
     watch_s: float = option("Seconds between looks for a new version of a file; 0: never.", 5.0)
     body_timeout_s: float = 20.0  # for a client to send its request, and to take a piece of the answer
     header_timeout_s: float = 10.0  # for a client to send the head of its request
-    decoders: int = 2  # threads that decode
-    drain_s: float = 30.0  # longest time that accepted requests have after the signal to stop
-    drift_rate: float = 0.01  # chance of any false drift alarm, ever
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, zero = getattr(self, one.name), one.name in _MAY_BE_ZERO
-            if type(value) in (int, float) and not (value > 0 or (zero and value == 0)):
-                raise ConfigError(f"{_flag(one.name)} {value:g}: accepted {'0 or more' if zero else 'above 0'}")
-        if self.port > 65535:
-            raise ConfigError(f"--port {self.port}: accepted 1 to 65535 (0 takes a free one)")
+        check_options(self)
         if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path):
             raise ConfigError(
                 f"--root-path {self.root_path}: accepted a path such as /inspect, with a slash before it and none "
@@ -71,13 +58,6 @@ class Settings:
                 "such as those of: openssl rand -hex 32"
             )
 
-    @property
-    def limits(self) -> ImageLimits:
-        """What one image may hold."""
-        from twinspect.data.images import ImageLimits  # numpy and Pillow, which a list of options does without
-
-        return ImageLimits(max_pixels=int(self.max_megapixels * 1e6))
-
 
 def is_loopback(host: str) -> bool:
     """Whether an address can be reached from this machine only; a name other than localhost counts as reachable."""
@@ -85,7 +65,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.rstrip(".").lower() == "localhost"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.message import Message
+from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
 from typing import Any
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser
 from starlette.requests import Request
 
 from twinspect.inference.archives import Item
@@ -21,8 +21,8 @@ NAME_LENGTH = 200
 _FORM = "multipart/form-data"
 _RAW = "application/octet-stream"
 _CURL = f"curl -F {FIELD}=@a.png"
-_MOST_HEAD = 8192  # bytes of one header of a part
-_MOST_FIELDS = 16  # besides the files; none is used, some clients send a few
+_MOST_HEAD = 8192  # bytes of the headers of a part
+_MOST_FIELDS = 16  # besides the images; none is used, some clients send a few
 
 
 async def read_images(request: Request, most: int) -> list[Item]:
@@ -43,86 +43,54 @@ async def read_images(request: Request, most: int) -> list[Item]:
 
 
 async def _from_form(request: Request, most: int) -> list[Item]:
-    form, head = _Form(most), Message()
+    head = Message()
     head["content-type"] = request.headers["content-type"]
     boundary = head.get_boundary()
     if not boundary:
-        raise Refused(400, "bad_form", f"the form cannot be read: its content type has no boundary; type: {_CURL}")
-    try:
-        parser = MultipartParser(boundary, form.callbacks())
-        async for chunk in request.stream():
-            parser.write(chunk)
-    except (FormParserError, UnicodeEncodeError) as error:
-        raise Refused(400, "bad_form", f"the form cannot be read: {error}") from None
-    if not form.images:
-        others = ", ".join(form.others) or "nothing"
+        raise _bad_form(f"its content type has no boundary; type: {_CURL}")
+    body = b"".join([chunk async for chunk in request.stream()])
+    images: list[Item] = []
+    others: list[str] = []
+    for part, data in _parts(body, b"--" + boundary.encode("latin-1", "replace")):
+        name, kind = _parameter(part, "filename"), part.get_content_type()
+        is_file = name is not None or kind == _RAW or kind.startswith("image/")  # some clients name no file
+        field = _parameter(part, "name") or ""
+        if is_file and field == FIELD:
+            images.append(Item(label(name or "") or f"image-{len(images)}", data=data))
+        else:
+            others.append(f"{plain_text(field, 80)!r} with {'a file' if is_file else 'text'}")
+        if len(images) > most:
+            raise Refused(413, "too_many", f"more than {most} images in one request; send several")
+        if len(others) > _MOST_FIELDS:
+            raise _bad_form(f"more than {_MOST_FIELDS} fields besides its images")
+    if not images:
+        found = ", ".join(others) or "nothing"
         raise Refused(
-            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {others}; type: {_CURL}"
+            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {found}; type: {_CURL}"
         )
-    return [Item(label(name) or f"image-{number}", data=data) for number, (name, data) in enumerate(form.images)]
+    return images
 
 
-class _Form:
-    """The parts of a form, collected while they arrive.
+def _parts(body: bytes, mark: bytes) -> Iterator[tuple[Message, bytes]]:
+    """Headers and content of every part of a form (RFC 7578).
 
-    The names of the parts are read by the standard library: Starlette and python-multipart pass over ``filename*``,
-    which .NET, Java and requests with urllib3 1 send for every name that is not ASCII.
-
-    Attributes:
-        images: (name, content) of every file in a field called `FIELD`.
-        others: what the other parts are, in words.
+    Starlette's parser passes over ``filename*``, which .NET, Java and requests with urllib3 1 send for every name
+    that is not ASCII, and it writes large files to the disk. So the standard library reads the headers here.
     """
+    start = body.find(mark) + len(mark)
+    if start < len(mark):
+        raise _bad_form("its boundary is nowhere in it")
+    while body[start : start + 2] != b"--":
+        head_end = body.find(b"\r\n\r\n", start, start + _MOST_HEAD)
+        end = body.find(b"\r\n" + mark, start)
+        if not 0 <= head_end < end:
+            raise _bad_form(f"a part has no end, or no end of its headers within {_MOST_HEAD} bytes")
+        yield HeaderParser().parsestr(_decoded(body[start:head_end]).lstrip()), body[head_end + 4 : end]
+        start = end + 2 + len(mark)
 
-    def __init__(self, most: int) -> None:
-        self.most, self.files = most, 0
-        self.images: list[tuple[str, bytes]] = []
-        self.others: list[str] = []
-        self._key, self._value = b"", b""
-        self._head, self._data, self._file, self._image = Message(), bytearray(), False, False
 
-    def callbacks(self) -> Any:
-        """For `MultipartParser`."""
-        return {
-            "on_part_begin": self._begin, "on_header_field": self._on_key, "on_header_value": self._on_value,
-            "on_header_end": self._on_header, "on_headers_finished": self._on_head, "on_part_data": self._on_data,
-            "on_part_end": self._end,
-        }  # fmt: skip
-
-    def _begin(self) -> None:
-        self._head, self._data = Message(), bytearray()
-
-    def _on_key(self, data: bytes, start: int, end: int) -> None:
-        self._key += data[start:end]
-
-    def _on_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-        if len(self._value) > _MOST_HEAD:
-            raise Refused(400, "bad_form", f"the form cannot be read: a header of more than {_MOST_HEAD} bytes")
-
-    def _on_header(self) -> None:
-        self._head[self._key.decode("latin-1")] = _decoded(self._value)
-        self._key, self._value = b"", b""
-
-    def _on_head(self) -> None:
-        kind = self._head.get_content_type()  # some clients name the kind of a part, but no file
-        self._file = _parameter(self._head, "filename") is not None or kind == _RAW or kind.startswith("image/")
-        self._image = self._file and _parameter(self._head, "name") == FIELD
-        self.files += self._file
-        if self.files > self.most:
-            raise Refused(413, "too_many", f"more than {self.most} images in one request; send several")
-        if len(self.others) >= _MOST_FIELDS:
-            raise Refused(400, "bad_form", f"the form has more than {_MOST_FIELDS} fields besides its images")
-
-    def _on_data(self, data: bytes, start: int, end: int) -> None:
-        if self._image:
-            self._data += data[start:end]
-
-    def _end(self) -> None:
-        if self._image:
-            self.images.append((_parameter(self._head, "filename") or "", bytes(self._data)))
-            return
-        name = plain_text(_parameter(self._head, "name") or "", 80)
-        self.others.append(f"{name!r} with {'a file' if self._file else 'text'}")
+def _bad_form(why: str) -> Refused:
+    return Refused(400, "bad_form", f"the form cannot be read: {why}")
 
 
 def _decoded(header: bytes) -> str:
@@ -151,7 +119,7 @@ def label(name: str) -> str:
 
 
 def openapi_body() -> dict[str, Any]:
-    """How the request body is described; it is read by hand, so that limits hold while it arrives."""
+    """How the request body is described."""
     binary = {"schema": {"type": "string", "format": "binary"}}
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     form = {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: files}}}

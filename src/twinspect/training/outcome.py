@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
-from twinspect.decide.decision import Decision, image_id, pack_roi
+from twinspect.decide.decision import ROI_SIDE, Decision, image_id
 from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
@@ -74,9 +74,9 @@ class Memory:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
         good = self.good
         score, peak, distance = (column.double().numpy() for column in good[:3])
-        predicted = tuple(classes[k] for k in good.cluster_n.tolist())
-        rows = GoodScores(score, peak, distance, self.class_name, predicted, self.group, self.key)
-        return rows.take(good.counted_n.numpy())
+        predicted = [classes[k] for k in good.cluster_n.tolist()]
+        texts = (np.array(column) for column in (self.class_name, predicted, self.group, self.key))
+        return GoodScores(score, peak, distance, *texts).take(good.counted_n.numpy())
 
     def to_bytes(self) -> bytes:
         """As safetensors, with the texts as JSON in its header."""
@@ -150,7 +150,7 @@ def outcome_of(
         trained=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if not (plain and i in held)})),
         held=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if i in held})),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
-        roi="" if model.roi_SS is None else pack_roi(model.roi_SS.cpu().numpy()), tiles=tiles,
+        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip
     learnt = [p for p, i in zip(pictures, images, strict=True) if i not in held and not isinstance(p, Copy)]
     record = {
@@ -163,6 +163,12 @@ def outcome_of(
     }
     no_update = plain or tiles != (1, 1) or len(source) > MOST
     return Outcome(decision, record, b"" if no_update else memory.to_bytes())
+
+
+def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A region of interest on the grid that pictures are drawn from."""
+    at = ((np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE).astype(int)
+    return np.asarray(roi_SS[np.ix_(at, at)])
 
 
 def _of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
