@@ -188,20 +188,20 @@ def _fitted(
         ) from error
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    outcome = outcome_of(model, source, held, good, config.train.thumbnails, listed)
-    outcome.record["images"]["skipped"] = len(skipped)
+    decision, record, memory = outcome_of(model, source, held, good, config.train.thumbnails, listed)
+    record["images"]["skipped"] = len(skipped)
     on_gpu = group.device.type == "cuda"
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
-    record = outcome.record | {
+    record |= {
         "training": report.numbers(),
         "notes": [*notes, *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
     if resume is not None:
-        record["resumed"] = {"from": origin, "classes": changes(resume.decision, outcome.decision)}
-    return Fitted(model.cpu(), outcome.decision, config, record, skipped, good, outcome.memory)
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
+    return Fitted(model.cpu(), decision, config, record, skipped, good, memory)
 
 
 def _images(
