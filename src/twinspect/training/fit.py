@@ -23,12 +23,10 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
-from twinspect.files import why_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
 from twinspect.storage import Fitted, build_model, teacher_of
-from twinspect.training.cache import KnownFiles
 from twinspect.training.copies import add_copies, add_tolerated, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
@@ -245,12 +243,11 @@ def _model(
 def _source(
     model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
 ) -> FeatureSource:
-    root, notes = cache_folder(model, len(samples), cache_gb), features_folder()
-    known = bool(cache_gb) and not why_unwritable(notes)
+    root, notes = cache_folder(model, len(samples), cache_gb), features_folder() if cache_gb else None
     if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress, KnownFiles(notes) if known else None)
+        FeatureSource(model, group.share_of_work(samples), root, progress, notes)
         group.barrier()
-    return FeatureSource(model, samples, root, progress, KnownFiles(notes) if known else None)
+    return FeatureSource(model, samples, root, progress, notes)
 
 
 def choose_images(

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
