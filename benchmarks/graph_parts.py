@@ -40,7 +40,7 @@ def main() -> None:
     runtime = load_predictor(given.model, threads=given.threads).runtime
     assert isinstance(runtime, (TorchRuntime, OnnxRuntime)), "accepted: a bundle (.twin) or an .onnx file"
     for batch in (int(one) for one in given.batch.split(",")):
-        pixels = np.zeros((runtime.batch or batch, runtime.size, runtime.size, 3), np.uint8)
+        pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
         parts = graph_parts(runtime, given.model, given.threads, pixels)
         times = ratio(runtime, given.model, given.threads, pixels)
         shares = ", ".join(f"{name} {value:.0%}" for name, value in parts.items())
@@ -113,7 +113,6 @@ def onnx_parts(runtime: OnnxRuntime, path: Path, threads: int, pixels: Pixels) -
     """Seconds of a run by part of the model, from ONNX Runtime's own profile (nodes carry their part's name)."""
     import onnxruntime as ort
 
-    pixels = np.resize(pixels, (runtime.batch or len(pixels), *pixels.shape[1:]))  # what a fixed export takes
     spent: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         options = OnnxRuntime.options(threads)

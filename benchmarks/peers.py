@@ -32,7 +32,6 @@ from twinspect.config import RunConfig
 from twinspect.data import load
 from twinspect.data.samples import has_pixel_truth, read_sample_mask
 from twinspect.device import peak_mb
-from twinspect.export.parity import spread
 from twinspect.metrics import auroc
 from twinspect.training.source import read_square
 from twinspect.types import TEST, TRAIN, Sample
@@ -55,7 +54,8 @@ def chosen(given: argparse.Namespace) -> list[Sample]:
         if not all(kinds):
             raise SystemExit(f"class {name}: needs good training images and test images of both labels")
         for kind in kinds:
-            found += spread(kind, given.limit) if given.limit else kind
+            count = min(given.limit or len(kind), len(kind))
+            found += [kind[i * len(kind) // count] for i in range(count)]
     return found
 
 

@@ -30,10 +30,10 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 @pytest.fixture(scope="module")
 def onnx_of_two(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export that is fixed to two images a call."""
-    from twinspect.export.build import ExportOptions, export
+    from twinspect.export.build import export
 
     path = tmp_path_factory.mktemp("bench") / "two.onnx"
-    export(quick.fitted, path, ExportOptions(batch=2))
+    export(quick.fitted, path)
     return path
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from twinspect import Detector
 from twinspect.cli import app
-from twinspect.data.roi import fit_roi, read_roi
+from twinspect.data.samples import fit_roi, read_roi
 from twinspect.errors import DataError
 from twinspect.inference.runtimes import load_predictor
 

@@ -18,7 +18,7 @@ from tiny import images_to_test, picture
 
 from twinspect.inference import load
 from twinspect.inference.regions import components
-from twinspect.inference.runtimes import TorchRuntime, in_batches
+from twinspect.inference.runtimes import TorchRuntime
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "timm", "scipy", "pyarrow")
@@ -26,11 +26,11 @@ HEAVY = ("torch", "timm", "scipy", "pyarrow")
 
 @pytest.fixture(scope="module")
 def onnx_file(quick, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from twinspect.export.build import ExportOptions, export
-    from twinspect.export.parity import load_labelled
+    from twinspect.export.build import export
+    from twinspect.export.parity import load_images
 
     out = tmp_path_factory.mktemp("export") / "model.onnx"
-    export(quick.fitted, out, ExportOptions(), load_labelled(parts, quick.fitted.model.size))
+    export(quick.fitted, out, images=load_images(parts, quick.fitted.model.size))
     return out
 
 
@@ -62,18 +62,6 @@ def test_light_command(onnx_file: Path, parts: Path, tmp_path: Path, capsys: pyt
     assert "channels last" in capsys.readouterr().out
     assert main(["predict", str(tmp_path / "none.onnx"), *images]) == 2
     assert "no such model" in capsys.readouterr().err
-
-
-def test_fixed_batch_fills_up_the_last_part() -> None:
-    seen = []
-
-    def call(part: np.ndarray) -> dict[str, np.ndarray]:
-        seen.append(len(part))
-        return {"score_B": part[:, 0, 0, 0].astype(float)}
-
-    pixels = np.arange(5, dtype=np.uint8).repeat(3).reshape(5, 1, 1, 3)
-    assert in_batches(call, pixels, 2)["score_B"].tolist() == [0, 1, 2, 3, 4]
-    assert seen == [2, 2, 2]
 
 
 @pytest.fixture

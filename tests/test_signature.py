@@ -87,7 +87,7 @@ def test_exports_carry_their_signature_beside_them(
     from twinspect.inference import runtimes
 
     meta = {field: {} for field in ("decision", "record", "config", "check")}
-    meta |= {"runtime": "onnx", "precision": "fp32", "size": 32, "batch": 0, "any_size": False, "writer": "x"}
+    meta |= {"runtime": "onnx", "precision": "fp32", "size": 32, "writer": "x"}
     export = tmp_path / "a.onnx"
     export.write_bytes(b"graph")
     runtimes.write_meta(export, runtimes.ExportMeta(**meta))

@@ -97,7 +97,7 @@ class Detector:
         """
         import numpy as np
 
-        from twinspect.data.roi import read_roi
+        from twinspect.data.samples import read_roi
         from twinspect.training.fit import fit
         from twinspect.training.resume import remove_checkpoint
 

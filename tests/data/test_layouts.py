@@ -151,7 +151,7 @@ def test_real_iad_prefers_one_size_and_says_so(tmp_path: Path) -> None:
     write("real-iad", tmp_path)
     found = load(tmp_path)
     assert all("realiad_1024" in s.image.parts for s in found.samples)
-    assert any("realiad_1024 is read" in note for note in found.notes)
+    assert found.skipped == ((tmp_path / "realiad_256", "the same images in another size; realiad_1024 is read"),)
 
 
 def test_ad2_private_images_have_no_label_and_stay_out_of_the_test(tmp_path: Path) -> None:

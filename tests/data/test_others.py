@@ -41,14 +41,22 @@ def test_one_settings_file_is_a_data_set_wherever_its_images_lie(
     assert [s.defect_type for s in load(path).samples if s.label] == ["odd"]
 
 
-def test_masks_that_do_not_pair_are_refused(tmp_path: Path) -> None:
+def test_masks_belong_to_images_of_their_names(tmp_path: Path) -> None:
     folder(tmp_path, "ok/1.png", "odd/3.png", "odd/4.png", "gt/3_mask.png", "gt/7.png")
     path = settings(tmp_path / "a.yaml", normal_dir="ok", abnormal_dir="odd", mask_dir="gt")
-    with pytest.raises(DataError, match=r"7\.png would go with 4\.png"):
-        load(path)
-    (tmp_path / "gt" / "7.png").unlink()
-    with pytest.raises(DataError, match="2 images in abnormal_dir and 1 masks"):
-        load(path)
+    found = load(path)
+    assert [[mask.name for mask in s.masks] for s in found.samples if s.label] == [["3_mask.png"], []]
+    assert found.skipped == ((tmp_path / "gt" / "7.png", "mask without image"),)
+
+
+def test_the_settings_decide_whatever_the_folders_are_called(tmp_path: Path) -> None:
+    folder(tmp_path, "bad_lot/1.png", "test_tube/2.png", "images/3.png", "images/deep/4.png")
+    path = settings(
+        tmp_path / "a.yaml", normal_dir="bad_lot", normal_test_dir="test_tube", abnormal_dir=["images"], name="x"
+    )
+    assert [(s.image.stem, s.split, s.label, s.defect_type) for s in load(path).samples] == [
+        ("1", "train", 0, ""), ("2", "test", 0, ""), ("3", "test", 1, "bad"), ("4", "test", 1, "deep"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from twinspect.commands.options import FitOptions
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.data.protocols import find_split
-from twinspect.data.roi import read_roi
+from twinspect.data.samples import read_roi
 from twinspect.errors import ConfigError
 from twinspect.inference.tiles import Tiles, reach
 from twinspect.models.weights import explain_auto, resolve_auto

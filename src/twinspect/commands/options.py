@@ -16,7 +16,6 @@ _RUNTIME = "auto, torch, onnx or openvino; auto is what the file was made for."
 _REPORT = "Report file: .html, .md or .json."
 _JSON = "Write values as JSON to a file, or - to print."
 _IMAGES = "Folder that the paths of a manifest are relative to."
-_LABELLED = "Labelled data set, to compare image AUROC."
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +76,8 @@ class ExportCommandOptions:
 
     bundle: Path = argument(_BUNDLE)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
-    format: str = option("onnx or openvino; empty reads it from --out.", "")
-    precision: str = option("fp32, int8, or fp16 (OpenVINO).", "fp32")
-    batch: int = option("Fix the number of images per call; 0 leaves it open.", 0)
-    any_size: bool = option("Let the graph itself resize images.", False, "--any-size")
-    images: Path | None = option("Good images, 32 or more, to prove it on.", None)
-    data: Path | None = option(_LABELLED, None)
-    accept_loss: bool = option("Write it although some answers differ from the model's.", False, "--accept-loss")
+    precision: str = option("fp32, or fp16 (OpenVINO: half the size).", "fp32")
+    images: Path | None = option("Images, 32 or more, to prove it on: a file, folder or quoted glob.", None)
     weights: str = option(_WEIGHTS, "")
 
 
@@ -94,7 +88,6 @@ class CheckOptions:
     export: Path = argument("Exported model (.onnx or .xml).")
     bundle: Path = argument(_BUNDLE)
     images: Path = argument("Images, 32 or more: a file, folder or quoted glob.")
-    data: Path | None = option(_LABELLED, None)
     runtime: str = option(_RUNTIME, "auto")
     weights: str = option(_WEIGHTS, "")
 

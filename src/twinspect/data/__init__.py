@@ -7,7 +7,7 @@ A new layout is one function and one row of ``DATASETS``.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from functools import partial
@@ -22,6 +22,7 @@ from twinspect.data.scan import (
     existing_folder,
     existing_root,
     files_in,
+    first_lines,
     folder_name,
     forget,
     has_images_below,
@@ -31,11 +32,11 @@ from twinspect.data.scan import (
 )
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.errors import listed as shortened
-from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
+from twinspect.types import TEST, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
 
-_SHOWN = 5  # of what is wrong in one message
+_TEST_ROLES = {0: "test_good", 1: "test_defect", None: "test_unknown"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
 
 
@@ -52,9 +53,6 @@ class ClassCounts:
     test_defect: int = 0
     test_unknown: int = 0
     masks: int = 0
-
-    def __add__(self, other: ClassCounts) -> ClassCounts:
-        return ClassCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,11 @@ class Loaded:
     @property
     def counts(self) -> dict[str, ClassCounts]:
         """Counts per class, in the order of the class names."""
-        counts: dict[str, ClassCounts] = defaultdict(ClassCounts)
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in self.samples:
-            counts[sample.class_name] += _counted(sample)
-        return dict(sorted(counts.items()))
+            role = _TEST_ROLES[sample.label] if sample.split == TEST else sample.split
+            counts[sample.class_name].update({role: 1, "masks": len(sample.masks)})
+        return {name: ClassCounts(**row) for name, row in sorted(counts.items())}
 
     @property
     def classes(self) -> list[str]:
@@ -92,32 +91,43 @@ class Loaded:
         """Lines for people: counts per class, what was skipped and why, choices made."""
         counts = self.counts
         plural = "class" if len(counts) == 1 else "classes"
+        by_reason: dict[str, list[Path]] = defaultdict(list)
+        for path, reason in self.skipped:
+            by_reason[reason].append(path)
         return [
             f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images",
             *_table(counts),
-            *_skipped_lines(self.skipped),
+            *(
+                f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"
+                for reason, paths in by_reason.items()
+            ),
             *(f"note: {text}" for text in self.notes),
         ]
+
+
+def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
+    total = ClassCounts(*map(sum, zip(*map(astuple, counts.values()), strict=True)))
+    rows = {**counts, "total": total} if len(counts) > 1 else counts
+    shown = [f.name for f in fields(ClassCounts) if f.name != "test_unknown" or total.test_unknown]
+    width = max(len(name) for name in (*rows, "class"))
+    yield f"  {'class':<{width}}" + "".join(f"  {name.replace('_', ' '):>12}" for name in shown)
+    for name, row in rows.items():
+        yield f"  {name:<{width}}" + "".join(f"  {getattr(row, key):>12,}" for key in shown)
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """A layout on disk.
 
-    Attributes:
-        read: the samples of a folder. Of a list: those of one file, whose paths are relative to a third argument, or
-            by itself to the file's folder. What is left out goes to the log.
-        looks_like: whether a folder or file has this layout.
-        listed: whether images are named in a list, so that folders of others must be a mistake.
-        find: of lists, the files at a path, itself or in it.
-        needed: of lists, what must be in a folder, in words.
+    ``read(folder, log)`` gives the samples of a folder. A layout of list files is read file by file:
+    ``read(file, log, base)``, where ``base`` is the folder that paths in it are relative to, or None.
     """
 
     read: Callable[..., list[Sample]]
-    looks_like: Callable[[Path], bool]
-    listed: bool = False
-    find: Callable[[Path], list[Path]] | None = None
-    needed: str = ""
+    looks_like: Callable[[Path], bool]  # whether a folder or file has this layout
+    listed: bool = False  # whether images are named in a list, so that folders of others must be a mistake
+    find: Callable[[Path], list[Path]] | None = None  # of list files: those at a path, itself or in it
+    needed: str = ""  # of list files: what must be in a folder, in words
 
 
 def _is(layout: str, root: Path) -> bool:
@@ -184,12 +194,11 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     if log.undecided and layout == "auto":
         raise DataError(_undecided(name, place, samples, log))
     if not samples:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(log.skipped)[:_SHOWN])
+        reasons = first_lines(f"{path}: {reason}" for path, reason in log.skipped)
         raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
     if place != given:
         log.note(f"{given} only wraps {place.name}, which was read")
-    _note_missing_masks(samples, log)
-    _note_more_pictures(samples, log)
+    _note(samples, log)
     return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
 
 
@@ -243,12 +252,8 @@ def _known(place: Path) -> str | None:
 def _wrapped(root: Path) -> list[Path]:
     """The path itself, then what lies inside as long as there is a single folder (three deep at most)."""
     chain = [root]
-    while os.path.isdir(root) and len(chain) < 4:
-        inner = subfolders(root)
-        if len(inner) != 1:
-            break
-        root = inner[0]
-        chain.append(root)
+    while len(chain) < 4 and len(inner := subfolders(chain[-1])) == 1:
+        chain += inner
     return chain
 
 
@@ -267,11 +272,13 @@ def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
     """Without what is in a training part and has no label, where others have one: nobody says that it is good."""
     if not any(sample.label is not None for sample in samples):
         return samples  # a semantic set
-    unknown = [sample for sample in samples if sample.split != TEST and sample.label is None]
-    for sample in unknown:
-        log.skip(sample.image, "no label, while other images have one; write 0 for good images")
-    left_out = set(unknown)
-    return [sample for sample in samples if sample not in left_out]
+    known = []
+    for sample in samples:
+        if sample.split == TEST or sample.label is not None:
+            known.append(sample)
+        else:
+            log.skip(sample.image, "no label, while other images have one; write 0 for good images")
+    return known
 
 
 def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog) -> None:
@@ -287,65 +294,24 @@ def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog)
 
 
 def _undecided(name: str, root: Path, samples: list[Sample], log: ScanLog) -> str:
-    shown = "".join(f"\n  {path}: {reason}" for path, reason in log.undecided[:_SHOWN])
-    more = f"\n  ... and {len(log.undecided) - _SHOWN} more" if len(log.undecided) > _SHOWN else ""
     classes = len({sample.class_name for sample in samples})
     count = f"{classes} classes can be read, and " if samples else ""
+    reasons = first_lines(f"{path}: {reason}" for path, reason in log.undecided)
     advice = f"\nMend that, or type --layout {name} to leave them out" if samples else ""
-    return f"{root}: {count}these cannot be used as they are:{shown}{more}{advice}"
+    return f"{root}: {count}these cannot be used as they are:{reasons}{advice}"
 
 
-def _note_more_pictures(samples: list[Sample], log: ScanLog) -> None:
-    several = [(s.image, count) for s in samples if s.record is None and (count := count_pictures(s.image)) > 1]
-    if several:
-        path, count = several[0]
-        log.note(
-            f"{len(several):,} files hold several pictures (first: {path}, {count}): the first of each is read; save "
-            "the others as files of their own"
-        )
-
-
-def _note_missing_masks(samples: list[Sample], log: ScanLog) -> None:
+def _note(samples: list[Sample], log: ScanLog) -> None:
     defects = [s for s in samples if s.split == TEST and s.label == 1]
-    missing = [s for s in defects if not s.masks]
-    if missing:
+    if missing := [s for s in defects if not s.masks]:
         names = shortened(sorted({s.class_name for s in missing}), 5)
         log.note(
             f"{len(missing):,} of {len(defects):,} defect images have no mask ({names}): "
             "image-level metrics only for them"
         )
-
-
-# ------------------------------------------------------------------------------------- the summary
-
-
-def _counted(sample: Sample) -> ClassCounts:
-    test = sample.split == TEST
-    return ClassCounts(
-        train=sample.split == TRAIN,
-        calibration=sample.split == CALIBRATION,
-        test_good=test and sample.label == 0,
-        test_defect=test and sample.label == 1,
-        test_unknown=test and sample.label is None,
-        masks=len(sample.masks),
-    )
-
-
-def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
-    rows = dict(counts)
-    total = sum(counts.values(), ClassCounts())
-    if len(rows) > 1:
-        rows["total"] = total
-    shown = [f.name for f in fields(ClassCounts) if f.name != "test_unknown" or total.test_unknown]
-    width = max((len(name) for name in (*rows, "class")), default=5)
-    yield f"  {'class':<{width}}" + "".join(f"  {name.replace('_', ' '):>12}" for name in shown)
-    for name, row in rows.items():
-        yield f"  {name:<{width}}" + "".join(f"  {getattr(row, key):>12,}" for key in shown)
-
-
-def _skipped_lines(skipped: tuple[tuple[Path, str], ...]) -> Iterator[str]:
-    by_reason: dict[str, list[Path]] = defaultdict(list)
-    for path, reason in skipped:
-        by_reason[reason].append(path)
-    for reason, paths in by_reason.items():
-        yield f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"
+    if several := [(s.image, count) for s in samples if s.record is None and (count := count_pictures(s.image)) > 1]:
+        path, count = several[0]
+        log.note(
+            f"{len(several):,} files hold several pictures (first: {path}, {count}): the first of each is read; save "
+            "the others as files of their own"
+        )

@@ -34,17 +34,11 @@ _LABEL_COLUMNS = ("fine_label", "label")
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A file of images.
-
-    Attributes:
-        count: how many.
-        rgb: H x W x 3 of one record.
-        labels: class number or name of each record; empty if the file does not say.
-    """
+    """A file of images."""
 
     count: int
-    rgb: Callable[[int, ImageLimits], NDArray[np.uint8]]
-    labels: Sequence[int | str] = ()
+    rgb: Callable[[int, ImageLimits], NDArray[np.uint8]]  # H x W x 3 of one record
+    labels: Sequence[int | str] = ()  # class number or name of each record; empty if the file does not say
 
 
 def _planes(pixels_NCHW: NDArray[np.uint8], labels: Sequence[int | str] = ()) -> Container:

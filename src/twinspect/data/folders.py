@@ -2,19 +2,9 @@
 
 One reader for all of them. It finds the classes (products) of a folder, and asks of every image what the names of the
 folders above it say (`names.meaning`): which split, good or defect, image or mask. Each class is judged by itself, so
-that one root may hold several layouts. The layouts' names (``mvtec-ad`` and others) only say which classes are meant:
-
-* ``mvtec-ad``: ``<class>/train/good``, ``<class>/test/{good,<defect>}`` and, where present, masks in
-  ``<class>/ground_truth/<defect>/<stem>_mask.png`` (also ``<stem>.png``). 15 classes, 3,629 training and 1,725 test
-  images.
-* ``mvtec-loco``: ``train/good``, ``validation/good`` (becomes the calibration split), ``test/{good,logical_anomalies,
-  structural_anomalies}`` and several masks per image, ``ground_truth/<type>/<stem>/000.png, 001.png ...``. Saturation
-  areas for sPRO come from ``defects_config.json`` (`samples.read_regions`). 5 classes, 1,772 training, 304 validation
-  and 1,568 test images.
-* ``mvtec-ad-2``: ``{train,validation}/good``, ``test_public`` with masks, and private test sets whose images have
-  label None; their ``defect_type`` names the folder they come from, so that a submission can tell them apart.
-* ``folder``: images in the folder itself, all good; ``good/`` with folders of defects beside it, or ``train/``,
-  ``val/`` and ``test/``; or folders that are classes, each in one of these shapes or in that of a benchmark set.
+that one root may hold several layouts. ``mvtec-ad``, ``mvtec-loco`` (whose validation split calibrates, and whose
+saturation areas `samples.read_regions` reads) and ``mvtec-ad-2`` (whose private test images have label None and their
+folder as ``defect_type``) only say which classes are meant; ``folder`` takes all.
 
 What a name calls a defect or a mask is never a good image. Good images without a split are the training split; if
 there are defects and no good test images, the protocols hold some good images out.
@@ -275,15 +265,15 @@ def read_folders(root: Path, log: ScanLog, layout: str = FOLDER) -> list[Sample]
     assumed: dict[str, int] = {}
     for product in classes:
         try:
-            reader = _ClassReader(product, log)
-            samples += reader.samples()
+            members, unsure = read_class(product, log)
         except DataError as error:
             if len(classes) == 1:
                 raise
             log.leave(product.places[0][0], str(error))
             continue
-        if reader.assumed:
-            assumed[product.name] = reader.assumed
+        samples += members
+        if unsure:
+            assumed[product.name] = unsure
     if not samples and layout == FOLDER and not log.undecided:
         raise DataError(
             f"{root}: no image found in it or below; found: {listing(root)}. "
@@ -314,16 +304,18 @@ def _of_layout(root: Path, classes: list[ClassFolders], layout: str, log: ScanLo
     return fit
 
 
-class _ClassReader:
-    """Images of one class by what is said of them.
+def read_class(product: ClassFolders, log: ScanLog) -> tuple[list[Sample], int]:
+    """Samples of one class, and how many of them are taken as good only because nothing says otherwise."""
+    reader = _ClassReader(product, log)
+    return reader.samples(), reader.assumed
 
-    Attributes:
-        assumed: how many images are taken as good only because nothing says otherwise.
-    """
+
+class _ClassReader:
+    """Images of one class by what is said of them."""
 
     def __init__(self, product: ClassFolders, log: ScanLog) -> None:
         self._name, self._log = product.name, log
-        self.assumed = 0
+        self.assumed = 0  # images that are taken as good only because nothing says otherwise
         self._listed: list[tuple[Place, Sample]] = []
         self._images: list[Place] = []
         self._masks: list[Place] = []

@@ -51,17 +51,11 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What a file may hold before it is refused.
+    """What a file may hold before it is refused."""
 
-    Attributes:
-        max_pixels: width times height, checked on the header before any pixel is decoded.
-        min_side: shortest side in pixels that still makes sense to score.
-        max_bytes: longest file that is read into memory at all.
-    """
-
-    max_pixels: int = 100_000_000
-    min_side: int = 2
-    max_bytes: int = 1 << 30
+    max_pixels: int = 100_000_000  # width times height, checked on the header before any pixel is decoded
+    min_side: int = 2  # shortest side in pixels that still makes sense to score
+    max_bytes: int = 1 << 30  # longest file that is read into memory at all
 
 
 def is_image(path: Path | str) -> bool:
@@ -132,14 +126,6 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
             f"array of shape {values.shape}; accepted H x W (grey), H x W x C or C x H x W, where C is 1 (grey), "
             f"3 (RGB) or 4 (RGBA), at least {limits.min_side} pixels per side; a stack of images has four dimensions"
         )
-    eight = eight_bit(_checked_values(layers))
-    if eight.shape[2] == 4:
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)), "array")
-    return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
-
-
-def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
-    """Values of an array that say by themselves what is black and what is white."""
     kind = values.dtype
     if kind not in (np.uint8, np.uint16) and kind.kind != "f":
         advice = {"b": "a.astype('uint8') * 255", **dict.fromkeys("iu", "a.astype('uint8') if a is within 0..255")}
@@ -151,7 +137,10 @@ def _checked_values(values: NDArray[Any]) -> NDArray[Any]:
             f"array of type {kind} with values from {low:g} to {high:g}; accepted floats from 0 to 1, so type: "
             "a / 255 if a is within 0..255, and undo any normalisation"
         )
-    return values
+    eight = eight_bit(layers)
+    if eight.shape[2] == 4:
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)), "array")
+    return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
@@ -172,10 +161,9 @@ def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[N
     with _picture(path, limits, f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
-        exact = not _changes_values(picture)
-        if _is_deep(picture):
-            return _grey_upright(picture), exact
-        return _turned(np.asarray(picture), _orientation(picture)), exact
+        exact = not _changes_values(picture)  # before its file is read
+        deep = _deep_values(picture)
+        return (_turned(np.asarray(picture), _orientation(picture)) if deep is None else deep), exact
 
 
 def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
@@ -394,12 +382,10 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def _grey_upright(image: Image.Image) -> NDArray[Any]:
-    """Grey values of more than 8 bits, upright, white being the largest."""
+def _deep_values(image: Image.Image) -> NDArray[Any] | None:
+    """Grey values of more than 8 bits, upright, white being the largest; None for any other image."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return None
     white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns only 8 bits and fewer
     values = np.asarray(image)
     return _turned(_negative(values) if white_is_zero else values, _orientation(image))
@@ -420,8 +406,9 @@ def _changes_values(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:
-    if _is_deep(image):
-        return _values_to_rgb(_grey_upright(image), label)
+    deep = _deep_values(image)
+    if deep is not None:
+        return _values_to_rgb(deep, label)
     orientation = _orientation(image)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         rgba = image.convert("RGBA")

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from twinspect.data.folders import MVTEC_AD, find_classes, read_folders, shape_of
+from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
 from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import ScanLog, files_in, folder_name, images_below, inside, listing, subfolders
 from twinspect.data.tables import (
-    as_list,
     as_object,
     csv_rows,
     label_of,
+    objects_of,
     read_json,
     read_json_lines,
     split_of,
@@ -34,29 +34,25 @@ VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 p
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
+_ANOMALIB = {
+    "normal_dir": ("train", "good"),
+    "normal_test_dir": ("test", "good"),
+    "abnormal_dir": ("bad",),
+    "mask_dir": ("masks",),
+}
 _HEAD = 1 << 16  # bytes of a file that say what it is
 
 
 class _Row(NamedTuple):
-    """One image as a list names it.
+    """One image as a list names it."""
 
-    Attributes:
-        where: file and row, for messages.
-        image: its path, relative to a folder that is known.
-        split: of the image.
-        label: of the image.
-        mask: path of a mask, or of a folder of masks; anything that is no text says that there is none.
-        kind: of defect; empty takes the name of the image's folder.
-        class_name: empty takes the first folder of the image's path.
-    """
-
-    where: str
-    image: str
+    where: str  # file and row, for messages
+    image: str  # its path
     split: str
     label: int | None
-    mask: Any = None
-    kind: str = "anomaly"
-    class_name: str = ""
+    mask: Any = None  # path of a mask, or of a folder of masks; anything that is no text says that there is none
+    kind: str = "anomaly"  # of defect; empty takes the name of the image's folder
+    class_name: str = ""  # empty takes the first folder of the image's path
 
 
 def _samples(rows: Iterable[_Row], base: Path, log: ScanLog) -> list[Sample]:
@@ -97,11 +93,7 @@ def _contains(path: Path, text: bytes) -> bool:
 
 
 def visa(root: Path, log: ScanLog) -> list[Sample]:
-    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``).
-
-    Official counts of the one-class split: 12 classes, 8,659 training and 2,162 test images (962 good,
-    1,200 with defects). Mask pixels are small integers: any value above zero is defect.
-    """
+    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
     folder = root / "split_csv"
     if os.path.isdir(folder):
         return _samples(_visa_rows(folder), root, log)
@@ -152,18 +144,19 @@ def real_iad(root: Path, log: ScanLog) -> list[Sample]:
     """Real-IAD: ``realiad_jsons/<class>.json``, images in ``realiad_{1024,512,raw,256}/<class>`` or beside.
 
     Five views of each object share a ``group`` (class and object folder), for scores per object. If images
-    are there in several sizes the first of 1024, 512, raw, 256 is read, and the notes say so. Official
-    counts: 30 classes, 36,465 training and 114,585 test images.
+    are there in several sizes the first of 1024, 512, raw, 256 is read.
     """
-    lists = [sub for sub in subfolders(root) if _is_real_iad(sub)]
+    lists = _real_iad_lists(root)
     if not lists:
         raise DataError(f"{root}: no folder realiad_jsons with <class>.json files; found: {listing(root)}")
-    folder = next((sub for sub in lists if sub.name == "realiad_jsons"), lists[0])
-    for sub in lists:
-        if sub != folder:
-            log.skip(sub, f"another list of Real-IAD; {folder.name} is read")
+    folder = lists[0]  # realiad_jsons comes before realiad_jsons_fuiad
+    for sub in lists[1:]:
+        log.skip(sub, f"another list of Real-IAD; {folder.name} is read")
     place = next((sub for sub in (folder, *subfolders(folder)) if any(sub.glob("*.json"))), folder)
-    images = _real_iad_images(root, log)
+    sizes = [root / name for name in _REAL_IAD_FOLDERS if os.path.isdir(root / name)]
+    images = sizes[0] if sizes else root
+    for other in sizes[1:]:
+        log.skip(other, f"the same images in another size; {images.name} is read")
     samples: list[Sample] = []
     for path in sorted(place.glob("*.json")):
         pictures = images / path.stem
@@ -178,28 +171,17 @@ def real_iad(root: Path, log: ScanLog) -> list[Sample]:
 
 def looks_like_real_iad(root: Path) -> bool:
     """Whether a folder holds Real-IAD's lists."""
-    return any(map(_is_real_iad, subfolders(root)))
+    return bool(_real_iad_lists(root))
 
 
-def _is_real_iad(folder: Path) -> bool:
-    return folder.name.startswith("realiad_jsons")
-
-
-def _real_iad_images(root: Path, log: ScanLog) -> Path:
-    sizes = [root / name for name in _REAL_IAD_FOLDERS if os.path.isdir(root / name)]
-    if len(sizes) > 1:
-        log.note(f"images are here as {', '.join(f.name for f in sizes)}: {sizes[0].name} is read")
-    for other in sizes[1:]:
-        log.skip(other, f"the same images in another size; {sizes[0].name} is read")
-    return sizes[0] if sizes else root
+def _real_iad_lists(root: Path) -> list[Path]:
+    return [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
 
 
 def _real_iad_rows(path: Path) -> Iterator[_Row]:
     lists = as_object(read_json(path), str(path))
     for split in (TRAIN, TEST):
-        for number, entry in enumerate(as_list(lists.get(split), f"{path} {split}"), start=1):
-            where = f"{path} {split} row {number}"
-            row = as_object(entry, where)
+        for where, row in objects_of(lists.get(split), f"{path} {split}"):
             image, kind = text_of(row, "image_path", where), text_of(row, "anomaly_class", where)
             yield _Row(where, image, split, int(kind != "OK"), row.get("mask_path"), kind, path.stem)
 
@@ -227,11 +209,10 @@ def _meta_rows(path: Path, log: ScanLog) -> Iterator[_Row]:
             log.skip(path, f"part {word!r} is neither train, calibration nor test")
             continue
         for name, entries in as_object(classes, f"{path} {word}").items():
-            for number, entry in enumerate(as_list(entries, f"{path} {word} {name}"), start=1):
-                where = f"{path} {word} {name} row {number}"
-                row = {"cls_name": name, **as_object(entry, where)}
+            for where, row in objects_of(entries, f"{path} {word} {name}"):
                 image, label = text_of(row, "img_path", where), label_of(row.get("anomaly"), where)
-                kind, class_name = str(row.get("specie_name") or "anomaly"), text_of(row, "cls_name", where)
+                kind = str(row.get("specie_name") or "anomaly")
+                class_name = text_of({"cls_name": name, **row}, "cls_name", where)
                 yield _Row(where, image, split, label, row.get("mask_path"), kind, class_name)
 
 
@@ -242,18 +223,8 @@ def find_uniad_json(root: Path) -> list[Path]:
     """A file of such lines, or ``train.json`` and ``test.json`` (also ``.jsonl``) of a folder with one."""
     names = [f"{split}{suffix}" for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
     files = [path for path in files_in(root) if path.name.lower() in names] if os.path.isdir(root) else [root]
-    return sorted(files, key=lambda path: path.stem.lower() != TRAIN) if any(map(_is_uniad, files)) else []
-
-
-def _is_uniad(path: Path) -> bool:
-    """Whether it is a file of such lines: also where a line of it cannot be read."""
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        return False
-    try:
-        first = next(read_json_lines(path), None)
-    except DataError:
-        return _contains(path, b'"filename"')
-    return first is not None and "filename" in first[1]
+    lines = any(path.suffix.lower() in (".json", ".jsonl") and _contains(path, b'"filename"') for path in files)
+    return sorted(files, key=lambda path: path.stem.lower() != TRAIN) if lines else []
 
 
 def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -332,32 +303,31 @@ def find_anomalib(root: Path) -> list[Path]:
 def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """Settings of anomalib's ``Folder`` data: ``normal_dir``, ``abnormal_dir``, ``normal_test_dir``, ``mask_dir``.
 
-    One YAML file is one class. The folder that the settings call ``root`` is looked for beside the file and where
-    the command runs; ``images`` replaces it. Masks go with the images of ``abnormal_dir`` in the order of their
-    names, and must carry those names.
+    One YAML file is one class, whose folders are read as if they were called good, bad, test/good and masks. The
+    folder that the settings call ``root`` is looked for beside the file and where the command runs; ``images``
+    replaces it.
     """
     settings = _settings(path)
     if not settings:
         raise DataError(f"{path}: no normal_dir in it, which anomalib's folder settings have")
-    base = images or _anomalib_root(path, settings)
-    name = str(settings.get("name") or folder_name(base))
-
-    def folders(key: str) -> Iterator[Path]:
+    base = images
+    if base is None:
+        text = str(settings.get("root") or settings.get("path") or ".")
+        base = next((place / text for place in (path.parent, Path.cwd()) if os.path.isdir(place / text)), None)
+    if base is None:
+        raise DataError(
+            f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
+        )
+    places = []
+    for key, names in _ANOMALIB.items():
         value = settings.get(key) or []
         for text in value if isinstance(value, list) else [value]:
             folder = base / str(text)
             if not os.path.isdir(folder):
                 raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
-            yield folder
-
-    samples = [
-        Sample(image, split, name, label, folder.name if label else "")
-        for key, split, label in (("normal_dir", TRAIN, 0), ("normal_test_dir", TEST, 0), ("abnormal_dir", TEST, 1))
-        for folder in folders(key)
-        for image in images_below(folder, log)
-    ]
-    masks = [mask for folder in folders("mask_dir") for mask in images_below(folder, log)]
-    return _with_masks(path, samples, masks) if masks else samples
+            kind = key == "abnormal_dir" and not meaning(folder.name).says
+            places.append((folder, (*names, folder.name) if kind else names))
+    return read_class(ClassFolders(str(settings.get("name") or folder_name(base)), places), log)[0]
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -381,28 +351,3 @@ def _settings(path: Path) -> dict[str, Any]:
                 return mapping
             waiting += mapping.values()
     return {}
-
-
-def _anomalib_root(path: Path, settings: dict[str, Any]) -> Path:
-    text = str(settings.get("root") or settings.get("path") or ".")
-    root = next((place / text for place in (path.parent, Path.cwd()) if os.path.isdir(place / text)), None)
-    if root is None:
-        raise DataError(
-            f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
-        )
-    return root
-
-
-def _with_masks(path: Path, samples: list[Sample], masks: list[Path]) -> list[Sample]:
-    """Every defect with its mask, paired as anomalib does."""
-    defects = [sample for sample in samples if sample.label]
-    pairs = list(zip(defects, masks, strict=False))
-    wrong = [
-        f"; {mask.name} would go with {s.image.name}" for s, mask in pairs if not mask.stem.startswith(s.image.stem)
-    ]
-    if wrong or len(masks) != len(defects):
-        raise DataError(
-            f"{path}: {len(defects)} images in abnormal_dir and {len(masks)} masks in mask_dir do not pair by "
-            f"name{''.join(wrong[:1])}. Every mask is named like its image"
-        )
-    return [sample for sample in samples if not sample.label] + [replace(s, masks=(mask,)) for s, mask in pairs]

@@ -18,9 +18,18 @@ from typing import Any
 from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns, parquet_table
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
-from twinspect.data.scan import ScanLog, files_in, folder_name, inside, once, relative_to_root, subfolders
+from twinspect.data.scan import (
+    ScanLog,
+    files_in,
+    first_lines,
+    folder_name,
+    inside,
+    once,
+    relative_to_root,
+    subfolders,
+)
 from twinspect.data.tables import csv_header, csv_rows, is_empty, label_of, read_json_lines, split_of
-from twinspect.errors import DataError
+from twinspect.errors import DataError, listed
 from twinspect.files import replacing
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -40,8 +49,8 @@ _ALIASES = {
     "record": "record",
 }
 _PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
-_SHOWN = 5  # of what is wrong in one message
 Row = dict[str, Any]
+SplitAt = Callable[[Path], str]
 
 
 def find_manifests(root: Path) -> list[Path]:
@@ -70,7 +79,7 @@ def read_list(
     base: Path | None = None,
     class_name: str = "",
     within: Path | None = None,
-    split_at: Callable[[Path], str] = lambda _: "",
+    split_at: SplitAt = lambda _: "",
 ) -> list[Sample]:
     """Samples of one table. Row 1 is the first below the header.
 
@@ -83,8 +92,7 @@ def read_list(
         split_at: split of an image whose row names none, where it is known.
 
     Raises:
-        DataError: it names the rows that cannot be used (no such file, outside the folder, unknown split). One is
-            enough: a list that is half true is not a data set.
+        DataError: rows cannot be used. One is enough: a list that is half true is not a data set.
     """
     rows = _rows(path)
     names = _columns(rows[0])
@@ -102,10 +110,9 @@ def read_list(
         except DataError as error:
             problems.append(str(error))
     if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(
             f"{path}: {len(problems):,} of {len(rows):,} rows cannot be used. Paths are taken relative to {base}; if "
-            f"the images are elsewhere, name their folder (--images DIR).\n  " + "\n  ".join(problems[:_SHOWN]) + more
+            f"the images are elsewhere, name their folder (--images DIR).{first_lines(problems)}"
         )
     for note in reader.notes():
         log.note(f"{path.name}: {note}")
@@ -231,12 +238,7 @@ class _Reader:
     """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        names: dict[str, str],
-        base: Path,
-        class_name: str,
-        split_at: Callable[[Path], str],
+        self, rows: Sequence[Row], names: dict[str, str], base: Path, class_name: str, split_at: SplitAt
     ) -> None:
         self._base, self._class_name, self._split_at = base, class_name, split_at
         self._columns = [name for name in rows[0] if name]
@@ -365,18 +367,14 @@ def _mask_texts(cell: Any) -> list[str]:
 
 def _refuse_other_names(rows: Sequence[Row]) -> None:
     """Names that are no Unicode: bytes of an old system, which neither Parquet nor a CSV in UTF-8 can hold."""
-    texts = [text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])]
-    bad = list(dict.fromkeys(text for text in texts if _escaped(text) != text))
+    texts = {text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])}
+    escaped = {text: text.encode("utf-8", "backslashreplace").decode() for text in texts}
+    bad = sorted(shown for text, shown in escaped.items() if shown != text)
     if bad:
-        shown = ", ".join(map(_escaped, bad[:_SHOWN])) + (", ..." if len(bad) > _SHOWN else "")
         raise DataError(
-            f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {shown}. Rename them, for example "
-            "with: convmv -f latin1 -t utf8 -r --notest DIR"
+            f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {listed(bad)}. Rename them, for "
+            "example with: convmv -f latin1 -t utf8 -r --notest DIR"
         )
-
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _parquet_bytes(rows: list[Row]) -> bytes:

@@ -20,21 +20,13 @@ GOOD, BAD, MASK, UNSORTED = "good", "bad", "mask", "unsorted"
 
 
 class Meaning(NamedTuple):
-    """What a name says.
+    """What a name says."""
 
-    Attributes:
-        role: ``good``, ``bad`` (defects), ``mask``, ``unsorted`` (nobody has judged these images), or empty.
-        split: ``train``, ``calibration``, ``test``, or empty.
-        rest: the words that say neither, in lower case: a product, or a kind of defect.
-        plain: whether the rest is no more than a word for images, a lot or a camera (``images``, ``lot2``).
-        pictures: whether it is no more than a word for images.
-    """
-
-    role: str = ""
-    split: str = ""
-    rest: str = ""
-    plain: bool = False
-    pictures: bool = False
+    role: str = ""  # good, bad (defects), mask, unsorted (nobody has judged these images), or empty
+    split: str = ""  # train, calibration, test, or empty
+    rest: str = ""  # the words that say neither, in lower case: a product, or a kind of defect
+    plain: bool = False  # whether the rest is no more than a word for images, a lot or a camera (images, lot2)
+    pictures: bool = False  # whether it is no more than a word for images
 
     @property
     def says(self) -> bool:

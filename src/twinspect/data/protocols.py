@@ -16,7 +16,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from twinspect.data.semantic import CIFAR100, FASHION
@@ -31,21 +31,13 @@ TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Split:
-    """One run: what a model trains on, what sets its thresholds, what it is measured on.
+    """One run: what a model trains on, what sets its thresholds, what it is measured on."""
 
-    Attributes:
-        name: protocol and part, such as ``one-vs-rest/cat``; print it beside every number.
-        kind: ``industrial`` or ``semantic``.
-        train: normal images.
-        calibration: normal images that are not trained on.
-        test: labelled images; in a semantic split ``defect_type`` of an anomaly is its true class.
-    """
-
-    name: str
-    kind: str
-    train: tuple[Sample, ...]
-    calibration: tuple[Sample, ...]
-    test: tuple[Sample, ...]
+    name: str  # protocol and part, such as one-vs-rest/cat
+    kind: str  # industrial or semantic
+    train: tuple[Sample, ...]  # normal images
+    calibration: tuple[Sample, ...]  # normal images that are not trained on
+    test: tuple[Sample, ...]  # labelled images; in a semantic split an anomaly's defect_type is its true class
 
     @cached_property
     def hash(self) -> str:
@@ -61,7 +53,21 @@ class Split:
         )
 
 
-ProtocolFn = Callable[[Sequence[Sample], int], list[Split]]
+# Of a semantic set: the classes that are normal in each part, from the names of all classes in the official order.
+# "unified" takes half of them four times: first and second half (of an odd number the first half has one more), even
+# and odd. CIFAR-10: {0..4}, {5..9}, {0,2,4,6,8}, {1,3,5,7,9}; View: {0,1,2}, {3,4,5}, {0,2,4}, {1,3,5}.
+_NORMAL: dict[str, Callable[[list[str]], dict[str, list[str]]]] = {
+    "one-vs-rest": lambda names: {name: [name] for name in names},
+    "one-vs-rest-super": lambda names: {name: [name] for name in names},
+    "unified": lambda names: {
+        "first-half": names[: (len(names) + 1) // 2],
+        "second-half": names[(len(names) + 1) // 2 :],
+        "even": names[::2],
+        "odd": names[1::2],
+    },
+    "leave-one-out": lambda names: {name: [other for other in names if other != name] for name in names},
+}
+PROTOCOLS = ("multi-class", "single-class", *_NORMAL)
 
 
 def is_semantic(samples: Iterable[Sample]) -> bool:
@@ -75,11 +81,11 @@ def default_protocol(samples: Sequence[Sample]) -> str:
 
 
 def make_splits(samples: Sequence[Sample], protocol: str = "auto", seed: int = 0) -> list[Split]:
-    """Splits of a protocol by name, a key of ``PROTOCOLS``; ``auto`` chooses by the kind of set."""
+    """Splits of a protocol by its name in ``PROTOCOLS``; ``auto`` chooses by the kind of set."""
     name = default_protocol(samples) if protocol == "auto" else protocol
     if name not in PROTOCOLS:
         raise ConfigError(unknown_name("protocol", name, ["auto", *PROTOCOLS]))
-    return PROTOCOLS[name](samples, seed)
+    return _semantic(samples, name, seed) if name in _NORMAL else _industrial(samples, name, seed)
 
 
 def find_split(samples: Sequence[Sample], name: str, seed: int = 0) -> Split:
@@ -93,82 +99,33 @@ def find_split(samples: Sequence[Sample], name: str, seed: int = 0) -> Split:
     return named[name]
 
 
-# ------------------------------------------------------------------------------------------ industrial
-
-
-def multi_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
-    """One model on the union of all classes' normal training images.
+def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
+    """One model on all classes or one for each, with the same calibration and held-out images.
 
     Test images without a label are left out. A class with defects but no good test images (plain folders)
     gives a fifth of its good images to the test.
     """
-    return [_industrial("multi-class", _labelled(samples, seed), seed)]
-
-
-def single_class(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
-    """One model per class; calibration and held-out images are the same as in ``multi_class``."""
-    classes = by_class(_labelled(samples, seed))
-    return [_industrial(f"single-class/{name}", members, seed) for name, members in classes.items()]
-
-
-def _labelled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     if is_semantic(samples):
         raise ConfigError(
             "this set says which class an image shows, and not whether it is good: type --protocol "
             "one-vs-rest, unified or leave-one-out"
         )
-    return hold_out_good(samples, seed)
-
-
-def _industrial(name: str, samples: Sequence[Sample], seed: int) -> Split:
-    test = [s for s in samples if s.split == TEST and s.label is not None]
-    return _split(name, INDUSTRIAL, [s for s in samples if s.label == 0], test, seed)
-
-
-# -------------------------------------------------------------------------------------------- semantic
-
-
-def one_vs_rest(names: Sequence[str]) -> dict[str, set[str]]:
-    """Each class once as the only normal one, all others anomalous."""
-    return {name: {name} for name in names}
-
-
-def unified(names: Sequence[str]) -> dict[str, set[str]]:
-    """Half of the classes normal, four times: first and second half, even and odd, in the official order.
-
-    CIFAR-10: {0..4}, {5..9}, {0,2,4,6,8}, {1,3,5,7,9}; View: {0,1,2}, {3,4,5}, {0,2,4}, {1,3,5}. Of an odd
-    number of classes the first half has one more.
-    """
-    half = (len(names) + 1) // 2
-    parts = {"first-half": names[:half], "second-half": names[half:], "even": names[::2], "odd": names[1::2]}
-    return {part: set(normal) for part, normal in parts.items()}
-
-
-def leave_one_out(names: Sequence[str]) -> dict[str, set[str]]:
-    """All classes but one are normal; the one left out is the anomaly."""
-    return {name: set(names) - {name} for name in names}
-
-
-def _semantic_splits(
-    samples: Sequence[Sample], seed: int, protocol: str, parts: Callable[[Sequence[str]], dict[str, set[str]]]
-) -> list[Split]:
-    """A split for every part of the classes that is normal, on the whole test split."""
-    ready = _semantic_samples(samples, seed)
+    held = hold_out_good(samples, seed)
+    parts = {protocol: held}
+    if protocol == "single-class":
+        parts = {f"{protocol}/{name}": members for name, members in by_class(held).items()}
     splits = []
-    for part, normal in parts(class_order(ready)).items():
-        known = [replace(s, label=0) for s in ready if s.class_name in normal]
-        strange = [s for s in ready if s.split == TEST and s.class_name not in normal]
-        test = [s for s in known if s.split == TEST]
-        test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
-        splits.append(_split(f"{protocol}/{part}", SEMANTIC, known, test, seed))
+    for name, members in parts.items():
+        test = [s for s in members if s.split == TEST and s.label is not None]
+        splits.append(_split(name, INDUSTRIAL, [s for s in members if s.label == 0], test, seed))
     return splits
 
 
-def _semantic_samples(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Samples with a test split for every class; refuses sets that know their defects."""
+def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
+    """A split for every part of the classes that is normal, on the whole test split."""
     if any(sample.label == 1 for sample in samples):
         raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
-    classes = by_class(samples)
+    classes = by_class(by_superclass(samples) if protocol == "one-vs-rest-super" else samples)
     for name, members in classes.items():
         if not any(sample.split == TEST for sample in members):
             train = [sample for sample in members if sample.split == TRAIN]
@@ -177,12 +134,15 @@ def _semantic_samples(samples: Sequence[Sample], seed: int) -> list[Sample]:
                 raise DataError(f"class {name!r} has {len(train)} training images and no test image; add test images")
     if len(classes) < 2:
         raise ConfigError("a semantic protocol needs at least two classes: one to be normal, one not")
-    return [sample for members in classes.values() for sample in members]
-
-
-def one_vs_rest_super(samples: Sequence[Sample], seed: int = 0) -> list[Split]:
-    """CIFAR-100 by its 20 super-classes: each once as the normal one."""
-    return _semantic_splits(by_superclass(samples), seed, "one-vs-rest-super", one_vs_rest)
+    ready = [sample for members in classes.values() for sample in members]
+    splits = []
+    for part, normal in _NORMAL[protocol](class_order(classes)).items():
+        known = [replace(s, label=0) for s in ready if s.class_name in normal]
+        strange = [s for s in ready if s.split == TEST and s.class_name not in normal]
+        test = [s for s in known if s.split == TEST]
+        test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
+        splits.append(_split(f"{protocol}/{part}", SEMANTIC, known, test, seed))
+    return splits
 
 
 def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
@@ -197,9 +157,9 @@ def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
     return renamed
 
 
-def class_order(samples: Iterable[Sample]) -> list[str]:
+def class_order(classes: Iterable[str]) -> list[str]:
     """Class names in the order of the official labels: alphabetical for all sets but Fashion-MNIST."""
-    names = {sample.class_name for sample in samples}
+    names = set(classes)
     return [name for name in FASHION if name in names] if names <= set(FASHION) else sorted(names)
 
 
@@ -212,21 +172,8 @@ def _split(name: str, kind: str, normal: Sequence[Sample], test: Sequence[Sample
         raise DataError(f"{name}: no normal training image; put good images into train/good (or good/)")
     rest, carved = carve_calibration([s for s in train if s.class_name not in provided], seed=seed)
     rest += [s for s in train if s.class_name in provided]
-    return Split(name, kind, _ordered(rest), _ordered(given + carved), _ordered(test))
-
-
-def _ordered(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    return tuple(sorted(samples, key=sort_key))
-
-
-PROTOCOLS: dict[str, ProtocolFn] = {
-    "multi-class": multi_class,
-    "single-class": single_class,
-    "one-vs-rest": partial(_semantic_splits, protocol="one-vs-rest", parts=one_vs_rest),
-    "one-vs-rest-super": one_vs_rest_super,
-    "unified": partial(_semantic_splits, protocol="unified", parts=unified),
-    "leave-one-out": partial(_semantic_splits, protocol="leave-one-out", parts=leave_one_out),
-}
+    parts = [tuple(sorted(part, key=sort_key)) for part in (rest, given + carved, test)]
+    return Split(name, kind, *parts)
 
 
 # ------------------------------------------------------------------------------- images set aside

@@ -1,46 +1,37 @@
-"""Pixels of a sample: image file or container record to RGB, mask files to one boolean mask."""
+"""Pixels of a sample: image or record to RGB, mask files to one boolean mask; and regions of interest."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, read_mask, read_mask_values, read_rgb
+from twinspect.data.tables import read_json
 from twinspect.errors import DataError
 from twinspect.types import Sample
 
 DEFAULT_LIMITS = ImageLimits()
-SATURATION_FILE = "defects_config.json"
+_SATURATION_FILE = "defects_config.json"
+_SHAPE = 0.02  # relative difference of a mask's and the images' height to width that is put down to rounding
 
 
-@dataclass(frozen=True, slots=True)
-class DefectRegion:
-    """One ground-truth region as sPRO counts it.
+class DefectRegion(NamedTuple):
+    """One ground-truth region as sPRO counts it."""
 
-    Attributes:
-        mask: H x W booleans.
-        saturation: area in pixels that must be found for full credit; the whole region's area where the
-            data set says nothing.
-    """
-
-    mask: NDArray[np.bool_]
-    saturation: float
+    mask: NDArray[np.bool_]  # H x W
+    saturation: float  # area in pixels that must be found for full credit
 
 
 def read_sample_rgb(sample: Sample, limits: ImageLimits = DEFAULT_LIMITS, draft_side: int = 0) -> NDArray[np.uint8]:
-    """H x W x 3 RGB of a sample, from its own file or from a record of a container file.
-
-    Containers (CIFAR batches, IDX, Parquet) are opened once per process and kept.
-    ``draft_side`` is passed on to ``read_rgb`` for files.
-    """
+    """H x W x 3 RGB of a sample, from its own file (see `read_rgb`) or from a record of a container file."""
     if sample.pixels is not None:
         return sample.pixels
     if sample.record is None:
@@ -88,8 +79,7 @@ def read_regions(sample: Sample, shape: tuple[int, int]) -> list[DefectRegion]:
     """One region per mask file with its saturation area (MVTec LOCO's ``defects_config.json``).
 
     The grey value of a mask names its entry: an area in pixels, or a part of the region's own area. Without
-    that file (or for a mask of another set) a region saturates at its whole area, and sPRO becomes the
-    overlap.
+    that file a region saturates at its whole area, and sPRO becomes the overlap.
     """
     regions = []
     for path in sample.masks:
@@ -111,7 +101,7 @@ def _sized_mask(path: Path, shape: tuple[int, int], sample: Sample) -> NDArray[n
 
 
 def _saturation_config(path: Path) -> Path | None:
-    return next((p / SATURATION_FILE for p in path.parents[:4] if os.path.isfile(p / SATURATION_FILE)), None)
+    return next((p / _SATURATION_FILE for p in path.parents[:4] if os.path.isfile(p / _SATURATION_FILE)), None)
 
 
 def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
@@ -132,12 +122,61 @@ def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
 @lru_cache(maxsize=64)
 def _saturation_table(config: Path) -> dict[int, tuple[float, bool]]:
     try:
-        entries = json.loads(config.read_text("utf-8-sig"))
         return {
-            int(e["pixel_value"]): (float(e["saturation_threshold"]), bool(e["relative_saturation"])) for e in entries
+            int(e["pixel_value"]): (float(e["saturation_threshold"]), bool(e["relative_saturation"]))
+            for e in read_json(config)
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{config}: cannot be used ({error!r}); a list of objects with pixel_value, saturation_threshold "
             "and relative_saturation is needed"
         ) from None
+
+
+# --------------------------------------------------------------------------------- region of interest
+
+
+def read_roi(path: Path) -> NDArray[np.bool_]:
+    """H x W, true inside: a mask image (above 0 is inside), or polygons in a JSON file of LabelMe.
+
+    Raises:
+        DataError: it cannot be read, or marks nothing.
+    """
+    roi = _polygons(path) if path.suffix.lower() == ".json" else read_mask(path)
+    if not roi.any():
+        raise DataError(f"{path}: the region of interest is empty; mark what shall be looked at with white (above 0)")
+    return roi
+
+
+def fit_roi(roi_HW: NDArray[np.bool_], size: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """A region in the pixels of an image, at the model's size x size.
+
+    Raises:
+        DataError: it has another shape than the images, whose height and width are ``shape``.
+    """
+    height, width = roi_HW.shape
+    if abs(height / width * shape[1] / shape[0] - 1.0) > _SHAPE:
+        raise DataError(
+            f"--roi: its mask has {width} x {height} pixels and the images {shape[1]} x {shape[0]}, which is another "
+            "shape; draw it on one of the images"
+        )
+    image = Image.fromarray(np.where(roi_HW, 255, 0).astype(np.uint8))
+    return np.asarray(np.asarray(image.resize((size, size), Image.Resampling.BOX)) > 127)
+
+
+def _polygons(path: Path) -> NDArray[np.bool_]:
+    try:
+        given: dict[str, Any] = read_json(path)
+        image = Image.new("1", (int(given["imageWidth"]), int(given["imageHeight"])))
+        for shape in given["shapes"]:
+            points = [(float(x), float(y)) for x, y in shape["points"]]
+            if shape.get("shape_type", "polygon") == "rectangle":
+                (left, top), (right, bottom) = np.sort(points, axis=0)
+                points = [(left, top), (right, top), (right, bottom), (left, bottom)]
+            ImageDraw.Draw(image).polygon(points, fill=1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as polygons ({error!r}); a JSON file of LabelMe is needed (imageWidth, "
+            "imageHeight, shapes with points), or a mask image"
+        ) from None
+    return np.array(image)

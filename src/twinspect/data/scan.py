@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -44,17 +44,11 @@ def forget() -> None:
 
 @dataclass(slots=True)
 class ScanLog:
-    """What a loader left out and what its user should know.
+    """What a loader left out and what its user should know."""
 
-    Attributes:
-        skipped: path and reason, each pair once, in the order met.
-        notes: sentences about choices made for the user.
-        undecided: folders of images, among those skipped, that nobody asked to leave out.
-    """
-
-    skipped: dict[tuple[Path, str], None] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    undecided: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: dict[tuple[Path, str], None] = field(default_factory=dict)  # path and reason, in the order met
+    notes: list[str] = field(default_factory=list)  # choices made for the user, in sentences
+    undecided: list[tuple[Path, str]] = field(default_factory=list)  # of those skipped: nobody asked to leave it out
 
     def skip(self, path: Path, reason: str) -> None:
         """Remember a file or folder that is not used."""
@@ -134,11 +128,13 @@ def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Pa
             continue
         visited.add(real)
         content = _content(here)
-        reasons = list(content.left_out)
-        if content.images or not content.folders:  # a licence beside folders is no news
-            reasons += [*content.unusable, *((path, _why_unread(path)) for path in content.others)]
-        for path, reason in reasons:
+        for path, reason in content.left_out:
             log.skip(path, reason)
+        if content.images or not content.folders:  # a licence beside folders is no news
+            for path, reason in content.unusable:
+                log.skip(path, reason)
+            for path in content.others:
+                log.skip(path, _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else _NOT_IMAGE)
         yield here, list(content.images), list(content.others)
         stack.extend(reversed(content.folders))
 
@@ -187,6 +183,13 @@ def listing(folder: Path, limit: int = 8) -> str:
     return (", ".join(names[:limit]) + more) if names else "nothing"
 
 
+def first_lines(problems: Iterable[str], limit: int = 5) -> str:
+    """The first of what is wrong as lines of an error message, and how many more there are."""
+    lines = list(problems)
+    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "".join(f"\n  {line}" for line in lines[:limit] + more)
+
+
 def inside(root: Path, text: str, where: str) -> Path:
     """Path named by a split file, below ``root``; also with Windows separators or other Unicode forms.
 
@@ -224,46 +227,33 @@ def relative_to_root(path: Path, root: Path) -> str:
 
 
 class _Content(NamedTuple):
-    """What is directly in a folder, each kind sorted by name.
+    """What is directly in a folder, each kind sorted by name. It is shared, and must not be changed."""
 
-    Attributes:
-        folders: visible ones, and links to folders that do not lead upwards.
-        images: visible files.
-        others: visible files.
-        unusable: hidden files, links that lead nowhere and devices, with that reason.
-        left_out: links upwards, or the folder itself if it cannot be listed, with the reason.
-    """
-
-    folders: tuple[Path, ...]
-    images: tuple[Path, ...]
-    others: tuple[Path, ...]
-    unusable: tuple[tuple[Path, str], ...]
-    left_out: tuple[tuple[Path, str], ...]
+    folders: list[Path]  # visible ones, and links to folders that do not lead upwards
+    images: list[Path]
+    others: list[Path]  # other visible files
+    unusable: list[tuple[Path, str]]  # hidden files, links that lead nowhere and devices, with that reason
+    left_out: list[tuple[Path, str]]  # links upwards, or the folder itself if it cannot be listed, with the reason
 
 
 @once
 def _content(folder: Path) -> _Content:
-    folders, images, others = list[Path](), list[Path](), list[Path]()
-    unusable, left_out = list[tuple[Path, str]](), list[tuple[Path, str]]()
+    content = _Content([], [], [], [], [])
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path, linked = folder / entry.name, entry.is_symlink()
                 # What is beside a link to a folder that it lies in is not a part of this folder.
                 if linked and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
-                    left_out.append((path, _READ_BEFORE))
+                    content.left_out.append((path, _READ_BEFORE))
                 elif os.path.isdir(path) if linked else entry.is_dir():
-                    folders += [] if is_hidden(entry.name) else [path]
+                    content.folders.extend([] if is_hidden(entry.name) else [path])
                 elif is_hidden(entry.name):
-                    unusable.append((path, "hidden file"))
+                    content.unusable.append((path, "hidden file"))
                 elif not (os.path.isfile(path) if linked else entry.is_file()):
-                    unusable.append((path, "broken link"))
+                    content.unusable.append((path, "broken link"))
                 else:
-                    (images if is_image(entry.name) else others).append(path)
+                    (content.images if is_image(entry.name) else content.others).append(path)
     except OSError as error:
-        left_out.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
-    return _Content(tuple(folders), tuple(images), tuple(others), tuple(unusable), tuple(left_out))
-
-
-def _why_unread(path: Path) -> str:
-    return _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else _NOT_IMAGE
+        content.left_out.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
+    return content

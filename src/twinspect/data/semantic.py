@@ -59,23 +59,14 @@ ALIASES = {"plane": "airplane", "car": "automobile", "tshirt": "t-shirt-top"}
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """A known set of classes: python version (restricted unpickler), binary version, IDX, Parquet or class folders.
-
-    Attributes:
-        name: layout name.
-        classes: in the official order.
-        folders: that an official archive unpacks to.
-        train: names of the official container files without suffix.
-        test: the same of the test split.
-        open_names: whether other class folders are taken too.
-    """
+    """A known set of classes, as container files of any kind or as class folders."""
 
     name: str
-    classes: tuple[str, ...]
-    folders: tuple[str, ...] = ()
-    train: tuple[str, ...] = ()
+    classes: tuple[str, ...]  # in the official order
+    folders: tuple[str, ...] = ()  # that an official archive unpacks to
+    train: tuple[str, ...] = ()  # names of the official container files without suffix
     test: tuple[str, ...] = ()
-    open_names: bool = False
+    open_names: bool = False  # whether other class folders are taken too
 
     def looks_like(self, root: Path) -> bool:
         """Whether a folder holds this set in one of its shapes; class folders must carry known names."""

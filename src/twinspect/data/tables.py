@@ -35,12 +35,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(path)
     if text.lstrip()[:1] == "[":
         try:
-            entries = as_list(json.loads(text), str(path))
+            entries = json.loads(text)
         except (ValueError, RecursionError):
             entries = None  # the line that is wrong is named when lines are read
         if entries is not None:
-            for number, entry in enumerate(entries, start=1):
-                yield f"{path} item {number}", as_object(entry, f"{path} item {number}")
+            yield from objects_of(entries, str(path))
             return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip(" \t\r,"):
@@ -150,11 +149,12 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def as_list(value: Any, where: str) -> list[Any]:
-    """The value if it is a JSON list."""
+def objects_of(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON list, each with its place for error messages."""
     if not isinstance(value, list):
         raise DataError(f"{where}: {str(value)[:60]!r} is not a list")
-    return value
+    for number, entry in enumerate(value, start=1):
+        yield f"{where} row {number}", as_object(entry, f"{where} row {number}")
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str:

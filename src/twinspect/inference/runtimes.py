@@ -1,8 +1,8 @@
 """What executes the graph: torch, ONNX Runtime or OpenVINO behind one contract.
 
-Heavy imports happen inside the constructors: whoever runs an ONNX or OpenVINO file never loads torch. Beside
-``model.onnx`` or ``model.xml`` lies ``model.onnx.json`` or ``model.xml.json``: how the model came to be, its
-threshold, the comparison that it passed, and the sha256 of every file of the export.
+Whoever runs an ONNX or OpenVINO file never loads torch. Beside ``model.onnx`` or ``model.xml`` lies
+``model.onnx.json`` or ``model.xml.json``: how the model came to be, its threshold, the comparison that it passed, and
+the sha256 of every file of the export.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
 _INSTALL = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
-FORMAT = 2  # of the metadata; raised when a reader of an older library would misunderstand it
-RUNTIME_OF_SUFFIX = {".onnx": "onnx", ".xml": "openvino"}
+FORMAT = 3  # of the metadata; raised when a reader of an older library would misunderstand it
 
 
 class TorchRuntime:
@@ -60,10 +59,7 @@ class TorchRuntime:
         from twinspect.models.fold import prepared
 
         keep_freed_memory()
-        self._torch = torch
-        self.device = device
-        self.size = model.size
-        self.batch = 0
+        self._torch, self.device, self.size = torch, device, model.size
         self.model = prepared(model.eval()).to(device)
         if threads:
             torch.set_num_threads(threads)
@@ -106,12 +102,26 @@ class TorchRuntime:
         return {name: value.cpu().numpy() for name, value in out._asdict().items()}
 
 
-class OnnxRuntime:
+class _ExportRuntime:
+    """An exported file. A child loads it, and its ``call`` runs one batch."""
+
+    def __init__(self, meta: ExportMeta) -> None:
+        self.size = meta.size
+
+    def call(self, pixels_BHWC: Pixels) -> Answers:
+        raise NotImplementedError
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        return self.call(check_pixels(pixels_BHWC, self.size))
+
+
+class OnnxRuntime(_ExportRuntime):
     """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
 
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
+        super().__init__(meta)
         ort = required("onnx", path)
-        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
         accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
@@ -135,55 +145,42 @@ class OnnxRuntime:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def run(self, pixels_BHWC: Pixels) -> Answers:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-        checked = check_pixels(pixels_BHWC, self.size, self.any_size)
-        return in_batches(
-            lambda part: dict(zip(self.names, self.session.run(self.names, {"image": part}), strict=True)),
-            checked,
-            self.batch,
-        )
+    def call(self, pixels_BHWC: Pixels) -> Answers:
+        """As `run`, in one call of the graph."""
+        return dict(zip(self.names, self.session.run(self.names, {"image": pixels_BHWC}), strict=True))
 
 
-class OpenVinoRuntime:
+class OpenVinoRuntime(_ExportRuntime):
     """An ``.xml`` + ``.bin`` pair, or an ``.onnx`` file, on OpenVINO's CPU device."""
 
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
+        super().__init__(meta)
         ov = required("openvino", path)
-        self.size, self.batch, self.any_size = meta.size, meta.batch, meta.any_size
-        options: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            # OpenVINO would otherwise compute in bf16 where the CPU can, and scores would no longer agree.
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
+        # Left alone OpenVINO computes in bf16 where the CPU can, and scores would no longer agree.
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads := threads or granted_threads():
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self.compiled = ov.compile_model(str(path), "CPU", options)
+            compiled = ov.compile_model(str(path), "CPU", options)
         except Exception as error:  # openvino raises RuntimeError subclasses of its own
             raise BundleError(
                 f"{path}: OpenVINO {ov.__version__} cannot load it ({error}); type: pip install --upgrade openvino"
             ) from None
-        self.request = self.compiled.create_infer_request()
-        self.names = [output.any_name for output in self.compiled.outputs]
+        self.request = compiled.create_infer_request()
+        self.names = [output.any_name for output in compiled.outputs]
 
-    def run(self, pixels_BHWC: Pixels) -> Answers:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-
-        def call(part: Pixels) -> Answers:
-            outputs = self.request.infer({0: part})
-            return {name: outputs[i].copy() for i, name in enumerate(self.names)}
-
-        return in_batches(call, check_pixels(pixels_BHWC, self.size, self.any_size), self.batch)
+    def call(self, pixels_BHWC: Pixels) -> Answers:
+        """As `run`, in one call of the graph."""
+        outputs = self.request.infer({0: pixels_BHWC})
+        return {name: outputs[i].copy() for i, name in enumerate(self.names)}
 
 
-# Runtime name -> class that runs an exported file of its own format. OpenVINO also reads .onnx.
-RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVinoRuntime]] = {
-    "onnx": OnnxRuntime,
-    "openvino": OpenVinoRuntime,
+# Runtime -> class that runs exported files, and the endings of those that it reads, its own format first.
+RUNTIMES: dict[str, tuple[type[OnnxRuntime] | type[OpenVinoRuntime], tuple[str, ...]]] = {
+    "onnx": (OnnxRuntime, (".onnx",)),
+    "openvino": (OpenVinoRuntime, (".xml", ".onnx")),
 }
-_ACCEPTED = ("auto", "torch", *RUNTIMES)
-_READS = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+EXPORTS = tuple(endings[0] for _, endings in RUNTIMES.values())
 
 
 def load_predictor(
@@ -201,7 +198,7 @@ def load_predictor(
         runtime: ``auto`` takes the one the file was made for; ``openvino`` also runs .onnx files.
         threads: of the runtime; 0 leaves its own choice.
         batch: images per call; 0 takes one for each thread of torch on a CPU (at most 8), 16 on a GPU, and for an
-            export 1 or the number that it is fixed to.
+            export 1.
         weights: teacher's file of a thin bundle that is not on this disk.
         device: of a bundle: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` (a GPU where there is one). Exported models
             go by what their runtime offers.
@@ -213,12 +210,12 @@ def load_predictor(
     """
     path = Path(path)
     check_counts(threads, batch)
-    if runtime not in _ACCEPTED:
-        raise ConfigError(unknown_name("runtime", runtime, _ACCEPTED))
+    if runtime not in (accepted := ("auto", "torch", *RUNTIMES)):
+        raise ConfigError(unknown_name("runtime", runtime, accepted))
     if not is_export(path):
         return _bundle_predictor(path, runtime, threads, batch, str(weights), device)
     engine, meta = load_runtime(path, runtime, threads)
-    return Predictor(engine, Decision.from_dict(meta.decision), batch or meta.batch or 1)
+    return Predictor(engine, Decision.from_dict(meta.decision), batch or 1)
 
 
 def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[Runtime, ExportMeta]:
@@ -227,26 +224,26 @@ def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[R
     name = meta.runtime if runtime == "auto" else runtime
     if name == "torch":
         raise ConfigError(f"runtime torch runs bundles (.twin), not {path.name}; type --runtime {meta.runtime}")
-    if path.suffix not in _READS[name]:
+    kind, endings = RUNTIMES[name]
+    if path.suffix not in endings:
         raise ConfigError(
-            f"runtime {name} reads {' or '.join(_READS[name])}, not {path.name}; type: "
-            f"twinspect export BUNDLE --format {name} --out MODEL{_READS[name][0]}"
+            f"runtime {name} reads {' or '.join(endings)}, not {path.name}; type: "
+            f"twinspect export BUNDLE --out MODEL{endings[0]}"
         )
-    return RUNTIMES[name](path, meta, threads), meta
+    return kind(path, meta, threads), meta
 
 
 def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weights: str, device: str) -> Predictor:
-    if runtime in ("onnx", "openvino"):
+    if runtime in RUNTIMES:
         raise ConfigError(
             f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
-            f"twinspect export {path.name} --format {runtime} --out MODEL{_READS[runtime][0]}"
+            f"twinspect export {path.name} --out MODEL{RUNTIMES[runtime][1][0]}"
         )
     share_cores()
     required("torch", path)
-    chosen = choose_device(device)
     from twinspect.storage import load
 
-    fitted = load(path, weights)
+    chosen, fitted = choose_device(device), load(path, weights)
     engine = TorchRuntime(fitted.model, chosen, threads)
     return Predictor(engine, fitted.decision, batch or engine.usual)
 
@@ -256,7 +253,8 @@ def required(runtime: str, path: Path) -> Any:
     try:
         return importlib.import_module(_INSTALL[runtime])
     except ImportError as error:
-        if runtime == "torch" and _is_light():
+        # Whether the distribution of packaging/runtime is what is installed here.
+        if runtime == "torch" and any(metadata.distributions(name="twinspect-runtime")):
             raise TwinspectError(
                 f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
                 f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
@@ -267,44 +265,25 @@ def required(runtime: str, path: Path) -> Any:
         ) from None
 
 
-def _is_light() -> bool:
-    """Whether the distribution of packaging/runtime is what is installed here."""
-    return any(True for _ in metadata.distributions(name="twinspect-runtime"))
-
-
-def check_pixels(pixels_BHWC: Pixels, size: int, any_size: bool) -> Pixels:
+def check_pixels(pixels_BHWC: Pixels, size: int) -> Pixels:
     """Refuse what the graph would misread: another type, channel order, shape, or nothing at all.
 
     Raises:
         ConfigError: with what was got and what is accepted.
     """
     pixels = np.asarray(pixels_BHWC)
-    accepted = f"B x H x W x 3 (RGB, channels last{'' if any_size else f', H = W = {size}'})"
+    accepted = f"accepted B x H x W x 3 (RGB, channels last, H = W = {size})"
+    shape = f"pixels of shape {pixels.shape}; {accepted}"
     if pixels.dtype != np.uint8:
-        raise ConfigError(f"pixels of type {pixels.dtype}; accepted uint8, 0 to 255, {accepted}")
+        raise ConfigError(f"pixels of type {pixels.dtype}; {accepted} of uint8, 0 to 255")
     if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}, no side 0")
+        raise ConfigError(f"{shape}, no side 0")
     if pixels.shape[3] != 3:
         hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1] == 3 else ""
-        raise ConfigError(f"pixels of shape {pixels.shape}; accepted {accepted}{hint}")
-    if not any_size and pixels.shape[1:3] != (size, size):
-        raise ConfigError(
-            f"pixels of shape {pixels.shape}; accepted {accepted}: resize first, or export with --any-size"
-        )
+        raise ConfigError(f"{shape}{hint}")
+    if pixels.shape[1:3] != (size, size):
+        raise ConfigError(f"{shape}: resize first")
     return np.ascontiguousarray(pixels)
-
-
-def in_batches(call: Callable[[Pixels], Answers], pixels: Pixels, batch: int) -> Answers:
-    """Run a graph of fixed batch on any number of images: the last part is filled up with its last image."""
-    if not batch or len(pixels) == batch:
-        return call(pixels)
-    parts = []
-    for start in range(0, len(pixels), batch):
-        part = pixels[start : start + batch]
-        missing = batch - len(part)
-        filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        parts.append({name: value[: len(part)] for name, value in call(filled).items()})
-    return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
 
 
 # -------------------------------------------------------------------------------------- what an export says of itself
@@ -316,10 +295,8 @@ class ExportMeta:
 
     Attributes:
         runtime: ``onnx`` or ``openvino``: what the file was made for.
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        precision: ``fp32`` or ``fp16``.
         size: input side in pixels.
-        batch: images per call; 0 means any number.
-        any_size: the graph resizes images of any height and width itself.
         decision: calibration and threshold, as in the bundle.
         record: how the model came to be, as in the bundle.
         config: settings of the training run, as in the bundle.
@@ -330,8 +307,6 @@ class ExportMeta:
     runtime: str
     precision: str
     size: int
-    batch: int
-    any_size: bool
     decision: dict[str, Any]
     record: dict[str, Any]
     config: dict[str, Any]
@@ -341,7 +316,7 @@ class ExportMeta:
 
 def is_export(path: Path | str) -> bool:
     """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
-    return Path(path).suffix in RUNTIME_OF_SUFFIX
+    return Path(path).suffix in EXPORTS
 
 
 def write_meta(path: Path, meta: ExportMeta) -> None:
@@ -361,7 +336,7 @@ def read_export(path: Path) -> ExportMeta:
     if not path.is_file():
         raise BundleError(f"no such model: {path}. Make one with: twinspect export BUNDLE --out {path}")
     if not is_export(path):
-        raise ConfigError(f"{path.name}: exported models end in {', '.join(RUNTIME_OF_SUFFIX)}")
+        raise ConfigError(f"{path.name}: exported models end in {', '.join(EXPORTS)}")
     home = companion(path)
     if not home.is_file():
         raise BundleError(
@@ -382,10 +357,9 @@ def read_export(path: Path) -> ExportMeta:
 def export_info(path: Path) -> dict[str, Any]:
     """What an export says of itself, for people."""
     meta = read_export(path)
-    batch, size = meta.batch or "any", "any height and width" if meta.any_size else f"{meta.size} x {meta.size}"
     return {
         "written by": f"twinspect {meta.writer}, export format {FORMAT}",
-        "export": f"{meta.runtime}, {meta.precision}, batch {batch}, {size}, uint8 RGB, channels last",
+        "export": f"{meta.runtime}, {meta.precision}, {meta.size} x {meta.size}, uint8 RGB, channels last",
         "compared with torch": meta.check,
         "model_id": meta.decision.get("model_id", ""),
         **meta.record,
@@ -399,17 +373,15 @@ def companion(path: Path) -> Path:
 
 def _refuse_version(path: Path, values: dict[str, Any]) -> None:
     version, writer = values.get("format", 0), values.get("writer", "an unknown version")
-    if version != FORMAT:
-        newer = not isinstance(version, int) or version > FORMAT
-        what = (
-            "Type: pip install --upgrade twinspect"
-            if newer
-            else f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
-        )
-        raise BundleError(
-            f"{path} has export format {version}, written by twinspect {writer}; this is {__version__} and reads "
-            f"format {FORMAT}. {what}"
-        )
+    if version == FORMAT:
+        return
+    advice = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
+    if not isinstance(version, int) or version > FORMAT:
+        advice = "Type: pip install --upgrade twinspect"
+    raise BundleError(
+        f"{path} has export format {version}, written by twinspect {writer}; this is {__version__} and reads format "
+        f"{FORMAT}. {advice}"
+    )
 
 
 def _refuse_changed(path: Path, files: dict[str, str]) -> None:

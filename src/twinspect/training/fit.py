@@ -18,8 +18,7 @@ from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, til
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
 from twinspect.data.protocols import carve_calibration
-from twinspect.data.roi import fit_roi
-from twinspect.data.samples import read_sample_rgb
+from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
