@@ -42,8 +42,7 @@ from twinspect.evaluation import evaluate, test_samples
 from twinspect.inference.decode import as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.cache import image_key, pack, unpack

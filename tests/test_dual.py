@@ -13,9 +13,8 @@ from twinspect import Detector
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import fit_size
+from twinspect.models.contract import Observed, fit_size
 from twinspect.models.dual import DualModel, DualShape
-from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import surprise

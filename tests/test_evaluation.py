@@ -27,7 +27,8 @@ from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import count_calls, evaluate, shared_defects
 from twinspect.inference.result import Result
-from twinspect.metrics import ScoreHistogram
+from twinspect.metrics.pages import MemoryBudget
+from twinspect.metrics.pixels import ScoreHistogram
 from twinspect.types import TEST, Sample
 
 
@@ -76,7 +77,7 @@ def bundle_of_loco(detector_of_loco: Detector, tmp_path_factory: pytest.TempPath
 
 def auspro(images: list[tuple]) -> float:
     """Saturated overlap of (map, regions, kind)."""
-    histogram = ScoreHistogram()
+    histogram = ScoreHistogram(MemoryBudget(1 << 27))
     for heat, regions, _ in images:
         histogram.update(heat, regions=regions)
     return histogram.compute().values["auspro_005"]

@@ -28,7 +28,7 @@ def predict(options: PredictOptions, console: Console) -> None:
         options.overlay_format, options.overlay_side,
     )  # fmt: skip
     job = Job(
-        str(options.bundle), options.paths, options.out, pictures, options.runtime, options.threads,
+        str(options.bundle), options.paths, options.out, pictures, options.threads,
         options.batch, options.weights, options.device, options.class_name or None, options.workers,
         options.part_rows, shard_of(options.shard), options.restart, options.watch, options.fail_on,
     )  # fmt: skip
@@ -55,14 +55,14 @@ def write_reports(options: PredictOptions, job: Job, review: Review, console: Co
     """Reports of a finished run; the images to look at are scored once more for their pictures."""
     from twinspect.commands.results import publish, shows_pictures
     from twinspect.inference.runtimes import load_predictor
-    from twinspect.inference.sources import named
+    from twinspect.inference.sources import by_name
     from twinspect.report import Section
 
     answers, name = review.answers(), Path(job.model).name
 
     def again(names: list[str]) -> Iterator[Result]:
-        predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
-        return predictor.predict(list(named(names)), class_name=job.class_name)
+        predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
+        return predictor.predict([by_name(name) for name in names], class_name=job.class_name)
 
     images = sum(len(review.columns(one)[0]) for one in review.classes)
     facts = {"model": name, "images": f"{images}", "not scored": f"{review.errors}"}

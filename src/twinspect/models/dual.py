@@ -36,10 +36,9 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Observed, Plain, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, Resample, TokenLinear, start_small, to_rows
 from twinspect.models.layers import whole_divisor as whole_divisor
-from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, top_mean
