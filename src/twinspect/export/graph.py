@@ -81,7 +81,8 @@ def _name_parts(proto: Any) -> None:
     fixed = {value.name for value in values}
     renamed: dict[str, str] = {}
     for node in proto.graph.node:
-        part = _part_of(node)
+        scopes = next((note.value for note in node.metadata_props if note.key == _SCOPES), "")
+        part = next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
         node.name = f"{part}/{node.name}"
         renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
     for node in proto.graph.node:
@@ -91,11 +92,6 @@ def _name_parts(proto: Any) -> None:
         del noted.metadata_props[:]
         noted.ClearField("doc_string")
     del proto.graph.value_info[:]
-
-
-def _part_of(node: Any) -> str:
-    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
-    return next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
 
 
 def write(proto: Any, path: Path, half: bool = False) -> None:

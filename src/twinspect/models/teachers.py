@@ -281,7 +281,7 @@ def _read_vit(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
     """Indices of the levels whose maps, and of those whose global tokens are used; and what they are like."""
     depth, patch, width, config = len(net.blocks), net.patch_embed.patch_size[0], net.embed_dim, net.pretrained_cfg
     first = min(2, depth - 1)
-    levels = list(range(first, max(2, round(depth * 10 / 12))))
+    levels = list(range(first, max(2, round(depth * 10 / 12))))  # none of three blocks: a student
     if depth >= 12:
         levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
         first = levels[0]
