@@ -24,7 +24,9 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.commands.drift import read_predictions
+from twinspect.commands.options import PredictOptions
 from twinspect.commands.predict import chosen_engine, shard_of
+from twinspect.config import check_options
 from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, run, say_totals, units
 from twinspect.inference.job import Job
@@ -563,14 +565,14 @@ def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str,
 
 
 def test_engines_by_name() -> None:
-    assert chosen_engine("local", True, 0, 1.0, 0.0, "") is None
-    for words, sentence in (
-        (("spark", True, 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
-        (("local", True, 2, 1.0, 0.0, ""), "need --engine ray"),
-        (("ray", False, 0, 1.0, 0.0, ""), "give --out"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            chosen_engine(*words)
+    options = PredictOptions(Path("m.twin"), ("new/",))
+    assert chosen_engine(options, True) is None
+    with pytest.raises(ConfigError, match="need --engine ray"):
+        chosen_engine(replace(options, actors=2), True)
+    with pytest.raises(ConfigError, match="give --out"):
+        chosen_engine(replace(options, engine="ray"), False)
+    with pytest.raises(ConfigError, match="unknown --engine 'spark'"):
+        check_options(replace(options, engine="spark"))
     assert shard_of("3/64") == (3, 64)
     for text in ("3", "a/b", "-1/4"):
         with pytest.raises(ConfigError, match="accepted I/N"):

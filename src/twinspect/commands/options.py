@@ -171,7 +171,6 @@ class EvalOptions:
     images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
-    leaks: bool = option("Look for byte-equal training and test images.", True)
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
     weights: str = option(_WEIGHTS, "")
 
@@ -213,7 +212,7 @@ class PredictOptions:
     fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
     restart: bool = option("Drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local")
+    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
     actors: int = option("Ray: models; 0: as many as fit.", 0)
     actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
     actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)

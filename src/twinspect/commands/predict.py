@@ -10,7 +10,7 @@ import typer
 
 from twinspect.commands.options import PredictOptions
 from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
-from twinspect.errors import ConfigError, unknown_name
+from twinspect.errors import ConfigError
 from twinspect.inference.bulk import Engine, run, say_totals
 from twinspect.inference.job import Job
 from twinspect.inference.pictures import PictureOptions
@@ -32,9 +32,7 @@ def predict(options: PredictOptions, console: Console) -> None:
         options.batch, options.weights, options.device, options.class_name or None, options.workers,
         options.part_rows, shard_of(options.shard), options.restart, options.watch, options.fail_on,
     )  # fmt: skip
-    ray = (options.actors, options.actor_cpus, options.actor_gpus, options.ray_address)
-    engine = chosen_engine(options.engine, job.keeps_parts, *ray)
-    review = None
+    engine, review = chosen_engine(options, job.keeps_parts), None
     if options.report:
         from twinspect.commands.results import check_outputs
         from twinspect.commands.review import Review
@@ -86,16 +84,15 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def chosen_engine(name: str, keeps_parts: bool, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
+def chosen_engine(options: PredictOptions, keeps_parts: bool) -> Engine | None:
     """The engine of that name; None is this process."""
-    if name not in ("local", "ray"):
-        raise ConfigError(unknown_name("engine", name, ("local", "ray")))
-    if name == "local":
-        if actors or gpus or address or cpus != 1.0:
+    ray = (options.actors, options.actor_cpus, options.actor_gpus, options.ray_address)
+    if options.engine == "local":
+        if ray != (0, 1.0, 0.0, ""):
             raise ConfigError("--actors, --actor-cpus, --actor-gpus and --ray-address need --engine ray")
         return None
     if not keeps_parts:
         raise ConfigError("--engine ray writes a table; give --out FILE")
     from twinspect.inference.on_ray import RayEngine
 
-    return RayEngine(actors, cpus, gpus, address)
+    return RayEngine(*ray)

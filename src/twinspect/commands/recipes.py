@@ -27,25 +27,17 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to run, and what to print beside it.
-
-    Attributes:
-        runs: how many models the protocol trains.
-        settings: for a DINOv2 teacher, or any for system B.
-        official: training and test images of the official split.
-        published: numbers of others in the same setting.
-        remark: what the sources leave open.
-    """
+    """What to run, and what to print beside it."""
 
     name: str
     title: str
     layout: str
     protocol: str
-    runs: int
-    settings: RunConfig
-    official: tuple[int, int]
+    runs: int  # how many models the protocol trains
+    settings: RunConfig  # for a DINOv2 teacher, or any for system B
+    official: tuple[int, int]  # training and test images of the official split
     published: tuple[Published, ...] = ()
-    remark: str = ""
+    remark: str = ""  # what the sources leave open
 
     @property
     def cost(self) -> str:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
-from twinspect.models.observed import Outputs
 
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself

@@ -1,7 +1,7 @@
 """System A: dual-student distillation (our re-implementation of arXiv 2509.24448, Park, Seo, Kim 2025).
 
-A frozen teacher T answers an image x with patch features, in two layer groups F_T^1 and F_T^2, and one class token
-c_T^l for every block l. Two students learn these answers on good images:
+A frozen teacher T answers an image x with patch features, in two layer groups F_T^1 and F_T^2, and with class tokens
+c_T^l, of the last block l or of all. Two students learn these answers on good images:
 
 * the **Encoder-Decoder** (ED, `EncoderDecoder`) rebuilds the layer groups from the teacher's own middle features,
   through a noisy bottleneck and a decoder with linear attention. Where it fails there is a small, local defect;
@@ -36,10 +36,9 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Observed, Plain, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, Resample, TokenLinear, start_small, to_rows
 from twinspect.models.layers import whole_divisor as whole_divisor
-from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, top_mean
@@ -59,7 +58,7 @@ class DualShape:
         ee_shrink: factor by which the Encoder-Encoder's input is smaller.
         ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
         recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
-        ee_tokens: class tokens the Encoder-Encoder answers for: ``all`` blocks' or the ``last`` one's.
+        ee_tokens: class tokens the Encoder-Encoder answers for: the ``last`` block's or ``all``.
     """
 
     size: int
@@ -69,7 +68,7 @@ class DualShape:
     ee_shrink: int = 0
     ee_depth: float = 0.0
     recentre: bool = False
-    ee_tokens: str = "all"
+    ee_tokens: str = "last"
 
     def resolved(self, info: BackboneInfo) -> DualShape:
         """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
@@ -173,7 +172,7 @@ class EncoderDecoder(nn.Module):
 
 
 class EncoderEncoder(nn.Module):
-    """The teacher's architecture from scratch, giving a global token for every level of the teacher or the last."""
+    """The teacher's architecture from scratch, giving a global token for the teacher's last level or for all."""
 
     def __init__(self, info: BackboneInfo, shape: DualShape) -> None:
         super().__init__()

@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.models.clusters import Clusters
+from twinspect.models.contract import Observed, Outputs, Plain, Selection
 from twinspect.models.layers import Resample, to_rows
-from twinspect.models.observed import Observed, Outputs, Plain, Selection
 from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.models.teachers import BackboneInfo
 from twinspect.scoring import surprise, top_mean, upsample
