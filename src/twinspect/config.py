@@ -175,9 +175,9 @@ class ModelConfig:
         "Share of the teacher's blocks in the Encoder-Encoder; 0: 1 (ViT) or 0.25 (CNN).", 0.0, accepts=Range(0, 1)
     )
     ee_tokens: str = option(
-        "dual: class tokens that the Encoder-Encoder learns: of all blocks or the last.",
-        "all",
-        accepts=("all", "last"),
+        "dual: class tokens that the Encoder-Encoder learns: of the last block or all.",
+        "last",
+        accepts=("last", "all"),
     )
     recentre: bool = option(
         "dual, with a ViT: rebuild patches minus the class token, layer-normed (Dinomaly2).", False

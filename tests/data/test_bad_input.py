@@ -181,12 +181,14 @@ def test_visa_rows_nowhere_and_outside(tmp_path: Path) -> None:
     table.write_text(text + "candle,train,normal,candle/Data/Images/Normal/none.JPG,\n")
     assert reasons(tmp_path)["none.JPG"] == "listed, but there is no such file"
     table.write_text(text + "candle,train,normal,../../none.JPG,\n")
-    with pytest.raises(DataError, match=r"1cls.csv row 27: '../../none.JPG' points outside"):
+    with pytest.raises(DataError, match=r"1cls.csv: 1 of 27 rows.*\n  row 27: '../../none.JPG' points outside"):
         load(tmp_path)
     table.write_text("object,split\ncandle,train\n")
-    with pytest.raises(DataError, match="columns object, split; needed"):
+    with pytest.raises(DataError, match="columns object, split; at least image is needed"):
         load(tmp_path)
     table.write_text(text.replace(",anomaly,", ",odd,"))
+    assert {s.defect_type for s in load(tmp_path).samples if s.label == 1} == {"odd"}
+    table.write_text(text.replace(",anomaly,", ",1,").replace(",normal,", ",odd,"))
     with pytest.raises(DataError, match="label is 'odd'; accepted: 0 or OK"):
         load(tmp_path)
 

@@ -7,31 +7,21 @@ data folder is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
+from twinspect.data.manifest import Row, base_of, read_list, read_rows
 from twinspect.data.names import BAD, GOOD, meaning
-from twinspect.data.scan import ScanLog, files_in, folder_name, images_below, inside, listing, subfolders
-from twinspect.data.tables import (
-    as_object,
-    csv_rows,
-    label_of,
-    objects_of,
-    read_json,
-    read_json_lines,
-    split_of,
-    text_of,
-)
+from twinspect.data.scan import ScanLog, files_in, folder_name, listing, subfolders
+from twinspect.data.tables import as_object, objects_of, read_json, read_json_lines
 from twinspect.errors import DataError
 from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
 VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
-_VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
 _ANOMALIB = {
@@ -41,41 +31,6 @@ _ANOMALIB = {
     "mask_dir": ("masks",),
 }
 _HEAD = 1 << 16  # bytes of a file that say what it is
-
-
-class _Row(NamedTuple):
-    """One image as a list names it."""
-
-    where: str  # file and row, for messages
-    image: str  # its path
-    split: str
-    label: int | None
-    mask: Any = None  # path of a mask, or of a folder of masks; anything that is no text says that there is none
-    kind: str = "anomaly"  # of defect; empty takes the name of the image's folder
-    class_name: str = ""  # empty takes the first folder of the image's path
-
-
-def _samples(rows: Iterable[_Row], base: Path, log: ScanLog) -> list[Sample]:
-    """Samples of rows whose paths are relative to a folder, without those whose images are missing."""
-    samples = []
-    for row in rows:
-        image, masks = inside(base, row.image, row.where), list[Path]()
-        if row.label == 1 and isinstance(row.mask, str) and row.mask.strip():
-            mask = inside(base, row.mask, row.where)
-            masks = images_below(mask, log) if os.path.isdir(mask) else [mask]
-        missing = [path for path in (image, *masks) if not os.path.isfile(path)]
-        for path in missing:
-            log.skip(path, "listed, but there is no such file")
-        if image not in missing:
-            class_name = row.class_name or _below(image, base).parts[0]
-            kind = (row.kind or image.parent.name) if row.label == 1 else ""
-            masks = [mask for mask in masks if mask not in missing]
-            samples.append(Sample(image, row.split, class_name, row.label, kind, tuple(masks)))
-    return samples
-
-
-def _below(path: Path, base: Path) -> Path:
-    return path.relative_to(base) if path.is_relative_to(base) else path
 
 
 def _lists(root: Path, is_list: Callable[[Path], bool]) -> list[Path]:
@@ -96,7 +51,9 @@ def visa(root: Path, log: ScanLog) -> list[Sample]:
     """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
     folder = root / "split_csv"
     if os.path.isdir(folder):
-        return _samples(_visa_rows(folder), root, log)
+        if not os.path.isfile(folder / "1cls.csv"):
+            raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
+        return read_list(folder / "1cls.csv", log, root, partly=True)
     try:
         return read_folders(_visa_place(root), log, MVTEC_AD)
     except DataError:
@@ -114,22 +71,6 @@ def looks_like_visa(root: Path) -> bool:
         return True
     classes = find_classes(_visa_place(root), ScanLog())
     return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
-
-
-def _visa_rows(folder: Path) -> Iterator[_Row]:
-    table = folder / "1cls.csv"
-    if not os.path.isfile(table):
-        raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
-    rows = list(csv_rows(table))
-    if not rows or set(_VISA_COLUMNS) - set(rows[0]):
-        raise DataError(
-            f"{table}: columns {', '.join(rows[0]) if rows else 'none'}; needed: {', '.join(_VISA_COLUMNS)}"
-        )
-    for number, row in enumerate(rows, 1):
-        where = f"{table} row {number}"
-        name, image, label = (text_of(row, column, where) for column in ("object", "image", "label"))
-        split = split_of(row["split"], where)
-        yield _Row(where, image, split, label_of(label, where), row["mask"], class_name=name)
 
 
 def _visa_place(root: Path) -> Path:
@@ -163,9 +104,7 @@ def real_iad(root: Path, log: ScanLog) -> list[Sample]:
         if not os.path.isdir(pictures):
             log.skip(path, "list of a class without image folder")
             continue
-        for sample in _samples(_real_iad_rows(path), pictures, log):
-            view_of = _below(sample.image, pictures).parent.as_posix()
-            samples.append(replace(sample, group=f"{path.stem}/{view_of}"))
+        samples += read_rows(path, list(_real_iad_rows(path)), log, pictures, partly=True)
     return samples
 
 
@@ -178,12 +117,14 @@ def _real_iad_lists(root: Path) -> list[Path]:
     return [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
 
 
-def _real_iad_rows(path: Path) -> Iterator[_Row]:
+def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
     lists = as_object(read_json(path), str(path))
     for split in (TRAIN, TEST):
-        for where, row in objects_of(lists.get(split), f"{path} {split}"):
-            image, kind = text_of(row, "image_path", where), text_of(row, "anomaly_class", where)
-            yield _Row(where, image, split, int(kind != "OK"), row.get("mask_path"), kind, path.stem)
+        for where, entry in objects_of(lists.get(split), f"{path} {split}"):
+            image = str(entry.get("image_path") or "").replace("\\", "/")
+            row = {"image": image, "split": split, "label": entry.get("anomaly_class")}  # OK, or a kind of defect
+            row |= {"mask": entry.get("mask_path"), "group": f"{path.stem}/{PurePosixPath(image).parent}"}
+            yield where, row
 
 
 # ------------------------------------------------------------------------------------------ meta.json
@@ -199,21 +140,20 @@ def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 
     Paths in it are relative to its folder or to ``images``.
     """
-    return _samples(_meta_rows(path, log), images or path.parent, log)
+    return read_rows(path, list(_meta_rows(path, log)), log, images or path.parent, partly=True)
 
 
-def _meta_rows(path: Path, log: ScanLog) -> Iterator[_Row]:
+def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
     for word, classes in as_object(read_json(path), str(path)).items():
         split = meaning(word).split
         if not split:
             log.skip(path, f"part {word!r} is neither train, calibration nor test")
             continue
         for name, entries in as_object(classes, f"{path} {word}").items():
-            for where, row in objects_of(entries, f"{path} {word} {name}"):
-                image, label = text_of(row, "img_path", where), label_of(row.get("anomaly"), where)
-                kind = str(row.get("specie_name") or "anomaly")
-                class_name = text_of({"cls_name": name, **row}, "cls_name", where)
-                yield _Row(where, image, split, label, row.get("mask_path"), kind, class_name)
+            for where, entry in objects_of(entries, f"{path} {word} {name}"):
+                row = {"image": entry.get("img_path"), "split": split, "class_name": entry.get("cls_name") or name}
+                row |= {"label": entry.get("anomaly"), "mask": entry.get("mask_path")}
+                yield where, {**row, "defect_type": entry.get("specie_name") or "anomaly"}
 
 
 # -------------------------------------------------------------------------------------- UniAD's lines
@@ -233,15 +173,15 @@ def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     Paths are relative to ``images``, else to the file's folder, else to a folder inside it where the first file is
     found. Training images without a label are normal.
     """
-    split, entries = meaning(path.stem).split or TEST, list(read_json_lines(path))
+    split = meaning(path.stem).split or TEST
     rows = []
-    for where, entry in entries:
-        label = label_of(entry.get("label"), where) if "label" in entry or split == TEST else 0
-        image, name = text_of(entry, "filename", where), str(entry.get("clsname") or "")
-        rows.append(_Row(where, image, split, label, entry.get("maskname"), "", name))
-    places = (path.parent, *subfolders(path.parent))
-    found = (place for place in places if rows and os.path.isfile(inside(place, rows[0].image, rows[0].where)))
-    return _samples(rows, images or next(found, path.parent), log)
+    for where, entry in read_json_lines(path):
+        image = str(entry.get("filename") or "").replace("\\", "/")
+        row = {"image": image, "split": split, "class_name": entry.get("clsname") or image.split("/")[0]}
+        row |= {"label": entry.get("label", None if split == TEST else 0), "mask": entry.get("maskname")}
+        rows.append((where, {**row, "defect_type": PurePosixPath(image).parent.name}))
+    base = images or (base_of(path.parent, rows[0][1], "image", None) if rows else path.parent)
+    return read_rows(path, rows, log, base, partly=True)
 
 
 # ----------------------------------------------------------------------------------- Lookout for Vision
@@ -261,7 +201,7 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     anomalies to the test.
     """
     lines, base = list(read_json_lines(path)), images or path.parent
-    keys = [_key(text_of(entry, "source-ref", where)) for where, entry in lines]
+    keys = [_key(str(entry.get("source-ref") or "")) for _, entry in lines]
     depth = len(keys[0]) if keys else 0
     dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*keys[0][n:]))), depth - 1)
     if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
@@ -270,8 +210,9 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     for parts, (where, entry) in zip(keys, lines, strict=True):
         label = _lookout_label(entry, where)
         split = meaning(path.stem).split or (TEST if label else TRAIN)
-        rows.append(_Row(where, "/".join(parts[dropped:]) or ".", split, label, class_name=folder_name(base)))
-    return _samples(rows, base, log)
+        row = {"image": "/".join(parts[dropped:]) or ".", "split": split, "label": label, "defect_type": "anomaly"}
+        rows.append((where, row))
+    return read_rows(path, rows, log, base, partly=True)
 
 
 def _key(address: str) -> list[str]:

@@ -23,6 +23,7 @@ from twinspect.data.scan import (
     files_in,
     first_lines,
     folder_name,
+    images_below,
     inside,
     once,
     relative_to_root,
@@ -80,41 +81,71 @@ def read_list(
     class_name: str = "",
     within: Path | None = None,
     split_at: SplitAt = lambda _: "",
+    partly: bool = False,
 ) -> list[Sample]:
-    """Samples of one table. Row 1 is the first below the header.
+    """Samples of one table, by `read_rows`. Row 1 is the first below the header.
+
+    Without ``base``, paths are relative to the table's folder, or to one in it where the first image is. A table may
+    be part of a data set, ``within``; paths may then be relative to any folder above the table. ``class_name`` and
+    ``split_at`` are for rows that name none.
+    """
+    rows = _rows(path)
+    names = _columns(rows[0][1])
+    if "image" not in names:
+        raise DataError(
+            f"{path}: columns {', '.join(rows[0][1])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
+        )
+    base = base or base_of(path.parent, rows[0][1], names["image"], within)
+    return read_rows(path, rows, log, base, class_name, split_at, partly)
+
+
+def read_rows(
+    path: Path,
+    rows: list[tuple[str, Row]],
+    log: ScanLog,
+    base: Path,
+    class_name: str = "",
+    split_at: SplitAt = lambda _: "",
+    partly: bool = False,
+) -> list[Sample]:
+    """Samples of the rows of a list.
 
     Args:
-        path: of the table.
+        path: of the list.
+        rows: its rows, and where each stands, for messages.
         log: where notes go.
-        base: folder that the paths are relative to; None: the table's own, or one in it where the first image is.
+        base: folder that the paths are relative to.
         class_name: of rows that name none; empty: the folder's name.
-        within: data set that the table is a part of; paths may then be relative to any folder above the table.
         split_at: split of an image whose row names none, where it is known.
+        partly: whether images may be missing, as of a benchmark of which only a part is there; they are logged.
 
     Raises:
         DataError: rows cannot be used. One is enough: a list that is half true is not a data set.
     """
-    rows = _rows(path)
-    names = _columns(rows[0])
-    if "image" not in names:
-        raise DataError(
-            f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
-        )
-    base = base or _base(path.parent, rows[0], names["image"], within)
-    reader = _Reader(rows, names, base, class_name or folder_name(base), split_at)
+    if not rows:
+        return []
+    reader = _Reader([row for _, row in rows], base, class_name or folder_name(base), split_at)
     samples: list[Sample] = []
     problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
+    for where, row in rows:
         try:
-            samples.append(reader.sample(row, f"row {number}"))
+            sample, missing = reader.sample(row, where)
         except DataError as error:
             problems.append(str(error))
+            continue
+        if missing and not partly:
+            problems.append(f"{where}: no such file: {', '.join(missing)}")
+        for file in missing.values():
+            log.skip(file, "listed, but there is no such file")
+        if sample.image not in missing.values():
+            samples.append(sample)
     if problems:
+        hint = f" Paths are taken relative to {base}; if the images are elsewhere, name their folder (--images DIR)."
         raise DataError(
-            f"{path}: {len(problems):,} of {len(rows):,} rows cannot be used. Paths are taken relative to {base}; if "
-            f"the images are elsewhere, name their folder (--images DIR).{first_lines(problems)}"
+            f"{path}: {len(problems):,} of {len(rows):,} rows cannot be used.{'' if partly else hint}"
+            f"{first_lines(problems)}"
         )
-    for note in reader.notes():
+    for note in () if partly else reader.notes():
         log.note(f"{path.name}: {note}")
     return samples
 
@@ -161,7 +192,7 @@ def _lists_labels(path: Path) -> bool:
             return False
         if set(names) - {"image", "record", "group"}:
             return True
-        rows = _rows(path)
+        rows = [row for _, row in _rows(path)]
     except DataError:
         if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
             raise
@@ -191,7 +222,7 @@ def _columns(header: Iterable[str]) -> dict[str, str]:
     return {ours: name for ours, name in columns.items() if name}
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> list[tuple[str, Row]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = _parquet_rows(path)
@@ -203,7 +234,7 @@ def _rows(path: Path) -> list[Row]:
         raise DataError(f"{path}: a manifest ends in .parquet or .csv (accepted too: {', '.join(SUFFIXES[2:])})")
     if not rows:
         raise DataError(f"{path}: holds no row")
-    return rows
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _parquet_rows(path: Path) -> list[Row]:
@@ -215,7 +246,7 @@ def _parquet_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
+def base_of(folder: Path, first: Row, column: str, within: Path | None) -> Path:
     """The folder that paths are relative to: the table's, one in it, or one above it, where the first image is."""
     text = str(first.get(column) or "").partition("#")[0]
     if _PREDICTED <= set(first) and os.path.isfile(text):
@@ -237,11 +268,10 @@ def _base(folder: Path, first: Row, column: str, within: Path | None) -> Path:
 class _Reader:
     """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
-    def __init__(
-        self, rows: Sequence[Row], names: dict[str, str], base: Path, class_name: str, split_at: SplitAt
-    ) -> None:
+    def __init__(self, rows: list[Row], base: Path, class_name: str, split_at: SplitAt) -> None:
         self._base, self._class_name, self._split_at = base, class_name, split_at
         self._columns = [name for name in rows[0] if name]
+        names = _columns(self._columns)
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
@@ -254,13 +284,22 @@ class _Reader:
         # Where one label says good, any other word names a kind of defect.
         self._kinds = self._judge == names.get("defect_type") or any(meaning(text).role == GOOD for text in texts)
 
-    def sample(self, row: Row, where: str) -> Sample:
-        """One row, or a DataError whose words begin with ``where``."""
+    def sample(self, row: Row, where: str) -> tuple[Sample, dict[str, Path]]:
+        """One row, or a DataError whose words begin with ``where``; and its files that are missing, by name."""
         text, record = self._text(row, "image"), row.get(self._names.get("record", ""))
         if self._predicted:
             text, _, record = text.partition("#")
-        image = self._existing(text, where)
-        masks = tuple(self._existing(mask, where) for mask in _mask_texts(row.get(self._names.get("mask", ""))))
+        image = inside(self._base, text, where)
+        missing = {} if os.path.isfile(image) else {text: image}
+        masks: list[Path] = []
+        for name in _mask_texts(row.get(self._names.get("mask", ""))):
+            file = inside(self._base, name, where)
+            if os.path.isdir(file):  # several masks of one image
+                masks += images_below(file, ScanLog())
+            elif os.path.isfile(file):
+                masks.append(file)
+            else:
+                missing[name] = file
         word = self._text(row, "split")
         split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
         if self._judge:
@@ -269,16 +308,17 @@ class _Reader:
             label, kind = self._label_of_files(image, masks, split, where), ""
         if not split:
             split = TEST if label == 1 or (label is None and self._labelled) else TRAIN
-        return Sample(
+        sample = Sample(
             image=image,
             split=split,
             class_name=self._text(row, "class_name") or self._class_name,
             label=label,
-            defect_type=self._text(row, "defect_type") or kind,
-            masks=masks,
+            defect_type=(self._text(row, "defect_type") or kind) if label != 0 else "",
+            masks=tuple(masks),
             group=self._text(row, "group"),
             record=_record(record, where),
         )
+        return sample, missing
 
     def notes(self) -> Iterable[str]:
         """What was made of the table."""
@@ -323,12 +363,6 @@ class _Reader:
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # whole numbers become floats where cells of their column are empty
         return (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)).strip()
-
-    def _existing(self, text: str, where: str) -> Path:
-        path = inside(self._base, text, where)
-        if not os.path.isfile(path):
-            raise DataError(f"{where}: no such file: {text}")
-        return path
 
 
 def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:

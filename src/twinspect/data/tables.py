@@ -155,11 +155,3 @@ def objects_of(value: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{where}: {str(value)[:60]!r} is not a list")
     for number, entry in enumerate(value, start=1):
         yield f"{where} row {number}", as_object(entry, f"{where} row {number}")
-
-
-def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A required text cell of a row."""
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {key} is {value!r}; a text is needed. Names found: {', '.join(row)}")
-    return value.strip()

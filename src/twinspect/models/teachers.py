@@ -280,10 +280,12 @@ def _cnn_stages(net: Any) -> list[tuple[int, int]]:
 def _read_vit(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
     """Indices of the levels whose maps, and of those whose global tokens are used; and what they are like."""
     depth, patch, width, config = len(net.blocks), net.patch_embed.patch_size[0], net.embed_dim, net.pretrained_cfg
-    levels = list(range(min(2, depth - 1), max(2, round(depth * 10 / 12))))
+    first = min(2, depth - 1)
+    levels = list(range(first, max(2, round(depth * 10 / 12))))  # none of three blocks: a student
     if depth >= 12:
         levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
-    token_levels = list(range(levels[0], depth))
+        first = levels[0]
+    token_levels = list(range(first, depth))
     return levels, token_levels, BackboneInfo(
         arch, "vit", (width,) * len(levels), (patch,) * len(levels), (width,) * len(token_levels), width, patch,
         448 // patch * patch, tuple(config["mean"]), tuple(config["std"]), net.num_prefix_tokens,
