@@ -392,14 +392,15 @@ class _ClassReader:
 
         in_tables: set[Path] = set()
         for table in tables:
-            rows = table_rows(table)
-            samples = read_rows(table, rows, self._log, None, False, self._name, place, split_at)
+            samples = read_rows(
+                table, table_rows(table), self._log, None, class_name=self._name, within=place, split_at=split_at
+            )
             fresh = [sample for sample in samples if not role_of(parts_of(sample.image))]
-            twice = next((row.image for row in fresh if row.image in in_tables), None)
+            twice = next((sample.image for sample in fresh if sample.image in in_tables), None)
             if twice is not None:
                 raise DataError(f"{table}: {twice} is listed twice, here or in another table beside it")
-            self._listed += [((row.image, parts_of(row.image)), row) for row in fresh]
-            in_tables.update(path for row in fresh for path in (row.image, *row.masks))
+            self._listed += [((sample.image, parts_of(sample.image)), sample) for sample in fresh]
+            in_tables.update(path for sample in fresh for path in (sample.image, *sample.masks))
             self._tables.add(table)
             if not fresh:
                 self._log.note(_NOT_USED.format(table))
