@@ -42,8 +42,7 @@ from twinspect.evaluation import evaluate, test_samples
 from twinspect.inference.decode import as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.report import Section, Table
 from twinspect.storage import build_model
 from twinspect.training.cache import image_key, pack, unpack
@@ -76,7 +75,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "dual": {},
     "n1": {"noisy_or": "n1"},
     "n3": {"noisy_or": "n3"},
-    "ee-last": {"ee_tokens": "last"},
+    "ee-all": {"ee_tokens": "all"},
     "ee-half": {"ee_depth": 0.5},
     "ee-whole": {"ee_depth": 1.0},
     "ee-half-pixels": {"ee_shrink": 2},
@@ -129,8 +128,8 @@ DUAL = {
     "raw": Row("the same student, Noisy-OR of raw distances", "dual", reading="raw"),
     "n1": Row("trained with n1", "n1"),
     "n3": Row("trained with n3", "n3"),
-    "ee-last": Row("EE on the last block's token", "ee-last"),
-    "ee-last-alone": Row("EE on the last block's token, EE alone", "ee-last", reading="semantic"),
+    "ee-all": Row("EE on the tokens of all blocks", "ee-all"),
+    "ee-all-alone": Row("EE on the tokens of all blocks, EE alone", "ee-all", reading="semantic"),
     "ee-half": Row("EE of half the blocks", "ee-half"),
     "ee-half-alone": Row("EE of half the blocks, EE alone", "ee-half", reading="semantic"),
     "ee-whole": Row("EE of all blocks", "ee-whole"),

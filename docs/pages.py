@@ -28,7 +28,7 @@ OF_ROOT = {
     "SECURITY.md": "security.md",
     "examples/README.md": "examples.md",
 }
-_LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s:]+?)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s:#]+)(#[^)\s]*)?\)")
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 

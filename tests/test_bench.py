@@ -28,11 +28,10 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 
 
 @pytest.fixture(scope="module")
-def onnx_of_two(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export that is fixed to two images a call."""
+def onnx_file(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from twinspect.export.build import export
 
-    path = tmp_path_factory.mktemp("bench") / "two.onnx"
+    path = tmp_path_factory.mktemp("bench") / "m.onnx"
     export(quick.fitted, path)
     return path
 
@@ -64,10 +63,10 @@ def test_batches_that_are_none(text: str) -> None:
         parse_batches(text)
 
 
-def test_parts_of_the_graph(onnx_of_two: Path, quick, benchmark_module, tmp_path: Path) -> None:
+def test_parts_of_the_graph(onnx_file: Path, quick, benchmark_module, tmp_path: Path) -> None:
     parts_of = benchmark_module("graph_parts").graph_parts
     bundle = quick.save(tmp_path / "m.twin")
-    for path, batch in ((bundle, 2), (onnx_of_two, 1), (onnx_of_two, 4)):
+    for path, batch in ((bundle, 2), (onnx_file, 1), (onnx_file, 4)):
         runtime = load_predictor(path).runtime
         found = parts_of(runtime, path, 0, np.zeros((batch, runtime.size, runtime.size, 3), np.uint8))
         assert set(found) <= {"teacher", "local", "semantic", "scorer", "other"}
@@ -75,14 +74,14 @@ def test_parts_of_the_graph(onnx_of_two: Path, quick, benchmark_module, tmp_path
         assert max(found.values()) < 1
 
 
-def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benchmark_module) -> None:
+def test_the_teacher_is_cut_out_of_the_same_graph(onnx_file: Path, quick, benchmark_module) -> None:
     """What is timed as the bare teacher reads raw pixels and says what the teacher says."""
     import onnx
     import onnxruntime as ort
     import torch
 
     benchmark = benchmark_module("graph_parts")
-    proto = benchmark.bare_teacher(onnx.load(str(onnx_of_two)))
+    proto = benchmark.bare_teacher(onnx.load(str(onnx_file)))
     assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
     model = quick.fitted.model
     pixels = np.stack([picture(i, model.size, model.size) for i in range(2)])
@@ -94,8 +93,8 @@ def test_the_teacher_is_cut_out_of_the_same_graph(onnx_of_two: Path, quick, benc
     assert any(one.size >= deepest.size and _holds(np.sort(one.ravel()), deepest) for one in found)
     with pytest.raises(AssertionError, match="nothing is read"):
         benchmark.bare_teacher(proto)
-    runtime = load_predictor(onnx_of_two).runtime
-    assert benchmark.ratio(runtime, onnx_of_two, 1, pixels) > 0
+    runtime = load_predictor(onnx_file).runtime
+    assert benchmark.ratio(runtime, onnx_file, 1, pixels) > 0
 
 
 def _holds(sorted_values: np.ndarray, wanted: np.ndarray) -> bool:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +24,11 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.commands.drift import read_predictions
+from twinspect.commands.options import PredictOptions
 from twinspect.commands.predict import chosen_engine, shard_of
+from twinspect.config import check_options
 from twinspect.errors import ConfigError, DataError, TwinspectError
-from twinspect.inference.archives import Stream
-from twinspect.inference.bulk import Totals, _Counter, run, say_totals, units
+from twinspect.inference.bulk import Totals, _count, run, say_totals, units
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, digest
 from twinspect.inference.pictures import PictureOptions
@@ -375,7 +375,7 @@ def test_rows_go_to_a_url(model: Path, shots: Path, whole: list[dict[str, Any]],
 
 def test_units_cut_the_input(shots: Path) -> None:
     found = list(units(walk_all([str(shots / "late"), str(shots / "shard.tar"), str(shots / "late")]), 6))
-    assert [0 if isinstance(one.content, Stream) else len(one.content) for one in found] == [6, 6, 3, 0, 6, 6, 3]
+    assert [0 if one.source else len(one.content) for one in found] == [6, 6, 3, 0, 6, 6, 3]
     assert [one.number for one in found] == list(range(7))
 
 
@@ -523,45 +523,27 @@ def test_a_file_of_another_kind_is_not_replaced(model: Path, tmp_path: Path) -> 
             assert runs(job(model, tmp_path / f"t{suffix}", tmp_path / "in", **coco))[0].rows == 1
 
 
-# ------------------------------------------------------------------------------- a table as the next input
+# ----------------------------------------------------------------------------------- rows as the next input
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.parquet", "t.jsonl", "t/"])
-def test_a_table_of_predictions_is_an_input(
-    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_list_of_names_of_rows_is_an_input(
+    model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(shots.parent)
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as file:
-        file.write(shots / "000.png", "in.png")
-    sources = [shots.name, tmp_path / "z.zip"]
-    out = f"{tmp_path}/{name}" if name.endswith("/") else tmp_path / name
-    first, _ = runs(job(model, out, *sources))
-    again, _ = runs(job(model, tmp_path / "again.parquet", out))
-    assert (again.rows, again.errors) == (first.rows, first.errors) == (47, 1)
-    found = table(tmp_path / "again.parquet")
-    assert [row["score"] for row in found[:46]] == [row["score"] for row in whole]
-    assert found[-1]["path"] == f"{tmp_path}/z.zip#in.png"
-
-
-def test_some_rows_of_a_table_are_an_input(model: Path, shots: Path, tmp_path: Path) -> None:
-    runs(job(model, tmp_path / "t.csv", shots))
-    with (tmp_path / "t.csv").open(newline="") as file:
-        header, *rows = csv.reader(file)
-    wanted = [rows[number] for number in (4, 42, 44, 2)]
-    wanted.insert(3, [f"{shots}/shard.tar#gone.png", *rows[0][1:]])
-    wanted.append([f"{shots}/gone.tar#1.png", *rows[0][1:]])
-    with (tmp_path / "some.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *wanted])
-    found = {item.name: item.error for item in walk_all([str(tmp_path / "some.csv")])}
-    assert list(found) == [row[0] for row in wanted]
-    assert [bool(text) for text in found.values()] == [False, False, False, True, False, True]
+    wanted = [whole[number] for number in (4, 42, 44, 2)]
+    gone = [f"{shots}/shard.tar#gone.png", f"{shots}/gone.tar#1.png"]
+    (tmp_path / "some.txt").write_text("\n".join([*(row["path"] for row in wanted), *gone]))
+    runs(job(model, tmp_path / "t.parquet", f"@{tmp_path}/some.txt"))
+    found = table(tmp_path / "t.parquet")
+    assert [row["path"] for row in found] == [*(row["path"] for row in wanted), *gone]
+    assert [row["score"] for row in found[:4]] == pytest.approx([row["score"] for row in wanted], rel=1e-3)
+    assert all("not in the file" in row["error"] for row in found[4:])
 
 
 def test_images_are_counted_beside_the_work(shots: Path) -> None:
-    counter = _Counter((str(shots / "late"), str(shots / "000.png")))
-    wait_for(lambda: counter.total)
-    assert counter.total == 16
-    assert _Counter(("s3://bucket/x",)).total == 0
+    for sources, expected in ((("late", "000.png"), 16), (("late", "shard.tar"), 0), (("gone",), 0)):
+        totals = Totals()
+        _count([str(shots / name) for name in sources], totals)
+        assert totals.expected == expected
 
 
 def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str, Any]]) -> None:
@@ -583,14 +565,14 @@ def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str,
 
 
 def test_engines_by_name() -> None:
-    assert chosen_engine("local", True, 0, 1.0, 0.0, "") is None
-    for words, sentence in (
-        (("spark", True, 0, 1.0, 0.0, ""), "unknown engine 'spark'"),
-        (("local", True, 2, 1.0, 0.0, ""), "need --engine ray"),
-        (("ray", False, 0, 1.0, 0.0, ""), "give --out"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            chosen_engine(*words)
+    options = PredictOptions(Path("m.twin"), ("new/",))
+    assert chosen_engine(options, True) is None
+    with pytest.raises(ConfigError, match="need --engine ray"):
+        chosen_engine(replace(options, actors=2), True)
+    with pytest.raises(ConfigError, match="give --out"):
+        chosen_engine(replace(options, engine="ray"), False)
+    with pytest.raises(ConfigError, match="unknown --engine 'spark'"):
+        check_options(replace(options, engine="spark"))
     assert shard_of("3/64") == (3, 64)
     for text in ("3", "a/b", "-1/4"):
         with pytest.raises(ConfigError, match="accepted I/N"):

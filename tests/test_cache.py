@@ -11,8 +11,8 @@ from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save, tra
 
 from twinspect import Detector
 from twinspect.errors import DataError
+from twinspect.models.contract import Observed
 from twinspect.models.dual import DualModel
-from twinspect.models.observed import Observed
 from twinspect.storage import build_model
 from twinspect.training import cache as cache_module
 from twinspect.training import source as source_module
@@ -259,14 +259,14 @@ def test_files_known_from_an_earlier_run_are_not_read_again(tmp_path: Path, monk
     monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)  # these files were written this moment
     model, read = model_of(), Reads(monkeypatch)
     for root in (tmp_path / "cache", None):
-        first = FeatureSource(model, samples_of(folder), root, silent, KnownFiles(notes))
+        first = FeatureSource(model, samples_of(folder), root, silent, notes)
         read.names.clear()
-        again = FeatureSource(model, samples_of(folder), root, silent, KnownFiles(notes))
+        again = FeatureSource(model, samples_of(folder), root, silent, notes)
         assert again.keys == first.keys
         assert [skipped.path.name for skipped in again.skipped] == ["bad.png"]
         assert set(read.names) == {"bad.png"}  # what could not be read is tried again
     save(folder / "002.png", picture(77))
-    changed = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent, KnownFiles(notes))
+    changed = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent, notes)
     assert "002.png" in read.names
     assert changed.keys[2] == image_key((folder / "002.png").read_bytes()) != first.keys[2]
     assert changed.keys[:2] + changed.keys[3:] == first.keys[:2] + first.keys[3:]
@@ -314,7 +314,7 @@ def test_notes_that_cannot_be_written_cost_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)
     (tmp_path / "notes").write_text("a file in the place of the folder")
     source = FeatureSource(
-        model_of(), samples_of(good_folder(tmp_path / "good", 2)), None, silent, KnownFiles(tmp_path / "notes")
+        model_of(), samples_of(good_folder(tmp_path / "good", 2)), None, silent, tmp_path / "notes"
     )
     assert len(source) == 2
 

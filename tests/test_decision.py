@@ -194,8 +194,6 @@ def test_a_class_without_any_good_image_is_judged_with_the_others() -> None:
 
 DRAWS = {
     "light": lambda rng, size: rng.normal(size=size),
-    "exponential": lambda rng, size: rng.exponential(size=size),
-    "student": lambda rng, size: rng.standard_t(4, size=size),
     "log-normal": lambda rng, size: rng.lognormal(0.0, 1.0, size=size),
 }
 

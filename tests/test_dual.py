@@ -13,9 +13,8 @@ from twinspect import Detector
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import fit_size
+from twinspect.models.contract import Observed, fit_size
 from twinspect.models.dual import DualModel, DualShape
-from twinspect.models.observed import Observed
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import surprise
@@ -122,7 +121,7 @@ def test_the_decoder_of_a_vit_starts_small_and_learns_as_published() -> None:
 
 @pytest.mark.parametrize("depth", [0.3, 0.5, 1.0])
 def test_a_shallower_student_answers_for_every_level(depth: float) -> None:
-    model = build_model(run_config(ee_depth=depth).model)
+    model = build_model(run_config(ee_depth=depth, ee_tokens="all").model)
     x = torch.randn(2, 3, 64, 64)
     tokens = model.student.semantic(model.shrink(x))
     assert [t.shape for t in tokens] == [(2, c) for c in model.teacher.info.token_channels]
@@ -130,17 +129,17 @@ def test_a_shallower_student_answers_for_every_level(depth: float) -> None:
 
 @pytest.mark.parametrize("depth", [0.5, 1.0])
 def test_the_encoder_encoder_may_answer_for_the_last_block_alone(depth: float) -> None:
-    model = build_model(run_config(ee_tokens="last", ee_depth=depth).model).eval()
+    model = build_model(run_config(ee_depth=depth).model).eval()
     x = torch.randn(2, 3, 64, 64)
     observed, small = model.observe(x), model.shrink(x)
     (said,) = model.predictions(observed, small)[2:]
     last = model.standardised(observed.tokens[0])[:, -model.teacher.info.token_channels[-1] :]
     expected = 1.0 - F.cosine_similarity(last, said, dim=1)
     torch.testing.assert_close(model.plain(observed, small).semantic_BR[:, 0], expected)
-    with pytest.raises(ConfigError, match="all, last"):
+    with pytest.raises(ConfigError, match="last, all"):
         run_config(ee_tokens="first")
     with pytest.raises(ConfigError, match="--model dual only"):
-        run_config(model="snl", ee_tokens="last")
+        run_config(model="snl", ee_tokens="all")
 
 
 @pytest.mark.parametrize(("reading", "same"), [("n2", True), ("n3", True), ("n1", False)])
@@ -194,8 +193,8 @@ def paper_readings(model: DualModel, pixels: torch.Tensor) -> tuple[torch.Tensor
     top = int(0.01 * maps[0].numel())
     local = maps.flatten(1).sort(1, descending=True).values[:, :top].mean(1)
     scaled = (observed.tokens[0] - model.standardised.mean_E) / model.standardised.scale_E
-    pairs = zip(scaled.split(list(model.teacher.info.token_channels), 1), model.student.semantic(small), strict=True)
-    semantic = torch.stack([1 - (t * s).sum(1) / t.norm(dim=1) / s.norm(dim=1) for t, s in pairs]).mean(0)
+    t, (s,) = scaled[:, -model.teacher.info.token_channels[-1] :], model.student.semantic(small)
+    semantic = 1 - (t * s).sum(1) / t.norm(dim=1) / s.norm(dim=1)
     return maps, torch.stack([local, semantic], 1).double().numpy()
 
 

@@ -10,10 +10,10 @@ from scipy.stats import norm
 from tiny import RANDOM, RANDOM_CNN, picture, run_config
 
 from twinspect import Detector
+from twinspect.models.contract import Observed, Outputs
 from twinspect.models.dual import TOP_SHARE as PLAIN_SHARE
 from twinspect.models.dual import DualModel
 from twinspect.models.layers import DecoderBlock, to_map, to_tokens
-from twinspect.models.observed import Observed, Outputs
 from twinspect.models.scorer import TOP_SHARE, GroupPlan, Scorer
 from twinspect.models.statistics import NEIGHBOURS, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.storage import build_model
@@ -73,10 +73,10 @@ def slow_decoder(model: DualModel, trunk: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.split(maps, model.groups.widths, 1))
 
 
-def slow_tokens(model: DualModel, observed: Observed) -> list[torch.Tensor]:
-    """What the Encoder-Encoder should say: standardised global tokens, level by level."""
+def slow_token_of_last_level(model: DualModel, observed: Observed) -> torch.Tensor:
+    """What the Encoder-Encoder should say: the standardised global token of the last level."""
     scaled = (observed.tokens[0] - model.standardised.mean_E) / model.standardised.scale_E
-    return list(torch.split(scaled, list(model.teacher.info.token_channels), 1))
+    return scaled[:, -model.teacher.info.token_channels[-1] :]
 
 
 def full_size(scorer: Scorer, maps: torch.Tensor) -> torch.Tensor:
@@ -96,8 +96,8 @@ def slow_plain(model: DualModel, observed: Observed, small: torch.Tensor) -> tup
     pairs = zip(groups, slow_decoder(model, trunk), strict=True)
     maps = full_size(model.scorer, torch.stack([1 - F.cosine_similarity(t, s, dim=1) for t, s in pairs]).mean(0))
     local = torch.tensor([largest(one, PLAIN_SHARE) for one in maps])
-    pairs = zip(slow_tokens(model, observed), model.student.semantic(small), strict=True)
-    semantic = torch.stack([1 - F.cosine_similarity(t, s, dim=1) for t, s in pairs]).mean(0)
+    (said,) = model.student.semantic(small)
+    semantic = 1 - F.cosine_similarity(slow_token_of_last_level(model, observed), said, dim=1)
     return maps, torch.stack([local, semantic], 1)
 
 

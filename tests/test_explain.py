@@ -68,7 +68,7 @@ def test_explain_says_what_the_row_says(detector: Detector) -> None:
     assert said["answer"] == "anomaly"
     assert said["severity"] == pytest.approx(found.score / found.threshold)
     assert sum(said["shares"].values()) == pytest.approx(1.0)
-    assert said["regions"] == [region.to_dict() for region in found.regions]
+    assert said["regions"] == [dataclasses.asdict(region) for region in found.regions]
     assert said["nearest"] == found.row()["nearest"] != ""
     assert f"{found.severity:.2f} times the threshold" in said["text"]
     assert found.nearest in said["text"]

@@ -111,12 +111,12 @@ def test_other_versions_say_what_to_type(onnx_file: Path, tmp_path: Path, versio
     ("pixels", "said"),
     [
         (np.zeros((1, 3, 64, 64), np.uint8), "channels come first"),
-        (np.zeros((1, 64, 64, 3), np.float32), "float32"),
+        (np.zeros((1, 64, 64, 3), np.float32), "type float32"),
         (np.zeros((1, 64, 64, 4), np.uint8), r"\(1, 64, 64, 4\)"),
-        (np.zeros((64, 64, 3), np.uint8), "accepted B x H x W x 3"),
-        (np.zeros((1, 0, 64, 3), np.uint8), "no side 0"),
-        (np.zeros((0, 64, 64, 3), np.uint8), "no side 0"),
-        (np.zeros((1, 32, 64, 3), np.uint8), "resize first"),
+        (np.zeros((64, 64, 3), np.uint8), "accepted uint8 of B x 64 x 64 x 3"),
+        (np.zeros((1, 0, 64, 3), np.uint8), r"\(1, 0, 64, 3\)"),
+        (np.zeros((0, 64, 64, 3), np.uint8), "B from 1"),
+        (np.zeros((1, 32, 64, 3), np.uint8), r"\(1, 32, 64, 3\)"),
     ],
 )
 def test_pixels_a_graph_would_misread_are_refused(pixels: np.ndarray, said: str) -> None:
@@ -163,7 +163,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
 def test_a_missing_runtime_says_what_to_type(
     onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -173,17 +173,11 @@ def test_a_missing_runtime_says_what_to_type(
         raise ImportError(f"No module named {module}")
 
     monkeypatch.setattr(runtimes.importlib, "import_module", absent)
-    with pytest.raises(TwinspectError, match=r"pip install (onnxruntime|openvino|torch)"):
+    with pytest.raises(TwinspectError, match=f"pip install {name}"):
         runtimes.required(name, onnx_file)
 
 
-def test_runtimes_that_cannot_run_a_file(onnx_file: Path, bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="runtime torch runs bundles"):
-        load(onnx_file, runtime="torch")
-    with pytest.raises(ConfigError, match="twinspect export"):
-        load(bundle, runtime="onnx")
-    with pytest.raises(ConfigError, match="unknown runtime"):
-        load(onnx_file, runtime="onxx")
+def test_threads_that_no_machine_has(onnx_file: Path) -> None:
     with pytest.raises(ConfigError, match="--threads -1"):
         load(onnx_file, threads=-1)
 
@@ -246,9 +240,7 @@ def test_painted_images_are_compared_where_there_are_none(quick) -> None:
 
 
 @pytest.mark.slow
-def test_openvino_equals_torch(quick, images, onnx_file: Path, tmp_path: Path) -> None:
-    found, _ = check(onnx_file, quick.fitted, images, "openvino")
-    assert not found.problems("fp32")
+def test_openvino_equals_torch(quick, images, tmp_path: Path) -> None:
     out = tmp_path / "model.xml"
     assert not export(quick.fitted, out, images=images).problems("fp32")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.xml", "model.xml.json"]

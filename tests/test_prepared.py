@@ -5,9 +5,8 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, same_tensors
 
 from twinspect import Detector
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
-from twinspect.models.observed import Outputs
 from twinspect.storage import build_model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -101,7 +103,7 @@ def test_p_value_of_a_region_counts_good_maps() -> None:
     grid[2, 2] = 95.0
     (region,) = find_regions(grid, (8, 8), 90.0, PEAKS)
     assert region.p_value == pytest.approx((1 + 5) / 100)
-    assert region.to_dict() == {
+    assert asdict(region) == {
         "x": 2, "y": 2, "width": 1, "height": 1, "area": 1, "score": 95.0, "p_value": region.p_value,
     }  # fmt: skip
 

@@ -189,7 +189,9 @@ def test_many_points_make_a_small_chart_with_both_ends() -> None:
 
 
 def test_a_table_of_dicts_has_a_dash_where_a_row_has_no_value() -> None:
-    table = Table.of("t", [{"class": "a", "auroc": 0.5}, {"class": "b", "found": 3}], "a note")
+    table = Table.of(
+        "t", [{"class": "a", "auroc": 0.5, "x": None}, {"class": "b", "auroc": None, "found": 3}], "a note"
+    )
     assert table.columns == ("class", "auroc", "found")
     assert table.rows == (("a", 0.5, "-"), ("b", "-", 3))
 

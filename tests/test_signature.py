@@ -139,7 +139,7 @@ def test_the_server_takes_signed_models_only_also_when_it_reads_them_again(
 ) -> None:
     from twinspect.server import run as running
 
-    line = ["serve", str(model), "--require-signature", str(keys.public), "--log", "none", "--runtime", "torch"]
+    line = ["serve", str(model), "--require-signature", str(keys.public), "--log", "none"]
     found = CliRunner().invoke(app, line)
     assert (found.exit_code, "parts.twin is not signed" in found.output) == (2, True)
     sign(model, keys.private)

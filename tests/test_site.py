@@ -45,6 +45,11 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_links_inside_a_page_stay_links(site: Path) -> None:
+    assert '<a href="#constants">constants</a>' in (site / "results.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_every_command_option_and_route_is_in_the_reference(site: Path) -> None:
     from twinspect.server.app import build_app
     from twinspect.server.settings import Settings

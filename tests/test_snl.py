@@ -15,8 +15,7 @@ from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models import snl
-from twinspect.models.contract import fit_size
-from twinspect.models.observed import Selection
+from twinspect.models.contract import Selection, fit_size
 from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import surprise

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import position_cosine_distance
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Observed, Plain
 from twinspect.models.layers import to_tokens
-from twinspect.models.observed import Observed, Plain
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Teacher
 from twinspect.scoring import upsample

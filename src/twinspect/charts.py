@@ -23,18 +23,13 @@ COLOURS = 5  # classes s0 to s4 of the template
 
 @dataclass(frozen=True, slots=True)
 class LineChart:
-    """Lines over two axes from 0 to 1, and the line of guessing (ROC); at most five lines.
-
-    Attributes:
-        lines: x and y of the points of each line, by its name.
-        marks: x and y of single points, such as the one a threshold works at, by name.
-    """
+    """Lines over two axes from 0 to 1, and the line of guessing (ROC); at most five lines."""
 
     title: str
     x_label: str
     y_label: str
-    lines: Mapping[str, tuple[ArrayLike, ArrayLike]]
-    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    lines: Mapping[str, tuple[ArrayLike, ArrayLike]]  # x and y of the points, by name
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # single points, by name
 
     def svg(self) -> str:
         """The chart as an ``svg`` element."""
@@ -63,15 +58,12 @@ class LineChart:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Shares of groups (at most five) of finite values over one common axis, one row each.
-
-    The threshold is a vertical line through all of them; None draws none.
-    """
+    """Shares of groups (at most five) of finite values over one common axis, one row each."""
 
     title: str
     x_label: str
     groups: Mapping[str, ArrayLike]
-    threshold: float | None = None
+    threshold: float | None = None  # a vertical line through all of them
 
     def svg(self) -> str:
         """The chart as an ``svg`` element."""

@@ -21,26 +21,15 @@ from twinspect.server.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A row of `COMMANDS`.
+    """A row of `COMMANDS`. Its function gets the options, a dict of the settings if it has some, and a `Console`."""
 
-    Attributes:
-        name: what is typed, such as ``data inspect``.
-        run: ``module:function`` of ``twinspect.commands``. It is called with the options, a dict of the settings
-            where there are some, and a `Console`.
-        options: dataclass; its docstring is the help, its fields that have a help are the options.
-        example: what may follow the name; stands under the help.
-        settings: further dataclasses whose fields are options too.
-        optional: whether a setting that is not typed is None, and not its default.
-        shown: options that ``--help`` shows; the others need ``--help-all``. Without any it shows all.
-    """
-
-    name: str
-    run: str
-    options: type
-    example: str = ""
-    settings: tuple[type, ...] = ()
-    optional: bool = False
-    shown: tuple[str, ...] = ()
+    name: str  # what is typed, such as ``data inspect``
+    run: str  # ``module:function`` of ``twinspect.commands``
+    options: type  # dataclass; its docstring is the help, its fields that have a help are the options
+    example: str = ""  # what may follow the name; stands under the help
+    settings: tuple[type, ...] = ()  # further dataclasses whose fields are options too
+    optional: bool = False  # whether a setting that is not typed is None, and not its default
+    shown: tuple[str, ...] = ()  # options that ``--help`` shows; empty for all. ``--help-all`` shows the others
 
     def add_to(self, app: typer.Typer) -> None:
         """Make it a command of an app."""

@@ -30,17 +30,11 @@ _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: 
 
 
 class Range(NamedTuple):
-    """Numbers that an option accepts, both ends included.
-
-    Attributes:
-        low: smallest; 0 < x where it is the smallest float.
-        high: largest.
-        zero: what a 0 outside of the range means; empty where it is refused.
-    """
+    """Numbers that an option accepts, both ends included."""
 
     low: float
     high: float = math.inf
-    zero: str = ""
+    zero: str = ""  # what a 0 outside of the range means; empty where it is refused
 
     def refusal(self, value: float) -> str:
         """What is accepted instead of a value; empty where it is accepted."""
@@ -119,22 +113,15 @@ def of_effort(name: str) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of models: one file that is an `models.contract.AnomalyModel`, and one row of `FAMILIES`.
+    """A family of models: one file that is an `models.contract.AnomalyModel`, and one row of `FAMILIES`."""
 
-    Attributes:
-        module: the file; its function ``build(teacher, config, size)`` gives the untrained model.
-        summary: for ``fit --help``.
-        cnn_size: input side where none is asked for, with a CNN as the teacher; 0 takes the teacher's. RD4AD's 256
-            for structural models: their finest stage has four times the positions of the dual model's.
-        own: settings of `ModelConfig` that may be chosen in this family and are refused in others without them.
-        preset: settings that hold where nothing else is asked for.
-    """
-
-    module: str
-    summary: str
+    module: str  # the file; its function ``build(teacher, config, size)`` gives the untrained model
+    summary: str  # for ``fit --help``
+    # Input side where none is asked for, with a CNN as the teacher; 0 takes the teacher's. RD4AD's 256 for structural
+    # models: their finest stage has four times the positions of the dual model's.
     cnn_size: int = 0
-    own: tuple[str, ...] = ()
-    preset: Mapping[str, Any] = field(default_factory=dict)
+    own: tuple[str, ...] = ()  # settings of `ModelConfig` that only this family (and others that name them) has
+    preset: Mapping[str, Any] = field(default_factory=dict)  # hold where nothing else is asked for
 
 
 _SNL = "twinspect.models.snl"
@@ -171,45 +158,32 @@ class ModelConfig:
         flag="--pretrained/--random-teacher",
     )
     size: int = option(
-        "Input side in pixels; 0 takes the teacher's default.",
-        0,
-        accepts=Range(SMALLEST, LARGEST, zero="the teacher's default"),
+        "Input side in pixels; 0: the teacher's.", 0, accepts=Range(SMALLEST, LARGEST, "the teacher's default")
     )
     tiles: str = option(
         "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs.", ""
     )
-    width: int = option(
-        "Width of the Encoder-Decoder; 0 takes the teacher's width (ViT) or 64 (CNN).", 0, accepts=Range(0)
-    )
-    depth: int = option(
-        "Blocks of the Encoder-Decoder, 0 takes 8 (ViT) or 1 (CNN); of a structural student 6 (ViT) or 3 a stage.",
-        0,
-    )
+    width: int = option("Width of the Encoder-Decoder; 0: the teacher's (ViT) or 64 (CNN).", 0)
+    depth: int = option("Blocks of the decoder; 0: 8 (ViT) or 1 (CNN), structural 6 (ViT) or 3 a stage (CNN).", 0)
     dropout: float = option(
         "Noise of the bottleneck; 0.4 suits very large and varied sets.", 0.2, accepts=Range(0, 0.99)
     )
     ee_shrink: int = option(
-        "Factor by which the Encoder-Encoder's input is smaller; 0 takes 1 (ViT) or about size / 64 (CNN).",
-        0,
+        "How much smaller the Encoder-Encoder's input is; 0: 1 (ViT) or about size / 64 (CNN).", 0
     )
     ee_depth: float = option(
-        "Share of the teacher's blocks (of a CNN's: of every stage) in the Encoder-Encoder; 0 takes 1 (ViT) or 0.25.",
-        0.0,
-        accepts=Range(0, 1),
+        "Share of the teacher's blocks in the Encoder-Encoder; 0: 1 (ViT) or 0.25 (CNN).", 0.0, accepts=Range(0, 1)
     )
     ee_tokens: str = option(
-        "dual: class tokens that the Encoder-Encoder learns and is compared in: those of all blocks, or of the last.",
-        "all",
-        accepts=("all", "last"),
+        "dual: class tokens that the Encoder-Encoder learns: of the last block or all.",
+        "last",
+        accepts=("last", "all"),
     )
     recentre: bool = option(
-        "dual, with a ViT: the Encoder-Decoder rebuilds patches minus the class token, layer-normed (Dinomaly2).",
-        False,
+        "dual, with a ViT: rebuild patches minus the class token, layer-normed (Dinomaly2).", False
     )
     direction: str = option(
-        "snl: reverse (bottleneck and decoder) or forward (an encoder from scratch); empty takes reverse.",
-        "",
-        accepts=("reverse", "forward"),
+        "snl: reverse (a decoder) or forward (an encoder); empty: reverse.", "", accepts=("reverse", "forward")
     )
     terms: str = option(
         "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; a weight may follow "
@@ -218,13 +192,9 @@ class ModelConfig:
     )
     cram: int = option("snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.", -1)
     cram_place: str = option(
-        "snl: bottleneck (reverse only) or stages; empty takes the first that is possible.",
-        "",
-        accepts=("bottleneck", "stages"),
+        "snl: bottleneck (reverse only) or stages; empty: what is possible.", "", accepts=("bottleneck", "stages")
     )
-    cram_add_back: bool = option(
-        "snl: whether the residual aggregation adds the centres back to what of the residuals passes.", True
-    )
+    cram_add_back: bool = option("snl: whether the residual aggregation adds its centres to what it gives.", True)
     scoring: str = option(
         "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
         "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
@@ -233,23 +203,13 @@ class ModelConfig:
         accepts=("plain", "default", "published"),
     )
     channel_reading: str = option(
-        "snl: reading of the channel term: kl (sum over positions), kl_mean (mean over them) or cosine.",
-        "kl",
-        accepts=("kl", "kl_mean", "cosine"),
+        "snl: channel term: kl (sum over positions), kl_mean or cosine.", "kl", accepts=("kl", "kl_mean", "cosine")
     )
-    temperature: float = option(
-        "snl: of the channel term's softmax, in spreads of a channel on normal images.", 1.0, accepts=ABOVE_ZERO
-    )
+    temperature: float = option("snl: of the channel term, in spreads of a normal channel.", 1.0, accepts=ABOVE_ZERO)
     affinity_side: int = option(
-        "snl: grid that maps are pooled to for affinities within an image; memory is its fourth power.",
-        16,
-        accepts=Range(2),
+        "snl: grid of affinities in an image; memory is its fourth power.", 16, accepts=Range(2)
     )
-    affinity_map: float = option(
-        "snl: weight of the affinity difference map beside the feature distance map, each divided by its mean on "
-        "good images; 0 leaves it out.",
-        0.0,
-    )
+    affinity_map: float = option("snl: weight of the affinity difference map in the map; 0 leaves it out.", 0.0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -348,27 +308,18 @@ def tolerated(text: str) -> tuple[str, ...]:
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = option(
-        "Optimiser steps; 0 trains no students and learns statistics of good images only.", 100, accepts=Range(0)
-    )
+    steps: int = option("Optimiser steps; 0 trains no students: statistics of good images only.", 100)
     batch: int = option("Images per step.", 16, accepts=Range(2, 1 << 16))
     seed: int = option("Seed of weights, order, noise and splits.", 0, accepts=SEEDS)
-    lr: float = option(
-        "Peak learning rate of the Encoder-Decoder; falls to a tenth along a cosine.", 2e-3, accepts=ABOVE_ZERO
-    )
+    lr: float = option("Peak learning rate of the Encoder-Decoder; falls to a tenth.", 2e-3, accepts=ABOVE_ZERO)
     lr_ee: float = option("Peak learning rate of the Encoder-Encoder.", 1e-3, accepts=ABOVE_ZERO)
     warmup: int = option("Steps of linear warm-up.", 10)
     weight_decay: float = option("Decoupled weight decay.", 1e-4)
     clip: float = option("Largest gradient norm of each student.", 0.1, accepts=ABOVE_ZERO)
     noisy_or: str = option("Reading of the Noisy-OR objective: n1, n2 or n3.", "n2", accepts=("n1", "n2", "n3"))
-    easy_ramp: int = option(
-        "Steps over which the easy share of positions rises to 0.9 (hard mining).", 1000, accepts=Range(0)
-    )
+    easy_ramp: int = option("Steps in which the easy share of positions rises to 0.9 (hard mining).", 1000)
     precision: str = option(
-        "fp32, bf16 (autocast of the students, and of a teacher that is asked at every step), or auto: bf16 on a "
-        "GPU.",
-        "auto",
-        accepts=("auto", "fp32", "bf16"),
+        "fp32, bf16 (autocast of the students), or auto: bf16 on a GPU.", "auto", accepts=("auto", "fp32", "bf16")
     )
     device: str = option("auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
     pose: str = option(
@@ -379,23 +330,12 @@ class TrainConfig:
     )
     time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
     checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
-    tolerate: str = option(
-        "Changes of good images that are no anomaly: jpeg, light, shift, separated by commas. Altered copies are "
-        "learnt, at most 50 a class and kind.",
-        "",
-    )
-    holdout: float = option(
-        "Share of the good training images that the students do not see.", 0.2, accepts=Range(0.05, 0.5)
-    )
+    tolerate: str = option("Changes of good images that are no anomaly: jpeg, light, shift, separated by commas.", "")
+    holdout: float = option("Share of good images that the students do not see.", 0.2, accepts=Range(0.05, 0.5))
     thumbnails: int = option(
-        "Longest side in pixels of the good images that the bundle keeps to show beside alarms; 0 keeps none.",
-        96,
-        accepts=Range(0, 512),
+        "Longest side of the good images shown beside alarms; 0: none.", 96, accepts=Range(0, 512)
     )
-    drop_outliers: int = option(
-        "Number of good images to leave out: those least like the others, which fit lists in any case.",
-        0,
-    )
+    drop_outliers: int = option("How many good images to leave out: those least like the others.", 0)
     cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)
 
     def __post_init__(self) -> None:

@@ -38,14 +38,10 @@ def end_on_sigterm() -> None:
 
 
 class Console:
-    """Context of a command: prints, shows progress, turns our own errors into exit code 2.
-
-    Args:
-        quiet: print nothing but what is asked for (progress and remarks go to stderr anyway).
-    """
+    """Context of a command: prints, shows progress, turns our own errors into exit code 2."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.quiet = quiet  # print nothing but what is asked for (progress and remarks go to stderr anyway)
         self._bar: Progress | None = None
         self._stage = ""
         self._began = self._said = 0.0

@@ -41,27 +41,17 @@ Visit = Callable[["Composite", Result], None]
 
 @dataclass(frozen=True, slots=True)
 class Composite:
-    """An image made of two classes.
+    """An image made of two classes."""
 
-    Attributes:
-        kind: ``mixup`` or ``cutpaste``.
-        base, other: the class whose image it is, and the class that intrudes.
-        base_image, other_image: the files it was made from.
-        rgb: H x W x 3 uint8, in the size of the base image.
-        mask: H x W, True where it differs from the base by design: everywhere, or the pasted piece.
-        weight: share of the other class under the mask.
-        box: top, left, height, width of the pasted piece in pixels; the whole image for Mixup.
-    """
-
-    kind: str
-    base: str
-    other: str
-    base_image: str
+    kind: str  # mixup or cutpaste
+    base: str  # class whose image it is
+    other: str  # class that intrudes
+    base_image: str  # files it was made from
     other_image: str
-    rgb: Pixels = field(repr=False)
-    mask: NDArray[np.bool_] = field(repr=False)
-    weight: float
-    box: tuple[int, int, int, int]
+    rgb: Pixels = field(repr=False)  # H x W x 3, in the size of the base image
+    mask: NDArray[np.bool_] = field(repr=False)  # H x W, true where it differs by design: everywhere, or the piece
+    weight: float  # share of the other class under the mask
+    box: tuple[int, int, int, int]  # top, left, height, width of the piece in pixels; the whole image for Mixup
 
     def row(self) -> dict[str, Any]:
         """How it was made, as plain values."""
@@ -86,23 +76,14 @@ class Plan:
 
 @dataclass(slots=True)
 class Diagnosis:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        classes: in the order of the matrices.
-        splits: class -> split its normal images come from.
-        pairs: one dict per ordered pair: ``base``, ``other`` and `MEASURES`.
-        images: one dict per made image: how it was made and how it scored.
-        failed: normal images that could not be read.
-        taken: (class, class that its normal images are taken for) to number of images.
-    """
-
-    classes: list[str]
-    splits: dict[str, str]
-    pairs: list[dict[str, Any]] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    taken: Counter[tuple[str, str]] = field(default_factory=Counter)
+    classes: list[str]  # in the order of the matrices
+    splits: dict[str, str]  # class -> split its normal images come from
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # of every ordered pair: base, other and `MEASURES`
+    images: list[dict[str, Any]] = field(default_factory=list)  # how each was made, and its score
+    failed: list[str] = field(default_factory=list)  # normal images that could not be read
+    taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # (class, predicted class) of normal images
 
     def mean(self) -> dict[str, float]:
         """Mean of every measure over the pairs."""

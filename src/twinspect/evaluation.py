@@ -24,27 +24,16 @@ _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or reg
 
 @dataclass(slots=True)
 class Evaluation:
-    """What an evaluation found.
+    """What an evaluation found."""
 
-    Attributes:
-        joint: accumulator of the joint score, for bootstrap intervals or to merge with others.
-        table: ``classes``, ``mean``, ``defects``, ``images``, ``undefined`` of the joint score, ready for JSON.
-        students: mean and per-class image metrics of each student alone.
-        rows: one plain dict per image.
-        decisions: what the thresholds in use make of the images, by class; see `count_calls`.
-        seconds: wall time of decoding and prediction.
-        failed: images that could not be scored, with reasons.
-        masks: masks that could not be used, with reasons; their images add to image metrics only.
-    """
-
-    joint: Evaluator
-    table: dict[str, Any] = field(default_factory=dict)
-    students: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    decisions: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    failed: list[str] = field(default_factory=list)
-    masks: list[str] = field(default_factory=list)
+    joint: Evaluator  # of the joint score, for bootstrap intervals or to merge with others
+    table: dict[str, Any] = field(default_factory=dict)  # `Evaluator.compute` of the joint score
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same of each student alone, images only
+    rows: list[dict[str, Any]] = field(default_factory=list)  # columns of a result, and the labels
+    decisions: dict[str, dict[str, float]] = field(default_factory=dict)  # at thresholds in use: `count_calls`
+    seconds: float = 0.0  # wall time of decoding and prediction
+    failed: list[str] = field(default_factory=list)  # images that could not be scored, with reasons
+    masks: list[str] = field(default_factory=list)  # that could not be used: image metrics only, with reasons
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,11 +37,13 @@ class Table:
     note: str = ""
 
     @classmethod
-    def of(cls, title: str, rows: Iterable[Mapping[str, str | int | float]], note: str = "") -> Table:
-        """A column for every key of the rows, in the order in which they first stand; a dash where a row has none."""
+    def of(cls, title: str, rows: Iterable[Mapping[str, Any]], note: str = "") -> Table:
+        """A column for every key that a row has a value for; a dash where a row has none, or None."""
         listed = list(rows)
-        columns = tuple(dict.fromkeys(key for row in listed for key in row))
-        return cls(title, columns, tuple(tuple(row.get(key, "-") for key in columns) for row in listed), note)
+        keys = dict.fromkeys(key for row in listed for key in row)
+        columns = tuple(key for key in keys if any(row.get(key) is not None for row in listed))
+        body = (tuple("-" if row.get(key) is None else row[key] for key in columns) for row in listed)
+        return cls(title, columns, tuple(body), note)
 
     def cells(self) -> list[list[str]]:
         """Columns and rows as they are written."""
@@ -64,19 +67,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Cases:
-    """Pictures under one colour scale.
-
-    Attributes:
-        scale: (low, high) of map values for colours, one for all images of a model.
-        note: a sentence above the pictures.
-        third: what the third pictures are, where there are some.
-    """
+    """Pictures under one colour scale."""
 
     title: str
     cases: tuple[Case, ...]
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # map values from low to high for colours, one for all images of a model
     note: str = ""
-    third: str = "Nearest good training image"
+    third: str = "Nearest good training image"  # what the third pictures are, where there are some
 
 
 Part = Table | LineChart | Histogram | Cases

@@ -50,21 +50,13 @@ def smooth(map_B1hw: Tensor, kernel: Tensor, rim: str = "replicate") -> Tensor:
 
 
 class PublishedMap(NamedTuple):
-    """How a public code turns distances of layer groups into a map and a score.
+    """How a public code turns distances of layer groups into a map and a score."""
 
-    Attributes:
-        mean: whether the groups are averaged; they are summed otherwise.
-        side: of the map; 0 leaves it at the input's.
-        radius: of the Gaussian of sigma 4, in pixels.
-        rim: see `smooth`.
-        share: of the map's highest values, whose mean is the score; 0 takes the highest.
-    """
-
-    mean: bool
-    side: int
-    radius: int
-    rim: str
-    share: float
+    mean: bool  # whether the groups are averaged; they are summed otherwise
+    side: int  # of the map; 0 leaves it at the input's
+    radius: int  # of the Gaussian of sigma 4, in pixels
+    rim: str  # see `smooth`
+    share: float  # of the map's highest values, whose mean is the score; 0 takes the highest
 
 
 # Dinomaly's blur is a kernel of 5 x 5, of which sigma 4 makes nearly a box. RD4AD's is scipy's, cut at four sigma.

@@ -4,14 +4,13 @@ from metrics_reference import aupro as slow_aupro
 from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
-from twinspect.metrics import ScoreHistogram
-from twinspect.metrics.pages import keys_of
-from twinspect.metrics.pixels import REGION_METRICS, UNIT, connected_regions, region_weights
+from twinspect.metrics.pages import MemoryBudget, keys_of
+from twinspect.metrics.pixels import REGION_METRICS, UNIT, ScoreHistogram, connected_regions, region_weights
 
 
 def area(name, maps, masks=None, regions=None):
     """A metric of `REGION_METRICS`."""
-    histogram, nothing = ScoreHistogram(), [None] * len(maps)
+    histogram, nothing = ScoreHistogram(MemoryBudget(1 << 27)), [None] * len(maps)
     for m, mask, pairs in zip(maps, masks or nothing, regions or nothing, strict=True):
         histogram.update(m, mask, regions=pairs)
     return histogram.compute().values[name]
@@ -90,4 +89,4 @@ def test_undefined_without_regions_or_without_normal_pixels():
 
 def test_bad_area():
     with pytest.raises(DataError, match="saturation area"):
-        ScoreHistogram().update(np.ones((3, 3)), regions=[(np.ones((3, 3)), 0)])
+        ScoreHistogram(MemoryBudget(1 << 27)).update(np.ones((3, 3)), regions=[(np.ones((3, 3)), 0)])

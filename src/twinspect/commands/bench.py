@@ -34,7 +34,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     batches = parse_batches(options.batch)
     for batch in batches:
         check_counts(options.threads, batch)
-    predictor = load_predictor(options.model, options.runtime, options.threads, 1, options.weights)
+    predictor = load_predictor(options.model, options.threads, 1, options.weights)
     files, images = _files(options.images)
     rows = []
     for done, batch in enumerate(batches):
@@ -43,7 +43,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     runtime, precision, size = "torch", "fp32", predictor.runtime.size
     if is_export(options.model):
         meta = read_export(options.model)
-        runtime, precision = (meta.runtime if options.runtime == "auto" else options.runtime), meta.precision
+        runtime, precision = meta.runtime, meta.precision
     threads = options.threads or "auto"
     title = f"{options.model.name}: {runtime} {precision} at {size} px, threads {threads}, {images}"
     body = []

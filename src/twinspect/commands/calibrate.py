@@ -183,16 +183,14 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
 
 def threshold_table(decision: Decision) -> Table:
     """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
-    rows = class_values(decision)
-    third = any(row["threshold_unsure"] is not None for row in rows.values())
-    body = []
-    for name, row in rows.items():
-        unsure = "-" if row["threshold_unsure"] is None else row["threshold_unsure"]
-        numbers = (*((unsure,) if third else ()), row["threshold"], row["false_alarms"], row["called"])
-        body.append((name, row["images"], *numbers))
-    between = ("unsure from",) if third else ()
-    columns = ("class", "good images", *between, "threshold", "false alarms", "called bad")
-    return Table("Thresholds by class", columns, tuple(body), _NOTE)
+    rows = [
+        {
+            "class": name, "good images": row["images"], "unsure from": row["threshold_unsure"],
+            "threshold": row["threshold"], "false alarms": row["false_alarms"], "called bad": row["called"],
+        }
+        for name, row in class_values(decision).items()
+    ]  # fmt: skip
+    return Table.of("Thresholds by class", rows, _NOTE)
 
 
 def false_alarms(rule: Rule) -> str:

@@ -44,19 +44,12 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class DemoSize:
-    """How much the demo does.
+    """How much the demo does."""
 
-    Attributes:
-        train: nominal images to learn from, those held out for calibration included.
-        test: images of each kind to evaluate on.
-        steps: optimiser steps.
-        budget_s: seconds after which training stops, on machines slower than two cores.
-    """
-
-    train: int
-    test: int
+    train: int  # nominal images to learn from, those held out for calibration included
+    test: int  # images of each kind to evaluate on
     steps: int
-    budget_s: float
+    budget_s: float  # seconds after which training stops, on machines slower than two cores
 
 
 FULL = DemoSize(train=400, test=300, steps=TrainConfig().steps, budget_s=90.0)

@@ -35,7 +35,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     names = tuple(name.strip() for name in options.classes.split(",") if name.strip())
     plan = Plan(options.count, options.normals, options.seed, names)
     results.check_outputs(options.report, options.json_file)
-    predictor = load(options.bundle, options.runtime, weights=options.weights)
+    predictor = load(options.bundle, weights=options.weights)
     samples = data.load(options.data, options.layout, options.images).samples
     passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
 

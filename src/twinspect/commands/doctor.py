@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from packaging.requirements import Requirement
 
 from twinspect._version import __version__
 from twinspect.commands.options import DoctorOptions, FetchOptions
@@ -21,7 +20,6 @@ from twinspect.models.fetch import fetch_lines
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
-_OF_CHECKOUT = ("dev", "docs")  # extras that are of use in a checkout of the project only
 _BUSY = 0.5  # load average of a machine that other work is using
 
 
@@ -38,12 +36,11 @@ def fetch(options: FetchOptions, console: Console) -> None:
 
 
 def examine() -> list[str]:
-    """Versions, extras, cores and memory, CUDA devices, teachers, folders; ends with ready or what to fix."""
+    """Versions, cores and memory, CUDA devices, teachers, folders; ends with ready or what to fix."""
     problems: list[str] = []
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
-        "packages: " + ", ".join(f"{name} {_version(name)}" for name in _CORE),
-        *_extras(),
+        "packages: " + ", ".join(f"{name} {metadata.version(name)}" for name in _CORE),
         *_machine(problems),
         "",
         *_teachers(problems),
@@ -52,34 +49,6 @@ def examine() -> list[str]:
     if problems:
         return [*lines, "to fix:", *(f"  - {problem}" for problem in problems)]
     return [*lines, "ready; try: twinspect demo --quick"]
-
-
-def _extras() -> Iterator[str]:
-    for extra, names in declared_extras().items():
-        absent = ", ".join(name for name in names if not _version(name))
-        if not absent:
-            yield f"extra {extra}: present"
-        elif extra not in _OF_CHECKOUT:
-            yield f'extra {extra}: lacks {absent}; type: pip install "twinspect[{extra}]"'
-
-
-def declared_extras() -> dict[str, list[str]]:
-    """Extras of the installed package and the distributions they ask for; empty in an uninstalled checkout."""
-    if not _version("twinspect"):
-        return {}
-    needs = [Requirement(line) for line in metadata.requires("twinspect") or []]
-    extras = metadata.metadata("twinspect").get_all("Provides-Extra") or []
-    return {
-        extra: [one.name for one in needs if one.marker and one.marker.evaluate({"extra": extra})] for extra in extras
-    }
-
-
-def _version(distribution: str) -> str:
-    """Version of an installed distribution, empty if absent."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _machine(problems: list[str]) -> Iterator[str]:

@@ -53,7 +53,7 @@ def drift(options: DriftOptions, console: Console) -> None:
     rows = [
         {
             "class": one.class_name or "(none)", "images": one.images, "median p": one.median_p,
-            "share p <= 0.05": one.tail, "median scene p": "-" if one.median_scene_p is None else one.median_scene_p,
+            "share p <= 0.05": one.tail, "median scene p": one.median_scene_p,
             "moved": "yes" if one.moved else "no",
         }
         for one in report.classes

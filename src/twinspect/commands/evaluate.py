@@ -34,21 +34,13 @@ Pair = tuple[Sample, Sample]
 
 @dataclass(frozen=True, slots=True)
 class TestSet:
-    """What is measured on.
+    """What is measured on."""
 
-    Attributes:
-        name: split name, or the words for the data's own test split.
-        hash: 12 hex digits that change with any image, label or mask listed.
-        known: training and calibration images, for the leak check.
-        samples: labelled test images.
-        pooled: name under which all classes count as one (semantic splits), else empty.
-    """
-
-    name: str
-    hash: str
-    known: tuple[Sample, ...]
-    samples: tuple[Sample, ...]
-    pooled: str = ""
+    name: str  # of the split, or `AS_GIVEN`
+    hash: str  # 12 hex digits that change with any image, label or mask listed
+    known: tuple[Sample, ...]  # training and calibration images, for the leak check
+    samples: tuple[Sample, ...]  # labelled test images
+    pooled: str = ""  # name under which all classes count as one (semantic splits)
 
     def describe(self) -> str:
         """One line with name, hash and counts."""
@@ -68,12 +60,10 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     test = choose_test(loaded, options.split or recorded.get("name", ""), config.train.seed, [predictor])
     if recorded.get("name") == test.name and recorded["hash"] != test.hash:
         console.warn(f"the bundle was trained on another {test.name} [{recorded['hash']}]: check for shared images")
-    checked = options.leaks or options.drop_leaks
-    pairs = find_leaks([*test.known, *test.samples]) if checked else []
+    pairs = find_leaks([*test.known, *test.samples])
     test = without_leaks(test, pairs) if options.drop_leaks else test
     console.say(test.describe())
-    if checked:
-        console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
+    console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
     measured = evaluation.evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
     review = Review(measured.rows, test.pooled)
     values = {**values_of(measured, test), "other_thresholds": review.other_thresholds()}
@@ -82,9 +72,8 @@ def evaluate(options: EvalOptions, console: Console) -> None:
         "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(measured.failed),
         "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE, **config.to_dict(), **detector.record_,
     }  # fmt: skip
-    if checked:
-        leaked = [[str(test_one.image), str(known.image)] for known, test_one in pairs]
-        values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
+    leaked = [[str(tested.image), str(known.image)] for known, tested in pairs]
+    values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
         values["intervals"] = measured.joint.intervals(seed=config.train.seed)
     # Masks are not spoken of again if the data's summary did.
@@ -103,7 +92,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
         "split": f"{test.name} [{test.hash}]",
         "test images": f"{len(measured.rows)}",
         **run_facts(values["config"]),
-        "leaks": f"{len(pairs)} pairs" if checked else "not looked for",
+        "leaks": f"{len(pairs)} pairs",
     }
     title = f"{options.bundle.name} on {options.data.name}"
     results.publish(options, title, facts, values, shown, console)
@@ -242,18 +231,16 @@ def tables(values: Mapping[str, Any]) -> list[Table]:
 
 
 def decision_table(values: Mapping[str, Any]) -> Table:
-    """Defects found and good images called bad, beside image AUROC; a column that no class has is left out."""
-    mean = {**values["mean"], **values["decisions_mean"]}
+    """Defects found and good images called bad, beside image AUROC."""
     rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
-    shown: list[dict[str, Any]] = []
-    for name, row in (rows | {"mean": mean} if len(rows) > 1 else rows).items():
-        cells = {"class": name}
-        if "image_auroc" in mean:
-            cells["image AUROC"] = row.get("image_auroc", "-")
+    if len(rows) > 1:
+        rows["mean"] = {**values["mean"], **values["decisions_mean"]}
+    shown = []
+    for name, row in rows.items():
+        cells = {"class": name, "image AUROC": row.get("image_auroc")}
         for title, part, whole, rate in _DECISIONS:
-            if rate in mean:
-                cells[title] = f"{row[part]} of {row[whole]}" if part in row else ""
-                cells[f"{title}, %"] = f"{100 * row[rate]:.1f}" if rate in row else "-"
+            cells[title] = f"{row[part]} of {row[whole]}" if row.get(whole) else None
+            cells[f"{title}, %"] = f"{100 * row[rate]:.1f}" if rate in row else None
         shown.append(cells)
     note = "An image is called bad from the threshold of its predicted class on (severity 1)."
     return Table.of("decisions at the thresholds in use", shown, note)
@@ -261,20 +248,18 @@ def decision_table(values: Mapping[str, Any]) -> Table:
 
 def defect_tables(values: Mapping[str, Any]) -> list[Table]:
     """Per class and defect type: what was found, image AUROC against its good images, AU-sPRO where defined."""
-    titles = {"defects": "image AUROC", "defects_auspro_005": "AU-sPRO to 0.05"}
-    measured = {title: values[key] for key, title in titles.items() if values.get(key)}
-    rows: list[dict[str, Any]] = []
+    measured = {"image AUROC": values["defects"], "AU-sPRO to 0.05": values.get("defects_auspro_005", {})}
+    rows = []
     for name, kinds in values.get("defect_decisions", {}).items():
         for kind, one in kinds.items():
             counts = {"found": f"{one['found']} of {one['defects']}", "found, %": f"{100 * one['found_rate']:.1f}"}
-            areas = {title: by_class.get(name, {}).get(kind, "-") for title, by_class in measured.items()}
+            areas = {title: by_class.get(name, {}).get(kind) for title, by_class in measured.items()}
             rows.append({"class": name, "defect": kind, **counts, **areas})
     means = {title: evaluation.shared_defects(by_class) for title, by_class in measured.items()}
-    kinds_of_all = dict.fromkeys(kind for mean in means.values() for kind in mean)
-    for kind in kinds_of_all:
-        areas = {title: mean.get(kind, "-") for title, mean in means.items()}
+    for mean in means.values():
+        if mean:
+            mean["mean of the types"] = sum(mean.values()) / len(mean)
+    for kind in dict.fromkeys(kind for mean in means.values() for kind in mean):
+        areas = {title: mean.get(kind) for title, mean in means.items()}
         rows.append({"class": "mean of classes", "defect": kind, **areas})
-    if kinds_of_all:
-        areas = {title: sum(mean.values()) / len(mean) if mean else "-" for title, mean in means.items()}
-        rows.append({"class": "mean of classes", "defect": "mean of the types", **areas})
     return [Table.of("defect types", rows)] if rows else []

@@ -35,7 +35,7 @@ def check(options: CheckOptions, console: Console) -> None:
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
     images = load_images(options.images, fitted.model.size)
-    comparison, meta = build.check(path, fitted, images, options.runtime)
+    comparison, meta = build.check(path, fitted, images)
     for line in comparison.lines():
         console.say(line)
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):

@@ -33,14 +33,7 @@ _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that
 
 
 def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> None:
-    """Read, train, calibrate, write the bundle.
-
-    Args:
-        options: what is read and written.
-        settings: of `ModelConfig` and `TrainConfig`; None is not given: the dial's value, a TOML file's, or the
-            default then holds.
-        console: where to speak.
-    """
+    """Read, train, calibrate, write the bundle; a setting of `ModelConfig` or `TrainConfig` is None if not typed."""
     config, before = configured(options, settings)
     group = joined(config.train.device)
     console.quiet |= not group.leads

@@ -12,7 +12,6 @@ from twinspect.config import RULES, SEEDS, Range, argument, option
 
 _BUNDLE = "Trained model (.twin)."
 _WEIGHTS = "Local weights file of the teacher."
-_RUNTIME = "auto, torch, onnx or openvino; auto is what the file was made for."
 _REPORT = "Report file: .html, .md or .json."
 _JSON = "Write values as JSON to a file, or - to print."
 _IMAGES = "Folder that the paths of a manifest are relative to."
@@ -88,7 +87,6 @@ class CheckOptions:
     export: Path = argument("Exported model (.onnx or .xml).")
     bundle: Path = argument(_BUNDLE)
     images: Path = argument("Images, 32 or more: a file, folder or quoted glob.")
-    runtime: str = option(_RUNTIME, "auto")
     weights: str = option(_WEIGHTS, "")
 
 
@@ -97,7 +95,6 @@ class BenchOptions:
     """Measure images per second, latency and memory; the last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
-    runtime: str = option(_RUNTIME, "auto")
     batch: str = option("Images per call, separated by commas.", "1,16")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
     images: Path | None = option("Images to decode; without it painted JPEGs.", None)
@@ -119,7 +116,6 @@ class DiagnoseOptions:
     json_file: str = option(_JSON, "", "--json")
     layout: str = option("Layout of DATA; auto detects it.", "auto")
     images: Path | None = option(_IMAGES, None)
-    runtime: str = option(_RUNTIME, "auto")
     weights: str = option(_WEIGHTS, "")
 
 
@@ -175,7 +171,6 @@ class EvalOptions:
     images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
-    leaks: bool = option("Look for byte-equal training and test images.", True)
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
     weights: str = option(_WEIGHTS, "")
 
@@ -210,7 +205,6 @@ class PredictOptions:
     batch: int = option("Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0)
     workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1)
     weights: str = option(_WEIGHTS, "")
-    runtime: str = option(_RUNTIME, "auto")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
     device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0)
@@ -218,7 +212,7 @@ class PredictOptions:
     fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
     restart: bool = option("Drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local")
+    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
     actors: int = option("Ray: models; 0: as many as fit.", 0)
     actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
     actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)
@@ -305,6 +299,5 @@ class ServeOptions:
     bundles: tuple[str, ...] = argument("Bundles or exported models: FILE or NAME=FILE.")
     api_key_file: Path | None = option("File with the API key; or set TWINSPECT_API_KEY.", None)
     log: str = option("Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db.", "")
-    runtime: str = option("auto, torch, onnx or openvino; auto is what a file was made for.", "auto")
     threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0)
     require_signature: Path | None = option("Public key: serve only models that its holder has signed.", None)

@@ -10,7 +10,7 @@ import typer
 
 from twinspect.commands.options import PredictOptions
 from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
-from twinspect.errors import ConfigError, unknown_name
+from twinspect.errors import ConfigError
 from twinspect.inference.bulk import Engine, run, say_totals
 from twinspect.inference.job import Job
 from twinspect.inference.pictures import PictureOptions
@@ -28,13 +28,11 @@ def predict(options: PredictOptions, console: Console) -> None:
         options.overlay_format, options.overlay_side,
     )  # fmt: skip
     job = Job(
-        str(options.bundle), options.paths, options.out, pictures, options.runtime, options.threads,
+        str(options.bundle), options.paths, options.out, pictures, options.threads,
         options.batch, options.weights, options.device, options.class_name or None, options.workers,
         options.part_rows, shard_of(options.shard), options.restart, options.watch, options.fail_on,
     )  # fmt: skip
-    ray = (options.actors, options.actor_cpus, options.actor_gpus, options.ray_address)
-    engine = chosen_engine(options.engine, job.keeps_parts, *ray)
-    review = None
+    engine, review = chosen_engine(options, job.keeps_parts), None
     if options.report:
         from twinspect.commands.results import check_outputs
         from twinspect.commands.review import Review
@@ -57,14 +55,14 @@ def write_reports(options: PredictOptions, job: Job, review: Review, console: Co
     """Reports of a finished run; the images to look at are scored once more for their pictures."""
     from twinspect.commands.results import publish, shows_pictures
     from twinspect.inference.runtimes import load_predictor
-    from twinspect.inference.sources import named
+    from twinspect.inference.sources import by_name
     from twinspect.report import Section
 
     answers, name = review.answers(), Path(job.model).name
 
     def again(names: list[str]) -> Iterator[Result]:
-        predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
-        return predictor.predict(list(named(names)), class_name=job.class_name)
+        predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
+        return predictor.predict([by_name(name) for name in names], class_name=job.class_name)
 
     images = sum(len(review.columns(one)[0]) for one in review.classes)
     facts = {"model": name, "images": f"{images}", "not scored": f"{review.errors}"}
@@ -86,16 +84,15 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
-def chosen_engine(name: str, keeps_parts: bool, actors: int, cpus: float, gpus: float, address: str) -> Engine | None:
+def chosen_engine(options: PredictOptions, keeps_parts: bool) -> Engine | None:
     """The engine of that name; None is this process."""
-    if name not in ("local", "ray"):
-        raise ConfigError(unknown_name("engine", name, ("local", "ray")))
-    if name == "local":
-        if actors or gpus or address or cpus != 1.0:
+    ray = (options.actors, options.actor_cpus, options.actor_gpus, options.ray_address)
+    if options.engine == "local":
+        if ray != (0, 1.0, 0.0, ""):
             raise ConfigError("--actors, --actor-cpus, --actor-gpus and --ray-address need --engine ray")
         return None
     if not keeps_parts:
         raise ConfigError("--engine ray writes a table; give --out FILE")
     from twinspect.inference.on_ray import RayEngine
 
-    return RayEngine(actors, cpus, gpus, address)
+    return RayEngine(*ray)

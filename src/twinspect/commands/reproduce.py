@@ -229,8 +229,8 @@ def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     every = [(name, {m: 100 * v for m, v in row.items()}, "measured by this run") for name, row in ours.items()]
     every += [(p.system, dict(p.values), f"published: {p.source}") for p in recipe.published]
-    rows = tuple(
-        (system, *(f"{percent[m]:.1f}" if m in percent else "-" for m in metrics), source)
-        for system, percent, source in every
-    )
-    return Table(f"{recipe.layout}, {recipe.protocol}, percent", ("system", *metrics, "source"), rows)
+    rows = []
+    for system, percent, source in every:
+        shown = {m: f"{percent[m]:.1f}" if m in percent else None for m in metrics}
+        rows.append({"system": system, **shown, "source": source})
+    return Table.of(f"{recipe.layout}, {recipe.protocol}, percent", rows)

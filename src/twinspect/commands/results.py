@@ -115,11 +115,9 @@ def markdown(title: str, sections: Sequence[Section], facts: Mapping[str, str]) 
 
 
 def metric_table(title: str, rows: Rows, first: str = "class") -> Table:
-    """One row a class (or split, or score); a metric that is undefined is a dash."""
-    seen = {metric for row in rows.values() for metric in row}
-    names = [metric for metric in METRICS if metric in seen] + sorted(seen - {*METRICS})
-    body = tuple((name, *(row.get(metric, "-") for metric in names)) for name, row in rows.items())
-    return Table(title, (first, *names), body)
+    """One row a class (or split, or score)."""
+    names = [*METRICS, *sorted({metric for row in rows.values() for metric in row} - {*METRICS})]
+    return Table.of(title, ({first: name, **{m: row.get(m) for m in names}} for name, row in rows.items()))
 
 
 def text_table(table: Table) -> Iterator[str]:

@@ -23,15 +23,14 @@ FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the threshol
 _KEPT = 6  # pictures of a kind and class
 _MOST_CHARTS = 12  # classes that get charts
 _UNKNOWN = -1
+# Scores images once more, with map and pixels, by their names.
 Again = Callable[[list[str]], Iterable[Result]]
 
 
 class Review:
     """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known.
 
-    Args:
-        rows: to begin with.
-        pooled: one name for all classes; empty keeps them apart.
+    ``pooled`` is one name for all classes; empty keeps them apart.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), pooled: str = "") -> None:
@@ -67,11 +66,7 @@ class Review:
         return score, threshold, label.astype(np.int64)
 
     def other_thresholds(self) -> list[dict[str, Any]]:
-        """What thresholds other than those in use would do to these images, ready for JSON.
-
-        Returns:
-            One row for each of `FACTORS`, by which every threshold is multiplied.
-        """
+        """What these images would become if every threshold were multiplied by each of `FACTORS`, ready for JSON."""
         if not self._numbers:
             return []
         score, threshold, label = self.columns()
@@ -93,11 +88,7 @@ class Review:
         return Table("answers", ("class", "images", "called anomalous", "%"), tuple(rows))
 
     def sections(self, again: Again | None) -> list[Section]:
-        """Other thresholds, the pictures that matter, scores and ROC curves.
-
-        Args:
-            again: scores images once more, with map and pixels, by their names; None leaves the pictures out.
-        """
+        """Other thresholds, scores and ROC curves, and the pictures that matter, if ``again`` scores images anew."""
         if not self._numbers:
             return []
         words = "A threshold chosen from this table does better on these images than on others: they chose it."

@@ -35,9 +35,9 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
 
     def open_file(path: Path) -> Predictor:
         if options.require_signature is None:
-            return load(path, options.runtime, options.threads)
+            return load(path, options.threads)
         with verified(path, options.require_signature) as copy:
-            return load(copy, options.runtime, options.threads)
+            return load(copy, options.threads)
 
     log = None if where == "none" else InspectionLog(where)
     place = log.described if log is not None else "none"

@@ -27,19 +27,12 @@ _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possibl
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A decision rule and what can honestly be said about it.
+    """A decision rule and what can honestly be said about it."""
 
-    Attributes:
-        value: images scoring at or above this are called anomalous.
-        max_fpr: the false-alarm budget that was asked for.
-        guaranteed: whether the number of calibration images supports that budget.
-        sentence: the promise in words and counts.
-    """
-
-    value: float
-    max_fpr: float
-    guaranteed: bool
-    sentence: str
+    value: float  # images scoring at or above this are called anomalous
+    max_fpr: float  # the false-alarm budget that was asked for
+    guaranteed: bool  # whether the number of calibration images supports that budget
+    sentence: str  # the promise in words and counts
 
 
 def p_values(score_N: Floats | float, calibration_M: Floats) -> Floats:
@@ -136,14 +129,13 @@ def labelled_threshold(
 ) -> Threshold:
     """Threshold chosen on labelled images: best F1, lowest cost, or no labelled defect missed.
 
+    It lies half-way to the next lower score; ``max_fpr`` is the share of labelled good images that it calls bad.
+
     Args:
         score_N: scores.
         label_N: 1 for a defect, 0 for good.
         rule: one of ``RULES``.
-        miss_cost: cost of a missed defect, where a false alarm costs 1 (``min-cost`` only).
-
-    Returns:
-        A threshold half-way to the next lower score; ``max_fpr`` is the share of labelled good images called.
+        miss_cost: of a missed defect, where a false alarm costs 1 (``min-cost`` only).
 
     Raises:
         ConfigError: an unknown rule or a cost that is not positive.

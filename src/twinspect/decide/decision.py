@@ -43,39 +43,22 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """Everything between raw scores and answers; stored in the bundle as JSON.
+    """Everything between raw scores and answers; stored in the bundle as JSON."""
 
-    Attributes:
-        good: calibration images.
-        class_of_cluster: most common training class of each cluster.
-        map_scale: (low, high) of map values for colours, one for all images.
-        budget: error budgets of every class.
-        budgets: of single classes, instead.
-        by_group: whether every group (session) must keep the budget, not only all together.
-        fixed: thresholds chosen on labelled images, by class.
-        model_id: of the model the scores belong to.
-        trained: sorted `image_id`s of the images that the model learnt from.
-        held: those of the images that the students were not trained on.
-        bank: names of the good images that `Outputs.nearest_B` counts; empty where scoring is plain.
-        thumbnails: small JPEGs of them, in the same order, empty where one could not be read; none if none are kept.
-        roi: region of interest for pictures, ROI_SIDE x ROI_SIDE over the image; None for the whole image.
-        tiles: rows and columns that every picture is seen in; see `inference.tiles`.
-    """
-
-    good: GoodScores
-    class_of_cluster: tuple[str, ...]
-    map_scale: tuple[float, float]
-    budget: Budget = field(default_factory=Budget)
-    budgets: Mapping[str, Budget] = field(default_factory=dict)
-    by_group: bool = False
-    fixed: Mapping[str, Threshold] = field(default_factory=dict)
-    model_id: str = ""
-    trained: tuple[str, ...] = ()
-    held: tuple[str, ...] = ()
-    bank: tuple[str, ...] = ()
-    thumbnails: tuple[bytes, ...] = ()
-    roi: NDArray[np.bool_] | None = None
-    tiles: tuple[int, int] = (1, 1)
+    good: GoodScores  # calibration images
+    class_of_cluster: tuple[str, ...]  # most common training class of each cluster
+    map_scale: tuple[float, float]  # low and high map value for colours, the same for all images
+    budget: Budget = field(default_factory=Budget)  # of every class
+    budgets: Mapping[str, Budget] = field(default_factory=dict)  # of single classes, instead
+    by_group: bool = False  # whether every group (session) must keep the budget, not only all together
+    fixed: Mapping[str, Threshold] = field(default_factory=dict)  # chosen on labelled images or by hand, by class
+    model_id: str = ""  # of the model the scores belong to
+    trained: tuple[str, ...] = ()  # sorted `image_id`s of the images that the model learnt from
+    held: tuple[str, ...] = ()  # those of the images that the students were not trained on
+    bank: tuple[str, ...] = ()  # good images that `Outputs.nearest_B` counts; empty where scoring is plain
+    thumbnails: tuple[bytes, ...] = ()  # small JPEGs of them, empty where one cannot be read; none if none are kept
+    roi: NDArray[np.bool_] | None = None  # region of interest, ROI_SIDE x ROI_SIDE over the image; None: the whole
+    tiles: tuple[int, int] = (1, 1)  # rows and columns that every picture is seen in; see `inference.tiles`
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
@@ -106,11 +89,7 @@ class Decision:
     ) -> Verdict:
         """The answer for one image.
 
-        Args:
-            score: joint score.
-            cluster: index of the nearest cluster.
-            distance: to it; NaN where the model does not say.
-            class_name: class of the image, if known; else the cluster's class is taken.
+        Its class is that of its nearest cluster where it is not given; the distance to that may be NaN.
         """
         predicted = self.class_of_cluster[cluster]
         rule = self.rule(class_name or predicted, class_name is not None)
@@ -249,8 +228,7 @@ def promises(decision: Decision) -> Iterator[tuple[str, Rule]]:
 def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     """One sentence on classes whose good images are taken for another's, and what to do; empty where none are.
 
-    Args:
-        taken: (class, class that its good images are taken for) to number of images.
+    ``taken`` counts images by their class and the class that they are taken for.
     """
     images = Counter[str]()
     for (name, _), count in taken.items():

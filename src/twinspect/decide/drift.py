@@ -55,49 +55,28 @@ _MOSTLY_BAD = (
 
 @dataclass(frozen=True, slots=True)
 class ClassDrift:
-    """One class's latest images (since the change where there is an alarm) against its calibration images.
-
-    Attributes:
-        class_name: predicted class.
-        images: how many.
-        median_p: median p-value of their scores; 0.5 is usual, lower means higher scores.
-        tail: share of p-values up to 0.05; 0.05 is usual.
-        median_scene_p: median p-value of their distances to the cluster; None where unknown.
-        moved: whether the mean p-value of scores or distances is off by more than 2.6 standard errors.
-    """
+    """A predicted class's latest images (since the change where there is an alarm) against its calibration images."""
 
     class_name: str
     images: int
-    median_p: float
-    tail: float
-    median_scene_p: float | None
-    moved: bool
+    median_p: float  # median p-value of scores; 0.5 is usual, lower means higher scores
+    tail: float  # share of p-values up to 0.05; 0.05 is usual
+    median_scene_p: float | None  # median p-value of distances to the cluster; None where unknown
+    moved: bool  # whether the mean p-value of scores or distances is off by more than 2.6 standard errors
 
 
 @dataclass(frozen=True, slots=True)
 class DriftReport:
-    """What the monitor says.
+    """What the monitor says. Images are numbered from 1; 0 stands for none."""
 
-    Attributes:
-        light: ``grey`` before the first image, ``green``, or ``red`` after an alarm.
-        kind: ``none``, ``calibration shift``, ``more defects`` or ``another scene``.
-        message: the same for people, with the chance of a false alarm.
-        images: predictions seen.
-        false_alarm_rate: largest chance of an alarm, ever, while nothing changes.
-        alarm_at, since: numbers (from 1) of the image that raised the alarm and of the one at which the change
-            probably began; 0 without an alarm.
-        evidence: capital of the test, a factor against "nothing changed".
-        classes: latest images by class.
-    """
-
-    light: str
-    kind: str
-    message: str
-    images: int
-    false_alarm_rate: float
-    alarm_at: int
-    since: int
-    evidence: float
+    light: str  # grey before the first image, green, or red after an alarm
+    kind: str  # none, calibration shift, more defects or another scene
+    message: str  # the same for people, with the chance of a false alarm
+    images: int  # predictions seen
+    false_alarm_rate: float  # largest chance of an alarm, ever, while nothing changes
+    alarm_at: int  # number of the image that raised the alarm
+    since: int  # of the one at which the change probably began
+    evidence: float  # capital of the test: a factor against "nothing changed"
     classes: tuple[ClassDrift, ...]
 
     def to_dict(self) -> dict[str, Any]:

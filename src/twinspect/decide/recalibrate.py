@@ -40,41 +40,25 @@ _FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a thres
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a calibration shall change; None leaves it as it is.
+    """What a calibration shall change; None leaves it as it is."""
 
-    Attributes:
-        max_fpr, unsure, region_fpr: see `Budget`.
-        class_name: class of all images, and the only one whose budgets change.
-        by_group: whether every session must keep the budget.
-        add: keep the calibration images there are, instead of replacing those of the classes given.
-        rule: how labelled images choose thresholds (``f1-max``, ``min-cost``, ``zero-miss``).
-        miss_cost: of a missed defect, where a false alarm costs 1.
-    """
-
-    max_fpr: float | None = None
+    max_fpr: float | None = None  # this and the next two: see `Budget`
     unsure: float | None = None
     region_fpr: float | None = None
-    class_name: str | None = None
-    by_group: bool | None = None
-    add: bool = False
-    rule: str = ""
-    miss_cost: float = 1.0
+    class_name: str | None = None  # class of all images, and the only one whose budgets change
+    by_group: bool | None = None  # whether every session must keep the budget
+    add: bool = False  # keep the calibration images there are, instead of replacing those of the classes given
+    rule: str = ""  # by which labelled images choose thresholds
+    miss_cost: float = 1.0  # of a missed defect, where a false alarm costs 1
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Images with scores.
-
-    Attributes:
-        rows: as calibration images.
-        names: paths.
-        label_N: 1 defect, 0 good (or not known), as the data say.
-        failed: images that could not be read, with reasons.
-    """
+    """Images with scores, as calibration images are kept, and those that could not be read, with reasons."""
 
     rows: GoodScores
-    names: tuple[str, ...]
-    label_N: NDArray[np.int64]
+    names: tuple[str, ...]  # paths
+    label_N: NDArray[np.int64]  # 1 defect, 0 good (or not known), as the data say
     failed: tuple[str, ...]
 
 

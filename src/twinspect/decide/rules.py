@@ -28,26 +28,19 @@ Texts = NDArray[np.object_]
 class GoodScores:
     """Good images that thresholds are made from: an array for each column, a place for each image.
 
-    Attributes:
-        score: joint score.
-        peak: highest value of the map; NaN where unknown.
-        distance: to the nearest cluster; NaN where unknown.
-        class_name: class as the data say.
-        predicted: class of the nearest cluster.
-        group: session or physical object; empty where unknown.
-        key: `image_id` of the image; empty where unknown.
+    Numbers that are not known are NaN, texts are empty.
 
     Raises:
         ValueError: columns of different lengths.
     """
 
-    score: Floats
-    peak: Floats
-    distance: Floats
-    class_name: Texts
-    predicted: Texts
-    group: Texts = ()  # type: ignore[assignment]
-    key: Texts = ()  # type: ignore[assignment]
+    score: Floats  # joint score
+    peak: Floats  # highest value of the map
+    distance: Floats  # to the nearest cluster
+    class_name: Texts  # as the data say
+    predicted: Texts  # class of the nearest cluster
+    group: Texts = ()  # type: ignore[assignment]  # session or physical object
+    key: Texts = ()  # type: ignore[assignment]  # `image_id`
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -95,17 +88,11 @@ class GoodScores:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What was asked for.
+    """Shares of good images that were asked for."""
 
-    Attributes:
-        max_fpr: share of good images that may be called bad.
-        unsure: share of good images that may be called bad or unsure; None gives two answers only.
-        region_fpr: share of good images that may show a region.
-    """
-
-    max_fpr: float = MAX_FPR
-    unsure: float | None = None
-    region_fpr: float = MAX_FPR
+    max_fpr: float = MAX_FPR  # that may be called bad
+    unsure: float | None = None  # that may be called bad or unsure; None gives two answers only
+    region_fpr: float = MAX_FPR  # that may show a region
 
     def __post_init__(self) -> None:
         checked_rate(self.max_fpr)
@@ -121,29 +108,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rule:
-    """How images of one class are judged.
+    """How images of one class are judged."""
 
-    Attributes:
-        class_name: empty for all classes together.
-        images: good images behind it.
-        basis: what decided the threshold of the score.
-        image: threshold of the score.
-        unsure: lower threshold of the score, where a third answer is wanted.
-        region: threshold of map values; None where no peak is known.
-        far: threshold of the distance to the nearest cluster; None where distances are unknown.
-        references: scores of good images, an array for each session or one for all; a p-value is the largest of them.
-        peaks, distances: those of good images that are known.
-    """
-
-    class_name: str
-    images: int
-    basis: str
-    image: Threshold
-    unsure: Threshold | None
-    region: Threshold | None
-    far: Threshold | None
-    references: tuple[Floats, ...]
-    peaks: Floats
+    class_name: str  # empty for all classes together
+    images: int  # good images behind it
+    basis: str  # what decided the threshold of the score
+    image: Threshold  # of the score
+    unsure: Threshold | None  # lower one of the score, where a third answer is wanted
+    region: Threshold | None  # of map values; None where no peak is known
+    far: Threshold | None  # of the distance to the nearest cluster; None where distances are unknown
+    references: tuple[Floats, ...]  # scores of good images, by session or of all; a p-value is the largest of theirs
+    peaks: Floats  # those of good images that are known
     distances: Floats
 
     def p_value(self, score: float) -> float:
@@ -163,15 +138,9 @@ class Rule:
 def make_rule(
     good: GoodScores, class_name: str, given: bool, budget: Budget, by_group: bool, fixed: Threshold | None
 ) -> Rule:
-    """How images of a class are judged.
+    """How images of a class are judged, whether it is given or predicted; an empty name is for all classes together.
 
-    Args:
-        good: calibration images.
-        class_name: empty for all classes together.
-        given: whether the class of an image is known, or predicted.
-        budget: of the class.
-        by_group: whether every session must keep it.
-        fixed: threshold chosen on labelled images, instead.
+    ``by_group`` says whether every session must keep the budget; ``fixed`` is a threshold that was chosen instead.
     """
     of_class = good.of_class(class_name, given)
     # A class without any image of its own can only be judged with the others.

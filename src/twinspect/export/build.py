@@ -18,7 +18,7 @@ from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.export.parity import Comparison, ParityError, Pixels, compare
 from twinspect.files import lock, refuse_unwritable
-from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, read_export, write_meta
+from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, read_export, write_meta
 from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ _ADVICE = {
     "fp32": "Please report this with the versions that twinspect doctor prints",
     "fp16": "Type --precision fp32",
 }
-_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+# Ending of a file -> runtime it is for, and packages that write it.
+_FORMATS = {
+    ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
+    ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
+}
 
 
 def export(
@@ -70,7 +74,7 @@ def export(
             graph.write(graph.to_onnx(fitted.model), draft, half=precision == "fp16")
             progress("exporting", 1, 1)
             seal({})  # without metadata it cannot be loaded
-            comparison = _compare(draft, fitted, images, "auto", progress)
+            comparison = _compare(draft, fitted, images, progress)
             if problems := "; ".join(comparison.problems(precision)):
                 raise ParityError(
                     f"the {precision} export does not say what the model says: {problems}. Nothing was written. "
@@ -85,9 +89,7 @@ def export(
     return comparison
 
 
-def check(
-    path: Path, fitted: Fitted, images: Sequence[Pixels], runtime: str = "auto"
-) -> tuple[Comparison, ExportMeta]:
+def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Comparison, ExportMeta]:
     """Compare an export with its bundle on demand; the caller decides what to do about `Comparison.problems`.
 
     Raises:
@@ -99,7 +101,7 @@ def check(
             f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
             f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
         )
-    return _compare(path, fitted, images, runtime, silent), meta
+    return _compare(path, fitted, images, silent), meta
 
 
 def checked_runtime(out: Path, precision: str) -> str:
@@ -109,14 +111,14 @@ def checked_runtime(out: Path, precision: str) -> str:
         ConfigError: another ending, or a precision that there is not.
         TwinspectError: a package is missing.
     """
-    runtime = next((name for name, (_, endings) in RUNTIMES.items() if out.suffix == endings[0]), "")
+    runtime, needed = _FORMATS.get(out.suffix, ("", ()))
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
     if precision not in _ADVICE:
         raise ConfigError(unknown_name("precision", precision, _ADVICE))
     if (runtime, precision) == ("onnx", "fp16"):
         raise ConfigError(f"--precision fp16 is written for OpenVINO only; type --out {out.stem}.xml")
-    if missing := [name for name in _NEEDS[runtime] if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise TwinspectError(
             f"{out.name} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
             f'(or: pip install "twinspect[{runtime}]")'
@@ -124,8 +126,8 @@ def checked_runtime(out: Path, precision: str) -> str:
     return runtime
 
 
-def _compare(path: Path, fitted: Fitted, images: Sequence[Pixels], runtime: str, progress: Progress) -> Comparison:
-    exported, _ = load_runtime(path, runtime)
+def _compare(path: Path, fitted: Fitted, images: Sequence[Pixels], progress: Progress) -> Comparison:
+    exported, _ = load_runtime(path)
     return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, progress)
 
 

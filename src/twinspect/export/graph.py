@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
-from twinspect.models.observed import Outputs
 
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
@@ -82,7 +81,8 @@ def _name_parts(proto: Any) -> None:
     fixed = {value.name for value in values}
     renamed: dict[str, str] = {}
     for node in proto.graph.node:
-        part = _part_of(node)
+        scopes = next((note.value for note in node.metadata_props if note.key == _SCOPES), "")
+        part = next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
         node.name = f"{part}/{node.name}"
         renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
     for node in proto.graph.node:
@@ -92,11 +92,6 @@ def _name_parts(proto: Any) -> None:
         del noted.metadata_props[:]
         noted.ClearField("doc_string")
     del proto.graph.value_info[:]
-
-
-def _part_of(node: Any) -> str:
-    scopes = next((p.value for p in node.metadata_props if p.key == _SCOPES), "")
-    return next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
 
 
 def write(proto: Any, path: Path, half: bool = False) -> None:

@@ -16,8 +16,7 @@ from twinspect.errors import DataError
 from twinspect.inference import stores
 from twinspect.inference.stores import is_url
 
-_PLAIN_TAR = ".tar"  # the one archive whose members can be read by their places
-ARCHIVES = (_PLAIN_TAR, ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MOST_BYTES = ImageLimits().max_bytes
 _IMAGE_BYTES = ("image", "img", "jpg", "png", "bytes")  # columns of encoded images in other people's tables
 
@@ -29,7 +28,6 @@ class Item:
     Attributes:
         name: what the table's ``path`` column says; ``archive#member`` inside an archive.
         path: file or URL that holds it; empty where ``data`` or ``error`` says all.
-        offset, size: its bytes inside ``path``; -1 is the whole file.
         record: position inside a container file, else None.
         data: encoded bytes, where whoever listed the image had to read them anyway.
         pixels: of an image in memory: an array, as `decode` takes it, or a PIL image.
@@ -39,8 +37,6 @@ class Item:
 
     name: str
     path: str = ""
-    offset: int = -1
-    size: int = -1
     record: int | None = None
     data: bytes | None = field(default=None, repr=False)
     pixels: Any = field(default=None, repr=False, compare=False)
@@ -55,8 +51,8 @@ class Item:
     @property
     def is_file(self) -> bool:
         """Whether it is a whole file of this disk."""
-        inside = self.offset >= 0 or self.record is not None
-        return not (inside or self.error or is_url(self.path)) and self.data is None and self.pixels is None
+        in_memory = self.data is not None or self.pixels is not None
+        return not (in_memory or self.error or self.record is not None or is_url(self.path))
 
     def items(self) -> Iterator[Item]:
         """Itself: so that files that are images and files that hold images are read alike."""
@@ -65,11 +61,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An archive, a table of encoded images, or a video, read in order by whoever scores it.
-
-    Attributes:
-        path: file or URL.
-    """
+    """An archive, a table of encoded images, or a video (path or URL), read in order by whoever scores it."""
 
     path: str
 
@@ -80,10 +72,10 @@ class Stream:
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
-        from twinspect.inference.video import file_frames, is_video
+        from twinspect.inference.video import VIDEOS, file_frames
 
         lower = self.path.lower()
-        if is_video(self.path):
+        if lower.endswith(VIDEOS):
             return file_frames(self.path)
         if lower.endswith(".parquet"):
             return self._with_damage(_cells(self.path), "table", "")
@@ -112,8 +104,7 @@ def suffixes() -> str:
 def image_column(path: str) -> tuple[str, bool]:
     """Name of a Parquet table's column with images, and whether it holds their bytes instead of paths.
 
-    Raises:
-        DataError: not Parquet, or no such column.
+    A DataError where it cannot be read, or has no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -147,10 +138,7 @@ def _cells(path: str) -> Iterator[Item]:
 
 
 def _tar_members(path: str) -> Iterator[Item]:
-    """Images of a tar file: of a plain one on this disk by their places, else with their bytes."""
-    by_place = not is_url(path) and path.lower().endswith(_PLAIN_TAR)
-    mode: Any = "r:" if by_place else "r|*"
-    with stores.open_file(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:
+    with stores.open_file(path) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
             if member.isdir() or not _is_image(member.name):
@@ -158,13 +146,8 @@ def _tar_members(path: str) -> Iterator[Item]:
             name, refusal = f"{path}#{member.name}", _refusal(member.name, member.size)
             if not refusal and (not member.isreg() or member.issparse()):
                 refusal = "a link, device or sparse file; only plain files of an archive are read"
-            if refusal:
-                yield Item(name, error=f"{name}: {refusal}")
-            elif by_place:
-                yield Item(name, path, member.offset_data, member.size)
-            else:
-                body = archive.extractfile(member)
-                yield Item(name, data=body.read() if body is not None else b"")
+            body = archive.extractfile(member) if not refusal else None
+            yield Item(name, data=body.read() if body else None, error=f"{name}: {refusal}" if refusal else "")
 
 
 def _zip_members(path: str) -> Iterator[Item]:

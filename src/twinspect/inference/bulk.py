@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures
 from twinspect.errors import DataError
@@ -26,19 +26,12 @@ from twinspect.inference.sources import walk_all, watch
 from twinspect.inference.stores import is_url
 from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
 
+if TYPE_CHECKING:
+    from twinspect.console import Console
+
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 Skipped = Callable[[Part], None]  # told of a part that an earlier run had done
 Visit = Callable[[dict[str, Any]], None]  # told of a row
-
-
-class Listener(Protocol):
-    """Who is told how a run goes."""
-
-    def result(self, text: str) -> None:
-        """One line of the answer."""
-
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` images; total 0 is not known yet."""
 
 
 @dataclass(slots=True)
@@ -46,6 +39,7 @@ class Totals:
     """Images so far: all, anomalous, unreadable, and how many of them an earlier run had done.
 
     ``several`` counts files that hold several pictures, such as TIFFs of many pages, among the first ones.
+    ``expected`` is the number of all images, 0 until it is known.
     """
 
     rows: int = 0
@@ -53,6 +47,7 @@ class Totals:
     errors: int = 0
     before: int = 0
     several: int = 0
+    expected: int = 0
 
     @property
     def nothing_scored(self) -> bool:
@@ -74,55 +69,40 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one worker is given at a time.
-
-    Attributes:
-        number: place in the input.
-        content: listed images, or an archive or table of them.
-    """
+    """What one worker is given at a time: listed images, or one archive or table of them; its number in the input."""
 
     number: int
-    content: tuple[Item, ...] | Stream
+    content: tuple[Item | Stream, ...]
 
     @property
     def source(self) -> str:
         """Identity of the archive or table; empty for listed images, which have their own."""
-        return self.content.identity if isinstance(self.content, Stream) else ""
+        return self.content[0].identity if isinstance(self.content[0], Stream) else ""
 
     def images(self) -> Iterator[Item]:
         """Its images, lazily."""
-        return self.content.items() if isinstance(self.content, Stream) else iter(self.content)
+        return chain.from_iterable(file.items() for file in self.content)
 
 
 def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
     """Cut the input: every ``rows`` listed images are a unit, every stream is one."""
-    number, images = count(), list[Item]()
-    for file in files:
-        if isinstance(file, Item):
-            images.append(file)
-        if images and (len(images) == rows or isinstance(file, Stream)):
-            yield Unit(next(number), tuple(images))
-            images = []
-        if isinstance(file, Stream):
-            yield Unit(next(number), file)
-    if images:
-        yield Unit(next(number), tuple(images))
+    number = count()
+    for kind, alike in groupby(files, key=type):
+        while content := tuple(islice(alike, 1 if kind is Stream else rows)):
+            yield Unit(next(number), content)
 
 
 def pending(units: Iterable[Unit], store: PartStore, skipped: Skipped) -> Iterator[Unit]:
-    """Units that are not finished. Parts of finished ones are checked against their source and told of.
-
-    Raises:
-        DataError: the input is not that of the parts there are.
-    """
+    """Units that are not finished. Parts of finished ones are checked against their source and told of."""
     for unit in units:
         done = store.of_unit(unit.number)
         if not (done and done[-1].end):
             yield unit
             continue
-        images = None if isinstance(unit.content, Stream) else [item.identity for item in unit.content]
+        source = unit.source
+        images = None if source else [item.identity for item in unit.images()]
         for part in done:
-            store.check(part, unit.source, images)
+            store.check(part, source, images)
             skipped(part)
 
 
@@ -147,21 +127,14 @@ class _Begun:
 
 
 class PartScorer:
-    """One loaded model with its decoders, which makes parts. A context.
-
-    Args:
-        job: what to run.
-        store: where parts go; its ``known`` parts are not done again.
-    """
+    """One loaded model with its decoders, which makes parts where the ``store`` knows none; to be closed."""
 
     def __init__(self, job: Job, store: PartStore) -> None:
         self.job, self.store, self.predictor = job, store, _loaded(job)
         self.pool = self.predictor.pool(bool(job.pictures.overlays))
 
-    def __enter__(self) -> PartScorer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the decoders."""
         self.pool.__exit__()
 
     def parts(self, units: Iterable[Unit], skipped: Skipped) -> Iterator[Part]:
@@ -178,7 +151,11 @@ class PartScorer:
                 save_pictures(result, pictures, begun.unit, number)
                 rows.append(result.row())
                 lines += [coco_line(result)] if pictures.coco else []
-            yield self._stored(begun, rows, b"".join(lines) if pictures.coco else None)
+            bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
+            key, suffix = digest(begun.source, begun.images), self.store.suffix
+            part = Part(begun.unit, begun.sub, len(rows), bad, errors, key, begun.end, suffix)
+            self.store.put(part, encode(rows, suffix), b"".join(lines) if pictures.coco else None)
+            yield part
 
     def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[_Begun, Item]]:
         """A unit's images with the part of each, without those of parts that are there."""
@@ -197,18 +174,11 @@ class PartScorer:
                 self.store.check(known, source, part.images)
                 skipped(known)
 
-    def _stored(self, begun: _Begun, rows: list[dict[str, Any]], aside: bytes | None) -> Part:
-        bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
-        key = digest(begun.source, begun.images)
-        part = Part(begun.unit, begun.sub, len(rows), bad, errors, key, begun.end, self.store.suffix)
-        self.store.put(part, encode(rows, part.suffix), aside)
-        return part
-
 
 def _loaded(job: Job) -> Predictor:
     from twinspect.inference.runtimes import load_predictor
 
-    predictor = load_predictor(job.model, job.runtime, job.threads, job.batch, job.weights, job.device)
+    predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
     predictor.decision.checked_class(job.class_name)
     if job.decoders:
         predictor.workers, predictor.processes = job.decoders, True
@@ -224,19 +194,19 @@ def local(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -
     first = next(units, None)
     if first is None:
         return  # everything is there: the model need not be loaded
-    with PartScorer(job, store) as scorer:
+    with closing(PartScorer(job, store)) as scorer:
         yield from scorer.parts(chain([first], units), skipped)
 
 
 # ------------------------------------------------------------------------------------- the whole command
 
 
-def run(job: Job, listener: Listener, engine: Engine | None = None, visit: Visit | None = None) -> Totals:
+def run(job: Job, console: Console, engine: Engine | None = None, visit: Visit | None = None) -> Totals:
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
         job: what to run.
-        listener: told of progress and results.
+        console: told of progress and results.
         engine: who scores the units; None is this process.
         visit: called with every row, once all are there where a table is written.
 
@@ -249,15 +219,15 @@ def run(job: Job, listener: Listener, engine: Engine | None = None, visit: Visit
     files = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
     job.check_outputs()
     if not job.keeps_parts:
-        _print(job, files, listener, totals, visit)
+        _print(job, files, console, totals, visit)
         return totals
     label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
     store, settings = job.store(), job.settings()
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        seen = _keep_parts(job, store, files, listener, engine or local, totals)
+        seen = _keep_parts(job, store, files, console, engine or local, totals)
         if job.pictures.coco:
-            write_coco(lambda: store.asides(seen), Path(job.pictures.coco))
+            write_coco(lambda: store.bodies(seen, aside=True), Path(job.pictures.coco))
         if job.is_folder:
             store.finish(label)
         else:
@@ -281,7 +251,7 @@ def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterato
 
 
 def _keep_parts(
-    job: Job, store: PartStore, files: Iterable[Item | Stream], listener: Listener, engine: Engine, totals: Totals
+    job: Job, store: PartStore, files: Iterable[Item | Stream], console: Console, engine: Engine, totals: Totals
 ) -> set[Place]:
     number, of = job.shard
     # The other shards' parts are not this one's to judge.
@@ -293,48 +263,40 @@ def _keep_parts(
         totals.add(part, before=True)
 
     mine = (unit for unit in units(files, job.part_rows) if unit.number % of == number)
-    counter = _Counter(job.sources if of == 1 else ())
+    if of == 1 and not any(map(is_url, job.sources)):
+        threading.Thread(target=_count, args=(job.sources, totals), daemon=True).start()
     for part in engine(job, store, pending(mine, store, skipped), skipped):
         store.known[part.place] = part
         seen.add(part.place)
         totals.add(part)
-        listener.progress(f"scoring  {totals.bad} anomalous", totals.rows, counter.total)
+        console.progress(f"scoring  {totals.bad} anomalous", totals.rows, totals.expected)
     store.refuse_stale(seen)
     return seen
 
 
-class _Counter:
-    """Counts the images of local sources beside the work, for the time left; ``total`` is 0 until it is known."""
-
-    def __init__(self, sources: Sequence[str]) -> None:
-        self.total = 0
-        if sources and not any(map(is_url, sources)):
-            threading.Thread(target=self._count, args=(sources,), daemon=True).start()
-
-    def _count(self, sources: Sequence[str]) -> None:
-        total = 0
-        try:
-            for file in walk_all(sources):
-                if isinstance(file, Stream):
-                    return  # counting its images is reading it
-                total += 1
-        except DataError:  # said by the run itself
-            return
-        self.total = total
+def _count(sources: Sequence[str], totals: Totals) -> None:
+    """Count the images beside the work, for the time left; not those in archives, as that would be reading them."""
+    images = 0
+    with suppress(DataError):  # said by the run itself
+        for file in walk_all(sources):
+            if isinstance(file, Stream):
+                return
+            images += 1
+        totals.expected = images
 
 
-def _print(job: Job, files: Iterable[Item | Stream], listener: Listener, totals: Totals, visit: Visit | None) -> None:
+def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: Totals, visit: Visit | None) -> None:
     predictor, pictures = _loaded(job), job.pictures
     images = chain.from_iterable(file.items() for file in files)
     results = predictor.predict(images, pictures.wants_maps, bool(pictures.overlays), job.class_name, job.is_live)
     if job.on_stdout == ".csv":
-        listener.result(csv_header())
+        console.result(csv_header())
     for number, result in enumerate(results):
         save_pictures(result, pictures, 0, number)
         totals.rows += 1
         totals.bad += bool(result.is_anomaly)
         totals.errors += bool(result.error)
-        listener.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+        console.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
         if visit is not None:
             visit(result.row())
         if job.is_endless and totals.fails(job.fail_on):

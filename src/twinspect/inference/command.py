@@ -19,7 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_on_sigterm()
     try:
         with Console() as console:
-            return _info(given.model, console) if given.command == "info" else _predict(given, console)
+            if given.command == "predict":
+                return _predict(given, console)
+            from twinspect.inference.runtimes import export_info
+
+            console.result(json.dumps(export_info(given.model), indent=1))
+            return 0
     except SystemExit as stopped:
         return int(stopped.code or 0)
 
@@ -39,13 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--restart", action="store_true", help="drop what an unfinished run left")
     commands.add_parser("info", help="say what a model is").add_argument("model", type=Path)
     return parser
-
-
-def _info(model: Path, console: Console) -> int:
-    from twinspect.inference.runtimes import export_info
-
-    console.result(json.dumps(export_info(model), indent=1))
-    return 0
 
 
 def _predict(given: argparse.Namespace, console: Console) -> int:

@@ -25,7 +25,7 @@ from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
 from twinspect.inference import sources
 from twinspect.inference.archives import Item
-from twinspect.inference.stores import is_url, read
+from twinspect.inference.stores import read
 from twinspect.inference.tiles import Tiles, cut
 from twinspect.types import Sample
 
@@ -159,14 +159,11 @@ def decode(
     """One image to a square for the model; a file that cannot be read gives an error instead.
 
     Args:
-        image: whatever `as_item` takes.
+        image: whatever `as_item` takes. An array of a wrong kind raises ImageError: no file is wrong then.
         size: side of the square.
         limits: what an image may hold.
         pixels: keep the whole image as well.
         tiles: rows and columns that the image is cut into.
-
-    Raises:
-        ImageError: an array of a wrong kind. No file is bad then, but the program that made the array.
     """
     item = as_item(image)
     try:
@@ -197,23 +194,12 @@ def _pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[n
 
 
 def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Bytes of an image as they are stored.
-
-    Raises:
-        ImageError: it must not or cannot be read.
-    """
+    """Bytes of an image as they are stored; an ImageError where it must not or cannot be read."""
     if item.error:
         raise ImageError(item.error)
     if item.data is not None:
         return item.data
-    if is_url(item.path):
-        return read(item.path, limits.max_bytes)
-    try:
-        with open(item.path, "rb") as file:
-            file.seek(max(item.offset, 0))
-            return file.read(item.size)
-    except OSError as error:
-        raise ImageError(f"{item.name}: cannot be opened ({error.strerror or error})") from None
+    return read(item.path, limits.max_bytes)
 
 
 # -------------------------------------------------------------------------------------------- what is given in Python
@@ -257,11 +243,7 @@ def is_array(item: Any) -> bool:
 
 
 def as_array(item: Any) -> NDArray[Any]:
-    """An array of any library as numpy's.
-
-    Raises:
-        ImageError: it cannot be one.
-    """
+    """An array of any library as numpy's; an ImageError where it cannot be one."""
     try:
         if hasattr(item, "detach"):  # a tensor of torch, perhaps on a GPU or with a gradient
             item = item.detach().cpu()
@@ -281,11 +263,7 @@ def from_bgr(item: Item) -> Item:
 
 
 def as_item(image: Any) -> Item:
-    """A single image: a path, a `Sample`, an array, a PIL image, the bytes of an image file or an open one.
-
-    Raises:
-        ImageError: a file that is closed or gives no bytes.
-    """
+    """A single image: a path, a `Sample`, an array, a PIL image, the bytes of an image file or an open one."""
     if isinstance(image, Item):
         return image
     if isinstance(image, Sample):
@@ -314,11 +292,7 @@ def _expanded(source: Any, one_of_several: bool) -> Iterator[Item]:
 
 
 def _several(one: Any) -> Iterable[Any] | None:
-    """The parts of what holds several images; None for a single image.
-
-    Raises:
-        ImageError: it holds no image at all.
-    """
+    """The parts of what holds several images, None for a single image; an ImageError where it holds none at all."""
     if is_array(one):
         dimensions = one.ndim if hasattr(one, "ndim") else as_array(one).ndim
         names = dimensions == 1 and as_array(one).dtype.kind in "OUT"  # a column of paths

@@ -36,7 +36,7 @@ class Job:
         out: table (.parquet, .csv, .jsonl), folder of Parquet parts (``DIR/`` or a URL); ``-`` or ``-.csv`` prints
             the rows as JSON lines or CSV; empty prints lines for people.
         pictures: what to write beside it.
-        runtime, threads, batch, weights, device: as `inference.load`.
+        threads, batch, weights, device: as `inference.load`.
         class_name: class of all images; None predicts it.
         workers: processes that decode; 0 decodes in threads of this one; -1 is automatic.
         rows: rows of a part; 0 takes 256 for a file and 4,096 for a folder.
@@ -50,7 +50,6 @@ class Job:
     sources: tuple[str, ...]
     out: str = ""
     pictures: PictureOptions = field(default_factory=PictureOptions)
-    runtime: str = "auto"
     threads: int = 0
     batch: int = 0
     weights: str = ""
@@ -126,8 +125,7 @@ class Job:
     def check_outputs(self) -> None:
         """Find out before the work whether all can be written, and that no picture comes to lie among the images.
 
-        Raises:
-            ConfigError: it cannot be, or another program's file would be replaced.
+        A ConfigError where not, also where another program's file would be replaced.
         """
         if self.keeps_parts and not self.is_folder:
             refuse_unwritable(Path(self.out), "--out", ours=is_own)
@@ -166,11 +164,7 @@ class Job:
 
 
 def _decision_digest(path: Path) -> str:
-    """What identifies a model with its calibration, without building it.
-
-    Raises:
-        BundleError: not a model.
-    """
+    """What identifies a model with its calibration, without building it."""
     from twinspect.inference.runtimes import is_export, read_export
 
     if is_export(path):

@@ -41,11 +41,7 @@ class RayEngine:
         check_range("--actor-gpus", self.gpus, 0, 64)
 
     def __call__(self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
-        """Parts as actors finish them, in any order.
-
-        Raises:
-            TwinspectError: Ray is not installed, not reachable, or a unit failed for good.
-        """
+        """Parts as actors finish them, in any order; a TwinspectError where a unit failed for good."""
         ray = _ray()
         started = self._connected(ray)
         try:

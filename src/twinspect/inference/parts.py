@@ -22,7 +22,7 @@ from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.inference import stores
 
 _NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(-end)?(\.\w+)")
-RUN, _LOCK = "_run.json", "_lock"  # readers of Parquet folders pass over names that begin with _
+_RUN, _LOCK = "_run.json", "_lock"  # readers of Parquet folders pass over names that begin with _
 _MOST_BYTES = 1 << 40
 Place = tuple[int, int]
 
@@ -91,19 +91,17 @@ class PartStore:
     known: dict[Place, Part] = field(default_factory=dict)
 
     def begin(self, settings: Mapping[str, Any], restart: bool) -> None:
-        """Look for parts of the same run; those of another run are refused, or dropped with ``restart``.
+        """Look for parts of the same run, or drop what is there with ``restart``.
 
-        Raises:
-            ConfigError: parts of a run with other settings.
-            TwinspectError: the folder cannot be written.
+        A ConfigError where the parts are of a run with other settings.
         """
         if restart:
             self.clear()
         names, now = stores.names(self.folder), json.dumps(dict(settings), indent=1, sort_keys=True)
-        if RUN in names:
-            self._refuse_other(json.loads(self.read(RUN)), json.loads(now))
+        if _RUN in names:
+            self._refuse_other(json.loads(self.read(_RUN)), json.loads(now))
         else:
-            stores.put(self.folder, RUN, now.encode())
+            stores.put(self.folder, _RUN, now.encode())
         self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
 
     def _refuse_other(self, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -121,15 +119,12 @@ class PartStore:
         return parts
 
     def check(self, part: Part, source: str, images: Iterable[str] | None) -> None:
-        """Refuse a part that was made from other input than that at its place now, by the identities of both.
+        """Refuse a part that was made from other input (a DataError): by the identities of source and images.
 
         Args:
             part: that is there.
             source: archive or table that the unit is; empty for listed images.
             images: of the part; None where an unchanged source is enough.
-
-        Raises:
-            DataError: the input has changed since.
         """
         if not part.digest.startswith(digest(source, images or ())[: 16 if images is not None else 8]):
             raise DataError(
@@ -139,11 +134,7 @@ class PartStore:
             )
 
     def refuse_stale(self, seen: set[Place]) -> None:
-        """Refuse parts that no image belongs to any more.
-
-        Raises:
-            DataError: there are such parts.
-        """
+        """Refuse parts that no image belongs to any more, by a DataError."""
         if rest := sorted(set(self.known) - seen):
             raise DataError(
                 f"{self.folder} holds rows of images that are no longer given ({self.known[rest[0]].name}); type "
@@ -156,13 +147,9 @@ class PartStore:
             stores.put(self.folder, _aside(part.place), aside)
         stores.put(self.folder, part.name, body)
 
-    def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
-        """Contents of parts, in the order of their places."""
-        return (self.read(self.known[place].name) for place in sorted(places))
-
-    def asides(self, places: Iterable[Place]) -> Iterator[bytes]:
-        """What was kept aside of them."""
-        return (self.read(_aside(place)) for place in sorted(places))
+    def bodies(self, places: Iterable[Place], aside: bool = False) -> Iterator[bytes]:
+        """Contents of parts in the order of their places, or what was kept ``aside`` of them."""
+        return (self.read(_aside(place) if aside else self.known[place].name) for place in sorted(places))
 
     def read(self, name: str) -> bytes:
         """Content of one file."""
@@ -170,7 +157,7 @@ class PartStore:
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
-        ours = (RUN, stores.DRAFT, "_coco-", "_SUCCESS", *([_LOCK] if all_of_it else []))
+        ours = (_RUN, stores.DRAFT, "_coco-", "_SUCCESS", *([_LOCK] if all_of_it else []))
         for name in stores.names(self.folder):
             if Part.of(name) is not None or name.startswith(ours):
                 stores.remove(self.folder, name)
@@ -185,11 +172,7 @@ class PartStore:
                 stores.remove(self.folder, name)
 
     def lock(self, label: str) -> IO[str]:
-        """Keep others from writing the same parts until the returned file is closed; local folders only.
-
-        Raises:
-            ConfigError: another run is writing them now.
-        """
+        """Keep others from writing the same parts until the returned file is closed; local folders only."""
         if stores.is_url(self.folder):
             return io.StringIO()
         if why := files.why_unwritable(Path(self.folder)):

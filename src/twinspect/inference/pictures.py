@@ -59,11 +59,6 @@ class PictureOptions:
         if self.submission:
             _tifffile()
 
-    @property
-    def wants_files(self) -> bool:
-        """Whether there are files for each image."""
-        return bool(self.maps or self.masks or self.overlays or self.submission)
-
     def places(self) -> Iterator[tuple[str, str]]:
         """The option of every folder that is written, with a file as it is written there."""
         for name, file in (
@@ -75,19 +70,15 @@ class PictureOptions:
     @property
     def wants_maps(self) -> bool:
         """Whether any of them needs the anomaly map."""
-        return self.wants_files or bool(self.coco)
+        return any(self.places()) or bool(self.coco)
 
 
 def save_pictures(result: Result, options: PictureOptions, unit: int, index: int) -> None:
     """Write an image's files and note their paths in the result.
 
     Names are ``UNIT-INDEX_STEM``, so that any name inside an archive is harmless and two equal names stay apart.
-
-    Raises:
-        DataError: a submission of images that do not lie in MVTec AD 2's folders.
-        TwinspectError: a file cannot be written.
     """
-    if result.error or not options.wants_files:
+    if result.error:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
     if options.maps:
@@ -110,11 +101,7 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
 
 
 def submission_place(path: str) -> str:
-    """``OBJECT/SPLIT/.../STEM`` of an image of MVTec AD 2.
-
-    Raises:
-        DataError: the path has no ``OBJECT/test_...`` in it.
-    """
+    """``OBJECT/SPLIT/.../STEM`` of an image of MVTec AD 2; a DataError for any other."""
     parts = PurePosixPath(path.partition("#")[2] or path.replace("\\", "/")).with_suffix("").parts
     for number in range(1, len(parts)):
         if _MVTEC_SPLIT.fullmatch(parts[number]):
@@ -199,15 +186,18 @@ def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:
     Args:
         parts: gives all the lines, many at a time; called twice.
         out: file to write.
-
-    Raises:
-        TwinspectError: the file cannot be written.
     """
     with replacing(out) as file:
         file.write(_COCO_HEAD)
-        _comma_separated(file, ({"id": number, **line["image"]} for number, line in _lines(parts())))
+        for number, line in _lines(parts()):
+            _write_value(file, number, {"id": number, **line["image"]})
         file.write(b'], "annotations": [')
-        _comma_separated(file, _annotations(parts()))
+        count = 0
+        for number, line in _lines(parts()):
+            for region in line["regions"]:
+                count += 1
+                fixed = {"id": count, "image_id": number, "category_id": 1, "iscrowd": 0}
+                _write_value(file, count, {**fixed, **region})
         file.write(b"]}\n")
 
 
@@ -221,14 +211,5 @@ def _lines(parts: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     return enumerate((json.loads(line) for part in parts for line in part.splitlines()), start=1)
 
 
-def _annotations(parts: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    number = 0
-    for image, line in _lines(parts):
-        for region in line["regions"]:
-            number += 1
-            yield {"id": number, "image_id": image, "category_id": 1, "iscrowd": 0, **region}
-
-
-def _comma_separated(file: IO[bytes], values: Iterable[dict[str, Any]]) -> None:
-    for number, value in enumerate(values):
-        file.write((("," if number else "") + "\n" + json.dumps(value)).encode())
+def _write_value(file: IO[bytes], number: int, value: dict[str, Any]) -> None:
+    file.write(f"{',' if number > 1 else ''}\n{json.dumps(value)}".encode())

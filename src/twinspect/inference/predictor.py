@@ -72,10 +72,8 @@ class Predictor:
         """Results in the order of the images, a few at a time (constant memory).
 
         Args:
-            source: a path, folder, glob, ``@list``, tar, zip or table file, URL, PIL image, `Sample`, the bytes of an
-                image file or an open one, an array, or any iterable of these. Arrays are H x W (grey), H x W x C or
-                C x H x W with 1, 3 (RGB) or 4 (RGBA) channels, of uint8, uint16 or floats from 0 to 1, of numpy or
-                torch; four dimensions are a stack of images.
+            source: as `Detector.predict` takes it: a path, folder, glob, ``@list``, archive, table, URL, image, array
+                (RGB), or any iterable of these.
             maps: keep each result's anomaly map.
             pixels: keep each result's image for overlays.
             class_name: class of all these images, whose thresholds then hold; None predicts it per image.
@@ -92,16 +90,16 @@ class Predictor:
         self.decision.checked_class(class_name)
         items = map(from_bgr, expand(source)) if bgr else expand(source)
         one_by_one = is_live(source) if live is None else live
-        results = (self._live if one_by_one else self._ahead)(items, maps, pixels, class_name)
+        decoded = self._decoded(items, pixels, one_by_one)
+        results = self.score(decoded, maps, class_name, 1 if one_by_one else self.batch)
         return self._readable(results) if is_single(source) else results
 
-    def _live(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
-        for item in items:
-            yield from self.score_batch([self.decode(item, pixels)], maps, [class_name])
-
-    def _ahead(self, items: Iterator[Any], maps: bool, pixels: bool, class_name: str | None) -> Iterator[Result]:
+    def _decoded(self, items: Iterator[Any], pixels: bool, one_by_one: bool) -> Iterator[Decoded]:
+        if one_by_one:
+            yield from (self.decode(item, pixels) for item in items)
+            return
         with self.pool(pixels) as pool:
-            yield from self.score((image for _, image in pool.stream((None, i) for i in items)), maps, class_name)
+            yield from (image for _, image in pool.stream((None, item) for item in items))
 
     @staticmethod
     def _readable(results: Iterator[Result]) -> Iterator[Result]:
@@ -115,11 +113,13 @@ class Predictor:
         size, tiles = self.runtime.size, self.decision.tiles
         return DecodePool(size, self.limits, pixels, self.workers, self.processes, self.batch, tiles)
 
-    def score(self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None) -> Iterator[Result]:
-        """Results of images that were decoded to ``runtime.size``, in order, a batch at a time."""
+    def score(
+        self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None, batch: int = 0
+    ) -> Iterator[Result]:
+        """Results of images that were decoded to ``runtime.size``, in order, a batch (0: the usual) at a time."""
         images = iter(decoded)
-        while batch := list(islice(images, self.batch)):
-            yield from self.score_batch(batch, maps, [class_name] * len(batch))
+        while taken := list(islice(images, batch or self.batch)):
+            yield from self.score_batch(taken, maps, [class_name] * len(taken))
 
     def decode(self, item: Any, pixels: bool = False) -> Decoded:
         """One image made ready for `score_batch`; for callers that decode where and when they like."""

@@ -10,7 +10,7 @@ shares of it were chosen on masks of five sets (docs/results.md).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +47,6 @@ class Region:
     area: int
     score: float
     p_value: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class Components(NamedTuple):

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,7 +171,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """All columns as plain values for JSON: regions are a list, None is not-a-number."""
         values = {column.name: finite(getattr(self, column.name)) for column in columns()}
-        return {**values, "regions": [region.to_dict() for region in self.regions]}
+        return {**values, "regions": [asdict(region) for region in self.regions]}
 
     def to_pandas(self) -> Any:
         """All columns as a pandas Series; of many results, see `Results.to_pandas`.

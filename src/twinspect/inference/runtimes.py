@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from twinspect._version import __version__
 from twinspect.device import choose_device, granted_threads, share_cores
-from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
 from twinspect.files import sha256_of
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
@@ -36,7 +36,6 @@ Said = TypeVar("Said")
 _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
-_INSTALL = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 FORMAT = 3  # of the metadata; raised when a reader of an older library would misunderstand it
 
 
@@ -121,7 +120,7 @@ class OnnxRuntime(_ExportRuntime):
 
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
         super().__init__(meta)
-        ort = required("onnx", path)
+        ort = required("onnxruntime", path)
         accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
@@ -151,7 +150,7 @@ class OnnxRuntime(_ExportRuntime):
 
 
 class OpenVinoRuntime(_ExportRuntime):
-    """An ``.xml`` + ``.bin`` pair, or an ``.onnx`` file, on OpenVINO's CPU device."""
+    """An ``.xml`` + ``.bin`` pair on OpenVINO's CPU device."""
 
     def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
         super().__init__(meta)
@@ -175,27 +174,17 @@ class OpenVinoRuntime(_ExportRuntime):
         return {name: outputs[i].copy() for i, name in enumerate(self.names)}
 
 
-# Runtime -> class that runs exported files, and the endings of those that it reads, its own format first.
-RUNTIMES: dict[str, tuple[type[OnnxRuntime] | type[OpenVinoRuntime], tuple[str, ...]]] = {
-    "onnx": (OnnxRuntime, (".onnx",)),
-    "openvino": (OpenVinoRuntime, (".xml", ".onnx")),
-}
-EXPORTS = tuple(endings[0] for _, endings in RUNTIMES.values())
+# Ending of an exported file -> what runs it.
+RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVinoRuntime]] = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime}
 
 
 def load_predictor(
-    path: Path | str,
-    runtime: str = "auto",
-    threads: int = 0,
-    batch: int = 0,
-    weights: Path | str = "",
-    device: str = "cpu",
+    path: Path | str, threads: int = 0, batch: int = 0, weights: Path | str = "", device: str = "cpu"
 ) -> Predictor:
-    """A predictor for a bundle (.twin) or an exported model (.onnx, .xml).
+    """A predictor for a bundle (.twin), which runs with torch, or an exported model (.onnx, .xml).
 
     Args:
         path: the file.
-        runtime: ``auto`` takes the one the file was made for; ``openvino`` also runs .onnx files.
         threads: of the runtime; 0 leaves its own choice.
         batch: images per call; 0 takes one for each thread of torch on a CPU (at most 8), 16 on a GPU, and for an
             export 1.
@@ -205,84 +194,57 @@ def load_predictor(
 
     Raises:
         BundleError: damaged, changed, too new or too old.
-        ConfigError: an unknown runtime, or one that cannot run this file.
         TwinspectError: the runtime is not installed (the message is the line to type).
+
+    Examples:
+        >>> for result in load("model.onnx").predict("new/"):
+        ...     print(result.path, result.score, result.is_anomaly)
     """
     path = Path(path)
     check_counts(threads, batch)
-    if runtime not in (accepted := ("auto", "torch", *RUNTIMES)):
-        raise ConfigError(unknown_name("runtime", runtime, accepted))
-    if not is_export(path):
-        return _bundle_predictor(path, runtime, threads, batch, str(weights), device)
-    engine, meta = load_runtime(path, runtime, threads)
-    return Predictor(engine, Decision.from_dict(meta.decision), batch or 1)
-
-
-def load_runtime(path: Path, runtime: str = "auto", threads: int = 0) -> tuple[Runtime, ExportMeta]:
-    """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
-    meta = read_export(path)
-    name = meta.runtime if runtime == "auto" else runtime
-    if name == "torch":
-        raise ConfigError(f"runtime torch runs bundles (.twin), not {path.name}; type --runtime {meta.runtime}")
-    kind, endings = RUNTIMES[name]
-    if path.suffix not in endings:
-        raise ConfigError(
-            f"runtime {name} reads {' or '.join(endings)}, not {path.name}; type: "
-            f"twinspect export BUNDLE --out MODEL{endings[0]}"
-        )
-    return kind(path, meta, threads), meta
-
-
-def _bundle_predictor(path: Path, runtime: str, threads: int, batch: int, weights: str, device: str) -> Predictor:
-    if runtime in RUNTIMES:
-        raise ConfigError(
-            f"{path.name} is a bundle, which runs with torch; for {runtime} type: "
-            f"twinspect export {path.name} --out MODEL{RUNTIMES[runtime][1][0]}"
-        )
+    if is_export(path):
+        engine, meta = load_runtime(path, threads)
+        return Predictor(engine, Decision.from_dict(meta.decision), batch or 1)
     share_cores()
     required("torch", path)
     from twinspect.storage import load
 
-    chosen, fitted = choose_device(device), load(path, weights)
-    engine = TorchRuntime(fitted.model, chosen, threads)
-    return Predictor(engine, fitted.decision, batch or engine.usual)
+    chosen, fitted = choose_device(device), load(path, str(weights))
+    torch_runtime = TorchRuntime(fitted.model, chosen, threads)
+    return Predictor(torch_runtime, fitted.decision, batch or torch_runtime.usual)
 
 
-def required(runtime: str, path: Path) -> Any:
+def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, ExportMeta]:
+    """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
+    meta = read_export(path)
+    return RUNTIMES[path.suffix](path, meta, threads), meta
+
+
+def required(package: str, path: Path) -> Any:
     """Import a runtime's package, or say what to type."""
     try:
-        return importlib.import_module(_INSTALL[runtime])
+        return importlib.import_module(package)
     except ImportError as error:
         # Whether the distribution of packaging/runtime is what is installed here.
-        if runtime == "torch" and any(metadata.distributions(name="twinspect-runtime")):
+        if package == "torch" and any(metadata.distributions(name="twinspect-runtime")):
             raise TwinspectError(
                 f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
                 f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
             ) from None
         raise TwinspectError(
-            f"{path.name} needs the runtime {runtime}, which cannot be imported ({error}). "
-            f"Type: pip install {_INSTALL[runtime]}"
+            f"{path.name} needs {package}, which cannot be imported ({error}). Type: pip install {package}"
         ) from None
 
 
 def check_pixels(pixels_BHWC: Pixels, size: int) -> Pixels:
-    """Refuse what the graph would misread: another type, channel order, shape, or nothing at all.
-
-    Raises:
-        ConfigError: with what was got and what is accepted.
-    """
+    """Refuse what the graph would misread, by a ConfigError: another type, channel order, shape, or nothing."""
     pixels = np.asarray(pixels_BHWC)
-    accepted = f"accepted B x H x W x 3 (RGB, channels last, H = W = {size})"
-    shape = f"pixels of shape {pixels.shape}; {accepted}"
-    if pixels.dtype != np.uint8:
-        raise ConfigError(f"pixels of type {pixels.dtype}; {accepted} of uint8, 0 to 255")
-    if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ConfigError(f"{shape}, no side 0")
-    if pixels.shape[3] != 3:
-        hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1] == 3 else ""
-        raise ConfigError(f"{shape}{hint}")
-    if pixels.shape[1:3] != (size, size):
-        raise ConfigError(f"{shape}: resize first")
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3) or not len(pixels):
+        hint = "; channels come first here: type a.transpose(0, 2, 3, 1)" if pixels.shape[1:2] == (3,) else ""
+        raise ConfigError(
+            f"pixels of type {pixels.dtype} and shape {pixels.shape}; accepted uint8 of B x {size} x {size} x 3 "
+            f"(RGB, channels last, B from 1){hint}"
+        )
     return np.ascontiguousarray(pixels)
 
 
@@ -316,7 +278,7 @@ class ExportMeta:
 
 def is_export(path: Path | str) -> bool:
     """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
-    return Path(path).suffix in EXPORTS
+    return Path(path).suffix in RUNTIMES
 
 
 def write_meta(path: Path, meta: ExportMeta) -> None:
@@ -329,14 +291,12 @@ def write_meta(path: Path, meta: ExportMeta) -> None:
 def read_export(path: Path) -> ExportMeta:
     """Read and verify what an exported model says of itself; no runtime is loaded.
 
-    Raises:
-        BundleError: no such file, not made by ``twinspect export``, changed or damaged since, or made for
-            another version of the library.
+    A BundleError where it is missing, damaged, changed since, or made for another version of the library.
     """
     if not path.is_file():
         raise BundleError(f"no such model: {path}. Make one with: twinspect export BUNDLE --out {path}")
     if not is_export(path):
-        raise ConfigError(f"{path.name}: exported models end in {', '.join(EXPORTS)}")
+        raise ConfigError(f"{path.name}: exported models end in {', '.join(RUNTIMES)}")
     home = companion(path)
     if not home.is_file():
         raise BundleError(
@@ -372,15 +332,14 @@ def companion(path: Path) -> Path:
 
 
 def _refuse_version(path: Path, values: dict[str, Any]) -> None:
-    version, writer = values.get("format", 0), values.get("writer", "an unknown version")
+    version, advice = values.get("format", 0), f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
     if version == FORMAT:
         return
-    advice = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
     if not isinstance(version, int) or version > FORMAT:
         advice = "Type: pip install --upgrade twinspect"
     raise BundleError(
-        f"{path} has export format {version}, written by twinspect {writer}; this is {__version__} and reads format "
-        f"{FORMAT}. {advice}"
+        f"{path} has export format {version}, written by twinspect {values.get('writer', 'of an unknown version')}; "
+        f"this is {__version__} and reads format {FORMAT}. {advice}"
     )
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ from twinspect.errors import DataError
 from twinspect.files import open_text
 from twinspect.inference import stores
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
-from twinspect.inference.parts import RUN
 from twinspect.inference.stores import is_url
-from twinspect.inference.table import OWN, TABLES, columns_of, read_rows
+from twinspect.inference.table import TABLES, columns_of, read_rows
 from twinspect.inference.video import VIDEOS, is_endless, live_frames
 
 _LOCAL = "file://"
@@ -44,11 +43,7 @@ class NothingFound(DataError):
 
 
 def walk(source: str | Path) -> Iterator[Item | Stream]:
-    """Images and streams of images behind one source, lazily.
-
-    Raises:
-        DataError: at once where nothing is found; the message says what was looked for.
-    """
+    """Images and streams of images behind one source, lazily; a DataError at once where nothing is found."""
     text = str(source).removeprefix(_LOCAL)
     if "\0" in text:
         raise DataError(f"{text!r}: no path of this system (it holds a zero byte)")
@@ -61,7 +56,7 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
     if os.path.isfile(path):  # unlike Path's own, false for a name that is too long
         return _file(path)
     if text and os.path.isdir(path):
-        return _first(_own_rows(path) if (path / RUN).is_file() else _below(text, set()), nothing)
+        return _first(_below(text, set()), nothing)
     if text.startswith("@"):
         return _list(Path(text[1:]))
     where = text or "an empty path"
@@ -70,10 +65,9 @@ def walk(source: str | Path) -> Iterator[Item | Stream]:
 
 
 def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
-    """As `walk`, one source after the other; of several, one without any image stays in, so that its row can say so.
+    """As `walk`, one source after the other.
 
-    Raises:
-        DataError: at once, where nothing is behind the only one, or a list or table cannot be read.
+    Of several, one without any image stays in, so that its row can say so.
     """
     given = list(sources)
     return walk(given[0]) if len(given) == 1 else chain.from_iterable([among(source) for source in given])
@@ -92,6 +86,10 @@ def watch(*folders: str | Path) -> Iterator[Item]:
 
     Raises:
         DataError: at once, where one is no folder.
+
+    Example:
+        >>> for result in load("model.onnx").predict(watch("incoming/")):
+        ...     print(result.path, result.score, result.is_anomaly)
     """
     for folder in folders:
         if not os.path.isdir(folder):
@@ -187,10 +185,7 @@ def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
 
 
 def _entries(folder: str, visited: Visited) -> list[tuple[str, str, str]]:
-    """Names in a folder with kind and state, sorted, hidden ones passed over.
-
-    Nothing where links lead to a folder of this disk that was read before.
-    """
+    """Names in a folder with kind and state, sorted; nothing where a link leads back to a folder that was read."""
     if is_url(folder):
         found = stores.entries(folder)
         return [(name, "folder" if deep else "file", state) for name, deep, state in found if not is_hidden(name)]
@@ -247,12 +242,9 @@ def _folders(top: str, visited: Visited) -> Iterator[str]:
 
 
 def _list(path: Path) -> Iterator[Item | Stream]:
-    """One image, archive or URL a line, relative to the list's folder; empty lines and ``#`` lines do not count.
+    """One image, archive, ``ARCHIVE#MEMBER`` or URL a line, relative to the list's folder; ``#`` begins a comment.
 
     A table with a column of images is read as one. ``-`` is standard input, whose lines are answered as they come.
-
-    Raises:
-        DataError: no such list.
     """
     if path == Path("-"):
         return (_listed(line.rstrip("\n"), Path()) for line in sys.stdin if line.strip())
@@ -260,13 +252,14 @@ def _list(path: Path) -> Iterator[Item | Stream]:
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
     if path.name.lower().endswith(TABLES) and (columns := columns_of(path)) and path_column(columns):
         return _table(path)
-    lines = (line for line in _lines(path) if line and not line.startswith("#"))
-    return _first((_listed(line, path) for line in lines), DataError(f"{path}: the list holds no path"))
+    return _first(_lines(path), DataError(f"{path}: the list holds no path"))
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[Item | Stream]:
     with open_text(path, "surrogateescape") as file:
-        yield from (line.rstrip("\n") for line in file)
+        for line in file:
+            if line.strip("\n") and not line.startswith("#"):
+                yield _listed(line.rstrip("\n"), path)
 
 
 def _listed(line: str, path: Path) -> Item | Stream:
@@ -274,7 +267,8 @@ def _listed(line: str, path: Path) -> Item | Stream:
         name = line.partition("\0")[0]
         return Item(name, error=f"{name}: {path} holds a zero byte here; save the list as UTF-8, one path a line")
     line = line.removeprefix(_LOCAL)
-    return _whole(line if is_url(line) else _spelled(path.parent, line))
+    where = line if is_url(line) else _spelled(path.parent, line)
+    return by_name(where) if _MEMBER.search(where) else _whole(where)
 
 
 def _spelled(folder: Path, line: str) -> str:
@@ -290,19 +284,17 @@ def _spelled(folder: Path, line: str) -> str:
 
 
 def _table(path: Path) -> Iterator[Item | Stream]:
-    """Images of a manifest, of a table of predictions, or of a Parquet file that holds encoded images itself."""
-    columns, empty = columns_of(path), DataError(f"{path}: holds no row")
-    is_parquet = path.suffix.lower() == ".parquet"
+    """Images of a manifest, or of a Parquet file that holds encoded images itself."""
+    columns, is_parquet = columns_of(path), path.suffix.lower() == ".parquet"
     for _ in () if is_parquet else read_rows(path):  # a row that cannot be read is found before the work
         pass
-    if set(columns) >= OWN:
-        return _first(_own_rows(path), empty)
     column, encoded = image_column(str(path)) if is_parquet else (path_column(columns), False)
     if encoded:
         return iter([Stream(str(path))])
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
-    return _first(_manifest(read_rows(path, (column, "record")), column, path), empty)
+    images = _manifest(read_rows(path, (column, "record")), column, path)
+    return _first(images, DataError(f"{path}: holds no row"))
 
 
 def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterator[Item]:
@@ -317,50 +309,12 @@ def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterat
         yield Item(f"{file}#{record}", file, record=int(str(record))) if known else Item(file, file)
 
 
-def _own_rows(path: Path) -> Iterator[Item]:
-    return named(_placed(_unescaped(str(row.get("path") or "")), path.parent) for row in read_rows(path, ("path",)))
-
-
-def named(names: Iterable[str]) -> Iterator[Item]:
-    """Images by the names of their rows; those of one archive that follow each other are read together."""
-    for holder, group in groupby(names, key=_holder):
-        if holder:
-            yield from _members(holder, group)
-        else:
-            yield from map(_file_or_record, group)
-
-
-def _members(holder: str, names: Iterable[str]) -> Iterator[Item]:
-    missing, reason = dict.fromkeys(names), "no longer in the archive"
-    for item in Stream(holder).items():
-        if item.name in missing:
-            del missing[item.name]
-            yield item
-        elif item.name == holder:  # the archive itself cannot be read
-            reason = item.error
-    yield from (Item(name, error=f"{name}: {reason}") for name in missing)
-
-
-def _holder(name: str) -> str:
-    """The archive, video or table that a name is in; empty for a file."""
-    match = _MEMBER.search(name)
-    return name[: match.end() - 1] if match else ""
-
-
-def _placed(name: str, folder: Path) -> str:
-    """A name of a table: relative to where its run was started, or else to the table."""
-    file = _holder(name) or name
-    beside = not is_url(file) and not os.path.exists(file) and os.path.exists(folder / file)
-    return str(folder / name) if beside else name
-
-
-def _file_or_record(name: str) -> Item:
+def by_name(name: str) -> Item:
+    """The image that a row of results calls so, also inside an archive, a video or a table."""
+    if match := _MEMBER.search(name):
+        images = Stream(name[: match.end() - 1]).items()
+        return next((one for one in images if one.name == name), Item(name, error=f"{name}: not in the file"))
     file, mark, record = name.rpartition("#")
     if mark and record.isdecimal() and not os.path.exists(name) and os.path.isfile(file):
         return Item(name, file, record=int(record))
     return Item(name, name)
-
-
-def _unescaped(name: str) -> str:
-    """A file's name from what `table.as_text` has made of it."""
-    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda match: chr(int(match[1], 16)), name)

@@ -29,11 +29,7 @@ def is_url(text: str) -> bool:
 
 
 def status(url: str) -> tuple[bool, str]:
-    """Whether a URL is a folder, and its `state`.
-
-    Raises:
-        DataError: nothing there, no such scheme, or no access.
-    """
+    """Whether a URL is a folder, and its `state`; a DataError where nothing is there, or it cannot be reached."""
     system, path = _opened(url)
     with _refusing(f"{url} cannot be listed", DataError):
         try:
@@ -44,11 +40,7 @@ def status(url: str) -> tuple[bool, str]:
 
 
 def entries(url: str) -> list[tuple[str, bool, str]]:
-    """Name of everything directly in a folder, whether it is a folder itself, and its `state`; sorted.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
+    """Name, whether it is a folder, and `state` of all that lies directly in a folder, sorted by name."""
     system, path = _opened(url)
     with _refusing(f"{url} cannot be listed", DataError):
         system.invalidate_cache()  # other machines write as well
@@ -77,12 +69,7 @@ def _state(info: Mapping[str, Any]) -> str:
 
 
 def open_file(path: str) -> Any:
-    """A file object that reads a file and can seek; closing it is the caller's.
-
-    Raises:
-        DataError: a URL that cannot be opened.
-        OSError: a path that cannot be opened.
-    """
+    """A file object for reading that can seek. Where that fails: an OSError for a path, a DataError for a URL."""
     if not is_url(path):
         return open(path, "rb")
     system, inner = _opened(path)
@@ -91,11 +78,7 @@ def open_file(path: str) -> Any:
 
 
 def read(path: str, most: int) -> bytes:
-    """Content of a file, refused above ``most`` bytes.
-
-    Raises:
-        DataError: it cannot be read, or is longer.
-    """
+    """Content of a file; a DataError where it cannot be read or is longer than ``most`` bytes."""
     parts, length = list[bytes](), 0
     with _refusing(f"{path}: cannot be read", DataError), open_file(path) as file:
         while part := file.read(_PIECE):  # asked for all at once, it may set ``most`` bytes aside
@@ -107,16 +90,13 @@ def read(path: str, most: int) -> bytes:
 
 
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
-    """Write a file whole: under its name it is complete or not there.
+    """Write a file whole: under its name it is complete or not there. A TwinspectError where it cannot be written.
 
     Args:
         folder: path or URL; it is made.
         name: of the file.
         body: its content.
         flushed: to the disk, so that it outlives a crash of the machine.
-
-    Raises:
-        TwinspectError: it cannot be written.
     """
     # Two workers may write the same file, one of them given up for lost: each draft has a name of its own.
     draft = f"{DRAFT}{uuid.uuid4().hex}"
@@ -147,11 +127,7 @@ def _put_here(folder: Path, draft: str, name: str, body: bytes, flushed: bool) -
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; none where there is no such folder.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
+    """Names of the files directly in a folder, sorted; none where there is no such folder."""
     if is_url(folder):
         return [name for name, is_folder, _ in entries(folder) if not is_folder]
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []

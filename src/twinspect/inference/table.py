@@ -18,7 +18,6 @@ from twinspect.files import open_text, replacing
 from twinspect.inference.result import CELLS, columns
 
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
-OWN = frozenset({"path", "score"})  # what tells a table of predictions from others
 FORMATS = (".parquet", ".csv", ".jsonl")
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")  # that are read
 
@@ -57,11 +56,7 @@ def csv_header() -> str:
 
 
 def join(parts: Iterable[bytes], out: Path) -> None:
-    """Parts to one file, a group at a time; the file appears under its name when it is whole.
-
-    Raises:
-        TwinspectError: the folder cannot be written.
-    """
+    """Parts to one file, a group at a time; the file appears under its name when it is whole."""
     with replacing(out) as file:
         if out.suffix == ".parquet":
             _join_parquet(parts, file)
@@ -110,7 +105,7 @@ def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
 
 def is_own(path: Path) -> bool:
     """Whether a file is a table of predictions."""
-    return has_columns(path, OWN)
+    return has_columns(path, {"path", "score"})
 
 
 def has_columns(path: Path, names: AbstractSet[str]) -> bool:
@@ -122,11 +117,7 @@ def has_columns(path: Path, names: AbstractSet[str]) -> bool:
 
 
 def columns_of(path: Path) -> list[str]:
-    """Names of a table's columns; of JSON lines, those of the first one. None in an empty file.
-
-    Raises:
-        DataError: it cannot be read as a table.
-    """
+    """Names of a table's columns, of JSON lines those of the first one; a DataError where it is no table."""
     if path.suffix.lower() == ".parquet":
         with _readable(path):
             import pyarrow.parquet as pq
@@ -143,13 +134,11 @@ def parts_in(folder: Path) -> list[Path]:
 def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet, CSV or JSON-lines table, or of a folder of parts, a few at a time.
 
+    A DataError where it cannot be read as a table, a ConfigError for another kind of file.
+
     Args:
         path: file or folder.
         columns: all that is wanted, so that no more of a Parquet file is read; those that it lacks are left out.
-
-    Raises:
-        DataError: it cannot be read as a table.
-        ConfigError: another kind of file.
     """
     if path.is_dir():
         for part in parts_in(path):

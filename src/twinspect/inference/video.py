@@ -11,7 +11,10 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,17 +39,8 @@ def is_endless(source: object) -> bool:
     return isinstance(source, str) and source.lower().startswith(_ENDLESS)
 
 
-def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a video by its name."""
-    return os.fspath(path).lower().endswith(VIDEOS)
-
-
 def file_frames(path: str) -> Iterator[Item]:
-    """Every frame of a video file; one that cannot be read becomes an item with an error.
-
-    Raises:
-        TwinspectError: OpenCV is not installed.
-    """
+    """Every frame of a video file; one that cannot be read becomes an item with an error."""
     try:
         capture = _opened(path)
     except DataError as error:
@@ -65,26 +59,18 @@ def live_frames(source: str) -> Iterator[Item]:
     """The newest frame of a camera or network stream, each time that one is asked for. It does not end.
 
     Frames are numbered as the source gave them. A source that breaks off gives one item with an error, then frames
-    again once it is back.
-
-    Raises:
-        DataError: at once, where it cannot be opened.
-        TwinspectError: at once, where OpenCV is not installed.
+    again once it is back. One that cannot be opened now raises a DataError at once.
     """
     return _followed(_opened(source), source)
 
 
 def _followed(capture: cv2.VideoCapture | None, source: str) -> Iterator[Item]:
-    name, number = _without_password(source), 0
+    name, first = _without_password(source), 0
     while True:
         if capture is not None:
-            newest = _Newest(capture, number)
-            try:
-                while (frame := newest.frame()) is not None:
-                    yield Item(f"{name}#{frame[0]}", pixels=frame[1])
-            finally:
-                newest.stop()
-            number = newest.number
+            for number, pixels in _newest(capture, first):
+                first = number + 1
+                yield Item(f"{name}#{number}", pixels=pixels)
             yield Item(name, error=f"{name}: gives no more frames; it is opened again every {_RETRY_SECONDS:g} s")
         time.sleep(_RETRY_SECONDS)
         try:
@@ -93,38 +79,35 @@ def _followed(capture: cv2.VideoCapture | None, source: str) -> Iterator[Item]:
             capture = None
 
 
-class _Newest:
-    """Reads a capture in a thread and keeps its newest frame only."""
+def _newest(capture: cv2.VideoCapture, first: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Number and pixels of the newest frame, each time that one is asked for; a thread reads all of them."""
+    held: Queue[tuple[int, NDArray[np.uint8]] | None] = Queue(1)
+    unwanted = threading.Event()
 
-    def __init__(self, capture: cv2.VideoCapture, number: int) -> None:
-        self._capture, self.number = capture, number
-        self._held: tuple[int, NDArray[np.uint8]] | None = None
-        self._ended = False
-        self._changed = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+    def read() -> None:
+        for number in count(first):
+            if unwanted.is_set() or (pixels := _next(capture)) is None:
+                break
+            with suppress(Empty):
+                held.get_nowait()  # the frame before, which nobody took
+            held.put((number, pixels))
+        capture.release()
+        held.put(None)
 
-    def frame(self) -> tuple[int, NDArray[np.uint8]] | None:
-        """Number and pixels of the newest frame not given yet; waits for one. None: there are no more."""
-        with self._changed:
-            while self._held is None and not self._ended:
-                self._changed.wait(_LOOK_SECONDS)
-            frame, self._held = self._held, None
-            return frame
-
-    def stop(self) -> None:
-        """Let go of the source, as soon as it gives its next frame."""
-        self._ended = True
-
-    def _read(self) -> None:
-        while not self._ended and (pixels := _next(self._capture)) is not None:
-            with self._changed:
-                self._held = (self.number, pixels)
-                self.number += 1
-                self._changed.notify()
-        self._capture.release()
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            try:
+                frame = held.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                continue
+            if frame is None:
+                return
+            yield frame
+    finally:
+        unwanted.set()
+        with suppress(Empty):
+            held.get_nowait()  # so that the thread can put its end
 
 
 def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:

@@ -1,13 +1,12 @@
 """Metrics of anomaly detection: exact for images, in constant memory with proven error for pixels.
 
-``METRICS`` names them all. ``Evaluator`` accumulates a whole evaluation; ``ScoreHistogram`` is its pixel half; the
-functions are for image scores at hand.
+``METRICS`` names them all. ``Evaluator`` accumulates a whole evaluation; the functions are for image scores at hand.
 """
 
 from __future__ import annotations
 
 from twinspect.metrics.evaluator import Evaluator
-from twinspect.metrics.pixels import PIXEL_METRICS, PixelSummary, ScoreHistogram
+from twinspect.metrics.pixels import PIXEL_METRICS
 from twinspect.metrics.ranking import (
     IMAGE_METRICS,
     auroc,
@@ -20,8 +19,6 @@ from twinspect.metrics.ranking import (
 __all__ = [
     "METRICS",
     "Evaluator",
-    "PixelSummary",
-    "ScoreHistogram",
     "auroc",
     "average_precision",
     "bootstrap_interval",

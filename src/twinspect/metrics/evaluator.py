@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from twinspect.errors import DataError
 from twinspect.metrics import ranking
 from twinspect.metrics.pages import MemoryBudget
-from twinspect.metrics.pixels import MEMORY_LIMIT, PixelSummary, ScoreHistogram, summarise
+from twinspect.metrics.pixels import PixelSummary, ScoreHistogram, summarise
 
+MEMORY_LIMIT = 128 << 20  # bytes
 TOLERANCE = 1e-4
 Numbers = dict[str, float]
 
@@ -99,7 +100,7 @@ class Evaluator:
     def _meter(self, class_name: str, part: str) -> ScoreHistogram:
         parts = self.meters.setdefault(class_name, {})
         if part not in parts:
-            parts[part] = ScoreHistogram(budget=self.budget)
+            parts[part] = ScoreHistogram(self.budget)
         return parts[part]
 
     def merge(self, other: Evaluator) -> None:

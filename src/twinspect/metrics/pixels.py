@@ -41,7 +41,6 @@ from twinspect.metrics.pages import (
     keys_of,
 )
 
-MEMORY_LIMIT = 128 << 20
 UNIT = 1 << 36  # leaves room for 2**27 regions, and for regions of 2**27 pixels, in int64
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
@@ -83,16 +82,10 @@ class PixelTotals(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PixelSummary:
-    """Pixel metrics of one set of maps.
+    """Pixel metrics of one set of maps."""
 
-    Attributes:
-        values: by the names of ``PIXEL_METRICS``; nan where undefined.
-        bounds: for every metric, the most that the value can differ from the exact one; 0.0 means exact.
-        totals: what was counted.
-    """
-
-    values: dict[str, float]
-    bounds: dict[str, float]
+    values: dict[str, float]  # by the names of ``PIXEL_METRICS``; nan where undefined
+    bounds: dict[str, float]  # the most that each value can differ from the exact one; 0.0 means exact
     totals: PixelTotals
 
     @property
@@ -105,20 +98,14 @@ class ScoreHistogram:
     """Counts of pixel scores: normal, defect, and weighted by ground-truth region.
 
     Args:
-        memory_limit: bytes that the counts may use; reaching it makes the bins coarser, never fails.
-        budget: memory shared with other histograms instead of ``memory_limit``.
+        budget: memory, perhaps shared with other histograms; when it is full, bins become coarser.
     """
 
-    def __init__(self, memory_limit: int = MEMORY_LIMIT, budget: MemoryBudget | None = None) -> None:
-        self.budget = budget or MemoryBudget(memory_limit)
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget = budget
         self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
         self.totals = PixelTotals()
         self.rounded = False
-
-    @property
-    def exact(self) -> bool:
-        """Whether every bin is a single score, so that all results are exact."""
-        return self.budget.drop == FINEST and not self.rounded
 
     def update(
         self,
@@ -127,15 +114,10 @@ class ScoreHistogram:
         name: str = "a map",
         regions: Sequence[tuple[ArrayLike, float]] | None = None,
     ) -> None:
-        """Count one map.
+        """Count one map; the arguments are those of `Evaluator.update`.
 
-        Args:
-            map_HW: H x W finite scores of any range, higher means more anomalous.
-            mask_HW: H x W, non-zero means defect; None means no defect pixel (except those of ``regions``).
-            name: image name for error messages.
-            regions: (mask H x W, saturation area in pixels) of every annotated region, each one region whether
-                connected or not, for sPRO only; their union is added to the mask. An area above the region's size
-                means the size.
+        Every one of ``regions`` is one region, whether connected or not, for sPRO only; their union is added to the
+        mask. A saturation area above the region's size means the size.
 
         Raises:
             DataError: a map or mask that cannot be used, or an area that is not above 0; nothing is counted then.
@@ -159,15 +141,7 @@ class ScoreHistogram:
         self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, connected, len(areas))])
 
     def merge(self, other: ScoreHistogram) -> None:
-        """Add the counts of another histogram, which stays as it is.
-
-        Raises:
-            DataError: the other one has a different memory limit, so its resolution means something else.
-        """
-        if other.budget.limit != self.budget.limit:
-            raise DataError(
-                f"cannot merge histograms with memory limits {self.budget.limit} and {other.budget.limit}"
-            )
+        """Add the counts of another histogram on a budget of the same limit, which stays as it is."""
         while self.budget.drop < other.budget.drop:
             self.budget.coarsen()
         for mine, theirs in zip(self.tables, other.tables, strict=True):

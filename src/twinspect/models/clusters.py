@@ -282,10 +282,13 @@ def choose_centres(points_NP: Tensor, most: int, seed: int, least: int = 1) -> T
             both = (halves, halves[::-1])
             parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
             values[count] = torch.cat(parts)
-    best = values[max(values, key=lambda count: float(values[count].mean()))]
-    behind = {count: best - value for count, value in values.items()}
-    simplest = next(n for n, by in behind.items() if float(by.mean()) <= float(by.std()) / len(by) ** 0.5)
-    return best_k_means(points_NP[order], simplest, seed)
+    best = max(values, key=lambda count: float(values[count].mean()))
+    for count, value in values.items():
+        behind = values[best] - value  # not a number where all points are one
+        if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
+            best = count
+            break
+    return best_k_means(points_NP[order], best, seed)
 
 
 def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """System A: dual-student distillation (our re-implementation of arXiv 2509.24448, Park, Seo, Kim 2025).
 
-A frozen teacher T answers an image x with patch features, in two layer groups F_T^1 and F_T^2, and one class token
-c_T^l for every block l. Two students learn these answers on good images:
+A frozen teacher T answers an image x with patch features, in two layer groups F_T^1 and F_T^2, and with class tokens
+c_T^l, of the last block l or of all. Two students learn these answers on good images:
 
 * the **Encoder-Decoder** (ED, `EncoderDecoder`) rebuilds the layer groups from the teacher's own middle features,
   through a noisy bottleneck and a decoder with linear attention. Where it fails there is a small, local defect;
@@ -36,10 +36,9 @@ from torch import Tensor, nn
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Observed, Plain, Selection
 from twinspect.models.layers import DecoderBlock, NoisyBottleneck, Resample, TokenLinear, start_small, to_rows
 from twinspect.models.layers import whole_divisor as whole_divisor
-from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, top_mean
@@ -59,7 +58,7 @@ class DualShape:
         ee_shrink: factor by which the Encoder-Encoder's input is smaller.
         ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
         recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
-        ee_tokens: class tokens the Encoder-Encoder answers for: ``all`` blocks' or the ``last`` one's.
+        ee_tokens: class tokens the Encoder-Encoder answers for: the ``last`` block's or ``all``.
     """
 
     size: int
@@ -69,7 +68,7 @@ class DualShape:
     ee_shrink: int = 0
     ee_depth: float = 0.0
     recentre: bool = False
-    ee_tokens: str = "all"
+    ee_tokens: str = "last"
 
     def resolved(self, info: BackboneInfo) -> DualShape:
         """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
@@ -119,21 +118,23 @@ class LayerGroups(nn.Module):
             return self._averaged(observed)
         selection = self.select[0]
         maps = (
-            move(selection.standardise(one, i))
-            for i, (one, move) in enumerate(zip(observed.maps, self.moves, strict=True))
+            move(selection.standardise(level, i))
+            for i, (level, move) in enumerate(zip(observed.maps, self.moves, strict=True))
         )
-        trunk = to_rows(torch.cat([one.permute(0, 2, 3, 1) for one in maps], 3))
+        trunk = to_rows(torch.cat([level.permute(0, 2, 3, 1) for level in maps], 3))
         return list(torch.split(trunk, self.widths, 2)), trunk
 
     def _averaged(self, observed: Observed) -> tuple[list[Tensor], Tensor]:
-        groups = [to_rows(one.permute(0, 2, 3, 1)) for one in observed.maps]
+        groups = [to_rows(level.permute(0, 2, 3, 1)) for level in observed.maps]
         prefixes, levels = observed.prefix_BMPD.unbind(1), self.select[0].levels
         total = sum(len(members) for members in levels)
         each = zip(prefixes, groups, levels, strict=True)
-        trunk = torch.stack([torch.cat([p, one], 1) * (len(members) / total) for p, one, members in each]).sum(0)
+        trunk = torch.stack(
+            [torch.cat([prefix, patches], 1) * (len(members) / total) for prefix, patches, members in each]
+        ).sum(0)
         if self.recentre:
-            away = (one - prefix[:, :1] for one, prefix in zip(groups, prefixes, strict=True))
-            groups = [F.layer_norm(one, one.shape[-1:], eps=LAYER_NORM_EPS) for one in away]
+            away = (patches - prefix[:, :1] for patches, prefix in zip(groups, prefixes, strict=True))
+            groups = [F.layer_norm(group, group.shape[-1:], eps=LAYER_NORM_EPS) for group in away]
         return groups, trunk
 
 
@@ -173,18 +174,17 @@ class EncoderDecoder(nn.Module):
 
 
 class EncoderEncoder(nn.Module):
-    """The teacher's architecture from scratch, giving a global token for every level of the teacher or the last."""
+    """The teacher's architecture from scratch, giving a global token for the teacher's last level or for all."""
 
     def __init__(self, info: BackboneInfo, shape: DualShape) -> None:
         super().__init__()
         self.shrink = shape.ee_shrink
         self.net = Backbone(info.arch, depth=shape.ee_depth, img_size=shape.size // shape.ee_shrink)
         self.net.drop_head()
-        own = len(self.net.info.token_channels)
-        wanted = len(info.token_channels)
+        levels, teachers = len(self.net.info.token_channels), len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.
-        self.source = [min(own - 1, (i * own) // wanted) for i in range(wanted)]
-        self.first = wanted - 1 if shape.ee_tokens == "last" else 0
+        self.source = [min(levels - 1, (i * levels) // teachers) for i in range(teachers)]
+        self.first = teachers - 1 if shape.ee_tokens == "last" else 0
         self.source, theirs = self.source[self.first :], info.token_channels[self.first :]
         dims = zip((self.net.info.token_channels[i] for i in self.source), theirs, strict=True)
         self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
@@ -240,10 +240,10 @@ class DualModel(AnomalyModel):
 
     def plain(self, observed: Observed, small_B3SS: Tensor) -> Plain:
         """Both students' distances from the teacher, as the paper reads them."""
-        groups, trunk = self.groups(observed)
-        predicted, said = self.student(trunk, small_B3SS)
-        semantic_B = encoder_encoder_loss(self._class_tokens(observed), said)
-        pairs, side = zip(groups, predicted, strict=True), self.groups.side
+        groups_T, trunk = self.groups(observed)
+        groups_S, tokens_S = self.student(trunk, small_B3SS)
+        semantic_B = encoder_encoder_loss(self._class_tokens(observed), tokens_S)
+        pairs, side = zip(groups_T, groups_S, strict=True), self.groups.side
         maps = [(1.0 - F.cosine_similarity(t, s, dim=2)).reshape(-1, side, side) for t, s in pairs]
         if self.scorer.published:
             map_B1HW, local_B = published_map(maps, self.shape.size, "dinomaly")
@@ -254,10 +254,10 @@ class DualModel(AnomalyModel):
 
     def losses(self, observed: Observed, small_B3SS: Tensor, step: int, config: TrainConfig) -> dict[str, Tensor]:
         """Noisy-OR of both students' distances, and the two on their own."""
-        groups, trunk = self.groups(observed)
-        predicted, said = self.student(trunk, small_B3SS)
-        local_B = encoder_decoder_loss(groups, predicted, easy_share(step, config.easy_ramp))
-        semantic_B = encoder_encoder_loss(self._class_tokens(observed), said)
+        groups_T, trunk = self.groups(observed)
+        groups_S, tokens_S = self.student(trunk, small_B3SS)
+        local_B = encoder_decoder_loss(groups_T, groups_S, easy_share(step, config.easy_ramp))
+        semantic_B = encoder_encoder_loss(self._class_tokens(observed), tokens_S)
         loss = noisy_or_loss(local_B, semantic_B, config.noisy_or)
         return {"loss": loss, "local": local_B.mean().detach(), "semantic": semantic_B.mean().detach()}
 

@@ -28,7 +28,7 @@ _CLIPS = (nn.ReLU, nn.ReLU6)
 def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) -> int:
     """Fold every batch norm that follows a convolution directly; returns how many were folded.
 
-    What clips right behind a norm moves into the convolution too: see `FrozenConv`.
+    What clips right behind a norm, and padding of TensorFlow's kind, moves into the convolutions: see `FrozenConv`.
 
     Which norm follows which convolution is read from a forward pass (``run``; by default of a tiny image through
     ``net``), so any CNN works; a norm fed by anything else is left alone. A convolution that also feeds something
@@ -47,6 +47,8 @@ def fold_batch_norms(net: nn.Module, run: Callable[[], object] | None = None) ->
         for name, child in list(parent.named_children()):
             if id(child) in replaced:
                 setattr(parent, name, replaced[id(child)])
+            elif pads_unevenly(child):
+                setattr(parent, name, FrozenConv(child))
     return len(pairs)
 
 
@@ -130,17 +132,6 @@ def _has_clipping() -> bool:
     return torch.allclose(clipped[0], plain.relu()) and torch.allclose(clipped[1], plain.clamp(0.0, 6.0))
 
 
-def take_in_padding(net: nn.Module) -> int:
-    """Replace what `pads_unevenly` in a frozen network whose norms are folded already; returns how many."""
-    count = 0
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if pads_unevenly(child):
-                setattr(parent, name, FrozenConv(child))
-                count += 1
-    return count
-
-
 def _adjacent(net: nn.Module, run: Callable[[], object]) -> list[tuple[nn.Conv2d, Any]]:
     if any(isinstance(m, nn.BatchNorm2d) and not m.track_running_stats for m in net.modules()):
         return []
@@ -207,7 +198,6 @@ def prepared(model: AnomalyModel) -> AnomalyModel:
     ready.student = copy.deepcopy(model.student)
     ready.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fold_batch_norms(ready.student, lambda: ready(torch.zeros(1, 3, size, size)))
-    take_in_padding(ready.student)
     return ready
 
 

@@ -37,17 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.models.clusters import Clusters
+from twinspect.models.contract import Observed, Outputs, Plain, Selection
 from twinspect.models.layers import Resample, to_rows
-from twinspect.models.observed import Observed, Outputs, Plain, Selection
 from twinspect.models.statistics import NearestImages, PositionGaussian, Standardiser, TokenGaussian
 from twinspect.models.teachers import BackboneInfo
 from twinspect.scoring import surprise, top_mean, upsample
 
 TOP_SHARE = 0.005  # share of positions, the most unusual, whose mean is a layer group's reading
 WINDOW = 20  # pixels that squared distances are averaged over, where a position is smaller
-REGION = (
-    4  # positions of the coarsest stages, of 32 pixels, that features are averaged over in a region; half overlap
-)
+REGION = 4  # positions of the coarsest stages, of 32 pixels, that a region is wide; regions overlap by half
 
 
 class GroupPlan(NamedTuple):
@@ -120,15 +118,15 @@ class Scorer(nn.Module):
 
     def all_grids(self) -> list[Grid]:
         """What forms the features of every layer group."""
-        return [cast(Grid, one) for one in self.grids]
+        return [cast(Grid, grid) for grid in self.grids]
 
     def gaussians(self) -> list[PositionGaussian]:
         """The statistics of every layer group."""
-        return [cast(PositionGaussian, one) for one in self.patches]
+        return [cast(PositionGaussian, gaussian) for gaussian in self.patches]
 
     def token_gaussians(self) -> list[TokenGaussian]:
         """The statistics of the global tokens of every view."""
-        return [cast(TokenGaussian, one) for one in self.tokens]
+        return [cast(TokenGaussian, gaussian) for gaussian in self.tokens]
 
     def distances(self, observed: Observed, variant_B: Tensor, cluster_B: Tensor) -> list[Tensor]:
         """How far patches lie from those of good images at their position, a group each: B x h x w."""
@@ -149,7 +147,9 @@ class Scorer(nn.Module):
         maps = []
         for g in self.mapped:
             gaussian, distance_Bhw = self.gaussians()[g], distances[g]
-            level, spread = (one[:, g].index_select(0, cluster_B) for one in (self.map_level_KG, self.map_spread_KG))
+            level, spread = (
+                t_KG[:, g].index_select(0, cluster_B) for t_KG in (self.map_level_KG, self.map_spread_KG)
+            )
             spread_Bhw = gaussian.spread_Vhw.index_select(0, variant_B).maximum(spread[:, None, None])
             maps.append(upsample(surprise((distance_Bhw - level[:, None, None]) / spread_Bhw), self.map_side))
         return torch.cat(maps, 1)
@@ -166,8 +166,8 @@ class Scorer(nn.Module):
         for g in self.scored:
             local.append(top_mean(self.gaussians()[g].scaled(distances[g], variant_B), TOP_SHARE)[:, None])
         semantic = [plain.semantic_BR]
-        for one, token_BE in zip(self.token_gaussians(), observed.tokens, strict=not self.plain):
-            semantic.append(one(token_BE, variant_B, cluster_B)[:, None])
+        for gaussian, token_BE in zip(self.token_gaussians(), observed.tokens, strict=not self.plain):
+            semantic.append(gaussian(token_BE, variant_B, cluster_B)[:, None])
         if self.nearest is not None:
             semantic.append(self.nearest(observed.embedding_BF)[:, None])
         return torch.cat([*local, *semantic], 1)

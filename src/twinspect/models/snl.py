@@ -42,13 +42,16 @@ from twinspect.losses import (
     spatial_loss,
 )
 from twinspect.models.clusters import k_means
-from twinspect.models.contract import AnomalyModel, Batches
+from twinspect.models.contract import AnomalyModel, Batches, Observed, Plain, Selection
 from twinspect.models.layers import AllSum, DecoderBlock, to_map, to_tokens
-from twinspect.models.observed import Observed, Plain, Selection
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, upsample
 
+STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
+RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
+RD4AD_DEPTHS = (6, 4, 3)  # blocks of the decoder's stages, fine to coarse; the embedding has as many as the last
+_START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 _ONE_TO_NEXT = 100.0  # how much more the nearest centre weighs than the second nearest, for a typical vector
 
 
@@ -99,7 +102,7 @@ class Cram(nn.Module):
         self.assign.bias.copy_(-alpha * centres.square().sum(1))
 
 
-def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
+def gather_batch(part_B: Tensor) -> Tensor:
     """Join the equal parts of a batch of all processes along the first dimension, in rank order, with gradients.
 
     A loss of the joined batch, computed by every process, gives each one its own part's gradient times the number
@@ -108,16 +111,9 @@ def gather_batch(part_B: Tensor, group: Any = None) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return part_B
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    before, behind = rank * len(part_B), (world - 1 - rank) * len(part_B)
-    joined: Tensor = AllSum.apply(F.pad(part_B, (0, 0) * (part_B.dim() - 1) + (before, behind)), group)  # type: ignore[no-untyped-call]
+    before, behind = (ranks * len(part_B) for ranks in (dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()))
+    joined: Tensor = AllSum.apply(F.pad(part_B, (0, 0) * (part_B.dim() - 1) + (before, behind)), None)  # type: ignore[no-untyped-call]
     return joined
-
-
-STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
-RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
-RD4AD_DEPTHS = (6, 4, 3)  # blocks of the decoder's stages, fine to coarse; the embedding has as many as the last
-_START_ROWS = 512  # vectors of a batch that the centres of a CRAM are found from
 
 
 class Stages:

@@ -84,7 +84,7 @@ class PositionGaussian(nn.Module):
 
     def scaled(self, distance_Bhw: Tensor, variant_B: Tensor) -> Tensor:
         """Distances in standard deviations above their level at the same position on good images."""
-        level, spread = (one.index_select(0, variant_B) for one in (self.level_Vhw, self.spread_Vhw))
+        level, spread = (t_Vhw.index_select(0, variant_B) for t_Vhw in (self.level_Vhw, self.spread_Vhw))
         return (distance_Bhw - level) / spread
 
     def set_means(self, sum_VND: Tensor, images_V: Tensor) -> None:
@@ -206,8 +206,8 @@ class TokenGaussian(nn.Module):
         most = max(len(weight) for _, _, weight, _ in parts)
         scale, basis, weight, rest = zip(*parts, strict=True)
         self.scale_KE, self.rest_K = torch.stack(scale), torch.stack(rest)
-        self.basis_KRE = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in basis]).half()
-        self.weight_KR = torch.stack([F.pad(one, (0, most - len(one))) for one in weight])
+        self.basis_KRE = torch.stack([F.pad(rows, (0, 0, 0, most - len(rows))) for rows in basis]).half()
+        self.weight_KR = torch.stack([F.pad(row, (0, most - len(row))) for row in weight])
 
 
 def shrunk_directions(centred_nE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinspect.errors import ConfigError
-from twinspect.models.fold import fold_batch_norms, take_in_padding
+from twinspect.models.fold import fold_batch_norms
 from twinspect.models.layers import standardise
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
@@ -80,9 +80,8 @@ class Backbone(nn.Module):
     def __init__(self, arch: str, depth: float = 1.0, img_size: int | None = None) -> None:
         super().__init__()
         self.net, self.is_vit = _create(arch, depth, img_size)
-        self.levels, self.token_levels = _choose_levels(self.net, self.is_vit)
-        self.info = _describe(arch, self)
         self._extra = _extra(self.net)
+        self.levels, self.token_levels, self.info = (_read_vit if self.is_vit else _read_cnn)(arch, self.net)
 
     def features(self, x_B3HW: Tensor) -> Features:
         """Maps (one per level, NCHW) and global tokens (one per token level, B x D)."""
@@ -210,7 +209,6 @@ def create_teacher(
     if not teacher.is_vit:
         teacher.net.reset_classifier(0)  # after loading: files hold it, and nothing here asks it
         fold_batch_norms(teacher.net)
-        take_in_padding(teacher.net)
     return teacher
 
 
@@ -264,21 +262,6 @@ def _thin_stages(net: Any, depth: float) -> None:
             del row[math.ceil(depth * len(row)) :]
 
 
-def _choose_levels(net: Any, is_vit: bool) -> tuple[list[int], list[int]]:
-    """Indices of the levels whose maps, and of those whose global tokens are used."""
-    if is_vit:
-        depth = len(net.blocks)
-        first = min(2, depth - 1)
-        if depth < 12:
-            return list(range(first, max(2, round(depth * 10 / 12)))), list(range(first, depth))
-        levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
-        return levels, list(range(levels[0], depth))
-    fine = [i for i, (_, stride) in enumerate(_cnn_stages(net)) if stride >= 4]
-    if not fine:
-        raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
-    return fine, fine
-
-
 def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     """(channels, stride) of every intermediate a CNN returns, read from a tiny forward pass."""
     was_training = net.training
@@ -294,24 +277,34 @@ def _cnn_stages(net: Any) -> list[tuple[int, int]]:
     return [(m.shape[1], 64 // m.shape[2]) for m in maps]
 
 
-def _describe(arch: str, backbone: Backbone) -> BackboneInfo:
-    net, config = backbone.net, backbone.net.pretrained_cfg
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if backbone.is_vit:
-        patch, width = net.patch_embed.patch_size[0], net.embed_dim
-        levels, token_levels = len(backbone.levels), len(backbone.token_levels)
-        return BackboneInfo(
-            arch, "vit", (width,) * levels, (patch,) * levels, (width,) * token_levels, width, patch,
-            448 // patch * patch, mean, std, net.num_prefix_tokens, class_token=net.cls_token is not None,
-        )  # fmt: skip
-    stages = _cnn_stages(net)
-    channels, strides = zip(*(stages[i] for i in backbone.levels), strict=True)
-    tokens = tuple(stages[i][0] for i in backbone.token_levels)
-    wide = net.conv_head.out_channels if _has_wide_head(net) else tokens[-1]
+def _read_vit(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
+    """Indices of the levels whose maps, and of those whose global tokens are used; and what they are like."""
+    depth, patch, width, config = len(net.blocks), net.patch_embed.patch_size[0], net.embed_dim, net.pretrained_cfg
+    first = min(2, depth - 1)
+    levels = list(range(first, max(2, round(depth * 10 / 12))))  # none of three blocks: a student
+    if depth >= 12:
+        levels = [round(depth * i / 12) for i in _VIT_TWELFTHS]
+        first = levels[0]
+    token_levels = list(range(first, depth))
+    return levels, token_levels, BackboneInfo(
+        arch, "vit", (width,) * len(levels), (patch,) * len(levels), (width,) * len(token_levels), width, patch,
+        448 // patch * patch, tuple(config["mean"]), tuple(config["std"]), net.num_prefix_tokens,
+        class_token=net.cls_token is not None,
+    )  # fmt: skip
+
+
+def _read_cnn(arch: str, net: Any) -> tuple[list[int], list[int], BackboneInfo]:
+    stages, config = _cnn_stages(net), net.pretrained_cfg
+    levels = [i for i, (_, stride) in enumerate(stages) if stride >= 4]
+    if not levels:
+        raise ConfigError("this CNN has no stage with a stride of 4 pixels or more; choose another teacher")
+    channels, strides = zip(*(stages[i] for i in levels), strict=True)
+    wide = net.conv_head.out_channels if _has_wide_head(net) else channels[-1]
     rectified = isinstance(net, timm.models.ResNet) and isinstance(net.act1, nn.ReLU)
-    return BackboneInfo(
-        arch, "cnn", channels, strides, tokens, wide, max(strides), 512, mean, std, rectified=rectified
-    )
+    return levels, levels, BackboneInfo(
+        arch, "cnn", channels, strides, channels, wide, max(strides), 512, tuple(config["mean"]),
+        tuple(config["std"]), rectified=rectified,
+    )  # fmt: skip
 
 
 def _has_wide_head(net: Any) -> bool:

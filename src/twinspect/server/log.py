@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from twinspect.decide.decision import ANOMALY, GOOD
 from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.inference.regions import Region
-from twinspect.inference.result import Result, columns, finite
+from twinspect.inference.result import Result, columns
 
 Verdict = Literal["false_alarm", "missed", "confirmed"]
 FALSE_ALARM, MISSED, CONFIRMED = FEEDBACK = get_args(Verdict)
@@ -289,13 +289,8 @@ def _add_columns(connection: sa.Connection) -> None:
 def _values(one: Inspection) -> dict[str, Any]:
     about = {name: getattr(one, name) for name in ("bundle", "request_id", "session", "image_key")}
     row = {**one.result.row(), **about, "name": one.result.path, "at_ms": one.at_ms or int(time.time() * 1000)}
-    return {
-        c.name: plain_text(row[c.name], length)
-        if (length := getattr(c.type, "length", None))
-        else finite(row[c.name])
-        for c in inspections.c
-        if c.name in row
-    }
+    limits = {c.name: getattr(c.type, "length", None) for c in inspections.c if c.name in row}
+    return {name: plain_text(row[name], limit) if limit else row[name] for name, limit in limits.items()}
 
 
 def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from twinspect.errors import DataError
 from twinspect.files import replacing
+from twinspect.models.contract import Observed
 from twinspect.models.layers import in_fp16
-from twinspect.models.observed import Observed
 
 _NOTE = struct.Struct("<16s16s")  # a file as the file system describes it, and the address of its content
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use ticks every two seconds

@@ -22,12 +22,10 @@ from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
-from twinspect.files import why_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
 from twinspect.storage import Fitted, build_model, teacher_of
-from twinspect.training.cache import KnownFiles
 from twinspect.training.copies import add_copies, add_tolerated, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
@@ -187,20 +185,20 @@ def _fitted(
         ) from error
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    outcome = outcome_of(model, source, held, good, config.train.thumbnails, listed)
-    outcome.record["images"]["skipped"] = len(skipped)
+    decision, record, memory = outcome_of(model, source, held, good, config.train.thumbnails, listed)
+    record["images"]["skipped"] = len(skipped)
     on_gpu = group.device.type == "cuda"
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
-    record = outcome.record | {
+    record |= {
         "training": report.numbers(),
         "notes": [*notes, *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
     if resume is not None:
-        record["resumed"] = {"from": origin, "classes": changes(resume.decision, outcome.decision)}
-    return Fitted(model.cpu(), outcome.decision, config, record, skipped, good, outcome.memory)
+        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
+    return Fitted(model.cpu(), decision, config, record, skipped, good, memory)
 
 
 def _images(
@@ -244,12 +242,11 @@ def _model(
 def _source(
     model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
 ) -> FeatureSource:
-    root, notes = cache_folder(model, len(samples), cache_gb), features_folder()
-    known = bool(cache_gb) and not why_unwritable(notes)
+    root, notes = cache_folder(model, len(samples), cache_gb), features_folder() if cache_gb else None
     if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress, KnownFiles(notes) if known else None)
+        FeatureSource(model, group.share_of_work(samples), root, progress, notes)
         group.barrier()
-    return FeatureSource(model, samples, root, progress, KnownFiles(notes) if known else None)
+    return FeatureSource(model, samples, root, progress, notes)
 
 
 def choose_images(

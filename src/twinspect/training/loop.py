@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.optim import StableAdamW, schedule
 from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint

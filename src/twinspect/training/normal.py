@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
-from twinspect.models.scorer import TOP_SHARE, Scorer
+from twinspect.models.contract import AnomalyModel, Observed
+from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
     average,
@@ -160,70 +159,13 @@ class _Seen(NamedTuple):
     embedding_nF: Tensor
 
 
-class _Sums(NamedTuple):
-    """What the statistics were made of before: zeros, or read off the statistics of a model that learns more.
-
-    Attributes:
-        images_V: images of every variant.
-        rows: sums of features, a group each: V x N x D.
-        covariance: of every cluster, a group each: K x D x D.
-        distances: sum and sum of squares at every position, a group each: V x h x w.
-        maps: mean and mean square of the distances of a whole map: K x G each.
-    """
-
-    images_V: Tensor
-    rows: list[Tensor]
-    covariance: list[Tensor]
-    distances: list[tuple[Tensor, Tensor]]
-    maps: tuple[Tensor, Tensor]
-
-    @classmethod
-    def zeros(cls, variants: int, clusters: int, groups: int, device: torch.device) -> _Sums:
-        """Of a model that has learnt nothing; sizes that the sums of images will have anyway are left at 1."""
-        of_V, of_K = torch.zeros(variants, 1, 1, device=device), torch.zeros(clusters, 1, 1, device=device)
-        at_V, maps = torch.zeros(variants, 1, 1), torch.zeros(clusters, groups)
-        return cls(of_V[:, 0, 0], [of_V] * groups, [of_K] * groups, [(at_V, at_V)] * groups, (maps, maps))
-
-    @classmethod
-    def read_off(cls, scorer: Scorer, variant_n: Tensor) -> _Sums:
-        """Of a scorer, whose clusters may have grown since; ``variant_n`` are the images that it learnt from."""
-        gaussians, clusters = scorer.gaussians(), scorer.clusters
-        images_V = torch.bincount(variant_n, minlength=len(gaussians[0].centre_VD)).float()
-        rows = [gaussian.sums(images_V) for gaussian in gaussians]
-        covariance = [torch.stack([unwhitened(white) for white in gaussian.whiten_KDD]) for gaussian in gaussians]
-        distances = [_unscaled(gaussian.level_Vhw, gaussian.spread_Vhw, images_V) for gaussian in gaussians]
-        level_KG, spread_KG = scorer.map_level_KG.double().cpu(), scorer.map_spread_KG.double().cpu()
-        maps = level_KG, spread_KG.square() + level_KG.square()
-        return cls(
-            _grown(images_V, clusters.variants),
-            [_grown(total, clusters.variants) for total in rows],
-            [_grown(total, clusters.count) for total in covariance],
-            [(_grown(total, clusters.variants), _grown(square, clusters.variants)) for total, square in distances],
-            (_grown(maps[0], clusters.count), _grown(maps[1], clusters.count)),
-        )
-
-
-def _grown(values: Tensor, length: int) -> Tensor:
-    """With zeros behind, up to a length."""
-    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
-
-
-def _unscaled(level_Vhw: Tensor, spread_Vhw: Tensor, images_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares that `_level_and_spread` made these of, smoothed as they are."""
-    count, mean = images_V.double()[:, None, None], level_Vhw.double()
-    shrunk = spread_Vhw.double().square()
-    typical = shrunk.mean((1, 2), keepdim=True)
-    variance = (((count + SPREAD_PRIOR) * shrunk - SPREAD_PRIOR * typical) / count.clamp_min(1.0)).clamp_min(0.0)
-    return (count * mean).cpu(), (count * (variance + mean.square())).cpu()
-
-
 class _Fitting:
     """The passes over the good images of a source, and what they share.
 
     Attributes:
         all: of all images, also of those learnt before.
         variant_n, cluster_n, held_n: of the images of the source.
-        images_V: images of every variant, all together.
+        images_V, known_V: images of every variant: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
         half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
         factor_n: see `left_out`.
@@ -245,12 +187,9 @@ class _Fitting:
         self.grids, self.gaussians = model.scorer.all_grids(), model.scorer.gaussians()
         self.owner_V, self.clusters = model.scorer.clusters.owner_V, model.scorer.clusters.count
         self.variants, self.old = len(self.owner_V), len(seen.variant_n) - len(images)
-        if before is None:
-            self.sums = _Sums.zeros(self.variants, self.clusters, len(self.gaussians), model.device)
-        else:
-            self.sums = _Sums.read_off(model.scorer, before.variant_n)
         self.variant_n, self.cluster_n, self.held_n = (column[self.old :] for column in seen[:3])
         self.images_V = torch.bincount(seen.variant_n, minlength=self.variants).float()
+        self.known_V = torch.bincount(seen.variant_n[: self.old], minlength=self.variants).float()
         self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
         _, own_n, count = torch.unique(
             torch.stack([self.first_n, self.variant_n]), dim=1, return_inverse=True, return_counts=True
@@ -320,8 +259,11 @@ class _Fitting:
             sums = sums or [part.new_zeros(self.variants, *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
                 total.index_add_(0, self.variant_n[places], part)
-        for one, total, known in zip(self.gaussians, sums, self.sums.rows, strict=False):
-            one.set_means(total + known, self.images_V)
+        for one, total in zip(self.gaussians, sums, strict=False):
+            if self.before is not None:
+                known = one.sums(self.known_V[: len(one.centre_VD)])
+                total[: len(known)] += known
+            one.set_means(total, self.images_V)
         self.means = [one.means() for one in self.gaussians]
         return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.gaussians) :]]
 
@@ -338,15 +280,14 @@ class _Fitting:
             members = (self.cluster_n == k).nonzero()[:, 0].tolist()
             step = max(1, len(members) // (2 * _HALF_IMAGES))
             chosen += members[::step][: 2 * _HALF_IMAGES]
-        # Both halves know what was learnt before: images of the source are left out of their own half only.
         known_K = torch.zeros(self.clusters, dtype=torch.float64, device=self.model.device)
-        known_K.index_add_(0, self.owner_V, self.sums.images_V.double())
+        known_K.index_add_(0, self.owner_V, self.known_V.double())
+        # Both halves know what was learnt before: images of the source are left out of their own half only.
         counts = known_K.clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
-        sums = [
-            torch.zeros(2, self.clusters, one.dims, one.dims, dtype=torch.float64, device=self.model.device)
-            + known.double() * counts[..., None, None]
-            for one, known in zip(self.gaussians, self.sums.covariance, strict=True)
-        ]
+        sums = [torch.zeros(2, self.clusters, one.dims, one.dims).to(counts) for one in self.gaussians]
+        for one, total in zip(self.gaussians, sums if self.before is not None else [], strict=False):
+            known = torch.stack([unwhitened(white) for white in one.whiten_KDD])
+            total[:, : len(known)] += known * counts[:, : len(known), None, None]
         for places, observed, _ in self._batches(chosen, "statistics (covariances)"):
             at = list(zip(self.half_n[places].tolist(), self.cluster_n[places].tolist(), strict=True))
             for total, difference in zip(sums, self._differences(places, observed), strict=True):
@@ -432,8 +373,7 @@ class _Fitting:
             Readings of the groups (n x G) by scales that leave the image out, and peaks of the maps (n).
         """
         device, scorer, readings = self.model.device, self.scorer, []
-        scorer.map_level_KG = torch.zeros(self.clusters, len(arrays), device=device)
-        scorer.map_spread_KG = torch.zeros_like(scorer.map_level_KG)
+        level_KG, spread_KG = torch.zeros(2, self.clusters, len(arrays), device=device)
         for g, (one, array) in enumerate(zip(self.gaussians, arrays, strict=True)):
             reading_n, scales = torch.zeros(len(self.images)), []
             for v in range(self.variants):
@@ -441,8 +381,11 @@ class _Fitting:
                 if not len(places):  # smoothing what was learnt before again would wear it out
                     scales.append((one.level_Vhw[v].cpu(), one.spread_Vhw[v].cpu()))
                     continue
-                total, square = (a + b[v] for a, b in zip(_sums(array, places), self.sums.distances[g], strict=True))
-                count = len(places) + int(self.sums.images_V[v])
+                total, square = _sums(array, places)
+                if known := int(self.known_V[v]):
+                    before = _unscaled(one.level_Vhw[v], one.spread_Vhw[v], known)
+                    total, square = total + before[0], square + before[1]
+                count = len(places) + known
                 scales.append(_level_and_spread(total, square, count))
                 for place in places if g in scorer.scored else ():
                     reading_n[place] = _reading(array[place], total, square, count)
@@ -450,9 +393,10 @@ class _Fitting:
             for k in range(self.clusters):
                 mean, square = self._whole(g, array, k)
                 spread = (square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean)
-                scorer.map_level_KG[k, g], scorer.map_spread_KG[k, g] = mean.float(), spread.float()
+                level_KG[k, g], spread_KG[k, g] = mean.float(), spread.float()
             if g in scorer.scored:
                 readings.append(reading_n)
+        scorer.map_level_KG, scorer.map_spread_KG = level_KG, spread_KG
         peaks = []
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
@@ -463,9 +407,15 @@ class _Fitting:
     def _whole(self, g: int, array: NDArray[np.float16], k: int) -> tuple[Tensor, Tensor]:
         """Mean and mean square of the distances of a cluster's maps."""
         places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
-        fresh = [total.mean() / max(1, len(places)) for total in _sums(array, places)]
-        share = len(places) / (len(places) + float(self.sums.images_V[self.owner_V == k].sum()))
-        mean, square = ((1 - share) * old[k, g] + share * new for old, new in zip(self.sums.maps, fresh, strict=True))
+        mean, square = (total.mean() / max(1, len(places)) for total in _sums(array, places))
+        known = float(self.known_V[self.owner_V == k].sum())
+        if known:
+            level, spread = (
+                one[k, g].double().cpu() for one in (self.scorer.map_level_KG, self.scorer.map_spread_KG)
+            )
+            share = len(places) / (len(places) + known)
+            mean = (1 - share) * level + share * mean
+            square = (1 - share) * (spread.square() + level.square()) + share * square
         return mean, square
 
     def _peaks(self, map_B1HW: Tensor) -> Tensor:
@@ -517,3 +467,10 @@ def _reading(distance_hw: NDArray[np.float16], total_hw: Tensor, square_hw: Tens
         total_hw, square_hw, count = total_hw - d_hw, square_hw - d_hw.square(), count - 1
     level, spread = _level_and_spread(total_hw, square_hw, count)
     return top_mean(((d_hw - level) / spread)[None], TOP_SHARE)[0]
+
+
+def _unscaled(level_hw: Tensor, spread_hw: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares that `_level_and_spread` made these of, smoothed as they are."""
+    mean, shrunk = level_hw.double().cpu(), spread_hw.double().cpu().square()
+    variance = (((count + SPREAD_PRIOR) * shrunk - SPREAD_PRIOR * shrunk.mean()) / count).clamp_min(0.0)
+    return count * mean, count * (variance + mean.square())

@@ -73,7 +73,7 @@ class Memory:
     def scores(self, classes: Sequence[str]) -> GoodScores:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
         good = self.good
-        score, peak, distance = (column.double().numpy() for column in (good.score_n, good.peak_n, good.distance_n))
+        score, peak, distance = (column.double().numpy() for column in good[:3])
         predicted = [classes[k] for k in good.cluster_n.tolist()]
         texts = (np.array(column) for column in (self.class_name, predicted, self.group, self.key))
         return GoodScores(score, peak, distance, *texts).take(good.counted_n.numpy())
@@ -101,21 +101,6 @@ class Memory:
         return cls(GoodImages(**tensors, tokens=tokens), *(tuple(texts[name]) for name in _TEXTS))
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What training made of good images, for a bundle.
-
-    Attributes:
-        decision: thresholds and what else answers need.
-        record: plain numbers and texts about the model and its images.
-        memory: what further images can be added to, as bytes; none where that is not possible.
-    """
-
-    decision: Decision
-    record: dict[str, Any]
-    memory: bytes
-
-
 def outcome_of(
     model: AnomalyModel,
     source: FeatureSource,
@@ -123,8 +108,10 @@ def outcome_of(
     good: GoodImages,
     thumbnails: int = 0,
     listed: int = LISTED,
-) -> Outcome:
-    """What good images' scores and the clusters' classes make of a trained model.
+) -> tuple[Decision, dict[str, Any], bytes]:
+    """Thresholds and what else answers need, the record of model and images, and what images can be added to.
+
+    The last is empty where that is not possible.
 
     Args:
         model: trained and calibrated.
@@ -162,7 +149,7 @@ def outcome_of(
         "least_like": least_like(pictures, good, listed),
     }
     no_update = plain or tiles != (1, 1) or len(source) > MOST
-    return Outcome(decision, record, b"" if no_update else memory.to_bytes())
+    return decision, record, b"" if no_update else memory.to_bytes()
 
 
 def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -23,8 +23,7 @@ from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.files import cache_home, why_unwritable
 from twinspect.inference.tiles import Tiles, boxes
-from twinspect.models.contract import AnomalyModel
-from twinspect.models.observed import Observed
+from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.cache import FeatureCache, KnownFiles, image_key, pack, unpack
 from twinspect.training.copies import Copy
 from twinspect.types import Progress, Sample, Skipped
@@ -44,7 +43,7 @@ class FeatureSource:
 
     With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
     both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Files that are
-    ``known`` are not read again only to learn that they have not changed.
+    known from ``notes`` (see `KnownFiles`) are not read again only to learn that they have not changed.
     """
 
     def __init__(
@@ -53,9 +52,9 @@ class FeatureSource:
         samples: Sequence[Sample],
         cache_root: Path | None,
         progress: Progress,
-        known: KnownFiles | None = None,
+        notes: Path | None = None,
     ) -> None:
-        self._model, self._known = model, known
+        self._model, self._known = model, KnownFiles(notes) if notes is not None else None
         self._picture: tuple[Sample, NDArray[np.uint8]] | None = None
         self._reading = threading.Lock()
         self.skipped: list[Skipped] = []
@@ -65,8 +64,8 @@ class FeatureSource:
         for _ in _in_order(self._store, self._missing(samples, progress), workers=1, ahead=_WAITING):
             pass
         self._picture = None
-        if known is not None:
-            known.save()
+        if self._known is not None:
+            self._known.save()
 
     def __len__(self) -> int:
         return len(self.samples)
