@@ -39,9 +39,9 @@ class Command:
 
             typed.pop("help_all", None)
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
-            own = {one.name: values.pop(one.name) for one in fields(self.options)}
-            options = self.options(**{name: value for name, value in own.items() if value is not None})
-            quiet = own.get("json_file") == "-" or own.get("as_json") is True
+            chosen = {option.name: values.pop(option.name) for option in fields(self.options)}
+            options = self.options(**{name: value for name, value in chosen.items() if value is not None})
+            quiet = chosen.get("json_file") == "-" or chosen.get("as_json") is True
             module, _, function = self.run.partition(":")
             with Console(quiet) as console:
                 check_options(options)
@@ -55,34 +55,35 @@ class Command:
     def _parameters(self) -> Iterator[inspect.Parameter]:
         for kind in (self.options, *self.settings):
             hints = get_type_hints(kind)
-            for one in (one for one in fields(kind) if "help" in one.metadata):
-                yield self._parameter(one, hints[one.name], self.optional and kind in self.settings)
+            for option in fields(kind):
+                if "help" in option.metadata:
+                    yield self._parameter(option, hints[option.name], self.optional and kind in self.settings)
         if self.shown:
             info = typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option, and stop.")
             yield _keyword("help_all", False, Annotated[bool, info])
 
-    def _parameter(self, one: Any, hint: Any, optional: bool) -> inspect.Parameter:
+    def _parameter(self, option: Any, hint: Any, optional: bool) -> inspect.Parameter:
         """A field as typer reads it: several values are a list there, None where none is given."""
-        default = inspect.Parameter.empty if one.default is MISSING else one.default
+        default = inspect.Parameter.empty if option.default is MISSING else option.default
         if get_origin(hint) is tuple and get_args(hint)[-1] is ...:
             hint = list[get_args(hint)[0]]  # type: ignore[misc]
         if optional or default == ():
             hint, default = hint | None, None
-        text = one.metadata["help"]
-        if one.metadata.get("argument"):
-            return _keyword(one.name, default, Annotated[hint, typer.Argument(help=text)])
-        flags, hidden = flag_of(one).split(), bool(self.shown) and one.name not in self.shown
+        text = option.metadata["help"]
+        if option.metadata.get("argument"):
+            return _keyword(option.name, default, Annotated[hint, typer.Argument(help=text)])
+        flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
         flags = ["-o", *flags] if "--out" in flags else flags
         info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden)
-        return _keyword(one.name, default, Annotated[hint, info])
+        return _keyword(option.name, default, Annotated[hint, info])
 
 
 def _keyword(name: str, default: Any, hint: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _help_all(context: typer.Context, asked: bool) -> None:
-    if asked:
+def _help_all(context: typer.Context, value: bool) -> None:
+    if value:
         for parameter in context.command.params:
             parameter.hidden = False  # type: ignore[attr-defined]
         typer.echo(context.get_help())
@@ -159,8 +160,8 @@ for _row in COMMANDS:
     _row.add_to(data_app if _row.name.startswith("data ") else app)
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _say_version(value: bool) -> None:
+    if value:
         from twinspect._version import __version__
 
         typer.echo(__version__)

@@ -179,14 +179,14 @@ def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan:
     rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
     for i in range(plan.count):
-        one, two = base[first[i % len(base)]], other[second[i % len(other)]]
-        pixels, weight = (read_sample_rgb(one), read_sample_rgb(two)), 1.0
+        first_sample, second_sample = base[first[i % len(base)]], other[second[i % len(other)]]
+        pixels, weight = (read_sample_rgb(first_sample), read_sample_rgb(second_sample)), 1.0
         if kind == MIXUP:
             image, mask, weight = mixup(*pixels, rng)
             box = (0, 0, *mask.shape)
         else:
             image, mask, box = cutpaste(*pixels, rng)
-        yield Composite(kind, *names, one.name, two.name, image, mask, weight, box)
+        yield Composite(kind, *names, first_sample.name, second_sample.name, image, mask, weight, box)
 
 
 def diagnose(
@@ -241,15 +241,15 @@ def _measure(
     evaluator, images = Evaluator(pixel=normal.pixel), list(made)
     name = images[0].base
     evaluator.merge(normal)
-    results = predictor.predict([one.rgb for one in images], maps=True, pixels=visit is not None)
-    for one, result in zip(images, results, strict=True):
-        result.path = f"{one.other} in {one.base} ({one.kind}), {one.base_image}"
+    results = predictor.predict([composite.rgb for composite in images], maps=True, pixels=visit is not None)
+    for composite, result in zip(images, results, strict=True):
+        result.path = f"{composite.other} in {composite.base} ({composite.kind}), {composite.base_image}"
         if result.error:
             raise DataError(f"{result.path}: {result.error}")
-        evaluator.update(result.score, 1, name, one.kind, result.map, one.mask, name=result.path)
-        diagnosis.images.append({**one.row(), "score": result.score})
+        evaluator.update(result.score, 1, name, composite.kind, result.map, composite.mask, name=result.path)
+        diagnosis.images.append({**composite.row(), "score": result.score})
         if visit is not None:
-            visit(one, result)
+            visit(composite, result)
     return dict(evaluator.compute()["classes"][name])
 
 

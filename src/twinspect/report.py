@@ -128,13 +128,14 @@ class _Album:
 
     def addresses(self, case: Case) -> list[str]:
         """Of the image, its overlay and perhaps the third picture; none once the budget is spent."""
-        found = [self._encoded(one) for one in (case.image, case.overlay, case.third) if one is not None]
-        size = sum(map(len, found))
+        pictures = (case.image, case.overlay, case.third)
+        encoded = [self._encoded(picture) for picture in pictures if picture is not None]
+        size = sum(map(len, encoded))
         if size > self.left:
             self.left_out += 1
             return []
         self.left -= size
-        return found
+        return encoded
 
     def _encoded(self, picture: Image.Image) -> str:
         small, data = picture.convert("RGB"), io.BytesIO()

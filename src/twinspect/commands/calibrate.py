@@ -28,15 +28,16 @@ _NOTE = (
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
     """New thresholds into a bundle; the model stays as it is."""
-    asked, out = requested(options), options.out or options.bundle
+    request, out = requested(options), options.out or options.bundle
     refuse_unwritable(out)
     check_outputs(options.report, options.json_file)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     good, labelled = _logged(options, before, console) if options.from_log else _scored(options, console)
-    for failure in (failure for one in (good, labelled) if one is not None for failure in one.failed):
-        console.warn(f"left out {failure}")
-    after, notes = recalibrate(before, asked, good, labelled)
+    for scored in (good, labelled):
+        for failure in scored.failed if scored is not None else ():
+            console.warn(f"left out {failure}")
+    after, notes = recalibrate(before, request, good, labelled)
     for note in notes:
         console.warn(note)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
@@ -149,8 +150,8 @@ def sections(values: dict[str, Any], decision: Decision) -> list[Section]:
 def session_tables(left_out: Sequence[dict[str, Any]]) -> list[Table]:
     """Leave-one-session-out, as a table, where there are sessions."""
     rows = tuple(
-        (f"{one['class_name']}: {one['group']}", one["images"], one["called"], one["called"] / one["images"])
-        for one in left_out
+        (f"{row['class_name']}: {row['group']}", row["images"], row["called"], row["called"] / row["images"])
+        for row in left_out
     )
     note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
     columns = ("session", "good images", "called bad", "rate")

@@ -63,12 +63,14 @@ def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluat
     pairs = [(row, second[row["path"]]) for row in measured[0].rows if row["path"] in second]
     models = {
         key: {
-            "file": str(path), "model_id": next((row["model_id"] for row in one.rows), ""),
-            "mb": round(size_of(path) / 1e6, 2), "images_per_s": round(len(one.rows) / max(one.seconds, 1e-9), 2),
-            "model_ms": round(median(row["ms"] for row in one.rows), 2) if one.rows else None,
-            "mean": one.table["mean"], "classes": one.table["classes"], "decisions": one.decisions,
+            "file": str(path), "model_id": next((row["model_id"] for row in evaluation.rows), ""),
+            "mb": round(size_of(path) / 1e6, 2),
+            "images_per_s": round(len(evaluation.rows) / max(evaluation.seconds, 1e-9), 2),
+            "model_ms": round(median(row["ms"] for row in evaluation.rows), 2) if evaluation.rows else None,
+            "mean": evaluation.table["mean"], "classes": evaluation.table["classes"],
+            "decisions": evaluation.decisions,
         }
-        for key, path, one in zip(("first", "second"), (options.first, options.second), measured, strict=True)
+        for key, path, evaluation in zip(("first", "second"), (options.first, options.second), measured, strict=True)
     }  # fmt: skip
     return {
         **models,
@@ -77,8 +79,8 @@ def as_values(options: CompareOptions, test: TestSet, measured: Sequence[Evaluat
         "auroc_difference": auroc_difference(pairs, test.pooled, options.draws, options.seed),
         "decisions": _decisions(pairs),
         "differ": _differing(pairs),
-        "failed": sorted({line for one in measured for line in one.failed}),
-        "masks_not_used": sorted({line for one in measured for line in one.masks}),
+        "failed": sorted({line for evaluation in measured for line in evaluation.failed}),
+        "masks_not_used": sorted({line for evaluation in measured for line in evaluation.masks}),
     }
 
 
@@ -103,32 +105,34 @@ def auroc_difference(pairs: Sequence[Pair], pooled: str, draws: int, seed: int) 
         if label.min() == label.max():
             continue
         score = np.array([[row["score"] for row in pair] for pair in of_class]).T
-        exact[name] = np.array([auroc(one, label) for one in score])
+        exact[name] = np.array([auroc(model_score, label) for model_score in score])
         kinds = [np.flatnonzero(label == kind) for kind in (0, 1)]
         taken = (np.concatenate([rng.choice(kind, len(kind)) for kind in kinds]) for _ in range(draws))
         drawn[name] = np.array([auroc(score[1, at], label[at]) - auroc(score[0, at], label[at]) for at in taken])
     if not exact:
         return {}
     exact["mean"], drawn["mean"] = np.mean(list(exact.values()), axis=0), np.mean(list(drawn.values()), axis=0)
-    found = {}
+    by_class = {}
     for name, (first, second) in exact.items():
         low, high = np.quantile(drawn[name], (0.025, 0.975)).tolist()
         other = np.mean(drawn[name] * (second - first) < 0.0) + 0.5 * np.mean(drawn[name] == 0.0)
-        found[name] = {
+        by_class[name] = {
             "first": float(first), "second": float(second), "difference": float(second - first), "low": low,
             "high": high, "other_sign": float(other) if second != first else 0.5,
         }  # fmt: skip
-    return found
+    return by_class
 
 
 def _decisions(pairs: Sequence[Pair]) -> dict[str, Any]:
     """How many images both, one or neither model judges rightly, by label; and McNemar's exact p-value."""
     counts: dict[str, Any] = {kind: dict.fromkeys(_JUDGED.values(), 0) for kind in ("good", "defects")}
-    for one, other in pairs:
-        bad = bool(one["label"])
-        counts["defects" if bad else "good"][_JUDGED[one["is_anomaly"] == bad, other["is_anomaly"] == bad]] += 1
-    first, second = (sum(counts[kind][word] for kind in counts) for word in ("first_only", "second_only"))
-    return {**counts, "p_value": float(binomtest(first, first + second).pvalue) if first + second else 1.0}
+    for first, second in pairs:
+        bad = bool(first["label"])
+        right = _JUDGED[first["is_anomaly"] == bad, second["is_anomaly"] == bad]
+        counts["defects" if bad else "good"][right] += 1
+    first_only, second_only = (sum(counts[kind][word] for kind in counts) for word in ("first_only", "second_only"))
+    differ = first_only + second_only
+    return {**counts, "p_value": float(binomtest(first_only, differ).pvalue) if differ else 1.0}
 
 
 def _differing(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -136,11 +140,11 @@ def _differing(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     names = ("score", "threshold", "severity", "is_anomaly")
     differ = [
         {
-            "path": one["path"], "class": one["true_class"], "label": one["label"],
-            "first": {name: one[name] for name in names}, "second": {name: other[name] for name in names},
+            "path": first["path"], "class": first["true_class"], "label": first["label"],
+            "first": {name: first[name] for name in names}, "second": {name: second[name] for name in names},
         }
-        for one, other in pairs
-        if one["is_anomaly"] != other["is_anomaly"]
+        for first, second in pairs
+        if first["is_anomaly"] != second["is_anomaly"]
     ]  # fmt: skip
     return sorted(
         differ, key=lambda row: -abs((row["second"]["severity"] or 0.0) - (row["first"]["severity"] or 0.0))
@@ -154,35 +158,37 @@ def _severity(answer: Row) -> str:
 def size_of(path: Path) -> int:
     """Bytes of a model, an export's other files included."""
     beside = (path.with_suffix(".bin"), companion(path)) if is_export(path) else ()
-    return sum(one.stat().st_size for one in (path, *beside) if one.is_file())
+    return sum(file.stat().st_size for file in (path, *beside) if file.is_file())
 
 
 def tables(values: dict[str, Any]) -> Iterator[Table]:
     """The comparison as tables."""
     models = (values["first"], values["second"])
     # Folders tell two files of one name apart.
-    names = [Path(one["file"]).name for one in models]
-    names = names if names[0] != names[1] else [one["file"] for one in models]
+    names = [Path(model["file"]).name for model in models]
+    names = names if names[0] != names[1] else [model["file"] for model in models]
     cells: dict[str, list[str | float]] = {
-        metric: [one["mean"].get(metric, "-") for one in models]
-        for metric in dict.fromkeys(metric for one in models for metric in one["mean"])
+        metric: [model["mean"].get(metric, "-") for model in models]
+        for metric in dict.fromkeys(metric for model in models for metric in model["mean"])
     }
     for words, part, whole in (("defects found", "found", "defects"), ("false alarms", "false_alarms", "good")):
-        counted = [[sum(row[key] for row in one["decisions"].values()) for key in (part, whole)] for one in models]
-        cells[words] = [f"{count} of {total}" for count, total in counted]
+        cells[words] = []
+        for model in models:
+            count, total = (sum(row[key] for row in model["decisions"].values()) for key in (part, whole))
+            cells[words].append(f"{count} of {total}")
     for words, key in (("file, MB", "mb"), ("images/s", "images_per_s"), ("model, ms an image", "model_ms")):
-        cells[words] = [f"{one[key]}" for one in models]
+        cells[words] = [f"{model[key]}" for model in models]
     rows = tuple((name, *both) for name, both in cells.items())
     yield Table("both models", ("mean of classes", *names), rows, _SPEED)
     if values["auroc_difference"]:
         areas = [
             {
-                "class": name, "first": one["first"], "second": one["second"],
-                "difference": f"{one['difference']:+.4f}",
-                "95 % interval": f"{one['low']:+.4f} to {one['high']:+.4f}",
-                "other sign": f"{100 * one['other_sign']:.1f} %",
+                "class": name, "first": area["first"], "second": area["second"],
+                "difference": f"{area['difference']:+.4f}",
+                "95 % interval": f"{area['low']:+.4f} to {area['high']:+.4f}",
+                "other sign": f"{100 * area['other_sign']:.1f} %",
             }
-            for name, one in values["auroc_difference"].items()
+            for name, area in values["auroc_difference"].items()
         ]  # fmt: skip
         yield Table.of("image AUROC", areas, _PAIRED)
     counts = values["decisions"]
@@ -225,7 +231,7 @@ def _pictures(values: dict[str, Any], predictors: Sequence[Predictor], test: Tes
     for row, first, second in zip(rows, *answers, strict=True):
         both = ", ".join(_severity(row[key]) for key in ("first", "second"))
         words = f"{Path(row['path']).name}: {row['class']}, {'defect' if row['label'] else 'good'}, severity {both}"
-        one, other = case_of(first, ""), case_of(second, "")
-        cases.append(Case(words, one.image, one.overlay, other.overlay))
+        first_case, second_case = case_of(first, ""), case_of(second, "")
+        cases.append(Case(words, first_case.image, first_case.overlay, second_case.overlay))
     note = "Each map has the colours of its own model."
     return (Cases("Largest differences", tuple(cases), first.scale, note, "Map of the second model"),)

@@ -41,17 +41,17 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
 
     def visit(made: Composite, result: Result) -> None:
         passed[made.kind].append((result.score, case_of(result, made.kind)))
-        passed[made.kind] = sorted(passed[made.kind], key=lambda one: one[0])[:_HARDEST]
+        passed[made.kind] = sorted(passed[made.kind], key=lambda pair: pair[0])[:_HARDEST]
 
     pictures = results.shows_pictures(options.report)
     diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    shown, said = tuple(matrices(diagnosis)), tuple(sentences(diagnosis))
+    shown, lines = tuple(matrices(diagnosis)), tuple(sentences(diagnosis))
     results.say_tables(shown, console)
-    for line in said:
+    for line in lines:
         console.say(line)
-    sections = [Section("Which class hides which", (_TEXT, *said), shown)]
+    sections = [Section("Which class hides which", (_TEXT, *lines), shown)]
     if pictures:
         scale = predictor.decision.map_scale
         cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())

@@ -112,7 +112,7 @@ def _where(name: str) -> str:
 def _content(folder: Path) -> str:
     try:
         os.scandir(folder).close()
-        return f"{sum(one.stat().st_size for one in folder.rglob('*')) / 1e9:.2f} GB"
+        return f"{sum(path.stat().st_size for path in folder.rglob('*')) / 1e9:.2f} GB"
     except FileNotFoundError:  # also of a file that is deleted meanwhile
         return "empty"
     except OSError as error:

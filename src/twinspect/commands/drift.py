@@ -52,11 +52,11 @@ def drift(options: DriftOptions, console: Console) -> None:
         console.warn(f"{left_out} rows without a score were left out")
     rows = [
         {
-            "class": one.class_name or "(none)", "images": one.images, "median p": one.median_p,
-            "share p <= 0.05": one.tail, "median scene p": one.median_scene_p,
-            "moved": "yes" if one.moved else "no",
+            "class": class_drift.class_name or "(none)", "images": class_drift.images,
+            "median p": class_drift.median_p, "share p <= 0.05": class_drift.tail,
+            "median scene p": class_drift.median_scene_p, "moved": "yes" if class_drift.moved else "no",
         }
-        for one in report.classes
+        for class_drift in report.classes
     ]  # fmt: skip
     note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
     table = Table.of("latest images by class", rows, note)

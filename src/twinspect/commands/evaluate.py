@@ -117,10 +117,10 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
         )
     if predictors and not any(s.split == TEST and s.label == 0 for s in samples):
         samples = [
-            replace(one, split=TEST, label=0)
-            if one.split != TEST and one.label in (0, None) and not any(has_learnt(p, one) for p in predictors)
-            else one
-            for one in samples
+            replace(s, split=TEST, label=0)
+            if s.split != TEST and s.label in (0, None) and not any(has_learnt(p, s) for p in predictors)
+            else s
+            for s in samples
         ]
     test = tuple(evaluation.test_samples(samples))
     known = tuple(s for s in samples if s.split != TEST)
@@ -251,8 +251,11 @@ def defect_tables(values: Mapping[str, Any]) -> list[Table]:
     measured = {"image AUROC": values["defects"], "AU-sPRO to 0.05": values.get("defects_auspro_005", {})}
     rows = []
     for name, kinds in values.get("defect_decisions", {}).items():
-        for kind, one in kinds.items():
-            counts = {"found": f"{one['found']} of {one['defects']}", "found, %": f"{100 * one['found_rate']:.1f}"}
+        for kind, calls in kinds.items():
+            counts = {
+                "found": f"{calls['found']} of {calls['defects']}",
+                "found, %": f"{100 * calls['found_rate']:.1f}",
+            }
             areas = {title: by_class.get(name, {}).get(kind) for title, by_class in measured.items()}
             rows.append({"class": name, "defect": kind, **counts, **areas})
     means = {title: evaluation.shared_defects(by_class) for title, by_class in measured.items()}

@@ -47,7 +47,7 @@ def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> N
             if group.leads:
                 leave(options, fitted, folder, console)
         finally:
-            if group.leads and folder.is_dir() and [one.name for one in folder.iterdir()] == [LOCK]:
+            if group.leads and folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()  # nothing was begun, or all of it is done
 
@@ -91,10 +91,10 @@ def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -
 def configured(options: FitOptions, typed: Mapping[str, Any]) -> tuple[RunConfig, Fitted | None]:
     """Settings of a run, and the model that it goes on from. What was typed wins over the position of the dial."""
     dial, before = of_effort(options.effort), None
-    chosen = {
-        section: dial[section] | {one.name: value for one in fields(kind) if (value := typed[one.name]) is not None}
-        for section, kind in (("model", ModelConfig), ("train", TrainConfig))
-    }
+    chosen = {}
+    for section, kind in (("model", ModelConfig), ("train", TrainConfig)):
+        values = {field.name: typed[field.name] for field in fields(kind)}
+        chosen[section] = dial[section] | {name: value for name, value in values.items() if value is not None}
     if options.resume_from is not None:
         before = load(options.resume_from, str(chosen["model"].pop("weights", "")))
         of_bundle = before.config.to_dict()["model"]
@@ -109,8 +109,8 @@ def merged(config_file: Path | None, chosen: dict[str, dict[str, Any]], before: 
     for name in OF_MACHINE:  # the one that the bundle comes from may be another
         base["train"].pop(name, None)
     if config_file is not None:
-        given = RunConfig.from_toml(config_file).to_dict()
-        base = given if before is None else {**base, "train": given["train"]}
+        from_file = RunConfig.from_toml(config_file).to_dict()
+        base = from_file if before is None else {**base, "train": from_file["train"]}
     return RunConfig.from_dict({section: {**base[section], **options} for section, options in chosen.items()})
 
 

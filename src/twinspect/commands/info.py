@@ -108,7 +108,7 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{above}{name}, ")
         elif value not in ([], ""):
             several = value if isinstance(value, list) else [value]
-            texts = (", ".join(map(str, one.values())) if isinstance(one, dict) else str(one) for one in several)
+            texts = (", ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in several)
             yield f"{above}{name}", "; ".join(texts)
 
 

@@ -64,7 +64,7 @@ def write_reports(options: PredictOptions, job: Job, review: Review, console: Co
         predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
         return predictor.predict([by_name(name) for name in names], class_name=job.class_name)
 
-    images = sum(len(review.columns(one)[0]) for one in review.classes)
+    images = sum(len(review.columns(class_name)[0]) for class_name in review.classes)
     facts = {"model": name, "images": f"{images}", "not scored": f"{review.errors}"}
     values = {
         "errors": review.errors,

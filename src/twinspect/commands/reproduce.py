@@ -100,17 +100,17 @@ def run_recipe(
 def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
     """Why numbers of this run must not be compared with the published ones; empty if nothing is known."""
     reasons = [] if config.model.pretrained else ["the teacher has random weights"]
-    for name, ours, theirs in (
+    for name, used, published in (
         ("teacher", config.model.teacher, recipe.settings.model.teacher),
         ("input size", config.model.size, recipe.settings.model.size),
         ("steps", config.train.steps, recipe.settings.train.steps),
     ):
-        if ours != theirs:
-            reasons.append(f"{name} {ours or 'by default'}, the recipe has {theirs}")
+        if used != published:
+            reasons.append(f"{name} {used or 'by default'}, the recipe has {published}")
     train, test = counts = tuple(sum(s.split == part for s in loaded.samples) for part in (TRAIN, TEST))
     if counts != recipe.official:
-        given = "{:,} training and {:,} test images"
-        reasons.append(f"{given.format(train, test)}, the official split has {given.format(*recipe.official)}")
+        template = "{:,} training and {:,} test images"
+        reasons.append(f"{template.format(train, test)}, the official split has {template.format(*recipe.official)}")
     return reasons
 
 

@@ -74,7 +74,7 @@ class Review:
         for factor in FACTORS if bool((threshold > 0).all()) else (1.0,):
             called = score >= factor * threshold
             counts = {"called": called, "false_alarms": called & (label == 0), "missed": ~called & (label == 1)}
-            rows.append({"factor": factor, **{key: int(one.sum()) for key, one in counts.items()}})
+            rows.append({"factor": factor, **{key: int(mask.sum()) for key, mask in counts.items()}})
         return rows
 
     def answers(self) -> Table:
@@ -121,7 +121,7 @@ class Review:
             shown = [results[path] for _, path in ranked if path in results]
             if shown:
                 title = f"{kind}: {name}" if len(self._numbers) > 1 else kind
-                yield Cases(title, tuple(case_of(one, name) for one in shown), shown[0].scale)
+                yield Cases(title, tuple(case_of(result, name) for result in shown), shown[0].scale)
 
     def _charts(self, name: str) -> Iterator[Histogram | LineChart]:
         score, threshold, label = self.columns(name)

@@ -61,11 +61,11 @@ def _learn(bundle: Path, new: Path, options: UpdateOptions, console: Console) ->
 
 def update_lines(record: dict[str, Any]) -> Iterator[str]:
     """One line for every update of a model."""
-    for number, one in enumerate(record.get("updates", ()), 1):
-        counts = ", ".join(f"{count} of {name}" for name, count in one["classes"].items())
-        first, *others = one["images"]
-        more = sum(one["classes"].values()) - 1
-        yield f"{number}. {one['date']}: {counts} ({first}{f' and {more} more' if others else ''})"
+    for number, entry in enumerate(record.get("updates", ()), 1):
+        counts = ", ".join(f"{count} of {name}" for name, count in entry["classes"].items())
+        first, *others = entry["images"]
+        more = sum(entry["classes"].values()) - 1
+        yield f"{number}. {entry['date']}: {counts} ({first}{f' and {more} more' if others else ''})"
 
 
 def _taken_back(bundle: Path) -> str:

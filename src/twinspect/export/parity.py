@@ -90,16 +90,16 @@ def compare(
     ``decision`` judges the scores of both.
     """
     squares = images or painted(reference.size)
-    ours, theirs = list[Mapping[str, NDArray[Any]]](), list[Mapping[str, NDArray[Any]]]()
+    reference_outputs, export_outputs = list[Mapping[str, NDArray[Any]]](), list[Mapping[str, NDArray[Any]]]()
     for batch in _batches(squares):
-        ours.append(reference.run(batch))
-        theirs.append(export.run(batch))
-        progress("comparing with torch", sum(len(out["score_B"]) for out in ours), len(squares))
-    a, b = _joined(ours), _joined(theirs)
+        reference_outputs.append(reference.run(batch))
+        export_outputs.append(export.run(batch))
+        progress("comparing with torch", sum(len(out["score_B"]) for out in reference_outputs), len(squares))
+    a, b = _joined(reference_outputs), _joined(export_outputs)
     same_cluster = a["cluster_B"] == b["cluster_B"]
     alike = same_cluster & (np.abs(a["score_B"] - b["score_B"]) <= ROUNDING * np.maximum(1.0, np.abs(a["score_B"])))
     answers = zip(_answers(a, decision), _answers(b, decision), alike, strict=True)
-    changed = sum(ours != theirs and not rounded for ours, theirs, rounded in answers) if images else 0
+    changed = sum(expected != exported and not rounded for expected, exported, rounded in answers) if images else 0
     gaps = _gap(a["score_B"], b["score_B"]), _gap(a["map_B1HW"], b["map_B1HW"])
     return Comparison(len(squares), not images, *gaps, int((~same_cluster).sum()), changed)
 
@@ -112,13 +112,13 @@ def _batches(squares: Sequence[Pixels]) -> Iterator[Pixels]:
 
 
 def _joined(outputs: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    return {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+    return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
 
 
 def _answers(out: Mapping[str, NDArray[Any]], decision: Decision) -> list[str]:
     distance_B = out.get("cluster_distance_B", np.full(len(out["score_B"]), np.nan))
-    columns = (one.tolist() for one in (out["score_B"], out["cluster_B"], distance_B))
-    return [decision.judge(*one).answer for one in zip(*columns, strict=True)]
+    columns = (column.tolist() for column in (out["score_B"], out["cluster_B"], distance_B))
+    return [decision.judge(*row).answer for row in zip(*columns, strict=True)]
 
 
 def _gap(reference: NDArray[Any], export: NDArray[Any]) -> float:
@@ -147,4 +147,4 @@ def painted(size: int, count: int = FEWEST, seed: int = 0) -> list[Pixels]:
     """Painted parts, for exports without any images at hand; every second one with a defect."""
     rng = np.random.default_rng(seed)
     squares = [part(i, rng, size) for i in range(count)]
-    return [damaged(one, [spot(rng, size)]) if i % 2 else one for i, one in enumerate(squares)]
+    return [damaged(square, [spot(rng, size)]) if i % 2 else square for i, square in enumerate(squares)]
