@@ -15,7 +15,7 @@ from pathlib import Path
 
 from twinspect.data import folders, listed, semantic
 from twinspect.data.images import UNREAD_SUFFIXES, count_pictures, is_image
-from twinspect.data.manifest import find_manifests, read_list
+from twinspect.data.manifest import find_manifests, manifest
 from twinspect.data.names import BAD, MASK, meaning
 from twinspect.data.scan import (
     ScanLog,
@@ -140,7 +140,7 @@ def _lists(read: Callable[..., list[Sample]], find: Callable[[Path], list[Path]]
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "manifest": _lists(read_list, find_manifests, "manifest.parquet or manifest.csv"),
+    "manifest": _lists(manifest, find_manifests, "manifest.parquet or manifest.csv"),
     "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
     "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
     **{

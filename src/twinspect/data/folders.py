@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from twinspect.data.manifest import label_tables, read_list
+from twinspect.data.manifest import label_tables, read_rows, table_rows
 from twinspect.data.masks import Place, masks_among, match
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
@@ -392,13 +392,15 @@ class _ClassReader:
 
         in_tables: set[Path] = set()
         for table in tables:
-            rows = read_list(table, self._log, None, self._name, place, split_at)
-            fresh = [row for row in rows if not role_of(parts_of(row.image))]
-            twice = next((row.image for row in fresh if row.image in in_tables), None)
+            samples = read_rows(
+                table, table_rows(table), self._log, None, class_name=self._name, within=place, split_at=split_at
+            )
+            fresh = [sample for sample in samples if not role_of(parts_of(sample.image))]
+            twice = next((sample.image for sample in fresh if sample.image in in_tables), None)
             if twice is not None:
                 raise DataError(f"{table}: {twice} is listed twice, here or in another table beside it")
-            self._listed += [((row.image, parts_of(row.image)), row) for row in fresh]
-            in_tables.update(path for row in fresh for path in (row.image, *row.masks))
+            self._listed += [((sample.image, parts_of(sample.image)), sample) for sample in fresh]
+            in_tables.update(path for sample in fresh for path in (sample.image, *sample.masks))
             self._tables.add(table)
             if not fresh:
                 self._log.note(_NOT_USED.format(table))

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
-from twinspect.data.manifest import Row, base_of, read_list, read_rows
+from twinspect.data.manifest import Row, read_rows, table_rows
 from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import ScanLog, files_in, folder_name, listing, subfolders
 from twinspect.data.tables import as_object, objects_of, read_json, read_json_lines
@@ -51,9 +51,10 @@ def visa(root: Path, log: ScanLog) -> list[Sample]:
     """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
     folder = root / "split_csv"
     if os.path.isdir(folder):
-        if not os.path.isfile(folder / "1cls.csv"):
+        table = folder / "1cls.csv"
+        if not os.path.isfile(table):
             raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
-        return read_list(folder / "1cls.csv", log, root, partly=True)
+        return read_rows(table, table_rows(table), log, root, partly=True)
     try:
         return read_folders(_visa_place(root), log, MVTEC_AD)
     except DataError:
@@ -180,8 +181,7 @@ def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
         row = {"image": image, "split": split, "class_name": entry.get("clsname") or image.split("/")[0]}
         row |= {"label": entry.get("label", None if split == TEST else 0), "mask": entry.get("maskname")}
         rows.append((where, {**row, "defect_type": PurePosixPath(image).parent.name}))
-    base = images or (base_of(path.parent, rows[0][1], "image", None) if rows else path.parent)
-    return read_rows(path, rows, log, base, partly=True)
+    return read_rows(path, rows, log, images, partly=True)
 
 
 # ----------------------------------------------------------------------------------- Lookout for Vision

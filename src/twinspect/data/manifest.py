@@ -74,39 +74,20 @@ def label_tables(folder: Path) -> list[Path]:
     return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES and _lists_labels(path)]
 
 
-def read_list(
-    path: Path,
-    log: ScanLog,
-    base: Path | None = None,
-    class_name: str = "",
-    within: Path | None = None,
-    split_at: SplitAt = lambda _: "",
-    partly: bool = False,
-) -> list[Sample]:
-    """Samples of one table, by `read_rows`. Row 1 is the first below the header.
-
-    Without ``base``, paths are relative to the table's folder, or to one in it where the first image is. A table may
-    be part of a data set, ``within``; paths may then be relative to any folder above the table. ``class_name`` and
-    ``split_at`` are for rows that name none.
-    """
-    rows = _rows(path)
-    names = _columns(rows[0][1])
-    if "image" not in names:
-        raise DataError(
-            f"{path}: columns {', '.join(rows[0][1])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
-        )
-    base = base or base_of(path.parent, rows[0][1], names["image"], within)
-    return read_rows(path, rows, log, base, class_name, split_at, partly)
+def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """Samples of one table, whose paths are relative to ``images``."""
+    return read_rows(path, table_rows(path), log, images)
 
 
 def read_rows(
     path: Path,
-    rows: list[tuple[str, Row]],
+    rows: Sequence[tuple[str, Row]],
     log: ScanLog,
-    base: Path,
-    class_name: str = "",
-    split_at: SplitAt = lambda _: "",
+    base: Path | None,
     partly: bool = False,
+    class_name: str = "",
+    within: Path | None = None,
+    split_at: SplitAt = lambda _: "",
 ) -> list[Sample]:
     """Samples of the rows of a list.
 
@@ -114,17 +95,19 @@ def read_rows(
         path: of the list.
         rows: its rows, and where each stands, for messages.
         log: where notes go.
-        base: folder that the paths are relative to.
-        class_name: of rows that name none; empty: the folder's name.
-        split_at: split of an image whose row names none, where it is known.
+        base: folder that the paths are relative to; None: the list's own, or one in it where the first image is.
         partly: whether images may be missing, as of a benchmark of which only a part is there; they are logged.
+        class_name: of rows that name none; empty: the folder's name.
+        within: data set that the list is a part of; paths may then be relative to any folder above the list.
+        split_at: split of an image whose row names none, where it is known.
 
     Raises:
         DataError: rows cannot be used. One is enough: a list that is half true is not a data set.
     """
     if not rows:
         return []
-    reader = _Reader([row for _, row in rows], base, class_name or folder_name(base), split_at)
+    base = base or _base(path.parent, rows[0][1], within)
+    reader = _Reader(path, [row for _, row in rows], base, class_name or folder_name(base), split_at)
     samples: list[Sample] = []
     problems: list[str] = []
     for where, row in rows:
@@ -192,7 +175,7 @@ def _lists_labels(path: Path) -> bool:
             return False
         if set(names) - {"image", "record", "group"}:
             return True
-        rows = [row for _, row in _rows(path)]
+        rows = [row for _, row in table_rows(path)]
     except DataError:
         if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
             raise
@@ -222,7 +205,8 @@ def _columns(header: Iterable[str]) -> dict[str, str]:
     return {ours: name for ours, name in columns.items() if name}
 
 
-def _rows(path: Path) -> list[tuple[str, Row]]:
+def table_rows(path: Path) -> list[tuple[str, Row]]:
+    """Rows of a table, and where each stands. Row 1 is the first below the header."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = _parquet_rows(path)
@@ -246,9 +230,9 @@ def _parquet_rows(path: Path) -> list[Row]:
     return rows
 
 
-def base_of(folder: Path, first: Row, column: str, within: Path | None) -> Path:
+def _base(folder: Path, first: Row, within: Path | None) -> Path:
     """The folder that paths are relative to: the table's, one in it, or one above it, where the first image is."""
-    text = str(first.get(column) or "").partition("#")[0]
+    text = str(first.get(path_column(first)) or "").partition("#")[0]
     if _PREDICTED <= set(first) and os.path.isfile(text):
         return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
     above = [place for place in folder.parents if within is not None and place.is_relative_to(within.parent)]
@@ -268,10 +252,14 @@ def base_of(folder: Path, first: Row, column: str, within: Path | None) -> Path:
 class _Reader:
     """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
-    def __init__(self, rows: list[Row], base: Path, class_name: str, split_at: SplitAt) -> None:
+    def __init__(self, path: Path, rows: list[Row], base: Path, class_name: str, split_at: SplitAt) -> None:
         self._base, self._class_name, self._split_at = base, class_name, split_at
         self._columns = [name for name in rows[0] if name]
         names = _columns(self._columns)
+        if "image" not in names:
+            raise DataError(
+                f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
+            )
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
