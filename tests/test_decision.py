@@ -18,7 +18,7 @@ from twinspect.decide.conformal import (
     refuse_unsupported,
     suspicious_tail,
 )
-from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, promises, refuse_other_model
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision, promises
 from twinspect.decide.rules import Budget, GoodScores
 from twinspect.errors import BundleError, ConfigError, DataError
 
@@ -410,13 +410,6 @@ def test_json_round_trip_keeps_every_answer() -> None:
             ours, theirs = made.judge(score, cluster), back.judge(score, cluster)
             assert (ours.p_value, ours.threshold, ours.answer) == (theirs.p_value, theirs.threshold, theirs.answer)
     assert made.rule("a").sentence() == back.rule("a").sentence()
-
-
-def test_thresholds_of_another_model_are_refused() -> None:
-    made = decision(np.arange(30.0), model_id="abc")
-    refuse_other_model(made, "abc", "x.twin")
-    with pytest.raises(BundleError, match="another model"):
-        refuse_other_model(made, "def", "x.twin")
 
 
 def test_columns_of_different_lengths_are_refused() -> None:

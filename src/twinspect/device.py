@@ -80,10 +80,7 @@ def _limit(group: Path) -> float:
 
 
 def choose_device(name: str) -> str:
-    """The device that is meant: ``auto`` is the GPU where there is one.
-
-    Args:
-        name: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+    """The device that is meant; ``auto`` is the GPU where there is one.
 
     Raises:
         ConfigError: this machine, or this build of torch, does not have it.

@@ -194,12 +194,7 @@ def diagnose(
 ) -> Diagnosis:
     """Score cross-class images against normal ones, for every ordered pair of classes.
 
-    Args:
-        predictor: any loaded model.
-        samples: of a data set; normal images of at least two classes.
-        plan: how many, of what, with which seed.
-        progress: called with (stage, done, total).
-        visit: called with every made image and its result (with map and picture), for reports.
+    ``visit`` is called with every made image and its result (with map and picture), for reports.
 
     Raises:
         DataError: too few classes or images, an image that cannot be read, or a score that is not finite.

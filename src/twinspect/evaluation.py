@@ -57,13 +57,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
 
     An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
     Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
-
-    Args:
-        predictor: any loaded model.
-        samples: with labels; masks where there are some.
-        progress: called with (stage, done, total).
-        pooled: name under which all classes count as one, for semantic protocols (one metric over the whole
-            test split); empty gives metrics per class.
+    ``pooled`` is a name under which all classes count as one, for semantic protocols; empty gives metrics per class.
 
     Raises:
         DataError: a score or map that is not finite (names the image).

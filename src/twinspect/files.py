@@ -100,12 +100,8 @@ def refuse_unwritable(
 ) -> None:
     """Find out before the work whether its result can be written; the result's folder is made.
 
-    Args:
-        path: file to be written.
-        option: that names it.
-        example: a file name, for who has named a folder.
-        ours: whether a file that is there is of the same kind, so that it may be replaced; None: any may.
-        error: is raised if the folder cannot be made or written, or the name is taken by a folder or another file.
+    ``error`` is raised where the folder cannot be made or written, or the name is taken by a folder or by a file that
+    is not ``ours``, so that it must not be replaced. It names the option and, to who named a folder, an example.
     """
     other = f"choose another {option}"
     try:
@@ -126,12 +122,8 @@ def refuse_unwritable(
 def lock(path: Path, busy: str) -> IO[str]:
     """Keep other processes out until the returned file is closed, or this process ends, however it does.
 
-    Args:
-        path: file that stands for what is locked; it is made.
-        busy: what to tell who comes second.
-
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it; ``busy`` is the message.
     """
     file = path.open("w")
     try:

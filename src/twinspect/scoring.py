@@ -30,13 +30,10 @@ def gaussian_kernel(sigma: float, radius: int = 0) -> Tensor:
 
 
 def smooth(map_B1hw: Tensor, kernel: Tensor, rim: str = "replicate") -> Tensor:
-    """Separable Gaussian.
+    """Separable Gaussian by its kernel of one axis.
 
-    Args:
-        map_B1hw: maps.
-        kernel: of one axis.
-        rim: what stands outside the map. ``replicate``: its edge values, so that nothing fades at the rim;
-            ``zeros``; ``mirror``: the map again, edge values included.
+    ``rim`` is what stands outside the map. ``replicate``: its edge values, so that nothing fades at the rim;
+    ``zeros``; ``mirror``: the map again, edge values included.
     """
     radius = kernel.numel() // 2
     if rim == "mirror":  # edge values included, which no mode of F.pad does

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twinspect.bundle import BundleContent, read_bundle, write_bundle
 from twinspect.config import ModelConfig, RunConfig
-from twinspect.decide.decision import Decision, refuse_other_model
+from twinspect.decide.decision import Decision
 from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
 from twinspect.models.contract import AnomalyModel, build_family
 from twinspect.models.teachers import Teacher, create_teacher
@@ -117,7 +117,11 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
         )
     model.teacher.weights = made_with["weights"]
     decision = Decision.from_dict(meta["decision"], str(path))
-    refuse_other_model(decision, model_id(model), str(path))
+    if decision.model_id != (id_of_model := model_id(model)):
+        raise BundleError(
+            f"{path}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one is "
+            f"{id_of_model}); scores of two models cannot be compared. Type: twinspect calibrate BUNDLE GOOD"
+        )
     return Fitted(model, decision, config, record, memory=content.memory)
 
 

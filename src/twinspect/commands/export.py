@@ -1,4 +1,4 @@
-"""What ``twinspect export`` and ``check`` do, apart from parsing."""
+"""``twinspect export`` and ``check``: a model as a file for another runtime, beside the model itself."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
 
 
 def check(options: CheckOptions, console: Console) -> None:
-    """Compare an export with its bundle on images of the user's choice.
-
-    Raises:
-        ParityError: they differ by more than the precision's tolerance.
-    """
+    """Compare an export with its bundle on images of the user's choice."""
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
     images = load_images(options.images, fitted.model.size)

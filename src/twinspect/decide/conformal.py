@@ -130,12 +130,7 @@ def labelled_threshold(
     """Threshold chosen on labelled images: best F1, lowest cost, or no labelled defect missed.
 
     It lies half-way to the next lower score; ``max_fpr`` is the share of labelled good images that it calls bad.
-
-    Args:
-        score_N: scores.
-        label_N: 1 for a defect, 0 for good.
-        rule: one of ``RULES``.
-        miss_cost: of a missed defect, where a false alarm costs 1 (``min-cost`` only).
+    ``miss_cost`` is the cost of a missed defect, where a false alarm costs 1 (``min-cost`` only).
 
     Raises:
         ConfigError: an unknown rule or a cost that is not positive.

@@ -204,19 +204,6 @@ def image_id(digest: bytes) -> str:
     return digest[:KEY_BYTES].hex()
 
 
-def refuse_other_model(decision: Decision, model_id: str, where: str) -> None:
-    """Refuse thresholds whose scores another model gave.
-
-    Raises:
-        BundleError: the ids differ.
-    """
-    if decision.model_id != model_id:
-        raise BundleError(
-            f"{where}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one "
-            f"is {model_id}); scores of two models cannot be compared. Type: twinspect calibrate BUNDLE GOOD"
-        )
-
-
 def promises(decision: Decision) -> Iterator[tuple[str, Rule]]:
     """Every known class with its rule (class given); all classes together come last, where there are several."""
     for name in decision.classes:

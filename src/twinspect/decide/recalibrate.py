@@ -79,14 +79,10 @@ def good_samples(samples: Sequence[Sample]) -> list[Sample]:
 def score_images(
     predictor: Predictor, samples: Sequence[Sample], class_name: str | None, root: Path | None, progress: Progress
 ) -> Scored:
-    """Score images for calibration.
+    """Score good or labelled images for calibration.
 
-    Args:
-        predictor: of the bundle.
-        samples: good or labelled images.
-        class_name: class of all of them; None takes the data's where the bundle knows it, else the predicted.
-        root: folder whose sub-folders are sessions where the data name none; None: no sessions.
-        progress: called with (stage, done, total).
+    Their class is ``class_name``; where it is None, the data's if the bundle knows it, else the predicted.
+    Sub-folders of ``root`` are sessions where the data name none.
 
     Raises:
         ConfigError: a class that the bundle does not know.
@@ -131,11 +127,7 @@ def recalibrate(
 ) -> tuple[Decision, list[str]]:
     """A new decision of the same model, and sentences on what was done and what looks wrong.
 
-    Args:
-        decision: of the bundle.
-        request: what shall change.
-        scored: good images; None keeps those there are.
-        labelled: good and bad images that choose thresholds.
+    ``scored`` are good images (None keeps those there are), ``labelled`` good and bad ones that choose thresholds.
 
     Raises:
         ConfigError: a budget that the number of images cannot support, or no sessions to go by.

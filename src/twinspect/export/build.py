@@ -18,7 +18,7 @@ from twinspect._version import __version__
 from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
 from twinspect.export.parity import Comparison, ParityError, Pixels, compare
 from twinspect.files import lock, refuse_unwritable
-from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, read_export, write_meta
+from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, write_meta
 from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def export(
             graph.write(graph.to_onnx(fitted.model), draft, half=precision == "fp16")
             progress("exporting", 1, 1)
             seal({})  # without metadata it cannot be loaded
-            comparison = _compare(draft, fitted, images, progress)
+            reference, exported = TorchRuntime(fitted.model), load_runtime(draft)[0]
+            comparison = compare(reference, exported, images, fitted.decision, progress)
             if problems := "; ".join(comparison.problems(precision)):
                 raise ParityError(
                     f"the {precision} export does not say what the model says: {problems}. Nothing was written. "
@@ -95,13 +96,13 @@ def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Compari
     Raises:
         BundleError: a damaged export, or one of another bundle.
     """
-    meta = read_export(path)
+    exported, meta = load_runtime(path)
     if meta.decision.get("model_id") != fitted.decision.model_id:
         raise BundleError(
             f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
             f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
         )
-    return _compare(path, fitted, images, silent), meta
+    return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, silent), meta
 
 
 def checked_runtime(out: Path, precision: str) -> str:
@@ -124,11 +125,6 @@ def checked_runtime(out: Path, precision: str) -> str:
             f'(or: pip install "twinspect[{runtime}]")'
         )
     return runtime
-
-
-def _compare(path: Path, fitted: Fitted, images: Sequence[Pixels], progress: Progress) -> Comparison:
-    exported, _ = load_runtime(path)
-    return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, progress)
 
 
 @contextmanager

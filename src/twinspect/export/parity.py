@@ -86,12 +86,8 @@ def compare(
 ) -> Comparison:
     """Run both on the same pixels, one image at a time and three in turn.
 
-    Args:
-        reference: the model itself.
-        export: what is judged.
-        images: uint8 RGB at the model's size, at least 32 where the caller has them; none paints some.
-        decision: of the model, which judges the scores of both.
-        progress: called with (stage, done, total).
+    ``images`` are uint8 RGB of the model's size, at least 32 where the caller has them; without any some are painted.
+    ``decision`` judges the scores of both.
     """
     squares = images or painted(reference.size)
     ours, theirs = list[Mapping[str, NDArray[Any]]](), list[Mapping[str, NDArray[Any]]]()

@@ -24,7 +24,7 @@ from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, counted
 from twinspect.inference.sources import walk_all, watch
 from twinspect.inference.stores import is_url
-from twinspect.inference.table import as_line, csv_header, encode, join, read_rows
+from twinspect.inference.table import csv_header, encode, join, read_rows
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -113,10 +113,7 @@ def pending(units: Iterable[Unit], store: PartStore, skipped: Skipped) -> Iterat
 class _Begun:
     """A part whose images are being listed; the scorer comes after.
 
-    Attributes:
-        unit, sub: its place.
-        source, images: identities of the unit and of its images, when they were listed.
-        end: whether the unit ends with it; known when the last image was listed.
+    ``source`` and ``images`` are identities. ``end``: whether the unit ends with it, known when its last image is.
     """
 
     unit: int
@@ -205,14 +202,10 @@ def run(job: Job, console: Console, engine: Engine | None = None, visit: Visit |
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
-        job: what to run.
+        job: what to run; it says what is wrong with its sources, model or outputs.
         console: told of progress and results.
         engine: who scores the units; None is this process.
         visit: called with every row, once all are there where a table is written.
-
-    Raises:
-        ConfigError, DataError, BundleError: of the job, its sources or its model.
-        TwinspectError: something cannot be written.
     """
     totals = Totals()
     # An empty source is refused before the model is loaded.
@@ -296,9 +289,11 @@ def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: T
         totals.rows += 1
         totals.bad += bool(result.is_anomaly)
         totals.errors += bool(result.error)
-        console.result(as_line(result.row(), job.on_stdout) if job.on_stdout else say_result(result))
+        row = result.row()
+        line = encode([row], job.on_stdout).decode().rstrip("\r\n") if job.on_stdout else say_result(result)
+        console.result(line)
         if visit is not None:
-            visit(result.row())
+            visit(row)
         if job.is_endless and totals.fails(job.fail_on):
             break
 

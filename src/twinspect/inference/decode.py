@@ -38,8 +38,7 @@ class Decoded(NamedTuple):
     """One image made ready.
 
     Attributes:
-        name: what its row is called.
-        error: why there are no pixels.
+        name, error: what its row is called, and why there are no pixels.
         height, width: of the whole image.
         square: S x S x 3 for the model; T x S x S x 3 for one that sees tiles.
         rgb: the whole image, where it was asked for.
@@ -58,9 +57,8 @@ class DecodePool:
 
     Args:
         size, limits, pixels, tiles: as of `decode`.
-        workers: threads, or processes.
-        processes: decode in processes: they use more cores, and an image that kills its decoder (out of memory, a
-            crash inside a codec) costs its own row only.
+        workers: threads, or ``processes``. These use more cores, and an image that kills its decoder (out of memory,
+            a crash inside a codec) costs its own row only.
         batch: images that the reader takes at a time; at least as many are decoded ahead.
     """
 

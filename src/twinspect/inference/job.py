@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from twinspect.inference.predictor import check_counts
 from twinspect.inference.result import columns
 from twinspect.inference.sources import is_live, would_find
 from twinspect.inference.stores import is_url
-from twinspect.inference.table import check_format, is_own
+from twinspect.inference.table import FORMATS, is_own
 from twinspect.inference.video import is_endless
 
 FILE_ROWS, FOLDER_ROWS, MOST_ROWS = 256, 4096, 1 << 20  # of a part: what a killed run repeats at most
@@ -83,7 +84,15 @@ class Job:
         if len(self.sources) > 1 and any(map(is_live, self.sources)):
             raise ConfigError("a camera, a stream or @- is given alone; start one predict for each")
         if self.keeps_parts and not self.is_folder:
-            check_format(Path(self.out).suffix, Path(self.out).name)
+            self._check_format(Path(self.out))
+
+    @staticmethod
+    def _check_format(out: Path) -> None:
+        if out.suffix not in FORMATS:
+            accepted = f"accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
+            raise ConfigError(f"--out {out.name}: {accepted}")
+        if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise ConfigError(f"--out {out.name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv")
 
     @property
     def on_stdout(self) -> str:

@@ -42,7 +42,13 @@ class RayEngine:
 
     def __call__(self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
         """Parts as actors finish them, in any order; a TwinspectError where a unit failed for good."""
-        ray = _ray()
+        try:
+            import ray
+            import ray.util
+        except ImportError as error:
+            raise TwinspectError(
+                f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
+            ) from None
         started = self._connected(ray)
         try:
             for part, known in self._parts(ray, job, store, units):
@@ -102,17 +108,6 @@ class _Actor:
         before: list[Part] = []
         parts = list(self.scorer.parts([unit], before.append))
         return [*((part, True) for part in before), *((part, False) for part in parts)]
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.util
-    except ImportError as error:
-        raise TwinspectError(
-            f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
-        ) from None
-    return ray
 
 
 def _reason(error: Exception) -> str:

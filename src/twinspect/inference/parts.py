@@ -78,13 +78,7 @@ def digest(source: str, images: Iterable[str]) -> str:
 
 @dataclass(slots=True)
 class PartStore:
-    """A folder of parts, on this disk or in an object store.
-
-    Attributes:
-        folder: path or URL.
-        suffix: format of the rows, such as ``.parquet``.
-        known: parts that are there, by place; filled by `begin`.
-    """
+    """A folder of parts (path or URL); ``known`` are those that are there, by place, filled by `begin`."""
 
     folder: str
     suffix: str
@@ -119,12 +113,9 @@ class PartStore:
         return parts
 
     def check(self, part: Part, source: str, images: Iterable[str] | None) -> None:
-        """Refuse a part that was made from other input (a DataError): by the identities of source and images.
+        """Refuse a part (by a DataError) that was made from another source or other images, by their identities.
 
-        Args:
-            part: that is there.
-            source: archive or table that the unit is; empty for listed images.
-            images: of the part; None where an unchanged source is enough.
+        ``source`` is empty for listed images. ``images`` is None where an unchanged source is enough.
         """
         if not part.digest.startswith(digest(source, images or ())[: 16 if images is not None else 8]):
             raise DataError(

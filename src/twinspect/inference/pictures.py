@@ -38,8 +38,7 @@ class PictureOptions:
         maps: folder for raw maps in the image's own size (float16, as ``map`` of an ``.npz`` file).
         masks: folder for PNG masks, 255 in the regions.
         overlays: folder for pictures of the image under its map, with its regions and answer.
-        overlay_format: ``jpg`` or ``png``.
-        overlay_side: longest side of these in pixels; 0: the image's own.
+        overlay_format, overlay_side: ``jpg`` or ``png``; their longest side in pixels, 0: the image's own.
         submission: folder for MVTec AD 2's two trees of maps and masks.
         coco: COCO file of all regions.
     """
@@ -56,8 +55,6 @@ class PictureOptions:
         if self.overlay_format not in OVERLAY_FORMATS:
             raise ConfigError(f"--overlay-format {self.overlay_format}: accepted {' or '.join(OVERLAY_FORMATS)}")
         check_range("--overlay-side", self.overlay_side, 0, MOST_SIDE)
-        if self.submission:
-            _tifffile()
 
     def places(self) -> Iterator[tuple[str, str]]:
         """The option of every folder that is written, with a file as it is written there."""
@@ -89,8 +86,10 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
         inside = region_mask(result.grid, (result.height, result.width), _threshold(result))
         result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(inside))
     if options.submission:
+        import tifffile  # which the light install lacks, as it has no --submission
+
         place, heat, body = submission_place(result.path), _map(result), io.BytesIO()
-        _tifffile().imwrite(body, _half(heat))
+        tifffile.imwrite(body, _half(heat))
         result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", body.getvalue())
         mask = _mask_bytes(heat >= _threshold(result))
         result.mask_path = _write(options.submission, f"anomaly_images_thresholded/{place}.png", mask)
@@ -130,16 +129,6 @@ def _map(result: Result) -> NDArray[np.float32]:
 def _half(heat: NDArray[np.float32]) -> NDArray[np.float16]:
     most = float(np.finfo(np.float16).max)  # beyond it float16 says infinity, which viewers cannot show
     return np.clip(heat, -most, most).astype(np.float16)
-
-
-def _tifffile() -> Any:
-    try:
-        import tifffile
-    except ImportError:
-        raise ConfigError(
-            "--submission writes TIFF files, which needs tifffile; type: pip install tifffile"
-        ) from None
-    return tifffile
 
 
 def _mask_bytes(mask: NDArray[np.bool_]) -> bytes:
@@ -183,9 +172,7 @@ def coco_annotations(result: Result) -> list[dict[str, Any]]:
 def write_coco(parts: Callable[[], Iterable[bytes]], out: Path) -> None:
     """Lines of `coco_line` to one COCO file, without holding them: images in a first pass, regions in a second.
 
-    Args:
-        parts: gives all the lines, many at a time; called twice.
-        out: file to write.
+    ``parts`` gives all the lines, many at a time, and is called twice.
     """
     with replacing(out) as file:
         file.write(_COCO_HEAD)

@@ -64,11 +64,6 @@ class Components(NamedTuple):
     peak_R: NDArray[np.float64]
     box_R4: NDArray[np.int64]
 
-    def mask(self, region: int) -> Bools:
-        """Pixels of a region inside its box."""
-        top, left, bottom, right = self.box_R4[region]
-        return np.asarray(self.label_HW[top:bottom, left:right] == region + 1)
-
     def painted(self, value_R: NDArray[Any]) -> NDArray[Any]:
         """An image in which every pixel of a region has the region's value, and all others 0."""
         return np.concatenate([np.zeros(1, value_R.dtype), value_R])[self.label_HW]
@@ -119,13 +114,10 @@ def _regions_of_runs(row: NDArray[Any], start: NDArray[Any], stop: NDArray[Any])
 
 
 def find_regions(grid: Map, shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
-    """Regions of a map, strongest first, at most ``MOST_REGIONS``.
+    """Regions of a map of the model's own size, strongest first, at most ``MOST_REGIONS``.
 
-    Args:
-        grid: map at the model's own size.
-        shape: height and width of the original image.
-        threshold: of map values, that a region reaches somewhere.
-        peaks: map maxima of good images.
+    ``shape`` is height and width of the original image. A region reaches the ``threshold`` somewhere. ``peaks`` are
+    the map maxima of good images.
     """
     regions = connected(grid, shape, threshold)
     p_R = p_values(regions.peak_R, peaks)
@@ -188,8 +180,8 @@ def outlines(regions: Components, region: int) -> list[NDArray[np.int64]]:
 
     Parts that touch by a corner have an outline each. Holes have none, as polygons of COCO cannot have holes.
     """
-    top, left = regions.box_R4[region, :2].tolist()
-    mask = np.pad(regions.mask(region), 1)
+    top, left, bottom, right = regions.box_R4[region].tolist()
+    mask = np.pad(regions.label_HW[top:bottom, left:right] == region + 1, 1)
     # Every edge between a pixel inside and one outside, as the corner it starts at and its direction: 0 right above
     # a pixel, 1 down beside it, 2 left below it, 3 up.
     ahead: dict[tuple[int, int], list[int]] = {}

@@ -28,10 +28,10 @@ COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]
 
 
 class Column(NamedTuple):
-    """A column of results.
+    """A column of results, the same in tables, answers of the server, the inspection log and Python.
 
     Attributes:
-        name: the same in tables, answers of the server, the inspection log and Python.
+        name: of the field or property of `Result`.
         kind: a key of ``CELLS``.
         help: what the value says.
         tables_only: names a file that ``predict`` writes; the server and its log have no such value.

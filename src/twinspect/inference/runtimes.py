@@ -259,9 +259,7 @@ class ExportMeta:
         runtime: ``onnx`` or ``openvino``: what the file was made for.
         precision: ``fp32`` or ``fp16``.
         size: input side in pixels.
-        decision: calibration and threshold, as in the bundle.
-        record: how the model came to be, as in the bundle.
-        config: settings of the training run, as in the bundle.
+        decision, record, config: calibration, how the model came to be, and its settings, as in the bundle.
         check: the comparison with torch that the export passed before it was written.
         writer: version of the library that wrote it.
     """

@@ -92,11 +92,7 @@ def read(path: str, most: int) -> bytes:
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
     """Write a file whole: under its name it is complete or not there. A TwinspectError where it cannot be written.
 
-    Args:
-        folder: path or URL; it is made.
-        name: of the file.
-        body: its content.
-        flushed: to the disk, so that it outlives a crash of the machine.
+    The folder, a path or URL, is made. ``flushed`` means to the disk, so that it outlives a crash of the machine.
     """
     # Two workers may write the same file, one of them given up for lost: each draft has a name of its own.
     draft = f"{DRAFT}{uuid.uuid4().hex}"

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,16 +21,6 @@ FORMATS = (".parquet", ".csv", ".jsonl")
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")  # that are read
 
 
-def check_format(suffix: str, name: str) -> None:
-    """Raise ConfigError for an ending that is none of the accepted ones, or Parquet without pyarrow."""
-    if suffix not in FORMATS:
-        raise ConfigError(
-            f"--out {name}: accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
-        )
-    if suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ConfigError(f"--out {name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv")
-
-
 def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
     """Rows of `Result.row` as one part: a Parquet file, or CSV or JSON lines without a header."""
     cells = [{name: as_text(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
@@ -43,11 +32,6 @@ def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
     else:
         text.writelines(json.dumps(row) + "\n" for row in cells)
     return text.getvalue().encode("utf-8")
-
-
-def as_line(row: dict[str, Any], suffix: str) -> str:
-    """One row for standard output, without the end of its line."""
-    return encode([row], suffix).decode().rstrip("\r\n")
 
 
 def csv_header() -> str:
@@ -134,11 +118,8 @@ def parts_in(folder: Path) -> list[Path]:
 def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet, CSV or JSON-lines table, or of a folder of parts, a few at a time.
 
-    A DataError where it cannot be read as a table, a ConfigError for another kind of file.
-
-    Args:
-        path: file or folder.
-        columns: all that is wanted, so that no more of a Parquet file is read; those that it lacks are left out.
+    Of a Parquet file no more is read than the ``columns`` that are named, of those that it has. A DataError where it
+    cannot be read as a table, a ConfigError for another kind of file.
     """
     if path.is_dir():
         for part in parts_in(path):

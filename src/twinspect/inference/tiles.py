@@ -53,13 +53,7 @@ def speaker(score_T: Sequence[float], class_T: Sequence[str]) -> int:
 
 
 def joined(out: Mapping[str, NDArray[Any]], tiles: Tiles, classes: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Answers of all tiles of some pictures as answers of the pictures.
-
-    Args:
-        out: arrays of B x T tiles, named as the fields of `Outputs`.
-        tiles: rows and columns.
-        classes: class of every cluster.
-    """
+    """Answers of B x T tiles as answers of B pictures, named as `Outputs`; ``classes`` are those of the clusters."""
     by_picture = {name: values.reshape(-1, tiles[0] * tiles[1], *values.shape[1:]) for name, values in out.items()}
     pairs = zip(by_picture["score_B"], by_picture["cluster_B"], strict=True)
     spoken = [speaker(score_T, [classes[int(k)] for k in cluster_T]) for score_T, cluster_T in pairs]

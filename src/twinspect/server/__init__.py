@@ -1,7 +1,4 @@
-"""The server room: HTTP API, micro-batching, inspection log and page, over any bundle or exported model.
-
-Needs the extra ``server`` (FastAPI, uvicorn, prometheus-client, SQLAlchemy, psycopg).
-"""
+"""HTTP API, micro-batching, inspection log and page over any model; needs the extra ``server``."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,6 +41,7 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }  # fmt: skip
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger("twinspect.server")
 
 
@@ -107,29 +109,22 @@ class Metrics:
     """What Prometheus sees. One registry per application, so that several can live in one process (tests)."""
 
     def __init__(self) -> None:
-        self.registry = to = CollectorRegistry()
-        ProcessCollector(registry=to)
-        self.requests = Counter(
-            "twinspect_requests_total", "Requests by route and status", ["route", "status"], registry=to
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("twinspect_requests_total", "Requests by route and status", ["route", "status"])
+        self.seconds = histogram("twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS)
+        self.images = counter("twinspect_images_total", "Images by answer", ["bundle", "answer"])
+        self.batch = histogram("twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=_BATCHES)
+        self.model_seconds = histogram(
+            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS
         )
-        self.seconds = Histogram(
-            "twinspect_request_seconds", "Time to the answer", ["route"], buckets=_SECONDS, registry=to
-        )
-        self.images = Counter("twinspect_images_total", "Images by answer", ["bundle", "answer"], registry=to)
-        self.batch = Histogram(
-            "twinspect_batch_images", "Images per call of the model", ["bundle"], buckets=(1, 2, 4, 8, 16, 32, 64),
-            registry=to,
-        )  # fmt: skip
-        self.model_seconds = Histogram(
-            "twinspect_model_seconds", "Time of a call of the model", ["bundle"], buckets=_SECONDS, registry=to
-        )
-        self.waiting = Gauge("twinspect_images_accepted", "Images accepted and not yet answered", registry=to)
-        self.memory = Gauge("twinspect_request_bytes", "Bytes of requests being answered", registry=to)
-        self.log_errors = Counter("twinspect_log_errors_total", "Decisions the log could not keep", registry=to)
-        self.reloads = Counter(
-            "twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"], registry=to
-        )
-        self.drift = Gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"], registry=to)
+        self.waiting = gauge("twinspect_images_accepted", "Images accepted and not yet answered")
+        self.memory = gauge("twinspect_request_bytes", "Bytes of requests being answered")
+        self.log_errors = counter("twinspect_log_errors_total", "Decisions the log could not keep")
+        self.reloads = counter("twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"])
+        self.drift = gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"])
 
 
 @dataclass(slots=True)

@@ -227,10 +227,8 @@ class _Fitting:
             students, skills = self._distances(halves, targets, arrays)
             local, peak_n = self._scale(arrays)
         first, second = scorer.student_readings
-        patches, counted_n = (
-            torch.cat([students[:, :first], local, students[:, first:]], 1),
-            torch.ones_like(self.held_n),
-        )
+        patches = torch.cat([students[:, :first], local, students[:, first:]], 1)
+        counted_n = torch.ones_like(self.held_n)
         if before is None:
             scorer.weight_R[:first] = skills[0]
             scorer.weight_R[scorer.local_count : scorer.local_count + second] = skills[1]
