@@ -116,7 +116,7 @@ def main(data: Path, model: str, teacher: str) -> None:
             elsewhere.model.student.state_dict(), on_cpu.model.student.state_dict(), atol=1e-5, rtol=1e-4
         )
         ours, theirs = on_cpu.decision.good, elsewhere.decision.good
-        assert (ours.key, ours.class_name) == (theirs.key, theirs.class_name)
+        assert (list(ours.key), list(ours.class_name)) == (list(theirs.key), list(theirs.class_name))
         np.testing.assert_allclose(theirs.score, ours.score, atol=1e-2, rtol=1e-2)
         np.testing.assert_allclose(theirs.peak, ours.peak, atol=1e-2, rtol=1e-2)
     print("same")

@@ -17,7 +17,7 @@ from twinspect.server.log import InspectionLog
 
 ROOT = Path(__file__).parents[2]
 
-# One more field, before any other module of the package looks at `Result`.
+# One more field, in every module that has looked at `Result` so far.
 WIDER = """
 import json, sys
 from dataclasses import dataclass
@@ -31,7 +31,11 @@ class Wider(home.Result):
     def __post_init__(self):
         self.brightness = self.width / 2
 
-home.Result = Wider
+old = home.Result
+for module in list(sys.modules.values()):
+    if getattr(module, "Result", None) is old:
+        module.Result = Wider
+home.columns.cache_clear()
 folder = Path(sys.argv[1])
 """
 EVERYWHERE = """

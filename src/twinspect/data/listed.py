@@ -123,7 +123,10 @@ def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
     for split in (TRAIN, TEST):
         for where, entry in objects_of(lists.get(split), f"{path} {split}"):
             image = str(entry.get("image_path") or "").replace("\\", "/")
-            row = {"image": image, "split": split, "label": entry.get("anomaly_class")}  # OK, or a kind of defect
+            kind = entry.get("anomaly_class")
+            if not isinstance(kind, str) or not kind.strip():
+                raise DataError(f"{where}: anomaly_class is {kind!r}; OK or a kind of defect is needed")
+            row = {"image": image, "split": split, "label": int(kind != "OK"), "defect_type": kind}
             row |= {"mask": entry.get("mask_path"), "group": f"{path.stem}/{PurePosixPath(image).parent}"}
             yield where, row
 

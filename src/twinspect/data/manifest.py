@@ -107,7 +107,7 @@ def read_rows(
     if not rows:
         return []
     base = base or _base(path.parent, rows[0][1], within)
-    reader = _Reader(path, [row for _, row in rows], base, class_name or folder_name(base), split_at)
+    reader = _Reader(path, [row for _, row in rows], base, class_name or folder_name(base), split_at, partly)
     samples: list[Sample] = []
     problems: list[str] = []
     for where, row in rows:
@@ -252,7 +252,9 @@ def _base(folder: Path, first: Row, within: Path | None) -> Path:
 class _Reader:
     """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
-    def __init__(self, path: Path, rows: list[Row], base: Path, class_name: str, split_at: SplitAt) -> None:
+    def __init__(
+        self, path: Path, rows: list[Row], base: Path, class_name: str, split_at: SplitAt, benchmark: bool
+    ) -> None:
         self._base, self._class_name, self._split_at = base, class_name, split_at
         self._columns = [name for name in rows[0] if name]
         names = _columns(self._columns)
@@ -269,8 +271,9 @@ class _Reader:
             del names["class_name"]
         texts = [str(row.get(self._judge)) for row in rows if not is_empty(row.get(self._judge))]
         self._labelled = bool(texts)
-        # Where one label says good, any other word names a kind of defect.
-        self._kinds = self._judge == names.get("defect_type") or any(meaning(text).role == GOOD for text in texts)
+        # Where one label says good, any other word names a kind of defect; in a benchmark it is a mistake.
+        good = any(meaning(text).role == GOOD for text in texts)
+        self._kinds = not benchmark and (good or self._judge == names.get("defect_type"))
 
     def sample(self, row: Row, where: str) -> tuple[Sample, dict[str, Path]]:
         """One row, or a DataError whose words begin with ``where``; and its files that are missing, by name."""
