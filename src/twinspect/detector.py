@@ -253,7 +253,7 @@ class Detector:
         import numpy as np
 
         results = self.predictor().predict(source, maps=False, pixels=False, live=False)
-        return np.array([-one.score for one in results], dtype=np.float64)
+        return np.array([-result.score for result in results], dtype=np.float64)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """What the constructor was given, by name, for ``sklearn.base.clone``; ``deep`` has no effect."""
@@ -312,8 +312,8 @@ class Detector:
     def threshold(self, value: float | Mapping[str, float] | None) -> None:
         decision = self.fitted.decision
         fixed = dict(decision.fixed) if isinstance(value, Mapping) else {}
-        given = value if isinstance(value, Mapping) else dict.fromkeys([*decision.classes, ""], value)
-        for name, number in given.items():
+        by_class = value if isinstance(value, Mapping) else dict.fromkeys([*decision.classes, ""], value)
+        for name, number in by_class.items():
             decision.checked_class(name or None)
             fixed.pop(name, None)
             if number is None:
@@ -367,17 +367,19 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
             return list(data_room.load(Path(data)).samples)
     elif isinstance(data, Iterable) and not is_array(data):
         data = list(data)
-        if all(isinstance(one, (str, os.PathLike)) and not _stands_for_several(one) for one in data):
-            return good_files(Path(one) for one in data)
+        if all(isinstance(part, (str, os.PathLike)) and not _stands_for_several(part) for part in data):
+            return good_files(Path(path) for path in data)
     parts = data if isinstance(data, list) else [data]
     try:
-        items = [one for part in parts for one in ([part] if isinstance(part, Sample) else expand(part))]
-        items = [from_bgr(one) if bgr and isinstance(one, Item) else one for one in items]
+        items: list[Any] = []
+        for part in parts:
+            items += [part] if isinstance(part, Sample) else expand(part)
+        items = [from_bgr(item) if bgr and isinstance(item, Item) else item for item in items]
     except ImageError as error:
         raise ConfigError(
             f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"
         ) from None
-    return [_as_sample(one, number) for number, one in enumerate(items)]
+    return [_as_sample(item, number) for number, item in enumerate(items)]
 
 
 def _stands_for_several(path: str | os.PathLike[str]) -> bool:

@@ -36,8 +36,8 @@ def share_cores() -> None:
 
 def waiting() -> str:
     """How the threads of torch share the cores, in words."""
-    said = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
-    return said or "by the defaults of OpenMP, as torch was imported before twinspect"
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in (*_WAITING, *_THREADS) if name in os.environ)
+    return settings or "by the defaults of OpenMP, as torch was imported before twinspect"
 
 
 def usable_cores() -> int:
@@ -55,16 +55,16 @@ def granted_threads() -> int:
     return max(1, int(quota)) if quota < (os.cpu_count() or 1) else 0
 
 
-def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
     """Cores' worth of time that the control groups of Linux grant to this process; infinite without a limit."""
     limits = [math.inf]
-    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
+    for line in membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         mounted = groups / controllers
-        here = mounted / path.lstrip("/")  # in a container perhaps the name on its host; what is mounted then counts
-        limits += [_limit(one) for one in (here, *here.parents) if one.is_relative_to(mounted)]
+        group = mounted / path.lstrip("/")  # in a container perhaps the name on its host; what is mounted then counts
+        limits += [_limit(folder) for folder in (group, *group.parents) if folder.is_relative_to(mounted)]
     return min(limits)
 
 

@@ -63,13 +63,13 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
         DataError: a score or map that is not finite (names the image).
     """
     masked = {s.class_name for s in samples if s.masks} if not pooled else set()
-    found, began = Evaluation(Evaluator(pixel=not pooled)), time.monotonic()
+    evaluation, began = Evaluation(Evaluator(pixel=not pooled)), time.monotonic()
     students = {name: Evaluator(pixel=False) for name in STUDENTS}
     results = predictor.predict(samples, maps=bool(masked), pixels=False)
     for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
         progress("evaluating", done + 1, len(samples))
         if result.error:
-            found.failed.append(f"{result.path}: {result.error}")
+            evaluation.failed.append(f"{result.path}: {result.error}")
             continue
         class_name = pooled or sample.class_name
         truth: _Truth = (None, None)
@@ -79,8 +79,8 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
                 truth = _truth_of_pixels(sample, result)
             except DataError as error:
                 use_map = False
-                found.masks.append(str(error))
-        found.joint.update(
+                evaluation.masks.append(str(error))
+        evaluation.joint.update(
             result.score, sample.label, class_name, sample.defect_type, result.map if use_map else None, *truth,
             name=result.path, group=sample.group,
         )  # fmt: skip
@@ -88,12 +88,14 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
             score = getattr(result, name)
             evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
         labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
-        found.rows.append({**result.row(), **labels})
-    found.table = found.joint.compute()
-    found.students = {name: evaluator.compute() for name, evaluator in students.items()}
-    found.seconds = time.monotonic() - began
-    found.decisions = count_calls((pooled or r["true_class"], r["label"], r["is_anomaly"]) for r in found.rows)
-    return found
+        evaluation.rows.append({**result.row(), **labels})
+    evaluation.table = evaluation.joint.compute()
+    evaluation.students = {name: evaluator.compute() for name, evaluator in students.items()}
+    evaluation.seconds = time.monotonic() - began
+    evaluation.decisions = count_calls(
+        (pooled or r["true_class"], r["label"], r["is_anomaly"]) for r in evaluation.rows
+    )
+    return evaluation
 
 
 def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:

@@ -131,14 +131,14 @@ class Decision:
             "class_of_cluster": list(self.class_of_cluster),
             "map_scale": list(self.map_scale),
             "budget": asdict(self.budget),
-            "budgets": {name: asdict(one) for name, one in self.budgets.items()},
+            "budgets": {name: asdict(budget) for name, budget in self.budgets.items()},
             "by_group": self.by_group,
-            "fixed": {name: asdict(one) for name, one in self.fixed.items()},
+            "fixed": {name: asdict(threshold) for name, threshold in self.fixed.items()},
             "model_id": self.model_id,
             "trained": _text(bytes.fromhex("".join(self.trained))),
             "held": _text(bytes.fromhex("".join(self.held))),
             "bank": list(self.bank),
-            "thumbnails": [_text(one) for one in self.thumbnails],
+            "thumbnails": [_text(thumbnail) for thumbnail in self.thumbnails],
             **({"roi": _text(np.packbits(self.roi).tobytes())} if self.roi is not None else {}),
             "tiles": list(self.tiles),
         }
@@ -166,7 +166,7 @@ class Decision:
             tuple(str(name) for name in values["class_of_cluster"]),
             (float(low), float(high)),
             Budget(**values["budget"]),
-            {str(name): Budget(**one) for name, one in values["budgets"].items()},
+            {str(name): Budget(**budget) for name, budget in values["budgets"].items()},
             bool(values["by_group"]),
             {  # whatever the file says, a threshold that was chosen promises nothing
                 str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))

@@ -230,10 +230,10 @@ def _budgets(decision: Decision, request: Request) -> tuple[Budget, Mapping[str,
 
 def _refuse_promises(decision: Decision, class_name: str | None) -> None:
     """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
-    asked, good = (decision.budget, *decision.budgets.values()), decision.good
+    budgets, good = (decision.budget, *decision.budgets.values()), decision.good
     if class_name is not None:  # a class goes by its own images
-        asked, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
-    for budget in asked:
+        budgets, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
+    for budget in budgets:
         refuse_unsupported(len(good), budget.max_fpr)
         if peaks := int(np.isfinite(good.peak).sum()):
             refuse_unsupported(peaks, budget.region_fpr, "--region-fpr")

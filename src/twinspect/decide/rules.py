@@ -43,15 +43,15 @@ class GoodScores:
     key: Texts = ()  # type: ignore[assignment]  # `image_id`
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            values: Any = getattr(self, one.name)
-            if one.name in _NUMBERS:
+        for field in fields(self):
+            values: Any = getattr(self, field.name)
+            if field.name in _NUMBERS:
                 column = np.array(values, np.float64)  # None becomes NaN
-            elif one.default == () and not len(values):
+            elif field.default == () and not len(values):
                 column = np.full(len(self.score), "", np.object_)
             else:
                 column = np.array([str(value) for value in values], np.object_)
-            object.__setattr__(self, one.name, column)
+            object.__setattr__(self, field.name, column)
         if len({len(column) for column in self.columns()}) != 1:
             raise ValueError("calibration columns of different lengths")
 
@@ -60,7 +60,7 @@ class GoodScores:
 
     def columns(self) -> list[NDArray[Any]]:
         """All columns, in the order of the fields."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, field.name) for field in fields(self)]
 
     def take(self, chosen: NDArray[np.bool_]) -> GoodScores:
         """The images where ``chosen`` is true."""
@@ -77,13 +77,13 @@ class GoodScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
-        lists = {one.name: getattr(self, one.name).tolist() for one in fields(self)}
+        lists = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
         return {name: [None if v != v else v for v in values] for name, values in lists.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GoodScores:
         """Rebuild from `to_dict`."""
-        return cls(*(values[one.name] for one in fields(cls)))
+        return cls(*(values[field.name] for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,4 +183,4 @@ def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Thr
         f"session with images enough ({len(thresholds)} thresholds, the highest is taken); a new session is not "
         "covered"
     )
-    return Threshold(best.value, max_fpr, all(one.guaranteed for one in thresholds), sentence)
+    return Threshold(best.value, max_fpr, all(threshold.guaranteed for threshold in thresholds), sentence)

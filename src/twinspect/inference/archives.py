@@ -111,7 +111,7 @@ def image_column(path: str) -> tuple[str, bool]:
 
     try:
         with stores.open_file(path) as file:
-            columns = {one.name: str(one.type) for one in pq.read_schema(file)}
+            columns = {column.name: str(column.type) for column in pq.read_schema(file)}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
     for name, kind in columns.items():

@@ -314,5 +314,5 @@ def say_totals(totals: Totals, out: str) -> str:
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
     where = f"; {out}" if out[:1] not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
-    found = f"{totals.bad} anomalous, {totals.errors} could not be read"
-    return f"{counted(totals.rows, 'image')}{before}: {found}{where}{several}"
+    counts = f"{totals.bad} anomalous, {totals.errors} could not be read"
+    return f"{counted(totals.rows, 'image')}{before}: {counts}{where}{several}"

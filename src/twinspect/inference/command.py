@@ -14,16 +14,16 @@ from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    given = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     plain_streams()
     end_on_sigterm()
     try:
         with Console() as console:
-            if given.command == "predict":
-                return _predict(given, console)
+            if options.command == "predict":
+                return _predict(options, console)
             from twinspect.inference.runtimes import export_info
 
-            console.result(json.dumps(export_info(given.model), indent=1))
+            console.result(json.dumps(export_info(options.model), indent=1))
             return 0
     except SystemExit as stopped:
         return int(stopped.code or 0)
@@ -46,13 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predict(given: argparse.Namespace, console: Console) -> int:
+def _predict(options: argparse.Namespace, console: Console) -> int:
     from twinspect.inference.bulk import run, say_totals
     from twinspect.inference.job import Job
 
     job = Job(
-        str(given.model), tuple(given.paths), given.out, threads=given.threads, batch=given.batch,
-        class_name=given.class_name, workers=given.workers, restart=given.restart,
+        str(options.model), tuple(options.paths), options.out, threads=options.threads, batch=options.batch,
+        class_name=options.class_name, workers=options.workers, restart=options.restart,
     )  # fmt: skip
     totals = run(job, console)
     (console.warn if job.on_stdout else console.say)(say_totals(totals, job.out))

@@ -98,7 +98,7 @@ class DecodePool:
             except BrokenExecutor:
                 decoded = self._one_by_one(job)
                 pending = deque((other, self._submit(other)) for other, _ in pending)
-            pending.extend((one, self._submit(one)) for one in islice(jobs, 1))
+            pending.extend((next_job, self._submit(next_job)) for next_job in islice(jobs, 1))
             yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
@@ -289,29 +289,31 @@ def _expanded(source: Any, one_of_several: bool) -> Iterator[Item]:
     return chain.from_iterable(_expanded(image, True) for image in images)
 
 
-def _several(one: Any) -> Iterable[Any] | None:
+def _several(source: Any) -> Iterable[Any] | None:
     """The parts of what holds several images, None for a single image; an ImageError where it holds none at all."""
-    if is_array(one):
-        dimensions = one.ndim if hasattr(one, "ndim") else as_array(one).ndim
-        names = dimensions == 1 and as_array(one).dtype.kind in "OUT"  # a column of paths
-        return list(as_array(one) if names else one) if dimensions == 4 or names else None
-    if isinstance(one, (Item, Sample, Image.Image, bytes, bytearray, memoryview)) or hasattr(one, "read"):
+    if is_array(source):
+        dimensions = source.ndim if hasattr(source, "ndim") else as_array(source).ndim
+        names = dimensions == 1 and as_array(source).dtype.kind in "OUT"  # a column of paths
+        return list(as_array(source) if names else source) if dimensions == 4 or names else None
+    if isinstance(source, (Item, Sample, Image.Image, bytes, bytearray, memoryview)) or hasattr(source, "read"):
         return None
-    if any(hasattr(type(one), name) for name in ("__iter__", "__getitem__")) and not isinstance(one, Mapping):
-        return cast(Iterable[Any], one)
-    hint = ", which cv2.imread returns for a file that it cannot read" if one is None else ""
-    raise ImageError(f"{type(one).__name__}{hint}; accepted {_ACCEPTED}")
+    if any(hasattr(type(source), name) for name in ("__iter__", "__getitem__")) and not isinstance(source, Mapping):
+        return cast(Iterable[Any], source)
+    hint = ", which cv2.imread returns for a file that it cannot read" if source is None else ""
+    raise ImageError(f"{type(source).__name__}{hint}; accepted {_ACCEPTED}")
 
 
-def _content(one: Any) -> bytes:
-    if isinstance(one, (bytes, bytearray, memoryview)):
-        return bytes(one)
+def _content(source: Any) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
     try:
-        if hasattr(one, "seekable") and one.seekable():
-            one.seek(0)  # whoever has just written an image into it left it at its end
-        body = one.read() if not isinstance(one, io.TextIOBase) else ""
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)  # whoever has just written an image into it left it at its end
+        body = source.read() if not isinstance(source, io.TextIOBase) else ""
     except (OSError, ValueError) as error:  # ValueError: it was closed
-        raise ImageError(f"{type(one).__name__} cannot be read ({error})") from None
+        raise ImageError(f"{type(source).__name__} cannot be read ({error})") from None
     if not isinstance(body, bytes):
-        raise ImageError(f"{type(one).__name__} gives {type(body).__name__} instead of bytes; open files with 'rb'")
+        raise ImageError(
+            f"{type(source).__name__} gives {type(body).__name__} instead of bytes; open files with 'rb'"
+        )
     return body

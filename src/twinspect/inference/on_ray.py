@@ -83,8 +83,8 @@ class RayEngine:
         first = list(islice(units, self.actors or fitting))
         # An actor that is lost is started again, and does again what it was doing.
         actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=self.cpus, num_gpus=self.gpus)(_Actor)
-        given = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
-        pool = ray.util.ActorPool([actor.remote(*given) for _ in first])
+        arguments = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
+        pool = ray.util.ActorPool([actor.remote(*arguments) for _ in first])
         for number, unit in enumerate(chain(first, units)):
             if number >= 2 * len(first):  # the input is listed as it is needed
                 yield from pool.get_next_unordered()

@@ -162,10 +162,10 @@ def coco_annotations(result: Result) -> list[dict[str, Any]]:
     scale = np.array([result.width, result.height]) / regions.label_HW.shape[::-1]
     return [
         {
-            "bbox": (one.x, one.y, one.width, one.height), "area": one.area, "score": one.score,
+            "bbox": (region.x, region.y, region.width, region.height), "area": region.area, "score": region.score,
             "segmentation": [(outline * scale).round(2).ravel().tolist() for outline in outlines(regions, i)],
         }
-        for i, one in zip(strongest(regions), result.regions, strict=True)
+        for i, region in zip(strongest(regions), result.regions, strict=True)
     ]  # fmt: skip
 
 

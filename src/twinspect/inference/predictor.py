@@ -148,7 +148,7 @@ class Predictor:
             return self.runtime.run(squares)
         flat = squares.reshape(-1, *squares.shape[2:])
         parts = [self.runtime.run(flat[i : i + self.batch]) for i in range(0, len(flat), self.batch)]
-        out = {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return joined(out, tiles, self.decision.class_of_cluster)
 
     def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:

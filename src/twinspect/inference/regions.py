@@ -100,14 +100,14 @@ def _regions_of_runs(row: NDArray[Any], start: NDArray[Any], stop: NDArray[Any])
         return i
 
     first_of_row = np.searchsorted(row, np.arange(int(row.max(initial=-1)) + 2))
-    for here, y in enumerate(row.tolist()):
+    for run, y in enumerate(row.tolist()):
         if y == 0:
             continue
         above = slice(int(first_of_row[y - 1]), int(first_of_row[y]))
-        low = above.start + int(np.searchsorted(stop[above], start[here], side="left"))
-        high = above.start + int(np.searchsorted(start[above], stop[here], side="right"))
-        for other in range(low, high):
-            a, b = root(here), root(other)
+        low = above.start + int(np.searchsorted(stop[above], start[run], side="left"))
+        high = above.start + int(np.searchsorted(start[above], stop[run], side="right"))
+        for touching in range(low, high):
+            a, b = root(run), root(touching)
             parent[max(a, b)] = min(a, b)
     roots = np.array([root(i) for i in range(len(row))], dtype=np.int64)
     return np.asarray(np.unique(roots, return_inverse=True)[1], dtype=np.int64)

@@ -208,21 +208,21 @@ class Result:
         if self.error:
             return self.error
         times = f", {self.severity:.2f} times the threshold" if self.severity == self.severity else ""
-        said = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
+        reasons = [f"{self.answer or 'no answer'}: score {self.score:.3g}{times} of {self.threshold:.3g}"]
         if self.share_local == self.share_local:
             share = f"{100 * self.share_local:.0f} %"
-            said.append(f"{share} of it from single places, the rest from the image as a whole")
+            reasons.append(f"{share} of it from single places, the rest from the image as a whole")
         if self.regions:
-            one = self.regions[0]
+            region = self.regions[0]
             number = counted(self.n_regions, "region")
-            said.append(f"{number}, the strongest {one.width} x {one.height} at ({one.x}, {one.y})")
+            reasons.append(f"{number}, the strongest {region.width} x {region.height} at ({region.x}, {region.y})")
         elif self.is_anomaly and self.grid is not None:
             row, column = np.unravel_index(int(self.grid.argmax()), self.grid.shape)
             down, right = self.height / self.grid.shape[0], self.width / self.grid.shape[1]
             x, y = int((column + 0.5) * right), int((row + 0.5) * down)
-            said.append(f"no place alone is beyond those of good images; the map is highest at ({x}, {y})")
-        said += [f"nearest good image {self.nearest}"] if self.nearest else []
-        return "; ".join(said)
+            reasons.append(f"no place alone is beyond those of good images; the map is highest at ({x}, {y})")
+        reasons += [f"nearest good image {self.nearest}"] if self.nearest else []
+        return "; ".join(reasons)
 
     def image(self) -> NDArray[np.uint8] | None:
         """The image, H x W x 3 RGB: as it was kept, else read again from its file; None where neither is possible."""
@@ -265,9 +265,9 @@ class Result:
         inner = np.all([beside[y : y + mask.shape[0], x : x + mask.shape[1]] for y, x in shifts], axis=0)
         picture.paste((255, 255, 255), mask=Image.fromarray(mask & ~inner).convert("L"))
         right, down = picture.width / self.width, picture.height / self.height
-        for one in self.regions:
-            top, bottom = round(one.y * down) - thick, round((one.y + one.height) * down) + thick
-            left, end = round(one.x * right) - thick, round((one.x + one.width) * right) + thick
+        for region in self.regions:
+            top, bottom = round(region.y * down) - thick, round((region.y + region.height) * down) + thick
+            left, end = round(region.x * right) - thick, round((region.x + region.width) * right) + thick
             pen.rectangle((left, top, end, bottom), outline=_BOX, width=thick)
 
     def _titled(self, picture: Image.Image) -> Image.Image:
@@ -296,13 +296,13 @@ class Results(list[Result]):
         except ImportError:
             raise ConfigError("to_pandas needs pandas; type: pip install pandas") from None
         names = [column.name for column in columns()]
-        return pandas.DataFrame([one.to_dict() for one in self], columns=names)
+        return pandas.DataFrame([result.to_dict() for result in self], columns=names)
 
 
 @cache
 def columns() -> tuple[Column, ...]:
     """All columns of a result, in the order of tables."""
-    stored = (Column(one.name, **one.metadata) for one in fields(Result) if one.metadata)
+    stored = (Column(member.name, **member.metadata) for member in fields(Result) if member.metadata)
     derived = (
         Column(name, kind, getattr(Result, name).__doc__.rstrip("."), derived=True) for name, kind in _DERIVED.items()
     )

@@ -68,7 +68,7 @@ class TorchRuntime:
     def run(self, pixels_BHWC: Pixels) -> Answers:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
         parts = self.spread(self.call, pixels_BHWC)
-        return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def spread(self, call: Callable[[Pixels], Said], pixels_BHWC: Pixels) -> list[Said]:
         """What ``call`` says of the batch; on a CPU of each of its images, side by side with a share of the threads.
@@ -305,7 +305,7 @@ def read_export(path: Path) -> ExportMeta:
         values = dict(json.loads(home.read_text(encoding="utf-8")))
         _refuse_version(path, values)
         _refuse_changed(path, values["files"])
-        return ExportMeta(**{one.name: values[one.name] for one in fields(ExportMeta)})
+        return ExportMeta(**{field.name: values[field.name] for field in fields(ExportMeta)})
     except KeyError as error:
         raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
     except (*NONSENSE, OSError, RecursionError) as error:

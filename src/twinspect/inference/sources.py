@@ -69,8 +69,8 @@ def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
 
     Of several, one without any image stays in, so that its row can say so.
     """
-    given = list(sources)
-    return walk(given[0]) if len(given) == 1 else chain.from_iterable([among(source) for source in given])
+    several = list(sources)
+    return walk(several[0]) if len(several) == 1 else chain.from_iterable([among(source) for source in several])
 
 
 def is_live(source: object) -> bool:
@@ -98,16 +98,16 @@ def watch(*folders: str | Path) -> Iterator[Item]:
 
 
 def _watched(folders: list[str]) -> Iterator[Item]:
-    given, before = set[str](), set[str]()
+    yielded, before = set[str](), set[str]()
     while True:
         began = time.monotonic()
-        now = {one.identity: one for folder in folders for one in _below(folder, set())}
+        now = {file.identity: file for folder in folders for file in _below(folder, set())}
         looked = time.monotonic() - began
-        given &= now.keys()
-        for identity, one in now.items():
-            if identity in before and identity not in given:
-                given.add(identity)
-                yield from one.items()
+        yielded &= now.keys()
+        for identity, file in now.items():
+            if identity in before and identity not in yielded:
+                yielded.add(identity)
+                yield from file.items()
         before = set(now)
         time.sleep(max(_WATCH_SECONDS, 5 * looked))  # a folder of very many files costs a sixth of a core at most
 
@@ -128,13 +128,13 @@ def would_find(source: str, file: str) -> bool:
     source, file = source.removeprefix(_LOCAL), file.removeprefix(_LOCAL)
     if is_url(source) or is_url(file):
         return file.startswith(source.rstrip("/") + "/")
-    place, here = Path(file).resolve(), Path(source).resolve()
-    if here.is_dir():
-        return place.is_relative_to(here) and not any(map(is_hidden, place.relative_to(here).parts))
+    place, origin = Path(file).resolve(), Path(source).resolve()
+    if origin.is_dir():
+        return place.is_relative_to(origin) and not any(map(is_hidden, place.relative_to(origin).parts))
     head, deep, _ = source.partition(_DEEP)
     if deep and not globbing.has_magic(head):
-        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, here.name)
-    return globbing.has_magic(source) and place.match(str(here))
+        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, origin.name)
+    return globbing.has_magic(source) and place.match(str(origin))
 
 
 def _first(files: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Item | Stream]:
@@ -187,8 +187,8 @@ def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
 def _entries(folder: str, visited: Visited) -> list[tuple[str, str, str]]:
     """Names in a folder with kind and state, sorted; nothing where a link leads back to a folder that was read."""
     if is_url(folder):
-        found = stores.entries(folder)
-        return [(name, "folder" if deep else "file", state) for name, deep, state in found if not is_hidden(name)]
+        listed = stores.entries(folder)
+        return [(name, "folder" if deep else "file", state) for name, deep, state in listed if not is_hidden(name)]
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in visited:
         return []
@@ -222,7 +222,7 @@ def _matches(pattern: str) -> Iterator[str]:
         return globbing.iglob(pattern)
     head, tail = head[1:] or (os.sep if pattern.startswith(os.sep) else ""), tail[1:] or "*"
     folders = (inner for top in (_matches(head) if head else [""]) for inner in _folders(top, set()))
-    return (name for one in folders for name in _matches(os.path.join(globbing.escape(one), tail)))
+    return (name for folder in folders for name in _matches(os.path.join(globbing.escape(folder), tail)))
 
 
 def _folders(top: str, visited: Visited) -> Iterator[str]:
@@ -313,7 +313,7 @@ def by_name(name: str) -> Item:
     """The image that a row of results calls so, also inside an archive, a video or a table."""
     if match := _MEMBER.search(name):
         images = Stream(name[: match.end() - 1]).items()
-        return next((one for one in images if one.name == name), Item(name, error=f"{name}: not in the file"))
+        return next((image for image in images if image.name == name), Item(name, error=f"{name}: not in the file"))
     file, mark, record = name.rpartition("#")
     if mark and record.isdecimal() and not os.path.exists(name) and os.path.isfile(file):
         return Item(name, file, record=int(record))

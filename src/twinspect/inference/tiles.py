@@ -49,7 +49,7 @@ def cut(rgb_HWC: NDArray[np.uint8], size: int, tiles: Tiles) -> NDArray[np.uint8
 def speaker(score_T: Sequence[float], class_T: Sequence[str]) -> int:
     """The tile whose class and cluster are the picture's: the most anomalous of the class that most tiles show."""
     name = Counter(class_T).most_common(1)[0][0]
-    return max((i for i, one in enumerate(class_T) if one == name), key=lambda i: score_T[i])
+    return max((i for i, class_name in enumerate(class_T) if class_name == name), key=lambda i: score_T[i])
 
 
 def joined(out: Mapping[str, NDArray[Any]], tiles: Tiles, classes: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -111,8 +111,8 @@ def _newest(capture: cv2.VideoCapture, first: int) -> Iterator[tuple[int, NDArra
 
 
 def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
-    there, bgr = capture.read()
-    return np.ascontiguousarray(bgr[..., ::-1]) if there else None
+    ok, bgr = capture.read()
+    return np.ascontiguousarray(bgr[..., ::-1]) if ok else None
 
 
 def _opened(source: str) -> cv2.VideoCapture:

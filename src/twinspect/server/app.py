@@ -58,7 +58,7 @@ others = APIRouter()
 
 
 @api.post("/predict", openapi_extra=openapi_body())
-async def predict(request: Request, asked: Annotated[Asked, Depends()], service: Serving) -> schema.PredictAnswer:
+async def predict(request: Request, options: Annotated[Asked, Depends()], service: Serving) -> schema.PredictAnswer:
     """Score one or several images.
 
     Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
@@ -67,9 +67,9 @@ async def predict(request: Request, asked: Annotated[Asked, Depends()], service:
     numbers, ``maps=overlay`` pictures of the images under them.
     A single image that cannot be read is refused (422); among several it has ``error`` set.
     """
-    service.admit(asked.bundle)
+    service.admit(options.bundle)
     images = await read_images(request, service.settings.max_files)
-    return await service.predict(images, asked, request.state.request_id)
+    return await service.predict(images, options, request.state.request_id)
 
 
 @api.get("/models")
@@ -85,10 +85,10 @@ async def reload(bundle: str, service: Serving) -> schema.ModelAnswer:
 
 
 @api.get("/log")
-def log_rows(wanted: Annotated[Filter, Depends()], service: Serving) -> schema.LogAnswer:
+def log_rows(selection: Annotated[Filter, Depends()], service: Serving) -> schema.LogAnswer:
     """Decisions kept, latest first, by time, class, answer, session, feedback or part of the file's name."""
-    rows = service.the_log().query(wanted)
-    return {"rows": rows, "next": rows[-1]["id"] if len(rows) == wanted.limit else None}
+    rows = service.the_log().query(selection)
+    return {"rows": rows, "next": rows[-1]["id"] if len(rows) == selection.limit else None}
 
 
 @api.get("/log/{number}/picture", response_class=Response, responses=_jpeg)
@@ -106,7 +106,7 @@ def feedback(number: Number, body: Annotated[schema.FeedbackBody, Body()], servi
 @api.get("/drift")
 def drift(service: Serving) -> schema.DriftsAnswer:
     """Whether predictions still look like the calibration images."""
-    return {"drift": [{"bundle": one.name, **one.light.report().to_dict()} for one in service.models.values()]}
+    return {"drift": [{"bundle": model.name, **model.light.report().to_dict()} for model in service.models.values()]}
 
 
 @api.post("/drift/{bundle}/reset")
@@ -210,12 +210,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    raise Refused(400, "bad_request", "; ".join(_complaint(one) for one in error.errors()[:3]))
+    raise Refused(400, "bad_request", "; ".join(_complaint(problem) for problem in error.errors()[:3]))
 
 
-def _complaint(one: Mapping[str, Any]) -> str:
-    place, *names = one["loc"]
-    if place == "body" and (not names or one["type"] == "json_invalid"):
+def _complaint(problem: Mapping[str, Any]) -> str:
+    place, *names = problem["loc"]
+    if place == "body" and (not names or problem["type"] == "json_invalid"):
         return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"
-    got = "" if one["type"] == "missing" else f" {plain_text(repr(one['input']), 80)}"
-    return f"{'.'.join(str(name) for name in names)}{got}: {one['msg']}"
+    got = "" if problem["type"] == "missing" else f" {plain_text(repr(problem['input']), 80)}"
+    return f"{'.'.join(str(name) for name in names)}{got}: {problem['msg']}"

@@ -204,8 +204,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers, method = Headers(scope=scope), scope["method"]
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         root, path = self.settings.root_path, scope["path"]
         if f"{path}/".startswith(f"{root}/"):  # some proxies take their own part away, others leave it
             path = path.removeprefix(root) or "/"

@@ -179,9 +179,9 @@ class InspectionLog:
         """Keep decisions in one transaction, all of them or none; their numbers, in order."""
         statement = sa.insert(inspections).returning(inspections.c.id, sort_by_parameter_order=True)
         with self._transaction() as connection:
-            numbers = list(connection.execute(statement, [_values(one) for one in rows]).scalars().all())
+            numbers = list(connection.execute(statement, [_values(row) for row in rows]).scalars().all())
             pairs = zip(numbers, rows, strict=True)
-            if pictures := [{"id": number, "jpeg": one.picture} for number, one in pairs if one.picture]:
+            if pictures := [{"id": number, "jpeg": row.picture} for number, row in pairs if row.picture]:
                 connection.execute(sa.insert(_pictures), pictures)
         return numbers
 
@@ -193,17 +193,17 @@ class InspectionLog:
             raise NoSuchRow(f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them")
         return bytes(jpeg)
 
-    def query(self, wanted: Filter) -> list[dict[str, Any]]:
+    def query(self, selection: Filter) -> list[dict[str, Any]]:
         """Rows as plain values, latest first."""
-        statement = sa.select(inspections, _has_picture).where(*wanted.conditions())
+        statement = sa.select(inspections, _has_picture).where(*selection.conditions())
         with self._transaction() as connection:
-            rows = connection.execute(statement.order_by(inspections.c.id.desc()).limit(wanted.limit))
+            rows = connection.execute(statement.order_by(inspections.c.id.desc()).limit(selection.limit))
             return [_row(row) for row in rows.mappings()]
 
     def scan(self, model_id: str, since_ms: int | None = None) -> Iterator[Mapping[Any, Any]]:
         """All rows of a model as they were kept, oldest first, read while they are used."""
-        wanted = (inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions())
-        statement = sa.select(inspections).where(*wanted).order_by(inspections.c.id)
+        conditions = (inspections.c.model_id == model_id, *Filter(since_ms=since_ms).conditions())
+        statement = sa.select(inspections).where(*conditions).order_by(inspections.c.id)
         with self._transaction() as connection:
             yield from connection.execute(statement.execution_options(yield_per=_PAGE)).mappings()
 
@@ -216,9 +216,9 @@ class InspectionLog:
             raise ConfigError(unknown_name("feedback", verdict, FEEDBACK))
         at_ms = int(time.time() * 1000) if verdict else None
         change = {"feedback": verdict, "feedback_at_ms": at_ms, "note": plain_text(note, 500)}
-        here = inspections.c.id == number
+        by_number = inspections.c.id == number
         with self._transaction() as connection:
-            row = connection.execute(sa.select(inspections, _has_picture).where(here)).mappings().first()
+            row = connection.execute(sa.select(inspections, _has_picture).where(by_number)).mappings().first()
             if row is None:
                 raise NoSuchRow(f"the log holds no decision number {number}")
             wrong = {FALSE_ALARM: GOOD, MISSED: ANOMALY}.get(verdict)
@@ -228,7 +228,7 @@ class InspectionLog:
                     f"decision {number} was {wrong!r}, which {verdict!r} contradicts; "
                     f"accepted {CONFIRMED!r} or {other!r}"
                 )
-            connection.execute(sa.update(inspections).where(here).values(change))
+            connection.execute(sa.update(inspections).where(by_number).values(change))
         return _row({**row, **change})
 
     def prune(self, days: float) -> int:
@@ -286,9 +286,10 @@ def _add_columns(connection: sa.Connection) -> None:
             connection.execute(sa.text(f"ALTER TABLE {inspections.name} ADD COLUMN {definition}"))
 
 
-def _values(one: Inspection) -> dict[str, Any]:
-    about = {name: getattr(one, name) for name in ("bundle", "request_id", "session", "image_key")}
-    row = {**one.result.row(), **about, "name": one.result.path, "at_ms": one.at_ms or int(time.time() * 1000)}
+def _values(inspection: Inspection) -> dict[str, Any]:
+    about = {name: getattr(inspection, name) for name in ("bundle", "request_id", "session", "image_key")}
+    result, at_ms = inspection.result, inspection.at_ms or int(time.time() * 1000)
+    row = {**result.row(), **about, "name": result.path, "at_ms": at_ms}
     limits = {c.name: getattr(c.type, "length", None) for c in inspections.c if c.name in row}
     return {name: plain_text(row[name], limit) if limit else row[name] for name, limit in limits.items()}
 
@@ -297,5 +298,5 @@ def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     """A row as the server gives it: what was kept, and what follows from it as in `Result`."""
     row: dict[str, Any] = {str(k): bool(v) if k == "picture" else v for k, v in columns.items()}
     known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
-    result = Result(row["name"], regions=[Region(**one) for one in json.loads(row["regions"])], **known)
+    result = Result(row["name"], regions=[Region(**region) for region in json.loads(row["regions"])], **known)
     return {**row, **result.answer_row()}

@@ -95,10 +95,10 @@ class Served:
         }
 
 
-def named_paths(given: Sequence[str]) -> dict[str, Path]:
+def named_paths(texts: Sequence[str]) -> dict[str, Path]:
     """``NAME=FILE`` or ``FILE`` (its stem is the name) to files by name. A path may hold an equals sign itself."""
     paths: dict[str, Path] = {}
-    for text in given:
+    for text in texts:
         name, equals, file = text.partition("=")
         named = bool(equals) and not Path(text).is_file() and (Path(file).is_file() or not set(name) & {"/", "\\"})
         path = Path(file if named else text)

@@ -61,7 +61,7 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
         def send_400_response(self, msg: str) -> None:
             """What is no HTTP is told so in the shape of every other error, and the connection ends."""
             answer = refusal_answer(Refused(400, "no_http", msg), "none", {"connection": "close"})
-            head = b"".join(b"%s: %s\r\n" % one for one in answer.raw_headers)
+            head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(answer.body))
             self.transport.close()
 

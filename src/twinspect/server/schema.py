@@ -145,13 +145,13 @@ def reference(described: Mapping[str, Any]) -> Iterator[str]:
     for path, methods in described["paths"].items():
         for method, route in methods.items():
             yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
-            rows = [
-                (f"`{one['name']}`", one["in"], _kind(one["schema"]), one.get("description", ""))
-                for one in route.get("parameters", ())
-            ]
+            rows = []
+            for parameter in route.get("parameters", ()):
+                kind, meaning = _kind(parameter["schema"]), parameter.get("description", "")
+                rows.append((f"`{parameter['name']}`", parameter["in"], kind, meaning))
             yield from table(("parameter", "in", "type", "meaning"), rows)
             content = route["responses"]["200"].get("content", {})
-            bodies = (f"{kind} {_kind(one.get('schema', {'type': ''}))}".strip() for kind, one in content.items())
+            bodies = (f"{kind} {_kind(body.get('schema', {'type': ''}))}".strip() for kind, body in content.items())
             others = [status for status in route["responses"] if status != "200"]
             errors = f"; with status {', '.join(others)}: ErrorAnswer" if others else ""
             yield f"Answer: {', '.join(bodies)}{errors}.\n"
@@ -169,7 +169,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
     if words := schema.get("enum", [schema["const"]] if "const" in schema else None):
         return " or ".join(f"`{word}`" if word else "empty" for word in words)
     if "anyOf" in schema:
-        return " or ".join(_kind(one) for one in schema["anyOf"])
+        return " or ".join(_kind(choice) for choice in schema["anyOf"])
     if schema.get("type") == "array":
         return f"list of {_kind(schema.get('items', {}))}"
     return str(schema.get("type", "any"))

@@ -65,7 +65,9 @@ class Service:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.ready = False
         self._paths, self._open, self._reloading = paths, open_file, asyncio.Lock()
-        self.models = {name: Served(name, one, settings, self.metrics) for name, one in predictors.items()}
+        self.models = {
+            name: Served(name, predictor, settings, self.metrics) for name, predictor in predictors.items()
+        }
         self._stamps = {name: state(str(path)) for name, path in paths.items()}  # of files when they were last read
         self._accepted = 0  # images between acceptance and answer
         self.metrics.waiting.set_function(lambda: self._accepted)
@@ -162,23 +164,23 @@ class Service:
             raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", wait)
         return served
 
-    async def predict(self, images: Sequence[Item], asked: Asked, request_id: str) -> PredictAnswer:
+    async def predict(self, images: Sequence[Item], options: Asked, request_id: str) -> PredictAnswer:
         """Answers for images, kept in the log."""
-        served = self.admit(asked.bundle, len(images))
-        served.predictor.decision.checked_class(asked.class_name or None)
+        served = self.admit(options.bundle, len(images))
+        served.predictor.decision.checked_class(options.class_name or None)
         began = time.perf_counter()
         served.count_users(1)
         self._accepted += len(images)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                scored = await asyncio.gather(*(self._score(served, image, asked) for image in images))
+                scored = await asyncio.gather(*(self._score(served, image, options) for image in images))
                 results = [result for result, _ in scored]
-                for one in results:
-                    self.metrics.images.labels(served.name, "error" if one.error else one.answer).inc()
+                for result in results:
+                    self.metrics.images.labels(served.name, "error" if result.error else result.answer).inc()
                 _refuse_failures(results)
-                if asked.keep:
+                if options.keep:
                     served.watch(results)
-                numbers, trouble = await self._keep(served, scored, asked, request_id)
+                numbers, trouble = await self._keep(served, scored, options, request_id)
         except TimeoutError:
             wait = f"{self.settings.timeout_s:g}"
             raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
@@ -186,7 +188,7 @@ class Service:
             served.count_users(-1)
             self._accepted -= len(images)
         rows = await asyncio.to_thread(
-            lambda: [_row(one, number, asked.maps) for one, number in zip(results, numbers, strict=True)]
+            lambda: [_row(result, number, options.maps) for result, number in zip(results, numbers, strict=True)]
         )
         return {
             "request_id": request_id,
@@ -197,36 +199,40 @@ class Service:
             "results": rows,
         }
 
-    async def _score(self, served: Served, image: Item, asked: Asked) -> Scored:
-        side = max(self.settings.log_thumbnails if asked.keep else 0, _OVERLAY if asked.maps == "overlay" else 0)
+    async def _score(self, served: Served, image: Item, options: Asked) -> Scored:
+        side = max(self.settings.log_thumbnails if options.keep else 0, _OVERLAY if options.maps == "overlay" else 0)
         with served.batcher.expecting():
             loop = asyncio.get_running_loop()
             decoded, key = await loop.run_in_executor(self._decoders, _decoded, served.predictor, image, side)
             if decoded.square is None:
                 return Result(decoded.name, error=decoded.error), key
-            scored = served.batcher.submit((decoded, asked.class_name or None))
+            scored = served.batcher.submit((decoded, options.class_name or None))
         return await asyncio.wrap_future(scored), key
 
     async def _keep(
-        self, served: Served, scored: Sequence[Scored], asked: Asked, request_id: str
+        self, served: Served, scored: Sequence[Scored], options: Asked, request_id: str
     ) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
         nothing: list[int | None] = [None] * len(scored)
-        if self._writer is None or not asked.keep:
+        if self._writer is None or not options.keep:
             return nothing, ""
-        side, about = self.settings.log_thumbnails, (served.name, request_id, asked.session)
+        side, about = self.settings.log_thumbnails, (served.name, request_id, options.session)
         rows = await asyncio.to_thread(  # drawing takes some milliseconds
-            lambda: [Inspection(one, key, *about, picture=_jpeg(one, side)) for one, key in scored if not one.error]
+            lambda: [
+                Inspection(result, key, *about, picture=_jpeg(result, side))
+                for result, key in scored
+                if not result.error
+            ]
         )
         try:
-            kept = iter(await asyncio.gather(*(asyncio.wrap_future(self._writer.submit(row)) for row in rows)))
+            numbers = iter(await asyncio.gather(*(asyncio.wrap_future(self._writer.submit(row)) for row in rows)))
         except LogError as error:
             self.metrics.log_errors.inc(len(rows))
             say("log_trouble", logging.ERROR, message=str(error))
             if self.settings.log_required:
                 raise
             return nothing, str(error)
-        return [None if one.error else next(kept) for one, _ in scored], ""
+        return [None if result.error else next(numbers) for result, _ in scored], ""
 
 
 async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
@@ -280,9 +286,9 @@ def _decoded(predictor: Predictor, image: Item, side: int) -> tuple[Decoded, str
 
 def _refuse_failures(results: Sequence[Result]) -> None:
     """A model that gives no numbers is an error of ours; images that are none are the client's, if all are."""
-    damaged = [one.error for one in results if one.error and one.width]
+    damaged = [result.error for result in results if result.error and result.width]
     if damaged:
         say("model_damaged", logging.ERROR, message=damaged[0])
         raise Refused(500, "model_damaged", "the model gave a score that is not finite; put another bundle in place")
-    if all(one.error for one in results):
-        raise Refused(422, "bad_image", "; ".join(one.error for one in results[:3]))
+    if all(result.error for result in results):
+        raise Refused(422, "bad_image", "; ".join(result.error for result in results[:3]))

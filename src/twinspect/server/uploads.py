@@ -64,9 +64,9 @@ async def _from_form(request: Request, most: int) -> list[Item]:
         if len(others) > _MOST_FIELDS:
             raise _bad_form(f"more than {_MOST_FIELDS} fields besides its images")
     if not images:
-        found = ", ".join(others) or "nothing"
+        names = ", ".join(others) or "nothing"
         raise Refused(
-            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {found}; type: {_CURL}"
+            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {names}; type: {_CURL}"
         )
     return images
 
