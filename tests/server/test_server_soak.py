@@ -52,7 +52,7 @@ def test_soak(bench: ModuleType, tmp_path: Path) -> None:
     expected = {
         "good image": "200", "good batch": "200", "no image": "422", "cut image": "422", "bomb": "422",
         "empty": "422", "wrong type": "415", "10,000 files": "413", "too large": "413", "unknown bundle": "404",
-        "foreign page": "403", "sql": "422",
+        "foreign page": "403", "sql": "400",
     }  # fmt: skip
     assert {name: said[name] for name in expected} == {name: {code} for name, code in expected.items()}
     assert found["rss_mb_last_quarter"] - found["rss_mb_first_quarter"] < GROWTH_MB, found
