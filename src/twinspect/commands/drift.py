@@ -15,7 +15,7 @@ from twinspect.commands import results
 from twinspect.commands.options import DriftOptions
 from twinspect.console import Console
 from twinspect.decide.decision import Decision
-from twinspect.decide.drift import DriftMonitor
+from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.errors import DataError
 from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import Section, Table
@@ -63,7 +63,8 @@ def drift(options: DriftOptions, console: Console) -> None:
     results.say_tables([table], console)
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
     chart = Histogram("Scores of calibration and of the predictions", "score", groups)
-    shown = [Section(report.kind.capitalize(), (report.message,), (table, chart))]
+    heading = "No drift" if report.kind == NONE else report.kind.capitalize()
+    shown = [Section(heading, (report.message,), (table, chart))]
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
     results.publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), shown, console)
 

@@ -81,7 +81,9 @@ def components(mask_HW: Bools, values_HW: Map) -> Components:
     area, peak, box = np.zeros(count, np.int64), np.full(count, -np.inf), np.zeros((count, 4), np.int64)
     box[:, :2] = mask_HW.shape
     np.add.at(area, owner, stop - start)
-    np.maximum.at(peak, label_HW[mask_HW] - 1, values_HW[mask_HW])
+    if count:  # the highest value of every run, then of every region
+        begins = np.cumsum(stop - start) - (stop - start)
+        np.maximum.at(peak, owner, np.maximum.reduceat(values_HW[mask_HW], begins))
     for place, (smaller, value) in enumerate(
         ((np.minimum, row), (np.minimum, start), (np.maximum, row + 1), (np.maximum, stop))
     ):
