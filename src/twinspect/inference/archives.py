@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -138,7 +139,10 @@ def _cells(path: str) -> Iterator[Item]:
 
 
 def _tar_members(path: str) -> Iterator[Item]:
-    with stores.open_file(path) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(stores.open_file(path))
+        # Without seeking, tarfile reads as much as a header says, which may be a terabyte, block by block.
+        archive = opened.enter_context(tarfile.open(fileobj=file, mode="r:*" if file.seekable() else "r|*"))
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header it has seen
             if member.isdir() or not _is_image(member.name):
