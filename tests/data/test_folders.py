@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import save
@@ -368,3 +369,13 @@ def test_links_upwards_are_not_followed(tmp_path: Path) -> None:
     (root / "a" / "train" / "good" / "up").symlink_to(root, target_is_directory=True)
     found = load(root)
     assert found.counts["a"] == found.counts["b"]
+
+
+def test_what_changes_on_the_disk_is_seen_by_the_next_load(tmp_path: Path) -> None:
+    root = tree(tmp_path, **PART)
+    before = load(root).samples
+    new = root / "train/good/lot2/new.png"
+    save(new, np.full((32, 32, 3), 90, np.uint8))
+    assert {sample.image for sample in load(root).samples} == {sample.image for sample in before} | {new}
+    new.unlink()
+    assert load(root).samples == before

@@ -24,9 +24,9 @@ from twinspect.data.scan import (
     files_in,
     first_lines,
     folder_name,
-    forget,
     has_images_below,
     listing,
+    looking_anew,
     subfolders,
     walk,
 )
@@ -156,16 +156,17 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
+@looking_anew()
 def detect(root: Path | str) -> str:
     """Name of the layout found at ``root``, a key of ``DATASETS``.
 
     Raises:
         DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
     """
-    forget()
     return _locate(existing_root(root))[0]
 
 
+@looking_anew()
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:
     """Read the data set at ``root``; ``layout`` is a key of ``DATASETS``, or ``auto`` to recognise it.
 
@@ -179,7 +180,6 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
     """
     if layout != "auto" and layout not in DATASETS:
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    forget()
     given = existing_root(root)
     given = existing_folder(given) if os.path.isdir(given) else given
     if layout == "auto":

@@ -9,7 +9,7 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -30,16 +30,22 @@ T = TypeVar("T")
 
 
 def once(function: Callable[[Path], T]) -> Callable[[Path], T]:
-    """A function of a folder that is asked once for each, until `forget`: a layout is known after many looks."""
+    """A function of a folder that is asked once for each `looking_anew`: a layout is known after many looks."""
     cached = lru_cache(maxsize=None)(function)
     _caches.append(cached)
     return cached
 
 
-def forget() -> None:
-    """Look at the disk anew from here on."""
-    for cached in _caches:
-        cached.cache_clear()
+@contextmanager
+def looking_anew() -> Iterator[None]:
+    """Inside, every folder is looked at once. Nothing is known of it before, and nothing is kept afterwards."""
+    try:
+        for cached in _caches:
+            cached.cache_clear()
+        yield
+    finally:
+        for cached in _caches:
+            cached.cache_clear()
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -101,14 +102,15 @@ class TorchRuntime:
         return {name: value.cpu().numpy() for name, value in out._asdict().items()}
 
 
-class _ExportRuntime:
+class _ExportRuntime(ABC):
     """An exported file. A child loads it, and its ``call`` runs one batch."""
 
     def __init__(self, meta: ExportMeta) -> None:
         self.size = meta.size
 
+    @abstractmethod
     def call(self, pixels_BHWC: Pixels) -> Answers:
-        raise NotImplementedError
+        """As `run`, in one call of the model."""
 
     def run(self, pixels_BHWC: Pixels) -> Answers:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
