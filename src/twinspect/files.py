@@ -55,8 +55,11 @@ def _encoding(head: bytes) -> str:
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
-    if b"\0" in head[:2] and len(head) > 1 and head[:2] != b"\0\0":  # ASCII characters in UTF-16 without a mark
-        return "utf-16-be" if head[0] == 0 else "utf-16-le"
+    zeros = [byte == 0 for byte in head]
+    if zeros == [False, True, False, True]:  # two ASCII characters in UTF-16 without a mark
+        return "utf-16-le"
+    if zeros == [True, False, True, False]:
+        return "utf-16-be"
     return "utf-8"
 
 
