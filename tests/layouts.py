@@ -252,13 +252,13 @@ class _Pictures:
 def _cifar10(root: Path, plan: Plan, shape: str) -> Counts:
     pictures = _pictures(plan, CIFAR10, 32)
     files = {TRAIN: [f"data_batch_{i}" for i in range(1, 6)], TEST: ["test_batch"]}
-    places = {"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin", "parquet": "plain_text"}
+    places = {"python": "cifar-10-batches-py", "parquet": "plain_text"}
     return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=False)
 
 
 def _cifar100(root: Path, plan: Plan, shape: str) -> Counts:
     pictures = _pictures(plan, tuple(CIFAR100), 32)
-    places = {"python": "cifar-100-python", "binary": "cifar-100-binary", "parquet": "cifar100"}
+    places = {"python": "cifar-100-python", "parquet": "cifar100"}
     files = {TRAIN: [TRAIN], TEST: [TEST]}
     return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=True)
 
@@ -282,12 +282,8 @@ def _cifar(
             continue
         for number, stem in enumerate(stems):
             part_images, part_labels = images[number :: len(stems)], labels[number :: len(stems)]
-            if not part_images:
-                continue
-            if shape == "python":
+            if part_images:
                 cifar_python(folder / stem, part_images, part_labels, fine)
-            else:
-                cifar_binary(folder / f"{stem}.bin", part_images, part_labels, fine)
     return _semantic_counts(plan, pictures)
 
 
@@ -439,15 +435,6 @@ def _lookout(root: Path, plan: Plan, shape: str) -> Counts:
 # ------------------------------------------------------------------------- container files as their owners wrote them
 
 
-def cifar_binary(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
-    """One or two label bytes (CIFAR-100: super-class, class), then the red, green and blue plane."""
-    rows = []
-    for rgb, label in zip(images, labels, strict=True):
-        head = bytes([_coarse(label), label]) if fine else bytes([label])
-        rows.append(head + _planes(rgb))
-    path.write_bytes(b"".join(rows))
-
-
 def cifar_python(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
     """A batch as Python 2 pickled it, opcode by opcode (protocol 2, byte strings, numpy's old names)."""
     data = b"".join(_planes(rgb) for rgb in images)
@@ -579,8 +566,8 @@ WRITERS: dict[str, Writer] = {
     "mvtec-loco": Writer(_mvtec_loco),
     "visa": Writer(_visa, ("raw", "converted")),
     "real-iad": Writer(_real_iad, ("official", "beside")),
-    "cifar10": Writer(_cifar10, ("python", "binary", "folders", "parquet")),
-    "cifar100": Writer(_cifar100, ("python", "binary", "folders", "parquet")),
+    "cifar10": Writer(_cifar10, ("python", "folders", "parquet")),
+    "cifar100": Writer(_cifar100, ("python", "folders", "parquet")),
     "fashion-mnist": Writer(_fashion_mnist, ("gz", "plain", "folders", "parquet")),
     "view": Writer(_view, ("nested", "plain")),
     "folder": Writer(_folder, ("masks", "defects", "good", "flat", "classes")),

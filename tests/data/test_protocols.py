@@ -290,7 +290,7 @@ def test_leaks_in_files(tmp_path: Path) -> None:
     assert sum(s.split == TEST for s in clean) == sum(s.split == TEST for s in samples)
 
 
-@pytest.mark.parametrize("shape", ["python", "binary", "parquet"])
+@pytest.mark.parametrize("shape", ["python", "parquet"])
 def test_leaks_in_records(tmp_path: Path, shape: str) -> None:
     write("cifar10", tmp_path, Plan(shape=shape))
     samples = list(load(tmp_path).samples)

@@ -303,18 +303,14 @@ class _ClassReader:
                 return None
             if not role and split == CALIBRATION and self._good_in & {TRAIN, ""}:  # good is said of others only
                 return Sample(path, TEST, self._name, None)
-        elif role == GOOD:
-            if not split and self._trains and place.folders:
-                folder = Path(*place.folders)
-                self._log.note(f"{folder} is learnt as well: its name says good, and neither training nor test")
         elif role == UNSORTED:
             kind = next(name for name in place.folders if meaning(name).role == UNSORTED)
             return Sample(path, TEST, self._name, None, kind)
-        elif role == BAD or (kinds and (split == TEST or "" in self._good_in)):  # a kind of its own beside good/
+        elif role == BAD or (not role and kinds and (split == TEST or "" in self._good_in)):  # a kind beside good/
             return Sample(path, TEST, self._name, 1, _kind(place))
-        elif split == TEST or "" in self._good_in:
+        elif not role and (split == TEST or "" in self._good_in):
             return Sample(path, TEST, self._name, None)
-        elif self._trains:
+        elif not role and self._trains:
             self._log.skip(path, "neither in the training nor in the test part")
             return None
         self.assumed += not role

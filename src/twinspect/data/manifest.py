@@ -8,7 +8,6 @@ table's folder, or to the folder given when reading. Headers and labels are read
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meanin
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
 from twinspect.data.tables import SUFFIXES, Row, as_label, as_split, is_empty, table_columns, table_rows
-from twinspect.errors import DataError, listed
+from twinspect.errors import DataError
 from twinspect.files import replacing
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -149,11 +148,35 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
         }
         for sample in samples
     ]
-    _refuse_other_names(rows)
-    content = _parquet_bytes(rows) if suffix == ".parquet" else _csv_text(rows).encode()
+    content = _table_bytes(rows, suffix)
     with replacing(path, DataError) as file:
         file.write(content)
     return len(rows)
+
+
+def _table_bytes(rows: list[Row], suffix: str) -> bytes:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    kinds = {"label": pa.int8(), "record": pa.int64(), "mask": pa.list_(pa.string())}
+    if suffix == ".csv":
+        kinds["mask"] = pa.string()
+        if other := next((row["image"] for row in rows if any(";" in mask for mask in row["mask"])), None):
+            raise DataError(f"{other}: a mask's name holds ';', which separates masks in CSV; write Parquet")
+        rows = [{**row, "mask": ";".join(row["mask"])} for row in rows]
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError as error:  # bytes of an old system
+        name = error.object.encode("utf-8", "backslashreplace").decode()
+        raise DataError(
+            f"{name}: not UTF-8, and a manifest cannot hold it. Rename such files, for example with: convmv -f "
+            "latin1 -t utf8 -r --notest DIR"
+        ) from None
+    stream = io.BytesIO()
+    (pq.write_table if suffix == ".parquet" else pyarrow.csv.write_csv)(table, stream)
+    return stream.getvalue()
 
 
 # -------------------------------------------------------------------------------------------- columns
@@ -325,40 +348,3 @@ def _mask_names(cell: Any) -> list[str]:
         cell = cell.split(";")
     parts = cell if isinstance(cell, (list, tuple)) else [] if is_empty(cell) else [cell]
     return [str(part).strip() for part in parts if not is_empty(part)]
-
-
-# -------------------------------------------------------------------------------------------- writing
-
-
-def _refuse_other_names(rows: Sequence[Row]) -> None:
-    """Names that are no Unicode: bytes of an old system, which neither Parquet nor a CSV in UTF-8 can hold."""
-    texts = {text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])}
-    escaped = {text: text.encode("utf-8", "backslashreplace").decode() for text in texts}
-    bad = sorted(shown for text, shown in escaped.items() if shown != text)
-    if bad:
-        raise DataError(
-            f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {listed(bad)}. Rename them, for "
-            "example with: convmv -f latin1 -t utf8 -r --notest DIR"
-        )
-
-
-def _parquet_bytes(rows: list[Row]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"label": pa.int8(), "mask": pa.list_(pa.string()), "record": pa.int64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream)
-    return stream.getvalue()
-
-
-def _csv_text(rows: list[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        if any(";" in mask for mask in row["mask"]):
-            raise DataError(f"{row['image']}: a mask's name holds ';', which separates masks in CSV; write Parquet")
-        writer.writerow(row | {"mask": ";".join(row["mask"])})
-    return text.getvalue()
