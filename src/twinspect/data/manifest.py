@@ -159,7 +159,7 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
     ]
     _refuse_other_names(rows)
     content = _parquet_bytes(rows) if suffix == ".parquet" else _csv_text(rows).encode()
-    with replacing(path, DataError) as file:
+    with replacing(path) as file:
         file.write(content)
     return len(rows)
 
