@@ -149,7 +149,7 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
         for sample in samples
     ]
     content = _table_bytes(rows, suffix)
-    with replacing(path, DataError) as file:
+    with replacing(path) as file:
         file.write(content)
     return len(rows)
 
