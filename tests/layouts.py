@@ -24,7 +24,6 @@ from PIL import Image
 
 from twinspect.data import ClassCounts
 from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
-from twinspect.data.listed import VISA
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
 from twinspect.data.scan import Folder, ScanLog, relative_to_root
@@ -32,6 +31,7 @@ from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FA
 from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
+VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
 Counts = dict[str, ClassCounts]
 RGB = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -108,6 +108,8 @@ def _mvtec_ad(root: Path, plan: Plan, shape: str) -> Counts:
     if shape == "one-class":
         return {root.name: _mvtec_class(root, 0, plan)}
     names = _part_names(plan)
+    if shape == "1cls":  # VisA as it is often converted
+        return {n: _mvtec_class(root / "1cls" / n, i, plan, suffix="") for i, n in enumerate(names)}
     return {n: _mvtec_class(root / n, i, plan, masks=shape != "no-masks") for i, n in enumerate(names)}
 
 
@@ -165,8 +167,6 @@ def _saturation_config() -> list[dict[str, Any]]:
 
 def _visa(root: Path, plan: Plan, shape: str) -> Counts:
     names = list(VISA[: plan.classes])
-    if shape == "converted":
-        return {n: _mvtec_class(root / "1cls" / n, i, plan, suffix="") for i, n in enumerate(names)}
     rows: list[tuple[str, ...]] = []
     for index, name in enumerate(names):
         rows += _visa_class(root, name, index, plan)
@@ -561,10 +561,10 @@ class Writer(NamedTuple):
 
 
 WRITERS: dict[str, Writer] = {
-    "mvtec-ad": Writer(_mvtec_ad, ("classes", "one-class", "no-masks")),
+    "mvtec-ad": Writer(_mvtec_ad, ("classes", "one-class", "no-masks", "1cls")),
     "mvtec-ad-2": Writer(_mvtec_ad_2),
     "mvtec-loco": Writer(_mvtec_loco),
-    "visa": Writer(_visa, ("raw", "converted")),
+    "visa": Writer(_visa),
     "real-iad": Writer(_real_iad, ("official", "beside")),
     "cifar10": Writer(_cifar10, ("python", "folders", "parquet")),
     "cifar100": Writer(_cifar100, ("python", "folders", "parquet")),

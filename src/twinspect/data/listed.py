@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
+from twinspect.data.folders import ClassFolders, read_class
 from twinspect.data.manifest import read_rows
 from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import Folder, ScanLog, folder_name
@@ -21,7 +21,6 @@ from twinspect.errors import DataError
 from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
-VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
 _REAL_IAD_LISTS = "realiad_jsons"
 _REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
@@ -43,26 +42,15 @@ def _contains(path: Path, text: bytes) -> bool:
 # ----------------------------------------------------------------------------------------------- VisA
 
 
-def looks_like_visa(root: Folder) -> bool:
-    """Whether a folder is VisA: by its split files, or by class names of a converted tree."""
-    if any(sub.name in ("split_csv", "visa_pytorch") for sub in root.folders):
-        return True
-    classes = find_classes(_visa_place(root), ScanLog())
-    return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
-
-
-def visa(root: Folder, log: ScanLog) -> list[Sample]:
-    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
+def find_visa(root: Folder) -> list[Path]:
+    """The list ``split_csv/1cls.csv``."""
     table = root.path / "split_csv" / "1cls.csv"
-    if os.path.isfile(table):
-        return read_rows(table, table_rows(table), log, root.path, partly=True)
-    return read_folders(_visa_place(root), log, MVTEC_AD)
+    return [table] if os.path.isfile(table) else []
 
 
-def _visa_place(root: Folder) -> Folder:
-    for name in ("visa_pytorch", "1cls"):
-        root = next((sub for sub in root.folders if sub.name == name), root)
-    return root
+def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
+    return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
 
 
 # ------------------------------------------------------------------------------------------- Real-IAD
