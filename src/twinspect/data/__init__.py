@@ -132,6 +132,7 @@ def _lists(needed: str, find: Callable[[Folder], list[Path]], read: Callable[...
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
+    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
     "manifest": _lists("manifest.parquet or manifest.csv", find_manifests, manifest),
     "real-iad": _lists("realiad_jsons/<class>.json", listed.find_real_iad, listed.real_iad),
     "visa": _lists("split_csv/1cls.csv", listed.find_visa, listed.visa),
@@ -139,7 +140,6 @@ DATASETS: dict[str, Dataset] = {
     folders.MVTEC_LOCO: _parts(folders.MVTEC_LOCO, f"<class>/test/{folders.LOGICAL}"),
     folders.MVTEC_AD: _parts(folders.MVTEC_AD, "<class>/train/good, <class>/test/<kind>"),
     "meta-json": _lists("meta.json", listed.find_meta_json, listed.meta_json),
-    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
     "anomalib": _lists("YAML file with normal_dir", listed.find_anomalib, listed.anomalib),
     "lookout": _lists("manifest with source-ref", listed.find_lookout, listed.lookout),
     **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},

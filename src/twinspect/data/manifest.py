@@ -17,10 +17,10 @@ from typing import Any
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
-from twinspect.data.tables import SUFFIXES, Row, as_label, as_split, is_empty, table_columns, table_rows
+from twinspect.data.tables import SUFFIXES, Row, is_empty, table_columns, table_rows
 from twinspect.errors import DataError
 from twinspect.files import replacing
-from twinspect.types import TEST, TRAIN, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
 NAMES = ("manifest.parquet", "manifest.csv")
@@ -37,15 +37,16 @@ _ALIASES = {
     "record": "record",
 }
 _PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
+_NUMBERS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 def find_manifests(place: Folder) -> list[Path]:
     """The manifest of a folder; a file, if it is a table with an image column."""
     if not place.is_file:
         return [path for name in NAMES for path in place.files if path.name.lower() == name][:1]
-    suffix = place.path.suffix.lower()
-    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(place.path))))
-    return [place.path] if is_table else []
+    path, suffix = place.path, place.path.suffix.lower()
+    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(table_columns(path))))
+    return [path] if is_table else []
 
 
 def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -67,7 +68,7 @@ def is_label_table(path: Path) -> bool:
     if path.suffix.lower() not in SUFFIXES:
         return False
     try:
-        header = _header(path)
+        header = table_columns(path)
         names = _columns(header)
         if "image" not in names or set(header) >= _PREDICTED:
             return False
@@ -182,13 +183,6 @@ def _table_bytes(rows: list[Row], suffix: str) -> bytes:
 # -------------------------------------------------------------------------------------------- columns
 
 
-def _header(path: Path) -> list[str]:
-    """Columns of a table; none where it is a list of another kind."""
-    header, suffix = table_columns(path), path.suffix.lower()
-    lines_of_uniad = suffix == ".jsonl" and "filename" in header
-    return [] if lines_of_uniad or (suffix == ".txt" and len(header) < 2) else header
-
-
 def _columns(header: Iterable[str]) -> dict[str, str]:
     """Our name of a column -> the table's, for those that are there."""
     by_key = {key(name): name for name in reversed(list(header))}
@@ -281,7 +275,9 @@ class _RowReader:
             else:
                 missing[name] = file
         word = self._text(row, "split")
-        split = as_split(word, where) if word else TEST if self._predicted else ""
+        split = meaning(word).split if word else TEST if self._predicted else ""
+        if word and not split:
+            raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
         if self._judge:
             label, kind = self._judged(row.get(self._judge), where)
         else:
@@ -312,16 +308,15 @@ class _RowReader:
         """Label by a cell of the column that judges, and the kind of defect if the cell names one."""
         if is_empty(cell):
             return (0 if self._judge == self._names.get("defect_type") else None), ""
-        try:
-            label = as_label(cell, where)
-        except DataError:
-            if not self._kinds:
-                raise
-            return 1, str(cell).strip()
-        word = meaning(str(cell)).role
-        if label is not None and not word and meaning(self._judge).role == GOOD:  # 0 in a column called is_good
-            label = 1 - label
-        return label, (str(cell).strip() if word == BAD else "")
+        text = str(cell).strip()
+        role, number = meaning(text).role, _NUMBERS.get(text.lower())
+        if number is not None:
+            return (1 - number if meaning(self._judge).role == GOOD else number), ""  # 0 in a column called is_good
+        if role in (GOOD, UNSORTED):
+            return (0 if role == GOOD else None), ""
+        if role == BAD or self._kinds:
+            return 1, text
+        raise DataError(f"{where}: label is {cell!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)")
 
     def _label_of_files(self, image: Path, masks: Sequence[Path], split: str, where: str) -> int | None:
         """Label of an image of a table that does not judge: by its masks, else by names of folders and its own."""
