@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from twinspect.decide.conformal import GoodScores
 from twinspect.decide.decision import GOOD, UNSURE, Decision
 from twinspect.decide.recalibrate import Scored
-from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
 from twinspect.server.log import CONFIRMED, FALSE_ALARM, MISSED, InspectionLog
 
