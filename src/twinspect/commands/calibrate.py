@@ -12,9 +12,9 @@ from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions
 from twinspect.commands.results import check_outputs, publish, read_data, say_tables, text_table
 from twinspect.console import Console
+from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import Section, Table
 

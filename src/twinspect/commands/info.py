@@ -51,7 +51,7 @@ def info_lines(bundle: Path) -> dict[str, Any]:
         return export_info(bundle)
     meta = read_bundle(bundle).meta
     decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
-    learnt = hashlib.sha256("".join(decision.trained).encode()).hexdigest()  # their ids are sorted
+    learnt = hashlib.sha256("".join(sorted(decision.trained)).encode()).hexdigest()
     try:
         return {
             "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",

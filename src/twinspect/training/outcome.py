@@ -24,9 +24,8 @@ from safetensors.torch import load, save
 
 from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import suspicious_tail
+from twinspect.decide.conformal import GoodScores, suspicious_tail
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id
-from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
 from twinspect.inference.tiles import speaker
@@ -134,8 +133,8 @@ def outcome_of(
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if not (plain and i in held)})),
-        held=tuple(sorted({key for key, i in zip(memory.key, images, strict=True) if i in held})),
+        trained=frozenset(key for key, i in zip(memory.key, images, strict=True) if not (plain and i in held)),
+        held=frozenset(key for key, i in zip(memory.key, images, strict=True) if i in held),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         decision, bank=tuple(name for name, _ in bank),
         thumbnails=tuple(picture for _, picture in bank) if decision.thumbnails else (),
         good=learnt_from.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
-        trained=tuple(sorted({*decision.trained, *learnt_from.key[len(memory.key) :]})),
+        trained=decision.trained.union(learnt_from.key[len(memory.key) :]),
     )  # fmt: skip
     counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
