@@ -19,12 +19,6 @@ def test_text_of_every_encoding(tmp_path: Path, encoding: str) -> None:
     assert read_text(tmp_path / "a.txt") == text
 
 
-@pytest.mark.parametrize("text", ["\0a.png\nb.png\n", "a\0.png\n", "\0", "\0\0\0\0"])
-def test_zero_bytes_alone_do_not_make_utf16(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    assert read_text(tmp_path / "a.txt") == text
-
-
 def test_what_is_no_text_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 text .*; save it as UTF-8"):
