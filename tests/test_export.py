@@ -13,8 +13,16 @@ from tiny import images_to_test, picture
 
 from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, TwinspectError
-from twinspect.export.build import check, export
-from twinspect.export.parity import Comparison, ParityError, Pixels, compare, load_images, painted
+from twinspect.export.build import (
+    Comparison,
+    ParityError,
+    Pixels,
+    check,
+    compare,
+    export,
+    load_images,
+    painted,
+)
 from twinspect.inference import load
 from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
 
@@ -177,9 +185,12 @@ def test_a_missing_runtime_says_what_to_type(
         runtimes.required(name, onnx_file)
 
 
-def test_threads_that_no_machine_has(onnx_file: Path) -> None:
+def test_threads_and_devices_that_no_machine_has(onnx_file: Path) -> None:
     with pytest.raises(ConfigError, match="--threads -1"):
         load(onnx_file, threads=-1)
+    with pytest.raises(ConfigError, match="--device tpu: accepted auto, cpu, cuda or cuda:1"):
+        load(onnx_file, device="tpu")
+    assert load(onnx_file, device="cuda").decision.model_id  # on the CPU where its runtime has no GPU
 
 
 @pytest.mark.slow

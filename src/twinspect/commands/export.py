@@ -7,7 +7,7 @@ import json
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 from twinspect.export import build
-from twinspect.export.parity import TOLERANCES, ParityError, load_images
+from twinspect.export.build import TOLERANCES, ParityError, load_images
 from twinspect.inference.runtimes import companion
 from twinspect.storage import load
 

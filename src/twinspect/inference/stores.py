@@ -21,11 +21,24 @@ _PIECE = 1 << 22
 _OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "az://")  # show a file when it is complete; have no folders
 _CHANGED = ("mtime", "ETag", "last_modified", "LastModified", "updated", "created")  # what stores say of a change
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+CAMERA = "camera:"
+STDIN = "@-"  # a list that others write while it is read
+_ENDLESS = (CAMERA, "rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://")
 
 
 def is_url(text: str) -> bool:
     """Whether a text names a file by URL (``scheme://...``)."""
     return _SCHEME.match(text) is not None
+
+
+def is_endless(source: object) -> bool:
+    """Whether a source is a camera (``camera:0``) or a stream of video from the network."""
+    return isinstance(source, str) and source.lower().startswith(_ENDLESS)
+
+
+def is_live(source: object) -> bool:
+    """Whether images of a source may still be in the making, so that none is to be read ahead."""
+    return source == STDIN or is_endless(source)
 
 
 def status(url: str) -> tuple[bool, str]:
