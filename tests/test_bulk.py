@@ -23,7 +23,7 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.commands.drift import read_predictions
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, digest
@@ -502,7 +502,7 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(
     (tmp_path / "file").write_text("x")
     placed = {"out": "", **{key: value.format(tmp_path) for key, value in changes.items()}}
     one = job(Path("no model is opened"), placed.pop("out"), shots, **placed)
-    with pytest.raises(ConfigError, match="cannot be written|is a folder"):
+    with pytest.raises(OutputError, match="cannot be written|is a folder"):
         run(one, Silent())
 
 
@@ -514,12 +514,12 @@ def test_a_file_of_another_kind_is_not_replaced(model: Path, tmp_path: Path) -> 
     }  # fmt: skip
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --out"):
+        with pytest.raises(OutputError, match="holds something else; move it away, or choose another --out"):
             run(job(model, tmp_path / name, tmp_path / "in"), Silent())
         assert (tmp_path / name).read_text() == text
     (tmp_path / "c.json").write_text('{"images": []}')
     coco = {"coco": str(tmp_path / "c.json")}
-    with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --coco"):
+    with pytest.raises(OutputError, match="holds something else; move it away, or choose another --coco"):
         run(job(model, tmp_path / "t.csv", tmp_path / "in", **coco), Silent())
     (tmp_path / "c.json").unlink()
     for suffix in (".csv", ".jsonl", ".parquet"):  # our own are, and so is an empty file

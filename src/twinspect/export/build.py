@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 from twinspect._version import __version__
 from twinspect.data.painting import damaged, part, spot
 from twinspect.decide.decision import Decision
-from twinspect.errors import BundleError, ConfigError, DataError, TwinspectError, unknown_name
+from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, unknown_name
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import decode, expand
 from twinspect.inference.predictor import Runtime
-from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, write_meta
+from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, write_meta
 from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
-    from twinspect.storage import Fitted
+    from twinspect.bundle import Fitted
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
@@ -63,7 +63,6 @@ class Comparison:
         images: compared.
         synthetic: whether they were painted; their answers are not compared, as all are anomalies.
         score_gap, map_gap: largest relative gaps.
-        cluster_changes: images whose nearest cluster differs.
         changed: images that got another answer from the export than from the model, by more than rounding of their
             scores.
     """
@@ -72,7 +71,6 @@ class Comparison:
     synthetic: bool
     score_gap: float
     map_gap: float
-    cluster_changes: int
     changed: int
 
     def problems(self, precision: str) -> list[str]:
@@ -89,10 +87,9 @@ class Comparison:
     def lines(self) -> Iterator[str]:
         """What to say to people."""
         kind = "painted images (give real ones with --images)" if self.synthetic else "images"
-        clusters = f", another cluster on {self.cluster_changes} images" if self.cluster_changes else ""
         yield (
             f"compared with torch on {self.images} {kind}: scores differ by up to {self.score_gap:.2g}, "
-            f"map values by {self.map_gap:.2g}{clusters}"
+            f"map values by {self.map_gap:.2g}"
         )
         if not self.synthetic:
             yield self._answers()
@@ -125,37 +122,34 @@ def export(
     Raises:
         ConfigError: an ending or a precision that there is not, or a model that cannot be exported.
         ParityError: the export does not say what the model says; nothing is written.
-        BundleError: the folder cannot be written.
+        OutputError: it cannot be written.
         TwinspectError: a package is missing (the message is the line to type).
     """
     runtime = checked_runtime(out, precision)
-    refuse_unwritable(out, "--out", error=BundleError)
+    refuse_unwritable(out, "--out")
     from twinspect.export import graph
 
-    def seal(checked: dict[str, Any]) -> None:
-        fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
-        write_meta(draft, ExportMeta(runtime, precision, fitted.model.size, *fixed, checked, __version__))
-
+    size = fitted.model.size
     try:
         with _drafts(out) as folder:
             draft = folder / out.name
             progress("exporting", 0, 1)
             graph.write(graph.to_onnx(fitted.model), draft, half=precision == "fp16")
             progress("exporting", 1, 1)
-            seal({})  # without metadata it cannot be loaded
-            reference, exported = TorchRuntime(fitted.model), load_runtime(draft)[0]
+            reference, exported = TorchRuntime(fitted.model), RUNTIMES[out.suffix](draft, size)
             comparison = compare(reference, exported, images, fitted.decision, progress)
             if problems := "; ".join(comparison.problems(precision)):
                 raise ParityError(
                     f"the {precision} export does not say what the model says: {problems}. Nothing was written. "
                     f"{_ADVICE[precision]}"
                 )
-            seal(asdict(comparison))
+            fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
+            write_meta(draft, ExportMeta(runtime, precision, size, *fixed, asdict(comparison), __version__))
             made = [part for part in folder.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
     except OSError as error:
-        raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
+        raise OutputError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
     return comparison
 
 
@@ -227,12 +221,12 @@ def compare(
         {name: np.concatenate([answer[name] for answer in side]) for name in side[0]}
         for side in zip(*answers, strict=True)
     )
-    same_cluster = a["cluster_B"] == b["cluster_B"]
-    alike = same_cluster & (np.abs(a["score_B"] - b["score_B"]) <= _ROUNDING * np.maximum(1.0, np.abs(a["score_B"])))
+    close = np.abs(a["score_B"] - b["score_B"]) <= _ROUNDING * np.maximum(1.0, np.abs(a["score_B"]))
+    alike = close & (a["cluster_B"] == b["cluster_B"])
     judged = zip(_judged(a, decision), _judged(b, decision), alike, strict=True)
     changed = sum(before != after and not rounded for before, after, rounded in judged) if images else 0
     gaps = _gap(a["score_B"], b["score_B"]), _gap(a["map_B1HW"], b["map_B1HW"])
-    return Comparison(len(squares), not images, *gaps, int((~same_cluster).sum()), changed)
+    return Comparison(len(squares), not images, *gaps, changed)
 
 
 def _judged(out: Answers, decision: Decision) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from twinspect import files
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, OutputError
 from twinspect.inference import stores
 
 _NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(-end)?(\.\w+)")
@@ -168,7 +168,7 @@ class PartStore:
         if stores.is_url(self.folder):
             return io.StringIO()
         if why := files.why_unwritable(Path(self.folder)):
-            raise TwinspectError(f"{self.folder} cannot be written ({why})")
+            raise OutputError(f"{self.folder} cannot be written ({why})")
         busy = f"another run is writing {self.folder} now; wait for it, or take another --out"
         return files.lock(Path(self.folder) / f"{_LOCK}{label}", busy)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinspect.errors import DataError, TwinspectError
+from twinspect.errors import DataError, OutputError, TwinspectError
 
 DRAFT = "_tmp-"  # how the names of files begin that are being written
 _PIECE = 1 << 22
@@ -103,13 +103,13 @@ def read(path: str, most: int) -> bytes:
 
 
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
-    """Write a file whole: under its name it is complete or not there. A TwinspectError where it cannot be written.
+    """Write a file whole: under its name it is complete or not there. An OutputError where it cannot be written.
 
     The folder, a path or URL, is made. ``flushed`` means to the disk, so that it outlives a crash of the machine.
     """
     # Two workers may write the same file, one of them given up for lost: each draft has a name of its own.
     draft = f"{DRAFT}{uuid.uuid4().hex}"
-    with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", TwinspectError):
+    with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", OutputError):
         if not is_url(folder):
             _put_here(Path(folder), draft, name, body, flushed)
             return
