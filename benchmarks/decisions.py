@@ -36,7 +36,6 @@ from torch import Tensor
 
 from twinspect import Detector
 from twinspect import data as data_room
-from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import Decision
 from twinspect.decide.drift import DriftMonitor
@@ -353,7 +352,7 @@ def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, fact
 
 
 def _say_table(say: Callable[[str], None], title: str, rows: Sequence[Values]) -> None:
-    for line in text_table(table(title, rows)):
+    for line in table(title, rows).lines():
         say(line)
     say("")
 

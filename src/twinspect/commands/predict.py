@@ -56,7 +56,7 @@ def write_reports(options: PredictOptions, job: Job, review: Review, console: Co
     from twinspect.commands.results import publish, shows_pictures
     from twinspect.inference.runtimes import load_predictor
     from twinspect.inference.sources import by_name
-    from twinspect.report import Section
+    from twinspect.report import Report, Section
 
     answers, name = review.answers(), Path(job.model).name
 
@@ -72,8 +72,8 @@ def write_reports(options: PredictOptions, job: Job, review: Review, console: Co
         "other_thresholds": review.other_thresholds(),
     }
     pictures = review.sections(again if shows_pictures(options.report) else None)
-    title = f"{name} on {', '.join(job.sources[:3])}"
-    publish(options, title, facts, values, [Section("Answers", (), (answers,)), *pictures], console)
+    sections = [Section("Answers", (), (answers,), printed=False), *pictures]
+    publish(Report(f"{name} on {', '.join(job.sources[:3])}", sections, facts, values), options, console)
 
 
 def shard_of(text: str) -> tuple[int, int]:
