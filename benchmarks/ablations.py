@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect import data as data_room
+from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
@@ -44,7 +45,6 @@ from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.report import Report, Section, Table
-from twinspect.storage import build_model
 from twinspect.training.cache import image_key, pack, unpack
 from twinspect.training.copies import add_copies
 from twinspect.training.fit import choose_images

@@ -27,6 +27,7 @@ from problems import limited, of_split, ours
 from teacher_bank import place
 
 from twinspect import data as data_room
+from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
 from twinspect.commands.results import mean_of
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
@@ -36,7 +37,6 @@ from twinspect.files import write_text
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.storage import build_model
 from twinspect.training.fit import sized
 from twinspect.training.source import FeatureSource, cache_folder
 

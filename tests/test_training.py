@@ -23,10 +23,10 @@ from tiny import (
 )
 
 from twinspect import Detector
+from twinspect.bundle import Fitted
 from twinspect.config import RunConfig
 from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.models.contract import legal_size
-from twinspect.storage import Fitted
 from twinspect.training.fit import fit
 from twinspect.types import silent
 

@@ -16,7 +16,7 @@ from twinspect.metrics import METRICS
 from twinspect.report import FORMATS, Report
 
 if TYPE_CHECKING:
-    from twinspect.storage import Fitted
+    from twinspect.bundle import Fitted
 
 MASK_RULE, MAP_SIZE = "> 0", "original image"
 

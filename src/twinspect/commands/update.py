@@ -31,7 +31,7 @@ def update(options: UpdateOptions, console: Console) -> None:
 
 
 def _learn(new: Path, options: UpdateOptions, console: Console) -> None:
-    from twinspect.storage import load, save
+    from twinspect.bundle import load, save
     from twinspect.training.update import update as learn
 
     bundle, out = options.bundle, options.out or options.bundle

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from twinspect.errors import DataError
+from twinspect.errors import DataError, OutputError
 from twinspect.files import replacing
 from twinspect.models.contract import Observed
 from twinspect.models.layers import in_fp16
@@ -155,7 +155,7 @@ class KnownFiles:
     def save(self) -> None:
         """Write what was noted; a full disk costs the next start some time, and nothing else."""
         if self._new:
-            with suppress(DataError), replacing(self._notes, DataError) as file:
+            with suppress(OutputError), replacing(self._notes) as file:
                 file.write(b"".join(_NOTE.pack(*pair) for pair in (self._noted() | self._new).items()))
 
     def _noted(self) -> dict[bytes, bytes]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twinspect.bundle import Fitted, build_model, teacher_of
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
@@ -25,7 +26,6 @@ from twinspect.errors import ConfigError, DataError, TrainingError
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
-from twinspect.storage import Fitted, build_model, teacher_of
 from twinspect.training.copies import add_copies, add_tolerated, few_classes
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few

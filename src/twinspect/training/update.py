@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from twinspect.bundle import Fitted, model_id
 from twinspect.data.leaks import count_once
 from twinspect.decide.decision import image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
-from twinspect.storage import Fitted, model_id
 from twinspect.training.copies import FEW
 from twinspect.training.normal import add_statistics
 from twinspect.training.outcome import Memory, sizes, small_pictures
