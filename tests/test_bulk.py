@@ -352,7 +352,7 @@ def test_machines_share_a_folder(model: Path, shots: Path, whole: list[dict[str,
         runs(job(model, out, shots, shard=f"{number}/3"))
     assert sum((Path(out) / f"_SUCCESS-{n}-of-3").exists() for n in range(3)) == 3
     assert sorted(table(Path(out)), key=lambda row: str(row["path"])) == sorted(whole, key=lambda r: str(r["path"]))
-    assert sum(1 for _ in read_predictions(Path(out))) == 46
+    assert sum(1 for _ in read_predictions(Path(out), str(whole[0]["model_id"]))) == 46
     again, _ = runs(job(model, out, shots, shard="1/3"))
     assert again.before == again.rows > 0
 

@@ -44,7 +44,7 @@ def write_reports(job: Job, review: Review, console: Console) -> None:
     from twinspect.commands.results import publish, shows_pictures
     from twinspect.inference.runtimes import load_predictor
     from twinspect.inference.sources import by_name
-    from twinspect.report import Section
+    from twinspect.report import Report, Section
 
     answers, name = review.answers(), job.model.name
 
@@ -60,5 +60,5 @@ def write_reports(job: Job, review: Review, console: Console) -> None:
         "other_thresholds": review.other_thresholds(),
     }
     pictures = review.sections(again if shows_pictures(job.report) else None)
-    title = f"{name} on {', '.join(job.sources[:3])}"
-    publish(job, title, facts, values, [Section("Answers", (), (answers,)), *pictures], console)
+    sections = [Section("Answers", (), (answers,), printed=False), *pictures]
+    publish(Report(f"{name} on {', '.join(job.sources[:3])}", sections, facts, values), job, console)

@@ -214,7 +214,10 @@ def create_teacher(
 
 def _refuse_unknown(arch: str) -> None:
     if not timm.is_model(arch):
-        names = difflib.get_close_matches(arch, ["auto", *SHORT_NAMES, *timm.list_models()], n=3, cutoff=0.6)
+        names = [
+            *difflib.get_close_matches(arch, ["auto", *SHORT_NAMES], n=3, cutoff=0.5),
+            *difflib.get_close_matches(arch, timm.list_models(), n=2, cutoff=0.8),
+        ]
         hint = f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
         raise ConfigError(
             f"unknown teacher {arch!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
