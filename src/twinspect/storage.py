@@ -20,7 +20,7 @@ from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
-    from twinspect.training.normal import GoodImages
+    from twinspect.training.outcome import GoodImages
 
 _TEACHER = "teacher."
 
