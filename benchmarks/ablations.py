@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect import data as data_room
+from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
 from twinspect.commands.results import markdown, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
@@ -44,7 +45,6 @@ from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.report import Section, Table
-from twinspect.storage import build_model
 from twinspect.training.derived import add_copies
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import TrainReport, train

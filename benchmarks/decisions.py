@@ -36,6 +36,7 @@ from torch import Tensor
 
 from twinspect import Detector
 from twinspect import data as data_room
+from twinspect.bundle import Fitted
 from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import Decision
@@ -47,7 +48,6 @@ from twinspect.models.clusters import Clusters
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.statistics import TokenGaussian, cross_fitted_tokens
 from twinspect.report import Table
-from twinspect.storage import Fitted
 from twinspect.training.fit import choose_images
 from twinspect.training.outcome import classes_of_clusters
 from twinspect.training.source import FeatureSource, cache_folder

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from twinspect.bundle import build_model
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, flat_cosine_distance
 from twinspect.models.layers import noise, to_map
@@ -42,7 +43,6 @@ from twinspect.models.snl import RD_BETAS, ConvReverse
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import SHORT_NAMES
 from twinspect.scoring import published_map
-from twinspect.storage import build_model
 from twinspect.training.loop import StableAdamW, make_optimiser
 
 Values = dict[str, Tensor]

@@ -27,6 +27,7 @@ from problems import limited, of_split, ours
 from teacher_bank import place
 
 from twinspect import data as data_room
+from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
 from twinspect.commands.results import mean_of, text_table, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
@@ -35,7 +36,6 @@ from twinspect.data.protocols import make_splits
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.storage import build_model
 from twinspect.training.fit import sized, usual_sides
 from twinspect.training.source import FeatureSource, cache_folder
 

@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from twinspect.bundle import Fitted, load
 from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.storage import Fitted, load
 from twinspect.training.derived import read_square
 from twinspect.training.loop import StableAdamW, autocast, make_optimiser
 from twinspect.training.source import FeatureSource, observe, teacher_batch

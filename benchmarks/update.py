@@ -18,10 +18,10 @@ import torch
 from problems import limited
 
 from twinspect import data as data_room
+from twinspect.bundle import Fitted
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
-from twinspect.storage import Fitted
 from twinspect.training.fit import fit
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.training.update import update

@@ -27,7 +27,7 @@ from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
 from twinspect.data.listed import VISA
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
-from twinspect.data.scan import ScanLog, relative_to_root
+from twinspect.data.scan import Folder, ScanLog, relative_to_root
 from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -359,13 +359,13 @@ def _folder(root: Path, plan: Plan, shape: str) -> Counts:
 
 def _manifest(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_manifest(read_folders(root / "images", ScanLog(), MVTEC_AD), root / f"manifest.{shape}", root)
+    write_manifest(read_folders(Folder(root / "images"), ScanLog(), MVTEC_AD), root / f"manifest.{shape}", root)
     return counts
 
 
 def _meta_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "images", plan, "classes")
-    write_meta_json(read_folders(root / "images", ScanLog(), MVTEC_AD), root / "meta.json", root)
+    write_meta_json(read_folders(Folder(root / "images"), ScanLog(), MVTEC_AD), root / "meta.json", root)
     return counts
 
 
@@ -390,7 +390,7 @@ def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(images, plan, "classes")
     for split in (TRAIN, TEST):
         lines = []
-        for sample in (s for s in read_folders(images, ScanLog(), MVTEC_AD) if s.split == split):
+        for sample in (s for s in read_folders(Folder(images), ScanLog(), MVTEC_AD) if s.split == split):
             line = {"filename": relative_to_root(sample.image, images), "label": sample.label}
             line |= {"label_name": "defective" if sample.label else "good", "clsname": sample.class_name}
             line |= {"maskname": relative_to_root(sample.masks[0], images)} if sample.masks else {}
@@ -424,7 +424,7 @@ def _lookout(root: Path, plan: Plan, shape: str) -> Counts:
     counts = _mvtec_ad(root / "gt-job", replace(plan, classes=1), "no-masks")
     for split in (TRAIN, TEST):
         lines = []
-        for sample in (s for s in read_folders(root / "gt-job", ScanLog(), MVTEC_AD) if s.split == split):
+        for sample in (s for s in read_folders(Folder(root / "gt-job"), ScanLog(), MVTEC_AD) if s.split == split):
             about = {
                 "class-name": "anomaly" if sample.label else "normal",
                 "type": "groundtruth/image-classification",

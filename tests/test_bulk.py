@@ -27,7 +27,7 @@ from twinspect.commands.drift import read_predictions
 from twinspect.commands.options import PredictOptions
 from twinspect.commands.predict import chosen_engine, shard_of
 from twinspect.config import check_options
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, run, say_totals, units
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, digest
@@ -497,7 +497,7 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(
         return value.format(tmp_path)
 
     one = replace(job("no model is opened", "", shots), **{key: placed(value) for key, value in changes.items()})
-    with pytest.raises(ConfigError, match="cannot be written|is a folder"):
+    with pytest.raises(OutputError, match="cannot be written|is a folder"):
         run(one, Silent())
 
 

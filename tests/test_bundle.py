@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from tiny import images_to_test, picture, run_config, same_tensors, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import FORMAT, read_bundle, refuse_unwritable, write_bundle
-from twinspect.errors import BundleError, ConfigError, WeightsError
+from twinspect.bundle import FORMAT, load, read_bundle, refuse_unwritable, write_bundle
+from twinspect.errors import BundleError, ConfigError, OutputError, WeightsError
 from twinspect.models.teachers import timm
-from twinspect.storage import load
 
 
 def scores(detector: Detector, files: list[Path]) -> list[tuple[float, ...]]:
@@ -227,7 +226,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BundleError, match=r"m\.twin cannot be written \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"m\.twin cannot be written \(No space left on device\)"):
         write_bundle(path, {"a": 2}, b"second")
     assert [p.name for p in path.parent.iterdir()] == ["m.twin"]
     assert read_bundle(path).tensors == b"first"
@@ -242,10 +241,10 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(BundleError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         write_bundle(tmp_path / "file" / "m.twin", {}, b"")
-    with pytest.raises(BundleError, match=r"is a folder; choose another --out, such as .*model\.twin"):
+    with pytest.raises(OutputError, match=r"is a folder; choose another --out, such as .*model\.twin"):
         write_bundle(tmp_path / "folder", {}, b"")
-    with pytest.raises(BundleError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         refuse_unwritable(tmp_path / "file" / "deeper" / "m.twin")
     assert shutil.os.listdir(tmp_path / "folder") == []

@@ -10,6 +10,7 @@ from scipy.stats import norm
 from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config, train_samples
 
 from twinspect import Detector
+from twinspect.bundle import build_model
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
@@ -18,7 +19,6 @@ from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import surprise
-from twinspect.storage import build_model
 from twinspect.training.fit import choose_images
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.source import FeatureSource

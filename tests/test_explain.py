@@ -82,7 +82,7 @@ def test_what_the_bundle_keeps_comes_back_and_can_be_left_out(
     loaded = Detector.load(bundle).predict(image)
     assert loaded.near == detector.predict(image).near != ("", b"")
     thin = dataclasses.replace(detector.fitted, decision=dataclasses.replace(detector.fitted.decision, thumbnails=()))
-    from twinspect.storage import save as write
+    from twinspect.bundle import save as write
 
     write(thin, tmp_path / "none.twin")
     found = Detector.load(tmp_path / "none.twin").predict(image)

@@ -12,7 +12,7 @@ import pytest
 from tiny import images_to_test, picture
 
 from twinspect.decide.conformal import Threshold
-from twinspect.errors import BundleError, ConfigError, TwinspectError
+from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError
 from twinspect.export.build import check, export
 from twinspect.export.parity import Comparison, ParityError, Pixels, compare, load_images, painted
 from twinspect.inference import load
@@ -132,7 +132,7 @@ def test_options_and_names_that_do_not_go_together(quick, tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=words):
             export(quick.fitted, tmp_path / name, precision)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         export(quick.fitted, tmp_path / "file" / "model.onnx")
 
 
@@ -158,7 +158,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("twinspect.export.build.write_meta", full)
-    with pytest.raises(BundleError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         export(quick.fitted, tmp_path / "m.onnx", images=images)
     assert not list(tmp_path.iterdir())
 

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from twinspect.errors import BundleError, ConfigError, DataError, TwinspectError
+from twinspect.errors import DataError, OutputError
 from twinspect.files import cache_home, read_text, refuse_unwritable, replacing, why_unwritable, write_text
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_text_of_every_encoding(tmp_path: Path, encoding: str) -> None:
     text = "a = 1\nname = '\u90e8\u54c1'\n"
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert read_text(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize("text", ["\0a.png\nb.png\n", "a\0.png\n", "\0", "\0\0\0\0"])
+def test_zero_bytes_alone_do_not_make_utf16(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     assert read_text(tmp_path / "a.txt") == text
 
 
@@ -23,6 +29,10 @@ def test_what_is_no_text_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 text .*; save it as UTF-8"):
         read_text(tmp_path / "a.txt")
+    for raw in ("a.png".encode("utf-16-le"), b"\0a.png", b"\0"):  # without a mark it could be anything
+        (tmp_path / "a.txt").write_bytes(raw)
+        with pytest.raises(DataError, match="not UTF-8 text .it begins with zero bytes.; save it as UTF-8"):
+            read_text(tmp_path / "a.txt")
     with pytest.raises(DataError, match="cannot be read .No such file"):
         read_text(tmp_path / "none.txt")
     (tmp_path / "empty.txt").touch()
@@ -40,8 +50,8 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BundleError, match=r"a\.txt cannot be written .No space left on device"):
-        with replacing(path, BundleError) as file:
+    with pytest.raises(OutputError, match=r"a\.txt cannot be written .No space left on device"):
+        with replacing(path) as file:
             file.write(b"half")
     assert [one.name for one in path.parent.iterdir()] == ["a.txt"]
     assert path.read_text() == r"first \udcff"
@@ -54,7 +64,7 @@ def test_devices_are_written_and_not_replaced(tmp_path: Path) -> None:
     for name in ("null", "full"):
         refuse_unwritable(tmp_path / name, "--json")
     write_text(tmp_path / "null", "x")
-    with pytest.raises(TwinspectError, match="full cannot be written .No space left on device"):
+    with pytest.raises(OutputError, match="full cannot be written .No space left on device"):
         write_text(tmp_path / "full", "x")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["full", "null"]
     assert all(one.is_symlink() for one in tmp_path.iterdir())
@@ -71,9 +81,9 @@ def test_what_cannot_be_written_is_found_beforehand(tmp_path: Path) -> None:
         (tmp_path, "is a folder; choose another --json, such as .*x.json"),
         (tmp_path / ("n" * 250), "cannot be written .File name too long"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(OutputError, match=words):
             refuse_unwritable(path, "--json", "x.json")
-    with pytest.raises(ConfigError, match="file exists and holds something else; move it away"):
+    with pytest.raises(OutputError, match="file exists and holds something else; move it away"):
         refuse_unwritable(tmp_path / "file", "--json", ours=lambda path: False)
     assert why_unwritable(tmp_path / "deep") == ""
     assert why_unwritable(tmp_path / "file" / "x") == "Not a directory"

@@ -26,13 +26,12 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect import data as data_room
-from twinspect.bundle import BundleContent, read_bundle, write_bundle
+from twinspect.bundle import BundleContent, load, read_bundle, write_bundle
 from twinspect.commands.info import info_lines
 from twinspect.data.images import ImageLimits, array_rgb, count_pictures, read_mask, read_rgb, read_sized_rgb
 from twinspect.errors import BundleError, ConfigError, DataError, ImageError
 from twinspect.inference.archives import Item, Stream
 from twinspect.inference.sources import walk
-from twinspect.storage import load
 
 SMALL = ImageLimits(max_pixels=1_000_000)
 SECONDS = 20.0  # more than any small file may take, on a busy machine
@@ -321,7 +320,7 @@ def test_no_row_of_a_whole_table_is_lost(listed: Path, names: list[str], separat
     tried("whole tables")
 
 
-# No path holds NUL, and a list that begins with one is UTF-16 without a mark.
+# No path holds NUL; zero bytes at every second place are UTF-16 without a mark.
 LINES = st.text(st.characters(exclude_characters="\n\r\0", exclude_categories=["Cs"]), max_size=30)
 
 

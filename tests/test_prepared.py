@@ -5,9 +5,9 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, same_tensors
 
 from twinspect import Detector
+from twinspect.bundle import build_model
 from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
-from twinspect.storage import build_model
 
 
 def assert_same(model: AnomalyModel, image: torch.Tensor, tolerance: float) -> None:

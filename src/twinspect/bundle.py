@@ -2,6 +2,8 @@
 
 Self-contained by default (teacher included, so prediction needs no network and no package of weights);
 a thin bundle names its teacher and the hash of its weights instead, and refuses any other.
+
+`read_bundle` and `write_bundle` know the file and no torch; `load` and `save` make models of it.
 """
 
 from __future__ import annotations
@@ -15,20 +17,33 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twinspect import files
 from twinspect._version import __version__
-from twinspect.errors import NONSENSE, BundleError
-from twinspect.files import replacing
+from twinspect.config import ModelConfig, RunConfig
+from twinspect.decide.decision import Decision
+from twinspect.errors import NONSENSE, BundleError, ConfigError
+from twinspect.types import Skipped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twinspect.models.contract import AnomalyModel
+    from twinspect.models.teachers import Teacher
+    from twinspect.training.outcome import GoodImages
 
 FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 _SIGNATURE = "signature.txt"
+_TEACHER = "teacher."
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 _MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like that
+
+
+# ------------------------------------------------------------------------------------------------ the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,7 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
     """Write a bundle atomically: a crash or a full disk leaves no half-written file under the name.
 
     Raises:
-        BundleError: the folder cannot be written.
+        OutputError: it cannot be written there.
     """
     head = {"format": FORMAT, "twinspect": __version__, **meta}
     parts = {_META: json.dumps(head, indent=1, allow_nan=False).encode(), _TENSORS: tensors}
@@ -65,27 +80,29 @@ def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: by
     _write(path, {**parts, _HASHES: json.dumps(hashes).encode()})
 
 
+def add_signature(path: Path, signature: str) -> None:
+    """Write a bundle anew, with a signature. Raises as `write_bundle`."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: _member(file, name) for name in file.namelist()}
+    _write(path, {**members, _SIGNATURE: signature.encode()})
+
+
 def _write(path: Path, members: Mapping[str, bytes]) -> None:
-    with replacing(path, BundleError) as raw, zipfile.ZipFile(raw, "w") as file:
+    with files.replacing(path) as raw, zipfile.ZipFile(raw, "w") as file:
         for name, body in members.items():
             # Level 9 takes three times as long, for 1 % less.
             file.writestr(zipfile.ZipInfo(name), body, zipfile.ZIP_DEFLATED, compresslevel=1)
 
 
-def add_signature(path: Path, signature: str) -> None:
-    """Write a bundle anew, with a signature.
-
-    Raises:
-        BundleError: the folder cannot be written.
-    """
-    with zipfile.ZipFile(path) as file:
-        members = {name: _member(file, name) for name in file.namelist() if name != _SIGNATURE}
-    _write(path, {**members, _SIGNATURE: signature.encode()})
-
-
 def refuse_unwritable(path: Path) -> None:
     """As `files.refuse_unwritable`, for a bundle; called before training, so that no work is lost."""
-    files.refuse_unwritable(path, "--out", f"model{SUFFIX}", _looks_like_bundle, BundleError)
+    files.refuse_unwritable(path, "--out", f"model{SUFFIX}", _looks_like_bundle)
+
+
+def _looks_like_bundle(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(64)
+    return head[:2] == b"PK" and _META.encode() in head
 
 
 def keep_old(path: Path) -> str:
@@ -101,12 +118,6 @@ def keep_old(path: Path) -> str:
     return f"kept the model that was there as {backup} (--force keeps none)"
 
 
-def _looks_like_bundle(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(64)
-    return head[:2] == b"PK" and _META.encode() in head
-
-
 def read_bundle(path: Path) -> BundleContent:
     """Read and verify a bundle.
 
@@ -115,17 +126,15 @@ def read_bundle(path: Path) -> BundleContent:
     """
     if not path.is_file():
         raise BundleError(f"no such bundle: {path}. Make one with: twinspect fit DATA --out {path}")
-    parts, signature = {}, ""
     try:
         with zipfile.ZipFile(path) as file:
-            parts[_META] = _member(file, _META)
+            parts = {_META: _member(file, _META)}
             meta = json.loads(parts[_META])
             _refuse_other_format(path, int(meta["format"]), str(meta["twinspect"]))
             names = file.namelist()
             parts |= {name: _member(file, name) for name in (_TENSORS, _MEMORY) if name in names}
             hashes = dict(json.loads(_member(file, _HASHES)))
-            if _SIGNATURE in names:
-                signature = _member(file, _SIGNATURE).decode("ascii", "replace")
+            signature = _member(file, _SIGNATURE).decode("ascii", "replace") if _SIGNATURE in names else ""
     except _NOT_WHOLE as error:
         raise BundleError(
             f"{path} is not a whole bundle (truncated or another kind of file: {error}); copy it again"
@@ -153,3 +162,124 @@ def _refuse_other_format(path: Path, version: int, writer: str) -> None:
     if version < FORMAT:
         raise BundleError(f"{told}, whose statistics it lacks. Train it again: twinspect fit DATA --out {path}")
     raise BundleError(f"{told}. Type: pip install --upgrade twinspect")
+
+
+# ----------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A trained model and the record of how it came to be."""
+
+    model: AnomalyModel
+    decision: Decision
+    config: RunConfig
+    record: dict[str, Any] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
+    good: GoodImages | None = None  # of a model that was just trained
+    memory: bytes = b""  # what further images can be added to; see `training.outcome`
+
+
+def teacher_of(config: ModelConfig) -> Teacher:
+    """The teacher that a configuration asks for."""
+    from twinspect.models.teachers import create_teacher
+
+    return create_teacher(config.teacher, config.weights or None, config.pretrained)
+
+
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
+    """The untrained model of a configuration; weights of the students follow torch's global seed."""
+    import torch
+
+    from twinspect.models.contract import build_family
+
+    model = build_family(teacher or teacher_of(config), config)
+    model.teacher.net.to(memory_format=torch.channels_last)
+    return model
+
+
+def model_id(model: AnomalyModel) -> str:
+    """Name of a trained model: hash of its normal statistics, which no two trainings share."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.scorer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
+    """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash.
+
+    Raises:
+        OutputError: it cannot be written there.
+        ConfigError: thin, and the teacher is random.
+    """
+    from safetensors.torch import save as to_bytes
+
+    if thin and not fitted.config.model.pretrained:
+        raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
+    state = fitted.model.state_dict()
+    tensors = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
+    config, decision = fitted.config.to_dict(), fitted.decision.to_dict()
+    meta = {"config": config, "record": fitted.record, "decision": decision, "thin": thin}
+    write_bundle(path, meta, to_bytes(tensors), fitted.memory)
+    return path
+
+
+def load(path: Path, weights: str = "") -> Fitted:
+    """Read a bundle back.
+
+    Raises:
+        BundleError: not a whole bundle, or the teacher at hand is not the one it was made with.
+        WeightsError: a thin bundle, and its teacher is not on this disk.
+    """
+    from safetensors import SafetensorError
+
+    content = read_bundle(path)
+    try:
+        return _rebuild(content, path, weights)
+    except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
+        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
+
+
+def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
+    from safetensors.torch import load as from_bytes
+
+    from twinspect.models.teachers import create_teacher
+
+    meta = content.meta
+    config, record = RunConfig.from_dict(meta["config"]), meta["record"]
+    tensors = from_bytes(content.tensors)
+    made_with, thin = record["teacher"], bool(meta["thin"])
+    teacher = create_teacher(made_with["name"], weights or None, pretrained=thin and config.model.pretrained)
+    model = build_model(config.model, teacher)
+    model.roi_SS = tensors.get("roi_SS")
+    _resize_buffers(model, tensors)
+    needed = model.state_dict()
+    missing = [key for key in needed if key not in tensors and not (thin and key.startswith(_TEACHER))]
+    if missing or any(key not in needed for key in tensors):
+        raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
+    model.load_state_dict(tensors, strict=False)
+    model.eval()
+    if (teacher_hash := model.teacher.hash()) != made_with["hash"]:
+        raise BundleError(
+            f"{path} was made with teacher {made_with['name']} of hash {made_with['hash']}, but the teacher on "
+            f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
+        )
+    model.teacher.weights = made_with["weights"]
+    decision = Decision.from_dict(meta["decision"], str(path))
+    if decision.model_id != (id_of_model := model_id(model)):
+        raise BundleError(
+            f"{path}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one is "
+            f"{id_of_model}); scores of two models cannot be compared. Type: twinspect calibrate BUNDLE GOOD"
+        )
+    return Fitted(model, decision, config, record, memory=content.memory)
+
+
+def _resize_buffers(model: AnomalyModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give statistics buffers the sizes of the stored ones: their number of clusters is learnt."""
+    for name, buffer in list(model.named_buffers()):
+        stored = tensors.get(name)
+        if stored is not None and stored.shape != buffer.shape:
+            owner, _, buffer_name = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(buffer_name, stored.new_empty(stored.shape))

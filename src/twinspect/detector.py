@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from twinspect.bundle import Fitted
     from twinspect.inference.predictor import Predictor
-    from twinspect.storage import Fitted
     from twinspect.types import Progress, Skipped
 
 
@@ -271,7 +271,7 @@ class Detector:
 
     def save(self, path: str | Path, thin: bool = False) -> Path:
         """Write one bundle file and return its path; ``thin`` leaves the teacher's weights out."""
-        from twinspect.storage import save
+        from twinspect.bundle import save
 
         return save(self.fitted, Path(path), thin)
 
@@ -282,7 +282,7 @@ class Detector:
         Raises:
             BundleError: damaged, tampered with, too new, or the teacher on this disk is another one.
         """
-        from twinspect.storage import load
+        from twinspect.bundle import load
 
         fitted = load(Path(path), str(weights))
         detector = cls(config=fitted.config)

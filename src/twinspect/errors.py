@@ -6,6 +6,7 @@ TwinspectError                 everything a user can cause or meet
 |   `-- ImageError             one image file that cannot be used
 |-- WeightsError               a teacher's weights: absent, wrong, damaged
 |-- BundleError                a saved model: damaged, tampered, too new, wrong teacher
+|-- OutputError                a result that cannot be written where it should go
 `-- TrainingError              training cannot go on (non-finite loss, wrong checkpoint)
 """
 
@@ -37,6 +38,10 @@ class WeightsError(TwinspectError):
 
 class BundleError(TwinspectError):
     """A saved model is damaged, tampered with, too new, or needs another teacher."""
+
+
+class OutputError(TwinspectError):
+    """A file or folder cannot be written."""
 
 
 class TrainingError(TwinspectError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TextIO
 
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, OutputError
 
 # UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 _MARKS = {
@@ -22,14 +22,20 @@ _MARKS = {
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
     """A text file, opened in the encoding that its byte order mark names, else UTF-8; arguments as of `open`.
 
-    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16. Raises DataError if it cannot be read.
+    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16.
+
+    Raises:
+        DataError: it cannot be read, or begins as no text does.
     """
     try:
         with path.open("rb") as file:
             head = file.read(4)
-        if errors != "strict" and _encoding(head) != "utf-8":
+        encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+        if encoding == "utf-8" and b"\0" in head:
+            raise DataError(f"{path}: not UTF-8 text (it begins with zero bytes); save it as UTF-8")
+        if errors != "strict" and encoding != "utf-8":
             errors = "replace"  # surrogate escapes stand for single bytes, which UTF-16 does not have
-        return path.open(encoding=_encoding(head), errors=errors, newline=newline)
+        return path.open(encoding=encoding, errors=errors, newline=newline)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -51,20 +57,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _encoding(head: bytes) -> str:
-    for mark, name in _MARKS.items():
-        if head.startswith(mark):
-            return name
-    if b"\0" in head[:2] and len(head) > 1 and head[:2] != b"\0\0":  # ASCII characters in UTF-16 without a mark
-        return "utf-16-be" if head[0] == 0 else "utf-16-le"
-    return "utf-8"
-
-
 @contextmanager
-def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write. It takes its name when it is whole, so that a crash or a full disk leaves the old one.
 
-    A device or pipe is written as it is. The file's folder is made. ``error`` is raised where it cannot be written.
+    A device or pipe is written as it is. The file's folder is made.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     draft = _draft(path)
     try:
@@ -77,7 +77,7 @@ def replacing(path: Path, error: type[TwinspectError] = TwinspectError) -> Itera
         if draft != path:
             os.replace(draft, path)
     except OSError as reason:
-        raise error(f"{path} cannot be written ({reason.strerror or reason})") from None
+        raise OutputError(f"{path} cannot be written ({reason.strerror or reason})") from None
     finally:
         if draft != path:
             with suppress(OSError):
@@ -91,32 +91,31 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def refuse_unwritable(
-    path: Path,
-    option: str,
-    example: str = "",
-    ours: Callable[[Path], bool] | None = None,
-    error: type[TwinspectError] = ConfigError,
-) -> None:
+def refuse_unwritable(path: Path, option: str, example: str = "", ours: Callable[[Path], bool] | None = None) -> None:
     """Find out before the work whether its result can be written; the result's folder is made.
 
-    ``error`` is raised where the folder cannot be made or written, or the name is taken by a folder or by a file that
-    is not ``ours``, so that it must not be replaced. It names the option and, to who named a folder, an example.
+    Args:
+        path: of the result.
+        option: of the command line that names the path.
+        example: of a file's name, for people who named a folder.
+        ours: whether a file that is there may be replaced; None: every one.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or the name is taken by a folder or another file.
     """
     other = f"choose another {option}"
     try:
         if path.is_dir():
-            raise error(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
-        special = path.exists() and not path.is_file()
-        why = "" if special else why_unwritable(path.parent, path.name)
+            raise OutputError(f"{path} is a folder; {other}" + (f", such as {path / example}" if example else ""))
+        why = "" if _is_special(path) else why_unwritable(path.parent, path.name)
         if path.exists() and not os.access(path, os.W_OK):
             why = "no permission"
         if why:
-            raise error(f"{path} cannot be written ({why}); {other}")
+            raise OutputError(f"{path} cannot be written ({why}); {other}")
         if ours is not None and path.is_file() and path.stat().st_size and not ours(path):
-            raise error(f"{path} exists and holds something else; move it away, or {other}")
+            raise OutputError(f"{path} exists and holds something else; move it away, or {other}")
     except OSError as reason:
-        raise error(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
+        raise OutputError(f"{path} cannot be written ({reason.strerror or reason}); {other}") from None
 
 
 def lock(path: Path, busy: str) -> IO[str]:
@@ -151,8 +150,12 @@ def why_unwritable(folder: Path, name: str = "probe") -> str:
 
 
 def _draft(path: Path) -> Path:
-    special = path.exists() and not path.is_file()
-    return path if special else path.with_name(f"{path.name}.{os.getpid()}.new")
+    return path if _is_special(path) else path.with_name(f"{path.name}.{os.getpid()}.new")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, which is written as it is."""
+    return path.exists() and not path.is_file()
 
 
 def cache_home() -> Path:

@@ -1,6 +1,8 @@
 """Plain folders and mixed roots: each class by what its names say, no defect or mask learnt, nothing lost unsaid."""
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -150,20 +152,15 @@ def test_any_order_of_part_and_kind(tmp_path: Path) -> None:
 
 
 def test_products_in_names(tmp_path: Path) -> None:
-    found = load(tree(tmp_path / "a", bottle_good=3, bottle_bad=1, cap_good=4, cap_bad=2))
-    assert {name: (row.train, row.test_defect) for name, row in found.counts.items()} == {
-        "bottle": (3, 1),
-        "cap": (4, 2),
-    }
-    beside = load(tree(tmp_path / "b", bottle=3, bottle_bad=1, cap=4, **{"*bottle_mask/{:03d}.png": 1}))
-    assert {name: (row.train, row.test_defect, row.masks) for name, row in beside.counts.items()} == {
-        "bottle": (3, 1, 1),
-        "cap": (4, 0, 0),
-    }
+    with pytest.raises(DataError, match="bottle_good, cap_good are good images of several products; give each"):
+        load(tree(tmp_path / "a", bottle_good=3, bottle_bad=1, cap_good=4, cap_bad=2))
+    with pytest.raises(DataError, match=r"train_cap are good images of several products"):
+        load(tree(tmp_path / "f", train_bottle=3, test_bottle=1, train_cap=4, test_cap=2))
+    for name, beside in (("b", {"bottle_bad": 1}), ("c", {"NG/bottle": 1, "NG/cap": 2})):
+        with pytest.raises(DataError, match="its name says defects, and not of which class; move it into the folder"):
+            load(tree(tmp_path / name, bottle=3, cap=4, **beside))
     one = load(tree(tmp_path / "casting", ok_front=3, def_front=2))
     assert [(name, row.train, row.test_defect) for name, row in one.counts.items()] == [("casting", 3, 2)]
-    by_class = load(tree(tmp_path / "c", bottle=3, cap=3, **{"NG/bottle": 1, "NG/cap": 2}))
-    assert [row.test_defect for row in by_class.counts.values()] == [1, 2]
     label = load(tree(tmp_path / "d", **{"label/train/good": 3, "label/test/bad": 1, "cap/train/good": 3}))
     assert learnt(label) == {"label/train/good", "cap/train/good"}
     assert learnt(tree(tmp_path / "e", test_tube=3, bottle=3)) == {"test_tube", "bottle"}
@@ -247,10 +244,12 @@ def test_masks_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
     tree(
         tmp_path, **{"good": 2, "bad": 1, "*good/{:03d}_mask.png": 1, "*ground_truth/dent": 1, "*good/9{}_gt.png": 1}
     )
-    found = {path.name: reason for path, reason in load(tmp_path).skipped}
-    assert found["000_mask.png"] == "masks of good images are not needed"
-    assert found["dent"] == "masks of a kind that has no images"
-    assert found["90_gt.png"] == "a mask by its name, of an image that is not there"
+    found = {path.relative_to(tmp_path).as_posix(): reason for path, reason in load(tmp_path).skipped}
+    assert found == {
+        "good/000_mask.png": "masks of good images are not needed",
+        "ground_truth/dent/000.png": "mask without image",
+        "good/90_gt.png": "a mask by its name, of an image that is not there",
+    }
 
 
 # ------------------------------------------------------------------------------------ tables and other files
@@ -272,27 +271,32 @@ def test_labels_beside_images(tmp_path: Path, name: str, head: str, good: str, b
     separator = next(c for c in ",;\t" if c in head)
     rows = [f"{number:03d}.png{separator}{bad if number == 3 else good}" for number in range(4)]
     (tmp_path / name).write_text("\n".join([head, *rows]))
-    found = load(tmp_path)
-    assert seen(found) == {(".", "train", 0): 3, (".", "test", 1): 1}
-    assert found.skipped == ((tmp_path / "004.png", "an image that the table of labels does not list"),)
+    with pytest.raises(DataError, match="a table of labels; to read it, give it in place of the folder") as stopped:
+        load(tmp_path)
+    table = Path(re.search(r"in place of the folder: (.*)", str(stopped.value))[1])
+    assert Counter((s.split, s.label) for s in load(table).samples) == {("train", 0): 3, ("test", 1): 1}
 
 
 def test_tables_and_folders(tmp_path: Path) -> None:
     rows = "image,label\nimages/000.png,0\nimages/001.png,1\n"
-    assert seen(tree(tmp_path / "a", **{"images": 2, "labels.csv": rows})) == {
-        ("images", "train", 0): 1,
-        ("images", "test", 1): 1,
-    }
-    bare = tree(tmp_path / "b", **{"images": 2, "labels.csv": rows.replace("images/", "")})
-    assert len(load(bare).samples) == 2
-    parted = tree(tmp_path / "c", train=2, test=2, **{"train.csv": "image,label\ntrain/000.png,0\ntrain/001.png,0\n"})
-    tree(parted, **{"test.csv": "image,label\ntest/000.png,1\ntest/001.png,0\n"})
-    assert seen(parted) == {("train", "train", 0): 2, ("test", "test", 1): 1, ("test", "test", 0): 1}
+    for name, text in (("a", rows), ("b", rows.replace("images/", ""))):
+        table = tree(tmp_path / name, **{"images": 2, "labels.csv": rows}) / "labels.csv"
+        table.write_text(text)
+        assert [(s.split, s.label) for s in load(table).samples] == [("train", 0), ("test", 1)]
     stated = load(tree(tmp_path / "d", **PART, **{"labels.csv": "image,label\ntest/bad/000.png,0\n"}))
     assert seen(stated)["test/bad", "test", 1] == 2
-    assert any("labels.csv is not used" in note for note in stated.notes)
-    per_class = load(tree(tmp_path / "e", **part("x", **PART), y=2, **{"y/labels.csv": "file,label\n000.png,NG\n"}))
-    assert learnt(per_class) == {"x/train/good"}
+    assert dict(stated.skipped)[stated.root / "labels.csv"].startswith("not used: the names of folders say")
+    per_class = tree(tmp_path / "e", **part("x", **PART), y=2, **{"y/labels.csv": "file,label\n000.png,NG\n"})
+    with pytest.raises(DataError, match=r"labels\.csv: a table of labels;(.|\n)* --layout folder to leave them out"):
+        load(per_class)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "a/meta.json", "labels.csv"])
+def test_a_list_beside_folders_that_say_all_is_not_missed(tmp_path: Path, name: str) -> None:
+    text = "image,label\na/test/bad/000.png,1\n" if name.endswith("csv") else '{"train": {}, "test": {}}'
+    found = load(tree(tmp_path, **SIX, **{name: text}))
+    assert found.layout == "mvtec-ad"
+    assert found.skipped == ((tmp_path / name, "not used: the names of folders say which images are good"),)
 
 
 @pytest.mark.parametrize(
@@ -301,9 +305,9 @@ def test_tables_and_folders(tmp_path: Path) -> None:
         ("train.json", '{"filename": "000.png", "label": 1},\n{broken', "train.json line 2: not valid JSON"),
         ("meta.json", '{"train": {},}', "meta.json: not valid JSON"),
         ("manifest.csv", 'image,label\n"000.png,0\n', "manifest.csv line .*: not valid CSV"),
-        ("labels.csv", 'image,label\n"000.png,0\n', "labels.csv line .*: not valid CSV"),
-        ("labels.csv", "image,label\nnone.png,0\n", "labels.csv: 1 of 1 rows cannot be used"),
-        ("labels.csv", "image,label\n000.png,bottle\n", "label is 'bottle'"),
+        ("labels.csv", 'image,"label\n"000.png,0\n', "labels.csv line .*: not valid CSV"),
+        ("labels.csv", 'image,label\n"000.png,0\n', "labels.csv: a table of labels; to read it, give it in place"),
+        ("labels.csv", "image,label\nnone.png,0\n", "labels.csv: a table of labels"),
         ("annotations.json", "{}", "annotations.json: it seems to list images, and it is not read"),
         ("labels.xlsx", "PK", "labels.xlsx: it seems to list images"),
         ("labels/000.txt", "0 0.5 0.5 0.1 0.1", "labels: labels that are no pictures are not read, such as 000.txt"),
@@ -342,11 +346,11 @@ def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_words_about_what_is_not_read(tmp_path: Path) -> None:
     for name, content, message in (
         ("a", "x.heic", r"x\.heic is in a format that is not read; save such pictures as PNG or JPEG"),
-        ("b", "x.zip", r"Unpack x\.zip first"),
+        ("b", "x.zip", r"x\.zip is an archive: unpack it, and give the folder"),
     ):
         with pytest.raises(DataError, match=message):
             load(tree(tmp_path / name, **{content: "x"}))
-    with pytest.raises(DataError, match="It is an archive: unpack it, and give the folder"):
+    with pytest.raises(DataError, match=r"x\.zip is an archive: unpack it, and give the folder"):
         load(tmp_path / "b" / "x.zip")
     with pytest.raises(DataError, match="It is one image: give the folder of many"):
         load(tree(tmp_path / "c", **{"{:03d}.png": 1}) / "000.png")

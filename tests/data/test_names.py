@@ -2,7 +2,7 @@
 
 import pytest
 
-from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, is_of_product, meaning, meaning_of_file, role_of
+from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_file, role_of
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,6 @@ def test_what_is_left_names_the_product() -> None:
     assert not meaning("0").plain  # may as well be a label
     assert all(meaning(name).plain for name in ("raw", "backup", "golden", "reference 2", "tmp", "predictions"))
     assert not meaning("golden_retriever").plain
-    assert is_of_product("apple black rot", "apples")
-    assert not is_of_product("pineapple", "apple")
 
 
 def test_files() -> None:

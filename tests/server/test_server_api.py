@@ -68,14 +68,12 @@ def test_the_body_may_be_the_image(server: Running, kind: str) -> None:
     [
         ("filename*=utf-8''geh%C3%A4use.png", "gehäuse.png"),  # requests with urllib3 1
         ("filename=\"=?utf-8?B?Z2Vow6R1c2UucG5n?=\"; filename*=utf-8''geh%C3%A4use.png", "gehäuse.png"),  # .NET
-        ('filename="=?UTF-8?Q?geh=C3=A4use.png?="', "gehäuse.png"),
         ("filename*=ISO-8859-1'de'geh%E4use.png; filename=gehause.png", "gehäuse.png"),
         ("FileName*0*=utf-8''geh%C3%A4; filename*1=\"use.png\"", "gehäuse.png"),
         ('filename="gehäuse; 2.png"', "gehäuse; 2.png"),
         ("filename*=utf-8''..%2F..%2Fetc%2Fpasswd%00%0A.png", "passwd  .png"),
         ("filename*=no-such-code''a%FF.png", "aÿ.png"),
         ("filename*=plain.png", "plain.png"),
-        ('filename="=?utf-8?B?not base64?="', "=?utf-8?B?not base64?="),
         ('filename=""', "image-0"),
     ],
 )
@@ -87,24 +85,9 @@ def test_every_way_to_write_a_name_is_read(server: Running, disposition: str, na
     assert [one["name"] for one in answer.json["results"]] == [name]
 
 
-def test_a_part_that_names_its_kind_but_no_file_is_an_image(server: Running) -> None:
-    head = f"--{BOUNDARY}\r\nContent-Type: image/png\r\ncontent-disposition: form-data; name=file\r\n\r\n"
-    body = head.encode() + encoded() + f"\r\n--{BOUNDARY}--\r\n".encode()
-    kind = {"Content-Type": f'Multipart/Form-Data; Boundary="{BOUNDARY}"; charset=utf-8'}
-    answer = server.ask("POST", "/v1/predict", body, kind)
-    assert [one["name"] for one in answer.json["results"]] == ["image-0"]
-
-
-@pytest.mark.parametrize(
-    ("header", "value"),
-    [
-        ("X-Filename", "gehäuse.png".encode()),
-        ("X-Filename", "gehäuse.png".encode("latin-1")),
-        ("Content-Disposition", b"attachment; filename*=utf-8''geh%C3%A4use.png"),
-    ],
-)
-def test_names_beside_a_body_that_is_the_image(server: Running, header: str, value: bytes) -> None:
-    answer = server.post_raw(encoded(), **{header: value})
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_the_name_beside_a_body_that_is_the_image(server: Running, encoding: str) -> None:
+    answer = server.post_raw(encoded(), **{"X-Filename": "gehäuse.png".encode(encoding)})
     assert answer.json["results"][0]["name"] == "gehäuse.png"
 
 
@@ -324,6 +307,9 @@ def test_forms_that_cannot_be_read_are_refused(server: Running) -> None:
     body, _ = form(("a.png", encoded()), ("b.png", encoded()))
     for cut in (1, 5, 100, len(body) // 2):  # the last image was passed over once
         assert server.ask("POST", "/v1/predict", body[: -4 - cut], headers).code == "bad_form"
+    named = body.replace(b'; filename="a.png"', b"").replace(b'; filename="b.png"', b"")
+    unnamed = server.ask("POST", "/v1/predict", named, headers)
+    assert "'file' with text, 'file' with text; type: curl -F file=@" in unnamed.json["error"]["message"]
     for kind in ("multipart/form-data", "multipart/form-data; boundary=somethingelse"):
         assert server.ask("POST", "/v1/predict", body, {"Content-Type": kind}).code in ("bad_form", "no_image")
     assert server.ask("POST", "/v1/predict", b"", headers).code in ("bad_form", "no_image")

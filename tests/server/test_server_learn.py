@@ -17,8 +17,7 @@ from twinspect.cli import app
 from twinspect.decide.decision import Decision
 from twinspect.decide.recalibrate import Request, recalibrate
 from twinspect.errors import ConfigError, DataError
-from twinspect.server.learn import label_of, learn, milliseconds
-from twinspect.server.log import Inspection, InspectionLog
+from twinspect.server.log import Inspection, InspectionLog, label_of, learn, milliseconds
 
 
 def fill(log: InspectionLog, scores, model_id: str = "bright", start: int = 0, class_name: str = "part") -> list[int]:

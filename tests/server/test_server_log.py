@@ -42,7 +42,7 @@ def test_a_full_disk_is_said_nothing_half_is_kept_and_the_log_works_again(log: I
 
     with pytest.raises(LogError, match="full") as found:
         fill()
-    assert found.value.full
+    assert (found.value.status, found.value.code) == (507, "log_full")
     assert len(log.query(Filter(limit=500))) == kept
     limits[0] = 100_000
     assert len(log.append([row()])) == 1

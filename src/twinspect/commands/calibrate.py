@@ -93,8 +93,7 @@ def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> 
     from twinspect.server import refuse_missing
 
     refuse_missing(("sqlalchemy",))
-    from twinspect.server.learn import learn
-    from twinspect.server.log import InspectionLog
+    from twinspect.server.log import InspectionLog, learn
 
     log = InspectionLog(options.from_log, create=False)
     try:

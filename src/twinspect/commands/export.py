@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
+from twinspect.bundle import load
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 from twinspect.export import build
 from twinspect.export.parity import TOLERANCES, ParityError, load_images
 from twinspect.inference.runtimes import companion
-from twinspect.storage import load
 
 
 def export(options: ExportCommandOptions, console: Console) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import files
-from twinspect.bundle import keep_old, refuse_unwritable
+from twinspect.bundle import Fitted, keep_old, load, refuse_unwritable, save
 from twinspect.commands import results
 from twinspect.commands.calibrate import threshold_lines
 from twinspect.commands.info import outlier_lines
@@ -21,7 +21,6 @@ from twinspect.data.samples import read_roi
 from twinspect.errors import ConfigError
 from twinspect.inference.tiles import Tiles, reach
 from twinspect.models.weights import explain_auto, resolve_auto
-from twinspect.storage import Fitted, load, save
 from twinspect.training.distributed import joined
 from twinspect.training.fit import fit as train
 from twinspect.training.fit import fitting_tiles

@@ -19,7 +19,7 @@ from twinspect.metrics import METRICS
 from twinspect.report import Section, Table, write_report
 
 if TYPE_CHECKING:
-    from twinspect.storage import Fitted
+    from twinspect.bundle import Fitted
 
 SUFFIXES = (".md", ".html", ".json")
 WRITER = f"twinspect {__version__}"

@@ -10,7 +10,7 @@ from twinspect.commands.options import ServeOptions, SignOptions
 from twinspect.console import Console
 from twinspect.errors import ConfigError
 from twinspect.server import refuse_missing
-from twinspect.server.settings import Settings
+from twinspect.server.settings import Settings, named_paths, read_key
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
@@ -22,8 +22,6 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
     from twinspect.inference import load
     from twinspect.server.app import build_app
     from twinspect.server.log import InspectionLog
-    from twinspect.server.models import named_paths
-    from twinspect.server.run import read_key
     from twinspect.server.run import serve as serve_app
     from twinspect.signature import verified
 

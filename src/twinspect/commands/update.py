@@ -30,7 +30,7 @@ def update(options: UpdateOptions, console: Console) -> None:
 
 
 def _learn(bundle: Path, new: Path, options: UpdateOptions, console: Console) -> None:
-    from twinspect.storage import load, save
+    from twinspect.bundle import load, save
     from twinspect.training.update import update as learn
 
     out = options.out or bundle

@@ -6,7 +6,6 @@ A new layout is one function and one row of ``DATASETS``.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
@@ -14,27 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from twinspect.data import folders, listed, semantic
-from twinspect.data.images import UNREAD_SUFFIXES, count_pictures, is_image
+from twinspect.data.images import UNREAD_SUFFIXES, count_pictures
 from twinspect.data.manifest import find_manifests, manifest
-from twinspect.data.names import BAD, MASK, meaning
-from twinspect.data.scan import (
-    ScanLog,
-    existing_folder,
-    existing_root,
-    files_in,
-    first_lines,
-    folder_name,
-    has_images_below,
-    listing,
-    looking_anew,
-    subfolders,
-    walk,
-)
+from twinspect.data.names import BAD, MASK
+from twinspect.data.scan import Folder, ScanLog, existing, first_lines
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.errors import listed as shortened
 from twinspect.types import TEST, Sample
 
-__all__ = ["DATASETS", "ClassCounts", "Dataset", "Loaded", "ScanLog", "detect", "load"]
+__all__ = ["DATASETS", "ClassCounts", "Dataset", "Folder", "Loaded", "ScanLog", "detect", "load"]
 
 _TEST_ROLES = {0: "test_good", 1: "test_defect", None: "test_unknown"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
@@ -119,54 +106,60 @@ def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
 class Dataset:
     """A layout on disk.
 
-    ``read(folder, log)`` gives the samples of a folder. A layout of list files is read file by file:
-    ``read(file, log, base)``, where ``base`` is the folder that paths in it are relative to, or None.
+    Attributes:
+        needed: what must be in a folder, in words.
+        looks_like: whether a folder, or a file, has this layout.
+        read: ``read(folder, log)`` gives the samples of a folder. A layout of list files is read file by file:
+            ``read(file, log, images)``, where ``images`` is the folder that paths in it are relative to, or None.
+        find: of list files: those in a folder. None for any other layout.
+        names_images: whether images are named in a list, so that folders of others must be a mistake.
     """
 
+    needed: str
+    looks_like: Callable[[Folder], bool]
     read: Callable[..., list[Sample]]
-    looks_like: Callable[[Path], bool]  # whether a folder or file has this layout
-    listed: bool = False  # whether images are named in a list, so that folders of others must be a mistake
-    find: Callable[[Path], list[Path]] | None = None  # of list files: those at a path, itself or in it
-    needed: str = ""  # of list files: what must be in a folder, in words
+    find: Callable[[Folder], list[Path]] | None = None
+    names_images: bool = False
 
 
-def _is(layout: str, root: Path) -> bool:
-    return folders.layout_of(root) == layout
+def _parts(layout: str, needed: str) -> Dataset:
+    return Dataset(
+        needed, lambda root: folders.layout_of(root) == layout, partial(folders.read_folders, layout=layout)
+    )
 
 
-def _lists(read: Callable[..., list[Sample]], find: Callable[[Path], list[Path]], needed: str) -> Dataset:
-    return Dataset(read, lambda root: bool(find(root)), True, find, needed)
+def _lists(needed: str, find: Callable[[Folder], list[Path]], read: Callable[..., list[Sample]]) -> Dataset:
+    return Dataset(needed, lambda root: bool(find(root)), read, find, names_images=True)
 
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "manifest": _lists(manifest, find_manifests, "manifest.parquet or manifest.csv"),
-    "real-iad": Dataset(listed.real_iad, listed.looks_like_real_iad, listed=True),
-    "visa": Dataset(listed.visa, listed.looks_like_visa, listed=True),
-    **{
-        name: Dataset(partial(folders.read_folders, layout=name), partial(_is, name))
-        for name in (folders.MVTEC_AD_2, folders.MVTEC_LOCO, folders.MVTEC_AD)
-    },
-    "meta-json": _lists(listed.meta_json, listed.find_meta_json, "meta.json"),
-    "uniad-json": _lists(listed.uniad_json, listed.find_uniad_json, "train.json or test.json with filename"),
-    "anomalib": _lists(listed.anomalib, listed.find_anomalib, "YAML file with normal_dir"),
-    "lookout": _lists(listed.lookout, listed.find_lookout, "manifest with source-ref"),
-    **{image_set.name: Dataset(image_set.read, image_set.looks_like) for image_set in semantic.SETS},
-    folders.FOLDER: Dataset(folders.read_folders, partial(_is, folders.FOLDER)),
+    "manifest": _lists("manifest.parquet or manifest.csv", find_manifests, manifest),
+    "real-iad": _lists("realiad_jsons/<class>.json", listed.find_real_iad, listed.real_iad),
+    "visa": Dataset(
+        "split_csv/1cls.csv, or 1cls/<class>/train/good", listed.looks_like_visa, listed.visa, names_images=True
+    ),
+    folders.MVTEC_AD_2: _parts(folders.MVTEC_AD_2, "<class>/test_public/{good,bad}"),
+    folders.MVTEC_LOCO: _parts(folders.MVTEC_LOCO, f"<class>/test/{folders.LOGICAL}"),
+    folders.MVTEC_AD: _parts(folders.MVTEC_AD, "<class>/train/good, <class>/test/<kind>"),
+    "meta-json": _lists("meta.json", listed.find_meta_json, listed.meta_json),
+    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
+    "anomalib": _lists("YAML file with normal_dir", listed.find_anomalib, listed.anomalib),
+    "lookout": _lists("manifest with source-ref", listed.find_lookout, listed.lookout),
+    **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},
+    folders.FOLDER: _parts(folders.FOLDER, "good images, or good/ and folders of defects"),
 }
 
 
-@looking_anew()
 def detect(root: Path | str) -> str:
     """Name of the layout found at ``root``, a key of ``DATASETS``.
 
     Raises:
         DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
     """
-    return _locate(existing_root(root))[0]
+    return _locate(_opened(root))[0]
 
 
-@looking_anew()
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:
     """Read the data set at ``root``; ``layout`` is a key of ``DATASETS``, or ``auto`` to recognise it.
 
@@ -178,127 +171,120 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
         ConfigError: the layout's name is unknown, or ``images`` is given for a layout without a list.
         DataError: the data cannot be read as that layout, or hold no image.
     """
-    if layout != "auto" and layout not in DATASETS:
+    if layout not in ("auto", *DATASETS):
         raise ConfigError(unknown_name("layout", layout, ["auto", *DATASETS]))
-    given = existing_root(root)
-    given = existing_folder(given) if os.path.isdir(given) else given
+    given = _opened(root)
     if layout == "auto":
         name, place = _locate(given)
-        _refuse_own_name(name, place)
     else:
         name = layout
         place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
     log = ScanLog()
     samples = _known_labels(_read(name, place, images, log), log)
-    _unnamed_folders(name, place, samples, log)
+    if DATASETS[name].names_images:
+        _unnamed_folders(place, samples, log)
     if log.undecided and layout == "auto":
-        raise DataError(_undecided(name, place, samples, log))
+        classes = len({sample.class_name for sample in samples})
+        raise DataError(
+            f"{place.path}: {f'{classes} classes can be read, and ' if samples else ''}these cannot be used as they "
+            f"are:{first_lines(f'{path}: {reason}' for path, reason in log.undecided.items())}"
+            + (f"\nMend that, or type --layout {name} to leave them out" if samples else "")
+        )
     if not samples:
-        reasons = first_lines(f"{path}: {reason}" for path, reason in log.skipped)
-        raise DataError(f"{place}: no usable image found as {name}; found: {listing(place)}{reasons}")
-    if place != given:
-        log.note(f"{given} only wraps {place.name}, which was read")
+        reasons = first_lines(f"{path}: {reason}" for path, reason in log.skipped.items())
+        raise DataError(
+            f"{place.path}: no usable image found as {name}; found: {place.listing()}. "
+            f"Needed: {DATASETS[name].needed}{reasons}"
+        )
+    if place is not given:
+        log.note(f"{given.path} only wraps {place.name}, which was read")
     _note(samples, log)
-    return Loaded(name, place, tuple(samples), tuple(log.skipped), tuple(log.notes))
+    return Loaded(name, place.path, tuple(samples), tuple(log.skipped.items()), tuple(log.notes))
 
 
-def _read(name: str, place: Path, images: Path | str | None, log: ScanLog) -> list[Sample]:
+def _opened(root: Path | str) -> Folder:
+    folder = Folder(existing(root))
+    if folder.problem:
+        raise DataError(f"{folder.path}: {folder.problem}")
+    return folder
+
+
+def _read(name: str, place: Folder, images: Path | str | None, log: ScanLog) -> list[Sample]:
     dataset = DATASETS[name]
     if dataset.find is None:
         if images is not None:
             lists = ", ".join(other for other, dataset in DATASETS.items() if dataset.find is not None)
             raise ConfigError(f"images={str(images)!r} has no effect on {name}; it is for {lists}")
-        return dataset.read(existing_folder(place), log)
-    paths = dataset.find(place) if os.path.isdir(place) else [place]
-    if not paths:
-        raise DataError(f"{place}: no {dataset.needed} in it; found: {listing(place)}")
-    base = existing_folder(images) if images is not None else None
+        existing(place.path, folder=True)
+        return dataset.read(place, log)
+    paths = [place.path] if place.is_file else dataset.find(place)
+    base = existing(images, folder=True) if images is not None else None
     return [sample for path in paths for sample in dataset.read(path, log, base)]
 
 
-def _locate(root: Path) -> tuple[str, Path]:
+def _locate(root: Folder) -> tuple[str, Folder]:
     for place in _wrapped(root):
         if (name := _known(place)) is not None:
             return name, place
-    several = [f"{sub.name} ({name})" for sub in subfolders(root) if (name := _known(sub)) is not None]
-    if several and folders.find_classes(root, ScanLog()) == []:
-        raise DataError(f"{root}: holds data sets: {', '.join(several)}. Name one of these folders")
-    if os.path.isdir(root) and has_images_below(root):
-        return folders.FOLDER, root
-    raise DataError(
-        f"{root}: no known layout; found: {listing(root)}. {_advice(root)}"
-        f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
-    )
+    several = [f"{sub.name} ({name})" for sub in root.folders if (name := _known(sub)) is not None]
+    if several and not folders.find_classes(root, ScanLog()):
+        raise DataError(f"{root.path}: holds data sets: {', '.join(several)}. Name one of these folders")
+    if root.is_file or not root.has_images_below:
+        raise DataError(
+            f"{root.path}: no known layout; found: {root.listing()}. {_advice(root)}"
+            f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
+        )
+    if root.meant.role in (BAD, MASK) and not root.meant.rest:
+        what = "defects" if root.meant.role == BAD else "masks"
+        raise DataError(
+            f"{root.path}: by its name this is a folder of {what}, and nothing in it says that its images are good. "
+            "If they are, type --layout folder"
+        )
+    return folders.FOLDER, root
 
 
-def _advice(root: Path) -> str:
+def _advice(root: Folder) -> str:
     """What to do about what people give in place of a data set."""
-    if os.path.isfile(root):
-        if root.name.lower().endswith(_ARCHIVES):
-            return "It is an archive: unpack it, and give the folder. "
-        return "It is one image: give the folder of many. " if is_image(root) else ""
-    if archive := next((path.name for path in files_in(root) if path.name.lower().endswith(_ARCHIVES)), ""):
-        return f"Unpack {archive} first. "
-    others = (path for _, _, others in walk(root, ScanLog()) for path in others)
-    if other := next((path.name for path in others if path.suffix.lower() in UNREAD_SUFFIXES), ""):
-        return f"{other} is in a format that is not read; save such pictures as PNG or JPEG. "
+    if root.images:
+        return "It is one image: give the folder of many. "
+    others = [path for here in root.walk(ScanLog()) for path in here.others]
+    if archive := next((path for path in others if path.name.lower().endswith(_ARCHIVES)), None):
+        return f"{archive.name} is an archive: unpack it, and give the folder. "
+    if other := next((path for path in others if path.suffix.lower() in UNREAD_SUFFIXES), None):
+        return f"{other.name} is in a format that is not read; save such pictures as PNG or JPEG. "
     return ""
 
 
-def _known(place: Path) -> str | None:
+def _known(place: Folder) -> str | None:
     return next((name for name, dataset in DATASETS.items() if dataset.looks_like(place)), None)
 
 
-def _wrapped(root: Path) -> list[Path]:
-    """The path itself, then what lies inside as long as there is a single folder (three deep at most)."""
+def _wrapped(root: Folder) -> list[Folder]:
+    """The folder itself, then what lies inside as long as there is a single folder (three deep at most)."""
     chain = [root]
-    while len(chain) < 4 and len(inner := subfolders(chain[-1])) == 1:
-        chain += inner
+    while len(chain) < 4 and len(chain[-1].folders) == 1:
+        chain += chain[-1].folders
     return chain
-
-
-def _refuse_own_name(name: str, root: Path) -> None:
-    """A folder called bad or masks, in which nothing says that its images are good."""
-    meant = meaning(folder_name(root))
-    if name == folders.FOLDER and meant.role in (BAD, MASK) and not meant.rest and not folders.layout_of(root):
-        what = "defects" if meant.role == BAD else "masks"
-        raise DataError(
-            f"{root}: by its name this is a folder of {what}, and nothing in it says that its images are good. If "
-            "they are, type --layout folder"
-        )
 
 
 def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
     """Without what is in a training part and has no label, where others have one: nobody says that it is good."""
     if not any(sample.label is not None for sample in samples):
         return samples  # a semantic set
-    known = []
-    for sample in samples:
-        if sample.split == TEST or sample.label is not None:
-            known.append(sample)
-        else:
-            log.skip(sample.image, "no label, while other images have one; write 0 for good images")
-    return known
+    unknown = [sample for sample in samples if sample.split != TEST and sample.label is None]
+    for sample in unknown:
+        log.skip(sample.image, "no label, while other images have one; write 0 for good images")
+    return [sample for sample in samples if sample.split == TEST or sample.label is not None]
 
 
-def _unnamed_folders(name: str, root: Path, samples: list[Sample], log: ScanLog) -> None:
+def _unnamed_folders(root: Folder, samples: list[Sample], log: ScanLog) -> None:
     """Folders of images of which a list names none."""
-    if not DATASETS[name].listed or not os.path.isdir(root):
-        return
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
-    inside = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
-    skipped = {path for path, _ in log.skipped}
-    for sub in subfolders(root):
-        if sub.name not in inside and sub not in skipped and meaning(sub.name).role != MASK and has_images_below(sub):
-            log.leave(sub, "no list names an image in it")
-
-
-def _undecided(name: str, root: Path, samples: list[Sample], log: ScanLog) -> str:
-    classes = len({sample.class_name for sample in samples})
-    count = f"{classes} classes can be read, and " if samples else ""
-    reasons = first_lines(f"{path}: {reason}" for path, reason in log.undecided)
-    advice = f"\nMend that, or type --layout {name} to leave them out" if samples else ""
-    return f"{root}: {count}these cannot be used as they are:{reasons}{advice}"
+    inside = {path.relative_to(root.path).parts[:1] for path in used if path.is_relative_to(root.path)}
+    for sub in root.folders:
+        unnamed = (sub.name,) not in inside and sub.path not in log.skipped
+        if unnamed and sub.meant.role != MASK and sub.has_images_below:
+            log.leave(sub.path, "no list names an image in it")
 
 
 def _note(samples: list[Sample], log: ScanLog) -> None:

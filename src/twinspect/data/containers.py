@@ -12,8 +12,7 @@ import os
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twinspect.data.images import ImageLimits, read_rgb
+from twinspect.data.tables import IMAGE_COLUMNS, parquet_columns, parquet_table
 from twinspect.errors import DataError
 
 CIFAR_SIDE = 32
 CIFAR_BYTES = 3 * CIFAR_SIDE * CIFAR_SIDE
 _MOST_UNPACKED = 1 << 30
-IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("fine_label", "label")
 
 
@@ -211,32 +210,6 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 # ------------------------------------------------------------------------------------------ Parquet
-
-
-def parquet_columns(path: Path) -> dict[str, str]:
-    """Column names and types of a Parquet file, from its header."""
-    import pyarrow.parquet as pq
-
-    with _readable(path):
-        return {field.name: str(field.type) for field in pq.read_schema(path)}
-
-
-def parquet_table(path: Path, columns: Sequence[str]) -> Any:
-    """Columns of a Parquet file as an Arrow table."""
-    import pyarrow.parquet as pq
-
-    with _readable(path):
-        return pq.read_table(path, columns=list(columns))
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
 
 
 def _open_parquet(path: Path) -> Container:

@@ -7,22 +7,23 @@ data folder is an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
-from twinspect.data.manifest import Row, read_rows, table_rows
+from twinspect.data.manifest import read_rows
 from twinspect.data.names import BAD, GOOD, meaning
-from twinspect.data.scan import ScanLog, files_in, folder_name, listing, subfolders
-from twinspect.data.tables import as_object, objects_of, read_json, read_json_lines
+from twinspect.data.scan import Folder, ScanLog, folder_name
+from twinspect.data.tables import Row, as_object, objects_of, read_json, read_json_lines, table_rows
 from twinspect.errors import DataError
 from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
 VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
-_REAL_IAD_FOLDERS = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
+_REAL_IAD_LISTS = "realiad_jsons"
+_REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
 _ANOMALIB = {
     "normal_dir": ("train", "good"),
@@ -31,11 +32,6 @@ _ANOMALIB = {
     "mask_dir": ("masks",),
 }
 _HEAD = 1 << 16  # bytes of a file that say what it is
-
-
-def _lists(root: Path, is_list: Callable[[Path], bool]) -> list[Path]:
-    """The file itself, or those of a folder, that are lists of a kind."""
-    return [path for path in (files_in(root) if os.path.isdir(root) else [root]) if is_list(path)]
 
 
 def _contains(path: Path, text: bytes) -> bool:
@@ -47,75 +43,55 @@ def _contains(path: Path, text: bytes) -> bool:
 # ----------------------------------------------------------------------------------------------- VisA
 
 
-def visa(root: Path, log: ScanLog) -> list[Sample]:
-    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
-    folder = root / "split_csv"
-    if os.path.isdir(folder):
-        table = folder / "1cls.csv"
-        if not os.path.isfile(table):
-            raise DataError(f"{folder}: no 1cls.csv; found: {listing(folder)}. It comes with VisA's archive")
-        return read_rows(table, table_rows(table), log, root, partly=True)
-    try:
-        return read_folders(_visa_place(root), log, MVTEC_AD)
-    except DataError:
-        raise DataError(
-            f"{root}: neither split_csv/1cls.csv (raw VisA) nor 1cls/<class>/train/good (converted); "
-            f"found: {listing(root)}"
-        ) from None
-
-
-def looks_like_visa(root: Path) -> bool:
+def looks_like_visa(root: Folder) -> bool:
     """Whether a folder is VisA: by its split files, or by class names of a converted tree."""
-    if not os.path.isdir(root):
-        return False
-    if os.path.isdir(root / "split_csv") or os.path.isdir(root / "visa_pytorch"):
+    if any(sub.name in ("split_csv", "visa_pytorch") for sub in root.folders):
         return True
     classes = find_classes(_visa_place(root), ScanLog())
     return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
 
 
-def _visa_place(root: Path) -> Path:
-    places = (root / "visa_pytorch" / "1cls", root / "visa_pytorch", root / "1cls")
-    return next((place for place in places if os.path.isdir(place)), root)
+def visa(root: Folder, log: ScanLog) -> list[Sample]:
+    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
+    table = root.path / "split_csv" / "1cls.csv"
+    if os.path.isfile(table):
+        return read_rows(table, table_rows(table), log, root.path, partly=True)
+    return read_folders(_visa_place(root), log, MVTEC_AD)
+
+
+def _visa_place(root: Folder) -> Folder:
+    for name in ("visa_pytorch", "1cls"):
+        root = next((sub for sub in root.folders if sub.name == name), root)
+    return root
 
 
 # ------------------------------------------------------------------------------------------- Real-IAD
 
 
-def real_iad(root: Path, log: ScanLog) -> list[Sample]:
-    """Real-IAD: ``realiad_jsons/<class>.json``, images in ``realiad_{1024,512,raw,256}/<class>`` or beside.
+def find_real_iad(root: Folder) -> list[Path]:
+    """The lists in ``realiad_jsons``, one for each class."""
+    folder = next((sub for sub in root.folders if sub.name.startswith(_REAL_IAD_LISTS)), None)
+    places = [folder, *folder.folders] if folder is not None else []  # unpacked, it often holds a folder of its name
+    lists = ([path for path in place.files if path.suffix.lower() == ".json"] for place in places)
+    return next((paths for paths in lists if paths), [])
+
+
+def real_iad(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """A class of Real-IAD: ``realiad_jsons/<class>.json``, images in ``realiad_{1024,512,raw,256}/<class>`` or
+    beside it.
 
     Five views of each object share a ``group`` (class and object folder), for scores per object. If images
     are there in several sizes the first of 1024, 512, raw, 256 is read.
     """
-    lists = _real_iad_lists(root)
-    if not lists:
-        raise DataError(f"{root}: no folder realiad_jsons with <class>.json files; found: {listing(root)}")
-    folder = lists[0]  # realiad_jsons comes before realiad_jsons_fuiad
-    for sub in lists[1:]:
-        log.skip(sub, f"another list of Real-IAD; {folder.name} is read")
-    place = next((sub for sub in (folder, *subfolders(folder)) if any(sub.glob("*.json"))), folder)
-    sizes = [root / name for name in _REAL_IAD_FOLDERS if os.path.isdir(root / name)]
-    images = sizes[0] if sizes else root
+    root = images or next(place for place in path.parents if not place.name.startswith(_REAL_IAD_LISTS))
+    sizes = [root / name for name in _REAL_IAD_IMAGES if os.path.isdir(root / name)]
     for other in sizes[1:]:
-        log.skip(other, f"the same images in another size; {images.name} is read")
-    samples: list[Sample] = []
-    for path in sorted(place.glob("*.json")):
-        pictures = images / path.stem
-        if not os.path.isdir(pictures):
-            log.skip(path, "list of a class without image folder")
-            continue
-        samples += read_rows(path, list(_real_iad_rows(path)), log, pictures, partly=True)
-    return samples
-
-
-def looks_like_real_iad(root: Path) -> bool:
-    """Whether a folder holds Real-IAD's lists."""
-    return bool(_real_iad_lists(root))
-
-
-def _real_iad_lists(root: Path) -> list[Path]:
-    return [sub for sub in subfolders(root) if sub.name.startswith("realiad_jsons")]
+        log.skip(other, f"the same images in another size; {sizes[0].name} is read")
+    pictures = (sizes[0] if sizes else root) / path.stem
+    if not os.path.isdir(pictures):
+        log.skip(path, "list of a class without image folder")
+        return []
+    return read_rows(path, list(_real_iad_rows(path)), log, pictures, partly=True)
 
 
 def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -134,9 +110,9 @@ def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
 # ------------------------------------------------------------------------------------------ meta.json
 
 
-def find_meta_json(root: Path) -> list[Path]:
+def find_meta_json(place: Folder) -> list[Path]:
     """The file called ``meta.json``."""
-    return _lists(root, lambda path: path.name.lower() == "meta.json")
+    return [path for path in place.files if path.name.lower() == "meta.json"]
 
 
 def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -163,11 +139,12 @@ def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
 # -------------------------------------------------------------------------------------- UniAD's lines
 
 
-def find_uniad_json(root: Path) -> list[Path]:
+def find_uniad_json(place: Folder) -> list[Path]:
     """A file of such lines, or ``train.json`` and ``test.json`` (also ``.jsonl``) of a folder with one."""
-    names = [f"{split}{suffix}" for split in (TRAIN, TEST) for suffix in (".json", ".jsonl")]
-    files = [path for path in files_in(root) if path.name.lower() in names] if os.path.isdir(root) else [root]
-    lines = any(path.suffix.lower() in (".json", ".jsonl") and _contains(path, b'"filename"') for path in files)
+    files = [path for path in place.files if path.suffix.lower() in (".json", ".jsonl")]
+    if not place.is_file:
+        files = [path for path in files if path.stem.lower() in (TRAIN, TEST)]
+    lines = any(_contains(path, b'"filename"') for path in files)
     return sorted(files, key=lambda path: path.stem.lower() != TRAIN) if lines else []
 
 
@@ -190,10 +167,10 @@ def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 # ----------------------------------------------------------------------------------- Lookout for Vision
 
 
-def find_lookout(root: Path) -> list[Path]:
+def find_lookout(place: Folder) -> list[Path]:
     """Manifests with ``source-ref``."""
     endings = (".manifest", ".jsonl", ".json")
-    return _lists(root, lambda path: path.suffix.lower() in endings and _contains(path, b'"source-ref"'))
+    return [path for path in place.files if path.suffix.lower() in endings and _contains(path, b'"source-ref"')]
 
 
 def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -204,13 +181,13 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     anomalies to the test.
     """
     lines, base = list(read_json_lines(path)), images or path.parent
-    keys = [_key(str(entry.get("source-ref") or "")) for _, entry in lines]
-    depth = len(keys[0]) if keys else 0
-    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*keys[0][n:]))), depth - 1)
+    addresses = [_address_parts(str(entry.get("source-ref") or "")) for _, entry in lines]
+    depth = len(addresses[0]) if addresses else 0
+    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*addresses[0][n:]))), depth - 1)
     if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
         log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
     rows = []
-    for parts, (where, entry) in zip(keys, lines, strict=True):
+    for parts, (where, entry) in zip(addresses, lines, strict=True):
         label = _lookout_label(entry, where)
         split = meaning(path.stem).split or (TEST if label else TRAIN)
         row = {"image": "/".join(parts[dropped:]) or ".", "split": split, "label": label, "defect_type": "anomaly"}
@@ -218,7 +195,7 @@ def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     return read_rows(path, rows, log, base, partly=True)
 
 
-def _key(address: str) -> list[str]:
+def _address_parts(address: str) -> list[str]:
     """The parts of an address without its scheme; none of them leads upwards."""
     parts = PurePosixPath(address.partition("://")[2] or address).parts
     return [part for part in parts if part not in ("..", "/")]
@@ -239,9 +216,9 @@ def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
 # ------------------------------------------------------------------------------------------- anomalib
 
 
-def find_anomalib(root: Path) -> list[Path]:
+def find_anomalib(place: Folder) -> list[Path]:
     """YAML files with anomalib's folder settings."""
-    return _lists(root, lambda path: path.suffix.lower() in (".yaml", ".yml") and bool(_settings(path)))
+    return [path for path in place.files if path.suffix.lower() in (".yaml", ".yml") and _settings(path)]
 
 
 def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -254,10 +231,9 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     settings = _settings(path)
     if not settings:
         raise DataError(f"{path}: no normal_dir in it, which anomalib's folder settings have")
-    base = images
-    if base is None:
-        text = str(settings.get("root") or settings.get("path") or ".")
-        base = next((place / text for place in (path.parent, Path.cwd()) if os.path.isdir(place / text)), None)
+    text = str(settings.get("root") or settings.get("path") or ".")
+    roots = (path.parent / text, Path.cwd() / text)
+    base = images or next((place for place in roots if os.path.isdir(place)), None)
     if base is None:
         raise DataError(
             f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
@@ -266,10 +242,10 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     for key, names in _ANOMALIB.items():
         value = settings.get(key) or []
         for text in value if isinstance(value, list) else [value]:
-            folder = base / str(text)
-            if not os.path.isdir(folder):
+            folder = Folder(base / str(text))
+            if not os.path.isdir(folder.path):
                 raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
-            kind = key == "abnormal_dir" and not meaning(folder.name).says
+            kind = key == "abnormal_dir" and not folder.meant.says
             places.append((folder, (*names, folder.name) if kind else names))
     return read_class(ClassFolders(str(settings.get("name") or folder_name(base)), places), log)[0]
 

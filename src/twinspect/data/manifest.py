@@ -11,32 +11,20 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinspect.data.containers import IMAGE_COLUMNS, parquet_columns, parquet_table
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
-from twinspect.data.scan import (
-    ScanLog,
-    files_in,
-    first_lines,
-    folder_name,
-    images_below,
-    inside,
-    once,
-    relative_to_root,
-    subfolders,
-)
-from twinspect.data.tables import csv_header, csv_rows, is_empty, label_of, read_json_lines, split_of
+from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
+from twinspect.data.tables import SUFFIXES, Row, as_label, as_split, is_empty, table_columns, table_rows
 from twinspect.errors import DataError, listed
 from twinspect.files import replacing
 from twinspect.types import TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
 NAMES = ("manifest.parquet", "manifest.csv")
-SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")
 # Headers that other tools' tables have for the same things, as `names.key` spells them, the best first.
 _ALIASES = {
     "image": "image imagepath imgpath filepath path img imagefile imagefilename imagename filename file picture "
@@ -50,28 +38,15 @@ _ALIASES = {
     "record": "record",
 }
 _PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
-Row = dict[str, Any]
-SplitAt = Callable[[Path], str]
 
 
-def find_manifests(root: Path) -> list[Path]:
-    """The table itself, if it has an image column, or the manifest of a folder."""
-    if os.path.isdir(root):
-        return [path for name in NAMES for path in files_in(root) if path.name.lower() == name][:1]
-    suffix = root.suffix.lower()
-    table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(root))))
-    return [root] if table else []
-
-
-def path_column(names: Iterable[str]) -> str:
-    """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
-    return _columns(names).get("image", "")
-
-
-@once
-def label_tables(folder: Path) -> list[Path]:
-    """Tables directly in a folder that say whether images are good, or which split, class or mask they have."""
-    return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES and _lists_labels(path)]
+def find_manifests(place: Folder) -> list[Path]:
+    """The manifest of a folder; a file, if it is a table with an image column."""
+    if not place.is_file:
+        return [path for name in NAMES for path in place.files if path.name.lower() == name][:1]
+    suffix = place.path.suffix.lower()
+    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(place.path))))
+    return [place.path] if is_table else []
 
 
 def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -79,15 +54,35 @@ def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     return read_rows(path, table_rows(path), log, images)
 
 
+def path_column(names: Iterable[str]) -> str:
+    """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
+    return _columns(names).get("image", "")
+
+
+def is_label_table(path: Path) -> bool:
+    """Whether a file is a table that says whether images are good, or which split, class or mask they have.
+
+    Raises:
+        DataError: its name says so (labels.csv, train.tsv), and it cannot be read.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return False
+    try:
+        header = _header(path)
+        names = _columns(header)
+        if "image" not in names or set(header) >= _PREDICTED:
+            return False
+        if set(names) - {"image", "record", "group"}:
+            return True
+        return bool(_judging_column([row for _, row in table_rows(path)], names))
+    except DataError:
+        if meaning(path.stem).says:
+            raise
+        return False
+
+
 def read_rows(
-    path: Path,
-    rows: Sequence[tuple[str, Row]],
-    log: ScanLog,
-    base: Path | None,
-    partly: bool = False,
-    class_name: str = "",
-    within: Path | None = None,
-    split_at: SplitAt = lambda _: "",
+    path: Path, rows: Sequence[tuple[str, Row]], log: ScanLog, base: Path | None, partly: bool = False
 ) -> list[Sample]:
     """Samples of the rows of a list.
 
@@ -97,17 +92,14 @@ def read_rows(
         log: where notes go.
         base: folder that the paths are relative to; None: the list's own, or one in it where the first image is.
         partly: whether images may be missing, as of a benchmark of which only a part is there; they are logged.
-        class_name: of rows that name none; empty: the folder's name.
-        within: data set that the list is a part of; paths may then be relative to any folder above the list.
-        split_at: split of an image whose row names none, where it is known.
 
     Raises:
         DataError: rows cannot be used. One is enough: a list that is half true is not a data set.
     """
     if not rows:
         return []
-    base = base or _base(path.parent, rows[0][1], within)
-    reader = _Reader(path, [row for _, row in rows], base, class_name or folder_name(base), split_at, partly)
+    base = base or _base(path.parent, rows[0][1])
+    reader = _RowReader(path, [row for _, row in rows], base, partly)
     samples: list[Sample] = []
     problems: list[str] = []
     for where, row in rows:
@@ -159,40 +151,19 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
     ]
     _refuse_other_names(rows)
     content = _parquet_bytes(rows) if suffix == ".parquet" else _csv_text(rows).encode()
-    with replacing(path, DataError) as file:
+    with replacing(path) as file:
         file.write(content)
     return len(rows)
 
 
-# --------------------------------------------------------------------------------------------- tables
-
-
-def _lists_labels(path: Path) -> bool:
-    try:
-        header = _header(path)
-        names = _columns(header)
-        if "image" not in names or set(header) >= _PREDICTED:
-            return False
-        if set(names) - {"image", "record", "group"}:
-            return True
-        rows = [row for _, row in table_rows(path)]
-    except DataError:
-        if meaning(path.stem).says:  # labels.csv, train.tsv, good_and_bad.csv
-            raise
-        return False
-    return bool(_judging_column(rows, names))
+# -------------------------------------------------------------------------------------------- columns
 
 
 def _header(path: Path) -> list[str]:
-    """Columns of a table; none where it is a list of another kind. Images that are in a Parquet file are no list."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
-    if suffix == ".jsonl":
-        first = next(read_json_lines(path), None)
-        return list(first[1]) if first is not None and "filename" not in first[1] else []  # that would be UniAD's
-    header = csv_header(path)
-    return header if suffix != ".txt" or len(header) > 1 else []
+    """Columns of a table; none where it is a list of another kind."""
+    header, suffix = table_columns(path), path.suffix.lower()
+    lines_of_uniad = suffix == ".jsonl" and "filename" in header
+    return [] if lines_of_uniad or (suffix == ".txt" and len(header) < 2) else header
 
 
 def _columns(header: Iterable[str]) -> dict[str, str]:
@@ -205,57 +176,43 @@ def _columns(header: Iterable[str]) -> dict[str, str]:
     return {ours: name for ours, name in columns.items() if name}
 
 
-def table_rows(path: Path) -> list[tuple[str, Row]]:
-    """Rows of a table, and where each stands. Row 1 is the first below the header."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif suffix == ".jsonl":
-        rows = [row for _, row in read_json_lines(path)]
-    elif suffix in SUFFIXES:
-        rows = [dict(row) for row in csv_rows(path)]
-    else:
-        raise DataError(f"{path}: a manifest ends in .parquet or .csv (accepted too: {', '.join(SUFFIXES[2:])})")
-    if not rows:
-        raise DataError(f"{path}: holds no row")
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """Without a column called label: one whose name or whose every cell says good or bad, or kinds of defects."""
+    known = {name for ours, name in names.items() if ours != "class_name"}
+    free = [name for name in rows[0] if name and name not in known]
+    for name in free:
+        meant = meaning(name)
+        if meant.role in (GOOD, BAD) and (meant.plain or meant.rest in ("", "is")):
+            return name
+    for name in free:
+        roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
+        if roles & {GOOD, BAD} and roles <= {GOOD, BAD, UNSORTED}:
+            return name
+    return names.get("defect_type", "")
 
 
-def _parquet_rows(path: Path) -> list[Row]:
-    """Rows of a Parquet file; images that it holds itself become records of it."""
-    kinds = parquet_columns(path)
-    rows: list[Row] = parquet_table(path, [name for name, kind in kinds.items() if "binary" not in kind]).to_pylist()
-    if "image" not in _columns(kinds) or any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
-        rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
-    return rows
-
-
-def _base(folder: Path, first: Row, within: Path | None) -> Path:
-    """The folder that paths are relative to: the table's, one in it, or one above it, where the first image is."""
+def _base(folder: Path, first: Row) -> Path:
+    """The folder that paths are relative to: the table's, or one in it, where the first image is."""
     text = str(first.get(path_column(first)) or "").partition("#")[0]
     if _PREDICTED <= set(first) and os.path.isfile(text):
         return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
-    above = [place for place in folder.parents if within is not None and place.is_relative_to(within.parent)]
-    for place in (folder, *subfolders(folder), *above):
+    for place in (folder, *(sub.path for sub in Folder(folder).folders)):
         try:
-            image = inside(place, text, "")
+            if os.path.isfile(inside(place, text, "")):
+                return place
         except DataError:
             break
-        if os.path.isfile(image) and (place not in above or within is None or image.is_relative_to(within)):
-            return place
     return folder
 
 
 # ----------------------------------------------------------------------------------------------- rows
 
 
-class _Reader:
+class _RowReader:
     """Rows of one table as samples. Which column says what images are good is found once, for all rows."""
 
-    def __init__(
-        self, path: Path, rows: list[Row], base: Path, class_name: str, split_at: SplitAt, benchmark: bool
-    ) -> None:
-        self._base, self._class_name, self._split_at = base, class_name, split_at
+    def __init__(self, path: Path, rows: list[Row], base: Path, benchmark: bool) -> None:
+        self._base, self._class_name = base, folder_name(base)
         self._columns = [name for name in rows[0] if name]
         names = _columns(self._columns)
         if "image" not in names:
@@ -275,6 +232,17 @@ class _Reader:
         good = any(meaning(text).role == GOOD for text in texts)
         self._kinds = not benchmark and (good or self._judge == names.get("defect_type"))
 
+    def notes(self) -> Iterator[str]:
+        """What was made of the table."""
+        if self._predicted:
+            yield "a table of predictions; what a model has answered is no label"
+            return
+        if self._judge and self._judge != self._names.get("label"):
+            yield f"column {self._judge!r} says which images are good"
+        other = [name for name in self._columns if name not in (*self._names.values(), self._judge)]
+        if other:
+            yield f"columns not used: {', '.join(other)}"
+
     def sample(self, row: Row, where: str) -> tuple[Sample, dict[str, Path]]:
         """One row, or a DataError whose words begin with ``where``; and its files that are missing, by name."""
         text, record = self._text(row, "image"), row.get(self._names.get("record", ""))
@@ -283,16 +251,14 @@ class _Reader:
         image = inside(self._base, text, where)
         missing = {} if os.path.isfile(image) else {text: image}
         masks: list[Path] = []
-        for name in _mask_texts(row.get(self._names.get("mask", ""))):
+        for name in _mask_names(row.get(self._names.get("mask", ""))):
             file = inside(self._base, name, where)
-            if os.path.isdir(file):  # several masks of one image
-                masks += images_below(file, ScanLog())
-            elif os.path.isfile(file):
-                masks.append(file)
+            if os.path.exists(file):  # a folder: several masks of one image
+                masks += [file] if os.path.isfile(file) else Folder(file).images_below(ScanLog())
             else:
                 missing[name] = file
         word = self._text(row, "split")
-        split = split_of(word, where) if word else TEST if self._predicted else self._split_at(image)
+        split = as_split(word, where) if word else TEST if self._predicted else ""
         if self._judge:
             label, kind = self._judged(row.get(self._judge), where)
         else:
@@ -311,23 +277,20 @@ class _Reader:
         )
         return sample, missing
 
-    def notes(self) -> Iterable[str]:
-        """What was made of the table."""
-        if self._predicted:
-            yield "a table of predictions; what a model has answered is no label"
-            return
-        if self._judge and self._judge != self._names.get("label"):
-            yield f"column {self._judge!r} says which images are good"
-        other = [name for name in self._columns if name not in (*self._names.values(), self._judge)]
-        if other:
-            yield f"columns not used: {', '.join(other)}"
+    def _text(self, row: Row, ours: str) -> str:
+        cell = row.get(self._names.get(ours, ""))
+        if cell is None or cell != cell or (ours in ("split", "defect_type") and is_empty(cell)):
+            return ""
+        if isinstance(cell, float) and cell.is_integer():
+            cell = int(cell)  # whole numbers become floats where cells of their column are empty
+        return (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)).strip()
 
     def _judged(self, cell: Any, where: str) -> tuple[int | None, str]:
         """Label by a cell of the column that judges, and the kind of defect if the cell names one."""
         if is_empty(cell):
             return (0 if self._judge == self._names.get("defect_type") else None), ""
         try:
-            label = label_of(cell, where)
+            label = as_label(cell, where)
         except DataError:
             if not self._kinds:
                 raise
@@ -347,29 +310,6 @@ class _Reader:
             raise DataError(f"{where}: {image} is a mask by its name, and is listed as an image")
         return {GOOD: 0, BAD: 1, UNSORTED: None, "": 0 if split != TEST else None}[role]
 
-    def _text(self, row: Row, ours: str) -> str:
-        cell = row.get(self._names.get(ours, ""))
-        if cell is None or cell != cell or (ours in ("split", "defect_type") and is_empty(cell)):
-            return ""
-        if isinstance(cell, float) and cell.is_integer():
-            cell = int(cell)  # whole numbers become floats where cells of their column are empty
-        return (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)).strip()
-
-
-def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
-    """Without a column called label: one whose name or whose every cell says good or bad, or kinds of defects."""
-    known = {name for ours, name in names.items() if ours != "class_name"}
-    free = [name for name in rows[0] if name and name not in known]
-    for name in free:
-        meant = meaning(name)
-        if meant.role in (GOOD, BAD) and (meant.plain or meant.rest in ("", "is")):
-            return name
-    for name in free:
-        roles = {meaning(str(row.get(name))).role for row in rows if not is_empty(row.get(name))}
-        if roles & {GOOD, BAD} and roles <= {GOOD, BAD, UNSORTED}:
-            return name
-    return names.get("defect_type", "")
-
 
 def _record(cell: Any, where: str) -> int | None:
     if is_empty(cell):
@@ -380,7 +320,7 @@ def _record(cell: Any, where: str) -> int | None:
     return int(text)
 
 
-def _mask_texts(cell: Any) -> list[str]:
+def _mask_names(cell: Any) -> list[str]:
     if isinstance(cell, str):
         cell = cell.split(";")
     parts = cell if isinstance(cell, (list, tuple)) else [] if is_empty(cell) else [cell]

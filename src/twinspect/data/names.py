@@ -33,6 +33,16 @@ class Meaning(NamedTuple):
         """Whether it says anything of what lies behind it."""
         return bool(self.role or self.split)
 
+    @property
+    def is_learnt(self) -> bool:
+        """Whether images behind it are learnt as good."""
+        return self.role == GOOD or (self.split == TRAIN and not self.role)
+
+    @property
+    def is_kind(self) -> bool:
+        """Whether it says nothing that is known, so that it names a kind of defects, or a product."""
+        return not self.says and not self.plain
+
 
 # Whole words without accents: English; German; French, Spanish, Italian, Portuguese, Dutch; Polish, Czech, Turkish,
 # Russian. Kinds of defects, and words that may as well be a part of a serial number, stand in the second list: they
@@ -137,12 +147,6 @@ def key(text: str) -> str:
     return "".join(c for c in plain if c.isalnum() and not unicodedata.combining(c))
 
 
-def is_of_product(rest: str, product: str) -> bool:
-    """Whether a rest names a product, in the singular or plural, or something of it: apple black rot of apple."""
-    words, of_product = ([word.rstrip("s") for word in text.split()] for text in (rest, product))
-    return bool(of_product) and words[: len(of_product)] == of_product
-
-
 def _words(name: str) -> list[str]:
     plain = unicodedata.normalize("NFKD", name).casefold().translate(_LETTERS)
     return _WORD.findall("".join(c for c in plain if not unicodedata.combining(c)))
@@ -231,3 +235,8 @@ def role_of(folders: tuple[str, ...]) -> str:
     private = any(meant.role == UNSORTED and meant.split == TEST for meant in meanings)
     order = (MASK, BAD, UNSORTED) if private else (MASK, BAD, GOOD, UNSORTED)
     return next((role for role in order if role in roles), "")
+
+
+def split_of(folders: tuple[str, ...]) -> str:
+    """The split that the outermost of the folders above an image names; empty if none does."""
+    return next((split for name in folders if (split := meaning(name).split)), "")

@@ -8,67 +8,38 @@ from __future__ import annotations
 import os
 import posixpath
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
 
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
-from twinspect.errors import DataError
+from twinspect.data.names import Meaning, meaning
+from twinspect.errors import DataError, listed
 
-_NOT_IMAGE = "not an image file"
 _UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
-_UNLISTED = "cannot be listed"
 _READ_BEFORE = "link to a folder that was already read"
 # Folders that systems make, with copies, thumbnails or what was deleted.
 _SYSTEM = frozenset({"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle"})
-_caches: list[Any] = []
-T = TypeVar("T")
-
-
-def once(function: Callable[[Path], T]) -> Callable[[Path], T]:
-    """A function of a folder that is asked once for each `looking_anew`: a layout is known after many looks."""
-    cached = lru_cache(maxsize=None)(function)
-    _caches.append(cached)
-    return cached
-
-
-@contextmanager
-def looking_anew() -> Iterator[None]:
-    """Inside, every folder is looked at once. Nothing is known of it before, and nothing is kept afterwards."""
-    try:
-        for cached in _caches:
-            cached.cache_clear()
-        yield
-    finally:
-        for cached in _caches:
-            cached.cache_clear()
 
 
 @dataclass(slots=True)
 class ScanLog:
     """What a loader left out and what its user should know."""
 
-    skipped: dict[tuple[Path, str], None] = field(default_factory=dict)  # path and reason, in the order met
+    skipped: dict[Path, str] = field(default_factory=dict)  # and why, in the order met
+    undecided: dict[Path, str] = field(default_factory=dict)  # of those skipped: nobody asked to leave it out
     notes: list[str] = field(default_factory=list)  # choices made for the user, in sentences
-    undecided: list[tuple[Path, str]] = field(default_factory=list)  # of those skipped: nobody asked to leave it out
 
     def skip(self, path: Path, reason: str) -> None:
-        """Remember a file or folder that is not used."""
-        self.skipped[path, reason] = None
-
-    def take_back(self, path: Path) -> None:
-        """Forget a file that was met before somebody had a better reason for it."""
-        for reason in (_NOT_IMAGE, _UNREAD):
-            self.skipped.pop((path, reason), None)
+        """Remember a file or folder that is not used; the last reason counts."""
+        self.skipped[path] = reason
 
     def leave(self, path: Path, reason: str) -> None:
-        """Remember a folder of images that cannot be used as it is, so that its user has to decide."""
-        self.skip(path, reason)
-        self.undecided.append((path, reason))
+        """Remember images, or a list of them, that cannot be used as they are, so that the user has to decide."""
+        self.skipped[path] = self.undecided[path] = reason
 
     def note(self, text: str) -> None:
         """Remember a sentence, once."""
@@ -76,101 +47,139 @@ class ScanLog:
             self.notes.append(text)
 
 
-def existing_root(root: Path | str) -> Path:
-    """The path with ``~`` expanded; an error with the nearest names if nothing is there."""
-    path = Path(root)
+class Folder:
+    """A folder and what lies directly in it, each kind sorted by name. It looks once, when it is made.
+
+    A file may stand in its place, such as a list of images; it is then the only file in it.
+
+    Attributes:
+        path: where it is.
+        is_file: whether it is a file.
+        problem: why it cannot be listed; empty if it can.
+        images: visible image files.
+        others: other visible files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_file, self.problem = path, False, ""
+        self.images: list[Path] = []
+        self.others: list[Path] = []
+        self._inner: list[Path] = []
+        self._left_out: list[tuple[Path, str]] = []
+        try:
+            with os.scandir(path) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    self._add(entry)
+        except NotADirectoryError:
+            self.is_file = True
+            (self.images if is_image(path) else self.others).append(path)
+        except OSError as error:
+            self.problem = f"cannot be listed ({error.strerror or error})"
+
+    def _add(self, entry: os.DirEntry[str]) -> None:
+        path, linked = self.path / entry.name, entry.is_symlink()
+        # What is beside a link to a folder that it lies in is not a part of this folder.
+        if linked and Path(os.path.realpath(self.path)).is_relative_to(os.path.realpath(path)):
+            self._left_out.append((path, _READ_BEFORE))
+        elif os.path.isdir(path) if linked else entry.is_dir():
+            if not is_hidden(entry.name):
+                self._inner.append(path)
+        elif is_hidden(entry.name):
+            self._left_out.append((path, "hidden file"))
+        elif not (os.path.isfile(path) if linked else entry.is_file()):
+            self._left_out.append((path, "broken link"))
+        else:
+            (self.images if is_image(entry.name) else self.others).append(path)
+
+    @cached_property
+    def folders(self) -> list[Folder]:
+        """Visible folders directly inside, and links to folders that do not lead upwards."""
+        return [Folder(path) for path in self._inner]
+
+    @property
+    def files(self) -> list[Path]:
+        """Visible files directly inside."""
+        return sorted([*self.images, *self.others])
+
+    @property
+    def name(self) -> str:
+        """Its name, see `folder_name`."""
+        return folder_name(self.path)
+
+    @property
+    def meant(self) -> Meaning:
+        """What its name says of the images in it."""
+        return meaning(self.name)
+
+    def walk(self, log: ScanLog) -> Iterator[Folder]:
+        """This folder and every visible one below, sorted by path, each real folder once, so that links cannot loop.
+
+        What is left out is logged. Files that are no images are logged where there are images.
+        """
+        visited: set[str] = set()
+        stack = [self]
+        while stack:
+            here = stack.pop()
+            real = os.path.realpath(here.path)
+            if real in visited:
+                log.skip(here.path, _READ_BEFORE)
+                continue
+            visited.add(real)
+            here._report(log)
+            yield here
+            stack.extend(reversed(here.folders))
+
+    def _report(self, log: ScanLog) -> None:
+        if self.problem:
+            log.skip(self.path, self.problem)
+        beside_images = bool(self.images or not self._inner)  # a licence beside folders is no news
+        for path, reason in self._left_out:
+            if beside_images or reason == _READ_BEFORE:
+                log.skip(path, reason)
+        for path in self.others if beside_images else ():
+            unread = path.suffix.lower() in UNREAD_SUFFIXES
+            log.skip(path, _UNREAD if unread else "not an image file")
+
+    def images_below(self, log: ScanLog) -> list[Path]:
+        """Images at any depth, sorted by path."""
+        return sorted(image for here in self.walk(log) for image in here.images)
+
+    @cached_property
+    def has_images_below(self) -> bool:
+        """Whether at least one image lies inside at any depth."""
+        return any(here.images for here in self.walk(ScanLog()))
+
+    def listing(self) -> str:
+        """Names inside, for an error message."""
+        if self.is_file:
+            return "a file"
+        names = [f"{path.name}/" for path in self._inner] + [path.name for path in self.files]
+        return listed(sorted(names), 8) or "nothing"
+
+
+def existing(path: Path | str, folder: bool = False) -> Path:
+    """The path with ``~`` expanded.
+
+    Raises:
+        DataError: nothing is there, with the nearest names; it cannot be reached; it is a file and not a folder.
+    """
+    path = Path(path)
     try:
         path = path.expanduser()
         path.stat()
-        return path
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        near: list[str] = []
+        with suppress(OSError):
+            near = get_close_matches(path.name, os.listdir(path.parent), n=3, cutoff=0.6)
+        hint = f" Did you mean {' or '.join(repr(str(path.parent / name)) for name in near)}?" if near else ""
+        raise DataError(f"{path}: no such file or folder.{hint}") from None
     except (ValueError, RuntimeError) as error:  # a zero byte in it; ~ of a user that is not there
         raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be reached ({error.strerror or error})") from None
-    near: list[str] = []
-    with suppress(OSError):
-        near = get_close_matches(path.name, os.listdir(path.parent), n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(repr(str(path.parent / n)) for n in near)}?" if near else ""
-    raise DataError(f"{path}: no such file or folder.{hint}")
-
-
-def existing_folder(root: Path | str) -> Path:
-    """Like ``existing_root``, and it must be a folder that can be listed."""
-    path = existing_root(root)
-    if not os.path.isdir(path):
+    if folder and not os.path.isdir(path):
         raise DataError(f"{path}: is a file, and a folder is needed; name the folder that holds it")
-    try:
-        os.scandir(path).close()
-    except OSError as error:
-        raise DataError(f"{path}: {_UNLISTED} ({error.strerror or error})") from None
     return path
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Visible folders directly inside, sorted by name; empty if there is no such folder."""
-    return list(_content(folder).folders)
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Visible files directly inside, sorted by name."""
-    content = _content(folder)
-    return sorted((*content.images, *content.others))
-
-
-def walk(folder: Path, log: ScanLog) -> Iterator[tuple[Path, list[Path], list[Path]]]:
-    """Every visible folder from ``folder`` on, sorted, with the images and the other files directly in it.
-
-    Each real folder is visited once, so links cannot loop. Where there are images, other files are logged.
-    """
-    visited: set[str] = set()
-    stack = [folder]
-    while stack:
-        here = stack.pop()
-        real = os.path.realpath(here)
-        if real in visited:
-            log.skip(here, _READ_BEFORE)
-            continue
-        visited.add(real)
-        content = _content(here)
-        for path, reason in content.left_out:
-            log.skip(path, reason)
-        if content.images or not content.folders:  # a licence beside folders is no news
-            for path, reason in content.unusable:
-                log.skip(path, reason)
-            for path in content.others:
-                log.skip(path, _UNREAD if path.suffix.lower() in UNREAD_SUFFIXES else _NOT_IMAGE)
-        yield here, list(content.images), list(content.others)
-        stack.extend(reversed(content.folders))
-
-
-def images_below(folder: Path, log: ScanLog) -> list[Path]:
-    """Images at any depth, sorted by path."""
-    return sorted(image for _, images, _ in walk(folder, log) for image in images)
-
-
-def has_images(folder: Path) -> bool:
-    """Whether at least one image lies directly inside."""
-    return bool(_content(folder).images)
-
-
-@once
-def has_images_below(folder: Path) -> bool:
-    """Whether at least one image lies inside at any depth."""
-    return any(images for _, images, _ in walk(folder, ScanLog()))
-
-
-def why_without_images(folder: Path) -> str:
-    """The reason for which no image was found below a folder."""
-    log = ScanLog()
-    images_below(folder, log)
-    return next((f"{path}: {why}" for path, why in log.skipped if why.startswith(_UNLISTED)), "folder without images")
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is passed over in a folder: hidden, or made by the system."""
-    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def folder_name(folder: Path) -> str:
@@ -178,15 +187,9 @@ def folder_name(folder: Path) -> str:
     return folder.name or folder.resolve().name or "root"
 
 
-def listing(folder: Path, limit: int = 8) -> str:
-    """Names inside a folder for an error message."""
-    if not os.path.isdir(folder):
-        return "a file"
-    names: list[str] = []
-    with suppress(OSError):
-        names = sorted(name + "/" * os.path.isdir(folder / name) for name in os.listdir(folder))
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) if names else "nothing"
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over in a folder: hidden, or made by the system."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def first_lines(problems: Iterable[str], limit: int = 5) -> str:
@@ -230,36 +233,3 @@ def relative_to_root(path: Path, root: Path) -> str:
     if not absolute.is_relative_to(base):
         raise DataError(f"{path}: not below {root}; lists hold paths relative to one folder")
     return absolute.relative_to(base).as_posix()
-
-
-class _Content(NamedTuple):
-    """What is directly in a folder, each kind sorted by name. It is shared, and must not be changed."""
-
-    folders: list[Path]  # visible ones, and links to folders that do not lead upwards
-    images: list[Path]
-    others: list[Path]  # other visible files
-    unusable: list[tuple[Path, str]]  # hidden files, links that lead nowhere and devices, with that reason
-    left_out: list[tuple[Path, str]]  # links upwards, or the folder itself if it cannot be listed, with the reason
-
-
-@once
-def _content(folder: Path) -> _Content:
-    content = _Content([], [], [], [], [])
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path, linked = folder / entry.name, entry.is_symlink()
-                # What is beside a link to a folder that it lies in is not a part of this folder.
-                if linked and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path)):
-                    content.left_out.append((path, _READ_BEFORE))
-                elif os.path.isdir(path) if linked else entry.is_dir():
-                    content.folders.extend([] if is_hidden(entry.name) else [path])
-                elif is_hidden(entry.name):
-                    content.unusable.append((path, "hidden file"))
-                elif not (os.path.isfile(path) if linked else entry.is_file()):
-                    content.unusable.append((path, "broken link"))
-                else:
-                    (content.images if is_image(entry.name) else content.others).append(path)
-    except OSError as error:
-        content.left_out.append((folder, f"{_UNLISTED} ({error.strerror or error})"))
-    return content

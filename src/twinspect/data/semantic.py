@@ -6,21 +6,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinspect.data.containers import labels_of, open_container, parquet_columns
+from twinspect.data.containers import labels_of, open_container
 from twinspect.data.images import ImageLimits
-from twinspect.data.names import UNSORTED, key, meaning
-from twinspect.data.scan import (
-    ScanLog,
-    files_in,
-    has_images_below,
-    images_below,
-    listing,
-    subfolders,
-)
+from twinspect.data.names import UNSORTED, key
+from twinspect.data.scan import Folder, ScanLog
+from twinspect.data.tables import IMAGE_COLUMNS, parquet_columns
 from twinspect.errors import DataError
 from twinspect.types import TEST, TRAIN, Sample
 
@@ -63,22 +56,25 @@ class ImageSet:
 
     name: str
     classes: tuple[str, ...]  # in the official order
-    folders: tuple[str, ...] = ()  # that an official archive unpacks to
     train: tuple[str, ...] = ()  # names of the official container files without suffix
     test: tuple[str, ...] = ()
     open_names: bool = False  # whether other class folders are taken too
 
-    def looks_like(self, root: Path) -> bool:
+    @property
+    def needed(self) -> str:
+        """What must be in a folder, in words."""
+        files = ", ".join(self.train + self.test)
+        containers = f"the files {files} (python or binary), train*.parquet and test*.parquet, or " if files else ""
+        return f"{containers}train/<class>/ and test/<class>/ of images"
+
+    def looks_like(self, root: Folder) -> bool:
         """Whether a folder holds this set in one of its shapes; class folders must carry known names."""
-        if not os.path.isdir(root):
-            return False
         if self._official_files(root) or _parquet_set(root) == self.name:
             return True
-        folders = {sub.name for _, sub in _class_folders(root)}
-        names = {self._canonical(name) for name in folders}
-        return len(names) > 1 and not any(map(str.isdigit, folders)) and names <= set(self.classes)
+        names = {self._canonical(sub.name) for _, sub in _class_folders(root)}
+        return len(names) > 1 and names <= set(self.classes)
 
-    def read(self, root: Path, log: ScanLog) -> list[Sample]:
+    def read(self, root: Folder, log: ScanLog) -> list[Sample]:
         """Samples of the set, in whichever shape it is there."""
         files, official = self._official_files(root), len(self.train + self.test)
         if files and len(files) < official:
@@ -89,37 +85,30 @@ class ImageSet:
                 for split, path in files
                 for record, label in enumerate(labels_of(path))
             ]
-        if folders := _class_folders(root):
-            return self._from_folders(root, folders, log)
-        names = ", ".join(self.train + self.test)
-        containers = f"the files {names} (python or binary), train*.parquet and test*.parquet, or " if names else ""
-        raise DataError(
-            f"{root}: not {self.name} in any shape known; found: {listing(root)}. "
-            f"Accepted: {containers}train/<class>/ and test/<class>/ of images"
-        )
-
-    def _official_files(self, root: Path) -> list[tuple[str, Path]]:
-        for place in (root, *(root / name for name in self.folders)):
-            there = {path.name.lower(): path for path in files_in(place)}
-            for suffix in ("", ".bin", ".gz"):
-                named = [(split, stem + suffix) for split in (TRAIN, TEST) for stem in getattr(self, split)]
-                if files := [(split, there[name]) for split, name in named if name in there]:
-                    return files
-        return []
-
-    def _from_folders(self, root: Path, folders: list[tuple[str, Path]], log: ScanLog) -> list[Sample]:
         samples: list[Sample] = []
+        folders = _class_folders(root)
         for split, sub in folders:
             name = self._canonical(sub.name)
             if name in self.classes or self.open_names:
-                samples += [Sample(image, split, name, None) for image in images_below(sub, log)]
+                samples += [Sample(image, split, name, None) for image in sub.images_below(log)]
             else:
-                log.skip(sub, f"not a class of {self.name}")
-        for sub in subfolders(root):
-            if not any(used.is_relative_to(sub) for _, used in folders):
-                official = sub.name == "seg_pred" or meaning(sub.name).role == UNSORTED or not has_images_below(sub)
-                (log.skip if official else log.leave)(sub, "holds no class folders of train or test")
+                log.skip(sub.path, f"not a class of {self.name}")
+        for sub in root.folders:
+            if not any(used.path.is_relative_to(sub.path) for _, used in folders):
+                official_rest = sub.name == "seg_pred" or sub.meant.role == UNSORTED or not sub.has_images_below
+                (log.skip if official_rest else log.leave)(sub.path, "holds no class folders of train or test")
         return samples
+
+    def _official_files(self, root: Folder) -> list[tuple[str, Path]]:
+        for place in (root, *root.folders):
+            there = {path.name.lower(): path for path in place.files}
+            for suffix in ("", ".bin", ".gz"):
+                named = [(TRAIN, stem + suffix) for stem in self.train] + [
+                    (TEST, stem + suffix) for stem in self.test
+                ]
+                if files := [(split, there[name]) for split, name in named if name in there]:
+                    return files
+        return []
 
     def _class(self, label: int | str, path: Path) -> str:
         if isinstance(label, int) and 0 <= label < len(self.classes):
@@ -130,53 +119,39 @@ class ImageSet:
         return name
 
     def _canonical(self, name: str) -> str:
-        """The set's own spelling of a class name or number; unknown names come back as they are."""
-        if name.isdecimal() and int(name) < len(self.classes) and not self.open_names:
-            return self.classes[int(name)]
+        """The set's own spelling of a class name; unknown names come back as they are."""
         plain = key(ALIASES.get(key(name), name))
         return next((known for known in self.classes if key(known) == plain), name)
 
 
 SETS = (
     # Official counts: 50,000 training and 10,000 test images of 32 x 32.
-    ImageSet(
-        "cifar10",
-        CIFAR10,
-        ("cifar-10-batches-py", "cifar-10-batches-bin"),
-        tuple(f"data_batch_{i}" for i in range(1, 6)),
-        ("test_batch",),
-    ),
+    ImageSet("cifar10", CIFAR10, tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
     # View (Intel scenes): ``seg_train/seg_train/<class>`` and ``seg_test/...``, mostly 150 x 150; images of
     # ``seg_pred`` have no class and are left out. Also reads any other set of class folders with a training and a
     # test split.
     ImageSet("view", VIEW, open_names=True),
     # 60,000 training and 10,000 test images of 28 x 28; grey becomes three channels. MNIST's files have the same
     # names, and nothing in them tells the two sets apart.
-    ImageSet(
-        "fashion-mnist",
-        FASHION,
-        ("raw", "FashionMNIST", "fashion", "FashionMNIST/raw"),
-        ("train-images-idx3-ubyte",),
-        ("t10k-images-idx3-ubyte",),
-    ),
+    ImageSet("fashion-mnist", FASHION, ("train-images-idx3-ubyte",), ("t10k-images-idx3-ubyte",)),
     # As CIFAR-10; ``class_name`` is the fine class, and `protocols.by_superclass` gives the 20 super-classes.
-    ImageSet("cifar100", tuple(CIFAR100), ("cifar-100-python", "cifar-100-binary"), ("train",), ("test",)),
+    ImageSet("cifar100", tuple(CIFAR100), ("train",), ("test",)),
 )
 
 
-def _parquet_files(root: Path) -> list[tuple[str, Path]]:
+def _parquet_files(root: Folder) -> list[tuple[str, Path]]:
     """Split and file of Parquet files with images, at most two folders deep, training first."""
     files: list[tuple[str, Path]] = []
-    for place in (root, *subfolders(root), *(s for sub in subfolders(root) for s in subfolders(sub))):
-        for path in (path for path in files_in(place) if path.suffix.lower() == ".parquet"):
+    for place in (root, *root.folders, *(deep for sub in root.folders for deep in sub.folders)):
+        for path in (path for path in place.files if path.suffix.lower() == ".parquet"):
             name = path.name.lower()
             split = next((s for s in (TRAIN, TEST) if name.startswith(s) or place.name.lower() == s), "")
-            if split and {"img", "image"} & set(columns := parquet_columns(path)) and "split" not in columns:
+            if split and set(IMAGE_COLUMNS) & set(columns := parquet_columns(path)) and "split" not in columns:
                 files.append((split, path))
     return sorted(files, key=lambda file: file[0] != TRAIN)
 
 
-def _parquet_set(root: Path) -> str:
+def _parquet_set(root: Folder) -> str:
     """Which set a folder of Parquet files is: by its columns, then by the size of its first image."""
     files = _parquet_files(root)
     columns = parquet_columns(files[0][1]) if files else {}
@@ -187,13 +162,13 @@ def _parquet_set(root: Path) -> str:
     return {32: "cifar10", 28: "fashion-mnist"}.get(first.rgb(0, ImageLimits()).shape[0], "")
 
 
-def _class_folders(root: Path) -> list[tuple[str, Path]]:
+def _class_folders(root: Folder) -> list[tuple[str, Folder]]:
     """Split and folder of each class, through doubled folders such as ``seg_train/seg_train``."""
-    folders: list[tuple[str, Path]] = []
+    folders: list[tuple[str, Folder]] = []
     for split in (TRAIN, TEST):
-        named = ((sub, meaning(sub.name)) for sub in subfolders(root))
-        place = next((sub for sub, m in named if m.split == split and not m.role and m.rest in ("", "seg")), None)
-        while place is not None and os.path.isdir(place / place.name) and len(subfolders(place)) == 1:
-            place = place / place.name
-        folders += [(split, sub) for sub in subfolders(place) if has_images_below(sub)] if place is not None else []
+        named = [sub for sub in root.folders if sub.meant.split == split and not sub.meant.role]
+        place = next((sub for sub in named if sub.meant.rest in ("", "seg")), None)
+        while place is not None and [sub.name for sub in place.folders] == [place.name]:
+            place = place.folders[0]
+        folders += [(split, sub) for sub in place.folders if sub.has_images_below] if place is not None else []
     return folders

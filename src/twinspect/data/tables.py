@@ -1,10 +1,10 @@
-"""Read the small files that list images: JSON, JSON lines, CSV. Errors name the file and the row."""
+"""Read the files that list images: JSON, JSON lines, CSV, Parquet. Errors name the file and the row."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from twinspect.errors import DataError
 from twinspect.files import open_text, read_text
 from twinspect.types import CALIBRATION, TEST, TRAIN
 
+SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")  # of tables
+IMAGE_COLUMNS = ("img", "image")  # of Parquet files that hold encoded images
+Row = dict[str, Any]
 _SEPARATORS = ",;\t|"
 _NOTHING = ("", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-")
 
@@ -25,6 +28,66 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); copy it again from its source") from None
+
+
+def table_columns(path: Path) -> list[str]:
+    """Names of the columns of a table; those that hold bytes, such as encoded images, are left out."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+    if suffix == ".jsonl":
+        return list(next((row for _, row in read_json_lines(path)), {}))
+    with _opened(path, "strict") as (reader, _):
+        return [name.strip() for name in reader.fieldnames or ()]
+
+
+def table_rows(path: Path) -> list[tuple[str, Row]]:
+    """Rows of a table, and where each stands: row 1 is the first below the header.
+
+    Images that a Parquet file holds itself become records of it.
+    """
+    suffix = path.suffix.lower()
+    rows: list[Row]
+    if suffix == ".parquet":
+        kinds = parquet_columns(path)
+        rows = parquet_table(path, table_columns(path)).to_pylist()
+        if any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
+            rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
+    elif suffix == ".jsonl":
+        rows = [row for _, row in read_json_lines(path)]
+    elif suffix in SUFFIXES:
+        rows = [dict(row) for row in csv_rows(path)]
+    else:
+        raise DataError(f"{path}: a table of images ends in {', '.join(SUFFIXES)}")
+    if not rows:
+        raise DataError(f"{path}: holds no row")
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def parquet_columns(path: Path) -> dict[str, str]:
+    """Column names and types of a Parquet file, from its header."""
+    import pyarrow.parquet as pq
+
+    with _parquet_errors(path):
+        return {field.name: str(field.type) for field in pq.read_schema(path)}
+
+
+def parquet_table(path: Path, columns: Sequence[str]) -> Any:
+    """Columns of a Parquet file as an Arrow table."""
+    import pyarrow.parquet as pq
+
+    with _parquet_errors(path):
+        return pq.read_table(path, columns=list(columns))
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,12 +139,6 @@ def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
             raise DataError(f"{where}: not valid CSV ({error}); a quote is missing, or too many") from None
 
 
-def csv_header(path: Path) -> list[str]:
-    """Names of the columns of a table of text. Raises as `csv_rows`."""
-    with _opened(path, "strict") as (reader, _):
-        return [name.strip() for name in reader.fieldnames or ()]
-
-
 @contextmanager
 def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
     """A table of text, and what lies between its cells."""
@@ -117,7 +174,7 @@ def is_empty(cell: Any) -> bool:
     return cell is None or cell != cell or (isinstance(cell, str) and cell.strip().lower() in _NOTHING)
 
 
-def split_of(word: Any, where: str) -> str:
+def as_split(word: Any, where: str) -> str:
     """Our name of a split from the word a list uses."""
     split = meaning(str(word)).split
     if not split:
@@ -125,7 +182,7 @@ def split_of(word: Any, where: str) -> str:
     return split
 
 
-def label_of(value: Any, where: str) -> int | None:
+def as_label(value: Any, where: str) -> int | None:
     """0, 1 or None from a cell: a number, its text, a word such as OK or NG (`names.meaning`), or empty."""
     if is_empty(value):
         return None
@@ -133,13 +190,11 @@ def label_of(value: Any, where: str) -> int | None:
     if text in ("0", "1", "0.0", "1.0", "true", "false"):
         return int(text in ("1", "1.0", "true"))
     role = meaning(str(value)).role
-    if role == UNSORTED:
-        return None
-    if role not in (GOOD, BAD):
+    if role not in (GOOD, BAD, UNSORTED):
         raise DataError(
             f"{where}: label is {value!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)"
         )
-    return int(role == BAD)
+    return None if role == UNSORTED else int(role == BAD)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:

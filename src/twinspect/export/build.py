@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinspect._version import __version__
-from twinspect.errors import BundleError, ConfigError, TwinspectError, unknown_name
+from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError, unknown_name
 from twinspect.export.parity import Comparison, ParityError, Pixels, compare
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, write_meta
 from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
-    from twinspect.storage import Fitted
+    from twinspect.bundle import Fitted
 
 # Precision -> what to do where an export of it does not agree with the model.
 _ADVICE = {
@@ -56,11 +56,11 @@ def export(
     Raises:
         ConfigError: an ending or a precision that there is not, or a model that cannot be exported.
         ParityError: the export does not say what the model says; nothing is written.
-        BundleError: the folder cannot be written.
+        OutputError: it cannot be written.
         TwinspectError: a package is missing (the message is the line to type).
     """
     runtime = checked_runtime(out, precision)
-    refuse_unwritable(out, "--out", error=BundleError)
+    refuse_unwritable(out, "--out")
     from twinspect.export import graph
 
     def seal(checked: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def export(
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
     except OSError as error:
-        raise BundleError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
+        raise OutputError(f"{out} cannot be written ({error.strerror or error}); nothing was left behind") from None
     return comparison
 
 

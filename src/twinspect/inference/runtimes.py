@@ -209,7 +209,7 @@ def load_predictor(
         return Predictor(engine, Decision.from_dict(meta.decision), batch or 1)
     share_cores()
     required("torch", path)
-    from twinspect.storage import load
+    from twinspect.bundle import load
 
     chosen, fitted = choose_device(device), load(path, str(weights))
     torch_runtime = TorchRuntime(fitted.model, chosen, threads)

@@ -9,6 +9,14 @@ from twinspect.errors import TwinspectError
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
 
 
+class Refused(TwinspectError):
+    """A request that is not answered as asked: HTTP's status, a code for programs, a message for people."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
 def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
     """Say what to type where packages of the extra are missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]

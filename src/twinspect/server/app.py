@@ -23,8 +23,8 @@ from twinspect._version import __version__
 from twinspect.errors import unknown_name
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
-from twinspect.server import schema
-from twinspect.server.guard import Guard, Refused, refusal_answer
+from twinspect.server import Refused, schema
+from twinspect.server.guard import Guard, refusal_answer
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
@@ -67,7 +67,6 @@ async def predict(request: Request, options: Annotated[Asked, Depends()], servic
     numbers, ``maps=overlay`` pictures of the images under them.
     A single image that cannot be read is refused (422); among several it has ``error`` set.
     """
-    service.admit(options.bundle)
     images = await read_images(request, service.settings.max_files)
     return await service.predict(images, options, request.state.request_id)
 

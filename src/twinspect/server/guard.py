@@ -16,7 +16,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -25,13 +24,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twinspect.errors import ConfigError, ImageError, TwinspectError
-from twinspect.server.batcher import Closed
-from twinspect.server.log import LogError, NoSuchRow
+from twinspect.errors import TwinspectError
+from twinspect.server import Refused
 from twinspect.server.settings import Settings, is_loopback
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})  # hold no data
-MOST_HEAD = 16_384  # bytes of the head of a request
+MOST_HEAD = 16_384  # bytes of the head of a request; uvicorn's own limit is for heads that come in pieces
 LINGER_S = 1.0  # how long the rest of a refused request is read, so that its sender sees the answer
 _MEGABYTE = 1 << 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -43,49 +41,6 @@ _HEADERS = {
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger("twinspect.server")
-
-
-class Refused(TwinspectError):
-    """A request that is not answered as asked: HTTP's status, a code for programs, a message for people."""
-
-    def __init__(self, status: int, code: str, message: str, retry_after_s: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.code, self.retry_after_s = status, code, retry_after_s
-
-
-# The nearest ancestor of an error counts; what is missing here is our own mistake, a 500.
-_STATUS: dict[type[Exception], tuple[int, str]] = {
-    Closed: (503, "stopping"),
-    NoSuchRow: (404, "no_such_row"),
-    ImageError: (422, "bad_image"),
-    ConfigError: (422, "not_accepted"),
-    LogError: (503, "log_unavailable"),
-}
-
-
-def _refusal(error: Exception, request_id: str) -> Refused:
-    """What a client is told of an error."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, LogError) and error.full:
-        return Refused(507, "log_full", str(error))
-    for kind in type(error).__mro__:
-        if kind in _STATUS:
-            return Refused(*_STATUS[kind], str(error))
-    # The trace goes to the log of the process, never to the client.
-    logger.error("broken", exc_info=error, extra={"values": {"request_id": request_id}})
-    return Refused(500, "internal", "an error in the server; its log has the details")
-
-
-def refusal_answer(refused: Refused, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A refusal in the one shape that every error has."""
-    extra = dict(headers or {})
-    if refused.retry_after_s:
-        extra["retry-after"] = str(refused.retry_after_s)
-    if refused.status == 401:
-        extra["www-authenticate"] = "Bearer"
-    detail = {"code": refused.code, "message": str(refused), "request_id": request_id}
-    return JSONResponse({"error": detail}, refused.status, extra)
 
 
 def say(event: str, level: int = logging.INFO, /, **values: object) -> None:
@@ -127,23 +82,65 @@ class Metrics:
         self.drift = gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"])
 
 
-@dataclass(slots=True)
-class _Exchange:
-    """One request on its way."""
+def refusal_answer(refused: Refused, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """A refusal in the one shape that every error has."""
+    extra = dict(headers or {})
+    if refused.retry_after_s:
+        extra["retry-after"] = str(refused.retry_after_s)
+    if refused.status == 401:
+        extra["www-authenticate"] = "Bearer"
+    detail = {"code": refused.code, "message": str(refused), "request_id": request_id}
+    return JSONResponse({"error": detail}, refused.status, extra)
 
-    guard: Guard
-    receive: Receive
-    send: Send
-    request_id: str
-    until: float  # when the body must have come
-    began: float = field(default_factory=time.perf_counter)
-    read: int = 0
-    reserved: int = 0
-    complete: bool = False  # whether the whole body was read
-    status: int = 0  # of the answer, once it has begun
 
-    def reserve(self, total: int) -> None:
-        """Account for a body of so many bytes."""
+class _Body:
+    """The body of one request on its way, and the bytes that are reserved for it."""
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self.guard, self._receive = guard, receive
+        self.read = self.reserved = 0
+        self.complete = False
+
+    async def load(self, length: str) -> Receive:
+        """Read all of it, within size, memory and time; what gives it to the application.
+
+        Args:
+            length: what the client announces; room for it is reserved before a byte is read.
+        """
+        self._reserve(int(length) if length.isdigit() else 0)
+        chunks = []
+        try:
+            async with asyncio.timeout(self.guard.settings.body_timeout_s):
+                while not self.complete:
+                    chunks.append(await self._next())
+                    self._reserve(self.read)
+        except TimeoutError:
+            wait = f"{self.guard.settings.body_timeout_s:g}"
+            raise Refused(408, "too_slow", f"the request was not complete within {wait} s") from None
+        messages: list[Message] = [{"type": "http.request", "body": b"".join(chunks)}]
+
+        async def receive() -> Message:
+            return messages.pop() if messages else await self._receive()  # the latter waits for the client to go away
+
+        return receive
+
+    async def drain(self) -> None:
+        """Read on for a moment: if the connection ended now, the sender of a long body would see no answer."""
+        with suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(LINGER_S):
+                while not self.complete:
+                    await self._next()
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        piece: bytes = message.get("body", b"")
+        self.read += len(piece)
+        self.complete = not message.get("more_body", False)
+        return piece
+
+    def _reserve(self, total: int) -> None:
         settings, more = self.guard.settings, max(0, total - self.reserved)
         if total > settings.max_body_mb * _MEGABYTE:
             raise Refused(
@@ -153,40 +150,6 @@ class _Exchange:
             raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
         self.reserved += more
         self.guard.reserved += more
-
-    async def next_message(self) -> Message:
-        """The next piece of the body, within size and time."""
-        if self.complete:
-            return await self.receive()  # waits for the client to go away
-        try:
-            async with asyncio.timeout_at(self.until):
-                message = await self._read()
-        except TimeoutError:
-            wait = f"{self.guard.settings.body_timeout_s:g}"
-            raise Refused(408, "too_slow", f"the request was not complete within {wait} s") from None
-        self.reserve(self.read)
-        return message
-
-    async def _read(self) -> Message:
-        message = await self.receive()
-        self.read += len(message.get("body", b""))
-        self.complete = message["type"] != "http.request" or not message.get("more_body", False)
-        return message
-
-    async def answer(self, message: Message) -> None:
-        """Send a piece of the answer."""
-        if message["type"] == "http.response.start":
-            self.status = int(message["status"])
-            headers = MutableHeaders(scope=message)
-            for name, value in {**_HEADERS, "x-request-id": self.request_id}.items():
-                headers.setdefault(name, value)
-            with suppress(TimeoutError):  # if the connection ended now, the sender of a long body would see no answer
-                async with asyncio.timeout(LINGER_S):
-                    while not self.complete:
-                        await self._read()
-            if not self.complete:
-                headers["connection"] = "close"
-        await self.send(message)
 
 
 class Guard:
@@ -203,35 +166,50 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, method = Headers(scope=scope), scope["method"]
+        began, status = time.perf_counter(), 499  # of a client that goes before its answer
+        headers, body = Headers(scope=scope), _Body(self, receive)
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         root, path = self.settings.root_path, scope["path"]
         if f"{path}/".startswith(f"{root}/"):  # some proxies take their own part away, others leave it
             path = path.removeprefix(root) or "/"
         inner = {**scope, "root_path": root, "path": root + path, "state": {"request_id": request_id}}
-        if method == "HEAD":  # answered like GET; uvicorn leaves the body out
+        if scope["method"] == "HEAD":  # answered like GET; uvicorn leaves the body out
             inner["method"] = "GET"
-        until = asyncio.get_running_loop().time() + self.settings.body_timeout_s
-        exchange = _Exchange(self, receive, send, request_id, until)
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                await body.drain()
+                status, answer_headers = message["status"], MutableHeaders(scope=message)
+                for name, value in {**_HEADERS, "x-request-id": request_id}.items():
+                    answer_headers.setdefault(name, value)
+                if not body.complete:
+                    answer_headers["connection"] = "close"
+            await send(message)
+
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEAD:
                 raise Refused(431, "head_too_large", f"the head of the request has more than {MOST_HEAD} bytes")
             self._refuse_strangers(path, headers)
-            length = headers.get("content-length", "")
-            exchange.complete = length == "0" or (not length and "transfer-encoding" not in headers)
-            if length.isdigit():
-                exchange.reserve(int(length))
-            await self.app(inner, exchange.next_message, exchange.answer)
+            await self.app(inner, await body.load(headers.get("content-length", "")), answer)
         except ClientDisconnect:
             say("client_gone", logging.WARNING, request_id=request_id)
         except Exception as error:
             refused = _refusal(error, request_id)
-            if not exchange.status:
-                await refusal_answer(refused, request_id)(inner, receive, exchange.answer)
+            if status == 499:
+                await refusal_answer(refused, request_id)(inner, receive, answer)
         finally:
-            self.reserved -= exchange.reserved
-            self._count(inner, method, exchange)
+            self.reserved -= body.reserved
+            seconds = time.perf_counter() - began
+            route = getattr(inner.get("route"), "path", "other")  # of the router: /v1/log/{number}/picture, no number
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            say(
+                "request", logging.WARNING if status >= 500 else logging.INFO, request_id=request_id,
+                method=scope["method"], route=route, status=status, ms=round(1000 * seconds, 1), bytes=body.read,
+                client=(scope.get("client") or ("",))[0],
+            )  # fmt: skip
 
     def _refuse_strangers(self, path: str, headers: Headers) -> None:
         """Key, or without one the names by which only this machine's own pages call it."""
@@ -253,15 +231,13 @@ class Guard:
         if not hmac.compare_digest(hashlib.sha256(key.encode("latin-1", "replace")).digest(), self._key_hash):
             raise Refused(401, "wrong_key", "no key or a wrong one; send it as: Authorization: Bearer KEY")
 
-    def _count(self, scope: Scope, method: str, exchange: _Exchange) -> None:
-        seconds = time.perf_counter() - exchange.began
-        path = getattr(scope.get("route"), "path", "other")  # of the router: /v1/log/{number}/picture, no number
-        status = exchange.status or 499  # gone before the answer
-        self.metrics.requests.labels(path, str(status)).inc()
-        self.metrics.seconds.labels(path).observe(seconds)
-        client = scope.get("client") or ("",)
-        say(
-            "request", logging.WARNING if status >= 500 else logging.INFO, request_id=exchange.request_id,
-            method=method, route=path, status=status, ms=round(1000 * seconds, 1), bytes=exchange.read,
-            client=client[0],
-        )  # fmt: skip
+
+def _refusal(error: Exception, request_id: str) -> Refused:
+    """What a client is told of an error."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, TwinspectError):
+        return Refused(422, "not_accepted", str(error))
+    # The trace goes to the log of the process, never to the client.
+    logger.error("broken", exc_info=error, extra={"values": {"request_id": request_id}})
+    return Refused(500, "internal", "an error in the server; its log has the details")

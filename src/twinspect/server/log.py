@@ -2,6 +2,10 @@
 
 A row has the file's name as it was given, its hash, scores and the answer. No image content is kept, but for small
 pictures in a table of their own where the server is told to. All values reach SQL as bound parameters.
+
+`learn` makes calibration images of the rows. Good are images that were called good and not reported as missed, and
+false alarms. Bad are reported misses and confirmed alarms. An alarm without feedback is neither: it is left out, and
+counted, because leaving out good images with high scores makes thresholds too low.
 """
 
 from __future__ import annotations
@@ -12,23 +16,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import sqlalchemy as sa
 from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from twinspect.decide.decision import ANOMALY, GOOD
-from twinspect.errors import ConfigError, TwinspectError, unknown_name
+from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision
+from twinspect.decide.recalibrate import Scored
+from twinspect.decide.rules import GoodScores
+from twinspect.errors import ConfigError, DataError
 from twinspect.inference.regions import Region
 from twinspect.inference.result import Result, columns
+from twinspect.server import Refused
 
 Verdict = Literal["false_alarm", "missed", "confirmed"]
-FALSE_ALARM, MISSED, CONFIRMED = FEEDBACK = get_args(Verdict)
+FALSE_ALARM, MISSED, CONFIRMED = get_args(Verdict)
 MOST = 2**63 - 1  # of a number that a database takes
-Text = Annotated[str, Query(max_length=200)]
-ClassName = Annotated[str, Query(alias="class", max_length=200)]
+MOST_TEXT = 200  # characters of a name
+Text = Annotated[str, Query(max_length=MOST_TEXT)]
+ClassName = Annotated[str, Query(alias="class", max_length=MOST_TEXT)]
 Moment = Annotated[int | None, Query(ge=0, le=MOST, description="UTC, milliseconds since 1970")]
 _DAY_MS = 86_400_000
 _LOCK_SECONDS = 5  # as long as Python's sqlite3 lets one writer wait for another
@@ -39,7 +49,7 @@ _tables = sa.MetaData()
 # SQLite counts up only columns of type INTEGER.
 _id = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _COLUMN_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
-    "string": sa.String(200), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
+    "string": sa.String(MOST_TEXT), "double": sa.Double(), "bool": sa.Boolean(), "int32": sa.Integer(),
     "int64": sa.BigInteger(), "regions": sa.Text(),
 }  # fmt: skip
 # What a row keeps of its result; the path is in ``name``, and other columns follow from these.
@@ -50,10 +60,10 @@ inspections = sa.Table(
     sa.Column("id", _id, primary_key=True, autoincrement=True),
     sa.Column("at_ms", sa.BigInteger, nullable=False),  # UTC, milliseconds since 1970
     sa.Column("request_id", sa.String(64), nullable=False),
-    sa.Column("bundle", sa.String(200), nullable=False),
-    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("bundle", sa.String(MOST_TEXT), nullable=False),
+    sa.Column("name", sa.String(MOST_TEXT), nullable=False),
     sa.Column("image_key", sa.String(64), nullable=False),
-    sa.Column("session", sa.String(200), nullable=False),
+    sa.Column("session", sa.String(MOST_TEXT), nullable=False),
     *(sa.Column(c.name, _COLUMN_TYPES[c.kind], nullable=True) for c in _RESULT),
     sa.Column("n_regions", sa.Integer, nullable=False),  # derived, but tables of version 0.2 insist on it
     sa.Column("feedback", sa.String(16), nullable=False, server_default=""),
@@ -76,16 +86,11 @@ _has_picture = sa.exists().where(_pictures.c.id == inspections.c.id).label("pict
 _ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(8731)"}
 
 
-class LogError(TwinspectError):
-    """The inspection log cannot be opened, read or written; ``full`` says that there is no space left."""
+class LogError(Refused):
+    """The inspection log cannot be opened, read or written; ``full``: because there is no space left."""
 
     def __init__(self, message: str, full: bool = False) -> None:
-        super().__init__(message)
-        self.full = full
-
-
-class NoSuchRow(TwinspectError):
-    """The log holds no row of this number."""
+        super().__init__(*((507, "log_full") if full else (503, "log_unavailable")), message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,29 +117,25 @@ class Filter:
     answer: Literal["", "good", "unsure", "anomaly"] = ""
     session: Text = ""
     feedback: Literal["", "none"] | Verdict = ""
-    name: Annotated[str, Query(max_length=200, description="Part of the file's name, any case")] = ""
+    name: Annotated[str, Query(max_length=MOST_TEXT, description="Part of the file's name, any case")] = ""
     before: Annotated[int | None, Query(ge=1, le=MOST, description="Smaller ids only: the next page")] = None
     limit: Annotated[int, Query(ge=1, le=500)] = 50
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
         """SQL conditions with bound values."""
         column = inspections.c
-        conditions = [
-            column[name] == plain_text(getattr(self, name), 200)
-            for name in ("bundle", "class_name", "answer", "session")
-            if getattr(self, name)
-        ]
-        if self.since_ms is not None:
-            conditions.append(column.at_ms >= self.since_ms)
-        if self.until_ms is not None:
-            conditions.append(column.at_ms < self.until_ms)
-        if self.before is not None:
-            conditions.append(column.id < self.before)
-        if self.feedback:
-            conditions.append(column.feedback == ("" if self.feedback == "none" else self.feedback))
-        if self.name:
-            conditions.append(column.name.icontains(plain_text(self.name, 200), autoescape=True))
-        return conditions
+        conditions = {
+            "bundle": column.bundle == plain_text(self.bundle),
+            "class_name": column.class_name == plain_text(self.class_name),
+            "answer": column.answer == self.answer,
+            "session": column.session == plain_text(self.session),
+            "since_ms": column.at_ms >= (self.since_ms or 0),
+            "until_ms": column.at_ms < (self.until_ms or 0),
+            "before": column.id < (self.before or 0),
+            "feedback": column.feedback == ("" if self.feedback == "none" else self.feedback),
+            "name": column.name.icontains(plain_text(self.name), autoescape=True),
+        }
+        return [condition for name, condition in conditions.items() if getattr(self, name) not in ("", None)]
 
 
 class InspectionLog:
@@ -190,7 +191,10 @@ class InspectionLog:
         with self._transaction() as connection:
             jpeg = connection.execute(sa.select(_pictures.c.jpeg).where(_pictures.c.id == number)).scalar()
         if jpeg is None:
-            raise NoSuchRow(f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them")
+            raise Refused(
+                404, "no_such_row",
+                f"the log holds no picture of decision {number}; serve --log-thumbnails 320 keeps them",
+            )  # fmt: skip
         return bytes(jpeg)
 
     def query(self, selection: Filter) -> list[dict[str, Any]]:
@@ -207,20 +211,18 @@ class InspectionLog:
         with self._transaction() as connection:
             yield from connection.execute(statement.execution_options(yield_per=_PAGE)).mappings()
 
-    def give_feedback(self, number: int, verdict: str, note: str = "") -> dict[str, Any]:
+    def give_feedback(self, number: int, verdict: Verdict | Literal[""], note: str = "") -> dict[str, Any]:
         """Keep the operator's word on a decision, and return its row; an empty verdict takes it back.
 
-        Refused (ConfigError) are an unknown verdict, and one that contradicts the answer.
+        A verdict that contradicts the answer is refused (ConfigError).
         """
-        if verdict not in ("", *FEEDBACK):
-            raise ConfigError(unknown_name("feedback", verdict, FEEDBACK))
         at_ms = int(time.time() * 1000) if verdict else None
         change = {"feedback": verdict, "feedback_at_ms": at_ms, "note": plain_text(note, 500)}
         by_number = inspections.c.id == number
         with self._transaction() as connection:
             row = connection.execute(sa.select(inspections, _has_picture).where(by_number)).mappings().first()
             if row is None:
-                raise NoSuchRow(f"the log holds no decision number {number}")
+                raise Refused(404, "no_such_row", f"the log holds no decision number {number}")
             wrong = {FALSE_ALARM: GOOD, MISSED: ANOMALY}.get(verdict)
             if wrong is not None and row["answer"] == wrong:
                 other = MISSED if wrong == GOOD else FALSE_ALARM
@@ -257,7 +259,7 @@ def database_url(text: str) -> sa.URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
 
 
-def plain_text(text: str, length: int) -> str:
+def plain_text(text: str, length: int = MOST_TEXT) -> str:
     """Text that every database takes: no control characters, no half characters, cut to a length."""
     whole = text.encode("utf-8", "replace").decode("utf-8")
     return "".join(c if c.isprintable() else " " for c in whole).strip()[:length]
@@ -300,3 +302,73 @@ def _row(columns: Mapping[Any, Any]) -> dict[str, Any]:
     known = {c.name: row[c.name] for c in _RESULT if row[c.name] is not None and c.kind != "regions"}
     result = Result(row["name"], regions=[Region(**region) for region in json.loads(row["regions"])], **known)
     return {**row, **result.answer_row()}
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """Good images of a log; good and bad ones; and sentences on what was left out."""
+
+    good: Scored
+    labelled: Scored
+    notes: tuple[str, ...]
+
+
+def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: str | None = None) -> Logged:
+    """Good and bad images of a log, without looking at a picture again.
+
+    Rows of other models than the decision's are left out, as their scores cannot be compared, and those from before
+    ``since``, an ISO date or time (local where it names no zone).
+
+    Raises:
+        ConfigError: not a time, or an unknown class.
+        DataError: no good image in it.
+        LogError: the log cannot be read.
+    """
+    decision.checked_class(class_name)
+    labelled: dict[int | None, list[Mapping[Any, Any]]] = {0: [], 1: [], None: []}
+    for row in log.scan(decision.model_id, milliseconds(since)):
+        if class_name in (None, row["class_name"]) and row["score"] is not None:
+            labelled[label_of(row["answer"], row["feedback"])].append(row)
+    good, bad, unknown = labelled[0], labelled[1], len(labelled[None])
+    if not good:
+        raise DataError(
+            f"{log.described} holds no good image of this model (id {decision.model_id}) among "
+            f"{len(bad) + unknown} decisions that fit; score some with: twinspect serve BUNDLE"
+        )
+    notes = [f"{len(good)} good and {len(bad)} bad images from the log"]
+    if unknown:
+        points = 100 * unknown / (len(good) + unknown)
+        notes.append(
+            f"{unknown} alarms without feedback are left out; were all of them false alarms, their rate could be "
+            f"up to {points:.2g} percentage points above the promise: give feedback on the page and calibrate again"
+        )
+    return Logged(_scored(good, []), _scored(good, bad), tuple(notes))
+
+
+def label_of(answer: str, feedback: str) -> int | None:
+    """0 for a good image, 1 for a bad one, None for nobody knows."""
+    if feedback == FALSE_ALARM:
+        return 0
+    if feedback == MISSED:
+        return 1
+    if answer == GOOD:
+        return 0
+    return 1 if feedback == CONFIRMED and answer != UNSURE else None
+
+
+def milliseconds(text: str) -> int | None:
+    """An ISO date or time as UTC milliseconds; None for an empty text."""
+    if not text:
+        return None
+    try:
+        return int(datetime.fromisoformat(text).timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"--since {text!r}: accepted a date or time such as 2026-11-22T06:00") from None
+
+
+def _scored(good: Sequence[Mapping[Any, Any]], bad: Sequence[Mapping[Any, Any]]) -> Scored:
+    rows = [*good, *bad]
+    names = ("score", "peak", "cluster_distance", "class_name", "predicted_class", "session", "image_key")
+    columns: list[Any] = [[row[name] for row in rows] for name in names]
+    labels = np.repeat([0, 1], [len(good), len(bad)])
+    return Scored(GoodScores(*columns), tuple(row["name"] for row in rows), labels, ())

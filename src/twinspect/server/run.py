@@ -1,26 +1,22 @@
-"""The application on a socket: uvicorn with our logging, limits and a deadline for the head of a request."""
+"""The application on a socket: uvicorn with our logging, limits and a deadline for slow clients."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from twinspect.errors import ConfigError, DataError
-from twinspect.files import read_text
-from twinspect.server.guard import MOST_HEAD, JsonLines, Refused, refusal_answer
+from twinspect.errors import ConfigError
+from twinspect.server.guard import MOST_HEAD, JsonLines
 from twinspect.server.settings import Settings
 
-KEY_VARIABLE = "TWINSPECT_API_KEY"
 DRAIN_S = 30  # longest time that accepted requests have after the signal to stop
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 
@@ -58,13 +54,6 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
                 self._head.cancel()
                 self._head = None
 
-        def send_400_response(self, msg: str) -> None:
-            """What is no HTTP is told so in the shape of every other error, and the connection ends."""
-            answer = refusal_answer(Refused(400, "no_http", msg), "none", {"connection": "close"})
-            head = b"".join(b"%s: %s\r\n" % header for header in answer.raw_headers)
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(answer.body))
-            self.transport.close()
-
         def pause_writing(self) -> None:
             super().pause_writing()
             self._answer = self.loop.call_later(body_timeout_s, self.transport.abort)
@@ -80,7 +69,12 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
 
 def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what was accepted; ``started`` is told the address."""
-    set_up_logging()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("twinspect.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
     server, listening = prepared(app, settings)
 
     def leave(_number: int, _frame: object) -> None:
@@ -103,18 +97,17 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         timeout_graceful_shutdown=DRAIN_S,
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Named, or asyncio would not see that it is TCP and leave Nagle's delay on: 40 ms for each answer.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((settings.host.strip("[]"), settings.port))
-        listening.listen()  # from now on early clients wait in the queue instead of being refused
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # so that :: means every address
+    try:  # early clients wait in the queue instead of being refused
+        address = (settings.host.strip("[]"), settings.port)
+        listening = socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
-        listening.close()
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another --port, "
             "or an address of this machine for --host"
         ) from None
+    # Connections inherit it. asyncio would not see that they are TCP: Nagle's delay costs 40 ms for each answer.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return uvicorn.Server(config), listening
 
 
@@ -122,23 +115,3 @@ def address_of(listening: socket.socket) -> str:
     """What to type into a browser."""
     host, port = listening.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def set_up_logging() -> None:
-    """One JSON object a line on stderr, ours and uvicorn's."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name, level in (("twinspect.server", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-
-
-def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
-    """The API key from a file or the environment; never from the command line, where other users could read it."""
-    if file is None:
-        return environment.get(KEY_VARIABLE, "").strip()
-    try:
-        return read_text(file).strip()
-    except DataError as error:
-        raise ConfigError(f"--api-key-file {error}") from None

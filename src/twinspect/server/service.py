@@ -13,27 +13,29 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from twinspect.decide.decision import GOOD, image_id
+from twinspect.data.images import ImageLimits
+from twinspect.decide.decision import GOOD, image_id, promises
+from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
 from twinspect.inference.archives import Item
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.stores import state
+from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
-from twinspect.server.guard import Metrics, Refused, logger, say
+from twinspect.server.guard import Metrics, logger, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
-from twinspect.server.models import Served
-from twinspect.server.schema import PredictAnswer
+from twinspect.server.schema import ModelAnswer, PredictAnswer
 from twinspect.server.settings import Settings
 
-Scored = tuple[Result, str]  # and the key by which calibration recognises the image's file
 _DECODERS = 2  # threads
 _PRUNING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
@@ -49,6 +51,48 @@ class Asked:
     maps: Literal["none", "inline", "overlay"] = "none"
     session: Text = ""
     keep: bool = True
+
+
+class Served:
+    """One version of one model, its worker and its drift monitor. Requests that hold an old version keep it alive.
+
+    The drift monitor of the version ``before`` lives on where the calibration is the same. ``trouble`` says why a
+    newer version of the file is not the one being served.
+    """
+
+    def __init__(
+        self, name: str, predictor: Predictor, settings: Settings, metrics: Metrics, before: Served | None = None
+    ) -> None:
+        self.name, self.predictor, self.trouble = name, predictor, ""
+        predictor.limits = ImageLimits(max_pixels=int(settings.max_megapixels * 1e6))
+        good = predictor.decision.good
+        same = before is not None and before.light.good.to_dict() == good.to_dict()
+        self.light: DriftMonitor = before.light if before is not None and same else DriftMonitor(good)
+        light = self.light
+        metrics.drift.labels(name).set_function(lambda: light.alarmed)  # which keeps no old version alive
+        run, wait_s = partial(_score, predictor, metrics, name), settings.max_wait_ms / 1000
+        self.batcher = Batcher[tuple[Decoded, str | None], Result](run, settings.max_batch, wait_s, f"model-{name}")
+
+    def describe(self) -> ModelAnswer:
+        """What clients may know of it."""
+        decision = self.predictor.decision
+        return {
+            "bundle": self.name,
+            "model_id": decision.model_id,
+            "size": self.predictor.runtime.size,
+            "runtime": type(self.predictor.runtime).__name__,
+            "classes": decision.classes,
+            "map_scale": list(decision.map_scale),
+            "thresholds": {
+                name: {
+                    "score": rule.image.value,
+                    "region": rule.region.value if rule.region is not None else None,
+                    "promise": rule.image.sentence,
+                }
+                for name, rule in promises(decision)
+            },
+            "trouble": self.trouble,
+        }
 
 
 class Service:
@@ -68,10 +112,12 @@ class Service:
         self.models = {
             name: Served(name, predictor, settings, self.metrics) for name, predictor in predictors.items()
         }
-        self._stamps = {name: state(str(path)) for name, path in paths.items()}  # of files when they were last read
+        self._states = {name: state(str(path)) for name, path in paths.items()}  # of files when they were last read
         self._accepted = 0  # images between acceptance and answer
         self.metrics.waiting.set_function(lambda: self._accepted)
         self._decoders = ThreadPoolExecutor(_DECODERS, "decode")
+        # In a thread of its own: neither answers nor the next call of a model wait for the drift monitors.
+        self._watcher = ThreadPoolExecutor(1, "drift")
         self._writer = Batcher(log.append, _LOG_BATCH, name="log") if log is not None else None
 
     @asynccontextmanager
@@ -90,10 +136,11 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for served in self.models.values():
-                await asyncio.to_thread(served.close)
-            if self._writer is not None:
-                await asyncio.to_thread(self._writer.close)
+            batchers = [served.batcher for served in self.models.values()]
+            for batcher in (*batchers, self._writer):
+                if batcher is not None:
+                    await batcher.close()
+            await asyncio.to_thread(self._watcher.shutdown)
             self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _prune(self) -> None:
@@ -128,64 +175,49 @@ class Service:
             raise Refused(409, "no_file", f"{name} was not opened from a file and cannot be reloaded")
         async with self._reloading:
             old = self.model(name)
-            self._stamps[name] = state(str(path))
+            self._states[name] = state(str(path))
             try:
-                new = await asyncio.to_thread(
-                    lambda: Served(name, self._open(path), self.settings, self.metrics, old)
-                )
+                predictor = await asyncio.to_thread(self._open, path)
             except TwinspectError as error:
                 old.trouble = str(error)
                 self.metrics.reloads.labels(name, "failed").inc()
                 say("reload_failed", logging.ERROR, bundle=name, message=str(error))
                 raise
-            self.models[name] = new
-            old.replace()
+            new = self.models[name] = Served(name, predictor, self.settings, self.metrics, old)
         self.metrics.reloads.labels(name, "done").inc()
-        say("reloaded", bundle=name, model_id=new.predictor.decision.model_id)
+        say("reloaded", bundle=name, model_id=predictor.decision.model_id)
         return new
 
     async def _reload_changed(self) -> None:
         for name, path in self._paths.items():
-            stamp = await asyncio.to_thread(state, str(path))
+            present = await asyncio.to_thread(state, str(path))
             # A file that is gone for a moment, or for good, leaves the model in service.
-            if stamp and stamp != self._stamps[name]:
+            if present and present != self._states[name]:
                 with suppress(TwinspectError):  # it was said
                     await self.reload(name)
 
-    def admit(self, bundle: str, images: int = 1) -> Served:
-        """The model asked for, if the queue has room; called before a body is read for nothing, and after."""
-        if not self.ready:
-            raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
-        served, limit, waiting = self.model(bundle), self.settings.queue, self._accepted
-        if images > limit:
-            raise Refused(413, "too_many", f"{images} images; the queue takes {limit} in all, send fewer")
-        if waiting + images > limit:
-            wait = max(1, math.ceil(waiting * served.batcher.seconds_per_job))
-            raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", wait)
-        return served
-
     async def predict(self, images: Sequence[Item], options: Asked, request_id: str) -> PredictAnswer:
         """Answers for images, kept in the log."""
-        served = self.admit(options.bundle, len(images))
+        served = self._admit(options.bundle, len(images))
         served.predictor.decision.checked_class(options.class_name or None)
         began = time.perf_counter()
-        served.count_users(1)
         self._accepted += len(images)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                scored = await asyncio.gather(*(self._score(served, image, options) for image in images))
-                results = [result for result, _ in scored]
+                inspections = await asyncio.gather(
+                    *(self._inspect(served, image, options, request_id) for image in images)
+                )
+                results = [inspection.result for inspection in inspections]
                 for result in results:
                     self.metrics.images.labels(served.name, "error" if result.error else result.answer).inc()
                 _refuse_failures(results)
                 if options.keep:
-                    served.watch(results)
-                numbers, trouble = await self._keep(served, scored, options, request_id)
+                    self._watcher.submit(_watch, served.name, served.light, results)
+                numbers, trouble = await self._keep(inspections, options)
         except TimeoutError:
             wait = f"{self.settings.timeout_s:g}"
             raise Refused(504, "timeout", f"no answer within {wait} s; send fewer images, or later") from None
         finally:
-            served.count_users(-1)
             self._accepted -= len(images)
         rows = await asyncio.to_thread(
             lambda: [_row(result, number, options.maps) for result, number in zip(results, numbers, strict=True)]
@@ -199,40 +231,48 @@ class Service:
             "results": rows,
         }
 
-    async def _score(self, served: Served, image: Item, options: Asked) -> Scored:
-        side = max(self.settings.log_thumbnails if options.keep else 0, _OVERLAY if options.maps == "overlay" else 0)
+    def _admit(self, bundle: str, images: int) -> Served:
+        """The model asked for, if the queue has room."""
+        if not self.ready:
+            raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
+        served, limit, waiting = self.model(bundle), self.settings.queue, self._accepted
+        if images > limit:
+            raise Refused(413, "too_many", f"{images} images; the queue takes {limit} in all, send fewer")
+        if waiting + images > limit:
+            wait = max(1, math.ceil(waiting * served.batcher.seconds_per_job))
+            raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", wait)
+        return served
+
+    async def _inspect(self, served: Served, image: Item, options: Asked, request_id: str) -> Inspection:
+        """One image decoded and scored, with its picture for the log."""
+        thumbnail = self.settings.log_thumbnails if options.keep and self.log is not None else 0
+        side = max(thumbnail, _OVERLAY if options.maps == "overlay" else 0)
         with served.batcher.expecting():
             loop = asyncio.get_running_loop()
             decoded, key = await loop.run_in_executor(self._decoders, _decoded, served.predictor, image, side)
-            if decoded.square is None:
-                return Result(decoded.name, error=decoded.error), key
-            scored = served.batcher.submit((decoded, options.class_name or None))
-        return await asyncio.wrap_future(scored), key
+        if decoded.square is None:
+            result = Result(decoded.name, error=decoded.error)
+        else:
+            result = await served.batcher.do((decoded, options.class_name or None))
+        picture = await asyncio.to_thread(_jpeg, result, thumbnail) if thumbnail else b""
+        return Inspection(result, key, served.name, request_id, options.session, picture=picture)
 
-    async def _keep(
-        self, served: Served, scored: Sequence[Scored], options: Asked, request_id: str
-    ) -> tuple[list[int | None], str]:
+    async def _keep(self, inspections: Sequence[Inspection], options: Asked) -> tuple[list[int | None], str]:
         """Numbers in the log, None for what is not kept, and why not."""
-        nothing: list[int | None] = [None] * len(scored)
-        if self._writer is None or not options.keep:
+        nothing: list[int | None] = [None] * len(inspections)
+        writer = self._writer
+        if writer is None or not options.keep:
             return nothing, ""
-        side, about = self.settings.log_thumbnails, (served.name, request_id, options.session)
-        rows = await asyncio.to_thread(  # drawing takes some milliseconds
-            lambda: [
-                Inspection(result, key, *about, picture=_jpeg(result, side))
-                for result, key in scored
-                if not result.error
-            ]
-        )
+        kept = [inspection for inspection in inspections if not inspection.result.error]
         try:
-            numbers = iter(await asyncio.gather(*(asyncio.wrap_future(self._writer.submit(row)) for row in rows)))
+            numbers = iter(await asyncio.gather(*(writer.do(inspection) for inspection in kept)))
         except LogError as error:
-            self.metrics.log_errors.inc(len(rows))
+            self.metrics.log_errors.inc(len(kept))
             say("log_trouble", logging.ERROR, message=str(error))
             if self.settings.log_required:
                 raise
             return nothing, str(error)
-        return [None if result.error else next(numbers) for result, _ in scored], ""
+        return [None if inspection.result.error else next(numbers) for inspection in inspections], ""
 
 
 async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
@@ -243,6 +283,39 @@ async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
             await job()
         except Exception:
             logger.exception("housekeeping")
+
+
+def _decoded(predictor: Predictor, image: Item, side: int) -> tuple[Decoded, str]:
+    """An image made ready, its pixels for pictures made small (many wait for the model at a time), and its key."""
+    decoded = predictor.decode(image, pixels=side > 0)
+    if decoded.rgb is not None:
+        small = Image.fromarray(decoded.rgb)
+        small.thumbnail((side, side))
+        decoded = decoded._replace(rgb=np.asarray(small))
+    return decoded, image_id(hashlib.sha256(image.data or b"").digest())
+
+
+def _score(
+    predictor: Predictor, metrics: Metrics, name: str, jobs: Sequence[tuple[Decoded, str | None]]
+) -> list[Result]:
+    metrics.batch.labels(name).observe(len(jobs))
+    with metrics.model_seconds.labels(name).time():
+        return list(predictor.score_batch([image for image, _ in jobs], True, [class_name for _, class_name in jobs]))
+
+
+def _watch(name: str, light: DriftMonitor, results: Sequence[Result]) -> None:
+    if light.watch(results):
+        say("drift", logging.WARNING, bundle=name, message=light.report().message)
+
+
+def _refuse_failures(results: Sequence[Result]) -> None:
+    """A model that gives no numbers is an error of ours; images that are none are the client's, if all are."""
+    damaged = [result.error for result in results if result.error and result.width]
+    if damaged:
+        say("model_damaged", logging.ERROR, message=damaged[0])
+        raise Refused(500, "model_damaged", "the model gave a score that is not finite; put another bundle in place")
+    if all(result.error for result in results):
+        raise Refused(422, "bad_image", "; ".join(result.error for result in results[:3]))
 
 
 def _row(result: Result, number: int | None, maps: str) -> dict[str, Any]:
@@ -266,29 +339,9 @@ def _inline_map(result: Result) -> dict[str, Any] | None:
 
 
 def _jpeg(result: Result, side: int) -> bytes:
-    """An image under its map, if its pixels were kept and a picture of such a side is wanted."""
-    if result.rgb is None or not side:
+    """An image under its map, if its pixels were kept."""
+    if result.rgb is None:
         return b""
     body = io.BytesIO()
     result.overlay(side=side, words=False).save(body, "JPEG", quality=80)
     return body.getvalue()
-
-
-def _decoded(predictor: Predictor, image: Item, side: int) -> tuple[Decoded, str]:
-    """An image made ready, its pixels for pictures made small (many wait for the model at a time), and its key."""
-    decoded = predictor.decode(image, pixels=side > 0)
-    if decoded.rgb is not None:
-        small = Image.fromarray(decoded.rgb)
-        small.thumbnail((side, side))
-        decoded = decoded._replace(rgb=np.asarray(small))
-    return decoded, image_id(hashlib.sha256(image.data or b"").digest())
-
-
-def _refuse_failures(results: Sequence[Result]) -> None:
-    """A model that gives no numbers is an error of ours; images that are none are the client's, if all are."""
-    damaged = [result.error for result in results if result.error and result.width]
-    if damaged:
-        say("model_damaged", logging.ERROR, message=damaged[0])
-        raise Refused(500, "model_damaged", "the model gave a score that is not finite; put another bundle in place")
-    if all(result.error for result in results):
-        raise Refused(422, "bad_image", "; ".join(result.error for result in results[:3]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from twinspect.config import ABOVE_ZERO, Range, check_options, option
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, DataError
+from twinspect.files import read_text
 
+KEY_VARIABLE = "TWINSPECT_API_KEY"
 _SOME = Range(1)
 
 
@@ -65,3 +70,30 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.rstrip(".").lower() == "localhost"
+
+
+def read_key(file: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+    """The API key from a file or the environment; never from the command line, where other users could read it."""
+    if file is None:
+        return environment.get(KEY_VARIABLE, "").strip()
+    try:
+        return read_text(file).strip()
+    except DataError as error:
+        raise ConfigError(f"--api-key-file {error}") from None
+
+
+def named_paths(texts: Sequence[str]) -> dict[str, Path]:
+    """``NAME=FILE`` or ``FILE`` (its stem is the name) to files by name. A path may hold an equals sign itself."""
+    paths: dict[str, Path] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        if Path(text).is_file() or not file:
+            name, file = Path(text).stem, text
+        if not Path(file).is_file():
+            raise ConfigError(f"no such model: {text}. Make one with: twinspect fit DATA --out FILE.twin")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"{name!r} cannot be part of an address; type NAME={file}, of letters, digits, - _ .")
+        if name in paths:
+            raise ConfigError(f"two models are called {name}: {paths[name]} and {file}; type NAME={file}")
+        paths[name] = Path(file)
+    return paths

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from email.errors import MessageError
-from email.header import decode_header, make_header
 from email.message import Message
 from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
@@ -13,11 +11,10 @@ from typing import Any
 from starlette.requests import Request
 
 from twinspect.inference.archives import Item
-from twinspect.server.guard import Refused
+from twinspect.server import Refused
 from twinspect.server.log import plain_text
 
 FIELD = "file"
-NAME_LENGTH = 200
 _FORM = "multipart/form-data"
 _RAW = "application/octet-stream"
 _CURL = f"curl -F {FIELD}=@a.png"
@@ -31,10 +28,8 @@ async def read_images(request: Request, most: int) -> list[Item]:
     if kind == _FORM:
         return await _from_form(request, most)
     if kind == _RAW or kind.startswith("image/"):
-        head = Message()
-        head["content-disposition"] = _decoded(request.headers.get("content-disposition", "").encode("latin-1"))
-        name = _decoded(request.headers.get("x-filename", "").encode("latin-1")) or _parameter(head, "filename")
-        return [Item(label(name or "") or "image", data=await request.body())]
+        name = _decoded(request.headers.get("x-filename", "").encode("latin-1"))
+        return [Item(label(name) or "image", data=await request.body())]
     raise Refused(
         415, "wrong_type",
         f"content type {plain_text(kind, 80)!r}; accepted {_FORM} with fields called {FIELD!r}, or one image as "
@@ -48,17 +43,15 @@ async def _from_form(request: Request, most: int) -> list[Item]:
     boundary = head.get_boundary()
     if not boundary:
         raise _bad_form(f"its content type has no boundary; type: {_CURL}")
-    body = b"".join([chunk async for chunk in request.stream()])
+    body = await request.body()
     images: list[Item] = []
     others: list[str] = []
     for part, data in _parts(body, b"--" + boundary.encode("latin-1", "replace")):
-        name, kind = _parameter(part, "filename"), part.get_content_type()
-        is_file = name is not None or kind == _RAW or kind.startswith("image/")  # some clients name no file
-        field = _parameter(part, "name") or ""
-        if is_file and field == FIELD:
-            images.append(Item(label(name or "") or f"image-{len(images)}", data=data))
+        name, field = _parameter(part, "filename"), _parameter(part, "name") or ""
+        if name is not None and field == FIELD:
+            images.append(Item(label(name) or f"image-{len(images)}", data=data))
         else:
-            others.append(f"{plain_text(field, 80)!r} with {'a file' if is_file else 'text'}")
+            others.append(f"{plain_text(field, 80)!r} with {'text' if name is None else 'a file'}")
         if len(images) > most:
             raise Refused(413, "too_many", f"more than {most} images in one request; send several")
         if len(others) > _MOST_FIELDS:
@@ -75,7 +68,7 @@ def _parts(body: bytes, mark: bytes) -> Iterator[tuple[Message, bytes]]:
     """Headers and content of every part of a form (RFC 7578).
 
     Starlette's parser passes over ``filename*``, which .NET, Java and requests with urllib3 1 send for every name
-    that is not ASCII, and it writes large files to the disk. So the standard library reads the headers here.
+    that is not ASCII, and over a last part that was cut off; and it writes large files to the disk.
     """
     start = body.find(mark) + len(mark)
     if start < len(mark):
@@ -104,18 +97,12 @@ def _decoded(header: bytes) -> str:
 def _parameter(head: Message, name: str) -> str | None:
     """A parameter of the content disposition; ``name*`` (RFC 2231) wins over ``name``, whose ASCII is a makeshift."""
     values = [value for key, value in head.get_params([], "content-disposition") if key.lower() == name]
-    if not values:
-        return None
-    text = collapse_rfc2231_value(values[-1])
-    try:
-        return str(make_header(decode_header(text))) if "=?" in text else text  # RFC 2047, of mail programs and .NET
-    except (MessageError, LookupError, ValueError):  # what only looks like it
-        return text
+    return collapse_rfc2231_value(values[-1]) if values else None
 
 
 def label(name: str) -> str:
     """The last part of a name as the client gave it, safe to show and to keep; it is never opened."""
-    return plain_text(name.replace("\\", "/").rsplit("/", 1)[-1], NAME_LENGTH)
+    return plain_text(name.replace("\\", "/").rsplit("/", 1)[-1])
 
 
 def openapi_body() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twinspect.bundle import Fitted, build_model, teacher_of
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.leaks import count_once
@@ -27,7 +28,6 @@ from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
-from twinspect.storage import Fitted, build_model, teacher_of
 from twinspect.training.derived import add_copies, add_tolerated, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
@@ -103,8 +103,9 @@ def fit(
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
-        TrainingError: a loss that is not finite, a checkpoint of another run, or no place for one; of several
-            processes, one that is gone or has other images.
+        OutputError: no place for checkpoint and log.
+        TrainingError: a loss that is not finite, or a checkpoint of another run; of several processes, one that is
+            gone or has other images.
 
     Under ``torchrun`` the processes share every batch and all return the same model; see `training.distributed`.
     """
@@ -170,7 +171,7 @@ def _fitted(
     else:
         fit_scales(model, source, train_at, config.train.seed)
     if work is not None and group.leads:
-        refuse_unwritable(work / LOG, "--out or --work", error=TrainingError)
+        refuse_unwritable(work / LOG, "--out or --work")
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
     group.refuse_difference(fingerprint, len(source))

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
+from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import suspicious_tail
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id
@@ -32,7 +33,6 @@ from twinspect.inference.tiles import speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.layers import in_fp16
 from twinspect.models.weights import licence
-from twinspect.storage import model_id
 from twinspect.training.derived import Copy, Tile, picture_of
 from twinspect.training.source import image_key
 from twinspect.types import Sample

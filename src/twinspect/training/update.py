@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from twinspect.bundle import Fitted, model_id
 from twinspect.data.leaks import count_once
 from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
-from twinspect.storage import Fitted, model_id
 from twinspect.training.derived import FEW
 from twinspect.training.normal import add_statistics
 from twinspect.training.outcome import GoodImages, sizes, small_pictures
