@@ -157,7 +157,7 @@ def test_readings_are_calibrated_by_what_statistics_without_the_image_say(
     model, source = source_of(options, tmp_path, cached=True)
     fit_statistics(model, source, TRAINED, HELD, 0, silent)
     scorer, slow = model.scorer, Slow(model, source)
-    assert scorer.clusters.count == scorer.clusters.variants == 2
+    assert scorer.clusters.count == 2
     first = scorer.student_readings[0]
     readings = {first + i: slow.local(g) for i, g in enumerate(scorer.scored)}
     first = scorer.local_count + scorer.student_readings[1]
@@ -181,7 +181,7 @@ def test_maps_have_one_level_and_one_spread_and_positions_their_own(options: dic
             assert float(scorer.map_level_KG[k, g]) == pytest.approx(distance[own].mean(), rel=5e-3)
             assert float(scorer.map_spread_KG[k, g]) == pytest.approx(distance[own].std(), rel=1e-2)
             level = uniform_filter(distance[own].mean(0), 3, mode="nearest")
-            np.testing.assert_allclose(gaussian.level_Vhw[k], level, rtol=1e-2)
+            np.testing.assert_allclose(gaussian.level_Khw[k], level, rtol=1e-2)
 
 
 @pytest.mark.parametrize("options", DEFAULT, ids=named)

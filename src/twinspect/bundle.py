@@ -22,7 +22,7 @@ from twinspect._version import __version__
 from twinspect.errors import NONSENSE, BundleError
 from twinspect.files import replacing
 
-FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
+FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 _SIGNATURE = "signature.txt"

@@ -6,7 +6,7 @@ out, covariances of patches its half of the images, those of tokens its fifth. S
 itself or for a copy that was made of it (`training.copies`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
-Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
+Shapes: n good images, B images of a batch, N positions, D channels, K clusters, R readings, G groups.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class GoodImages(NamedTuple):
         cluster_n: indices of the clusters.
         counted_n: whether the image counts for thresholds: with plain scoring only those held out.
         readings_nR: raw readings, as `Outputs` has them.
-        variant_n: indices of the variants.
         tokens: global tokens, n x E a view.
         embedding_nF: what the teacher's own classifier would see.
     """
@@ -83,7 +82,6 @@ class GoodImages(NamedTuple):
     cluster_n: Tensor
     counted_n: Tensor
     readings_nR: Tensor
-    variant_n: Tensor
     tokens: tuple[Tensor, ...]
     embedding_nF: Tensor
 
@@ -111,8 +109,8 @@ def fit_statistics(
     held_n = torch.tensor([i in held for i in images], device=model.device)
     tokens, embedding_nF = source.vectors(images)
     names = [source.samples[i].class_name for i in images]
-    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed, divide)
-    seen = _Seen(variant_n, cluster_n, held_n, tokens, embedding_nF)
+    cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed, divide)
+    seen = _Seen(cluster_n, held_n, tokens, embedding_nF)
     fitting = _Fitting(model, source, images, seen, progress, students)
     return fitting.plain() if model.scorer.plain else fitting.default(seed)
 
@@ -143,8 +141,8 @@ def add_statistics(
     tokens = tuple(torch.cat(pair) for pair in zip(before.tokens, fresh, strict=True))
     embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
     names = [*names_before, *(source.samples[i].class_name for i in images)]
-    variant_n = clusters.extend(tokens[0], embedding_nF, names, before.variant_n, known, seed)
-    seen = _Seen(variant_n, clusters.owner_V[variant_n], torch.ones_like(variant_n) > 0, tokens, embedding_nF)
+    cluster_n = clusters.extend(tokens[0], embedding_nF, names, before.cluster_n, known, seed)
+    seen = _Seen(cluster_n, torch.ones_like(cluster_n) > 0, tokens, embedding_nF)
     fitting = _Fitting(model, source, images, seen, progress, model.scorer.students_count(), before)
     return fitting.default(seed), tuple(known)
 
@@ -152,7 +150,6 @@ def add_statistics(
 class _Seen(NamedTuple):
     """All good images: those learnt before, then those of the source."""
 
-    variant_n: Tensor
     cluster_n: Tensor
     held_n: Tensor
     tokens: tuple[Tensor, ...]
@@ -164,12 +161,12 @@ class _Fitting:
 
     Attributes:
         all: of all images, also of those learnt before.
-        variant_n, cluster_n, held_n: of the images of the source.
-        images_V, known_V: images of every variant: all together, and those learnt before.
+        cluster_n, held_n: of the images of the source.
+        images_K, known_K: images of every cluster: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
         half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
         factor_n: see `left_out`.
-        means: mean of every position, a group each, after the first pass: V x N x D.
+        means: mean of every position, a group each, after the first pass: K x N x D.
     """
 
     def __init__(
@@ -185,16 +182,15 @@ class _Fitting:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.all, self.before, self.progress, self.asks_students = seen, before, progress, asks_students
         self.grids, self.gaussians = model.scorer.all_grids(), model.scorer.gaussians()
-        self.owner_V, self.clusters = model.scorer.clusters.owner_V, model.scorer.clusters.count
-        self.variants, self.old = len(self.owner_V), len(seen.variant_n) - len(images)
-        self.variant_n, self.cluster_n, self.held_n = (column[self.old :] for column in seen[:3])
-        self.images_V = torch.bincount(seen.variant_n, minlength=self.variants).float()
-        self.known_V = torch.bincount(seen.variant_n[: self.old], minlength=self.variants).float()
+        self.clusters, self.old = model.scorer.clusters.count, len(seen.cluster_n) - len(images)
+        self.cluster_n, self.held_n = (column[self.old :] for column in seen[:2])
+        self.images_K = torch.bincount(seen.cluster_n, minlength=self.clusters).float()
+        self.known_K = torch.bincount(seen.cluster_n[: self.old], minlength=self.clusters).float()
         self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
         _, own_n, count = torch.unique(
-            torch.stack([self.first_n, self.variant_n]), dim=1, return_inverse=True, return_counts=True
+            torch.stack([self.first_n, self.cluster_n]), dim=1, return_inverse=True, return_counts=True
         )
-        self.factor_n = left_out(self.images_V[self.variant_n], count[own_n])
+        self.factor_n = left_out(self.images_K[self.cluster_n], count[own_n])
         half_n = torch.zeros_like(self.cluster_n)
         for k in range(self.clusters):
             members = (self.cluster_n == k).nonzero()[:, 0]
@@ -248,28 +244,28 @@ class _Fitting:
             self.progress(stage, start, len(which))
 
     def _means(self) -> list[Tensor]:
-        """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
+        """First pass: means of every position, of groups and of what the students learn (K x N x D, K x D)."""
         sums: list[Tensor] = []
         for places, observed, _ in self._batches(range(len(self.images)), "statistics (means)"):
             rows = [one.rows(grid(observed)) for grid, one in zip(self.grids, self.gaussians, strict=True)]
             targets = self.model.targets(observed) if self.asks_students and self.before is None else []
             parts = [part.float() for part in (*rows, *targets)]
-            sums = sums or [part.new_zeros(self.variants, *part.shape[1:]) for part in parts]
+            sums = sums or [part.new_zeros(self.clusters, *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
-                total.index_add_(0, self.variant_n[places], part)
+                total.index_add_(0, self.cluster_n[places], part)
         for one, total in zip(self.gaussians, sums, strict=False):
             if self.before is not None:
-                known = one.sums(self.known_V[: len(one.centre_VD)])
+                known = one.sums(self.known_K[: len(one.centre_KD)])
                 total[: len(known)] += known
-            one.set_means(total, self.images_V)
+            one.set_means(total, self.images_K)
         self.means = [one.means() for one in self.gaussians]
-        return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.gaussians) :]]
+        return [total / self.images_K.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.gaussians) :]]
 
     def _differences(self, places: Tensor, observed: Observed) -> Iterator[Tensor]:
         """Patches (B x N x D) minus the means of their positions, which each image is left out of; a group each."""
-        variant_B, factor_B11 = self.variant_n[places], self.factor_n[places][:, None, None]
-        for grid, one, mean_VND in zip(self.grids, self.gaussians, self.means, strict=True):
-            yield (one.rows(grid(observed)) - mean_VND[variant_B]) * factor_B11
+        cluster_B, factor_B11 = self.cluster_n[places], self.factor_n[places][:, None, None]
+        for grid, one, mean_KND in zip(self.grids, self.gaussians, self.means, strict=True):
+            yield (one.rows(grid(observed)) - mean_KND[cluster_B]) * factor_B11
 
     def _covariances(self) -> list[Tensor]:
         """Whitening matrices of both halves of some images of every cluster: 2 x K x D x D a group."""
@@ -278,10 +274,8 @@ class _Fitting:
             members = (self.cluster_n == k).nonzero()[:, 0].tolist()
             step = max(1, len(members) // (2 * _HALF_IMAGES))
             chosen += members[::step][: 2 * _HALF_IMAGES]
-        known_K = torch.zeros(self.clusters, dtype=torch.float64, device=self.model.device)
-        known_K.index_add_(0, self.owner_V, self.known_V.double())
         # Both halves know what was learnt before: images of the source are left out of their own half only.
-        counts = known_K.clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
+        counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
         sums = [torch.zeros(2, self.clusters, one.dims, one.dims).to(counts) for one in self.gaussians]
         for one, total in zip(self.gaussians, sums if self.before is not None else [], strict=False):
             known = torch.stack([unwhitened(white) for white in one.whiten_KDD])
@@ -312,8 +306,8 @@ class _Fitting:
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n = torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-        self.scorer.token_gaussians()[view].fit(token_nE, self.all.variant_n, self.owner_V)
-        return cross_fitted_tokens(token_nE, self.all.variant_n, self.owner_V, fold_n[all_first_n])
+        self.scorer.token_gaussians()[view].fit(token_nE, self.all.cluster_n, self.clusters)
+        return cross_fitted_tokens(token_nE, self.all.cluster_n, self.clusters, fold_n[all_first_n])
 
     def _distances(
         self, halves: list[Tensor], targets: list[Tensor], arrays: list[NDArray[np.float16]]
@@ -345,12 +339,12 @@ class _Fitting:
         Of the images held out only, each left out of that mean.
         """
         held = self.held_n[places]
-        variant_B, apart = self.variant_n[places][held], []
+        cluster_B, apart = self.cluster_n[places][held], []
         pairs = zip(self.model.targets(observed), self.model.predictions(observed, small), targets, strict=True)
         for target, answer, mean in pairs:
             target, answer = target[held], answer[held]
-            count = self.images_V[variant_B].reshape(-1, *[1] * (target.dim() - 1))
-            others = (count * mean[variant_B] - target) / (count - 1).clamp_min(1.0)
+            count = self.images_K[cluster_B].reshape(-1, *[1] * (target.dim() - 1))
+            others = (count * mean[cluster_B] - target) / (count - 1).clamp_min(1.0)
             distances = (1.0 - F.cosine_similarity(target, other, dim=-1) for other in (answer, others))
             apart.append(torch.stack([distance.reshape(len(target), -1).mean(1).sum() for distance in distances]))
         return torch.stack(apart).double().cpu()
@@ -374,14 +368,14 @@ class _Fitting:
         level_KG, spread_KG = torch.zeros(2, self.clusters, len(arrays), device=device)
         for g, (one, array) in enumerate(zip(self.gaussians, arrays, strict=True)):
             reading_n, scales = torch.zeros(len(self.images)), []
-            for v in range(self.variants):
-                places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
+            for k in range(self.clusters):
+                places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
                 if not len(places):  # smoothing what was learnt before again would wear it out
-                    scales.append((one.level_Vhw[v].cpu(), one.spread_Vhw[v].cpu()))
+                    scales.append((one.level_Khw[k].cpu(), one.spread_Khw[k].cpu()))
                     continue
                 total, square = _sums(array, places)
-                if known := int(self.known_V[v]):
-                    before = _unscaled(one.level_Vhw[v], one.spread_Vhw[v], known)
+                if known := int(self.known_K[k]):
+                    before = _unscaled(one.level_Khw[k], one.spread_Khw[k], known)
                     total, square = total + before[0], square + before[1]
                 count = len(places) + known
                 scales.append(_level_and_spread(total, square, count))
@@ -399,14 +393,14 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(array[part].astype(np.float32)).to(device) for array in arrays]
-            peaks.append(self._peaks(scorer.map_of(maps, self.variant_n[part], self.cluster_n[part])))
+            peaks.append(self._peaks(scorer.map_of(maps, self.cluster_n[part])))
         return torch.stack(readings, 1).to(device), torch.cat(peaks)
 
     def _whole(self, g: int, array: NDArray[np.float16], k: int) -> tuple[Tensor, Tensor]:
         """Mean and mean square of the distances of a cluster's maps."""
         places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
         mean, square = (total.mean() / max(1, len(places)) for total in _sums(array, places))
-        known = float(self.known_V[self.owner_V == k].sum())
+        known = float(self.known_K[k])
         if known:
             level, spread = (
                 one[k, g].double().cpu() for one in (self.scorer.map_level_KG, self.scorer.map_spread_KG)
@@ -426,7 +420,7 @@ class _Fitting:
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
         return GoodImages(
             score_n.cpu(), peak_n.cpu(), distance_n.cpu(), seen.cluster_n.cpu(), counted_n.cpu(), reading_nR.cpu(),
-            seen.variant_n.cpu(), tuple(token_nE.cpu() for token_nE in seen.tokens), seen.embedding_nF.cpu(),
+            tuple(token_nE.cpu() for token_nE in seen.tokens), seen.embedding_nF.cpu(),
         )  # fmt: skip
 
 
@@ -459,7 +453,7 @@ def _level_and_spread(total_hw: Tensor, square_hw: Tensor, count: int) -> tuple[
 
 
 def _reading(distance_hw: NDArray[np.float16], total_hw: Tensor, square_hw: Tensor, count: int) -> Tensor:
-    """The local reading of an image by the scale of the others of its variant; of an only one by its own."""
+    """The local reading of an image by the scale of the others of its cluster; of an only one by its own."""
     d_hw = torch.from_numpy(distance_hw.astype(np.float64))
     if count > 1:
         total_hw, square_hw, count = total_hw - d_hw, square_hw - d_hw.square(), count - 1

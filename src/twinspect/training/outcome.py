@@ -213,12 +213,12 @@ def _teacher(model: AnomalyModel) -> dict[str, str]:
 
 
 def sizes(model: AnomalyModel) -> dict[str, Any]:
-    """For the record: clusters, variants, numbers of weights by part, bytes of statistics."""
+    """For the record: clusters, numbers of weights by part, bytes of statistics."""
     parts = {"teacher": model.teacher, **dict(model.student.named_children())}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
     clusters = model.scorer.clusters
-    return {"clusters": clusters.count, "variants": clusters.variants, "parameters": parameters}
+    return {"clusters": clusters.count, "parameters": parameters}
 
 
 def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
