@@ -320,7 +320,7 @@ def test_no_row_of_a_whole_table_is_lost(listed: Path, names: list[str], separat
     tried("whole tables")
 
 
-# No path holds NUL; zero bytes at every second place are UTF-16 without a mark.
+# No path holds NUL, and a list that begins with one is refused.
 LINES = st.text(st.characters(exclude_characters="\n\r\0", exclude_categories=["Cs"]), max_size=30)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from twinspect.commands.calibrate import MOST_LINES, threshold_section, threshold_table
-from twinspect.decide.conformal import Threshold
+from twinspect.decide.conformal import Budget, GoodScores, Threshold
 from twinspect.decide.decision import Decision
-from twinspect.decide.rules import Budget, GoodScores
 
 
 def decision(sizes: dict[str, int], **changes: object) -> Decision:
@@ -15,7 +14,7 @@ def decision(sizes: dict[str, int], **changes: object) -> Decision:
     names = tuple(name for name, size in sizes.items() for _ in range(size))
     scale = np.array([5.0 if name.startswith("wide") else 1.0 for name in names])
     scores, unknown = scale * rng.exponential(size=len(names)), np.full(len(names), np.nan)
-    good = GoodScores(scores, unknown, unknown, names, names)
+    good = GoodScores(scores, unknown, unknown, names, names, ("",) * len(names), ("",) * len(names))
     return Decision(good, tuple(sizes), (0.0, 8.0), **{"budget": Budget(0.01), **changes})
 
 

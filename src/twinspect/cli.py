@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from twinspect.commands import options as of
 from twinspect.config import ModelConfig, TrainConfig, check_options, flag_of
+from twinspect.inference.job import Job
 from twinspect.server.settings import Settings
 
 
@@ -113,7 +114,7 @@ COMMANDS = (
         shown=("max_fpr", "class_name", "add", "unsure", "labels", "rule", "from_log", "out", "report"),
     ),
     Command(
-        "predict", "predict:predict", of.PredictOptions, "model.twin new/ -o table.csv --overlays pictures/",
+        "predict", "predict:predict", Job, "model.twin new/ -o table.csv --overlays pictures/",
         shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(

@@ -11,9 +11,9 @@ from twinspect.bundle import keep_old, read_bundle, write_bundle
 from twinspect.commands.options import CalibrateOptions
 from twinspect.commands.results import check_outputs, checked_model, publish, read_data
 from twinspect.console import Console
+from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
-from twinspect.decide.rules import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
 

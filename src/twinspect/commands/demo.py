@@ -73,7 +73,7 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     train = TrainConfig(steps=size.steps, time_budget_s=size.budget_s)
     detector = Detector(config=RunConfig(ModelConfig(teacher=DEFAULT_EMBEDDED), train))
     began = time.monotonic()
-    detector.fit(training, progress=console.progress)
+    detector.fit(training, progress=console.progress, quiet=True)
     train_s = round(time.monotonic() - began, 1)
     detector.save(bundle)
     predictor, whole = detector.predictor(), Split(AS_GIVEN, INDUSTRIAL, tuple(training), (), tuple(tested))

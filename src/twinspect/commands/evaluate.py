@@ -100,7 +100,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
 def has_learnt(predictor: Predictor, sample: Sample) -> bool:
     """Whether a model was trained on an image, by its content; of one that cannot be read, not."""
     try:
-        return predictor.decision.has_learnt(image_key(sample, predictor.runtime.size))
+        return image_key(sample, predictor.runtime.size) in predictor.decision.trained
     except (DataError, OSError):  # said when it is scored
         return False
 

@@ -8,7 +8,7 @@ from twinspect.bundle import load
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 from twinspect.export import build
-from twinspect.export.parity import TOLERANCES, ParityError, load_images
+from twinspect.export.build import TOLERANCES, ParityError, load_images
 from twinspect.inference.runtimes import companion
 
 

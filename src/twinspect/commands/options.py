@@ -168,49 +168,6 @@ class EvalOptions(ReadsData, BuildsModel):
 
 
 @dataclass(frozen=True)
-class PredictOptions(BuildsModel):
-    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
-
-    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
-    and --fail-on ends the run. Exit code 1: none of the images could be read.
-    """
-
-    bundle: Path = argument("Trained model (.twin) or exported model.")
-    paths: tuple[str, ...] = argument(
-        "Images, folders, quoted globs, @lists, tar and zip files, tables, URLs, videos, camera:0, rtsp://..., or @- "
-        "for paths from standard input."
-    )
-    out: str = option(
-        "Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts; - prints rows as "
-        "JSON lines, -.csv as CSV.",
-        "",
-    )
-    class_name: str = option("Class of all images; empty predicts it.", "", "--class")
-    maps: str = option("Folder for raw maps (.npz, float16).", "")
-    masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
-    overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
-    overlay_format: str = option("jpg or png.", "jpg")
-    overlay_side: int = option("Their longest side in pixels; 0: the image's own.", 1600)
-    coco: str = option("COCO file of all regions.", "")
-    report: tuple[Path, ...] = option("Report file: .html (with charts and the images to look at), .md or .json.", ())
-    submission: str = option("Folder for MVTec AD 2's submission: maps and thresholded maps.", "")
-    batch: int = option("Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0)
-    workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1)
-    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
-    device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
-    part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0)
-    watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
-    fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
-    restart: bool = option("Drop what an unfinished run left.", False, "--restart")
-    shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
-    actors: int = option("Ray: models; 0: as many as fit.", 0)
-    actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
-    actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)
-    ray_address: str = option("Ray: running cluster.", "")
-
-
-@dataclass(frozen=True)
 class SignOptions:
     """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
 
