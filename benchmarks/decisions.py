@@ -37,12 +37,11 @@ from torch import Tensor
 from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.bundle import Fitted
-from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
+from twinspect.decide.conformal import Budget, GoodScores
 from twinspect.decide.decision import Decision
 from twinspect.decide.drift import DriftMonitor
 from twinspect.decide.recalibrate import score_images
-from twinspect.decide.rules import Budget, GoodScores
 from twinspect.metrics import auroc
 from twinspect.models.clusters import Clusters
 from twinspect.models.contract import AnomalyModel
@@ -222,7 +221,7 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     own = learnt.numpy()
     nothing = np.zeros(int(own.sum()))
     predicted = tuple(owners[k] for k in cluster[own])
-    good = GoodScores(nothing, nothing, distance[own], tuple(names), predicted)
+    good = GoodScores(nothing, nothing, distance[own], tuple(names), predicted, [""] * len(names), [""] * len(names))
     decision = Decision(good, owners, (0.0, 1.0), Budget())
     test = seen.part == "test"
     said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(cluster[test], distance[test], strict=True)]
@@ -314,8 +313,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
     scored = score_images(detector.predictor(), test, None, None, progress)
     if scored.failed:
         raise SystemExit(f"cannot be scored: {scored.failed[0]}")
-    trained = set(decision.trained)
-    unseen = np.array([key not in trained for key in scored.rows.key]) & (scored.label_N == 0)
+    unseen = np.array([key not in decision.trained for key in scored.rows.key]) & (scored.label_N == 0)
     good, bad = scored.rows.take(unseen), scored.rows.take(scored.label_N == 1)
     kept = [s for s, k in zip(test, unseen, strict=True) if k]
     found: Values = {"bundle": Path(options.bundle).name, "good": len(good), "model_id": decision.model_id}
@@ -348,12 +346,12 @@ def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, fact
     rows = [r for part in results for r in part]
     return GoodScores(
         [r.score for r in rows], [r.peak for r in rows], [r.cluster_distance for r in rows],
-        [s.class_name for s in samples], [r.predicted_class for r in rows],
+        [s.class_name for s in samples], [r.predicted_class for r in rows], [""] * len(rows), [""] * len(rows),
     )  # fmt: skip
 
 
 def _say_table(say: Callable[[str], None], title: str, rows: Sequence[Values]) -> None:
-    for line in text_table(table(title, rows)):
+    for line in table(title, rows).lines():
         say(line)
     say("")
 

@@ -29,10 +29,11 @@ from teacher_bank import place
 from twinspect import data as data_room
 from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import mean_of, text_table, write_text
+from twinspect.commands.results import mean_of
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits
+from twinspect.files import write_text
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
@@ -149,7 +150,7 @@ def main() -> None:
             for protocol in args.protocols:
                 entries += run_protocol(name, protocol, samples, embedded, args, own, done, console)
         table = table_of(entries, args)
-        for line in text_table(table):
+        for line in table.lines():
             console.say(line)
         seconds = round(time.monotonic() - began, 1)
         settings = {"size": args.size, "limit": args.limit, **config.to_dict()}

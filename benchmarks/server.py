@@ -74,8 +74,8 @@ class Load(NamedTuple):
 
 def serve_simulated(options: list[str]) -> None:
     """A server over a stand-in model, in this process; for the sub-command that `started` runs."""
+    from twinspect.decide.conformal import GoodScores
     from twinspect.decide.decision import Decision
-    from twinspect.decide.rules import GoodScores
     from twinspect.inference.predictor import Predictor
     from twinspect.server.app import build_app
     from twinspect.server.log import InspectionLog
@@ -96,7 +96,7 @@ def serve_simulated(options: list[str]) -> None:
             }  # fmt: skip
 
     scores = np.random.default_rng(0).uniform(1.0, 6.0, 200)
-    good = GoodScores(scores, scores, np.ones(200), ("part",) * 200, ("part",) * 200)
+    good = GoodScores(scores, scores, np.ones(200), ["part"] * 200, ["part"] * 200, [""] * 200, [""] * 200)
     parser = argparse.ArgumentParser()
     for name, kind in (("--log", str), ("--max-batch", int), ("--queue", int), ("--max-body-mb", float)):
         parser.add_argument(name, type=kind, default=None)

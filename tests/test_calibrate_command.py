@@ -283,10 +283,12 @@ def test_thresholds_of_another_model_are_refused(trained: Path, old: Path, tmp_p
 # ------------------------------------------------------------------------------------------ from Python
 
 
-def test_the_python_face(trained: Path, fresh: Path, tmp_path: Path) -> None:
+def test_the_python_face(trained: Path, fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = Detector.load(trained)
-    with pytest.warns(UserWarning, match="24 in the place of 30 earlier ones; --add would keep both"):
-        loaded.calibrate(fresh, max_fpr=0.05, unsure=0.2)
+    loaded.calibrate(fresh, max_fpr=0.05, unsure=0.2)
+    assert "24 in the place of 30 earlier ones; --add would keep both" in capsys.readouterr().err
+    Detector.load(trained).calibrate(fresh, max_fpr=0.05, quiet=True)
+    assert capsys.readouterr() == ("", "")
     assert loaded.fitted.decision.budget.unsure == 0.2
     back = Detector.load(loaded.save(tmp_path / "x.twin"))
     path = images_to_test(fresh, 1)[0]

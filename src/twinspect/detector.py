@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
-from twinspect.decide.conformal import Threshold
-from twinspect.decide.rules import HAND
+from twinspect.decide.conformal import HAND, Threshold
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
 from twinspect.types import TRAIN, Sample, silent
 
@@ -54,13 +54,10 @@ class Detector:
         config: RunConfig | None = None,
         effort: str = "default",
     ) -> None:
-        self._given = {
-            "teacher": teacher, "size": size, "weights": weights, "pretrained": pretrained, "config": config,
-            "effort": effort,
-        }  # fmt: skip
+        model: dict[str, Any] = {"teacher": teacher, "size": size, "weights": weights, "pretrained": pretrained}
+        self._given = {**model, "config": config, "effort": effort}
         dial = of_effort(effort)
-        model: dict[str, Any] = {"teacher": teacher, "weights": str(weights), "pretrained": pretrained}
-        model |= dial["model"] | ({"size": size} if size else {})
+        model |= {"weights": str(weights), **dial["model"]} | ({"size": size} if size else {})
         self.config = config or RunConfig(ModelConfig(**model), TrainConfig(**dial["train"]))
         self._fitted: Fitted | None = None
         self._predictor: Predictor | None = None
@@ -85,10 +82,10 @@ class Detector:
             steps: optimiser steps, instead of the configuration's.
             seed: instead of the configuration's.
             work: folder for checkpoint and log; a killed run resumes from it.
-            progress: called with (stage, done, total); without one a bar, and notes on the data, are shown on stderr.
+            progress: called with (stage, done, total); without one a bar is shown on stderr.
             resume: go on from what this detector has learnt; ``data`` must hold the old classes as well.
             bgr: arrays have blue first, as OpenCV reads them.
-            quiet: show nothing.
+            quiet: show nothing on stderr, neither progress nor notes on the data.
             roi: region of interest: a mask image, LabelMe polygons, or an array H x W that is true (above 0) inside;
                 the rest is neither learnt nor scored.
 
@@ -102,16 +99,16 @@ class Detector:
         from twinspect.training.resume import remove_checkpoint
 
         train = self.config.train
-        train = dataclasses.replace(
-            train, steps=train.steps if steps is None else steps, seed=train.seed if seed is None else seed
-        )
-        self.config = dataclasses.replace(self.config, train=train)
-        folder = Path(work) if work is not None else None
-        before = self.fitted if resume else None
+        steps, seed = train.steps if steps is None else steps, train.seed if seed is None else seed
+        self.config = dataclasses.replace(self.config, train=dataclasses.replace(train, steps=steps, seed=seed))
+        folder, before = Path(work) if work is not None else None, self.fitted if resume else None
         inside = read_roi(Path(roi)) if isinstance(roi, (str, os.PathLike)) else roi
         inside = None if inside is None else np.asarray(inside) > 0
         samples = as_samples(data, bgr)
-        self._take(lambda told: fit(samples, self.config, folder, told, before, roi=inside), progress, quiet)
+        with _shown(progress, quiet) as (told, notes):
+            self._fitted = fit(samples, self.config, folder, told, before, roi=inside)
+            notes += self._fitted.record["notes"]
+        self._predictor = None
         if folder is not None:
             remove_checkpoint(folder)
         return self
@@ -132,9 +129,9 @@ class Detector:
         Args:
             good: as `fit` takes it.
             class_name: class of all images, known or new; None goes by the data, or the only class there is.
-            progress: called with (stage, done, total); without one it is shown on stderr.
-            bgr: arrays have blue first, as OpenCV reads them.
-            quiet: show nothing.
+            progress: as in `fit`.
+            bgr: as in `fit`.
+            quiet: as in `fit`.
 
         Raises:
             BundleError: the model keeps nothing that images can be added to.
@@ -146,51 +143,44 @@ class Detector:
         classes, samples = self.fitted.decision.classes, as_samples(good, bgr)
         only = len(classes) == 1 and {s.class_name for s in samples} == {"normal"}
         name = classes[0] if class_name is None and only else class_name
-        self._take(lambda told: update(self.fitted, samples, name, told), progress, quiet)
-        return self
-
-    def _take(self, learn: Callable[[Progress], Fitted], progress: Progress | None, quiet: bool) -> None:
-        """Learn, and show on stderr how it goes and what was noticed, where nobody else is told."""
-        console = Console()
-        self._fitted = learn(progress or (silent if quiet else console.progress))
-        console.finish()
-        for note in () if quiet or progress else self._fitted.record["notes"]:
-            console.warn(note)
+        with _shown(progress, quiet) as (told, notes):
+            self._fitted = update(self.fitted, samples, name, told)
+            notes += self._fitted.record["notes"]
         self._predictor = None
+        return self
 
     def calibrate(
         self,
-        good: str | Path | Iterable[Sample] | Iterable[str | Path],
+        good: Any,
         max_fpr: float | None = None,
         class_name: str | None = None,
         unsure: float | None = None,
         add: bool = False,
         progress: Progress | None = None,
+        quiet: bool = False,
     ) -> Detector:
         """Set thresholds from good images the model was not trained on, and return this detector; the model stays.
 
         Args:
-            good: folder, samples, or paths of good images.
+            good: as `fit` takes it.
             max_fpr: share of good images that may be called bad; None keeps what was set.
             class_name: class of all images, and the only one whose budget changes; None goes by the data.
             unsure: share of good images that may be called bad or unsure, for a third answer.
             add: keep the calibration images there are, instead of replacing those of the same classes.
-            progress: called with (stage, done, total).
+            progress: as in `fit`.
+            quiet: as in `fit`.
 
         Raises:
             ConfigError: a rate that so few images cannot support (the message says how many are needed).
             DataError: too few images.
         """
-        import warnings
-
         from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
 
-        request = Request(max_fpr, unsure, class_name=class_name, add=add)
-        predictor = self.predictor()
-        scored = score_images(predictor, good_samples(as_samples(good)), class_name, None, progress or silent)
-        self.fitted.decision, notes = recalibrate(self.fitted.decision, request, scored)
-        for note in (*scored.failed, *notes):
-            warnings.warn(note, stacklevel=2)
+        request, samples = Request(max_fpr, unsure, class_name=class_name, add=add), good_samples(as_samples(good))
+        with _shown(progress, quiet) as (told, notes):
+            scored = score_images(self.predictor(), samples, class_name, None, told)
+            self.fitted.decision, remarks = recalibrate(self.fitted.decision, request, scored)
+            notes += [*scored.failed, *remarks]
         self._predictor = None
         return self
 
@@ -227,7 +217,7 @@ class Detector:
         """
         from twinspect.inference.decode import is_single
         from twinspect.inference.result import Results
-        from twinspect.inference.video import is_endless
+        from twinspect.inference.stores import is_endless
 
         if is_endless(source) and not stream:
             raise ConfigError(
@@ -347,6 +337,18 @@ class Detector:
     def record_(self) -> dict[str, Any]:
         """How the model came to be: teacher, sizes, counts, training."""
         return self.fitted.record
+
+
+@contextmanager
+def _shown(progress: Progress | None, quiet: bool) -> Iterator[tuple[Progress, list[str]]]:
+    """Who is told of progress, and a list for notes; unless ``quiet``, both are shown on stderr."""
+    console, notes = Console(), list[str]()
+    try:
+        yield progress or (silent if quiet else console.progress), notes
+    finally:
+        console.finish()
+    for note in () if quiet else notes:
+        console.warn(note)
 
 
 def as_samples(data: Any, bgr: bool = False) -> list[Sample]:

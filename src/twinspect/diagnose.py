@@ -35,7 +35,6 @@ _AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the ima
 _VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
 
 Pixels = NDArray[np.uint8]
-Box = tuple[slice, slice]  # rows and columns
 Visit = Callable[["Composite", Result], None]
 
 
@@ -48,8 +47,8 @@ class Composite:
     other: str  # class that intrudes
     base_image: str  # files it was made from
     other_image: str
-    rgb: Pixels = field(repr=False)  # H x W x 3, in the size of the base image
-    mask: NDArray[np.bool_] = field(repr=False)  # H x W, true where it differs by design: everywhere, or the piece
+    rgb: Pixels  # H x W x 3, in the size of the base image
+    mask: NDArray[np.bool_]  # H x W, true where it differs by design: everywhere, or the piece
     weight: float  # share of the other class under the mask
     box: tuple[int, int, int, int]  # top, left, height, width of the piece in pixels; the whole image for Mixup
 
@@ -96,13 +95,11 @@ class Diagnosis:
 
     def values(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
+        taken = sorted(self.taken.items())
         return {
             "classes": self.classes, "mean": self.mean(), "pairs": self.pairs, "normal_images_from": self.splits,
             "failed": self.failed, "images": self.images,
-            "predicted_class": [
-                {"class": name, "predicted": other, "images": count}
-                for (name, other), count in sorted(self.taken.items())
-            ],
+            "predicted_class": [{"class": c, "predicted": p, "images": count} for (c, p), count in taken],
         }  # fmt: skip
 
 
@@ -119,16 +116,14 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
             f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
             "interfere needs at least two. Give a data set with one folder per class"
         )
-    chosen = {name: _preferred(members)[: max(plan.normals, plan.count)] for name, members in normal.items()}
-    for name, members in chosen.items():
+    chosen = {}
+    for name, members in normal.items():
         if len(members) < 2:
             raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
+        by_split = ([s for s in members if s.split == split] for split in (TEST, CALIBRATION, TRAIN))
+        enough = next((of_split for of_split in by_split if len(of_split) >= 2), members)
+        chosen[name] = enough[: max(plan.normals, plan.count)]
     return chosen
-
-
-def _preferred(members: Sequence[Sample]) -> list[Sample]:
-    by_split = ([s for s in members if s.split == split] for split in (TEST, CALIBRATION, TRAIN))
-    return next((of_split for of_split in by_split if len(of_split) >= 2), list(members))
 
 
 def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], float]:
@@ -148,7 +143,7 @@ def cutpaste(
     """
     source, change = _sized(other, base), -1.0
     for _ in range(_DRAWS):
-        place, cut = _place(base.shape[0], base.shape[1], rng)
+        place, cut = _places(base.shape[0], base.shape[1], rng)
         moved = float(np.abs(source[cut].astype(np.float32) - base[place]).mean())
         if moved > change:
             into, out_of, change = place, cut, moved
@@ -160,17 +155,14 @@ def cutpaste(
     return image, mask, (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _place(rows: int, columns: int, rng: np.random.Generator) -> tuple[Box, Box]:
+def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
     """Where a piece is pasted, and where it is cut."""
     area = rng.uniform(*_AREA) * rows * columns
     aspect = float(np.exp(rng.uniform(*np.log(_ASPECT))))
     height = int(np.clip(round((area * aspect) ** 0.5), 1, rows))
     width = int(np.clip(round((area / aspect) ** 0.5), 1, columns))
     tops, lefts = rng.integers(0, rows - height + 1, 2), rng.integers(0, columns - width + 1, 2)
-    place, cut = (
-        (slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)
-    )
-    return place, cut
+    return [(slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)]
 
 
 def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
@@ -205,52 +197,46 @@ def diagnose(
     for base, members in chosen.items():
         normal = _normal_images(predictor, members[: plan.normals], diagnosis)
         for other in (name for name in chosen if name != base):
-            mixed, pasted = (
-                _measure(predictor, normal[kind], composites(members, chosen[other], kind, plan), diagnosis, visit)
-                for kind in KINDS
-            )
-            # Where a paste is depends on CutPaste alone, as Mixup is everywhere.
-            values = (mixed["image_auroc"], pasted["image_auroc"], pasted["pixel_auroc"], pasted["aupro"])
+            evaluator = Evaluator()
+            evaluator.merge(normal)
+            for kind in KINDS:
+                made = list(composites(members, chosen[other], kind, plan))
+                results = predictor.predict([one.rgb for one in made], maps=True, pixels=visit is not None)
+                for composite, result in zip(made, results, strict=True):
+                    _count(composite, result, evaluator)
+                    diagnosis.images.append({**composite.row(), "score": result.score})
+                    if visit is not None:
+                        visit(composite, result)
+            table = evaluator.compute()
+            by_kind, pixels = table["defects"][base], table["classes"][base]
+            values = (by_kind[MIXUP], by_kind[CUTPASTE], pixels["pixel_auroc"], pixels["aupro"])
             diagnosis.pairs.append({"base": base, "other": other, **dict(zip(MEASURES, values, strict=True))})
             progress("cross-class images", len(diagnosis.pairs), total)
     return diagnosis
 
 
-def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> dict[str, Evaluator]:
-    """By kind, what every pair of a class is compared with; pixels count where a piece was pasted."""
-    name, scored = members[0].class_name, 0
-    evaluators = {kind: Evaluator(pixel=kind == CUTPASTE) for kind in KINDS}
+def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> Evaluator:
+    """What every pair of a class is compared with."""
+    name, evaluator = members[0].class_name, Evaluator()
     for result in predictor.predict(list(members), maps=True, pixels=False):
         if result.error:
             diagnosis.failed.append(f"{result.path}: {result.error}")
             continue
-        scored += 1
         if result.predicted_class in diagnosis.classes:  # a model may know them by other names
             diagnosis.taken[name, result.predicted_class] += 1
-        for evaluator in evaluators.values():
-            evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
-    if not scored:
+        evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
+    if not evaluator.classes:
         raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
-    return evaluators
+    return evaluator
 
 
-def _measure(
-    predictor: Predictor, normal: Evaluator, made: Iterator[Composite], diagnosis: Diagnosis, visit: Visit | None
-) -> dict[str, float]:
-    """Metrics of one kind of image of one pair; the images are added to the diagnosis."""
-    evaluator, images = Evaluator(pixel=normal.pixel), list(made)
-    name = images[0].base
-    evaluator.merge(normal)
-    results = predictor.predict([composite.rgb for composite in images], maps=True, pixels=visit is not None)
-    for composite, result in zip(images, results, strict=True):
-        result.path = f"{composite.other} in {composite.base} ({composite.kind}), {composite.base_image}"
-        if result.error:
-            raise DataError(f"{result.path}: {result.error}")
-        evaluator.update(result.score, 1, name, composite.kind, result.map, composite.mask, name=result.path)
-        diagnosis.images.append({**composite.row(), "score": result.score})
-        if visit is not None:
-            visit(composite, result)
-    return dict(evaluator.compute()["classes"][name])
+def _count(made: Composite, result: Result, evaluator: Evaluator) -> None:
+    result.path = f"{made.other} in {made.base} ({made.kind}), {made.base_image}"
+    if result.error:
+        raise DataError(f"{result.path}: {result.error}")
+    pasted = made.kind == CUTPASTE  # Mixup is everywhere, so its place says nothing
+    heat, mask = (result.map, made.mask) if pasted else (None, None)
+    evaluator.update(result.score, 1, made.base, made.kind, heat, mask, name=result.path)
 
 
 def _sized(other: Pixels, base: Pixels) -> Pixels:

@@ -114,17 +114,16 @@ def test_an_anomalous_image_without_mask_adds_to_image_metrics_only():
     assert out["undefined"] == ["nut: pixel metrics leave out 1 anomalous images without mask"]
 
 
-def test_empty_and_pixel_off_and_unlabelled():
+def test_empty_and_pixel_off():
     out = Evaluator().compute()
     assert out["classes"] == {}
     assert out["mean"] == {}
     off = Evaluator(pixel=False)
     for row in images():
         off.update(**row)
-    off.update(1.0, None, "bottle")
     out = off.compute()
     assert set(out["classes"]["bottle"]) == {"image_auroc", "image_ap", "image_f1max"}
-    assert out["undefined"] == ["bottle: 1 images without label are left out"]
+    assert out["undefined"] == []
     assert out["images"] == {"bottle": 12, "cable": 12}
 
 
@@ -186,6 +185,7 @@ def test_uncertain_results_say_so():
     [
         ({"score": float("nan")}, r"odd name\.png is nan"),
         ({"label": 2}, r"odd name\.png is 2"),
+        ({"label": None}, r"odd name\.png is None"),
         ({"map_HW": np.full((16, 16), np.nan)}, r"odd name\.png has 256 values"),
         ({"mask_HW": np.ones((4, 4))}, r"mask of odd name\.png has shape"),
         ({"label": 0, "mask_HW": np.ones((16, 16))}, "labelled normal"),

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from twinspect.decide.conformal import Budget, GoodScores
 from twinspect.decide.decision import Decision
-from twinspect.decide.rules import Budget, GoodScores
 from twinspect.inference.predictor import Predictor
 from twinspect.server.app import build_app
 from twinspect.server.log import InspectionLog
@@ -71,7 +71,7 @@ def decision(model_id: str = "bright", seed: int = 0, classes: Sequence[str] = (
     """Thresholds from 120 dark images; images are called bad from a score near 2.6 on."""
     scores = np.random.default_rng(seed).uniform(1.0, 2.6, 120)
     names = tuple(classes[i % len(classes)] for i in range(len(scores)))
-    good = GoodScores(scores, scores, np.ones(len(scores)), names, names)
+    good = GoodScores(scores, scores, np.ones(len(scores)), names, names, [""] * len(names), [""] * len(names))
     return Decision(good, tuple(classes), (0.0, 8.0), Budget(0.01, region_fpr=0.01), model_id=model_id)
 
 

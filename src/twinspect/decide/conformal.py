@@ -1,28 +1,38 @@
-"""From scores of good images to p-values and thresholds with a stated false-alarm rate. Numpy only.
+"""From scores of good images to thresholds with a stated false-alarm rate. Numpy only.
 
-Split-conformal: if a new good image and the calibration images are exchangeable (same camera, light,
-session), then P(p <= a) <= a for every a. It says nothing about another day; calibrate again there.
+Split-conformal: if a new good image and the calibration images are exchangeable (same camera, light, session), then
+P(p <= a) <= a for every a. It says nothing about another day; calibrate again there.
 
+A class goes by its own good images. Where they are enough for its budget, its threshold is conformal: a promise.
+Where they are too few, the threshold lies just above the highest of them, which promises 1 / (n + 1) and no more.
 Labelled images can set a threshold too (`labelled_threshold`); that is a measured choice, not a promise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.config import RULES
-from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.errors import ConfigError, DataError
 
 Floats = NDArray[np.float64]
+Texts = NDArray[np.object_]
 
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
+MAX_FPR = 0.02  # share of good images that may be called bad, where nothing else is asked for
+# What decided a threshold, as tables name it.
+OWN, SESSIONS, EVERY, LABELS, HAND = "own images", "sessions", "every class", "labels", "set by hand"
+_FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
+
+
+# ------------------------------------------------------------------------------------------- one list of scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +52,6 @@ def p_values(score_N: Floats | float, calibration_M: Floats) -> Floats:
     return np.asarray((1.0 + at_least) / (len(ordered) + 1.0), dtype=np.float64)
 
 
-def images_needed(max_fpr: float) -> int:
-    """Fewest calibration images that can support a false-alarm budget: the smallest p-value is 1 / (n + 1)."""
-    return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)
-
-
 def checked_rate(rate: float, option: str = "--max-fpr") -> float:
     """The rate itself.
 
@@ -56,6 +61,25 @@ def checked_rate(rate: float, option: str = "--max-fpr") -> float:
     if not 0.0 < rate < 1.0:
         raise ConfigError(f"{option} {rate}: accepted a rate between 0 and 1, such as 0.01")
     return rate
+
+
+def images_needed(max_fpr: float) -> int:
+    """Fewest calibration images that can support a false-alarm budget: the smallest p-value is 1 / (n + 1)."""
+    return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)
+
+
+def refuse_unsupported(count: int, max_fpr: float, option: str = "--max-fpr") -> None:
+    """Refuse a budget that this many good images cannot support.
+
+    Raises:
+        ConfigError: says how many are needed, and what these support.
+    """
+    needed, lowest = images_needed(max_fpr), math.ceil(1e4 / (count + 1)) / 1e4
+    if count < needed:
+        raise ConfigError(
+            f"{option} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
+            f"({needed - count} more); with {count} the lowest rate is {option} {lowest:g}"
+        )
 
 
 def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
@@ -68,7 +92,7 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
         ConfigError: a budget outside (0, 1).
         DataError: no scores, or one that is not finite.
     """
-    checked_rate(max_fpr)
+    needed = images_needed(max_fpr)
     scores = np.sort(np.asarray(calibration_M, dtype=np.float64))
     count = len(scores)
     if count == 0:
@@ -78,7 +102,7 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     # p <= max_fpr means: at most k - 1 calibration scores reach the image's score.
     allowed = math.floor(max_fpr * (count + 1) + 1e-9) - 1
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
-    share, needed = f"{100 * max_fpr:g} %", images_needed(max_fpr)
+    share = f"{100 * max_fpr:g} %"
     if allowed >= 0:
         sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
     elif count == 1:
@@ -91,18 +115,46 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     return Threshold(value, max_fpr, allowed >= 0, sentence)
 
 
-def refuse_unsupported(count: int, max_fpr: float, what: str = "--max-fpr") -> None:
-    """Refuse a budget that this many good images cannot support.
+def labelled_threshold(
+    score_N: Floats, label_N: Sequence[int] | NDArray[np.int64], rule: str, miss_cost: float = 1.0
+) -> Threshold:
+    """Threshold chosen on labelled images by a rule of `config.RULES`.
+
+    It lies half-way to the next lower score; ``max_fpr`` is the share of labelled good images that it calls bad.
+    ``miss_cost`` is the cost of a missed defect, where a false alarm costs 1 (``min-cost`` only).
 
     Raises:
-        ConfigError: says how many are needed, and what these support.
+        ConfigError: a cost that is not positive.
+        DataError: not both kinds, or a score that is not finite.
     """
-    needed = images_needed(max_fpr)
-    if count < needed:
-        raise ConfigError(
-            f"{what} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
-            f"({needed - count} more); with {count} the lowest rate is {what} {math.ceil(1e4 / (count + 1)) / 1e4:g}"
+    if not (miss_cost > 0 and math.isfinite(miss_cost)):
+        raise ConfigError(f"--miss-cost {miss_cost:g}: accepted a number above 0 (a false alarm costs 1)")
+    scores, labels = np.asarray(score_N, dtype=np.float64), np.asarray(label_N)
+    if not np.isfinite(scores).all():
+        raise DataError("a score of a labelled image is not finite; the model or an image is damaged")
+    bad, good = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
+    if not len(bad) or not len(good):
+        raise DataError(
+            f"{len(bad)} defects and {len(good)} good images are labelled; a threshold needs some of both"
         )
+    distinct = np.unique(scores)
+    middle = distinct[:-1] + np.diff(distinct) / 2.0
+    middle = np.where(middle > distinct[:-1], middle, distinct[1:])  # neighbours in the last bit have no half-way
+    values = np.concatenate([distinct[:1], middle, [np.nextafter(distinct[-1], np.inf)]])
+    missed, alarms = np.searchsorted(bad, values), len(good) - np.searchsorted(good, values)
+    hits = len(bad) - missed
+    merit = {
+        "f1-max": 2.0 * hits / np.maximum(hits + alarms + len(bad), 1),
+        "min-cost": -(miss_cost * missed + alarms),
+        "zero-miss": np.where(missed == 0, -alarms, -np.inf),
+    }
+    best = int(np.argmax(merit[rule]))
+    sentence = (
+        f"chosen by {rule}{f' ({miss_cost:g} per miss)' if rule == 'min-cost' else ''} on {len(scores)} labelled "
+        f"images: {missed[best]} of {len(bad)} defects missed, {alarms[best]} of {len(good)} good images called bad; "
+        "expect worse on others, nothing is promised"
+    )
+    return Threshold(float(values[best]), float(alarms[best] / len(good)), False, sentence)
 
 
 def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
@@ -124,52 +176,153 @@ def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
     return order[: wide[-1] + 1] if len(wide) else order[:0]
 
 
-def labelled_threshold(
-    score_N: Floats, label_N: Sequence[int] | NDArray[np.int64], rule: str, miss_cost: float = 1.0
-) -> Threshold:
-    """Threshold chosen on labelled images: best F1, lowest cost, or no labelled defect missed.
+# ------------------------------------------------------------------------------------------------------ classes
 
-    It lies half-way to the next lower score; ``max_fpr`` is the share of labelled good images that it calls bad.
-    ``miss_cost`` is the cost of a missed defect, where a false alarm costs 1 (``min-cost`` only).
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GoodScores:
+    """Good images that thresholds are made from: an array for each column, a place for each image.
+
+    Numbers that are not known are NaN, texts are empty.
 
     Raises:
-        ConfigError: an unknown rule or a cost that is not positive.
-        DataError: not both kinds, or a score that is not finite.
+        ValueError: columns of different lengths.
     """
-    if rule not in RULES:
-        raise ConfigError(unknown_name("rule", rule, RULES))
-    if not (miss_cost > 0 and math.isfinite(miss_cost)):
-        raise ConfigError(f"--miss-cost {miss_cost:g}: accepted a number above 0 (a false alarm costs 1)")
-    scores, labels = np.asarray(score_N, dtype=np.float64), np.asarray(label_N)
-    if not np.isfinite(scores).all():
-        raise DataError("a score of a labelled image is not finite; the model or an image is damaged")
-    bad, good = int((labels == 1).sum()), int((labels == 0).sum())
-    if not bad or not good:
-        raise DataError(f"{bad} defects and {good} good images are labelled; a threshold needs some of both")
-    values, missed, alarms = _sweep(scores, labels)
-    hits = bad - missed
-    if rule == "zero-miss":
-        best = int(np.flatnonzero(missed == 0)[-1])
-    elif rule == "min-cost":
-        best = int(np.argmin(miss_cost * missed + alarms))
-    else:
-        best = int(np.argmax(2.0 * hits / np.maximum(hits + alarms + bad, 1)))
+
+    score: Floats  # joint score
+    peak: Floats  # highest value of the map
+    distance: Floats  # to the nearest cluster
+    class_name: Texts  # as the data say
+    predicted: Texts  # class of the nearest cluster
+    group: Texts  # session or physical object
+    key: Texts  # `image_id`
+
+    def __post_init__(self) -> None:
+        for number, field in enumerate(fields(self)):
+            values: Any = getattr(self, field.name)
+            texts = number > 2
+            column = np.array(list(map(str, values)), np.object_) if texts else np.array(values, np.float64)
+            object.__setattr__(self, field.name, column)  # None has become NaN
+        if len(set(map(len, self.columns()))) != 1:
+            raise ValueError("calibration columns of different lengths")
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def columns(self) -> list[NDArray[Any]]:
+        """All columns, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def take(self, chosen: NDArray[Any]) -> GoodScores:
+        """The images where ``chosen`` is true, or at these positions."""
+        return GoodScores(*(column[chosen] for column in self.columns()))
+
+    def join(self, other: GoodScores) -> GoodScores:
+        """These images, then those of ``other``."""
+        return GoodScores(*map(np.concatenate, zip(self.columns(), other.columns(), strict=True)))
+
+    def of_class(self, name: str, given: bool = True) -> NDArray[np.bool_]:
+        """Which images are of a class, by the data or by prediction; an empty name takes all."""
+        names = self.class_name if given else self.predicted
+        return np.asarray(names == name) if name else np.ones(len(self), np.bool_)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN becomes None."""
+        lists = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        return {name: [None if v != v else v for v in values] for name, values in lists.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GoodScores:
+        """Rebuild from `to_dict`."""
+        return cls(*(values[field.name] for field in fields(cls)))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Shares of good images that were asked for."""
+
+    max_fpr: float = MAX_FPR  # that may be called bad
+    unsure: float | None = None  # that may be called bad or unsure; None gives two answers only
+    region_fpr: float = MAX_FPR  # that may show a region
+
+    def __post_init__(self) -> None:
+        checked_rate(self.max_fpr)
+        checked_rate(self.region_fpr, "--region-fpr")
+        if self.unsure is not None and checked_rate(self.unsure, "--unsure") <= self.max_fpr:
+            raise ConfigError(
+                f"--unsure {self.max_fpr:g} {self.unsure:g}: the second rate is of good images called bad or "
+                "unsure and must be the larger one, such as --unsure 0.01 0.05"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """How images of one class are judged."""
+
+    class_name: str  # empty for all classes together
+    images: int  # good images behind it
+    basis: str  # what decided the threshold of the score
+    image: Threshold  # of the score
+    unsure: Threshold | None  # lower one of the score, where a third answer is wanted
+    region: Threshold | None  # of map values; None where no peak is known
+    far: Threshold | None  # of the distance to the nearest cluster; None where distances are unknown
+    references: tuple[Floats, ...]  # scores of good images, by session or of all; a p-value is the largest of theirs
+    peaks: Floats  # those of good images that are known
+    distances: Floats
+
+    @classmethod
+    def of(
+        cls, good: GoodScores, class_name: str, given: bool, budget: Budget, by_group: bool, fixed: Threshold | None
+    ) -> Rule:
+        """The rule of a class, whether it is given or predicted; an empty name is for all classes together.
+
+        ``by_group`` says whether every session must keep the budget; ``fixed`` is a threshold to use instead.
+        """
+        of_class = good.of_class(class_name, given)
+        # A class without any image of its own can only be judged with the others.
+        rows, basis = (good.take(of_class), OWN) if of_class.any() else (good, EVERY)
+        references: tuple[Floats, ...] = (rows.score,)
+        if by_group:  # a session that is too small alone counts with all images
+            sessions = [rows.score[rows.group == name] for name in sorted(set(rows.group))]
+            large = [scores for scores in sessions if len(scores) >= images_needed(budget.max_fpr)]
+            references = tuple(large) if len(large) == len(sessions) else (*large, rows.score)
+        basis = SESSIONS if len(references) > 1 else basis
+        image, unsure = _strictest(references, budget.max_fpr, len(rows)), None
+        if fixed is not None:
+            image, basis = fixed, HAND if fixed.sentence.startswith(HAND) else LABELS
+        if budget.unsure is not None:
+            unsure = _strictest(references, budget.unsure, len(rows))
+            unsure = unsure if unsure.value <= image.value else None
+        near = rows if len(rows) >= _FEWEST_DISTANCES else good
+        peaks, distances = (column[np.isfinite(column)] for column in (rows.peak, near.distance))
+        region = conformal_threshold(peaks, budget.region_fpr) if len(peaks) else None
+        far = conformal_threshold(distances, budget.max_fpr) if len(distances) else None
+        return cls(class_name, len(rows), basis, image, unsure, region, far, references, peaks, distances)
+
+    def p_value(self, score: float) -> float:
+        """Conformal p-value of a score."""
+        return max(float(p_values(score, scores)) for scores in self.references)
+
+    def sentence(self) -> str:
+        """What is promised, in words, for images, regions and the third answer."""
+        parts = [self.image.sentence]
+        if self.unsure is not None:
+            parts.append(f"called bad or unsure: {self.unsure.sentence}")
+        if self.region is not None and (self.region.max_fpr != self.image.max_fpr or not self.region.guaranteed):
+            parts.append(f"with a region: {self.region.sentence}")
+        return "; ".join(parts)
+
+
+def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Threshold:
+    """The highest of the references' thresholds: it keeps the budget in each of them."""
+    thresholds = [conformal_threshold(scores, max_fpr) for scores in references]
+    best = max(thresholds, key=lambda threshold: threshold.value)
+    if len(thresholds) == 1:
+        return best
+    called = sum(int((scores >= best.value).sum()) for scores in references if len(scores) < images)
     sentence = (
-        f"chosen by {rule}{f' ({miss_cost:g} per miss)' if rule == 'min-cost' else ''} on {bad + good} labelled "
-        f"images: {missed[best]} of {bad} defects missed, {alarms[best]} of {good} good images called bad; "
-        "expect worse on others, nothing is promised"
+        f"{called} of {images} good images would be called bad; the promised rate is {100 * max_fpr:g} % in every "
+        f"session with images enough ({len(thresholds)} thresholds, the highest is taken); a new session is not "
+        "covered"
     )
-    return Threshold(float(values[best]), float(alarms[best] / good), False, sentence)
-
-
-def _sweep(scores: Floats, labels: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Every useful threshold, rising, with missed defects and false alarms at each."""
-    distinct = np.unique(scores)
-    middle = distinct[:-1] + np.diff(distinct) / 2.0
-    # Half-way between neighbouring scores; two that differ in the last bit have no half-way.
-    middle = np.where(middle > distinct[:-1], middle, distinct[1:])
-    values = np.concatenate([distinct[:1], middle, [np.nextafter(distinct[-1], np.inf)]])
-    bad, good = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])
-    missed = np.searchsorted(bad, values, side="left")
-    alarms = len(good) - np.searchsorted(good, values, side="left")
-    return values, missed, alarms
+    return Threshold(best.value, max_fpr, all(threshold.guaranteed for threshold in thresholds), sentence)

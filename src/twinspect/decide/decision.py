@@ -1,14 +1,13 @@
-"""Everything between raw scores and answers: whose good images, which budget, which threshold. No torch.
+"""From raw scores to answers: whose good images, which budget, which threshold. No torch.
 
-Conformal calibration is done per class. Where the class of an image is given, its score is ranked among the
-good images of that class; where it is predicted, among the good images *predicted* to be of that class, so
-that the promise holds with wrong predictions too. What becomes of classes with too few images: see `rules`.
+Calibration is done per class. Where the class of an image is given, its score is ranked among the good images of that
+class; where it is predicted, among the good images *predicted* to be of that class, so that the promise holds with
+wrong predictions too. What becomes of classes with too few images: see `conformal`.
 """
 
 from __future__ import annotations
 
 import base64
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.decide.conformal import Threshold, p_values
-from twinspect.decide.rules import Budget, GoodScores, Rule, make_rule
+from twinspect.decide.conformal import Budget, GoodScores, Rule, Threshold, p_values
 from twinspect.errors import NONSENSE, BundleError, ConfigError, listed, unknown_name
 
 GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
@@ -53,8 +51,8 @@ class Decision:
     by_group: bool = False  # whether every group (session) must keep the budget, not only all together
     fixed: Mapping[str, Threshold] = field(default_factory=dict)  # chosen on labelled images or by hand, by class
     model_id: str = ""  # of the model the scores belong to
-    trained: tuple[str, ...] = ()  # sorted `image_id`s of the images that the model learnt from
-    held: tuple[str, ...] = ()  # those of the images that the students were not trained on
+    trained: frozenset[str] = frozenset()  # `image_id`s of the images that the model learnt from
+    held: frozenset[str] = frozenset()  # those of the images that the students were not trained on
     bank: tuple[str, ...] = ()  # good images that `Outputs.nearest_B` counts; empty where scoring is plain
     thumbnails: tuple[bytes, ...] = ()  # small JPEGs of them, empty where one cannot be read; none if none are kept
     roi: NDArray[np.bool_] | None = None  # region of interest, ROI_SIDE x ROI_SIDE over the image; None: the whole
@@ -81,7 +79,7 @@ class Decision:
         key = (class_name, given)
         if key not in self._rules:
             budget, fixed = self.budget_of(class_name), self.fixed.get(class_name)
-            self._rules[key] = make_rule(self.good, class_name, given, budget, self.by_group, fixed)
+            self._rules[key] = Rule.of(self.good, class_name, given, budget, self.by_group, fixed)
         return self._rules[key]
 
     def judge(
@@ -103,11 +101,6 @@ class Decision:
             class_name or predicted, predicted, class_p, unknown, rule.p_value(score), rule.image.value, unsure,
             answer, rule,
         )  # fmt: skip
-
-    def has_learnt(self, key: str) -> bool:
-        """Whether the model learnt from the image of this `image_id`."""
-        place = bisect_left(self.trained, key)
-        return place < len(self.trained) and self.trained[place] == key
 
     def nearest(self, place: int) -> tuple[str, bytes]:
         """Name and small JPEG of a good image of the bank; empty where they are not known."""
@@ -135,8 +128,8 @@ class Decision:
             "by_group": self.by_group,
             "fixed": {name: asdict(threshold) for name, threshold in self.fixed.items()},
             "model_id": self.model_id,
-            "trained": _text(bytes.fromhex("".join(self.trained))),
-            "held": _text(bytes.fromhex("".join(self.held))),
+            "trained": _text(bytes.fromhex("".join(sorted(self.trained)))),
+            "held": _text(bytes.fromhex("".join(sorted(self.held)))),
             "bank": list(self.bank),
             "thumbnails": [_text(thumbnail) for thumbnail in self.thumbnails],
             **({"roi": _text(np.packbits(self.roi).tobytes())} if self.roi is not None else {}),
@@ -151,35 +144,31 @@ class Decision:
             BundleError: values that no decision has.
         """
         try:
-            decision = cls._of(values)
+            (low, high), (rows, columns) = values["map_scale"], values["tiles"]
+            decision = cls(
+                good=GoodScores.from_dict(values["good"]),
+                class_of_cluster=tuple(map(str, values["class_of_cluster"])),
+                map_scale=(float(low), float(high)),
+                budget=Budget(**values["budget"]),
+                budgets={str(name): Budget(**budget) for name, budget in values["budgets"].items()},
+                by_group=bool(values["by_group"]),
+                fixed={  # whatever the file says, a threshold that was chosen promises nothing
+                    str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
+                    for name, t in values["fixed"].items()
+                },
+                model_id=str(values["model_id"]),
+                trained=_keys(values["trained"]),
+                held=_keys(values["held"]),
+                bank=tuple(map(str, values["bank"])),
+                thumbnails=tuple(map(_bytes, values["thumbnails"])),
+                roi=_grid(values["roi"]) if values.get("roi") else None,
+                tiles=(int(rows), int(columns)),
+            )
             if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
                 raise ValueError("calibration scores that are not finite")
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
         return decision
-
-    @classmethod
-    def _of(cls, values: Mapping[str, Any]) -> Decision:
-        (low, high), (rows, columns) = values["map_scale"], values["tiles"]
-        return cls(
-            GoodScores.from_dict(values["good"]),
-            tuple(str(name) for name in values["class_of_cluster"]),
-            (float(low), float(high)),
-            Budget(**values["budget"]),
-            {str(name): Budget(**budget) for name, budget in values["budgets"].items()},
-            bool(values["by_group"]),
-            {  # whatever the file says, a threshold that was chosen promises nothing
-                str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
-                for name, t in values["fixed"].items()
-            },
-            str(values["model_id"]),
-            _keys(values["trained"]),
-            _keys(values["held"]),
-            tuple(map(str, values["bank"])),
-            tuple(map(_bytes, values["thumbnails"])),
-            _grid(values["roi"]) if values.get("roi") else None,
-            (int(rows), int(columns)),
-        )
 
 
 def _text(body: bytes) -> str:
@@ -190,9 +179,9 @@ def _bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-def _keys(text: str) -> tuple[str, ...]:
+def _keys(text: str) -> frozenset[str]:
     digits, step = _bytes(text).hex(), 2 * KEY_BYTES
-    return tuple(digits[i : i + step] for i in range(0, len(digits), step))
+    return frozenset(digits[i : i + step] for i in range(0, len(digits), step))
 
 
 def _grid(text: str) -> NDArray[np.bool_]:
@@ -220,14 +209,14 @@ def mixed_up(taken: Mapping[tuple[str, str], int]) -> str:
     images = Counter[str]()
     for (name, _), count in taken.items():
         images[name] += count
-    shares = {pair: count / images[pair[0]] for pair, count in taken.items() if pair[0] != pair[1]}
-    sentences = [
-        f"{taken[name, other]} of {images[name]} good images of {name} are taken for {other}"
-        for (name, other), share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))
-        if taken[name, other] >= _FEWEST_TAKEN and share > _SHARE_TAKEN
+    pairs = [
+        (count / images[name], f"{count} of {images[name]} good images of {name} are taken for {other}")
+        for (name, other), count in sorted(taken.items())
+        if name != other and count >= _FEWEST_TAKEN and count > _SHARE_TAKEN * images[name]
     ]
-    if not sentences:
+    if not pairs:
         return ""
+    sentences = [sentence for _, sentence in sorted(pairs, key=lambda pair: -pair[0])]
     return (
         f"classes that look alike are mixed up: {listed(sentences)}. Name the class when you predict "
         "(--class NAME), or give what is one product one name"

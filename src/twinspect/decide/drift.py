@@ -1,38 +1,34 @@
 """Has something changed since calibration? A conformal test over the stream of predictions. No torch.
 
-Every new score is ranked, within its class, among the calibration scores *and all scores seen since*, ties
-broken at random; so is its distance to the nearest cluster. As long as nothing changes (the scores of a class are
-exchangeable) these ranks are independent and uniform, whatever the scores are distributed like: this is exact, and
-small calibration sets or unequal mixes of products raise no alarm. One test bets against uniform ranks: its capital
-reaches 1 / a with probability at most a, at any time, ever (Ville). It is averaged over the image at which the change
-began, which costs little and keeps the delay short after a long quiet time.
+Every new score is ranked, within its class, among the calibration scores *and all scores seen since*; so is its
+distance to the nearest cluster. As long as nothing changes, these ranks are independent and uniform, whatever the
+scores are distributed like, so small calibration sets or unequal mixes of products raise no alarm. One test bets
+against uniform ranks: its capital reaches 1 / a with probability at most a, at any time, ever (Ville). It is averaged
+over the image at which the change began, which costs little and keeps the delay short after a long quiet time.
 
 The bets are on the *bulk* of the scores (ranks outside the top 5 %), their *tail* (how many are in the top 5 %, and
-how deep), and the *scene* (distances). Which of them won says what changed: light or camera move the bulk; more
-defects move the tail only; another product or background moves the scene.
+how deep), and the *scene* (distances). Which of them won says what changed.
 """
 
 from __future__ import annotations
 
-import bisect
 import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from twinspect.decide.conformal import Floats, checked_rate, p_values
-from twinspect.decide.rules import GoodScores
+from twinspect.decide.conformal import Floats, GoodScores, checked_rate, p_values
 from twinspect.errors import DataError
 
 TAIL = 0.05  # share of ranks that counts as the tail
-KEPT = 2000  # latest images kept for saying what changed
+RECENT = 2000  # latest images kept for saying what changed
+_MOST_EDGES = 2000  # values of a class between which new ones are ranked
 _SIGMAS = 2.6  # standard errors beyond which a mean p-value counts as moved
-_HALF_MAX = 65504.0  # largest float of half precision
 _TILTS = np.array([-1.8, -0.9, -0.4, 0.4, 0.9, 1.8])
 _SPREADS = np.array([-0.9, 0.9])
 _POWERS = np.array([0.3, 0.6])
@@ -84,53 +80,79 @@ class DriftReport:
         return asdict(self)
 
 
-class Bag:
-    """Counts of values seen, in steps of half-precision floats: constant memory, exact ranks with ties."""
+class Ranks:
+    """Exact ranks of values among all before, in bounded memory.
 
-    def __init__(self, values: Floats | Sequence[float] = ()) -> None:
-        distinct, counts = np.unique(_half(values), return_counts=True)
-        self.values: list[float] = distinct.tolist()
-        self.counts: list[int] = counts.tolist()
+    Values cut the number line into intervals. While nothing changes, a new value falls into an interval with a chance
+    that is known exactly: as many parts as values fell there since it exists, plus one.
+    """
 
-    def rank(self, value: float, chance: float) -> float:
-        """Add a value; its smoothed p-value among all values including itself. ``chance`` is uniform."""
-        rounded = float(_half(value))
-        place = bisect.bisect_left(self.values, rounded)
-        if place == len(self.values) or self.values[place] != rounded:
-            self.values.insert(place, rounded)
-            self.counts.insert(place, 0)
-        self.counts[place] += 1
-        return (sum(self.counts[place + 1 :]) + chance * self.counts[place]) / sum(self.counts)
+    def __init__(self, calibration: Floats, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.edges = np.sort(self._without_ties(calibration[np.isfinite(calibration)]))
+        self.counts = np.ones(len(self.edges) + 1)
+
+    def _without_ties(self, values: Any) -> Any:
+        return values + 1e-9 * (1.0 + np.abs(values)) * self.rng.random(np.shape(values))
+
+    def take(self, value: float) -> float:
+        """Rank of a new value: uniform in (0, 1) while nothing changes, 0 for the highest."""
+        value = self._without_ties(value)
+        place = int(np.searchsorted(self.edges, value))
+        rank = self.counts[place + 1 :].sum() + self.rng.random() * self.counts[place]
+        rank /= self.counts.sum()
+        if len(self.edges) < _MOST_EDGES:
+            self.edges, self.counts = np.insert(self.edges, place, value), np.ones(len(self.counts) + 1)
+        else:
+            self.counts[place] += 1
+        return float(rank)
 
 
-def _half(values: Floats | Sequence[float] | float) -> Floats:
-    """Values in half precision, without a negative zero."""
-    return np.asarray(np.clip(values, -_HALF_MAX, _HALF_MAX).astype(np.float16).astype(np.float64) + 0.0)
+def bulk_bets(u: float) -> Floats:
+    """What bets pay for a uniform rank: tilted, spread or narrowed, and far moved either way.
+
+    Each is a density over (0, 1), so that it pays 1 on average while nothing changes.
+    """
+    u = min(max(u, 1e-12), 1.0 - 1e-12)
+    high, low = (_POWERS * side ** (_POWERS - 1.0) for side in (u, 1.0 - u))
+    return np.concatenate([1.0 + _TILTS * (u - 0.5), 1.0 + _SPREADS * (6.0 * u * u - 6.0 * u + 1.0), high, low])
+
+
+def tail_bets(u: float) -> Floats:
+    """The same for more values in the tail, or deeper in it."""
+    if u >= TAIL:
+        return np.repeat((1.0 - _RATES) / (1.0 - TAIL), len(_DEPTHS))
+    inside = max(u / TAIL, 1e-12)
+    return np.outer(_RATES / TAIL, _DEPTHS * inside ** (_DEPTHS - 1.0)).ravel()
+
+
+_NO_BULK = np.ones(len(bulk_bets(0.5)))  # pays nothing and costs nothing
+_KIND_OF_BET = np.repeat([SHIFT, DEFECTS, SCENE], [len(_NO_BULK), len(tail_bets(0.5)), len(_NO_BULK)])
 
 
 class ChangeTest:
     """Mixture of bets, each started at every image in turn: P(capital ever reaches 1 / level) <= level."""
 
-    def __init__(self, bets: int, level: float) -> None:
+    def __init__(self, level: float) -> None:
         self.level, self.seen, self.alarm_at, self.since = level, 0, 0, 0
-        self.stake = np.zeros(bets)
-        self.run = np.zeros(bets)  # log factors since the best start of a change
-        self.start = np.ones(bets, dtype=np.int64)
+        self.stake: Floats = np.zeros(1)  # of every bet, over all starts so far
+        self.run: Floats = np.zeros(1)  # log of what every bet has paid since its best start
+        self.start = np.ones(1, dtype=np.int64)
 
     @property
     def capital(self) -> float:
         """Factor by which the data speak against "nothing changed", at the latest image."""
         return float(self.stake.sum()) + _not_yet(self.seen)
 
-    def update(self, factor_b: Floats) -> bool:
-        """Take every bet's factor (expectation 1 while nothing changes); True when the alarm is raised."""
+    def update(self, paid: Floats) -> bool:
+        """Take what every bet pays for an image; True where that raises the alarm, which happens once."""
         if self.alarm_at:
             return False
         begun = _not_yet(self.seen) - _not_yet(self.seen + 1)
         self.seen += 1
-        self.stake = (self.stake + begun / len(factor_b)) * factor_b
-        self.start[self.run <= 0.0] = self.seen
-        self.run = np.maximum(self.run, 0.0) + np.log(factor_b)
+        self.stake = (self.stake + begun / len(paid)) * paid
+        self.start = np.where(self.run <= 0.0, self.seen, self.start)
+        self.run = np.maximum(self.run, 0.0) + np.log(paid)
         if self.capital < 1.0 / self.level:
             return False
         self.alarm_at, self.since = self.seen, int(self.start[np.argmax(self.run)])
@@ -140,26 +162,6 @@ class ChangeTest:
 def _not_yet(images: int) -> float:
     """Prior probability that the change begins after so many images: 1 at 0, falling like 1 / log."""
     return 1.0 / (1.0 + math.log1p(images))
-
-
-def bulk_bets(u: float) -> Floats:
-    """Factors for a uniform rank in (0, 1): moved, spread or narrowed, and far moved either way."""
-    u = min(max(u, 1e-12), 1.0 - 1e-12)
-    legendre = 6.0 * u * u - 6.0 * u + 1.0
-    low, high = (_POWERS * side ** (_POWERS - 1.0) for side in (u, 1.0 - u))
-    return np.concatenate([1.0 + _TILTS * (u - 0.5), 1.0 + _SPREADS * legendre, low, high])
-
-
-def tail_bets(u: float) -> Floats:
-    """Factors for a uniform rank: more of them in the tail, and deeper in it."""
-    if u >= TAIL:
-        return np.repeat((1.0 - _RATES) / (1.0 - TAIL), len(_DEPTHS))
-    inside = max(u / TAIL, 1e-12)
-    return np.outer(_RATES / TAIL, _DEPTHS * inside ** (_DEPTHS - 1.0)).ravel()
-
-
-_BULK, _TAIL = len(bulk_bets(0.5)), len(tail_bets(0.5))
-_GROUPS = np.repeat([SHIFT, DEFECTS, SCENE], [_BULK, _TAIL, _BULK])  # what each bet is on
 
 
 class DriftMonitor:
@@ -190,13 +192,12 @@ class DriftMonitor:
     def reset(self) -> None:
         """Start again, after the cause of an alarm was found and put right."""
         with self._lock:
-            self._scores, self._distances = {}, {}
-            for name in sorted(set(self.good.predicted)):
-                rows = self.good.take(self.good.of_class(name, given=False))
-                self._scores[name], self._distances[name] = Bag(rows.score), Bag(_finite(rows.distance))
-            self.test = ChangeTest(len(_GROUPS), self.false_alarm_rate)
-            self._recent: deque[tuple[int, str, float, float]] = deque(maxlen=KEPT)  # number, class, score, distance
             self._rng = np.random.default_rng(self._seed)
+            self._ranks: dict[str, tuple[Ranks, Ranks]] = {}  # of scores and of distances
+            self.test = ChangeTest(self.false_alarm_rate)
+            self._recent: deque[tuple[int, str, float, float]] = deque(
+                maxlen=RECENT
+            )  # number, class, score, distance
             self.images = 0
 
     def update(self, score: float, predicted_class: str, distance: float = float("nan")) -> bool:
@@ -206,13 +207,13 @@ class DriftMonitor:
         with self._lock:
             self.images += 1
             self._recent.append((self.images, predicted_class, score, distance))
-            u = self._scores.setdefault(predicted_class, Bag()).rank(score, self._rng.random())
-            bulk, scene = np.ones(_BULK), np.ones(_BULK)  # nothing is bet where there is nothing to bet on
-            if u >= TAIL:
-                bulk = bulk_bets((u - TAIL) / (1.0 - TAIL))
-            if math.isfinite(distance):
-                distances = self._distances.setdefault(predicted_class, Bag())
-                scene = bulk_bets(distances.rank(distance, self._rng.random()))
+            if predicted_class not in self._ranks:
+                good = self.good.take(self.good.of_class(predicted_class, given=False))
+                self._ranks[predicted_class] = Ranks(good.score, self._rng), Ranks(good.distance, self._rng)
+            scores, distances = self._ranks[predicted_class]
+            u = scores.take(score)
+            bulk = bulk_bets((u - TAIL) / (1.0 - TAIL)) if u >= TAIL else _NO_BULK
+            scene = bulk_bets(distances.take(distance)) if math.isfinite(distance) else _NO_BULK
             return self.test.update(np.concatenate([bulk, tail_bets(u), scene]))
 
     def watch(self, results: Iterable[Any]) -> bool:
@@ -233,58 +234,42 @@ class DriftMonitor:
             for number, name, score, distance in self._recent:
                 if number >= test.since:
                     recent.setdefault(name, []).append((score, distance))
-        rows = [_class_row(self.good, name, *np.array(seen).T) for name, seen in sorted(recent.items())]
+        rows = [_class_drift(self.good, name, *np.array(seen).T) for name, seen in sorted(recent.items())]
         classes = tuple(row for row, _ in rows)
-        light, kind = ("green" if images else "grey"), NONE
+        light, kind, message = ("green" if images else "grey"), NONE, f"no drift in {images} images."
         if test.alarm_at:
-            light, kind = "red", str(_GROUPS[np.argmax(test.run)])
+            light, kind = "red", str(_KIND_OF_BET[np.argmax(test.run)])
+            weights = [row.images for row in classes]
+            middle = np.average([row.median_p for row in classes], weights=weights)
+            tail = np.average([row.tail for row in classes], weights=weights)
             # The bets on the tail win first where a shift is large, so the bulk counts too.
-            mostly = sum(row.tail * row.images for row in classes) > sum(row.images for row in classes) / 2
-            if kind == DEFECTS and (mostly or any(bulk_moved for _, bulk_moved in rows)):
+            if kind == DEFECTS and (tail > 0.5 or any(bulk_moved for _, bulk_moved in rows)):
                 kind = SHIFT
-        return DriftReport(
-            light, kind, _message(kind, classes, images, test), images, test.level, test.alarm_at, test.since,
-            test.capital, classes,
-        )  # fmt: skip
-
-
-def _finite(values: Floats) -> Floats:
-    return np.asarray(values[np.isfinite(values)])
+            moved = [row.class_name for row in classes if row.moved]
+            only = ""
+            if len(classes) > 1 and len(moved) == 1:
+                only = f"; only {moved[0]} differs from calibration, so look at that product before the camera"
+            message = (
+                f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): "
+                f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %{only}. "
+                f"{_MOSTLY_BAD if kind == SHIFT and tail > 0.5 else _ADVICE[kind]}"
+            )
+        message += f" If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
+        return DriftReport(light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, classes)
 
 
 def _moved(p: Floats, calibration: int) -> bool:
     """Whether p-values, each counted in so many calibration images, are off one half as a whole."""
-    if len(p) < 5:
-        return False
-    return bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12))
+    return len(p) >= 5 and bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12))
 
 
-def _class_row(good: GoodScores, name: str, score_N: Floats, distance_N: Floats) -> tuple[ClassDrift, bool]:
+def _class_drift(good: GoodScores, name: str, score_N: Floats, distance_N: Floats) -> tuple[ClassDrift, bool]:
     """One class, and whether the bulk of its scores moved."""
     of_class = good.of_class(name, given=False)
     rows = good.take(of_class) if of_class.any() else good  # a class without calibration images: against all
-    p, usual, distances = p_values(score_N, rows.score), _finite(rows.distance), _finite(distance_N)
-    scene = p_values(distances, usual) if len(usual) else np.empty(0)
-    moved = _moved(p, len(rows)) or _moved(scene, len(usual))
-    row = ClassDrift(
-        name, len(p), float(np.median(p)), float((p <= TAIL).mean()),
-        float(np.median(scene)) if len(scene) else None, moved,
-    )  # fmt: skip
+    usual = rows.distance[np.isfinite(rows.distance)]
+    p, scene = p_values(score_N, rows.score), p_values(distance_N[np.isfinite(distance_N)], usual)
+    median = float(np.median(scene)) if len(scene) and len(usual) else None
+    moved = _moved(p, len(rows)) or (median is not None and _moved(scene, len(usual)))
+    row = ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved)
     return row, _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(rows))
-
-
-def _message(kind: str, classes: Sequence[ClassDrift], images: int, test: ChangeTest) -> str:
-    chance = f"If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
-    if kind == NONE:
-        return f"no drift in {images} images. {chance}"
-    weights = [row.images for row in classes]
-    middle = np.average([row.median_p for row in classes], weights=weights)
-    tail = np.average([row.tail for row in classes], weights=weights)
-    facts = f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %"
-    moved = [row.class_name for row in classes if row.moved]
-    if len(classes) > 1 and len(moved) == 1:
-        facts += f"; only {moved[0]} differs from calibration, so look at that product before the camera"
-    elif len(classes) > 1 and moved:
-        facts += f"; {len(moved)} of {len(classes)} classes differ from calibration"
-    advice = _MOSTLY_BAD if kind == SHIFT and tail >= 0.5 else _ADVICE[kind]
-    return f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): {facts}. {advice} {chance}"

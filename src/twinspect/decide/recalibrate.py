@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import (
     FEWEST,
+    Budget,
+    GoodScores,
     Threshold,
     conformal_threshold,
     labelled_threshold,
@@ -28,7 +30,6 @@ from twinspect.decide.conformal import (
     suspicious_tail,
 )
 from twinspect.decide.decision import Decision, image_id
-from twinspect.decide.rules import Budget, GoodScores
 from twinspect.errors import ConfigError, DataError, listed
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
@@ -99,20 +100,14 @@ def score_images(
             failed.append(result.error)
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
-        group, key = sample.group or session_of(sample, root), image_key(sample, predictor.runtime.size)
+        group, key = sample.group, image_key(sample, predictor.runtime.size)
+        if not group and root is not None and sample.image.is_relative_to(root):
+            group = sample.image.relative_to(root).parent.as_posix().removeprefix(".")
         rows.append((result.score, result.peak, result.cluster_distance, name, result.predicted_class, group, key))
         names.append(result.path)
         labels.append(int(sample.label == 1))
     good = GoodScores(*(zip(*rows, strict=True) if rows else [()] * 7))
     return Scored(good, tuple(names), np.array(labels, np.int64), tuple(failed))
-
-
-def session_of(sample: Sample, root: Path | None) -> str:
-    """The sub-folder of ``root`` that an image lies in; empty for none."""
-    if root is None or not sample.image.is_relative_to(root):
-        return ""
-    inside = sample.image.relative_to(root).parent.as_posix()
-    return "" if inside == "." else inside
 
 
 def image_key(sample: Sample, size: int) -> str:
@@ -133,60 +128,73 @@ def recalibrate(
         ConfigError: a budget that the number of images cannot support, or no sessions to go by.
         DataError: too few images.
     """
-    decision.checked_class(request.class_name)
+    name = decision.checked_class(request.class_name)
     notes: list[str] = []
     good, fixed = decision.good, dict(decision.fixed)
     if scored is not None:
-        good = _merged(decision, _fresh(decision, scored, request.add, notes), request.add, notes)
+        good = _with_new(good, _usable(decision, scored, request.add, notes), request.add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
         )
     if request.max_fpr is not None:
-        for name in list(fixed):
-            if request.class_name in (None, name):
-                notes.append(f"{name}: its threshold from labelled images gives way to the budget")
-                del fixed[name]
+        for of_class in [of_class for of_class in fixed if name in (None, of_class)]:
+            notes.append(f"{of_class}: its threshold from labelled images gives way to the budget")
+            del fixed[of_class]
     if labelled is not None:
         fixed |= _fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
-    budget, budgets = _budgets(decision, request)
+    budget, budgets = decision.budget, decision.budgets
+    if (request.max_fpr, request.unsure, request.region_fpr) != (None, None, None):
+        if request.max_fpr is not None:  # without --unsure it asks for two answers; --region-fpr follows it
+            new = Budget(request.max_fpr, request.unsure, request.region_fpr or request.max_fpr)
+        else:
+            old = decision.budget_of(name or "")
+            new = Budget(old.max_fpr, request.unsure or old.unsure, request.region_fpr or old.region_fpr)
+        budget, budgets = (new, {}) if name is None else (budget, {**budgets, name: new})
     by_group = decision.by_group if request.by_group is None else request.by_group
-    new = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
-    _refuse_promises(new, request.class_name)
-    return new, notes
+    after = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
+    _refuse_promises(after, name)
+    return after, notes
 
 
-_LEARNT = "the model was trained on them, so they score too well"
-_COPY = "they are copies of others given"
-_THERE = "they are among the calibration images already"
-
-
-def _fresh(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
+def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
     """The new images without those the model learnt from, copies, and those that are there already."""
-    rows, trained, seen = scored.rows, set(decision.trained), set[str]()
+    learnt, copy = "the model was trained on them, so they score too well", "they are copies of others given"
+    there = "they are among the calibration images already"
     present = set(decision.good.key) - {""} if add else set()
-    if not len(rows):
-        raise DataError("no image to calibrate with: none was given, or none can be read")
-    reasons = []
-    for key in rows.key:
-        reasons.append(_LEARNT if key in trained else _COPY if key in seen else _THERE if key in present else "")
+    seen, reasons = set[str](), Counter[str]()
+    at: list[int] = []
+    for place, key in enumerate(scored.rows.key):
+        reason = learnt if key in decision.trained else copy if key in seen else there if key in present else ""
         seen.add(key)
-    usable = np.array([not reason for reason in reasons])
-    for reason in (_LEARNT, _COPY, _THERE):
-        if count := reasons.count(reason):
-            notes.append(f"{count} of {len(rows)} images left out: {reason}")
-    if not usable.any():
-        raise DataError(f"none of the {len(rows)} images can be used: {'; '.join(notes)}")
-    notes += _suspects(rows.take(usable), [n for n, use in zip(scored.names, usable, strict=True) if use])
-    return rows.take(usable)
+        reasons[reason] += 1
+        at += [] if reason else [place]
+    total = len(scored.rows)
+    notes += [f"{reasons[why]} of {total} images left out: {why}" for why in (learnt, copy, there) if reasons[why]]
+    if not total:
+        raise DataError("no image to calibrate with: none was given, or none can be read")
+    if not at:
+        raise DataError(f"none of the {total} images can be used: {'; '.join(notes)}")
+    rows, names = scored.rows.take(np.array(at)), [scored.names[i] for i in at]
+    for class_name in sorted(set(rows.class_name)):
+        of_class = np.flatnonzero(rows.of_class(class_name))
+        odd = of_class[suspicious_tail(rows.score[of_class])]
+        if len(odd):
+            named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
+            notes.append(
+                f"{class_name}: {len(odd)} of {len(of_class)} images score far above the others, as if anomalies "
+                f"were among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
+                "calibrate again"
+            )
+    return rows
 
 
-def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) -> GoodScores:
+def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> GoodScores:
     """The new images beside those of other classes, or beside all that are there."""
     if add:
-        notes.append(f"{len(fresh)} good images added to {len(decision.good)}")
-        return decision.good.join(fresh)
-    before, now = Counter(decision.good.class_name), Counter(fresh.class_name)
+        notes.append(f"{len(new)} good images added to {len(old)}")
+        return old.join(new)
+    before, now = Counter(old.class_name), Counter(new.class_name)
     if others := [f"{name} ({count})" for name, count in sorted(before.items()) if name not in now]:
         notes.append(
             f"calibrated {', '.join(sorted(now))}; earlier calibration images are kept for {', '.join(others)}"
@@ -194,45 +202,14 @@ def _merged(decision: Decision, fresh: GoodScores, add: bool, notes: list[str]) 
     for name, count in sorted(now.items()):
         if count < before[name]:
             notes.append(f"{name}: {count} in the place of {before[name]} earlier ones; --add would keep both")
-    kept = np.array([name not in now for name in decision.good.class_name], dtype=np.bool_)
-    return decision.good.take(kept).join(fresh)
-
-
-def _suspects(rows: GoodScores, names: Sequence[str]) -> list[str]:
-    """Sentences on images among the good ones that score apart from the rest of their class."""
-    sentences = []
-    for class_name in sorted(set(rows.class_name)):
-        at = np.flatnonzero(rows.of_class(class_name, given=True))
-        odd = at[suspicious_tail(rows.score[at])]
-        if len(odd):
-            named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
-            sentences.append(
-                f"{class_name}: {len(odd)} of {len(at)} images score far above the others, as if anomalies were "
-                f"among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
-                "calibrate again"
-            )
-    return sentences
-
-
-def _budgets(decision: Decision, request: Request) -> tuple[Budget, Mapping[str, Budget]]:
-    """Of all classes, and of single ones."""
-    if (request.max_fpr, request.unsure, request.region_fpr) == (None, None, None):
-        return decision.budget, decision.budgets
-    base = decision.budget_of(request.class_name or "")
-    if request.max_fpr is None:
-        new = Budget(base.max_fpr, request.unsure or base.unsure, request.region_fpr or base.region_fpr)
-    else:  # without --unsure it asks for two answers; --region-fpr follows unless it is given
-        new = Budget(request.max_fpr, request.unsure, request.region_fpr or request.max_fpr)
-    if request.class_name is None:
-        return new, {}
-    return decision.budget, {**decision.budgets, request.class_name: new}
+    return old.take(np.array([name not in now for name in old.class_name], dtype=np.bool_)).join(new)
 
 
 def _refuse_promises(decision: Decision, class_name: str | None) -> None:
     """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
-    budgets, good = (decision.budget, *decision.budgets.values()), decision.good
+    budgets, good = [decision.budget, *decision.budgets.values()], decision.good
     if class_name is not None:  # a class goes by its own images
-        budgets, good = (decision.budget_of(class_name),), good.take(good.of_class(class_name, True))
+        budgets, good = [decision.budget_of(class_name)], good.take(good.of_class(class_name))
     for budget in budgets:
         refuse_unsupported(len(good), budget.max_fpr)
         if peaks := int(np.isfinite(good.peak).sum()):
@@ -246,16 +223,16 @@ def _refuse_promises(decision: Decision, class_name: str | None) -> None:
 
 def _fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[str]) -> dict[str, Threshold]:
     """Thresholds of every labelled class; one with few labels takes that of all labelled images together."""
-    together = labelled_threshold(labelled.rows.score, labelled.label_N, rule, miss_cost)
+    rows, labels = labelled.rows, labelled.label_N
+    together = labelled_threshold(rows.score, labels, rule, miss_cost)
     thresholds = {}
-    for name in sorted(set(labelled.rows.class_name)):
-        of_class = labelled.rows.of_class(name, given=True)
-        labels = labelled.label_N[of_class]
-        bad, good = int(labels.sum()), int((labels == 0).sum())
+    for name in sorted(set(rows.class_name)):
+        of_class = rows.of_class(name)
+        bad, good = int((labels[of_class] == 1).sum()), int((labels[of_class] == 0).sum())
+        thresholds[name] = together
         if min(bad, good) >= _FEWEST_LABELLED:
-            thresholds[name] = labelled_threshold(labelled.rows.score[of_class], labels, rule, miss_cost)
+            thresholds[name] = labelled_threshold(rows.score[of_class], labels[of_class], rule, miss_cost)
         else:
-            thresholds[name] = together
             notes.append(
                 f"{name}: {bad} defects and {good} good images are labelled, {_FEWEST_LABELLED} of each "
                 "are needed for a threshold of its own; that of all labelled images is used"
@@ -270,13 +247,13 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
     Returns:
         One row a session: ``class_name``, ``group``, ``images``, and how many of them would be ``called`` bad.
     """
-    left_out = []
+    rows: list[dict[str, Any]] = []
     for class_name in decision.classes:
-        rows = decision.good.take(decision.good.of_class(class_name, given=True))
-        names = sorted(set(rows.group) - {""})
+        good = decision.good.take(decision.good.of_class(class_name))
+        names = sorted(set(good.group) - {""})
         for name in names if len(names) > 1 else ():
-            inside = np.asarray(rows.group == name)
-            limit = conformal_threshold(rows.score[~inside], decision.budget_of(class_name).max_fpr).value
-            called = int((rows.score[inside] >= limit).sum())
-            left_out.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
-    return left_out
+            inside = np.asarray(good.group == name)
+            limit = conformal_threshold(good.score[~inside], decision.budget_of(class_name).max_fpr).value
+            called = int((good.score[inside] >= limit).sum())
+            rows.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
+    return rows

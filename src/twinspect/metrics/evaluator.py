@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +29,31 @@ class _Image(NamedTuple):
     """What is kept of one image."""
 
     score: float
-    label: int | None
+    label: int
     defect: str
     group: str
     masked: bool
 
 
-Images = list[_Image]
+@dataclass(slots=True)
+class _Class:
+    """What is kept of a class."""
+
+    images: list[_Image] = field(default_factory=list)
+    # Pixel counts of "" and, for images with saturated regions, of each defect type. A class is the sum of these, and
+    # a type with the good images is LOCO's "logical" or "structural" result.
+    meters: dict[str, ScoreHistogram] = field(default_factory=dict)
+
+    def pixels(self) -> PixelSummary | None:
+        """Summary of all pixels; None if no defect pixel was ever given."""
+        meters = list(self.meters.values())
+        return summarise(meters) if any(meter.totals.positives for meter in meters) else None
+
+    def saturated_parts(self) -> Numbers:
+        """AU-sPRO of every defect type with saturated regions, against the good images."""
+        good = [meter for part, meter in self.meters.items() if not part]
+        parts = sorted(part for part, meter in self.meters.items() if part and meter.totals.saturated)
+        return _defined({part: summarise([*good, self.meters[part]]).values["auspro_005"] for part in parts})
 
 
 class Evaluator:
@@ -48,10 +67,7 @@ class Evaluator:
     def __init__(self, pixel: bool = True, memory_limit: int = MEMORY_LIMIT) -> None:
         self.pixel = pixel
         self.budget = MemoryBudget(memory_limit)
-        self.images: dict[str, Images] = {}
-        # Per class, then per part: "" or, for images with saturated regions, the defect type. A class is the
-        # sum of its parts, and a part with the good images is LOCO's "logical" or "structural" result.
-        self.meters: dict[str, dict[str, ScoreHistogram]] = {}
+        self.classes: dict[str, _Class] = {}
 
     def update(
         self,
@@ -69,7 +85,7 @@ class Evaluator:
 
         Args:
             score: finite number, higher means more anomalous.
-            label: 1 anomaly, 0 normal, None unknown (counted, nothing else).
+            label: 1 anomaly, 0 normal.
             class_name: class whose metrics the image belongs to.
             defect_type: kind of defect of an anomalous image.
             map_HW: H x W finite scores. Without it the image adds to image metrics only.
@@ -80,28 +96,27 @@ class Evaluator:
             group: images of one physical sample (views) share it.
 
         Raises:
-            DataError: a score or map that is not finite, a mask of another size, a label that is not 0, 1 or
-                None, or defect pixels on a normal image. Nothing is added then.
+            DataError: a score or map that is not finite, a mask of another size, a label that is neither 0 nor 1,
+                or defect pixels on a normal image. Nothing is added then.
         """
-        who = name or f"{class_name} image number {len(_labelled(self.images.get(class_name, [])))}"
+        of_class = self.classes.get(class_name, _Class())
+        who = name or f"{class_name} image number {len(of_class.images)}"
         if not math.isfinite(score):
             raise DataError(f"score of {who} is {score}; accepted: finite numbers")
-        if label not in (0, 1, None):
-            raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly), None (unknown)")
+        if label not in (0, 1):
+            raise DataError(f"label of {who} is {label!r}; accepted: 0 (normal), 1 (anomaly)")
         masks = [mask for mask, _ in regions or ()] + ([] if mask_HW is None else [mask_HW])
-        if self.pixel and map_HW is not None and (label == 0 or (label == 1 and masks)):
+        if self.pixel and map_HW is not None and (label == 0 or masks):
             if label == 0 and any(bool(np.any(mask)) for mask in masks):
                 raise DataError(f"{who} is labelled normal but its mask has defect pixels")
-            part = defect_type if regions else ""
-            self._meter(class_name, part).update(map_HW, mask_HW, who, regions)
-        image = _Image(float(score), label, defect_type, group, bool(masks))
-        self.images.setdefault(class_name, []).append(image)
+            self._meter(of_class, defect_type if regions else "").update(map_HW, mask_HW, who, regions)
+        of_class.images.append(_Image(float(score), int(label), defect_type, group, bool(masks)))
+        self.classes[class_name] = of_class
 
-    def _meter(self, class_name: str, part: str) -> ScoreHistogram:
-        parts = self.meters.setdefault(class_name, {})
-        if part not in parts:
-            parts[part] = ScoreHistogram(self.budget)
-        return parts[part]
+    def _meter(self, of_class: _Class, part: str) -> ScoreHistogram:
+        if part not in of_class.meters:
+            of_class.meters[part] = ScoreHistogram(self.budget)
+        return of_class.meters[part]
 
     def merge(self, other: Evaluator) -> None:
         """Add everything another evaluator has seen; it stays as it is.
@@ -112,11 +127,11 @@ class Evaluator:
         mine, theirs = (self.pixel, self.budget.limit), (other.pixel, other.budget.limit)
         if mine != theirs:
             raise DataError(f"cannot merge evaluators with different settings: {mine} and {theirs}")
-        for class_name, images in other.images.items():
-            self.images.setdefault(class_name, []).extend(images)
-        for class_name, parts in other.meters.items():
-            for part, meter in parts.items():
-                self._meter(class_name, part).merge(meter)
+        for class_name, seen in other.classes.items():
+            of_class = self.classes.setdefault(class_name, _Class())
+            of_class.images.extend(seen.images)
+            for part, meter in seen.meters.items():
+                self._meter(of_class, part).merge(meter)
 
     def compute(self) -> dict[str, Any]:
         """Every metric of everything added so far; plain numbers, no nan, ready for JSON.
@@ -126,23 +141,38 @@ class Evaluator:
             ``mean``: metric -> mean over the classes where it is defined; ``mean_over``: how many those are.
             ``defects``: class -> defect type -> image AUROC against the class's normal images.
             ``defects_auspro_005``: the same with AU-sPRO over good images and that type (MVTec LOCO).
-            ``images``: class -> number of labelled images.
+            ``images``: class -> number of images.
             ``error_bound``: class -> most that any pixel metric can be off (0.0: exact).
             ``undefined``: sentences about what is missing or not certain, and why.
         """
-        names, labelled = sorted(self.images), {name: _labelled(images) for name, images in self.images.items()}
-        pixels = {name: self._pixels(name) for name in names}
-        classes = {name: _image_metrics(labelled[name]) for name in names}
+        names = sorted(self.classes)
+        seen = {name: self.classes[name] for name in names}
+        pixels = {name: of_class.pixels() for name, of_class in seen.items()}
+        classes = {name: _image_metrics(of_class.images) for name, of_class in seen.items()}
         for name, summary in pixels.items():
             classes[name] |= _defined(summary.values) if summary is not None else {}
+        columns: dict[str, list[float]] = {}
+        for values in classes.values():
+            for metric, value in values.items():
+                columns.setdefault(metric, []).append(value)
+        notes = [note for name in names for note in self._notes(name, pixels[name])]
+        if self.pixel and names and not any(pixels.values()):
+            notes = [note for note in notes if "no pixel metrics" not in note]
+            notes.append("no defect masks with score maps were given: image metrics only")
+        notes += [
+            f"mean of {metric} is over the {len(values)} of {len(names)} classes where it is defined"
+            for metric, values in columns.items()
+            if len(values) < len(names)
+        ]
         return {
             "classes": classes,
-            **_mean(classes),
-            "defects": {n: d for n in names if (d := _by_defect(labelled[n]))},
-            "defects_auspro_005": {n: d for n in names if (d := self._saturated_parts(n))},
-            "images": {n: len(labelled[n]) for n in names},
-            "error_bound": {n: s.error_bound for n in names if (s := pixels[n]) is not None},
-            "undefined": self._undefined(classes, pixels),
+            "mean": {metric: math.fsum(values) / len(values) for metric, values in columns.items()},
+            "mean_over": {metric: len(values) for metric, values in columns.items()},
+            "defects": {name: kinds for name in names if (kinds := _by_defect(seen[name].images))},
+            "defects_auspro_005": {name: kinds for name in names if (kinds := seen[name].saturated_parts())},
+            "images": {name: len(of_class.images) for name, of_class in seen.items()},
+            "error_bound": {name: s.error_bound for name, s in pixels.items() if s is not None},
+            "undefined": notes,
         }
 
     def intervals(
@@ -150,8 +180,8 @@ class Evaluator:
     ) -> dict[str, dict[str, tuple[float, float]]]:
         """Bootstrap intervals of the image metrics: class -> metric -> (low, high), where defined."""
         out: dict[str, dict[str, tuple[float, float]]] = {}
-        for name in sorted(self.images):
-            scores, labels = _arrays(_labelled(self.images[name]))
+        for name in sorted(self.classes):
+            scores, labels = _arrays(self.classes[name].images)
             if 0 < labels.sum() < len(labels):
                 out[name] = {
                     metric: ranking.bootstrap_interval(scores, labels, function, n, seed, level)
@@ -159,98 +189,52 @@ class Evaluator:
                 }
         return out
 
-    def _pixels(self, class_name: str) -> PixelSummary | None:
-        """Summary of a class; None if no defect pixel was ever given."""
-        meters = list(self.meters.get(class_name, {}).values())
-        return summarise(meters) if any(m.totals.positives for m in meters) else None
-
-    def _saturated_parts(self, class_name: str) -> Numbers:
-        parts = self.meters.get(class_name, {})
-        good = [parts[""]] if "" in parts else []
-        saturated = sorted(part for part in parts if part and parts[part].totals.saturated)
-        return _defined({part: summarise([*good, parts[part]]).values["auspro_005"] for part in saturated})
-
-    def _undefined(self, classes: Mapping[str, Numbers], pixels: Mapping[str, PixelSummary | None]) -> list[str]:
-        out = [s for name in sorted(classes) for s in self._class_notes(name, pixels[name])]
-        if self.pixel and self.images and not any(pixels.values()):
-            out = [s for s in out if "no pixel metrics" not in s]
-            out.append("no defect masks with score maps were given: image metrics only")
-        for name, count in _mean(classes)["mean_over"].items():
-            if count < len(classes):
-                out.append(f"mean of {name} is over the {count} of {len(classes)} classes where it is defined")
-        return out
-
-    def _class_notes(self, name: str, summary: PixelSummary | None) -> list[str]:
-        images, out = _labelled(self.images[name]), []
-        labels = {image.label for image in images}
-        if not labels:
-            out.append(f"{name}: image metrics are undefined, no labelled image")
-        elif len(labels) == 1:
-            kind, lacking = ("anomalous", "good test images") if 1 in labels else ("normal", "defects")
-            out.append(
+    def _notes(self, name: str, summary: PixelSummary | None) -> list[str]:
+        images, notes = self.classes[name].images, []
+        if len({image.label for image in images}) == 1:
+            kind, lacking = ("anomalous", "good test images") if images[0].label else ("normal", "defects")
+            notes.append(
                 f"{name}: image metrics are undefined, all {len(images)} images are {kind}; they need {lacking} too"
             )
-        if unlabelled := len(self.images[name]) - len(images):
-            out.append(f"{name}: {unlabelled} images without label are left out")
         if not self.pixel:
-            return out
+            return notes
         if summary is None:
-            return [*out, f"{name}: no pixel metrics, no anomalous image has both a score map and a mask"]
+            return [*notes, f"{name}: no pixel metrics, no anomalous image has both a score map and a mask"]
         if without_mask := sum(image.label == 1 and not image.masked for image in images):
-            out.append(f"{name}: pixel metrics leave out {without_mask} anomalous images without mask")
+            notes.append(f"{name}: pixel metrics leave out {without_mask} anomalous images without mask")
         if summary.error_bound > TOLERANCE:
-            out.append(
+            notes.append(
                 f"{name}: pixel metrics are certain only to {summary.error_bound:.1g}; "
                 f"raise memory_limit above {self.budget.limit} bytes or evaluate fewer classes at once"
             )
         if summary.totals.positives == summary.totals.pixels:
-            out.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
-        return out
+            notes.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
+        return notes
 
 
-def _labelled(images: Images) -> Images:
-    return [image for image in images if image.label is not None]
-
-
-def _arrays(images: Images) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _arrays(images: Sequence[_Image]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Scores and labels."""
     return np.array([i.score for i in images], np.float64), np.array([i.label for i in images], np.int64)
 
 
-def _image_metrics(images: Images) -> Numbers:
-    values = {metric: function(*_arrays(images)) for metric, function in ranking.IMAGE_METRICS.items()}
-    return _defined(values | _by_sample(images))
+def _image_metrics(images: Sequence[_Image]) -> Numbers:
+    scores, labels = _arrays(images)
+    values = {metric: function(scores, labels) for metric, function in ranking.IMAGE_METRICS.items()}
+    samples: dict[str, list[int]] = {}
+    for place, image in enumerate(images):
+        samples.setdefault(image.group or f"\0{place}", []).append(place)
+    if len(samples) < len(images):  # a sample scores as its highest view
+        views = list(samples.values())
+        values["sample_auroc"] = ranking.auroc([scores[v].max() for v in views], [labels[v].max() for v in views])
+    return _defined(values)
 
 
-def _by_defect(images: Images) -> Numbers:
+def _by_defect(images: Sequence[_Image]) -> Numbers:
     """Image AUROC of each defect type against all normal images of the class."""
     kinds = sorted({image.defect for image in images if image.defect and image.label})
     parts = {kind: [image for image in images if not image.label or image.defect == kind] for kind in kinds}
     return _defined({kind: ranking.auroc(*_arrays(part)) for kind, part in parts.items()})
 
 
-def _by_sample(images: Images) -> Numbers:
-    """AUROC over groups, a group scoring the maximum of its views; nothing if no group has two images."""
-    groups: dict[str, Images] = {}
-    for i, image in enumerate(images):
-        groups.setdefault(image.group or f"\0{i}", []).append(image)
-    if len(groups) == len(images):
-        return {}
-    views = [_arrays(part) for part in groups.values()]
-    return {"sample_auroc": ranking.auroc([s.max() for s, _ in views], [labels.max() for _, labels in views])}
-
-
 def _defined(values: Mapping[str, float]) -> Numbers:
     return {name: value for name, value in values.items() if not math.isnan(value)}
-
-
-def _mean(classes: Mapping[str, Numbers]) -> dict[str, dict[str, float]]:
-    """Mean of every metric over the classes that have it, and how many have it."""
-    columns: dict[str, list[float]] = {}
-    for name in sorted(classes):
-        for metric, value in classes[name].items():
-            columns.setdefault(metric, []).append(value)
-    return {
-        "mean": {metric: math.fsum(values) / len(values) for metric, values in columns.items()},
-        "mean_over": {metric: len(values) for metric, values in columns.items()},
-    }

@@ -1,11 +1,10 @@
 """Integer counts over the whole float32 number line, in bounded memory, independent of the order of arrival.
 
-A score becomes an order-preserving 32-bit key. Counts live in pages of 256 bins that exist only where
-scores fall, found through a two-step directory (12 + 12 bits). While everything fits, a bin is one float32
-value and every result is exact. When the pages of all tables of a ``Budget`` would outgrow its limit, the
-whole budget drops one low bit of the keys. Pages used at a resolution only ever grow with the data, so the
-resolution reached is the finest one at which the union of the data fits: it cannot depend on order, on the
-number of processes, or on how the work was cut.
+A score becomes an order-preserving 32-bit key. Counts live in pages of 256 bins that exist only where scores fall,
+found through a two-step directory (12 + 12 bits). While everything fits, a bin is one float32 value and every result
+is exact. When the pages of all tables of a ``MemoryBudget`` would outgrow its limit, the whole budget drops one low
+bit of the keys. Pages used at a resolution only ever grow with the data, so the resolution reached is the finest at
+which the union of the data fits: it cannot depend on order, on the number of processes, or on how the work was cut.
 
 A coarse step of the number line keeps two bins, not one: "exactly the lower edge" and "above it". Values with
 few significant bits (0, 1, integers, 8-bit fractions of two) are where real ties pile up; they stay exact at
@@ -14,6 +13,7 @@ any resolution and so add nothing to the error bound.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,8 +26,6 @@ PAGE_BITS = 8
 PAGE = 1 << PAGE_BITS
 ROW_BITS = 12
 ROW = 1 << ROW_BITS
-PAGE_BYTES = PAGE * 8
-ROW_BYTES = ROW * 4
 CHUNK_KEYS = 1 << 18
 CHUNK_PAGES = 1 << 10
 FINEST = 1
@@ -73,13 +71,9 @@ class MemoryBudget:
 
     def coarsen(self) -> None:
         """Drop one more low bit in every table."""
-        for table in self.tables:
-            table.coarsen()
         self.drop += 1
-
-    def fits(self, table: PagedCounts, pages: Bins) -> bool:
-        """Whether new pages of a table fit. At the coarsest step (half a megabyte a table) everything does."""
-        return self.drop >= COARSEST or self.used + table.cost(pages) <= self.limit
+        for table in self.tables:
+            table.coarsen(self.drop)
 
 
 class PagedCounts:
@@ -92,49 +86,41 @@ class PagedCounts:
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         budget.tables.append(self)
-        # Page 0 stays empty: the directory's "nothing here" points at it. Flat, so that it can grow in place
-        # (realloc moves memory pages instead of copying, which keeps the peak near the limit).
-        self._values = np.zeros(PAGE, np.int64)
-        self._settle(np.zeros(0, np.uint32))
+        self._empty(budget.drop)
 
-    def _settle(self, pages: Bins) -> None:
-        """Make the directory anew, of pages that lie in this order."""
+    def _empty(self, drop: int) -> None:
+        self.drop = drop
         self._pages: Bins = np.zeros(0, np.uint32)
         self._root = np.zeros(ROW, np.int32)
         self._leaf = np.zeros(ROW, np.int32)
-        self._rows = 0
-        self._allocate(pages)
+        # Page 0 stays empty: the directory's "nothing here" points at it. Flat, so that it can grow in place
+        # (realloc moves memory pages instead of copying, which keeps the peak near the limit).
+        self._values = np.zeros(PAGE, np.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes of pages and directory rows."""
-        return len(self._pages) * PAGE_BYTES + self._rows * ROW_BYTES
-
-    def cost(self, pages: Bins) -> int:
-        """Bytes that new pages would add."""
-        rows = np.unique(pages >> np.uint32(ROW_BITS))
-        return len(pages) * PAGE_BYTES + int((self._root[rows] == 0).sum()) * ROW_BYTES
+        return len(self._pages) * PAGE * 8 + (len(self._leaf) - ROW) * 4
 
     def add(self, keys: Bins, counts: Counts | int = 1) -> None:
-        """Add counts (one per key, or one for all) at keys."""
+        """Add counts (one per key, or one for all) at keys; the budget is coarsened until all pages fit."""
         for start in range(0, len(keys), CHUNK_KEYS):
             part = slice(start, start + CHUNK_KEYS)
-            bins, slot = self._admitted(keys[part])
-            place = (slot << PAGE_BITS) + (bins & np.uint32(PAGE - 1))
-            np.add.at(self._values, place, counts if isinstance(counts, int) else counts[part])
-
-    def _admitted(self, keys: Bins) -> tuple[Bins, NDArray[np.int64]]:
-        """Bins of keys, at the finest resolution at which all pages fit, and the place of each one's page."""
-        while True:
-            bins = bins_of(keys, self.budget.drop)
-            slot = self._slots(bins >> np.uint32(PAGE_BITS))
-            if slot.all():
-                return bins, slot
-            pages = np.unique(bins[slot == 0] >> np.uint32(PAGE_BITS))
-            if self.budget.fits(self, pages):
-                self._allocate(pages)
-            else:
+            while True:
+                bins = bins_of(keys[part], self.drop)
+                slots = self._slots(bins >> np.uint32(PAGE_BITS))
+                new = np.unique(bins[slots == 0] >> np.uint32(PAGE_BITS))
+                rows = np.unique(new >> np.uint32(ROW_BITS))
+                cost = len(new) * PAGE * 8 + int((self._root[rows] == 0).sum()) * ROW * 4
+                # At the coarsest step (half a megabyte a table) everything fits.
+                if not len(new) or self.drop == COARSEST or self.budget.used + cost <= self.budget.limit:
+                    break
                 self.budget.coarsen()
+            if len(new):
+                self._allocate(new)
+                slots = self._slots(bins >> np.uint32(PAGE_BITS))
+            place = (slots << PAGE_BITS) + (bins & np.uint32(PAGE - 1))
+            np.add.at(self._values, place, counts if isinstance(counts, int) else counts[part])
 
     def pages(self) -> Bins:
         """Numbers of the pages in use, ascending."""
@@ -152,36 +138,17 @@ class PagedCounts:
             counts = self.rows(part).ravel()
             full = np.flatnonzero(counts)
             bins = (part[full >> PAGE_BITS] << np.uint32(PAGE_BITS)) | (full & (PAGE - 1)).astype(np.uint32)
-            yield edges_of(bins, self.budget.drop), counts[full]
+            yield edges_of(bins, self.drop), counts[full]
 
-    def coarsen(self) -> None:
-        """Drop one low bit: of four bins the first stays alone, and two pages become one.
-
-        In place: a copy of all counts beside them would be most of the memory that an evaluation takes.
-        """
-        values, order = self._values.reshape(-1, PAGE), np.argsort(self._pages)
-        numbers = self._pages[order]
-        parents, first = np.unique(numbers >> np.uint32(1), return_index=True)
-        last = np.append(first[1:], len(order)) - 1  # the same page again where only one of the two is in use
-        home = order[first] + 1
-        for start in range(0, len(parents), CHUNK_PAGES):
-            part = slice(start, start + CHUNK_PAGES)
-            folded = np.zeros((len(home[part]), 2, PAGE // 2), np.int64)
-            for child in (first[part], last[part]):
-                quads = values[order[child] + 1].reshape(-1, PAGE // 4, 4)
-                halves = np.stack((quads[:, :, 0], quads[:, :, 1:].sum(2)), axis=2).reshape(-1, PAGE // 2)
-                folded[np.arange(len(child)), numbers[child] & np.uint32(1)] = halves
-            values[home[part]] = folded.reshape(-1, PAGE)
-        free, beyond = np.setdiff1d(np.arange(1, len(parents) + 1), home), np.flatnonzero(home > len(parents))
-        for start in range(0, len(free), CHUNK_PAGES):
-            part = slice(start, start + CHUNK_PAGES)
-            values[free[part]] = values[home[beyond[part]]]
-        home[beyond] = free
-        del values
-        self._values.resize((len(parents) + 1) * PAGE, refcheck=False)
-        self._settle(parents[np.argsort(home)])
+    def coarsen(self, drop: int) -> None:
+        """Count everything again with fewer bits."""
+        before = copy.copy(self)  # holds the old arrays
+        self._empty(drop)
+        for keys, counts in before.items():
+            self.add(keys, counts)
 
     def _slots(self, pages: Bins) -> NDArray[np.int64]:
+        """Places of pages in the values; 0 for one that is not in use."""
         row = self._root.take(pages >> np.uint32(ROW_BITS), mode="clip")
         return self._leaf.take(row + (pages & np.uint32(ROW - 1)), mode="clip").astype(np.int64)
 
@@ -191,9 +158,8 @@ class PagedCounts:
         high = new >> np.uint32(ROW_BITS)
         rows = np.unique(high)
         rows = rows[self._root[rows] == 0]
-        self._root[rows] = np.arange(self._rows + 1, self._rows + 1 + len(rows)) * ROW
-        self._rows += len(rows)
-        self._leaf.resize((self._rows + 1) * ROW, refcheck=False)
+        self._root[rows] = len(self._leaf) + np.arange(len(rows)) * ROW
+        self._leaf.resize(len(self._leaf) + len(rows) * ROW, refcheck=False)
         self._leaf[self._root[high] + (new & np.uint32(ROW - 1))] = slots
         if len(self._values) < (len(self._pages) + 1) * PAGE:
             # An eighth of slack, so that the number of reallocations stays logarithmic.

@@ -54,7 +54,6 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", *REGION_METRICS)
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Region = tuple[Mask, float]  # with its saturation area in pixels
 
 
 class Tables(NamedTuple):
@@ -74,14 +73,12 @@ class PixelTotals(NamedTuple):
     regions: int = 0
     saturated: int = 0
 
-    @classmethod
-    def of(cls, parts: Sequence[PixelTotals]) -> PixelTotals:
-        """Sum of several."""
-        return cls(*map(sum, zip(*parts, strict=True)))
+
+def _sum(parts: Sequence[PixelTotals]) -> PixelTotals:
+    return PixelTotals(*map(sum, zip(*parts, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class PixelSummary:
+class PixelSummary(NamedTuple):
     """Pixel metrics of one set of maps."""
 
     values: dict[str, float]  # by the names of ``PIXEL_METRICS``; nan where undefined
@@ -91,7 +88,7 @@ class PixelSummary:
     @property
     def error_bound(self) -> float:
         """Largest of the bounds."""
-        return max(self.bounds.values(), default=0.0)
+        return max(self.bounds.values())
 
 
 class ScoreHistogram:
@@ -123,22 +120,27 @@ class ScoreHistogram:
             DataError: a map or mask that cannot be used, or an area that is not above 0; nothing is counted then.
         """
         values, rounded = _as_map(map_HW, name)
-        given = [(_as_mask(m, values.shape, name), _as_area(area, name)) for m, area in regions or ()]
-        mask = None if mask_HW is None else _as_mask(mask_HW, values.shape, name)
-        for region, _ in given:
-            mask = region if mask is None else mask | region
+        mask = np.zeros(values.shape, bool) if mask_HW is None else _as_mask(mask_HW, values.shape, name)
+        places, areas = [], []  # flat positions of every given region that has some, and its saturation area
+        for region_HW, area in regions or ():
+            if not 0 < area < math.inf:
+                raise DataError(f"saturation area of a region of {name} is {area}; accepted: pixels, above 0")
+            region = _as_mask(region_HW, values.shape, name)
+            mask = mask | region
+            if region.any():
+                places.append(np.flatnonzero(region))
+                areas.append(max(1, min(len(places[-1]), int(area))))
         self.rounded |= rounded
-        keys, positives, connected = keys_of(values), 0, 0
+        keys = keys_of(values)
         self.tables.all.add(keys)
-        if mask is not None and mask.any():
-            where, number, connected = connected_regions(mask)
-            positives = len(where)
+        where, number, count = connected_regions(mask)
+        if count:
             self.tables.positive.add(keys[where])
             self.tables.pro.add(*region_weights(keys[where], number))
-        where, number, areas = _given_regions(given)
-        if len(areas):
-            self.tables.spro.add(*region_weights(keys[where], number, areas))
-        self.totals = PixelTotals.of([self.totals, PixelTotals(len(keys), positives, connected, len(areas))])
+        if places:
+            numbers = np.repeat(np.arange(len(places)), [len(place) for place in places])
+            self.tables.spro.add(*region_weights(keys[np.concatenate(places)], numbers, np.array(areas, np.int64)))
+        self.totals = _sum([self.totals, PixelTotals(len(keys), len(where), count, len(places))])
 
     def merge(self, other: ScoreHistogram) -> None:
         """Add the counts of another histogram on a budget of the same limit, which stays as it is."""
@@ -147,7 +149,7 @@ class ScoreHistogram:
         for mine, theirs in zip(self.tables, other.tables, strict=True):
             for keys, counts in theirs.items():
                 mine.add(keys, counts)
-        self.totals = PixelTotals.of([self.totals, other.totals])
+        self.totals = _sum([self.totals, other.totals])
         self.rounded |= other.rounded
 
     def compute(self) -> PixelSummary:
@@ -186,36 +188,19 @@ def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
     return mask if mask.dtype == np.bool_ else mask != 0
 
 
-def _as_area(area: float, who: str) -> float:
-    if not 0 < area < math.inf:
-        raise DataError(f"saturation area of a region of {who} is {area}; accepted: pixels, above 0")
-    return area
-
-
 # -------------------------------------------------------------------------------------------- regions
 
 
 def connected_regions(mask_HW: Mask) -> tuple[NDArray[np.intp], NDArray[np.int64], int]:
-    """8-connected regions of a mask that is true somewhere.
-
-    Returns:
-        Flat positions of the defect pixels, the region number (from 0) of each, and the number of regions.
-    """
+    """8-connected regions: flat positions of the pixels, the region number (from 0) of each, and their number."""
+    if not mask_HW.any():
+        return np.zeros(0, np.intp), np.zeros(0, np.int64), 0
     rows, columns = ndimage.find_objects(mask_HW.astype(np.uint8))[0]  # most masks are small
     crop = mask_HW[rows, columns]
     labels, count = ndimage.label(crop, structure=_EIGHT_NEIGHBOURS)
     y, x = np.nonzero(crop)
     where = (y + rows.start) * mask_HW.shape[1] + x + columns.start
     return where, labels[y, x].astype(np.int64) - 1, int(count)
-
-
-def _given_regions(regions: Sequence[Region]) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
-    """Flat positions of the region pixels, the region number of each, the saturation area of every region."""
-    flat = [(pixels, area) for mask, area in regions if len(pixels := np.flatnonzero(mask))]
-    sizes = [len(pixels) for pixels, _ in flat]
-    areas = [max(1, min(size, int(area))) for size, (_, area) in zip(sizes, flat, strict=True)]
-    where = np.concatenate([np.zeros(0, np.intp), *(pixels for pixels, _ in flat)])
-    return where, np.repeat(np.arange(len(flat)), sizes), np.array(areas, np.int64)
 
 
 def region_weights(
@@ -320,7 +305,7 @@ class _Precision:
 
 def summarise(histograms: Sequence[ScoreHistogram]) -> PixelSummary:
     """Pixel metrics of the sum of one or more histograms on the same budget."""
-    totals = PixelTotals.of([h.totals for h in histograms])
+    totals = _sum([h.totals for h in histograms])
     negatives = totals.pixels - totals.positives
     weights = {"pro": totals.regions * UNIT, "spro": totals.saturated * UNIT}
     areas = {"pixel_auroc": _Area("positive", negatives, totals.positives)} | {

@@ -25,9 +25,9 @@ import sqlalchemy as sa
 from fastapi import Query
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from twinspect.decide.conformal import GoodScores
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision
 from twinspect.decide.recalibrate import Scored
-from twinspect.decide.rules import GoodScores
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.regions import Region
 from twinspect.inference.result import Result, columns

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import suspicious_tail
+from twinspect.decide.conformal import GoodScores, suspicious_tail
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id
-from twinspect.decide.rules import GoodScores
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
 from twinspect.inference.tiles import speaker
@@ -193,11 +192,10 @@ def outcome_of(
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
-    keys_held = {key for key, out in zip(good.key, held_out, strict=True) if out}
-    keys_learnt = {key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)}
     decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=tuple(sorted(keys_learnt)), held=tuple(sorted(keys_held)),
+        trained=frozenset(key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)),
+        held=frozenset(key for key, out in zip(good.key, held_out, strict=True) if out),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         decision, bank=tuple(name for name, _ in bank),
         thumbnails=tuple(picture for _, picture in bank) if decision.thumbnails else (),
         good=good.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
-        trained=tuple(sorted({*decision.trained, *good.key[len(before.key) :]})),
+        trained=decision.trained.union(good.key[len(before.key) :]),
     )  # fmt: skip
     counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
@@ -154,9 +154,9 @@ def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: boo
 
 def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
     """Positions to hold out of images with these keys, every known image on the side where it was."""
-    held_before, trained = set(decision.held), set(decision.trained) - set(decision.held)
+    trained = decision.trained - decision.held
     names = [image_id(key) for key in keys]
-    return {i for i, name in enumerate(names) if name in held_before or (i in held and name not in trained)}
+    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
 
 
 def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
