@@ -84,9 +84,7 @@ def fit_statistics(
     model.eval()
     if students:
         model.fit_plain(lambda: source.batches(held_at))
-    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students)
-    tokens, embedding_nF = fitting.tokens[0], fitting.embedding_nF
-    fitting.assign(model.scorer.clusters.fit(tokens, embedding_nF, fitting.names, seed, divide))
+    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students, divide)
     return fitting.plain() if model.scorer.plain else fitting.default()
 
 
@@ -111,9 +109,7 @@ def add_statistics(
     """
     model.eval()
     students, known = model.scorer.students_count(), list(classes)
-    fitting = _Fitting(model, source, images, images, seed, progress, students, before)
-    tokens, embedding_nF, names = fitting.tokens[0], fitting.embedding_nF, [*before.class_name, *fitting.names]
-    fitting.assign(model.scorer.clusters.extend(tokens, embedding_nF, names, before.cluster_n, known, seed))
+    fitting = _Fitting(model, source, images, images, seed, progress, students, before=before, classes=known)
     return fitting.default(), tuple(known)
 
 
@@ -143,12 +139,8 @@ class _Fitting:
 
     Attributes:
         groups: layer groups that patches are judged on.
-        names, held_n: of the images of the source: classes, and whether the students were not trained on them.
-        tokens, embedding_nF: of all images, those learnt before first.
-
-        And once `assign` has told which cluster every image is of:
-
-        all_cluster_n, cluster_n: of all images, and of the images of the source.
+        tokens, embedding_nF, all_cluster_n: of all images, those learnt before first.
+        cluster_n, held_n: of the images of the source; held out are those that no student was trained on.
         images_K, known_K: images of every cluster: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
         half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
@@ -164,28 +156,32 @@ class _Fitting:
         seed: int,
         progress: Progress,
         asks_students: bool,
+        divide: bool = True,
         before: GoodImages | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.seed, self.progress, self.asks_students, self.before = seed, progress, asks_students, before
         pairs = zip(model.scorer.all_grids(), model.scorer.gaussians(), strict=True)
         self.groups, held = [_Group(grid, gaussian) for grid, gaussian in pairs], set(held)
         self.held_n = torch.tensor([i in held for i in images], device=model.device)
-        self.names = [source.samples[i].class_name for i in images]
+        samples, clusters = [source.samples[i] for i in images], model.scorer.clusters
+        names = [sample.class_name for sample in samples]
         self.tokens, self.embedding_nF = source.vectors(images)
-        if before is not None:
+        if before is None or classes is None:
+            cluster_n = clusters.fit(self.tokens[0], self.embedding_nF, names, seed, divide)
+        else:
+            names = [*before.class_name, *names]
             self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, self.tokens, strict=True))
             self.embedding_nF = torch.cat([before.embedding_nF, self.embedding_nF])
-
-    def assign(self, cluster_n: Tensor) -> None:
-        """Go by these clusters of all images."""
-        self.clusters, self.all_cluster_n = self.scorer.clusters.count, cluster_n
-        self.old = old = len(cluster_n) - len(self.images)
+            known_n = before.cluster_n
+            cluster_n = clusters.extend(self.tokens[0], self.embedding_nF, names, known_n, classes, seed)
+        self.clusters, self.all_cluster_n = clusters.count, cluster_n
+        self.old = old = len(cluster_n) - len(images)
         self.cluster_n = cluster_n[old:]
         self.images_K = torch.bincount(cluster_n, minlength=self.clusters).float()
         self.known_K = torch.bincount(cluster_n[:old], minlength=self.clusters).float()
-        first_n = same_image([self.source.samples[i] for i in self.images])
-        self.first_n = torch.tensor(first_n, device=self.model.device)
+        self.first_n = torch.tensor(same_image(samples), device=model.device)
         copies = torch.stack([self.first_n, self.cluster_n])
         _, group_n, count = torch.unique(copies, dim=1, return_inverse=True, return_counts=True)
         self.factor_n = left_out(self.images_K[self.cluster_n], count[group_n])

@@ -190,11 +190,10 @@ def outcome_of(
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
-    keys_held = {key for key, out in zip(good.key, held_out, strict=True) if out}
-    keys_learnt = {key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)}
     decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=frozenset(keys_learnt), held=frozenset(keys_held),
+        trained=frozenset(key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)),
+        held=frozenset(key for key, out in zip(good.key, held_out, strict=True) if out),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip
