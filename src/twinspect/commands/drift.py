@@ -18,7 +18,7 @@ from twinspect.decide.decision import Decision
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.errors import DataError
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.report import Section, Table
+from twinspect.report import Section
 
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
 
@@ -50,21 +50,10 @@ def drift(options: DriftOptions, console: Console) -> None:
     console.say(report.message)
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
-    rows = [
-        {
-            "class": class_drift.class_name or "(none)", "images": class_drift.images,
-            "median p": class_drift.median_p, "share p <= 0.05": class_drift.tail,
-            "median scene p": class_drift.median_scene_p, "moved": "yes" if class_drift.moved else "no",
-        }
-        for class_drift in report.classes
-    ]  # fmt: skip
-    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
-    table = Table.of("latest images by class", rows, note)
-    results.say_tables([table], console)
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
     chart = Histogram("Scores of calibration and of the predictions", "score", groups)
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
-    shown = [Section(heading, (report.message,), (table, chart))]
+    shown = [Section(heading, (report.message,), (chart,))]
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
     results.publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), shown, console)
 

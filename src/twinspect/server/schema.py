@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, get_type
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from twinspect.decide.drift import ClassDrift, DriftReport
+from twinspect.decide.drift import DriftReport
 from twinspect.inference.regions import Region
 from twinspect.inference.result import columns
 from twinspect.server.log import Verdict, inspections
@@ -70,10 +70,7 @@ else:
         "A kept decision; times are UTC in milliseconds since 1970. ``picture``: whether one was kept, for "
         "``/v1/log/{number}/picture``."
     )
-    ClassDriftAnswer = TypedDict("ClassDriftAnswer", get_type_hints(ClassDrift))
-    DriftAnswer = TypedDict(
-        "DriftAnswer", {"bundle": str, **get_type_hints(DriftReport), "classes": list[ClassDriftAnswer]}
-    )
+    DriftAnswer = TypedDict("DriftAnswer", {"bundle": str, **get_type_hints(DriftReport)})
     DriftAnswer.__doc__ = "What the drift monitor of a model says; its light is grey before the first image."
 
 
