@@ -35,23 +35,22 @@ from torch import Tensor
 from twinspect import data as data_room
 from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import markdown, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.diagnose import Plan, diagnose
 from twinspect.evaluation import evaluate, test_samples
+from twinspect.files import write_text
 from twinspect.inference.decode import as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.report import Section, Table
-from twinspect.training.cache import image_key, pack, unpack
-from twinspect.training.copies import add_copies
+from twinspect.report import Report, Section, Table
+from twinspect.training.derived import add_copies
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.normal import fit_scales, fit_statistics
-from twinspect.training.resume import take_over
-from twinspect.training.source import FeatureSource, cache_folder, observe, space_of
+from twinspect.training.source import FeatureSource, cache_folder, image_key, observe, pack, space_of, unpack
+from twinspect.training.update import take_over
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"
@@ -436,9 +435,8 @@ def main() -> None:
         facts |= {"decoder width": str(args.width or "the library's own"), "code": code_hash()}
         facts |= {"mask rule": "> 0", "map size": "original image", "threads": str(torch.get_num_threads())}
         parts = (table_of(entries, args), class_table(entries, args))
-        console.say(
-            markdown(f"Ablation of {args.system} on {Path(args.data).name}", [Section("Rows", (), parts)], facts)
-        )
+        title = f"Ablation of {args.system} on {Path(args.data).name}"
+        console.say(Report(title, [Section("Rows", (), parts)], facts).markdown())
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ from teacher_bank import Bank
 from torch.nn import functional
 
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import markdown, write_text
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 from twinspect.device import keep_freed_memory
+from twinspect.files import write_text
 from twinspect.metrics import Evaluator
 from twinspect.models.teachers import create_teacher
-from twinspect.report import Section, Table
+from twinspect.report import Report, Section, Table
 
 OURS = {
     "ours-a": ("dual", "default"), "ours-b": ("snl", "default"),
@@ -354,7 +354,9 @@ def report(problems_by_set, args, store):
                 values[f"{name} {protocol}"] = [{k: v for k, v in r.items() if k != "draws"} for r in rows]
     facts = {"teacher": args.teacher, "images per class": str(args.limit or "all"), "code": code_hash()}
     facts |= {"threads": str(torch.get_num_threads()), "mask rule": "> 0", "map size": "original image"}
-    text = markdown("Accuracy beside classical baselines", [Section("Tables", (NOTE,), tuple(tables))], facts)
+    text = Report(
+        "Accuracy beside classical baselines", [Section("Tables", (NOTE,), tuple(tables))], facts
+    ).markdown()
     write_text(args.out.with_suffix(".md"), text)
     write_text(args.out.with_suffix(".table.json"), json.dumps({"facts": facts, "tables": values}, indent=1) + "\n")
     return text

@@ -30,7 +30,6 @@ from problems import Problem, Store, key_of, problems_of
 from torch import Tensor
 
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import text_table
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
@@ -42,7 +41,8 @@ from twinspect.models.contract import AnomalyModel
 from twinspect.report import Table
 from twinspect.training import normal as fitting_room
 from twinspect.training.fit import choose_images, fit
-from twinspect.training.normal import GoodImages, fit_statistics
+from twinspect.training.normal import fit_statistics
+from twinspect.training.outcome import GoodImages
 from twinspect.training.source import FeatureSource, cache_folder
 
 MASK_SIDE = 128
@@ -408,7 +408,7 @@ def main() -> None:
         for name in args.sets.split(","):
             for problem in problems_of(name, args.data, args.limit):
                 (run_constants if args.constants else run_problem)(problem, args, store, console)
-    print("\n".join(text_table((table_of_constants if args.constants else table_of)(store))))
+    print("\n".join((table_of_constants if args.constants else table_of)(store).lines()))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from PIL import Image
 from problems import Problem, ours
 
 from twinspect import data as data_room
-from twinspect.commands.results import text_table
 from twinspect.config import RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.images import resize_rgb
@@ -203,7 +202,7 @@ def main() -> None:
             root = written(Path(folder) / name, TRAYS[name], parts, args.seed)
             rows += measured(name, root, config, console)
         columns = ("set", "fault", "joint", "local student", "semantic student")
-        for line in text_table(Table("image AUROC", columns, tuple(rows))):
+        for line in Table("image AUROC", columns, tuple(rows)).lines():
             console.say(line)
         console.say(json.dumps({"rows": rows, "steps": args.steps, "seed": args.seed}))
 

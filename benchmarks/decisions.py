@@ -37,7 +37,6 @@ from torch import Tensor
 from twinspect import Detector
 from twinspect import data as data_room
 from twinspect.bundle import Fitted
-from twinspect.commands.results import text_table
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.conformal import Budget, GoodScores
 from twinspect.decide.decision import Decision
@@ -352,7 +351,7 @@ def _moved(detector: Detector, samples: Sequence[Sample], good: GoodScores, fact
 
 
 def _say_table(say: Callable[[str], None], title: str, rows: Sequence[Values]) -> None:
-    for line in text_table(table(title, rows)):
+    for line in table(title, rows).lines():
         say(line)
     say("")
 

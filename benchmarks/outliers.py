@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from twinspect import data as data_room
-from twinspect.commands.results import text_table
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.report import Table
@@ -49,7 +48,7 @@ def main() -> None:
             first.append(sum(row["path"] in broken for row in listed[: args.bad]))
         body.append((name, f"{np.mean(first):.1f} of {args.bad}"))
         console.say(f"{name}: {body[-1][1]}")
-    print("\n".join(text_table(Table("Broken images among the first listed", ("class", "found"), tuple(body)))))
+    print("\n".join(Table("Broken images among the first listed", ("class", "found"), tuple(body)).lines()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from twinspect.inference.bulk import local, run
+from twinspect.inference.bulk import run
 from twinspect.inference.decode import decode, expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
@@ -128,8 +128,11 @@ def overhead(given: argparse.Namespace, source: Path, room: Path) -> Values:
     """Time beyond the model, from the first stored part to the last."""
     bare = bare_ms(given, source)
     clock, out = Clock(), room / "t.parquet"
-    job = Job(given.model, (str(source),), str(out), batch=given.batch, workers=given.workers, rows=given.part_rows)
-    run(job, clock, local)
+    job = Job(
+        Path(given.model), (str(source),), str(out), batch=given.batch, workers=given.workers,
+        part_rows=given.part_rows,
+    )  # fmt: skip
+    run(job, clock)
     (first, cpu_first, before), (last, cpu_last, after) = clock.marks[0], clock.marks[-1]
     each, cpu = ((b - a) * 1e3 / (after - before) for a, b in ((first, last), (cpu_first, cpu_last)))
     inside = float(np.mean(pq.read_table(out, columns=["ms"]).column("ms").to_numpy()[before:after]))

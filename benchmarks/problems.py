@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from twinspect import data as data_room
-from twinspect.commands.results import write_text
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.protocols import SEMANTIC, Split, by_class, content_hash, make_splits
 from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
+from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.metrics import auroc

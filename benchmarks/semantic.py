@@ -29,14 +29,15 @@ from teacher_bank import place
 from twinspect import data as data_room
 from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import mean_of, text_table, write_text
+from twinspect.commands.results import mean_of
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits
+from twinspect.files import write_text
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.training.fit import sized
+from twinspect.training.fit import sized, usual_sides
 from twinspect.training.source import FeatureSource, cache_folder
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
@@ -144,12 +145,12 @@ def main() -> None:
             folder, layout = SETS[name]
             samples = limited(data_room.load(Path(args.data) / folder, layout).samples, args.limit)
             console.say(f"{name}: {len(samples):,} images")
-            own = replace(config, model=sized(config.model, create_teacher(args.teacher), samples))
+            own = replace(config, model=sized(config.model, create_teacher(args.teacher), usual_sides(samples)))
             embedded = pooled_embeddings(own, samples, console)
             for protocol in args.protocols:
                 entries += run_protocol(name, protocol, samples, embedded, args, own, done, console)
         table = table_of(entries, args)
-        for line in text_table(table):
+        for line in table.lines():
             console.say(line)
         seconds = round(time.monotonic() - began, 1)
         settings = {"size": args.size, "limit": args.limit, **config.to_dict()}

@@ -29,7 +29,6 @@ from torch.nn import functional
 
 from twinspect import data as data_room
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import text_table
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
@@ -214,7 +213,7 @@ def main() -> None:
     console, store = Console(), Store(args.out)
     makers = {"shots": shots, "decisions": decisions, "products": products}
     for part in args.parts.split(","):
-        print("\n".join(text_table(makers[part](args, store, console))))
+        print("\n".join(makers[part](args, store, console).lines()))
 
 
 if __name__ == "__main__":

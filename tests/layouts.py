@@ -24,7 +24,6 @@ from PIL import Image
 
 from twinspect.data import ClassCounts
 from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
-from twinspect.data.listed import VISA
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
 from twinspect.data.scan import Folder, ScanLog, relative_to_root
@@ -32,6 +31,7 @@ from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FA
 from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
+VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
 Counts = dict[str, ClassCounts]
 RGB = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -108,6 +108,8 @@ def _mvtec_ad(root: Path, plan: Plan, shape: str) -> Counts:
     if shape == "one-class":
         return {root.name: _mvtec_class(root, 0, plan)}
     names = _part_names(plan)
+    if shape == "1cls":  # VisA as it is often converted
+        return {n: _mvtec_class(root / "1cls" / n, i, plan, suffix="") for i, n in enumerate(names)}
     return {n: _mvtec_class(root / n, i, plan, masks=shape != "no-masks") for i, n in enumerate(names)}
 
 
@@ -165,8 +167,6 @@ def _saturation_config() -> list[dict[str, Any]]:
 
 def _visa(root: Path, plan: Plan, shape: str) -> Counts:
     names = list(VISA[: plan.classes])
-    if shape == "converted":
-        return {n: _mvtec_class(root / "1cls" / n, i, plan, suffix="") for i, n in enumerate(names)}
     rows: list[tuple[str, ...]] = []
     for index, name in enumerate(names):
         rows += _visa_class(root, name, index, plan)
@@ -252,13 +252,13 @@ class _Pictures:
 def _cifar10(root: Path, plan: Plan, shape: str) -> Counts:
     pictures = _pictures(plan, CIFAR10, 32)
     files = {TRAIN: [f"data_batch_{i}" for i in range(1, 6)], TEST: ["test_batch"]}
-    places = {"python": "cifar-10-batches-py", "binary": "cifar-10-batches-bin", "parquet": "plain_text"}
+    places = {"python": "cifar-10-batches-py", "parquet": "plain_text"}
     return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=False)
 
 
 def _cifar100(root: Path, plan: Plan, shape: str) -> Counts:
     pictures = _pictures(plan, tuple(CIFAR100), 32)
-    places = {"python": "cifar-100-python", "binary": "cifar-100-binary", "parquet": "cifar100"}
+    places = {"python": "cifar-100-python", "parquet": "cifar100"}
     files = {TRAIN: [TRAIN], TEST: [TEST]}
     return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=True)
 
@@ -282,12 +282,8 @@ def _cifar(
             continue
         for number, stem in enumerate(stems):
             part_images, part_labels = images[number :: len(stems)], labels[number :: len(stems)]
-            if not part_images:
-                continue
-            if shape == "python":
+            if part_images:
                 cifar_python(folder / stem, part_images, part_labels, fine)
-            else:
-                cifar_binary(folder / f"{stem}.bin", part_images, part_labels, fine)
     return _semantic_counts(plan, pictures)
 
 
@@ -439,15 +435,6 @@ def _lookout(root: Path, plan: Plan, shape: str) -> Counts:
 # ------------------------------------------------------------------------- container files as their owners wrote them
 
 
-def cifar_binary(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
-    """One or two label bytes (CIFAR-100: super-class, class), then the red, green and blue plane."""
-    rows = []
-    for rgb, label in zip(images, labels, strict=True):
-        head = bytes([_coarse(label), label]) if fine else bytes([label])
-        rows.append(head + _planes(rgb))
-    path.write_bytes(b"".join(rows))
-
-
 def cifar_python(path: Path, images: Sequence[RGB], labels: Sequence[int], fine: bool) -> None:
     """A batch as Python 2 pickled it, opcode by opcode (protocol 2, byte strings, numpy's old names)."""
     data = b"".join(_planes(rgb) for rgb in images)
@@ -574,13 +561,13 @@ class Writer(NamedTuple):
 
 
 WRITERS: dict[str, Writer] = {
-    "mvtec-ad": Writer(_mvtec_ad, ("classes", "one-class", "no-masks")),
+    "mvtec-ad": Writer(_mvtec_ad, ("classes", "one-class", "no-masks", "1cls")),
     "mvtec-ad-2": Writer(_mvtec_ad_2),
     "mvtec-loco": Writer(_mvtec_loco),
-    "visa": Writer(_visa, ("raw", "converted")),
+    "visa": Writer(_visa),
     "real-iad": Writer(_real_iad, ("official", "beside")),
-    "cifar10": Writer(_cifar10, ("python", "binary", "folders", "parquet")),
-    "cifar100": Writer(_cifar100, ("python", "binary", "folders", "parquet")),
+    "cifar10": Writer(_cifar10, ("python", "folders", "parquet")),
+    "cifar100": Writer(_cifar100, ("python", "folders", "parquet")),
     "fashion-mnist": Writer(_fashion_mnist, ("gz", "plain", "folders", "parquet")),
     "view": Writer(_view, ("nested", "plain")),
     "folder": Writer(_folder, ("masks", "defects", "good", "flat", "classes")),

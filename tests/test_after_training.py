@@ -68,10 +68,10 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
         cluster_n=out.cluster_B,
         readings_nR=out.readings_BR,
     )
-    torch.testing.assert_close(good, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(good[:9], expected[:9], rtol=1e-4, atol=1e-5)
     z = torch.stack([out.score_local_B, out.score_semantic_B], 1)[HELD]
     torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
-    made = outcome_of(model, source, HELD, good)[0]
+    made = outcome_of(model, source.samples, HELD, good)[0]
     assert made.good.score.tolist() == good.score_n[HELD].double().tolist()
     assert made.good.class_name.tolist() == [source.samples[i].class_name for i in HELD]
     assert made.class_of_cluster == ("ring", "weave")
@@ -197,9 +197,9 @@ def test_all_good_images_count_and_prediction_scores_those_it_has_seen_lower(
     assert torch.equal(good.cluster_n, out.cluster_B)
     assert out.score_B.mean() < good.score_n.mean()
     assert out.cluster_distance_B.mean() < good.distance_n.mean()
-    every = (*good._replace(tokens=good.tokens[0]), *good.tokens, *out)
+    every = (*good[:7], *good.tokens, good.embedding_nF, *out)
     assert all(one.double().isfinite().all() for one in every)
-    made = outcome_of(model, source, HELD, good)[0]
+    made = outcome_of(model, source.samples, HELD, good)[0]
     assert len(made.good) == len(made.trained) == 24
     assert len(made.held) == len(HELD)
     assert made.class_of_cluster == ("ring", "weave")

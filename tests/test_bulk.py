@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -24,14 +23,10 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.commands.drift import read_predictions
-from twinspect.commands.options import PredictOptions
-from twinspect.commands.predict import chosen_engine, shard_of
-from twinspect.config import check_options
 from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
-from twinspect.inference.bulk import Totals, _count, run, say_totals, units
+from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, digest
-from twinspect.inference.pictures import PictureOptions
 from twinspect.inference.sources import walk_all
 
 
@@ -68,7 +63,7 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(model: Path, out: Path | str, *sources: object, **changes: Any) -> Job:
     fields: dict[str, Any] = {"workers": 0, "part_rows": 4, "batch": 3} | changes
-    return Job(str(model), tuple(str(s) for s in sources), str(out), rows=fields.pop("part_rows"), **fields)
+    return Job(model, tuple(str(s) for s in sources), str(out), **fields)
 
 
 def table(path: Path) -> list[dict[str, Any]]:
@@ -291,12 +286,12 @@ def test_other_settings_are_refused(model: Path, shots: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="unfinished or finished run with another class; type the same command"):
         run(replace(one, class_name="ring"), Silent())
     with pytest.raises(ConfigError, match="another masks, part-rows"):
-        run(replace(one, rows=5, pictures=PictureOptions(masks=str(tmp_path))), Silent())
+        run(replace(one, part_rows=5, masks=str(tmp_path)), Silent())
 
 
 def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) -> None:
     one = job(model, tmp_path / "t.csv", shots)
-    held = one.store().lock("")
+    held = store_of(one).lock("")
     with pytest.raises(ConfigError, match="another run is writing"):
         run(one, Silent())
     held.close()
@@ -354,11 +349,11 @@ def wait_for(happened: Any, seconds: float = 120.0) -> None:
 def test_machines_share_a_folder(model: Path, shots: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     out = f"{tmp_path}/t/"
     for number in (2, 0, 1):
-        runs(job(model, out, shots, shard=(number, 3)))
+        runs(job(model, out, shots, shard=f"{number}/3"))
     assert sum((Path(out) / f"_SUCCESS-{n}-of-3").exists() for n in range(3)) == 3
     assert sorted(table(Path(out)), key=lambda row: str(row["path"])) == sorted(whole, key=lambda r: str(r["path"]))
-    assert sum(1 for _ in read_predictions(Path(out))) == 46
-    again, _ = runs(job(model, out, shots, shard=(1, 3)))
+    assert sum(1 for _ in read_predictions(Path(out), str(whole[0]["model_id"]))) == 46
+    again, _ = runs(job(model, out, shots, shard="1/3"))
     assert again.before == again.rows > 0
 
 
@@ -387,7 +382,7 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
     assert digest("s.tar", ["ab"]) != digest("s.tar", ["a", "b"])
     store = PartStore(str(tmp_path / "p"), ".csv")
     store.begin({"x": 1}, restart=False)
-    store.put(part, b"row\n")
+    store.put(part, b"row\n", b"")
     assert store.of_unit(12) == []  # the first three parts are missing
     (tmp_path / "p" / "mine.txt").write_text("x")
     store.clear(all_of_it=True)
@@ -397,16 +392,32 @@ def test_part_names_say_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"out": "t.xlsx"}, r"accepted endings are \.parquet, \.csv, \.jsonl"),
-        ({"shard": (4, 4), "out": "t/"}, "--shard 4/4: accepted 0/N to N-1/N"),
-        ({"shard": (0, 2), "out": "t.csv"}, "--shard writes parts to one folder"),
-        ({"pictures": PictureOptions(coco="c.json"), "out": ""}, "give --out FILE as well"),
-        ({"rows": -1}, "--part-rows -1"),
+        ({"shard": "4/4", "out": "t/"}, "--shard 4/4: accepted 0/N to N-1/N"),
+        ({"shard": "3"}, "--shard 3: accepted 0/N"),
+        ({"shard": "a/b"}, "--shard a/b: accepted 0/N"),
+        ({"shard": "-1/4"}, "--shard -1/4: accepted 0/N"),
+        ({"shard": "0/2", "out": "t.csv"}, "--shard writes parts to one folder"),
+        ({"shard": "0/2", "out": "-"}, "--shard writes parts to one folder"),
+        ({"coco": "c.json"}, "give --out FILE as well"),
+        ({"coco": "c.json", "out": "-"}, "give --out FILE as well"),
+        ({"part_rows": -1}, "--part-rows -1"),
+        ({"overlay_format": "gif"}, "unknown --overlay-format 'gif'.*Accepted: jpg, png"),
+        ({"overlay_side": 70_000}, "--overlay-side 70000: accepted 0 to 65,000"),
+        ({"actors": 2}, "need --engine ray"),
+        ({"engine": "ray"}, "give --out"),
+        ({"engine": "spark"}, "unknown --engine 'spark'"),
+        ({"engine": "ray", "out": "t/", "actors": -1}, "--actors -1: accepted 0"),
+        ({"engine": "ray", "out": "t/", "actor_cpus": 0}, "--actor-cpus 0: accepted 0.01"),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Job("m.twin", ("x",), **changes)
+        Job(Path("m.twin"), ("x",), **changes).check()
+
+
+def test_a_table_of_another_kind_is_refused(shots: Path) -> None:
+    with pytest.raises(ConfigError, match=r"accepted endings are \.parquet, \.csv, \.jsonl"):
+        run(job(Path("no model is opened"), "t.xlsx", shots), Silent())
 
 
 def test_full_disk_is_said_and_leaves_no_draft(
@@ -458,45 +469,39 @@ def test_pictures_are_not_put_among_the_images(tmp_path: Path, name: str, folder
     for file in ("in/a.png", "in/b.png", "in/c.tiff", "other/a.png"):
         save(tmp_path / file, picture())
     placed = [one.replace("in", f"{tmp_path}/in", 1).replace("other", f"{tmp_path}/other") for one in sources]
-    pictures = PictureOptions(overlay_format="png", **{name: f"{tmp_path}/{folder}"})
+    pictures = {"overlay_format": "png", name: f"{tmp_path}/{folder}"}
     with pytest.raises(ConfigError, match=f"--{name} .*images are read from there.*choose a folder outside"):
-        run(job("no model is opened", tmp_path / "t.csv", *placed, pictures=pictures), Silent())
+        run(job(Path("no model is opened"), tmp_path / "t.csv", *placed, **pictures), Silent())
 
 
 def test_pictures_that_no_later_run_would_take_for_images(model: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", picture())
     for source, options in (
-        (tmp_path, PictureOptions(overlays=f"{tmp_path}/.pictures")),
-        (tmp_path, PictureOptions(maps=f"{tmp_path}/maps")),  # .npz is no picture
-        (path, PictureOptions(overlays=str(tmp_path))),
+        (tmp_path, {"overlays": f"{tmp_path}/.pictures"}),
+        (tmp_path, {"maps": f"{tmp_path}/maps"}),  # .npz is no picture
+        (path, {"overlays": str(tmp_path)}),
     ):
-        one = job(model, "", source, pictures=options)
+        one = job(model, "", source, **options)
         assert runs(one)[0].rows == runs(one)[0].rows == 1
-    job(model, "", f"{tmp_path}/*.jpg", pictures=PictureOptions(masks=str(tmp_path))).check_outputs()
+    check_outputs(job(model, "", f"{tmp_path}/*.jpg", masks=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"out": "{}/file/t.csv"},
-        {"out": "{}/t.csv", "pictures": PictureOptions(coco="{}/file/c.json")},
-        {"out": "{}/t.csv", "pictures": PictureOptions(coco="{}")},
-        {"pictures": PictureOptions(maps="{}/file")},
-        {"pictures": PictureOptions(masks="{}/file/masks")},
+        {"out": "{}/t.csv", "coco": "{}/file/c.json"},
+        {"out": "{}/t.csv", "coco": "{}"},
+        {"maps": "{}/file"},
+        {"masks": "{}/file/masks"},
     ],
 )
 def test_outputs_that_cannot_be_written_are_found_before_the_work(
-    shots: Path, tmp_path: Path, changes: dict[str, Any]
+    shots: Path, tmp_path: Path, changes: dict[str, str]
 ) -> None:
     (tmp_path / "file").write_text("x")
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, PictureOptions):
-            names = ("maps", "masks", "coco")
-            return replace(value, **{name: getattr(value, name).format(tmp_path) for name in names})
-        return value.format(tmp_path)
-
-    one = replace(job("no model is opened", "", shots), **{key: placed(value) for key, value in changes.items()})
+    placed = {"out": "", **{key: value.format(tmp_path) for key, value in changes.items()}}
+    one = job(Path("no model is opened"), placed.pop("out"), shots, **placed)
     with pytest.raises(OutputError, match="cannot be written|is a folder"):
         run(one, Silent())
 
@@ -509,12 +514,12 @@ def test_a_file_of_another_kind_is_not_replaced(model: Path, tmp_path: Path) -> 
     }  # fmt: skip
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --out"):
+        with pytest.raises(OutputError, match="holds something else; move it away, or choose another --out"):
             run(job(model, tmp_path / name, tmp_path / "in"), Silent())
         assert (tmp_path / name).read_text() == text
     (tmp_path / "c.json").write_text('{"images": []}')
-    coco = {"pictures": PictureOptions(coco=str(tmp_path / "c.json"))}
-    with pytest.raises(ConfigError, match="holds something else; move it away, or choose another --coco"):
+    coco = {"coco": str(tmp_path / "c.json")}
+    with pytest.raises(OutputError, match="holds something else; move it away, or choose another --coco"):
         run(job(model, tmp_path / "t.csv", tmp_path / "in", **coco), Silent())
     (tmp_path / "c.json").unlink()
     for suffix in (".csv", ".jsonl", ".parquet"):  # our own are, and so is an empty file
@@ -554,29 +559,6 @@ def test_rows_on_standard_output(model: Path, shots: Path, whole: list[dict[str,
     scores = [[row["score"] for row in found if row["score"] is not None] for found in (rows, whole)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-3)  # a batch holds other images here
     assert say_totals(totals, "-").endswith("1 could not be read")
-    _, listener = runs(job(model, "-.csv", shots))
-    found = list(csv.DictReader(io.StringIO("\n".join(listener.lines))))
-    assert [row["path"] for row in found] == [row["path"] for row in whole]
-    assert [row["score"] for row in found] == ["" if row["score"] is None else str(row["score"]) for row in rows]
-    coco = {"pictures": PictureOptions(coco="c.json")}
-    for changes, sentence in ((coco, "give --out FILE"), ({"shard": (0, 2)}, "to one folder")):
-        with pytest.raises(ConfigError, match=sentence):
-            job(model, "-", shots, **changes)
-
-
-def test_engines_by_name() -> None:
-    options = PredictOptions(Path("m.twin"), ("new/",))
-    assert chosen_engine(options, True) is None
-    with pytest.raises(ConfigError, match="need --engine ray"):
-        chosen_engine(replace(options, actors=2), True)
-    with pytest.raises(ConfigError, match="give --out"):
-        chosen_engine(replace(options, engine="ray"), False)
-    with pytest.raises(ConfigError, match="unknown --engine 'spark'"):
-        check_options(replace(options, engine="spark"))
-    assert shard_of("3/64") == (3, 64)
-    for text in ("3", "a/b", "-1/4"):
-        with pytest.raises(ConfigError, match="accepted I/N"):
-            shard_of(text)
 
 
 def test_archives_from_python(quick: Detector, shots: Path) -> None:
@@ -592,6 +574,6 @@ def test_files_of_several_pictures_are_counted(model: Path, tmp_path: Path) -> N
         pages[0].save(tmp_path / "new" / name, save_all=True, append_images=pages[1:])
     pages[0].save(tmp_path / "new" / "c.tif")
     for out in (str(tmp_path / "t.csv"), ""):
-        totals = run(Job(str(model), (str(tmp_path / "new"),), out), Silent())
+        totals = run(Job(model, (str(tmp_path / "new"),), out), Silent())
         assert (totals.rows, totals.errors, totals.several) == (3, 0, 2)
         assert say_totals(totals, "").endswith("2 files hold several pictures: the first of each was read")

@@ -85,6 +85,8 @@ def test_fit_refuses_a_bad_out_before_training(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("fit", data, "--out", tmp_path / "file" / "m.twin", *TINY)
     assert "is a folder; choose another --out" in failed("fit", data, "--out", tmp_path, *TINY)
+    found = failed("fit", data, "--out", tmp_path / "m.txt", *TINY)
+    assert f"a model's file ends in .twin; type --out {tmp_path / 'm.twin'}" in found
 
 
 def test_an_overwritten_model_is_kept_once(tmp_path: Path) -> None:
@@ -163,6 +165,9 @@ def test_fit_refuses_bad_toml(tmp_path: Path, text: str, words: str) -> None:
     ("words", "sentence"),
     [
         (["--teacher", "effcientnet-lite0"], "Did you mean 'efficientnet-lite0'"),
+        (["--teacher", "effnet"], "Did you mean 'efficientnet-lite"),
+        (["--model", "snl", "--terms", "foo"], "unknown --terms 'foo'"),
+        (["--config", "no.toml"], "error: no.toml: cannot be read (No such file or directory)\n"),
         (["--teacher", "dinov2-base"], "Three ways to get them"),
         (["--size", "32"], "accepted 64 to 4,096"),
         (["--size", "100000"], "accepted 64 to 4,096"),

@@ -84,6 +84,14 @@ def test_help_shows_what_people_use_and_help_all_the_rest(
     }
 
 
+def test_several_values_are_shown_as_people_type_them() -> None:
+    from twinspect.cli import app
+
+    text = CliRunner().invoke(app, ["calibrate", "--help"]).stdout
+    assert re.search(r"--unsure <float> <float> ", text)
+    assert re.search(r"--report <path> ", text)
+
+
 def test_an_option_is_one_field_with_its_help_and_what_it_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
     import twinspect.cli as room
     from twinspect.config import Range, argument, option

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from tiny import picture, run_config, save, train_samples
 
 from twinspect import Detector
-from twinspect.commands.calibrate import threshold_lines
-from twinspect.training.copies import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
+from twinspect.commands.calibrate import threshold_section
+from twinspect.training.derived import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
 from twinspect.types import TRAIN, Sample
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
@@ -135,7 +135,7 @@ def test_a_few_images_find_a_defect_and_promise_what_they_can(tmp_path: Path, co
     decision = detector.fitted.decision
     assert len(decision.good) == count  # copies promise nothing
     assert detector.record_["training"]["steps"] == 0
-    lines = "\n".join(threshold_lines(decision))
+    lines = "\n".join(threshold_section(decision).lines())
     assert ("unknown: one good image" if count == 1 else f"about 1 in {count + 1}") in lines
     (note,) = detector.record_["notes"]
     assert f"class wedge: {count} good image" in note

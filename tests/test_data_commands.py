@@ -94,7 +94,7 @@ def test_a_manifest_of_another_ending(tmp_path: Path) -> None:
 
 
 def test_images_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
-    write("visa", tmp_path / "set")
+    write("mvtec-ad", tmp_path / "set")
     code, _, problem = call("data", "inspect", tmp_path / "set", "--images", tmp_path)
     assert code == 2
     assert "it is for manifest" in problem

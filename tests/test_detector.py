@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import RANDOM, good_folder, picture, run_config, same_tensors, save
 
 from twinspect import Detector, Sample
-from twinspect.commands.calibrate import threshold_lines
+from twinspect.commands.calibrate import threshold_section
 from twinspect.detector import as_samples
 from twinspect.errors import ConfigError, DataError, ImageError
 from twinspect.inference.decode import is_single
@@ -135,7 +135,7 @@ def test_the_threshold_can_be_set(tmp_path: Path) -> None:
     detector.threshold = score - 1
     assert detector.threshold == score - 1
     assert detector.predict(folder / "000.png").is_anomaly
-    assert "set by hand" in "".join(threshold_lines(detector.fitted.decision))
+    assert "set by hand" in "".join(threshold_section(detector.fitted.decision).lines())
     again = Detector.load(detector.save(tmp_path / "m.twin"))
     assert again.threshold == score - 1
     detector.threshold = {"line": score + 1}

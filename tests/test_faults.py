@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from twinspect import Detector, files
 from twinspect.bundle import read_bundle
 from twinspect.cli import app
-from twinspect.commands.info import info_lines
+from twinspect.commands.info import describe
 from twinspect.training.resume import LOCK
 
 SMALL = "--teacher test_vit --random-teacher --size 64 --steps 8 --depth 2 --batch 4 --checkpoint-every 2".split()
@@ -69,7 +69,7 @@ def said_by(bundle: Path) -> tuple[Any, ...]:
 def test_the_same_seed_gives_a_bit_identical_bundle(good: Path, tmp_path: Path) -> None:
     made = [Detector(config=run_config()).fit(good).save(tmp_path / f"{number}.twin") for number in range(2)]
     assert said_by(made[0]) == said_by(made[1])
-    first, second = map(info_lines, made)
+    first, second = (describe(path).values for path in made)
     assert first["learnt from"] == second["learnt from"]
     assert first["learnt from"].startswith("24 images, sha256 of their ids ")
     assert (first["seed"], first["training"]["steps"]) == (0, 3)

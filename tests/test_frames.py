@@ -198,6 +198,16 @@ def test_every_iterable_gives_one_result_for_each(quick: Detector, files: Path) 
     assert [found[path.name] for path in paths] == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_data_frame_is_its_column_of_paths(quick: Detector, files: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    paths = [str(path) for path in sorted(files.glob("*.png"))]
+    frame = pandas.DataFrame({"label": [0, 1, 0], "image_path": paths})
+    assert [result.path for result in quick.predict(frame)] == paths
+    with pytest.raises(ImageError, match=r"DataFrame without a column of paths.*df\['COLUMN'\]"):
+        quick.predict(frame[["label"]])
+    assert [result.path for result in quick.predict(frame["image_path"])] == paths
+
+
 def test_iterables_without_images(quick: Detector) -> None:
     assert quick.predict(iter([])) == []
     assert list(quick.predict((one for one in ()), stream=True)) == []

@@ -124,7 +124,7 @@ def line() -> Iterator[Line]:
 def test_a_stream_gives_its_newest_frame_and_is_opened_again(
     quick: Detector, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video, "_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(video, "RETRY_SECONDS", 0.05)
     results = quick.predict(line.address, stream=True)
     first = next(results)
     time.sleep(0.5)  # a slow model: the frames of this time are passed over
@@ -227,6 +227,6 @@ def test_fail_on(model: Path, bundle: Path, tmp_path: Path) -> None:
 def test_what_a_source_without_an_end_cannot_do(tmp_path: Path) -> None:
     for source, changes in (("camera:0", {}), ("@-", {}), (tmp_path, {"watch": True})):
         with pytest.raises(ConfigError, match="writes no table"):
-            job(tmp_path, "t.csv", source, **changes)
+            job(tmp_path, "t.csv", source, **changes).check()
     with pytest.raises(ConfigError, match="is given alone"):
-        job(tmp_path, "-", "camera:0", "camera:1")
+        job(tmp_path, "-", "camera:0", "camera:1").check()

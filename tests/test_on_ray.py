@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -16,9 +17,8 @@ import ray
 from test_bulk import Silent, first_parts, job, table
 from tiny import picture, save
 
-from twinspect.errors import ConfigError, TwinspectError
+from twinspect.errors import TwinspectError
 from twinspect.inference.bulk import run
-from twinspect.inference.on_ray import RayEngine
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,7 +73,7 @@ def test_same_rows_although_an_actor_is_killed(
     thread = Thread(target=kill)
     thread.start()
     try:
-        totals = run(one, Silent(), RayEngine(actors=2))
+        totals = run(replace(one, engine="ray", actors=2), Silent())
     finally:
         over.set()
         thread.join()
@@ -96,9 +96,6 @@ def actors() -> list[int]:
 
 
 def test_errors_of_actors_are_sentences(model: Path, images: Path, tmp_path: Path) -> None:
-    one = job(model, tmp_path / "t.csv", images, class_name="nosuch")
+    one = job(model, tmp_path / "t.csv", images, class_name="nosuch", engine="ray", actors=1)
     with pytest.raises(TwinspectError, match=r"the run on Ray stopped \(.*nosuch.*same command"):
-        run(one, Silent(), RayEngine(actors=1))
-    for wrong in ({"actors": -1}, {"cpus": 0}, {"gpus": -1}):
-        with pytest.raises(ConfigError, match="accepted 0"):
-            RayEngine(**wrong)
+        run(one, Silent())

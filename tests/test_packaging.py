@@ -57,7 +57,7 @@ def test_report_template_and_type_marker_are_package_data() -> None:
     assert files("twinspect").joinpath("report.html").is_file()
     assert files("twinspect").joinpath("py.typed").is_file()
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert {"py.typed", "*.html"} <= set(config["tool"]["setuptools"]["package-data"]["twinspect"])
+    assert {"py.typed", "*.html", "commands/*.toml"} <= set(config["tool"]["setuptools"]["package-data"]["twinspect"])
 
 
 def test_light_runtime_holds_every_module_that_its_modules_load() -> None:

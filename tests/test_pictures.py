@@ -17,9 +17,9 @@ from test_bulk import Silent, job, runs, table
 from tiny import images_to_test, picture, save
 
 from twinspect import Detector
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import DataError
 from twinspect.inference.bulk import run
-from twinspect.inference.pictures import PictureOptions, submission_place
+from twinspect.inference.pictures import submission_place
 from twinspect.inference.regions import components, find_regions, outlines
 
 
@@ -36,10 +36,9 @@ def beside(
     root = tmp_path_factory.mktemp("beside")
     images = images_to_test(parts, 1)[:4]
     save(root / "wide.png", np.asarray(Image.fromarray(pixels(images[0])).resize((2600, 1800))))
-    folders = [str(root / name) for name in ("maps", "masks", "over")]
-    options = PictureOptions(*folders, coco=str(root / "c.json"))
+    options = {"maps": str(root / "maps"), "masks": str(root / "masks"), "overlays": str(root / "over")}
     sources = [*images, root / "wide.png", root / "gone.png"]
-    runs(job(model, root / "t.parquet", *sources, pictures=options))
+    runs(job(model, root / "t.parquet", *sources, **options, coco=str(root / "c.json")))
     return root, table(root / "t.parquet"), [*images, root / "wide.png"]
 
 
@@ -132,8 +131,8 @@ def test_submission_folders(model: Path, tmp_path: Path) -> None:
     names = ["can/test_private/000_regular.png", "can/test_private_mixed/001_shift.png"]
     for number, name in enumerate(names):
         save(tmp_path / "in" / name, picture(number, 50, 70))
-    options = PictureOptions(submission=str(tmp_path / "sub"))
-    runs(job(model, tmp_path / "t.csv", tmp_path / "in", pictures=options))
+    folder = str(tmp_path / "sub")
+    runs(job(model, tmp_path / "t.csv", tmp_path / "in", submission=folder))
     for name in names:
         heat = tifffile.imread(tmp_path / "sub" / "anomaly_images" / Path(name).with_suffix(".tiff"))
         mask = pixels(tmp_path / "sub" / "anomaly_images_thresholded" / name)
@@ -143,7 +142,7 @@ def test_submission_folders(model: Path, tmp_path: Path) -> None:
     assert submission_place("/x/s.tar#can/test_public/bad/7.png") == "can/test_public/bad/7"
     save(tmp_path / "other" / "a.png", picture())
     with pytest.raises(DataError, match="OBJECT/test_private"):
-        run(job(model, tmp_path / "u.csv", tmp_path / "other", pictures=options), Silent())
+        run(job(model, tmp_path / "u.csv", tmp_path / "other", submission=folder), Silent())
 
 
 def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Path) -> None:
@@ -154,8 +153,7 @@ def test_archive_names_cannot_leave_the_folder_of_maps(model: Path, tmp_path: Pa
             info = tarfile.TarInfo(name)
             info.size = len(body.getvalue())
             file.addfile(info, io.BytesIO(body.getvalue()))
-    options = PictureOptions(maps=str(tmp_path / "deep" / "maps"))
-    runs(job(model, tmp_path / "t.parquet", tmp_path / "s.tar", pictures=options))
+    runs(job(model, tmp_path / "t.parquet", tmp_path / "s.tar", maps=str(tmp_path / "deep" / "maps")))
     assert [p.name for p in tmp_path.rglob("*.npz")] == ["000000-000001__2e_2e_.npz"]
     assert [bool(row["error"]) for row in table(tmp_path / "t.parquet")] == [True, False]
 
@@ -191,12 +189,10 @@ def test_overlays_say_what_was_found(model: Path, parts: Path, tmp_path: Path) -
     assert white[top - 3 : bottom + 3, left - 3 : right + 3].sum() == white.sum() > 100
     steps = colourise(np.array([[2.0, 8.0, 16.0, 32.0, 50.0]], np.float32), result.scale)[0].astype(int)
     assert all(np.abs(a - b).sum() > 20 for a, b in zip(steps, steps[1:], strict=False))
-    with pytest.raises(ConfigError, match="jpg or png"):
-        PictureOptions(overlays="x", overlay_format="gif")
     image = images_to_test(parts, 1)[0]
     for kind in ("jpg", "png"):
-        options = PictureOptions(overlays=str(tmp_path / kind), overlay_format=kind, overlay_side=48)
-        runs(job(model, tmp_path / f"{kind}.csv", image, pictures=options))
+        options = {"overlays": str(tmp_path / kind), "overlay_format": kind, "overlay_side": 48}
+        runs(job(model, tmp_path / f"{kind}.csv", image, **options))
         (written,) = (tmp_path / kind).iterdir()
         assert written.suffix == f".{kind}"
         assert pixels(written).shape[1] == 48

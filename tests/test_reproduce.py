@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from twinspect.cli import app
 from twinspect.commands import reproduce as room
-from twinspect.commands.recipes import RECIPES, SEMANTIC_SIZE, Recipe, find_recipe, is_vit
+from twinspect.commands.recipes import RECIPES, Recipe, find_recipe, is_vit
 from twinspect.commands.results import mean_of
 from twinspect.config import RunConfig
 from twinspect.console import Console
@@ -38,7 +38,7 @@ def write_small(recipe: Recipe, root: Path) -> None:
     plan = Plan(size=48, train=16, calibration=6, good=3, defect=4)
     if recipe.layout == "real-iad":
         plan = Plan(size=48, train=4, good=1, defect=1)  # objects of five views
-    elif recipe.settings.model.size == SEMANTIC_SIZE:
+    elif recipe.settings.model.size == 224:
         plan = Plan(size=32, train=16, good=6)
     write(recipe.layout, root, plan)
 

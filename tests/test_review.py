@@ -137,6 +137,8 @@ def test_info_is_a_table(bundle: Path) -> None:
     assert code == 0
     lines = (out + error).splitlines()
     assert not any("{" in line for line in lines)
-    places = {len(line) - len(line.split("  ", 1)[1].lstrip()) for line in lines if line.startswith("teacher, ")}
-    assert len(places) == 1
-    assert any(line.split()[-3:] == ["class", "threshold", "from"] for line in lines)
+    names = ("written by  ", "model  ", "teacher  ", "seed  ", "promise  ")
+    facts = [line for line in lines if line.startswith(names)]
+    assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in facts}) == 1
+    assert len(facts) == 5
+    assert any(line.split()[:4] == ["class", "good", "images", "threshold"] for line in lines)

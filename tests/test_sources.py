@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -475,7 +476,7 @@ def test_image_that_kills_its_decoder_costs_its_own_row_only(folder: Path) -> No
 
     items = list(expand(folder))
     items = [*items[:2], Deadly(), *items[2:], Deadly(), items[0]]
-    with DecodePool(64, DEFAULT_LIMITS, False, 1, processes=True) as pool:
+    with closing(DecodePool(64, DEFAULT_LIMITS, False, 1, processes=True)) as pool:
         found = list(pool.stream(enumerate(items)))
     assert [tag for tag, _ in found] == list(range(len(items)))
     for item, (_, image) in zip(items, found, strict=True):

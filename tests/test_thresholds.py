@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinspect.commands.calibrate import MOST_LINES, threshold_lines, threshold_table
+from twinspect.commands.calibrate import MOST_LINES, threshold_section, threshold_table
 from twinspect.decide.conformal import Budget, GoodScores, Threshold
 from twinspect.decide.decision import Decision
 
@@ -38,8 +38,8 @@ def test_every_class_has_its_own_threshold_and_says_how_often_it_is_wrong() -> N
     assert rows["wide"]["threshold"] == made.rule("wide").image.value > made.rule("big").image.value
     called = rows["labelled"]["called bad"]
     assert called == int((made.good.score[made.good.of_class("labelled", given=True)] >= 2.0).sum()) > 0
-    lines = list(threshold_lines(made))
-    assert lines[-1] == "labelled: chosen"
+    lines = list(threshold_section(made).lines())
+    assert lines[0] == "labelled: chosen"
     assert threshold_table(made).note in lines
 
 
@@ -61,8 +61,8 @@ def test_a_third_answer_has_its_column() -> None:
 
 def test_of_many_classes_one_row_is_printed() -> None:
     few, many = (decision({f"c{i}": 20 for i in range(count)}) for count in (MOST_LINES - 1, MOST_LINES))
-    assert len(list(threshold_lines(few))) == 2 + MOST_LINES + 1
-    lines = list(threshold_lines(many))
+    assert len(list(threshold_section(few).lines())) == 2 + MOST_LINES + 1
+    lines = list(threshold_section(many).lines())
     assert len(lines) == 4
     assert lines[2].startswith("  all classes")
     assert "twinspect info" in lines[0]

@@ -119,6 +119,16 @@ def test_the_command_learns_lists_and_takes_back(quick: Detector, tmp_path: Path
     assert f"3 of {name}" in run(app, ["update", str(bundle), "--list"]).output
     assert (tmp_path / "m.twin.0").read_bytes() == original
     assert read_bundle(bundle).meta["record"]["updates"][0]["from"] == quick.fitted.decision.model_id
+    other = tmp_path / "other.twin"
+    done = run(app, ["update", str(bundle), str(tmp_path / "new"), "--class", name, "-o", str(other)])
+    assert "already" in done.output
+    save(tmp_path / "more" / "0.png", picture(600))
+    done = run(app, ["update", str(bundle), str(tmp_path / "more"), "--class", name, "-o", str(other)])
+    assert done.exit_code == 0, done.output
+    undone = run(app, ["update", str(other), "--undo"])
+    assert undone.exit_code == 2
+    assert "was written to a file of its own" in undone.output
+    assert read_bundle(bundle).meta["decision"]["model_id"] in undone.output
     assert "taken back" in run(app, ["update", str(bundle), "--undo"]).output
     assert bundle.read_bytes() == original
     assert run(app, ["update", str(bundle), "--undo"]).exit_code == 2

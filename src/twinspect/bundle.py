@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from twinspect.models.contract import AnomalyModel
     from twinspect.models.teachers import Teacher
-    from twinspect.training.normal import GoodImages
+    from twinspect.training.outcome import GoodImages
 
 FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
 SUFFIX = ".twin"

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from twinspect.commands import options as of
 from twinspect.config import ModelConfig, TrainConfig, check_options, flag_of
+from twinspect.inference.job import Job
 from twinspect.server.settings import Settings
 
 
@@ -55,8 +56,8 @@ class Command:
     def _parameters(self) -> Iterator[inspect.Parameter]:
         for kind in (self.options, *self.settings):
             hints = get_type_hints(kind)
-            for option in fields(kind):
-                if "help" in option.metadata:
+            for option in sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__):
+                if "help" in option.metadata:  # its own options come before those that several commands have
                     yield self._parameter(option, hints[option.name], self.optional and kind in self.settings)
         if self.shown:
             info = typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option, and stop.")
@@ -65,6 +66,9 @@ class Command:
     def _parameter(self, option: Any, hint: Any, optional: bool) -> inspect.Parameter:
         """A field as typer reads it: several values are a list there, None where none is given."""
         default = inspect.Parameter.empty if option.default is MISSING else option.default
+        values = next((get_args(kind) for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple), ())
+        # Typer would write <list[Path]> and <float,float>.
+        metavar = " ".join(f"<{value.__name__.lower()}>" for value in values if value is not ...) or None
         if get_origin(hint) is tuple and get_args(hint)[-1] is ...:
             hint = list[get_args(hint)[0]]  # type: ignore[misc]
         if optional or default == ():
@@ -74,7 +78,7 @@ class Command:
             return _keyword(option.name, default, Annotated[hint, typer.Argument(help=text)])
         flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
         flags = ["-o", *flags] if "--out" in flags else flags
-        info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden)
+        info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
         return _keyword(option.name, default, Annotated[hint, info])
 
 
@@ -110,7 +114,7 @@ COMMANDS = (
         shown=("max_fpr", "class_name", "add", "unsure", "labels", "rule", "from_log", "out", "report"),
     ),
     Command(
-        "predict", "predict:predict", of.PredictOptions, "model.twin new/ -o table.csv --overlays pictures/",
+        "predict", "predict:predict", Job, "model.twin new/ -o table.csv --overlays pictures/",
         shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(

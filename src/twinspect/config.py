@@ -240,15 +240,15 @@ class ModelConfig:
         weights: dict[str, float] = {}
         for part in self.terms.split(","):
             name, _, number = (word.strip() for word in part.partition(":"))
-            _check(name in _TERMS, unknown_name("term", name, _TERMS))
-            _check(name not in weights, f"terms {self.terms!r}: {name} is named twice")
+            _check(name in _TERMS, unknown_name("--terms", name, _TERMS))
+            _check(name not in weights, f"--terms {self.terms}: {name} is named twice")
             try:
                 weights[name] = float(number or 1.0)
             except ValueError:
                 raise ConfigError(
-                    f"terms {self.terms!r}: {number!r} is no weight; type a number, such as {name}:0.1"
+                    f"--terms {self.terms}: {number!r} is no weight; type a number, such as {name}:0.1"
                 ) from None
-            _check(0.0 < weights[name] < math.inf, f"terms {self.terms!r}: the weight of {name} must be above 0")
+            _check(0.0 < weights[name] < math.inf, f"--terms {self.terms}: the weight of {name} must be above 0")
         return weights
 
     def _refuse_others_settings(self) -> None:
@@ -375,7 +375,9 @@ class RunConfig:
         """Read a TOML file with the tables ``[model]`` and ``[train]``."""
         try:
             return cls.from_dict(tomllib.loads(read_text(path)))
-        except (DataError, tomllib.TOMLDecodeError) as error:
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+        except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
 
 

@@ -63,20 +63,21 @@ class Console:
         if error is None and self._lost is not None and not isinstance(self._lost, BrokenPipeError):
             _stop(f"{_lost_words(self._lost)}; everything else is done")
 
-    def say(self, text: str) -> None:
-        """One line on stdout. Where it cannot be written, the command does its work all the same."""
+    def say(self, *lines: str) -> None:
+        """Lines on stdout. Where they cannot be written, the command does its work all the same."""
         self.finish()
-        if not self.quiet and self._lost is None:
+        if lines and not self.quiet and self._lost is None:
             try:
-                print(text, flush=True)
+                print("\n".join(lines), flush=True)
             except OSError as error:
                 self._lost = error
                 drop_output()
 
-    def warn(self, text: str) -> None:
-        """One line on stderr."""
+    def warn(self, *notes: str) -> None:
+        """Lines on stderr."""
         self.finish()
-        _say(f"note: {text}")
+        for note in notes:
+            _say(f"note: {note}")
 
     def result(self, text: str) -> None:
         """What was asked for, on stdout, also when quiet.

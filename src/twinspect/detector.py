@@ -217,7 +217,7 @@ class Detector:
         """
         from twinspect.inference.decode import is_single
         from twinspect.inference.result import Results
-        from twinspect.inference.video import is_endless
+        from twinspect.inference.stores import is_endless
 
         if is_endless(source) and not stream:
             raise ConfigError(

@@ -22,17 +22,12 @@ _MARKS = {
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
     """A text file, opened in the encoding that its byte order mark names, else UTF-8; arguments as of `open`.
 
-    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16.
-
-    Raises:
-        DataError: it cannot be read, or begins as no text does.
+    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16. Raises DataError if it cannot be read.
     """
     try:
         with path.open("rb") as file:
             head = file.read(4)
         encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
-        if encoding == "utf-8" and b"\0" in head:
-            raise DataError(f"{path}: not UTF-8 text (it begins with zero bytes); save it as UTF-8")
         if errors != "strict" and encoding != "utf-8":
             errors = "replace"  # surrogate escapes stand for single bytes, which UTF-16 does not have
         return path.open(encoding=encoding, errors=errors, newline=newline)

@@ -1,30 +1,38 @@
-"""One self-contained HTML file: text, tables, charts, cases. Opens offline, asks nobody for anything.
+"""A report: facts and sections of text, tables, charts and pictures, as terminal lines, Markdown, HTML or JSON.
 
-Build `Section`s of `Table`, `LineChart`, `Histogram` and `Cases`; `write_report` does the rest. Pictures are
-small JPEGs inside the file and share one budget, so a report stays under five megabytes whatever is put in.
+The HTML file (``report.html`` is its template) is self-contained: it opens offline and asks nobody for anything.
+Pictures are small JPEGs inside the file and share one budget, so that it stays under five megabytes. A chart says in
+words what it shows, for a screen reader.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from twinspect._version import __version__
-from twinspect.charts import Histogram, LineChart
 from twinspect.files import write_text
 from twinspect.inference.result import Result, colourise
 
 THUMB = 224  # longest side in pixels of a picture, when there are few
+MOST_CHARTS = 12  # classes of a report that get charts
 _PICTURE_BYTES = 4_000_000  # base64 characters of all pictures of a report together
-_STOPS = 7
+_DOUBLINGS = 6  # of a map's value, from which a colour of the scale begins
+_BINS, _MOST_POINTS = 48, 400
+_LONG_TAIL = 8.0  # medians, and 1.5 thresholds, beyond which all values share the last bar: good images stay visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,122 @@ class Table:
         """Which columns hold numbers; those, and the dash for none, stand to the right."""
         return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
 
+    def lines(self) -> Iterator[str]:
+        """Aligned columns for the terminal."""
+        rows = self.cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        yield self.title
+        for name, *others in rows:
+            cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+            yield "  ".join(["", f"{name:<{widths[0]}}", *cells])
+        if self.note:
+            yield self.note
+
+    def markdown(self) -> Iterator[str]:
+        """The table as lines of GitHub Markdown."""
+        head, *body = ([cell.replace("|", "\\|") for cell in row] for row in self.cells())
+        yield from ("", f"**{self.title}**", "", f"| {' | '.join(head)} |")
+        yield f"|{'|'.join('--:' if number else '---' for number in self.numeric())}|"
+        yield from (f"| {' | '.join(row)} |" for row in body)
+        if self.note:
+            yield from ("", self.note)
+
+
+# ------------------------------------------------------------------------------------------------------------- charts
+# The template draws them; places and heights are percent of a plot's side.
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """From the lowest value to the highest."""
+
+    low: float
+    high: float
+
+    def place(self, value: float) -> float:
+        """Percent of the axis at which a value stands; what lies outside is drawn at its end."""
+        return 100.0 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+
+    def ticks(self) -> list[float]:
+        """Round values to write at the axis."""
+        raw = (self.high - self.low) / 6
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [k * step for k in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of groups (at most three) of finite values over one axis, a row each with its own height."""
+
+    title: str
+    label: str  # of the axis
+    groups: Mapping[str, ArrayLike]
+    threshold: float | None = None  # a vertical line through all of them
+
+    @cached_property
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """The groups as arrays."""
+        return {name: np.asarray(values, np.float64) for name, values in self.groups.items()}
+
+    @cached_property
+    def axis(self) -> Axis:
+        """From the lowest value to the highest, or to where a long tail begins."""
+        shown = np.concatenate([*self.values.values(), [0.0, self.threshold or 0.0]])
+        low, high = float(shown.min()), float(shown.max())
+        limit = max(_LONG_TAIL * float(np.median(np.abs(shown))), 1.5 * (self.threshold or 0.0))
+        high = limit if 0.0 < limit < high else high
+        return Axis(low, high if high > low else low + 1.0)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the last bar holds all values from there on."""
+        return any(values.max(initial=0.0) > self.axis.high for values in self.values.values())
+
+    def rows(self) -> Iterator[tuple[str, list[float]]]:
+        """Of every group its name, and the heights of its bars."""
+        for name, values in self.values.items():
+            counts, _ = np.histogram(np.minimum(values, self.axis.high), _BINS, (self.axis.low, self.axis.high))
+            yield name, (100.0 * counts / max(int(counts.max()), 1)).tolist()
+
+    @property
+    def words(self) -> str:
+        """What it shows."""
+        medians = (f"{n}: median {np.median(v):.3g} of {len(v)}" for n, v in self.values.items() if len(v))
+        threshold = "" if self.threshold is None else f" Threshold {self.threshold:.3g}."
+        return f"Histogram of {self.label} by kind. {'; '.join(medians)}.{threshold}"
+
+
+@dataclass(frozen=True)
+class RocCurve:
+    """Share of defects found over share of good images called anomalous, and where the threshold in use stands."""
+
+    title: str
+    false_alarms: ArrayLike  # n, of the curve's points
+    found: ArrayLike  # n
+    in_use: tuple[float, float]
+
+    axis = Axis(0.0, 1.0)  # of both sides
+
+    def path(self) -> str:
+        """The curve as an SVG path, through some hundreds of its points: more would only make the file larger."""
+        points = np.column_stack([self.false_alarms, 1.0 - np.asarray(self.found, np.float64)])
+        some = points[np.linspace(0, len(points) - 1, min(len(points), _MOST_POINTS)).round().astype(int)]
+        return "M" + "L".join(f"{100 * x:.1f} {100 * y:.1f}" for x, y in some.tolist())
+
+    @property
+    def words(self) -> str:
+        """What it shows."""
+        alarms, found = self.in_use
+        return (
+            "Line chart of defects found over good images called anomalous. The threshold in use finds "
+            f"{found:.3g} of the defects and calls {alarms:.3g} of the good images anomalous."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -76,18 +200,6 @@ class Cases:
     third: str = "Nearest good training image"  # what the third pictures are, where there are some
 
 
-Part = Table | LineChart | Histogram | Cases
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading, paragraphs of plain text, and what they speak of."""
-
-    title: str
-    text: tuple[str, ...] = ()
-    parts: tuple[Part, ...] = ()
-
-
 def case_of(result: Result, kind: str) -> Case:
     """A result (with map and image) as a small picture with its overlay and a caption in words."""
     overlay = result.overlay(side=THUMB, words=False)  # raises without image or map
@@ -100,23 +212,9 @@ def case_of(result: Result, kind: str) -> Case:
         near.thumbnail((THUMB, THUMB))
     verdict = "called anomalous" if result.is_anomaly else "called good"
     numbers = f"score {result.score:.2f}, severity {result.severity:.2f}"
-    if result.share_local == result.share_local:
+    if math.isfinite(result.share_local):
         numbers += f", {100 * result.share_local:.0f} % from single places"
     return Case(f"{Path(result.path).name}: {kind}, {numbers}, {verdict}", image, overlay, near)
-
-
-def write_report(path: Path, title: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None) -> Path:
-    """Write a report atomically and return its path; ``facts`` are short statements at its top."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
-    album = _Album(sum(len(part.cases) for s in sections for part in s.parts if isinstance(part, Cases)))
-    shown = [{"title": s.title, "text": s.text, "parts": [(type(p).__name__, p) for p in s.parts]} for s in sections]
-    html = page.render(
-        title=title, facts=facts or {}, sections=shown, album=album, gradient=_gradient(), made=__version__
-    )
-    return write_text(path, html)
 
 
 class _Album:
@@ -144,7 +242,83 @@ class _Album:
         return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
+def _kind(part: Part) -> str:
+    return type(part).__name__
+
+
 def _gradient() -> str:
     """CSS colour stops of the overlay's scale, one for every doubling."""
-    values = np.array([0.0, *(2.0 ** np.arange(-_STOPS + 1, 1))], dtype=np.float32)
+    values = np.array([0.0, *(2.0 ** np.arange(-_DOUBLINGS, 1))], dtype=np.float32)
     return ", ".join(f"rgb({r} {g} {b})" for r, g, b in colourise(values[None], (0.0, 1.0))[0].tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+Part = Table | Histogram | RocCurve | Cases
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, paragraphs of plain text, and what they speak of."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    printed: bool = True  # whether the terminal shows its text and tables too
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables among its parts."""
+        return [part for part in self.parts if isinstance(part, Table)]
+
+    def lines(self) -> Iterator[str]:
+        """Text and tables for the terminal."""
+        yield from self.text
+        for table in self.tables:
+            yield from table.lines()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a command has found."""
+
+    title: str
+    sections: Sequence[Section]
+    facts: Mapping[str, str] = field(default_factory=dict)  # short statements at the top
+    values: Mapping[str, Any] = field(default_factory=dict)  # the numbers, ready for JSON
+
+    def lines(self) -> Iterator[str]:
+        """The sections that the terminal shows."""
+        for section in self.sections:
+            if section.printed:
+                yield from section.lines()
+
+    def markdown(self) -> str:
+        """Facts, paragraphs and tables as GitHub Markdown; charts and pictures are for HTML only."""
+        facts = {"written by": f"twinspect {__version__}", **self.facts}
+        lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in facts.items())]
+        for section in self.sections:
+            lines += ["", f"## {section.title}"]
+            for text in section.text:
+                lines += ["", text]
+            for table in section.tables:
+                lines += table.markdown()
+        return "\n".join(lines) + "\n"
+
+    def html(self) -> str:
+        """Everything as one self-contained page."""
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        page = environment.from_string(files("twinspect").joinpath("report.html").read_text(encoding="utf-8"))
+        album = _Album(sum(len(p.cases) for s in self.sections for p in s.parts if isinstance(p, Cases)))
+        return page.render(report=self, kind=_kind, album=album, gradient=_gradient(), made=__version__)
+
+    def json(self) -> str:
+        """The values, in ASCII, which every code page takes."""
+        return json.dumps({**self.values, "written_by": f"twinspect {__version__}"}, indent=1) + "\n"
+
+    def write(self, path: Path) -> Path:
+        """Write the file that its ending (of `FORMATS`) asks for, whole or not at all."""
+        return write_text(path, FORMATS[path.suffix.lower()](self))
+
+
+FORMATS = {".md": Report.markdown, ".html": Report.html, ".json": Report.json}

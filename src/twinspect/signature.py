@@ -25,6 +25,12 @@ _PURPOSE = b"twinspect model, version 1\n"  # so that no signature of anything e
 _SIGNATURE = "signature"
 
 
+_MAKE_KEY = {
+    "private": "openssl genpkey -algorithm ed25519 -out key.pem",
+    "public": "openssl pkey -in key.pem -pubout -out key.pub",
+}
+
+
 def sign(path: Path, key_file: Path) -> None:
     """Sign a bundle or an export; a signature that is there is replaced.
 
@@ -32,7 +38,7 @@ def sign(path: Path, key_file: Path) -> None:
         BundleError: not a whole model.
         ConfigError: not a private key, or the package of signatures is not installed.
     """
-    key = _key(key_file, private=True)
+    key = _key(key_file, "private")
     hashes, _ = _parts(path)
     text = base64.b64encode(key.sign(_statement(hashes))).decode("ascii")
     if is_export(path):
@@ -48,7 +54,7 @@ def verify(path: Path, key_file: Path) -> None:
         BundleError: no signature, another key's, or the model was changed.
         ConfigError: not a public key, or the package of signatures is not installed.
     """
-    key = _key(key_file, private=False)
+    key = _key(key_file, "public")
     hashes, text = _parts(path)
     if not text:
         raise BundleError(f"{path} is not signed; whoever holds the key types: twinspect sign {path.name} --key KEY")
@@ -69,8 +75,9 @@ def verified(path: Path, key_file: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
         beside = (companion(path), path.with_suffix(".bin")) if is_export(path) else ()
         try:
-            for part in (path, *(one for one in beside if one.is_file())):
-                shutil.copyfile(part, Path(folder) / part.name)
+            for part in (path, *beside):
+                if part == path or part.is_file():
+                    shutil.copyfile(part, Path(folder) / part.name)
         except OSError as error:
             raise BundleError(f"{path}: cannot be copied to be verified ({error.strerror or error})") from None
         copy = Path(folder) / path.name
@@ -95,28 +102,22 @@ def _statement(values: dict[str, Any]) -> bytes:
     return _PURPOSE + json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _key(file: Path, private: bool) -> Any:
+def _key(file: Path, kind: str) -> Any:
     try:
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ed25519
         from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
     except ImportError:
         raise ConfigError("signatures need the package cryptography; type: pip install 'twinspect[sign]'") from None
-    kind = "private" if private else "public"
-    made_by = (
-        "openssl genpkey -algorithm ed25519 -out key.pem"
-        if private
-        else "openssl pkey -in key.pem -pubout -out key.pub"
-    )
     try:
         body = file.read_bytes()
-        key = load_pem_private_key(body, None) if private else load_pem_public_key(body)
+        key = load_pem_private_key(body, None) if kind == "private" else load_pem_public_key(body)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise ConfigError(
-            f"{file}: no {kind} key in a PEM file without password ({error}). Type: {made_by}"
+            f"{file}: no {kind} key in a PEM file without password ({error}). Type: {_MAKE_KEY[kind]}"
         ) from None
-    if not isinstance(key, ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey):
-        raise ConfigError(f"{file}: a key of another kind than Ed25519. Type: {made_by}")
+    if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
+        raise ConfigError(f"{file}: a key of another kind than Ed25519. Type: {_MAKE_KEY[kind]}")
     return key

@@ -88,12 +88,6 @@ def test_missing_batches_are_noted(tmp_path: Path) -> None:
     assert "1 of the 6 official files of cifar10 were found" in load(tmp_path).notes
 
 
-def test_cut_binary_batch(tmp_path: Path) -> None:
-    (tmp_path / "data_batch_1.bin").write_bytes(b"x" * 5000)
-    with pytest.raises(DataError, match="not whole records of 3073"):
-        load(tmp_path, "cifar10")
-
-
 @pytest.mark.parametrize("name", ["a-idx3-ubyte", "a-idx3-ubyte.gz"])
 @pytest.mark.parametrize("damage", ["head", "short", "long", "empty", "type"])
 def test_damaged_idx(tmp_path: Path, name: str, damage: str) -> None:

@@ -97,13 +97,12 @@ def test_folder_of_data_sets_asks_which_one(tmp_path: Path) -> None:
 
 
 def test_masks_without_suffix_and_other_case_of_good(tmp_path: Path) -> None:
-    write("visa", tmp_path / "v", Plan(shape="converted"))
-    (tmp_path / "v" / "1cls" / "candle" / "train" / "good").rename(
-        tmp_path / "v" / "1cls" / "candle" / "train" / "OK"
-    )
+    write("mvtec-ad", tmp_path / "v", Plan(shape="1cls"))
+    train = tmp_path / "v" / "1cls" / "ring" / "train"
+    (train / "good").rename(train / "OK")
     found = load(tmp_path / "v")
     assert all(len(s.masks) == 1 for s in found.samples if s.label == 1)
-    assert found.counts["candle"].train == 6
+    assert found.counts["ring"].train == 6
 
 
 def test_loco_masks_and_saturation(tmp_path: Path) -> None:

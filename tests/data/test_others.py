@@ -55,7 +55,7 @@ def test_the_settings_decide_whatever_the_folders_are_called(tmp_path: Path) -> 
         tmp_path / "a.yaml", normal_dir="bad_lot", normal_test_dir="test_tube", abnormal_dir=["images"], name="x"
     )
     assert [(s.image.stem, s.split, s.label, s.defect_type) for s in load(path).samples] == [
-        ("1", "train", 0, ""), ("2", "test", 0, ""), ("3", "test", 1, "bad"), ("4", "test", 1, "deep"),
+        ("1", "train", 0, ""), ("2", "test", 0, ""), ("3", "test", 1, "images"), ("4", "test", 1, "deep"),
     ]  # fmt: skip
 
 

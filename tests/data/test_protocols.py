@@ -19,7 +19,6 @@ from twinspect.data.protocols import (
     by_superclass,
     carve_calibration,
     class_order,
-    default_protocol,
     hold_out_good,
     make_splits,
     pick,
@@ -179,8 +178,8 @@ def test_protocols_that_do_not_fit_say_which_do() -> None:
         make_splits(semantic(2), "unifed")
     with pytest.raises(DataError, match="no normal training image"):
         make_splits([Sample(Path("x.png"), TEST, "a", 1)], "multi-class")
-    assert default_protocol(labelled) == "multi-class"
-    assert default_protocol(semantic(2)) == "unified"
+    assert [split.name for split in make_splits(labelled)] == ["multi-class"]
+    assert make_splits(semantic(2))[0].name == "unified/first-half"
     assert {"multi-class", "single-class", "one-vs-rest", "unified", "leave-one-out"} <= set(PROTOCOLS)
 
 
@@ -290,7 +289,7 @@ def test_leaks_in_files(tmp_path: Path) -> None:
     assert sum(s.split == TEST for s in clean) == sum(s.split == TEST for s in samples)
 
 
-@pytest.mark.parametrize("shape", ["python", "binary", "parquet"])
+@pytest.mark.parametrize("shape", ["python", "parquet"])
 def test_leaks_in_records(tmp_path: Path, shape: str) -> None:
     write("cifar10", tmp_path, Plan(shape=shape))
     samples = list(load(tmp_path).samples)

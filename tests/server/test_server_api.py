@@ -42,7 +42,7 @@ def both(log: InspectionLog):
 def test_a_form_with_one_image_is_answered_and_kept(server: Running, log: InspectionLog) -> None:
     answer = server.post(encoded(BRIGHT), name="part 1.png")
     assert answer.status == 200
-    TypeAdapter(schema.PredictAnswer).validate_python(answer.json, strict=True)
+    TypeAdapter(schema.PredictAnswer).validate_json(answer.body, strict=True)
     (one,) = answer.json["results"]
     assert (one["answer"], one["is_anomaly"], one["class_name"], one["error"]) == ("anomaly", True, "part", "")
     assert one["score"] == pytest.approx(BRIGHT / 25.5, rel=0.05)
@@ -132,9 +132,9 @@ def test_several_bundles_by_name(both: Running) -> None:
     assert both.post(encoded(), query="?bundle=two").json["model_id"] == "second"
     refused = both.post(encoded(), query="?bundle=three")
     assert (refused.status, refused.code) == (404, "unknown_bundle")
-    models = both.get("/v1/models").json
-    TypeAdapter(schema.ModelsAnswer).validate_python(models, strict=True)
-    assert [(m["bundle"], m["classes"], m["runtime"]) for m in models["models"]] == [
+    models = both.get("/v1/models")
+    TypeAdapter(schema.ModelsAnswer).validate_json(models.body, strict=True)
+    assert [(m["bundle"], m["classes"], m["runtime"]) for m in models.json["models"]] == [
         ("bright", ["part"], "Brightness"),
         ("two", ["bolt", "nut"], "Brightness"),
     ]
@@ -173,9 +173,9 @@ def test_a_map_comes_with_its_answer_where_it_is_asked_for(server: Running) -> N
 def test_log_is_queried_and_takes_feedback(both: Running) -> None:
     both.post(encoded(BRIGHT), encoded(DARK), query="?bundle=bright&session=night")
     both.post(encoded(DARK, seed=9), query="?bundle=two&class=nut")
-    found = both.get("/v1/log?answer=anomaly").json
-    TypeAdapter(schema.LogAnswer).validate_python(found, strict=True)
-    (alarm,) = found["rows"]
+    found = both.get("/v1/log?answer=anomaly")
+    TypeAdapter(schema.LogAnswer).validate_json(found.body, strict=True)
+    (alarm,) = found.json["rows"]
     assert alarm["session"] == "night"
     assert [r["class_name"] for r in both.get("/v1/log?class=nut").json["rows"]] == ["nut"]
     page = both.get("/v1/log?limit=2").json

@@ -127,7 +127,7 @@ def test_the_database_may_go_away_and_come_back(cluster: Cluster, log: Inspectio
     cluster.stop()
     with pytest.raises(LogError, match="cannot be used") as found:
         log.append([row()])
-    assert not found.value.full
+    assert found.value.code == "log_unavailable"
     cluster.start()
     log.append([row()])
     assert len(log.query(Filter())) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -15,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 from twinspect.commands.options import BenchOptions
-from twinspect.commands.results import say_tables
 from twinspect.console import Console
 from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.data.painting import part
@@ -27,6 +25,7 @@ from twinspect.inference.runtimes import is_export, load_predictor, read_export
 from twinspect.report import Table
 
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
+_MOST_FILES = 64
 
 
 def bench(options: BenchOptions, console: Console) -> None:
@@ -39,21 +38,21 @@ def bench(options: BenchOptions, console: Console) -> None:
     rows = []
     for done, batch in enumerate(batches):
         console.progress("measuring", done, len(batches))
-        rows.append(_measure(predictor, files, batch, options.seconds / 2))
+        rows.append(_measure(predictor, files, batch, options.seconds / 4))
     runtime, precision, size = "torch", "fp32", predictor.runtime.size
     if is_export(options.model):
         meta = read_export(options.model)
         runtime, precision = meta.runtime, meta.precision
     threads = options.threads or "auto"
     title = f"{options.model.name}: {runtime} {precision} at {size} px, threads {threads}, {images}"
-    body = []
+    shown = []
     for row in rows:
-        numbers = (row["images_per_s"], row["graph_images_per_s"], *row["latency_ms"].values())
-        body.append((str(row["batch"]), *(f"{number:.1f}" for number in numbers)))
-    columns = ("batch", "images/s", "graph only", "p50 ms", "p95 ms", "p99 ms")
-    say_tables([Table(title, columns, tuple(body))], console)
-    if peak := peak_mb():
-        console.say(f"peak memory of the process: {peak:.0f} MB")
+        numbers = {"images/s": row["images_per_s"], "graph only": row["graph_images_per_s"]}
+        numbers |= {f"{name} ms": ms for name, ms in row["latency_ms"].items()}
+        shown.append({"batch": row["batch"], **{name: f"{number:.1f}" for name, number in numbers.items()}})
+    console.say(*Table.of(title, shown).lines())
+    peak = peak_mb()
+    console.say(f"peak memory of the process: {f'{peak:.0f} MB' if peak else 'unknown here'}")
     values = {
         "model": options.model.name, "runtime": runtime, "precision": precision, "size": size,
         "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
@@ -73,7 +72,7 @@ def _files(images: Path | None) -> tuple[list[bytes], str]:
     """Encoded images and what they are."""
     if images is not None:
         files = []
-        for item in islice(expand(images), 64):
+        for item in islice(expand(images), _MOST_FILES):
             files.append(encoded(item))
             read_rgb(files[-1], name=item.name)  # one that cannot be read would be measured as a very fast one
         return files, f"{len(files)} files of {images.name}"
@@ -90,11 +89,11 @@ def _measure(predictor: Predictor, files: list[bytes], batch: int, seconds: floa
     size, endless = predictor.runtime.size, cycle(files)
     squares = np.stack([resize_rgb(read_rgb(body, draft_side=size), size) for body in islice(endless, batch)])
     alone = Predictor(predictor.runtime, predictor.decision, batch, workers=1)
-    graph = _timed(lambda: predictor.runtime.run(squares), seconds / 2)
-    whole = _timed(lambda: list(alone.predict(list(islice(endless, batch)), pixels=False, live=False)), seconds / 2)
+    graph = _timed(lambda: predictor.runtime.run(squares), seconds)
+    whole = _timed(lambda: list(alone.predict(list(islice(endless, batch)), pixels=False, live=False)), seconds)
     return {
         "batch": batch,
-        "images_per_s": _throughput(predictor, files, batch, seconds),
+        "images_per_s": _throughput(predictor, files, batch, 2 * seconds),
         "graph_images_per_s": batch / float(np.median(graph)),
         "latency_ms": {f"p{q}": float(np.percentile(whole, q)) * 1e3 for q in (50, 95, 99)},
     }
@@ -113,15 +112,11 @@ def _timed(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def _throughput(predictor: Predictor, files: list[bytes], batch: int, seconds: float) -> float:
-    """Images per second through the predictor with its threads, from files on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.img" for i in range(len(files))]
-        for path, body in zip(paths, files, strict=True):
-            path.write_bytes(body)
-        predictor.batch = batch
-        began, done = time.perf_counter(), 0
-        for _ in predictor.predict(cycle(paths), maps=False, pixels=False, live=False):
-            done += 1
-            if time.perf_counter() - began > seconds and done >= 2 * batch:
-                break
-        return done / (time.perf_counter() - began)
+    """Images per second through the predictor with its threads."""
+    predictor.batch = batch
+    results = iter(predictor.predict(cycle(files), maps=False, pixels=False, live=False))
+    began, done = time.perf_counter(), 0
+    while done < 2 * batch or time.perf_counter() - began < seconds:
+        next(results)
+        done += 1
+    return done / (time.perf_counter() - began)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from twinspect import data
 from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
-from twinspect.charts import Histogram
 from twinspect.commands.options import CalibrateOptions
-from twinspect.commands.results import check_outputs, publish, read_data, say_tables, text_table
+from twinspect.commands.results import check_model, check_outputs, publish, read_data
 from twinspect.console import Console
 from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
-from twinspect.report import Section, Table
+from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
 
-_MOST_CHARTS = 12
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
@@ -29,17 +27,16 @@ _NOTE = (
 def calibrate(options: CalibrateOptions, console: Console) -> None:
     """New thresholds into a bundle; the model stays as it is."""
     request, out = requested(options), options.out or options.bundle
-    refuse_unwritable(out)
+    (refuse_unwritable if options.out is None else check_model)(out)
     check_outputs(options.report, options.json_file)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
     good, labelled = _logged(options, before, console) if options.from_log else _scored(options, console)
     for scored in (good, labelled):
-        for failure in scored.failed if scored is not None else ():
-            console.warn(f"left out {failure}")
+        if scored is not None:
+            console.warn(*(f"left out {failure}" for failure in scored.failed))
     after, notes = recalibrate(before, request, good, labelled)
-    for note in notes:
-        console.warn(note)
+    console.warn(*notes)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
@@ -48,15 +45,11 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     if content.signature:
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
-    values: dict[str, Any] = {
-        "model_id": after.model_id, "classes": class_values(after), "sessions": sessions(after), "notes": notes,
-    }  # fmt: skip
-    for line in threshold_lines(after, most=len(values["classes"])):
-        console.say(line)
-    say_tables(session_tables(values["sessions"]), console)
-    facts = {"model": after.model_id, "calibration images": str(len(after.good))}
     title = f"Calibration of {options.bundle.name}"
-    publish(options, title, facts, values, sections(values, after), console)
+    facts = {"model": after.model_id, "calibration images": str(len(after.good))}
+    left_out = sessions(after)
+    values = {"model_id": after.model_id, "classes": class_values(after), "sessions": left_out, "notes": notes}
+    publish(Report(title, sections(after, left_out, notes), facts, values), options, console)
     console.say(f"wrote {out}")
 
 
@@ -100,8 +93,7 @@ def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> 
         logged = learn(log, decision, options.since, options.class_name or None)
     finally:
         log.close()
-    for note in logged.notes:
-        console.warn(note)
+    console.warn(*logged.notes)
     return logged.good, logged.labelled if options.rule or options.miss_cost is not None else None
 
 
@@ -130,31 +122,31 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
     return good, labelled
 
 
-def sections(values: dict[str, Any], decision: Decision) -> list[Section]:
-    """A calibration for a document."""
-    charts = tuple(
+def sections(decision: Decision, left_out: Sequence[dict[str, Any]], notes: Sequence[str]) -> list[Section]:
+    """A calibration: thresholds, sessions where there are some, promises, scores, and remarks."""
+    shown = [threshold_section(decision, most=None)]
+    if left_out:
+        rows = [
+            {
+                "session": f"{row['class_name']}: {row['group']}", "good images": row["images"],
+                "called bad": row["called"], "rate": row["called"] / row["images"],
+            }
+            for row in left_out
+        ]  # fmt: skip
+        note = "What a threshold from the other sessions would do on this one: the promise does not cross days."
+        shown.append(Section("Sessions", (), (Table.of("each session left out", rows, note),)))
+    charts = [
         Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
-        for name, rule in list(promises(decision))[:_MOST_CHARTS]
+        for name, rule in promises(decision)
         if (of_class := decision.good.of_class(rule.class_name, given=True)).any()
-    )
-    words = tuple(f"{name}: {row['sentence']}." for name, row in values["classes"].items())
-    return [
-        Section("Thresholds", (), (threshold_table(decision), *session_tables(values["sessions"]))),
-        Section("What is promised", words),
-        Section("Scores", (), charts),
-        *([Section("Remarks", tuple(values["notes"]))] if values["notes"] else []),
     ]
-
-
-def session_tables(left_out: Sequence[dict[str, Any]]) -> list[Table]:
-    """Leave-one-session-out, as a table, where there are sessions."""
-    rows = tuple(
-        (f"{row['class_name']}: {row['group']}", row["images"], row["called"], row["called"] / row["images"])
-        for row in left_out
-    )
-    note = "What a threshold from the other sessions would have done on this one: the promise does not cross days."
-    columns = ("session", "good images", "called bad", "rate")
-    return [Table("each session left out", columns, rows, note)] if rows else []
+    words = tuple(f"{name}: {rule.sentence()}." for name, rule in promises(decision))
+    return [
+        *shown,
+        Section("What is promised", words, printed=False),
+        Section("Scores", (), tuple(charts[:MOST_CHARTS])),
+        *([Section("Remarks", tuple(notes), printed=False)] if notes else []),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- thresholds as a table
@@ -181,6 +173,19 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def threshold_section(decision: Decision, most: int | None = MOST_LINES) -> Section:
+    """Thresholds of all classes, and what those that were chosen on labels were chosen by.
+
+    Of more than ``most`` rows only the last is shown, which is for all classes together.
+    """
+    table = threshold_table(decision)
+    if most is not None and len(table.rows) > most:
+        title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
+        table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
+    chosen = (f"{name}: {rule.image.sentence}" for name, rule in promises(decision) if rule.basis == LABELS)
+    return Section("Thresholds", tuple(chosen), (table,))
+
+
 def threshold_table(decision: Decision) -> Table:
     """One row a class: good images, threshold, false alarms to expect, and good images that it calls bad."""
     rows = [
@@ -205,19 +210,3 @@ def false_alarms(rule: Rule) -> str:
         return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
     return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
-
-
-def threshold_lines(decision: Decision, most: int = MOST_LINES) -> Iterator[str]:
-    """The table for the terminal, what it is worth, and what thresholds chosen on labels were chosen by.
-
-    Of more than ``most`` rows only the last is shown, which is for all classes together.
-    """
-    table = threshold_table(decision)
-    if len(table.rows) > most:
-        title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
-        table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
-    yield from text_table(table)
-    yield table.note
-    for name, rule in promises(decision):
-        if rule.basis == LABELS:
-            yield f"{name}: {rule.image.sentence}"

@@ -14,17 +14,16 @@ from pathlib import Path
 
 from twinspect.bundle import refuse_unwritable
 from twinspect.commands import results
-from twinspect.commands.evaluate import AS_GIVEN, TestSet, decision_table, sections, values_of
+from twinspect.commands.evaluate import AS_GIVEN, again_with, measure, sections, values_of
 from twinspect.commands.options import DemoOptions
 from twinspect.commands.review import Review
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
-from twinspect.data.protocols import content_hash
+from twinspect.data.protocols import INDUSTRIAL, Split
 from twinspect.detector import Detector
 from twinspect.errors import DataError
-from twinspect.evaluation import evaluate
 from twinspect.models.weights import DEFAULT_EMBEDDED
-from twinspect.report import Section, Table, write_report
+from twinspect.report import Report, Section, Table
 from twinspect.types import TEST, TRAIN, Sample
 
 PACKAGE, TEXTILE = "conformal_clip_data", "textile"
@@ -77,22 +76,22 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     detector.fit(training, progress=console.progress, quiet=True)
     train_s = round(time.monotonic() - began, 1)
     detector.save(bundle)
-    predictor, test = detector.predictor(), TestSet(AS_GIVEN, content_hash([(TEST, tested)]), (), tuple(tested))
-    measured = evaluate(predictor, tested, console.progress)
+    predictor, whole = detector.predictor(), Split(AS_GIVEN, INDUSTRIAL, tuple(training), (), tuple(tested))
+    measured = measure(predictor, whole, console)
     speed = round(len(measured.rows) / measured.seconds, 2)
     areas = {}
     for key, table in zip(SCORES, (measured.table, *measured.students.values()), strict=True):
         areas[key] = {**table["defects"][TEXTILE], "all": table["mean"]["image_auroc"]}
+    review, threshold = Review(measured.rows), detector.fitted.decision.threshold
     values = {
-        **areas, "train_s": train_s, "predict_img_per_s": speed, **values_of(measured, test),
-        "record": detector.record_, "settings": detector.config.to_dict(),
+        **areas, "train_s": train_s, "predict_img_per_s": speed, **values_of(measured, whole),
+        "other_thresholds": review.other_thresholds(), "record": detector.record_,
+        "settings": detector.config.to_dict(),
     }  # fmt: skip
-    results.write_json(numbers, values)
     rows = [{"score": SCORES[key], **row} for key, row in areas.items()]
     shown = Table.of("Image AUROC against unseen good images", rows, "1 is perfect, 0.5 is guessing.")
-    threshold, images = detector.fitted.decision.threshold, detector.record_["images"]
-    promise = f"Threshold {threshold.value:.3f}: {threshold.sentence}."
-    decisions, *others = sections(values, values["undefined"], Review(measured.rows), predictor.predict)
+    words = (_WORDS, f"Threshold {threshold.value:.3f}: {threshold.sentence}.")
+    images = detector.record_["images"]
     facts = {
         "Learned from": f"{images['train']} good images, {images['calibration']} more set the threshold",
         "Tested on": f"{len(measured.rows)} images",
@@ -100,10 +99,11 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
         "Training": f"{train_s} s",
         "Prediction": f"{speed} images/s",
     }
-    result = Section("Result", (_WORDS, promise), (shown, *decisions.parts))
-    write_report(page, "twinspect demo: textile", [result, *others], facts)
-    results.say_tables([shown, decision_table(values)], console)
-    console.say(f"training took {train_s} s, prediction {speed} images/s")
+    parts = [Section("Result", words, (shown,)), *sections(values, review, again_with(predictor, whole))]
+    report = Report("twinspect demo: textile", parts, facts, values)
+    for path in (page, numbers):
+        report.write(path)
+    console.say(*report.lines(), f"training took {train_s} s, prediction {speed} images/s")
     console.say(f"report: {page}\nnumbers: {numbers}\nmodel: {bundle}")
 
 
@@ -134,8 +134,3 @@ def split(root: Path, size: DemoSize) -> tuple[list[Sample], list[Sample]]:
         for path in paths[: size.test]
     ]
     return training, test
-
-
-def kind_of(sample: Sample) -> str:
-    """Nominal, local or global."""
-    return sample.defect_type or NOMINAL

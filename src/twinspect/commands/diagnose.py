@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from twinspect import data
 from twinspect.commands import results
@@ -13,7 +14,7 @@ from twinspect.diagnose import KINDS, Composite, Diagnosis, Plan
 from twinspect.diagnose import diagnose as run
 from twinspect.inference import load
 from twinspect.inference.result import Result
-from twinspect.report import Case, Cases, Section, Table, case_of
+from twinspect.report import Case, Cases, Report, Section, Table, case_of
 
 _TITLES = {
     "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
@@ -47,11 +48,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
-    shown, lines = tuple(matrices(diagnosis)), tuple(sentences(diagnosis))
-    results.say_tables(shown, console)
-    for line in lines:
-        console.say(line)
-    sections = [Section("Which class hides which", (_TEXT, *lines), shown)]
+    sections = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
     if pictures:
         scale = predictor.decision.map_scale
         cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())
@@ -68,8 +65,8 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
         "normal images per class": f"up to {options.normals} of {', '.join(sorted(set(diagnosis.splits.values())))}",
         "seed": str(options.seed),
     }
-    title = f"How classes interfere in {options.bundle.name}"
-    results.publish(options, title, facts, values, sections, console)
+    report = Report(f"How classes interfere in {options.bundle.name}", sections, facts, values)
+    results.publish(report, options, console)
 
 
 def matrices(diagnosis: Diagnosis) -> Iterator[Table]:
@@ -90,15 +87,20 @@ def sentences(diagnosis: Diagnosis) -> Iterator[str]:
         f"mean over {len(diagnosis.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    worst = {(p["other"], p["base"]): min(p["mixup_auroc"], p["cutpaste_auroc"]) for p in diagnosis.pairs}
-    for pair in sorted(diagnosis.pairs, key=lambda p: worst[p["other"], p["base"]])[:3]:
-        if worst[pair["other"], pair["base"]] < _HIDDEN:
+    hardest = sorted(diagnosis.pairs, key=_lowest)[:3]
+    for pair in hardest:
+        if _lowest(pair) < _HIDDEN:
             yield (
                 f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
                 f"{pair['cutpaste_auroc']:.3f}"
             )
-    (other, base), lowest = min(worst.items(), key=lambda item: item[1])
-    if lowest >= _HIDDEN:
-        yield f"no class hides in another: the lowest value is {lowest:.3f}, {other} in {base}"
+    first = hardest[0]
+    if _lowest(first) >= _HIDDEN:
+        lowest = f"the lowest value is {_lowest(first):.3f}, {first['other']} in {first['base']}"
+        yield f"no class hides in another: {lowest}"
     if mixed := mixed_up(diagnosis.taken):
         yield mixed
+
+
+def _lowest(pair: dict[str, Any]) -> float:
+    return float(min(pair["mixup_auroc"], pair["cutpaste_auroc"]))

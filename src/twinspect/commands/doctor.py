@@ -25,14 +25,13 @@ _BUSY = 0.5  # load average of a machine that other work is using
 
 def doctor(options: DoctorOptions, console: Console) -> None:
     """Print what this machine has; nothing is downloaded, built or written."""
-    for line in examine():
-        console.say(line)
+    console.say(*examine())
 
 
 def fetch(options: FetchOptions, console: Console) -> None:
     """Download, verify and record a teacher's weights."""
     for line in fetch_lines(options.name, options.revision, options.sha256, console.progress):
-        console.say(line)
+        console.say(line)  # while it runs
 
 
 def examine() -> list[str]:

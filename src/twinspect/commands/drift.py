@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from twinspect.bundle import read_bundle
-from twinspect.charts import Histogram
 from twinspect.commands import results
 from twinspect.commands.options import DriftOptions
 from twinspect.console import Console
@@ -18,7 +17,7 @@ from twinspect.decide.decision import Decision
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.errors import DataError
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.report import Section
+from twinspect.report import Histogram, Report, Section
 
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
 
@@ -30,14 +29,7 @@ def drift(options: DriftOptions, console: Console) -> None:
     monitor = DriftMonitor(decision.good, options.false_alarm_rate)
     scores, left_out = array("d"), 0
     for path in options.tables:
-        for row in read_predictions(path):
-            model_id = row.get("model_id") or decision.model_id
-            if model_id != decision.model_id:
-                raise DataError(
-                    f"{path}: its scores come from another model (id {model_id}, the bundle's is "
-                    f"{decision.model_id}) and cannot be compared. Type: twinspect predict BUNDLE IMAGES "
-                    f"--out {path.name}"
-                )
+        for row in read_predictions(path, decision.model_id):
             score, distance = _number(row.get("score")), _number(row.get("cluster_distance"))
             if row.get("error") or not np.isfinite(score):
                 left_out += 1
@@ -46,25 +38,29 @@ def drift(options: DriftOptions, console: Console) -> None:
             monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)
     if not monitor.images:
         raise DataError("the tables hold no scored image; nothing can be said about drift")
-    report = monitor.report()
-    console.say(report.message)
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
+    report = monitor.report()
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
     chart = Histogram("Scores of calibration and of the predictions", "score", groups)
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
-    shown = [Section(heading, (report.message,), (chart,))]
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
-    results.publish(options, f"Drift of {options.bundle.name}", facts, report.to_dict(), shown, console)
+    sections = [Section(heading, (report.message,), (chart,))]
+    results.publish(Report(f"Drift of {options.bundle.name}", sections, facts, report.to_dict()), options, console)
 
 
-def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a table (or a folder of parts) written by ``twinspect predict``, a few at a time."""
+def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:
+    """Rows of a table (or a folder of parts) that ``twinspect predict`` wrote with a model, a few at a time."""
     if not path.is_file() and not parts_in(path):
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
     for number, row in enumerate(read_rows(path, _COLUMNS)):
         if number == 0 and "score" not in row:
             raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+        if row.get("model_id") not in (None, "", model_id):
+            raise DataError(
+                f"{path}: its scores come from another model (id {row['model_id']}, the bundle's is {model_id}) and "
+                f"cannot be compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
+            )
         yield row
 
 

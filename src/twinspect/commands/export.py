@@ -8,7 +8,7 @@ from twinspect.bundle import load
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
 from twinspect.export import build
-from twinspect.export.parity import TOLERANCES, ParityError, load_images
+from twinspect.export.build import TOLERANCES, ParityError, load_images
 from twinspect.inference.runtimes import companion
 
 
@@ -19,8 +19,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
     fitted = load(options.bundle, options.weights)
     images = load_images(options.images, fitted.model.size) if options.images is not None else ()
     comparison = build.export(fitted, out, options.precision, images, console.progress)
-    for line in comparison.lines():
-        console.say(line)
+    console.say(*comparison.lines())
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -32,8 +31,7 @@ def check(options: CheckOptions, console: Console) -> None:
     fitted = load(bundle, options.weights)
     images = load_images(options.images, fitted.model.size)
     comparison, meta = build.check(path, fitted, images)
-    for line in comparison.lines():
-        console.say(line)
+    console.say(*comparison.lines())
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
     if problems := comparison.problems(meta.precision):

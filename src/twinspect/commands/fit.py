@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import files
-from twinspect.bundle import Fitted, keep_old, load, refuse_unwritable, save
+from twinspect.bundle import Fitted, keep_old, load, save
 from twinspect.commands import results
-from twinspect.commands.calibrate import threshold_lines
+from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.info import outlier_lines
 from twinspect.commands.options import FitOptions
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
@@ -36,7 +36,7 @@ def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> N
     config, before = configured(options, settings)
     group = joined(config.train.device)
     console.quiet |= not group.leads
-    refuse_unwritable(options.out)
+    results.check_model(options.out)
     folder = options.work or options.out.with_name(f"{options.out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
@@ -79,8 +79,7 @@ def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
     save(fitted, out, options.thin)
-    for line in report_lines(fitted, out):
-        console.say(line)
+    console.say(*report_lines(fitted, out))
     if options.work is None:
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
     else:
@@ -134,7 +133,7 @@ def report_lines(fitted: Fitted, out: Path) -> Iterator[str]:
         + "".join(f"{name} student {counts[name] / 1e6:.1f} M, " for name in ("local", "semantic") if name in counts)
         + f"statistics {counts['statistics_bytes'] / 1e6:.1f} MB"
     )
-    yield from threshold_lines(decision)
+    yield from threshold_section(decision).lines()
     yield from outlier_lines(record)
     for row in record.get("resumed", {}).get("classes", ()):
         yield str(row["sentence"])

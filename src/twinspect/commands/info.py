@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -13,14 +12,13 @@ from typing import Any
 from twinspect.bundle import read_bundle
 from twinspect.commands.calibrate import class_values, threshold_table
 from twinspect.commands.options import InfoOptions
-from twinspect.commands.results import markdown, text_table
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.decide.decision import Decision, promises
 from twinspect.errors import NONSENSE, BundleError
-from twinspect.inference.runtimes import export_info, is_export, read_export
+from twinspect.inference.runtimes import is_export, read_export
 from twinspect.models.weights import EMBEDDED
-from twinspect.report import Section, Table
+from twinspect.report import Report, Section, Table
 
 _LASTING_LIMITS = (
     "The thresholds hold for good images taken like those they were made from. Another day, light, camera or "
@@ -37,36 +35,108 @@ _LEAST_LIKE = 5  # training images that are shown
 
 def info(options: InfoOptions, console: Console) -> None:
     """Print what a model says of itself."""
+    report = describe(options.bundle)
     if options.as_card:
-        console.result(card(options.bundle))
+        console.result(report.markdown().rstrip())
     elif options.as_json:
-        console.result(json.dumps(info_lines(options.bundle), indent=1))
+        console.result(json.dumps(report.values, indent=1))
     else:
-        console.say("\n".join(info_text(info_lines(options.bundle))))
+        width = max(map(len, report.facts))
+        console.say(*(f"{name:<{width}}  {value}" for name, value in report.facts.items()), *report.lines())
 
 
-def info_lines(bundle: Path) -> dict[str, Any]:
-    """What a bundle or an export says of itself, without building the model."""
-    if is_export(bundle):
-        return export_info(bundle)
-    meta = read_bundle(bundle).meta
-    decision = Decision.from_dict(meta.get("decision", {}), str(bundle))
-    learnt = hashlib.sha256("".join(sorted(decision.trained)).encode()).hexdigest()
+def describe(path: Path) -> Report:
+    """What a bundle or an export says of itself, without building the model.
+
+    Raises:
+        BundleError: it cannot be read, or its parts do not fit together.
+    """
+    if is_export(path):
+        export = read_export(path)
+        made = f"twinspect {export.writer}, exported for {export.runtime} in {export.precision}"
+        head: dict[str, Any] = {"written by": made, "compared with torch": export.check}
+        record, config, values = export.record, export.config, export.decision
+    else:
+        meta = read_bundle(path).meta
+        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}", "thin": meta.get("thin")}
+        record, config, values = meta.get("record", {}), meta.get("config", {}), meta.get("decision", {})
+    decision = Decision.from_dict(values, str(path))
     try:
-        return {
-            "written by": f"twinspect {meta['twinspect']}, format {meta['format']}",
-            "learnt from": f"{len(decision.trained)} images, sha256 of their ids {learnt[:16]}",
-            "seed": meta["config"]["train"]["seed"],
-            "thin": meta["thin"],
-            **meta["record"],
-            "model_id": decision.model_id,
-            "threshold": decision.threshold.value,
-            "promise": decision.threshold.sentence,
-            "thresholds": class_values(decision),
-            "config": meta["config"],
-        }
+        return _card(path, head, record, config, decision)
     except NONSENSE as error:
-        raise BundleError(f"{bundle}: its parts do not fit together ({error})") from None
+        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
+
+
+def _card(
+    path: Path, head: dict[str, Any], record: dict[str, Any], config: dict[str, Any], decision: Decision
+) -> Report:
+    """The model card; ``head`` is what only a bundle or only an export says."""
+    learnt = len(decision.trained)  # `calibrate` changes what calibrates, not this
+    ids = hashlib.sha256("".join(sorted(decision.trained)).encode()).hexdigest()[:16]
+    thresholds, training, teacher = class_values(decision), record["training"], record["teacher"]
+    values = {
+        **head,
+        "learnt from": f"{learnt} images, sha256 of their ids {ids}",
+        "seed": config["train"]["seed"],
+        **record,
+        "model_id": decision.model_id,
+        "threshold": decision.threshold.value,
+        "promise": decision.threshold.sentence,
+        "thresholds": thresholds,
+        "config": config,
+    }
+    facts = {
+        "what it does": "gives every image a score of how unusual it is, an answer (good or anomaly) and a map",
+        "written by": head["written by"],
+        "model": decision.model_id,
+        "family": config["model"]["model"],
+        "teacher": "{name} ({arch}), weights from {weights}, hash {hash}".format(**teacher),
+        "licence of the teacher's weights": teacher["licence"],
+        "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
+        "learnt from": values["learnt from"],
+        "training": f"{training['steps']} steps in {training['seconds']} s ({training['stopped']})",
+        "seed": str(values["seed"]),
+        "promise": values["promise"],
+    }
+    sections = [
+        Section("Data", (_taught(record, learnt), *outlier_lines(record)), (_classes(record, decision),)),
+        Section("Settings", (), (_settings(config),)),
+        Section(
+            "Thresholds and what they promise",
+            tuple(f"{name}: {row['sentence']}" for name, row in thresholds.items()),
+            (threshold_table(decision),),
+        ),
+        Section("Known limits", tuple(_limits(record, decision)), printed=False),
+    ]
+    return Report(f"Model card: {path.name}", sections, facts, values)
+
+
+def _taught(record: dict[str, Any], learnt: int) -> str:
+    images = record["images"]
+    taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
+    if not record["training"]["steps"]:
+        taught = "and no students: statistics of these images alone"
+    return (
+        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
+    )
+
+
+def _classes(record: dict[str, Any], decision: Decision) -> Table:
+    behind = Counter(decision.good.class_name)
+    counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
+    return Table("Good images by class", ("class", "learnt from", "behind the threshold"), counts)
+
+
+def _settings(config: dict[str, Any]) -> Table:
+    default = RunConfig().to_dict()
+    rows = tuple(
+        (f"{section}.{name}", str(value))
+        for section in default
+        for name, value in config[section].items()
+        if name in ("steps", "batch", "seed") or value != default[section].get(name)
+    )
+    note = "Every other setting has its default; `twinspect info --json` lists them all."
+    return Table("Settings of the training run", ("setting", "value"), rows, note)
 
 
 def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
@@ -77,86 +147,13 @@ def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
 
     if dropped := record.get("dropped"):
         yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
-    listed = record["least_like"]
+    listed = record.get("least_like", [])
     yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
     if apart := [row for row in listed if row["apart"]]:
         yield (
             f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
             f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
         )
-
-
-def info_text(content: dict[str, Any]) -> Iterator[str]:
-    """The same as aligned lines: one fact a line, then the thresholds; settings are for ``--json``."""
-    apart = ("thresholds", "config", "least_like", "dropped")
-    facts = dict(_flat({k: v for k, v in content.items() if k not in apart}))
-    width = max(map(len, facts))
-    yield from (f"{name:<{width}}  {value}" for name, value in facts.items())
-    if "least_like" in content:
-        yield from outlier_lines(content)
-    rows = [
-        {"class": name, "threshold": row["threshold"], "from": row["rule"]}
-        for name, row in content.get("thresholds", {}).items()
-    ]
-    if rows:
-        yield from text_table(Table.of("thresholds", rows))
-
-
-def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}, ")
-        elif value not in ([], ""):
-            several = value if isinstance(value, list) else [value]
-            texts = (", ".join(map(str, item.values())) if isinstance(item, dict) else str(item) for item in several)
-            yield f"{above}{name}", "; ".join(texts)
-
-
-def card(path: Path) -> str:
-    """The model card of a bundle or an export, in Markdown."""
-    if is_export(path):
-        meta = dataclasses.asdict(read_export(path))
-        made = f"twinspect {meta['writer']}, exported for {meta['runtime']} in {meta['precision']}"
-    else:
-        meta = read_bundle(path).meta
-        made = f"twinspect {meta['twinspect']}, bundle format {meta['format']}"
-    record, config, decision = meta["record"], meta["config"], Decision.from_dict(meta["decision"])
-    teacher, images = record["teacher"], record["images"]
-    facts = {
-        "what it does": "gives every image a score of how unusual it is, an answer (good or anomaly) and a map",
-        "written by": made,
-        "model": decision.model_id,
-        "family": config["model"]["model"],
-        "teacher": "{name} ({arch}), weights from {weights}, hash {hash}".format(**teacher),
-        "licence of the teacher's weights": teacher["licence"],
-        "input": f"RGB images of any size, scaled to {record['size']} x {record['size']} pixels; nothing is cropped",
-    }
-    learnt = len(decision.trained)  # `calibrate` changes what calibrates, not this
-    taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
-    if not record["training"]["steps"]:
-        taught = "and no students: statistics of these images alone"
-    words = (
-        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
-    )
-    behind = Counter(decision.good.class_name)
-    counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    columns = ("class", "learnt from", "behind the threshold")
-    default = RunConfig().to_dict()
-    chosen = tuple(
-        (f"{section}.{name}", str(value))
-        for section in default
-        for name, value in config[section].items()
-        if name in ("steps", "batch", "seed") or value != default[section].get(name)
-    )
-    note = "Every other setting has its default; `twinspect info --json` lists them all."
-    promised = tuple(f"{name}: {row['sentence']}" for name, row in class_values(decision).items())
-    sections = [
-        Section("Data", (words,), (Table("Good images by class", columns, counts),)),
-        Section("Settings", (), (Table("Settings of the training run", ("setting", "value"), chosen, note),)),
-        Section("Thresholds and what they promise", promised, (threshold_table(decision),)),
-        Section("Known limits", tuple(_limits(record, decision))),
-    ]
-    return markdown(f"Model card: {path.name}", sections, facts)
 
 
 def _limits(record: dict[str, Any], decision: Decision) -> Iterator[str]:

@@ -11,14 +11,33 @@ from pathlib import Path
 from twinspect.config import RULES, SEEDS, Range, argument, option
 
 _BUNDLE = "Trained model (.twin)."
-_WEIGHTS = "Local weights file of the teacher."
-_REPORT = "Report file: .html, .md or .json."
-_JSON = "Write values as JSON to a file, or - to print."
-_IMAGES = "Folder that the paths of a manifest are relative to."
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateOptions:
+@dataclass(frozen=True, kw_only=True)
+class ReadsData:
+    """Options of commands that read a data set."""
+
+    layout: str = option("Layout of the data; auto detects it.", "auto")
+    images: Path | None = option("Folder that the paths of a manifest are relative to.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reports:
+    """Options of commands that publish a `report.Report`."""
+
+    report: tuple[Path, ...] = option("Report file: .html (with charts and pictures), .md or .json.", ())
+    json_file: str = option("Write values as JSON to a file, or - to print.", "", "--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildsModel:
+    """Options of commands that need the teacher of a model."""
+
+    weights: str = option("Local weights file of the teacher.", "")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(ReadsData, Reports, BuildsModel):
     """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
 
     bundle: Path = argument(_BUNDLE)
@@ -35,63 +54,53 @@ class CalibrateOptions:
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
     since: str = option("With --from-log: decisions since a date or time.", "")
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
-    report: tuple[Path, ...] = option(_REPORT, ())
-    json_file: str = option(_JSON, "", "--json")
-    layout: str = option("Layout of GOOD; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
-    weights: str = option(_WEIGHTS, "")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 
-@dataclass(frozen=True, slots=True)
-class DriftOptions:
+@dataclass(frozen=True)
+class DriftOptions(Reports):
     """Say whether predictions still look like the calibration images, and if not, what changed."""
 
     bundle: Path = argument(_BUNDLE)
     tables: tuple[Path, ...] = argument("Tables of twinspect predict, oldest first.")
     false_alarm_rate: float = option("Chance of any alarm, ever, if nothing changes.", 0.01)
-    json_file: str = option(_JSON, "", "--json")
-    report: tuple[Path, ...] = option(_REPORT, ())
 
 
-@dataclass(frozen=True, slots=True)
-class ReproduceOptions:
+@dataclass(frozen=True)
+class ReproduceOptions(BuildsModel):
     """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
 
     recipe: str = argument("Name of a recipe; without one they are listed.", "")
     root: Path | None = option("Folder of the data set.", None)
     out: Path | None = option("Folder for results; without: reproduce-out/RECIPE.", None)
     teacher: str = option("Instead of the recipe's teacher.", "")
-    weights: str = option(_WEIGHTS, "")
     seed: int = option("Seed of weights, order, noise and splits.", 0, accepts=SEEDS)
     limit_steps: int = option("Train so many steps at most; 0: the recipe's.", 0)
     size: int = option("Input side in pixels; 0: the recipe's.", 0)
     drop_leaks: bool = option("Do not train on copies of test images.", False, "--drop-leaks")
 
 
-@dataclass(frozen=True, slots=True)
-class ExportCommandOptions:
+@dataclass(frozen=True)
+class ExportCommandOptions(BuildsModel):
     """Write the model as one graph for another runtime, after it agreed with torch on images."""
 
     bundle: Path = argument(_BUNDLE)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
     precision: str = option("fp32, or fp16 (OpenVINO: half the size).", "fp32")
     images: Path | None = option("Images, 32 or more, to prove it on: a file, folder or quoted glob.", None)
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class CheckOptions:
+@dataclass(frozen=True)
+class CheckOptions(BuildsModel):
     """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
 
     export: Path = argument("Exported model (.onnx or .xml).")
     bundle: Path = argument(_BUNDLE)
     images: Path = argument("Images, 32 or more: a file, folder or quoted glob.")
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class BenchOptions:
+@dataclass(frozen=True)
+class BenchOptions(BuildsModel):
     """Measure images per second, latency and memory; the last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
@@ -99,11 +108,10 @@ class BenchOptions:
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
     images: Path | None = option("Images to decode; without it painted JPEGs.", None)
     seconds: float = option("Spent on each batch size.", 10.0, accepts=Range(0.001, 86_400))
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class DiagnoseOptions:
+@dataclass(frozen=True)
+class DiagnoseOptions(ReadsData, Reports, BuildsModel):
     """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
 
     bundle: Path = argument("Trained model (.twin), or an exported one.")
@@ -112,114 +120,54 @@ class DiagnoseOptions:
     normals: int = option("Normal images of each class to compare with.", 40, accepts=Range(2, 1_000_000))
     classes: str = option("Only these classes, separated by commas.", "")
     seed: int = option("Seed of everything drawn.", 0, accepts=SEEDS)
-    report: tuple[Path, ...] = option(_REPORT, ())
-    json_file: str = option(_JSON, "", "--json")
-    layout: str = option("Layout of DATA; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class CompareOptions:
+@dataclass(frozen=True)
+class CompareOptions(ReadsData, Reports):
     """Score the same labelled images with two models: accuracy, decisions that differ, speed and size."""
 
     first: Path = argument("A model: bundle (.twin) or exported.")
     second: Path = argument("Another, which is compared with the first.")
     data: Path = argument("Labelled data set; its test images are scored by both.")
-    report: tuple[Path, ...] = option("Report file: .html (with the images they differ on), .md or .json.", ())
-    json_file: str = option(_JSON, "", "--json")
-    layout: str = option("Layout of DATA; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     draws: int = option("Bootstrap draws of the test images.", 1000, accepts=Range(1, 100_000))
     seed: int = option("Seed of the draws and splits.", 0, accepts=SEEDS)
     device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
 
 
-@dataclass(frozen=True, slots=True)
-class InspectOptions:
+@dataclass(frozen=True)
+class InspectOptions(ReadsData):
     """Say what is there: layout, classes, counts, masks, what is skipped and why."""
 
     path: Path = argument("Folder or manifest of a data set.")
-    layout: str = option("Layout of the data; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
     protocol: str = option("Also list the splits of a protocol; all lists those of every protocol.", "")
     leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
     seed: int = option("Seed of the splits.", 0, accepts=SEEDS)
     as_json: bool = option("Print everything as JSON.", False, "--json")
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestOptions:
+@dataclass(frozen=True)
+class ManifestOptions(ReadsData):
     """Write one row per image: image, split, class_name, label, defect_type, mask, group, record."""
 
     path: Path = argument("Folder or manifest of a data set.")
     out: Path = option("Manifest to write: .parquet or .csv.")
-    layout: str = option("Layout of the data; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
 
 
-@dataclass(frozen=True, slots=True)
-class EvalOptions:
+@dataclass(frozen=True)
+class EvalOptions(ReadsData, BuildsModel):
     """Measure a model on labelled test images: defects found, false alarms and AUROC by class."""
 
     bundle: Path = argument(_BUNDLE)
     data: Path = argument("Data set with labelled test images: good ones and defects.")
-    json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     report: tuple[Path, ...] = option("Report: .html (with the wrong images), .md or .json.", (), "--report --out")
-    layout: str = option("Layout of DATA; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
+    json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class PredictOptions:
-    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
-
-    Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
-    and --fail-on ends the run. Exit code 1: none of the images could be read.
-    """
-
-    bundle: Path = argument("Trained model (.twin) or exported model.")
-    paths: tuple[str, ...] = argument(
-        "Images, folders, quoted globs, @lists, tar and zip files, tables, URLs, videos, camera:0, rtsp://..., or @- "
-        "for paths from standard input."
-    )
-    out: str = option(
-        "Table to write: .parquet, .csv, .jsonl, or a folder (DIR/, or a URL) of Parquet parts; - prints rows as "
-        "JSON lines, -.csv as CSV.",
-        "",
-    )
-    class_name: str = option("Class of all images; empty predicts it.", "", "--class")
-    maps: str = option("Folder for raw maps (.npz, float16).", "")
-    masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
-    overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
-    overlay_format: str = option("jpg or png.", "jpg")
-    overlay_side: int = option("Their longest side in pixels; 0: the image's own.", 1600)
-    coco: str = option("COCO file of all regions.", "")
-    report: tuple[Path, ...] = option("Report file: .html (with charts and the images to look at), .md or .json.", ())
-    submission: str = option("Folder for MVTec AD 2's submission: maps and thresholded maps.", "")
-    batch: int = option("Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0)
-    workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1)
-    weights: str = option(_WEIGHTS, "")
-    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
-    device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
-    part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0)
-    watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
-    fail_on: str = option("anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "")
-    restart: bool = option("Drop what an unfinished run left.", False, "--restart")
-    shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
-    actors: int = option("Ray: models; 0: as many as fit.", 0)
-    actor_cpus: float = option("Ray: CPUs of an actor.", 1.0)
-    actor_gpus: float = option("Ray: GPUs of an actor.", 0.0)
-    ray_address: str = option("Ray: running cluster.", "")
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SignOptions:
     """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
 
@@ -228,8 +176,8 @@ class SignOptions:
     check: Path | None = option("Public key to verify with, instead of signing.", None)
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateOptions:
+@dataclass(frozen=True)
+class UpdateOptions(ReadsData, BuildsModel):
     """Learn new good images, after false alarms or of a new class, without the old ones."""
 
     bundle: Path = argument(_BUNDLE)
@@ -238,12 +186,10 @@ class UpdateOptions:
     listed: bool = option("Say what was learnt since training.", False, "--list")
     undo: bool = option("Take the last update back.", False, "--undo")
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
-    layout: str = option("Layout of NEW; auto detects it.", "auto")
-    weights: str = option(_WEIGHTS, "")
 
 
-@dataclass(frozen=True, slots=True)
-class FitOptions:
+@dataclass(frozen=True)
+class FitOptions(ReadsData):
     """Learn from good images what is usual, and write one model file (a bundle)."""
 
     data: Path = argument("Folder of a data set, or a plain folder of good images.")
@@ -253,20 +199,18 @@ class FitOptions:
     resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
     roi: Path | None = option("Region of interest: mask image (white inside) or LabelMe polygons.", None)
     forget: bool = option("With --resume-from: drop classes that DATA lacks.", False, "--forget")
-    layout: str = option("Layout of DATA; auto detects it.", "auto")
-    images: Path | None = option(_IMAGES, None)
     split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")
     work: Path | None = option("Folder for checkpoint and log.", None)
     thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DoctorOptions:
     """Say what this machine has: versions, device, teachers and their weights."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DemoOptions:
     """Train on good textile images, find local and global defects, write a report."""
 
@@ -274,7 +218,7 @@ class DemoOptions:
     quick: bool = option("A smaller run of about a minute.", False, "--quick")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FetchOptions:
     """Download a teacher's weights, verify them, and record their commit and sha256."""
 
@@ -283,7 +227,7 @@ class FetchOptions:
     sha256: str = option("Refuse any other file; empty takes the hub's word.", "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InfoOptions:
     """Say what a model holds: teacher, classes, training, threshold and its promise."""
 
@@ -292,7 +236,7 @@ class InfoOptions:
     as_card: bool = option("Print a model card in Markdown.", False, "--card")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ServeOptions:
     """Answer images over HTTP, with a page at /, an inspection log and metrics."""
 

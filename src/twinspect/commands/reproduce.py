@@ -18,7 +18,7 @@ from typing import Any
 
 from twinspect._version import __version__
 from twinspect.commands import results
-from twinspect.commands.evaluate import SHOWN, defect_tables, leak_line, of_split, problems, run_facts, values_of
+from twinspect.commands.evaluate import defect_tables, leak_line, measure, remarks, run_facts, values_of
 from twinspect.commands.options import ReproduceOptions
 from twinspect.commands.recipes import RECIPES, Recipe, find_recipe
 from twinspect.config import RunConfig
@@ -27,11 +27,11 @@ from twinspect.data import Loaded
 from twinspect.data.leaks import drop_leaks, find_leaks
 from twinspect.data.protocols import SEMANTIC, Split, make_splits
 from twinspect.errors import ConfigError
-from twinspect.evaluation import evaluate
+from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
 from twinspect.models.weights import resolve_auto
-from twinspect.report import Section, Table
+from twinspect.report import FORMATS, Report, Section, Table
 from twinspect.training.fit import fit
 from twinspect.training.resume import remove_checkpoint
 from twinspect.types import TEST, TRAIN
@@ -67,7 +67,8 @@ def run_recipe(
     Returns:
         The content of ``results.json``, which lies in ``out`` beside the reports and one file per split.
     """
-    results.check_outputs([out / f"results{suffix}" for suffix in results.SUFFIXES], option="--out")
+    files = [out / f"results{suffix}" for suffix in FORMATS]
+    results.check_outputs(files, option="--out")
     loaded = results.read_data(root, recipe.layout, None, console)
     pairs = find_leaks(loaded.samples)
     console.say(leak_line(pairs, "their training copies are left out" if without_leaks else ""))
@@ -77,22 +78,16 @@ def run_recipe(
     for reason in reasons:
         console.warn(f"not comparable with the published numbers: {reason}")
     done: list[SplitResult] = []
-    values: dict[str, Any] = {}
     for number, split in enumerate(splits, start=1):
         console.say(f"split {number} of {len(splits)}: {split.describe()}")
         done.append(finished_or_run(split, out, config, console))
         values = summarise(recipe, config, done, len(splits), reasons)
-        shown = sections(recipe, values)
-        facts = {
-            "protocol": recipe.protocol, "splits": f"{len(done)} of {len(splits)}", **run_facts(values["config"]),
-            "version": __version__,
-        }  # fmt: skip
-        for suffix in results.SUFFIXES:
-            title = f"twinspect reproduce {recipe.name}"
-            results.write_results(out / f"results{suffix}", title, shown, facts, values)
-    results.say_tables((part for section in shown[:2] for part in section.parts if isinstance(part, Table)), console)
-    if recipe.remark:
-        console.say(recipe.remark)
+        progress = {"protocol": recipe.protocol, "splits": f"{len(done)} of {len(splits)}"}
+        facts = {**progress, **run_facts(values["config"])}
+        report = Report(f"twinspect reproduce {recipe.name}", sections(recipe, values), facts, values)
+        for path in files:
+            report.write(path)
+    console.say(*report.lines())
     console.say(f"results: {out / 'results.md'}, results.json, results.html")
     return values
 
@@ -144,7 +139,7 @@ def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console
         console.say(f"finished before: {path.name}")
         return result
     result = run_split(split, config, work, console) | {"key": key}
-    results.write_json(path, result)
+    write_text(path, json.dumps(result))
     remove_checkpoint(work)
     return result
 
@@ -155,17 +150,14 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     fitted = fit([*split.train, *split.calibration], config, work, console.progress)
     fit_s = time.monotonic() - began
     results.warn_of(fitted, console)
-    test = of_split(split)
-    predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
-    measured = evaluate(predictor, test.samples, console.progress, pooled=test.pooled)
+    measured = measure(Predictor(TorchRuntime(fitted.model), fitted.decision), split, console)
     result = {
-        **values_of(measured, test),
+        **values_of(measured, split),
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
         "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
     }
-    for line in problems(result, SHOWN):
-        console.warn(line)
+    console.warn(*remarks(result))
     return result
 
 
@@ -200,7 +192,6 @@ def summarise(
         "config": {
             **config.to_dict(), "teacher": record["teacher"], "size": record["size"], "training": record["training"],
             "steps": record["training"]["steps"], "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE,
-            "version": __version__,
         },
     }  # fmt: skip
 
@@ -215,11 +206,11 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
     rows = {**values["classes"], "mean": values["mean"]}
     columns = ("hash", "train", "calibration", "test", "fit", "evaluate")
     runs = [{"split": run["name"], **{column: run[column] for column in columns}} for run in values["runs"]]
-    ours = (results.metric_table(f"per {first} and mean", rows, first), *defect_tables(values))
+    ours = Table.of(f"per {first} and mean", results.metric_rows(rows, first))
     return [
         Section("Beside the published numbers", tuple(notes), (comparison(recipe, values),)),
-        Section("Ours in full", (*values["undefined"], *problems(values)), ours),
-        Section("Splits", (), (Table.of("fit and evaluate in seconds", runs),)),
+        Section("Ours in full", tuple(remarks(values)), (ours, *defect_tables(values))),
+        Section("Splits", (), (Table.of("fit and evaluate in seconds", runs),), printed=False),
     ]
 
 

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.charts import Histogram, LineChart
 from twinspect.inference.result import Result
 from twinspect.metrics import roc_curve
-from twinspect.report import Cases, Section, Table, case_of
+from twinspect.report import MOST_CHARTS, Cases, Histogram, RocCurve, Section, Table, case_of
 
 FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
 _KEPT = 6  # pictures of a kind and class
-_MOST_CHARTS = 12  # classes that get charts
 _UNKNOWN = -1
 # Scores images once more, with map and pixels, by their names.
 Again = Callable[[list[str]], Iterable[Result]]
@@ -92,12 +90,13 @@ class Review:
         if not self._numbers:
             return []
         words = "A threshold chosen from this table does better on these images than on others: they chose it."
-        shown = [Section("Other thresholds", (words,), (self._threshold_table(),))]
+        shown = [Section("Other thresholds", (words,), (self._threshold_table(),), printed=False)]
         if again is not None and self._shown:
             shown.append(Section("Pictures", (), tuple(self._pictures(again))))
-        charts = tuple(chart for name in self.classes[:_MOST_CHARTS] for chart in self._charts(name))
-        more = len(self.classes) - _MOST_CHARTS
-        return [*shown, Section("Scores", (f"{more} more classes are not drawn.",) if more > 0 else (), charts)]
+        charts = tuple(chart for name in self.classes[:MOST_CHARTS] for chart in self._charts(name))
+        more = len(self.classes) - MOST_CHARTS
+        text = (f"{more} more classes are not drawn.",) if more > 0 else ()
+        return [*shown, Section("Scores", text, charts, printed=False)]
 
     def _threshold_table(self) -> Table:
         _, _, label = self.columns()
@@ -123,7 +122,7 @@ class Review:
                 title = f"{kind}: {name}" if len(self._numbers) > 1 else kind
                 yield Cases(title, tuple(case_of(result, name) for result in shown), shown[0].scale)
 
-    def _charts(self, name: str) -> Iterator[Histogram | LineChart]:
+    def _charts(self, name: str) -> Iterator[Histogram | RocCurve]:
         score, threshold, label = self.columns(name)
         kinds = {"good": 0, "defects": 1, "images": _UNKNOWN}
         groups = {kind: score[label == value] for kind, value in kinds.items() if (label == value).any()}
@@ -132,11 +131,8 @@ class Review:
             known = label != _UNKNOWN
             alarms, hits, _ = roc_curve(score[known], label[known])
             called = score >= threshold
-            works_at = (float(called[label == 0].mean()), float(called[label == 1].mean()))
-            yield LineChart(
-                f"ROC: {name}", "good images called anomalous", "defects found", {name: (alarms, hits)},
-                {"threshold in use": works_at},
-            )  # fmt: skip
+            in_use = (float(called[label == 0].mean()), float(called[label == 1].mean()))
+            yield RocCurve(f"ROC: {name}", alarms, hits, in_use)
 
 
 def _kinds(margin: float, label: int) -> Iterator[tuple[str, float]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from twinspect.bundle import read_bundle, refuse_unwritable
-from twinspect.commands.calibrate import threshold_lines
+from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.options import UpdateOptions
-from twinspect.commands.results import read_data, warn_of
+from twinspect.commands.results import check_model, read_data, warn_of
 from twinspect.console import Console
 from twinspect.errors import BundleError, ConfigError
 
@@ -26,17 +27,17 @@ def update(options: UpdateOptions, console: Console) -> None:
     elif options.undo:
         console.say(_taken_back(bundle))
     elif options.new is not None:
-        _learn(bundle, options.new, options, console)
+        _learn(options.new, options, console)
 
 
-def _learn(bundle: Path, new: Path, options: UpdateOptions, console: Console) -> None:
+def _learn(new: Path, options: UpdateOptions, console: Console) -> None:
     from twinspect.bundle import load, save
     from twinspect.training.update import update as learn
 
-    out = options.out or bundle
-    refuse_unwritable(out)
+    bundle, out = options.bundle, options.out or options.bundle
+    (refuse_unwritable if options.out is None else check_model)(out)
     fitted = load(bundle, options.weights)
-    loaded = read_data(new, options.layout, None, console)
+    loaded = read_data(new, options.layout, options.images, console)
     after = learn(fitted, loaded.samples, options.class_name or None, console.progress)
     warn_of(after, console)
     last = after.record["updates"][-1]
@@ -45,17 +46,10 @@ def _learn(bundle: Path, new: Path, options: UpdateOptions, console: Console) ->
         before = bundle.with_name(f"{bundle.name}.{len(after.record['updates']) - 1}")
         refuse_unwritable(before)
         last["before"] = before.name
-        os.replace(bundle, before)
-        try:
-            save(after, out, thin)
-        except BaseException:
-            os.replace(before, bundle)
-            raise
+        shutil.copy2(bundle, before)
         console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
-    else:
-        save(after, out, thin)
-    for line in (next(update_lines({"updates": [last]})), *threshold_lines(after.decision)):
-        console.say(line)
+    save(after, out, thin)
+    console.say(next(update_lines({"updates": [last]})), *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -73,14 +67,17 @@ def _taken_back(bundle: Path) -> str:
     updates = read_bundle(bundle).meta["record"].get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
-    before = bundle.with_name(str(updates[-1].get("before") or f"{bundle.name}.{len(updates) - 1}"))
+    last = updates[-1]
+    if "before" not in last:
+        raise BundleError(
+            f"the last update of {bundle} was written to a file of its own: the model before it, {last['from']}, is "
+            "the bundle that was updated, and has not changed"
+        )
+    before = bundle.with_name(str(last["before"]))
     if not before.is_file():
         raise BundleError(f"{before} is gone, the model before the last update; train again, or copy it back")
     model_id = read_bundle(before).meta["decision"]["model_id"]
-    if model_id != updates[-1]["from"]:
-        raise BundleError(
-            f"{before} is model {model_id}, not {updates[-1]['from']}, which the last update was made from"
-        )
-    line = next(update_lines({"updates": updates[-1:]}))
+    if model_id != last["from"]:
+        raise BundleError(f"{before} is model {model_id}, not {last['from']}, which the last update was made from")
     os.replace(before, bundle)
-    return f"taken back: {line.partition(' ')[2]}"
+    return f"taken back: {next(update_lines({'updates': [last]})).partition(' ')[2]}"

@@ -112,14 +112,12 @@ class Dataset:
         read: ``read(folder, log)`` gives the samples of a folder. A layout of list files is read file by file:
             ``read(file, log, images)``, where ``images`` is the folder that paths in it are relative to, or None.
         find: of list files: those in a folder. None for any other layout.
-        names_images: whether images are named in a list, so that folders of others must be a mistake.
     """
 
     needed: str
     looks_like: Callable[[Folder], bool]
     read: Callable[..., list[Sample]]
     find: Callable[[Folder], list[Path]] | None = None
-    names_images: bool = False
 
 
 def _parts(layout: str, needed: str) -> Dataset:
@@ -129,21 +127,19 @@ def _parts(layout: str, needed: str) -> Dataset:
 
 
 def _lists(needed: str, find: Callable[[Folder], list[Path]], read: Callable[..., list[Sample]]) -> Dataset:
-    return Dataset(needed, lambda root: bool(find(root)), read, find, names_images=True)
+    return Dataset(needed, lambda root: bool(find(root)), read, find)
 
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
+    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
     "manifest": _lists("manifest.parquet or manifest.csv", find_manifests, manifest),
     "real-iad": _lists("realiad_jsons/<class>.json", listed.find_real_iad, listed.real_iad),
-    "visa": Dataset(
-        "split_csv/1cls.csv, or 1cls/<class>/train/good", listed.looks_like_visa, listed.visa, names_images=True
-    ),
+    "visa": _lists("split_csv/1cls.csv", listed.find_visa, listed.visa),
     folders.MVTEC_AD_2: _parts(folders.MVTEC_AD_2, "<class>/test_public/{good,bad}"),
     folders.MVTEC_LOCO: _parts(folders.MVTEC_LOCO, f"<class>/test/{folders.LOGICAL}"),
     folders.MVTEC_AD: _parts(folders.MVTEC_AD, "<class>/train/good, <class>/test/<kind>"),
     "meta-json": _lists("meta.json", listed.find_meta_json, listed.meta_json),
-    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
     "anomalib": _lists("YAML file with normal_dir", listed.find_anomalib, listed.anomalib),
     "lookout": _lists("manifest with source-ref", listed.find_lookout, listed.lookout),
     **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},
@@ -181,7 +177,7 @@ def load(root: Path | str, layout: str = "auto", images: Path | str | None = Non
         place = next((place for place in _wrapped(given) if DATASETS[layout].looks_like(place)), given)
     log = ScanLog()
     samples = _known_labels(_read(name, place, images, log), log)
-    if DATASETS[name].names_images:
+    if DATASETS[name].find is not None:  # images are named in a list, so that folders of others must be a mistake
         _unnamed_folders(place, samples, log)
     if log.undecided and layout == "auto":
         classes = len({sample.class_name for sample in samples})

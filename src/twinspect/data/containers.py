@@ -1,4 +1,4 @@
-"""Images that lie inside one big file: CIFAR batches (pickle or binary), IDX and Parquet.
+"""Images that lie inside one big file: CIFAR batches, IDX and Parquet.
 
 A pickle is a program. CIFAR's are read by an unpickler that knows four names and builds nothing but plain
 arrays; any other pickle is refused before it can do anything.
@@ -91,7 +91,7 @@ def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
             return _open_parquet(path)
         if "-idx" in name or ".idx" in name:
             return _planes(read_idx(path)[:, None])
-        return _open_cifar_binary(path) if name.endswith(".bin") else _open_cifar_pickle(path)
+        return _open_cifar(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
 
@@ -119,19 +119,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 # -------------------------------------------------------------------------------------------- CIFAR
 
 
-def _open_cifar_binary(path: Path) -> Container:
-    """CIFAR-10 has one label byte per record, CIFAR-100 two (coarse, fine); the last one counts."""
-    labels = 2 if path.stem in ("train", "test") else 1
-    step = labels + CIFAR_BYTES
-    size = path.stat().st_size
-    if size == 0 or size % step:
-        raise DataError(f"{path}: {size:,} bytes are not whole records of {step}; copy it again from its source")
-    records = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, step)
-    pixels = records[:, labels:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
-    return _planes(pixels, records[:, labels - 1].tolist())
-
-
-def _open_cifar_pickle(path: Path) -> Container:
+def _open_cifar(path: Path) -> Container:
     with path.open("rb") as stream:
         try:
             content = _CifarUnpickler(stream, encoding="bytes").load()
@@ -205,7 +193,7 @@ class _CifarUnpickler(pickle.Unpickler):
         except KeyError:
             raise DataError(
                 f"this pickle asks for {module}.{name}, which CIFAR's files never do: it was refused and "
-                "nothing in it was run. Use CIFAR's binary version, PNG folders or Parquet instead"
+                "nothing in it was run. Use Parquet, or folders of PNG files, instead"
             ) from None
 
 

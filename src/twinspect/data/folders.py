@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from twinspect.data.manifest import is_label_table
 from twinspect.data.masks import Place, masks_among, match
@@ -33,13 +32,6 @@ _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}
 _UNCLEAR = frozenset("true false positive positives negative negatives pos neg".split())
 _LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # lists that are not read
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
-
-
-class ClassFolders(NamedTuple):
-    """A class and where its images lie: folders, each with names that count as if they stood above what is in it."""
-
-    name: str
-    places: list[tuple[Folder, tuple[str, ...]]]
 
 
 def good_files(paths: Iterable[Path]) -> list[Sample]:
@@ -64,15 +56,15 @@ def layout_of(root: Folder) -> str:
         classes = find_classes(root, ScanLog())
     except DataError:
         return FOLDER  # whoever reads it says what is wrong
-    if not any(_states(folder) for product in classes for folder, _ in product.places):
+    if not any(_states(product) for product in classes):
         return ""
     shapes = {shape_of(product) for product in classes}
     return shapes.pop() if len(shapes) == 1 else FOLDER
 
 
-def shape_of(product: ClassFolders) -> str:
+def shape_of(product: Folder) -> str:
     """Name of the layout of one class."""
-    inside = {sub.name.lower(): sub for sub in product.places[0][0].folders}
+    inside = {sub.name.lower(): sub for sub in product.folders}
     if "test_public" in inside:
         return MVTEC_AD_2
     if "test" in inside and {sub.name.lower() for sub in inside["test"].folders} & {LOGICAL, STRUCTURAL}:
@@ -85,7 +77,7 @@ def shape_of(product: ClassFolders) -> str:
 # ------------------------------------------------------------------------------------- which classes there are
 
 
-def find_classes(root: Folder, log: ScanLog) -> list[ClassFolders]:
+def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
     """The classes at a folder: itself, or folders in it. Folders of images that belong to none are logged.
 
     Raises:
@@ -109,7 +101,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[ClassFolders]:
     stated = any(_states(sub) for sub in silent)
     wrapped = all(sub.meant.pictures and not _holds_classes(sub) for sub in silent)  # images/ beside masks/
     if learnt or wrapped or (root.images and not stated):
-        return [ClassFolders(root.name, [(root, ())])] if inner or root.images else []
+        return [root] if inner or root.images else []
     _refuse_pair(root.path, silent)
     classes = []
     for sub in silent:
@@ -118,7 +110,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[ClassFolders]:
         elif names := _unnamed_training(sub):
             log.leave(sub.path, f"its training part holds {names}, and none of them is called good")
         else:
-            classes.append(ClassFolders(sub.name, [(sub, ())]))
+            classes.append(sub)
     for sub in speaking:
         if sub.meant.role == BAD:
             reason = (
@@ -197,20 +189,20 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
         accepted = (MVTEC_AD, MVTEC_LOCO) if layout == MVTEC_AD else (layout,)
         for product in [product for product in classes if shape_of(product) not in accepted]:
             classes.remove(product)
-            log.skip(product.places[0][0].path, f"not a class folder of {layout}")
+            log.skip(product.path, f"not a class folder of {layout}")
     samples: list[Sample] = []
     assumed: dict[str, int] = {}
     for product in classes:
         try:
-            members, unsure = read_class(product, log)
+            reader = _ClassReader(product, log)
+            samples += reader.samples()
         except DataError as error:
             if len(classes) == 1:
                 raise
-            log.leave(product.places[0][0].path, str(error))
+            log.leave(product.path, str(error))
             continue
-        samples += members
-        if unsure:
-            assumed[product.name] = unsure
+        if reader.assumed:
+            assumed[product.name] = reader.assumed
     if len(classes) > 1:
         _report_lists(_unread_lists(root), bool(assumed), log)
     if assumed:
@@ -221,30 +213,23 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
     return samples
 
 
-def read_class(product: ClassFolders, log: ScanLog) -> tuple[list[Sample], int]:
-    """Samples of one class, training first, and how many are taken as good only because nothing says otherwise."""
-    reader = _ClassReader(product, log)
-    return reader.samples(), reader.assumed
-
-
 class _ClassReader:
     """Images of one class by what is said of them."""
 
-    def __init__(self, product: ClassFolders, log: ScanLog) -> None:
+    def __init__(self, product: Folder, log: ScanLog) -> None:
         self._name, self._log = product.name, log
         self.assumed = 0  # images that are taken as good only because nothing says otherwise
         self._images: list[Place] = []
         self._masks: list[Place] = []
         self._lists: list[tuple[Path, str]] = []
-        for folder, context in product.places:
-            if names := _unnamed_training(folder):
-                raise DataError(
-                    f"{folder.path}: train/ holds the folders {names} and none is called good. For parts, rename the "
-                    "folder of good images to good; for classes of objects or scenes with a test split, type "
-                    "--layout view"
-                )
-            for here in folder.walk(log):
-                self._gather(here, (*context, *here.path.relative_to(folder.path).parts))
+        if names := _unnamed_training(product):
+            raise DataError(
+                f"{product.path}: train/ holds the folders {names} and none is called good. For parts, rename the "
+                "folder of good images to good; for classes of objects or scenes with a test split type "
+                "--layout view"
+            )
+        for here in product.walk(log):
+            self._gather(here, here.path.relative_to(product.path).parts)
         self._good_in = {place.split for place in self._images if place.role == GOOD}
         self._trains = any(place.split == TRAIN and place.role in (GOOD, "") for place in self._images)
 
@@ -303,18 +288,14 @@ class _ClassReader:
                 return None
             if not role and split == CALIBRATION and self._good_in & {TRAIN, ""}:  # good is said of others only
                 return Sample(path, TEST, self._name, None)
-        elif role == GOOD:
-            if not split and self._trains and place.folders:
-                folder = Path(*place.folders)
-                self._log.note(f"{folder} is learnt as well: its name says good, and neither training nor test")
         elif role == UNSORTED:
             kind = next(name for name in place.folders if meaning(name).role == UNSORTED)
             return Sample(path, TEST, self._name, None, kind)
-        elif role == BAD or (kinds and (split == TEST or "" in self._good_in)):  # a kind of its own beside good/
+        elif role == BAD or (not role and kinds and (split == TEST or "" in self._good_in)):  # a kind beside good/
             return Sample(path, TEST, self._name, 1, _kind(place))
-        elif split == TEST or "" in self._good_in:
+        elif not role and (split == TEST or "" in self._good_in):
             return Sample(path, TEST, self._name, None)
-        elif self._trains:
+        elif not role and self._trains:
             self._log.skip(path, "neither in the training nor in the test part")
             return None
         self.assumed += not role

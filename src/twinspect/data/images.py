@@ -30,14 +30,16 @@ _OVERSHOOT = 0.05  # of floats beyond 0 and 1, as interpolation and gain leave t
 # The file formats of the endings below. Pillow knows dozens more, and some of them start programs (EPS) or are
 # meant for other things than photographs; whatever an upload calls itself, they are refused.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "AVIF")
-_ENDINGS = "png apng jpg jpeg jpe jfif mpo bmp dib tif tiff webp ppm pgm pbm pnm pfm gif jp2 j2k jpx avif"
-SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .pfm .gif .jp2 .j2k .jpx "
+    ".avif".split()
+)
 SEVERAL_SUFFIXES = frozenset({".tif", ".tiff", ".gif", ".webp", ".apng", ".avif"})  # may hold several pictures
 # Pictures and volumes that people have and that are not read: worth other words than "not an image file".
-_UNREAD = (
-    "heic heif hif jxl dng cr2 cr3 nef arw raw psd exr hdr svg ico tga pcx dcm dicom nii czi lif nd2 npy npz pdf"
+UNREAD_SUFFIXES = frozenset(
+    ".heic .heif .hif .jxl .dng .cr2 .cr3 .nef .arw .raw .psd .exr .hdr .svg .ico .tga .pcx .dcm .dicom .nii .czi "
+    ".lif .nd2 .npy .npz .pdf".split()
 )
-UNREAD_SUFFIXES = frozenset(f".{ending}" for ending in _UNREAD.split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 _PHOTOMETRIC, _BITS, _PLANES = 262, 258, 284  # TIFF tags; 0 means that white is zero, 2 one plane for each channel
 _GREY_OR_RGB = (0, 1, 2)  # values of the first of them
@@ -137,10 +139,7 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
             f"array of type {kind} with values from {low:g} to {high:g}; accepted floats from 0 to 1, so type: "
             "a / 255 if a is within 0..255, and undo any normalisation"
         )
-    eight = eight_bit(layers)
-    if eight.shape[2] == 4:
-        return _to_rgb(Image.fromarray(np.ascontiguousarray(eight)), "array")
-    return np.ascontiguousarray(np.repeat(eight, 3, axis=2) if eight.shape[2] == 1 else eight)
+    return _values_to_rgb(layers, "array")
 
 
 def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
@@ -162,8 +161,7 @@ def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[N
         if not isinstance(picture, Image.Image):
             return picture, True
         exact = not _changes_values(picture)  # before its file is read
-        deep = _deep_values(picture)
-        return (_turned(np.asarray(picture), _orientation(picture)) if deep is None else deep), exact
+        return _values(picture), exact
 
 
 def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
@@ -271,7 +269,7 @@ def _unread(raw: bytes) -> str:
         return "a HEIC picture, and HEIC is not read; save it as JPEG or PNG"
     if raw.lstrip()[:1] == b"<":
         return "text (HTML, XML or SVG), and not an image; was a web page saved in place of the image?"
-    return f"not an image that can be read; accepted: {', '.join(sorted(_ENDINGS.split()))}"
+    return f"not an image that can be read; accepted: {', '.join(sorted(suffix[1:] for suffix in SUFFIXES))}"
 
 
 def _opened(raw: bytes) -> Image.Image | None:
@@ -382,13 +380,19 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _deep_values(image: Image.Image) -> NDArray[Any] | None:
-    """Grey values of more than 8 bits, upright, white being the largest; None for any other image."""
-    if not image.mode.startswith("I") and image.mode != "F":
-        return None
-    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns only 8 bits and fewer
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is grey, of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _values(image: Image.Image) -> NDArray[Any]:
+    """An image's own values, upright, H x W or H x W x channels; of grey, white is the largest."""
+    orientation = _orientation(image)
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0 and _is_deep(
+        image
+    )  # Pillow turns 8 bits only
     values = np.asarray(image)
-    return _turned(_negative(values) if white_is_zero else values, _orientation(image))
+    return _turned(_negative(values) if white_is_zero else values, orientation)
 
 
 def _negative(values: NDArray[Any]) -> NDArray[Any]:
@@ -406,14 +410,12 @@ def _changes_values(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image, label: str) -> NDArray[np.uint8]:
-    deep = _deep_values(image)
-    if deep is not None:
-        return _values_to_rgb(deep, label)
+    if _is_deep(image):
+        return _values_to_rgb(_values(image), label)
     orientation = _orientation(image)
-    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
-    return np.array(_turned(np.asarray(image.convert("RGB")), orientation), order="C")
+    see_through = image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)
+    values = np.asarray(image.convert("RGBA" if see_through else "RGB"))
+    return _values_to_rgb(_turned(values, orientation), label)
 
 
 def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:
@@ -424,7 +426,7 @@ def _values_to_rgb(values: NDArray[Any], label: str) -> NDArray[np.uint8]:
     if colour is not channels:
         opaque = eight_bit(channels[..., -1:], label) / np.float64(255)
         eight = (eight * opaque).round().astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(eight, (*eight.shape[:2], 3)))
+    return np.array(np.broadcast_to(eight, (*eight.shape[:2], 3)), order="C")
 
 
 def _float_scale(values: NDArray[Any]) -> float:

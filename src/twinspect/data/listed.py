@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from twinspect.data.folders import MVTEC_AD, ClassFolders, find_classes, read_class, read_folders, shape_of
 from twinspect.data.manifest import read_rows
+from twinspect.data.masks import Place, match
 from twinspect.data.names import BAD, GOOD, meaning
 from twinspect.data.scan import Folder, ScanLog, folder_name
 from twinspect.data.tables import Row, as_object, objects_of, read_json, read_json_lines, table_rows
@@ -21,16 +21,10 @@ from twinspect.errors import DataError
 from twinspect.files import read_text
 from twinspect.types import TEST, TRAIN, Sample
 
-VISA = tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split())
 _REAL_IAD_LISTS = "realiad_jsons"
 _REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
-_ANOMALIB = {
-    "normal_dir": ("train", "good"),
-    "normal_test_dir": ("test", "good"),
-    "abnormal_dir": ("bad",),
-    "mask_dir": ("masks",),
-}
+_ANOMALIB = {"normal_dir": (TRAIN, 0), "normal_test_dir": (TEST, 0), "abnormal_dir": (TEST, 1)}  # split and label
 _HEAD = 1 << 16  # bytes of a file that say what it is
 
 
@@ -43,26 +37,15 @@ def _contains(path: Path, text: bytes) -> bool:
 # ----------------------------------------------------------------------------------------------- VisA
 
 
-def looks_like_visa(root: Folder) -> bool:
-    """Whether a folder is VisA: by its split files, or by class names of a converted tree."""
-    if any(sub.name in ("split_csv", "visa_pytorch") for sub in root.folders):
-        return True
-    classes = find_classes(_visa_place(root), ScanLog())
-    return bool(classes) and all(product.name in VISA and shape_of(product) == MVTEC_AD for product in classes)
-
-
-def visa(root: Folder, log: ScanLog) -> list[Sample]:
-    """VisA: the raw tree with ``split_csv/1cls.csv``, or converted to MVTec's layout (``1cls/<class>/...``)."""
+def find_visa(root: Folder) -> list[Path]:
+    """The list ``split_csv/1cls.csv``."""
     table = root.path / "split_csv" / "1cls.csv"
-    if os.path.isfile(table):
-        return read_rows(table, table_rows(table), log, root.path, partly=True)
-    return read_folders(_visa_place(root), log, MVTEC_AD)
+    return [table] if os.path.isfile(table) else []
 
 
-def _visa_place(root: Folder) -> Folder:
-    for name in ("visa_pytorch", "1cls"):
-        root = next((sub for sub in root.folders if sub.name == name), root)
-    return root
+def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
+    return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
 
 
 # ------------------------------------------------------------------------------------------- Real-IAD
@@ -224,9 +207,8 @@ def find_anomalib(place: Folder) -> list[Path]:
 def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """Settings of anomalib's ``Folder`` data: ``normal_dir``, ``abnormal_dir``, ``normal_test_dir``, ``mask_dir``.
 
-    One YAML file is one class, whose folders are read as if they were called good, bad, test/good and masks. The
-    folder that the settings call ``root`` is looked for beside the file and where the command runs; ``images``
-    replaces it.
+    One YAML file is one class. Its settings say which images are good, whatever the folders are called. The folder
+    that they call ``root`` is looked for beside the file and where the command runs; ``images`` replaces it.
     """
     settings = _settings(path)
     if not settings:
@@ -238,16 +220,23 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
         raise DataError(
             f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
         )
-    places = []
-    for key, names in _ANOMALIB.items():
+    places: dict[str, list[Place]] = {"mask_dir": [], **{key: [] for key in _ANOMALIB}}
+    for key, files in places.items():
         value = settings.get(key) or []
         for text in value if isinstance(value, list) else [value]:
             folder = Folder(base / str(text))
-            if not os.path.isdir(folder.path):
+            if folder.is_file or folder.problem:
                 raise DataError(f"{path}: {key} {text!r}: no such folder below {base}")
-            kind = key == "abnormal_dir" and not folder.meant.says
-            places.append((folder, (*names, folder.name) if kind else names))
-    return read_class(ClassFolders(str(settings.get("name") or folder_name(base)), places), log)[0]
+            for here in folder.walk(log):
+                above = (folder.name, *here.path.relative_to(folder.path).parts)
+                files += [Place(image, above) for image in here.images]
+    masks = match([places["abnormal_dir"]], places["mask_dir"], log)
+    name = str(settings.get("name") or folder_name(base))
+    return [
+        Sample(image, split, name, label, above[-1] if label else "", masks.get(image, ()))
+        for key, (split, label) in _ANOMALIB.items()
+        for image, above in places[key]
+    ]
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ table's folder, or to the folder given when reading. Headers and labels are read
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ from typing import Any
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
-from twinspect.data.tables import SUFFIXES, Row, as_label, as_split, is_empty, table_columns, table_rows
-from twinspect.errors import DataError, listed
+from twinspect.data.tables import SUFFIXES, Row, is_empty, table_columns, table_rows
+from twinspect.errors import DataError
 from twinspect.files import replacing
-from twinspect.types import TEST, TRAIN, Sample
+from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 COLUMNS = ("image", "split", "class_name", "label", "defect_type", "mask", "group", "record")
 NAMES = ("manifest.parquet", "manifest.csv")
@@ -38,15 +37,16 @@ _ALIASES = {
     "record": "record",
 }
 _PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
+_NUMBERS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 def find_manifests(place: Folder) -> list[Path]:
     """The manifest of a folder; a file, if it is a table with an image column."""
     if not place.is_file:
         return [path for name in NAMES for path in place.files if path.name.lower() == name][:1]
-    suffix = place.path.suffix.lower()
-    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(_header(place.path))))
-    return [place.path] if is_table else []
+    path, suffix = place.path, place.path.suffix.lower()
+    is_table = suffix in (".parquet", ".csv") or (suffix in SUFFIXES and bool(path_column(table_columns(path))))
+    return [path] if is_table else []
 
 
 def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
@@ -68,7 +68,7 @@ def is_label_table(path: Path) -> bool:
     if path.suffix.lower() not in SUFFIXES:
         return False
     try:
-        header = _header(path)
+        header = table_columns(path)
         names = _columns(header)
         if "image" not in names or set(header) >= _PREDICTED:
             return False
@@ -149,21 +149,38 @@ def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
         }
         for sample in samples
     ]
-    _refuse_other_names(rows)
-    content = _parquet_bytes(rows) if suffix == ".parquet" else _csv_text(rows).encode()
+    content = _table_bytes(rows, suffix)
     with replacing(path) as file:
         file.write(content)
     return len(rows)
 
 
+def _table_bytes(rows: list[Row], suffix: str) -> bytes:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    kinds = {"label": pa.int8(), "record": pa.int64(), "mask": pa.list_(pa.string())}
+    if suffix == ".csv":
+        kinds["mask"] = pa.string()
+        if other := next((row["image"] for row in rows if any(";" in mask for mask in row["mask"])), None):
+            raise DataError(f"{other}: a mask's name holds ';', which separates masks in CSV; write Parquet")
+        rows = [{**row, "mask": ";".join(row["mask"])} for row in rows]
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+    try:
+        table = pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError as error:  # bytes of an old system
+        name = error.object.encode("utf-8", "backslashreplace").decode()
+        raise DataError(
+            f"{name}: not UTF-8, and a manifest cannot hold it. Rename such files, for example with: convmv -f "
+            "latin1 -t utf8 -r --notest DIR"
+        ) from None
+    stream = io.BytesIO()
+    (pq.write_table if suffix == ".parquet" else pyarrow.csv.write_csv)(table, stream)
+    return stream.getvalue()
+
+
 # -------------------------------------------------------------------------------------------- columns
-
-
-def _header(path: Path) -> list[str]:
-    """Columns of a table; none where it is a list of another kind."""
-    header, suffix = table_columns(path), path.suffix.lower()
-    lines_of_uniad = suffix == ".jsonl" and "filename" in header
-    return [] if lines_of_uniad or (suffix == ".txt" and len(header) < 2) else header
 
 
 def _columns(header: Iterable[str]) -> dict[str, str]:
@@ -258,7 +275,9 @@ class _RowReader:
             else:
                 missing[name] = file
         word = self._text(row, "split")
-        split = as_split(word, where) if word else TEST if self._predicted else ""
+        split = meaning(word).split if word else TEST if self._predicted else ""
+        if word and not split:
+            raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
         if self._judge:
             label, kind = self._judged(row.get(self._judge), where)
         else:
@@ -289,16 +308,15 @@ class _RowReader:
         """Label by a cell of the column that judges, and the kind of defect if the cell names one."""
         if is_empty(cell):
             return (0 if self._judge == self._names.get("defect_type") else None), ""
-        try:
-            label = as_label(cell, where)
-        except DataError:
-            if not self._kinds:
-                raise
-            return 1, str(cell).strip()
-        word = meaning(str(cell)).role
-        if label is not None and not word and meaning(self._judge).role == GOOD:  # 0 in a column called is_good
-            label = 1 - label
-        return label, (str(cell).strip() if word == BAD else "")
+        text = str(cell).strip()
+        role, number = meaning(text).role, _NUMBERS.get(text.lower())
+        if number is not None:
+            return (1 - number if meaning(self._judge).role == GOOD else number), ""  # 0 in a column called is_good
+        if role in (GOOD, UNSORTED):
+            return (0 if role == GOOD else None), ""
+        if role == BAD or self._kinds:
+            return 1, text
+        raise DataError(f"{where}: label is {cell!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)")
 
     def _label_of_files(self, image: Path, masks: Sequence[Path], split: str, where: str) -> int | None:
         """Label of an image of a table that does not judge: by its masks, else by names of folders and its own."""
@@ -325,40 +343,3 @@ def _mask_names(cell: Any) -> list[str]:
         cell = cell.split(";")
     parts = cell if isinstance(cell, (list, tuple)) else [] if is_empty(cell) else [cell]
     return [str(part).strip() for part in parts if not is_empty(part)]
-
-
-# -------------------------------------------------------------------------------------------- writing
-
-
-def _refuse_other_names(rows: Sequence[Row]) -> None:
-    """Names that are no Unicode: bytes of an old system, which neither Parquet nor a CSV in UTF-8 can hold."""
-    texts = {text for row in rows for text in (row["image"], *row["mask"], row["class_name"], row["defect_type"])}
-    escaped = {text: text.encode("utf-8", "backslashreplace").decode() for text in texts}
-    bad = sorted(shown for text, shown in escaped.items() if shown != text)
-    if bad:
-        raise DataError(
-            f"{len(bad):,} names are not UTF-8, and a manifest cannot hold them: {listed(bad)}. Rename them, for "
-            "example with: convmv -f latin1 -t utf8 -r --notest DIR"
-        )
-
-
-def _parquet_bytes(rows: list[Row]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"label": pa.int8(), "mask": pa.list_(pa.string()), "record": pa.int64()}
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream)
-    return stream.getvalue()
-
-
-def _csv_text(rows: list[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        if any(";" in mask for mask in row["mask"]):
-            raise DataError(f"{row['image']}: a mask's name holds ';', which separates masks in CSV; write Parquet")
-        writer.writerow(row | {"mask": ";".join(row["mask"])})
-    return text.getvalue()

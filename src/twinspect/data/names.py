@@ -103,6 +103,7 @@ _LOTS = """
 _NOT = frozenset("no not non without ohne sans sin sem senza kein keine nicht nie bez ikke inte".split())
 _GLUED_NOT = ("un", "non", "not", "no", "nicht")
 _FREE = ("free", "less", "frei")
+_TURNED = {GOOD: BAD, BAD: GOOD}
 _TASKS = frozenset("detection detect inspection recognition classification challenge benchmark".split())
 # Chinese, Japanese and Korean have no gaps between words: looked for anywhere, the first that fits counts.
 _ANYWHERE = (
@@ -192,12 +193,12 @@ def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]
     while place < len(words):
         word, after = words[place], words[place + 1 : place + 2]
         role, used = _role(word, roles), 1
-        if word in _NOT and after and (turned := _turned(_role(after[0], roles))):
+        if word in _NOT and after and (turned := _TURNED.get(_role(after[0], roles))):
             role, used = turned, 2
         elif word == "ground" and after == ["truth"]:
             role, used = MASK, 2
         elif role and after and after[0] in _FREE:
-            role, used = _turned(role) or role, 2
+            role, used = _TURNED.get(role, role), 2
         yield word, role
         place += used
         if role and place < len(words) and words[place].isdigit():
@@ -205,23 +206,18 @@ def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]
 
 
 def _role(word: str, roles: dict[str, str]) -> str:
-    if role := _known_role(word, roles):
-        return GOOD if word not in roles and word.endswith(_FREE) else role
-    for start in _GLUED_NOT:
-        if word.startswith(start) and (turned := _turned(_known_role(word[len(start) :], roles))):
-            return turned
+    """Role of a word, which may be joined from two: defectfree, unbroken."""
+    if word in roles:
+        return roles[word]
     for end in _FREE:
-        if word.endswith(end) and roles.get(word[: -len(end)]) == BAD:
+        if word.endswith(end) and _role(word.removesuffix(end), roles) == BAD:
             return GOOD
+    if _BAD_START.match(word):
+        return BAD
+    for start in _GLUED_NOT:
+        if word.startswith(start) and (turned := _TURNED.get(_role(word.removeprefix(start), roles))):
+            return turned
     return ""
-
-
-def _known_role(word: str, roles: dict[str, str]) -> str:
-    return roles.get(word, BAD if _BAD_START.match(word) else "")
-
-
-def _turned(role: str) -> str:
-    return {GOOD: BAD, BAD: GOOD}.get(role, "")
 
 
 @lru_cache(maxsize=1 << 14)

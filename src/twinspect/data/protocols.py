@@ -75,14 +75,11 @@ def is_semantic(samples: Iterable[Sample]) -> bool:
     return any(sample.split == TRAIN and sample.label is None for sample in samples)
 
 
-def default_protocol(samples: Sequence[Sample]) -> str:
-    """``multi-class`` for labelled sets, ``unified`` for semantic ones."""
-    return "unified" if is_semantic(samples) else "multi-class"
-
-
 def make_splits(samples: Sequence[Sample], protocol: str = "auto", seed: int = 0) -> list[Split]:
-    """Splits of a protocol by its name in ``PROTOCOLS``; ``auto`` chooses by the kind of set."""
-    name = default_protocol(samples) if protocol == "auto" else protocol
+    """Splits of a protocol of ``PROTOCOLS``; ``auto``: ``multi-class`` for labelled sets, ``unified`` for others."""
+    name = protocol
+    if protocol == "auto":
+        name = "unified" if is_semantic(samples) else "multi-class"
     if name not in PROTOCOLS:
         raise ConfigError(unknown_name("protocol", name, ["auto", *PROTOCOLS]))
     return _semantic(samples, name, seed) if name in _NORMAL else _industrial(samples, name, seed)

@@ -64,7 +64,7 @@ class ImageSet:
     def needed(self) -> str:
         """What must be in a folder, in words."""
         files = ", ".join(self.train + self.test)
-        containers = f"the files {files} (python or binary), train*.parquet and test*.parquet, or " if files else ""
+        containers = f"the files {files}, train*.parquet and test*.parquet, or " if files else ""
         return f"{containers}train/<class>/ and test/<class>/ of images"
 
     def looks_like(self, root: Folder) -> bool:
@@ -102,7 +102,7 @@ class ImageSet:
     def _official_files(self, root: Folder) -> list[tuple[str, Path]]:
         for place in (root, *root.folders):
             there = {path.name.lower(): path for path in place.files}
-            for suffix in ("", ".bin", ".gz"):
+            for suffix in ("", ".gz"):
                 named = [(TRAIN, stem + suffix) for stem in self.train] + [
                     (TEST, stem + suffix) for stem in self.test
                 ]

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinspect.data.names import BAD, GOOD, UNSORTED, meaning
 from twinspect.errors import DataError
 from twinspect.files import open_text, read_text
-from twinspect.types import CALIBRATION, TEST, TRAIN
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")  # of tables
 IMAGE_COLUMNS = ("img", "image")  # of Parquet files that hold encoded images
@@ -172,29 +170,6 @@ def _refuse_misread(row: Mapping[str | None, Any], separator: str, where: str) -
 def is_empty(cell: Any) -> bool:
     """Whether a cell holds nothing: also not-a-number, and what other tools write for it."""
     return cell is None or cell != cell or (isinstance(cell, str) and cell.strip().lower() in _NOTHING)
-
-
-def as_split(word: Any, where: str) -> str:
-    """Our name of a split from the word a list uses."""
-    split = meaning(str(word)).split
-    if not split:
-        raise DataError(f"{where}: split is {word!r}; accepted: {TRAIN}, {CALIBRATION} (or validation), {TEST}")
-    return split
-
-
-def as_label(value: Any, where: str) -> int | None:
-    """0, 1 or None from a cell: a number, its text, a word such as OK or NG (`names.meaning`), or empty."""
-    if is_empty(value):
-        return None
-    text = str(value).strip().lower()
-    if text in ("0", "1", "0.0", "1.0", "true", "false"):
-        return int(text in ("1", "1.0", "true"))
-    role = meaning(str(value)).role
-    if role not in (GOOD, BAD, UNSORTED):
-        raise DataError(
-            f"{where}: label is {value!r}; accepted: 0 or OK (normal), 1 or NG (anomaly), empty (unknown)"
-        )
-    return None if role == UNSORTED else int(role == BAD)
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A bundle to one exported file that proved itself: written aside, run beside torch, renamed when it agrees.
 
-Nothing half-written stays under the name asked for: every step happens in a folder beside it that goes away.
+Both runtimes see the same pixels. Gaps are relative to max(1, |reference|), for scores and for every value of the
+maps alike. Nothing half-written stays under the name asked for: every step happens in a folder beside it that goes
+away.
 """
 
 from __future__ import annotations
@@ -8,22 +10,35 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from twinspect._version import __version__
-from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError, unknown_name
-from twinspect.export.parity import Comparison, ParityError, Pixels, compare
+from twinspect.data.painting import damaged, part, spot
+from twinspect.decide.decision import Decision
+from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, unknown_name
 from twinspect.files import lock, refuse_unwritable
-from twinspect.inference.runtimes import ExportMeta, TorchRuntime, load_runtime, write_meta
+from twinspect.inference.decode import decode, expand
+from twinspect.inference.predictor import Runtime
+from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, write_meta
 from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
     from twinspect.bundle import Fitted
 
+Pixels = NDArray[np.uint8]
+Answers = Mapping[str, NDArray[Any]]
+_FEWEST = 32  # images that an export should be compared on
+_ROUNDING = 1e-4  # gap of two scores that are the same
+# Precision -> largest gap of the joint score, and of any map value. Ten bits of a teacher's features move the score
+# of real parts by up to 7 % at a rank correlation of 0.999.
+TOLERANCES = {"fp32": (_ROUNDING, 1e-3), "fp16": (0.1, 0.2)}
 # Precision -> what to do where an export of it does not agree with the model.
 _ADVICE = {
     "fp32": "Please report this with the versions that twinspect doctor prints",
@@ -34,6 +49,57 @@ _FORMATS = {
     ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
 }
+
+
+class ParityError(TwinspectError):
+    """An export does not say what the model says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An export beside its model.
+
+    Attributes:
+        images: compared.
+        synthetic: whether they were painted; their answers are not compared, as all are anomalies.
+        score_gap, map_gap: largest relative gaps.
+        changed: images that got another answer from the export than from the model, by more than rounding of their
+            scores.
+    """
+
+    images: int
+    synthetic: bool
+    score_gap: float
+    map_gap: float
+    changed: int
+
+    def problems(self, precision: str) -> list[str]:
+        """Why an export of this precision is refused; empty when it is accepted."""
+        problems = [self._answers()] if self.changed else []
+        gaps = (("scores", self.score_gap), ("map values", self.map_gap))
+        for (what, gap), limit in zip(gaps, TOLERANCES[precision], strict=True):
+            if not np.isfinite(gap):
+                problems.append(f"{what} are not finite, or of another shape")
+            elif gap > limit:
+                problems.append(f"{what} differ by up to {gap:.2g} (accepted {limit:g})")
+        return problems
+
+    def lines(self) -> Iterator[str]:
+        """What to say to people."""
+        kind = "painted images (give real ones with --images)" if self.synthetic else "images"
+        yield (
+            f"compared with torch on {self.images} {kind}: scores differ by up to {self.score_gap:.2g}, "
+            f"map values by {self.map_gap:.2g}"
+        )
+        if not self.synthetic:
+            yield self._answers()
+            if self.images < _FEWEST:
+                yield f"only {self.images} images were compared; {_FEWEST} or more say more"
+
+    def _answers(self) -> str:
+        if not self.changed:
+            return f"the answers for all {self.images} images are the same"
+        return f"the answers for {self.changed} of {self.images} images differ"
 
 
 def export(
@@ -50,7 +116,7 @@ def export(
         out: file to write, whose ending says the runtime: ``.onnx``, or ``.xml`` (with ``.bin``) for OpenVINO. The
             metadata are written beside it.
         precision: ``fp32``, or ``fp16`` for OpenVINO, with weights at half the size.
-        images: to compare on, of the model's size (`parity.load_images`), at least 32; without any some are painted.
+        images: to compare on, of the model's size (`load_images`), at least 32; without any some are painted.
         progress: called with (stage, done, total).
 
     Raises:
@@ -63,25 +129,22 @@ def export(
     refuse_unwritable(out, "--out")
     from twinspect.export import graph
 
-    def seal(checked: dict[str, Any]) -> None:
-        fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
-        write_meta(draft, ExportMeta(runtime, precision, fitted.model.size, *fixed, checked, __version__))
-
+    size = fitted.model.size
     try:
         with _drafts(out) as folder:
             draft = folder / out.name
             progress("exporting", 0, 1)
             graph.write(graph.to_onnx(fitted.model), draft, half=precision == "fp16")
             progress("exporting", 1, 1)
-            seal({})  # without metadata it cannot be loaded
-            reference, exported = TorchRuntime(fitted.model), load_runtime(draft)[0]
+            reference, exported = TorchRuntime(fitted.model), RUNTIMES[out.suffix](draft, size)
             comparison = compare(reference, exported, images, fitted.decision, progress)
             if problems := "; ".join(comparison.problems(precision)):
                 raise ParityError(
                     f"the {precision} export does not say what the model says: {problems}. Nothing was written. "
                     f"{_ADVICE[precision]}"
                 )
-            seal(asdict(comparison))
+            fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
+            write_meta(draft, ExportMeta(runtime, precision, size, *fixed, asdict(comparison), __version__))
             made = [part for part in folder.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
@@ -106,17 +169,12 @@ def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Compari
 
 
 def checked_runtime(out: Path, precision: str) -> str:
-    """The runtime that a file's ending says, which is there to compare with.
-
-    Raises:
-        ConfigError: another ending, or a precision that there is not.
-        TwinspectError: a package is missing.
-    """
+    """The runtime that a file's ending says, which is there to compare with. Raises as `export`."""
     runtime, needed = _FORMATS.get(out.suffix, ("", ()))
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
-    if precision not in _ADVICE:
-        raise ConfigError(unknown_name("precision", precision, _ADVICE))
+    if precision not in TOLERANCES:
+        raise ConfigError(unknown_name("precision", precision, TOLERANCES))
     if (runtime, precision) == ("onnx", "fp16"):
         raise ConfigError(f"--precision fp16 is written for OpenVINO only; type --out {out.stem}.xml")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
@@ -129,11 +187,7 @@ def checked_runtime(out: Path, precision: str) -> str:
 
 @contextmanager
 def _drafts(out: Path) -> Iterator[Path]:
-    """A folder for what is not accepted yet; one that a killed export left is emptied first.
-
-    Raises:
-        ConfigError: another export to the same file is at work.
-    """
+    """A folder for what is not accepted yet; one that a killed export left is emptied first."""
     folder = out.with_name(f".{out.name}.export")
     folder.mkdir(exist_ok=True)
     with lock(folder / "lock", f"another export to {out} is at work; wait for it, or choose another --out"):
@@ -144,3 +198,67 @@ def _drafts(out: Path) -> Iterator[Path]:
             yield drafts
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- side by side
+
+
+def compare(
+    reference: Runtime, exported: Runtime, images: Sequence[Pixels], decision: Decision, progress: Progress
+) -> Comparison:
+    """Run both on the same pixels, one image and three in turn.
+
+    ``images`` are uint8 RGB of the model's size; without any some are painted. ``decision`` judges both scores.
+    """
+    squares, place = images or painted(reference.size), 0
+    answers: list[tuple[Answers, Answers]] = []
+    while place < len(squares):
+        batch = np.stack(squares[place : place + (3 if len(answers) % 2 else 1)])
+        answers.append((reference.run(batch), exported.run(batch)))
+        place += len(batch)
+        progress("comparing with torch", place, len(squares))
+    a, b = (
+        {name: np.concatenate([answer[name] for answer in side]) for name in side[0]}
+        for side in zip(*answers, strict=True)
+    )
+    close = np.abs(a["score_B"] - b["score_B"]) <= _ROUNDING * np.maximum(1.0, np.abs(a["score_B"]))
+    alike = close & (a["cluster_B"] == b["cluster_B"])
+    judged = zip(_judged(a, decision), _judged(b, decision), alike, strict=True)
+    changed = sum(before != after and not rounded for before, after, rounded in judged) if images else 0
+    gaps = _gap(a["score_B"], b["score_B"]), _gap(a["map_B1HW"], b["map_B1HW"])
+    return Comparison(len(squares), not images, *gaps, changed)
+
+
+def _judged(out: Answers, decision: Decision) -> list[str]:
+    distance_B = out.get("cluster_distance_B", np.full(len(out["score_B"]), np.nan))
+    columns = (column.tolist() for column in (out["score_B"], out["cluster_B"], distance_B))
+    return [decision.judge(*row).answer for row in zip(*columns, strict=True)]
+
+
+def _gap(reference: NDArray[Any], exported: NDArray[Any]) -> float:
+    if reference.shape != exported.shape:
+        return float("inf")
+    gap = np.abs(reference - exported) / np.maximum(1.0, np.abs(reference))
+    return float(gap.max()) if np.isfinite(gap).all() else float("inf")
+
+
+def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
+    """Images (a path, folder, glob or list), spread evenly over their order when there are more than ``most``.
+
+    Raises:
+        DataError: none found, or one cannot be read.
+    """
+    items, squares = list(expand(source)), list[Pixels]()
+    for item in items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]:
+        image = decode(item, size)
+        if image.square is None:
+            raise DataError(image.error)
+        squares.append(image.square)
+    return squares
+
+
+def painted(size: int) -> list[Pixels]:
+    """Painted parts, for exports without any images at hand; every second one with a defect."""
+    rng = np.random.default_rng(0)
+    squares = [part(i, rng, size) for i in range(_FEWEST)]
+    return [damaged(square, [spot(rng, size)]) if i % 2 else square for i, square in enumerate(squares)]

@@ -7,15 +7,15 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
-from twinspect.errors import DataError
+from twinspect.errors import DataError, TwinspectError
 from twinspect.inference import stores
 from twinspect.inference.stores import is_url
+from twinspect.inference.video import VIDEOS, file_frames
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 MOST_BYTES = ImageLimits().max_bytes
@@ -73,28 +73,26 @@ class Stream:
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
-        from twinspect.inference.video import VIDEOS, file_frames
-
-        lower = self.path.lower()
+        lower, count = self.path.lower(), 0
         if lower.endswith(VIDEOS):
-            return file_frames(self.path)
-        if lower.endswith(".parquet"):
-            return self._with_damage(_cells(self.path), "table", "")
-        members = _zip_members(self.path) if lower.endswith(".zip") else _tar_members(self.path)
-        return self._with_damage(members, "archive", f" (looked for {suffixes()})")
-
-    def _with_damage(self, images: Iterator[Item], kind: str, sought: str) -> Iterator[Item]:
-        count = 0
+            images, kind, nothing = _frames(self.path), "video", "no frame of the video can be decoded"
+        elif lower.endswith(".parquet"):
+            images, kind, nothing = _cells(self.path), "table", "no image in the table"
+        else:
+            images = _zip_members(self.path) if lower.endswith(".zip") else _tar_members(self.path)
+            kind, nothing = "archive", f"no image in the archive (looked for {suffixes()})"
         try:
             for item in images:
                 count += 1
                 yield item
         except Exception as error:  # of the disk, the store, the unpacker or pyarrow
+            if isinstance(error, TwinspectError) and not isinstance(error, DataError):
+                raise  # a package is missing
             reason = f"damaged {kind} after {count} images ({error}); copy it again"
             yield Item(self.path, error=f"{self.path}: {reason}")
-            return
-        if not count:
-            yield Item(self.path, error=f"{self.path}: no image in the {kind}{sought}")
+        else:
+            if not count:
+                yield Item(self.path, error=f"{self.path}: {nothing}")
 
 
 def suffixes() -> str:
@@ -121,6 +119,10 @@ def image_column(path: str) -> tuple[str, bool]:
     if name := path_column(name for name, kind in columns.items() if "string" in kind):
         return name, False
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
+
+
+def _frames(path: str) -> Iterator[Item]:
+    return (Item(f"{path}#{number}", pixels=pixels) for number, pixels in file_frames(path))
 
 
 def _cells(path: str) -> Iterator[Item]:
@@ -169,8 +171,8 @@ def _zip_members(path: str) -> Iterator[Item]:
 
 
 def _refusal(name: str, size: int) -> str:
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts:
+    parts = name.replace("\\", "/").split("/")  # a Path would keep every name that it has seen
+    if (len(parts) > 1 and not parts[0]) or ".." in parts:
         return "the name leaves the archive; refused"
     return f"{size:,} bytes; an image file of that size is not read" if size > MOST_BYTES else ""
 

@@ -6,30 +6,39 @@ given. No torch import here: the light install runs it too.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain, count, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures
-from twinspect.errors import DataError
+from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
+from twinspect.errors import BundleError, ConfigError, DataError
+from twinspect.files import refuse_unwritable
 from twinspect.inference.archives import Item, Stream
+from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore, Place, digest
-from twinspect.inference.pictures import coco_line, save_pictures, write_coco
+from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
-from twinspect.inference.result import Result, counted
-from twinspect.inference.sources import walk_all, watch
+from twinspect.inference.result import Result, columns, counted
+from twinspect.inference.sources import walk_all, watch, would_find
 from twinspect.inference.stores import is_url
-from twinspect.inference.table import csv_header, encode, join, read_rows
+from twinspect.inference.table import FORMATS, encode, is_own, join, read_rows
 
 if TYPE_CHECKING:
     from twinspect.console import Console
 
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
+# Options that parts of one run must have in common, beside the model and the columns.
+_FIXED = ("class_name", "maps", "masks", "overlays", "overlay_format", "overlay_side", "submission", "coco")
 Skipped = Callable[[Part], None]  # told of a part that an earlier run had done
 Visit = Callable[[dict[str, Any]], None]  # told of a row
 
@@ -58,17 +67,15 @@ class Totals:
         """Whether a run has failed by --fail-on: ``error``: an image could not be read; ``anomaly``: or is one."""
         return bool(on) and (self.errors > 0 or (on == "anomaly" and self.bad > 0))
 
-    def add(self, part: Part, before: bool = False) -> None:
-        """Count a part."""
-        self.rows, self.bad, self.errors = self.rows + part.rows, self.bad + part.bad, self.errors + part.errors
-        self.before += part.rows if before else 0
+    def add(self, rows: int, bad: int, errors: int) -> None:
+        """Count images."""
+        self.rows, self.bad, self.errors = self.rows + rows, self.bad + bad, self.errors + errors
 
 
 # ----------------------------------------------------------------------------------------- the input, cut
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """What one worker is given at a time: listed images, or one archive or table of them; its number in the input."""
 
     number: int
@@ -92,20 +99,6 @@ def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
             yield Unit(next(number), content)
 
 
-def pending(units: Iterable[Unit], store: PartStore, skipped: Skipped) -> Iterator[Unit]:
-    """Units that are not finished. Parts of finished ones are checked against their source and told of."""
-    for unit in units:
-        done = store.of_unit(unit.number)
-        if not (done and done[-1].end):
-            yield unit
-            continue
-        source = unit.source
-        images = None if source else [item.identity for item in unit.images()]
-        for part in done:
-            store.check(part, source, images)
-            skipped(part)
-
-
 # -------------------------------------------------------------------------------------------- scoring it
 
 
@@ -124,51 +117,71 @@ class _Begun:
 
 
 class PartScorer:
-    """One loaded model with its decoders, which makes parts where the ``store`` knows none; to be closed."""
+    """Makes the parts that the ``store`` does not know, with a model that is loaded for the first; to be closed."""
 
     def __init__(self, job: Job, store: PartStore) -> None:
-        self.job, self.store, self.predictor = job, store, _loaded(job)
-        self.pool = self.predictor.pool(bool(job.pictures.overlays))
+        self.job, self.store = job, store
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The model."""
+        return _loaded(self.job)
+
+    @cached_property
+    def pool(self) -> DecodePool:
+        """Its decoders."""
+        return self.predictor.pool(bool(self.job.overlays))
 
     def close(self) -> None:
         """End the decoders."""
-        self.pool.__exit__()
+        if "pool" in self.__dict__:
+            self.pool.close()
 
     def parts(self, units: Iterable[Unit], skipped: Skipped) -> Iterator[Part]:
-        """Score units in order; a part is given when its rows are safely stored.
+        """Score units in order; a part is given when its rows are safely stored. ``skipped`` is told of the others.
 
         No batch holds images of two parts, so that a run that went on has the rows of one that was not killed.
         """
-        pictures = self.job.pictures
+        job = self.job
         listed = (pair for unit in units for pair in self._listed(unit, skipped))
-        for begun, images in groupby(self.pool.stream(listed), key=lambda pair: pair[0]):
+        first = next(listed, None)
+        if first is None:
+            return  # everything is there: the model need not be loaded
+        for begun, pairs in groupby(self.pool.stream(chain([first], listed)), key=lambda pair: pair[0]):
             rows, lines = list[dict[str, Any]](), list[bytes]()
-            results = self.predictor.score((image for _, image in images), pictures.wants_maps, self.job.class_name)
-            for number, result in enumerate(results, start=begun.sub * self.job.part_rows):
-                save_pictures(result, pictures, begun.unit, number)
+            images = (image for _, image in pairs)
+            results = self.predictor.score(images, job.wants_maps, job.class_name or None)
+            for number, result in enumerate(results, start=begun.sub * job.rows_of_a_part):
+                save_pictures(result, job, begun.unit, number)
                 rows.append(result.row())
-                lines += [coco_line(result)] if pictures.coco else []
+                lines += [coco_line(result)] if job.coco else []
             bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
             key, suffix = digest(begun.source, begun.images), self.store.suffix
             part = Part(begun.unit, begun.sub, len(rows), bad, errors, key, begun.end, suffix)
-            self.store.put(part, encode(rows, suffix), b"".join(lines) if pictures.coco else None)
+            self.store.put(part, encode(rows, suffix), b"".join(lines))
             yield part
 
     def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[_Begun, Item]]:
         """A unit's images with the part of each, without those of parts that are there."""
-        images, source, sub = unit.images(), unit.source, count()
+        source, done = unit.source, self.store.of_unit(unit.number)
+        if source and done and done[-1].end:  # an archive that was done to its end is not read again
+            for part in done:
+                self.store.check(part, source, None)
+                skipped(part)
+            return
+        images, sub = unit.images(), count()
         item = next(images, None)
         while item is not None:
-            part = _Begun(unit.number, next(sub), source)
-            known = self.store.known.get((part.unit, part.sub))
-            while item is not None and len(part.images) < self.job.part_rows:
-                part.images.append(item.identity)
+            begun = _Begun(unit.number, next(sub), source)
+            known = self.store.known.get((begun.unit, begun.sub))
+            while item is not None and len(begun.images) < self.job.rows_of_a_part:
+                begun.images.append(item.identity)
                 if known is None:
-                    yield part, item
+                    yield begun, item
                 item = next(images, None)
-            part.end = item is None
+            begun.end = item is None
             if known is not None:
-                self.store.check(known, source, part.images)
+                self.store.check(known, source, begun.images)
                 skipped(known)
 
 
@@ -176,51 +189,45 @@ def _loaded(job: Job) -> Predictor:
     from twinspect.inference.runtimes import load_predictor
 
     predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
-    predictor.decision.checked_class(job.class_name)
+    predictor.decision.checked_class(job.class_name or None)
     if job.decoders:
         predictor.workers, predictor.processes = job.decoders, True
     return predictor
 
 
-# Who scores units: told of the job, the store, the units, and whom to tell of parts that were there already.
-Engine = Callable[[Job, PartStore, Iterator[Unit], Skipped], Iterator[Part]]
-
-
-def local(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
-    """The engine that is this process."""
-    first = next(units, None)
-    if first is None:
-        return  # everything is there: the model need not be loaded
+def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
+    """Parts of units, scored in this process; ``skipped`` is told of those that were there already."""
     with closing(PartScorer(job, store)) as scorer:
-        yield from scorer.parts(chain([first], units), skipped)
+        yield from scorer.parts(units, skipped)
 
 
 # ------------------------------------------------------------------------------------- the whole command
 
 
-def run(job: Job, console: Console, engine: Engine | None = None, visit: Visit | None = None) -> Totals:
+def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     """The whole command: score what is not scored yet, make the table, say what came out.
 
     Args:
         job: what to run; it says what is wrong with its sources, model or outputs.
         console: told of progress and results.
-        engine: who scores the units; None is this process.
         visit: called with every row, once all are there where a table is written.
     """
+    job.check()
     totals = Totals()
     # An empty source is refused before the model is loaded.
     files = _counting_several(watch(*job.sources) if job.watch else walk_all(job.sources), totals)
-    job.check_outputs()
+    check_outputs(job)
     if not job.keeps_parts:
         _print(job, files, console, totals, visit)
         return totals
-    label = "" if job.shard[1] == 1 else f"-{job.shard[0]}-of-{job.shard[1]}"
-    store, settings = job.store(), job.settings()
+    number, of = job.share
+    label, store = "" if of == 1 else f"-{number}-of-{of}", store_of(job)
+    settings = _settings(job)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        seen = _keep_parts(job, store, files, console, engine or local, totals)
-        if job.pictures.coco:
-            write_coco(lambda: store.bodies(seen, aside=True), Path(job.pictures.coco))
+        seen = _keep_parts(job, store, files, console, totals)
+        if job.coco:
+            write_coco(lambda: store.coco_lines(seen), Path(job.coco))
         if job.is_folder:
             store.finish(label)
         else:
@@ -230,6 +237,68 @@ def run(job: Job, console: Console, engine: Engine | None = None, visit: Visit |
         for row in read_rows(Path(job.out)):
             visit(row)
     return totals
+
+
+def store_of(job: Job) -> PartStore:
+    """Where parts are kept: the folder itself, or one beside the file until it is whole."""
+    return PartStore(job.out, ".parquet") if job.is_folder else PartStore(f"{job.out}.parts", Path(job.out).suffix)
+
+
+def check_outputs(job: Job) -> None:
+    """Find out before the work whether all can be written, and that no picture comes to lie among the images.
+
+    A ConfigError where not, also where another program's file would be replaced.
+    """
+    if job.keeps_parts and not job.is_folder:
+        out = Path(job.out)
+        if out.suffix not in FORMATS:
+            accepted = f"accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
+            raise ConfigError(f"--out {out.name}: {accepted}")
+        if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+            raise ConfigError(f"--out {out.name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv")
+        refuse_unwritable(out, "--out", ours=is_own)
+    if job.coco:
+        refuse_unwritable(Path(job.coco), "--coco", ours=is_own_coco)
+    for option, place in places(job):
+        if not is_url(place):
+            refuse_unwritable(Path(place), option)
+        if is_image(place) and _reads_again(job.sources, place):
+            raise ConfigError(
+                f"{option} {os.path.dirname(place)}: images are read from there, and the next run would take "
+                f"these pictures for images; choose a folder outside of {', '.join(job.sources[:3])}"
+            )
+
+
+def _reads_again(sources: Iterable[str], place: str) -> bool:
+    """Whether the same command would read a picture that it has written; a shell expands globs to their files."""
+    like = (path for path in sources if is_image(path) and path.lower().endswith(Path(place).suffix))
+    beside = sum(Path(path).resolve().parent == Path(place).resolve().parent for path in like)
+    return beside > 1 or any(would_find(source, place) for source in sources)
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What parts of one run must have in common."""
+    return {
+        "model": _decision_digest(job.model),
+        "columns": " ".join(column.name for column in columns()),  # another version may have others
+        "part-rows": job.rows_of_a_part,
+        **{name.removesuffix("_name").replace("_", "-"): getattr(job, name) for name in _FIXED},
+    }
+
+
+def _decision_digest(path: Path) -> str:
+    """What identifies a model with its calibration, without building it."""
+    from twinspect.inference.runtimes import is_export, read_export
+
+    if is_export(path):
+        decision = read_export(path).decision
+    else:
+        try:
+            from twinspect.bundle import read_bundle
+        except ImportError:  # the light install has no bundles
+            raise BundleError(f"{path.name} is a bundle; this install runs exported models (.onnx) only") from None
+        decision = read_bundle(path).meta["decision"]
+    return hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
@@ -244,30 +313,34 @@ def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterato
 
 
 def _keep_parts(
-    job: Job, store: PartStore, files: Iterable[Item | Stream], console: Console, engine: Engine, totals: Totals
+    job: Job, store: PartStore, files: Iterable[Item | Stream], console: Console, totals: Totals
 ) -> set[Place]:
-    number, of = job.shard
+    number, of = job.share
     # The other shards' parts are not this one's to judge.
     store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
     seen = set[Place]()
 
     def skipped(part: Part) -> None:
         seen.add(part.place)
-        totals.add(part, before=True)
+        totals.add(part.rows, part.bad, part.errors)
+        totals.before += part.rows
 
-    mine = (unit for unit in units(files, job.part_rows) if unit.number % of == number)
+    engine = score
+    if job.engine == "ray":
+        from twinspect.inference.on_ray import score as engine
+    mine = (unit for unit in units(files, job.rows_of_a_part) if unit.number % of == number)
     if of == 1 and not any(map(is_url, job.sources)):
         threading.Thread(target=_count, args=(job.sources, totals), daemon=True).start()
-    for part in engine(job, store, pending(mine, store, skipped), skipped):
+    for part in engine(job, store, mine, skipped):
         store.known[part.place] = part
         seen.add(part.place)
-        totals.add(part)
+        totals.add(part.rows, part.bad, part.errors)
         console.progress(f"scoring  {totals.bad} anomalous", totals.rows, totals.expected)
     store.refuse_stale(seen)
     return seen
 
 
-def _count(sources: Sequence[str], totals: Totals) -> None:
+def _count(sources: Iterable[str], totals: Totals) -> None:
     """Count the images beside the work, for the time left; not those in archives, as that would be reading them."""
     images = 0
     with suppress(DataError):  # said by the run itself
@@ -279,19 +352,14 @@ def _count(sources: Sequence[str], totals: Totals) -> None:
 
 
 def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: Totals, visit: Visit | None) -> None:
-    predictor, pictures = _loaded(job), job.pictures
+    predictor = _loaded(job)
     images = chain.from_iterable(file.items() for file in files)
-    results = predictor.predict(images, pictures.wants_maps, bool(pictures.overlays), job.class_name, job.is_live)
-    if job.on_stdout == ".csv":
-        console.result(csv_header())
+    results = predictor.predict(images, job.wants_maps, bool(job.overlays), job.class_name or None, job.is_live)
     for number, result in enumerate(results):
-        save_pictures(result, pictures, 0, number)
-        totals.rows += 1
-        totals.bad += bool(result.is_anomaly)
-        totals.errors += bool(result.error)
+        save_pictures(result, job, 0, number)
+        totals.add(1, bool(result.is_anomaly), bool(result.error))
         row = result.row()
-        line = encode([row], job.on_stdout).decode().rstrip("\r\n") if job.on_stdout else say_result(result)
-        console.result(line)
+        console.result(encode([row], ".jsonl").decode().rstrip() if job.prints_rows else say_result(result))
         if visit is not None:
             visit(row)
         if job.is_endless and totals.fails(job.fail_on):
@@ -312,7 +380,7 @@ def say_result(result: Result) -> str:
 def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
-    where = f"; {out}" if out[:1] not in ("", "-") else ""
+    where = f"; {out}" if out not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     counts = f"{totals.bad} anomalous, {totals.errors} could not be read"
     return f"{counted(totals.rows, 'image')}{before}: {counts}{where}{several}"

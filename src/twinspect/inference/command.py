@@ -6,24 +6,30 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from twinspect._version import __version__
+from twinspect.config import flag_of
 from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_streams
+from twinspect.inference.job import Job
+
+# The options of `Job` that need nothing which this install lacks.
+_OFFERED = ("out", "class_name", "batch", "threads", "workers", "restart")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
     plain_streams()
     end_on_sigterm()
     try:
         with Console() as console:
-            if options.command == "predict":
-                return _predict(options, console)
+            if options.pop("command") == "predict":
+                return _predict(Job(**{**options, "sources": tuple(options["sources"])}), console)
             from twinspect.inference.runtimes import export_info
 
-            console.result(json.dumps(export_info(options.model), indent=1))
+            console.result(json.dumps(export_info(options["model"]), indent=1))
             return 0
     except SystemExit as stopped:
         return int(stopped.code or 0)
@@ -35,27 +41,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     predict = commands.add_parser("predict", help="score images")
     predict.add_argument("model", type=Path, help="exported model (.onnx)")
-    predict.add_argument("paths", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
-    predict.add_argument("-o", "--out", default="", help="table to write: .csv or .jsonl; - prints JSON lines")
-    predict.add_argument("--threads", type=int, default=0, help="threads of the runtime; 0 is its own choice")
-    predict.add_argument("--batch", type=int, default=0, help="images per call; 0 is 1")
-    predict.add_argument("--class", dest="class_name", default=None, help="class of all images")
-    predict.add_argument("--workers", type=int, default=-1, help="decoding processes; -1 is automatic, 0 is threads")
-    predict.add_argument("--restart", action="store_true", help="drop what an unfinished run left")
+    predict.add_argument("sources", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
+    for option in (option for option in fields(Job) if option.name in _OFFERED):
+        flags = ["-o"] * (option.name == "out") + [flag_of(option)]
+        shared = {"dest": option.name, "default": option.default, "help": option.metadata["help"]}
+        if isinstance(option.default, bool):
+            predict.add_argument(*flags, action="store_true", **shared)
+        else:
+            predict.add_argument(*flags, type=type(option.default), **shared)
     commands.add_parser("info", help="say what a model is").add_argument("model", type=Path)
     return parser
 
 
-def _predict(options: argparse.Namespace, console: Console) -> int:
+def _predict(job: Job, console: Console) -> int:
     from twinspect.inference.bulk import run, say_totals
-    from twinspect.inference.job import Job
 
-    job = Job(
-        str(options.model), tuple(options.paths), options.out, threads=options.threads, batch=options.batch,
-        class_name=options.class_name, workers=options.workers, restart=options.restart,
-    )  # fmt: skip
     totals = run(job, console)
-    (console.warn if job.on_stdout else console.say)(say_totals(totals, job.out))
+    (console.warn if job.prints_rows else console.say)(say_totals(totals, job.out))
     return NOTHING_SCORED if totals.nothing_scored else 0
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -21,11 +22,11 @@ from PIL import Image
 
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb
+from twinspect.data.manifest import path_column
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
-from twinspect.inference import sources
+from twinspect.inference import sources, stores
 from twinspect.inference.archives import Item
-from twinspect.inference.stores import read
 from twinspect.inference.tiles import Tiles, cut
 from twinspect.types import Sample
 
@@ -53,7 +54,7 @@ class Decoded(NamedTuple):
 
 
 class DecodePool:
-    """Decodes ahead and in order. A context; closing it ends its processes.
+    """Decodes ahead and in order; to be closed.
 
     Args:
         size, limits, pixels, tiles: as of `decode`.
@@ -72,7 +73,7 @@ class DecodePool:
         batch: int = 1,
         tiles: Tiles = (1, 1),
     ) -> None:
-        self._decode = partial(_decode_job, size=size, limits=limits, pixels=pixels, tiles=tiles)
+        self._decode = partial(_decode_all, size=size, limits=limits, pixels=pixels, tiles=tiles)
         self._workers, self._processes = workers, processes
         # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
         group = 4 if pixels else min(16, max(4, _JOB_BYTES // (3 * size * size)))
@@ -80,10 +81,8 @@ class DecodePool:
         self._ahead = max(2 * workers, -(-2 * batch // self._group))
         self._pool = self._started()
 
-    def __enter__(self) -> DecodePool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End its threads or processes."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def stream(self, tagged: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Decoded]]:
@@ -102,9 +101,8 @@ class DecodePool:
             yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
 
     def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
-        items = [item for _, item in job]
         try:
-            return self._pool.submit(self._decode, items)
+            return self._pool.submit(self._decode, [item for _, item in job])
         except BrokenExecutor as error:  # a job before this one killed its worker; whoever waits for it starts anew
             broken: Future[list[Decoded]] = Future()
             broken.set_exception(error)
@@ -126,16 +124,12 @@ class DecodePool:
     def _started(self) -> Executor:
         if not self._processes:
             return ThreadPoolExecutor(self._workers)
-        from multiprocessing import get_context
-
         # Not forked: a copy of a process that runs threads (torch, pyarrow) may hang.
         return ProcessPoolExecutor(self._workers, get_context("spawn"), initializer=_begin_worker)
 
 
 def _begin_worker() -> None:
     """In a new process: Ctrl-C is the parent's to handle, and a worker does not outlive a parent that was killed."""
-    from multiprocessing import parent_process
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -147,8 +141,8 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _decode_job(images: list[Any], size: int, limits: ImageLimits, pixels: bool, tiles: Tiles) -> list[Decoded]:
-    return [decode(image, size, limits, pixels, tiles) for image in images]
+def _decode_all(images: list[Any], **settings: Any) -> list[Decoded]:
+    return [decode(image, **settings) for image in images]
 
 
 def decode(
@@ -197,24 +191,34 @@ def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         raise ImageError(item.error)
     if item.data is not None:
         return item.data
-    return read(item.path, limits.max_bytes)
+    return stores.read(item.path, limits.max_bytes)
 
 
 # -------------------------------------------------------------------------------------------- what is given in Python
 
 
-def expand(source: Any) -> Iterator[Item]:
+def expand(source: Any, one_of_several: bool = False) -> Iterator[Item]:
     """The images that a source stands for, lazily and in fixed order.
 
     A source is a path, folder, glob, list, archive, table or URL, the bytes of an image file or an open one, an array
-    (of four dimensions: a stack of images), a PIL image, a `Sample`, or an iterable of these, which is taken apart.
-    Of several sources, a path without any image gives an item with an error, which becomes its row.
+    (of four dimensions: a stack of images), a PIL image, a `Sample`, a data frame with a column of paths, or an
+    iterable of these, which is taken apart. Of several sources, a path without any image gives an item with an error,
+    which becomes its row.
 
     Raises:
         DataError: nothing found behind the only path; the message says what was looked for.
         ImageError: something that holds no image, when it is reached.
     """
-    return _expanded(source, False)
+    if isinstance(source, (str, os.PathLike)):
+        return chain.from_iterable(file.items() for file in sources.walk(os.fsdecode(source), one_of_several))
+    many = _several(source)
+    if many is None:
+        return iter([as_item(source)])
+    if isinstance(many, (list, tuple)):
+        return chain.from_iterable(expand(inner, len(many) > 1) for inner in many)
+    # A copy of an array: a camera may write its next image into the same memory.
+    images = (np.array(as_array(inner)) if is_array(inner) else inner for inner in many)
+    return chain.from_iterable(expand(image, True) for image in images)
 
 
 def is_single(source: Any) -> bool:
@@ -227,7 +231,7 @@ def is_single(source: Any) -> bool:
 def is_live(source: Any) -> bool:
     """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
     if isinstance(source, (str, os.PathLike)):
-        return sources.is_live(source)
+        return stores.is_live(source)
     return not hasattr(source, "__len__") and _several(source) is not None
 
 
@@ -275,22 +279,16 @@ def as_item(image: Any) -> Item:
     return Item(name if isinstance(name, str) and name else kind, data=_content(image))
 
 
-def _expanded(source: Any, one_of_several: bool) -> Iterator[Item]:
-    if isinstance(source, (str, os.PathLike)):
-        files = (sources.among if one_of_several else sources.walk)(os.fsdecode(source))
-        return chain.from_iterable(file.items() for file in files)
-    many = _several(source)
-    if many is None:
-        return iter([as_item(source)])
-    if isinstance(many, (list, tuple)):
-        return chain.from_iterable(_expanded(inner, len(many) > 1) for inner in many)
-    # A copy of an array: a camera may write its next image into the same memory.
-    images = (np.array(as_array(inner)) if is_array(inner) else inner for inner in many)
-    return chain.from_iterable(_expanded(image, True) for image in images)
-
-
 def _several(source: Any) -> Iterable[Any] | None:
     """The parts of what holds several images, None for a single image; an ImageError where it holds none at all."""
+    if hasattr(source, "columns"):  # a data frame of pandas or polars
+        column = path_column(map(str, source.columns))
+        if not column:
+            raise ImageError(
+                f"{type(source).__name__} without a column of paths (such as image or path); give the column that "
+                "holds them: df['COLUMN']"
+            )
+        return list(source[column])
     if is_array(source):
         dimensions = source.ndim if hasattr(source, "ndim") else as_array(source).ndim
         names = dimensions == 1 and as_array(source).dtype.kind in "OUT"  # a column of paths

@@ -9,88 +9,70 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from twinspect.errors import TwinspectError, check_range
+from twinspect.errors import TwinspectError
 from twinspect.inference.bulk import PartScorer, Skipped, Unit
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part, PartStore
 
 
-@dataclass(frozen=True, slots=True)
-class RayEngine:
-    """Scores units in actors; `bulk.run` takes it as its engine.
+def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
+    """As `bulk.score`: parts as actors finish them, in any order; a TwinspectError where a unit failed for good."""
+    try:
+        import ray
+        import ray.util
+    except ImportError as error:
+        raise TwinspectError(
+            f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
+        ) from None
+    started = _connect(ray, job.ray_address)
+    try:
+        for part, known in _parts(ray, job, store, units):
+            if known:
+                skipped(part)
+            else:
+                yield part
+    except ray.exceptions.RayError as error:
+        raise TwinspectError(
+            f"the run on Ray stopped ({_reason(error)}); finished parts are kept, type the same command to go on"
+        ) from None
+    finally:
+        if started:
+            ray.shutdown()
 
-    Attributes:
-        actors: how many; 0 takes one a GPU if ``gpus`` is given, else one for every ``cpus`` CPUs of the cluster.
-        cpus: of an actor, for the model's threads and its decoders.
-        gpus: of an actor; a part of one lets several share it.
-        address: of a running cluster; empty takes ``RAY_ADDRESS``, or starts Ray on this machine.
-    """
 
-    actors: int = 0
-    cpus: float = 1.0
-    gpus: float = 0.0
-    address: str = ""
+def _connect(ray: Any, address: str) -> bool:
+    """Whether a cluster was joined or started here, and is ours to leave again."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
+    try:
+        ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise TwinspectError(f"Ray at {address} cannot be reached ({error})") from None
+    return True
 
-    def __post_init__(self) -> None:
-        check_range("--actors", self.actors, 0, 100_000)
-        check_range("--actor-cpus", self.cpus, 0.01, 1024)
-        check_range("--actor-gpus", self.gpus, 0, 64)
 
-    def __call__(self, job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
-        """Parts as actors finish them, in any order; a TwinspectError where a unit failed for good."""
-        try:
-            import ray
-            import ray.util
-        except ImportError as error:
-            raise TwinspectError(
-                f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
-            ) from None
-        started = self._connected(ray)
-        try:
-            for part, known in self._parts(ray, job, store, units):
-                if known:
-                    skipped(part)
-                else:
-                    yield part
-        except ray.exceptions.RayError as error:
-            raise TwinspectError(
-                f"the run on Ray stopped ({_reason(error)}); finished parts are kept, type the same command to go on"
-            ) from None
-        finally:
-            if started:
-                ray.shutdown()
-
-    def _connected(self, ray: Any) -> bool:
-        """Whether a cluster was joined or started here, and is ours to leave again."""
-        if ray.is_initialized():
-            return False
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
-        try:
-            ray.init(self.address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise TwinspectError(f"Ray at {self.address} cannot be reached ({error})") from None
-        return True
-
-    def _parts(self, ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
-        kind, each = ("GPU", self.gpus) if self.gpus else ("CPU", self.cpus)
-        fitting = max(1, int(ray.cluster_resources().get(kind, 0) / each))
-        first = list(islice(units, self.actors or fitting))
-        # An actor that is lost is started again, and does again what it was doing.
-        actor = ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=self.cpus, num_gpus=self.gpus)(_Actor)
-        arguments = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
-        pool = ray.util.ActorPool([actor.remote(*arguments) for _ in first])
-        for number, unit in enumerate(chain(first, units)):
-            if number >= 2 * len(first):  # the input is listed as it is needed
-                yield from pool.get_next_unordered()
-            pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number)), unit)
-        while pool.has_next():
+def _parts(ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
+    kind, each = ("GPU", job.actor_gpus) if job.actor_gpus else ("CPU", job.actor_cpus)
+    fitting = max(1, int(ray.cluster_resources().get(kind, 0) / each))
+    first = list(islice(units, job.actors or fitting))
+    # An actor that is lost is started again, and does again what it was doing.
+    limits = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": job.actor_cpus, "num_gpus": job.actor_gpus}
+    actor = ray.remote(**limits)(_Actor)
+    arguments = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
+    pool = ray.util.ActorPool([actor.remote(*arguments) for _ in first])
+    for number, unit in enumerate(chain(first, units)):
+        if number >= 2 * len(first):  # the input is listed as it is needed
             yield from pool.get_next_unordered()
+        pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number)), unit)
+    while pool.has_next():
+        yield from pool.get_next_unordered()
 
 
 class _Actor:

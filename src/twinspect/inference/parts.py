@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from twinspect import files
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, OutputError
 from twinspect.inference import stores
 
 _NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(-end)?(\.\w+)")
-_RUN, _LOCK = "_run.json", "_lock"  # readers of Parquet folders pass over names that begin with _
+_RUN, _LOCK, _COCO, _DONE = "_run.json", "_lock", "_coco-", "_SUCCESS"  # readers of Parquet folders pass over "_..."
 _MOST_BYTES = 1 << 40
 Place = tuple[int, int]
 
@@ -91,19 +91,17 @@ class PartStore:
         """
         if restart:
             self.clear()
-        names, now = stores.names(self.folder), json.dumps(dict(settings), indent=1, sort_keys=True)
+        names = stores.names(self.folder)
         if _RUN in names:
-            self._refuse_other(json.loads(self.read(_RUN)), json.loads(now))
+            before = json.loads(self._read(_RUN))
+            if other := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
+                raise ConfigError(
+                    f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the "
+                    "same command again to go on with it, --restart to drop it, or take another --out"
+                )
         else:
-            stores.put(self.folder, _RUN, now.encode())
+            stores.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
         self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
-
-    def _refuse_other(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        if other := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
-            raise ConfigError(
-                f"{self.folder} holds an unfinished or finished run with another {', '.join(other)}; type the same "
-                "command again to go on with it, --restart to drop it, or take another --out"
-            )
 
     def of_unit(self, unit: int) -> list[Part]:
         """Parts of a unit that are there; the last one says whether they are all."""
@@ -132,32 +130,35 @@ class PartStore:
                 "--restart to begin anew"
             )
 
-    def put(self, part: Part, body: bytes, aside: bytes | None = None) -> None:
-        """Keep a part for good; ``aside`` (lines for a COCO file) is kept before it, so that it is never missing."""
-        if aside is not None:
-            stores.put(self.folder, _aside(part.place), aside)
+    def put(self, part: Part, body: bytes, coco: bytes) -> None:
+        """Keep a part for good, and before it the lines of its COCO file if there are some."""
+        if coco:
+            stores.put(self.folder, _coco(part.place), coco)
         stores.put(self.folder, part.name, body)
 
-    def bodies(self, places: Iterable[Place], aside: bool = False) -> Iterator[bytes]:
-        """Contents of parts in the order of their places, or what was kept ``aside`` of them."""
-        return (self.read(_aside(place) if aside else self.known[place].name) for place in sorted(places))
+    def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
+        """Contents of parts in the order of their places."""
+        return (self._read(self.known[place].name) for place in sorted(places))
 
-    def read(self, name: str) -> bytes:
-        """Content of one file."""
+    def coco_lines(self, places: Iterable[Place]) -> Iterator[bytes]:
+        """What was kept for the COCO file, in the same order."""
+        return (self._read(_coco(place)) for place in sorted(places))
+
+    def _read(self, name: str) -> bytes:
         return stores.read(f"{self.folder.rstrip('/')}/{name}", _MOST_BYTES)
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
-        ours = (_RUN, stores.DRAFT, "_coco-", "_SUCCESS", *([_LOCK] if all_of_it else []))
+        ours = (_RUN, stores.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
         for name in stores.names(self.folder):
             if Part.of(name) is not None or name.startswith(ours):
                 stores.remove(self.folder, name)
-        if all_of_it and not stores.is_url(self.folder) and not any(Path(self.folder).iterdir()):
+        if all_of_it and not any(Path(self.folder).iterdir()):
             Path(self.folder).rmdir()
 
     def finish(self, label: str) -> None:
         """Leave a mark that everything is there, and sweep up drafts of killed runs."""
-        stores.put(self.folder, f"_SUCCESS{label}", b"")
+        stores.put(self.folder, f"{_DONE}{label}", b"")
         for name in stores.names(self.folder) if not label else ():
             if name.startswith(stores.DRAFT):
                 stores.remove(self.folder, name)
@@ -167,10 +168,10 @@ class PartStore:
         if stores.is_url(self.folder):
             return io.StringIO()
         if why := files.why_unwritable(Path(self.folder)):
-            raise TwinspectError(f"{self.folder} cannot be written ({why})")
+            raise OutputError(f"{self.folder} cannot be written ({why})")
         busy = f"another run is writing {self.folder} now; wait for it, or take another --out"
         return files.lock(Path(self.folder) / f"{_LOCK}{label}", busy)
 
 
-def _aside(place: Place) -> str:
-    return f"_coco-{place[0]:08d}-{place[1]:06d}.jsonl"
+def _coco(place: Place) -> str:
+    return f"{_COCO}{place[0]:08d}-{place[1]:06d}.jsonl"

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -14,63 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.errors import ConfigError, DataError, check_range
+from twinspect.errors import ConfigError, DataError
 from twinspect.files import replacing
 from twinspect.inference import stores
 from twinspect.inference.regions import connected, outlines, region_mask, strongest
 from twinspect.inference.table import as_text
 
 if TYPE_CHECKING:
+    from twinspect.inference.job import Job
     from twinspect.inference.result import Result
 
-OVERLAY_FORMATS = {"jpg": "JPEG", "png": "PNG"}
-MOST_SIDE = 65_000  # of a JPEG
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _COCO_HEAD = b'{"categories": [{"id": 1, "name": "anomaly"}], "images": ['
 _MVTEC_SPLIT = re.compile(r"test_(public|private|private_mixed)")
 
 
-@dataclass(frozen=True, slots=True)
-class PictureOptions:
-    """What to write beside the table; an empty folder name writes nothing.
-
-    Attributes:
-        maps: folder for raw maps in the image's own size (float16, as ``map`` of an ``.npz`` file).
-        masks: folder for PNG masks, 255 in the regions.
-        overlays: folder for pictures of the image under its map, with its regions and answer.
-        overlay_format, overlay_side: ``jpg`` or ``png``; their longest side in pixels, 0: the image's own.
-        submission: folder for MVTec AD 2's two trees of maps and masks.
-        coco: COCO file of all regions.
-    """
-
-    maps: str = ""
-    masks: str = ""
-    overlays: str = ""
-    submission: str = ""
-    coco: str = ""
-    overlay_format: str = "jpg"
-    overlay_side: int = 1600
-
-    def __post_init__(self) -> None:
-        if self.overlay_format not in OVERLAY_FORMATS:
-            raise ConfigError(f"--overlay-format {self.overlay_format}: accepted {' or '.join(OVERLAY_FORMATS)}")
-        check_range("--overlay-side", self.overlay_side, 0, MOST_SIDE)
-
-    def places(self) -> Iterator[tuple[str, str]]:
-        """The option of every folder that is written, with a file as it is written there."""
-        for name, file in (
-            ("maps", "a.npz"), ("masks", "a.png"), ("overlays", f"a.{self.overlay_format}"), ("submission", "a.tiff"),
-        ):  # fmt: skip
-            if folder := getattr(self, name):
-                yield f"--{name}", f"{folder.rstrip('/')}/{file}"
-
-    @property
-    def wants_maps(self) -> bool:
-        """Whether any of them needs the anomaly map."""
-        return any(self.places()) or bool(self.coco)
+def places(job: Job) -> Iterator[tuple[str, str]]:
+    """The option of every folder that is written, with a file as it is written there."""
+    for option, folder, file in (
+        ("--maps", job.maps, "a.npz"),
+        ("--masks", job.masks, "a.png"),
+        ("--overlays", job.overlays, f"a.{job.overlay_format}"),
+        ("--submission", job.submission, "a.tiff"),
+    ):
+        if folder:
+            yield option, f"{folder.rstrip('/')}/{file}"
 
 
-def save_pictures(result: Result, options: PictureOptions, unit: int, index: int) -> None:
+def save_pictures(result: Result, job: Job, unit: int, index: int) -> None:
     """Write an image's files and note their paths in the result.
 
     Names are ``UNIT-INDEX_STEM``, so that any name inside an archive is harmless and two equal names stay apart.
@@ -78,25 +48,25 @@ def save_pictures(result: Result, options: PictureOptions, unit: int, index: int
     if result.error:
         return
     stem = f"{unit:06d}-{index:06d}_{_UNSAFE.sub('_', PurePosixPath(result.path).stem)[:80]}"
-    if options.maps:
+    if job.maps:
         body = io.BytesIO()
         np.savez_compressed(body, map=_half(_map(result)))
-        result.map_path = _write(options.maps, f"{stem}.npz", body.getvalue())
-    if options.masks and result.grid is not None:
+        result.map_path = _write(job.maps, f"{stem}.npz", body.getvalue())
+    if job.masks and result.grid is not None:
         inside = region_mask(result.grid, (result.height, result.width), _threshold(result))
-        result.mask_path = _write(options.masks, f"{stem}.png", _mask_bytes(inside))
-    if options.submission:
+        result.mask_path = _write(job.masks, f"{stem}.png", _mask_bytes(inside))
+    if job.submission:
         import tifffile  # which the light install lacks, as it has no --submission
 
         place, heat, body = submission_place(result.path), _map(result), io.BytesIO()
         tifffile.imwrite(body, _half(heat))
-        result.map_path = _write(options.submission, f"anomaly_images/{place}.tiff", body.getvalue())
+        result.map_path = _write(job.submission, f"anomaly_images/{place}.tiff", body.getvalue())
         mask = _mask_bytes(heat >= _threshold(result))
-        result.mask_path = _write(options.submission, f"anomaly_images_thresholded/{place}.png", mask)
-    if options.overlays:
-        body, kind = io.BytesIO(), options.overlay_format
-        result.overlay(side=options.overlay_side).save(body, OVERLAY_FORMATS[kind], quality=90)
-        _write(options.overlays, f"{stem}.{kind}", body.getvalue())
+        result.mask_path = _write(job.submission, f"anomaly_images_thresholded/{place}.png", mask)
+    if job.overlays:
+        body, kind = io.BytesIO(), {"jpg": "JPEG", "png": "PNG"}[job.overlay_format]
+        result.overlay(side=job.overlay_side).save(body, kind, quality=90)
+        _write(job.overlays, f"{stem}.{job.overlay_format}", body.getvalue())
 
 
 def submission_place(path: str) -> str:
@@ -122,7 +92,7 @@ def _threshold(result: Result) -> float:
 
 def _map(result: Result) -> NDArray[np.float32]:
     heat = result.map
-    assert heat is not None, "`PictureOptions.wants_maps` asks for it"
+    assert heat is not None, "`Job.wants_maps` asks for it"
     return heat
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any, Protocol
 
@@ -20,12 +21,12 @@ from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
 from twinspect.errors import ImageError, check_range
+from twinspect.inference.archives import Item
 from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
+from twinspect.inference.job import MOST_BATCH, MOST_THREADS
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.tiles import joined
-
-MOST_BATCH, MOST_THREADS = 4096, 1024
 
 
 class Runtime(Protocol):
@@ -92,21 +93,14 @@ class Predictor:
         one_by_one = is_live(source) if live is None else live
         decoded = self._decoded(items, pixels, one_by_one)
         results = self.score(decoded, maps, class_name, 1 if one_by_one else self.batch)
-        return self._readable(results) if is_single(source) else results
+        return _readable(results) if is_single(source) else results
 
-    def _decoded(self, items: Iterator[Any], pixels: bool, one_by_one: bool) -> Iterator[Decoded]:
+    def _decoded(self, items: Iterator[Item], pixels: bool, one_by_one: bool) -> Iterator[Decoded]:
         if one_by_one:
             yield from (self.decode(item, pixels) for item in items)
             return
-        with self.pool(pixels) as pool:
+        with closing(self.pool(pixels)) as pool:
             yield from (image for _, image in pool.stream((None, item) for item in items))
-
-    @staticmethod
-    def _readable(results: Iterator[Result]) -> Iterator[Result]:
-        for result in results:
-            if result.error:
-                raise ImageError(result.error)
-            yield result
 
     def pool(self, pixels: bool) -> DecodePool:
         """What decodes ahead for `score`; ``pixels`` keeps whole images."""
@@ -173,6 +167,13 @@ class Predictor:
             result.threshold_region = threshold
             result.regions = find_regions(grid, shape, threshold, rule.peaks)
         return result
+
+
+def _readable(results: Iterator[Result]) -> Iterator[Result]:
+    for result in results:
+        if result.error:
+            raise ImageError(result.error)
+        yield result
 
 
 def check_counts(threads: int, batch: int) -> None:

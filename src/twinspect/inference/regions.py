@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,60 +59,55 @@ class Components(NamedTuple):
         box_R4: top, left, bottom, right of the smallest box; bottom and right are outside.
     """
 
-    label_HW: NDArray[np.int64]
+    label_HW: NDArray[np.int32]
     area_R: NDArray[np.int64]
     peak_R: NDArray[np.float64]
     box_R4: NDArray[np.int64]
 
-    def painted(self, value_R: NDArray[Any]) -> NDArray[Any]:
-        """An image in which every pixel of a region has the region's value, and all others 0."""
-        return np.concatenate([np.zeros(1, value_R.dtype), value_R])[self.label_HW]
+
+def components(mask_HW: Bools, values_HW: Map, threshold: float = -math.inf) -> Components:
+    """Regions of ``mask_HW`` whose highest value reaches a threshold, and what is known of each."""
+    pixel_P, region_P = _labelled(mask_HW)
+    peak_R = _highest(values_HW.ravel()[pixel_P], region_P)
+    high = peak_R >= threshold
+    number_R = np.cumsum(high) - 1
+    pixel_P, region_P = pixel_P[high[region_P]], number_R[region_P[high[region_P]]]
+    label_HW = np.zeros(mask_HW.shape, np.int32)
+    label_HW.ravel()[pixel_P] = region_P + 1
+    box_R4 = np.zeros((int(high.sum()), 4), np.int64)
+    box_R4[:, :2] = mask_HW.shape
+    for axis, place_P in enumerate(np.divmod(pixel_P, mask_HW.shape[1])):
+        np.minimum.at(box_R4[:, axis], region_P, place_P)
+        np.maximum.at(box_R4[:, axis + 2], region_P, place_P + 1)
+    return Components(label_HW, np.bincount(region_P, minlength=len(box_R4)), peak_R[high], box_R4)
 
 
-def components(mask_HW: Bools, values_HW: Map) -> Components:
-    """Regions of ``mask_HW`` and what is known of each."""
-    steps = np.diff(np.pad(mask_HW.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    row, start = np.nonzero(steps == 1)  # horizontal runs of pixels, in reading order
-    stop = np.nonzero(steps == -1)[1]
-    owner = _regions_of_runs(row, start, stop)
-    count = int(owner.max(initial=-1)) + 1
-    label_HW = np.zeros(mask_HW.shape, np.int64)
-    label_HW[mask_HW] = np.repeat(owner, stop - start) + 1
-    area, peak, box = np.zeros(count, np.int64), np.full(count, -np.inf), np.zeros((count, 4), np.int64)
-    box[:, :2] = mask_HW.shape
-    np.add.at(area, owner, stop - start)
-    if count:  # the highest value of every run, then of every region
-        begins = np.cumsum(stop - start) - (stop - start)
-        np.maximum.at(peak, owner, np.maximum.reduceat(values_HW[mask_HW], begins))
-    for place, (smaller, value) in enumerate(
-        ((np.minimum, row), (np.minimum, start), (np.maximum, row + 1), (np.maximum, stop))
-    ):
-        smaller.at(box[:, place], owner, value)
-    return Components(label_HW, area, peak, box)
+def _labelled(mask_HW: Bools) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pixels of a mask as places in the flat image, in reading order, and the region of each."""
+    width = mask_HW.shape[1] + 1  # a column without pixels keeps the end of a row from the start of the next
+    flat = np.pad(mask_HW, ((0, 0), (0, 1))).ravel()
+    edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=np.int8(0)))
+    start, stop = edges[::2], edges[1::2]  # horizontal runs of pixels
+    # Runs of the row above that touch a run, also by a corner, follow each other.
+    first, last = np.searchsorted(stop, start - width), np.searchsorted(start, stop - width, "right")
+    touching = np.maximum(last - first, 0)
+    below = np.repeat(np.arange(len(start)), touching)
+    above = np.arange(len(below)) + np.repeat(first - (np.cumsum(touching) - touching), touching)
+    root = np.arange(len(start))
+    while (root[below] != root[above]).any():
+        high, low = np.maximum(root[below], root[above]), np.minimum(root[below], root[above])
+        np.minimum.at(root, high, low)
+        while (root != root[root]).any():
+            root = root[root]
+    region = np.unique(root, return_inverse=True)[1]
+    pixels = np.flatnonzero(flat)
+    return pixels - pixels // width, np.repeat(region, stop - start)
 
 
-def _regions_of_runs(row: NDArray[Any], start: NDArray[Any], stop: NDArray[Any]) -> NDArray[np.int64]:
-    """Region number of every run: runs of neighbouring rows that touch, also by a corner, belong together."""
-    parent = list(range(len(row)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first_of_row = np.searchsorted(row, np.arange(int(row.max(initial=-1)) + 2))
-    for run, y in enumerate(row.tolist()):
-        if y == 0:
-            continue
-        above = slice(int(first_of_row[y - 1]), int(first_of_row[y]))
-        low = above.start + int(np.searchsorted(stop[above], start[run], side="left"))
-        high = above.start + int(np.searchsorted(start[above], stop[run], side="right"))
-        for touching in range(low, high):
-            a, b = root(run), root(touching)
-            parent[max(a, b)] = min(a, b)
-    roots = np.array([root(i) for i in range(len(row))], dtype=np.int64)
-    return np.asarray(np.unique(roots, return_inverse=True)[1], dtype=np.int64)
+def _highest(value_P: Map, region_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    peak_R = np.full(int(region_P.max(initial=-1)) + 1, -np.inf)
+    np.maximum.at(peak_R, region_P, value_P)
+    return peak_R
 
 
 def find_regions(grid: Map, shape: tuple[int, int], threshold: float, peaks: Floats) -> list[Region]:
@@ -157,16 +152,15 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     heat, level = _resized(grid, shape), float(np.median(grid))
     nearby = resize_map(_highest_nearby(grid), *heat.shape)
     wide = (heat >= level + OF_NEARBY * (nearby - level)) & (heat >= level + OF_PEAK * (threshold - level))
-    regions = components(wide, heat)
-    half = regions.painted(level + OF_PEAK * (regions.peak_R - level)).astype(np.float32)
-    inside = wide & (heat >= half)
-    core = components(heat >= threshold, heat)
-    lost = np.ones(len(core.peak_R) + 1, np.bool_)
-    lost[core.label_HW[inside]] = lost[0] = False
-    regions = components(inside | lost[core.label_HW], heat)
-    high = regions.peak_R >= threshold
-    label_HW = regions.painted(np.cumsum(high) * high)
-    return Components(label_HW, regions.area_R[high], regions.peak_R[high], regions.box_R4[high])
+    pixel_P, region_P = _labelled(wide)
+    value_P, inside = heat.ravel()[pixel_P], np.zeros(heat.size, np.bool_)
+    half_R = (level + OF_PEAK * (_highest(value_P, region_P) - level)).astype(np.float32)
+    inside[pixel_P[value_P >= half_R[region_P]]] = True
+    pixel_P, region_P = _labelled(heat >= threshold)
+    lost_R = np.ones(int(region_P.max(initial=-1)) + 1, np.bool_)
+    lost_R[region_P[inside[pixel_P]]] = False
+    inside[pixel_P[lost_R[region_P]]] = True
+    return components(inside.reshape(heat.shape), heat, threshold)
 
 
 def region_mask(grid: Map, shape: tuple[int, int], threshold: float) -> Bools:

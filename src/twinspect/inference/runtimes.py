@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
-Said = TypeVar("Said")
+Answer = TypeVar("Answer")
 _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
@@ -71,7 +70,7 @@ class TorchRuntime:
         parts = self.spread(self.call, pixels_BHWC)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def spread(self, call: Callable[[Pixels], Said], pixels_BHWC: Pixels) -> list[Said]:
+    def spread(self, call: Callable[[Pixels], Answer], pixels_BHWC: Pixels) -> list[Answer]:
         """What ``call`` says of the batch; on a CPU of each of its images, side by side with a share of the threads.
 
         Threads that share an image wait for each other hundreds of times, and beside another busy process each time
@@ -85,7 +84,7 @@ class TorchRuntime:
             if beside < 2:
                 return [call(pixels_BHWC)]
 
-            def alone(one_BHWC: Pixels) -> Said:
+            def alone(one_BHWC: Pixels) -> Answer:
                 self._torch.set_num_threads(threads // beside)
                 return call(one_BHWC)
 
@@ -102,26 +101,10 @@ class TorchRuntime:
         return {name: value.cpu().numpy() for name, value in out._asdict().items()}
 
 
-class _ExportRuntime(ABC):
-    """An exported file. A child loads it, and its ``call`` runs one batch."""
-
-    def __init__(self, meta: ExportMeta) -> None:
-        self.size = meta.size
-
-    @abstractmethod
-    def call(self, pixels_BHWC: Pixels) -> Answers:
-        """As `run`, in one call of the model."""
-
-    def run(self, pixels_BHWC: Pixels) -> Answers:
-        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
-        return self.call(check_pixels(pixels_BHWC, self.size))
-
-
-class OnnxRuntime(_ExportRuntime):
+class OnnxRuntime:
     """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
 
-    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
-        super().__init__(meta)
+    def __init__(self, path: Path, size: int, threads: int = 0) -> None:
         ort = required("onnxruntime", path)
         accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in accepted if name in ort.get_available_providers()]
@@ -132,7 +115,7 @@ class OnnxRuntime(_ExportRuntime):
                 f"{path}: ONNX Runtime {ort.__version__} cannot load it ({error}). Its operators may be newer "
                 "than this runtime; type: pip install --upgrade onnxruntime"
             ) from None
-        self.names = [output.name for output in self.session.get_outputs()]
+        self.size, self.names = size, [output.name for output in self.session.get_outputs()]
 
     @staticmethod
     def options(threads: int) -> Any:
@@ -146,16 +129,16 @@ class OnnxRuntime(_ExportRuntime):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def call(self, pixels_BHWC: Pixels) -> Answers:
-        """As `run`, in one call of the graph."""
-        return dict(zip(self.names, self.session.run(self.names, {"image": pixels_BHWC}), strict=True))
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        pixels = check_pixels(pixels_BHWC, self.size)
+        return dict(zip(self.names, self.session.run(self.names, {"image": pixels}), strict=True))
 
 
-class OpenVinoRuntime(_ExportRuntime):
+class OpenVinoRuntime:
     """An ``.xml`` + ``.bin`` pair on OpenVINO's CPU device."""
 
-    def __init__(self, path: Path, meta: ExportMeta, threads: int = 0) -> None:
-        super().__init__(meta)
+    def __init__(self, path: Path, size: int, threads: int = 0) -> None:
         ov = required("openvino", path)
         # Left alone OpenVINO computes in bf16 where the CPU can, and scores would no longer agree.
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -168,11 +151,11 @@ class OpenVinoRuntime(_ExportRuntime):
                 f"{path}: OpenVINO {ov.__version__} cannot load it ({error}); type: pip install --upgrade openvino"
             ) from None
         self.request = compiled.create_infer_request()
-        self.names = [output.any_name for output in compiled.outputs]
+        self.size, self.names = size, [output.any_name for output in compiled.outputs]
 
-    def call(self, pixels_BHWC: Pixels) -> Answers:
-        """As `run`, in one call of the graph."""
-        outputs = self.request.infer({0: pixels_BHWC})
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        outputs = self.request.infer({0: check_pixels(pixels_BHWC, self.size)})
         return {name: outputs[i].copy() for i, name in enumerate(self.names)}
 
 
@@ -205,6 +188,11 @@ def load_predictor(
     path = Path(path)
     check_counts(threads, batch)
     if is_export(path):
+        if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"--device {device}: accepted auto, cpu, cuda or cuda:1; an exported model runs on what its runtime "
+                "offers (a GPU with onnxruntime-gpu)"
+            )
         engine, meta = load_runtime(path, threads)
         return Predictor(engine, Decision.from_dict(meta.decision), batch or 1)
     share_cores()
@@ -219,7 +207,7 @@ def load_predictor(
 def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, ExportMeta]:
     """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
     meta = read_export(path)
-    return RUNTIMES[path.suffix](path, meta, threads), meta
+    return RUNTIMES[path.suffix](path, meta.size, threads), meta
 
 
 def required(package: str, path: Path) -> Any:

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from twinspect.errors import DataError
 from twinspect.files import open_text
 from twinspect.inference import stores
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
-from twinspect.inference.stores import is_url
+from twinspect.inference.stores import is_endless, is_url
 from twinspect.inference.table import TABLES, columns_of, read_rows
-from twinspect.inference.video import VIDEOS, is_endless, live_frames
+from twinspect.inference.video import RETRY_SECONDS, VIDEOS, Frame, live_frames, without_password
 
 _LOCAL = "file://"
 _DEEP = "**"  # of a glob: folders at any depth
@@ -34,48 +34,173 @@ _HOLDERS = (*ARCHIVES, *VIDEOS)
 OF_SEVERAL = (*_HOLDERS, *TABLES)  # endings of files that stand for more than one image
 _MEMBER = re.compile("|".join(re.escape(f"{ending}#") for ending in (*_HOLDERS, ".parquet")), re.IGNORECASE)
 _WATCH_SECONDS = 0.2  # between two looks into a watched folder
-STDIN = "@-"  # a list that others write while it is read
-Visited = set[tuple[int, int]]  # folders by device and inode
+Files = Iterator[Item | Stream]
 
 
-class NothingFound(DataError):
+class _NothingFound(DataError):
     """No image is behind a path, which says nothing about others given with it."""
 
 
-def walk(source: str | Path) -> Iterator[Item | Stream]:
-    """Images and streams of images behind one source, lazily; a DataError at once where nothing is found."""
+def walk(source: str | Path, one_of_several: bool = False) -> Files:
+    """Images and streams of images behind a source, lazily.
+
+    Where nothing is found: a DataError at once, or of one source of several an item with an error.
+    """
     text = str(source).removeprefix(_LOCAL)
     if "\0" in text:
         raise DataError(f"{text!r}: no path of this system (it holds a zero byte)")
+    try:
+        return _behind(text)
+    except _NothingFound as error:
+        if not one_of_several:
+            raise
+        return iter([Item(text, error=str(error))])
+
+
+def walk_all(sources: Iterable[str | Path]) -> Files:
+    """As `walk`, one source after the other."""
+    several = list(sources)
+    return chain.from_iterable([walk(source, len(several) > 1) for source in several])
+
+
+def _behind(text: str) -> Files:
     if is_endless(text):
-        return live_frames(text)
-    nothing = NothingFound(f"no image files in {text} (looked for {suffixes()})")
+        return _live(live_frames(text), without_password(text))
+    nothing = _NothingFound(f"no image files in {text} (looked for {suffixes()})")
     if is_url(text):
         return _first(_remote(text), nothing)
-    path = Path(text)
-    if os.path.isfile(path):  # unlike Path's own, false for a name that is too long
-        return _file(path)
-    if text and os.path.isdir(path):
-        return _first(_below(text, set()), nothing)
+    if os.path.isfile(text):
+        return _file(Path(text))
+    if os.path.isdir(text):
+        return _first(_below(text), nothing)
     if text.startswith("@"):
         return _list(Path(text[1:]))
     where = text or "an empty path"
     advice = f"nothing found at {where}: give an image, a folder, or a quoted glob such as 'new/*.png'"
-    return _first(_globbed(text), NothingFound(advice))
+    return _first(_globbed(text), _NothingFound(advice))
 
 
-def walk_all(sources: Iterable[str | Path]) -> Iterator[Item | Stream]:
-    """As `walk`, one source after the other.
+def _live(frames: Iterator[Frame | None], name: str) -> Files:
+    lost = f"{name}: gives no more frames; it is opened again every {RETRY_SECONDS:g} s"
+    return (Item(f"{name}#{f[0]}", pixels=f[1]) if f is not None else Item(name, error=lost) for f in frames)
 
-    Of several, one without any image stays in, so that its row can say so.
+
+def _first(files: Files, otherwise: DataError) -> Files:
+    """The same; an error at once where there are none."""
+    first = next(files, None)
+    if first is None:
+        raise otherwise
+    return chain([first], files)
+
+
+def _file(path: Path) -> Files:
+    return _table(path) if path.name.lower().endswith(TABLES) else iter([_whole(str(path))])
+
+
+def _whole(path: str, state: str = "") -> Item | Stream:
+    """A file that was named by whoever asks: by its ending one that holds images, or an image."""
+    return Stream(path) if path.lower().endswith(_HOLDERS) else Item(path, path, state=state)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _remote(url: str) -> Files:
+    is_folder, state = stores.status(url)
+    if is_folder:
+        yield from _below(url.rstrip("/"))
+    else:
+        yield Stream(url) if url.lower().endswith(".parquet") else _whole(url, state)
+
+
+def _below(folder: str) -> Files:
+    """Images and archives in a folder and those below."""
+    for path, state, trouble in _entries_below(folder, set()):
+        if is_image(path):
+            yield Item(path, path, state=state)
+        elif path.lower().endswith(ARCHIVES):
+            yield Stream(path)
+        elif trouble:
+            yield Item(path, error=f"{path}: {trouble}")
+
+
+def _entries_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, str, str]]:
+    """Files in a folder and those below, depth first, names sorted: path, `stores.state`, and what is wrong with it.
+
+    Nothing where a link leads back to a folder that was read; ``visited`` are those, by device and inode.
     """
-    several = list(sources)
-    return walk(several[0]) if len(several) == 1 else chain.from_iterable([among(source) for source in several])
+    try:
+        if is_url(folder):
+            entries = stores.entries(folder)
+        else:
+            status = os.stat(folder or os.curdir)
+            if (status.st_dev, status.st_ino) in visited:
+                return
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder or os.curdir) as listed:
+                entries = sorted((entry.name, _is_folder(entry), "") for entry in listed)
+    except OSError as error:
+        yield folder, "", f"the folder cannot be listed ({error.strerror or error})"
+        return
+    for name, is_folder, state in entries:
+        path = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
+        if is_hidden(name):
+            continue
+        if is_folder:
+            yield from _entries_below(path, visited)
+        else:
+            # By its name the link to a folder: of a disk that is not mounted?
+            lost = "." not in name and not is_url(folder) and not os.path.exists(path)
+            yield path, state, "a link to what is not there or may not be read" if lost else ""
 
 
-def is_live(source: object) -> bool:
-    """Whether images of a source may still be in the making, so that none is to be read ahead."""
-    return isinstance(source, str) and (source == STDIN or is_endless(source))
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of what a link leads to
+        return False
+
+
+def _globbed(pattern: str) -> Files:
+    pattern = pattern.replace(os.altsep or os.sep, os.sep)
+    typed = pattern.split(os.sep)
+    for name in sorted(set(_matches(typed)), key=lambda path: path.split(os.sep)):
+        passed_over = any(is_hidden(part) and part not in typed for part in name.split(os.sep)[:-1])
+        if not passed_over and not os.path.isdir(name):
+            yield from _file(Path(name))
+
+
+def _matches(typed: Sequence[str]) -> Iterator[str]:
+    """As `glob.iglob`, but ``**`` reads no folder twice, whatever links lead back to it."""
+    if _DEEP not in typed:
+        return globbing.iglob(os.sep.join(typed))
+    deep = typed.index(_DEEP)
+    tops = globbing.iglob(os.sep.join([*typed[:deep], ""])) if deep else [""]
+    return (
+        path
+        for top in tops
+        for path, _, trouble in _entries_below(top, set())
+        if not trouble and _fits(path[len(top) :].split(os.sep), typed[deep:])
+    )
+
+
+def _fits(names: Sequence[str], typed: Sequence[str]) -> bool:
+    if not typed or not names:
+        return not names and all(part == _DEEP for part in typed)
+    if typed[0] == _DEEP:
+        return _fits(names, typed[1:]) or _fits(names[1:], typed)
+    return fnmatch.fnmatchcase(names[0], typed[0]) and _fits(names[1:], typed[1:])
+
+
+def would_find(source: str, file: str) -> bool:
+    """Whether a source that is walked again would come upon a file that is written in the meantime."""
+    source, file = source.removeprefix(_LOCAL), file.removeprefix(_LOCAL)
+    if is_url(source) or is_url(file):
+        return file.startswith(source.rstrip("/") + "/")
+    place, origin = Path(file).resolve(), Path(source).resolve()
+    if origin.is_dir():
+        return place.is_relative_to(origin) and not any(map(is_hidden, place.relative_to(origin).parts))
+    return globbing.has_magic(source) and _fits(place.parts, origin.parts)
 
 
 def watch(*folders: str | Path) -> Iterator[Item]:
@@ -101,7 +226,7 @@ def _watched(folders: list[str]) -> Iterator[Item]:
     yielded, before = set[str](), set[str]()
     while True:
         began = time.monotonic()
-        now = {file.identity: file for folder in folders for file in _below(folder, set())}
+        now = {file.identity: file for folder in folders for file in _below(folder)}
         looked = time.monotonic() - began
         yielded &= now.keys()
         for identity, file in now.items():
@@ -112,136 +237,10 @@ def _watched(folders: list[str]) -> Iterator[Item]:
         time.sleep(max(_WATCH_SECONDS, 5 * looked))  # a folder of very many files costs a sixth of a core at most
 
 
-def among(source: str | Path) -> Iterator[Item | Stream]:
-    """As `walk`, for one source of several: an item with an error where nothing is behind it."""
-    text = str(source).removeprefix(_LOCAL)
-    if not (is_url(text) or text.startswith("@") or globbing.has_magic(text) or os.path.exists(text)):
-        return iter([Item(text, text)])
-    try:
-        return walk(source)
-    except NothingFound as error:
-        return iter([Item(text, error=str(error))])
-
-
-def would_find(source: str, file: str) -> bool:
-    """Whether a source that is walked again would come upon a file that is written in the meantime."""
-    source, file = source.removeprefix(_LOCAL), file.removeprefix(_LOCAL)
-    if is_url(source) or is_url(file):
-        return file.startswith(source.rstrip("/") + "/")
-    place, origin = Path(file).resolve(), Path(source).resolve()
-    if origin.is_dir():
-        return place.is_relative_to(origin) and not any(map(is_hidden, place.relative_to(origin).parts))
-    head, deep, _ = source.partition(_DEEP)
-    if deep and not globbing.has_magic(head):
-        return would_find(head or ".", file) and fnmatch.fnmatch(place.name, origin.name)
-    return globbing.has_magic(source) and place.match(str(origin))
-
-
-def _first(files: Iterator[Item | Stream], otherwise: DataError) -> Iterator[Item | Stream]:
-    """The same; an error at once where there are none."""
-    first = next(files, None)
-    if first is None:
-        raise otherwise
-    return chain([first], files)
-
-
-def _file(path: Path) -> Iterator[Item | Stream]:
-    return _table(path) if path.name.lower().endswith(TABLES) else iter([_whole(str(path))])
-
-
-def _whole(path: str, state: str = "") -> Item | Stream:
-    """A file that was named by whoever asks: by its ending one that holds images, or an image."""
-    return Stream(path) if path.lower().endswith(_HOLDERS) else Item(path, path, state=state)
-
-
-# ---------------------------------------------------------------------------------------------- folders
-
-
-def _remote(url: str) -> Iterator[Item | Stream]:
-    is_folder, state = stores.status(url)
-    if is_folder:
-        yield from _below(url.rstrip("/"), set())
-    else:
-        yield Stream(url) if url.lower().endswith(".parquet") else _whole(url, state)
-
-
-def _below(folder: str, visited: Visited) -> Iterator[Item | Stream]:
-    """Images and archives in a folder and those below, depth first, names sorted; see `_entries`."""
-    try:
-        entries = _entries(folder, visited)
-    except OSError as error:
-        yield Item(folder, error=f"{folder}: the folder cannot be listed ({error.strerror or error})")
-        return
-    for name, kind, state in entries:
-        path = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
-        if kind == "folder":
-            yield from _below(path, visited)
-        elif is_image(path):
-            yield Item(path, path, state=state)
-        elif path.lower().endswith(ARCHIVES):
-            yield Stream(path)
-        elif kind == "broken link" and "." not in name:  # by its name the link to a folder: of a disk not mounted?
-            yield Item(path, error=f"{path}: a link to what is not there or may not be read")
-
-
-def _entries(folder: str, visited: Visited) -> list[tuple[str, str, str]]:
-    """Names in a folder with kind and state, sorted; nothing where a link leads back to a folder that was read."""
-    if is_url(folder):
-        listed = stores.entries(folder)
-        return [(name, "folder" if deep else "file", state) for name, deep, state in listed if not is_hidden(name)]
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in visited:
-        return []
-    visited.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        return sorted((entry.name, _kind(entry), "") for entry in entries if not is_hidden(entry.name))
-
-
-def _kind(entry: os.DirEntry[str]) -> str:
-    try:
-        if entry.is_dir():
-            return "folder"
-        return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "file"
-    except OSError:  # of what a link leads to
-        return "broken link"
-
-
-def _globbed(pattern: str) -> Iterator[Item | Stream]:
-    pattern = pattern.replace(os.altsep or os.sep, os.sep)
-    typed = pattern.split(os.sep)
-    for name in sorted(set(_matches(pattern)), key=lambda path: path.split(os.sep)):
-        passed_over = any(is_hidden(part) and part not in typed for part in name.split(os.sep)[:-1])
-        if not passed_over and not os.path.isdir(name):
-            yield from _file(Path(name))
-
-
-def _matches(pattern: str) -> Iterator[str]:
-    """As `glob.iglob`, but ``**`` reads no folder twice, whatever links lead back to it."""
-    head, deep, tail = f"{os.sep}{pattern}".partition(f"{os.sep}{_DEEP}")
-    if not deep or tail[:1] not in ("", os.sep):
-        return globbing.iglob(pattern)
-    head, tail = head[1:] or (os.sep if pattern.startswith(os.sep) else ""), tail[1:] or "*"
-    folders = (inner for top in (_matches(head) if head else [""]) for inner in _folders(top, set()))
-    return (name for folder in folders for name in _matches(os.path.join(globbing.escape(folder), tail)))
-
-
-def _folders(top: str, visited: Visited) -> Iterator[str]:
-    before = len(visited)
-    try:
-        entries = _entries(top or os.curdir, visited)
-    except OSError:  # as glob passes over it
-        return
-    if len(visited) > before:
-        yield top
-    for name, kind, _ in entries:
-        if kind == "folder":
-            yield from _folders(os.path.join(top, name), visited)
-
-
 # ------------------------------------------------------------------------------------------------ lists
 
 
-def _list(path: Path) -> Iterator[Item | Stream]:
+def _list(path: Path) -> Files:
     """One image, archive, ``ARCHIVE#MEMBER`` or URL a line, relative to the list's folder; ``#`` begins a comment.
 
     A table with a column of images is read as one. ``-`` is standard input, whose lines are answered as they come.
@@ -255,7 +254,7 @@ def _list(path: Path) -> Iterator[Item | Stream]:
     return _first(_lines(path), DataError(f"{path}: the list holds no path"))
 
 
-def _lines(path: Path) -> Iterator[Item | Stream]:
+def _lines(path: Path) -> Files:
     with open_text(path, "surrogateescape") as file:
         for line in file:
             if line.strip("\n") and not line.startswith("#"):
@@ -283,7 +282,7 @@ def _spelled(folder: Path, line: str) -> str:
 # ----------------------------------------------------------------------------------------------- tables
 
 
-def _table(path: Path) -> Iterator[Item | Stream]:
+def _table(path: Path) -> Files:
     """Images of a manifest, or of a Parquet file that holds encoded images itself."""
     columns, is_parquet = columns_of(path), path.suffix.lower() == ".parquet"
     for _ in () if is_parquet else read_rows(path):  # a row that cannot be read is found before the work

@@ -14,18 +14,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinspect.errors import DataError, TwinspectError
+from twinspect.errors import DataError, OutputError, TwinspectError
 
 DRAFT = "_tmp-"  # how the names of files begin that are being written
 _PIECE = 1 << 22
 _OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "az://")  # show a file when it is complete; have no folders
 _CHANGED = ("mtime", "ETag", "last_modified", "LastModified", "updated", "created")  # what stores say of a change
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+CAMERA = "camera:"
+STDIN = "@-"  # a list that others write while it is read
+_ENDLESS = (CAMERA, "rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://")
 
 
 def is_url(text: str) -> bool:
     """Whether a text names a file by URL (``scheme://...``)."""
     return _SCHEME.match(text) is not None
+
+
+def is_endless(source: object) -> bool:
+    """Whether a source is a camera (``camera:0``) or a stream of video from the network."""
+    return isinstance(source, str) and source.lower().startswith(_ENDLESS)
+
+
+def is_live(source: object) -> bool:
+    """Whether images of a source may still be in the making, so that none is to be read ahead."""
+    return source == STDIN or is_endless(source)
 
 
 def status(url: str) -> tuple[bool, str]:
@@ -90,13 +103,13 @@ def read(path: str, most: int) -> bytes:
 
 
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
-    """Write a file whole: under its name it is complete or not there. A TwinspectError where it cannot be written.
+    """Write a file whole: under its name it is complete or not there. An OutputError where it cannot be written.
 
     The folder, a path or URL, is made. ``flushed`` means to the disk, so that it outlives a crash of the machine.
     """
     # Two workers may write the same file, one of them given up for lost: each draft has a name of its own.
     draft = f"{DRAFT}{uuid.uuid4().hex}"
-    with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", TwinspectError):
+    with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", OutputError):
         if not is_url(folder):
             _put_here(Path(folder), draft, name, body, flushed)
             return

@@ -34,11 +34,6 @@ def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
     return text.getvalue().encode("utf-8")
 
 
-def csv_header() -> str:
-    """First line of a CSV table, without its end."""
-    return ",".join(column.name for column in columns())
-
-
 def join(parts: Iterable[bytes], out: Path) -> None:
     """Parts to one file, a group at a time; the file appears under its name when it is whole."""
     with replacing(out) as file:
@@ -46,7 +41,7 @@ def join(parts: Iterable[bytes], out: Path) -> None:
             _join_parquet(parts, file)
             return
         if out.suffix == ".csv":
-            file.write(f"{csv_header()}\r\n".encode())
+            file.write((",".join(column.name for column in columns()) + "\r\n").encode())
         file.writelines(parts)
 
 

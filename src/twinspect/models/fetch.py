@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from twinspect.errors import ConfigError, WeightsError, unknown_name
+from twinspect.errors import ConfigError, WeightsError
 from twinspect.files import sha256_of
+from twinspect.models.teachers import architecture
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import (
     EMBEDDED,
-    SHORT_NAMES,
     find_weights,
     licence,
     record_file,
@@ -167,10 +167,7 @@ def repository(name: str) -> str:
     Raises:
         ConfigError: neither of them, or timm knows no file on the hub for it.
     """
-    arch = SHORT_NAMES.get(name, name)
-    if not timm.is_model(arch):
-        raise ConfigError(unknown_name("teacher", name, SHORT_NAMES) + ", or any timm name")
-    config = timm.get_pretrained_cfg(arch)
+    config = timm.get_pretrained_cfg(architecture(name))
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"timm knows no weights of {name} on the hub; pass a local file with --weights FILE")
     return str(config.hf_hub_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 from twinspect.errors import TwinspectError
 
@@ -12,9 +13,9 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
 class Refused(TwinspectError):
     """A request that is not answered as asked: HTTP's status, a code for programs, a message for people."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after_s: int = 0) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.status, self.code, self.headers = status, code, headers
 
 
 def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:

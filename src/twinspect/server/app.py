@@ -24,7 +24,7 @@ from twinspect.errors import unknown_name
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
 from twinspect.server import Refused, schema
-from twinspect.server.guard import Guard, refusal_answer
+from twinspect.server.guard import SOON, Guard
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
@@ -125,7 +125,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(service: Serving) -> dict[str, str]:
     """Requests are accepted."""
     if not service.ready:
-        raise Refused(503, "stopping", "the server is starting or stopping", 1)
+        raise Refused(503, "stopping", "the server is starting or stopping", SOON)
     return {"status": "ready"}
 
 
@@ -199,12 +199,10 @@ def build_app(
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, Refused):  # while FastAPI read a body
-        raise error.__cause__
     code, text = _CODES.get(error.status_code, "refused"), f"{request.url.path}: {error.detail}"
     if allowed := (error.headers or {}).get("Allow"):
         text = f"{request.method} {request.url.path}: accepted {allowed}"
-    return refusal_answer(Refused(error.status_code, code, text), request.state.request_id, error.headers)
+    raise Refused(error.status_code, code, text, error.headers)
 
 
 async def _invalid(_request: Request, error: Exception) -> Response:

@@ -14,7 +14,6 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -38,6 +37,8 @@ _HEADERS = {
     "x-frame-options": "DENY", "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }  # fmt: skip
+SOON = {"retry-after": "1"}
+_BEARER = {"www-authenticate": "Bearer"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 logger = logging.getLogger("twinspect.server")
@@ -80,17 +81,6 @@ class Metrics:
         self.log_errors = counter("twinspect_log_errors_total", "Decisions the log could not keep")
         self.reloads = counter("twinspect_reloads_total", "New versions of a bundle", ["bundle", "outcome"])
         self.drift = gauge("twinspect_drift_alarm", "1 after a drift alarm", ["bundle"])
-
-
-def refusal_answer(refused: Refused, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A refusal in the one shape that every error has."""
-    extra = dict(headers or {})
-    if refused.retry_after_s:
-        extra["retry-after"] = str(refused.retry_after_s)
-    if refused.status == 401:
-        extra["www-authenticate"] = "Bearer"
-    detail = {"code": refused.code, "message": str(refused), "request_id": request_id}
-    return JSONResponse({"error": detail}, refused.status, extra)
 
 
 class _Body:
@@ -147,7 +137,7 @@ class _Body:
                 413, "too_large", f"the request has more than {settings.max_body_mb:g} MB; send fewer images"
             )
         if self.guard.reserved + more > settings.max_memory_mb * _MEGABYTE:
-            raise Refused(429, "busy", "requests being answered take all the memory there is for them", 1)
+            raise Refused(429, "busy", "requests being answered take all the memory there is for them", SOON)
         self.reserved += more
         self.guard.reserved += more
 
@@ -198,7 +188,9 @@ class Guard:
         except Exception as error:
             refused = _refusal(error, request_id)
             if status == 499:
-                await refusal_answer(refused, request_id)(inner, receive, answer)
+                detail = {"code": refused.code, "message": str(refused), "request_id": request_id}
+                response = JSONResponse({"error": detail}, refused.status, refused.headers)
+                await response(inner, receive, answer)
         finally:
             self.reserved -= body.reserved
             seconds = time.perf_counter() - began
@@ -229,7 +221,7 @@ class Guard:
         key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Digests have one length, so that not even the key's length shows in the time this takes.
         if not hmac.compare_digest(hashlib.sha256(key.encode("latin-1", "replace")).digest(), self._key_hash):
-            raise Refused(401, "wrong_key", "no key or a wrong one; send it as: Authorization: Bearer KEY")
+            raise Refused(401, "wrong_key", "no key or a wrong one; send it as: Authorization: Bearer KEY", _BEARER)
 
 
 def _refusal(error: Exception, request_id: str) -> Refused:

@@ -43,11 +43,10 @@ if TYPE_CHECKING:
     LogRow = dict[str, Any]
     DriftAnswer = dict[str, Any]
 else:
-    RegionAnswer = TypedDict("RegionAnswer", get_type_hints(Region))
     # Kind of a result's column -> type of its value in JSON.
     _JSON = {
         "string": str, "double": float | None, "bool": bool | None, "int32": int, "int64": int,
-        "regions": list[RegionAnswer],
+        "regions": list[Region],
     }  # fmt: skip
     _COLUMNS = {
         "name" if column.name == "path" else column.name: Annotated[

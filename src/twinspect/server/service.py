@@ -31,7 +31,7 @@ from twinspect.inference.result import Result
 from twinspect.inference.stores import state
 from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
-from twinspect.server.guard import Metrics, logger, say
+from twinspect.server.guard import SOON, Metrics, logger, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
 from twinspect.server.schema import ModelAnswer, PredictAnswer
 from twinspect.server.settings import Settings
@@ -234,12 +234,12 @@ class Service:
     def _admit(self, bundle: str, images: int) -> Served:
         """The model asked for, if the queue has room."""
         if not self.ready:
-            raise Refused(503, "stopping", "the server is starting or stopping; try again", 1)
+            raise Refused(503, "stopping", "the server is starting or stopping; try again", SOON)
         served, limit, waiting = self.model(bundle), self.settings.queue, self._accepted
         if images > limit:
             raise Refused(413, "too_many", f"{images} images; the queue takes {limit} in all, send fewer")
         if waiting + images > limit:
-            wait = max(1, math.ceil(waiting * served.batcher.seconds_per_job))
+            wait = {"retry-after": str(max(1, math.ceil(waiting * served.batcher.seconds_per_job)))}
             raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", wait)
         return served
 
