@@ -45,13 +45,12 @@ from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.report import Report, Section, Table
-from twinspect.training.cache import image_key, pack, unpack
-from twinspect.training.copies import add_copies
+from twinspect.training.derived import add_copies
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import TrainReport, train
 from twinspect.training.normal import fit_scales, fit_statistics
-from twinspect.training.resume import take_over
-from twinspect.training.source import FeatureSource, cache_folder, observe, space_of
+from twinspect.training.source import FeatureSource, cache_folder, image_key, observe, pack, space_of, unpack
+from twinspect.training.update import take_over
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"

@@ -43,8 +43,7 @@ from twinspect.models.snl import RD_BETAS, ConvReverse
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.models.weights import SHORT_NAMES
 from twinspect.scoring import published_map
-from twinspect.training.loop import make_optimiser
-from twinspect.training.optim import StableAdamW
+from twinspect.training.loop import StableAdamW, make_optimiser
 
 Values = dict[str, Tensor]
 LIMIT = 1e-5

@@ -33,7 +33,7 @@ from twinspect.data import load
 from twinspect.data.samples import has_pixel_truth, read_sample_mask
 from twinspect.device import peak_mb
 from twinspect.metrics import auroc
-from twinspect.training.source import read_square
+from twinspect.training.derived import read_square
 from twinspect.types import TEST, TRAIN, Sample
 
 PEER = Path(__file__).with_name("peer_anomalib.py")

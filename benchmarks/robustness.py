@@ -23,7 +23,7 @@ from twinspect import Detector
 from twinspect.config import ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.data import load
 from twinspect.data.samples import read_sample_rgb
-from twinspect.training.copies import lit, packed, shifted
+from twinspect.training.derived import lit, packed, shifted
 from twinspect.types import TEST, TRAIN, Sample
 
 CHANGES: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {

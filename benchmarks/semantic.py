@@ -37,7 +37,7 @@ from twinspect.files import write_text
 from twinspect.metrics import auroc
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
-from twinspect.training.fit import sized
+from twinspect.training.fit import sized, usual_sides
 from twinspect.training.source import FeatureSource, cache_folder
 
 SETS = {"cifar10": ("cifar10", "cifar10"), "view": ("scenes", "view")}  # name -> folder, layout
@@ -145,7 +145,7 @@ def main() -> None:
             folder, layout = SETS[name]
             samples = limited(data_room.load(Path(args.data) / folder, layout).samples, args.limit)
             console.say(f"{name}: {len(samples):,} images")
-            own = replace(config, model=sized(config.model, create_teacher(args.teacher), samples))
+            own = replace(config, model=sized(config.model, create_teacher(args.teacher), usual_sides(samples)))
             embedded = pooled_embeddings(own, samples, console)
             for protocol in args.protocols:
                 entries += run_protocol(name, protocol, samples, embedded, args, own, done, console)

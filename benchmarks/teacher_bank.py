@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from twinspect.errors import ConfigError
 from twinspect.models.teachers import Teacher
-from twinspect.training.source import read_square
+from twinspect.training.derived import read_square
 from twinspect.types import Progress, Sample
 
 STAGES = (2, 3, 5, 7)  # of an EfficientNet: strides 4, 8, 16 and 32

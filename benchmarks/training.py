@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from twinspect.bundle import Fitted, load
 from twinspect.device import peak_mb
 from twinspect.errors import DataError
-from twinspect.training.loop import autocast, make_optimiser
-from twinspect.training.optim import StableAdamW
-from twinspect.training.source import FeatureSource, observe, read_square, teacher_batch
+from twinspect.training.derived import read_square
+from twinspect.training.loop import StableAdamW, autocast, make_optimiser
+from twinspect.training.source import FeatureSource, observe, teacher_batch
 from twinspect.types import TRAIN, Sample
 
 _FEWEST_STEPS, _MOST_STEPS = 3, 200

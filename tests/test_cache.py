@@ -14,10 +14,8 @@ from twinspect.bundle import build_model
 from twinspect.errors import DataError
 from twinspect.models.contract import Observed
 from twinspect.models.dual import DualModel
-from twinspect.training import cache as cache_module
 from twinspect.training import source as source_module
-from twinspect.training.cache import FeatureCache, KnownFiles, image_key, pack, unpack
-from twinspect.training.source import FeatureSource, cache_folder
+from twinspect.training.source import FeatureCache, FeatureSource, cache_folder, image_key, pack, unpack
 from twinspect.types import TRAIN, Sample, silent
 
 
@@ -159,11 +157,13 @@ def test_a_disk_that_fills_up_on_the_way_is_said_soon_and_leaves_no_half_file(
     assert len([file for file in (tmp_path / "cache").rglob("*") if file.is_file()]) == 120
 
 
-def test_too_large_a_cache_is_not_made() -> None:
+def test_too_large_a_cache_is_not_made(tmp_path: Path) -> None:
     model = model_of()
-    assert cache_folder(model, 10, 20.0) is not None
+    FeatureSource(model, samples_of(good_folder(tmp_path / "good", 1)), tmp_path / "cache", silent)
+    size = next((tmp_path / "cache").rglob("*.safetensors")).stat().st_size
+    assert cache_folder(model, 10, 10 * size / 1e9) is not None
+    assert cache_folder(model, 10, 9 * size / 1e9) is None
     assert cache_folder(model, 10, 0.0) is None
-    assert cache_folder(model, 10**9, 20.0) is None
 
 
 # ------------------------------------------------------------------------------------------- source
@@ -251,72 +251,6 @@ def test_second_run_shows_the_teacher_nothing(tmp_path: Path, monkeypatch: pytes
     assert counting.seen == 7
     plain = FeatureSource(model, samples_of(folder), None, silent)
     torch.testing.assert_close(source.batch([3])[0].tokens, plain.batch([3])[0].tokens, rtol=1e-3, atol=1e-3)
-
-
-def test_files_known_from_an_earlier_run_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, notes = good_folder(tmp_path / "good", 4), tmp_path / "notes"
-    (folder / "bad.png").write_text("not an image")
-    monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)  # these files were written this moment
-    model, read = model_of(), Reads(monkeypatch)
-    for root in (tmp_path / "cache", None):
-        first = FeatureSource(model, samples_of(folder), root, silent, notes)
-        read.names.clear()
-        again = FeatureSource(model, samples_of(folder), root, silent, notes)
-        assert again.keys == first.keys
-        assert [skipped.path.name for skipped in again.skipped] == ["bad.png"]
-        assert set(read.names) == {"bad.png"}  # what could not be read is tried again
-    save(folder / "002.png", picture(77))
-    changed = FeatureSource(model, samples_of(folder), tmp_path / "cache", silent, notes)
-    assert "002.png" in read.names
-    assert changed.keys[2] == image_key((folder / "002.png").read_bytes()) != first.keys[2]
-    assert changed.keys[:2] + changed.keys[3:] == first.keys[:2] + first.keys[3:]
-
-
-class Reads:
-    """Names of the files whose content was read whole, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        read = Path.read_bytes
-
-        def noted(path: Path) -> bytes:
-            if path.suffix == ".png":
-                self.names.append(path.name)
-            return read(path)
-
-        monkeypatch.setattr(Path, "read_bytes", noted)
-
-
-def test_a_file_of_this_moment_is_not_noted_and_damaged_notes_are_left_out(tmp_path: Path) -> None:
-    file = save(tmp_path / "a.png", picture(0))
-    fresh = KnownFiles(tmp_path / "notes")
-    fresh.note(file, file.stat(), b"k" * 16)
-    assert fresh.find(file) is None  # it may change again within one tick of the clock
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "_SETTLED_NS", -1)
-        fresh.note(file, file.stat(), b"k" * 16)
-    assert fresh.find(file) == b"k" * 16
-    fresh.save()
-    assert KnownFiles(tmp_path / "notes").find(file) == b"k" * 16
-    again = KnownFiles(tmp_path / "notes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "_SETTLED_NS", -1)
-        again.note(other := save(tmp_path / "b.png", picture(1)), other.stat(), b"m" * 16)
-    again.save()  # keeps what was noted before
-    assert [KnownFiles(tmp_path / "notes").find(one) for one in (file, other)] == [b"k" * 16, b"m" * 16]
-    notes = next((tmp_path / "notes").iterdir())
-    notes.write_bytes(b"x" + notes.read_bytes()[1:] + b"torn")
-    assert KnownFiles(tmp_path / "notes").find(file) is None
-    assert KnownFiles(tmp_path / "notes").find(tmp_path / "absent.png") is None
-
-
-def test_notes_that_cannot_be_written_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_SETTLED_NS", -1)
-    (tmp_path / "notes").write_text("a file in the place of the folder")
-    source = FeatureSource(
-        model_of(), samples_of(good_folder(tmp_path / "good", 2)), None, silent, tmp_path / "notes"
-    )
-    assert len(source) == 2
 
 
 def test_other_teacher_weights_and_sizes_have_their_own_features(tmp_path: Path) -> None:

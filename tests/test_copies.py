@@ -11,7 +11,7 @@ from tiny import picture, run_config, save, train_samples
 
 from twinspect import Detector
 from twinspect.commands.calibrate import threshold_section
-from twinspect.training.copies import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
+from twinspect.training.derived import FIXED, FREE, Copy, add_copies, find_pose, hardly_differ
 from twinspect.types import TRAIN, Sample
 
 BLACK = np.zeros((64, 64, 3), np.uint8)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from twinspect.training.optim import StableAdamW, schedule
+from twinspect.training.loop import StableAdamW, schedule
 
 
 def problem(seed: int = 0) -> tuple[torch.nn.Parameter, torch.Tensor]:

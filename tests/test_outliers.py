@@ -13,8 +13,7 @@ from tiny import run_config, save
 from twinspect import Detector, Sample
 from twinspect.commands.info import outlier_lines
 from twinspect.errors import ConfigError
-from twinspect.training.normal import GoodImages
-from twinspect.training.outcome import least_like
+from twinspect.training.outcome import GoodImages, least_like
 from twinspect.types import TRAIN
 
 BROKEN = (4, 17, 26)

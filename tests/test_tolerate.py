@@ -15,8 +15,7 @@ from twinspect.config import RunConfig
 from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.models.statistics import NearestImages, left_out
-from twinspect.training.copies import Copy, add_tolerated, lit, packed, shifted
-from twinspect.training.source import read_square, same_image
+from twinspect.training.derived import Copy, add_tolerated, lit, packed, read_square, same_image, shifted
 from twinspect.types import TRAIN, Sample
 
 

@@ -25,7 +25,7 @@ from tiny import (
 from twinspect import Detector
 from twinspect.bundle import Fitted
 from twinspect.config import RunConfig
-from twinspect.errors import ConfigError, DataError, TrainingError
+from twinspect.errors import ConfigError, DataError, OutputError, TrainingError
 from twinspect.models.contract import legal_size
 from twinspect.training.fit import fit
 from twinspect.types import silent
@@ -271,7 +271,7 @@ def test_no_steps_is_a_model_whose_students_say_nothing(parts: Path, tmp_path: P
 
 def test_work_folder_that_cannot_be_made(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(TrainingError, match=r"file/work cannot be made .*choose another --out or --work"):
+    with pytest.raises(OutputError, match=r"work/train.jsonl cannot be written .*choose another --out or --work"):
         run(parts, run_config(), tmp_path / "file" / "work")
 
 

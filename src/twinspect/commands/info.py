@@ -72,7 +72,7 @@ def _card(
 ) -> Report:
     """The model card; ``head`` is what only a bundle or only an export says."""
     learnt = len(decision.trained)  # `calibrate` changes what calibrates, not this
-    ids = hashlib.sha256("".join(decision.trained).encode()).hexdigest()[:16]  # they are sorted
+    ids = hashlib.sha256("".join(sorted(decision.trained)).encode()).hexdigest()[:16]
     thresholds, training, teacher = class_values(decision), record["training"], record["teacher"]
     values = {
         **head,

@@ -198,8 +198,7 @@ def create_teacher(
         WeightsError: weights not on disk (the message says the three ways to get them) or damaged.
     """
     name = resolve_auto() if name == "auto" else name
-    arch = SHORT_NAMES.get(name, name)
-    _refuse_unknown(arch)
+    arch = architecture(name)
     # Found before the network is built, which takes seconds for a large one.
     source = find_weights(name, Path(weights) if weights else None) if pretrained else None
     teacher = Teacher(name, arch)
@@ -212,20 +211,26 @@ def create_teacher(
     return teacher
 
 
-def _refuse_unknown(arch: str) -> None:
+def architecture(name: str) -> str:
+    """Timm's name of a network, from a short name or from timm's own.
+
+    Raises:
+        ConfigError: neither of them.
+    """
+    arch = SHORT_NAMES.get(name, name)
     if not timm.is_model(arch):
         names = [
             *difflib.get_close_matches(arch, ["auto", *SHORT_NAMES], n=3, cutoff=0.5),
             *difflib.get_close_matches(arch, timm.list_models(), n=2, cutoff=0.8),
         ]
-        hint = f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+        hint = f" Did you mean {' or '.join(repr(near) for near in names)}?" if names else ""
         raise ConfigError(
-            f"unknown teacher {arch!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
+            f"unknown teacher {name!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
         )
+    return arch
 
 
 def _create(arch: str, depth: float, img_size: int | None) -> tuple[Any, bool]:
-    _refuse_unknown(arch)
     module = timm.models.model_entrypoint(arch).__module__.rsplit(".", 1)[-1]
     is_vit = module in {"vision_transformer", "eva", "beit", "deit"}
     options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True} if is_vit else {}

@@ -163,25 +163,22 @@ def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
     """
     verify_record(source.path)
     state, target, file = read_state(source.path), net.state_dict(), source.path.name
-    if not (set(target) <= set(state) and all(target[key].shape == state[key].shape for key in target)):
+    if _unlike(target, state):
         if name not in EMBEDDED:
             state = _renamed(net, state, file)
         elif len(target) == len(state):  # the packages use other names for the same tensors in the same order
             state = dict(zip(target, state.values(), strict=True))
-        else:
-            raise WeightsError(f"{file}: {len(state)} tensors, expected {len(target)}; another network's file")
-    if missing := [key for key in target if key not in state]:
+    if wrong := _unlike(target, state):
         raise WeightsError(
-            f"{file} lacks {len(missing)} of {len(target)} tensors (first: {missing[0]}); "
-            f"it is a file of another network, or of a format that timm {version('timm')} does not know"
+            f"{file} is not a file of {name}: {len(wrong)} of {len(target)} tensors are not in it or have another "
+            f"shape (first: {wrong[0]}). It is a file of another network, or of a format that timm "
+            f"{version('timm')} does not know"
         )
-    for key, value in target.items():
-        if value.shape != state[key].shape:
-            raise WeightsError(
-                f"{file} is not a file of {name}: {key} has shape {tuple(state[key].shape)}, "
-                f"expected {tuple(value.shape)}"
-            )
     net.load_state_dict({key: state[key] for key in target})
+
+
+def _unlike(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, value in target.items() if key not in state or state[key].shape != value.shape]
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

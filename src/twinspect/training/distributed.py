@@ -78,37 +78,37 @@ class Group:
         if self.world == 1:
             return dict(values)
         row = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        self._guarded(lambda: dist.all_reduce(row))
+        with self._reaching_others():
+            dist.all_reduce(row)
         return dict(zip(values, (row / self.world).tolist(), strict=True))
-
-    def agree(self, flag: bool) -> bool:
-        """What rank 0 says, on every process: their clocks differ."""
-        return self.share(lambda: flag)
 
     def share(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0, on every process."""
         if self.world == 1:
             return make()
         held: list[Any] = [make() if self.leads else None]
-        self._guarded(lambda: dist.broadcast_object_list(held, src=0))
+        with self._reaching_others():
+            dist.broadcast_object_list(held, src=0)
         return cast(T, held[0])
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world > 1:
-            self._guarded(dist.barrier)
+            with self._reaching_others():
+                dist.barrier()
 
-    def refuse_difference(self, what: str, digest_here: str, count: int) -> None:
-        """Compare a digest of each process's data; where one differs from rank 0, all stop and name it."""
+    def refuse_difference(self, digest_here: str, count: int) -> None:
+        """Compare a digest of each process's images and settings; where one differs from rank 0, all stop."""
         if self.world == 1:
             return
         answers: list[Any] = [None] * self.world
-        self._guarded(lambda: dist.all_gather_object(answers, (digest_here, count)))
+        with self._reaching_others():
+            dist.all_gather_object(answers, (digest_here, count))
         first, images = answers[0]
         if other := [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != first]:
             raise TrainingError(
-                f"the processes do not have the same {what}: rank 0 has {images} images, different on rank "
-                f"{', '.join(other)}. Give every machine the same files, settings and version"
+                f"the processes do not have the same images or settings: rank 0 has {images} images, different on "
+                f"rank {', '.join(other)}. Give every machine the same files, settings and version"
             )
 
     @contextmanager
@@ -119,10 +119,9 @@ class Group:
             return
         student = model.student
         try:
-            model.student = nn.parallel.DistributedDataParallel(student, static_graph=True)
-            yield
-        except RuntimeError as error:
-            raise self._lost(error) from None
+            with self._reaching_others():
+                model.student = nn.parallel.DistributedDataParallel(student, static_graph=True)
+                yield
         finally:
             model.student = student
 
@@ -130,17 +129,15 @@ class Group:
         """A context in which a step's slice is treated as part of the whole batch."""
         return OneBatch(self) if self.world > 1 else nullcontext()
 
-    def _guarded(self, call: Callable[[], Any]) -> None:
+    @contextmanager
+    def _reaching_others(self) -> Iterator[None]:
         try:
-            call()
+            yield
         except RuntimeError as error:
-            raise self._lost(error) from None
-
-    def _lost(self, error: RuntimeError) -> TrainingError:
-        return TrainingError(
-            f"rank {self.rank} of {self.world}: the other processes cannot be reached any more "
-            f"({str(error).splitlines()[0][:200]}); the first error above says why. The last checkpoint is kept"
-        )
+            raise TrainingError(
+                f"rank {self.rank} of {self.world}: the other processes cannot be reached any more "
+                f"({str(error).splitlines()[0][:200]}); the first error above says why. The last checkpoint is kept"
+            ) from None
 
 
 ALONE = Group()
@@ -223,6 +220,10 @@ class OneBatch(TorchFunctionMode):
         dist.all_gather(parts, distance_BN.contiguous(), group=self.group.whole)
         return easy_limit(torch.cat(parts), share)
 
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over the processes, with gradients."""
+        return cast(Tensor, AllSum.apply(values, self.group.whole))  # type: ignore[no-untyped-call]
+
     def _batch_norm(
         self,
         x: Tensor,
@@ -239,13 +240,13 @@ class OneBatch(TorchFunctionMode):
         wide, axes = x.float(), [0, *range(2, x.dim())]
         count = self.group.world * x.numel() // x.shape[1]
         shape = (1, -1, *[1] * (x.dim() - 2))
-        mean = AllSum.apply(wide.sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        mean = self._sum(wide.sum(axes)) / count
         apart = wide - mean.view(shape)
-        variance = AllSum.apply(apart.square().sum(axes), self.group.whole) / count  # type: ignore[no-untyped-call]
+        variance = self._sum(apart.square().sum(axes)) / count
         with torch.no_grad():
             if running_mean is not None and running_var is not None:
                 running_mean.lerp_(mean.detach(), momentum)
                 running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), momentum)
         out = apart * (variance + eps).rsqrt().view(shape)
         out = out if weight is None else out * weight.view(shape)
-        return cast(Tensor, out if bias is None else out + bias.view(shape)).to(x.dtype)
+        return (out if bias is None else out + bias.view(shape)).to(x.dtype)

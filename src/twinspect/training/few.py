@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twinspect.models.contract import AnomalyModel
-from twinspect.training.copies import Copy
-from twinspect.training.normal import GoodImages, fit_statistics
+from twinspect.models.contract import AnomalyModel, Outputs
+from twinspect.training.derived import Copy
+from twinspect.training.normal import fit_statistics
+from twinspect.training.outcome import GoodImages
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress, silent
-
-_Classes = list[list[list[int]]]  # of every class for each image the positions of the image and its copies
 
 
 @torch.no_grad()
@@ -33,65 +32,58 @@ def fit_few(
     progress: Progress,
     students: bool,
 ) -> GoodImages:
-    """`fit_statistics`, with classes of a few images (``few``) calibrated on images left out.
+    """`fit_statistics` of all images of a source, with classes of a few (``few``) calibrated on images left out.
 
     Copies count for no threshold.
     """
-    classes = _by_image(source, [i for i in train_at if source.samples[i].class_name in few])
-    seen = _left_out(model, source, classes, seed, progress)
+    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i in train_at:
+        sample = source.samples[i]
+        if sample.class_name in few:
+            by_class[sample.class_name][sample.image, sample.record].append(i)
+    classes = [list(images.values()) for images in by_class.values()]  # of each for every image: it and its copies
+    away, outs = _left_out(model, source, classes, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)
     if not classes:
         return good
-    place_of = {i: place for place, i in enumerate(sorted([*train_at, *held_at]))}
-    readings_nR, counted_n = good.readings_nR.clone(), good.counted_n.clone()
+    readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
     local, semantic = model.scorer.student_readings
     theirs = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own stay as they are
     theirs[:local] = theirs[model.scorer.local_count : model.scorer.local_count + semantic] = False
-    peak_n, distance_n = good.peak_n.clone(), good.distance_n.clone()
-    for i, (reading_R, peak, distance) in seen.items():
-        readings_nR[place_of[i], theirs] = reading_R[theirs]
-        peak_n[place_of[i]], distance_n[place_of[i]] = peak, distance
-    columns = (readings_nR, good.cluster_n, torch.ones_like(counted_n))
-    score_n = model.scorer.calibrate(*(column.to(model.device) for column in columns))[0].cpu()
-    for members in classes:
-        for i in (i for copies in members for i in copies):
+    for out in outs:
+        here, away = away[: len(out.score_B)], away[len(out.score_B) :]
+        readings_nR[here] = torch.where(theirs, out.readings_BR.cpu(), readings_nR[here])
+        peak_n[here] = out.map_B1HW.amax((1, 2, 3)).cpu()
+        distance_n[here] = out.cluster_distance_B.cpu()
+    columns = (readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
+    score_n: Tensor = model.scorer.calibrate(*(column.to(model.device) for column in columns))[0].cpu()
+    counted_n = good.counted_n.clone()
+    for images in classes:
+        for i in (i for copies in images for i in copies):
             sample = source.samples[i]
-            counted_n[place_of[i]] &= not isinstance(sample, Copy) or sample.tolerated
-        if len(members) == 1:
-            together = [place_of[i] for i in members[0]]
+            counted_n[i] &= not isinstance(sample, Copy) or sample.tolerated
+        if len(images) == 1:
             for column in (score_n, peak_n, distance_n):
-                column[together] = column[together].amax()
+                column[images[0]] = column[images[0]].amax()
     return good._replace(
         score_n=score_n, peak_n=peak_n, distance_n=distance_n, counted_n=counted_n, readings_nR=readings_nR
     )
 
 
-def _by_image(source: FeatureSource, positions: Sequence[int]) -> _Classes:
-    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i in positions:
-        sample = source.samples[i]
-        by_class[sample.class_name][sample.image, sample.record].append(i)
-    return [list(images.values()) for images in by_class.values()]
-
-
 def _left_out(
-    model: AnomalyModel, source: FeatureSource, classes: _Classes, seed: int, progress: Progress
-) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Position -> raw readings, peak and distance by statistics that saw neither the image nor its copies."""
-    answers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    several = [members for members in classes if len(members) > 1]
-    everything = {i for members in classes for copies in members for i in copies}
-    turns = max((len(members) for members in several), default=0)
+    model: AnomalyModel, source: FeatureSource, classes: list[list[list[int]]], seed: int, progress: Progress
+) -> tuple[list[int], list[Outputs]]:
+    """Positions of images and copies, and what is said of them in batches by statistics that saw neither."""
+    several = [images for images in classes if len(images) > 1]
+    everything = {i for images in classes for copies in images for i in copies}
+    turns, gone, outs = max((len(images) for images in several), default=0), list[int](), list[Outputs]()
     for turn in range(turns):
         progress("leaving images out", turn + 1, turns)
-        away = [i for members in several for copies in members[turn : turn + 1] for i in copies]
+        away = [i for images in several for copies in images[turn : turn + 1] for i in copies]
         fit_statistics(model, source, sorted(everything - set(away)), [], seed, silent, students=False, divide=False)
         model.scorer.asks_students = False
-        outs = [model.score(*batch) for batch in source.batches(away)]
+        outs += [model.score(*batch) for batch in source.batches(away)]
         model.scorer.asks_students = True
-        readings = torch.cat([out.readings_BR for out in outs]).cpu()
-        peaks = torch.cat([out.map_B1HW.amax((1, 2, 3)) for out in outs]).cpu()
-        distances = torch.cat([out.cluster_distance_B for out in outs]).cpu()
-        answers.update(zip(away, zip(readings, peaks, distances, strict=True), strict=True))
-    return answers
+        gone += away
+    return gone, outs

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,56 +24,49 @@ from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError
+from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.teachers import Teacher
-from twinspect.training.copies import add_copies, add_tolerated, few_classes
+from twinspect.training.derived import add_copies, add_tolerated, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.few import fit_few
 from twinspect.training.loop import train
 from twinspect.training.normal import fit_scales
 from twinspect.training.outcome import LISTED, outcome_of
-from twinspect.training.resume import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.training.source import FeatureSource, cache_folder, features_folder, in_tiles
+from twinspect.training.resume import LOG
+from twinspect.training.source import FeatureSource, cache_folder
+from twinspect.training.update import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
 _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are shown at; how far they are enlarged
 _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --tiles auto
-_MEASURED, _SIZED_BY = 8, 32  # images whose sides are read off, for tiles and for the input side
+_MEASURED = 32  # images whose sides are read off, for tiles and for the input side
 
 
-def sides_of(samples: Sequence[Sample], most: int) -> list[tuple[int, int]]:
-    """Height and width in pixels of about so many images, spread over all; those that cannot be read are left out."""
+def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Median height and width of some pictures in pixels; (0, 0) where none of them can be read."""
     sides = []
-    for sample in samples[:: max(1, len(samples) // most)]:
+    for sample in samples[:: max(1, len(samples) // _MEASURED)]:
         with suppress(DataError, OSError):  # reported when all images are read
             whole = read_sized_rgb(sample.image, draft_side=1)[1] if sample.in_file else read_sample_rgb(sample).shape
             sides.append((whole[0], whole[1]))
-    return sides
+    height, width = np.median(sides, axis=0) if sides else (0, 0)
+    return int(height), int(width)
 
 
-def sized(config: ModelConfig, teacher: Teacher, samples: Sequence[Sample]) -> ModelConfig:
+def sized(config: ModelConfig, teacher: Teacher, sides: tuple[int, int]) -> ModelConfig:
     """The configuration with a smaller input side where none was asked for and the images are small.
 
     Pixels that an image does not have say nothing and cost time; a thumbnail that is enlarged too far is a blur to a
     teacher that was trained on photographs.
     """
-    if config.size or teacher.is_vit:
+    if config.size or teacher.is_vit or not 0 < max(sides) <= _SMALL_IMAGE:
         return config
-    sides = [max(height, width) for height, width in sides_of(samples, _SIZED_BY)]
-    if not sides or np.median(sides) > _SMALL_IMAGE:
-        return config
-    side = 32 * round(_ENLARGED * float(np.median(sides)) / 32)
+    side = 32 * round(_ENLARGED * max(sides) / 32)
     return replace(config, size=min(_LARGEST, max(_SMALLEST, side)))
-
-
-def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
-    """Median height and width of some pictures in pixels; (0, 0) where none of them can be read."""
-    sides = sides_of(samples, _MEASURED)
-    height, width = np.median(sides, axis=0) if sides else (0, 0)
-    return int(height), int(width)
 
 
 def fitting_tiles(sides: tuple[int, int], size: int) -> Tiles:
@@ -109,33 +103,39 @@ def fit(
 
     Raises:
         DataError: too few usable images (the message lists what was skipped), or old classes are missing.
-        TrainingError: a loss that is not finite, a checkpoint of another run, or no place for one; of several
-            processes, one that is gone or has other images.
+        OutputError: no place for checkpoint and log.
+        TrainingError: a loss that is not finite, or a checkpoint of another run; of several processes, one that is
+            gone or has other images.
 
     Under ``torchrun`` the processes share every batch and all return the same model; see `training.distributed`.
     """
     group = joined(config.train.device)
+    progress = progress if group.leads else silent
     if resume is not None:
         if resume.config.model.tiles:
             raise ConfigError("a model that sees tiles cannot be gone on from; train it anew on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
-    progress, dropped = progress if group.leads else silent, []
     with in_fp32(group.device.type):
-        if count := config.train.drop_outliers:  # a model without students tells
-            good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
-            if 3 * count > good:
-                raise ConfigError(
-                    f"--drop-outliers {count}: at most a third of the {good} good images can be left out"
-                )
-            quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-            listed = _fitted(samples, quick, None, progress, None, group, roi, count).record["least_like"]
-            dropped = list(listed[:count])
+        dropped = _outliers(samples, config, progress, group, roi) if config.train.drop_outliers else []
         paths = {row["path"] for row in dropped}
         rest = [s for s in samples if s.name not in paths]
         fitted = _fitted(rest, config, work, progress, resume, group, roi)
     fitted.record["dropped"] = dropped
     return fitted
+
+
+def _outliers(
+    samples: Sequence[Sample], config: RunConfig, progress: Progress, group: Group, roi: NDArray[np.bool_] | None
+) -> list[dict[str, Any]]:
+    """Good images that are to be left out, as a model without students tells."""
+    count = config.train.drop_outliers
+    good = sum(s.split in (TRAIN, CALIBRATION) and s.label in (0, None) for s in samples)
+    if 3 * count > good:
+        raise ConfigError(f"--drop-outliers {count}: at most a third of the {good} good images can be left out")
+    quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
+    fitted = _fitted(samples, quick, None, progress, None, group, roi, count)
+    return list(fitted.record["least_like"][:count])
 
 
 def _fitted(
@@ -155,7 +155,7 @@ def _fitted(
         config = replace(config, train=replace(config.train, steps=0))
     torch.manual_seed(config.train.seed)
     sides = usual_sides(training)
-    model, config, tiles = _model(config, training, sides, resume, roi, group)
+    model, config, tiles = _model(config, sides, resume, roi, group)
     training, held_out = in_tiles(training, tiles), in_tiles(held_out, tiles)
     source = _source(model, [*training, *held_out], config.train.cache_gb, progress, group)
     apart = set(held_out)
@@ -171,10 +171,10 @@ def _fitted(
     else:
         fit_scales(model, source, train_at, config.train.seed)
     if work is not None and group.leads:
-        _make_folder(work)
+        refuse_unwritable(work / LOG, "--out or --work")
     origin = resume.decision.model_id if resume is not None else ""
     fingerprint = _fingerprint(config, model.teacher.hash() + origin, source.keys)
-    group.refuse_difference("images or settings", fingerprint, len(source))
+    group.refuse_difference(fingerprint, len(source))
     report = train(model, source, train_at, config.train, work, progress, fingerprint, group)
     try:
         good = fit_few(model, source, train_at, sorted(held), few, config.train.seed, progress, students)
@@ -185,7 +185,7 @@ def _fitted(
         ) from error
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision, record, memory = outcome_of(model, source, held, good, config.train.thumbnails, listed)
+    decision, record, memory = outcome_of(model, source.samples, held, good, config.train.thumbnails, listed)
     record["images"]["skipped"] = len(skipped)
     on_gpu = group.device.type == "cuda"
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
@@ -216,7 +216,6 @@ def _images(
 
 def _model(
     config: RunConfig,
-    samples: Sequence[Sample],
     sides: tuple[int, int],
     resume: Fitted | None,
     roi: NDArray[np.bool_] | None,
@@ -225,7 +224,7 @@ def _model(
     """The untrained model, what its settings come to on these images, and the tiles that it sees them in."""
     teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
     if resume is None:
-        config = replace(config, model=sized(config.model, teacher, samples))
+        config = replace(config, model=sized(config.model, teacher, sides))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
     tiles = tiles_of(config.model.tiles) if config.model.tiles != "auto" else fitting_tiles(sides, model.size)
     config = replace(config, model=replace(config.model, tiles="" if tiles == (1, 1) else f"{tiles[0]}x{tiles[1]}"))
@@ -242,11 +241,11 @@ def _model(
 def _source(
     model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
 ) -> FeatureSource:
-    root, notes = cache_folder(model, len(samples), cache_gb), features_folder() if cache_gb else None
+    root = cache_folder(model, len(samples), cache_gb)
     if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress, notes)
+        FeatureSource(model, group.share_of_work(samples), root, progress)
         group.barrier()
-    return FeatureSource(model, samples, root, progress, notes)
+    return FeatureSource(model, samples, root, progress)
 
 
 def choose_images(
@@ -289,15 +288,6 @@ def _refuse_too_few(training: int, held_out: int, skipped: list[Skipped], studen
         f"too little is left: {training} images to train and {held_out} to calibrate, after "
         f"{len(skipped)} were skipped:\n{reasons}"
     )
-
-
-def _make_folder(work: Path) -> None:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"folder {work} cannot be made ({error.strerror}); choose another --out or --work"
-        ) from None
 
 
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:

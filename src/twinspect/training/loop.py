@@ -1,4 +1,4 @@
-"""The one training loop: step, log, checkpoint, resume; deterministic for a seed on one machine.
+"""The one training loop: batches, step, optimiser, learning rate; deterministic for a seed on one machine.
 
 Every step seeds its own noise from (seed, step) and its own batch from (seed, epoch), so a run killed at any
 moment and resumed from its last checkpoint gives bit-identical weights on a CPU.
@@ -7,24 +7,23 @@ moment and resumed from its last checkpoint gives bit-identical weights on a CPU
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from twinspect.config import TrainConfig
 from twinspect.errors import TrainingError
 from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.distributed import ALONE, Group
-from twinspect.training.optim import StableAdamW, schedule
-from twinspect.training.resume import LOG, load_checkpoint, save_checkpoint
+from twinspect.training.resume import WorkFolder
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
@@ -55,7 +54,7 @@ def train(
     fingerprint: str = "",
     group: Group = ALONE,
 ) -> TrainReport:
-    """Train both students in place on the samples ``indices`` of a source.
+    """Train the students in place on the samples ``indices`` of a source.
 
     Checkpoint and log are kept in ``work``, from which a killed run with the same ``fingerprint`` goes on. The
     processes of a ``group`` share every batch; all end with the same weights. A loss that is not finite raises
@@ -64,10 +63,10 @@ def train(
     if not config.steps:
         model.eval()
         return TrainReport(0, 0.0, "no steps asked for", {}, 0)
-    student, optimiser = model.student, make_optimiser(model, config)
-    start = _resumed(student, optimiser, work, fingerprint, group)
-    log = _Log(work if group.leads else None, start)
-    student.train()
+    optimiser = make_optimiser(model, config)
+    folder = WorkFolder(work, model.student, optimiser, fingerprint) if work is not None and group.leads else None
+    start = _resumed(folder, optimiser, group)
+    model.student.train()
     began, terms, stopped, done = time.monotonic(), dict[str, float](), "steps", start
     with group.averaging(model):
         for step, part, observed, small in _given(source, indices, config, start, group):
@@ -84,12 +83,12 @@ def train(
                 torch.nn.utils.clip_grad_norm_(students["params"], config.clip)
             optimiser.step()
             done = step + 1
-            log.write(step, terms, len(part) * group.world)
             progress(f"training  {_say(terms)}", done, config.steps)
-            over = config.time_budget_s and group.agree(time.monotonic() - began > config.time_budget_s)
-            due = done % config.checkpoint_every == 0 or done == config.steps or over
-            if work is not None and group.leads and due:
-                save_checkpoint(work, student, optimiser, done, fingerprint)
+            over = config.time_budget_s and group.share(lambda: time.monotonic() - began > config.time_budget_s)
+            if folder is not None:
+                folder.log(step, terms, len(part) * group.world)
+                if done % config.checkpoint_every == 0 or done == config.steps or over:
+                    folder.save(done)
             if over:
                 stopped = "time budget"
                 break
@@ -111,25 +110,6 @@ def _given(
         yield step, part, *batch
 
 
-def _resumed(student: nn.Module, optimiser: StableAdamW, work: Path | None, fingerprint: str, group: Group) -> int:
-    """Steps that a killed run had taken, its state loaded by rank 0; the students' weights follow on wrapping."""
-
-    def loaded() -> tuple[int, dict[str, Any]]:
-        start = load_checkpoint(work, student, optimiser, fingerprint) if work is not None else 0
-        return start, optimiser.state_dict() if start and group.world > 1 else {}
-
-    start, state = group.share(loaded)
-    if state and not group.leads:
-        optimiser.load_state_dict(state)
-    return start
-
-
-def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
-    """One optimiser with the model's own groups: students may learn at different rates."""
-    groups = [{**group, "peak": group["lr"]} for group in model.parameter_groups(config)]
-    return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-
-
 def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterator[tuple[int, list[int]]]:
     """(step, indices) from a step on; each epoch is one seeded permutation, the last batch is filled up."""
     batch = min(config.batch, len(indices))
@@ -143,6 +123,19 @@ def _batches(indices: Sequence[int], config: TrainConfig, start: int) -> Iterato
             order += order[: per_epoch * batch - len(order)]
         place = (step % per_epoch) * batch
         yield step, [indices[i] for i in order[place : place + batch]]
+
+
+def _resumed(folder: WorkFolder | None, optimiser: Optimizer, group: Group) -> int:
+    """Steps that a killed run had taken, its state loaded by rank 0; the students' weights follow on wrapping."""
+
+    def loaded() -> tuple[int, dict[str, Any]]:
+        start = folder.load() if folder is not None else 0
+        return start, optimiser.state_dict() if start and group.world > 1 else {}
+
+    start, state = group.share(loaded)
+    if state and not group.leads:
+        optimiser.load_state_dict(state)
+    return start
 
 
 def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
@@ -159,36 +152,93 @@ def _not_finite(terms: Mapping[str, float], source: FeatureSource, part: list[in
     )
 
 
+def _say(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context a step's forward pass runs in at a precision (`config.PRECISIONS`) on a device."""
+    """The context of a step's forward pass at a precision (auto, fp32 or bf16) on a device."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def _say(values: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in values.items())
+# ------------------------------------------------------------------------------------------------------ the optimiser
 
 
-class _Log:
-    """JSON lines, one a step; lines of a broken run beyond its checkpoint are dropped."""
-
-    def __init__(self, work: Path | None, start: int) -> None:
-        self._path, self._began = work / LOG if work is not None else None, time.monotonic()
-        if self._path is not None and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._path.write_text("".join(line for line in lines if _step_of(line) < start), encoding="utf-8")
-
-    def write(self, step: int, terms: Mapping[str, float], images: int) -> None:
-        if self._path is None:
-            return
-        row = {"step": step, **terms, "images": images, "seconds": round(time.monotonic() - self._began, 3)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def make_optimiser(model: AnomalyModel, config: TrainConfig) -> StableAdamW:
+    """One optimiser with the model's own groups: students may learn at different rates."""
+    groups = [{**group, "peak": group["lr"]} for group in model.parameter_groups(config)]
+    return StableAdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 60  # a line cut off by a kill
+def schedule(step: int, steps: int, warmup: int, final: float = 0.1) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, then a cosine to ``final``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class StableAdamW(Optimizer):
+    """AdamW whose step is divided by max(1, RMS(g / (sqrt(v) + eps))) per tensor (Wortsman et al., 2023).
+
+    The clipping takes the place of gradient clipping where single batches surprise the second moment.
+    With ``amsgrad`` v is the largest second moment so far, as Dinomaly uses it. State per tensor: ``exp_avg``,
+    ``exp_avg_sq``, ``max_exp_avg_sq`` (with ``amsgrad``) and ``step`` (a tensor, so that it can be stored).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-4,
+        amsgrad: bool = False,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            if parameters := [parameter for parameter in group["params"] if parameter.grad is not None]:
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """All tensors together: a GPU gets a few large kernels, and is never waited for."""
+        grads = [cast(Tensor, parameter.grad) for parameter in parameters]
+        states = [self._state_of(parameter, group["amsgrad"]) for parameter in parameters]
+        averages = [state["exp_avg"] for state in states]
+        squares = [state["exp_avg_sq"] for state in states]
+        beta_1, beta_2 = group["betas"]
+        counts = [float(state["step"]) for state in states]  # on the CPU, whatever the device
+        torch._foreach_lerp_(averages, grads, 1 - beta_1)
+        torch._foreach_mul_(squares, beta_2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta_2)
+        if group["amsgrad"]:
+            largest = [state["max_exp_avg_sq"] for state in states]
+            torch._foreach_maximum_(largest, squares)
+            squares = largest
+        lengths = list(torch._foreach_div(squares, [1 - beta_2**count for count in counts]))
+        torch._foreach_sqrt_(lengths)
+        torch._foreach_add_(lengths, group["eps"])
+        ratios = torch._foreach_div(grads, lengths)
+        rms = torch._foreach_div(torch._foreach_norm(ratios), [ratio.numel() ** 0.5 for ratio in ratios])
+        rates = list((group["lr"] / torch.stack(rms).clamp_min(1.0)).unbind())
+        steps = torch._foreach_div(averages, [1 - beta_1**count for count in counts])
+        torch._foreach_div_(steps, lengths)
+        torch._foreach_mul_(steps, rates)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(parameters, steps)
+
+    def _state_of(self, parameter: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        return state

@@ -3,17 +3,17 @@
 All good images are learnt from, also those that the students did not see. To calibrate, every image is then scored
 as if it had not been learnt (cross-fitting): means of positions, scales and nearest images leave the image itself
 out, covariances of patches its half of the images, those of tokens its fifth. So all good images count, and none for
-itself or for a copy that was made of it (`training.copies`). Pictures of one part still vouch for each other:
+itself or for a copy that was made of it (`training.derived`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
-Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
+Shapes: n good images, B images of a batch, N positions, D channels, K clusters, R readings, G groups.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.models.scorer import TOP_SHARE
+from twinspect.models.scorer import TOP_SHARE, Grid
 from twinspect.models.statistics import (
     SPREAD_PRIOR,
+    PositionGaussian,
     average,
     cross_fitted_tokens,
     left_out,
@@ -32,7 +33,9 @@ from twinspect.models.statistics import (
     whitening,
 )
 from twinspect.scoring import top_mean
-from twinspect.training.source import FeatureSource, same_image
+from twinspect.training.derived import same_image
+from twinspect.training.outcome import GoodImages, texts_of
+from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
 
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
@@ -62,32 +65,6 @@ def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int
     model.initialise(lambda: source.batches(chosen[:_START_IMAGES]), seed)
 
 
-class GoodImages(NamedTuple):
-    """What the model says of the good images, each scored by statistics that did not see it; on the CPU.
-
-    Attributes:
-        score_n: joint scores.
-        peak_n: highest values of the maps.
-        distance_n: distances from the clusters.
-        cluster_n: indices of the clusters.
-        counted_n: whether the image counts for thresholds: with plain scoring only those held out.
-        readings_nR: raw readings, as `Outputs` has them.
-        variant_n: indices of the variants.
-        tokens: global tokens, n x E a view.
-        embedding_nF: what the teacher's own classifier would see.
-    """
-
-    score_n: Tensor
-    peak_n: Tensor
-    distance_n: Tensor
-    cluster_n: Tensor
-    counted_n: Tensor
-    readings_nR: Tensor
-    variant_n: Tensor
-    tokens: tuple[Tensor, ...]
-    embedding_nF: Tensor
-
-
 @torch.no_grad()
 def fit_statistics(
     model: AnomalyModel,
@@ -107,14 +84,8 @@ def fit_statistics(
     model.eval()
     if students:
         model.fit_plain(lambda: source.batches(held_at))
-    images, held = sorted([*train_at, *held_at]), set(held_at)
-    held_n = torch.tensor([i in held for i in images], device=model.device)
-    tokens, embedding_nF = source.vectors(images)
-    names = [source.samples[i].class_name for i in images]
-    variant_n, cluster_n = model.scorer.clusters.fit(tokens[0], embedding_nF, names, seed, divide)
-    seen = _Seen(variant_n, cluster_n, held_n, tokens, embedding_nF)
-    fitting = _Fitting(model, source, images, seen, progress, students)
-    return fitting.plain() if model.scorer.plain else fitting.default(seed)
+    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students, divide)
+    return fitting.plain() if model.scorer.plain else fitting.default()
 
 
 @torch.no_grad()
@@ -123,53 +94,57 @@ def add_statistics(
     source: FeatureSource,
     images: Sequence[int],
     before: GoodImages,
-    names_before: Sequence[str],
     classes: Sequence[str],
     seed: int,
     progress: Progress,
 ) -> tuple[GoodImages, tuple[str, ...]]:
     """Learn further good images: sums that the statistics are made of grow, nothing old is read again.
 
-    The model has scoring ``default`` and learnt from the images ``before``, of classes ``names_before``; ``classes``
-    has the class of every cluster. Readings of global tokens are made anew for all images; those of patches stay
-    what they were for the old ones.
+    The model has scoring ``default`` and learnt from the images ``before``; ``classes`` has the class of every
+    cluster. Readings of global tokens are made anew for all images; those of patches stay what they were for the old
+    ones.
 
     Returns:
         Old images, then new ones; and the class of every cluster.
     """
     model.eval()
-    clusters, known = model.scorer.clusters, list(classes)
-    fresh, embedding_nF = source.vectors(images)
-    tokens = tuple(torch.cat(pair) for pair in zip(before.tokens, fresh, strict=True))
-    embedding_nF = torch.cat([before.embedding_nF, embedding_nF])
-    names = [*names_before, *(source.samples[i].class_name for i in images)]
-    variant_n = clusters.extend(tokens[0], embedding_nF, names, before.variant_n, known, seed)
-    seen = _Seen(variant_n, clusters.owner_V[variant_n], torch.ones_like(variant_n) > 0, tokens, embedding_nF)
-    fitting = _Fitting(model, source, images, seen, progress, model.scorer.students_count(), before)
-    return fitting.default(seed), tuple(known)
+    students, known = model.scorer.students_count(), list(classes)
+    fitting = _Fitting(model, source, images, images, seed, progress, students, before=before, classes=known)
+    return fitting.default(), tuple(known)
 
 
-class _Seen(NamedTuple):
-    """All good images: those learnt before, then those of the source."""
+@dataclass(slots=True)
+class _Group:
+    """A layer group, and what the passes find out about it.
 
-    variant_n: Tensor
-    cluster_n: Tensor
-    held_n: Tensor
-    tokens: tuple[Tensor, ...]
-    embedding_nF: Tensor
+    Attributes:
+        mean_KND: means of every position, after the first pass.
+        half_2KDD: whitening matrices of both halves of every cluster, after the second.
+        distance_nhw: distances by the other half's matrix, after the third; in a file.
+    """
+
+    grid: Grid
+    gaussian: PositionGaussian
+    mean_KND: Tensor = field(init=False)
+    half_2KDD: Tensor = field(init=False)
+    distance_nhw: NDArray[np.float16] = field(init=False)
+
+    def rows(self, observed: Observed) -> Tensor:
+        """Patches of a batch, B x N x D."""
+        return self.gaussian.rows(self.grid(observed))
 
 
 class _Fitting:
     """The passes over the good images of a source, and what they share.
 
     Attributes:
-        all: of all images, also of those learnt before.
-        variant_n, cluster_n, held_n: of the images of the source.
-        images_V, known_V: images of every variant: all together, and those learnt before.
+        groups: layer groups that patches are judged on.
+        tokens, embedding_nF, all_cluster_n: of all images, those learnt before first.
+        cluster_n, held_n: of the images of the source; held out are those that no student was trained on.
+        images_K, known_K: images of every cluster: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
         half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
         factor_n: see `left_out`.
-        means: mean of every position, a group each, after the first pass: V x N x D.
     """
 
     def __init__(
@@ -177,30 +152,44 @@ class _Fitting:
         model: AnomalyModel,
         source: FeatureSource,
         images: Sequence[int],
-        seen: _Seen,
+        held: Collection[int],
+        seed: int,
         progress: Progress,
         asks_students: bool,
+        divide: bool = True,
         before: GoodImages | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
-        self.all, self.before, self.progress, self.asks_students = seen, before, progress, asks_students
-        self.grids, self.gaussians = model.scorer.all_grids(), model.scorer.gaussians()
-        self.owner_V, self.clusters = model.scorer.clusters.owner_V, model.scorer.clusters.count
-        self.variants, self.old = len(self.owner_V), len(seen.variant_n) - len(images)
-        self.variant_n, self.cluster_n, self.held_n = (column[self.old :] for column in seen[:3])
-        self.images_V = torch.bincount(seen.variant_n, minlength=self.variants).float()
-        self.known_V = torch.bincount(seen.variant_n[: self.old], minlength=self.variants).float()
-        self.first_n = torch.tensor(same_image([source.samples[i] for i in images]), device=model.device)
-        _, own_n, count = torch.unique(
-            torch.stack([self.first_n, self.variant_n]), dim=1, return_inverse=True, return_counts=True
-        )
-        self.factor_n = left_out(self.images_V[self.variant_n], count[own_n])
+        self.seed, self.progress, self.asks_students, self.before = seed, progress, asks_students, before
+        pairs = zip(model.scorer.all_grids(), model.scorer.gaussians(), strict=True)
+        self.groups, held = [_Group(grid, gaussian) for grid, gaussian in pairs], set(held)
+        self.held_n = torch.tensor([i in held for i in images], device=model.device)
+        samples, clusters = [source.samples[i] for i in images], model.scorer.clusters
+        names = [sample.class_name for sample in samples]
+        self.tokens, self.embedding_nF = source.vectors(images)
+        if before is None or classes is None:
+            cluster_n = clusters.fit(self.tokens[0], self.embedding_nF, names, seed, divide)
+        else:
+            names = [*before.class_name, *names]
+            self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, self.tokens, strict=True))
+            self.embedding_nF = torch.cat([before.embedding_nF, self.embedding_nF])
+            known_n = before.cluster_n
+            cluster_n = clusters.extend(self.tokens[0], self.embedding_nF, names, known_n, classes, seed)
+        self.clusters, self.all_cluster_n = clusters.count, cluster_n
+        self.old = old = len(cluster_n) - len(images)
+        self.cluster_n = cluster_n[old:]
+        self.images_K = torch.bincount(cluster_n, minlength=self.clusters).float()
+        self.known_K = torch.bincount(cluster_n[:old], minlength=self.clusters).float()
+        self.first_n = torch.tensor(same_image(samples), device=model.device)
+        copies = torch.stack([self.first_n, self.cluster_n])
+        _, group_n, count = torch.unique(copies, dim=1, return_inverse=True, return_counts=True)
+        self.factor_n = left_out(self.images_K[self.cluster_n], count[group_n])
         half_n = torch.zeros_like(self.cluster_n)
         for k in range(self.clusters):
             members = (self.cluster_n == k).nonzero()[:, 0]
             half_n[members] = torch.arange(len(members), device=members.device) % 2
         self.half_n = half_n[self.first_n]
-        self.means: list[Tensor] = []
 
     def plain(self) -> GoodImages:
         """The students' readings calibrate on the images held out, all clusters together."""
@@ -211,21 +200,20 @@ class _Fitting:
             peaks.append(self._peaks(self.scorer.finish(plain.map_Bhw)))
         return self._calibrated(torch.cat(readings), torch.cat(peaks), self.held_n)
 
-    def default(self, seed: int) -> GoodImages:
+    def default(self) -> GoodImages:
         """Everything: see the module."""
         scorer, before = self.scorer, self.before
         targets = self._means()
-        halves = self._covariances()
-        all_first_n = torch.cat([torch.arange(self.old, device=self.model.device), self.old + self.first_n])
-        semantic = [self._tokens(g, token_nE, all_first_n, seed) for g, token_nE in enumerate(self.all.tokens)]
-        assert scorer.nearest is not None
-        semantic.append(scorer.nearest.fit(self.all.embedding_nF, seed, all_first_n))
+        self._covariances()
+        semantic = self._semantic()
         with tempfile.TemporaryFile() as file:
-            fields = [(f"{g}", np.float16, (one.side, one.side)) for g, one in enumerate(self.gaussians)]
-            stored = np.memmap(file, np.dtype(fields), "w+", shape=len(self.images))
-            arrays = [stored[name] for name, *_ in fields]
-            students, skills = self._distances(halves, targets, arrays)
-            local, peak_n = self._scale(arrays)
+            sides = [group.gaussian.side for group in self.groups]
+            maps = np.dtype([(f"{g}", np.float16, (side, side)) for g, side in enumerate(sides)])
+            stored = np.memmap(file, maps, "w+", shape=len(self.images))
+            for g, group in enumerate(self.groups):
+                group.distance_nhw = stored[f"{g}"]
+            students, skills = self._distances(targets)
+            local, peak_n = self._scale()
         first, second = scorer.student_readings
         patches = torch.cat([students[:, :first], local, students[:, first:]], 1)
         counted_n = torch.ones_like(self.held_n)
@@ -236,7 +224,7 @@ class _Fitting:
             patches = torch.cat([before.readings_nR[:, : patches.shape[1]], patches])
             peak_n = torch.cat([before.peak_n, peak_n])
             counted_n = torch.cat([before.counted_n, counted_n])
-        return self._calibrated(torch.cat([patches, torch.stack(semantic, 1)], 1), peak_n, counted_n)
+        return self._calibrated(torch.cat([patches, semantic], 1), peak_n, counted_n)
 
     def _batches(self, which: Sequence[int], stage: str) -> Iterator[tuple[Tensor, Observed, Tensor]]:
         """(places among the good images, teacher's answer, shrunk pixels); says how far the work is."""
@@ -248,84 +236,92 @@ class _Fitting:
             self.progress(stage, start, len(which))
 
     def _means(self) -> list[Tensor]:
-        """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
+        """First pass: means of every position, of groups and of what the students learn (K x N x D, K x D)."""
         sums: list[Tensor] = []
         for places, observed, _ in self._batches(range(len(self.images)), "statistics (means)"):
-            rows = [one.rows(grid(observed)) for grid, one in zip(self.grids, self.gaussians, strict=True)]
             targets = self.model.targets(observed) if self.asks_students and self.before is None else []
-            parts = [part.float() for part in (*rows, *targets)]
-            sums = sums or [part.new_zeros(self.variants, *part.shape[1:]) for part in parts]
+            parts = [part.float() for part in (*(group.rows(observed) for group in self.groups), *targets)]
+            sums = sums or [part.new_zeros(self.clusters, *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
-                total.index_add_(0, self.variant_n[places], part)
-        for one, total in zip(self.gaussians, sums, strict=False):
+                total.index_add_(0, self.cluster_n[places], part)
+        for group, total in zip(self.groups, sums, strict=False):
+            gaussian = group.gaussian
             if self.before is not None:
-                known = one.sums(self.known_V[: len(one.centre_VD)])
+                known = gaussian.sums(self.known_K[: len(gaussian.centre_KD)])
                 total[: len(known)] += known
-            one.set_means(total, self.images_V)
-        self.means = [one.means() for one in self.gaussians]
-        return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.gaussians) :]]
+            gaussian.set_means(total, self.images_K)
+            group.mean_KND = gaussian.means()
+        return [total / self.images_K.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.groups) :]]
 
-    def _differences(self, places: Tensor, observed: Observed) -> Iterator[Tensor]:
-        """Patches (B x N x D) minus the means of their positions, which each image is left out of; a group each."""
-        variant_B, factor_B11 = self.variant_n[places], self.factor_n[places][:, None, None]
-        for grid, one, mean_VND in zip(self.grids, self.gaussians, self.means, strict=True):
-            yield (one.rows(grid(observed)) - mean_VND[variant_B]) * factor_B11
+    def _difference(self, group: _Group, places: Tensor, observed: Observed) -> Tensor:
+        """Patches (B x N x D) minus the means of their positions, which each image is left out of."""
+        difference_BND = group.rows(observed) - group.mean_KND[self.cluster_n[places]]
+        return difference_BND * self.factor_n[places][:, None, None]
 
-    def _covariances(self) -> list[Tensor]:
-        """Whitening matrices of both halves of some images of every cluster: 2 x K x D x D a group."""
+    def _covariances(self) -> None:
+        """Second pass, over some images of every cluster: whitening matrices of both halves and of all."""
         chosen: list[int] = []
         for k in range(self.clusters):
             members = (self.cluster_n == k).nonzero()[:, 0].tolist()
             step = max(1, len(members) // (2 * _HALF_IMAGES))
             chosen += members[::step][: 2 * _HALF_IMAGES]
-        known_K = torch.zeros(self.clusters, dtype=torch.float64, device=self.model.device)
-        known_K.index_add_(0, self.owner_V, self.known_V.double())
         # Both halves know what was learnt before: images of the source are left out of their own half only.
-        counts = known_K.clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
-        sums = [torch.zeros(2, self.clusters, one.dims, one.dims).to(counts) for one in self.gaussians]
-        for one, total in zip(self.gaussians, sums if self.before is not None else [], strict=False):
-            known = torch.stack([unwhitened(white) for white in one.whiten_KDD])
-            total[:, : len(known)] += known * counts[:, : len(known), None, None]
+        counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
+        sums = []
+        for gaussian in (group.gaussian for group in self.groups):
+            total = torch.zeros(2, self.clusters, gaussian.dims, gaussian.dims).to(counts)
+            if self.before is not None:
+                known = torch.stack([unwhitened(white) for white in gaussian.whiten_KDD])
+                total[:, : len(known)] += known * counts[:, : len(known), None, None]
+            sums.append(total)
         for places, observed, _ in self._batches(chosen, "statistics (covariances)"):
             at = list(zip(self.half_n[places].tolist(), self.cluster_n[places].tolist(), strict=True))
-            for total, difference in zip(sums, self._differences(places, observed), strict=True):
-                for rows, place in zip(difference, at, strict=True):
+            for group, total in zip(self.groups, sums, strict=True):
+                for rows, place in zip(self._difference(group, places, observed), at, strict=True):
                     total[place] += (rows.T @ rows).double() / len(rows)
             for place in at:
                 counts[place] += 1
         fresh_K = torch.bincount(self.cluster_n, minlength=self.clusters) > 0
-        halves = []
-        for one, total in zip(self.gaussians, sums, strict=True):
+        for group, total in zip(self.groups, sums, strict=True):
+            positions = group.gaussian.side**2
             both = total.sum(0) / counts.sum(0)[:, None, None]
             # A cluster with images in one half only is measured by all of them.
             each = torch.where((counts > 0)[..., None, None], total / counts.clamp_min(1)[..., None, None], both)
-            vectors = torch.where(counts > 0, counts, counts.sum(0)) * one.side**2
-            halves.append(torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)]))
-            white = _whitenings(both, counts.sum(0) * one.side**2)
+            vectors = torch.where(counts > 0, counts, counts.sum(0)) * positions
+            group.half_2KDD = torch.stack([_whitenings(*half) for half in zip(each, vectors, strict=True)])
+            white = _whitenings(both, counts.sum(0) * positions)
             for k in (~fresh_K).nonzero()[:, 0].tolist():  # nothing new is known of it
-                white[k] = one.whiten_KDD[k]
-            one.whiten_KDD = white
-        return halves
+                white[k] = group.gaussian.whiten_KDD[k]
+            group.gaussian.whiten_KDD = white
 
-    def _tokens(self, view: int, token_nE: Tensor, all_first_n: Tensor, seed: int) -> Tensor:
-        """Distances of the global tokens of a view (n), by the images of other folds."""
-        order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
+    def _semantic(self) -> Tensor:
+        """Readings of all images: distances of the global tokens by images of other folds, of the nearest images."""
+        order = torch.randperm(len(self.embedding_nF), generator=torch.Generator().manual_seed(self.seed))
+        order = order.to(self.model.device)
+        first_n = torch.cat([torch.arange(self.old, device=order.device), self.old + self.first_n])
         fold_n = torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
-        self.scorer.token_gaussians()[view].fit(token_nE, self.all.variant_n, self.owner_V)
-        return cross_fitted_tokens(token_nE, self.all.variant_n, self.owner_V, fold_n[all_first_n])
+        readings = []
+        for gaussian, token_nE in zip(self.scorer.token_gaussians(), self.tokens, strict=True):
+            gaussian.fit(token_nE, self.all_cluster_n, self.clusters)
+            readings.append(cross_fitted_tokens(token_nE, self.all_cluster_n, self.clusters, fold_n[first_n]))
+        assert self.scorer.nearest is not None
+        readings.append(self.scorer.nearest.fit(self.embedding_nF, self.seed, first_n))
+        return torch.stack(readings, 1)
 
-    def _distances(
-        self, halves: list[Tensor], targets: list[Tensor], arrays: list[NDArray[np.float16]]
-    ) -> tuple[Tensor, tuple[float, float]]:
-        """Third pass: distances by the other half's covariances, into arrays; the students' readings and skills."""
+    def _distances(self, targets: list[Tensor]) -> tuple[Tensor, tuple[float, float]]:
+        """Third pass: distances by the other half's covariances; the students' readings and skills.
+
+        ``targets`` are the means of what the students learn.
+        """
         readings: list[Tensor] = []
         apart = torch.zeros(len(targets), 2, dtype=torch.float64)
         for places, observed, small in self._batches(range(len(self.images)), "statistics (distances)"):
             other = (1 - self.half_n[places]) * self.clusters + self.cluster_n[places]
-            for g, difference in enumerate(self._differences(places, observed)):
-                distance_Bhw = self.gaussians[g].distance(difference, halves[g].flatten(0, 1), other)
-                arrays[g][places.cpu().numpy()] = distance_Bhw.cpu().numpy()
+            for group in self.groups:
+                difference = self._difference(group, places, observed)
+                distance_Bhw = group.gaussian.distance(difference, group.half_2KDD.flatten(0, 1), other)
+                group.distance_nhw[places.cpu().numpy()] = distance_Bhw.cpu().numpy()
             if not self.asks_students:
                 readings.append(torch.zeros(len(places), sum(self.scorer.student_readings), device=places.device))
                 continue
@@ -345,12 +341,12 @@ class _Fitting:
         Of the images held out only, each left out of that mean.
         """
         held = self.held_n[places]
-        variant_B, apart = self.variant_n[places][held], []
+        cluster_B, apart = self.cluster_n[places][held], []
         pairs = zip(self.model.targets(observed), self.model.predictions(observed, small), targets, strict=True)
         for target, answer, mean in pairs:
             target, answer = target[held], answer[held]
-            count = self.images_V[variant_B].reshape(-1, *[1] * (target.dim() - 1))
-            others = (count * mean[variant_B] - target) / (count - 1).clamp_min(1.0)
+            count = self.images_K[cluster_B].reshape(-1, *[1] * (target.dim() - 1))
+            others = (count * mean[cluster_B] - target) / (count - 1).clamp_min(1.0)
             distances = (1.0 - F.cosine_similarity(target, other, dim=-1) for other in (answer, others))
             apart.append(torch.stack([distance.reshape(len(target), -1).mean(1).sum() for distance in distances]))
         return torch.stack(apart).double().cpu()
@@ -364,32 +360,32 @@ class _Fitting:
                 raised[seen] += reading_nR[unseen].mean(0) - reading_nR[seen].mean(0)
         return raised
 
-    def _scale(self, arrays: list[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
+    def _scale(self) -> tuple[Tensor, Tensor]:
         """Scales of the distances: at every position, and over the whole map.
 
         Returns:
             Readings of the groups (n x G) by scales that leave the image out, and peaks of the maps (n).
         """
         device, scorer, readings = self.model.device, self.scorer, []
-        level_KG, spread_KG = torch.zeros(2, self.clusters, len(arrays), device=device)
-        for g, (one, array) in enumerate(zip(self.gaussians, arrays, strict=True)):
+        level_KG, spread_KG = torch.zeros(2, self.clusters, len(self.groups), device=device)
+        for g, (gaussian, distance_nhw) in enumerate((group.gaussian, group.distance_nhw) for group in self.groups):
             reading_n, scales = torch.zeros(len(self.images)), []
-            for v in range(self.variants):
-                places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
+            for k in range(self.clusters):
+                places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
                 if not len(places):  # smoothing what was learnt before again would wear it out
-                    scales.append((one.level_Vhw[v].cpu(), one.spread_Vhw[v].cpu()))
+                    scales.append((gaussian.level_Khw[k].cpu(), gaussian.spread_Khw[k].cpu()))
                     continue
-                total, square = _sums(array, places)
-                if known := int(self.known_V[v]):
-                    before = _unscaled(one.level_Vhw[v], one.spread_Vhw[v], known)
+                total, square = _sums(distance_nhw, places)
+                if known := int(self.known_K[k]):
+                    before = _unscaled(gaussian.level_Khw[k], gaussian.spread_Khw[k], known)
                     total, square = total + before[0], square + before[1]
                 count = len(places) + known
                 scales.append(_level_and_spread(total, square, count))
                 for place in places if g in scorer.scored else ():
-                    reading_n[place] = _reading(array[place], total, square, count)
-            one.set_scale(*(torch.stack(column).to(device) for column in zip(*scales, strict=True)))
+                    reading_n[place] = _reading(distance_nhw[place], total, square, count)
+            gaussian.set_scale(*(torch.stack(column).to(device) for column in zip(*scales, strict=True)))
             for k in range(self.clusters):
-                mean, square = self._whole(g, array, k)
+                mean, square = self._whole(g, k)
                 spread = (square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean)
                 level_KG[k, g], spread_KG[k, g] = mean.float(), spread.float()
             if g in scorer.scored:
@@ -398,19 +394,17 @@ class _Fitting:
         peaks = []
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
-            maps = [torch.from_numpy(array[part].astype(np.float32)).to(device) for array in arrays]
-            peaks.append(self._peaks(scorer.map_of(maps, self.variant_n[part], self.cluster_n[part])))
+            maps = [torch.from_numpy(group.distance_nhw[part].astype(np.float32)).to(device) for group in self.groups]
+            peaks.append(self._peaks(scorer.map_of(maps, self.cluster_n[part])))
         return torch.stack(readings, 1).to(device), torch.cat(peaks)
 
-    def _whole(self, g: int, array: NDArray[np.float16], k: int) -> tuple[Tensor, Tensor]:
-        """Mean and mean square of the distances of a cluster's maps."""
+    def _whole(self, g: int, k: int) -> tuple[Tensor, Tensor]:
+        """Mean and mean square of the distances of a group over the whole maps of a cluster."""
         places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
-        mean, square = (total.mean() / max(1, len(places)) for total in _sums(array, places))
-        known = float(self.known_V[self.owner_V == k].sum())
-        if known:
-            level, spread = (
-                one[k, g].double().cpu() for one in (self.scorer.map_level_KG, self.scorer.map_spread_KG)
-            )
+        mean, square = (total.mean() / max(1, len(places)) for total in _sums(self.groups[g].distance_nhw, places))
+        if known := float(self.known_K[k]):
+            columns = self.scorer.map_level_KG, self.scorer.map_spread_KG
+            level, spread = (column_KG[k, g].double().cpu() for column_KG in columns)
             share = len(places) / (len(places) + known)
             mean = (1 - share) * level + share * mean
             square = (1 - share) * (spread.square() + level.square()) + share * square
@@ -421,12 +415,15 @@ class _Fitting:
 
     def _calibrated(self, reading_nR: Tensor, peak_n: Tensor, counted_n: Tensor) -> GoodImages:
         """Fit the calibration on the images that count; what is said of all."""
-        seen = self.all
-        score_n, z_n2 = self.scorer.calibrate(reading_nR, seen.cluster_n, counted_n)
+        score_n, z_n2 = self.scorer.calibrate(reading_nR, self.all_cluster_n, counted_n)
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
+        texts = texts_of([self.source.samples[i] for i in self.images], [self.source.keys[i] for i in self.images])
+        if self.before is not None:
+            texts = [old + new for old, new in zip(self.before[-3:], texts, strict=True)]
         return GoodImages(
-            score_n.cpu(), peak_n.cpu(), distance_n.cpu(), seen.cluster_n.cpu(), counted_n.cpu(), reading_nR.cpu(),
-            seen.variant_n.cpu(), tuple(token_nE.cpu() for token_nE in seen.tokens), seen.embedding_nF.cpu(),
+            score_n.cpu(), peak_n.cpu(), distance_n.cpu(), self.all_cluster_n.cpu(), counted_n.cpu(),
+            reading_nR.cpu(), tuple(token_nE.cpu() for token_nE in self.tokens),
+            self.embedding_nF.cpu(), *texts,
         )  # fmt: skip
 
 
@@ -459,7 +456,7 @@ def _level_and_spread(total_hw: Tensor, square_hw: Tensor, count: int) -> tuple[
 
 
 def _reading(distance_hw: NDArray[np.float16], total_hw: Tensor, square_hw: Tensor, count: int) -> Tensor:
-    """The local reading of an image by the scale of the others of its variant; of an only one by its own."""
+    """The local reading of an image by the scale of the others of its cluster; of an only one by its own."""
     d_hw = torch.from_numpy(distance_hw.astype(np.float64))
     if count > 1:
         total_hw, square_hw, count = total_hw - d_hw, square_hw - d_hw.square(), count - 1

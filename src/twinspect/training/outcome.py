@@ -1,7 +1,7 @@
-"""What a run leaves: the good images that it learnt from, the thresholds that follow from them, and the record.
+"""What a run leaves: the good images that it learnt from, the decision with its thresholds, and the record.
 
-`Memory` keeps global tokens, embeddings and readings of every good image, a few kB each and no pixels, so that others
-can join them later. Sums of patch features need no place of their own: they are read off the statistics
+The bundle keeps `GoodImages` as the model's memory, a few kB an image and no pixels, so that others can join later
+(`training.update`). Sums of patch features need no place of their own: they are read off the statistics
 (`training.normal`).
 """
 
@@ -13,14 +13,14 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load, save
+from torch import Tensor
 
 from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
@@ -32,10 +32,8 @@ from twinspect.inference.tiles import speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.layers import in_fp16
 from twinspect.models.weights import licence
-from twinspect.training.cache import image_key
-from twinspect.training.copies import Copy
-from twinspect.training.normal import GoodImages
-from twinspect.training.source import FeatureSource, Tile, picture_of
+from twinspect.training.derived import Copy, Tile, picture_of
+from twinspect.training.source import image_key
 from twinspect.types import Sample
 
 LISTED = 10  # images that are least like the others, kept in the record
@@ -44,154 +42,89 @@ MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good
 _TEXTS = ("class_name", "group", "key")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Memory:
-    """Good images that a model learnt from, one place per image in every field.
+class GoodImages(NamedTuple):
+    """What the model says of the good images, each scored by statistics that did not see it; on the CPU.
 
     Attributes:
-        good: what the model said of them.
+        score_n: joint scores.
+        peak_n: highest values of the maps.
+        distance_n: distances from the clusters.
+        cluster_n: indices of the clusters.
+        counted_n: whether the image counts for thresholds: with plain scoring only those held out.
+        readings_nR: raw readings, as `Outputs` has them.
+        tokens: global tokens, n x E a view.
+        embedding_nF: what the teacher's own classifier would see.
         class_name, group, key: as in `GoodScores`.
     """
 
-    good: GoodImages
-    class_name: tuple[str, ...]
-    group: tuple[str, ...]
-    key: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, good: GoodImages, source: FeatureSource, images: Sequence[int], before: Memory | None = None
-    ) -> Memory:
-        """The good images of ``before``, then those at some positions of a source."""
-        samples = [(picture_of(source.samples[i]), i) for i in images]
-        rows = [(sample.class_name, sample.group, _content_id(source, i)) for sample, i in samples]
-        if before is not None:
-            rows = [*zip(before.class_name, before.group, before.key, strict=True), *rows]
-        return cls(good, *zip(*rows, strict=True))
+    score_n: Tensor
+    peak_n: Tensor
+    distance_n: Tensor
+    cluster_n: Tensor
+    counted_n: Tensor
+    readings_nR: Tensor
+    tokens: tuple[Tensor, ...]
+    embedding_nF: Tensor
+    class_name: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
 
     def scores(self, classes: Sequence[str]) -> GoodScores:
         """The images that count for thresholds; ``classes`` is the class of every cluster."""
-        good = self.good
-        score, peak, distance = (column.double().numpy() for column in good[:3])
-        predicted = [classes[k] for k in good.cluster_n.tolist()]
+        score, peak, distance = (column.double().numpy() for column in self[:3])
+        predicted = [classes[k] for k in self.cluster_n.tolist()]
         texts = (np.array(column) for column in (self.class_name, predicted, self.group, self.key))
-        return GoodScores(score, peak, distance, *texts).take(good.counted_n.numpy())
+        return GoodScores(score, peak, distance, *texts).take(self.counted_n.numpy())
 
     def to_bytes(self) -> bytes:
         """As safetensors, with the texts as JSON in its header."""
-        tensors = self.good._asdict()
-        views = tensors.pop("tokens")
-        tensors |= {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(views)}
-        tensors["embedding_nF"] = in_fp16(self.good.embedding_nF)
-        texts = {name: list(getattr(self, name)) for name in _TEXTS}
+        tensors = self._asdict()
+        texts = {name: tensors.pop(name) for name in _TEXTS}
+        views = {f"tokens.{view}": in_fp16(token_nE) for view, token_nE in enumerate(tensors.pop("tokens"))}
+        tensors |= views | {"embedding_nF": in_fp16(self.embedding_nF)}
         return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"texts": json.dumps(texts)})
 
     @classmethod
-    def from_bytes(cls, body: bytes) -> Memory:
+    def from_bytes(cls, body: bytes) -> GoodImages:
         """Rebuild from `to_bytes`.
 
         Raises:
             ValueError, KeyError: it is something else.
         """
         head: dict[str, Any] = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        texts, tensors = json.loads(head["__metadata__"]["texts"]), load(body)
-        tokens = tuple(tensors.pop(name).float() for name in sorted(tensors) if name.startswith("tokens."))
-        tensors["embedding_nF"] = tensors["embedding_nF"].float()
-        return cls(GoodImages(**tensors, tokens=tokens), *(tuple(texts[name]) for name in _TEXTS))
+        texts = json.loads(head["__metadata__"]["texts"])
+        columns: dict[str, Any] = load(body)
+        columns["tokens"] = tuple(columns.pop(name).float() for name in sorted(columns) if name.startswith("tokens."))
+        columns["embedding_nF"] = columns["embedding_nF"].float()
+        return cls(**columns | {name: tuple(texts[name]) for name in _TEXTS})
 
 
-def outcome_of(
-    model: AnomalyModel,
-    source: FeatureSource,
-    held: Collection[int],
-    good: GoodImages,
-    thumbnails: int = 0,
-    listed: int = LISTED,
-) -> tuple[Decision, dict[str, Any], bytes]:
-    """Thresholds and what else answers need, the record of model and images, and what images can be added to.
+def texts_of(samples: Sequence[Sample], keys: Sequence[bytes]) -> list[tuple[str, ...]]:
+    """The columns ``class_name``, ``group`` and ``key`` of samples with these keys of a source."""
+    pictures = [picture_of(sample) for sample in samples]
+    names = tuple(picture.class_name for picture in pictures)
+    return [names, tuple(picture.group for picture in pictures), tuple(map(image_id, keys))]
 
-    The last is empty where that is not possible.
 
-    Args:
-        model: trained and calibrated.
-        source: good images.
-        held: positions of those that the students were not trained on.
-        good: what `fit_statistics` returns of all, in the order of positions.
-        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
-        listed: how many of those that are least like the others are in the record.
+def of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
+    """What is said of pictures by their tiles, as `tiles.joined` has it; and the place of the tile that speaks.
+
+    Readings, tokens and embeddings stay those of the tiles.
     """
-    names = [picture_of(sample).class_name for sample in source.samples]
-    classes = classes_of_clusters(good.cluster_n.numpy(), names, model.scorer.clusters.count)
-    tiles = next((sample.tiles for sample in source.samples if isinstance(sample, Tile)), (1, 1))
-    images = list(range(len(source)))
-    if tiles != (1, 1):
-        good, images = _of_pictures(good, source.samples, classes)
-    pictures = [picture_of(source.samples[i]) for i in images]
-    memory, plain, nearest = Memory.of(good, source, images), model.scorer.plain, model.scorer.nearest
-    scores = memory.scores(classes)
-    bank = [picture_of(source.samples[i]) for i in nearest.kept] if nearest is not None else []
-    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
-    decision = Decision(
-        scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=frozenset(key for key, i in zip(memory.key, images, strict=True) if not (plain and i in held)),
-        held=frozenset(key for key, i in zip(memory.key, images, strict=True) if i in held),
-        bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
-        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
-    )  # fmt: skip
-    learnt = [p for p, i in zip(pictures, images, strict=True) if i not in held and not isinstance(p, Copy)]
-    record = {
-        "teacher": _teacher(model),
-        "size": model.size,
-        "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
-        "images": {"train": len(learnt), "calibration": sum(i in held for i in images)},
-        **sizes(model),
-        "least_like": least_like(pictures, good, listed),
-    }
-    no_update = plain or tiles != (1, 1) or len(source) > MOST
-    return decision, record, b"" if no_update else memory.to_bytes()
-
-
-def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A region of interest on the grid that pictures are drawn from."""
-    at = ((np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE).astype(int)
-    return np.asarray(roi_SS[np.ix_(at, at)])
-
-
-def _of_pictures(good: GoodImages, samples: Sequence[Sample], classes: Sequence[str]) -> tuple[GoodImages, list[int]]:
-    """What is said of pictures by their tiles, as `tiles.joined` has it; and the place of the tile that speaks."""
     places: dict[Sample, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
         places[picture_of(sample)].append(place)
     scores, owners = good.score_n.tolist(), [classes[k] for k in good.cluster_n.tolist()]
     spoken = [tiles[speaker([scores[i] for i in tiles], [owners[i] for i in tiles])] for tiles in places.values()]
     highest = [torch.stack([column[tiles].amax() for tiles in places.values()]) for column in good[:3]]
+    names, groups, keys = ([column[i] for i in spoken] for column in good[-3:])
+    for i, picture in enumerate(places):
+        if picture.in_file and not isinstance(picture, Copy):  # named by its file, as where it is seen whole
+            keys[i] = image_id(image_key(picture.image.read_bytes()))
     return good._replace(
         score_n=highest[0], peak_n=highest[1], distance_n=highest[2], cluster_n=good.cluster_n[spoken],
-        counted_n=good.counted_n[spoken],
+        counted_n=good.counted_n[spoken], class_name=tuple(names), group=tuple(groups), key=tuple(keys),
     ), spoken  # fmt: skip
-
-
-def _content_id(source: FeatureSource, position: int) -> str:
-    """`image_id` of a picture, also where only its tiles have keys."""
-    sample = source.samples[position]
-    picture = picture_of(sample)
-    whole = picture is sample or type(picture) is not Sample or not picture.in_file
-    return image_id(source.keys[position] if whole else image_key(picture.image.read_bytes()))
-
-
-def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
-    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
-
-    def small(sample: Sample) -> bytes:
-        body = io.BytesIO()
-        with suppress(DataError, OSError):
-            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
-            picture.thumbnail((side, side))
-            picture.save(body, "JPEG", quality=75, optimize=True)
-        return body.getvalue()
-
-    with ThreadPoolExecutor(granted_threads() or None) as pool:
-        return tuple(pool.map(small, samples))
 
 
 def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], count: int) -> tuple[str, ...]:
@@ -200,24 +133,6 @@ def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], co
     for name, k in zip(classes, cluster_n.tolist(), strict=True):
         counts[k][name] += 1
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in counts)
-
-
-def _teacher(model: AnomalyModel) -> dict[str, str]:
-    teacher = model.teacher
-    terms = licence(teacher.name) if teacher.weights != "random" else "none (random weights)"
-    return {
-        "name": teacher.name, "arch": teacher.info.arch, "weights": teacher.weights, "licence": terms,
-        "hash": teacher.hash(),
-    }  # fmt: skip
-
-
-def sizes(model: AnomalyModel) -> dict[str, Any]:
-    """For the record: clusters, variants, numbers of weights by part, bytes of statistics."""
-    parts = {"teacher": model.teacher, **dict(model.student.named_children())}
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
-    clusters = model.scorer.clusters
-    return {"clusters": clusters.count, "variants": clusters.variants, "parameters": parameters}
 
 
 def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
@@ -243,3 +158,92 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
         }
         for i in order
     ]
+
+
+def outcome_of(
+    model: AnomalyModel,
+    samples: Sequence[Sample],
+    held: Collection[int],
+    good: GoodImages,
+    thumbnails: int = 0,
+    listed: int = LISTED,
+) -> tuple[Decision, dict[str, Any], bytes]:
+    """Thresholds and what else answers need, the record of model and images, and what images can be added to.
+
+    The last is empty where that is not possible.
+
+    Args:
+        model: trained and calibrated.
+        samples: good images.
+        held: places of those that the students were not trained on.
+        good: what `fit_statistics` returns of all of them.
+        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
+        listed: how many of those that are least like the others are in the record.
+    """
+    classes = classes_of_clusters(good.cluster_n.numpy(), good.class_name, model.scorer.clusters.count)
+    tiles = next((sample.tiles for sample in samples if isinstance(sample, Tile)), (1, 1))
+    places = list(range(len(samples)))  # of the images, or of one tile of every picture
+    if tiles != (1, 1):
+        good, places = of_pictures(good, samples, classes)
+    pictures, held_out = [picture_of(samples[i]) for i in places], [i in held for i in places]
+    plain, nearest = model.scorer.plain, model.scorer.nearest
+    scores = good.scores(classes)
+    bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
+    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
+    decision = Decision(
+        scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
+        trained=frozenset(key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)),
+        held=frozenset(key for key, out in zip(good.key, held_out, strict=True) if out),
+        bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
+        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
+    )  # fmt: skip
+    learnt = [p for p, out in zip(pictures, held_out, strict=True) if not out and not isinstance(p, Copy)]
+    record = {
+        "teacher": _teacher(model),
+        "size": model.size,
+        "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
+        "images": {"train": len(learnt), "calibration": sum(held_out)},
+        **sizes(model),
+        "least_like": least_like(pictures, good, listed),
+    }
+    no_update = plain or tiles != (1, 1) or len(samples) > MOST
+    return decision, record, b"" if no_update else good.to_bytes()
+
+
+def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A region of interest on the grid that pictures are drawn from."""
+    at = ((np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE).astype(int)
+    return np.asarray(roi_SS[np.ix_(at, at)])
+
+
+def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
+    """JPEGs of images, ``side`` pixels at most; empty where one cannot be read."""
+
+    def small(sample: Sample) -> bytes:
+        body = io.BytesIO()
+        with suppress(DataError, OSError):
+            picture = Image.fromarray(read_sample_rgb(sample, draft_side=side))
+            picture.thumbnail((side, side))
+            picture.save(body, "JPEG", quality=75, optimize=True)
+        return body.getvalue()
+
+    with ThreadPoolExecutor(granted_threads() or None) as pool:
+        return tuple(pool.map(small, samples))
+
+
+def _teacher(model: AnomalyModel) -> dict[str, str]:
+    teacher = model.teacher
+    terms = licence(teacher.name) if teacher.weights != "random" else "none (random weights)"
+    return {
+        "name": teacher.name, "arch": teacher.info.arch, "weights": teacher.weights, "licence": terms,
+        "hash": teacher.hash(),
+    }  # fmt: skip
+
+
+def sizes(model: AnomalyModel) -> dict[str, Any]:
+    """For the record: clusters, numbers of weights by part, bytes of statistics."""
+    parts = {"teacher": model.teacher, **dict(model.student.named_children())}
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
+    clusters = model.scorer.clusters
+    return {"clusters": clusters.count, "parameters": parameters}

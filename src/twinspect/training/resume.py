@@ -1,146 +1,106 @@
-"""Go on from a trained model with more images or classes, and say what that did to the old ones.
-
-The students keep their weights and the teacher's channel statistics; everything learnt from residuals
-(clusters, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among
-them. Images keep their side: what was trained on stays training, what was held out stays held out.
-"""
+"""The folder of a training run: the checkpoint that a killed run goes on from, and the log of its steps."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from twinspect.decide.decision import Decision, image_id
-from twinspect.errors import DataError, TrainingError
-from twinspect.models.contract import AnomalyModel
-from twinspect.types import TEST, Sample
+from twinspect.errors import TrainingError
 
-_NAME = "checkpoint.safetensors"
+_CHECKPOINT = "checkpoint.safetensors"
 LOG = "train.jsonl"
 LOCK = "lock"  # held by the run that writes in a folder
 
 
-def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> list[str]:
-    """Old classes of which the data hold no good image; a `DataError` unless ``forget``."""
-    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
-    missing = [name for name in decision.classes if name not in present]
-    if missing and not forget:
-        raise DataError(
-            f"the data hold no good image of {', '.join(missing)}, which the bundle knows: what is normal is "
-            f"learnt from all images at hand, so going on without them would forget them (classes found: "
-            f"{', '.join(sorted(present)) or 'none'}). Give one folder with all classes, old and new, or type "
-            "--forget to drop them"
-        )
-    return missing
+class WorkFolder:
+    """Checkpoint and log of a run in a folder that is there.
 
-
-def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
-    """Positions to hold out of images with these keys, every known image on the side where it was."""
-    trained = decision.trained - decision.held
-    names = [image_id(key) for key in keys]
-    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
-
-
-def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
-    """Give a new model the students and channel statistics of a trained one; a `DataError` if shapes differ."""
-    try:
-        for part in ("student", "selection", "standardised"):
-            getattr(model, part).load_state_dict(getattr(before, part).state_dict())
-    except RuntimeError:
-        raise DataError(
-            "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
-            "width and depth, so leave those options out"
-        ) from None
-
-
-def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
-    """What going on did to every old class, on the calibration images that both models scored.
-
-    ``called_at_old`` is how many images would be called bad had the old threshold been kept. Of a class without such
-    images nothing can be said: its numbers are None.
+    Args:
+        folder: where they are.
+        student, optimiser: whose state the checkpoint is.
+        fingerprint: of settings and data, which a checkpoint must agree with.
     """
-    now = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
-    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
-    pairs = {
-        name: [(score, now[key]) for score, key, owner in rows if owner == name and key and key in now]
-        for name in before.classes
-    }
-    return [_change(name, np.array(both).reshape(-1, 2), before, after) for name, both in pairs.items()]
+
+    def __init__(self, folder: Path, student: nn.Module, optimiser: Optimizer, fingerprint: str) -> None:
+        self._folder, self._student, self._optimiser, self._fingerprint = folder, student, optimiser, fingerprint
+        self._began = time.monotonic()
+
+    def load(self) -> int:
+        """Take up the state that a killed run left; the number of steps already taken (0 without a checkpoint).
+
+        Raises:
+            TrainingError: the checkpoint is damaged or of another run.
+        """
+        path, start = self._folder / _CHECKPOINT, 0
+        if path.is_file():
+            start = self._restored(path)
+        log = self._folder / LOG
+        if log.exists():  # lines of a broken run beyond its checkpoint are dropped
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if _step_of(line) < start), encoding="utf-8")
+        return start
+
+    def _restored(self, path: Path) -> int:
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from None
+        if meta.get("fingerprint") != self._fingerprint:
+            raise TrainingError(
+                f"{path} was made with other data or settings; delete the folder {self._folder} or choose another "
+                "--work"
+            )
+        self._student.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("student.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        return int(meta["step"])
+
+    def save(self, step: int) -> None:
+        """Write the state after ``step`` steps; a crash while writing leaves the previous file whole."""
+        tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in self._student.state_dict().items()}
+        for index, state in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
+        new = self._folder / f"{_CHECKPOINT}.{os.getpid()}.new"
+        try:
+            save_file(tensors, new, metadata={"step": str(step), "fingerprint": self._fingerprint})
+            os.replace(new, self._folder / _CHECKPOINT)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"no checkpoint can be written in {self._folder} ({error}); free some disk or give --work"
+            ) from None
+
+    def log(self, step: int, terms: Mapping[str, float], images: int) -> None:
+        """Add a step's loss terms to the log, a JSON line."""
+        row = {"step": step, **terms, "images": images, "seconds": round(time.monotonic() - self._began, 3)}
+        with (self._folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
-def _change(name: str, pairs: np.ndarray[Any, Any], before: Decision, after: Decision) -> dict[str, Any]:
-    numbers = dict.fromkeys(
-        ("median_before", "median_after", "threshold_before", "threshold_after", "called_before", "called_after",
-         "called_at_old")
-    )  # fmt: skip
-    sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
-    if len(pairs):
-        old, new = before.rule(name).image.value, after.rule(name).image.value
-        medians = np.median(pairs, axis=0).tolist()
-        called = [int((pairs[:, column] >= value).sum()) for column, value in ((0, old), (1, new), (1, old))]
-        numbers = dict(zip(numbers, (*medians, old, new, *called), strict=True))
-        sentence = (
-            f"{name}: on its {len(pairs)} stored calibration images the median score went from {medians[0]:.2f} to "
-            f"{medians[1]:.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before {called[0]}, now "
-            f"{called[1]}, with the old threshold kept {called[2]}"
-        )
-    return {"class_name": name, "images": len(pairs), **numbers, "sentence": sentence}
-
-
-# ---------------------------------------------------------------------------------------------- a run that was killed
-
-
-def save_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, step: int, fingerprint: str) -> None:
-    """Write the state after ``step`` steps; a crash while writing leaves the previous file whole."""
-    tensors: dict[str, Tensor] = {f"student.{k}": v.contiguous() for k, v in student.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
-    new = work / f"{_NAME}.{os.getpid()}.new"
+def _step_of(line: str) -> int:
     try:
-        save_file(tensors, new, metadata={"step": str(step), "fingerprint": fingerprint})
-        os.replace(new, work / _NAME)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"no checkpoint can be written in {work} ({error}); free some disk or give --work"
-        ) from None
-
-
-def load_checkpoint(work: Path, student: nn.Module, optimiser: Optimizer, fingerprint: str) -> int:
-    """Take up the state a killed run left; the number of steps already taken (0 without a checkpoint)."""
-    path = work / _NAME
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete it to start again") from None
-    if meta.get("fingerprint") != fingerprint:
-        raise TrainingError(
-            f"{path} was made with other data or settings; delete the folder {work} or choose another --work"
-        )
-    student.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("student.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimiser."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(meta["step"])
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 60  # a line cut off by a kill
 
 
 def remove_checkpoint(work: Path) -> None:
     """Forget the checkpoint of a run that has finished, and what a killed one was writing."""
-    for path in (*work.glob(f"{_NAME}*"), work / LOCK):
+    for path in (*work.glob(f"{_CHECKPOINT}*"), work / LOCK):
         path.unlink(missing_ok=True)
 
 

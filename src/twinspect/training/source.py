@@ -1,31 +1,36 @@
-"""Training images as teacher answers and shrunk pixels: from the cache, or computed when it is off."""
+"""Training images as teacher answers and shrunk pixels: from the cache, or computed when it is off.
+
+The teacher is frozen and nothing is augmented, so its answers are computed once. An answer belongs to (teacher
+weights, input size, image bytes): runs, students and calibration share it, and an image that changes has another
+address. Every image has a safetensors file of its own, which appears whole or not at all. So no lock and no index is
+needed, whatever processes write at the same time or are killed.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from twinspect.data.images import resize_rgb
-from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.files import cache_home, why_unwritable
-from twinspect.inference.tiles import Tiles, boxes
 from twinspect.models.contract import AnomalyModel, Observed
-from twinspect.training.cache import FeatureCache, KnownFiles, image_key, pack, unpack
-from twinspect.training.copies import Copy
+from twinspect.models.layers import in_fp16
+from twinspect.training.derived import Copy, Tile, read_picture, read_square
 from twinspect.types import Progress, Sample, Skipped
 
 T = TypeVar("T")
@@ -42,19 +47,13 @@ class FeatureSource:
     """Batches of (teacher answer, normalised shrunk pixels) for a fixed list of samples, on the model's device.
 
     With a cache every image is decoded and shown to the teacher once in the life of the cache; without one,
-    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``. Files that are
-    known from ``notes`` (see `KnownFiles`) are not read again only to learn that they have not changed.
+    both happen at every visit. Images that cannot be read are left out and listed in ``skipped``.
     """
 
     def __init__(
-        self,
-        model: AnomalyModel,
-        samples: Sequence[Sample],
-        cache_root: Path | None,
-        progress: Progress,
-        notes: Path | None = None,
+        self, model: AnomalyModel, samples: Sequence[Sample], cache_root: Path | None, progress: Progress
     ) -> None:
-        self._model, self._known = model, KnownFiles(notes) if notes is not None else None
+        self._model = model
         self._picture: tuple[Sample, NDArray[np.uint8]] | None = None
         self._reading = threading.Lock()
         self.skipped: list[Skipped] = []
@@ -64,8 +63,6 @@ class FeatureSource:
         for _ in _in_order(self._store, self._missing(samples, progress), workers=1, ahead=_WAITING):
             pass
         self._picture = None
-        if self._known is not None:
-            self._known.save()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -123,7 +120,7 @@ class FeatureSource:
             else:
                 self.samples.append(sample)
                 self.keys.append(key)
-                if pixels is not None and self._cache is not None and key not in self._cache:
+                if pixels is not None and self._cache is not None:
                     waiting[key] = pixels
             if len(waiting) == teacher_batch(self._model) or (waiting and done == len(samples)):
                 yield list(waiting), pack(*observe(self._model, torch.from_numpy(np.stack([*waiting.values()]))))
@@ -134,21 +131,17 @@ class FeatureSource:
             self._cache.write(*portion)
 
     def _decode(self, sample: Sample) -> tuple[bytes | Skipped, NDArray[np.uint8] | None]:
-        """The key of a sample, or why it cannot be read; and its pixels where they are still needed."""
+        """The key of a sample, or why it cannot be read; and its pixels where the cache lacks its answer."""
         try:
-            if not sample.in_file or isinstance(sample, (Copy, Tile)):
+            pixels = None
+            if sample.in_file and not isinstance(sample, (Copy, Tile)):
+                key = image_key(sample.image.read_bytes())
+            else:
                 pixels = read_square(sample, self._model.size, self._read)
-                return image_key(pixels), pixels
-            key = self._known.find(sample.image) if self._known is not None else None
-            if key is not None and (self._cache is None or key in self._cache):
+                key = image_key(pixels)
+            if self._cache is not None and key in self._cache:
                 return key, None
-            before = sample.image.stat()
-            key = image_key(sample.image.read_bytes())
-            there = self._cache is not None and key in self._cache
-            square = None if there else read_square(sample, self._model.size)
-            if self._known is not None:
-                self._known.note(sample.image, before, key)
-            return key, square
+            return key, read_square(sample, self._model.size) if pixels is None else pixels
         except (DataError, OSError) as error:
             return Skipped(sample.image, str(error)), None
 
@@ -160,13 +153,18 @@ class FeatureSource:
             return self._picture[1]
 
 
-def space_of(model: AnomalyModel) -> str:
-    """What the teacher's answers depend on besides the image."""
-    teacher, selection = model.teacher, model.selection
-    space = f"v6|{teacher.info.arch}|{teacher.hash()}|{model.size}|{selection.shrinks}|{selection.levels}"
-    if model.roi_SS is not None:
-        space += f"|{hashlib.sha256(model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
-    return f"{space}|{model.pixel_side}"
+@torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
+def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
+    """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
+    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
+    observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
+    small = model.shrink(image.float()).round().to(torch.uint8)
+    return observed, small
+
+
+def teacher_batch(model: AnomalyModel) -> int:
+    """Images that the teacher is shown together when a cache is filled."""
+    return _TEACHER_BATCH if model.device.type == "cpu" else _GPU_BATCH
 
 
 def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
@@ -184,108 +182,120 @@ def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahea
             pool.shutdown(cancel_futures=True)
 
 
+# --------------------------------------------------------------------------------------------------------- the cache
+
+
+def image_key(raw: bytes | NDArray[np.uint8]) -> bytes:
+    """Address of an image: the first 16 bytes of the sha256 of its file (or pixels)."""
+    return hashlib.sha256(raw if isinstance(raw, bytes) else raw.tobytes()).digest()[:16]
+
+
+def space_of(model: AnomalyModel) -> str:
+    """What the teacher's answers depend on besides the image."""
+    teacher, selection = model.teacher, model.selection
+    space = f"v6|{teacher.info.arch}|{teacher.hash()}|{model.size}|{selection.shrinks}|{selection.levels}"
+    if model.roi_SS is not None:
+        space += f"|{hashlib.sha256(model.roi_SS.cpu().numpy().tobytes()).hexdigest()}"
+    return f"{space}|{model.pixel_side}"
+
+
 def features_folder() -> Path:
-    """Where features, and what is known of files, are kept."""
+    """Where features are cached."""
     return cache_home() / "features"
 
 
 def cache_folder(model: AnomalyModel, images: int, limit_gb: float) -> Path | None:
     """Where features are cached; None when they need more than ``limit_gb``, or the folder cannot be written."""
     folder = features_folder()
-    return None if record_bytes(model) * images > limit_gb * 1e9 or why_unwritable(folder) else folder
+    if not limit_gb or why_unwritable(folder):
+        return None
+    blank = torch.zeros(1, model.size, model.size, 3, dtype=torch.uint8)
+    each = sum(part.nbytes for part in pack(*observe(model, blank)).values())
+    return folder if each * images <= limit_gb * 1e9 else None
 
 
-def record_bytes(model: AnomalyModel) -> int:
-    """Bytes that are kept of an image for a model, a few hundred of file header aside."""
-    selection, info = model.selection, model.teacher.info
-    maps = zip(
-        [*selection.channels, *selection.coarse_channels],
-        [*selection.map_sides, *selection.coarse_sides],
-        strict=True,
+def pack(observed: Observed, small_B3ss: Tensor) -> dict[str, Tensor]:
+    """What is kept of a batch: features in fp16, tokens and the embedding in fp32, shrunk pixels in uint8."""
+    parts = {"prefix": in_fp16(observed.prefix_BMPD), "embedding": observed.embedding_BF.float()}
+    for kind, maps in (("coarse", observed.coarse), ("map", observed.maps)):
+        parts |= {f"{kind}.{i:02d}": in_fp16(map_BDhw) for i, map_BDhw in enumerate(maps)}
+    parts |= {f"token.{view}": token_BE.float() for view, token_BE in enumerate(observed.tokens)}
+    return {name: part.cpu().contiguous() for name, part in (parts | {"pixels": small_B3ss}).items()}
+
+
+def unpack(parts: dict[str, Tensor]) -> tuple[Observed, Tensor]:
+    """The teacher's answer in fp32 and the shrunk pixels, on the device of the parts."""
+    maps, coarse, tokens = (
+        tuple(parts[name].float() for name in sorted(parts) if name.startswith(kind))
+        for kind in ("map.", "coarse.", "token.")
     )
-    halves = sum(channels * side * side for channels, side in maps) + math.prod(selection.prefix_shape)
-    floats = len(selection.shrinks) * sum(info.token_channels) + info.embedding_channels
-    return 2 * halves + 4 * floats + 3 * model.pixel_side**2
+    return Observed(maps, coarse, tokens, parts["embedding"], parts["prefix"].float()), parts["pixels"]
 
 
-@dataclass(frozen=True, slots=True)
-class Tile(Sample):
-    """A part of a picture; its class is the picture's with the tile's place.
+class FeatureCache:
+    """Answers of one teacher at one size.
 
-    Attributes:
-        of: the picture.
-        place: number of the tile, row by row.
-        tiles: rows and columns.
+    Args:
+        root: cache folder.
+        space: what answers depend on besides the image; see `space_of`.
+
+    Raises:
+        DataError: the folder cannot be made.
     """
 
-    of: Sample | None = None
-    place: int = 0
-    tiles: Tiles = (1, 1)
+    def __init__(self, root: Path, space: str) -> None:
+        self.folder = root / hashlib.sha256(space.encode()).hexdigest()[:24]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the answer for an image is there and whole."""
+        try:
+            with safe_open(self._file(key), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
-def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
-    """All tiles of all pictures; the pictures themselves where each is one tile."""
-    if tiles == (1, 1):
-        return list(samples)
-    return [
-        Tile(
-            sample.image, sample.split, f"{sample.class_name} @{place // tiles[1]},{place % tiles[1]}", sample.label,
-            group=sample.group, record=sample.record, pixels=sample.pixels, of=sample, place=place, tiles=tiles,
+    def write(self, keys: Sequence[bytes], parts: dict[str, Tensor]) -> None:
+        """Keep the answers for some images (see `pack`).
+
+        Raises:
+            DataError: the disk is full or the folder cannot be written.
+        """
+        try:
+            for row, key in enumerate(keys):
+                draft = self.folder / f"{uuid.uuid4().hex}.new"
+                draft.write_bytes(save({name: part[row].clone() for name, part in parts.items()}))
+                os.replace(draft, self._file(key))
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise self._unusable(error) from None
+
+    def read(self, keys: Sequence[bytes], vectors: bool = False) -> dict[str, Tensor]:
+        """Answers for a batch of images, for `unpack`; with ``vectors`` only tokens and the embedding.
+
+        Raises:
+            DataError: a file is gone or damaged.
+        """
+        rows = []
+        try:
+            for key in keys:
+                with safe_open(self._file(key), "pt") as file:
+                    names = [name for name in file.keys() if not vectors or name.startswith(("token.", "embedding"))]
+                    rows.append({name: file.get_tensor(name) for name in names})
+        except (OSError, SafetensorError) as error:
+            raise self._unusable(error) from None
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _file(self, key: bytes) -> Path:
+        return self.folder / f"{key.hex()}.safetensors"
+
+    def _unusable(self, error: Exception) -> DataError:
+        why = getattr(error, "strerror", "") or error
+        return DataError(
+            f"the feature cache in {self.folder} cannot be written or read ({why}); free some disk, set another "
+            "folder with TWINSPECT_HOME, or turn it off with --cache-gb 0"
         )
-        for sample in samples
-        for place in range(tiles[0] * tiles[1])
-    ]  # fmt: skip
-
-
-def picture_of(sample: Sample) -> Sample:
-    """The picture that a tile is of; any other sample itself."""
-    return sample.of if isinstance(sample, Tile) and sample.of is not None else sample
-
-
-def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
-    """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
-    if isinstance(sample, Copy) and sample.tolerated:
-        return sample.changed(read_sample_rgb(sample))
-    return read_sample_rgb(sample, draft_side=side)
-
-
-def read_square(
-    sample: Sample, size: int, read: Callable[[Sample, int], NDArray[np.uint8]] = read_picture
-) -> NDArray[np.uint8]:
-    """One sample's RGB at the model's size: size x size x 3; ``read`` gives the whole pictures that tiles are of."""
-    picture = picture_of(sample)
-    if isinstance(sample, Tile):
-        whole = read(picture, size * max(sample.tiles))
-        rows, columns = boxes(whole, sample.tiles)[sample.place]
-        pixels = resize_rgb(whole[rows, columns], size)
-    else:
-        pixels = resize_rgb(read_picture(sample, size), size)
-    return picture.changed(pixels) if isinstance(picture, Copy) and not picture.tolerated else pixels
-
-
-def same_image(samples: Sequence[Sample]) -> list[int]:
-    """For every image the place of the first one that it is a tile or a copy of, or its own.
-
-    Copies of images that hardly vary stand for images of their own.
-    """
-    first: dict[tuple[object, ...], int] = {}
-    firsts = []
-    for place, sample in enumerate(samples):
-        picture = picture_of(sample)
-        apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
-        firsts.append(first.setdefault((sample.image, sample.record, *apart), place))
-    return firsts
-
-
-def teacher_batch(model: AnomalyModel) -> int:
-    """Images that the teacher is shown together when a cache is filled."""
-    return _TEACHER_BATCH if model.device.type == "cpu" else _GPU_BATCH
-
-
-@torch.no_grad()  # not inference_mode: without a cache these tensors go straight into the students' graph
-def observe(model: AnomalyModel, pixels_BHWC: Tensor) -> tuple[Observed, Tensor]:
-    """The teacher's answer to uint8 pixels, and the pixels shrunk for the Encoder-Encoder (uint8)."""
-    image = model.inside(pixels_BHWC.to(model.device, non_blocking=True).permute(0, 3, 1, 2))
-    observed = model.observe(model.teacher.normalise(image).contiguous(memory_format=torch.channels_last))
-    small = model.shrink(image.float()).round().to(torch.uint8)
-    return observed, small

@@ -1,7 +1,11 @@
-"""Add good images to a trained model without the ones that it learnt from: false alarms, or a new class.
+"""Further good images for a trained model: `update` adds them; ``fit --resume-from`` trains anew with all.
 
-The students stay as they are; a new class is judged by statistics alone. Thresholds are made anew from all good
-images that are kept, with the budgets that were set.
+An update does without the images that the model learnt from. The students stay as they are; a new class is judged by
+statistics alone. Thresholds are made anew from all good images that are kept, with the budgets that were set.
+
+Going on with ``fit --resume-from`` keeps the students' weights and the teacher's channel statistics. Everything else
+(clusters, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among them. What
+was trained on stays training, what was held out stays held out.
 """
 
 from __future__ import annotations
@@ -11,15 +15,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
 
 from twinspect.bundle import Fitted, model_id
 from twinspect.data.leaks import count_once
-from twinspect.decide.decision import image_id, mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
-from twinspect.training.copies import FEW
+from twinspect.training.derived import FEW
 from twinspect.training.normal import add_statistics
-from twinspect.training.outcome import Memory, sizes, small_pictures
+from twinspect.training.outcome import GoodImages, sizes, small_pictures
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, Progress, Sample
 
@@ -46,36 +53,35 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
             "this model keeps nothing that images can be added to (scoring plain, tiles, more than 4,096 good "
             "images, or written before version 0.3); train it again with all images: twinspect fit DATA"
         )
-    memory, notes = Memory.from_bytes(fitted.memory), list[str]()
+    before, notes = GoodImages.from_bytes(fitted.memory), list[str]()
     fresh = _named(fitted, samples, class_name, notes)
     model = copy.deepcopy(fitted.model)
     source = FeatureSource(model, fresh, cache_folder(model, len(fresh), fitted.config.train.cache_gb), progress)
     if not len(source) and source.skipped:
         unread = source.skipped[0]
         raise DataError(f"none of the {len(fresh)} images can be read, such as {unread.path}: {unread.reason}")
-    there = set(memory.key)
+    there = set(before.key)
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
     _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
     good, classes = add_statistics(
-        model, source, images, memory.good, memory.class_name, fitted.decision.class_of_cluster,
-        fitted.config.train.seed, progress,
+        model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
     )  # fmt: skip
     if not good.score_n.isfinite().all():
         raise TrainingError("the model gives scores that are not finite with these images; train it again with all")
-    learnt_from, decision = Memory.of(good, source, images, memory), fitted.decision
+    decision = fitted.decision
     if set(decision.good.key) - there:
         notes.append("thresholds are made from the images that were learnt; calibrate again with those of other days")
     if decision.fixed:
         notes.append("thresholds from labelled images or by hand are gone, as scores have changed; set them again")
     learnt = [source.samples[i] for i in images]
-    bank = _bank(fitted, model, len(memory.key), learnt)
+    bank = _bank(fitted, model, len(before.key), learnt)
     new = replace(
         decision, bank=tuple(name for name, _ in bank),
         thumbnails=tuple(picture for _, picture in bank) if decision.thumbnails else (),
-        good=learnt_from.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
-        trained=decision.trained.union(learnt_from.key[len(memory.key) :]),
+        good=good.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
+        trained=decision.trained.union(good.key[len(before.key) :]),
     )  # fmt: skip
     counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
@@ -90,7 +96,7 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
             "from": decision.model_id,
         }
     )
-    return Fitted(model, new, fitted.config, record, source.skipped, good, learnt_from.to_bytes())
+    return Fitted(model, new, fitted.config, record, source.skipped, good, good.to_bytes())
 
 
 def _bank(fitted: Fitted, model: AnomalyModel, old: int, learnt: Sequence[Sample]) -> list[tuple[str, bytes]]:
@@ -128,3 +134,64 @@ def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
     for name, count in Counter(names).items():
         if name not in known and count <= FEW:
             raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
+
+
+# ------------------------------------------------------------------------------------------------ fit --resume-from
+
+
+def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> None:
+    """A `DataError` where the data hold no good image of an old class, unless ``forget``."""
+    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
+    missing = [name for name in decision.classes if name not in present]
+    if missing and not forget:
+        raise DataError(
+            f"the data hold no good image of {', '.join(missing)}, which the bundle knows: what is normal is "
+            f"learnt from all images at hand, so going on without them would forget them (classes found: "
+            f"{', '.join(sorted(present)) or 'none'}). Give one folder with all classes, old and new, or type "
+            "--forget to drop them"
+        )
+
+
+def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
+    """Positions to hold out of images with these keys, every known image on the side where it was."""
+    trained = decision.trained - decision.held
+    names = [image_id(key) for key in keys]
+    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
+
+
+def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
+    """Give a new model the students and channel statistics of a trained one; a `DataError` if shapes differ."""
+    try:
+        for part in ("student", "selection", "standardised"):
+            getattr(model, part).load_state_dict(getattr(before, part).state_dict())
+    except RuntimeError:
+        raise DataError(
+            "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
+            "width and depth, so leave those options out"
+        ) from None
+
+
+def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
+    """What going on did to every old class, in a sentence, on the calibration images that both models scored."""
+    now = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
+    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
+    of_class = {
+        name: [(score, now[key]) for score, key, owner in rows if owner == name and key and key in now]
+        for name in before.classes
+    }
+    return [
+        {"class_name": name, "images": len(pairs), "sentence": f"{name}: {_change(name, pairs, before, after)}"}
+        for name, pairs in of_class.items()
+    ]
+
+
+def _change(name: str, pairs: list[tuple[float, float]], before: Decision, after: Decision) -> str:
+    if not pairs:
+        return "none of its calibration images is in the data, so nothing can be said of it"
+    (old, new), (score_n, score_now_n) = (d.rule(name).image.value for d in (before, after)), np.transpose(pairs)
+    return (
+        f"on its {len(pairs)} stored calibration images the median score went from {np.median(score_n):.2f} to "
+        f"{np.median(score_now_n):.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before "
+        f"{(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the old threshold kept "
+        f"{(score_now_n >= old).sum()}"
+    )

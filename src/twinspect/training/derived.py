@@ -1,30 +1,35 @@
-"""Altered copies of good images, where the images alone do not say how good ones differ.
+"""Samples made of good images: altered copies, and tiles of large pictures.
 
-Two kinds of class need them. Of a class whose images hardly differ, such as a black picture, statistics would call
-one grey level of brightness a huge anomaly: copies with a level of noise tell them what 8 bits round away.
-A class of a few images shows no spread at all: copies moved and lit as a camera would move and light them give one,
-turned round where the product may lie in any pose. Copies are learnt; no threshold counts them (`training.few`).
+Two kinds of class need copies. If the images of a class hardly differ, such as black pictures, statistics would call
+one grey level of brightness a huge anomaly. Copies with a level of noise tell them what 8 bits round away.
+A class of a few images shows no spread. Copies that are moved and lit as a camera would do it give one; they are also
+turned where the product may lie in any pose. Such copies are learnt; no threshold counts them (`training.few`).
 
 Others are asked for (--tolerate): packed as JPEG, under another light, shifted. They are learnt and calibrated on
-beside the images themselves. Cross-fitting holds an image and such copies to be one (`training.normal`).
+like the images themselves. Cross-fitting holds an image and such copies to be one (`training.normal`).
 """
 
 from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.config import CHANGES, tolerated
+from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
+from twinspect.inference.tiles import Tiles, boxes
 from twinspect.types import Sample
+
+T = TypeVar("T", bound=Sample)
 
 FEW = 8  # good images of a class up to which each is left out in turn and copies are learnt
 NOISE, FIXED, FREE = "noise", "fixed", "free"
@@ -78,16 +83,94 @@ class Copy(Sample):
         return np.asarray((pixels + steps).clip(0, 255), dtype=np.uint8)
 
 
-def _copy(sample: Sample, kind: str, seed: int) -> Copy:
-    return Copy(**{field.name: getattr(sample, field.name) for field in fields(Sample)}, kind=kind, seed=seed)
+@dataclass(frozen=True, slots=True)
+class Tile(Sample):
+    """A part of a picture; its class is the picture's with the tile's place.
+
+    Attributes:
+        of: the picture.
+        place: number of the tile, row by row.
+        tiles: rows and columns.
+    """
+
+    of: Sample | None = None
+    place: int = 0
+    tiles: Tiles = (1, 1)
+
+
+def _made_of(sample: Sample, record: type[T], /, **more: Any) -> T:
+    return record(**{field.name: getattr(sample, field.name) for field in fields(Sample)} | more)
+
+
+def in_tiles(samples: Sequence[Sample], tiles: Tiles) -> list[Sample]:
+    """All tiles of all pictures; the pictures themselves where each is one tile."""
+    if tiles == (1, 1):
+        return list(samples)
+    return [
+        _made_of(
+            sample, Tile, class_name=f"{sample.class_name} @{row},{column}", of=sample,
+            place=row * tiles[1] + column, tiles=tiles,
+        )
+        for sample in samples
+        for row in range(tiles[0])
+        for column in range(tiles[1])
+    ]  # fmt: skip
+
+
+def picture_of(sample: Sample) -> Sample:
+    """The picture that a tile is of; any other sample itself."""
+    return sample.of if isinstance(sample, Tile) and sample.of is not None else sample
+
+
+def read_picture(sample: Sample, side: int) -> NDArray[np.uint8]:
+    """A whole picture, altered where it is such a copy; a draft of ``side`` pixels at least may do."""
+    if isinstance(sample, Copy) and sample.tolerated:
+        return sample.changed(read_sample_rgb(sample))
+    return read_sample_rgb(sample, draft_side=side)
+
+
+def read_square(
+    sample: Sample, size: int, read: Callable[[Sample, int], NDArray[np.uint8]] = read_picture
+) -> NDArray[np.uint8]:
+    """One sample's RGB at the model's size: size x size x 3; ``read`` gives the whole pictures that tiles are of."""
+    picture = picture_of(sample)
+    if isinstance(sample, Tile):
+        whole = read(picture, size * max(sample.tiles))
+        rows, columns = boxes(whole, sample.tiles)[sample.place]
+        pixels = resize_rgb(whole[rows, columns], size)
+    else:
+        pixels = resize_rgb(read_picture(sample, size), size)
+    return picture.changed(pixels) if isinstance(picture, Copy) and not picture.tolerated else pixels
+
+
+def same_image(samples: Sequence[Sample]) -> list[int]:
+    """For every image the place of the first one that it is a tile or a copy of, or its own.
+
+    Copies of images that hardly vary stand for images of their own.
+    """
+    first: dict[tuple[object, ...], int] = {}
+    firsts = []
+    for place, sample in enumerate(samples):
+        picture = picture_of(sample)
+        apart = (picture,) if isinstance(picture, Copy) and not picture.tolerated else ()
+        firsts.append(first.setdefault((sample.image, sample.record, *apart), place))
+    return firsts
+
+
+# ------------------------------------------------------------------------------------------- which copies are made
+
+
+def by_class(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """The samples of every class."""
+    members: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        members[sample.class_name].append(sample)
+    return members
 
 
 def few_classes(samples: Sequence[Sample]) -> frozenset[str]:
     """Classes of at most `FEW` good images."""
-    counts: dict[str, int] = defaultdict(int)
-    for sample in samples:
-        counts[sample.class_name] += 1
-    return frozenset(name for name, count in counts.items() if count <= FEW)
+    return frozenset(name for name, members in by_class(samples).items() if len(members) <= FEW)
 
 
 def add_copies(
@@ -98,21 +181,19 @@ def add_copies(
     Classes of a few images (``few``), all of them in ``training``, get copies as their ``pose`` asks for: ``fixed``,
     ``free`` or ``auto``.
     """
-    by_class: dict[str, list[Sample]] = defaultdict(list)
-    for sample in (*training, *held):
-        by_class[sample.class_name].append(sample)
-    parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
+    parts = list(training), list(held)
     notes = []
-    for name, members in by_class.items():
+    for name, members in by_class((*training, *held)).items():
         if name in few:
             chosen, why = (pose, "as asked") if pose != "auto" else find_pose(members)
             each = max(1, -(-_LEARNT[chosen] // len(members)) - 1)
-            parts[0].extend(_copy(sample, chosen, seed) for sample in members for seed in range(each))
+            parts[0].extend(_made_of(s, Copy, kind=chosen, seed=seed) for s in members for seed in range(each))
             notes.append(_few_sentence(name, len(members), chosen, why))
         elif hardly_differ(members):
             count = max(_COPIES, len(members) // 2)
             for seed in range(count):
-                parts[seed % 4 == 3].append(_copy(members[seed % len(members)], NOISE, seed))
+                copy = _made_of(members[seed % len(members)], Copy, kind=NOISE, seed=seed)
+                parts[seed % 4 == 3].append(copy)
             notes.append(
                 f"class {name}: its good images differ by less than one grey level; {count} copies with one level of "
                 "noise are learnt too, and whatever differs by more is called an anomaly. If good parts may differ "
@@ -140,19 +221,14 @@ def add_tolerated(
     training: Sequence[Sample], held: Sequence[Sample], tolerate: str, seed: int
 ) -> tuple[list[Sample], list[Sample], list[str]]:
     """Both parts with altered copies of their own images (`config.tolerated` kinds), and a sentence about them."""
-    kinds = tolerated(tolerate)
-    by_class: dict[str, list[tuple[int, Sample]]] = defaultdict(list)
-    for part, samples in enumerate((training, held)):
-        for sample in samples:
-            by_class[sample.class_name].append((part, sample))
-    parts: tuple[list[Sample], list[Sample]] = (list(training), list(held))
-    count = 0
-    for members in by_class.values():
+    kinds, count, images = tolerated(tolerate), 0, len(training) + len(held)
+    parts, held_out = (list(training), list(held)), set(held)
+    for members in by_class((*training, *held)).values():
         for number, kind in enumerate(kinds):
-            for part, sample in members[:: -(-len(members) // _MOST_TOLERATED)]:
-                parts[part].append(_copy(sample, kind, seed + len(kinds) * count + number))
+            for sample in members[:: -(-len(members) // _MOST_TOLERATED)]:
+                copy = _made_of(sample, Copy, kind=kind, seed=seed + len(kinds) * count + number)
+                parts[sample in held_out].append(copy)
                 count += 1
-    images = len(training) + len(held)
     sentence = f"--tolerate {','.join(kinds)}: {count} altered copies of {images} images are learnt and counted too"
     return *parts, [sentence] if kinds else []
 
