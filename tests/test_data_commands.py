@@ -97,7 +97,7 @@ def test_images_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     write("mvtec-ad", tmp_path / "set")
     code, _, problem = call("data", "inspect", tmp_path / "set", "--images", tmp_path)
     assert code == 2
-    assert "it is for manifest" in problem
+    assert "it is for uniad-json, manifest" in problem
 
 
 @pytest.mark.parametrize("mode", ["palette", "grey", "bits", "rgb", "grey with alpha"])

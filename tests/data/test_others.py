@@ -49,6 +49,17 @@ def test_masks_belong_to_images_of_their_names(tmp_path: Path) -> None:
     assert found.skipped == ((tmp_path / "gt" / "7.png", "mask without image"),)
 
 
+def test_masks_of_several_folders_belong_to_images_of_the_same_folder(tmp_path: Path) -> None:
+    folder(tmp_path, "ok/1.png", *(f"{top}/{kind}/1.png" for top in ("test", "gt") for kind in ("cut", "dent")))
+    path = settings(
+        tmp_path / "a.yaml", normal_dir="ok", abnormal_dir=["test/cut", "test/dent"], mask_dir=["gt/cut", "gt/dent"]
+    )
+    defects = [s for s in load(path).samples if s.label]
+    assert [(s.defect_type, [mask.parent.name for mask in s.masks]) for s in defects] == [
+        ("cut", ["cut"]), ("dent", ["dent"]),
+    ]  # fmt: skip
+
+
 def test_the_settings_decide_whatever_the_folders_are_called(tmp_path: Path) -> None:
     folder(tmp_path, "bad_lot/1.png", "test_tube/2.png", "images/3.png", "images/deep/4.png")
     path = settings(
