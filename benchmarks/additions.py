@@ -124,11 +124,10 @@ def learning(row: Row) -> Iterator[None]:
         statistics_room.PLACE_PRIOR, fitting_room._level_and_spread, clusters_room.Clusters.fit = kept
 
 
-def _one_cluster(clusters: clusters_room.Clusters, token_nE: Tensor) -> tuple[Tensor, Tensor]:
-    nobody = torch.zeros(len(token_nE), dtype=torch.int64)
-    clusters.owner_V, clusters.link_K = torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    clusters.project_EP, clusters.centres_VP = torch.zeros(token_nE.shape[1], 1), torch.zeros(1, 1)
-    return nobody, nobody
+def _one_cluster(clusters: clusters_room.Clusters, token_nE: Tensor) -> Tensor:
+    clusters.link_K = torch.ones(1)
+    clusters.project_EP, clusters.centres_KP = torch.zeros(token_nE.shape[1], 1), torch.zeros(1, 1)
+    return torch.zeros(len(token_nE), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,6 @@ class Answers:
 
     good: GoodImages
     reading_tR: Tensor
-    variant_t: Tensor
     cluster_t: Tensor
     distances: list[Tensor]  # a group each: masked test images x h x w, fp16
     plain_mhw: Tensor
@@ -146,21 +144,20 @@ class Answers:
 @torch.inference_mode()
 def answers_of(model: AnomalyModel, good: GoodImages, source: FeatureSource, masked: NDArray[np.int64]) -> Answers:
     """Readings of all test images, maps of those of classes with masks."""
-    readings, variants, clusters, maps, plains = [], [], [], [], []
+    readings, clusters, maps, plains = [], [], [], []
     wanted = set(masked.tolist())
     for observed, small in source.batches(range(len(source))):
         start = sum(len(one) for one in readings)
         plain = model.plain(observed, small)
-        variant_B, cluster_B = model.scorer.clusters(observed.tokens[0])
-        distances = model.scorer.distances(observed, variant_B, cluster_B)
-        readings.append(model.scorer.readings(plain, observed, distances, variant_B, cluster_B))
-        variants.append(variant_B)
+        cluster_B = model.scorer.clusters(observed.tokens[0])
+        distances = model.scorer.distances(observed, cluster_B)
+        readings.append(model.scorer.readings(plain, observed, distances, cluster_B))
         clusters.append(cluster_B)
         chosen = [i for i in range(len(small)) if start + i in wanted]
         maps.append([one[chosen].half() for one in distances])
         plains.append(plain.map_Bhw[chosen])
     joined = [torch.cat(column) for column in zip(*maps, strict=True)]
-    return Answers(good, torch.cat(readings), torch.cat(variants), torch.cat(clusters), joined, torch.cat(plains))
+    return Answers(good, torch.cat(readings), torch.cat(clusters), joined, torch.cat(plains))
 
 
 def weigh(model: AnomalyModel, row: Row, answers: Answers, at: NDArray[np.int64]) -> tuple[NDArray, Tensor]:
@@ -199,7 +196,7 @@ def maps_of(
     for i in range(0, len(at), 32):
         part = at[i : i + 32]
         distances = [d[i : i + 32].float() for d in answers.distances]
-        surprises = scorer.surprises(distances, answers.variant_t[part], answers.cluster_t[part])
+        surprises = scorer.surprises(distances, answers.cluster_t[part])
         found.append(surprises[:, [i for i, g in enumerate(scorer.mapped) if g in groups]].sum(1, keepdim=True))
     return found
 
@@ -276,7 +273,7 @@ CONSTANTS: dict[str, tuple[float, ...]] = {
     "NEIGHBOURS": (1, 5, 15),
     "TOP_SHARE": (0.001, 0.005, 0.02),
     "WINDOW": (10, 20, 40),
-    "GAP_VARIANTS": (2.2, 3.2, 4.8),
+    "GAP": (3.2, 5.0, 8.0),
 }
 _ROOMS = (statistics_room, fitting_room, scorer_room, clusters_room)
 

@@ -191,7 +191,7 @@ def scenes(model: AnomalyModel, parts: dict[str, Sequence[Sample]], cache_gb: fl
 def leave_one_out(detector: Detector, samples: Sequence[Sample]) -> list[Values]:
     """For every class: how well its good images stand apart by `class_p`, if the model has not seen the class.
 
-    The distance behind it is the Mahalanobis distance of the teacher's tokens from the nearest variant. That is
+    The distance behind it is the Mahalanobis distance of the teacher's tokens from the nearest cluster. That is
     learnt anew without each class, by the steps that `fit` takes; students would not change it.
     """
     train, held = choose_images(samples, detector.config)
@@ -208,13 +208,13 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     token, names = seen.token_NE, seen.class_name[learnt.numpy()].tolist()
     clusters = Clusters(token.shape[1])
     seed = fitted.config.train.seed
-    variant_n, _ = clusters.fit(token[learnt], seen.embedding_NF[learnt], names, seed)
+    cluster_n = clusters.fit(token[learnt], seen.embedding_NF[learnt], names, seed)
     length = TokenGaussian(token.shape[1])
-    length.fit(token[learnt], variant_n, clusters.owner_V)
-    order = torch.randperm(len(variant_n), generator=torch.Generator().manual_seed(seed))
-    fitted_on = cross_fitted_tokens(token[learnt], variant_n, clusters.owner_V, order % 5)
-    variant, cluster = clusters(token)
-    distance = length(token, variant, cluster)
+    length.fit(token[learnt], cluster_n, clusters.count)
+    order = torch.randperm(len(cluster_n), generator=torch.Generator().manual_seed(seed))
+    fitted_on = cross_fitted_tokens(token[learnt], cluster_n, clusters.count, order % 5)
+    cluster = clusters(token)
+    distance = length(token, cluster)
     distance[learnt] = fitted_on
     distance, cluster = distance.double().numpy(), cluster.numpy()
     owners = classes_of_clusters(cluster[learnt.numpy()], names, clusters.count)

@@ -157,11 +157,13 @@ def test_a_disk_that_fills_up_on_the_way_is_said_soon_and_leaves_no_half_file(
     assert len([file for file in (tmp_path / "cache").rglob("*") if file.is_file()]) == 120
 
 
-def test_too_large_a_cache_is_not_made() -> None:
+def test_too_large_a_cache_is_not_made(tmp_path: Path) -> None:
     model = model_of()
-    assert cache_folder(model, 10, 20.0) is not None
+    FeatureSource(model, samples_of(good_folder(tmp_path / "good", 1)), tmp_path / "cache", silent)
+    size = next((tmp_path / "cache").rglob("*.safetensors")).stat().st_size
+    assert cache_folder(model, 10, 10 * size / 1e9) is not None
+    assert cache_folder(model, 10, 9 * size / 1e9) is None
     assert cache_folder(model, 10, 0.0) is None
-    assert cache_folder(model, 10**9, 20.0) is None
 
 
 # ------------------------------------------------------------------------------------------- source

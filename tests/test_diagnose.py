@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from twinspect import Detector
 from twinspect.cli import app
 from twinspect.commands.diagnose import matrices, sentences
+from twinspect.commands.options import DiagnoseOptions
+from twinspect.config import check_options
 from twinspect.data import load
 from twinspect.diagnose import CUTPASTE, MEASURES, MIXUP, Plan, composites, cutpaste, diagnose, mixup, normal_images
 from twinspect.errors import ConfigError, DataError
@@ -133,7 +135,7 @@ def test_refusals_say_what_to_do(colours: list[Sample]) -> None:
         normal_images(colours, Plan(classes=("red", "gren")))
     for settings, word in (({"count": 0}, "--count 0"), ({"normals": 1}, "--normals 1")):
         with pytest.raises(ConfigError, match=word):
-            Plan(**settings)
+            check_options(DiagnoseOptions(Path("a.twin"), Path("data"), **settings))
 
 
 # -------------------------------------------------------------------------------------------- measures

@@ -118,20 +118,20 @@ def slow_features(scorer: Scorer, plan: GroupPlan, side: int, observed: Observed
     return torch.stack(rows, 2).unflatten(2, (side, side))
 
 
-def slow_distance(one: PositionGaussian, features: torch.Tensor, variant: int, cluster: int) -> torch.Tensor:
+def slow_distance(one: PositionGaussian, features: torch.Tensor, cluster: int) -> torch.Tensor:
     """Root mean square of one image's whitened differences, over windows: h x w."""
     rows = features.flatten(1).T
     rows = rows @ one.rotate_DR if one.rotate_DR.numel() else rows
-    mean = one.centre_VD[variant] + one.step_VD[variant] * one.place_VND[variant]
+    mean = one.centre_KD[cluster] + one.step_KD[cluster] * one.place_KND[cluster]
     white = (rows - mean) @ one.whiten_KDD[cluster].float()
     square = white.square().mean(1).reshape(1, 1, one.side, one.side)
     padded = F.pad(square, (one.window // 2,) * 4, mode="replicate")
     return F.avg_pool2d(padded, one.window, 1).sqrt()[0, 0]
 
 
-def slow_token(one: TokenGaussian, token: torch.Tensor, variant: int, cluster: int) -> float:
+def slow_token(one: TokenGaussian, token: torch.Tensor, cluster: int) -> float:
     """Mahalanobis distance over the root of the dimensions, by the full inverse covariance."""
-    away = ((token - one.centre_VE[variant]) / one.scale_KE[cluster]).double()
+    away = ((token - one.centre_KE[cluster]) / one.scale_KE[cluster]).double()
     basis = one.basis_KRE[cluster].double()
     beside = torch.eye(len(away), dtype=torch.float64) - basis.T @ basis
     inverse = one.rest_K[cluster] * beside + basis.T @ one.weight_KR[cluster].double().diag() @ basis
@@ -156,17 +156,16 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
     bank = scorer.nearest.bank_nF.float()
     for b in range(len(plain)):
         clusters = scorer.clusters
-        apart = (observed.tokens[0][b] @ clusters.project_EP - clusters.centres_VP).square().sum(1)
-        variant = int(apart.argmin())
-        k = int(clusters.owner_V[variant])
-        maps = [slow_distance(one, f[b], variant, k) for (_, _, one), f in zip(groups, features, strict=True)]
-        scaled = [(m - one.level_Vhw[variant]) / one.spread_Vhw[variant]
+        apart = (observed.tokens[0][b] @ clusters.project_EP - clusters.centres_KP).square().sum(1)
+        k = int(apart.argmin())
+        maps = [slow_distance(one, f[b], k) for (_, _, one), f in zip(groups, features, strict=True)]
+        scaled = [(m - one.level_Khw[k]) / one.spread_Khw[k]
                   for m, (plan, _, one) in zip(maps, groups, strict=True) if plan.scored]  # fmt: skip
         local = [float(plain[b, 0]), *(largest(one, TOP_SHARE) for one in scaled)]
         tokens = zip(scorer.token_gaussians(), observed.tokens, strict=True)
         away = 1 - F.cosine_similarity(observed.embedding_BF[b : b + 1], bank, dim=1)
         near = away.sort().values[:NEIGHBOURS]
-        semantic = [float(plain[b, 1]), *(slow_token(one, t[b], variant, k) for one, t in tokens), float(near.mean())]
+        semantic = [float(plain[b, 1]), *(slow_token(one, t[b], k) for one, t in tokens), float(near.mean())]
         reading = torch.tensor([*local, *semantic])
         z, weight, link = z_of(scorer.standardise, reading, k), scorer.weight_R.numpy(), float(clusters.link_K[k])
         weight = np.r_[weight[:-1], weight[-1] * (1 - link)]  # nearest images count where images do not repeat
@@ -177,7 +176,7 @@ def slow_scores(model: DualModel, observed: Observed, small: torch.Tensor) -> di
         for g, (m, (plan, _, one)) in enumerate(zip(maps, groups, strict=True)):
             if not plan.mapped:
                 continue
-            spread = np.maximum(one.spread_Vhw[variant].numpy(), float(scorer.map_spread_KG[k, g]))
+            spread = np.maximum(one.spread_Khw[k].numpy(), float(scorer.map_spread_KG[k, g]))
             surprising = slow_surprise((m.numpy() - float(scorer.map_level_KG[k, g])) / spread)
             large.append(full_size(scorer, torch.from_numpy(surprising).float()[None]))
         found.append({

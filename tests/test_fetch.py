@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save
 
 from twinspect.errors import ConfigError, WeightsError
-from twinspect.files import sha256_of
+from twinspect.files import lock, sha256_of
 from twinspect.models import fetch as fetching
 from twinspect.models.fetch import fetch, fetch_lines, repository
 from twinspect.models.weights import (
@@ -311,10 +312,11 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 def test_two_at_once_do_not_mix(hub: Hub) -> None:
-    from filelock import FileLock
-
     store_dir().mkdir(parents=True)
-    with FileLock(store_dir() / f"{NAME}.safetensors.lock"), pytest.raises(WeightsError, match="another process"):
+    with (
+        closing(lock(store_dir() / f"{NAME}.safetensors.lock", "")),
+        pytest.raises(ConfigError, match="another process is fetching"),
+    ):
         fetch(NAME)
 
 

@@ -32,30 +32,28 @@ def correlated(count: int, dims: int, seed: int = 0) -> torch.Tensor:
 
 
 def none(count: int) -> torch.Tensor:
-    """Everything in the first variant or cluster."""
+    """Everything in the first cluster."""
     return torch.zeros(count, dtype=torch.long)
 
 
 # ------------------------------------------------------------------------------------ patches by position
 
 
-def fitted(
-    image_nND: torch.Tensor, variant_n: torch.Tensor, cluster_n: torch.Tensor, window: int = 1
-) -> PositionGaussian:
+def fitted(image_nND: torch.Tensor, cluster_n: torch.Tensor, window: int = 1) -> PositionGaussian:
     """Statistics of the images, by the module's own steps."""
-    variants, clusters = int(variant_n.max()) + 1, int(cluster_n.max()) + 1
+    clusters = int(cluster_n.max()) + 1
     gaussian = PositionGaussian(image_nND.shape[2], round(image_nND.shape[1] ** 0.5), window)
     rows = gaussian.rows(image_nND)
-    total = torch.zeros(variants, *rows.shape[1:]).index_add(0, variant_n, rows)
-    gaussian.set_means(total, torch.bincount(variant_n).float())
-    away = rows - gaussian.means()[variant_n]
+    total = torch.zeros(clusters, *rows.shape[1:]).index_add(0, cluster_n, rows)
+    gaussian.set_means(total, torch.bincount(cluster_n).float())
+    away = rows - gaussian.means()[cluster_n]
     covariances = [away[cluster_n == k].flatten(0, 1).double() for k in range(clusters)]
     gaussian.whiten_KDD = torch.stack([whitening(one.T @ one / len(one), len(one)) for one in covariances]).half()
     return gaussian
 
 
 def slow_means(image_nND: torch.Tensor) -> np.ndarray:
-    """Of one variant, as later images will find them: every position's drawn to the mean of all of them."""
+    """Of one cluster, as later images will find them: every position's drawn to the mean of all of them."""
     images = image_nND.double().numpy()
     centre = images.mean((0, 1))
     return (images.sum(0) + PLACE_PRIOR * centre) / (len(images) + PLACE_PRIOR)
@@ -87,60 +85,57 @@ def test_distance_of_a_patch_is_mahalanobis_from_the_mean_of_its_position(far: f
     kinds = [
         scale * (correlated(30 * 9, 5, seed=s).reshape(30, 9, 5) + far + 2 * normal(9, 5, seed=s)) for s in range(4)
     ]
-    variant = torch.arange(4).repeat_interleave(30)
-    gaussian = fitted(torch.cat(kinds), variant, variant // 2)
+    cluster = torch.arange(4).repeat_interleave(30)
+    gaussian = fitted(torch.cat(kinds), cluster)
     for v, own in enumerate(kinds):
         steps = own.sub(own.mean((0, 1))).sum(0).div(34).abs().amax(0) / 127
         apart = np.abs(gaussian.means()[v].numpy() - slow_means(own))
         assert (apart <= (0.51 * steps + 1e-5 * own.abs().amax((0, 1))).numpy()).all()  # kept in 8 bits
-    # The covariance of a cluster is that of both of its variants, so each is looked at alone.
-    for v in (0, 3):
-        alone = fitted(kinds[v], none(30), none(30))
-        fresh = kinds[v][:3] + scale * normal(3, 9, 5, seed=9)
-        found = alone(fresh, none(3), none(3))
+        fresh = own[:3] + scale * normal(3, 9, 5, seed=9)
+        found = gaussian(fresh, none(3) + v)
         slow = [[slow_distance(kinds[v], fresh[b, p], p) for p in range(9)] for b in range(3)]
         np.testing.assert_allclose(found.flatten(1), slow, rtol=0.02)
 
 
-def test_every_image_is_measured_by_its_own_variant_and_cluster() -> None:
+def test_every_image_is_measured_by_its_own_cluster() -> None:
     kinds = [(k + 1) * normal(20, 4, 3, seed=k) + 10 * k for k in range(4)]
-    variant = torch.arange(4).repeat_interleave(20)
-    together = fitted(torch.cat(kinds), variant, variant)
+    cluster = torch.arange(4).repeat_interleave(20)
+    together = fitted(torch.cat(kinds), cluster)
     fresh = torch.cat([one[:2] + 1.0 for one in kinds])
     which = torch.arange(4).repeat_interleave(2)
     mixed = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    found = together(fresh[mixed], which[mixed], which[mixed])
+    found = together(fresh[mixed], which[mixed])
     for place, k in enumerate(which[mixed].tolist()):
-        alone = fitted(kinds[k], none(20), none(20))(fresh[mixed][place : place + 1], none(1), none(1))
+        alone = fitted(kinds[k], none(20))(fresh[mixed][place : place + 1], none(1))
         torch.testing.assert_close(found[place : place + 1], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_squared_distances_are_averaged_over_the_window() -> None:
     images, fresh = normal(40, 64, 3), normal(2, 64, 3, seed=1)
-    points, windows = (fitted(images, none(40), none(40), w) for w in (1, 3))
-    squares = points(fresh, none(2), none(2)).square()
+    points, windows = (fitted(images, none(40), w) for w in (1, 3))
+    squares = points(fresh, none(2)).square()
     padded = F.pad(squares[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     slow = [[[padded[b, y : y + 3, x : x + 3].mean().sqrt() for x in range(8)] for y in range(8)] for b in range(2)]
-    torch.testing.assert_close(windows(fresh, none(2), none(2)), torch.tensor(slow))
+    torch.testing.assert_close(windows(fresh, none(2)), torch.tensor(slow))
 
 
 def test_good_images_of_tomorrow_are_about_one_away_whatever_the_scale_of_a_channel() -> None:
     loud = torch.tensor([4.0, 1.0, 0.04, 200.0])
-    gaussian = fitted(normal(200, 144, 4) * loud, none(200), none(200))
+    gaussian = fitted(normal(200, 144, 4) * loud, none(200))
     fresh = normal(20, 144, 4, seed=9) * loud
-    found = gaussian(fresh, none(20), none(20))
+    found = gaussian(fresh, none(20))
     assert float(found.square().mean()) == pytest.approx(1.0, abs=0.05)
     fresh[0, 65, 2] += 0.4  # ten spreads of the quiet channel, a tenth of one of the loud one
-    assert int(gaussian(fresh, none(20), none(20))[0].argmax()) == 65
+    assert int(gaussian(fresh, none(20))[0].argmax()) == 65
 
 
 def test_a_whole_part_in_the_wrong_place_is_seen() -> None:
     """Left and right half look different on every good image; on an odd one they have changed places."""
     sides = torch.tensor([2.0, -2.0]).repeat_interleave(6).repeat(12)[None, :, None]
-    gaussian = fitted(sides + normal(60, 144, 4), none(60), none(60))
+    gaussian = fitted(sides + normal(60, 144, 4), none(60))
     fresh = sides + normal(20, 144, 4, seed=3)
-    usual = gaussian(fresh, none(20), none(20)).flatten(1).mean(1)
-    odd = gaussian(fresh.reshape(20, 12, 12, 4).flip(2).flatten(1, 2), none(20), none(20)).flatten(1).mean(1)
+    usual = gaussian(fresh, none(20)).flatten(1).mean(1)
+    odd = gaussian(fresh.reshape(20, 12, 12, 4).flip(2).flatten(1, 2), none(20)).flatten(1).mean(1)
     assert odd.min() > 2 * usual.max()
 
 
@@ -161,10 +156,10 @@ def test_level_and_spread_of_a_position_scale_its_distance() -> None:
     gaussian = PositionGaussian(3, 4)
     level, spread = normal(2, 4, 4).abs(), normal(2, 4, 4, seed=1).abs() + 0.5
     gaussian.set_scale(level.double(), spread.double())
-    distance, variant = normal(3, 4, 4, seed=2), torch.tensor([1, 0, 1])
-    for b, v in enumerate(variant.tolist()):
+    distance, cluster = normal(3, 4, 4, seed=2), torch.tensor([1, 0, 1])
+    for b, v in enumerate(cluster.tolist()):
         slow = (distance[b] - level[v]) / spread[v]
-        torch.testing.assert_close(gaussian.scaled(distance, variant)[b], slow)
+        torch.testing.assert_close(gaussian.scaled(distance, cluster)[b], slow)
 
 
 @pytest.mark.parametrize("count", [8, 500])
@@ -248,11 +243,11 @@ def test_distance_of_tokens_is_mahalanobis_by_the_shrunk_covariance_of_the_clust
     kinds = [correlated(40, 12, seed=s) for s in (0, 10)]
     tokens, which = torch.cat(kinds), torch.arange(2).repeat_interleave(40)
     gaussian = TokenGaussian(12)
-    gaussian.fit(tokens, which, torch.arange(2))
+    gaussian.fit(tokens, which, 2)
     fresh = torch.cat([correlated(5, 12, seed=20), correlated(5, 12, seed=30)])
     owner = torch.arange(10) % 2
     slow = [slow_token(kinds[k], row) for row, k in zip(fresh, owner.tolist(), strict=True)]
-    np.testing.assert_allclose(gaussian(fresh, owner, owner), slow, rtol=1e-3)
+    np.testing.assert_allclose(gaussian(fresh, owner), slow, rtol=1e-3)
 
 
 def test_of_wide_tokens_the_leading_directions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,36 +264,24 @@ def test_of_wide_tokens_the_leading_directions_are_kept(monkeypatch: pytest.Monk
     np.testing.assert_allclose(np.abs(basis.double().numpy() @ vectors[:, ::-1][:, :5]), np.eye(5), atol=0.02)
 
 
-def test_tokens_of_two_variants_share_a_covariance_and_not_a_mean() -> None:
-    one = correlated(40, 6)
-    gaussian, alone = TokenGaussian(6), TokenGaussian(6)
-    gaussian.fit(torch.cat([one, one + 100.0]), torch.arange(2).repeat_interleave(40), none(2))
-    alone.fit(torch.cat([one, one]), none(80), none(1))
-    fresh = correlated(5, 6, seed=3)
-    expected = alone(fresh, none(5), none(5))
-    for v in range(2):
-        torch.testing.assert_close(gaussian(fresh + 100.0 * v, none(5) + v, none(5)), expected, rtol=1e-3, atol=1e-3)
-
-
 def test_cross_fitted_tokens_are_measured_by_statistics_of_the_other_folds() -> None:
-    tokens, variant, fold = correlated(60, 8), torch.arange(60) % 2, torch.arange(60) // 2 % 5
-    owner = torch.arange(2)
-    found = cross_fitted_tokens(tokens, variant, owner, fold)
+    tokens, cluster, fold = correlated(60, 8), torch.arange(60) % 2, torch.arange(60) // 2 % 5
+    found = cross_fitted_tokens(tokens, cluster, 2, fold)
     for i in range(0, 60, 7):
         gaussian = TokenGaussian(8)
         away = fold != fold[i]
-        gaussian.fit(tokens[away], variant[away], owner)
-        assert float(found[i]) == float(gaussian(tokens[i : i + 1], variant[i : i + 1], variant[i : i + 1])[0])
+        gaussian.fit(tokens[away], cluster[away], 2)
+        assert float(found[i]) == float(gaussian(tokens[i : i + 1], cluster[i : i + 1])[0])
     seen = TokenGaussian(8)
-    seen.fit(tokens, variant, owner)
-    assert found.mean() > 1.02 * seen(tokens, variant, variant).mean()  # images that were fitted seem too near
+    seen.fit(tokens, cluster, 2)
+    assert found.mean() > 1.02 * seen(tokens, cluster).mean()  # images that were fitted seem too near
     fresh = correlated(4000, 8)[60:]
-    assert float(found.mean()) == pytest.approx(float(seen(fresh, none(3940), none(3940)).mean()), rel=0.1)
+    assert float(found.mean()) == pytest.approx(float(seen(fresh, none(3940)).mean()), rel=0.1)
 
 
-def test_cross_fitting_of_a_variant_that_lies_in_one_fold() -> None:
-    tokens, variant = correlated(21, 8), torch.tensor([0] * 20 + [1])
-    found = cross_fitted_tokens(tokens, variant, none(2), torch.arange(21) % 5)
+def test_cross_fitting_of_a_cluster_that_lies_in_one_fold() -> None:
+    tokens, cluster = correlated(21, 8), torch.tensor([0] * 20 + [1])
+    found = cross_fitted_tokens(tokens, cluster, 2, torch.arange(21) % 5)
     assert found.isfinite().all()
     assert found.max() < 10.0
 
@@ -306,12 +289,12 @@ def test_cross_fitting_of_a_variant_that_lies_in_one_fold() -> None:
 def test_token_distance_is_near_one_on_good_images_and_large_off_them() -> None:
     tokens = correlated(300, 8)
     gaussian = TokenGaussian(8)
-    gaussian.fit(tokens, none(300), none(1))
-    found = gaussian(tokens, none(300), none(300))
+    gaussian.fit(tokens, none(300), 1)
+    found = gaussian(tokens, none(300))
     assert float(found.square().mean()) == pytest.approx(1.0, abs=0.2)
     direction = torch.linalg.eigh(torch.cov(tokens.T)).eigenvectors[:, 0]  # where good images vary least
     odd = tokens.mean(0) + 8 * (tokens @ direction).std() * direction
-    assert gaussian(odd[None], none(1), none(1)).item() > 1.2 * found.max().item()
+    assert gaussian(odd[None], none(1)).item() > 1.2 * found.max().item()
 
 
 # -------------------------------------------------------------------------------------------- neighbours

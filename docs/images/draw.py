@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect import Detector
-from twinspect.commands.demo import FULL, find_images, kind_of, split
+from twinspect.commands.demo import FULL, NOMINAL, find_images, split
 
 SIDE, GAP, TEXT = 176, 8, 26
 
@@ -20,10 +20,10 @@ def main(bundle: str, target: str) -> None:
     """Take the median image of each kind by score, so that the picture flatters nobody."""
     detector = Detector.load(bundle)
     _, test = split(find_images(), FULL)
-    kinds = dict.fromkeys(kind_of(sample) for sample in test)
+    kinds = dict.fromkeys(sample.defect_type or NOMINAL for sample in test)
     chosen = []
     for kind in kinds:
-        found = [r for r in detector.predict([s.image for s in test if kind_of(s) == kind][:41])]
+        found = [r for r in detector.predict([s.image for s in test if (s.defect_type or NOMINAL) == kind][:41])]
         chosen.append((kind, sorted(found, key=lambda r: r.score)[len(found) // 2]))
     width = len(chosen) * 2 * SIDE + (len(chosen) + 1) * GAP
     picture = Image.new("RGB", (width, SIDE + TEXT + 2 * GAP), "white")

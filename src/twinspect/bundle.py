@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from twinspect.models.teachers import Teacher
     from twinspect.training.outcome import GoodImages
 
-FORMAT = 7  # raised when the statistics of a model, or what is made of them, change: 7 reads deep stages in regions
+FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 _SIGNATURE = "signature.txt"

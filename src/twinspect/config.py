@@ -40,10 +40,8 @@ class Range(NamedTuple):
         """What is accepted instead of a value; empty where it is accepted."""
         if self.low <= value <= self.high or (self.zero and value == 0):
             return ""
-        if self.high < math.inf:
-            words = f"{self.low:,} to {self.high:,}"
-        else:
-            words = "a number above 0" if self == ABOVE_ZERO else f"{self.low:,} or more"
+        words = f"{self.low:,} to {self.high:,}" if self.high < math.inf else f"{self.low:,} or more"
+        words = "a number above 0" if self == ABOVE_ZERO else words
         return f"accepted {words}{f', or 0 ({self.zero})' if self.zero else ''}"
 
 
@@ -69,10 +67,10 @@ def option(help: str, default: Any = MISSING, flag: str = "", accepts: Range | C
     return field(default=default, metadata={"help": help, "flag": flag, "accepts": accepts})
 
 
-def flag_of(one: Field[Any]) -> str:
-    """The flags of an option with spaces between, the first one first: ``time_budget_s`` is ``--time-budget``."""
-    name = one.name.removesuffix("_s").replace("_", "-")
-    return one.metadata.get("flag") or f"--{name}{f'/--no-{name}' if one.default is True else ''}"
+def flag_of(row: Field[Any]) -> str:
+    """The flags of an option with spaces between, the main one first: ``time_budget_s`` is ``--time-budget``."""
+    name = row.name.removesuffix("_s").replace("_", "-")
+    return row.metadata.get("flag") or f"--{name}{f'/--no-{name}' if row.default is True else ''}"
 
 
 def check_options(options: Any) -> None:
@@ -81,10 +79,11 @@ def check_options(options: Any) -> None:
     Raises:
         ConfigError: says the flag, the value and what is accepted.
     """
-    for one in (one for one in fields(options) if "accepts" in one.metadata):
-        value, accepts, flag = getattr(options, one.name), one.metadata["accepts"], flag_of(one).split()[0]
-        if value == one.default:
+    for row in fields(options):
+        value, accepts = getattr(options, row.name), row.metadata.get("accepts")
+        if accepts is None or value == row.default:
             continue
+        flag = flag_of(row).split()[0]
         if type(value) in (int, float):
             refusal = (accepts or Range(0)).refusal(value)
             _check(not refusal, f"{flag} {value}: {refusal}")
@@ -107,7 +106,7 @@ def of_effort(name: str) -> dict[str, dict[str, Any]]:
         ConfigError: no such position.
     """
     if name not in EFFORTS:
-        raise ConfigError(unknown_name("effort", name, tuple(EFFORTS)))
+        raise ConfigError(unknown_name("effort", name, EFFORTS))
     return EFFORTS[name]
 
 
@@ -233,7 +232,8 @@ class ModelConfig:
             "cram_place": self.cram_place or ("stages" if direction == "forward" else "bottleneck"),
             "scoring": self.scores(),
         }
-        return self if all(getattr(self, k) == v for k, v in meant.items()) else dataclasses.replace(self, **meant)
+        filled = all(getattr(self, name) == value for name, value in meant.items())
+        return self if filled else dataclasses.replace(self, **meant)
 
     def weights_of_terms(self) -> dict[str, float]:
         """Loss terms with their weights, from a list such as ``spatial,intra:0.1``."""
@@ -381,19 +381,18 @@ class RunConfig:
             raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
 
 
-def _build(kind: type[T], values: Any) -> T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{values!r} stands where a table of settings is needed, such as [model] or [train]")
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key, value in values.items():
-        if key not in defaults:
-            raise ConfigError(unknown_name("setting", key, defaults))
-        kind_of_default = type(defaults[key])
-        if type(value) is not kind_of_default and (kind_of_default, type(value)) != (float, int):
-            raise ConfigError(f"{key} {value!r}: {_KINDS[kind_of_default]} is needed")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key} {value}: a finite number is needed")
-    return kind(**values)
+def _build(section: type[T], values: Any) -> T:
+    _check(
+        isinstance(values, dict), f"{values!r} stands where a table of settings is needed, such as [model] or [train]"
+    )
+    defaults = {field.name: field.default for field in fields(section)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in defaults:
+            raise ConfigError(unknown_name("setting", name, defaults))
+        kind = type(defaults[name])
+        _check(type(value) in (kind, int if kind is float else kind), f"{name} {value!r}: {_KINDS[kind]} is needed")
+        _check(kind is not float or math.isfinite(value), f"{name} {value}: a finite number is needed")
+    return section(**values)
 
 
 def _check(holds: bool, message: str) -> None:

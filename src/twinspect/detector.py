@@ -361,43 +361,32 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
     """
     from twinspect import data as data_room
     from twinspect.data.folders import good_files
-    from twinspect.inference.archives import Item
-    from twinspect.inference.decode import expand, from_bgr, is_array
+    from twinspect.inference.decode import decode, expand, from_bgr, is_array
 
-    if isinstance(data, (str, os.PathLike)):
-        if not _stands_for_several(data) or os.path.exists(data):
-            return list(data_room.load(Path(data)).samples)
-    elif isinstance(data, Iterable) and not is_array(data):
-        data = list(data)
-        if all(isinstance(part, (str, os.PathLike)) and not _stands_for_several(part) for part in data):
-            return good_files(Path(path) for path in data)
-    parts = data if isinstance(data, list) else [data]
-    try:
-        items: list[Any] = []
-        for part in parts:
-            items += [part] if isinstance(part, Sample) else expand(part)
-        items = [from_bgr(item) if bgr and isinstance(item, Item) else item for item in items]
-    except ImageError as error:
-        raise ConfigError(
-            f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"
-        ) from None
-    return [_as_sample(item, number) for number, item in enumerate(items)]
-
-
-def _stands_for_several(path: str | os.PathLike[str]) -> bool:
-    return has_magic(os.fspath(path)) or os.path.isdir(path)
-
-
-def _as_sample(item: Any, number: int) -> Sample:
-    """A good image by what `decode.expand` gives."""
-    from twinspect.data.folders import good_files
-    from twinspect.inference.decode import decode
-
-    if isinstance(item, Sample):
-        return item
-    if item.is_file or item.error:
-        return good_files([Path(item.path)])[0]
-    decoded = decode(item, SMALLEST, pixels=True)
-    if decoded.rgb is None:
-        raise DataError(decoded.error)
-    return Sample(Path(f"image {number:06d} in memory"), TRAIN, "normal", pixels=decoded.rgb)
+    if isinstance(data, (str, os.PathLike)) and (os.path.exists(data) or not has_magic(os.fspath(data))):
+        return list(data_room.load(Path(data)).samples)
+    several = isinstance(data, Iterable) and not isinstance(data, (str, os.PathLike)) and not is_array(data)
+    samples: list[Sample] = []
+    for part in data if several else [data]:
+        if isinstance(part, Sample):
+            samples.append(part)
+            continue
+        if isinstance(part, (str, os.PathLike)) and not (has_magic(os.fspath(part)) or os.path.isdir(part)):
+            samples += good_files([Path(part)])
+            continue
+        try:
+            items = [from_bgr(item) if bgr else item for item in expand(part)]
+        except ImageError as error:
+            raise ConfigError(
+                f"fit takes a folder, a glob, a list of Sample, or good images: paths, arrays, PIL images ({error})"
+            ) from None
+        for item in items:
+            if item.is_file or item.error:
+                samples += good_files([Path(item.path)])
+                continue
+            decoded = decode(item, SMALLEST, pixels=True)
+            if decoded.rgb is None:
+                raise DataError(decoded.error)
+            name = Path(f"image {len(samples):06d} in memory")
+            samples.append(Sample(name, TRAIN, "normal", pixels=decoded.rgb))
+    return samples

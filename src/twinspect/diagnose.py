@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from twinspect.config import SEEDS
 from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
-from twinspect.errors import ConfigError, DataError, check_range, unknown_name
+from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
@@ -66,11 +65,6 @@ class Plan:
     normals: int = 40
     seed: int = 0
     classes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_range("--count", self.count, 1, 10_000)
-        check_range("--normals", self.normals, 2, 1_000_000)
-        check_range("--seed", self.seed, *SEEDS[:2])
 
 
 @dataclass(slots=True)

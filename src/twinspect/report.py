@@ -298,7 +298,8 @@ class Report:
         facts = {"written by": f"twinspect {__version__}", **self.facts}
         lines = [f"# {self.title}", "", *(f"- {name}: {value}" for name, value in facts.items())]
         for section in self.sections:
-            lines += ["", f"## {section.title}"]
+            if section.text or section.tables:
+                lines += ["", f"## {section.title}"]
             for text in section.text:
                 lines += ["", text]
             for table in section.tables:

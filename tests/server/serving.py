@@ -124,15 +124,14 @@ class Running:
 
     def __init__(
         self,
-        predictors: Mapping[str, Predictor] | None = None,
+        models: Mapping[str, Predictor | Path] | None = None,
         log: InspectionLog | None = None,
-        paths: Any = None,
         open_file: Any = None,
         **settings: Any,
     ) -> None:
         self.settings = Settings(**{"port": 0, "watch_s": 0, **settings})
         more = {"open_file": open_file} if open_file else {}
-        self.app = build_app(self.settings, predictors or {"bright": predictor()}, log, paths, **more)
+        self.app = build_app(self.settings, models or {"bright": predictor()}, log, **more)
         self.headers = {"X-API-Key": self.settings.api_key} if self.settings.api_key else {}
 
     def __enter__(self) -> Running:

@@ -134,7 +134,7 @@ class Files:
         return predictor(Brightness(call_s=0.02), model_id=path.read_text())
 
     def running(self, **settings: object) -> Running:
-        return Running({"bright": self.open(self.path)}, None, {"bright": self.path}, self.open, **settings)
+        return Running({"bright": self.path}, None, self.open, **settings)
 
 
 def test_new_versions_come_into_service_without_a_dropped_request(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from twinspect import data
-from twinspect.bundle import keep_old, read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import keep_old, read_bundle, write_bundle
 from twinspect.commands.options import CalibrateOptions
-from twinspect.commands.results import check_model, check_outputs, publish, read_data
+from twinspect.commands.results import check_outputs, checked_model, publish, read_data
 from twinspect.console import Console
 from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
@@ -26,8 +26,7 @@ _NOTE = (
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
     """New thresholds into a bundle; the model stays as it is."""
-    request, out = requested(options), options.out or options.bundle
-    (refuse_unwritable if options.out is None else check_model)(out)
+    request, out = requested(options), checked_model(options.out, options.bundle)
     check_outputs(options.report, options.json_file)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])

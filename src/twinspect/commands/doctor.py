@@ -17,6 +17,7 @@ from twinspect.device import usable_cores, waiting
 from twinspect.errors import TwinspectError
 from twinspect.models import weights
 from twinspect.models.fetch import fetch_lines
+from twinspect.report import Table
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
 _LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
@@ -81,8 +82,8 @@ def _memory() -> int:
 
 def _teachers(problems: list[str]) -> Iterator[str]:
     """Every teacher and where its weights are, the folders, and which teacher is taken by default."""
-    for name, arch in {"teacher": "architecture", **weights.SHORT_NAMES}.items():
-        yield f"{name:<20}{arch:<31}{'weights' if name == 'teacher' else _where(name)}"
+    rows = tuple((name, arch, _where(name)) for name, arch in weights.SHORT_NAMES.items())
+    yield from Table("teachers", ("name", "architecture", "weights"), rows).lines()
     yield ""
     store = weights.store_dir()
     for what, folder in (("weights", store), ("feature cache", store.with_name("features"))):

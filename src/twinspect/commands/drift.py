@@ -17,7 +17,7 @@ from twinspect.decide.decision import Decision
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.errors import DataError
 from twinspect.inference.table import parts_in, read_rows
-from twinspect.report import Histogram, Report, Section, Table
+from twinspect.report import Histogram, Report, Section
 
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
 
@@ -41,20 +41,11 @@ def drift(options: DriftOptions, console: Console) -> None:
     if left_out:
         console.warn(f"{left_out} rows without a score were left out")
     report = monitor.report()
-    rows = [
-        {
-            "class": row.class_name or "(none)", "images": row.images, "median p": row.median_p,
-            "share p <= 0.05": row.tail, "median scene p": row.median_scene_p, "moved": "yes" if row.moved else "no",
-        }
-        for row in report.classes
-    ]  # fmt: skip
-    note = "Usual: median 0.50, share 0.05. Images since the change where there is an alarm, else the latest 2,000."
-    table = Table.of("latest images by class", rows, note)
     groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
     chart = Histogram("Scores of calibration and of the predictions", "score", groups)
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
-    sections = [Section(heading, (report.message,), (table, chart))]
+    sections = [Section(heading, (report.message,), (chart,))]
     results.publish(Report(f"Drift of {options.bundle.name}", sections, facts, report.to_dict()), options, console)
 
 

@@ -36,7 +36,7 @@ def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> N
     config, before = configured(options, settings)
     group = joined(config.train.device)
     console.quiet |= not group.leads
-    results.check_model(options.out)
+    results.checked_model(options.out, options.out)
     folder = options.work or options.out.with_name(f"{options.out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"

@@ -116,8 +116,8 @@ class DiagnoseOptions(ReadsData, Reports, BuildsModel):
 
     bundle: Path = argument("Trained model (.twin), or an exported one.")
     data: Path = argument("Folder of a data set with normal images of two classes or more.")
-    count: int = option("Images of each kind per ordered pair of classes.", 8)
-    normals: int = option("Normal images of each class to compare with.", 40)
+    count: int = option("Images of each kind per ordered pair of classes.", 8, accepts=Range(1, 10_000))
+    normals: int = option("Normal images of each class to compare with.", 40, accepts=Range(2, 1_000_000))
     classes: str = option("Only these classes, separated by commas.", "")
     seed: int = option("Seed of everything drawn.", 0, accepts=SEEDS)
 

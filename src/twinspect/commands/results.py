@@ -37,12 +37,14 @@ def warn_of(fitted: Fitted, console: Console) -> None:
         console.warn(f"left out {skipped.path}: {skipped.reason}")
 
 
-def check_model(out: Path) -> None:
-    """Refuse, before any work is done, a name for a model that could not be written or would not be found again."""
-    bundle.refuse_unwritable(out)
-    if out.suffix != bundle.SUFFIX:
+def checked_model(out: Path | None, instead: Path) -> Path:
+    """Where a model is written: ``out``, or ``instead`` where none is named. Refused before any work is done."""
+    path = out or instead
+    bundle.refuse_unwritable(path)
+    if out is not None and out.suffix != bundle.SUFFIX:
         example = out.with_name(f"{out.stem}{bundle.SUFFIX}")
         raise ConfigError(f"--out {out}: a model's file ends in {bundle.SUFFIX}; type --out {example}")
+    return path
 
 
 def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "--report") -> None:

@@ -39,7 +39,7 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
 
     log = None if where == "none" else InspectionLog(where)
     place = log.described if log is not None else "none"
-    app = build_app(chosen, {name: open_file(path) for name, path in paths.items()}, log, paths, open_file)
+    app = build_app(chosen, paths, log, open_file)
     serve_app(app, chosen, lambda address: console.say(f"serving {', '.join(paths)} at {address}; log {place}"))
     if log is not None:
         log.close()

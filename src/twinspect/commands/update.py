@@ -11,7 +11,7 @@ from typing import Any
 from twinspect.bundle import read_bundle, refuse_unwritable
 from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.options import UpdateOptions
-from twinspect.commands.results import check_model, read_data, warn_of
+from twinspect.commands.results import checked_model, read_data, warn_of
 from twinspect.console import Console
 from twinspect.errors import BundleError, ConfigError
 
@@ -34,8 +34,7 @@ def _learn(new: Path, options: UpdateOptions, console: Console) -> None:
     from twinspect.bundle import load, save
     from twinspect.training.update import update as learn
 
-    bundle, out = options.bundle, options.out or options.bundle
-    (refuse_unwritable if options.out is None else check_model)(out)
+    bundle, out = options.bundle, checked_model(options.out, options.bundle)
     fitted = load(bundle, options.weights)
     loaded = read_data(new, options.layout, options.images, console)
     after = learn(fitted, loaded.samples, options.class_name or None, console.progress)
@@ -47,8 +46,9 @@ def _learn(new: Path, options: UpdateOptions, console: Console) -> None:
         refuse_unwritable(before)
         last["before"] = before.name
         shutil.copy2(bundle, before)
-        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     save(after, out, thin)
+    if out == bundle:
+        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     console.say(next(update_lines({"updates": [last]})), *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

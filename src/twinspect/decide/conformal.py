@@ -198,11 +198,13 @@ class GoodScores:
     key: Texts  # `image_id`
 
     def __post_init__(self) -> None:
-        for number, field in enumerate(fields(self)):
-            values: Any = getattr(self, field.name)
-            texts = number > 2
-            column = np.array(list(map(str, values)), np.object_) if texts else np.array(values, np.float64)
-            object.__setattr__(self, field.name, column)  # None has become NaN
+        for field in fields(self):
+            column: Any = getattr(self, field.name)
+            if field.name in ("score", "peak", "distance"):
+                column = np.array(column, np.float64)  # None becomes NaN
+            else:
+                column = np.array([str(value) for value in column], np.object_)
+            object.__setattr__(self, field.name, column)
         if len(set(map(len, self.columns()))) != 1:
             raise ValueError("calibration columns of different lengths")
 

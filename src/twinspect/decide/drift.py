@@ -50,18 +50,6 @@ _MOSTLY_BAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class ClassDrift:
-    """A predicted class's latest images (since the change where there is an alarm) against its calibration images."""
-
-    class_name: str
-    images: int
-    median_p: float  # median p-value of scores; 0.5 is usual, lower means higher scores
-    tail: float  # share of p-values up to 0.05; 0.05 is usual
-    median_scene_p: float | None  # median p-value of distances to the cluster; None where unknown
-    moved: bool  # whether the mean p-value of scores or distances is off by more than 2.6 standard errors
-
-
-@dataclass(frozen=True, slots=True)
 class DriftReport:
     """What the monitor says. Images are numbered from 1; 0 stands for none."""
 
@@ -73,7 +61,7 @@ class DriftReport:
     alarm_at: int  # number of the image that raised the alarm
     since: int  # of the one at which the change probably began
     evidence: float  # capital of the test: a factor against "nothing changed"
-    classes: tuple[ClassDrift, ...]
+    moved: tuple[str, ...]  # after an alarm: classes whose scores or distances differ from calibration
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -83,8 +71,8 @@ class DriftReport:
 class Ranks:
     """Exact ranks of values among all before, in bounded memory.
 
-    Values cut the number line into intervals. While nothing changes, a new value falls into an interval with a chance
-    that is known exactly: as many parts as values fell there since it exists, plus one.
+    The first values cut the number line into intervals. While nothing changes, the chance that a new value falls into
+    an interval is known exactly: it is in proportion to one plus the number of values that fell into it before.
     """
 
     def __init__(self, calibration: Floats, rng: np.random.Generator) -> None:
@@ -229,47 +217,44 @@ class DriftMonitor:
     def report(self) -> DriftReport:
         """What can be said now."""
         with self._lock:  # the rest looks at thousands of scores, and results go on coming in
-            test, images = copy.copy(self.test), self.images
-            recent: dict[str, list[tuple[float, float]]] = {}
-            for number, name, score, distance in self._recent:
-                if number >= test.since:
-                    recent.setdefault(name, []).append((score, distance))
-        rows = [_class_drift(self.good, name, *np.array(seen).T) for name, seen in sorted(recent.items())]
-        classes = tuple(row for row, _ in rows)
-        light, kind, message = ("green" if images else "grey"), NONE, f"no drift in {images} images."
+            test, images, recent = copy.copy(self.test), self.images, list(self._recent)
+        light, kind, moved = ("red" if test.alarm_at else "green" if images else "grey"), NONE, list[str]()
+        message = f"no drift in {images} images."
         if test.alarm_at:
-            light, kind = "red", str(_KIND_OF_BET[np.argmax(test.run)])
-            weights = [row.images for row in classes]
-            middle = np.average([row.median_p for row in classes], weights=weights)
-            tail = np.average([row.tail for row in classes], weights=weights)
+            since = np.array([row[1:] for row in recent if row[0] >= test.since], dtype=object)
+            p_of, bulk_moved = [], False
+            for name in sorted(set(since[:, 0])):
+                of_class = since[since[:, 0] == name, 1:].astype(np.float64)
+                p, p_scene, calibration = self._p_values(name, *of_class.T)
+                p_of.append(p)
+                bulk_moved |= _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), calibration)
+                moved += [name] if _moved(p, calibration) or _moved(p_scene, calibration) else []
+            all_p, kind = np.concatenate(p_of), str(_KIND_OF_BET[np.argmax(test.run)])
+            tail = (all_p <= TAIL).mean()
             # The bets on the tail win first where a shift is large, so the bulk counts too.
-            if kind == DEFECTS and (tail > 0.5 or any(bulk_moved for _, bulk_moved in rows)):
+            if kind == DEFECTS and (tail > 0.5 or bulk_moved):
                 kind = SHIFT
-            moved = [row.class_name for row in classes if row.moved]
-            only = ""
-            if len(classes) > 1 and len(moved) == 1:
-                only = f"; only {moved[0]} differs from calibration, so look at that product before the camera"
             message = (
                 f"{kind} since about image {test.since} (noticed at image {test.alarm_at}): "
-                f"median p-value {middle:.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %{only}. "
+                f"median p-value {np.median(all_p):.2f} (usual 0.50), {100 * tail:.0f} % in the top 5 %. "
                 f"{_MOSTLY_BAD if kind == SHIFT and tail > 0.5 else _ADVICE[kind]}"
             )
+            if len(moved) == 1 < len(p_of):
+                message += f" Only {moved[0]} differs from calibration, so look at that product before the camera."
         message += f" If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
-        return DriftReport(light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, classes)
+        return DriftReport(
+            light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, tuple(moved)
+        )
+
+    def _p_values(self, name: str, score_N: Floats, distance_N: Floats) -> tuple[Floats, Floats, int]:
+        """Of scores and of known distances of a class, and how many calibration images they are counted in."""
+        of_class = self.good.of_class(name, given=False)
+        rows = self.good.take(of_class) if of_class.any() else self.good  # without calibration images: against all
+        usual = rows.distance[np.isfinite(rows.distance)]
+        known = distance_N[np.isfinite(distance_N)] if len(usual) else np.zeros(0)
+        return p_values(score_N, rows.score), p_values(known, usual), len(rows)
 
 
 def _moved(p: Floats, calibration: int) -> bool:
     """Whether p-values, each counted in so many calibration images, are off one half as a whole."""
     return len(p) >= 5 and bool(abs(p.mean() - 0.5) > _SIGMAS * math.sqrt((1 / len(p) + 1 / calibration) / 12))
-
-
-def _class_drift(good: GoodScores, name: str, score_N: Floats, distance_N: Floats) -> tuple[ClassDrift, bool]:
-    """One class, and whether the bulk of its scores moved."""
-    of_class = good.of_class(name, given=False)
-    rows = good.take(of_class) if of_class.any() else good  # a class without calibration images: against all
-    usual = rows.distance[np.isfinite(rows.distance)]
-    p, scene = p_values(score_N, rows.score), p_values(distance_N[np.isfinite(distance_N)], usual)
-    median = float(np.median(scene)) if len(scene) and len(usual) else None
-    moved = _moved(p, len(rows)) or (median is not None and _moved(scene, len(usual)))
-    row = ClassDrift(name, len(p), float(np.median(p)), float((p <= TAIL).mean()), median, moved)
-    return row, _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(rows))

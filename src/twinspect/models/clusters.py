@@ -1,19 +1,17 @@
-"""Which kind of image is this? Clusters and their variants, in the space of the teacher's global tokens.
+"""Which kind of image is this? Clusters of good images, in the space of the teacher's global tokens.
 
-A **cluster** is one product (or kind of scene): covariances and calibration are kept for each. Where images carry
-class names, every class is a cluster; names are never needed at prediction. Without names, groups of images that a
-gap separates are clusters. A **variant** is one look of a cluster (a design, a station): means of positions are kept
-for each. Variants are groups within a cluster that a gap separates.
+A **cluster** is one product, or kind of scene: statistics and calibration are kept for each. Where images carry class
+names, every class is a cluster; names are never needed at prediction. Without names, groups of images that a gap
+separates are clusters.
 
-An image belongs to the variant whose centre is nearest after linear discriminant analysis: tokens are whitened by
-their covariance within variants and projected to the directions in which the centres differ.
+An image belongs to the cluster whose centre is nearest after linear discriminant analysis: tokens are whitened by
+their covariance within clusters and projected to the directions in which the centres differ.
 
-Shapes: B images, n good images, V variants, K clusters, E width of the tokens, P directions.
+Shapes: B images, n good images, K clusters, E width of the tokens, P directions.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -22,37 +20,31 @@ from torch import Tensor, nn
 
 from twinspect.models.statistics import shrunk_directions
 
-# Sums of standard deviations that the means of two groups lie apart by, or they are one. Two products: 5.5 and more;
-# two designs of one product: 3.3 to 8; halves of one Gaussian: 1.3.
-GAP_CLUSTERS, GAP_VARIANTS = 5.0, 3.2
-SMALLEST_CLUSTER, SMALLEST = 6, 16  # images of a cluster where there are few, and of any group
-_DIRECTIONS = 8  # principal directions that groups are looked for in; half as many as groups where those are many
-_MOST = (16, 32, 64, 128)  # limits of the number of groups that are tried in turn
-_JUDGED = 4096  # images that their number is chosen on
-_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)  # numbers that are tried
+# Sums of standard deviations that the means of two groups lie apart by, or they are one. Two products: mostly 7 and
+# more; two designs or lots of one product: 3 to 6.5; halves of one Gaussian: 1.3.
+GAP = 7.0
+SMALLEST, SMALLEST_OF_FEW = 16, 6  # images of a group, and of one where there are few
+_DIRECTIONS = (8, 16, 32, 64)  # principal directions that groups are looked for in, by turns
 _FOLDS = 5  # that images are parted in, to see which class each is taken for
 _STARTS = 4  # of k-means; one start in ten joins two products and cuts a third in halves
 
 
 class Clusters(nn.Module):
-    """Cluster and variant of images by their global tokens.
+    """Cluster of images by their global tokens.
 
     Attributes:
-        owner_V: cluster of every variant.
         link_K: how far a local deviation tells something, 0 to 1; see `repetition`.
         taken: after `fit` on several names: (class, class that a good image is taken for) to number of images.
     """
 
     project_EP: Tensor
-    centres_VP: Tensor
-    owner_V: Tensor
+    centres_KP: Tensor
     link_K: Tensor
 
     def __init__(self, token_dims: int) -> None:
         super().__init__()
         self.register_buffer("project_EP", torch.zeros(token_dims, 1))
-        self.register_buffer("centres_VP", torch.zeros(1, 1))
-        self.register_buffer("owner_V", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("centres_KP", torch.zeros(1, 1))
         self.register_buffer("link_K", torch.ones(1))
         self.taken: Counter[tuple[str, str]] = Counter()
 
@@ -61,21 +53,15 @@ class Clusters(nn.Module):
         """Number of clusters."""
         return len(self.link_K)
 
-    @property
-    def variants(self) -> int:
-        """Number of variants of all clusters together."""
-        return len(self.owner_V)
-
-    def forward(self, token_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """Variant and cluster of each image (B each)."""
+    def forward(self, token_BE: Tensor) -> Tensor:
+        """Cluster of each image (B)."""
         point_BP = token_BE @ self.project_EP
-        variant_B = (point_BP[:, None] - self.centres_VP[None]).square().sum(-1).argmin(1)
-        return variant_B, self.owner_V.index_select(0, variant_B)
+        return (point_BP[:, None] - self.centres_KP[None]).square().sum(-1).argmin(1)
 
     def fit(
         self, token_nE: Tensor, embedding_nF: Tensor, names: Sequence[str], seed: int, divide: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Find variants and clusters of good images; which one each image belongs to (n each).
+    ) -> Tensor:
+        """Find the clusters of good images; which one each image belongs to (n).
 
         With two class names or more, clusters are the classes; else they are found, or (without ``divide``) all
         images are one.
@@ -84,18 +70,10 @@ class Clusters(nn.Module):
         if len(known) > 1 or not divide:
             cluster_n = torch.tensor([known.index(name) for name in names], device=token_nE.device)
         else:
-            smallest = max(SMALLEST_CLUSTER, min(SMALLEST, len(token_nE) // 8))
-            cluster_n = groups(token_nE, smallest, GAP_CLUSTERS, seed)
-        variant_n, owners = torch.zeros_like(cluster_n), list[int]()
-        for k in range(int(cluster_n.max()) + 1):
-            members = cluster_n == k
-            group_m = groups(token_nE[members], SMALLEST, GAP_VARIANTS, seed)
-            variant_n[members] = group_m + len(owners)
-            owners += [k] * (int(group_m.max()) + 1)
-        self._settle(token_nE, embedding_nF, variant_n, owners)
-        if len(known) > 1:
-            self._confuse(token_nE, variant_n, names, known, seed)
-        return variant_n, cluster_n
+            cluster_n = groups(token_nE, seed)
+        classes = known if len(known) > 1 else known * (int(cluster_n.max()) + 1)
+        self._settle(token_nE, embedding_nF, cluster_n, names, classes, seed)
+        return cluster_n
 
     def extend(
         self,
@@ -106,99 +84,110 @@ class Clusters(nn.Module):
         classes: list[str],
         seed: int,
     ) -> Tensor:
-        """Take in further good images, of known classes or of new ones; the variant of every image, old ones first.
+        """Take in further good images, of known classes or of new ones; the cluster of every image, old ones first.
 
-        A group of new images that a gap separates from all old ones of their class is a new variant, and so is every
-        group of a new class. Other images join the nearest variant of their class.
+        Images of a known class join the nearest cluster of that class; those of a new class are a cluster.
 
         Tokens, embeddings and names are of the images that are known, then of the new ones; ``before_m`` are the
-        variants of the known ones. New classes are added to ``classes``, which has the class of every cluster.
+        clusters of the known ones. New classes are added to ``classes``, which has the class of every cluster.
         """
-        owners, old, device = self.owner_V.tolist(), len(before_m), token_nE.device
-        variant_n = torch.cat([before_m, torch.full((len(token_nE) - old,), -1, device=device)])
-        for name in dict.fromkeys(names[old:]):
-            members = torch.tensor([of_image == name for of_image in names], device=device).nonzero()[:, 0]
-            theirs = [v for v, k in enumerate(owners) if classes[k] == name]
-            nearest_m = torch.full_like(members, -1)
-            if theirs:
-                apart = torch.cdist(token_nE[members] @ self.project_EP, self.centres_VP[theirs])
-                nearest_m = torch.tensor(theirs, device=device)[apart.argmin(1)]
-            else:
-                classes.append(name)
-            group_m = groups(token_nE[members], SMALLEST, GAP_VARIANTS, seed)
-            for group in range(int(group_m.max()) + 1):
-                inside = group_m == group
-                if not theirs or bool((members[inside] >= old).all()):
-                    variant_n[members[inside]] = len(owners)
-                    owners.append(owners[int(nearest_m[inside].mode().values)] if theirs else len(classes) - 1)
-                else:
-                    fresh = inside & (members >= old)
-                    variant_n[members[fresh]] = nearest_m[fresh]
-        self._settle(token_nE, embedding_nF, variant_n, owners)
-        if len(set(classes)) > 1:
-            self._confuse(token_nE, variant_n, names, classes, seed)
-        return variant_n
+        classes += [name for name in dict.fromkeys(names) if name not in classes]
+        fresh: list[int] = []
+        for token_E, name in zip(token_nE[len(before_m) :], names[len(before_m) :], strict=True):
+            theirs = [k for k, of_cluster in enumerate(classes) if of_cluster == name]
+            if len(theirs) > 1:
+                apart = (token_E @ self.project_EP - self.centres_KP[theirs]).square().sum(1)
+                theirs = [theirs[int(apart.argmin())]]
+            fresh += theirs
+        cluster_n = torch.cat([before_m, torch.tensor(fresh, dtype=before_m.dtype, device=before_m.device)])
+        self._settle(token_nE, embedding_nF, cluster_n, names, classes, seed)
+        return cluster_n
 
-    def _settle(self, token_nE: Tensor, embedding_nF: Tensor, variant_n: Tensor, owners: list[int]) -> None:
-        self.owner_V = torch.tensor(owners, device=token_nE.device)
-        self.link_K = repetition(embedding_nF, self.owner_V[variant_n], max(owners) + 1)
-        self._discriminate(token_nE, variant_n)
+    def _settle(
+        self,
+        token_nE: Tensor,
+        embedding_nF: Tensor,
+        cluster_n: Tensor,
+        names: Sequence[str],
+        classes: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.link_K = repetition(embedding_nF, cluster_n, len(classes))
+        if len(set(classes)) > 1:
+            self._confuse(token_nE, cluster_n, names, classes, seed)
+        self._discriminate(token_nE, cluster_n)
 
     def _confuse(
-        self, token_nE: Tensor, variant_n: Tensor, names: Sequence[str], classes: Sequence[str], seed: int
+        self, token_nE: Tensor, cluster_n: Tensor, names: Sequence[str], classes: Sequence[str], seed: int
     ) -> None:
-        """Count which class good images are taken for, by centres that did not see them (or saw a whole variant)."""
+        """Count which class good images are taken for, by centres that did not see them (or saw a whole cluster)."""
         order = torch.randperm(len(token_nE), generator=torch.Generator().manual_seed(seed)).to(token_nE.device)
         fold_n, taken_n = torch.zeros_like(order), torch.zeros_like(order)
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
         for fold in range(min(_FOLDS, len(order))):
             away, here = fold_n != fold, fold_n == fold
-            away |= (torch.bincount(variant_n[away], minlength=self.variants) == 0)[variant_n]
-            self._discriminate(token_nE[away], variant_n[away])
-            taken_n[here] = self(token_nE[here])[1]
+            away |= (torch.bincount(cluster_n[away], minlength=self.count) == 0)[cluster_n]
+            self._discriminate(token_nE[away], cluster_n[away])
+            taken_n[here] = self(token_nE[here])
         self.taken = Counter((name, classes[k]) for name, k in zip(names, taken_n.tolist(), strict=True))
-        self._discriminate(token_nE, variant_n)
 
-    def _discriminate(self, token_nE: Tensor, variant_n: Tensor) -> None:
-        centres = torch.stack([token_nE[variant_n == v].mean(0) for v in range(self.variants)])
-        scale_E, basis, weight, rest = shrunk_directions(token_nE - centres[variant_n])
+    def _discriminate(self, token_nE: Tensor, cluster_n: Tensor) -> None:
+        centres = torch.stack([token_nE[cluster_n == k].mean(0) for k in range(self.count)])
+        scale_E, basis, weight, rest = shrunk_directions(token_nE - centres[cluster_n])
         # W = sqrt(rest) I + basis' (sqrt(weight) - sqrt(rest)) basis whitens standardised tokens.
         root = rest.sqrt()
         white = centres / scale_E
         white = root * white + (white @ basis.T) * (weight.sqrt() - root) @ basis
-        differ = torch.linalg.svd(white - white.mean(0), full_matrices=False).Vh[: max(1, self.variants - 1)]
+        differ = torch.linalg.svd(white - white.mean(0), full_matrices=False).Vh[: max(1, self.count - 1)]
         project = root * differ + (differ @ basis.T) * (weight.sqrt() - root) @ basis
         self.project_EP = (project / scale_E).T.contiguous()
-        self.centres_VP = centres @ self.project_EP
+        self.centres_KP = centres @ self.project_EP
 
 
-def groups(token_nE: Tensor, smallest: int, gap: float, seed: int) -> Tensor:
+def groups(token_nE: Tensor, seed: int) -> Tensor:
     """Group of each image (n): those that no gap separates are one.
 
-    Tokens are standardised and projected to a few principal directions; k-means, its number by the likelihood of
-    held-out images, gives centres, and centres that no gap separates are joined. So a product that varies stays one.
+    Along a few principal directions k-means gives more centres than there are groups, and centres that no gap
+    separates are joined. Every group is then divided in the same way, by directions of its own.
     """
-    token, best = token_nE.double(), torch.zeros(len(token_nE), dtype=torch.int64, device=token_nE.device)
-    room = len(token) // (2 * smallest)
-    if room < 2:
-        return best
-    mean, scale = token.mean(0), token.std(0).clamp_min(1e-6)
-    _, values, basis = torch.linalg.svd((token - mean) / scale, full_matrices=False)
-    spread = (values / len(token) ** 0.5).clamp_min(1e-9)
-    # Square root of the spread: between raw axes (one direction rules) and whitened ones (noise rules).
-    project = basis.T / scale[:, None] / spread.sqrt()
+    group_n = torch.zeros(len(token_nE), dtype=torch.int64, device=token_nE.device)
+    smallest = max(SMALLEST_OF_FEW, min(SMALLEST, len(token_nE) // 8))
+    room = len(token_nE) // (2 * smallest)
+    for directions in _DIRECTIONS:
+        if room < (2 if directions == _DIRECTIONS[0] else 2 * directions):
+            return group_n
+        points = principal(token_nE.double(), directions)
+        centres = drop_small(points, best_k_means(points, min(2 * directions, room), seed), smallest)
+        part_n = merge_centres(points, centres, GAP)[torch.cdist(points, centres).argmin(1)]
+        parts = int(part_n.max()) + 1
+        # A few directions mix thirty products. More of them are trusted only if they tell many apart: of one product
+        # they show noise.
+        if parts > (1 if directions == _DIRECTIONS[0] else directions // 2):
+            break
+    else:
+        return group_n
+    count = 0
+    for part in range(parts):
+        inside = part_n == part
+        group_m = groups(token_nE[inside], seed)
+        group_n[inside] = count + group_m
+        count += int(group_m.max()) + 1
+    return group_n
+
+
+def principal(token_nE: Tensor, directions: int) -> Tensor:
+    """Coordinates (n x P) along the leading principal directions of standardised tokens.
+
+    They are divided by the square root of their spread: undivided, one direction would rule; divided by the spread,
+    noise would.
+    """
+    mean, scale = token_nE.mean(0), token_nE.std(0).clamp_min(1e-6)
+    _, values, basis = torch.linalg.svd((token_nE - mean) / scale, full_matrices=False)
     telling = max(1, int((values > 1e-6 * values[0]).sum()))
-    for most in (_MOST[0], *(m for m in _MOST[1:] if m <= room)):
-        further = most > _MOST[0]
-        points = ((token - mean) @ project[:, : min(max(_DIRECTIONS, most // 2), telling)]).float()
-        centres = choose_centres(points, min(most, room), seed, least=most // 4 if further else 1)
-        centres = drop_small(points, centres, smallest)
-        group_n = merge_centres(points, centres, gap)[torch.cdist(points, centres).argmin(1)]
-        # Sixteen groups of forty products mix them all. More groups are better only if they tell more products apart
-        # than the fewer could: else they cut products in pieces.
-        if not further or 2 * (int(group_n.max()) + 1) > most:
-            best = group_n
-    return best
+    basis = basis[: min(directions, telling)]
+    spread = (values[: len(basis)] / len(token_nE) ** 0.5).clamp_min(1e-9)
+    points: Tensor = (token_nE - mean) / scale @ basis.T / spread.sqrt()
+    return points.float()
 
 
 def merge_centres(points_NP: Tensor, centres_VP: Tensor, gap: float) -> Tensor:
@@ -265,44 +254,6 @@ def drop_small(points_NP: Tensor, centres_KP: Tensor, smallest: int) -> Tensor:
         keep = torch.arange(len(centres_KP), device=sizes.device) != sizes.argmin()
         centres_KP = centres_KP[keep]
     return centres_KP
-
-
-def choose_centres(points_NP: Tensor, most: int, seed: int, least: int = 1) -> Tensor:
-    """k-means centres, ``least`` to ``most``, as few as explain held-out points as well as any number does.
-
-    The density is a mixture of Gaussians with one diagonal covariance each, shrunk to the pooled one, fitted
-    on half the points and judged on the other half, both ways. The smallest count within one standard error
-    of the best is taken: splitting one kind of scene costs data for every statistic and gains nothing.
-    """
-    order = torch.randperm(len(points_NP), generator=torch.Generator().manual_seed(seed))[:_JUDGED]
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
-    values: dict[int, Tensor] = {}
-    for count in _COUNTS:
-        if least <= count <= min(most, len(halves[0])):
-            both = (halves, halves[::-1])
-            parts = [_mixture_log_density(points_NP[a], points_NP[b], count, seed) for a, b in both]
-            values[count] = torch.cat(parts)
-    best = max(values, key=lambda count: float(values[count].mean()))
-    for count, value in values.items():
-        behind = values[best] - value  # not a number where all points are one
-        if float(behind.mean()) <= float(behind.std()) / len(behind) ** 0.5:
-            best = count
-            break
-    return best_k_means(points_NP[order], best, seed)
-
-
-def _mixture_log_density(fit_NP: Tensor, held_MP: Tensor, count: int, seed: int) -> Tensor:
-    """Log density of each held-out point (M) under the mixture fitted on the others."""
-    centres = best_k_means(fit_NP, count, seed)
-    owner = torch.cdist(fit_NP, centres).argmin(1)
-    pooled = (fit_NP - centres[owner]).square().mean(0)
-    terms = []
-    for k in range(count):
-        rows = fit_NP[owner == k]
-        variance = ((rows - centres[k]).square().sum(0) + 10 * pooled) / (len(rows) + 10)
-        log_density = -0.5 * ((held_MP - centres[k]).square() / variance + variance.log()).sum(1)
-        terms.append(log_density + math.log(max(len(rows), 1) / len(fit_NP)))
-    return torch.stack(terms).logsumexp(0)
 
 
 def repetition(embedding_nF: Tensor, cluster_n: Tensor, clusters: int, most: int = 2000) -> Tensor:

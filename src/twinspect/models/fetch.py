@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from twinspect.errors import ConfigError, WeightsError
-from twinspect.files import sha256_of
+from twinspect.files import lock, sha256_of
 from twinspect.models.teachers import architecture
 from twinspect.models.timm_import import timm
 from twinspect.models.weights import (
@@ -56,9 +57,9 @@ def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: st
         sha256: what the file must have; empty takes the hub's word.
 
     Raises:
-        ConfigError: unknown name, or ``sha256`` is not one.
-        WeightsError: no network, offline mode, no access, a file that is not what the hub or ``sha256`` says, a full
-            disk, or another process that is fetching the same.
+        ConfigError: unknown name, ``sha256`` is not one, or another process is fetching the same.
+        WeightsError: no network, offline mode, no access, a file that is not what the hub or ``sha256`` says, or a
+            full disk.
     """
     if name in EMBEDDED:
         return find_weights(name).path
@@ -66,18 +67,13 @@ def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: st
     if sha256 and not _SHA256.fullmatch(sha256):
         raise ConfigError(f"--sha256 {sha256}: 64 hex digits are needed")
     repo = repository(name)
-    present = _present(name, revision, sha256)
-    if present is not None:
+    if (present := _present(name, revision, sha256)) is not None:
         return present
-    from filelock import FileLock, Timeout
-
     path = store_dir() / store_name(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=0):
+        with closing(lock(Path(f"{path}.lock"), f"another process is fetching {name}; wait for it")):
             _download(name, repo, revision, sha256, path, progress)
-    except Timeout:
-        raise WeightsError(f"another process is fetching {name}; wait for it") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from None
     return path

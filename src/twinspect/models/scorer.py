@@ -5,7 +5,7 @@ A **reading** is one number per image, higher is more anomalous. The students' o
 maps as the public code of its relatives makes them, see `scoring.published_map`). With "default",
 these join them, each learnt in closed form from the same good images (`models.statistics`):
 
-1. clusters and variants: every product is measured by its own statistics (`models.clusters`);
+1. clusters: every product, and every look of it, is measured by its own statistics (`models.clusters`);
 2. local: of every layer group, how far patches, or means of regions, lie from the mean of good images at their
    position;
 3. semantic: how far global tokens lie from those of good images, in two views; how far the nearest good images are.
@@ -25,7 +25,7 @@ the rest. ``link`` says how far the good images of a cluster repeat each other (
 near 0 among photographs, where the place and grain of a patch mean nothing. There the nearest good images tell most,
 so their reading counts 1 - link.
 
-Shapes: B images, h w grid, R readings, n good images, K clusters, V variants, H W map.
+Shapes: B images, h w grid, R readings, n good images, K clusters, H W map.
 """
 
 from __future__ import annotations
@@ -128,16 +128,16 @@ class Scorer(nn.Module):
         """The statistics of the global tokens of every view."""
         return [cast(TokenGaussian, gaussian) for gaussian in self.tokens]
 
-    def distances(self, observed: Observed, variant_B: Tensor, cluster_B: Tensor) -> list[Tensor]:
+    def distances(self, observed: Observed, cluster_B: Tensor) -> list[Tensor]:
         """How far patches lie from those of good images at their position, a group each: B x h x w."""
         pairs = zip(self.all_grids(), self.gaussians(), strict=True)
-        return [gaussian(gaussian.rows(grid(observed)), variant_B, cluster_B) for grid, gaussian in pairs]
+        return [gaussian(gaussian.rows(grid(observed)), cluster_B) for grid, gaussian in pairs]
 
-    def map_of(self, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor) -> Tensor:
+    def map_of(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
         """The anomaly map, B x 1 x H x W: the groups' surprises added up."""
-        return self.surprises(distances, variant_B, cluster_B).sum(1, keepdim=True)
+        return self.surprises(distances, cluster_B).sum(1, keepdim=True)
 
-    def surprises(self, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor) -> Tensor:
+    def surprises(self, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
         """How surprising the distance at every position is, a group of the map each: B x G x H x W.
 
         One level a map, and at every position a spread that is at least the whole map's: where good images hardly
@@ -150,7 +150,7 @@ class Scorer(nn.Module):
             level, spread = (
                 t_KG[:, g].index_select(0, cluster_B) for t_KG in (self.map_level_KG, self.map_spread_KG)
             )
-            spread_Bhw = gaussian.spread_Vhw.index_select(0, variant_B).maximum(spread[:, None, None])
+            spread_Bhw = gaussian.spread_Khw.index_select(0, cluster_B).maximum(spread[:, None, None])
             maps.append(upsample(surprise((distance_Bhw - level[:, None, None]) / spread_Bhw), self.map_side))
         return torch.cat(maps, 1)
 
@@ -158,16 +158,14 @@ class Scorer(nn.Module):
         """A student's map at the size of the outputs: B x 1 x H x W; a published one has its size already."""
         return map_Bhw[:, None] if self.published else upsample(map_Bhw, self.map_side)
 
-    def readings(
-        self, plain: Plain, observed: Observed, distances: list[Tensor], variant_B: Tensor, cluster_B: Tensor
-    ) -> Tensor:
+    def readings(self, plain: Plain, observed: Observed, distances: list[Tensor], cluster_B: Tensor) -> Tensor:
         """All readings (B x R), local ones first."""
         local = [plain.local_BR]
         for g in self.scored:
-            local.append(top_mean(self.gaussians()[g].scaled(distances[g], variant_B), TOP_SHARE)[:, None])
+            local.append(top_mean(self.gaussians()[g].scaled(distances[g], cluster_B), TOP_SHARE)[:, None])
         semantic = [plain.semantic_BR]
         for gaussian, token_BE in zip(self.token_gaussians(), observed.tokens, strict=not self.plain):
-            semantic.append(gaussian(token_BE, variant_B, cluster_B)[:, None])
+            semantic.append(gaussian(token_BE, cluster_B)[:, None])
         if self.nearest is not None:
             semantic.append(self.nearest(observed.embedding_BF)[:, None])
         return torch.cat([*local, *semantic], 1)
@@ -213,10 +211,10 @@ class Scorer(nn.Module):
         if plain is None:
             local, semantic = (observed.embedding_BF[:, :1].expand(-1, n) * 0.0 for n in self.student_readings)
             plain = Plain(observed.embedding_BF, local, semantic)
-        variant_B, cluster_B = self.clusters(observed.tokens[0])
-        distances = self.distances(observed, variant_B, cluster_B)
-        map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, variant_B, cluster_B)
-        reading_BR = self.readings(plain, observed, distances, variant_B, cluster_B)
+        cluster_B = self.clusters(observed.tokens[0])
+        distances = self.distances(observed, cluster_B)
+        map_B1HW = self.finish(plain.map_Bhw) if self.plain else self.map_of(distances, cluster_B)
+        reading_BR = self.readings(plain, observed, distances, cluster_B)
         score_B, z_B2 = self.joined(self.students(reading_BR, cluster_B), cluster_B)
         distance_B = self.cluster_distance(reading_BR, z_B2)
         nearest_B = cluster_B * 0 if self.nearest is None else self.nearest.first(observed.embedding_BF)

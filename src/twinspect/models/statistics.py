@@ -6,7 +6,7 @@
 * `Standardiser`: readings in standard deviations above their mean on good images.
 
 Shapes: B images, N positions of a square grid (h w), D channels, E width of tokens, F of the embedding, R kept
-directions, V variants, K clusters (see `models.clusters`), n good images.
+directions, K clusters (see `models.clusters`), n good images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twinspect.models.layers import in_fp16
 
-PLACE_PRIOR = 4.0  # images that the mean of a position is shrunk towards its variant's mean by
+PLACE_PRIOR = 4.0  # images that the mean of a position is shrunk towards its cluster's mean by
 SPREAD_PRIOR = 8.0  # images that the variance of the distance at a position is shrunk towards its average by
 RIDGE = 3e-3  # added to a correlation matrix, so that directions without variance do not rule
 NEIGHBOURS = 5  # good images that an image is compared with
@@ -28,7 +28,7 @@ _STEPS = 127.0  # of int8
 class PositionGaussian(nn.Module):
     """Mahalanobis distance of patch features from the mean of good images at the same position.
 
-    Every variant has a mean for every position; the covariance is the cluster's, over all positions. Means of
+    Every cluster has a mean for every position, and a covariance over all positions. Means of
     positions are kept as int8 multiples of a step per channel. More than ``MOST_CHANNELS`` channels are first
     rotated at random to that many, which changes distances little.
 
@@ -40,37 +40,37 @@ class PositionGaussian(nn.Module):
     """
 
     rotate_DR: Tensor
-    centre_VD: Tensor
-    place_VND: Tensor
-    step_VD: Tensor
+    centre_KD: Tensor
+    place_KND: Tensor
+    step_KD: Tensor
     whiten_KDD: Tensor
-    level_Vhw: Tensor
-    spread_Vhw: Tensor
+    level_Khw: Tensor
+    spread_Khw: Tensor
 
     def __init__(self, dims: int, side: int, window: int = 1, seed: int = 0) -> None:
         super().__init__()
         self.side, self.window, self.dims = side, window, min(dims, MOST_CHANNELS)
         self.register_buffer("rotate_DR", _rotation(dims, MOST_CHANNELS, seed))
-        self.register_buffer("centre_VD", torch.zeros(1, self.dims))
-        self.register_buffer("place_VND", torch.zeros(1, side * side, self.dims, dtype=torch.int8))
-        self.register_buffer("step_VD", torch.ones(1, self.dims))
+        self.register_buffer("centre_KD", torch.zeros(1, self.dims))
+        self.register_buffer("place_KND", torch.zeros(1, side * side, self.dims, dtype=torch.int8))
+        self.register_buffer("step_KD", torch.ones(1, self.dims))
         self.register_buffer("whiten_KDD", torch.eye(self.dims)[None].half())
-        self.register_buffer("level_Vhw", torch.zeros(1, side, side))
-        self.register_buffer("spread_Vhw", torch.ones(1, side, side))
+        self.register_buffer("level_Khw", torch.zeros(1, side, side))
+        self.register_buffer("spread_Khw", torch.ones(1, side, side))
 
     def rows(self, features_BND: Tensor) -> Tensor:
         """Features with as many channels as the statistics have."""
         return features_BND @ self.rotate_DR if self.rotate_DR.numel() else features_BND
 
     def means(self) -> Tensor:
-        """Mean of every position of every variant: V x N x D."""
-        return self.centre_VD[:, None] + self.place_VND.float() * self.step_VD[:, None]
+        """Mean of every position of every cluster: K x N x D."""
+        return self.centre_KD[:, None] + self.place_KND.float() * self.step_KD[:, None]
 
-    def forward(self, rows_BND: Tensor, variant_B: Tensor, cluster_B: Tensor) -> Tensor:
+    def forward(self, rows_BND: Tensor, cluster_B: Tensor) -> Tensor:
         """Root mean square of the whitened difference from the mean of the position: B x h x w, near 1 if good."""
         mean = self.means()
         if len(mean) > 1:
-            mean = mean.index_select(0, variant_B)
+            mean = mean.index_select(0, cluster_B)
         return self.distance(rows_BND - mean, self.whiten_KDD, cluster_B)
 
     def distance(self, difference_BND: Tensor, whiten_KDD: Tensor, cluster_B: Tensor) -> Tensor:
@@ -82,28 +82,28 @@ class PositionGaussian(nn.Module):
         square_Bhw = (white.square().sum(2) / self.dims).reshape(-1, self.side, self.side)
         return average(square_Bhw, self.window).sqrt()
 
-    def scaled(self, distance_Bhw: Tensor, variant_B: Tensor) -> Tensor:
+    def scaled(self, distance_Bhw: Tensor, cluster_B: Tensor) -> Tensor:
         """Distances in standard deviations above their level at the same position on good images."""
-        level, spread = (t_Vhw.index_select(0, variant_B) for t_Vhw in (self.level_Vhw, self.spread_Vhw))
+        level, spread = (t_Khw.index_select(0, cluster_B) for t_Khw in (self.level_Khw, self.spread_Khw))
         return (distance_Bhw - level) / spread
 
-    def set_means(self, sum_VND: Tensor, images_V: Tensor) -> None:
-        """Take the means from sums over good images; those of positions are shrunk towards the variant's."""
-        images = images_V[:, None, None]
-        self.centre_VD = (sum_VND.mean(1) / images_V[:, None]).float()
-        away_VND = (sum_VND - images * self.centre_VD[:, None]) / (images + PLACE_PRIOR)
-        self.step_VD = (away_VND.abs().amax(1) / _STEPS).clamp_min(1e-12).float()
-        self.place_VND = (away_VND / self.step_VD[:, None]).round().to(torch.int8)
+    def set_means(self, sum_KND: Tensor, images_K: Tensor) -> None:
+        """Take the means from sums over good images; those of positions are shrunk towards the cluster's."""
+        images = images_K[:, None, None]
+        self.centre_KD = (sum_KND.mean(1) / images_K[:, None]).float()
+        away_KND = (sum_KND - images * self.centre_KD[:, None]) / (images + PLACE_PRIOR)
+        self.step_KD = (away_KND.abs().amax(1) / _STEPS).clamp_min(1e-12).float()
+        self.place_KND = (away_KND / self.step_KD[:, None]).round().to(torch.int8)
 
-    def sums(self, images_V: Tensor) -> Tensor:
-        """The sums that `set_means` took these means from: V x N x D."""
-        images = images_V[:, None, None]
-        away_VND = self.place_VND.float() * self.step_VD[:, None] * (images + PLACE_PRIOR)
-        return away_VND + images * self.centre_VD[:, None]
+    def sums(self, images_K: Tensor) -> Tensor:
+        """The sums that `set_means` took these means from: K x N x D."""
+        images = images_K[:, None, None]
+        away_KND = self.place_KND.float() * self.step_KD[:, None] * (images + PLACE_PRIOR)
+        return away_KND + images * self.centre_KD[:, None]
 
-    def set_scale(self, level_Vhw: Tensor, spread_Vhw: Tensor) -> None:
-        """Take level and spread of the distance at every position of every variant."""
-        self.level_Vhw, self.spread_Vhw = level_Vhw.float(), spread_Vhw.float()
+    def set_scale(self, level_Khw: Tensor, spread_Khw: Tensor) -> None:
+        """Take level and spread of the distance at every position of every cluster."""
+        self.level_Khw, self.spread_Khw = level_Khw.float(), spread_Khw.float()
 
 
 def average(map_Bhw: Tensor, window: int) -> Tensor:
@@ -117,7 +117,7 @@ def average(map_Bhw: Tensor, window: int) -> Tensor:
 def left_out(images_n: Tensor, copies_n: Tensor) -> Tensor:
     """How much longer a difference from a position's mean is once its own image is left out of that mean (n).
 
-    Exact for one of a variant's ``images_n`` images, or for ``copies_n`` equal ones, and means as
+    Exact for one of a cluster's ``images_n`` images, or for ``copies_n`` equal ones, and means as
     `PositionGaussian.set_means` shrinks them.
     """
     return (images_n + PLACE_PRIOR) / (images_n + PLACE_PRIOR - copies_n.minimum(images_n))
@@ -170,11 +170,11 @@ def unwhitened(whiten_DD: Tensor) -> Tensor:
 class TokenGaussian(nn.Module):
     """Mahalanobis distance of global tokens from those of good images: B x E to B.
 
-    Every variant has a mean; covariances are the clusters', of standardised tokens, shrunk towards a scaled identity
+    Every cluster has a mean and a covariance of standardised tokens, shrunk towards a scaled identity
     (oracle-approximating shrinkage: Chen et al., 2010). Kept are the leading directions; all others count alike.
     """
 
-    centre_VE: Tensor
+    centre_KE: Tensor
     scale_KE: Tensor
     basis_KRE: Tensor
     weight_KR: Tensor
@@ -182,27 +182,26 @@ class TokenGaussian(nn.Module):
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        self.register_buffer("centre_VE", torch.zeros(1, dims))
+        self.register_buffer("centre_KE", torch.zeros(1, dims))
         self.register_buffer("scale_KE", torch.ones(1, dims))
         self.register_buffer("basis_KRE", torch.zeros(1, 1, dims).half())
         self.register_buffer("weight_KR", torch.zeros(1, 1))
         self.register_buffer("rest_K", torch.ones(1))
 
-    def forward(self, token_BE: Tensor, variant_B: Tensor, cluster_B: Tensor) -> Tensor:
-        """Root mean square of the whitened difference from the variant's mean (B), near 1 on good images."""
-        scaled = token_BE - self.centre_VE.index_select(0, variant_B)
+    def forward(self, token_BE: Tensor, cluster_B: Tensor) -> Tensor:
+        """Root mean square of the whitened difference from the cluster's mean (B), near 1 on good images."""
+        scaled = token_BE - self.centre_KE.index_select(0, cluster_B)
         scaled = scaled / self.scale_KE.index_select(0, cluster_B)
         along = (self.basis_KRE.index_select(0, cluster_B).float() @ scaled[:, :, None])[:, :, 0].square()
         beside = (scaled.square().sum(1) - along.sum(1)).clamp_min(0.0) * self.rest_K.index_select(0, cluster_B)
         inside = (along * self.weight_KR.index_select(0, cluster_B)).sum(1)
         return ((inside + beside) / token_BE.shape[1]).sqrt()
 
-    def fit(self, token_nE: Tensor, variant_n: Tensor, owner_V: Tensor) -> None:
-        """Learn from good images; ``owner_V`` is the cluster of every variant."""
-        variants, clusters = len(owner_V), int(owner_V.max()) + 1
-        self.centre_VE = torch.stack([token_nE[variant_n == v].mean(0) for v in range(variants)])
-        centred = token_nE - self.centre_VE[variant_n]
-        parts = [shrunk_directions(centred[owner_V[variant_n] == k]) for k in range(clusters)]
+    def fit(self, token_nE: Tensor, cluster_n: Tensor, clusters: int) -> None:
+        """Learn from good images of every cluster."""
+        self.centre_KE = torch.stack([token_nE[cluster_n == k].mean(0) for k in range(clusters)])
+        centred = token_nE - self.centre_KE[cluster_n]
+        parts = [shrunk_directions(centred[cluster_n == k]) for k in range(clusters)]
         most = max(len(weight) for _, _, weight, _ in parts)
         scale, basis, weight, rest = zip(*parts, strict=True)
         self.scale_KE, self.rest_K = torch.stack(scale), torch.stack(rest)
@@ -225,19 +224,19 @@ def shrunk_directions(centred_nE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return scale_E, basis[:kept], 1 / ((1 - rho) * variance[:kept] + floor + tiny), 1 / (floor + beside + tiny)
 
 
-def cross_fitted_tokens(token_nE: Tensor, variant_n: Tensor, owner_V: Tensor, fold_n: Tensor) -> Tensor:
+def cross_fitted_tokens(token_nE: Tensor, cluster_n: Tensor, clusters: int, fold_n: Tensor) -> Tensor:
     """`TokenGaussian` distances (n) of good images, each by statistics that did not see its fold.
 
-    A variant that has no image outside of a fold keeps its mean of all.
+    A cluster that has no image outside of a fold keeps its mean of all.
     """
     distance = token_nE.new_zeros(len(token_nE))
     gaussian = TokenGaussian(token_nE.shape[1]).to(token_nE.device)
     for fold in sorted(set(fold_n.tolist())):
         away, here = fold_n != fold, fold_n == fold
-        seen = torch.bincount(variant_n[away], minlength=len(owner_V)) > 0
-        away = away | ~seen[variant_n]
-        gaussian.fit(token_nE[away], variant_n[away], owner_V)
-        distance[here] = gaussian(token_nE[here], variant_n[here], owner_V[variant_n[here]])
+        seen = torch.bincount(cluster_n[away], minlength=clusters) > 0
+        away = away | ~seen[cluster_n]
+        gaussian.fit(token_nE[away], cluster_n[away], clusters)
+        distance[here] = gaussian(token_nE[here], cluster_n[here])
     return distance
 
 

@@ -63,8 +63,8 @@ async def predict(request: Request, options: Annotated[Asked, Depends()], servic
 
     Send fields called ``file`` of a form, or one image as the body. ``class`` names the class of all images
     (predicted otherwise), ``session`` is kept in the inspection log, ``keep=false`` is for trials that neither
-    the log nor the drift light shall see, ``maps=inline`` adds anomaly maps as
-    numbers, ``maps=overlay`` pictures of the images under them.
+    the log nor the drift light shall see, ``maps=inline`` adds anomaly maps as numbers, ``maps=overlay`` pictures of
+    the images under them.
     A single image that cannot be read is refused (422); among several it has ``error`` set.
     """
     images = await read_images(request, service.settings.max_files)
@@ -166,25 +166,26 @@ def _page() -> tuple[str, str]:
 
 def build_app(
     settings: Settings,
-    predictors: Mapping[str, Predictor],
+    models: Mapping[str, Predictor | Path],
     log: InspectionLog | None = None,
-    paths: Mapping[str, Path] | None = None,
     open_file: Callable[[Path], Predictor] = load,
 ) -> FastAPI:
     """The application, to be run by any ASGI server on one process.
 
     Args:
         settings: limits and key.
-        predictors: models by name; where there are several, requests must name one.
+        models: predictors or files by name; files are read again when they change.
         log: where decisions are kept; None keeps none.
-        paths: files of models, which are read again when they change.
         open_file: a file to a predictor.
 
+    Raises:
+        TwinspectError: a file cannot be opened.
+
     Examples:
-        >>> app = build_app(Settings(), {"parts": load("parts.onnx")})
+        >>> app = build_app(Settings(), {"parts": Path("parts.onnx")})
         >>> uvicorn.run(app)
     """
-    service = Service(settings, predictors, log, paths or {}, open_file)
+    service = Service(settings, models, log, open_file)
     app = FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection",
         routes=[*api.routes, *others.routes],

@@ -101,18 +101,19 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        predictors: Mapping[str, Predictor],
+        models: Mapping[str, Predictor | Path],
         log: InspectionLog | None,
-        paths: Mapping[str, Path],
         open_file: Callable[[Path], Predictor],
     ) -> None:
         self.settings, self.log, self.metrics = settings, log, Metrics()
         self.ready = False
-        self._paths, self._open, self._reloading = paths, open_file, asyncio.Lock()
+        self._open, self._reloading = open_file, asyncio.Lock()
+        self._paths = {name: model for name, model in models.items() if isinstance(model, Path)}
+        self._states = {name: state(str(path)) for name, path in self._paths.items()}  # when they were last read
         self.models = {
-            name: Served(name, predictor, settings, self.metrics) for name, predictor in predictors.items()
+            name: Served(name, open_file(model) if isinstance(model, Path) else model, settings, self.metrics)
+            for name, model in models.items()
         }
-        self._states = {name: state(str(path)) for name, path in paths.items()}  # of files when they were last read
         self._accepted = 0  # images between acceptance and answer
         self.metrics.waiting.set_function(lambda: self._accepted)
         self._decoders = ThreadPoolExecutor(_DECODERS, "decode")

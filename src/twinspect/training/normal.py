@@ -6,7 +6,7 @@ out, covariances of patches its half of the images, those of tokens its fifth. S
 itself or for a copy that was made of it (`training.derived`). Pictures of one part still vouch for each other:
 leaving out whole runs of images costs more defects than it saves false alarms (`LOG.md`).
 
-Shapes: n good images, B images of a batch, N positions, D channels, V variants, K clusters, R readings, G groups.
+Shapes: n good images, B images of a batch, N positions, D channels, K clusters, R readings, G groups.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def fit_statistics(
     model.eval()
     if students:
         model.fit_plain(lambda: source.batches(held_at))
-    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students)
-    tokens, embedding_nF = fitting.tokens[0], fitting.embedding_nF
-    fitting.assign(model.scorer.clusters.fit(tokens, embedding_nF, fitting.names, seed, divide)[0])
+    fitting = _Fitting(model, source, sorted([*train_at, *held_at]), held_at, seed, progress, students, divide)
     return fitting.plain() if model.scorer.plain else fitting.default()
 
 
@@ -111,9 +109,7 @@ def add_statistics(
     """
     model.eval()
     students, known = model.scorer.students_count(), list(classes)
-    fitting = _Fitting(model, source, images, images, seed, progress, students, before)
-    tokens, embedding_nF, names = fitting.tokens[0], fitting.embedding_nF, [*before.class_name, *fitting.names]
-    fitting.assign(model.scorer.clusters.extend(tokens, embedding_nF, names, before.variant_n, known, seed))
+    fitting = _Fitting(model, source, images, images, seed, progress, students, before=before, classes=known)
     return fitting.default(), tuple(known)
 
 
@@ -122,14 +118,14 @@ class _Group:
     """A layer group, and what the passes find out about it.
 
     Attributes:
-        mean_VND: means of every position, after the first pass.
+        mean_KND: means of every position, after the first pass.
         half_2KDD: whitening matrices of both halves of every cluster, after the second.
         distance_nhw: distances by the other half's matrix, after the third; in a file.
     """
 
     grid: Grid
     gaussian: PositionGaussian
-    mean_VND: Tensor = field(init=False)
+    mean_KND: Tensor = field(init=False)
     half_2KDD: Tensor = field(init=False)
     distance_nhw: NDArray[np.float16] = field(init=False)
 
@@ -143,14 +139,9 @@ class _Fitting:
 
     Attributes:
         groups: layer groups that patches are judged on.
-        names, held_n: of the images of the source: classes, and whether the students were not trained on them.
-        tokens, embedding_nF: of all images, those learnt before first.
-
-        And once `assign` has told which variant every image is of:
-
-        all_variant_n, all_cluster_n: of all images.
-        variant_n, cluster_n: of the images of the source.
-        images_V, known_V: images of every variant: all together, and those learnt before.
+        tokens, embedding_nF, all_cluster_n: of all images, those learnt before first.
+        cluster_n, held_n: of the images of the source; held out are those that no student was trained on.
+        images_K, known_K: images of every cluster: all together, and those learnt before.
         first_n: place of the image that an image of the source is a copy of, or its own.
         half_n: half (0 or 1) of an image, alternating within its cluster; copies are in that of their image.
         factor_n: see `left_out`.
@@ -165,36 +156,39 @@ class _Fitting:
         seed: int,
         progress: Progress,
         asks_students: bool,
+        divide: bool = True,
         before: GoodImages | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         self.model, self.scorer, self.source, self.images = model, model.scorer, source, images
         self.seed, self.progress, self.asks_students, self.before = seed, progress, asks_students, before
         pairs = zip(model.scorer.all_grids(), model.scorer.gaussians(), strict=True)
         self.groups, held = [_Group(grid, gaussian) for grid, gaussian in pairs], set(held)
         self.held_n = torch.tensor([i in held for i in images], device=model.device)
-        self.names = [source.samples[i].class_name for i in images]
+        samples, clusters = [source.samples[i] for i in images], model.scorer.clusters
+        names = [sample.class_name for sample in samples]
         self.tokens, self.embedding_nF = source.vectors(images)
-        if before is not None:
+        if before is None or classes is None:
+            cluster_n = clusters.fit(self.tokens[0], self.embedding_nF, names, seed, divide)
+        else:
+            names = [*before.class_name, *names]
             self.tokens = tuple(torch.cat(views) for views in zip(before.tokens, self.tokens, strict=True))
             self.embedding_nF = torch.cat([before.embedding_nF, self.embedding_nF])
-
-    def assign(self, variant_n: Tensor) -> None:
-        """Go by these variants of all images."""
-        clusters, device = self.scorer.clusters, self.model.device
-        self.owner_V, self.clusters, self.variants = clusters.owner_V, clusters.count, clusters.variants
-        self.all_variant_n, self.all_cluster_n = variant_n, self.owner_V[variant_n]
-        self.old = old = len(variant_n) - len(self.images)
-        self.variant_n, self.cluster_n = variant_n[old:], self.all_cluster_n[old:]
-        self.images_V = torch.bincount(variant_n, minlength=self.variants).float()
-        self.known_V = torch.bincount(variant_n[:old], minlength=self.variants).float()
-        self.first_n = torch.tensor(same_image([self.source.samples[i] for i in self.images]), device=device)
-        copies = torch.stack([self.first_n, self.variant_n])
+            known_n = before.cluster_n
+            cluster_n = clusters.extend(self.tokens[0], self.embedding_nF, names, known_n, classes, seed)
+        self.clusters, self.all_cluster_n = clusters.count, cluster_n
+        self.old = old = len(cluster_n) - len(images)
+        self.cluster_n = cluster_n[old:]
+        self.images_K = torch.bincount(cluster_n, minlength=self.clusters).float()
+        self.known_K = torch.bincount(cluster_n[:old], minlength=self.clusters).float()
+        self.first_n = torch.tensor(same_image(samples), device=model.device)
+        copies = torch.stack([self.first_n, self.cluster_n])
         _, group_n, count = torch.unique(copies, dim=1, return_inverse=True, return_counts=True)
-        self.factor_n = left_out(self.images_V[self.variant_n], count[group_n])
+        self.factor_n = left_out(self.images_K[self.cluster_n], count[group_n])
         half_n = torch.zeros_like(self.cluster_n)
         for k in range(self.clusters):
             members = (self.cluster_n == k).nonzero()[:, 0]
-            half_n[members] = torch.arange(len(members), device=device) % 2
+            half_n[members] = torch.arange(len(members), device=members.device) % 2
         self.half_n = half_n[self.first_n]
 
     def plain(self) -> GoodImages:
@@ -242,26 +236,26 @@ class _Fitting:
             self.progress(stage, start, len(which))
 
     def _means(self) -> list[Tensor]:
-        """First pass: means of every position, of groups and of what the students learn (V x N x D, V x D)."""
+        """First pass: means of every position, of groups and of what the students learn (K x N x D, K x D)."""
         sums: list[Tensor] = []
         for places, observed, _ in self._batches(range(len(self.images)), "statistics (means)"):
             targets = self.model.targets(observed) if self.asks_students and self.before is None else []
             parts = [part.float() for part in (*(group.rows(observed) for group in self.groups), *targets)]
-            sums = sums or [part.new_zeros(self.variants, *part.shape[1:]) for part in parts]
+            sums = sums or [part.new_zeros(self.clusters, *part.shape[1:]) for part in parts]
             for total, part in zip(sums, parts, strict=True):
-                total.index_add_(0, self.variant_n[places], part)
+                total.index_add_(0, self.cluster_n[places], part)
         for group, total in zip(self.groups, sums, strict=False):
             gaussian = group.gaussian
             if self.before is not None:
-                known = gaussian.sums(self.known_V[: len(gaussian.centre_VD)])
+                known = gaussian.sums(self.known_K[: len(gaussian.centre_KD)])
                 total[: len(known)] += known
-            gaussian.set_means(total, self.images_V)
-            group.mean_VND = gaussian.means()
-        return [total / self.images_V.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.groups) :]]
+            gaussian.set_means(total, self.images_K)
+            group.mean_KND = gaussian.means()
+        return [total / self.images_K.reshape(-1, *[1] * (total.dim() - 1)) for total in sums[len(self.groups) :]]
 
     def _difference(self, group: _Group, places: Tensor, observed: Observed) -> Tensor:
         """Patches (B x N x D) minus the means of their positions, which each image is left out of."""
-        difference_BND = group.rows(observed) - group.mean_VND[self.variant_n[places]]
+        difference_BND = group.rows(observed) - group.mean_KND[self.cluster_n[places]]
         return difference_BND * self.factor_n[places][:, None, None]
 
     def _covariances(self) -> None:
@@ -271,10 +265,8 @@ class _Fitting:
             members = (self.cluster_n == k).nonzero()[:, 0].tolist()
             step = max(1, len(members) // (2 * _HALF_IMAGES))
             chosen += members[::step][: 2 * _HALF_IMAGES]
-        known_K = torch.zeros(self.clusters, dtype=torch.float64, device=self.model.device)
-        known_K.index_add_(0, self.owner_V, self.known_V.double())
         # Both halves know what was learnt before: images of the source are left out of their own half only.
-        counts = known_K.clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
+        counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
         sums = []
         for gaussian in (group.gaussian for group in self.groups):
             total = torch.zeros(2, self.clusters, gaussian.dims, gaussian.dims).to(counts)
@@ -311,8 +303,8 @@ class _Fitting:
         fold_n[order] = torch.arange(len(order), device=order.device) % _FOLDS
         readings = []
         for gaussian, token_nE in zip(self.scorer.token_gaussians(), self.tokens, strict=True):
-            gaussian.fit(token_nE, self.all_variant_n, self.owner_V)
-            readings.append(cross_fitted_tokens(token_nE, self.all_variant_n, self.owner_V, fold_n[first_n]))
+            gaussian.fit(token_nE, self.all_cluster_n, self.clusters)
+            readings.append(cross_fitted_tokens(token_nE, self.all_cluster_n, self.clusters, fold_n[first_n]))
         assert self.scorer.nearest is not None
         readings.append(self.scorer.nearest.fit(self.embedding_nF, self.seed, first_n))
         return torch.stack(readings, 1)
@@ -349,12 +341,12 @@ class _Fitting:
         Of the images held out only, each left out of that mean.
         """
         held = self.held_n[places]
-        variant_B, apart = self.variant_n[places][held], []
+        cluster_B, apart = self.cluster_n[places][held], []
         pairs = zip(self.model.targets(observed), self.model.predictions(observed, small), targets, strict=True)
         for target, answer, mean in pairs:
             target, answer = target[held], answer[held]
-            count = self.images_V[variant_B].reshape(-1, *[1] * (target.dim() - 1))
-            others = (count * mean[variant_B] - target) / (count - 1).clamp_min(1.0)
+            count = self.images_K[cluster_B].reshape(-1, *[1] * (target.dim() - 1))
+            others = (count * mean[cluster_B] - target) / (count - 1).clamp_min(1.0)
             distances = (1.0 - F.cosine_similarity(target, other, dim=-1) for other in (answer, others))
             apart.append(torch.stack([distance.reshape(len(target), -1).mean(1).sum() for distance in distances]))
         return torch.stack(apart).double().cpu()
@@ -378,14 +370,14 @@ class _Fitting:
         level_KG, spread_KG = torch.zeros(2, self.clusters, len(self.groups), device=device)
         for g, (gaussian, distance_nhw) in enumerate((group.gaussian, group.distance_nhw) for group in self.groups):
             reading_n, scales = torch.zeros(len(self.images)), []
-            for v in range(self.variants):
-                places = (self.variant_n == v).nonzero()[:, 0].cpu().numpy()
+            for k in range(self.clusters):
+                places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
                 if not len(places):  # smoothing what was learnt before again would wear it out
-                    scales.append((gaussian.level_Vhw[v].cpu(), gaussian.spread_Vhw[v].cpu()))
+                    scales.append((gaussian.level_Khw[k].cpu(), gaussian.spread_Khw[k].cpu()))
                     continue
                 total, square = _sums(distance_nhw, places)
-                if known := int(self.known_V[v]):
-                    before = _unscaled(gaussian.level_Vhw[v], gaussian.spread_Vhw[v], known)
+                if known := int(self.known_K[k]):
+                    before = _unscaled(gaussian.level_Khw[k], gaussian.spread_Khw[k], known)
                     total, square = total + before[0], square + before[1]
                 count = len(places) + known
                 scales.append(_level_and_spread(total, square, count))
@@ -403,14 +395,14 @@ class _Fitting:
         for start in range(0, len(self.images), 16):
             part = slice(start, start + 16)
             maps = [torch.from_numpy(group.distance_nhw[part].astype(np.float32)).to(device) for group in self.groups]
-            peaks.append(self._peaks(scorer.map_of(maps, self.variant_n[part], self.cluster_n[part])))
+            peaks.append(self._peaks(scorer.map_of(maps, self.cluster_n[part])))
         return torch.stack(readings, 1).to(device), torch.cat(peaks)
 
     def _whole(self, g: int, k: int) -> tuple[Tensor, Tensor]:
         """Mean and mean square of the distances of a group over the whole maps of a cluster."""
         places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
         mean, square = (total.mean() / max(1, len(places)) for total in _sums(self.groups[g].distance_nhw, places))
-        if known := float(self.known_V[self.owner_V == k].sum()):
+        if known := float(self.known_K[k]):
             columns = self.scorer.map_level_KG, self.scorer.map_spread_KG
             level, spread = (column_KG[k, g].double().cpu() for column_KG in columns)
             share = len(places) / (len(places) + known)
@@ -430,7 +422,7 @@ class _Fitting:
             texts = [old + new for old, new in zip(self.before[-3:], texts, strict=True)]
         return GoodImages(
             score_n.cpu(), peak_n.cpu(), distance_n.cpu(), self.all_cluster_n.cpu(), counted_n.cpu(),
-            reading_nR.cpu(), self.all_variant_n.cpu(), tuple(token_nE.cpu() for token_nE in self.tokens),
+            reading_nR.cpu(), tuple(token_nE.cpu() for token_nE in self.tokens),
             self.embedding_nF.cpu(), *texts,
         )  # fmt: skip
 
@@ -464,7 +456,7 @@ def _level_and_spread(total_hw: Tensor, square_hw: Tensor, count: int) -> tuple[
 
 
 def _reading(distance_hw: NDArray[np.float16], total_hw: Tensor, square_hw: Tensor, count: int) -> Tensor:
-    """The local reading of an image by the scale of the others of its variant; of an only one by its own."""
+    """The local reading of an image by the scale of the others of its cluster; of an only one by its own."""
     d_hw = torch.from_numpy(distance_hw.astype(np.float64))
     if count > 1:
         total_hw, square_hw, count = total_hw - d_hw, square_hw - d_hw.square(), count - 1

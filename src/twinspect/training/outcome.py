@@ -52,7 +52,6 @@ class GoodImages(NamedTuple):
         cluster_n: indices of the clusters.
         counted_n: whether the image counts for thresholds: with plain scoring only those held out.
         readings_nR: raw readings, as `Outputs` has them.
-        variant_n: indices of the variants.
         tokens: global tokens, n x E a view.
         embedding_nF: what the teacher's own classifier would see.
         class_name, group, key: as in `GoodScores`.
@@ -64,7 +63,6 @@ class GoodImages(NamedTuple):
     cluster_n: Tensor
     counted_n: Tensor
     readings_nR: Tensor
-    variant_n: Tensor
     tokens: tuple[Tensor, ...]
     embedding_nF: Tensor
     class_name: tuple[str, ...] = ()
@@ -192,11 +190,10 @@ def outcome_of(
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
-    keys_held = {key for key, out in zip(good.key, held_out, strict=True) if out}
-    keys_learnt = {key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)}
     decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
-        trained=frozenset(keys_learnt), held=frozenset(keys_held),
+        trained=frozenset(key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)),
+        held=frozenset(key for key, out in zip(good.key, held_out, strict=True) if out),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
         roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
     )  # fmt: skip
@@ -244,9 +241,9 @@ def _teacher(model: AnomalyModel) -> dict[str, str]:
 
 
 def sizes(model: AnomalyModel) -> dict[str, Any]:
-    """For the record: clusters, variants, numbers of weights by part, bytes of statistics."""
+    """For the record: clusters, numbers of weights by part, bytes of statistics."""
     parts = {"teacher": model.teacher, **dict(model.student.named_children())}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
     clusters = model.scorer.clusters
-    return {"clusters": clusters.count, "variants": clusters.variants, "parameters": parameters}
+    return {"clusters": clusters.count, "parameters": parameters}

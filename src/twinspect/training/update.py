@@ -154,9 +154,9 @@ def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: boo
 
 def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
     """Positions to hold out of images with these keys, every known image on the side where it was."""
-    held_before, trained = decision.held, decision.trained - decision.held
+    trained = decision.trained - decision.held
     names = [image_id(key) for key in keys]
-    return {i for i, name in enumerate(names) if name in held_before or (i in held and name not in trained)}
+    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
 
 
 def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
