@@ -44,7 +44,7 @@ class Console:
         self.quiet = quiet  # print nothing but what is asked for (progress and remarks go to stderr anyway)
         self._bar: Progress | None = None
         self._stage = ""
-        self._began = self._said = 0.0
+        self._began = self._shown_at = 0.0
         self._first = 0
         self._lost: OSError | None = None  # why nothing more can be printed
 
@@ -106,13 +106,13 @@ class Console:
         if name != self._stage:
             self.finish()
             self._stage, self._first, self._bar = name, done, _bar(name, total)
-            self._began = self._said = time.monotonic()
+            self._began = self._shown_at = time.monotonic()
         rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
         if self._bar is not None:
             text = f"{stage}  {rate:.1f}/s" if done > self._first else stage
             self._bar.update(self._bar.task_ids[0], completed=done, total=total or None, description=text)
-        elif time.monotonic() - self._said > _PLAIN_SECONDS:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._shown_at > _PLAIN_SECONDS:
+            self._shown_at = time.monotonic()
             left = f", {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
             _say(f"{stage}: {done}/{total or '?'}, {rate:.1f}/s{left}")
 

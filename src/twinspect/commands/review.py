@@ -19,7 +19,7 @@ from twinspect.metrics import roc_curve
 from twinspect.report import MOST_CHARTS, Cases, Histogram, RocCurve, Section, Table, case_of
 
 FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
-_KEPT = 6  # pictures of a kind and class
+_MOST_PICTURES = 6  # pictures of a kind and class
 _UNKNOWN = -1
 # Scores images once more, with map and pixels, by their names.
 Again = Callable[[list[str]], Iterable[Result]]
@@ -50,7 +50,7 @@ class Review:
         for kind, rank in _kinds(score - threshold, label):
             ranked = self._shown[kind, name]
             insort(ranked, (rank, str(row["path"])))
-            del ranked[_KEPT:]
+            del ranked[_MOST_PICTURES:]
 
     @property
     def classes(self) -> list[str]:

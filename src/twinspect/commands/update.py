@@ -46,8 +46,9 @@ def _learn(new: Path, options: UpdateOptions, console: Console) -> None:
         refuse_unwritable(before)
         last["before"] = before.name
         shutil.copy2(bundle, before)
-        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     save(after, out, thin)
+    if out == bundle:
+        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     console.say(next(update_lines({"updates": [last]})), *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

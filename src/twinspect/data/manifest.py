@@ -17,7 +17,7 @@ from typing import Any
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
-from twinspect.data.tables import SUFFIXES, Row, is_empty, table_columns, table_rows
+from twinspect.data.tables import SUFFIXES, Row, is_empty, table_columns, table_rows, text_columns
 from twinspect.errors import DataError
 from twinspect.files import replacing
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -68,7 +68,7 @@ def is_label_table(path: Path) -> bool:
     if path.suffix.lower() not in SUFFIXES:
         return False
     try:
-        header = table_columns(path)
+        header = text_columns(path)
         names = _columns(header)
         if "image" not in names or set(header) >= _PREDICTED:
             return False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from twinspect.errors import DataError
+from twinspect.errors import NONSENSE, DataError
 from twinspect.files import open_text, read_text
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl")  # of tables
@@ -28,64 +28,99 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error}); copy it again from its source") from None
 
 
-def table_columns(path: Path) -> list[str]:
-    """Names of the columns of a table; those that hold bytes, such as encoded images, are left out."""
+def table_columns(path: Path, errors: str = "strict") -> list[str]:
+    """Names of a table's columns, of JSON lines those of the first one. Arguments and errors as of `read_table`."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+        return list(parquet_columns(path))
     if suffix == ".jsonl":
-        return list(next((row for _, row in read_json_lines(path)), {}))
-    with _opened(path, "strict") as (reader, _):
+        return list(next(read_table(path), {}))
+    with _opened(path, errors) as (reader, _):
         return [name.strip() for name in reader.fieldnames or ()]
 
 
+def text_columns(path: Path) -> list[str]:
+    """As `table_columns`, without those that hold bytes, such as encoded images."""
+    if path.suffix.lower() != ".parquet":
+        return table_columns(path)
+    return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
+    """Rows of a Parquet file, of JSON lines, or of a table of text with a header, a few at a time.
+
+    Of a Parquet file no more is read than the ``columns`` that are named, of those that it has. ``errors`` says what
+    happens to text that is not UTF-8, as in `open`.
+
+    Raises:
+        DataError: it cannot be read as such a table, or its name has another ending than ``SUFFIXES``.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        with _parquet_errors(path):
+            import pyarrow.parquet as pq
+
+            file = pq.ParquetFile(path)
+            names = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(1024, columns=names):
+                yield from batch.to_pylist()
+    elif suffix == ".jsonl":
+        yield from (row for _, row in read_json_lines(path))
+    elif suffix in SUFFIXES:
+        yield from _csv_rows(path, errors)
+    else:
+        raise DataError(f"{path}: a table of images ends in {', '.join(SUFFIXES)}")
+
+
 def table_rows(path: Path) -> list[tuple[str, Row]]:
-    """Rows of a table, and where each stands: row 1 is the first below the header.
+    """All rows of a table, and where each stands: row 1 is the first below the header.
 
     Images that a Parquet file holds itself become records of it.
     """
-    suffix = path.suffix.lower()
-    rows: list[Row]
-    if suffix == ".parquet":
-        kinds = parquet_columns(path)
-        rows = parquet_table(path, table_columns(path)).to_pylist()
-        if any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
-            rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
-    elif suffix == ".jsonl":
-        rows = [row for _, row in read_json_lines(path)]
-    elif suffix in SUFFIXES:
-        rows = [dict(row) for row in csv_rows(path)]
-    else:
-        raise DataError(f"{path}: a table of images ends in {', '.join(SUFFIXES)}")
+    rows = list(read_table(path, text_columns(path)))
     if not rows:
         raise DataError(f"{path}: holds no row")
+    kinds = parquet_columns(path) if path.suffix.lower() == ".parquet" else {}
+    if any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
+        rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def parquet_columns(path: Path) -> dict[str, str]:
     """Column names and types of a Parquet file, from its header."""
-    import pyarrow.parquet as pq
-
     with _parquet_errors(path):
+        import pyarrow.parquet as pq
+
         return {field.name: str(field.type) for field in pq.read_schema(path)}
 
 
 def parquet_table(path: Path, columns: Sequence[str]) -> Any:
     """Columns of a Parquet file as an Arrow table."""
-    import pyarrow.parquet as pq
-
     with _parquet_errors(path):
+        import pyarrow.parquet as pq
+
         return pq.read_table(path, columns=list(columns))
 
 
 @contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow; type: pip install pyarrow") from None
+    except (OSError, NotImplementedError, *NONSENSE) as error:  # pyarrow's errors are of these kinds
+        raise DataError(f"{path}: not a Parquet file, or damaged; it cannot be read as a table ({error})") from None
+
+
+@contextmanager
+def _text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
+    try:
+        with open_text(path, errors, newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,22 +128,23 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
     """
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError):
-            entries = None  # the line that is wrong is named when lines are read
-        if entries is not None:
-            yield from objects_of(entries, str(path))
-            return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip(" \t\r,"):
-            where = f"{path} line {number}"
-            yield where, json_object(line, where)
+    with _text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        if first.lstrip().startswith("["):
+            entries = None
+            with suppress(ValueError, RecursionError):  # the line that is wrong is named when lines are read
+                entries = json.loads(first + file.read())
+            if entries is not None:
+                yield from objects_of(entries, str(path))
+                return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            if line.strip(" \t\r\n,"):
+                where = f"{path} line {number}"
+                yield where, _json_object(line, where)
 
 
-def json_object(line: str, where: str) -> dict[str, Any]:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     """The object of one line of JSON lines; a comma may follow it."""
     try:
         entry = json.loads(line.rstrip(" \t\r\n,"))
@@ -117,7 +153,7 @@ def json_object(line: str, where: str) -> dict[str, Any]:
     return as_object(entry, where)
 
 
-def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
+def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
     """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
@@ -141,7 +177,7 @@ def csv_rows(path: Path, errors: str = "strict") -> Iterator[dict[str, str]]:
 def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
     """A table of text, and what lies between its cells."""
     try:
-        with open_text(path, errors, newline="") as file:
+        with _text(path, errors, newline="") as file:
             start, first = 0, file.readline()
             while first and not first.strip():
                 start, first = file.tell(), file.readline()
@@ -153,8 +189,6 @@ def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]
             yield csv.DictReader(file, restval="", strict=True, delimiter=separator), separator
     except csv.Error as error:
         raise DataError(f"{path} line 1: not valid CSV ({error}); a quote is missing, or too many") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
 def _refuse_misread(row: Mapping[str | None, Any], separator: str, where: str) -> None:

@@ -143,9 +143,9 @@ def _entries_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[tuple
         yield folder, "", f"the folder cannot be listed ({error.strerror or error})"
         return
     for name, is_folder, state in entries:
-        path = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
         if is_hidden(name):
             continue
+        path = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
         if is_folder:
             yield from _entries_below(path, visited)
         else:
@@ -189,7 +189,7 @@ def _fits(names: Sequence[str], typed: Sequence[str]) -> bool:
         return not names and all(part == _DEEP for part in typed)
     if typed[0] == _DEEP:
         return _fits(names, typed[1:]) or _fits(names[1:], typed)
-    return fnmatch.fnmatchcase(names[0], typed[0]) and _fits(names[1:], typed[1:])
+    return fnmatch.fnmatch(names[0], typed[0]) and _fits(names[1:], typed[1:])
 
 
 def would_find(source: str, file: str) -> bool:

@@ -7,13 +7,12 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from twinspect.data.tables import csv_rows, json_object
-from twinspect.errors import ConfigError, DataError, TwinspectError
-from twinspect.files import open_text, replacing
+from twinspect.data.tables import read_table, table_columns
+from twinspect.errors import ConfigError, TwinspectError
+from twinspect.files import replacing
 from twinspect.inference.result import CELLS, columns
 
 _GROUP = 16_384  # rows of a row group in a joined Parquet file
@@ -97,12 +96,7 @@ def has_columns(path: Path, names: AbstractSet[str]) -> bool:
 
 def columns_of(path: Path) -> list[str]:
     """Names of a table's columns, of JSON lines those of the first one; a DataError where it is no table."""
-    if path.suffix.lower() == ".parquet":
-        with _readable(path):
-            import pyarrow.parquet as pq
-
-            return [str(name) for name in pq.read_schema(path).names]
-    return list(next(read_rows(path), {}))
+    return table_columns(path, "surrogateescape")
 
 
 def parts_in(folder: Path) -> list[Path]:
@@ -120,39 +114,6 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[dict[str, Any
         for part in parts_in(path):
             yield from read_rows(part, columns)
         return
-    suffix = path.suffix.lower()
-    if suffix not in TABLES:
+    if path.suffix.lower() not in TABLES:
         raise ConfigError(f"{path.name}: accepted tables end in {', '.join(TABLES)}")
-    with _readable(path):
-        if suffix == ".parquet":
-            yield from _parquet_rows(path, columns)
-        else:
-            yield from _json_rows(path) if suffix == ".jsonl" else csv_rows(path, "surrogateescape")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow; type: pip install pyarrow") from None
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:  # pyarrow's are of these kinds
-        raise DataError(f"{path} cannot be read as a table ({error})") from None
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    names = [name for name in columns if name in file.schema_arrow.names] if columns else None
-    for batch in file.iter_batches(1024, columns=names):
-        yield from batch.to_pylist()
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip(" \t\r\n,"):
-                yield json_object(line, f"{path} line {number}")
+    yield from read_table(path, columns or None, "surrogateescape")
