@@ -372,10 +372,12 @@ class _Fitting:
             reading_n, scales = torch.zeros(len(self.images)), []
             for k in range(self.clusters):
                 places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
-                if not len(places):  # smoothing what was learnt before again would wear it out
+                if not len(places):  # nothing new, and smoothing what was learnt before again would wear it out
                     scales.append((gaussian.level_Khw[k].cpu(), gaussian.spread_Khw[k].cpu()))
+                    level_KG[k, g], spread_KG[k, g] = scorer.map_level_KG[k, g], scorer.map_spread_KG[k, g]
                     continue
                 total, square = _sums(distance_nhw, places)
+                level_KG[k, g], spread_KG[k, g] = self._whole(g, k, total.mean(), square.mean(), len(places))
                 if known := int(self.known_K[k]):
                     before = _unscaled(gaussian.level_Khw[k], gaussian.spread_Khw[k], known)
                     total, square = total + before[0], square + before[1]
@@ -384,10 +386,6 @@ class _Fitting:
                 for place in places if g in scorer.scored else ():
                     reading_n[place] = _reading(distance_nhw[place], total, square, count)
             gaussian.set_scale(*(torch.stack(column).to(device) for column in zip(*scales, strict=True)))
-            for k in range(self.clusters):
-                mean, square = self._whole(g, k)
-                spread = (square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean)
-                level_KG[k, g], spread_KG[k, g] = mean.float(), spread.float()
             if g in scorer.scored:
                 readings.append(reading_n)
         scorer.map_level_KG, scorer.map_spread_KG = level_KG, spread_KG
@@ -398,17 +396,20 @@ class _Fitting:
             peaks.append(self._peaks(scorer.map_of(maps, self.cluster_n[part])))
         return torch.stack(readings, 1).to(device), torch.cat(peaks)
 
-    def _whole(self, g: int, k: int) -> tuple[Tensor, Tensor]:
-        """Mean and mean square of the distances of a group over the whole maps of a cluster."""
-        places = (self.cluster_n == k).nonzero()[:, 0].cpu().numpy()
-        mean, square = (total.mean() / max(1, len(places)) for total in _sums(self.groups[g].distance_nhw, places))
+    def _whole(self, g: int, k: int, total: Tensor, square: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Level and spread over whole maps of a group and a cluster: of those learnt before and ``count`` others.
+
+        ``total`` and ``square`` are sums of the others' distances, means over the positions.
+        """
+        mean, square = total / count, square / count
         if known := float(self.known_K[k]):
             columns = self.scorer.map_level_KG, self.scorer.map_spread_KG
             level, spread = (column_KG[k, g].double().cpu() for column_KG in columns)
-            share = len(places) / (len(places) + known)
+            share = count / (count + known)
             mean = (1 - share) * level + share * mean
             square = (1 - share) * (spread.square() + level.square()) + share * square
-        return mean, square
+        spread = (square - mean.square()).clamp_min(1e-12).sqrt().maximum(1e-3 * mean)
+        return mean.float(), spread.float()
 
     def _peaks(self, map_B1HW: Tensor) -> Tensor:
         return self.model.inside_map(map_B1HW).amax((1, 2, 3))
