@@ -20,7 +20,7 @@ def test_toml(tmp_path: Path) -> None:
     path.write_text('[model]\nteacher = "resnet18"\n[train]\nlr = 0.01\n')
     config = RunConfig.from_toml(path)
     assert (config.model.teacher, config.train.lr) == ("resnet18", 0.01)
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read as TOML"):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file"):
         RunConfig.from_toml(tmp_path / "none.toml")
 
 
@@ -30,7 +30,7 @@ def test_toml_of_windows_editors(tmp_path: Path, encoding: str) -> None:
     path.write_bytes('[model]\r\nteacher = "resnet18"\r\n'.encode(encoding))
     assert RunConfig.from_toml(path).model.teacher == "resnet18"
     path.write_bytes('[model]\nteacher = "caf\xe9"\n'.encode("latin-1"))
-    with pytest.raises(ConfigError, match="cannot be read as TOML .*save it as UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8 text .*save it as UTF-8"):
         RunConfig.from_toml(path)
 
 
