@@ -1,6 +1,7 @@
 """The commands, end to end on tiny data: what they write, what they say, how they fail."""
 
 import json
+import re
 import os
 import shutil
 import subprocess
@@ -217,6 +218,14 @@ def test_eval_prints_json_alone(bundle: Path, parts: Path) -> None:
     assert json.loads(found.stdout)["mean"]
 
 
+def test_eval_says_first_that_no_good_image_was_tested(bundle: Path, tmp_path: Path) -> None:
+    save(tmp_path / "data" / "bad" / "0.png", picture(5))
+    sentence = "No good image was tested"
+    assert sentence in ok("eval", bundle, tmp_path / "data").stdout
+    save(tmp_path / "data" / "good" / "0.png", picture(900))  # not learnt
+    assert sentence not in ok("eval", bundle, tmp_path / "data").stdout
+
+
 def test_eval_without_labelled_images(bundle: Path, tmp_path: Path) -> None:
     assert "twinspect predict BUNDLE PATH" in failed("eval", bundle, good_folder(tmp_path / "good", 3))
 
@@ -227,6 +236,7 @@ def test_info(bundle: Path) -> None:
     assert "promise" in text
     assert json.loads(ok("info", bundle, "--json").stdout)["teacher"]["name"] == "efficientnet-lite0"
     assert "no such bundle" in failed("info", bundle.with_name("none.twin"))
+    assert f"Did you mean '{bundle}'?" in failed("info", bundle.with_name("prats.twin"))
 
 
 def test_predict_prints_lines(bundle: Path, parts: Path, tmp_path: Path) -> None:
@@ -313,6 +323,8 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     assert "accepted endings are .parquet, .csv, .jsonl" in failed("predict", bundle, image, "--out", "t.xlsx")
     assert "--batch -1: accepted 0 to 4,096" in failed("predict", bundle, image, "--batch", -1)
     assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
+    assert re.search(rf"Did you mean .*{image.name}'", failed("predict", bundle, image.with_name("02.png")))
+    assert "give - for JSON lines" in failed("predict", bundle, image, "--out", "-.csv")
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")
     assert str(tmp_path / "file") in failed("predict", bundle, image, "--maps", tmp_path / "file")

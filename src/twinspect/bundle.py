@@ -125,7 +125,9 @@ def read_bundle(path: Path) -> BundleContent:
         BundleError: not a bundle, truncated, changed after it was written, or of another format than this library's.
     """
     if not path.is_file():
-        raise BundleError(f"no such bundle: {path}. Make one with: twinspect fit DATA --out {path}")
+        raise BundleError(
+            f"no such bundle: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"
+        )
     try:
         with zipfile.ZipFile(path) as file:
             parts = {_META: _member(file, _META)}

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -77,6 +78,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if draft != path:
             with suppress(OSError):
                 draft.unlink()
+
+
+def near_names(path: Path) -> str:
+    """A question that names what lies beside a path that is not there and is called alike; empty without any."""
+    near: list[str] = []
+    with suppress(OSError):
+        near = get_close_matches(path.name, os.listdir(path.parent), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(str(path.parent / name)) for name in near)}?" if near else ""
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -187,9 +187,14 @@ def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
 
 def sections(values: Mapping[str, Any], review: Review, again: Again | None) -> list[Section]:
     """Decisions, other thresholds, pictures, metrics, and what else to know; see `Review.sections`."""
-    lines = remarks(values)
+    lines, untested = remarks(values), list[str]()
+    if values["decisions"] and not any(row.get("good") for row in values["decisions"].values()):
+        untested = [
+            "No good image was tested, so nothing is known of false alarms. Images that the model learnt do not "
+            "count: give a folder that also has good images which were not learnt."
+        ]
     return [
-        Section("Decisions", (), tuple(decision_tables(values))),
+        Section("Decisions", tuple(untested), tuple(decision_tables(values))),
         *review.sections(again),
         Section("Metrics", (), tuple(metric_tables(values))),
         *([Section("Remarks", tuple(lines), printed=False)] if lines else []),

@@ -124,7 +124,7 @@ def _taught(record: dict[str, Any], learnt: int) -> str:
 def _classes(record: dict[str, Any], decision: Decision) -> Table:
     behind = Counter(decision.good.class_name)
     counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    return Table("Good images by class", ("class", "learnt from", "behind the threshold"), counts)
+    return Table("Good images by class", ("class", "taught the students", "behind the threshold"), counts)
 
 
 def _settings(config: dict[str, Any]) -> Table:

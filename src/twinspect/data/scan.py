@@ -9,15 +9,14 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from twinspect.data.images import UNREAD_SUFFIXES, is_image
 from twinspect.data.names import Meaning, meaning
 from twinspect.errors import DataError, listed
+from twinspect.files import near_names
 
 _UNREAD = "a picture in a format that is not read; save it as PNG or JPEG"
 _READ_BEFORE = "link to a folder that was already read"
@@ -168,11 +167,7 @@ def existing(path: Path | str, folder: bool = False) -> Path:
         path = path.expanduser()
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        near: list[str] = []
-        with suppress(OSError):
-            near = get_close_matches(path.name, os.listdir(path.parent), n=3, cutoff=0.6)
-        hint = f" Did you mean {' or '.join(repr(str(path.parent / name)) for name in near)}?" if near else ""
-        raise DataError(f"{path}: no such file or folder.{hint}") from None
+        raise DataError(f"{path}: no such file or folder.{near_names(path)}") from None
     except (ValueError, RuntimeError) as error:  # a zero byte in it; ~ of a user that is not there
         raise DataError(f"{str(path)!r}: no path of this system ({error})") from None
     except OSError as error:

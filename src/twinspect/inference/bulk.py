@@ -251,6 +251,8 @@ def check_outputs(job: Job) -> None:
     """
     if job.keeps_parts and not job.is_folder:
         out = Path(job.out)
+        if out.name.startswith("-."):
+            raise ConfigError(f"--out {out.name}: give - for JSON lines on standard output, or a file's name")
         if out.suffix not in FORMATS:
             accepted = f"accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
             raise ConfigError(f"--out {out.name}: {accepted}")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from twinspect._version import __version__
 from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
-from twinspect.files import sha256_of
+from twinspect.files import near_names, sha256_of
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
 if TYPE_CHECKING:
@@ -282,7 +282,8 @@ def read_export(path: Path) -> ExportMeta:
     A BundleError where it is missing, damaged, changed since, or made for another version of the library.
     """
     if not path.is_file():
-        raise BundleError(f"no such model: {path}. Make one with: twinspect export BUNDLE --out {path}")
+        advice = f"Make one with: twinspect export BUNDLE --out {path}"
+        raise BundleError(f"no such model: {path}.{near_names(path)} {advice}")
     if not is_export(path):
         raise ConfigError(f"{path.name}: exported models end in {', '.join(RUNTIMES)}")
     home = companion(path)

@@ -21,7 +21,7 @@ from twinspect.data.images import is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import inside, is_hidden
 from twinspect.errors import DataError
-from twinspect.files import open_text
+from twinspect.files import near_names, open_text
 from twinspect.inference import stores
 from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.stores import is_endless, is_url
@@ -76,7 +76,8 @@ def _behind(text: str) -> Files:
     if text.startswith("@"):
         return _list(Path(text[1:]))
     where = text or "an empty path"
-    advice = f"nothing found at {where}: give an image, a folder, or a quoted glob such as 'new/*.png'"
+    advice = f"nothing found at {where}: give an image, a folder, or a quoted glob such as 'new/*.png'."
+    advice += near_names(Path(text)) if text else ""
     return _first(_globbed(text), _NothingFound(advice))
 
 
