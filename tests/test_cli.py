@@ -1,8 +1,8 @@
 """The commands, end to end on tiny data: what they write, what they say, how they fail."""
 
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
