@@ -16,7 +16,9 @@ _FILE_ROWS, _FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+    """Score images, and write a table of the answers.
+
+    An image that cannot be read becomes a row with an error. After a kill, the same command goes on.
 
     Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
     and --fail-on ends the run. Exit code 1: none of the images could be read.
