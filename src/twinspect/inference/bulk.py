@@ -23,7 +23,6 @@ from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import BundleError, ConfigError, DataError
 from twinspect.files import refuse_unwritable
-from twinspect.inference.archives import Item, Stream
 from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
 from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
@@ -32,6 +31,7 @@ from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
 from twinspect.inference.stores import is_url
+from twinspect.inference.streams import Item, Stream
 
 if TYPE_CHECKING:
     from twinspect.console import Console

@@ -128,7 +128,7 @@ class PartStore:
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
-        ours = (_RUN, stores.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
+        ours = (_RUN, files.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
         for name in stores.names(self.folder):
             if Part.of(name) is not None or name.startswith(ours):
                 stores.remove(self.folder, name)
@@ -139,7 +139,7 @@ class PartStore:
         """Leave a mark that everything is there, and sweep up drafts of killed runs."""
         stores.put(self.folder, f"{_DONE}{label}", b"")
         for name in stores.names(self.folder) if not label else ():
-            if name.startswith(stores.DRAFT):
+            if name.startswith(files.DRAFT):
                 stores.remove(self.folder, name)
 
     def lock(self, label: str) -> IO[str]:

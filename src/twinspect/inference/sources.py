@@ -24,9 +24,19 @@ from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
 from twinspect.files import near_names, open_text
 from twinspect.inference import stores
-from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.stores import is_endless, is_url
-from twinspect.inference.video import RETRY_SECONDS, VIDEOS, Frame, live_frames, without_password
+from twinspect.inference.streams import (
+    ARCHIVES,
+    RETRY_SECONDS,
+    VIDEOS,
+    Frame,
+    Item,
+    Stream,
+    image_column,
+    live_frames,
+    suffixes,
+    without_password,
+)
 
 _LOCAL = "file://"
 _OLD_NAMES = "surrogateescape"  # names of files may be no UTF-8
