@@ -10,23 +10,26 @@ from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_
     [
         (
             GOOD,
-            "good OK O.K. ok_front normal_dir passed gut Gutteile iO i.O. bueno 良品 合格 正常 정상 годные OK品",
+            "good OK ok_front normal_dir passed gut Gutteile iO i.O. bueno conforme 良品 合格 正常 정상 годные OK品",
         ),
         (GOOD, "no_defects DefectFree defect-free non_defective nodefect ohne_Fehler fehlerfrei unbroken NonCracked"),
         (
             BAD,
-            "bad NG N.G. K.O. n.i.O. ng2 NG品 zły hatalı NOK Not-OK nicht_ok niO fail failed rejected def_front bottle_bad",
+            "bad NG ng2 NG品 zły hatalı NOK Not-OK nicht_ok niO fail failed rejected defective def_front bottle_bad",
         ),
         (
             BAD,
-            "rework defective anomaly anomalies abnormal_dir schlecht Fehlerteile Ausschuss Défaut mauvais non_conforme malo difetti",
+            "anomaly anomalies abnormal_dir schlecht Fehlerteile Ausschuss Défaut mauvais non_conforme malo difetti",
         ),
         (BAD, "不良品 缺陷 不合格 異常 불량 брак дефекты ungood nogood scratch broken_large logical_anomalies"),
         (
             MASK,
             "mask masks mask_dir bottle_label x_GT ground_truth GroundTruth gt annotations bad_mask overlays マスク",
         ),
-        (UNSORTED, "unsorted unlabelled new production misc pass_fail good-bad test_private test_private_mixed"),
+        (GOOD, "O.K. i.O."),
+        (BAD, "N.G. K.O. n.i.O. rework quarantine"),
+        (UNSORTED, "misc production"),
+        (UNSORTED, "unsorted unlabelled new pass_fail good-bad test_private test_private_mixed"),
         ("", "bottle test train images lot2 default definition norm mvtec_anomaly_detection anomalib no1 badge"),
         ("", "new_bottle okra passage gtx unit notes integral 2024-05-01"),
     ],
