@@ -33,7 +33,7 @@ class Reports:
 class BuildsModel:
     """Options of commands that need the teacher of a model."""
 
-    weights: str = option("Local weights file of the teacher.", "")
+    weights: str = option("File with the teacher's weights, if neither the model nor a known place has them.", "")
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,20 @@ class CalibrateOptions(ReadsData, Reports, BuildsModel):
     """Set thresholds from good images for a false-alarm rate. The model itself stays as it is."""
 
     bundle: Path = argument(_BUNDLE)
-    good: Path | None = argument("Good images that the model has not seen; without them only rates change.", None)
-    max_fpr: float | None = option("Share of good images that may be called bad; without: as set before.", None)
+    good: Path | None = argument(
+        "Good images that the model has not learnt; without: those of before, for another rate.", None
+    )
+    max_fpr: float | None = option(
+        "Share of good images that may be called bad, such as 0.01; without: as before.", None
+    )
     class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
     group: str = option("session: keep the rate in every session; none: over all.", "", accepts=("session", "none"))
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
-    unsure: tuple[float, float] | None = option("Two rates of good images: called bad; called bad or unsure.", None)
+    unsure: tuple[float, float] | None = option(
+        "Two shares of good images: called bad; called bad or unsure (a third answer).", None
+    )
     region_fpr: float | None = option("Share of good images that may show a region; without: as --max-fpr.", None)
-    labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
+    labels: Path | None = option("Labelled images (CSV: image, label) to choose thresholds by.", None)
     rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "", accepts=RULES)
     miss_cost: float | None = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", None)
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
@@ -131,7 +137,7 @@ class CompareOptions(ReadsData, Reports):
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     draws: int = option("Bootstrap draws of the test images.", 1000, accepts=Range(1, 100_000))
     seed: int = option("Seed of the draws and splits.", 0, accepts=SEEDS)
-    device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
+    device: str = option("Where bundles (.twin) run: auto, cpu, cuda or cuda:1.", "auto")
 
 
 @dataclass(frozen=True)
@@ -193,13 +199,20 @@ class FitOptions(ReadsData):
 
     data: Path = argument("Folder of a data set, or a plain folder of good images.")
     out: Path = option("Bundle to write.", Path("model.twin"))
-    effort: str = option("instant: statistics only, no students; fast: half the input side, fewer steps.", "default")
+    effort: str = option(
+        "fast: half the input side and fewer steps, for a first try; instant: statistics only, no students.",
+        "default",
+    )
     config: Path | None = option("TOML file of settings; options given here win.", None)
-    resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
-    roi: Path | None = option("Region of interest: mask image (white inside) or LabelMe polygons.", None)
+    resume_from: Path | None = option("Model to go on from; DATA must hold its classes, too.", None)
+    roi: Path | None = option(
+        "Region of interest: where to look. Mask image (white inside) or LabelMe polygons.", None
+    )
     forget: bool = option("With --resume-from: drop classes that DATA lacks.", False, "--forget")
     split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")
-    work: Path | None = option("Folder for checkpoint and log.", None)
+    work: Path | None = option(
+        "Folder for checkpoints and the training log; without: OUT.work, as long as it runs.", None
+    )
     thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
