@@ -123,7 +123,7 @@ def read_bundle(path: Path) -> BundleContent:
         )
     if not path.is_file():
         raise BundleError(
-            f"no such bundle: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"
+            f"no such model: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"
         )
     try:
         with zipfile.ZipFile(path) as file:

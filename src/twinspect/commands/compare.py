@@ -184,9 +184,12 @@ def tables(values: dict[str, Any]) -> Iterator[Table]:
 
 def _who_is_right(values: dict[str, Any]) -> str:
     first, second = values["right"].values()
+    if not first + second:
+        return f"Both models give the same answer to all {values['images']} images."
     return (
-        f"{first + second} of {values['images']} images: the first model is right on {first}, the second on "
-        f"{second}. Chance of a difference as large between equal models (McNemar, exact): {values['p_value']:.3f}."
+        f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
+        f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
+        f"test): {values['p_value']:.3f}."
     )
 
 
