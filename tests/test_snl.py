@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from tiny import RANDOM, RANDOM_CNN, run_config, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import build_model
 from twinspect.config import FAMILIES, RunConfig, TrainConfig
 from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models import snl
-from twinspect.models.contract import Selection, fit_size
+from twinspect.models.contract import Selection, build_model, fit_size
 from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import surprise

@@ -121,7 +121,7 @@ COMMANDS = (
         "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/",
         shown=("class_name", "listed", "undo", "out"),
     ),
-    Command("drift", "drift:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
+    Command("drift", "calibrate:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
     Command(
         "serve", "serve:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
         shown=("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue"),

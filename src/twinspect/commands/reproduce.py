@@ -34,6 +34,7 @@ from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
+from twinspect.metrics import mean_of
 from twinspect.models.weights import SHORT_NAMES, resolve_auto
 from twinspect.report import FORMATS, Report, Section, Table
 from twinspect.training.fit import fit
@@ -89,13 +90,6 @@ def is_vit(teacher: str) -> bool:
     return SHORT_NAMES.get(teacher, teacher).startswith(("vit", "test_vit", "deit", "eva", "beit"))
 
 
-def find_recipe(name: str) -> Recipe:
-    """A recipe by name."""
-    if name not in RECIPES:
-        raise ConfigError(unknown_name("recipe", name, RECIPES))
-    return RECIPES[name]
-
-
 def _recipe(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Recipe:
     data, base = tables["set"][row["layout"]], tables["settings"][row["settings"]]
     settings = {section: {**base[section], **row.get(section, {})} for section in ("model", "train")}
@@ -125,7 +119,9 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
         for name, recipe in RECIPES.items():
             console.say(f"{name:<28}{recipe.title}: {recipe.cost}")
         return
-    recipe = find_recipe(options.recipe)
+    if options.recipe not in RECIPES:
+        raise ConfigError(unknown_name("recipe", options.recipe, RECIPES))
+    recipe = RECIPES[options.recipe]
     if options.root is None:
         raise ConfigError(
             f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
@@ -139,10 +135,9 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
 def run_recipe(
     recipe: Recipe, root: Path, out: Path, config: RunConfig, console: Console, without_leaks: bool = False
 ) -> dict[str, Any]:
-    """Train and evaluate all splits of a recipe that are not finished yet, and write the comparison.
+    """Train and evaluate all splits of a recipe that are not finished yet; write the comparison, and return it.
 
-    Returns:
-        The content of ``results.json``, which lies in ``out`` beside the reports and one file per split.
+    ``out`` has ``results.json`` beside the reports, and one file per split.
     """
     files = [out / f"results{suffix}" for suffix in FORMATS]
     results.check_outputs(files, option="--out")
@@ -250,13 +245,11 @@ def summarise(
         return [text for result in done for text in result[name]]
 
     rows, record = joined("classes"), done[0]["record"]
-    students = {
-        name: results.mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS
-    }
+    students = {name: mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS}
     return {
         "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
         "complete": len(done) == total, "splits_done": len(done), "splits": total,
-        "classes": rows, "mean": results.mean_of(rows), "students": students,
+        "classes": rows, "mean": mean_of(rows), "students": students,
         "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
         "defect_decisions": joined("defect_decisions"),
         "undefined": results.grouped(listed("undefined"), rows),

@@ -161,7 +161,7 @@ class Teacher(Backbone):
         return weights_hash(self.net.state_dict())
 
 
-def create_teacher(name: str = "auto", weights: Path | str | None = None, pretrained: bool = True) -> Teacher:
+def create_teacher(name: str = "auto", weights: Path | str = "", pretrained: bool = True) -> Teacher:
     """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
 
     Args:

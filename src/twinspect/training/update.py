@@ -55,7 +55,12 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
-    _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
+    if not images:
+        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
+    counts = Counter(source.samples[i].class_name for i in images)
+    for name, count in counts.items():
+        if name not in fitted.decision.classes and count <= FEW:
+            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
     good, classes = add_statistics(
         model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
     )  # fmt: skip
@@ -74,19 +79,16 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         good=good.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=decision.trained.union(good.key[len(before.key) :]),
     )  # fmt: skip
-    counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
+    record = copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
     record["images"]["train"] += len(images)
     record |= sizes(model)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
-    record.setdefault("updates", []).append(
-        {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "classes": dict(sorted(counts.items())),
-            "images": [sample.name for sample in learnt[:_NAMED]],
-            "from": decision.model_id,
-        }
-    )
+    entry = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "classes": dict(sorted(counts.items())),
+        "images": [sample.name for sample in learnt[:_NAMED]], "from": decision.model_id,
+    }  # fmt: skip
+    record.setdefault("updates", []).append(entry)
     return Fitted(model, new, fitted.config, record, source.skipped, good, good.to_bytes())
 
 
@@ -116,15 +118,6 @@ def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, no
             "these are with --class NAME, which may also be a new class"
         )
     return distinct
-
-
-def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
-    if not names:
-        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
-    known = set(fitted.decision.classes)
-    for name, count in Counter(names).items():
-        if name not in known and count <= FEW:
-            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
 
 
 # ------------------------------------------------------------------------------------------------ fit --resume-from
