@@ -157,25 +157,19 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
 
 def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
     """What going on did to every old class, in a sentence, on the calibration images that both models scored."""
-    now = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
-    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
-    of_class = {
-        name: [(score, now[key]) for score, key, owner in rows if owner == name and key and key in now]
-        for name in before.classes
-    }
-    return [
-        {"class_name": name, "images": len(pairs), "sentence": f"{name}: {_change(name, pairs, before, after)}"}
-        for name, pairs in of_class.items()
-    ]
-
-
-def _change(name: str, pairs: list[tuple[float, float]], before: Decision, after: Decision) -> str:
-    if not pairs:
-        return "none of its calibration images is in the data, so nothing can be said of it"
-    (old, new), (score_n, score_now_n) = (d.rule(name).image.value for d in (before, after)), np.transpose(pairs)
-    return (
-        f"on its {len(pairs)} stored calibration images the median score went from {np.median(score_n):.2f} to "
-        f"{np.median(score_now_n):.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before "
-        f"{(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the old threshold kept "
-        f"{(score_now_n >= old).sum()}"
-    )
+    now, rows = dict(zip(after.good.key, after.good.score.tolist(), strict=True)), []
+    for name in before.classes:
+        good = before.good.take(before.good.of_class(name))
+        pairs = [(score, now[key]) for score, key in zip(good.score, good.key, strict=True) if key and key in now]
+        sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
+        if pairs:
+            old, new = (decision.rule(name).image.value for decision in (before, after))
+            score_n, score_now_n = np.transpose(pairs)
+            sentence = (
+                f"{name}: on its {len(pairs)} stored calibration images the median score went from "
+                f"{np.median(score_n):.2f} to {np.median(score_now_n):.2f} and the threshold from {old:.2f} to "
+                f"{new:.2f}; called bad before {(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the "
+                f"old threshold kept {(score_now_n >= old).sum()}"
+            )
+        rows.append({"class_name": name, "images": len(pairs), "sentence": sentence})
+    return rows
