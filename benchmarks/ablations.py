@@ -40,7 +40,7 @@ from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.evaluation import evaluate, test_samples
 from twinspect.files import write_text
-from twinspect.inference.decode import as_item, decode
+from twinspect.inference.decode import Decoding, as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed, build_model
@@ -197,7 +197,7 @@ class Remembering:
     def _look(self, item: Any) -> Seen:
         key = item.image if isinstance(item, Sample) else image_key(item)
         if key not in self.seen:
-            found = decode(item, self.model.size)
+            found = decode(item, Decoding(self.model.size))
             if found.square is None:
                 raise SystemExit(found.error)
             parts = pack(*observe(self.model, torch.from_numpy(np.stack([found.square]))))

@@ -43,15 +43,14 @@ def bench(options: BenchOptions, console: Console) -> None:
         numbers |= {f"{name} ms": ms for name, ms in row["latency_ms"].items()}
         rows.append(row)
         shown.append({"batch": batch, **{name: f"{number:.1f}" for name, number in numbers.items()}})
-    meta = read_export(options.model) if is_export(options.model) else None
-    runtime, precision = (meta.runtime, meta.precision) if meta is not None else ("torch", "fp32")
+    runtime = read_export(options.model).runtime if is_export(options.model) else "torch"
     size, threads = predictor.runtime.size, options.threads or "auto"
-    title = f"{options.model.name}: {runtime} {precision} at {size} px, threads {threads}, {images}"
+    title = f"{options.model.name}: {runtime} at {size} px, threads {threads}, {images}"
     console.say(*Table.of(title, shown).lines())
     peak = peak_mb()
     console.say(f"peak memory of the process: {f'{peak:.0f} MB' if peak else 'unknown here'}")
     values = {
-        "model": options.model.name, "runtime": runtime, "precision": precision, "size": size,
+        "model": options.model.name, "runtime": runtime, "size": size,
         "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
     }  # fmt: skip
     console.result(json.dumps(values))

@@ -18,12 +18,12 @@ from twinspect.bundle import keep_old, read_bundle, write_bundle
 from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, checked_model, number_in, publish, read_data
 from twinspect.console import Console
+from twinspect.data.tables import parts_in, read_table
 from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
-from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
@@ -254,7 +254,7 @@ def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:
     """Rows of a table (or a folder of parts) that ``twinspect predict`` wrote with a model, a few at a time."""
     if not path.is_file() and not parts_in(path):
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
-    for number, row in enumerate(read_rows(path, _COLUMNS)):
+    for number, row in enumerate(read_table(path, _COLUMNS, "surrogateescape")):
         if number == 0 and "score" not in row:
             raise DataError(f"{path} has no column score; give a table written by twinspect predict")
         if row.get("model_id") not in (None, "", model_id):

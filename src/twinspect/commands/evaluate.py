@@ -13,8 +13,7 @@ from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
-from twinspect.data.leaks import find_leaks
-from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_split, is_semantic, make_splits
+from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
 from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError

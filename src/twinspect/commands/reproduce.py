@@ -28,8 +28,7 @@ from twinspect.commands.options import ReproduceOptions
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.data.leaks import drop_leaks, find_leaks
-from twinspect.data.protocols import SEMANTIC, Split, make_splits
+from twinspect.data.protocols import SEMANTIC, Split, drop_leaks, find_leaks, make_splits
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor

@@ -59,6 +59,7 @@ _ROLES = {
         bad nok ng defs defective fail fails failed failing failure failures reject rejects rejected rejection
         rejections faulty fault faults flaw flaws flawed invalid abnormal abnormals abnormality abnormalities outlier
         outliers damaged scrap scraps unhealthy noncompliant nonconformity incorrect
+        scrapped discard discarded quarantine rework reworked
         kaputt maengel fehlteil fehlteile nio
         mauvais mauvaise mauvaises defaut defauts rebut rebuts casse malo malos mala malas falla fallas fallo fallos
         roto rechazo rechazado rechazados scarto scarti guasto guasti cattivo
@@ -72,6 +73,7 @@ _ROLES = {
     """,
     UNSORTED: """
         unsorted unlabeled unlabelled unknown unclassified unchecked unjudged todo new incoming inbox private
+        misc miscellaneous pending unsure uncertain inference production
         unsortiert unbekannt neu neue neuer neues
     """,
 }
@@ -104,6 +106,8 @@ _NOT = frozenset("no not non without ohne sans sin sem senza kein keine nicht ni
 _GLUED_NOT = ("un", "non", "not", "no", "nicht")
 _FREE = ("free", "less", "frei")
 _TURNED = {GOOD: BAD, BAD: GOOD}
+# Often written letter by letter. German i.O., n.i.O.: "in Ordnung", "nicht in Ordnung".
+_SPELLED = {"io": GOOD, "ok": GOOD, "nio": BAD, "nok": BAD, "ng": BAD, "ko": BAD}
 _TASKS = frozenset("detection detect inspection recognition classification challenge benchmark".split())
 # Chinese, Japanese and Korean have no gaps between words: looked for anywhere, the first that fits counts.
 _ANYWHERE = (
@@ -168,8 +172,8 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     split = split or _SPLIT_OF.get(key(name), "")  # held-out
     if anywhere := next((role for role, texts in _ANYWHERE if any(text in name for text in texts.split())), ""):
         roles_seen.add(anywhere)
-    if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
-        roles_seen, rest = {GOOD if key(name) == "io" else BAD}, []
+    if spelled := _SPELLED.get(key(name)):
+        roles_seen, rest = {spelled}, []
     both = {GOOD, BAD} <= roles_seen and MASK not in roles_seen  # good_bad, ok-nok: holds either
     plain = _is_plain(rest)
     if rest and not plain and not split:

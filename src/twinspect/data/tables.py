@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,24 +40,54 @@ def table_columns(path: Path, errors: str = "strict") -> list[str]:
         return [name.strip() for name in reader.fieldnames or ()]
 
 
+def has_columns(path: Path, names: AbstractSet[str]) -> bool:
+    """Whether a file is a table with these columns, and perhaps others."""
+    try:
+        return names <= set(table_columns(path, "surrogateescape"))
+    except DataError:
+        return False
+
+
+def parts_in(folder: Path) -> list[Path]:
+    """Parts of a table that ``twinspect predict --out DIR/`` has written, in their order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
 def text_columns(path: Path) -> list[str]:
-    """As `table_columns`, without those that hold bytes, such as encoded images."""
+    """As `table_columns`, without those that hold encoded images or other bytes that are no text."""
     if path.suffix.lower() != ".parquet":
         return table_columns(path)
-    return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+    kinds = parquet_columns(path)
+    return [name for name, kind in kinds.items() if "binary" not in kind or _holds_text(path, name)]
+
+
+def _holds_text(path: Path, column: str) -> bool:
+    """Whether a column of bytes holds text, as programs write it that do not say so in Parquet (Spark's binary)."""
+    with _parquet_errors(path):
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(path).iter_batches(1, columns=[column]):  # images are large: one at a time
+            if cell := batch.to_pylist()[0][column]:
+                with suppress(AttributeError, UnicodeDecodeError):  # AttributeError: of Hugging Face's pairs
+                    return bool(cell.decode().isprintable())
+                return False
+    return False
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
-    """Rows of a Parquet file, of JSON lines, or of a table of text with a header, a few at a time.
+    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time.
 
-    Of a Parquet file no more is read than the ``columns`` that are named, of those that it has. ``errors`` says what
-    happens to text that is not UTF-8, as in `open`.
+    A folder of the parts of a table is read as one. Of a Parquet file no more is read than the ``columns`` that are
+    named, of those that it has. ``errors`` says what happens to text that is not UTF-8, as in `open`.
 
     Raises:
         DataError: it cannot be read as such a table, or its name has another ending than ``SUFFIXES``.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.is_dir():
+        for part in parts_in(path):
+            yield from read_table(part, columns)
+    elif suffix == ".parquet":
         with _parquet_errors(path):
             import pyarrow.parquet as pq
 
@@ -77,7 +108,10 @@ def table_rows(path: Path) -> list[tuple[str, Row]]:
 
     Images that a Parquet file holds itself become records of it.
     """
-    rows = list(read_table(path, text_columns(path)))
+    rows = [
+        {name: cell.decode("utf-8", "replace") if isinstance(cell, bytes) else cell for name, cell in row.items()}
+        for row in read_table(path, text_columns(path))
+    ]
     if not rows:
         raise DataError(f"{path}: holds no row")
     kinds = parquet_columns(path) if path.suffix.lower() == ".parquet" else {}

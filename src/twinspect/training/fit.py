@@ -25,8 +25,7 @@ from torch import Tensor
 from twinspect.bundle import Fitted
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
-from twinspect.data.leaks import count_once
-from twinspect.data.protocols import carve_calibration
+from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb

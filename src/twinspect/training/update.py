@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from twinspect.bundle import Fitted, model_id
-from twinspect.data.leaks import count_once
+from twinspect.data.protocols import count_once
 from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
 from twinspect.models.contract import AnomalyModel
