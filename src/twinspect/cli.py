@@ -123,12 +123,12 @@ COMMANDS = (
     ),
     Command("drift", "calibrate:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
     Command(
-        "serve", "serve:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
+        "serve", "deploy:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
         shown=("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue"),
     ),
-    Command("export", "export:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
-    Command("sign", "serve:sign", of.SignOptions, "model.twin --key key.pem"),
-    Command("check", "export:check", of.CheckOptions, "model.onnx model.twin new/"),
+    Command("export", "deploy:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
+    Command("sign", "deploy:sign", of.SignOptions, "model.twin --key key.pem"),
+    Command("check", "deploy:check", of.CheckOptions, "model.onnx model.twin new/"),
     Command("bench", "bench:bench", of.BenchOptions, "model.twin --batch 1,16"),
     Command("reproduce", "reproduce:reproduce", of.ReproduceOptions, "mvtec-ad-multi --root mvtec_ad/ -o results/"),
 )  # fmt: skip
