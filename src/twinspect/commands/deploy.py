@@ -1,4 +1,4 @@
-"""A model put to work: ``twinspect export`` and ``check`` for other runtimes, ``serve``, and ``sign``, who made it."""
+"""A model put to work: ``export`` and ``check`` for other runtimes, ``serve`` over HTTP, ``sign`` to prove its maker."""
 
 from __future__ import annotations
 
