@@ -84,7 +84,7 @@ def test_recipes_run_on_painted_sets(tmp_path: Path, name: str) -> None:
         text = (out / f"results.{suffix}").read_text(encoding="utf-8")
         assert "our re-implementation" in text
         assert "the paper's result" not in text
-        assert all(p.source in text and f"{p.values['image_auroc']:.1f}" in text for p in recipe.published)
+        assert all(p["source"] in text and f"{p['percent']['image_auroc']:.1f}" in text for p in recipe.published)
         assert "random weights" in text
         assert splits[0].hash in text
 
@@ -196,9 +196,11 @@ def test_the_page_says_runs_and_published_numbers(name: str) -> None:
     (row,) = (line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |"))
     runs, published = row.strip("| ").split(" | ")[-2:]
     assert int(runs) == recipe.runs
-    assert all(f"{p.system.split(' (')[0]} {p.values['image_auroc']:.1f}" in published for p in recipe.published)
+    assert all(
+        f"{p['system'].split(' (')[0]} {p['percent']['image_auroc']:.1f}" in published for p in recipe.published
+    )
     assert len(re.findall(r"\d+\.\d", published)) >= len(recipe.published)
-    assert all(p.source for p in recipe.published)
+    assert all(p["source"] for p in recipe.published)
 
 
 def test_settings_are_the_published_ones_for_a_vit_and_the_defaults_for_a_cnn() -> None:

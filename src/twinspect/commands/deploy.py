@@ -1,4 +1,4 @@
-"""A model put to work: ``export`` and ``check`` for other runtimes, ``serve`` over HTTP, ``sign`` to prove its maker."""
+"""A model put to work: ``export`` and ``check`` for other runtimes, ``serve`` over HTTP, ``sign`` for its origin."""
 
 from __future__ import annotations
 

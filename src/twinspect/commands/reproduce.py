@@ -13,7 +13,7 @@ import json
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -44,15 +44,6 @@ _METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")  # of the percent
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What somebody else reports: percent by metric."""
-
-    system: str
-    values: Mapping[str, float]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class Recipe:
     """What to run, and what to print beside it."""
 
@@ -63,7 +54,7 @@ class Recipe:
     runs: int  # how many models the protocol trains
     settings: RunConfig  # for a DINOv2 teacher, or any for system B
     official: tuple[int, int]  # training and test images of the official split
-    published: tuple[Published, ...]
+    published: tuple[dict[str, Any], ...]  # what others report: ``system``, ``percent`` by metric, ``source``
     remark: str  # what the sources leave open
 
     @property
@@ -93,7 +84,7 @@ def _recipe(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Recipe:
     data, base = tables["set"][row["layout"]], tables["settings"][row["settings"]]
     settings = {section: {**base[section], **row.get(section, {})} for section in ("model", "train")}
     published = tuple(
-        Published(system, dict(zip(_METRICS, percent, strict=False)), tables["source"][system])
+        {"system": system, "percent": dict(zip(_METRICS, percent, strict=False)), "source": tables["source"][system]}
         for system, percent in row.get("published", {}).items()
     )
     return Recipe(
@@ -253,7 +244,7 @@ def summarise(
         "defect_decisions": joined("defect_decisions"),
         "undefined": results.grouped(listed("undefined"), rows),
         "failed": listed("failed"), "masks_not_used": listed("masks_not_used"),
-        "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
+        "published": list(recipe.published),
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [
             {**result["split"], **result["counts"], **result["seconds"], "key": result["key"]} for result in done
@@ -285,10 +276,10 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
 
 def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     """Ours, each student alone, and what others report, in percent with the source."""
-    metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
+    metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p["percent"])]))
     ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     every = [(name, {m: 100 * v for m, v in row.items()}, "measured by this run") for name, row in ours.items()]
-    every += [(p.system, dict(p.values), f"published: {p.source}") for p in recipe.published]
+    every += [(p["system"], p["percent"], f"published: {p['source']}") for p in recipe.published]
     rows = []
     for system, percent, source in every:
         shown = {m: f"{percent[m]:.1f}" if m in percent else None for m in metrics}

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from twinspect.bundle import Fitted
 
 MASK_RULE, MAP_SIZE = "> 0", "original image"
+FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
+_MOST_PICTURES = 6  # pictures of a kind and class
+_UNKNOWN = -1
 
 Rows = Mapping[str, Mapping[str, Any]]  # values by the name of a class, split or score
+Again = Callable[[list[str]], Iterable[Result]]  # scores images once more, with map and pixels, by their names
 
 
 def read_data(path: Path, layout: str, images: Path | None, console: Console) -> Loaded:
@@ -105,11 +109,7 @@ def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
     return [f"{listed(owner)}: {text}" if owner else text for text, owner in owners.items()]
 
 
-FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
-_MOST_PICTURES = 6  # pictures of a kind and class
-_UNKNOWN = -1
-# Scores images once more, with map and pixels, by their names.
-Again = Callable[[list[str]], Iterable[Result]]
+# ------------------------------------------------------------------------------ what thresholds made of many images
 
 
 class Review:

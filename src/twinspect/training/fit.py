@@ -298,6 +298,9 @@ def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) ->
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------------------------ classes of a few images
+
+
 @torch.no_grad()
 def fit_few(
     model: AnomalyModel,
