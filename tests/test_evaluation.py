@@ -165,6 +165,19 @@ def test_mask_of_a_good_image_and_regions_that_say_nothing(
     )
 
 
+@pytest.mark.parametrize("inside", [0, 255])
+def test_a_mask_with_its_colours_exchanged_is_not_used(tmp_path: Path, bundle_of_loco: Path, inside: int) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(classes=1, size=48, train=3, good=3, defect=4))
+    samples = room.test_samples(load(tmp_path / "set").samples)
+    mask = next(s for s in samples if s.label == 1).masks[0]
+    values = np.full((48, 48), 255, np.uint8)
+    values[10:20, 10:20] = inside
+    Image.fromarray(values).save(mask)
+    found = evaluate(Detector.load(bundle_of_loco).predictor(), samples, silent)
+    assert [text.partition(" of ")[0] for text in found.masks] == [f"{mask}: marks the whole border"]
+    assert len(found.rows) == len(samples)
+
+
 def test_some_masks_missing(tmp_path: Path, bundle_of_loco: Path) -> None:
     write("mvtec-ad", tmp_path / "set", Plan(size=48, good=3, defect=4))
     shutil.rmtree(tmp_path / "set" / "ring" / "ground_truth")
