@@ -89,12 +89,12 @@ class Worker:
 
 def serve(given: argparse.Namespace) -> int:
     """The other side of `Worker`."""
-    from twinspect.inference.decode import decode, expand
+    from twinspect.inference.decode import Decoding, decode, expand
     from twinspect.inference.runtimes import load_predictor
 
     predictor = load_predictor(given.models[0])
     runtime = predictor.runtime
-    found = [decode(item, runtime.size).square for item in islice(expand(given.images), 64)]
+    found = [decode(item, Decoding(runtime.size)).square for item in islice(expand(given.images), 64)]
     squares = np.stack([one for one in found if one is not None])
     for batch in (1, predictor.batch):
         runtime.run(squares[:batch])

@@ -37,7 +37,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from twinspect.inference.bulk import run
-from twinspect.inference.decode import decode, expand
+from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
 from twinspect.inference.runtimes import load_predictor
@@ -156,7 +156,7 @@ def bare_ms(given: argparse.Namespace, source: Path, seconds: float = 15.0) -> t
     """Milliseconds an image of the model's calls alone, by the wall and of the processor."""
     predictor = load_predictor(given.model, batch=given.batch)
     size = predictor.runtime.size
-    squares = [decode(item, size).square for item in islice(expand(source), 64)]
+    squares = [decode(item, Decoding(size)).square for item in islice(expand(source), 64)]
     batches = [
         np.stack([s for s in squares[i : i + given.batch] if s is not None]) for i in range(0, 64, given.batch)
     ]

@@ -55,12 +55,10 @@ def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:
     path.write_bytes(b"graph")
     write_meta(
         path,
-        ExportMeta(
-            "openvino", "fp16", 64, fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), {}, "1"
-        ),
+        ExportMeta("openvino", 64, fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), {}, "1"),
     )
     text, own = printed(path), printed(quick.save(tmp_path / "parts.twin"))
-    assert "written by: twinspect 1, exported for openvino in fp16" in text
+    assert "written by: twinspect 1, exported for openvino" in text
     assert text.split("- model:", 1)[1] == own.split("- model:", 1)[1]
     assert "The teacher is a small one." not in text  # it is a random one
     assert "none (random weights)" in text

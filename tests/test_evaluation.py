@@ -22,7 +22,7 @@ from twinspect.cli import app
 from twinspect.commands.evaluate import AS_GIVEN, choose_test, metric_tables, without_leaks
 from twinspect.commands.results import grouped, mean_of
 from twinspect.data import load
-from twinspect.data.leaks import find_leaks
+from twinspect.data.protocols import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import count_calls, evaluate, shared_defects

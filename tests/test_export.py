@@ -71,7 +71,7 @@ def test_metadata_hold_decision_record_and_comparison(onnx_file: Path, quick) ->
 
 def test_check_accepts_the_export_and_refuses_another_model(onnx_file: Path, quick, images, tmp_path: Path) -> None:
     found, meta = check(onnx_file, quick.fitted, images)
-    assert not found.problems(meta.precision)
+    assert not found.problems()
     other = _copied(onnx_file, tmp_path, lambda values: values["decision"].update(model_id="0"))
     with pytest.raises(BundleError, match="exported from another model"):
         check(other, quick.fitted, images)
@@ -133,12 +133,8 @@ def test_pixels_a_graph_would_misread_are_refused(pixels: np.ndarray, said: str)
 
 
 def test_options_and_names_that_do_not_go_together(quick, tmp_path: Path) -> None:
-    for name, precision, words in (
-        ("m.pt2", "fp32", "ends in .onnx, or in .xml"), ("m.onnx", "int8", "unknown precision 'int8'.*fp32, fp16"),
-        ("m.onnx", "fp16", "for OpenVINO only; type --out m.xml"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=words):
-            export(quick.fitted, tmp_path / name, precision)
+    with pytest.raises(ConfigError, match=r"ends in .onnx, or in .xml"):
+        export(quick.fitted, tmp_path / "m.pt2")
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
         export(quick.fitted, tmp_path / "file" / "model.onnx")
@@ -155,7 +151,7 @@ def traced(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
     quick, images, traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Comparison, "problems", lambda self, precision: ["scores differ by up to 1"])
+    monkeypatch.setattr(Comparison, "problems", lambda self: ["scores differ by up to 1"])
     with pytest.raises(ParityError, match=r"scores differ by up to 1.*Nothing was written"):
         export(quick.fitted, tmp_path / "m.onnx", images=images)
     assert not list(tmp_path.iterdir())
@@ -193,17 +189,6 @@ def test_threads_and_devices_that_no_machine_has(onnx_file: Path) -> None:
     assert load(onnx_file, device="cuda").decision.model_id  # on the CPU where its runtime has no GPU
 
 
-@pytest.mark.slow
-def test_fp16_of_openvino_agrees_in_half_the_size(detector, parts: Path, tmp_path: Path) -> None:
-    images = load_images(parts, detector.fitted.model.size)
-    for precision in ("fp32", "fp16"):
-        out = tmp_path / f"{precision}.xml"
-        assert not export(detector.fitted, out, precision, images).problems(precision)
-        assert read_export(out).precision == precision
-    half, whole = ((tmp_path / f"{name}.bin").stat().st_size for name in ("fp16", "fp32"))
-    assert half < 0.7 * whole
-
-
 class Scores:
     """A runtime that gives prepared scores, whatever it is shown."""
 
@@ -231,16 +216,14 @@ def test_changed_answers_are_counted_by_class_and_rounding_is_none(quick) -> Non
     assert (found.images, found.changed) == (4, 3)
     said = "the answers for 3 of 4 images differ"
     assert said in list(found.lines())
-    for precision in ("fp32", "fp16"):
-        assert said in found.problems(precision)
+    assert said in found.problems()
     same = compare(Scores(1, 2, 6, 7), Scores(1, 2, 6, 7), images, decision, lambda *_: None)
-    assert not same.problems("fp32")
+    assert not same.problems()
     assert "the answers for all 4 images are the same" in list(same.lines())
     broken = compare(Scores(1, 2, 6, 7), Scores(1, 2, np.nan, 7), images, decision, lambda *_: None)
-    assert "scores are not finite, or of another shape" in broken.problems("fp16")
+    assert "scores are not finite, or of another shape" in broken.problems()
     moved = compare(Scores(1, 2, 6, 7), Scores(1.05, 2, 6, 7), images, decision, lambda *_: None)
-    assert not moved.problems("fp16")
-    assert moved.problems("fp32") == ["scores differ by up to 0.05 (accepted 0.0001)"]
+    assert moved.problems() == ["scores differ by up to 0.05 (accepted 0.0001)"]
 
 
 def test_painted_images_are_compared_where_there_are_none(quick) -> None:

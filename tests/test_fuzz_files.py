@@ -30,8 +30,8 @@ from twinspect.bundle import BundleContent, load, read_bundle, write_bundle
 from twinspect.commands.info import describe
 from twinspect.data.images import ImageLimits, array_rgb, count_pictures, read_mask, read_rgb, read_sized_rgb
 from twinspect.errors import BundleError, ConfigError, DataError, ImageError
-from twinspect.inference.archives import Item, Stream
 from twinspect.inference.sources import walk
+from twinspect.inference.streams import Item, Stream
 
 SMALL = ImageLimits(max_pixels=1_000_000)
 SECONDS = 20.0  # more than any small file may take, on a busy machine

@@ -21,7 +21,7 @@ from tiny import picture, save
 
 from twinspect import Detector
 from twinspect.errors import ConfigError, DataError, TwinspectError
-from twinspect.inference import video
+from twinspect.inference import streams
 from twinspect.inference.bulk import run
 from twinspect.inference.sources import by_name, walk, watch
 
@@ -124,7 +124,7 @@ def line() -> Iterator[Line]:
 def test_a_stream_gives_its_newest_frame_and_is_opened_again(
     quick: Detector, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(streams, "RETRY_SECONDS", 0.05)
     results = quick.predict(line.address, stream=True)
     first = next(results)
     time.sleep(0.5)  # a slow model: the frames of this time are passed over

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from twinspect.errors import TwinspectError
+from twinspect.inference.parts import encode
 from twinspect.inference.result import Result
-from twinspect.inference.table import encode
 from twinspect.report import Axis, Case, Cases, Histogram, Report, RocCurve, Section, Table, case_of
 
 VOID = {"meta", "img", "br", "path", "circle", "link", "hr", "input"}

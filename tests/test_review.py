@@ -15,7 +15,7 @@ from test_report import Page
 from tiny import images_to_test, picture, save
 
 from twinspect import Detector
-from twinspect.commands.review import FACTORS, Review
+from twinspect.commands.results import FACTORS, Review
 
 
 def rows(score: list[float], label: list[int], threshold: float = 2.0, name: str = "nut") -> list[dict[str, object]]:

@@ -87,14 +87,14 @@ def test_exports_carry_their_signature_beside_them(
     from twinspect.inference import runtimes
 
     meta = {field: {} for field in ("decision", "record", "config", "check")}
-    meta |= {"runtime": "onnx", "precision": "fp32", "size": 32, "writer": "x"}
+    meta |= {"runtime": "onnx", "size": 32, "writer": "x"}
     export = tmp_path / "a.onnx"
     export.write_bytes(b"graph")
     runtimes.write_meta(export, runtimes.ExportMeta(**meta))
     sign(export, keys.private)
     verify(export, keys.public)
     values = json.loads(companion(export).read_text())
-    companion(export).write_text(json.dumps({**values, "precision": "int8"}))
+    companion(export).write_text(json.dumps({**values, "runtime": "openvino"}))
     with pytest.raises(BundleError, match="the model was changed after it was signed"):
         verify(export, keys.public)
     companion(export).write_text(json.dumps(values))

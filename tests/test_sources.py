@@ -18,9 +18,9 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect.errors import DataError
-from twinspect.inference.archives import Item, Stream
-from twinspect.inference.decode import DecodePool, decode, expand
+from twinspect.inference.decode import DecodePool, Decoding, decode, expand
 from twinspect.inference.sources import walk, walk_all, would_find
+from twinspect.inference.streams import Item, Stream
 
 
 def png(number: int = 0) -> bytes:
@@ -50,7 +50,7 @@ def names(source: object) -> list[str]:
 
 def errors(source: object) -> dict[str, str]:
     """Error of each image once it is decoded; empty for good ones."""
-    return {item.name: decode(item, 64).error for item in expand(source)}
+    return {item.name: decode(item, Decoding(64)).error for item in expand(source)}
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_hidden_folders_are_passed_over(folder: Path, name: str) -> None:
 def test_a_source_without_images_among_others_is_a_row(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     sources = [str(folder / "b.png"), str(tmp_path / "empty"), f"{tmp_path}/*.bmp", "gone.png"]
-    found = [(one.name, bool(decode(one, 64).error)) for one in walk_all(sources)]
+    found = [(one.name, bool(decode(one, Decoding(64)).error)) for one in walk_all(sources)]
     assert found == [(sources[0], False), *((one, True) for one in sources[1:])]
     (tmp_path / "l.csv").write_text('image\n"b.png\n')
     for bad in (f"@{tmp_path}/none.txt", f"{tmp_path}/l.csv"):  # a mistake of the command, found before the work
@@ -262,11 +262,11 @@ def test_missing_file_among_others_stays_in(folder: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device here")
 def test_devices_and_giants_are_not_read(tmp_path: Path) -> None:
-    assert "pipes and devices are not read" in decode(Item("/dev/zero", "/dev/zero"), 64).error
+    assert "pipes and devices are not read" in decode(Item("/dev/zero", "/dev/zero"), Decoding(64)).error
     giant = tmp_path / "giant.png"
     with giant.open("wb") as file:
         file.truncate((1 << 30) + 1)
-    assert "files above 1,073,741,824 are not read" in decode(giant, 64).error
+    assert "files above 1,073,741,824 are not read" in decode(giant, Decoding(64)).error
 
 
 # ---------------------------------------------------------------------------------------------- archives
@@ -284,7 +284,7 @@ def test_archive_members_equal_their_files(tmp_path: Path, name: str, mode: str)
     assert [item.name for item in items] == [f"{path}#{key}" for key in bodies]
     for item, body in zip(items, bodies.values(), strict=True):
         (tmp_path / "one.png").write_bytes(body)
-        assert np.array_equal(decode(item, 64).square, decode(tmp_path / "one.png", 64).square)
+        assert np.array_equal(decode(item, Decoding(64)).square, decode(tmp_path / "one.png", Decoding(64)).square)
     assert [type(one) for one in walk(tmp_path)] == [Item, Stream]  # shards in a folder are found as well
 
 
@@ -480,15 +480,14 @@ class Deadly:
 
 
 def test_image_that_kills_its_decoder_costs_its_own_row_only(folder: Path) -> None:
-    from twinspect.data.samples import DEFAULT_LIMITS
 
     items = list(expand(folder))
     items = [*items[:2], Deadly(), *items[2:], Deadly(), items[0]]
-    with closing(DecodePool(64, DEFAULT_LIMITS, False, 1, processes=True)) as pool:
+    with closing(DecodePool(Decoding(64), 1, processes=True)) as pool:
         found = list(pool.stream(enumerate(items)))
     assert [tag for tag, _ in found] == list(range(len(items)))
     for item, (_, image) in zip(items, found, strict=True):
         if isinstance(item, Deadly):
             assert "its decoder died" in image.error
         else:
-            assert np.array_equal(image.square, decode(item, 64).square)
+            assert np.array_equal(image.square, decode(item, Decoding(64)).square)

@@ -13,7 +13,7 @@ from twinspect.config import RunConfig
 from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.inference import load
-from twinspect.inference.decode import decode
+from twinspect.inference.decode import Decoding, decode
 from twinspect.inference.tiles import OVERLAP, blended, boxes, cut, joined, reach, speaker
 from twinspect.training.fit import fitting_tiles, usual_sides
 from twinspect.types import TRAIN, Sample
@@ -45,7 +45,7 @@ def test_a_tile_is_that_part_of_the_picture() -> None:
     assert parts.shape == (6, 32, 32, 3)
     for part, (rows, columns) in zip(parts, boxes(pixels, (2, 3)), strict=True):
         assert (part == resize_rgb(pixels[rows, columns], 32)).all()
-    assert (decode(pixels, 32, tiles=(2, 3)).square == parts).all()
+    assert (decode(pixels, Decoding(32, tiles=(2, 3))).square == parts).all()
     assert (cut(pixels, 32, (1, 1)) == resize_rgb(pixels, 32)).all()
 
 

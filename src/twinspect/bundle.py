@@ -48,20 +48,12 @@ _MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like
 
 @dataclass(frozen=True, slots=True)
 class BundleContent:
-    """What a bundle holds.
+    """What a bundle holds."""
 
-    Attributes:
-        meta: plain JSON values.
-        tensors: named tensors, as safetensors bytes.
-        memory: the same, of what is kept of good images; empty where nothing is.
-        hashes: sha256 of every part, which are what a signature signs.
-        signature: empty without one.
-    """
-
-    meta: dict[str, Any]
-    tensors: bytes
-    memory: bytes = b""
-    hashes: dict[str, str] = field(default_factory=dict, compare=False)
+    meta: dict[str, Any]  # plain JSON values
+    tensors: bytes  # safetensors
+    memory: bytes = b""  # the same, of good images, for updates; empty where nothing is kept of them
+    hashes: dict[str, str] = field(default_factory=dict, compare=False)  # sha256 of parts; a signature signs them
     signature: str = field(default="", compare=False)
 
 

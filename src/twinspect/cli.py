@@ -118,7 +118,7 @@ COMMANDS = (
         shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(
-        "update", "update:update", of.UpdateOptions, "model.twin false-alarms/",
+        "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/",
         shown=("class_name", "listed", "undo", "out"),
     ),
     Command("drift", "drift:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),

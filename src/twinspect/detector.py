@@ -96,7 +96,7 @@ class Detector:
 
         from twinspect.data.samples import read_roi
         from twinspect.training.fit import fit
-        from twinspect.training.resume import remove_checkpoint
+        from twinspect.training.loop import remove_checkpoint
 
         train = self.config.train
         steps, seed = train.steps if steps is None else steps, train.seed if seed is None else seed
@@ -361,7 +361,7 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
     """
     from twinspect import data as data_room
     from twinspect.data.folders import good_files
-    from twinspect.inference.decode import decode, expand, from_bgr, is_array
+    from twinspect.inference.decode import Decoding, decode, expand, from_bgr, is_array
 
     if isinstance(data, (str, os.PathLike)) and (os.path.exists(data) or not has_magic(os.fspath(data))):
         return list(data_room.load(Path(data)).samples)
@@ -384,7 +384,7 @@ def as_samples(data: Any, bgr: bool = False) -> list[Sample]:
             if item.is_file or item.error:
                 samples += good_files([Path(item.path)])
                 continue
-            decoded = decode(item, SMALLEST, pixels=True)
+            decoded = decode(item, Decoding(SMALLEST, pixels=True))
             if decoded.rgb is None:
                 raise DataError(decoded.error)
             name = Path(f"image {len(samples):06d} in memory")

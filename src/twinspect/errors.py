@@ -52,16 +52,6 @@ class TrainingError(TwinspectError):
 NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
-def check_range(option: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside of its range; what is not a number is outside of every one.
-
-    Raises:
-        ConfigError: with the range.
-    """
-    if not low <= value <= high:
-        raise ConfigError(f"{option} {value}: accepted {low:,} to {high:,}")
-
-
 def unknown_name(kind: str, got: str, accepted: Iterable[str]) -> str:
     """Sentence for a name that is not in a table, with the nearest accepted names first."""
     names = list(accepted)

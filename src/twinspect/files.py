@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from typing import IO, TextIO
 
 from twinspect.errors import ConfigError, DataError, OutputError
 
+DRAFT = "_tmp-"  # how the names of files begin that are being written; readers of Parquet folders pass over them
 # UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -54,13 +56,11 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, flushed: bool = True) -> Iterator[IO[bytes]]:
     """A file to write. It takes its name when it is whole, so that a crash or a full disk leaves the old one.
 
-    A device or pipe is written as it is. The file's folder is made.
-
-    Raises:
-        OutputError: it cannot be written.
+    A device or pipe is written as it is. The file's folder is made. ``flushed`` means to the disk, so that the file
+    outlives a crash of the machine. Raises OutputError if it cannot be written.
     """
     draft = _draft(path)
     try:
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with draft.open("wb") as file:
             yield file
             file.flush()
-            if draft != path:
+            if flushed and draft != path:
                 os.fsync(file.fileno())
         if draft != path:
             os.replace(draft, path)
@@ -154,7 +154,8 @@ def why_unwritable(folder: Path, name: str = "probe") -> str:
 
 
 def _draft(path: Path) -> Path:
-    return path if _is_special(path) else path.with_name(f"{path.name}.{os.getpid()}.new")
+    # Two machines may write the same file, one of them given up for lost: each draft has a name of its own.
+    return path if _is_special(path) else path.with_name(f"{DRAFT}{uuid.uuid4().hex}")
 
 
 def _is_special(path: Path) -> bool:

@@ -12,13 +12,15 @@ from trees import colour, tree
 
 from twinspect.config import RunConfig
 from twinspect.data import load
-from twinspect.data.leaks import count_once, drop_leaks, find_leaks
 from twinspect.data.protocols import (
     PROTOCOLS,
     Split,
     by_superclass,
     carve_calibration,
     class_order,
+    count_once,
+    drop_leaks,
+    find_leaks,
     hold_out_good,
     make_splits,
     pick,

@@ -4,8 +4,7 @@ import pytest
 from tiny import SHARED
 
 from twinspect.data import ClassCounts, load
-from twinspect.data.leaks import find_leaks
-from twinspect.data.protocols import make_splits
+from twinspect.data.protocols import find_leaks, make_splits
 from twinspect.data.samples import read_sample_mask, read_sample_rgb
 
 # train good, test good, test defects, masks: the table of the folder's own README

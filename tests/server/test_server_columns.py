@@ -40,7 +40,7 @@ folder = Path(sys.argv[1])
 """
 EVERYWHERE = """
 import pyarrow.parquet
-from twinspect.inference.table import encode, join
+from twinspect.inference.parts import encode, join
 from twinspect.server.log import InspectionLog
 from serving import Running, encoded, predictor
 

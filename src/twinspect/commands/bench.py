@@ -39,12 +39,10 @@ def bench(options: BenchOptions, console: Console) -> None:
     for done, batch in enumerate(batches):
         console.progress("measuring", done, len(batches))
         rows.append(_measure(predictor, files, batch, options.seconds / 4))
-    runtime, precision, size = "torch", "fp32", predictor.runtime.size
-    if is_export(options.model):
-        meta = read_export(options.model)
-        runtime, precision = meta.runtime, meta.precision
+    size = predictor.runtime.size
+    runtime = read_export(options.model).runtime if is_export(options.model) else "torch"
     threads = options.threads or "auto"
-    title = f"{options.model.name}: {runtime} {precision} at {size} px, threads {threads}, {images}"
+    title = f"{options.model.name}: {runtime} at {size} px, threads {threads}, {images}"
     shown = []
     for row in rows:
         numbers = {"images/s": row["images_per_s"], "graph only": row["graph_images_per_s"]}
@@ -54,7 +52,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     peak = peak_mb()
     console.say(f"peak memory of the process: {f'{peak:.0f} MB' if peak else 'unknown here'}")
     values = {
-        "model": options.model.name, "runtime": runtime, "precision": precision, "size": size,
+        "model": options.model.name, "runtime": runtime, "size": size,
         "threads": options.threads, "images": images, "batches": rows, "peak_memory_mb": peak,
     }  # fmt: skip
     console.result(json.dumps(values))

@@ -12,12 +12,11 @@ from twinspect.commands.options import InspectOptions, ManifestOptions
 from twinspect.commands.results import read_data
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.data.leaks import find_leaks
 from twinspect.data.manifest import write_manifest
-from twinspect.data.protocols import PROTOCOLS, make_splits
+from twinspect.data.protocols import PROTOCOLS, find_leaks, make_splits
+from twinspect.data.tables import has_columns
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import refuse_unwritable
-from twinspect.inference.table import has_columns
 from twinspect.types import Sample
 
 

@@ -13,10 +13,10 @@ from twinspect.bundle import read_bundle
 from twinspect.commands import results
 from twinspect.commands.options import DriftOptions
 from twinspect.console import Console
+from twinspect.data.tables import parts_in, read_table
 from twinspect.decide.decision import Decision
 from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.errors import DataError
-from twinspect.inference.table import parts_in, read_rows
 from twinspect.report import Histogram, Report, Section
 
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
@@ -53,7 +53,7 @@ def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:
     """Rows of a table (or a folder of parts) that ``twinspect predict`` wrote with a model, a few at a time."""
     if not path.is_file() and not parts_in(path):
         raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
-    for number, row in enumerate(read_rows(path, _COLUMNS)):
+    for number, row in enumerate(read_table(path, _COLUMNS, "surrogateescape")):
         if number == 0 and "score" not in row:
             raise DataError(f"{path} has no column score; give a table written by twinspect predict")
         if row.get("model_id") not in (None, "", model_id):

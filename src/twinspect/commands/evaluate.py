@@ -10,11 +10,10 @@ from typing import Any
 from twinspect import evaluation
 from twinspect.commands import results
 from twinspect.commands.options import EvalOptions
-from twinspect.commands.review import Again, Review
+from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
-from twinspect.data.leaks import find_leaks
-from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_split, is_semantic, make_splits
+from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError

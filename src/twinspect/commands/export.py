@@ -15,10 +15,10 @@ from twinspect.inference.runtimes import companion
 def export(options: ExportCommandOptions, console: Console) -> None:
     """Write a file that agreed with torch on real images."""
     out = options.out
-    build.checked_runtime(out, options.precision)
+    build.checked_runtime(out)
     fitted = load(options.bundle, options.weights)
     images = load_images(options.images, fitted.model.size) if options.images is not None else ()
-    comparison = build.export(fitted, out, options.precision, images, console.progress)
+    comparison = build.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
@@ -34,10 +34,7 @@ def check(options: CheckOptions, console: Console) -> None:
     console.say(*comparison.lines())
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
-    if problems := comparison.problems(meta.precision):
-        raise ParityError(
-            f"{path.name} ({meta.precision}) does not say what {bundle.name} says: {'; '.join(problems)}"
-        )
-    score, heat = TOLERANCES[meta.precision]
-    limits = f"score {score:g}, map {heat:g}"
-    console.say(f"{path.name} agrees with {bundle.name} within the tolerance of {meta.precision} ({limits})")
+    if problems := comparison.problems():
+        raise ParityError(f"{path.name} does not say what {bundle.name} says: {'; '.join(problems)}")
+    limits = ", ".join(f"{what} {limit:g}" for what, limit in TOLERANCES.items())
+    console.say(f"{path.name} agrees with {bundle.name} within the tolerance ({limits})")

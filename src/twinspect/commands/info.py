@@ -53,7 +53,7 @@ def describe(path: Path) -> Report:
     """
     if is_export(path):
         export = read_export(path)
-        made = f"twinspect {export.writer}, exported for {export.runtime} in {export.precision}"
+        made = f"twinspect {export.writer}, exported for {export.runtime}"
         head: dict[str, Any] = {"written by": made, "compared with torch": export.check}
         record, config, values = export.record, export.config, export.decision
     else:

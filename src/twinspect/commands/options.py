@@ -86,7 +86,6 @@ class ExportCommandOptions(BuildsModel):
 
     bundle: Path = argument(_BUNDLE)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
-    precision: str = option("fp32, or fp16 (OpenVINO: half the size).", "fp32")
     images: Path | None = option("Images, 32 or more, to prove it on: a file, folder or quoted glob.", None)
 
 

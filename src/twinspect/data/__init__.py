@@ -29,36 +29,25 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", "
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """How many images of one class there are, by role, and how many mask files.
-
-    ``test_unknown`` are test images without a label (private test sets, classes of a semantic set).
-    """
+    """How many images of one class there are, by role, and how many mask files."""
 
     train: int = 0
     calibration: int = 0
     test_good: int = 0
     test_defect: int = 0
-    test_unknown: int = 0
+    test_unknown: int = 0  # without a label: private test sets, classes of a semantic set
     masks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A data set as it was read.
+    """A data set as it was read."""
 
-    Attributes:
-        layout: name of the loader, a key of ``DATASETS``.
-        root: folder or file that was read (inside the one given, if that was only a wrapper).
-        samples: all images, sorted by the loader.
-        skipped: what was left out, and why.
-        notes: choices made for the user.
-    """
-
-    layout: str
-    root: Path
+    layout: str  # a key of ``DATASETS``
+    root: Path  # folder or file that was read (inside the one given, if that was only a wrapper)
     samples: tuple[Sample, ...]
-    skipped: tuple[tuple[Path, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()  # and why
+    notes: tuple[str, ...] = ()  # choices made for the user
 
     @property
     def counts(self) -> dict[str, ClassCounts]:
@@ -106,18 +95,14 @@ def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
 class Dataset:
     """A layout on disk.
 
-    Attributes:
-        needed: what must be in a folder, in words.
-        looks_like: whether a folder, or a file, has this layout.
-        read: ``read(folder, log)`` gives the samples of a folder. A layout of list files is read file by file:
-            ``read(file, log, images)``, where ``images`` is the folder that paths in it are relative to, or None.
-        find: of list files: those in a folder. None for any other layout.
+    A layout of list files is read file by file: ``read(file, log, images)``, where ``images`` is the folder that
+    paths in it are relative to, or None. Any other is read as ``read(folder, log)``.
     """
 
-    needed: str
-    looks_like: Callable[[Folder], bool]
+    needed: str  # what must be in a folder, in words
+    looks_like: Callable[[Folder], bool]  # also asked of a file
     read: Callable[..., list[Sample]]
-    find: Callable[[Folder], list[Path]] | None = None
+    find: Callable[[Folder], list[Path]] | None = None  # list files in a folder
 
 
 def _parts(layout: str, needed: str) -> Dataset:

@@ -50,19 +50,13 @@ class Folder:
     """A folder and what lies directly in it, each kind sorted by name. It looks once, when it is made.
 
     A file may stand in its place, such as a list of images; it is then the only file in it.
-
-    Attributes:
-        path: where it is.
-        is_file: whether it is a file.
-        problem: why it cannot be listed; empty if it can.
-        images: visible image files.
-        others: other visible files.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.is_file, self.problem = path, False, ""
-        self.images: list[Path] = []
-        self.others: list[Path] = []
+        self.path, self.is_file = path, False
+        self.problem = ""  # why it cannot be listed
+        self.images: list[Path] = []  # visible ones
+        self.others: list[Path] = []  # other visible files
         self._inner: list[Path] = []
         self._left_out: list[tuple[Path, str]] = []
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,6 +40,19 @@ def table_columns(path: Path, errors: str = "strict") -> list[str]:
         return [name.strip() for name in reader.fieldnames or ()]
 
 
+def has_columns(path: Path, names: AbstractSet[str]) -> bool:
+    """Whether a file is a table with these columns, and perhaps others."""
+    try:
+        return names <= set(table_columns(path, "surrogateescape"))
+    except DataError:
+        return False
+
+
+def parts_in(folder: Path) -> list[Path]:
+    """Parts of a table that ``twinspect predict --out DIR/`` has written, in their order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
 def text_columns(path: Path) -> list[str]:
     """As `table_columns`, without those that hold encoded images or other bytes that are no text."""
     if path.suffix.lower() != ".parquet":
@@ -61,16 +75,19 @@ def _holds_text(path: Path, column: str) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
-    """Rows of a Parquet file, of JSON lines, or of a table of text with a header, a few at a time.
+    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time.
 
-    Of a Parquet file no more is read than the ``columns`` that are named, of those that it has. ``errors`` says what
-    happens to text that is not UTF-8, as in `open`.
+    A folder of the parts of a table is read as one. Of a Parquet file no more is read than the ``columns`` that are
+    named, of those that it has. ``errors`` says what happens to text that is not UTF-8, as in `open`.
 
     Raises:
         DataError: it cannot be read as such a table, or its name has another ending than ``SUFFIXES``.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.is_dir():
+        for part in parts_in(path):
+            yield from read_table(part, columns)
+    elif suffix == ".parquet":
         with _parquet_errors(path):
             import pyarrow.parquet as pq
 

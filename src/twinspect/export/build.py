@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from twinspect._version import __version__
 from twinspect.data.painting import damaged, part, spot
 from twinspect.decide.decision import Decision
-from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, unknown_name
+from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError
 from twinspect.files import lock, refuse_unwritable
-from twinspect.inference.decode import decode, expand
+from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.predictor import Runtime
 from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, write_meta
 from twinspect.types import Progress, silent
@@ -36,14 +36,7 @@ Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
 _FEWEST = 32  # images that an export should be compared on
 _ROUNDING = 1e-4  # gap of two scores that are the same
-# Precision -> largest gap of the joint score, and of any map value. Ten bits of a teacher's features move the score
-# of real parts by up to 7 % at a rank correlation of 0.999.
-TOLERANCES = {"fp32": (_ROUNDING, 1e-3), "fp16": (0.1, 0.2)}
-# Precision -> what to do where an export of it does not agree with the model.
-_ADVICE = {
-    "fp32": "Please report this with the versions that twinspect doctor prints",
-    "fp16": "Type --precision fp32",
-}
+TOLERANCES = {"scores": _ROUNDING, "map values": 1e-3}  # largest gaps
 # Ending of a file -> runtime it is for, and packages that write it.
 _FORMATS = {
     ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
@@ -57,27 +50,18 @@ class ParityError(TwinspectError):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An export beside its model.
-
-    Attributes:
-        images: compared.
-        synthetic: whether they were painted; their answers are not compared, as all are anomalies.
-        score_gap, map_gap: largest relative gaps.
-        changed: images that got another answer from the export than from the model, by more than rounding of their
-            scores.
-    """
+    """An export beside its model."""
 
     images: int
-    synthetic: bool
-    score_gap: float
+    synthetic: bool  # whether they were painted; their answers are not compared, as all are anomalies
+    score_gap: float  # the largest relative one
     map_gap: float
-    changed: int
+    changed: int  # images that got another answer from the export, by more than rounding of their scores
 
-    def problems(self, precision: str) -> list[str]:
-        """Why an export of this precision is refused; empty when it is accepted."""
+    def problems(self) -> list[str]:
+        """Why an export is refused; empty when it is accepted."""
         problems = [self._answers()] if self.changed else []
-        gaps = (("scores", self.score_gap), ("map values", self.map_gap))
-        for (what, gap), limit in zip(gaps, TOLERANCES[precision], strict=True):
+        for (what, limit), gap in zip(TOLERANCES.items(), (self.score_gap, self.map_gap), strict=True):
             if not np.isfinite(gap):
                 problems.append(f"{what} are not finite, or of another shape")
             elif gap > limit:
@@ -102,30 +86,23 @@ class Comparison:
         return f"the answers for {self.changed} of {self.images} images differ"
 
 
-def export(
-    fitted: Fitted,
-    out: Path,
-    precision: str = "fp32",
-    images: Sequence[Pixels] = (),
-    progress: Progress = silent,
-) -> Comparison:
+def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: Progress = silent) -> Comparison:
     """Write an export, after it agreed with torch.
 
     Args:
         fitted: trained model with its decision.
         out: file to write, whose ending says the runtime: ``.onnx``, or ``.xml`` (with ``.bin``) for OpenVINO. The
             metadata are written beside it.
-        precision: ``fp32``, or ``fp16`` for OpenVINO, with weights at half the size.
         images: to compare on, of the model's size (`load_images`), at least 32; without any some are painted.
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: an ending or a precision that there is not, or a model that cannot be exported.
+        ConfigError: another ending, or a model that cannot be exported.
         ParityError: the export does not say what the model says; nothing is written.
         OutputError: it cannot be written.
         TwinspectError: a package is missing (the message is the line to type).
     """
-    runtime = checked_runtime(out, precision)
+    runtime = checked_runtime(out)
     refuse_unwritable(out, "--out")
     from twinspect.export import graph
 
@@ -134,17 +111,17 @@ def export(
         with _drafts(out) as folder:
             draft = folder / out.name
             progress("exporting", 0, 1)
-            graph.write(graph.to_onnx(fitted.model), draft, half=precision == "fp16")
+            graph.write(graph.to_onnx(fitted.model), draft)
             progress("exporting", 1, 1)
             reference, exported = TorchRuntime(fitted.model), RUNTIMES[out.suffix](draft, size)
             comparison = compare(reference, exported, images, fitted.decision, progress)
-            if problems := "; ".join(comparison.problems(precision)):
+            if problems := "; ".join(comparison.problems()):
                 raise ParityError(
-                    f"the {precision} export does not say what the model says: {problems}. Nothing was written. "
-                    f"{_ADVICE[precision]}"
+                    f"the export does not say what the model says: {problems}. Nothing was written. Please report "
+                    "this with the versions that twinspect doctor prints"
                 )
             fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
-            write_meta(draft, ExportMeta(runtime, precision, size, *fixed, asdict(comparison), __version__))
+            write_meta(draft, ExportMeta(runtime, size, *fixed, asdict(comparison), __version__))
             made = [part for part in folder.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
@@ -168,15 +145,11 @@ def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Compari
     return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, silent), meta
 
 
-def checked_runtime(out: Path, precision: str) -> str:
+def checked_runtime(out: Path) -> str:
     """The runtime that a file's ending says, which is there to compare with. Raises as `export`."""
     runtime, needed = _FORMATS.get(out.suffix, ("", ()))
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
-    if precision not in TOLERANCES:
-        raise ConfigError(unknown_name("precision", precision, TOLERANCES))
-    if (runtime, precision) == ("onnx", "fp16"):
-        raise ConfigError(f"--precision fp16 is written for OpenVINO only; type --out {out.stem}.xml")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise TwinspectError(
             f"{out.name} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
@@ -250,7 +223,7 @@ def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
     """
     items, squares = list(expand(source)), list[Pixels]()
     for item in items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]:
-        image = decode(item, size)
+        image = decode(item, Decoding(size))
         if image.square is None:
             raise DataError(image.error)
         squares.append(image.square)

@@ -94,8 +94,8 @@ def _name_parts(proto: Any) -> None:
     del proto.graph.value_info[:]
 
 
-def write(proto: Any, path: Path, half: bool = False) -> None:
-    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO, with its weights in ``half`` the size.
+def write(proto: Any, path: Path) -> None:
+    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO.
 
     Raises:
         ConfigError: too large for one ONNX file.
@@ -115,7 +115,7 @@ def write(proto: Any, path: Path, half: bool = False) -> None:
     step = path.parent / "steps" / "fp32.onnx"
     step.parent.mkdir()
     onnx.save(proto, str(step), save_as_external_data=proto.ByteSize() > MOST_BYTES)
-    ov.save_model(ov.Core().read_model(step), path, compress_to_fp16=half)
+    ov.save_model(ov.Core().read_model(step), path, compress_to_fp16=False)
 
 
 @contextlib.contextmanager

@@ -12,26 +12,26 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain, count, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
+from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import BundleError, ConfigError, DataError
 from twinspect.files import refuse_unwritable
-from twinspect.inference.archives import Item, Stream
 from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
-from twinspect.inference.parts import Part, PartStore, Place, digest
+from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
 from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
 from twinspect.inference.stores import is_url
-from twinspect.inference.table import FORMATS, encode, is_own, join, read_rows
+from twinspect.inference.streams import Item, Stream
 
 if TYPE_CHECKING:
     from twinspect.console import Console
@@ -75,16 +75,23 @@ class Totals:
 # ----------------------------------------------------------------------------------------- the input, cut
 
 
-class Unit(NamedTuple):
-    """What one worker is given at a time: listed images, or one archive or table of them; its number in the input."""
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What one worker is given at a time: listed images, or one archive or table of them."""
 
-    number: int
+    number: int  # in the input
     content: tuple[Item | Stream, ...]
 
     @property
-    def source(self) -> str:
-        """Identity of the archive or table; empty for listed images, which have their own."""
-        return self.content[0].identity if isinstance(self.content[0], Stream) else ""
+    def is_stream(self) -> bool:
+        """Whether nobody knows how many images it has before it is read."""
+        return isinstance(self.content[0], Stream)
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies its images."""
+        identities = "\0".join(file.identity for file in self.content)
+        return hashlib.sha256(identities.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
     def images(self) -> Iterator[Item]:
         """Its images, lazily."""
@@ -100,20 +107,6 @@ def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
 
 
 # -------------------------------------------------------------------------------------------- scoring it
-
-
-@dataclass(slots=True, eq=False)
-class _Begun:
-    """A part whose images are being listed; the scorer comes after.
-
-    ``source`` and ``images`` are identities. ``end``: whether the unit ends with it, known when its last image is.
-    """
-
-    unit: int
-    sub: int
-    source: str
-    images: list[str] = field(default_factory=list)
-    end: bool = False
 
 
 class PartScorer:
@@ -147,42 +140,29 @@ class PartScorer:
         first = next(listed, None)
         if first is None:
             return  # everything is there: the model need not be loaded
-        for begun, pairs in groupby(self.pool.stream(chain([first], listed)), key=lambda pair: pair[0]):
+        for (unit, sub), pairs in groupby(self.pool.stream(chain([first], listed)), key=lambda pair: pair[0]):
             rows, lines = list[dict[str, Any]](), list[bytes]()
             images = (image for _, image in pairs)
             results = self.predictor.score(images, job.wants_maps, job.class_name or None)
-            for number, result in enumerate(results, start=begun.sub * job.rows_of_a_part):
-                save_pictures(result, job, begun.unit, number)
+            for number, result in enumerate(results, start=sub * job.rows_of_a_part):
+                save_pictures(result, job, unit.number, number)
                 rows.append(result.row())
                 lines += [coco_line(result)] if job.coco else []
             bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
-            key, suffix = digest(begun.source, begun.images), self.store.suffix
-            part = Part(begun.unit, begun.sub, len(rows), bad, errors, key, begun.end, suffix)
-            self.store.put(part, encode(rows, suffix), b"".join(lines))
+            part = Part(unit.number, sub, len(rows), bad, errors, unit.digest, self.store.suffix)
+            self.store.put(part, encode(rows, part.suffix), b"".join(lines))
             yield part
 
-    def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[_Begun, Item]]:
+    def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[tuple[Unit, int], Item]]:
         """A unit's images with the part of each, without those of parts that are there."""
-        source, done = unit.source, self.store.of_unit(unit.number)
-        if source and done and done[-1].end:  # an archive that was done to its end is not read again
-            for part in done:
-                self.store.check(part, source, None)
-                skipped(part)
+        parts, most = self.store.of_unit(unit.number, unit.digest), self.job.rows_of_a_part
+        for part in parts:
+            skipped(part)
+        if parts and (not unit.is_stream or parts[-1].rows < most):  # an archive's last part has fewer rows
             return
-        images, sub = unit.images(), count()
-        item = next(images, None)
-        while item is not None:
-            begun = _Begun(unit.number, next(sub), source)
-            known = self.store.known.get((begun.unit, begun.sub))
-            while item is not None and len(begun.images) < self.job.rows_of_a_part:
-                begun.images.append(item.identity)
-                if known is None:
-                    yield begun, item
-                item = next(images, None)
-            begun.end = item is None
-            if known is not None:
-                self.store.check(known, source, begun.images)
-                skipped(known)
+        for number, item in enumerate(unit.images()):
+            if number >= most * len(parts):
+                yield (unit, number // most), item
 
 
 def _loaded(job: Job) -> Predictor:
@@ -234,7 +214,7 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
             join(store.bodies(seen), Path(job.out))
             store.clear(all_of_it=True)
     if visit is not None:
-        for row in read_rows(Path(job.out)):
+        for row in read_table(Path(job.out), errors="surrogateescape"):
             visit(row)
     return totals
 
@@ -258,7 +238,7 @@ def check_outputs(job: Job) -> None:
             raise ConfigError(f"--out {out.name}: {accepted}")
         if out.suffix == ".parquet" and find_spec("pyarrow") is None:
             raise ConfigError(f"--out {out.name}: Parquet needs pyarrow; type: pip install pyarrow, or take .csv")
-        refuse_unwritable(out, "--out", ours=is_own)
+        refuse_unwritable(out, "--out", ours=lambda path: has_columns(path, {"path", "score"}))
     if job.coco:
         refuse_unwritable(Path(job.coco), "--coco", ours=is_own_coco)
     for option, place in places(job):

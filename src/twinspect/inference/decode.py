@@ -26,7 +26,7 @@ from twinspect.data.manifest import path_column
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
 from twinspect.inference import sources, stores
-from twinspect.inference.archives import Item
+from twinspect.inference.streams import Item
 from twinspect.inference.tiles import Tiles, cut
 from twinspect.types import Sample
 
@@ -36,47 +36,40 @@ _ACCEPTED = "a path, an array, a PIL image, the bytes of an image file, or an it
 
 
 class Decoded(NamedTuple):
-    """One image made ready.
+    """One image made ready."""
 
-    Attributes:
-        name, error: what its row is called, and why there are no pixels.
-        height, width: of the whole image.
-        square: S x S x 3 for the model; T x S x S x 3 for one that sees tiles.
-        rgb: the whole image, where it was asked for.
-    """
-
-    name: str
-    error: str = ""
-    height: int = 0
+    name: str  # of its row
+    error: str = ""  # why there are no pixels
+    height: int = 0  # of the whole image
     width: int = 0
-    square: NDArray[np.uint8] | None = None
-    rgb: NDArray[np.uint8] | None = None
+    square: NDArray[np.uint8] | None = None  # S x S x 3 for the model; T x S x S x 3 for one that sees tiles
+    rgb: NDArray[np.uint8] | None = None  # the whole image, where it was asked for
+
+
+class Decoding(NamedTuple):
+    """How images are made ready."""
+
+    size: int  # side of the square
+    limits: ImageLimits = DEFAULT_LIMITS
+    pixels: bool = False  # keep the whole image as well
+    tiles: Tiles = (1, 1)  # rows and columns that an image is cut into
 
 
 class DecodePool:
     """Decodes ahead and in order; to be closed.
 
     Args:
-        size, limits, pixels, tiles: as of `decode`.
+        how: as of `decode`.
         workers: threads, or ``processes``. These use more cores, and an image that kills its decoder (out of memory,
             a crash inside a codec) costs its own row only.
         batch: images that the reader takes at a time; at least as many are decoded ahead.
     """
 
-    def __init__(
-        self,
-        size: int,
-        limits: ImageLimits,
-        pixels: bool,
-        workers: int,
-        processes: bool = False,
-        batch: int = 1,
-        tiles: Tiles = (1, 1),
-    ) -> None:
-        self._decode = partial(_decode_all, size=size, limits=limits, pixels=pixels, tiles=tiles)
+    def __init__(self, how: Decoding, workers: int, processes: bool = False, batch: int = 1) -> None:
+        self._decode = partial(_decode_all, how=how)
         self._workers, self._processes = workers, processes
         # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
-        group = 4 if pixels else min(16, max(4, _JOB_BYTES // (3 * size * size)))
+        group = 4 if how.pixels else min(16, max(4, _JOB_BYTES // (3 * how.size**2)))
         self._group = group if processes else 1
         self._ahead = max(2 * workers, -(-2 * batch // self._group))
         self._pool = self._started()
@@ -141,35 +134,28 @@ def _begin_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _decode_all(images: list[Any], **settings: Any) -> list[Decoded]:
-    return [decode(image, **settings) for image in images]
+def _decode_all(images: list[Any], how: Decoding) -> list[Decoded]:
+    return [decode(image, how) for image in images]
 
 
-def decode(
-    image: Any, size: int, limits: ImageLimits = DEFAULT_LIMITS, pixels: bool = False, tiles: Tiles = (1, 1)
-) -> Decoded:
-    """One image to a square for the model; a file that cannot be read gives an error instead.
+def decode(image: Any, how: Decoding) -> Decoded:
+    """An image (see `as_item`) to a square for the model; a file that cannot be read gives an error instead.
 
-    Args:
-        image: whatever `as_item` takes. An array of a wrong kind raises ImageError: no file is wrong then.
-        size: side of the square.
-        limits: what an image may hold.
-        pixels: keep the whole image as well.
-        tiles: rows and columns that the image is cut into.
+    An array of a wrong kind raises ImageError: no file is wrong then.
     """
     item = as_item(image)
     try:
-        rgb, (height, width) = _pixels(item, limits, size * max(tiles))
-        square = cut(rgb, size, tiles)
-        if pixels and rgb.shape[:2] != (height, width):
-            rgb, _ = _pixels(item, limits, 0)
+        rgb, (height, width) = _pixels(item, how.limits, how.size * max(how.tiles))
+        square = cut(rgb, how.size, how.tiles)
+        if how.pixels and rgb.shape[:2] != (height, width):
+            rgb, _ = _pixels(item, how.limits, 0)
     except DataError as error:
         if is_array(item.pixels):
             raise
         return Decoded(item.name, str(error))
     except MemoryError:
         return Decoded(item.name, f"{item.name}: not enough memory to decode it")
-    return Decoded(item.name, "", height, width, square, rgb if pixels else None)
+    return Decoded(item.name, "", height, width, square, rgb if how.pixels else None)
 
 
 def _pixels(item: Item, limits: ImageLimits, draft_side: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:

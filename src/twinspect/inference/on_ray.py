@@ -70,7 +70,7 @@ def _parts(ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Itera
     for number, unit in enumerate(chain(first, units)):
         if number >= 2 * len(first):  # the input is listed as it is needed
             yield from pool.get_next_unordered()
-        pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number)), unit)
+        pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number, unit.digest)), unit)
     while pool.has_next():
         yield from pool.get_next_unordered()
 

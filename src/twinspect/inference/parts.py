@@ -1,18 +1,18 @@
-"""Finished parts of a long run in a folder: written whole or not at all, so that a killed run goes on. No torch.
+"""Finished parts of a table in a folder: written whole or not at all, so that a killed run goes on. No torch.
 
 The input is cut into units (so many listed images, or one archive) and units into parts of at most so many rows. A
-part's file name says its place, its counts and a digest of its images: their names, and size and time of change of
-their files. That is the whole journal: what is there is done, what is not there is done again, and a digest that
-differs means that the input has changed.
+part's file name says its place, its counts and the digest of its unit: names, sizes and times of change of its files.
+That is the whole journal: what is there is done, what is not there is done again, and another digest means that the
+input has changed.
 """
 
 from __future__ import annotations
 
-import hashlib
+import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,32 +20,26 @@ from typing import IO, Any, NamedTuple
 from twinspect import files
 from twinspect.errors import ConfigError, DataError, OutputError
 from twinspect.inference import stores
+from twinspect.inference.result import CELLS, columns
 
-_NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(-end)?(\.\w+)")
+_NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(\.\w+)")
 _RUN, _LOCK, _COCO, _DONE = "_run.json", "_lock", "_coco-", "_SUCCESS"  # readers of Parquet folders pass over "_..."
 _MOST_BYTES = 1 << 40
+_GROUP = 16_384  # rows of a row group in a joined Parquet file
+FORMATS = (".parquet", ".csv", ".jsonl")
 Place = tuple[int, int]
 
 
 class Part(NamedTuple):
-    """One finished part.
+    """One finished part."""
 
-    Attributes:
-        unit, sub: its place: unit of the input, and part of that unit.
-        rows, bad, errors: images in it, anomalous ones, and ones that could not be read.
-        digest: see `digest`.
-        end: whether the unit ends with it.
-        suffix: format of the rows.
-    """
-
-    unit: int
-    sub: int
+    unit: int  # of the input
+    sub: int  # number of the part in its unit
     rows: int
-    bad: int
-    errors: int
-    digest: str
-    end: bool
-    suffix: str
+    bad: int  # anomalous images
+    errors: int  # images that could not be read
+    digest: str  # of the unit
+    suffix: str  # format of the rows
 
     @property
     def place(self) -> Place:
@@ -56,7 +50,7 @@ class Part(NamedTuple):
     def name(self) -> str:
         """Its file name."""
         counts = f"{self.rows}-{self.bad}-{self.errors}"
-        return f"part-{self.unit:08d}-{self.sub:06d}-{counts}-{self.digest}{'-end' if self.end else ''}{self.suffix}"
+        return f"part-{self.unit:08d}-{self.sub:06d}-{counts}-{self.digest}{self.suffix}"
 
     @classmethod
     def of(cls, name: str) -> Part | None:
@@ -65,15 +59,7 @@ class Part(NamedTuple):
         if match is None:
             return None
         unit, sub, rows, bad, errors = map(int, match.groups()[:5])
-        return cls(unit, sub, rows, bad, errors, match[6], bool(match[7]), match[8])
-
-
-def digest(source: str, images: Iterable[str]) -> str:
-    """What identifies a part's input: 8 hex digits for its unit's source, 8 for its images, by their identities."""
-    whole = hashlib.sha256()
-    for name in images:
-        whole.update(name.encode("utf-8", "backslashreplace") + b"\0")
-    return hashlib.sha256(source.encode("utf-8", "backslashreplace")).hexdigest()[:8] + whole.hexdigest()[:8]
+        return cls(unit, sub, rows, bad, errors, match[6], match[7])
 
 
 @dataclass(slots=True)
@@ -103,24 +89,17 @@ class PartStore:
             stores.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
         self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
 
-    def of_unit(self, unit: int) -> list[Part]:
-        """Parts of a unit that are there; the last one says whether they are all."""
+    def of_unit(self, unit: int, digest: str) -> list[Part]:
+        """Parts of a unit that are there, its first ones; a DataError where its images were others then."""
         parts: list[Part] = []
         while (part := self.known.get((unit, len(parts)))) is not None:
             parts.append(part)
-        return parts
-
-    def check(self, part: Part, source: str, images: Iterable[str] | None) -> None:
-        """Refuse a part (by a DataError) that was made from another source or other images, by their identities.
-
-        ``source`` is empty for listed images. ``images`` is None where an unchanged source is enough.
-        """
-        if not part.digest.startswith(digest(source, images or ())[: 16 if images is not None else 8]):
+        if any(part.digest != digest for part in parts):
             raise DataError(
-                f"the images given are no longer those of the run in {self.folder} (part {part.unit}): files were "
-                "added, removed, renamed or overwritten. Type --restart to score all of them anew, or take another "
-                "--out"
+                f"the images given are no longer those of the run in {self.folder} (part {unit}): files were added, "
+                "removed, renamed or overwritten. Type --restart to score all of them anew, or take another --out"
             )
+        return parts
 
     def refuse_stale(self, seen: set[Place]) -> None:
         """Refuse parts that no image belongs to any more, by a DataError."""
@@ -149,7 +128,7 @@ class PartStore:
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
-        ours = (_RUN, stores.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
+        ours = (_RUN, files.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
         for name in stores.names(self.folder):
             if Part.of(name) is not None or name.startswith(ours):
                 stores.remove(self.folder, name)
@@ -160,7 +139,7 @@ class PartStore:
         """Leave a mark that everything is there, and sweep up drafts of killed runs."""
         stores.put(self.folder, f"{_DONE}{label}", b"")
         for name in stores.names(self.folder) if not label else ():
-            if name.startswith(stores.DRAFT):
+            if name.startswith(files.DRAFT):
                 stores.remove(self.folder, name)
 
     def lock(self, label: str) -> IO[str]:
@@ -175,3 +154,64 @@ class PartStore:
 
 def _coco(place: Place) -> str:
     return f"{_COCO}{place[0]:08d}-{place[1]:06d}.jsonl"
+
+
+# ----------------------------------------------------------------------------------------- rows as bytes
+
+
+def encode(rows: Sequence[dict[str, Any]], suffix: str) -> bytes:
+    """Rows of `Result.row` as one part: a Parquet file, or CSV or JSON lines without a header."""
+    cells = [{name: as_text(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
+    if suffix == ".parquet":
+        return _parquet(cells)
+    text = io.StringIO(newline="")
+    if suffix == ".csv":
+        csv.writer(text).writerows(row.values() for row in cells)
+    else:
+        text.writelines(json.dumps(row) + "\n" for row in cells)
+    return text.getvalue().encode("utf-8")
+
+
+def join(parts: Iterable[bytes], out: Path) -> None:
+    """Parts to one file, a group at a time; the file appears under its name when it is whole."""
+    with files.replacing(out) as file:
+        if out.suffix == ".parquet":
+            _join_parquet(parts, file)
+            return
+        if out.suffix == ".csv":
+            file.write((",".join(column.name for column in columns()) + "\r\n").encode())
+        file.writelines(parts)
+
+
+def as_text(value: str) -> str:
+    """A file's name as every format can hold it: bytes that are no text are written as hexadecimal numbers."""
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([(column.name, pa.type_for_alias(CELLS[column.kind][0])) for column in columns()])
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    body = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), body)
+    return body.getvalue()
+
+
+def _join_parquet(parts: Iterable[bytes], file: IO[bytes]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    held: list[Any] = []
+    with pq.ParquetWriter(file, _schema()) as writer:
+        for part in parts:
+            held.append(pq.read_table(pa.BufferReader(part)))
+            if sum(table.num_rows for table in held) >= _GROUP:
+                writer.write_table(pa.concat_tables(held))
+                held = []
+        writer.write_table(pa.concat_tables([*held, _schema().empty_table()]))

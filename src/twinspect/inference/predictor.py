@@ -20,12 +20,12 @@ from twinspect.data.images import ImageLimits
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import ANOMALY
 from twinspect.decide.decision import Decision as Decision
-from twinspect.errors import ImageError, check_range
-from twinspect.inference.archives import Item
-from twinspect.inference.decode import Decoded, DecodePool, decode, expand, from_bgr, is_live, is_single
+from twinspect.errors import ConfigError, ImageError
+from twinspect.inference.decode import Decoded, DecodePool, Decoding, decode, expand, from_bgr, is_live, is_single
 from twinspect.inference.job import MOST_BATCH, MOST_THREADS
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
+from twinspect.inference.streams import Item
 from twinspect.inference.tiles import joined
 
 
@@ -104,8 +104,10 @@ class Predictor:
 
     def pool(self, pixels: bool) -> DecodePool:
         """What decodes ahead for `score`; ``pixels`` keeps whole images."""
-        size, tiles = self.runtime.size, self.decision.tiles
-        return DecodePool(size, self.limits, pixels, self.workers, self.processes, self.batch, tiles)
+        return DecodePool(self._decoding(pixels), self.workers, self.processes, self.batch)
+
+    def _decoding(self, pixels: bool) -> Decoding:
+        return Decoding(self.runtime.size, self.limits, pixels, self.decision.tiles)
 
     def score(
         self, decoded: Iterable[Decoded], maps: bool = True, class_name: str | None = None, batch: int = 0
@@ -117,7 +119,7 @@ class Predictor:
 
     def decode(self, item: Any, pixels: bool = False) -> Decoded:
         """One image made ready for `score_batch`; for callers that decode where and when they like."""
-        return decode(item, self.runtime.size, self.limits, pixels, self.decision.tiles)
+        return decode(item, self._decoding(pixels))
 
     def score_batch(
         self, images: Sequence[Decoded], maps: bool, class_names: Sequence[str | None]
@@ -178,5 +180,6 @@ def _readable(results: Iterator[Result]) -> Iterator[Result]:
 
 def check_counts(threads: int, batch: int) -> None:
     """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
-    check_range("--threads", threads, 0, MOST_THREADS)
-    check_range("--batch", batch, 0, MOST_BATCH)
+    for option, value, most in (("--threads", threads, MOST_THREADS), ("--batch", batch, MOST_BATCH)):
+        if not 0 <= value <= most:
+            raise ConfigError(f"{option} {value}: accepted 0 to {most:,}")

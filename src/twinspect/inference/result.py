@@ -28,21 +28,13 @@ COLOURS = np.array([[38, 70, 160], [60, 170, 200], [250, 210, 70], [200, 30, 40]
 
 
 class Column(NamedTuple):
-    """A column of results, the same in tables, answers of the server, the inspection log and Python.
+    """A column of results, the same in tables, answers of the server, the inspection log and Python."""
 
-    Attributes:
-        name: of the field or property of `Result`.
-        kind: a key of ``CELLS``.
-        help: what the value says.
-        tables_only: names a file that ``predict`` writes; the server and its log have no such value.
-        derived: follows from other columns, so that nothing need store it.
-    """
-
-    name: str
-    kind: str
+    name: str  # of the field or property of `Result`
+    kind: str  # a key of ``CELLS``
     help: str
-    tables_only: bool = False
-    derived: bool = False
+    tables_only: bool = False  # names a file that ``predict`` writes; the server and its log have no such value
+    derived: bool = False  # follows from other columns, so that nothing need store it
 
 
 # Kind -> type of a table's cell as pyarrow names it, and the value where nothing is known.

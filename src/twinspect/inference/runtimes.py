@@ -40,16 +40,7 @@ FORMAT = 3  # of the metadata; raised when a reader of an older library would mi
 
 
 class TorchRuntime:
-    """The model itself, eager, on a device.
-
-    Args:
-        model: trained model.
-        device: torch device.
-        threads: CPU threads of the whole process; 0 leaves torch's own choice.
-
-    Attributes:
-        usual: images in a batch, unless asked for another number.
-    """
+    """The model itself, eager, on a device; ``threads`` of the CPU (0: torch's own choice) are the process's."""
 
     def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
         import torch
@@ -63,6 +54,7 @@ class TorchRuntime:
         if threads:
             torch.set_num_threads(threads)
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        # Images in a batch, unless asked for another number.
         self.usual = min(torch.get_num_threads(), _MOST_BESIDE) if device == "cpu" else _GPU_BATCH
 
     def run(self, pixels_BHWC: Pixels) -> Answers:
@@ -243,25 +235,15 @@ def check_pixels(pixels_BHWC: Pixels, size: int) -> Pixels:
 
 @dataclass(frozen=True, slots=True)
 class ExportMeta:
-    """Metadata of an export.
+    """Metadata of an export."""
 
-    Attributes:
-        runtime: ``onnx`` or ``openvino``: what the file was made for.
-        precision: ``fp32`` or ``fp16``.
-        size: input side in pixels.
-        decision, record, config: calibration, how the model came to be, and its settings, as in the bundle.
-        check: the comparison with torch that the export passed before it was written.
-        writer: version of the library that wrote it.
-    """
-
-    runtime: str
-    precision: str
-    size: int
-    decision: dict[str, Any]
+    runtime: str  # what the file was made for: onnx or openvino
+    size: int  # input side in pixels
+    decision: dict[str, Any]  # as in the bundle, like the next two
     record: dict[str, Any]
     config: dict[str, Any]
-    check: dict[str, Any]
-    writer: str
+    check: dict[str, Any]  # the comparison with torch that the export passed before it was written
+    writer: str  # version of the library
 
 
 def is_export(path: Path | str) -> bool:
@@ -308,7 +290,7 @@ def export_info(path: Path) -> dict[str, Any]:
     meta = read_export(path)
     return {
         "written by": f"twinspect {meta.writer}, export format {FORMAT}",
-        "export": f"{meta.runtime}, {meta.precision}, {meta.size} x {meta.size}, uint8 RGB, channels last",
+        "export": f"{meta.runtime}, {meta.size} x {meta.size}, uint8 RGB, channels last",
         "compared with torch": meta.check,
         "model_id": meta.decision.get("model_id", ""),
         **meta.record,

@@ -20,15 +20,27 @@ from typing import Any
 from twinspect.data.images import is_image
 from twinspect.data.manifest import path_column, record_number
 from twinspect.data.scan import inside, is_hidden
+from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
 from twinspect.files import near_names, open_text
 from twinspect.inference import stores
-from twinspect.inference.archives import ARCHIVES, Item, Stream, image_column, suffixes
 from twinspect.inference.stores import is_endless, is_url
-from twinspect.inference.table import TABLES, columns_of, read_rows
-from twinspect.inference.video import RETRY_SECONDS, VIDEOS, Frame, live_frames, without_password
+from twinspect.inference.streams import (
+    ARCHIVES,
+    RETRY_SECONDS,
+    VIDEOS,
+    Frame,
+    Item,
+    Stream,
+    image_column,
+    live_frames,
+    suffixes,
+    without_password,
+)
 
 _LOCAL = "file://"
+_OLD_NAMES = "surrogateescape"  # names of files may be no UTF-8
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _DEEP = "**"  # of a glob: folders at any depth
 _HOLDERS = (*ARCHIVES, *VIDEOS)
 OF_SEVERAL = (*_HOLDERS, *TABLES)  # endings of files that stand for more than one image
@@ -250,13 +262,13 @@ def _list(path: Path) -> Files:
         return (_listed(line.rstrip("\n"), Path()) for line in sys.stdin if line.strip())
     if not os.path.isfile(path):
         raise DataError(f"no such list: {path} (@FILE names a text file with one image path a line)")
-    if path.name.lower().endswith(TABLES) and (columns := columns_of(path)) and path_column(columns):
+    if path.name.lower().endswith(TABLES) and (columns := table_columns(path, _OLD_NAMES)) and path_column(columns):
         return _table(path)
     return _first(_lines(path), DataError(f"{path}: the list holds no path"))
 
 
 def _lines(path: Path) -> Files:
-    with open_text(path, "surrogateescape") as file:
+    with open_text(path, _OLD_NAMES) as file:
         for line in file:
             if line.strip("\n") and not line.startswith("#"):
                 yield _listed(line.rstrip("\n"), path)
@@ -285,15 +297,17 @@ def _spelled(folder: Path, line: str) -> str:
 
 def _table(path: Path) -> Files:
     """Images of a manifest, or of a Parquet file that holds encoded images itself."""
-    columns, is_parquet = columns_of(path), path.suffix.lower() == ".parquet"
-    for _ in () if is_parquet else read_rows(path):  # a row that cannot be read is found before the work
+    columns, is_parquet = table_columns(path, _OLD_NAMES), path.suffix.lower() == ".parquet"
+    for _ in (
+        () if is_parquet else read_table(path, errors=_OLD_NAMES)
+    ):  # a row that cannot be read is found before the work
         pass
     column, encoded = image_column(str(path)) if is_parquet else (path_column(columns), False)
     if encoded:
         return iter([Stream(str(path))])
     if columns and not column:
         raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
-    images = _manifest(read_rows(path, (column, "record")), column, path)
+    images = _manifest(read_table(path, (column, "record"), _OLD_NAMES), column, path)
     return _first(images, DataError(f"{path}: holds no row"))
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from twinspect.errors import DataError, OutputError, TwinspectError
+from twinspect.files import DRAFT, replacing
 
-DRAFT = "_tmp-"  # how the names of files begin that are being written
 _PIECE = 1 << 22
 _OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "az://")  # show a file when it is complete; have no folders
 _CHANGED = ("mtime", "ETag", "last_modified", "LastModified", "updated", "created")  # what stores say of a change
@@ -105,34 +105,21 @@ def read(path: str, most: int) -> bytes:
 def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
     """Write a file whole: under its name it is complete or not there. An OutputError where it cannot be written.
 
-    The folder, a path or URL, is made. ``flushed`` means to the disk, so that it outlives a crash of the machine.
+    The folder, a path or URL, is made. ``flushed`` as of `files.replacing`.
     """
-    # Two workers may write the same file, one of them given up for lost: each draft has a name of its own.
-    draft = f"{DRAFT}{uuid.uuid4().hex}"
+    if not is_url(folder):
+        with replacing(Path(folder) / name, flushed) as file:
+            file.write(body)
+        return
     with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", OutputError):
-        if not is_url(folder):
-            _put_here(Path(folder), draft, name, body, flushed)
-            return
         system, path = _opened(folder)
+        draft = f"{DRAFT}{uuid.uuid4().hex}"
         if folder.startswith(_OBJECT_STORES):
             system.pipe_file(f"{path}/{name}", body)
         else:
             system.makedirs(path, exist_ok=True)
             system.pipe_file(f"{path}/{draft}", body)
             system.mv(f"{path}/{draft}", f"{path}/{name}")
-
-
-def _put_here(folder: Path, draft: str, name: str, body: bytes, flushed: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with (folder / draft).open("wb") as file:
-            file.write(body)
-            if flushed:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(folder / draft, folder / name)
-    finally:
-        (folder / draft).unlink(missing_ok=True)
 
 
 def names(folder: str) -> list[str]:

@@ -24,11 +24,11 @@ from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
-from twinspect.inference.archives import Item
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.stores import state
+from twinspect.inference.streams import Item
 from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
 from twinspect.server.guard import SOON, Metrics, logger, say

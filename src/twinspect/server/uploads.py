@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from twinspect.inference.archives import Item
+from twinspect.inference.streams import Item
 from twinspect.server import Refused
 from twinspect.server.log import plain_text
 
