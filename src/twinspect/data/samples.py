@@ -65,7 +65,7 @@ def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_
         DataError: a mask has another size than ``shape``, or the image is not normal and has no mask.
     """
     if not sample.masks and sample.label != 0:
-        raise DataError(f"{sample.image}: no mask and not known to be normal; image-level metrics only")
+        raise DataError(f"{sample.image}: no mask, and not known to be good; metrics of pixels leave it out")
     union = np.zeros(shape, dtype=np.bool_)
     for path in sample.masks:
         union |= _sized_mask(path, shape, sample)
