@@ -92,7 +92,6 @@ def _card(
         "learnt from": values["learnt from"],
         "training": f"{training['steps']} steps in {training['seconds']} s ({training['stopped']})",
         "seed": str(values["seed"]),
-        "promise": values["promise"],
     }
     images, taught = record["images"], "and no students: statistics of these images alone"
     if training["steps"]:

@@ -210,7 +210,7 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
                 raise
             log.leave(product.path, str(error))
             continue
-        if reader.assumed:
+        if reader.assumed and product.meant.role != GOOD:
             assumed[product.name] = reader.assumed
     if len(classes) > 1:
         _report_lists(_unread_lists(root), bool(assumed), log)

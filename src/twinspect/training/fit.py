@@ -29,7 +29,7 @@ from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
-from twinspect.errors import ConfigError, DataError, TrainingError
+from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel, Outputs, build_model
@@ -270,9 +270,8 @@ def choose_images(
     fewest = 1 if config.model.scores() == "default" else FEWEST
     if len(normal) < fewest:
         raise DataError(
-            f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside"
-            + "".join(f". {n}" for n in sentences)
+            f"{len(normal)} good training images found; at least {fewest} {'is' if fewest == 1 else 'are'} needed, "
+            f"50 or more per class are better. {_advice(samples)}{''.join(f'. {n}' for n in sentences)}"
         )
     if notes is not None:
         notes += sentences
@@ -285,6 +284,17 @@ def choose_images(
     minimum = min(20, len(many) // 4)
     train_part, held = carve_calibration(many, config.train.holdout, config.train.seed, minimum)
     return [*train_part, *(s for s in normal if s.class_name in few)], list(held)
+
+
+def _advice(samples: Sequence[Sample]) -> str:
+    """What to type where good images are lacking."""
+    folders = sorted({str(sample.image.parent) for sample in samples if sample.label == 1})
+    if not folders or any(sample.label == 0 for sample in samples):
+        return "Give a folder of good images, or one with train/good inside"
+    return (
+        f"All {len(samples)} images are taken as defects, because of the name of their folder ({listed(folders)}). "
+        f"If they are good, rename it to good, or type: twinspect fit {folders[0]} --layout folder"
+    )
 
 
 def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) -> str:
