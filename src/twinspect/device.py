@@ -80,11 +80,7 @@ def _limit(group: Path) -> float:
 
 
 def choose_device(name: str) -> str:
-    """The device that is meant; ``auto`` is the GPU where there is one.
-
-    Raises:
-        ConfigError: this machine, or this build of torch, does not have it.
-    """
+    """The device that is meant (``auto``: a GPU where there is one); a ConfigError where torch has none such here."""
     import torch
 
     if name == "auto":

@@ -96,16 +96,10 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def refuse_unwritable(path: Path, option: str, example: str = "", ours: Callable[[Path], bool] | None = None) -> None:
-    """Find out before the work whether its result can be written; the result's folder is made.
+    """Find out before the work whether its result can be written, by an OutputError; the result's folder is made.
 
-    Args:
-        path: of the result.
-        option: of the command line that names the path.
-        example: of a file's name, for people who named a folder.
-        ours: whether a file that is there may be replaced; None: every one.
-
-    Raises:
-        OutputError: the folder cannot be made or written, or the name is taken by a folder or another file.
+    ``option`` of the command line names the path. ``example`` is a file's name, for people who named a folder.
+    ``ours`` says whether a file that is there may be replaced; None: every one.
     """
     other = f"choose another {option}"
     try:
@@ -125,8 +119,7 @@ def refuse_unwritable(path: Path, option: str, example: str = "", ours: Callable
 def lock(path: Path, busy: str) -> IO[str]:
     """Keep other processes out until the returned file is closed, or this process ends, however it does.
 
-    Raises:
-        ConfigError: another process holds it; ``busy`` is the message.
+    Where another holds it: a ConfigError with the message ``busy``.
     """
     file = path.open("w")
     try:

@@ -240,11 +240,7 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The mapping that holds ``normal_dir``, at whatever depth; empty where there is none.
-
-    Raises:
-        DataError: it should be there, but the file is not YAML.
-    """
+    """The mapping that holds ``normal_dir``, at whatever depth, or an empty one; a DataError where it is no YAML."""
     import yaml
 
     if not _contains(path, b"normal_dir"):

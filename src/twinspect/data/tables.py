@@ -61,13 +61,10 @@ def text_columns(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
-    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time.
+    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time; a DataError for others.
 
     A folder of the parts of a table is read as one. Of a Parquet file no more is read than the ``columns`` that are
     named, of those that it has. ``errors`` says what happens to text that is not UTF-8, as in `open`.
-
-    Raises:
-        DataError: it cannot be read as such a table, or its name has another ending than ``SUFFIXES``.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -174,9 +171,7 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
     """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
-
-    Raises:
-        DataError: not text, or quotes or separators that make other rows of it than were meant.
+    A DataError where quotes or separators make other rows of it than were meant.
     """
     with _opened(path, errors) as (reader, separator):
         line = reader.line_num if reader.fieldnames else 0

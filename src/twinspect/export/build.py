@@ -97,10 +97,8 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: another ending, or a model that cannot be exported.
-        ParityError: the export does not say what the model says; nothing is written.
-        OutputError: it cannot be written.
-        TwinspectError: a package is missing (the message is the line to type).
+        TwinspectError: a model that cannot be exported, a package that is missing, an export that does not say what
+            the model says (ParityError), or a file that cannot be written; nothing is left behind.
     """
     runtime = checked_runtime(out)
     refuse_unwritable(out, "--out")
@@ -131,11 +129,7 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
 
 
 def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Comparison, ExportMeta]:
-    """Compare an export with its bundle on demand; the caller decides what to do about `Comparison.problems`.
-
-    Raises:
-        BundleError: a damaged export, or one of another bundle.
-    """
+    """Compare an export with its bundle; a BundleError where it is damaged, or of another bundle."""
     exported, meta = load_runtime(path)
     if meta.decision.get("model_id") != fitted.decision.model_id:
         raise BundleError(
@@ -216,11 +210,7 @@ def _gap(reference: NDArray[Any], exported: NDArray[Any]) -> float:
 
 
 def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
-    """Images (a path, folder, glob or list), spread evenly over their order when there are more than ``most``.
-
-    Raises:
-        DataError: none found, or one cannot be read.
-    """
+    """Images, spread evenly over their order when there are more; a DataError where one cannot be read."""
     items, squares = list(expand(source)), list[Pixels]()
     for item in items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]:
         image = decode(item, Decoding(size))

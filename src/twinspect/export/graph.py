@@ -46,11 +46,7 @@ class DeployedGraph(nn.Module):
 
 
 def to_onnx(model: AnomalyModel) -> Any:
-    """The model as an ``onnx.ModelProto`` for any number of images, whose nodes are named after their part.
-
-    Raises:
-        ConfigError: the model holds something that torch cannot export, or an operator without ONNX equivalent.
-    """
+    """The model as an ``onnx.ModelProto`` for any number of images; a ConfigError where it cannot be exported."""
     from onnxscript.optimizer import fold_constants
 
     example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
@@ -95,11 +91,7 @@ def _name_parts(proto: Any) -> None:
 
 
 def write(proto: Any, path: Path) -> None:
-    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO.
-
-    Raises:
-        ConfigError: too large for one ONNX file.
-    """
+    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO; a ConfigError where it is too large for ONNX."""
     import onnx
 
     gigabytes = proto.ByteSize() / 1e9

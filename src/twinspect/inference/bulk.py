@@ -185,12 +185,9 @@ def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -
 
 
 def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
-    """The whole command: score what is not scored yet, make the table, say what came out.
+    """Score what is not scored yet, make the table, say what came out.
 
-    Args:
-        job: what to run; it says what is wrong with its sources, model or outputs.
-        console: told of progress and results.
-        visit: called with every row, once all are there where a table is written.
+    ``visit`` is called with every row, once all are there where a table is written.
     """
     job.check()
     totals = Totals()

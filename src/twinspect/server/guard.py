@@ -94,8 +94,7 @@ class _Body:
     async def load(self, length: str) -> Receive:
         """Read all of it, within size, memory and time; what gives it to the application.
 
-        Args:
-            length: what the client announces; room for it is reserved before a byte is read.
+        Room for the ``length`` that the client announces is reserved before a byte is read.
         """
         self._reserve(int(length) if length.isdigit() else 0)
         chunks = []
