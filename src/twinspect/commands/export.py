@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 
+from twinspect import export as exports
 from twinspect.bundle import load
 from twinspect.commands.options import CheckOptions, ExportCommandOptions
 from twinspect.console import Console
-from twinspect.export import build
-from twinspect.export.build import TOLERANCES, ParityError, load_images
+from twinspect.export import TOLERANCES, ParityError, load_images
 from twinspect.inference.runtimes import companion
 
 
 def export(options: ExportCommandOptions, console: Console) -> None:
     """Write a file that agreed with torch on real images."""
     out = options.out
-    build.checked_runtime(out)
+    exports.checked_runtime(out)
     fitted = load(options.bundle, options.weights)
     images = load_images(options.images, fitted.model.size) if options.images is not None else ()
-    comparison = build.export(fitted, out, images, console.progress)
+    comparison = exports.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
@@ -30,7 +30,7 @@ def check(options: CheckOptions, console: Console) -> None:
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
     images = load_images(options.images, fitted.model.size)
-    comparison, meta = build.check(path, fitted, images)
+    comparison, meta = exports.check(path, fitted, images)
     console.say(*comparison.lines())
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
