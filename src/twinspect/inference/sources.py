@@ -17,14 +17,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from twinspect import files
 from twinspect.data.images import is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import inside, is_hidden
 from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
-from twinspect.files import near_names, open_text
-from twinspect.inference import stores
-from twinspect.inference.stores import is_endless, is_url
+from twinspect.files import is_url, near_names, open_text
+from twinspect.inference.job import is_endless
 from twinspect.inference.streams import (
     ARCHIVES,
     RETRY_SECONDS,
@@ -119,7 +119,7 @@ def _whole(path: str, state: str = "") -> Item | Stream:
 
 
 def _remote(url: str) -> Files:
-    is_folder, state = stores.status(url)
+    is_folder, state = files.status(url)
     if is_folder:
         yield from _below(url.rstrip("/"))
     else:
@@ -138,13 +138,13 @@ def _below(folder: str) -> Files:
 
 
 def _entries_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, str, str]]:
-    """Files in a folder and those below, depth first, names sorted: path, `stores.state`, and what is wrong with it.
+    """Files in a folder and those below, depth first, names sorted: path, `files.state`, and what is wrong with it.
 
     Nothing where a link leads back to a folder that was read; ``visited`` are those, by device and inode.
     """
     try:
         if is_url(folder):
-            entries = stores.entries(folder)
+            entries = files.entries(folder)
         else:
             status = os.stat(folder or os.curdir)
             if (status.st_dev, status.st_ino) in visited:

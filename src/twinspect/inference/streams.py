@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect import files
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.errors import DataError, TwinspectError
-from twinspect.inference import stores
-from twinspect.inference.stores import CAMERA, is_url
+from twinspect.files import is_url
+from twinspect.inference.job import CAMERA
 
 if TYPE_CHECKING:
     import cv2
@@ -59,7 +60,7 @@ class Item:
     @property
     def identity(self) -> str:
         """Its name with size and time of change of its file: another file under the same name has another one."""
-        return f"{self.name}\0{self.state or stores.state(self.path)}"
+        return f"{self.name}\0{self.state or files.state(self.path)}"
 
     @property
     def is_file(self) -> bool:
@@ -81,7 +82,7 @@ class Stream:
     @property
     def identity(self) -> str:
         """As `Item.identity`, of the whole file."""
-        return f"{self.path}\0{stores.state(self.path)}"
+        return f"{self.path}\0{files.state(self.path)}"
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
@@ -121,7 +122,7 @@ def image_column(path: str) -> tuple[str, bool]:
     import pyarrow.parquet as pq
 
     try:
-        with stores.open_file(path) as file:
+        with files.open_file(path) as file:
             columns = {column.name: str(column.type) for column in pq.read_schema(file)}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
@@ -142,7 +143,7 @@ def _cells(path: str) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
     number, (column, _) = 0, image_column(path)
-    with stores.open_file(path) as file:
+    with files.open_file(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 raw = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -154,7 +155,7 @@ def _cells(path: str) -> Iterator[Item]:
 
 def _tar_members(path: str) -> Iterator[Item]:
     with contextlib.ExitStack() as opened:
-        file = opened.enter_context(stores.open_file(path))
+        file = opened.enter_context(files.open_file(path))
         # Without seeking, tarfile reads as much as a header says, which may be a terabyte, block by block.
         archive = opened.enter_context(tarfile.open(fileobj=file, mode="r:*" if file.seekable() else "r|*"))
         while (member := archive.next()) is not None:
@@ -169,7 +170,7 @@ def _tar_members(path: str) -> Iterator[Item]:
 
 
 def _zip_members(path: str) -> Iterator[Item]:
-    with stores.open_file(path) as file, zipfile.ZipFile(file) as archive:
+    with files.open_file(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.is_dir() or not _is_image(member.filename):
                 continue

@@ -24,10 +24,10 @@ from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
+from twinspect.files import state
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.stores import state
 from twinspect.inference.streams import Item
 from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
