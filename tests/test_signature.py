@@ -87,11 +87,11 @@ def test_exports_carry_their_signature_beside_them(
     runtimes.write_meta(export, runtimes.ExportMeta(**meta))
     sign(export, keys.private)
     verify(export, keys.public)
-    values = json.loads(companion(export).read_text())
-    companion(export).write_text(json.dumps({**values, "runtime": "openvino"}))
+    text = companion(export).read_text()
+    companion(export).write_text(json.dumps({**json.loads(text), "runtime": "openvino"}))
     with pytest.raises(BundleError, match="the model was changed after it was signed"):
         verify(export, keys.public)
-    companion(export).write_text(json.dumps(values))
+    companion(export).write_text(text)
     export.write_bytes(b"other")
     with pytest.raises(BundleError, match="was changed or damaged after it was exported"):
         verify(export, keys.public)
