@@ -100,12 +100,12 @@ def table_rows(path: Path) -> list[tuple[str, Row]]:
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def parquet_columns(path: Path) -> dict[str, str]:
-    """Column names and types of a Parquet file, from its header."""
+def parquet_columns(path: Path | str, file: Any = None) -> dict[str, str]:
+    """Column names and types of a Parquet file, from its header; of ``file`` where it was opened."""
     with _parquet_errors(path):
         import pyarrow.parquet as pq
 
-        return {field.name: str(field.type) for field in pq.read_schema(path)}
+        return {field.name: str(field.type) for field in pq.read_schema(file or path)}
 
 
 def parquet_table(path: Path, columns: Sequence[str]) -> Any:
@@ -117,7 +117,7 @@ def parquet_table(path: Path, columns: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
+def _parquet_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except ImportError:

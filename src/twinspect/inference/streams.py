@@ -29,6 +29,7 @@ from twinspect import files
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
+from twinspect.data.tables import parquet_columns
 from twinspect.errors import DataError, TwinspectError
 from twinspect.files import is_url
 from twinspect.inference.job import CAMERA
@@ -88,7 +89,9 @@ class Stream:
         """Its images; damage becomes a last item with an error."""
         lower, count = self.path.lower(), 0
         if lower.endswith(VIDEOS):
-            images, kind, nothing = _frames(self.path), "video", "no frame of the video can be decoded"
+            frames = file_frames(self.path)
+            images: Iterator[Item] = (Item(f"{self.path}#{number}", pixels=pixels) for number, pixels in frames)
+            kind, nothing = "video", "no frame of the video can be decoded"
         elif lower.endswith(".parquet"):
             images, kind, nothing = _cells(self.path), "table", "no image in the table"
         else:
@@ -118,24 +121,14 @@ def image_column(path: str) -> tuple[str, bool]:
 
     A DataError where it cannot be read, or has no such column.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with files.open_file(path) as file:
-            columns = {column.name: str(column.type) for column in pq.read_schema(file)}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
+    with files.open_file(path) as file:
+        columns = parquet_columns(path, file)
     for name, kind in columns.items():
         if name.lower() in _IMAGE_BYTES and "binary" in kind:
             return name, True
     if name := path_column(name for name, kind in columns.items() if "string" in kind):
         return name, False
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
-
-
-def _frames(path: str) -> Iterator[Item]:
-    return (Item(f"{path}#{number}", pixels=pixels) for number, pixels in file_frames(path))
 
 
 def _cells(path: str) -> Iterator[Item]:
