@@ -23,7 +23,7 @@ from twinspect import files
 from twinspect._version import __version__
 from twinspect.config import ModelConfig, RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, ConfigError
+from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def read_bundle(path: Path) -> BundleContent:
         with zipfile.ZipFile(path) as file:
             parts = {_META: _member(file, _META)}
             meta = json.loads(parts[_META])
-            _refuse_other_format(path, int(meta["format"]), str(meta["twinspect"]))
+            older = f"Train it again, as its statistics are others: twinspect fit DATA --out {path}"
+            refuse_version(path, meta["format"], FORMAT, meta["twinspect"], older)
             names = file.namelist()
             parts |= {name: _member(file, name) for name in (_TENSORS, _MEMORY) if name in names}
             hashes = dict(json.loads(_member(file, _HASHES)))
@@ -124,15 +125,6 @@ def _member(file: zipfile.ZipFile, name: str) -> bytes:
     if info.file_size > _MOST_UNPACKED * max(info.compress_size, 100_000):
         raise ValueError(f"{name} would unpack to {info.file_size:,} bytes from {info.compress_size:,}")
     return file.read(name)
-
-
-def _refuse_other_format(path: Path, version: int, writer: str) -> None:
-    if version == FORMAT:
-        return
-    told = f"{path} has format {version}, written by twinspect {writer}; {__version__} reads format {FORMAT}"
-    if version < FORMAT:
-        raise BundleError(f"{told}, whose statistics it lacks. Train it again: twinspect fit DATA --out {path}")
-    raise BundleError(f"{told}. Type: pip install --upgrade twinspect")
 
 
 # ----------------------------------------------------------------------------------------------- the model
