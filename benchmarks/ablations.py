@@ -34,10 +34,10 @@ from torch import Tensor
 
 from twinspect import data as data_room
 from twinspect.bundle import build_model
+from twinspect.commands.diagnose import Plan, interference
 from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
-from twinspect.diagnose import Plan, diagnose
 from twinspect.evaluation import evaluate, test_samples
 from twinspect.files import write_text
 from twinspect.inference.decode import Decoding, as_item, decode
@@ -163,7 +163,7 @@ class Seen(NamedTuple):
 
 
 class Remembering:
-    """What `evaluate` and `diagnose` ask for scores: it decodes an image, and shows it to the teacher, once.
+    """What `evaluate` and `interference` ask for scores: it decodes an image, and shows it to the teacher, once.
 
     Args:
         model: trained and calibrated.
@@ -274,7 +274,7 @@ def measured(rows, samples, configs, plan, seen, console):
         evaluation = evaluate(predictor, test_samples(samples), console.progress)
         said = {name: np.array([row[field] for row in evaluation.rows]) for name, field in SCORES.items()}
         said["raw"] = np.concatenate(predictor.readings)
-        crossed = {} if plan is None else diagnose(predictor, samples, plan, console.progress).mean()
+        crossed = {} if plan is None else interference(predictor, samples, plan, console.progress).mean()
         for name, row in own.items():
             classes = read_as(row.reading, evaluation, said)
             found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.report.terms}

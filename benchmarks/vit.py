@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from twinspect import data as data_room
-from twinspect.commands.recipes import RECIPES
+from twinspect.commands.reproduce import RECIPES
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor

@@ -124,7 +124,7 @@ def test_an_option_is_one_field_with_its_help_and_what_it_accepts(monkeypatch: p
 
 def test_commands_stand_in_the_order_of_work_each_with_an_example_that_parses() -> None:
     from twinspect.cli import COMMANDS, app
-    from twinspect.commands.recipes import RECIPES
+    from twinspect.commands.reproduce import RECIPES
 
     top = typer.main.get_command(app)
     found = commands_of(top)

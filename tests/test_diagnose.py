@@ -10,11 +10,22 @@ from typer.testing import CliRunner
 
 from twinspect import Detector
 from twinspect.cli import app
-from twinspect.commands.diagnose import matrices, sentences
+from twinspect.commands.diagnose import (
+    CUTPASTE,
+    MEASURES,
+    MIXUP,
+    Plan,
+    composites,
+    cutpaste,
+    interference,
+    matrices,
+    mixup,
+    normal_images,
+    sentences,
+)
 from twinspect.commands.options import DiagnoseOptions
 from twinspect.config import check_options
 from twinspect.data import load
-from twinspect.diagnose import CUTPASTE, MEASURES, MIXUP, Plan, composites, cutpaste, diagnose, mixup, normal_images
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.result import Result
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -142,12 +153,12 @@ def test_refusals_say_what_to_do(colours: list[Sample]) -> None:
 
 
 def test_a_model_that_sees_other_classes_gets_one_and_a_blind_one_a_half(colours: list[Sample]) -> None:
-    found = diagnose(Truth(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(Truth(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
     assert found.mean() == pytest.approx(dict.fromkeys(MEASURES, 1.0), abs=0.02)
     assert "no class hides in another: the lowest value is 1.000" in list(sentences(found))[1]
     blind = Truth()
     blind.blind = True
-    found = diagnose(blind, colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(blind, colours, Plan(count=4), silent)  # type: ignore[arg-type]
     assert [found.mean()[name] for name in MEASURES[:3]] == pytest.approx([0.5] * 3)
 
 
@@ -163,7 +174,7 @@ def test_which_class_hides_which_is_found_in_its_own_cell(colours: list[Sample])
                     result.score = 0.0
                 yield result
 
-    found = diagnose(Partly(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(Partly(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
     matrix = found.matrix("cutpaste_auroc")
     assert found.classes == ["blue", "green", "red"]
     assert [matrix[i][i] for i in range(3)] == [None] * 3
@@ -187,7 +198,7 @@ def test_classes_that_are_taken_for_another_are_named(colours: list[Sample]) -> 
                 result.predicted_class = ("red", "red", "blue")[main]
                 yield result
 
-    found = diagnose(Colourblind(), colours, Plan(count=2), silent)  # type: ignore[arg-type]
+    found = interference(Colourblind(), colours, Plan(count=2), silent)  # type: ignore[arg-type]
     count = sum(s.class_name == "green" and s.split == TEST for s in colours)
     assert f"{count} of {count} good images of green are taken for red" in list(sentences(found))[-1]
     assert not any("of red are taken" in text or "of blue are taken" in text for text in sentences(found))
@@ -195,7 +206,7 @@ def test_classes_that_are_taken_for_another_are_named(colours: list[Sample]) -> 
 
 
 def test_classes_can_be_chosen_and_results_are_plain(colours: list[Sample]) -> None:
-    found = diagnose(Truth(), colours, Plan(count=2, classes=("red", "blue")), silent)  # type: ignore[arg-type]
+    found = interference(Truth(), colours, Plan(count=2, classes=("red", "blue")), silent)  # type: ignore[arg-type]
     values = json.loads(json.dumps(found.values(), allow_nan=False))
     assert [(p["base"], p["other"]) for p in values["pairs"]] == [("red", "blue"), ("blue", "red")]
     assert values["normal_images_from"] == {"red": TEST, "blue": TEST}
@@ -262,6 +273,6 @@ def test_a_trained_model_notices_other_classes_better_than_chance(tmp_path: Path
             save(root / name / "train" / "good" / f"{number}.png", pixels)
     config = run_config("efficientnet-lite0", model="rd", pretrained=True, steps=6, width=16)
     detector = Detector(config=config).fit(train_samples(root))
-    found = diagnose(detector.predictor(), load(root).samples, Plan(count=6, normals=12), silent)
+    found = interference(detector.predictor(), load(root).samples, Plan(count=6, normals=12), silent)
     assert found.mean()["cutpaste_auroc"] > 0.8
     assert found.mean()["pixel_auroc"] > 0.7

@@ -25,7 +25,7 @@ from twinspect import Detector, files
 from twinspect.bundle import read_bundle
 from twinspect.cli import app
 from twinspect.commands.info import describe
-from twinspect.training.resume import LOCK
+from twinspect.training.loop import LOCK
 
 SMALL = "--teacher test_vit --random-teacher --size 64 --steps 8 --depth 2 --batch 4 --checkpoint-every 2".split()
 OF_TIME = ("seconds", "memory", "durations", "written", "date")  # what two runs never share

@@ -252,6 +252,18 @@ def test_large_or_damaged_notes_in_a_png_do_no_harm(tmp_path: Path, where: str) 
     assert np.array_equal(read_rgb(path), picture())
 
 
+@pytest.mark.parametrize("kind", ["gAMA", "pHYs", "cHRM", "sRGB", "tIME", "bKGD", "sBIT"])
+def test_damaged_numbers_in_a_png_that_no_pixel_needs_do_no_harm(tmp_path: Path, kind: str) -> None:
+    raw = save(tmp_path / "a.png", picture()).read_bytes()
+    for body, spoilt in ((b"\0", 0), (b"\0\0\xb1\x8f", 1)):  # too short; of a wrong sum
+        name = kind.encode()
+        crc = zlib.crc32(name + body) ^ spoilt
+        (tmp_path / "a.png").write_bytes(
+            raw[:33] + struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc) + raw[33:]
+        )
+        assert np.array_equal(read_rgb(tmp_path / "a.png"), picture())
+
+
 def test_cmyk_palette_grey_alpha_and_one_bit(tmp_path: Path) -> None:
     base = Image.fromarray(picture())
     base.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)

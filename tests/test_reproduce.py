@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from twinspect.cli import app
 from twinspect.commands import reproduce as room
-from twinspect.commands.recipes import RECIPES, Recipe, find_recipe, is_vit
+from twinspect.commands.reproduce import RECIPES, Recipe, find_recipe, is_vit
 from twinspect.commands.results import mean_of
 from twinspect.config import RunConfig
 from twinspect.console import Console

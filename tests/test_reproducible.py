@@ -16,7 +16,7 @@ from tiny import RANDOM_CNN, picture, run_config
 
 from twinspect import Detector
 from twinspect.config import FAMILIES
-from twinspect.training.resume import LOG
+from twinspect.training.loop import LOG
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 STEPS, PIXELS = 8, 64

@@ -243,6 +243,9 @@ def test_list_of_paths(folder: Path) -> None:
     found = errors(f"@{listed}")
     assert list(found) == [str(folder / n) for n in ("b.png", "a/z.png", "none.png", "Z.png")]
     assert [bool(text) for text in found.values()] == [False, False, True, False]
+    inside = save(folder / "lot.zip#1" / "a.png", picture())  # a folder, and no archive
+    listed.write_text(str(inside))
+    assert errors(f"@{listed}") == {str(inside): ""}
     with pytest.raises(DataError, match="no such list: .*none.txt"):
         walk("@none.txt")
     listed.write_text("# nothing\n")
@@ -389,6 +392,11 @@ def test_manifests(folder: Path) -> None:
         assert list(found.values())[:2] == ["", ""]
         assert "points outside" in found["../outside.png"]
         assert "cannot be opened" in found[str(folder / "none.png")]
+    records = [3.0, float("nan")]  # as data frames hold whole numbers where a cell is empty
+    pq.write_table(pa.table({"image": paths[:2], "record": records}), folder / "m.parquet")
+    assert [(one.name, one.record) for one in walk(folder / "m.parquet") if isinstance(one, Item)] == [
+        (f"{folder / 'b.png'}#3", 3), (str(folder / "a/z.png"), None),
+    ]  # fmt: skip
     (folder / "m.csv").write_text("thing\nx\n")
     with pytest.raises(DataError, match="image .* is needed"):
         walk(folder / "m.csv")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from twinspect.commands.diagnose import cutpaste, mixup
 from twinspect.data.painting import part
 from twinspect.decide.conformal import conformal_threshold
-from twinspect.diagnose import cutpaste, mixup
 from twinspect.report import Axis
 
 SIDE, GAP, TEXT = 150, 10, 24

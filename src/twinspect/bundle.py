@@ -94,6 +94,11 @@ def keep_old(path: Path) -> str:
 
 def read_bundle(path: Path) -> BundleContent:
     """Read and verify a bundle; a BundleError where it is damaged, changed, or of another format."""
+    if path.is_dir():
+        raise BundleError(
+            f"{path} is a folder, and a model's file (NAME{SUFFIX}) is needed in its place; the model stands before "
+            f"the images. Make one with: twinspect fit {path} --out model{SUFFIX}"
+        )
     if not path.is_file():
         raise BundleError(
             f"no such bundle: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"

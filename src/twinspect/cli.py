@@ -75,7 +75,9 @@ class Command:
             hint, default = hint | None, None
         text = option.metadata["help"]
         if option.metadata.get("argument"):
-            return _keyword(option.name, default, Annotated[hint, typer.Argument(help=text)])
+            return _keyword(
+                option.name, default, Annotated[hint, typer.Argument(help=text, metavar=option.name.upper())]
+            )
         flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
         flags = ["-o", *flags] if "--out" in flags else flags
         info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
@@ -118,7 +120,7 @@ COMMANDS = (
         shown=("out", "report", "class_name", "overlays", "masks", "coco", "watch", "fail_on", "device", "runtime"),
     ),
     Command(
-        "update", "update:update", of.UpdateOptions, "model.twin false-alarms/",
+        "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/",
         shown=("class_name", "listed", "undo", "out"),
     ),
     Command("drift", "drift:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
@@ -154,7 +156,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(
     name="data",
-    help="Look at data sets, list them in manifests.",
+    help="Show how a data set is read, or write it as a table.",
     epilog="\b\nExample:\n  twinspect data inspect data/",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -152,12 +152,14 @@ class ModelConfig:
     teacher: str = option("Short name, any timm name, or auto.", "auto")
     weights: str = option("Local weights file of the teacher; empty searches the known places on disk.", "")
     pretrained: bool = option(
-        "False builds a random-weight teacher, for tests of shape and speed only.",
+        "Whether the teacher has trained weights; random ones are for tests of shape and speed only.",
         True,
         flag="--pretrained/--random-teacher",
     )
     size: int = option(
-        "Input side in pixels; 0: the teacher's.", 0, accepts=Range(SMALLEST, LARGEST, "the teacher's default")
+        "Side in pixels at which the model looks at pictures, larger for finer defects; 0: the teacher's.",
+        0,
+        accepts=Range(SMALLEST, LARGEST, "the teacher's default"),
     )
     tiles: str = option(
         "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs.", ""
@@ -206,7 +208,7 @@ class ModelConfig:
     )
     temperature: float = option("snl: of the channel term, in spreads of a normal channel.", 1.0, accepts=ABOVE_ZERO)
     affinity_side: int = option(
-        "snl: grid of affinities in an image; memory is its fourth power.", 16, accepts=Range(2)
+        "snl: grid of affinities in an image; memory grows with its fourth power.", 16, accepts=Range(2)
     )
     affinity_map: float = option("snl: weight of the affinity difference map in the map; 0 leaves it out.", 0.0)
 
@@ -331,11 +333,13 @@ class TrainConfig:
     time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
     checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
     tolerate: str = option("Changes of good images that are no anomaly: jpeg, light, shift, separated by commas.", "")
-    holdout: float = option("Share of good images that the students do not see.", 0.2, accepts=Range(0.05, 0.5))
+    holdout: float = option(
+        "Share of good images on which the students are measured, and not trained.", 0.2, accepts=Range(0.05, 0.5)
+    )
     thumbnails: int = option(
         "Longest side of the good images shown beside alarms; 0: none.", 96, accepts=Range(0, 512)
     )
-    drop_outliers: int = option("How many good images to leave out: those least like the others.", 0)
+    drop_outliers: int = option("Leave out so many good images: those least like the others.", 0)
     cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)
 
     def __post_init__(self) -> None:

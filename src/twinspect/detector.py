@@ -96,7 +96,7 @@ class Detector:
 
         from twinspect.data.samples import read_roi
         from twinspect.training.fit import fit
-        from twinspect.training.resume import remove_checkpoint
+        from twinspect.training.loop import remove_checkpoint
 
         train = self.config.train
         steps, seed = train.steps if steps is None else steps, train.seed if seed is None else seed

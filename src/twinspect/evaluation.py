@@ -112,6 +112,10 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     else:
         mask, regions = read_sample_mask(sample, shape), None
         marks = bool(mask.any())
+        if sample.label == 1 and all(edge.all() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
+            raise DataError(
+                f"{names}: marks the whole border of {sample.image}; are good and defect exchanged in it?"
+            )
     if marks and sample.label == 0:
         raise DataError(f"{names}: marks a defect, and {sample.image} is called good")
     if not marks and sample.label == 1:

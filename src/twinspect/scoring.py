@@ -64,12 +64,9 @@ PUBLISHED_MAPS = {
 
 
 def published_map(distances: Sequence[Tensor], size: int, name: str) -> tuple[Tensor, Tensor]:
-    """Map (B x 1 x S x S) and image score (B) as a public code makes them.
+    """Map (B x 1 x S x S) and image score (B) as a public code, a key of `PUBLISHED_MAPS`, makes them.
 
-    Args:
-        distances: 1 - cos of every layer group at every position, B x h x w each.
-        size: side of the model's input in pixels.
-        name: a key of `PUBLISHED_MAPS`.
+    ``distances`` are 1 - cos of every layer group at every position, B x h x w each; ``size`` is the input's side.
     """
     how = PUBLISHED_MAPS[name]
     raised = torch.stack(

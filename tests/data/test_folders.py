@@ -310,6 +310,15 @@ def test_a_list_beside_folders_that_say_all_is_not_missed(tmp_path: Path, name: 
         ("annotations.json", "{}", "annotations.json: it seems to list images, and it is not read"),
         ("labels.xlsx", "PK", "labels.xlsx: it seems to list images"),
         ("labels/000.txt", "0 0.5 0.5 0.1 0.1", "labels: labels that are no pictures are not read, such as 000.txt"),
+        ("Fehlerliste.xlsx", "PK", "Fehlerliste.xlsx: it seems to list images"),
+        ("bad.txt", "./001.png\n", "bad.txt: it seems to list images"),
+        ("labels.txt", "000.png 0\n001.png 1\n", "labels.txt: it seems to list images"),
+        ("run7.csv", "x/000.png;1\nx/001.png;0\n", "run7.csv: it seems to list images"),
+        ("a.csv", "bildname,befund\n000.png,0\n", "a.csv: it seems to list images"),
+        ("labels.yaml", "000.png: 1\n", "labels.yaml: it seems to list images"),
+        ("export.json", '{"images": [{"file_name": "x/000.png"}]}', "export.json: it seems to list images"),
+        ("000.json", "{}", "000.json: 1 of 3 images have such a file, as if for a defect"),
+        ("000.png.xml", "<a/>", "000.png.xml: 1 of 3 images have such a file, as if for a defect"),
     ],
 )
 def test_no_list_is_passed_over(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -320,6 +329,10 @@ def test_no_list_is_passed_over(tmp_path: Path, name: str, content: str, message
 def test_files_that_list_nothing_do_no_harm(tmp_path: Path) -> None:
     own = "path,score,model_id,answer\n000.png,1,x,anomaly\n"
     others = {"results.csv": own, "meta.csv": "image,exposure\n000.png,3\n", "m.train.jsonl": '{"step": 1}\n'}
+    others |= {"readme.txt": "taken on Monday; see x.png", "licence.yaml": "name: MIT"}
+    others |= {
+        f"00{number}.json": '{"exposure_ms": 3, "file": "000.png"}' for number in range(3)
+    }  # one for each image
     assert len(load(tree(tmp_path, **{"{:03d}.png": 3, **others})).samples) == 3
 
 

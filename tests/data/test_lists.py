@@ -242,6 +242,20 @@ def test_cells_of_data_frames(pictures: Path) -> None:
     assert load(tree(pictures / "set", **{"a/train/good": 1, "a/test/bad": 1})).counts["a"].train == 1
 
 
+def test_text_that_parquet_calls_bytes(pictures: Path) -> None:
+    columns = {
+        "class_name": [b"a", b"a", b"b", b"b"],
+        "label": [b"good", b"good", b"bad", None],
+        "group": ["nan"] * 4,
+    }
+    columns |= {"thumbnail": [b"\x89PNG"] * 4, "image": IMAGES}
+    pq.write_table(pa.table(columns), pictures / "m.parquet")
+    samples = load(pictures / "m.parquet").samples
+    assert [(s.class_name, s.label, s.group) for s in samples] == [
+        ("a", 0, ""), ("a", 0, ""), ("b", 1, ""), ("b", None, ""),
+    ]  # fmt: skip
+
+
 def test_images_inside_a_table_are_records(pictures: Path) -> None:
     body = [{"bytes": (pictures / image).read_bytes(), "path": image} for image in IMAGES]
     pq.write_table(pa.table({"image": body, "label": ["OK", "OK", "NG", "OK"]}), pictures / "t.parquet")

@@ -209,4 +209,4 @@ def false_alarms(rule: Rule) -> str:
     if rule.images == 1:
         return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
-    return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
+    return f"about {share}{' in every session' if rule.basis == SESSIONS else ''}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from twinspect.commands import results
-from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks
+from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
@@ -56,9 +56,7 @@ def compare(options: CompareOptions, console: Console) -> None:
     ]
     if results.shows_pictures(options.report) and values["differ"]:
         sections.append(Section("Largest differences", (), (_pictures(values["differ"], predictors, split),)))
-    facts = {
-        "data": f"{split.name} [{split.hash}]", "test images": f"{values['images']}", "seed": f"{options.seed}"
-    }  # fmt: skip
+    facts = {**test_facts(split, values["images"]), "seed": f"{options.seed}"}
     title = f"{paths[0].name} and {paths[1].name}"
     results.publish(Report(title, sections, facts, values), options, console)
     if not values["images"]:

@@ -36,7 +36,7 @@ def inspect(options: InspectOptions, console: Console) -> None:
         console.say("\n".join(values["splits"]))
     if options.leaks:
         pairs = values["leaks"] = [[_named(known), _named(test)] for known, test in find_leaks(loaded.samples)]
-        console.say(f"leak check: {len(pairs):,} pairs of byte-equal images in training and test")
+        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test")
         for known, test in pairs[:10]:
             console.say(f"  {known} = {test}")
         if len(pairs) > 10:

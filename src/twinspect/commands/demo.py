@@ -16,7 +16,7 @@ from twinspect.bundle import refuse_unwritable
 from twinspect.commands import results
 from twinspect.commands.evaluate import AS_GIVEN, again_with, measure, sections, values_of
 from twinspect.commands.options import DemoOptions
-from twinspect.commands.review import Review
+from twinspect.commands.results import Review
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import INDUSTRIAL, Split

@@ -1,21 +1,46 @@
-"""``twinspect diagnose``: which class hides which, as matrices in the terminal, JSON and a report."""
+"""``twinspect diagnose``: cross-class interference, measured without any anomaly.
+
+A model that learnt many classes must still object when one class shows up inside another: two images laid over
+each other (Mixup), or a piece of one pasted into the other (CutPaste). A student that has learnt to reproduce
+everything lets them pass. Both kinds of image are made here from normal images of different classes, scored by any
+predictor, and compared with normal images of the class they were made from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from twinspect import data
 from twinspect.commands import results
 from twinspect.commands.options import DiagnoseOptions
 from twinspect.console import Console
+from twinspect.data.protocols import by_class
+from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import mixed_up
-from twinspect.diagnose import KINDS, Composite, Diagnosis, Plan
-from twinspect.diagnose import diagnose as run
+from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.inference import load
+from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
+from twinspect.metrics import Evaluator
 from twinspect.report import Case, Cases, Report, Section, Table, case_of
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
+MIXUP, CUTPASTE = "mixup", "cutpaste"
+KINDS = (MIXUP, CUTPASTE)
+_WEIGHT = (0.3, 0.5)  # share of the other class in a Mixup image
+_AREA, _ASPECT = (0.02, 0.15), (0.3, 3.3)  # of a pasted piece: share of the image, height over width
+_VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how often another place is tried
+
+# What is measured of every ordered pair of classes, and how a table of it is called.
 _TITLES = {
     "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
     "cutpaste_auroc": "CutPaste: image AUROC of a piece of the column's class pasted into the row's class",
@@ -27,8 +52,216 @@ _TEXT = (
     "A model that knows its classes scores them as anomalous; one in which classes interfere lets them pass. "
     "0.5 is guessing, 1 is certain."
 )
+MEASURES = tuple(_TITLES)
 _HARDEST = 5  # pictures of each kind in a report
 _HIDDEN = 0.9  # AUROC below which a class is said to hide in another
+
+Pixels = NDArray[np.uint8]
+Visit = Callable[["Composite", Result], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """An image made of two classes."""
+
+    kind: str  # mixup or cutpaste
+    base: str  # class whose image it is
+    other: str  # class that intrudes
+    base_image: str  # files it was made from
+    other_image: str
+    rgb: Pixels  # H x W x 3, in the size of the base image
+    mask: NDArray[np.bool_]  # H x W, true where it differs by design: everywhere, or the piece
+    weight: float  # share of the other class under the mask
+    box: tuple[int, int, int, int]  # top, left, height, width of the piece in pixels; the whole image for Mixup
+
+    def row(self) -> dict[str, Any]:
+        """How it was made, as plain values."""
+        names = ("kind", "base", "other", "base_image", "other_image", "weight", "box")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is made: so many images of each kind per ordered pair of classes, against so many normal ones of each."""
+
+    count: int = 8
+    normals: int = 40
+    seed: int = 0
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """What was found."""
+
+    classes: list[str]  # in the order of the matrices
+    splits: dict[str, str]  # class -> split its normal images come from
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # of every ordered pair: base, other and `MEASURES`
+    images: list[dict[str, Any]] = field(default_factory=list)  # how each was made, and its score
+    failed: list[str] = field(default_factory=list)  # normal images that could not be read
+    taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # (class, predicted class) of normal images
+
+    def mean(self) -> dict[str, float]:
+        """Mean of every measure over the pairs."""
+        return {name: float(np.mean([pair[name] for pair in self.pairs])) for name in MEASURES}
+
+    def matrix(self, measure: str) -> list[list[float | None]]:
+        """Values by base (rows) and other (columns); None on the diagonal."""
+        values = {(pair["base"], pair["other"]): float(pair[measure]) for pair in self.pairs}
+        return [[values.get((base, other)) for other in self.classes] for base in self.classes]
+
+    def values(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        taken = sorted(self.taken.items())
+        return {
+            "classes": self.classes, "mean": self.mean(), "pairs": self.pairs, "normal_images_from": self.splits,
+            "failed": self.failed, "images": self.images,
+            "predicted_class": [{"class": c, "predicted": p, "images": count} for (c, p), count in taken],
+        }  # fmt: skip
+
+
+def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
+    """Normal images of every class: of its test split, else of its calibration, else of its training images."""
+    normal = by_class([s for s in samples if s.label in (0, None)])
+    for name in plan.classes:
+        if name not in normal:
+            raise ConfigError(unknown_name("class", name, normal))
+    if plan.classes:
+        normal = {name: normal[name] for name in plan.classes}
+    if len(normal) < 2:
+        raise DataError(
+            f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
+            "interfere needs at least two. Give a data set with one folder per class"
+        )
+    chosen = {}
+    for name, members in normal.items():
+        if len(members) < 2:
+            raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
+        by_split = ([s for s in members if s.split == split] for split in (TEST, CALIBRATION, TRAIN))
+        enough = next((of_split for of_split in by_split if len(of_split) >= 2), members)
+        chosen[name] = enough[: max(plan.normals, plan.count)]
+    return chosen
+
+
+def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], float]:
+    """The other image laid over the base: (image, mask of everything, share of the other image)."""
+    weight = float(rng.uniform(*_WEIGHT))
+    mixed = (1 - weight) * base.astype(np.float32) + weight * _sized(other, base).astype(np.float32)
+    return mixed.round().astype(np.uint8), np.ones(base.shape[:2], bool), weight
+
+
+def cutpaste(
+    base: Pixels, other: Pixels, rng: np.random.Generator
+) -> tuple[Pixels, NDArray[np.bool_], tuple[int, int, int, int]]:
+    """A piece of the other image pasted into the base: (image, mask, box).
+
+    A piece of background on the same background changes nothing and could be found by nobody, so other places are
+    tried until it is visible; after so many tries the most visible one is taken.
+    """
+    source, change = _sized(other, base), -1.0
+    for _ in range(_DRAWS):
+        place, cut = _places(base.shape[0], base.shape[1], rng)
+        moved = float(np.abs(source[cut].astype(np.float32) - base[place]).mean())
+        if moved > change:
+            into, out_of, change = place, cut, moved
+        if change >= _VISIBLE:
+            break
+    image, mask = base.copy(), np.zeros(base.shape[:2], bool)
+    image[into], mask[into] = source[out_of], True
+    rows, columns = into
+    return image, mask, (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+
+
+def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
+    """Where a piece is pasted, and where it is cut."""
+    area = rng.uniform(*_AREA) * rows * columns
+    aspect = float(np.exp(rng.uniform(*np.log(_ASPECT))))
+    height = int(np.clip(round((area * aspect) ** 0.5), 1, rows))
+    width = int(np.clip(round((area / aspect) ** 0.5), 1, columns))
+    tops, lefts = rng.integers(0, rows - height + 1, 2), rng.integers(0, columns - width + 1, 2)
+    return [(slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)]
+
+
+def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
+    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files."""
+    names = base[0].class_name, other[0].class_name
+    rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
+    first, second = (rng.permutation(len(members)) for members in (base, other))
+    for i in range(plan.count):
+        first_sample, second_sample = base[first[i % len(base)]], other[second[i % len(other)]]
+        pixels, weight = (read_sample_rgb(first_sample), read_sample_rgb(second_sample)), 1.0
+        if kind == MIXUP:
+            image, mask, weight = mixup(*pixels, rng)
+            box = (0, 0, *mask.shape)
+        else:
+            image, mask, box = cutpaste(*pixels, rng)
+        yield Composite(kind, *names, first_sample.name, second_sample.name, image, mask, weight, box)
+
+
+def interference(
+    predictor: Predictor, samples: Sequence[Sample], plan: Plan, progress: Progress, visit: Visit | None = None
+) -> Diagnosis:
+    """Score cross-class images against normal ones, for every ordered pair of classes.
+
+    ``visit`` is called with every made image and its result (with map and picture), for reports.
+
+    Raises:
+        DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
+    """
+    chosen = normal_images(samples, plan)
+    diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
+    total = len(chosen) * (len(chosen) - 1)
+    for base, members in chosen.items():
+        normal = _normal_images(predictor, members[: plan.normals], diagnosis)
+        for other in (name for name in chosen if name != base):
+            evaluator = copy.deepcopy(normal)
+            for kind in KINDS:
+                made = list(composites(members, chosen[other], kind, plan))
+                results = predictor.predict(
+                    [composite.rgb for composite in made], maps=True, pixels=visit is not None
+                )
+                for composite, result in zip(made, results, strict=True):
+                    result.path = f"{other} in {base} ({kind}), {composite.base_image}"
+                    if result.error:
+                        raise DataError(f"{result.path}: {result.error}")
+                    # Mixup is everywhere, so its place says nothing.
+                    heat, mask = (result.map, composite.mask) if kind == CUTPASTE else (None, None)
+                    evaluator.update(result.score, 1, base, kind, heat, mask, name=result.path)
+                    diagnosis.images.append({**composite.row(), "score": result.score})
+                    if visit is not None:
+                        visit(composite, result)
+            table = evaluator.compute()
+            by_kind, pixels = table["defects"][base], table["classes"][base]
+            values = (by_kind[MIXUP], by_kind[CUTPASTE], pixels["pixel_auroc"], pixels["aupro"])
+            diagnosis.pairs.append({"base": base, "other": other, **dict(zip(MEASURES, values, strict=True))})
+            progress("cross-class images", len(diagnosis.pairs), total)
+    return diagnosis
+
+
+def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> Evaluator:
+    """What every pair of a class is compared with."""
+    name, evaluator = members[0].class_name, Evaluator()
+    for result in predictor.predict(list(members), maps=True, pixels=False):
+        if result.error:
+            diagnosis.failed.append(f"{result.path}: {result.error}")
+            continue
+        if result.predicted_class in diagnosis.classes:  # a model may know them by other names
+            diagnosis.taken[name, result.predicted_class] += 1
+        evaluator.update(result.score, 0, name, map_HW=result.map, name=result.path)
+    if not evaluator.classes:
+        raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
+    return evaluator
+
+
+def _sized(other: Pixels, base: Pixels) -> Pixels:
+    """An image in the size of another."""
+    height, width = base.shape[:2]
+    if other.shape[:2] == (height, width):
+        return other
+    return np.asarray(Image.fromarray(other).resize((width, height), Image.Resampling.BILINEAR))
+
+
+# ---------------------------------------------------------------------------------------------------- the command
 
 
 def diagnose(options: DiagnoseOptions, console: Console) -> None:
@@ -45,7 +278,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
         passed[made.kind] = sorted(passed[made.kind], key=lambda pair: pair[0])[:_HARDEST]
 
     pictures = results.shows_pictures(options.report)
-    diagnosis = run(predictor, samples, plan, console.progress, visit if pictures else None)
+    diagnosis = interference(predictor, samples, plan, console.progress, visit if pictures else None)
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
     sections = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]

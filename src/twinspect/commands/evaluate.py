@@ -10,19 +10,19 @@ from typing import Any
 from twinspect import evaluation
 from twinspect.commands import results
 from twinspect.commands.options import EvalOptions
-from twinspect.commands.review import Again, Review
+from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
 from twinspect.decide.recalibrate import image_key
 from twinspect.detector import Detector
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import ConfigError, DataError, listed
 from twinspect.evaluation import Evaluation
 from twinspect.inference.predictor import Predictor
 from twinspect.report import Report, Section, Table
 from twinspect.types import TEST, Sample
 
-AS_GIVEN = "test as the data say"
+AS_GIVEN = "labelled test images"
 SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
 
@@ -52,13 +52,12 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
         values["intervals"] = measured.joint.intervals(seed=config.train.seed)
-    console.warn(*remarks(values))
+    console.warn(*unknown_classes(split, predictor.decision.classes), *remarks(values))
     again = again_with(predictor, split) if results.shows_pictures(options.report) else None
     facts = {
-        "split": f"{split.name} [{split.hash}]",
-        "test images": f"{len(measured.rows)}",
+        **test_facts(split, len(measured.rows)),
+        "copies of training images among them": f"{len({tested for _, tested in pairs})}",
         **run_facts(values["config"]),
-        "leaks": f"{len(pairs)} pairs",
     }
     title = f"{options.bundle.name} on {options.data.name}"
     shown = sections(values, review, again)
@@ -116,11 +115,22 @@ def without_leaks(split: Split, pairs: Sequence[Pair]) -> Split:
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
     """One sentence about images on both sides; ``dropped`` says what was done with them, empty for nothing."""
     if not pairs:
-        return "leak check: no test image is byte-equal to a training image"
+        return "leak check: no test image is a copy of a training image"
     count = len({sample for _, sample in pairs})
     first = f"first: {pairs[0][1].image} = {pairs[0][0].image}"
     action = dropped or "they flatter the numbers; --drop-leaks leaves them out"
-    return f"leak check: {count:,} test images are byte-equal to training images ({first}): {action}"
+    return f"leak check: {count:,} test images are copies of training images ({first}): {action}"
+
+
+def unknown_classes(split: Split, known: Sequence[str]) -> list[str]:
+    """A sentence about classes that the model does not know, as where a folder of images has another name."""
+    names = sorted({sample.class_name for sample in split.test} - {*known})
+    if pooled(split) or not names or not known:
+        return []
+    return [
+        f"the model does not know a class {listed(names)}, which is the name of the folder: each image is judged as "
+        f"the class that it looks like most. The model knows {listed(known)}; rename the folder if it is one of these"
+    ]
 
 
 def pooled(split: Split) -> str:
@@ -172,15 +182,21 @@ def remarks(values: Mapping[str, Any]) -> list[str]:
     return [*lines, *values.get("undefined", ())]
 
 
+def test_facts(split: Split, images: int) -> dict[str, str]:
+    """What was tested: numbers of two reports can be compared if these are the same."""
+    which = split.name if split.name == AS_GIVEN else f"test images of {split.name}"
+    return {"tested on": f"{images} {which}", "hash of the data (images, labels, masks)": split.hash}
+
+
 def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
     """What must stand beside the numbers of a trained model; ``config`` has its settings and its record."""
     return {
         "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
         "input size": f"{config['size']}",
-        "steps": f"{config['training']['steps']}",
+        "training steps": f"{config['training']['steps']}",
         "seed": f"{config['train']['seed']}",
-        "mask rule": results.MASK_RULE,
-        "map size": results.MAP_SIZE,
+        "defect pixels of a mask": f"values {results.MASK_RULE}",
+        "maps are measured at": f"the size of the {results.MAP_SIZE}",
     }
 
 
@@ -205,7 +221,7 @@ def decision_tables(values: Mapping[str, Any]) -> Iterator[Table]:
     rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
     if len(rows) > 1:
         rows["mean"] = {**values["mean"], **values["decisions_mean"]}
-    note = "An image is called bad from the threshold of its predicted class on (severity 1)."
+    note = "An image is called bad if its score reaches the threshold of the class that it looks like most."
     shown = [{"class": name, "image AUROC": row.get("image_auroc"), **calls(row)} for name, row in rows.items()]
     if shown:
         yield Table.of("decisions at the thresholds in use", shown, note)

@@ -1,7 +1,12 @@
-"""``twinspect fit``: settings from the dial, a file and options; training; what was learnt, in words."""
+"""``twinspect fit``: settings from the dial, a file and options; training; what was learnt, in words.
+
+``update``: further good images into a bundle; what was learnt is listed, and taken back.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import fields
@@ -9,23 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from twinspect import files
-from twinspect.bundle import Fitted, keep_old, load, save
-from twinspect.commands import results
+from twinspect.bundle import Fitted, keep_old, load, read_bundle, refuse_unwritable, save
 from twinspect.commands.calibrate import threshold_section
 from twinspect.commands.info import outlier_lines
-from twinspect.commands.options import FitOptions
+from twinspect.commands.options import FitOptions, UpdateOptions
+from twinspect.commands.results import checked_model, read_data, warn_of
 from twinspect.config import LARGEST, OF_MACHINE, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.data.protocols import find_split
 from twinspect.data.samples import read_roi
-from twinspect.errors import ConfigError
+from twinspect.errors import BundleError, ConfigError
 from twinspect.inference.tiles import Tiles, reach
 from twinspect.models.weights import explain_auto, resolve_auto
 from twinspect.training.distributed import joined
 from twinspect.training.fit import fit as train
 from twinspect.training.fit import fitting_tiles
-from twinspect.training.resume import LOCK, LOG, leave_work, remove_checkpoint
+from twinspect.training.loop import LOCK, LOG, leave_work, remove_checkpoint
 from twinspect.training.source import features_folder
+from twinspect.training.update import update as learn_more
 
 _COARSE = 2.0  # pixels of a picture that a pixel of the model covers, from which on this is said
 _NO_TERMS = ("steps", "seconds", "stopped")  # entries of a training record that are no loss terms
@@ -36,7 +42,7 @@ def fit(options: FitOptions, settings: Mapping[str, Any], console: Console) -> N
     config, before = configured(options, settings)
     group = joined(config.train.device)
     console.quiet |= not group.leads
-    results.checked_model(options.out, options.out)
+    checked_model(options.out, options.out)
     folder = options.work or options.out.with_name(f"{options.out.name}.work")
     files.refuse_unwritable(folder / LOG, "--work")
     busy = f"another fit is writing {folder} now; wait for it, or take another --out or --work"
@@ -58,7 +64,7 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
             f"no feature cache: {features_folder()} cannot be written ({reason}); training takes longer. Set another "
             "folder with TWINSPECT_HOME"
         )
-    loaded = results.read_data(options.data, options.layout, options.images, console)
+    loaded = read_data(options.data, options.layout, options.images, console)
     split = find_split(loaded.samples, options.split, config.train.seed) if options.split else None
     if split is not None:
         console.say(split.describe())
@@ -75,7 +81,7 @@ def learn(options: FitOptions, config: RunConfig, before: Fitted | None, folder:
 def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -> None:
     """Write the bundle, say what it holds, and clear up."""
     out = options.out
-    results.warn_of(fitted, console)
+    warn_of(fitted, console)
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
     save(fitted, out, options.thin)
@@ -155,3 +161,64 @@ def pixel_lines(record: dict[str, Any], tiles: Tiles) -> Iterator[str]:
         + " or ".join([*finer, f"--size {min(LARGEST, 2 * size)}"])
         + " sees smaller ones"
     )
+
+
+def update(options: UpdateOptions, console: Console) -> None:
+    """Learn the good images of ``new``, or list what was learnt, or take the last of it back."""
+    bundle = options.bundle
+    if (options.new is None) == (not options.listed and not options.undo):
+        raise ConfigError("give a folder of new good images, or --list, or --undo: one of the three")
+    if options.listed:
+        lines = update_lines(read_bundle(bundle).meta["record"])
+        console.say(*(lines or [f"{bundle} has learnt nothing beyond its training"]))
+        return
+    if options.new is None:
+        console.say(_taken_back(bundle))
+        return
+    out = checked_model(options.out, bundle)
+    fitted = load(bundle, options.weights)
+    loaded = read_data(options.new, options.layout, options.images, console)
+    after = learn_more(fitted, loaded.samples, options.class_name or None, console.progress)
+    warn_of(after, console)
+    last, thin = after.record["updates"][-1], bool(read_bundle(bundle).meta["thin"])
+    if out == bundle:
+        before = bundle.with_name(f"{bundle.name}.{len(after.record['updates']) - 1}")
+        refuse_unwritable(before)
+        last["before"] = before.name
+        shutil.copy2(bundle, before)
+    save(after, out, thin)
+    if out == bundle:
+        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
+    console.say(*update_lines({"updates": [last]}), *threshold_section(after.decision).lines())
+    console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+def update_lines(record: dict[str, Any]) -> list[str]:
+    """One line for every update of a model."""
+    lines = []
+    for number, entry in enumerate(record.get("updates", ()), 1):
+        counts = ", ".join(f"{count} of {name}" for name, count in entry["classes"].items())
+        first, more = entry["images"][0], sum(entry["classes"].values()) - 1
+        lines.append(f"{number}. {entry['date']}: {counts} ({first}{f' and {more} more' if more else ''})")
+    return lines
+
+
+def _taken_back(bundle: Path) -> str:
+    """Put the model before the last update into its place."""
+    updates = read_bundle(bundle).meta["record"].get("updates", [])
+    if not updates:
+        raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
+    last = updates[-1]
+    if "before" not in last:
+        raise BundleError(
+            f"the last update of {bundle} was written to a file of its own: the model before it, {last['from']}, is "
+            "the bundle that was updated, and has not changed"
+        )
+    before = bundle.with_name(str(last["before"]))
+    if not before.is_file():
+        raise BundleError(f"{before} is gone, the model before the last update; train again, or copy it back")
+    model_id = read_bundle(before).meta["decision"]["model_id"]
+    if model_id != last["from"]:
+        raise BundleError(f"{before} is model {model_id}, not {last['from']}, which the last update was made from")
+    os.replace(before, bundle)
+    return f"taken back: {update_lines({'updates': [last]})[0].partition(' ')[2]}"

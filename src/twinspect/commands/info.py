@@ -96,7 +96,6 @@ def _card(
         "learnt from": values["learnt from"],
         "training": f"{training['steps']} steps in {training['seconds']} s ({training['stopped']})",
         "seed": str(values["seed"]),
-        "promise": values["promise"],
     }
     sections = [
         Section("Data", (_taught(record, learnt), *outlier_lines(record)), (_classes(record, decision),)),

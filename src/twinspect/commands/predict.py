@@ -14,7 +14,7 @@ from twinspect.inference.bulk import run, say_totals
 from twinspect.inference.job import Job
 
 if TYPE_CHECKING:
-    from twinspect.commands.review import Review
+    from twinspect.commands.results import Review
     from twinspect.inference.result import Result
 
 
@@ -22,8 +22,7 @@ def predict(job: Job, console: Console) -> None:
     """Run a job, with reports if they are asked for."""
     review = None
     if job.report:
-        from twinspect.commands.results import check_outputs
-        from twinspect.commands.review import Review
+        from twinspect.commands.results import Review, check_outputs
 
         check_outputs(job.report)
         if job.share[1] > 1 or is_url(job.out):

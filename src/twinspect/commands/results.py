@@ -1,19 +1,28 @@
-"""What commands share: reading data, outputs that are refused before the work, and reports written after it."""
+"""What commands share: reading data, outputs that are refused before the work, and reports written after it.
+
+A `Review` is shown the rows of a table one by one. It keeps numbers of all images, and names of the few to picture.
+"""
 
 from __future__ import annotations
 
+from array import array
+from bisect import insort
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twinspect import bundle, data
 from twinspect.console import Console
 from twinspect.data import Loaded
 from twinspect.errors import ConfigError, listed
 from twinspect.files import refuse_unwritable, write_text
-from twinspect.metrics import METRICS
-from twinspect.report import FORMATS, Report
+from twinspect.inference.result import Result
+from twinspect.metrics import METRICS, roc_curve
+from twinspect.report import FORMATS, MOST_CHARTS, Cases, Histogram, Report, RocCurve, Section, Table, case_of
 
 if TYPE_CHECKING:
     from twinspect.bundle import Fitted
@@ -103,3 +112,138 @@ def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
         else:
             owners[sentence] = []
     return [f"{listed(owner)}: {text}" if owner else text for text, owner in owners.items()]
+
+
+FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
+_MOST_PICTURES = 6  # pictures of a kind and class
+_UNKNOWN = -1
+# Scores images once more, with map and pixels, by their names.
+Again = Callable[[list[str]], Iterable[Result]]
+
+
+class Review:
+    """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known.
+
+    ``pooled`` is one name for all classes; empty keeps them apart.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), pooled: str = "") -> None:
+        self.pooled, self.errors = pooled, 0
+        self._numbers: dict[str, array[float]] = {}  # by class: score, threshold and label of every image in turn
+        self._shown: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Look at one row; one without a score is counted as an error."""
+        score, threshold = (_number(row.get(name)) for name in ("score", "threshold"))
+        if row.get("error") or not np.isfinite(score):
+            self.errors += 1
+            return
+        name = self.pooled or str(row.get("true_class") or row.get("class_name") or "")
+        label = int(row.get("label", _UNKNOWN))
+        self._numbers.setdefault(name, array("d")).extend((score, threshold, label))
+        for kind, rank in _kinds(score - threshold, label):
+            ranked = self._shown[kind, name]
+            insort(ranked, (rank, str(row["path"])))
+            del ranked[_MOST_PICTURES:]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, sorted."""
+        return sorted(self._numbers)
+
+    def columns(self, *names: str) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Scores, thresholds and labels (-1: unknown) of some classes, or of all images."""
+        parts = [np.asarray(self._numbers[name]) for name in names or self.classes]
+        score, threshold, label = np.concatenate(parts).reshape(-1, 3).T
+        return score, threshold, label.astype(np.int64)
+
+    def other_thresholds(self) -> list[dict[str, Any]]:
+        """What these images would become if every threshold were multiplied by each of `FACTORS`, ready for JSON."""
+        if not self._numbers:
+            return []
+        score, threshold, label = self.columns()
+        rows = []
+        for factor in FACTORS if bool((threshold > 0).all()) else (1.0,):
+            called = score >= factor * threshold
+            counts = {"called": called, "false_alarms": called & (label == 0), "missed": ~called & (label == 1)}
+            rows.append({"factor": factor, **{key: int(mask.sum()) for key, mask in counts.items()}})
+        return rows
+
+    def answers(self) -> Table:
+        """Images and how many of them are called anomalous, by class and (of several) of all."""
+        parts = {name: (name,) for name in self.classes} | ({"all": ()} if len(self.classes) > 1 else {})
+        rows = []
+        for name, names in parts.items():
+            score, threshold, _ = self.columns(*names)
+            called = int((score >= threshold).sum())
+            rows.append((name, len(score), called, f"{100 * called / len(score):.1f}"))
+        return Table("answers", ("class", "images", "called anomalous", "%"), tuple(rows))
+
+    def sections(self, again: Again | None) -> list[Section]:
+        """Other thresholds, scores and ROC curves, and the pictures that matter, if ``again`` scores images anew."""
+        if not self._numbers:
+            return []
+        words = "A threshold chosen from this table does better on these images than on others: they chose it."
+        shown = [Section("Other thresholds", (words,), (self._threshold_table(),), printed=False)]
+        if again is not None and self._shown:
+            shown.append(Section("Pictures", (), tuple(self._pictures(again))))
+        charts = tuple(chart for name in self.classes[:MOST_CHARTS] for chart in self._charts(name))
+        more = len(self.classes) - MOST_CHARTS
+        text = (f"{more} more classes are not drawn.",) if more > 0 else ()
+        return [*shown, Section("Scores", text, charts, printed=False)]
+
+    def _threshold_table(self) -> Table:
+        _, _, label = self.columns()
+        good, bad = int((label == 0).sum()), int((label == 1).sum())
+        counted = {"false alarms": ("false_alarms", good), "missed": ("missed", bad)}
+        if not good + bad:
+            counted = {"called anomalous": ("called", len(label))}
+        rows = []
+        for row in self.other_thresholds():
+            cells = {"threshold": f"{row['factor']:g} x{' (in use)' if row['factor'] == 1 else ''}"}
+            for words, (key, total) in counted.items():
+                if total:
+                    cells |= {words: f"{row[key]} of {total}", f"{words}, %": f"{100 * row[key] / total:.1f}"}
+            rows.append(cells)
+        return Table.of("every threshold multiplied", rows)
+
+    def _pictures(self, again: Again) -> Iterator[Cases]:
+        names = list(dict.fromkeys(name for ranked in self._shown.values() for _, name in ranked))
+        results = {result.path: result for result in again(names) if not result.error}
+        for (kind, name), ranked in sorted(self._shown.items()):
+            shown = [results[path] for _, path in ranked if path in results]
+            if shown:
+                title = f"{kind}: {name}" if len(self._numbers) > 1 else kind
+                yield Cases(title, tuple(case_of(result, name) for result in shown), shown[0].scale)
+
+    def _charts(self, name: str) -> Iterator[Histogram | RocCurve]:
+        score, threshold, label = self.columns(name)
+        kinds = {"good": 0, "defects": 1, "images": _UNKNOWN}
+        groups = {kind: score[label == value] for kind, value in kinds.items() if (label == value).any()}
+        yield Histogram(f"Scores: {name}", "score", groups, float(np.median(threshold)))
+        if {"good", "defects"} <= groups.keys():
+            known = label != _UNKNOWN
+            alarms, hits, _ = roc_curve(score[known], label[known])
+            called = score >= threshold
+            in_use = (float(called[label == 0].mean()), float(called[label == 1].mean()))
+            yield RocCurve(f"ROC: {name}", alarms, hits, in_use)
+
+
+def _kinds(margin: float, label: int) -> Iterator[tuple[str, float]]:
+    """Under which headings a picture is worth showing, with its rank there: the lowest come first."""
+    if label == _UNKNOWN:
+        if margin >= 0:
+            yield "Called anomalous, strongest first", -margin
+        yield "Nearest to the threshold", abs(margin)
+    elif label == 0 and margin >= 0:
+        yield "False alarms, worst first", -margin
+    elif label == 1 and margin < 0:
+        yield "Missed defects, worst first", margin
+    elif label == 1:
+        yield "Defects found, clearest first", -margin
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value in (None, "") else float(value)

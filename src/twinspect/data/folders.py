@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from twinspect.data.manifest import is_label_table
+from twinspect.data.manifest import is_label_table, path_column
 from twinspect.data.masks import Place, masks_among, match
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_file
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog
+from twinspect.data.tables import SUFFIXES, text_columns
 from twinspect.errors import DataError, listed
+from twinspect.files import open_text
 from twinspect.types import CALIBRATION, SPLITS, TEST, TRAIN, Sample
 
 LOGICAL, STRUCTURAL = "logical_anomalies", "structural_anomalies"
@@ -28,7 +30,12 @@ MVTEC_AD, MVTEC_AD_2, MVTEC_LOCO, FOLDER = "mvtec-ad", "mvtec-ad-2", "mvtec-loco
 # Names of which one means good, and nobody can tell which.
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
 _UNCLEAR = frozenset("true false positive positives negative negatives pos neg".split())
-_LIST_SUFFIXES = frozenset(".json .jsonl .xml .xlsx .xls .ods".split())  # lists that are not read
+_SPREADSHEETS = frozenset(".xlsx .xls .ods".split())
+_LIST_SUFFIXES = _SPREADSHEETS | {".json", ".jsonl", ".xml"}  # lists that are not read
+_TEXTS = frozenset(".json .jsonl .xml .yaml .yml .csv .tsv .txt .lst".split())
+_SIDECARS = frozenset(".json .xml .txt .yaml .yml".split())  # 000.json beside 000.png
+_IMAGE_NAME = re.compile(r"""[^\s,;:|/\\"'<>=]+\.(?:png|jpe?g|bmp|tiff?|webp|gif)\b""", re.IGNORECASE)
+_LIST_HEAD = 1 << 16  # characters of a text file in which names of images are looked for
 _LIST_WORDS = frozenset("label labels annotation annotations manifest meta train test val split gt coco".split())
 
 
@@ -130,7 +137,9 @@ def _refuse_pair(place: Path, folders: Sequence[Folder]) -> None:
 def _speaks(sub: Folder, beside: Sequence[Folder]) -> bool:
     """Whether the name of a folder says what is in it, and does not only name a product, as test_tube does."""
     meant = sub.meant
-    if meant.role in (BAD, MASK) and any(part.meant.split == TRAIN and _holds_good(part) for part in sub.folders):
+    if meant.role in (BAD, MASK, UNSORTED) and any(
+        part.meant.split == TRAIN and _holds_good(part) for part in sub.folders
+    ):
         return False  # a product: label/train/good
     if not meant.says or meant.role in (BAD, MASK, UNSORTED) or not meant.rest or meant.plain:
         return meant.says
@@ -195,7 +204,7 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
                 raise
             log.leave(product.path, str(error))
             continue
-        if reader.assumed:
+        if reader.assumed and product.meant.role != GOOD:
             assumed[product.name] = reader.assumed
     if len(classes) > 1:
         _report_lists(_unread_lists(root), bool(assumed), log)
@@ -322,13 +331,37 @@ def _kind(place: Place) -> str:
 
 def _unread_lists(folder: Folder) -> Iterator[tuple[Path, str]]:
     """Files directly in a folder that may say which images are good, and what to do if they shall."""
+    advice = "and it is not read; a CSV with the columns image, label would be"
+    stems = {name for image in folder.images for name in (image.stem, image.name)}
+    beside = [path for path in folder.others if path.suffix.lower() in _SIDECARS and path.stem in stems]
+    if 0 < len(beside) < len(folder.images):  # one for every image says no more than when and how it was taken
+        yield (
+            beside[0],
+            f"{len(beside)} of {len(folder.images)} images have such a file, as if for a defect, {advice}",
+        )
     for path in folder.others:
         words = set(re.findall(r"[a-z]+", path.stem.lower()))
-        log_of_training = path.name.endswith(".train.jsonl")
-        if path.suffix.lower() in _LIST_SUFFIXES and words & _LIST_WORDS and not log_of_training:
-            yield path, "it seems to list images, and it is not read; a CSV with the columns image, label would be"
-        elif is_label_table(path):
+        named = words & _LIST_WORDS or (path.suffix.lower() in _SPREADSHEETS and meaning(path.stem).says)
+        if path in beside or path.name.endswith(".train.jsonl"):
+            continue
+        if is_label_table(path):
             yield path, f"a table of labels; to read it, give it in place of the folder: {path}"
+        elif (path.suffix.lower() in _LIST_SUFFIXES and named) or _names_images(path, folder):
+            yield path, f"it seems to list images, {advice}"
+
+
+def _names_images(path: Path, folder: Folder) -> bool:
+    """Whether a text file names images that lie in or below its folder, and is no table of something else of them."""
+    if path.suffix.lower() not in _TEXTS:
+        return False
+    try:
+        if path.suffix.lower() in SUFFIXES and path_column(text_columns(path)):
+            return False
+        with open_text(path, "replace") as file:
+            names = set(_IMAGE_NAME.findall(file.read(_LIST_HEAD)))
+    except DataError:
+        return False
+    return bool(names) and any(image.name in names for image in folder.images_below(ScanLog()))
 
 
 def _report_lists(lists: Iterable[tuple[Path, str]], decides: bool, log: ScanLog) -> None:

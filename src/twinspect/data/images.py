@@ -48,6 +48,8 @@ _BLOCK = 1 << 22  # values that become 8 bits at a time
 _RINGING = 8  # of 255: what black becomes at most in a format that changes values
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
+# Of a PNG that cannot be opened, these go as well: no pixel depends on them.
+_PNG_NUMBERS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"pHYs", b"tIME", b"bKGD", b"hIST", b"sPLT", b"sBIT")
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
@@ -287,7 +289,11 @@ def _is_misread(image: Image.Image) -> bool:
 
 
 def _without_notes(raw: bytes, longest: int) -> bytes:
-    """A PNG without colour profile and texts of more than ``longest`` bytes, of which Pillow refuses the largest."""
+    """A PNG without colour profile and texts of more than ``longest`` bytes, of which Pillow refuses the largest.
+
+    With 0, all that Pillow may stumble over and no pixel needs is left out.
+    """
+    left_out = _PNG_NOTES if longest else _PNG_NOTES + _PNG_NUMBERS
     if raw[:8] != _PNG:
         return raw
     chunks, place = [_PNG], 8
@@ -295,7 +301,7 @@ def _without_notes(raw: bytes, longest: int) -> bytes:
         length = int.from_bytes(raw[place : place + 4], "big")
         kind, start, end = raw[place + 4 : place + 8], place + 8, place + 12 + length
         turns = longest > 0 and raw[start : start + 17] in (b"Raw profile type ", b"XML:com.adobe.xmp")
-        if kind not in _PNG_NOTES or length <= longest or turns:
+        if kind not in left_out or (0 < longest >= length) or turns:
             chunks.append(raw[place:end])
         place = end
     return b"".join(chunks) if sum(map(len, chunks)) < len(raw) else raw

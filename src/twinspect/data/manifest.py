@@ -279,17 +279,17 @@ class _RowReader:
             defect_type=(self._text(row, "defect_type") or kind) if label != 0 else "",
             masks=tuple(masks),
             group=self._text(row, "group"),
-            record=_record(record, where),
+            record=record_number(record, where),
         )
         return sample, missing
 
     def _text(self, row: Row, ours: str) -> str:
         cell = row.get(self._names.get(ours, ""))
-        if cell is None or cell != cell or (ours in ("split", "defect_type") and is_empty(cell)):
+        if cell is None or cell != cell or (ours in ("split", "defect_type", "group") and is_empty(cell)):
             return ""
         if isinstance(cell, float) and cell.is_integer():
             cell = int(cell)  # whole numbers become floats where cells of their column are empty
-        return (cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell)).strip()
+        return str(cell).strip()
 
     def _judged(self, cell: Any, where: str) -> tuple[int | None, str]:
         """Label by a cell of the column that judges, and the kind of defect if the cell names one."""
@@ -310,13 +310,16 @@ class _RowReader:
         if masks:
             return int(marks_a_defect(masks) is not False)
         folders = image.parent.relative_to(self._base).parts if image.is_relative_to(self._base) else ()
+        if self._predicted:
+            folders = folders[-2:]  # further up, they are those of projects and disks: /scratch
         role = role_of(folders) or meaning_of_file(image.name).role
         if role == MASK:
             raise DataError(f"{where}: {image} is a mask by its name, and is listed as an image")
         return {GOOD: 0, BAD: 1, UNSORTED: None, "": 0 if split != TEST else None}[role]
 
 
-def _record(cell: Any, where: str) -> int | None:
+def record_number(cell: Any, where: str) -> int | None:
+    """Position in a container file that a cell names, also as a float; None where it is empty."""
     if is_empty(cell):
         return None
     text = str(cell).strip().removesuffix(".0")

@@ -51,6 +51,8 @@ _BAD_START = re.compile(r"defe[ck]t|anomal(?!ib)|fehler|schlecht|ausschuss|mange
 _GLUED_NOT = ("un", "non", "not", "no", "nicht")
 _FREE = ("free", "less", "frei")
 _TURNED = {GOOD: BAD, BAD: GOOD}
+# Often written letter by letter. German i.O., n.i.O.: "in Ordnung", "nicht in Ordnung".
+_SPELLED = {"io": GOOD, "ok": GOOD, "nio": BAD, "nok": BAD, "ng": BAD, "ko": BAD}
 _LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # they are not composed
 _WORD = re.compile(r"\d+|[a-z]+|[^\W\d_a-z]+")  # Latin letters end where others begin: NG品
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -124,8 +126,8 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     split = split or known.splits.get(key(name), "")  # held-out
     if anywhere := next((role for role, texts in known.anywhere if any(text in name for text in texts)), ""):
         roles_seen.add(anywhere)
-    if key(name) in ("io", "nio"):  # i.O. and n.i.O.: "in Ordnung", "nicht in Ordnung"
-        roles_seen, rest = {GOOD if key(name) == "io" else BAD}, []
+    if spelled := _SPELLED.get(key(name)):
+        roles_seen, rest = {spelled}, []
     both = {GOOD, BAD} <= roles_seen and MASK not in roles_seen  # good_bad, ok-nok: holds either
     plain = _is_plain(rest)
     if rest and not plain and not split:

@@ -51,9 +51,10 @@ class Split:
     def describe(self) -> str:
         """One line with name, hash and counts, to print beside the numbers."""
         normal = sum(sample.label == 0 for sample in self.test)
+        anomalous = len(self.test) - normal
         return (
-            f"{self.name} [{self.hash}]: {len(self.train):,} train, {len(self.calibration):,} calibration, "
-            f"{len(self.test):,} test ({normal:,} normal, {len(self.test) - normal:,} anomalous)"
+            f"{self.name} (hash {self.hash}): {len(self.test):,} to test ({normal:,} good, {anomalous:,} anomalous), "
+            f"{len(self.train):,} to train, {len(self.calibration):,} to calibrate"
         )
 
 

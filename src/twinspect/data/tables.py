@@ -54,10 +54,24 @@ def parts_in(folder: Path) -> list[Path]:
 
 
 def text_columns(path: Path) -> list[str]:
-    """As `table_columns`, without those that hold bytes, such as encoded images."""
+    """As `table_columns`, without those that hold encoded images or other bytes that are no text."""
     if path.suffix.lower() != ".parquet":
         return table_columns(path)
-    return [name for name, kind in parquet_columns(path).items() if "binary" not in kind]
+    kinds = parquet_columns(path)
+    return [name for name, kind in kinds.items() if "binary" not in kind or _holds_text(path, name)]
+
+
+def _holds_text(path: Path, column: str) -> bool:
+    """Whether a column of bytes holds text, as programs write it that do not say so in Parquet (Spark's binary)."""
+    with _parquet_errors(path):
+        import pyarrow.parquet as pq
+
+        for batch in pq.ParquetFile(path).iter_batches(1, columns=[column]):  # images are large: one at a time
+            if cell := batch.to_pylist()[0][column]:
+                with suppress(AttributeError, UnicodeDecodeError):  # AttributeError: of Hugging Face's pairs
+                    return bool(cell.decode().isprintable())
+                return False
+    return False
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
@@ -91,7 +105,10 @@ def table_rows(path: Path) -> list[tuple[str, Row]]:
 
     Images that a Parquet file holds itself become records of it.
     """
-    rows = list(read_table(path, text_columns(path)))
+    rows = [
+        {name: cell.decode("utf-8", "replace") if isinstance(cell, bytes) else cell for name, cell in row.items()}
+        for row in read_table(path, text_columns(path))
+    ]
     if not rows:
         raise DataError(f"{path}: holds no row")
     kinds = parquet_columns(path) if path.suffix.lower() == ".parquet" else {}

@@ -53,11 +53,7 @@ def p_values(score_N: Floats | float, calibration_M: Floats) -> Floats:
 
 
 def checked_rate(rate: float, option: str = "--max-fpr") -> float:
-    """The rate itself.
-
-    Raises:
-        ConfigError: outside (0, 1).
-    """
+    """The rate itself; a ConfigError outside of (0, 1)."""
     if not 0.0 < rate < 1.0:
         raise ConfigError(f"{option} {rate}: accepted a rate between 0 and 1, such as 0.01")
     return rate
@@ -69,11 +65,7 @@ def images_needed(max_fpr: float) -> int:
 
 
 def refuse_unsupported(count: int, max_fpr: float, option: str = "--max-fpr") -> None:
-    """Refuse a budget that this many good images cannot support.
-
-    Raises:
-        ConfigError: says how many are needed, and what these support.
-    """
+    """Refuse, by a ConfigError, a budget that so many good images cannot support; it says which they can."""
     needed, lowest = images_needed(max_fpr), math.ceil(1e4 / (count + 1)) / 1e4
     if count < needed:
         raise ConfigError(
@@ -86,11 +78,8 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     """Lowest threshold whose false-alarm rate on exchangeable good images is at most ``max_fpr``.
 
     With fewer than 1 / max_fpr - 1 images the budget cannot be promised: the threshold is then put just
-    above the largest calibration score, ``guaranteed`` is False and the sentence says what is promised.
-
-    Raises:
-        ConfigError: a budget outside (0, 1).
-        DataError: no scores, or one that is not finite.
+    above the largest calibration score, ``guaranteed`` is False and the sentence says what is promised. No scores, or
+    one that is not finite, raise a DataError.
     """
     needed = images_needed(max_fpr)
     scores = np.sort(np.asarray(calibration_M, dtype=np.float64))
@@ -104,7 +93,7 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
     share = f"{100 * max_fpr:g} %"
     if allowed >= 0:
-        sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
+        sentence = f"from {count} good images: about {share} of the next ones, taken like these, will be called bad"
     elif count == 1:
         sentence = f"from 1 good image: nothing is promised; for {share} at least {needed} are needed"
     else:
@@ -121,11 +110,8 @@ def labelled_threshold(
     """Threshold chosen on labelled images by a rule of `config.RULES`.
 
     It lies half-way to the next lower score; ``max_fpr`` is the share of labelled good images that it calls bad.
-    ``miss_cost`` is the cost of a missed defect, where a false alarm costs 1 (``min-cost`` only).
-
-    Raises:
-        ConfigError: a cost that is not positive.
-        DataError: not both kinds, or a score that is not finite.
+    ``miss_cost`` is the cost of a missed defect, where a false alarm costs 1 (``min-cost`` only). A cost that is not
+    positive raises a ConfigError; a DataError, if not both kinds are there, or a score is not finite.
     """
     if not (miss_cost > 0 and math.isfinite(miss_cost)):
         raise ConfigError(f"--miss-cost {miss_cost:g}: accepted a number above 0 (a false alarm costs 1)")
@@ -183,10 +169,7 @@ def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
 class GoodScores:
     """Good images that thresholds are made from: an array for each column, a place for each image.
 
-    Numbers that are not known are NaN, texts are empty.
-
-    Raises:
-        ValueError: columns of different lengths.
+    Numbers that are not known are NaN, texts are empty. Columns of different lengths raise a ValueError.
     """
 
     score: Floats  # joint score
@@ -212,7 +195,7 @@ class GoodScores:
         return len(self.score)
 
     def columns(self) -> list[NDArray[Any]]:
-        """All columns, in the order of the fields."""
+        """In the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
 
     def take(self, chosen: NDArray[Any]) -> GoodScores:
@@ -310,8 +293,10 @@ class Rule:
         parts = [self.image.sentence]
         if self.unsure is not None:
             parts.append(f"called bad or unsure: {self.unsure.sentence}")
-        if self.region is not None and (self.region.max_fpr != self.image.max_fpr or not self.region.guaranteed):
-            parts.append(f"with a region: {self.region.sentence}")
+        region = self.region
+        if region is not None and (region.max_fpr != self.image.max_fpr or not region.guaranteed):
+            same = region.sentence == self.image.sentence
+            parts.append("the same holds for regions" if same else f"with a region: {region.sentence}")
         return "; ".join(parts)
 
 

@@ -25,7 +25,7 @@ ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """What a decision says about one image; see `Result` for the meaning of the fields."""
 
     class_name: str
@@ -84,7 +84,7 @@ class Decision:
 
     def judge(
         self, score: float, cluster: int, distance: float = float("nan"), class_name: str | None = None
-    ) -> Verdict:
+    ) -> Judgement:
         """The answer for one image.
 
         Its class is that of its nearest cluster where it is not given; the distance to that may be NaN.
@@ -97,7 +97,7 @@ class Decision:
             class_p, unknown = float(p_values(distance, near.distances)), distance >= near.far.value
         unsure = rule.unsure.value if rule.unsure is not None else float("nan")
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
-        return Verdict(
+        return Judgement(
             class_name or predicted, predicted, class_p, unknown, rule.p_value(score), rule.image.value, unsure,
             answer, rule,
         )  # fmt: skip
@@ -108,11 +108,7 @@ class Decision:
         return name, self.thumbnails[place] if name and place < len(self.thumbnails) else b""
 
     def checked_class(self, class_name: str | None) -> str | None:
-        """The class itself.
-
-        Raises:
-            ConfigError: it is not one that the bundle knows.
-        """
+        """The class itself; a ConfigError for one that the bundle does not know."""
         if class_name is not None and class_name not in self.classes:
             raise ConfigError(unknown_name("class", class_name, self.classes))
         return class_name
@@ -138,11 +134,7 @@ class Decision:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
-        """Rebuild from a bundle's JSON; thresholds are computed again from the calibration scores.
-
-        Raises:
-            BundleError: values that no decision has.
-        """
+        """Rebuild from a bundle's JSON; thresholds are computed again. Values that none has raise a BundleError."""
         try:
             (low, high), (rows, columns) = values["map_scale"], values["tiles"]
             decision = cls(

@@ -64,11 +64,7 @@ class Scored:
 
 
 def good_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """Good images to calibrate with: those of the set's own calibration split, else of its training split.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Good images to calibrate with: those of the set's own calibration split, else of its training split."""
     normal = [s for s in samples if s.split != TEST and s.label in (0, None)]
     held = [s for s in normal if s.split == CALIBRATION]
     good = held or [s for s in normal if s.split == TRAIN]
@@ -83,11 +79,7 @@ def score_images(
     """Score good or labelled images for calibration.
 
     Their class is ``class_name``; where it is None, the data's if the bundle knows it, else the predicted.
-    Sub-folders of ``root`` are sessions where the data name none.
-
-    Raises:
-        ConfigError: a class that the bundle does not know.
-        DataError: a score that is not finite.
+    Sub-folders of ``root`` are sessions where the data name none. A score that is not finite raises a DataError.
     """
     known = set(predictor.decision.classes)
     rows, names, labels, failed = [], [], [], []
@@ -123,10 +115,7 @@ def recalibrate(
     """A new decision of the same model, and sentences on what was done and what looks wrong.
 
     ``scored`` are good images (None keeps those there are), ``labelled`` good and bad ones that choose thresholds.
-
-    Raises:
-        ConfigError: a budget that the number of images cannot support, or no sessions to go by.
-        DataError: too few images.
+    Raises a ConfigError for a budget that so few images cannot support, a DataError for too few images.
     """
     name = decision.checked_class(request.class_name)
     notes: list[str] = []
@@ -242,11 +231,7 @@ def _fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list
 
 
 def sessions(decision: Decision) -> list[dict[str, Any]]:
-    """Leave-one-session-out: every session of a class against a threshold from the other sessions.
-
-    Returns:
-        One row a session: ``class_name``, ``group``, ``images``, and how many of them would be ``called`` bad.
-    """
+    """Leave-one-session-out: how many images of a session a threshold from the others would call bad; a row each."""
     rows: list[dict[str, Any]] = []
     for class_name in decision.classes:
         good = decision.good.take(decision.good.of_class(class_name))

@@ -201,6 +201,8 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     settings = _settings(job)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
+        if note := say_of_before(job, store):
+            console.warn(note)
         seen = _keep_parts(job, store, files, console, totals)
         if job.coco:
             write_coco(lambda: store.coco_lines(seen), Path(job.coco))
@@ -213,6 +215,15 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
         for row in read_table(Path(job.out), errors="surrogateescape"):
             visit(row)
     return totals
+
+
+def say_of_before(job: Job, store: PartStore) -> str:
+    """Whether this run goes on with an earlier one or replaces its table; empty where nothing is there."""
+    if rows := sum(part.rows for part in store.known.values()):
+        return (
+            f"{job.out}: an earlier run scored {counted(rows, 'image')}; going on with the others (--restart: anew)"
+        )
+    return f"{job.out} is there already: this run replaces it" if os.path.isfile(job.out) else ""
 
 
 def store_of(job: Job) -> PartStore:

@@ -20,7 +20,7 @@ from typing import Any
 
 from twinspect import files
 from twinspect.data.images import is_image
-from twinspect.data.manifest import path_column
+from twinspect.data.manifest import path_column, record_number
 from twinspect.data.scan import inside, is_hidden
 from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
@@ -305,19 +305,18 @@ def _table(path: Path) -> Files:
 
 def _manifest(rows: Iterable[dict[str, Any]], column: str, path: Path) -> Iterator[Item]:
     for number, row in enumerate(rows, start=1):
-        text, record = str(row.get(column) or ""), row.get("record")
+        text, where = str(row.get(column) or ""), f"{path} row {number}"
         try:
-            file = str(inside(path.parent, text, f"{path} row {number}"))
+            file, record = str(inside(path.parent, text, where)), record_number(row.get("record"), where)
         except DataError as error:
             yield Item(text, error=str(error))
             continue
-        known = record is not None and str(record).isdecimal()
-        yield Item(f"{file}#{record}", file, record=int(str(record))) if known else Item(file, file)
+        yield Item(file, file) if record is None else Item(f"{file}#{record}", file, record=record)
 
 
 def by_name(name: str) -> Item:
     """The image that a row of results calls so, also inside an archive, a video or a table."""
-    if match := _MEMBER.search(name):
+    if (match := _MEMBER.search(name)) and not os.path.lexists(name):
         images = Stream(name[: match.end() - 1]).items()
         return next((image for image in images if image.name == name), Item(name, error=f"{name}: not in the file"))
     file, mark, record = name.rpartition("#")

@@ -158,7 +158,7 @@ class Evaluator:
         notes = [note for name in names for note in self._notes(name, pixels[name])]
         if self.pixel and names and not any(pixels.values()):
             notes = [note for note in notes if "no pixel metrics" not in note]
-            notes.append("no defect masks with score maps were given: image metrics only")
+            notes.append("no mask marks the defects: metrics of images only, none of pixels")
         notes += [
             f"mean of {metric} is over the {len(values)} of {len(names)} classes where it is defined"
             for metric, values in columns.items()
@@ -192,9 +192,9 @@ class Evaluator:
     def _notes(self, name: str, summary: PixelSummary | None) -> list[str]:
         images, notes = self.classes[name].images, []
         if len({image.label for image in images}) == 1:
-            kind, lacking = ("anomalous", "good test images") if images[0].label else ("normal", "defects")
+            kind, lacking = ("defects", "good test images") if images[0].label else ("good", "defects")
             notes.append(
-                f"{name}: image metrics are undefined, all {len(images)} images are {kind}; they need {lacking} too"
+                f"{name}: no AUROC and the like, as all {len(images)} images are {kind}; they need {lacking}, too"
             )
         if not self.pixel:
             return notes

@@ -32,65 +32,38 @@ GREY = 127.0  # of 255, in the place of pixels that are not looked at
 
 
 class Observed(NamedTuple):
-    """What is kept of the teacher's answer.
+    """What is kept of the teacher's answer."""
 
-    Attributes:
-        maps: the kept maps (see `Selection`), B x D x h x w each.
-        coarse: the maps of a view of half the side (CNN only), which sees what is large.
-        tokens: all global tokens joined, raw, of one or two views: B x E each.
-        embedding_BF: what the teacher's own classifier would see.
-        prefix_BMPD: class and register tokens of the kept maps, averaged as the maps are. No maps and no tokens
-            (B x 0 x 0 x 0) for a CNN.
-    """
-
-    maps: tuple[Tensor, ...]
-    coarse: tuple[Tensor, ...]
-    tokens: tuple[Tensor, ...]
-    embedding_BF: Tensor
-    prefix_BMPD: Tensor
+    maps: tuple[Tensor, ...]  # the kept ones (see `Selection`), B x D x h x w each
+    coarse: tuple[Tensor, ...]  # those of a view of half the side (CNN only), which sees what is large
+    tokens: tuple[Tensor, ...]  # all global tokens joined, raw, of one or two views: B x E each
+    embedding_BF: Tensor  # what the teacher's own classifier would see
+    prefix_BMPD: Tensor  # class and register tokens, averaged as the maps are; B x 0 x 0 x 0 for a CNN
 
 
 Batches = Callable[[], Iterable[tuple[Observed, Tensor]]]  # (teacher's answer, shrunk pixels) of some images
 
 
 class Plain(NamedTuple):
-    """What a family's students say without any further statistics.
+    """What a family's students say without any further statistics."""
 
-    Attributes:
-        map_Bhw: anomaly map, as coarse as it is.
-        local_BR: readings of what sees small defects.
-        semantic_BR: readings of what sees wrong scenes; none (B x 0) in a family without a semantic student.
-    """
-
-    map_Bhw: Tensor
-    local_BR: Tensor
-    semantic_BR: Tensor
+    map_Bhw: Tensor  # anomaly map, as coarse as it is
+    local_BR: Tensor  # readings of what sees small defects
+    semantic_BR: Tensor  # of what sees wrong scenes; B x 0 in a family without a semantic student
 
 
 class Outputs(NamedTuple):
-    """What the model says about a batch; higher is more anomalous.
+    """What the model says about a batch; higher is more anomalous."""
 
-    Attributes:
-        map_B1HW: anomaly map at a quarter of the input side: in standard deviations of good images, or the students'
-            own distances when scoring is plain.
-        score_B: joint score, the surprise in nats of the Noisy-OR.
-        score_local_B, score_semantic_B: what sees small defects and what sees wrong scenes, each alone, in standard
-            deviations above the mean of good images.
-        cluster_B: index of the nearest cluster.
-        cluster_distance_B: how far the whole image is from that cluster; large means that it shows none of the kinds
-            of image that the model knows.
-        readings_BR: raw readings that the scores are made of, local ones first; see `Scorer`.
-        nearest_B: place of the most similar good image in the bank (see `NearestImages`); 0 when scoring is plain.
-    """
-
+    # At a quarter of the input side: standard deviations of good images, or the students' own distances (plain).
     map_B1HW: Tensor
-    score_B: Tensor
-    score_local_B: Tensor
-    score_semantic_B: Tensor
-    cluster_B: Tensor
-    cluster_distance_B: Tensor
-    readings_BR: Tensor
-    nearest_B: Tensor
+    score_B: Tensor  # joint score, the surprise in nats of the Noisy-OR
+    score_local_B: Tensor  # what sees small defects alone, in standard deviations above the mean of good images
+    score_semantic_B: Tensor  # the same of what sees wrong scenes
+    cluster_B: Tensor  # index of the nearest cluster
+    cluster_distance_B: Tensor  # of the whole image from it; large: it shows no kind of image that is known
+    readings_BR: Tensor  # raw, what the scores are made of, local ones first; see `Scorer`
+    nearest_B: Tensor  # place of the most similar good image (see `NearestImages`); 0 when scoring is plain
 
 
 class Selection(nn.Module):
@@ -98,25 +71,18 @@ class Selection(nn.Module):
 
     CNN: every level, and a coarse view of half the side with the last levels of stride 16 and 32. ViT: its levels
     averaged in ``parts`` parts (Dinomaly: two).
-
-    Attributes:
-        levels: members of every map, as indices of the teacher's levels.
-        channels, map_sides: of every map.
-        coarse_levels, coarse_channels, coarse_sides: of every map of the coarse view.
-        prefix_shape: M x P x D of the kept class and register tokens; zeros for a CNN.
-        shrinks: factors by which the views are smaller that tokens are taken of.
-        coarse_shrink: the same for the coarse maps; 0 without.
     """
 
     def __init__(self, info: BackboneInfo, size: int, parts: int) -> None:
         super().__init__()
         vit, count = info.kind == "vit", len(info.channels)
+        # Members of every map, as indices of the teacher's levels.
         self.levels = _parts(count, parts) if vit else [[i] for i in range(count)]
         self.map_sides = [-(-size // info.strides[members[0]]) for members in self.levels]
         self.channels = [info.channels[members[0]] for members in self.levels]
-        self.prefix_shape = (
-            (len(self.levels), info.prefix_tokens, self.channels[0]) if info.prefix_tokens else (0, 0, 0)
-        )
+        tokens = info.prefix_tokens  # kept ones are M x P x D, of a CNN 0 x 0 x 0
+        self.prefix_shape = (len(self.levels), tokens, self.channels[0]) if tokens else (0, 0, 0)
+        # Factors by which the views are smaller that tokens are taken of; by which that of coarse maps is, 0 without.
         first = 1 if vit else whole_divisor(size, round(size / _RECOGNISED_AT), 1)
         second = first if first == 1 else whole_divisor(size, 2 * first, 1)  # a small input has no view to spare
         self.shrinks = (first,) if second == first else (first, second)
@@ -158,7 +124,7 @@ class Selection(nn.Module):
         return standardise(map_BDhw, self.get_buffer(f"mean_{i}"), self.get_buffer(f"scale_{i}"))
 
     def fit(self, i: int, mean_D: Tensor, scale_D: Tensor) -> None:
-        """Take a kept map's channel statistics on good images."""
+        """Take the channel statistics of the i-th kept map."""
         self.get_buffer(f"mean_{i}").copy_(mean_D)
         self.get_buffer(f"scale_{i}").copy_(scale_D.clamp_min(1e-4))
 
@@ -197,21 +163,13 @@ def _at_side(map_BDhw: Tensor, side: int) -> Tensor:
 class AnomalyModel(nn.Module):
     """Teacher, students and scorer: raw RGB pixels to `Outputs` in one forward path.
 
-    A family sets the last three attributes and fills in the abstract methods.
-
-    Attributes:
-        selection: the teacher's maps that are kept; a ViT's levels are averaged in ``parts``.
-        standardised: standardises the teacher's global tokens (of the first view).
-        roi_SS: region of interest: true where pixels are looked at; None: everywhere.
-        student: everything that is trained; its children are named by part (``local``, ``semantic``).
-        scorer: maps and scores.
-        pixel_side: side of the pixels the student itself looks at; 0 if it sees the teacher's maps only.
+    A family sets the first three attributes and fills in the abstract methods.
     """
 
-    student: nn.Module
-    scorer: Scorer
-    pixel_side: int
-    roi_SS: Tensor | None
+    student: nn.Module  # everything that is trained; its children are named by part (``local``, ``semantic``)
+    scorer: Scorer  # maps and scores
+    pixel_side: int  # side of the pixels the student itself looks at; 0 if it sees the teacher's maps only
+    roi_SS: Tensor | None  # region of interest: true where pixels are looked at; None: everywhere
 
     def __init__(self, teacher: Teacher, size: int, parts: int) -> None:
         super().__init__()
@@ -221,7 +179,7 @@ class AnomalyModel(nn.Module):
         self.views = nn.ModuleList(
             Shrink(after // before) for before, after in zip((1, *shrinks), shrinks, strict=False)
         )
-        self.standardised = TokenScale(sum(teacher.info.token_channels))
+        self.standardised = TokenScale(sum(teacher.info.token_channels))  # of the first view's global tokens
         self.register_buffer("roi_SS", None)
 
     @property

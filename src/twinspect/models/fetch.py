@@ -48,18 +48,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def fetch(name: str, progress: Progress = silent, revision: str = "", sha256: str = "") -> Path:
     """Download a teacher's weights into the store, verify them, and return the file.
 
-    What is there already, and still is what was fetched, is not downloaded again.
-
-    Args:
-        name: short name of a teacher or a timm name (``model.tag``).
-        progress: called with (stage, done MiB, all MiB).
-        revision: commit or branch of the hub repository; empty takes ``main`` as it is now.
-        sha256: what the file must have; empty takes the hub's word.
-
-    Raises:
-        ConfigError: unknown name, ``sha256`` is not one, or another process is fetching the same.
-        WeightsError: no network, offline mode, no access, a file that is not what the hub or ``sha256`` says, or a
-            full disk.
+    What is there already, and still is what was fetched, is not downloaded again. ``revision`` is a commit or branch
+    of the hub repository (empty: ``main`` as it is now), ``sha256`` what the file must have (empty: what the hub
+    says). A ConfigError for an unknown name, or if another process is fetching the same; else a WeightsError.
     """
     if name in EMBEDDED:
         return find_weights(name).path
@@ -158,11 +149,7 @@ def _bar(tell: Callable[[int], None]) -> type:
 
 
 def repository(name: str) -> str:
-    """Hub repository of a short name or a timm name.
-
-    Raises:
-        ConfigError: neither of them, or timm knows no file on the hub for it.
-    """
+    """Hub repository of a short name or a timm name; a ConfigError where timm knows none."""
     config = timm.get_pretrained_cfg(architecture(name))
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"timm knows no weights of {name} on the hub; pass a local file with --weights FILE")

@@ -176,26 +176,16 @@ class WideBottleneck(nn.Module):
 
 
 class ConvReverse(nn.Module):
-    """Stages on falling grids to predictions of the same shapes, through a grid half as fine as the coarsest.
-
-    Args:
-        channels, sides: of the stages, fine to coarse.
-        width: of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64.
-        depth: blocks of the embedding and of every stage of the decoder; 0 takes RD4AD's for a rectified teacher,
-            else 3.
-        rectified: whether the teacher's stages end in a ReLU, as ResNet's do. The decoder's last ReLU can then give
-            them; other stages are given by a linear head.
-        at_bottleneck: made for the bottleneck's width; sits between bottleneck and decoder.
-    """
+    """Stages on falling grids to predictions of the same shapes, through a grid half as fine as the coarsest."""
 
     def __init__(
         self,
-        channels: Sequence[int],
+        channels: Sequence[int],  # of the stages, fine to coarse
         sides: Sequence[int],
-        width: int,
-        depth: int,
-        rectified: bool,
-        at_bottleneck: nn.Module | None,
+        width: int,  # of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64
+        depth: int,  # blocks of the embedding and of every stage of the decoder; 0: RD4AD's if rectified, else 3
+        rectified: bool,  # whether the teacher's stages end in a ReLU, which the decoder's last one then gives
+        at_bottleneck: nn.Module | None,  # made for the bottleneck's width; sits between bottleneck and decoder
     ) -> None:
         super().__init__()
         self.sides = tuple(sides)

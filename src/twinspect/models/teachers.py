@@ -33,48 +33,28 @@ _VIT_TWELFTHS = range(2, 10)
 
 @dataclass(frozen=True, slots=True)
 class BackboneInfo:
-    """What the rest of the library may know about a backbone.
+    """What the rest of the library may know about a backbone."""
 
-    Attributes:
-        arch: timm architecture name.
-        kind: ``vit`` or ``cnn``.
-        channels: D_l of each map level, fine to coarse for a CNN.
-        strides: pixels per grid step of each map level.
-        token_channels: D_l of each global token.
-        embedding_channels: F of the embedding.
-        multiple: input sides must be a multiple of this.
-        default_size: input side in pixels that suits a two-core CPU (CNN) or the published recipe (ViT).
-        mean, std: input statistics for RGB in [0, 1].
-        prefix_tokens: P, class and register tokens in front of a ViT's patches; 0 for a CNN.
-        class_token: whether the first of them is a class token.
-        rectified: whether the maps end in a ReLU, so that no value is below 0 (ResNet).
-    """
-
-    arch: str
-    kind: str
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    token_channels: tuple[int, ...]
-    embedding_channels: int
-    multiple: int
-    default_size: int
-    mean: tuple[float, ...]
+    arch: str  # as timm names it
+    kind: str  # vit or cnn
+    channels: tuple[int, ...]  # D_l of each map level, fine to coarse for a CNN
+    strides: tuple[int, ...]  # pixels per grid step of each map level
+    token_channels: tuple[int, ...]  # D_l of each global token
+    embedding_channels: int  # F of the embedding
+    multiple: int  # input sides must be a multiple of this
+    default_size: int  # input side in pixels that suits a two-core CPU (CNN) or the published recipe (ViT)
+    mean: tuple[float, ...]  # input statistics for RGB in [0, 1]
     std: tuple[float, ...]
-    prefix_tokens: int = 0
-    class_token: bool = False
-    rectified: bool = False
+    prefix_tokens: int = 0  # P, class and register tokens in front of a ViT's patches; 0 for a CNN
+    class_token: bool = False  # whether the first of them is a class token
+    rectified: bool = False  # whether the maps end in a ReLU, so that no value is below 0 (ResNet)
 
 
 class Backbone(nn.Module):
     """A timm network that answers with `Features` for normalised B x 3 x H x W input.
 
-    Args:
-        arch: timm architecture name, without tag.
-        depth: share of the blocks to build (0 < depth <= 1); a CNN keeps all its stages, and of each that share.
-        img_size: only a hint for ViT position tables; any multiple of the patch works.
-
-    Raises:
-        ConfigError: unknown architecture, or one that exposes no intermediate features.
+    ``depth`` is the share of the blocks to build (0 < depth <= 1); a CNN keeps that share of every stage.
+    ``img_size`` is only a hint for ViT position tables. A ConfigError where it exposes no intermediate features.
     """
 
     def __init__(self, arch: str, depth: float = 1.0, img_size: int | None = None) -> None:
@@ -181,11 +161,7 @@ class Teacher(Backbone):
         return weights_hash(self.net.state_dict())
 
 
-def create_teacher(
-    name: str = "auto",
-    weights: Path | str | None = None,
-    pretrained: bool = True,
-) -> Teacher:
+def create_teacher(name: str = "auto", weights: Path | str | None = None, pretrained: bool = True) -> Teacher:
     """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
 
     Args:
@@ -193,9 +169,7 @@ def create_teacher(
         weights: a local safetensors or ``.pth`` file; by default the known places on disk are searched.
         pretrained: False gives random weights, for tests of shape and speed only.
 
-    Raises:
-        ConfigError: unknown name.
-        WeightsError: weights not on disk (the message says the three ways to get them) or damaged.
+    An unknown name raises a ConfigError, weights that are not on disk or damaged a WeightsError.
     """
     name = resolve_auto() if name == "auto" else name
     arch = architecture(name)
@@ -212,11 +186,7 @@ def create_teacher(
 
 
 def architecture(name: str) -> str:
-    """Timm's name of a network, from a short name or from timm's own.
-
-    Raises:
-        ConfigError: neither of them.
-    """
+    """Timm's name of a network, from a short name or from timm's own; a ConfigError for any other."""
     arch = SHORT_NAMES.get(name, name)
     if not timm.is_model(arch):
         names = [

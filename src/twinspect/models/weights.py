@@ -83,11 +83,7 @@ def stored_file(name: str) -> Path | None:
 
 
 def find_weights(name: str, given: Path | None = None) -> WeightsSource:
-    """Find a teacher's weights offline: the given file, the installed package, the store.
-
-    Raises:
-        WeightsError: nothing found; the message says the three ways to get them.
-    """
+    """A teacher's weights: the file given, the installed package's, or the store's; else a WeightsError."""
     if given is not None:
         if not given.is_file():
             raise WeightsError(f"no such weights file: {given}")
@@ -133,11 +129,7 @@ def record_file(path: Path) -> Path:
 
 
 def verify_record(path: Path) -> dict[str, Any]:
-    """Compare a file with the record written when it was fetched; the record, empty for a file without one.
-
-    Raises:
-        WeightsError: the record cannot be read, or the file is not the one that was fetched.
-    """
+    """The record written when a file was fetched, empty without one; a WeightsError where they do not agree."""
     record = record_file(path)
     if not record.is_file():
         return {}
@@ -156,11 +148,7 @@ def verify_record(path: Path) -> dict[str, Any]:
 
 
 def load_state(net: torch.nn.Module, source: WeightsSource, name: str) -> None:
-    """Put a file's tensors into a network; names or order must agree, shapes always.
-
-    Raises:
-        WeightsError: damaged file, not the one that was fetched, or weights of another network.
-    """
+    """Put a file's tensors into a network; names or order must agree, shapes always, or it is a WeightsError."""
     verify_record(source.path)
     state, target, file = read_state(source.path), net.state_dict(), source.path.name
     if _unlike(target, state):

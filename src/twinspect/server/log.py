@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import sqlalchemy as sa
 from fastapi import Query
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, NoSuchTableError, SQLAlchemyError
 
 from twinspect.decide.conformal import GoodScores
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision
@@ -173,6 +173,8 @@ class InspectionLog:
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             lines = str(cause).strip().splitlines() or [repr(cause)]
+            if isinstance(error, NoSuchTableError):
+                lines = [f"it has no table {lines[0]}, so it is the log of no server"]
             full = "disk is full" in lines[0] or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL
             raise LogError(f"the inspection log {self.described} cannot be used: {lines[0]}", full) from None
 

@@ -3,7 +3,7 @@
 Two kinds of class need copies. If the images of a class hardly differ, such as black pictures, statistics would call
 one grey level of brightness a huge anomaly. Copies with a level of noise tell them what 8 bits round away.
 A class of a few images shows no spread. Copies that are moved and lit as a camera would do it give one; they are also
-turned where the product may lie in any pose. Such copies are learnt; no threshold counts them (`training.few`).
+turned where the product may lie in any pose. Such copies are learnt; no threshold counts them (`fit.fit_few`).
 
 Others are asked for (--tolerate): packed as JPEG, under another light, shifted. They are learnt and calibrated on
 like the images themselves. Cross-fitting holds an image and such copies to be one (`training.normal`).
@@ -49,16 +49,11 @@ _MOST_TOLERATED = 50  # images of a class that are copied for each kind
 
 @dataclass(frozen=True, slots=True)
 class Copy(Sample):
-    """A copy of an image, not of its file.
+    """A copy of an image, not of its file."""
 
-    Attributes:
-        kind: ``noise``, ``fixed`` (noise, and moved and lit a little), ``free`` (turned round as well), or one of
-            `config.CHANGES`.
-        seed: of the change.
-    """
-
+    # noise, fixed (noise, and moved and lit a little), free (turned round as well), or one of `config.CHANGES`
     kind: str = NOISE
-    seed: int = 0
+    seed: int = 0  # of the change
 
     @property
     def tolerated(self) -> bool:
@@ -85,17 +80,11 @@ class Copy(Sample):
 
 @dataclass(frozen=True, slots=True)
 class Tile(Sample):
-    """A part of a picture; its class is the picture's with the tile's place.
+    """A part of a picture; its class is the picture's with the tile's place."""
 
-    Attributes:
-        of: the picture.
-        place: number of the tile, row by row.
-        tiles: rows and columns.
-    """
-
-    of: Sample | None = None
-    place: int = 0
-    tiles: Tiles = (1, 1)
+    of: Sample | None = None  # the picture
+    place: int = 0  # number of the tile, row by row
+    tiles: Tiles = (1, 1)  # rows and columns
 
 
 def _made_of(sample: Sample, record: type[T], /, **more: Any) -> T:

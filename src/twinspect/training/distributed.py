@@ -37,26 +37,18 @@ _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one th
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The processes of a run.
+    """The processes of a run."""
 
-    Attributes:
-        rank: of this one; 0 writes files and talks.
-        world: how many there are.
-        local_rank, local_world: the same among those of this machine.
-        whole: channel for what sees the whole batch; its traffic may cross that of the gradients.
-        device: of this process's model and batches.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
+    rank: int = 0  # of this one; 0 writes files and talks
+    world: int = 1  # how many there are
+    local_rank: int = 0  # these two: the same among those of this machine
     local_world: int = 1
-    whole: Any = None
-    device: torch.device = torch.device("cpu")
+    whole: Any = None  # channel for what sees the whole batch; its traffic may cross that of the gradients
+    device: torch.device = torch.device("cpu")  # of this process's model and batches
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def mine(self, part: Sequence[T]) -> list[T]:
@@ -146,12 +138,8 @@ ALONE = Group()
 def joined(device: str = "cpu") -> Group:
     """The processes that ``torchrun`` or Ray Train started; this one alone if neither did.
 
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``; of several processes each takes the GPU of its local rank.
-
-    Raises:
-        ConfigError: no such device here, or fewer of them than processes.
-        TrainingError: the others cannot be reached.
+    Of several processes each takes the GPU of its local rank. A ConfigError where there is no such device, or fewer
+    of them than processes; a TrainingError where the others cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_available() or (world == 1 and not dist.is_initialized()):

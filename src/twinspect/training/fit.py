@@ -1,10 +1,16 @@
-"""One training run from samples to a trained, calibrated model."""
+"""One training run from samples to a trained, calibrated model.
+
+Copies of a picture vouch for it, so cross-fitting would flatter a class of a few images and their copies. Of such a
+class every image is left out together with its copies, one after another, and scored by what is learnt from the rest
+(`fit_few`). These scores calibrate the class. One image alone cannot be left out; its copies' highest score decides.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from twinspect.bundle import Fitted, build_model, teacher_of
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
@@ -22,18 +29,16 @@ from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
-from twinspect.errors import ConfigError, DataError, TrainingError
+from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.teachers import Teacher
-from twinspect.training.derived import add_copies, add_tolerated, few_classes, in_tiles
+from twinspect.training.derived import Copy, add_copies, add_tolerated, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
-from twinspect.training.few import fit_few
-from twinspect.training.loop import train
-from twinspect.training.normal import fit_scales
-from twinspect.training.outcome import LISTED, outcome_of
-from twinspect.training.resume import LOG
+from twinspect.training.loop import LOG, train
+from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.outcome import LISTED, GoodImages, outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.training.update import changes, keep_sides, refuse_forgetting, take_over
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
@@ -93,7 +98,7 @@ def fit(
         samples: of any splits; only normal images of ``train`` (and ``calibration``) are used.
         config: what to build and how to train it.
         work: folder for checkpoint and log; a killed run with the same settings resumes from it. The checkpoint
-            stays, so that a result that could not be saved is not lost: see `resume.remove_checkpoint`.
+            stays, so that a result that could not be saved is not lost: see `loop.remove_checkpoint`.
         progress: called with (stage, done, total).
         resume: go on from this model instead of from scratch; its classes must be among ``samples``.
         forget: let go of classes of ``resume`` that are not.
@@ -261,9 +266,8 @@ def choose_images(
     fewest = 1 if config.model.scores() == "default" else FEWEST
     if len(normal) < fewest:
         raise DataError(
-            f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside"
-            + "".join(f". {n}" for n in sentences)
+            f"{len(normal)} good training images found; at least {fewest} {'is' if fewest == 1 else 'are'} needed, "
+            f"50 or more per class are better. {_advice(samples)}{''.join(f'. {n}' for n in sentences)}"
         )
     if notes is not None:
         notes += sentences
@@ -276,6 +280,17 @@ def choose_images(
     minimum = min(20, len(many) // 4)
     train_part, held = carve_calibration(many, config.train.holdout, config.train.seed, minimum)
     return [*train_part, *(s for s in normal if s.class_name in few)], list(held)
+
+
+def _advice(samples: Sequence[Sample]) -> str:
+    """What to type where good images are lacking."""
+    folders = sorted({str(sample.image.parent) for sample in samples if sample.label == 1})
+    if not folders or any(sample.label == 0 for sample in samples):
+        return "Give a folder of good images, or one with train/good inside"
+    return (
+        f"All {len(samples)} images are taken as defects, because of the name of their folder ({listed(folders)}). "
+        f"If they are good, rename it to good, or type: twinspect fit {folders[0]} --layout folder"
+    )
 
 
 def _refuse_too_few(training: int, held_out: int, skipped: list[Skipped], students: bool) -> None:
@@ -298,3 +313,71 @@ def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) ->
     for key in keys:
         digest.update(key)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def fit_few(
+    model: AnomalyModel,
+    source: FeatureSource,
+    train_at: Sequence[int],
+    held_at: Sequence[int],
+    few: frozenset[str],
+    seed: int,
+    progress: Progress,
+    students: bool,
+) -> GoodImages:
+    """`fit_statistics` of all images of a source, with classes of a few (``few``) calibrated on images left out.
+
+    Copies count for no threshold.
+    """
+    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i in train_at:
+        sample = source.samples[i]
+        if sample.class_name in few:
+            by_class[sample.class_name][sample.image, sample.record].append(i)
+    classes = [list(images.values()) for images in by_class.values()]  # of each for every image: it and its copies
+    away, outs = _left_out(model, source, classes, seed, progress)
+    divide = {s.class_name for s in source.samples} != few
+    good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)
+    if not classes:
+        return good
+    readings_nR, peak_n, distance_n = good.readings_nR.clone(), good.peak_n.clone(), good.distance_n.clone()
+    local, semantic = model.scorer.student_readings
+    theirs = torch.ones(readings_nR.shape[1], dtype=torch.bool)  # the students' own stay as they are
+    theirs[:local] = theirs[model.scorer.local_count : model.scorer.local_count + semantic] = False
+    for out in outs:
+        here, away = away[: len(out.score_B)], away[len(out.score_B) :]
+        readings_nR[here] = torch.where(theirs, out.readings_BR.cpu(), readings_nR[here])
+        peak_n[here] = out.map_B1HW.amax((1, 2, 3)).cpu()
+        distance_n[here] = out.cluster_distance_B.cpu()
+    columns = (readings_nR, good.cluster_n, torch.ones_like(good.counted_n))
+    score_n: Tensor = model.scorer.calibrate(*(column.to(model.device) for column in columns))[0].cpu()
+    counted_n = good.counted_n.clone()
+    for images in classes:
+        for i in (i for copies in images for i in copies):
+            sample = source.samples[i]
+            counted_n[i] &= not isinstance(sample, Copy) or sample.tolerated
+        if len(images) == 1:
+            for column in (score_n, peak_n, distance_n):
+                column[images[0]] = column[images[0]].amax()
+    return good._replace(
+        score_n=score_n, peak_n=peak_n, distance_n=distance_n, counted_n=counted_n, readings_nR=readings_nR
+    )
+
+
+def _left_out(
+    model: AnomalyModel, source: FeatureSource, classes: list[list[list[int]]], seed: int, progress: Progress
+) -> tuple[list[int], list[Outputs]]:
+    """Positions of images and copies, and what is said of them in batches by statistics that saw neither."""
+    several = [images for images in classes if len(images) > 1]
+    everything = {i for images in classes for copies in images for i in copies}
+    turns, gone, outs = max((len(images) for images in several), default=0), list[int](), list[Outputs]()
+    for turn in range(turns):
+        progress("leaving images out", turn + 1, turns)
+        away = [i for images in several for copies in images[turn : turn + 1] for i in copies]
+        fit_statistics(model, source, sorted(everything - set(away)), [], seed, silent, students=False, divide=False)
+        model.scorer.asks_students = False
+        outs += [model.score(*batch) for batch in source.batches(away)]
+        model.scorer.asks_students = True
+        gone += away
+    return gone, outs

@@ -43,29 +43,17 @@ _TEXTS = ("class_name", "group", "key")
 
 
 class GoodImages(NamedTuple):
-    """What the model says of the good images, each scored by statistics that did not see it; on the CPU.
+    """What the model says of the good images, each scored by statistics that did not see it; on the CPU."""
 
-    Attributes:
-        score_n: joint scores.
-        peak_n: highest values of the maps.
-        distance_n: distances from the clusters.
-        cluster_n: indices of the clusters.
-        counted_n: whether the image counts for thresholds: with plain scoring only those held out.
-        readings_nR: raw readings, as `Outputs` has them.
-        tokens: global tokens, n x E a view.
-        embedding_nF: what the teacher's own classifier would see.
-        class_name, group, key: as in `GoodScores`.
-    """
-
-    score_n: Tensor
-    peak_n: Tensor
-    distance_n: Tensor
-    cluster_n: Tensor
-    counted_n: Tensor
-    readings_nR: Tensor
-    tokens: tuple[Tensor, ...]
-    embedding_nF: Tensor
-    class_name: tuple[str, ...] = ()
+    score_n: Tensor  # joint scores
+    peak_n: Tensor  # highest values of the maps
+    distance_n: Tensor  # from the clusters
+    cluster_n: Tensor  # indices of the clusters
+    counted_n: Tensor  # whether the image counts for thresholds: with plain scoring only those held out
+    readings_nR: Tensor  # raw, as `Outputs` has them
+    tokens: tuple[Tensor, ...]  # global tokens, n x E a view
+    embedding_nF: Tensor  # what the teacher's own classifier would see
+    class_name: tuple[str, ...] = ()  # this and the next two: as in `GoodScores`
     group: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
 
@@ -86,11 +74,7 @@ class GoodImages(NamedTuple):
 
     @classmethod
     def from_bytes(cls, body: bytes) -> GoodImages:
-        """Rebuild from `to_bytes`.
-
-        Raises:
-            ValueError, KeyError: it is something else.
-        """
+        """Rebuild from `to_bytes`."""
         head: dict[str, Any] = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         texts = json.loads(head["__metadata__"]["texts"])
         columns: dict[str, Any] = load(body)
@@ -136,11 +120,9 @@ def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], co
 
 
 def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
-    """Good images by falling score, each scored by statistics that did not see it.
+    """Good images by falling score, each scored by statistics that did not see it, as rows for the record.
 
-    Returns:
-        ``path``, ``class_name``, ``score``, and ``apart``: whether it scores apart from the rest of its class, as an
-        anomaly among the good ones would (`conformal.suspicious_tail`).
+    ``apart`` says whether one scores apart from its class, as an anomaly would (`conformal.suspicious_tail`).
     """
     score_n, names = good.score_n.double().numpy(), np.array([sample.class_name for sample in samples])
     seen = np.array([bool(c) and not isinstance(s, Copy) for c, s in zip(good.counted_n, samples, strict=True)])
@@ -151,13 +133,11 @@ def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[d
     order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
     return [
         {
-            "path": samples[i].name,
-            "class_name": samples[i].class_name,
-            "score": round(float(score_n[i]), 3),
-            "apart": bool(apart[i]),
+            "path": samples[i].name, "class_name": samples[i].class_name,
+            "score": round(float(score_n[i]), 3), "apart": bool(apart[i]),
         }
         for i in order
-    ]
+    ]  # fmt: skip
 
 
 def outcome_of(
@@ -170,15 +150,9 @@ def outcome_of(
 ) -> tuple[Decision, dict[str, Any], bytes]:
     """Thresholds and what else answers need, the record of model and images, and what images can be added to.
 
-    The last is empty where that is not possible.
-
-    Args:
-        model: trained and calibrated.
-        samples: good images.
-        held: places of those that the students were not trained on.
-        good: what `fit_statistics` returns of all of them.
-        thumbnails: longest side of the pictures to keep of the images; 0 keeps none.
-        listed: how many of those that are least like the others are in the record.
+    The last is empty where that is not possible. ``held`` are places of the samples that the students were not
+    trained on, ``good`` is what `fit_statistics` returns of all. ``thumbnails`` is the longest side of the pictures
+    to keep (0: none), ``listed`` how many images that are least like the others are in the record.
     """
     classes = classes_of_clusters(good.cluster_n.numpy(), good.class_name, model.scorer.clusters.count)
     tiles = next((sample.tiles for sample in samples if isinstance(sample, Tile)), (1, 1))

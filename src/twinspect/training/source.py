@@ -233,14 +233,9 @@ def unpack(parts: dict[str, Tensor]) -> tuple[Observed, Tensor]:
 
 
 class FeatureCache:
-    """Answers of one teacher at one size.
+    """Answers of one teacher at one size, a file an image; `space_of` says what else they depend on.
 
-    Args:
-        root: cache folder.
-        space: what answers depend on besides the image; see `space_of`.
-
-    Raises:
-        DataError: the folder cannot be made.
+    What cannot be written or read (a full disk, a file that is gone or damaged) raises a DataError.
     """
 
     def __init__(self, root: Path, space: str) -> None:
@@ -259,11 +254,7 @@ class FeatureCache:
             return False
 
     def write(self, keys: Sequence[bytes], parts: dict[str, Tensor]) -> None:
-        """Keep the answers for some images (see `pack`).
-
-        Raises:
-            DataError: the disk is full or the folder cannot be written.
-        """
+        """Keep the answers for some images (see `pack`)."""
         try:
             for row, key in enumerate(keys):
                 draft = self.folder / f"{uuid.uuid4().hex}.new"
@@ -275,11 +266,7 @@ class FeatureCache:
             raise self._unusable(error) from None
 
     def read(self, keys: Sequence[bytes], vectors: bool = False) -> dict[str, Tensor]:
-        """Answers for a batch of images, for `unpack`; with ``vectors`` only tokens and the embedding.
-
-        Raises:
-            DataError: a file is gone or damaged.
-        """
+        """Answers for a batch of images, for `unpack`; with ``vectors`` only tokens and the embedding."""
         rows = []
         try:
             for key in keys:

@@ -36,17 +36,8 @@ _NAMED = 20  # images of an update that the record names
 def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, progress: Progress) -> Fitted:
     """A model that has learnt further good images; the one given stays as it is.
 
-    Args:
-        fitted: trained, with scoring ``default``.
-        samples: of any splits; good images of ``train`` and ``calibration`` are learnt.
-        class_name: class of all of them, known or new; None takes the data's, all of which must be known.
-        progress: called with (stage, done, total).
-
-    Raises:
-        BundleError: the model keeps nothing that images can be added to.
-        ConfigError: a class that is not known and was not named.
-        DataError: no image that is new, or too few of a new class.
-        TrainingError: scores that are not finite.
+    Good images of ``train`` and ``calibration`` are learnt, as ``class_name``, known or new; None takes the data's
+    classes, all of which must be known. Raises as `Detector.update`.
     """
     if not fitted.memory:
         raise BundleError(
