@@ -254,9 +254,7 @@ def write(proto: Any, path: Path) -> None:
     gigabytes = proto.ByteSize() / 1e9
     if path.suffix == ".onnx":
         if proto.ByteSize() > MOST_BYTES:
-            raise ConfigError(
-                f"{gigabytes:.1f} GB do not fit into one ONNX file (2 GB at most); type --out {path.stem}.xml"
-            )
+            raise ConfigError(f"{gigabytes:.1f} GB do not fit into one ONNX file (2 GB); type --out {path.stem}.xml")
         onnx.save(proto, str(path))
         return
     import openvino as ov

@@ -114,9 +114,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
             classes.append(sub)
     for sub in speaking:
         if sub.meant.role == BAD:
-            reason = (
-                "its name says defects, and not of which class; move it into the folder of its class, or rename it"
-            )
+            reason = "its name says defects, and not of which class; move it into its class, or rename it"
             log.leave(sub.path, reason)
         else:
             log.skip(sub.path, "its name does not say to which class it belongs")

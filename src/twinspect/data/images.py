@@ -172,9 +172,7 @@ def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype.kind in "iu" and values.size and not 0 <= values.min() <= values.max() <= 65535:
-        raise ImageError(
-            f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats from 0 to 1"
-        )
+        raise ImageError(f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats 0 to 1")
     scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
     eight, outside = np.empty(values.shape, np.uint8), 0
     rows = max(1, _BLOCK * len(values) // max(values.size, 1))
@@ -319,7 +317,7 @@ def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
             )
         if page.photometric not in _GREY_OR_RGB:
             raise ImageError(
-                f"{label}: a TIFF of {page.photometric.name} colours with more than 8 bits; save it as RGB or grey"
+                f"{label}: {page.photometric.name} colours with more than 8 bits; save it as RGB or grey"
             )
         values: NDArray[Any] = page.asarray(maxworkers=1)
         tag = page.tags.get(ExifTags.Base.Orientation.value)

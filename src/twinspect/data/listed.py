@@ -217,9 +217,7 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     roots = (path.parent / text, Path.cwd() / text)
     base = images or next((place for place in roots if os.path.isdir(place)), None)
     if base is None:
-        raise DataError(
-            f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
-        )
+        raise DataError(f"{path}: root {text!r} is not beside this file nor in {Path.cwd()}; give --images DIR")
     places: dict[str, list[Place]] = {"mask_dir": [], **{key: [] for key in _ANOMALIB}}
     for key, files in places.items():
         value = settings.get(key) or []

@@ -113,9 +113,7 @@ def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
     values = np.unique(read_mask_values(path)[0][mask])
     table = _saturation_table(config)
     if len(values) != 1 or int(values[0]) not in table:
-        raise DataError(
-            f"{path}: grey values {values.tolist()}; {config} has an entry for {sorted(table)}, one per mask"
-        )
+        raise DataError(f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}")
     threshold, relative = table[int(values[0])]
     return min(threshold * area if relative else threshold, area)
 

@@ -264,9 +264,7 @@ def _opened(source: str) -> cv2.VideoCapture:
     try:
         import cv2
     except ImportError:
-        raise TwinspectError(
-            f"{source}: videos and cameras need OpenCV; type: pip install 'twinspect[video]'"
-        ) from None
+        raise TwinspectError(f"{source}: videos and cameras need OpenCV; pip install 'twinspect[video]'") from None
     cv2.utils.logging.setLogLevel(0)
     if source.lower().startswith(CAMERA):
         device = source[len(CAMERA) :]

@@ -271,9 +271,7 @@ async def _from_form(request: Request, most: int) -> list[Item]:
             raise _bad_form(f"more than {_MOST_FIELDS} fields besides its images")
     if not images:
         names = ", ".join(others) or "nothing"
-        raise Refused(
-            400, "no_image", f"the form has no file in a field called {FIELD!r}, but {names}; type: {_CURL}"
-        )
+        raise Refused(400, "no_image", f"the form has no file in a field {FIELD!r}, but {names}; type: {_CURL}")
     return images
 
 

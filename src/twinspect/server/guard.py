@@ -132,9 +132,7 @@ class _Body:
     def _reserve(self, total: int) -> None:
         settings, more = self.guard.settings, max(0, total - self.reserved)
         if total > settings.max_body_mb * _MEGABYTE:
-            raise Refused(
-                413, "too_large", f"the request has more than {settings.max_body_mb:g} MB; send fewer images"
-            )
+            raise Refused(413, "too_large", f"more than {settings.max_body_mb:g} MB in a request; send fewer images")
         if self.guard.reserved + more > settings.max_memory_mb * _MEGABYTE:
             raise Refused(429, "busy", "requests being answered take all the memory there is for them", SOON)
         self.reserved += more

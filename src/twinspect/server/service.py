@@ -158,9 +158,7 @@ class Service:
         """The present version of a model; an empty name takes the only one."""
         if not name and len(self.models) > 1:
             names = ", ".join(self.models)
-            raise Refused(
-                400, "which_bundle", f"several models are served and none is named; add bundle=NAME: {names}"
-            )
+            raise Refused(400, "which_bundle", f"several models are served, none is named; add bundle=NAME: {names}")
         chosen = name or next(iter(self.models), "")
         if chosen not in self.models:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self.models))
