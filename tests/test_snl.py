@@ -383,7 +383,7 @@ def test_batches_mix_classes() -> None:
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
     """`export` compares with torch itself and refuses to write what differs."""
-    from twinspect.export.build import export
+    from twinspect.export import export
     from twinspect.inference import load
 
     detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side

@@ -25,6 +25,7 @@ from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
+from twinspect.signature import signature_file
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 _NOTE = (
@@ -50,7 +51,7 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
-    if content.signature:
+    if signature_file(options.bundle).is_file():
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
     title = f"Calibration of {options.bundle.name}"

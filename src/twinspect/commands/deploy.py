@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 def export(options: ExportCommandOptions, console: Console) -> None:
     """Write a file that agreed with torch on real images."""
+    from twinspect import export as exports
     from twinspect.bundle import load
-    from twinspect.export import build
 
     out = options.out
-    build.checked_runtime(out)
+    exports.checked_runtime(out)
     fitted = load(options.bundle, options.weights)
-    images = build.load_images(options.images, fitted.model.size) if options.images is not None else ()
-    comparison = build.export(fitted, out, images, console.progress)
+    images = exports.load_images(options.images, fitted.model.size) if options.images is not None else ()
+    comparison = exports.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
     parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
     for path in parts:
@@ -36,19 +36,19 @@ def export(options: ExportCommandOptions, console: Console) -> None:
 
 def check(options: CheckOptions, console: Console) -> None:
     """Compare an export with its bundle on images of the user's choice."""
+    from twinspect import export as exports
     from twinspect.bundle import load
-    from twinspect.export import build
 
     path, bundle = options.export, options.bundle
     fitted = load(bundle, options.weights)
-    images = build.load_images(options.images, fitted.model.size)
-    comparison, meta = build.check(path, fitted, images)
+    images = exports.load_images(options.images, fitted.model.size)
+    comparison, meta = exports.check(path, fitted, images)
     console.say(*comparison.lines())
     if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
     if problems := comparison.problems():
-        raise build.ParityError(f"{path.name} does not say what {bundle.name} says: {'; '.join(problems)}")
-    limits = ", ".join(f"{what} {limit:g}" for what, limit in build.TOLERANCES.items())
+        raise exports.ParityError(f"{path.name} does not say what {bundle.name} says: {'; '.join(problems)}")
+    limits = ", ".join(f"{what} {limit:g}" for what, limit in exports.TOLERANCES.items())
     console.say(f"{path.name} agrees with {bundle.name} within the tolerance ({limits})")
 
 

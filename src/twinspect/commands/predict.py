@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
 from twinspect.errors import ConfigError
+from twinspect.files import is_url
 from twinspect.inference.bulk import run, say_totals
 from twinspect.inference.job import Job
-from twinspect.inference.stores import is_url
 
 if TYPE_CHECKING:
     from twinspect.commands.results import Review
