@@ -36,7 +36,7 @@ def images(parts: Path, quick) -> list[Pixels]:
 def onnx_file(quick, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model.onnx"
     found = export(quick.fitted, out, images=images)
-    assert not found.problems("fp32")
+    assert not found.problems()
     assert sorted(p.name for p in out.parent.iterdir()) == ["model.onnx", "model.onnx.json"]
     return out
 
