@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.commands.drift import read_predictions
+from twinspect.commands.calibrate import read_predictions
 from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
@@ -428,7 +428,7 @@ def test_full_disk_is_said_and_leaves_no_draft(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("twinspect.inference.stores.os.fsync", full)
+        patch.setattr("twinspect.files.os.fsync", full)
         with pytest.raises(TwinspectError, match="cannot be written .No space left on device"):
             run(one, Silent())
     assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))

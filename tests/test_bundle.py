@@ -175,7 +175,7 @@ def test_older_format(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_file(tmp_path: Path, parts: Path) -> None:
-    with pytest.raises(BundleError, match=r"no such model: .*none\.twin\..* Make one with: twinspect fit"):
+    with pytest.raises(BundleError, match=r"no such model: .*none\.twin\..* Type: twinspect fit"):
         Detector.load(tmp_path / "none.twin")
     with pytest.raises(BundleError, match="is a folder, and a model"):
         Detector.load(tmp_path)

@@ -20,13 +20,14 @@ from twinspect import Detector
 from twinspect import evaluation as room
 from twinspect.cli import app
 from twinspect.commands.evaluate import AS_GIVEN, choose_test, metric_tables, without_leaks
-from twinspect.commands.results import grouped, mean_of
+from twinspect.commands.results import grouped
 from twinspect.data import load
 from twinspect.data.protocols import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import count_calls, evaluate, shared_defects
 from twinspect.inference.result import Result
+from twinspect.metrics import mean_of
 from twinspect.metrics.pages import MemoryBudget
 from twinspect.metrics.pixels import ScoreHistogram
 from twinspect.types import TEST, Sample
@@ -163,6 +164,19 @@ def test_mask_of_a_good_image_and_regions_that_say_nothing(
     assert sorted(text.partition(": ")[2] for text in found.masks) == sorted(
         [f"marks a defect, and {good.image} is called good", f"marks no pixel, and {empty.image} is called a defect"]
     )
+
+
+@pytest.mark.parametrize("inside", [0, 255])
+def test_a_mask_with_its_colours_exchanged_is_not_used(tmp_path: Path, bundle_of_loco: Path, inside: int) -> None:
+    write("mvtec-ad", tmp_path / "set", Plan(classes=1, size=48, train=3, good=3, defect=4))
+    samples = room.test_samples(load(tmp_path / "set").samples)
+    mask = next(s for s in samples if s.label == 1).masks[0]
+    values = np.full((48, 48), 255, np.uint8)
+    values[10:20, 10:20] = inside
+    Image.fromarray(values).save(mask)
+    found = evaluate(Detector.load(bundle_of_loco).predictor(), samples, silent)
+    assert [text.partition(" of ")[0] for text in found.masks] == [f"{mask}: marks the whole border"]
+    assert len(found.rows) == len(samples)
 
 
 def test_some_masks_missing(tmp_path: Path, bundle_of_loco: Path) -> None:

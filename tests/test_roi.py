@@ -104,6 +104,38 @@ def test_polygons_and_rectangles_of_labelme(tmp_path: Path) -> None:
     assert not small[44, 15]
 
 
+def test_circles_of_labelme(tmp_path: Path) -> None:
+    path = tmp_path / "roi.json"
+    circle = {"points": [[40, 30], [40, 50]], "shape_type": "circle"}
+    path.write_text(json.dumps({"imageWidth": 100, "imageHeight": 80, "shapes": [circle]}))
+    roi = read_roi(path)
+    assert roi[30, 40]
+    assert roi[30, 58]
+    assert not roi[48, 58]
+    assert roi.sum() == pytest.approx(np.pi * 20**2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "message"),
+    [
+        (
+            {"points": [[1, 1], [9, 9]], "shape_type": "line"},
+            20,
+            "a line with the points|a line; polygons, rectangles",
+        ),
+        ({"points": [[1, 1]], "shape_type": "point"}, 20, "a point with the points"),
+        ({"points": [[1, 1], [9, 9]]}, 20, "a polygon with the points"),
+        ({"points": [[1, 1], [9, 9], [float("nan"), 4]]}, 20, "a polygon with the points"),
+        ({"points": [[1, 1], [9, 9], [1, 9]]}, 10**9, "1000000000 x 20 pixels are more than images may have"),
+    ],
+)
+def test_shapes_without_an_area_are_refused(tmp_path: Path, shape: dict, width: int, message: str) -> None:
+    path = tmp_path / "roi.json"
+    path.write_text(json.dumps({"imageWidth": width, "imageHeight": 20, "shapes": [shape]}))
+    with pytest.raises(DataError, match=message):
+        read_roi(path)
+
+
 def test_wrong_regions_are_refused(tmp_path: Path, mask: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         read_roi(save(tmp_path / "black.png", np.zeros((8, 8), np.uint8)))

@@ -162,7 +162,7 @@ def test_a_bundle_sees_the_same_tiles(tiled: Detector, tmp_path: Path) -> None:
 def test_an_export_sees_the_same_tiles(tiled: Detector, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from twinspect.export.build import export
+    from twinspect.export import export
     from twinspect.inference.runtimes import load_predictor
 
     export(tiled.fitted, tmp_path / "m.onnx")

@@ -55,6 +55,9 @@ def test_other_files_are_refused(tmp_path) -> None:
         InspectionLog(str(junk))
     with pytest.raises(LogError, match="cannot be used"):
         InspectionLog(str(tmp_path / "no" / "such" / "folder.db"))
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(LogError, match="it has no table twinspect_inspections, so it is the log of no server"):
+        InspectionLog(str(tmp_path / "empty.db"), create=False)
     with pytest.raises(LogError, match="no such inspection log"):
         InspectionLog(str(tmp_path / "none.db"), create=False)
     assert not (tmp_path / "none.db").exists()

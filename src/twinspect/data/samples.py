@@ -19,6 +19,8 @@ from twinspect.errors import DataError
 from twinspect.types import Sample
 
 DEFAULT_LIMITS = ImageLimits()
+_CORNERS = {"circle": 2, "rectangle": 2}  # points that LabelMe writes of such a shape
+_CIRCLE = np.array([(np.cos(turn), np.sin(turn)) for turn in np.linspace(0, 2 * np.pi, 180)])
 _SATURATION_FILE = "defects_config.json"
 _SHAPE = 0.02  # relative difference of a mask's and the images' height to width that is put down to rounding
 
@@ -59,8 +61,7 @@ def marks_a_defect(masks: Sequence[Path]) -> bool | None:
 def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Union of a sample's masks as H x W booleans (``> 0`` is defect); all False for a normal image.
 
-    Raises:
-        DataError: a mask has another size than ``shape``, or the image is not normal and has no mask.
+    A DataError where a mask has another size than ``shape``, or the image is not normal and has no mask.
     """
     if not sample.masks and sample.label != 0:
         raise DataError(f"{sample.image}: no mask, and not known to be good; metrics of pixels leave it out")
@@ -112,9 +113,7 @@ def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
     values = np.unique(read_mask_values(path)[0][mask])
     table = _saturation_table(config)
     if len(values) != 1 or int(values[0]) not in table:
-        raise DataError(
-            f"{path}: grey values {values.tolist()}; {config} has an entry for {sorted(table)}, one per mask"
-        )
+        raise DataError(f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}")
     threshold, relative = table[int(values[0])]
     return min(threshold * area if relative else threshold, area)
 
@@ -137,11 +136,7 @@ def _saturation_table(config: Path) -> dict[int, tuple[float, bool]]:
 
 
 def read_roi(path: Path) -> NDArray[np.bool_]:
-    """H x W, true inside: a mask image (above 0 is inside), or polygons in a JSON file of LabelMe.
-
-    Raises:
-        DataError: it cannot be read, or marks nothing.
-    """
+    """H x W, true inside, of a mask image (above 0 is inside) or LabelMe's polygons; a DataError for nothing."""
     roi = _polygons(path) if path.suffix.lower() == ".json" else read_mask(path)
     if not roi.any():
         raise DataError(f"{path}: the region of interest is empty; mark what shall be looked at with white (above 0)")
@@ -149,11 +144,7 @@ def read_roi(path: Path) -> NDArray[np.bool_]:
 
 
 def fit_roi(roi_HW: NDArray[np.bool_], size: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A region in the pixels of an image, at the model's size x size.
-
-    Raises:
-        DataError: it has another shape than the images, whose height and width are ``shape``.
-    """
+    """A region at the model's size x size; a DataError where the images (height, width) have another shape."""
     height, width = roi_HW.shape
     if abs(height / width * shape[1] / shape[0] - 1.0) > _SHAPE:
         raise DataError(
@@ -167,13 +158,23 @@ def fit_roi(roi_HW: NDArray[np.bool_], size: int, shape: tuple[int, int]) -> NDA
 def _polygons(path: Path) -> NDArray[np.bool_]:
     try:
         given: dict[str, Any] = read_json(path)
-        image = Image.new("1", (int(given["imageWidth"]), int(given["imageHeight"])))
+        width, height = int(given["imageWidth"]), int(given["imageHeight"])
+        if width * height > DEFAULT_LIMITS.max_pixels:
+            raise DataError(f"{path}: {width} x {height} pixels are more than images may have")
+        image = Image.new("1", (width, height))
         for shape in given["shapes"]:
-            points = [(float(x), float(y)) for x, y in shape["points"]]
-            if shape.get("shape_type", "polygon") == "rectangle":
+            points = np.array([(float(x), float(y)) for x, y in shape["points"]])
+            kind = shape.get("shape_type") or "polygon"
+            if not np.isfinite(points).all() or len(points) != _CORNERS.get(kind, max(len(points), 3)):
+                raise ValueError(f"a {kind} with the points {points.tolist()[:3]}")
+            if kind == "circle":  # its middle, and a point on it
+                points = points[0] + np.hypot(*(points[1] - points[0])) * _CIRCLE
+            elif kind == "rectangle":
                 (left, top), (right, bottom) = np.sort(points, axis=0)
-                points = [(left, top), (right, top), (right, bottom), (left, bottom)]
-            ImageDraw.Draw(image).polygon(points, fill=1)
+                points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+            elif kind != "polygon":
+                raise ValueError(f"a {kind}; polygons, rectangles and circles are accepted")
+            ImageDraw.Draw(image).polygon([(x, y) for x, y in points.tolist()], fill=1)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: cannot be read as polygons ({error!r}); a JSON file of LabelMe is needed (imageWidth, "

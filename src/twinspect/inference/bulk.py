@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import BundleError, ConfigError, DataError
-from twinspect.files import refuse_unwritable
+from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
 from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
@@ -30,7 +30,6 @@ from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pi
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
-from twinspect.inference.stores import is_url
 from twinspect.inference.streams import Item, Stream
 
 if TYPE_CHECKING:
@@ -185,12 +184,9 @@ def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -
 
 
 def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
-    """The whole command: score what is not scored yet, make the table, say what came out.
+    """Score what is not scored yet, make the table, say what came out.
 
-    Args:
-        job: what to run; it says what is wrong with its sources, model or outputs.
-        console: told of progress and results.
-        visit: called with every row, once all are there where a table is written.
+    ``visit`` is called with every row, once all are there where a table is written.
     """
     job.check()
     totals = Totals()

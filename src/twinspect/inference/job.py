@@ -8,10 +8,23 @@ from pathlib import Path
 
 from twinspect.config import Range, argument, check_options, option
 from twinspect.errors import ConfigError
-from twinspect.inference.stores import is_endless, is_live, is_url
+from twinspect.files import is_url
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 _FILE_ROWS, _FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+CAMERA = "camera:"
+_STDIN = "@-"  # a list that others write while it is read
+_ENDLESS = (CAMERA, "rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://")
+
+
+def is_endless(source: object) -> bool:
+    """Whether a source is a camera (``camera:0``) or a stream of video from the network."""
+    return isinstance(source, str) and source.lower().startswith(_ENDLESS)
+
+
+def is_live(source: object) -> bool:
+    """Whether images of a source may still be in the making, so that none is to be read ahead."""
+    return source == _STDIN or is_endless(source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import sqlalchemy as sa
 from fastapi import Query
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, NoSuchTableError, SQLAlchemyError
 
 from twinspect.decide.conformal import GoodScores
 from twinspect.decide.decision import ANOMALY, GOOD, UNSURE, Decision
@@ -173,6 +173,8 @@ class InspectionLog:
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             lines = str(cause).strip().splitlines() or [repr(cause)]
+            if isinstance(error, NoSuchTableError):
+                lines = [f"it has no table {lines[0]}, so it is the log of no server"]
             full = "disk is full" in lines[0] or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL
             raise LogError(f"the inspection log {self.described} cannot be used: {lines[0]}", full) from None
 
@@ -317,12 +319,7 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
     """Good and bad images of a log, without looking at a picture again.
 
     Rows of other models than the decision's are left out, as their scores cannot be compared, and those from before
-    ``since``, an ISO date or time (local where it names no zone).
-
-    Raises:
-        ConfigError: not a time, or an unknown class.
-        DataError: no good image in it.
-        LogError: the log cannot be read.
+    ``since``, an ISO date or time (local where it names no zone). A DataError where no good image is left.
     """
     decision.checked_class(class_name)
     labelled: dict[int | None, list[Mapping[Any, Any]]] = {0: [], 1: [], None: []}

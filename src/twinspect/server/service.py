@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import hashlib
 import io
 import logging
@@ -24,10 +25,10 @@ from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
+from twinspect.files import state
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.stores import state
 from twinspect.inference.streams import Item
 from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
@@ -35,6 +36,7 @@ from twinspect.server.guard import SOON, Metrics, logger, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
 from twinspect.server.schema import ModelAnswer, PredictAnswer
 from twinspect.server.settings import Settings
+from twinspect.signature import signature_file
 
 _DECODERS = 2  # threads
 _PRUNING_S = 60.0
@@ -95,6 +97,12 @@ class Served:
         }
 
 
+def _trim_memory() -> None:
+    """Give free memory back to the system: the C library of Linux keeps some for every thread that read a model."""
+    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function, or give no handle
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Service:
     """Everything behind the routes. Made on any thread, used on one event loop; arguments as `app.build_app`."""
 
@@ -109,7 +117,7 @@ class Service:
         self.ready = False
         self._open, self._reloading = open_file, asyncio.Lock()
         self._paths = {name: model for name, model in models.items() if isinstance(model, Path)}
-        self._states = {name: state(str(path)) for name, path in self._paths.items()}  # when they were last read
+        self._states = {name: _state(path) for name, path in self._paths.items()}  # when they were last read
         self.models = {
             name: Served(name, open_file(model) if isinstance(model, Path) else model, settings, self.metrics)
             for name, model in models.items()
@@ -157,9 +165,7 @@ class Service:
         """The present version of a model; an empty name takes the only one."""
         if not name and len(self.models) > 1:
             names = ", ".join(self.models)
-            raise Refused(
-                400, "which_bundle", f"several models are served and none is named; add bundle=NAME: {names}"
-            )
+            raise Refused(400, "which_bundle", f"several models are served, none is named; add bundle=NAME: {names}")
         chosen = name or next(iter(self.models), "")
         if chosen not in self.models:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self.models))
@@ -168,15 +174,14 @@ class Service:
     async def reload(self, name: str) -> Served:
         """Read a model's file again; requests that hold the old version finish with it.
 
-        Raises:
-            TwinspectError: the model has no file, or it cannot be used; the old version stays in service.
+        A TwinspectError where it has no file, or one that cannot be used; the old version stays in service.
         """
         path = self._paths.get(self.model(name).name)
         if path is None:
             raise Refused(409, "no_file", f"{name} was not opened from a file and cannot be reloaded")
         async with self._reloading:
             old = self.model(name)
-            self._states[name] = state(str(path))
+            self._states[name] = _state(path)
             try:
                 predictor = await asyncio.to_thread(self._open, path)
             except TwinspectError as error:
@@ -185,15 +190,17 @@ class Service:
                 say("reload_failed", logging.ERROR, bundle=name, message=str(error))
                 raise
             new = self.models[name] = Served(name, predictor, self.settings, self.metrics, old)
+            del old
+            await asyncio.to_thread(_trim_memory)
         self.metrics.reloads.labels(name, "done").inc()
         say("reloaded", bundle=name, model_id=predictor.decision.model_id)
         return new
 
     async def _reload_changed(self) -> None:
         for name, path in self._paths.items():
-            present = await asyncio.to_thread(state, str(path))
+            present = await asyncio.to_thread(_state, path)
             # A file that is gone for a moment, or for good, leaves the model in service.
-            if present and present != self._states[name]:
+            if present[0] and present != self._states[name]:
                 with suppress(TwinspectError):  # it was said
                     await self.reload(name)
 
@@ -274,6 +281,11 @@ class Service:
                 raise
             return nothing, str(error)
         return [None if inspection.result.error else next(numbers) for inspection in inspections], ""
+
+
+def _state(path: Path) -> tuple[str, str]:
+    """What changes with a model's file, and with its signature."""
+    return state(str(path)), state(str(signature_file(path)))
 
 
 async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
