@@ -128,7 +128,7 @@ def image_column(path: str) -> tuple[str, bool]:
             return name, True
     if name := path_column(name for name, kind in columns.items() if "string" in kind):
         return name, False
-    raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
+    raise DataError(f"{path}: columns {', '.join(columns)}; a column image (paths, or encoded images) is needed")
 
 
 def _cells(path: str) -> Iterator[Item]:
