@@ -40,6 +40,8 @@ class Silent:
     def result(self, text: str) -> None:
         self.lines.append(text)
 
+    warn = result
+
     def progress(self, stage: str, done: int, total: int) -> None:
         self.seen.append((done, total))
 
