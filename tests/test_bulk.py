@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.commands.drift import read_predictions
+from twinspect.commands.calibrate import read_predictions
 from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
@@ -39,6 +39,8 @@ class Silent:
 
     def result(self, text: str) -> None:
         self.lines.append(text)
+
+    warn = result
 
     def progress(self, stage: str, done: int, total: int) -> None:
         self.seen.append((done, total))

@@ -20,13 +20,14 @@ from twinspect import Detector
 from twinspect import evaluation as room
 from twinspect.cli import app
 from twinspect.commands.evaluate import AS_GIVEN, choose_test, metric_tables, without_leaks
-from twinspect.commands.results import grouped, mean_of
+from twinspect.commands.results import grouped
 from twinspect.data import load
 from twinspect.data.protocols import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.evaluation import count_calls, evaluate, shared_defects
 from twinspect.inference.result import Result
+from twinspect.metrics import mean_of
 from twinspect.metrics.pages import MemoryBudget
 from twinspect.metrics.pixels import ScoreHistogram
 from twinspect.types import TEST, Sample

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinspect import files
 from twinspect._version import __version__
-from twinspect.config import ModelConfig, RunConfig
+from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
 from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
 from twinspect.types import Skipped
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from twinspect.models.contract import AnomalyModel
-    from twinspect.models.teachers import Teacher
     from twinspect.training.outcome import GoodImages
 
 FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
@@ -144,24 +143,6 @@ class Fitted:
     memory: bytes = b""  # what further images can be added to; see `training.outcome`
 
 
-def teacher_of(config: ModelConfig) -> Teacher:
-    """The teacher that a configuration asks for."""
-    from twinspect.models.teachers import create_teacher
-
-    return create_teacher(config.teacher, config.weights or None, config.pretrained)
-
-
-def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
-    """The untrained model of a configuration; weights of the students follow torch's global seed."""
-    import torch
-
-    from twinspect.models.contract import build_family
-
-    model = build_family(teacher or teacher_of(config), config)
-    model.teacher.net.to(memory_format=torch.channels_last)
-    return model
-
-
 def model_id(model: AnomalyModel) -> str:
     """Name of a trained model: hash of its normal statistics, which no two trainings share."""
     digest = hashlib.sha256()
@@ -205,13 +186,14 @@ def load(path: Path, weights: str = "") -> Fitted:
 def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     from safetensors.torch import load as from_bytes
 
+    from twinspect.models.contract import build_model
     from twinspect.models.teachers import create_teacher
 
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
     tensors = from_bytes(content.tensors)
     made_with, thin = record["teacher"], bool(meta["thin"])
-    teacher = create_teacher(made_with["name"], weights or None, pretrained=thin and config.model.pretrained)
+    teacher = create_teacher(made_with["name"], weights, pretrained=thin and config.model.pretrained)
     model = build_model(config.model, teacher)
     model.roi_SS = tensors.get("roi_SS")
     _resize_buffers(model, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tiny import picture, save
 from twinspect import Detector
 from twinspect.errors import BundleError, ConfigError
 from twinspect.server.log import Filter, InspectionLog
+from twinspect.server.service import _trim_memory
 from twinspect.server.settings import Settings, named_paths, read_key
 
 
@@ -331,3 +333,20 @@ def test_levels_of_a_bright_and_a_dark_image_differ() -> None:
     with Running() as server:
         found = server.post(encoded(DARK), encoded(BRIGHT)).json["results"]
         assert [one["answer"] for one in found] == ["good", "anomaly"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only this C library keeps memory for every thread")
+def test_memory_that_a_reload_has_freed_goes_back_to_the_system() -> None:
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def fill() -> bytearray:
+        blocks = [bytearray(b"x" * 100_000) for _ in range(2000)]  # too small to be given back one by one
+        return blocks[-1]  # above all others, so that they are not given back without being asked for
+
+    with ThreadPoolExecutor(1) as thread:
+        last = thread.submit(fill).result()
+        before = resident_mb()
+        _trim_memory()
+        assert before - resident_mb() > 100
+    assert len(last) == 100_000

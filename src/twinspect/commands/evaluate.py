@@ -14,11 +14,12 @@ from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
-from twinspect.decide.recalibrate import image_key
+from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError, listed
 from twinspect.evaluation import Evaluation
 from twinspect.inference.predictor import Predictor
+from twinspect.metrics import mean_of
 from twinspect.report import Report, Section, Table
 from twinspect.types import TEST, Sample
 
@@ -98,7 +99,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
 def has_learnt(predictor: Predictor, sample: Sample) -> bool:
     """Whether a model was trained on an image, by its content; of one that cannot be read, not."""
     try:
-        return image_key(sample, predictor.runtime.size) in predictor.decision.trained
+        return key_of(sample, predictor.runtime.size) in predictor.decision.trained
     except (DataError, OSError):  # said when it is scored
         return False
 
@@ -162,7 +163,7 @@ def values_of(measured: Evaluation, split: Split) -> dict[str, Any]:
         "students": {name: table["mean"] for name, table in measured.students.items()},
         "decisions": measured.decisions,
         "defect_decisions": {name: evaluation.count_calls(calls[name]) for name in sorted(calls)},
-        "decisions_mean": {k: v for k, v in results.mean_of(measured.decisions).items() if k.endswith("_rate")},
+        "decisions_mean": {k: v for k, v in mean_of(measured.decisions).items() if k.endswith("_rate")},
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "failed": measured.failed,
         "masks_not_used": measured.masks,
@@ -228,7 +229,7 @@ def decision_tables(values: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
-    """Cells for `evaluation.count_calls` of a class: counts where it has some, and shares."""
+    """Cells of what `evaluation.count_calls` says of a class."""
     cells: dict[str, str | None] = {}
     for words, part, whole, rate in (
         ("defects found", "found", "defects", "found_rate"),
