@@ -40,6 +40,8 @@ class Silent:
     def result(self, text: str) -> None:
         self.lines.append(text)
 
+    warn = result
+
     def progress(self, stage: str, done: int, total: int) -> None:
         self.seen.append((done, total))
 
@@ -287,6 +289,24 @@ def test_other_settings_are_refused(model: Path, shots: Path, tmp_path: Path) ->
         run(replace(one, class_name="ring"), Silent())
     with pytest.raises(ConfigError, match="another masks, part-rows"):
         run(replace(one, part_rows=5, masks=str(tmp_path)), Silent())
+
+
+def test_a_run_of_an_older_version_is_refused(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    first_parts(one, 1)
+    settings = tmp_path / "t.csv.parts" / "_run.json"
+    older = json.loads(settings.read_text())
+    del older["names-of-parts"]
+    settings.write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match="run with another names-of-parts"):
+        run(one, Silent())
+
+
+def test_an_archive_that_ends_with_a_full_part_is_not_scored_again(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, f"{tmp_path}/t/", shots / "shard.tar", part_rows=3)
+    assert runs(one)[0].before == 0
+    again, _ = runs(one)
+    assert (again.rows, again.before) == (6, 6)
 
 
 def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) -> None:

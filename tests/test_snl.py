@@ -389,7 +389,7 @@ def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None
     detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side
     out = tmp_path / "model.onnx"
     found = export(detector.fitted, out)
-    assert not found.problems("fp32")
+    assert not found.problems()
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     (theirs,) = load(out).predict([image])
     assert theirs.score == pytest.approx(detector.predict(image).score, rel=1e-3, abs=1e-3)

@@ -31,7 +31,7 @@ def test_any_layout_survives_a_manifest(tmp_path: Path, layout: str, shape: str,
     found = load(path)
     assert found.layout == "manifest"
     assert found.samples == samples
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("_tmp-*"))
 
 
 def test_manifest_elsewhere_needs_the_images_folder(tmp_path: Path) -> None:

@@ -259,7 +259,6 @@ def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
 
 
 def _unnamed_folders(root: Folder, samples: list[Sample], log: ScanLog) -> None:
-    """Folders of images of which a list names none."""
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root.path).parts[:1] for path in used if path.is_relative_to(root.path)}
     for sub in root.folders:

@@ -215,8 +215,6 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
 
 
 class _ClassReader:
-    """Images of one class by what is said of them."""
-
     def __init__(self, product: Folder, log: ScanLog) -> None:
         self._name, self._log = product.name, log
         self.assumed = 0  # images that are taken as good only because nothing says otherwise

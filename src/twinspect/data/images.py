@@ -390,7 +390,6 @@ def _negative(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _changes_values(image: Image.Image) -> bool:
-    """Whether the file's compression gives back other values than were put in."""
     if image.format == "WEBP":
         stream: Any = image.fp  # type: ignore[attr-defined]
         return b"VP8L" not in stream.getvalue()[:4096]

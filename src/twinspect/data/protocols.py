@@ -123,7 +123,6 @@ def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Spl
 
 
 def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
-    """A split for every part of the classes that is normal, on the whole test split."""
     if any(sample.label == 1 for sample in samples):
         raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
     classes = by_class(samples)
@@ -201,7 +200,6 @@ def hold_out_good(samples: Iterable[Sample], seed: int = 0) -> list[Sample]:
 
 
 def _moved_to_test(members: list[Sample], candidates: Sequence[Sample], seed: int) -> list[Sample]:
-    """Samples of a class with a fifth of some of them in the test split."""
     chosen = pick(candidates, max(1, round(TEST_FRACTION * len(candidates))), f"test|{seed}")
     moved = {candidates[i] for i in chosen}
     return [replace(s, split=TEST) if s in moved else s for s in members]
@@ -340,7 +338,6 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
 
 
 def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """Groups of two and more samples with the same content."""
     known = list(samples)
     groups = [[sample for sample in known if sample.in_file]]
     for key in (_size, _peek, lambda sample: sha256_of(sample.image)):

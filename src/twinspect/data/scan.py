@@ -177,11 +177,11 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def first_lines(problems: Iterable[str], limit: int = 5) -> str:
+def first_lines(problems: Iterable[str]) -> str:
     """The first of what is wrong as lines of an error message, and how many more there are."""
     lines = list(problems)
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "".join(f"\n  {line}" for line in lines[:limit] + more)
+    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "".join(f"\n  {line}" for line in lines[:5] + more)
 
 
 def inside(root: Path, text: str, where: str) -> Path:

@@ -176,7 +176,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    """The object of one line of JSON lines; a comma may follow it."""
     try:
         entry = json.loads(line.rstrip(" \t\r\n,"))
     except (ValueError, RecursionError) as error:
@@ -204,7 +203,6 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
-    """A table of text, and what lies between its cells."""
     try:
         with _text(path, errors, newline="") as file:
             start, first = 0, file.readline()

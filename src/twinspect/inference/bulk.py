@@ -266,10 +266,10 @@ def _reads_again(sources: Iterable[str], place: str) -> bool:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What parts of one run must have in common."""
     return {
         "model": _decision_digest(job.model),
         "columns": " ".join(column.name for column in columns()),  # another version may have others
+        "names-of-parts": 2,
         "part-rows": job.rows_of_a_part,
         **{name.removesuffix("_name").replace("_", "-"): getattr(job, name) for name in _FIXED},
     }

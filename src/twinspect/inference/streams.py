@@ -132,7 +132,6 @@ def image_column(path: str) -> tuple[str, bool]:
 
 
 def _cells(path: str) -> Iterator[Item]:
-    """Images of a Parquet table of encoded images."""
     import pyarrow.parquet as pq
 
     number, (column, _) = 0, image_column(path)

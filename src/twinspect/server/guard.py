@@ -222,7 +222,6 @@ class Guard:
 
 
 def _refusal(error: Exception, request_id: str) -> Refused:
-    """What a client is told of an error."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, TwinspectError):

@@ -240,7 +240,6 @@ class Service:
         }
 
     def _admit(self, bundle: str, images: int) -> Served:
-        """The model asked for, if the queue has room."""
         if not self.ready:
             raise Refused(503, "stopping", "the server is starting or stopping; try again", SOON)
         served, limit, waiting = self.model(bundle), self.settings.queue, self._accepted
@@ -252,7 +251,6 @@ class Service:
         return served
 
     async def _inspect(self, served: Served, image: Item, options: Asked, request_id: str) -> Inspection:
-        """One image decoded and scored, with its picture for the log."""
         thumbnail = self.settings.log_thumbnails if options.keep and self.log is not None else 0
         side = max(thumbnail, _OVERLAY if options.maps == "overlay" else 0)
         with served.batcher.expecting():
