@@ -64,8 +64,8 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         if count <= FEW:
             raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
         notes.append(
-            f"class {name} is new, beside {listed(fitted.decision.classes)}; if it was meant to be one of these, take "
-            "the update back with --undo"
+            f"class {name} is new, beside {listed(fitted.decision.classes)}; if it was meant to be one of these, "
+            "take the update back with --undo"
         )
     good, classes = add_statistics(
         model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
