@@ -140,8 +140,8 @@ def read_roi(path: Path) -> NDArray[np.bool_]:
     """H x W, true inside, of a mask image (above 0 is inside) or LabelMe's polygons; a DataError for nothing."""
     if not path.is_file():
         raise DataError(
-            f"--roi {path}: no such file.{near_names(path)} Give a mask image or a JSON file of LabelMe; it holds for "
-            "all products of the model"
+            f"--roi {path}: no such file.{near_names(path)} Give a mask image or a JSON file of LabelMe; it holds "
+            "for all products of the model"
         )
     roi = _polygons(path) if path.suffix.lower() == ".json" else read_mask(path)
     if not roi.any():
