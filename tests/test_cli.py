@@ -249,7 +249,7 @@ def test_info(bundle: Path) -> None:
         json.loads(ok("info", bundle, "--json").stdout)["thresholds"]
     )
     assert json.loads(ok("info", bundle, "--json").stdout)["teacher"]["name"] == "efficientnet-lite0"
-    assert "no such bundle" in failed("info", bundle.with_name("none.twin"))
+    assert "no such model" in failed("info", bundle.with_name("none.twin"))
     assert "the model stands before the images" in failed("info", bundle.parent)
     assert f"Did you mean '{bundle}'?" in failed("info", bundle.with_name("prats.twin"))
 
@@ -459,7 +459,7 @@ def test_python_m_twinspect(tmp_path: Path) -> None:
         [sys.executable, "-m", "twinspect", "info", str(tmp_path / "none.twin")], capture_output=True, text=True
     )
     assert found.returncode == 2
-    assert found.stderr.startswith("error: no such bundle")
+    assert found.stderr.startswith("error: no such model")
     assert found.stdout == ""
 
 

@@ -99,7 +99,7 @@ def read_bundle(path: Path) -> BundleContent:
             f"the images. Make one with: twinspect fit {path} --out model{SUFFIX}"
         )
     if not path.is_file():
-        raise BundleError(f"no such bundle: {path}.{files.near_names(path)} Type: twinspect fit DATA --out {path}")
+        raise BundleError(f"no such model: {path}.{files.near_names(path)} Type: twinspect fit DATA --out {path}")
     try:
         with zipfile.ZipFile(path) as file:
             parts = {_META: _member(file, _META)}

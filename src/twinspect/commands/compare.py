@@ -52,9 +52,12 @@ def compare(options: CompareOptions, console: Console) -> None:
     console.warn(*remarks(values))
     first, second = values["right"].values()
     words = (
-        f"{first + second} of {values['images']} images: the first model is right on {first}, the second on "
-        f"{second}. Chance of a difference as large between equal models (McNemar, exact): {values['p_value']:.3f}."
+        f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
+        f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
+        f"test): {values['p_value']:.3f}."
     )
+    if not first + second:
+        words = f"Both models give the same answer to all {values['images']} images."
     sections = [
         Section("Comparison", (), tuple(tables(values))),
         Section("Decisions that differ", (words,)),

@@ -128,7 +128,7 @@ def recalibrate(
         )
     if request.max_fpr is not None:
         for of_class in [of_class for of_class in fixed if name in (None, of_class)]:
-            notes.append(f"{of_class}: its threshold from labelled images gives way to the budget")
+            notes.append(f"{of_class}: its threshold from labelled images gives way to one from good images")
             del fixed[of_class]
     if labelled is not None:
         fixed |= _fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)

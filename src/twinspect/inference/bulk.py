@@ -360,7 +360,7 @@ def say_result(result: Result) -> str:
     if result.error:
         return f"ERROR    {result.error}"
     word = "ANOMALY" if result.is_anomaly else result.answer
-    kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
+    kind = f"{result.class_name}{' (unlike any class that the model knows)' if result.unknown_class else ''}"
     regions = f"  {counted(len(result.regions), 'region')}" if result.regions else ""
     numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
     return f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
@@ -369,7 +369,7 @@ def say_result(result: Result) -> str:
 def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
-    where = f"; {out}" if out not in ("", "-") else ""
+    where = f"; table: {out}" if out not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     counts = f"{totals.bad} anomalous, {totals.errors} could not be read"
     return f"{counted(totals.rows, 'image')}{before}: {counts}{where}{several}"

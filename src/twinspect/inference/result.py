@@ -110,6 +110,9 @@ class Result:
     roi: NDArray[np.bool_] | None = field(default=None, repr=False)
     near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
+    def __repr__(self) -> str:
+        return f"Result({self.path!r}, {self.reasons()})"
+
     @property
     def severity(self) -> float:
         """`score` / `threshold`, never cut off: from 1 on it is an anomaly."""

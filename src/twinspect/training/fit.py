@@ -117,7 +117,7 @@ def fit(
     progress = progress if group.leads else silent
     if resume is not None:
         if resume.config.model.tiles:
-            raise ConfigError("a model that sees tiles cannot be gone on from; train it anew on all images")
+            raise ConfigError("training cannot go on from a model with tiles; train a new one on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
     with in_fp32(group.device.type):
