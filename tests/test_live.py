@@ -68,7 +68,7 @@ def test_a_damaged_video_is_a_row(quick: Detector, clip: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_opened_is_said(monkeypatch: pytest.MonkeyPatch, quick: Detector) -> None:
-    with pytest.raises(DataError, match=r"rtsp://127.0.0.1:9/x cannot be opened as a video"):
+    with pytest.raises(DataError, match=r"rtsp://127.0.0.1:9/x cannot be opened;"):
         walk("rtsp://me:secret@127.0.0.1:9/x")
     with pytest.raises(DataError, match="camera:99 cannot be opened"):
         next(quick.predict("camera:99", stream=True))
