@@ -116,6 +116,8 @@ def read_bundle(path: Path) -> BundleContent:
     Raises:
         BundleError: not a bundle, truncated, changed after it was written, or of another format than this library's.
     """
+    if path.is_dir():
+        raise BundleError(f"{path} is a folder, and a bundle is a file, such as {path / 'model.twin'}")
     if not path.is_file():
         raise BundleError(
             f"no such bundle: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"

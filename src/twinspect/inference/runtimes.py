@@ -199,7 +199,7 @@ def load_predictor(
 def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, ExportMeta]:
     """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
     meta = read_export(path)
-    return RUNTIMES[path.suffix](path, meta.size, threads), meta
+    return RUNTIMES[path.suffix.lower()](path, meta.size, threads), meta
 
 
 def required(package: str, path: Path) -> Any:
@@ -248,7 +248,7 @@ class ExportMeta:
 
 def is_export(path: Path | str) -> bool:
     """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
-    return Path(path).suffix in RUNTIMES
+    return Path(path).suffix.lower() in RUNTIMES
 
 
 def write_meta(path: Path, meta: ExportMeta) -> None:
@@ -315,8 +315,9 @@ def _refuse_version(path: Path, values: dict[str, Any]) -> None:
 
 
 def _refuse_changed(path: Path, files: dict[str, str]) -> None:
-    for suffix in {path.suffix, *files}:
-        part, expected = path.with_suffix(suffix), files[suffix]
+    ending = path.suffix.lower()
+    for suffix in {ending, *files}:
+        part, expected = path if suffix == ending else path.with_suffix(suffix), files[suffix]
         if not part.is_file():
             raise BundleError(f"{part} is missing; an export is moved with all its files")
         if sha256_of(part) != expected:
