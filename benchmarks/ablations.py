@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twinspect import data as data_room
-from twinspect.bundle import build_model
-from twinspect.commands.diagnose import Plan, interference
+from twinspect.commands.diagnose import interference
+from twinspect.commands.options import DiagnoseOptions
 from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
@@ -43,7 +43,7 @@ from twinspect.files import write_text
 from twinspect.inference.decode import Decoding, as_item, decode
 from twinspect.inference.result import Result
 from twinspect.metrics import auroc
-from twinspect.models.contract import AnomalyModel, Observed
+from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.report import Report, Section, Table
 from twinspect.training.derived import add_copies
 from twinspect.training.fit import choose_images
@@ -311,7 +311,11 @@ def run(rows, seed, mode, samples, args, done, seen, console):
     keys = {name: key_of(name, configs[name], mode, samples, args) for name in rows}
     missing = {name: row for name, row in rows.items() if keys[name] not in done}
     own = samples if mode == MULTI else [s for s in samples if s.class_name == mode]
-    plan = Plan(count=args.count, normals=args.normals) if mode == MULTI and args.count else None
+    plan = (
+        DiagnoseOptions(Path(), Path(), count=args.count, normals=args.normals)
+        if mode == MULTI and args.count
+        else None
+    )
     wanted = {name: configs[name] for name in missing}
     for name, values in measured(missing, own, wanted, plan, seen, console) if missing else ():
         done[keys[name]] = {"row": name, "seed": seed, "mode": mode, "config": configs[name].to_dict(), **values}

@@ -78,8 +78,8 @@ def measure(given: argparse.Namespace, name: str, size: int, compiled: bool) -> 
 
 def build(arch: str, size: int) -> Any:
     """The model with random weights, on the GPU."""
-    from twinspect.bundle import build_model
     from twinspect.config import ModelConfig
+    from twinspect.models.contract import build_model
 
     torch.manual_seed(0)
     return build_model(ModelConfig(teacher=arch, pretrained=False, size=size)).eval().cuda()

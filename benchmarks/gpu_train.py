@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from twinspect.bundle import build_model
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.data.painting import part
 from twinspect.device import choose_device
 from twinspect.losses import easy_share, encoder_decoder_loss
+from twinspect.models.contract import build_model
 from twinspect.training.fit import fit
 from twinspect.training.loop import autocast, make_optimiser, train
 from twinspect.training.source import FeatureSource

@@ -26,7 +26,7 @@ from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predict
 Clock = Callable[[], float]
 Pixels = NDArray[np.uint8]
 Call = Callable[[], object]
-PARTS = ("teacher", "local", "semantic", "scorer")  # how the names of nodes begin: see `twinspect.export.graph`
+PARTS = ("teacher", "local", "semantic", "scorer")  # how the names of nodes begin: see `twinspect.export`
 _PROFILED = 10  # calls in a profile
 _TURNS, _CALLS = 5, 4  # of the graph and the bare teacher, and calls in a turn
 

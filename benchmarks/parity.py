@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from twinspect.bundle import build_model
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.losses import easy_share, encoder_decoder_loss, flat_cosine_distance
+from twinspect.models.contract import build_model
 from twinspect.models.layers import noise, to_map
 from twinspect.models.snl import RD_BETAS, ConvReverse
 from twinspect.models.teachers import Teacher, create_teacher

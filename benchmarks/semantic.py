@@ -27,14 +27,13 @@ from problems import limited, of_split, ours
 from teacher_bank import place
 
 from twinspect import data as data_room
-from twinspect.bundle import build_model
 from twinspect.commands.reproduce import code_hash
-from twinspect.commands.results import mean_of
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits
 from twinspect.files import write_text
-from twinspect.metrics import auroc
+from twinspect.metrics import auroc, mean_of
+from twinspect.models.contract import build_model
 from twinspect.models.teachers import create_teacher
 from twinspect.report import Table
 from twinspect.training.fit import sized, usual_sides

@@ -32,8 +32,9 @@ from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc
+from twinspect.models.contract import build_model
 from twinspect.report import Table
-from twinspect.training.fit import build_model, fit
+from twinspect.training.fit import fit
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import TEST, TRAIN, Sample
 

@@ -68,8 +68,8 @@ def cli_page() -> Iterator[str]:
     from twinspect.cli import app
 
     yield "# Command line\n"
-    yield "Made from the program itself. `twinspect COMMAND --help` says the same; of some commands "
-    yield "only the usual options, and `--help-all` the others.\n"
+    yield "Made from the program itself. `twinspect COMMAND --help` says the same. Commands with many options show "
+    yield "the usual ones there, and all of them with `--help-all`.\n"
     yield from _command(typer.main.get_command(app), "twinspect")
 
 
@@ -109,7 +109,7 @@ def http_page() -> Iterator[str]:
     from twinspect.server.settings import Settings
 
     yield "# HTTP API\n"
-    yield "Made from the server's own description, which a running server gives at `/openapi.json`, "
-    yield "and as this text at `/docs`. "
+    yield "Made from the server's own description. A running server gives that at `/openapi.json`, and this text at "
+    yield "`/docs`. "
     yield "[The server](../deploy.md) says how to start one and how it behaves.\n"
     yield from reference(build_app(Settings(), {}).openapi())

@@ -11,9 +11,8 @@ from scipy.ndimage import uniform_filter
 from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
-from twinspect.bundle import build_model
 from twinspect.data.painting import part
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, build_model
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
 from twinspect.training.normal import fit_scales, fit_statistics

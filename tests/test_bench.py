@@ -29,7 +29,7 @@ def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleT
 
 @pytest.fixture(scope="module")
 def onnx_file(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from twinspect.export.build import export
+    from twinspect.export import export
 
     path = tmp_path_factory.mktemp("bench") / "m.onnx"
     export(quick.fitted, path)

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect import Detector
-from twinspect.commands.drift import read_predictions
+from twinspect.commands.calibrate import read_predictions
 from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
@@ -39,6 +39,8 @@ class Silent:
 
     def result(self, text: str) -> None:
         self.lines.append(text)
+
+    warn = result
 
     def progress(self, stage: str, done: int, total: int) -> None:
         self.seen.append((done, total))
@@ -289,6 +291,24 @@ def test_other_settings_are_refused(model: Path, shots: Path, tmp_path: Path) ->
         run(replace(one, part_rows=5, masks=str(tmp_path)), Silent())
 
 
+def test_a_run_of_an_older_version_is_refused(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, tmp_path / "t.csv", shots)
+    first_parts(one, 1)
+    settings = tmp_path / "t.csv.parts" / "_run.json"
+    older = json.loads(settings.read_text())
+    del older["names-of-parts"]
+    settings.write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match="run with another names-of-parts"):
+        run(one, Silent())
+
+
+def test_an_archive_that_ends_with_a_full_part_is_not_scored_again(model: Path, shots: Path, tmp_path: Path) -> None:
+    one = job(model, f"{tmp_path}/t/", shots / "shard.tar", part_rows=3)
+    assert runs(one)[0].before == 0
+    again, _ = runs(one)
+    assert (again.rows, again.before) == (6, 6)
+
+
 def test_two_runs_at_once_are_refused(model: Path, shots: Path, tmp_path: Path) -> None:
     one = job(model, tmp_path / "t.csv", shots)
     held = store_of(one).lock("")
@@ -428,7 +448,7 @@ def test_full_disk_is_said_and_leaves_no_draft(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("twinspect.inference.stores.os.fsync", full)
+        patch.setattr("twinspect.files.os.fsync", full)
         with pytest.raises(TwinspectError, match="cannot be written .No space left on device"):
             run(one, Silent())
     assert not list((tmp_path / "t.csv.parts").glob("_tmp*"))

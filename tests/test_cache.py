@@ -10,9 +10,8 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, good_folder, picture, run_config, save, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import build_model
 from twinspect.errors import DataError
-from twinspect.models.contract import Observed
+from twinspect.models.contract import Observed, build_model
 from twinspect.models.dual import DualModel
 from twinspect.training import source as source_module
 from twinspect.training.source import FeatureCache, FeatureSource, cache_folder, image_key, pack, unpack

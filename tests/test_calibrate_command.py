@@ -90,7 +90,7 @@ def test_calibrate_replaces_scores_and_leaves_the_model(trained: Path, fresh: Pa
     assert int(ring.split()[-1]) == values["classes"]["ring"]["called"] <= 1
     page = report.read_text(encoding="utf-8")
     assert "Thresholds by class" in page
-    assert "at most 5 % of the next ones, taken like these, will be called bad" in page
+    assert "about 5 % of the next ones, taken like these, will be called bad" in page
     loaded = Detector.load(out)
     for path in images_to_test(fresh, None)[:6]:
         found = loaded.predict(path, class_name="ring")

@@ -193,7 +193,11 @@ def test_fit_refuses_bad_options(tmp_path: Path, words: list[str], sentence: str
 def test_fit_of_bad_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no such file or folder" in failed("fit", tmp_path / "none", *TINY)
-    assert "no known layout; found: nothing" in failed("fit", tmp_path / "empty", *TINY)
+    assert "no images that can be read; found: nothing" in failed("fit", tmp_path / "empty", *TINY)
+    bad = good_folder(tmp_path / "only" / "scratch", 3)
+    said = failed("fit", bad.parent, *TINY)
+    assert f"All 3 images are taken as defects, because of the name of their folder ({bad})" in said
+    assert f"twinspect fit {bad} --layout folder" in said
     one = good_folder(tmp_path / "one", 1)
     plain = ("--scoring", "plain", "--out", tmp_path / "m.twin")
     assert "1 good training images found; at least 8" in failed("fit", one, *plain, *TINY)
@@ -226,6 +230,14 @@ def test_eval_says_first_that_no_good_image_was_tested(bundle: Path, tmp_path: P
     assert sentence not in ok("eval", bundle, tmp_path / "data").stdout
 
 
+def test_eval_names_a_class_that_the_model_does_not_know(bundle: Path, tmp_path: Path) -> None:
+    save(tmp_path / "held" / "good" / "0.png", picture(900))
+    note = "does not know a class held, which is the name of the folder"
+    assert note in ok("eval", bundle, tmp_path / "held").stderr
+    (tmp_path / "held").rename(tmp_path / "ring")
+    assert note not in ok("eval", bundle, tmp_path / "ring").stderr
+
+
 def test_eval_without_labelled_images(bundle: Path, tmp_path: Path) -> None:
     assert "twinspect predict BUNDLE PATH" in failed("eval", bundle, good_folder(tmp_path / "good", 3))
 
@@ -233,9 +245,12 @@ def test_eval_without_labelled_images(bundle: Path, tmp_path: Path) -> None:
 def test_info(bundle: Path) -> None:
     text = ok("info", bundle).stdout
     assert "efficientnet-lite0" in text
-    assert "promise" in text
+    assert text.count("will be called bad, at best") == len(
+        json.loads(ok("info", bundle, "--json").stdout)["thresholds"]
+    )
     assert json.loads(ok("info", bundle, "--json").stdout)["teacher"]["name"] == "efficientnet-lite0"
-    assert "no such bundle" in failed("info", bundle.with_name("none.twin"))
+    assert "no such model" in failed("info", bundle.with_name("none.twin"))
+    assert "the model stands before the images" in failed("info", bundle.parent)
     assert f"Did you mean '{bundle}'?" in failed("info", bundle.with_name("prats.twin"))
 
 
@@ -309,11 +324,15 @@ def test_predict_that_breaks_off_leaves_no_whole_looking_table(
     monkeypatch.setattr(TorchRuntime, "run", breaks)
     folder = good_folder(tmp_path / "new", 8)
     again = ["predict", bundle, folder, "--out", out, "--batch", 2, "--workers", 0, "--part-rows", 4]
-    assert "the machine went away" in failed(*again)
+    broken = failed(*again)
+    assert f"{out} is there already: this run replaces it" in broken
+    assert "the machine went away" in broken
     assert out.read_bytes() == yesterday
     kept = list(out.with_name(f"{out.name}.parts").glob("part-*"))
     assert [path.suffix for path in kept] == [suffix]
-    assert "8 images (4 of them by an earlier run)" in ok(*again).stdout
+    found = ok(*again)
+    assert "an earlier run scored 4 images; going on with the others" in found.stderr
+    assert "8 images (4 of them by an earlier run)" in found.stdout
     assert sum(calls) == 10  # the call that broke off, and four batches: nothing is done twice
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("t.")] == [out.name]
 
@@ -440,7 +459,7 @@ def test_python_m_twinspect(tmp_path: Path) -> None:
         [sys.executable, "-m", "twinspect", "info", str(tmp_path / "none.twin")], capture_output=True, text=True
     )
     assert found.returncode == 2
-    assert found.stderr.startswith("error: no such bundle")
+    assert found.stderr.startswith("error: no such model")
     assert found.stdout == ""
 
 
@@ -540,11 +559,12 @@ def test_progress_without_a_terminal_is_plain_lines(
         for done in range(1, 4):
             console.progress(f"training  loss {done}", done, 3)
         console.say("a line between")
-        console.progress("scoring", 1, 1)
+        console.progress("exporting", 0, 1)
     found = capsys.readouterr()
     lines = found.err.splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("training  loss 3: 3/3, ")
+    assert lines[3] == "exporting"  # a single step has no rate
     assert "\x1b" not in found.err
     assert found.out == "a line between\n"
 

@@ -6,7 +6,6 @@ import torch
 from test_statistics import normal
 from tiny import run_config
 
-from twinspect.bundle import build_model
 from twinspect.data.painting import part
 from twinspect.decide.decision import mixed_up
 from twinspect.models.clusters import (
@@ -18,6 +17,7 @@ from twinspect.models.clusters import (
     merge_centres,
     repetition,
 )
+from twinspect.models.contract import build_model
 
 PRODUCTS = ("weave", "ring", "brushed")
 _MOST, _FRESH = 50, 20

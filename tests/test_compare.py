@@ -95,5 +95,6 @@ def test_images_that_a_model_has_learnt_are_said(quick: Detector, parts: Path, t
     code, out, error = call("compare", model, model, table, "--images", "/", "--draws", 10)
     assert code == 0, error
     assert "m.twin has learnt 3 of the test images" in out + error
+    assert "Both models give the same answer to all 6 images." in out
     assert "accepted 1 to" in call("compare", model, model, table, "--draws", 0)[2]
     assert "--seed -1: accepted 0 to" in call("compare", model, model, table, "--seed", -1)[2]

@@ -9,9 +9,8 @@ import torch
 from tiny import picture, run_config, same_tensors, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import build_model
 from twinspect.config import FAMILIES, TrainConfig
-from twinspect.models.contract import AnomalyModel
+from twinspect.models.contract import AnomalyModel, build_model
 from twinspect.training.fit import fit
 from twinspect.types import silent
 

@@ -49,9 +49,9 @@ def test_inspect_says_layout_counts_skips_splits_and_leaks(tmp_path: Path) -> No
     assert code == 0
     assert "mvtec-ad at" in said
     assert "not an image file" in said
-    assert "1 pairs of byte-equal images" in said
+    assert "1 pairs of a training image and its copy" in said
     assert "copy.png" in said
-    assert re.search(r"multi-class \[[0-9a-f]{12}\]", said)
+    assert re.search(r"multi-class \(hash [0-9a-f]{12}\)", said)
     assert "single-class/ring" in said
     assert "one-vs-rest" not in said
 

@@ -153,7 +153,7 @@ def test_p_values_of_good_images_are_not_too_small() -> None:
 def test_the_promise_in_words_and_counts() -> None:
     found = conformal_threshold(np.arange(199.0), 0.01)
     assert found.sentence == (
-        "from 199 good images: at most 1 % of the next ones, taken like these, will be called bad"
+        "from 199 good images: about 1 % of the next ones, taken like these, will be called bad"
     )
     assert (np.arange(199.0) >= found.value).sum() == 1
     assert found.max_fpr == 0.01

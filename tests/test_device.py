@@ -177,11 +177,8 @@ CONTROL_GROUPS = {
     "a folder above limits more": (
         "0::/a/b\n", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000", "cpu.max": "900000 100000"}, 2,
     ),
-    "first version": (
-        "3:memory:/x\n2:cpu,cpuacct:/docker/1f\n",
-        {"cpu,cpuacct/cpu.cfs_quota_us": "50000", "cpu,cpuacct/cpu.cfs_period_us": "100000", "cpu.max": "1 1"}, 0.5,
-    ),
-    "no limit": ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    "no limit": ("1:cpu:/\n0::/\n", {"cpu.max": "max 100000"}, math.inf),
+    "first version": ("3:memory:/x\n2:cpu,cpuacct:/docker/1f\n", {}, math.inf),
     "damaged": ("0::/\n", {"cpu.max": "soon"}, math.inf),
     "no control groups": (None, {}, math.inf),
 }  # fmt: skip

@@ -14,7 +14,6 @@ from twinspect.commands.diagnose import (
     CUTPASTE,
     MEASURES,
     MIXUP,
-    Plan,
     composites,
     cutpaste,
     interference,
@@ -33,6 +32,10 @@ from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
 
 def silent(_stage: str, _done: int, _total: int) -> None:
     pass
+
+
+def plan(**settings: int | str) -> DiagnoseOptions:
+    return DiagnoseOptions(Path("a.twin"), Path("data"), **settings)
 
 
 @pytest.fixture
@@ -109,14 +112,14 @@ def test_a_paste_looks_for_a_place_where_it_can_be_seen() -> None:
 
 
 def test_images_repeat_for_a_seed_and_do_not_depend_on_other_classes(colours: list[Sample]) -> None:
-    chosen = normal_images(colours, Plan())
+    chosen = normal_images(colours, plan())
 
     def made(seed: int) -> list[np.ndarray]:
-        return [one.rgb for one in composites(chosen["red"], chosen["blue"], CUTPASTE, Plan(count=3, seed=seed))]
+        return [one.rgb for one in composites(chosen["red"], chosen["blue"], CUTPASTE, 3, seed)]
 
     assert all(np.array_equal(a, b) for a, b in zip(made(0), made(0), strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(made(0), made(1), strict=True))
-    one = next(composites(chosen["red"], chosen["blue"], MIXUP, Plan()))
+    one = next(composites(chosen["red"], chosen["blue"], MIXUP, 8, 0))
     assert (one.base, one.other, one.kind) == ("red", "blue", MIXUP)
     assert one.box == (0, 0, 40, 60)
     assert json.loads(json.dumps(one.row()))["weight"] == one.weight
@@ -126,39 +129,39 @@ def test_images_repeat_for_a_seed_and_do_not_depend_on_other_classes(colours: li
 
 
 def test_normal_images_are_unseen_ones_where_there_are_some(colours: list[Sample]) -> None:
-    chosen = normal_images(colours, Plan())
+    chosen = normal_images(colours, plan())
     assert {s.split for members in chosen.values() for s in members} == {TEST}
     train_only = [s for s in colours if s.split == TRAIN]
-    assert {s.split for s in normal_images(train_only, Plan())["red"]} == {TRAIN}
+    assert {s.split for s in normal_images(train_only, plan())["red"]} == {TRAIN}
     held = [Sample(s.image, CALIBRATION, s.class_name) if s.split == TEST else s for s in colours]
-    assert {s.split for s in normal_images(held, Plan())["red"]} == {CALIBRATION}
+    assert {s.split for s in normal_images(held, plan())["red"]} == {CALIBRATION}
     spoiled = [Sample(s.image, s.split, s.class_name, 1) if s.split == TEST else s for s in colours]
-    assert {s.split for s in normal_images(spoiled, Plan())["red"]} == {TRAIN}  # defects are never used
+    assert {s.split for s in normal_images(spoiled, plan())["red"]} == {TRAIN}  # defects are never used
 
 
 def test_refusals_say_what_to_do(colours: list[Sample]) -> None:
     one = [s for s in colours if s.class_name == "red"]
     with pytest.raises(DataError, match=r"1 class found \(red\).*one folder per class"):
-        normal_images(one, Plan())
+        normal_images(one, plan())
     with pytest.raises(DataError, match="class green has 1 normal image"):
-        normal_images([*one, next(s for s in colours if s.class_name == "green")], Plan())
+        normal_images([*one, next(s for s in colours if s.class_name == "green")], plan())
     with pytest.raises(ConfigError, match="Did you mean 'green'"):
-        normal_images(colours, Plan(classes=("red", "gren")))
+        normal_images(colours, plan(classes="red,gren"))
     for settings, word in (({"count": 0}, "--count 0"), ({"normals": 1}, "--normals 1")):
         with pytest.raises(ConfigError, match=word):
-            check_options(DiagnoseOptions(Path("a.twin"), Path("data"), **settings))
+            check_options(plan(**settings))
 
 
 # -------------------------------------------------------------------------------------------- measures
 
 
 def test_a_model_that_sees_other_classes_gets_one_and_a_blind_one_a_half(colours: list[Sample]) -> None:
-    found = interference(Truth(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(Truth(), colours, plan(count=4), silent)  # type: ignore[arg-type]
     assert found.mean() == pytest.approx(dict.fromkeys(MEASURES, 1.0), abs=0.02)
     assert "no class hides in another: the lowest value is 1.000" in list(sentences(found))[1]
     blind = Truth()
     blind.blind = True
-    found = interference(blind, colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(blind, colours, plan(count=4), silent)  # type: ignore[arg-type]
     assert [found.mean()[name] for name in MEASURES[:3]] == pytest.approx([0.5] * 3)
 
 
@@ -174,7 +177,7 @@ def test_which_class_hides_which_is_found_in_its_own_cell(colours: list[Sample])
                     result.score = 0.0
                 yield result
 
-    found = interference(Partly(), colours, Plan(count=4), silent)  # type: ignore[arg-type]
+    found = interference(Partly(), colours, plan(count=4), silent)  # type: ignore[arg-type]
     matrix = found.matrix("cutpaste_auroc")
     assert found.classes == ["blue", "green", "red"]
     assert [matrix[i][i] for i in range(3)] == [None] * 3
@@ -198,7 +201,7 @@ def test_classes_that_are_taken_for_another_are_named(colours: list[Sample]) -> 
                 result.predicted_class = ("red", "red", "blue")[main]
                 yield result
 
-    found = interference(Colourblind(), colours, Plan(count=2), silent)  # type: ignore[arg-type]
+    found = interference(Colourblind(), colours, plan(count=2), silent)  # type: ignore[arg-type]
     count = sum(s.class_name == "green" and s.split == TEST for s in colours)
     assert f"{count} of {count} good images of green are taken for red" in list(sentences(found))[-1]
     assert not any("of red are taken" in text or "of blue are taken" in text for text in sentences(found))
@@ -206,7 +209,7 @@ def test_classes_that_are_taken_for_another_are_named(colours: list[Sample]) -> 
 
 
 def test_classes_can_be_chosen_and_results_are_plain(colours: list[Sample]) -> None:
-    found = interference(Truth(), colours, Plan(count=2, classes=("red", "blue")), silent)  # type: ignore[arg-type]
+    found = interference(Truth(), colours, plan(count=2, classes="red,blue"), silent)  # type: ignore[arg-type]
     values = json.loads(json.dumps(found.values(), allow_nan=False))
     assert [(p["base"], p["other"]) for p in values["pairs"]] == [("red", "blue"), ("blue", "red")]
     assert values["normal_images_from"] == {"red": TEST, "blue": TEST}
@@ -273,6 +276,6 @@ def test_a_trained_model_notices_other_classes_better_than_chance(tmp_path: Path
             save(root / name / "train" / "good" / f"{number}.png", pixels)
     config = run_config("efficientnet-lite0", model="rd", pretrained=True, steps=6, width=16)
     detector = Detector(config=config).fit(train_samples(root))
-    found = interference(detector.predictor(), load(root).samples, Plan(count=6, normals=12), silent)
+    found = interference(detector.predictor(), load(root).samples, plan(count=6, normals=12), silent)
     assert found.mean()["cutpaste_auroc"] > 0.8
     assert found.mean()["pixel_auroc"] > 0.7

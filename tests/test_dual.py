@@ -10,11 +10,10 @@ from scipy.stats import norm
 from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import build_model
 from twinspect.config import TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
-from twinspect.models.contract import Observed, fit_size
+from twinspect.models.contract import Observed, build_model, fit_size
 from twinspect.models.dual import DualModel, DualShape
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher

@@ -10,8 +10,7 @@ from scipy.stats import norm
 from tiny import RANDOM, RANDOM_CNN, picture, run_config
 
 from twinspect import Detector
-from twinspect.bundle import build_model
-from twinspect.models.contract import Observed, Outputs
+from twinspect.models.contract import Observed, Outputs, build_model
 from twinspect.models.dual import TOP_SHARE as PLAIN_SHARE
 from twinspect.models.dual import DualModel
 from twinspect.models.layers import DecoderBlock, to_map, to_tokens

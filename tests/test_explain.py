@@ -64,6 +64,7 @@ def test_the_nearest_good_image_is_the_most_similar_one(detector: Detector) -> N
 def test_explain_says_what_the_row_says(detector: Detector) -> None:
     found = detector.predict(spoiled())
     said = found.explain()
+    assert repr(found) == f"Result({found.path!r}, {said['text']})"
     assert json.loads(json.dumps(said)) == said
     assert said["answer"] == "anomaly"
     assert said["severity"] == pytest.approx(found.score / found.threshold)

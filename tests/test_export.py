@@ -13,7 +13,7 @@ from tiny import images_to_test, picture
 
 from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError
-from twinspect.export.build import (
+from twinspect.export import (
     Comparison,
     ParityError,
     Pixels,
@@ -36,7 +36,7 @@ def images(parts: Path, quick) -> list[Pixels]:
 def onnx_file(quick, images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model.onnx"
     found = export(quick.fitted, out, images=images)
-    assert not found.problems("fp32")
+    assert not found.problems()
     assert sorted(p.name for p in out.parent.iterdir()) == ["model.onnx", "model.onnx.json"]
     return out
 
@@ -145,7 +145,7 @@ def traced(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of `onnx_file` again, where tracing it once more would show nothing new."""
     import onnx
 
-    monkeypatch.setattr("twinspect.export.graph.to_onnx", lambda *_: onnx.load(str(onnx_file)))
+    monkeypatch.setattr("twinspect.export.to_onnx", lambda *_: onnx.load(str(onnx_file)))
 
 
 def test_an_export_that_differs_is_refused_and_leaves_nothing(
@@ -161,7 +161,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twinspect.export.build.write_meta", full)
+    monkeypatch.setattr("twinspect.export.write_meta", full)
     with pytest.raises(OutputError, match="No space left"):
         export(quick.fitted, tmp_path / "m.onnx", images=images)
     assert not list(tmp_path.iterdir())
@@ -236,7 +236,7 @@ def test_painted_images_are_compared_where_there_are_none(quick) -> None:
 @pytest.mark.slow
 def test_openvino_equals_torch(quick, images, tmp_path: Path) -> None:
     out = tmp_path / "model.xml"
-    assert not export(quick.fitted, out, images=images).problems("fp32")
+    assert not export(quick.fitted, out, images=images).problems()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.xml", "model.xml.json"]
     out.with_suffix(".bin").write_bytes(b"x" + out.with_suffix(".bin").read_bytes()[1:])
     with pytest.raises(BundleError, match="changed or damaged"):

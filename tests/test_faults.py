@@ -235,5 +235,5 @@ def test_a_disk_that_is_full(what: str, good: Path, tmp_path: Path, quick: Detec
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert model.read_bytes() == before
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("_tmp-*"))
     assert not (tmp_path / "t.parquet").exists()

@@ -57,12 +57,14 @@ def test_report_template_and_type_marker_are_package_data() -> None:
     assert files("twinspect").joinpath("report.html").is_file()
     assert files("twinspect").joinpath("py.typed").is_file()
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert {"py.typed", "*.html", "commands/*.toml"} <= set(config["tool"]["setuptools"]["package-data"]["twinspect"])
+    packed = set(config["tool"]["setuptools"]["package-data"]["twinspect"])
+    assert {"py.typed", "*.html", "commands/*.toml", "data/*.toml"} <= packed
 
 
 def test_light_runtime_holds_every_module_that_its_modules_load() -> None:
     """Without an installation, so that a forgotten module is found in a second."""
     light = tomllib.loads((ROOT / "packaging" / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert light["tool"]["setuptools"]["package-data"] == {"twinspect.data": ["*.toml"]}
     folders = tuple(light["tool"]["setuptools"]["packages"])
     modules = {name.removesuffix(".__init__") for name in light["tool"]["setuptools"]["py-modules"]}
     for module in sorted(modules - {"twinspect"}):

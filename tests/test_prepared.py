@@ -5,8 +5,7 @@ import torch
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, same_tensors
 
 from twinspect import Detector
-from twinspect.bundle import build_model
-from twinspect.models.contract import AnomalyModel, Outputs
+from twinspect.models.contract import AnomalyModel, Outputs, build_model
 from twinspect.models.fold import prepared
 
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from twinspect.cli import app
 from twinspect.commands import reproduce as room
-from twinspect.commands.reproduce import RECIPES, Recipe, find_recipe, is_vit
-from twinspect.commands.results import mean_of
+from twinspect.commands.reproduce import RECIPES, Recipe, is_vit
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data import DATASETS, load
 from twinspect.data.protocols import PROTOCOLS, SEMANTIC, make_splits
 from twinspect.errors import ConfigError
+from twinspect.metrics import mean_of
 
 DOCS = Path(__file__).parents[1] / "docs" / "reproduce.md"
 
@@ -45,7 +45,7 @@ def write_small(recipe: Recipe, root: Path) -> None:
 
 def run_small(name: str, out: Path, seed: int = 0) -> dict:
     """Results of a recipe on its painted set."""
-    recipe = find_recipe(name)
+    recipe = RECIPES[name]
     write_small(recipe, out / "data")
     return room.run_recipe(recipe, out / "data", out, small(recipe, seed), Console(quiet=True))
 
@@ -64,7 +64,7 @@ def test_recipes_that_are_run_are_of_every_kind() -> None:
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_recipes_run_on_painted_sets(tmp_path: Path, name: str) -> None:
-    recipe, out = find_recipe(name), tmp_path / "out"
+    recipe, out = RECIPES[name], tmp_path / "out"
     values = run_small(name, out)
     splits = make_splits(load(out / "data", recipe.layout).samples, recipe.protocol)
     assert values["complete"]
@@ -84,13 +84,13 @@ def test_recipes_run_on_painted_sets(tmp_path: Path, name: str) -> None:
         text = (out / f"results.{suffix}").read_text(encoding="utf-8")
         assert "our re-implementation" in text
         assert "the paper's result" not in text
-        assert all(p.source in text and f"{p.values['image_auroc']:.1f}" in text for p in recipe.published)
+        assert all(p["source"] in text and f"{p['percent']['image_auroc']:.1f}" in text for p in recipe.published)
         assert "random weights" in text
         assert splits[0].hash in text
 
 
 def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
-    write_small(find_recipe("mvtec-loco-multi"), tmp_path / "data")
+    write_small(RECIPES["mvtec-loco-multi"], tmp_path / "data")
     words = ["reproduce", "mvtec-loco-multi", "--root", tmp_path / "data", "--out", tmp_path, "--limit-steps", 1]
     words = [str(word) for word in (*words, "--teacher", "efficientnet-lite0", "--size", 64)]
     result = CliRunner().invoke(app, words)
@@ -107,7 +107,7 @@ def test_the_embedded_teacher_through_the_command_line(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = find_recipe("visa-single")
+    recipe = RECIPES["visa-single"]
     root, out, config = tmp_path / "data", tmp_path / "out", small(recipe)
     write_small(recipe, root)
     real, names = room.run_split, []
@@ -135,7 +135,7 @@ def test_a_killed_run_goes_on_and_finished_splits_are_not_run_again(
 
 
 def test_other_settings_or_damage_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = find_recipe("mvtec-ad-multi")
+    recipe = RECIPES["mvtec-ad-multi"]
     write_small(recipe, tmp_path / "data")
     (split,) = make_splits(load(tmp_path / "data").samples)
     base, other = small(recipe), small(recipe, 1)
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_training_copies_of_test_images_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = find_recipe("mvtec-ad-multi")
+    recipe = RECIPES["mvtec-ad-multi"]
     root, config = tmp_path / "data", small(recipe)
     write_small(recipe, root)
     good = root / "ring" / "test" / "good" / "000.png"
@@ -182,7 +182,7 @@ def test_recipes_are_listed_and_refusals_say_what_to_type() -> None:
     assert result.exit_code == 0
     assert all(name in result.stdout for name in RECIPES)
     with pytest.raises(ConfigError, match="cifar10-unified"):
-        find_recipe("cifar10-unifed")
+        RECIPES["cifar10-unifed"]
     result = CliRunner().invoke(app, ["reproduce", "visa-multi"])
     assert result.exit_code == 2
     assert "--root DIR" in result.stderr
@@ -190,26 +190,28 @@ def test_recipes_are_listed_and_refusals_say_what_to_type() -> None:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_page_says_runs_and_published_numbers(name: str) -> None:
-    recipe = find_recipe(name)
+    recipe = RECIPES[name]
     assert recipe.layout in DATASETS
     assert recipe.protocol in PROTOCOLS
     (row,) = (line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |"))
     runs, published = row.strip("| ").split(" | ")[-2:]
     assert int(runs) == recipe.runs
-    assert all(f"{p.system.split(' (')[0]} {p.values['image_auroc']:.1f}" in published for p in recipe.published)
+    assert all(
+        f"{p['system'].split(' (')[0]} {p['percent']['image_auroc']:.1f}" in published for p in recipe.published
+    )
     assert len(re.findall(r"\d+\.\d", published)) >= len(recipe.published)
-    assert all(p.source for p in recipe.published)
+    assert all(p["source"] for p in recipe.published)
 
 
 def test_settings_are_the_published_ones_for_a_vit_and_the_defaults_for_a_cnn() -> None:
-    recipe = find_recipe("mvtec-ad-multi")
+    recipe = RECIPES["mvtec-ad-multi"]
     config = recipe.config(seed=3)
     assert (config.model.teacher, config.model.size, config.train.steps) == ("dinov2-base", 448, 10_000)
     assert (config.train.lr, config.train.batch, config.train.warmup, config.train.clip) == (2e-3, 16, 100, 0.1)
     assert config.train.seed == 3
     assert recipe.config("dinov2-small").train.steps == 10_000
     assert recipe.config(limit_steps=7, size=224).train.steps == 7
-    assert find_recipe("real-iad-multi").config().model.dropout == 0.4
+    assert RECIPES["real-iad-multi"].config().model.dropout == 0.4
     cnn = recipe.config("efficientnet-lite0")
     assert cnn.train == RunConfig().train
     assert cnn.model.size == 0

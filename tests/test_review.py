@@ -76,7 +76,7 @@ def test_eval_report_shows_decisions_and_pictures(bundle: Path, parts: Path, tmp
     for name, kinds in values["defect_decisions"].items():
         assert sum(one["found"] for one in kinds.values()) == counts[name]["found"]
     tested = sum(row["good"] + row["defects"] for row in counts.values())
-    assert f"<dt>test images</dt><dd>{tested}</dd>" in html
+    assert f"<dt>tested on</dt><dd>{tested} labelled test images</dd>" in html
 
 
 @pytest.mark.parametrize("bad", [False, True])
@@ -137,8 +137,8 @@ def test_info_is_a_table(bundle: Path) -> None:
     assert code == 0
     lines = (out + error).splitlines()
     assert not any("{" in line for line in lines)
-    names = ("written by  ", "model  ", "teacher  ", "seed  ", "promise  ")
+    names = ("written by  ", "model  ", "teacher  ", "seed  ")
     facts = [line for line in lines if line.startswith(names)]
     assert len({len(line) - len(line.split("  ", 1)[1].lstrip()) for line in facts}) == 1
-    assert len(facts) == 5
+    assert len(facts) == 4
     assert any(line.split()[:4] == ["class", "good", "images", "threshold"] for line in lines)

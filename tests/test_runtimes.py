@@ -26,7 +26,7 @@ HEAVY = ("torch", "timm", "scipy", "pyarrow")
 
 @pytest.fixture(scope="module")
 def onnx_file(quick, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from twinspect.export.build import export, load_images
+    from twinspect.export import export, load_images
 
     out = tmp_path_factory.mktemp("export") / "model.onnx"
     export(quick.fitted, out, images=load_images(parts, quick.fitted.model.size))

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from tiny import RANDOM, RANDOM_CNN, run_config, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import build_model
 from twinspect.config import FAMILIES, RunConfig, TrainConfig
 from twinspect.data.images import read_rgb, resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models import snl
-from twinspect.models.contract import Selection, fit_size
+from twinspect.models.contract import Selection, build_model, fit_size
 from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
 from twinspect.models.teachers import create_teacher
 from twinspect.scoring import surprise
@@ -384,13 +383,13 @@ def test_batches_mix_classes() -> None:
 @pytest.mark.slow
 def test_an_export_says_what_the_model_says(parts: Path, tmp_path: Path) -> None:
     """`export` compares with torch itself and refuses to write what differs."""
-    from twinspect.export.build import export
+    from twinspect.export import export
     from twinspect.inference import load
 
     detector = trained(parts, width=16, cram=4, scoring="plain", affinity_map=1.0, affinity_side=3)  # divides no side
     out = tmp_path / "model.onnx"
     found = export(detector.fitted, out)
-    assert not found.problems("fp32")
+    assert not found.problems()
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     (theirs,) = load(out).predict([image])
     assert theirs.score == pytest.approx(detector.predict(image).score, rel=1e-3, abs=1e-3)

@@ -48,7 +48,7 @@ def test_sessions_and_classes_without_images_are_not_called_a_promise_of_their_o
     good = GoodScores(**{**strict.good.to_dict(), "score": strict.good.score, "peak": strict.good.peak,
                          "distance": strict.good.distance, "group": ("day", "night") * 120})  # fmt: skip
     sessions = Decision(good, ("a", "new"), (0.0, 8.0), Budget(0.01), by_group=True)
-    assert rows_of(sessions)["a"]["false alarms"] == "at most 1 % in every session"
+    assert rows_of(sessions)["a"]["false alarms"] == "about 1 % in every session"
     unseen = Decision(strict.good, ("a", "new"), (0.0, 8.0), Budget(0.01))
     assert rows_of(unseen)["new"]["false alarms"] == "unknown: no good image of this class"
 

@@ -127,7 +127,7 @@ def test_the_command_learns_lists_and_takes_back(quick: Detector, tmp_path: Path
     assert done.exit_code == 0, done.output
     undone = run(app, ["update", str(other), "--undo"])
     assert undone.exit_code == 2
-    assert "was written to a file of its own" in undone.output
+    assert "written to a file of its own" in undone.output
     assert read_bundle(bundle).meta["decision"]["model_id"] in undone.output
     assert "taken back" in run(app, ["update", str(bundle), "--undo"]).output
     assert bundle.read_bytes() == original

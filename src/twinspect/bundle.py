@@ -21,22 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 from twinspect import files
 from twinspect._version import __version__
-from twinspect.config import ModelConfig, RunConfig
+from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, ConfigError
+from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from twinspect.models.contract import AnomalyModel
-    from twinspect.models.teachers import Teacher
     from twinspect.training.outcome import GoodImages
 
 FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
-_SIGNATURE = "signature.txt"
 _TEACHER = "teacher."
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
@@ -53,35 +51,18 @@ class BundleContent:
     meta: dict[str, Any]  # plain JSON values
     tensors: bytes  # safetensors
     memory: bytes = b""  # the same, of good images, for updates; empty where nothing is kept of them
-    hashes: dict[str, str] = field(default_factory=dict, compare=False)  # sha256 of parts; a signature signs them
-    signature: str = field(default="", compare=False)
 
 
 def write_bundle(path: Path, meta: Mapping[str, Any], tensors: bytes, memory: bytes = b"") -> None:
-    """Write a bundle atomically: a crash or a full disk leaves no half-written file under the name.
-
-    Raises:
-        OutputError: it cannot be written there.
-    """
+    """Write a bundle whole or not at all; an OutputError where it cannot be written."""
     head = {"format": FORMAT, "twinspect": __version__, **meta}
     parts = {_META: json.dumps(head, indent=1, allow_nan=False).encode(), _TENSORS: tensors}
     if memory:
         parts[_MEMORY] = memory
     hashes = {name: hashlib.sha256(body).hexdigest() for name, body in parts.items()}
     refuse_unwritable(path)
-    _write(path, {**parts, _HASHES: json.dumps(hashes).encode()})
-
-
-def add_signature(path: Path, signature: str) -> None:
-    """Write a bundle anew, with a signature. Raises as `write_bundle`."""
-    with zipfile.ZipFile(path) as file:
-        members = {name: _member(file, name) for name in file.namelist()}
-    _write(path, {**members, _SIGNATURE: signature.encode()})
-
-
-def _write(path: Path, members: Mapping[str, bytes]) -> None:
     with files.replacing(path) as raw, zipfile.ZipFile(raw, "w") as file:
-        for name, body in members.items():
+        for name, body in {**parts, _HASHES: json.dumps(hashes).encode()}.items():
             # Level 9 takes three times as long, for 1 % less.
             file.writestr(zipfile.ZipInfo(name), body, zipfile.ZIP_DEFLATED, compresslevel=1)
 
@@ -111,36 +92,31 @@ def keep_old(path: Path) -> str:
 
 
 def read_bundle(path: Path) -> BundleContent:
-    """Read and verify a bundle.
-
-    Raises:
-        BundleError: not a bundle, truncated, changed after it was written, or of another format than this library's.
-    """
+    """Read and verify a bundle; a BundleError where it is damaged, changed, or of another format."""
     if path.is_dir():
-        raise BundleError(f"{path} is a folder, and a bundle is a file, such as {path / 'model.twin'}")
-    if not path.is_file():
         raise BundleError(
-            f"no such bundle: {path}.{files.near_names(path)} Make one with: twinspect fit DATA --out {path}"
+            f"{path} is a folder, and a model's file (NAME{SUFFIX}) is needed in its place; the model stands before "
+            f"the images. Make one with: twinspect fit {path} --out model{SUFFIX}"
         )
+    if not path.is_file():
+        raise BundleError(f"no such model: {path}.{files.near_names(path)} Type: twinspect fit DATA --out {path}")
     try:
         with zipfile.ZipFile(path) as file:
             parts = {_META: _member(file, _META)}
             meta = json.loads(parts[_META])
-            _refuse_other_format(path, int(meta["format"]), str(meta["twinspect"]))
+            older = f"Train it again, as its statistics are others: twinspect fit DATA --out {path}"
+            refuse_version(path, meta["format"], FORMAT, meta["twinspect"], older)
             names = file.namelist()
             parts |= {name: _member(file, name) for name in (_TENSORS, _MEMORY) if name in names}
             hashes = dict(json.loads(_member(file, _HASHES)))
-            signature = _member(file, _SIGNATURE).decode("ascii", "replace") if _SIGNATURE in names else ""
     except _NOT_WHOLE as error:
-        raise BundleError(
-            f"{path} is not a whole bundle (truncated or another kind of file: {error}); copy it again"
-        ) from None
+        raise BundleError(f"{path} is not a whole bundle, or another file ({error}); copy it again") from None
     if absent := {_TENSORS, *hashes} - parts.keys():
         raise BundleError(f"{path} is not a whole bundle ({', '.join(sorted(absent))} is missing); copy it again")
     for name, body in parts.items():
         if hashes.get(name) != hashlib.sha256(body).hexdigest():
             raise BundleError(f"{path}: {name} does not match its sha256; the file was changed or damaged")
-    return BundleContent(meta, parts[_TENSORS], parts.get(_MEMORY, b""), hashes, signature)
+    return BundleContent(meta, parts[_TENSORS], parts.get(_MEMORY, b""))
 
 
 def _member(file: zipfile.ZipFile, name: str) -> bytes:
@@ -149,15 +125,6 @@ def _member(file: zipfile.ZipFile, name: str) -> bytes:
     if info.file_size > _MOST_UNPACKED * max(info.compress_size, 100_000):
         raise ValueError(f"{name} would unpack to {info.file_size:,} bytes from {info.compress_size:,}")
     return file.read(name)
-
-
-def _refuse_other_format(path: Path, version: int, writer: str) -> None:
-    if version == FORMAT:
-        return
-    told = f"{path} has format {version}, written by twinspect {writer}; {__version__} reads format {FORMAT}"
-    if version < FORMAT:
-        raise BundleError(f"{told}, whose statistics it lacks. Train it again: twinspect fit DATA --out {path}")
-    raise BundleError(f"{told}. Type: pip install --upgrade twinspect")
 
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -176,24 +143,6 @@ class Fitted:
     memory: bytes = b""  # what further images can be added to; see `training.outcome`
 
 
-def teacher_of(config: ModelConfig) -> Teacher:
-    """The teacher that a configuration asks for."""
-    from twinspect.models.teachers import create_teacher
-
-    return create_teacher(config.teacher, config.weights or None, config.pretrained)
-
-
-def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
-    """The untrained model of a configuration; weights of the students follow torch's global seed."""
-    import torch
-
-    from twinspect.models.contract import build_family
-
-    model = build_family(teacher or teacher_of(config), config)
-    model.teacher.net.to(memory_format=torch.channels_last)
-    return model
-
-
 def model_id(model: AnomalyModel) -> str:
     """Name of a trained model: hash of its normal statistics, which no two trainings share."""
     digest = hashlib.sha256()
@@ -206,9 +155,7 @@ def model_id(model: AnomalyModel) -> str:
 def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
     """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash.
 
-    Raises:
-        OutputError: it cannot be written there.
-        ConfigError: thin, and the teacher is random.
+    An OutputError where it cannot be written; a ConfigError for a random teacher that shall be left out.
     """
     from safetensors.torch import save as to_bytes
 
@@ -223,11 +170,9 @@ def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
 
 
 def load(path: Path, weights: str = "") -> Fitted:
-    """Read a bundle back.
+    """Read a bundle back; a BundleError where it is damaged, or was made with another teacher.
 
-    Raises:
-        BundleError: not a whole bundle, or the teacher at hand is not the one it was made with.
-        WeightsError: a thin bundle, and its teacher is not on this disk.
+    A WeightsError where the teacher of a thin bundle is not on this disk.
     """
     from safetensors import SafetensorError
 
@@ -241,13 +186,14 @@ def load(path: Path, weights: str = "") -> Fitted:
 def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
     from safetensors.torch import load as from_bytes
 
+    from twinspect.models.contract import build_model
     from twinspect.models.teachers import create_teacher
 
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
     tensors = from_bytes(content.tensors)
     made_with, thin = record["teacher"], bool(meta["thin"])
-    teacher = create_teacher(made_with["name"], weights or None, pretrained=thin and config.model.pretrained)
+    teacher = create_teacher(made_with["name"], weights, pretrained=thin and config.model.pretrained)
     model = build_model(config.model, teacher)
     model.roi_SS = tensors.get("roi_SS")
     _resize_buffers(model, tensors)

@@ -75,7 +75,9 @@ class Command:
             hint, default = hint | None, None
         text = option.metadata["help"]
         if option.metadata.get("argument"):
-            return _keyword(option.name, default, Annotated[hint, typer.Argument(help=text)])
+            return _keyword(
+                option.name, default, Annotated[hint, typer.Argument(help=text, metavar=option.name.upper())]
+            )
         flags, hidden = flag_of(option).split(), bool(self.shown) and option.name not in self.shown
         flags = ["-o", *flags] if "--out" in flags else flags
         info = typer.Option(*flags, help=text, show_default=not optional, hidden=hidden, metavar=metavar)
@@ -121,14 +123,14 @@ COMMANDS = (
         "update", "fit:update", of.UpdateOptions, "model.twin false-alarms/",
         shown=("class_name", "listed", "undo", "out"),
     ),
-    Command("drift", "drift:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
+    Command("drift", "calibrate:drift", of.DriftOptions, "model.twin monday.csv tuesday.csv"),
     Command(
-        "serve", "serve:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
+        "serve", "deploy:serve", of.ServeOptions, "model.twin --port 8000", (Settings,),
         shown=("host", "port", "api_key_file", "log", "log_days", "runtime", "threads", "queue"),
     ),
-    Command("export", "export:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
-    Command("sign", "serve:sign", of.SignOptions, "model.twin --key key.pem"),
-    Command("check", "export:check", of.CheckOptions, "model.onnx model.twin new/"),
+    Command("export", "deploy:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
+    Command("sign", "deploy:sign", of.SignOptions, "model.twin --key key.pem"),
+    Command("check", "deploy:check", of.CheckOptions, "model.onnx model.twin new/"),
     Command("bench", "bench:bench", of.BenchOptions, "model.twin --batch 1,16"),
     Command("reproduce", "reproduce:reproduce", of.ReproduceOptions, "mvtec-ad-multi --root mvtec_ad/ -o results/"),
 )  # fmt: skip
@@ -154,7 +156,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(
     name="data",
-    help="Look at data sets, list them in manifests.",
+    help="Show how a data set is read, or write it as a table.",
     epilog="\b\nExample:\n  twinspect data inspect data/",
     no_args_is_help=True,
     rich_markup_mode=None,

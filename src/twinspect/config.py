@@ -74,11 +74,7 @@ def flag_of(row: Field[Any]) -> str:
 
 
 def check_options(options: Any) -> None:
-    """Refuse values of a dataclass's fields that their `option` does not accept.
-
-    Raises:
-        ConfigError: says the flag, the value and what is accepted.
-    """
+    """Refuse values of a dataclass's fields that their `option` does not accept, by a ConfigError."""
     for row in fields(options):
         value, accepts = getattr(options, row.name), row.metadata.get("accepts")
         if accepts is None or value == row.default:
@@ -100,11 +96,7 @@ EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def of_effort(name: str) -> dict[str, dict[str, Any]]:
-    """Settings of a position of the dial; what is given beside it wins.
-
-    Raises:
-        ConfigError: no such position.
-    """
+    """Settings of a position of the dial; what is given beside it wins."""
     if name not in EFFORTS:
         raise ConfigError(unknown_name("effort", name, EFFORTS))
     return EFFORTS[name]
@@ -145,19 +137,18 @@ class ModelConfig:
     """What is built: teacher, students, input size."""
 
     model: str = option(
-        "Family: " + "; ".join(f"{name} ({row.summary})" for name, row in FAMILIES.items()) + ".",
-        "dual",
-        accepts=FAMILIES,
+        f"Family: {'; '.join(f'{name} ({row.summary})' for name, row in FAMILIES.items())}.", "dual", accepts=FAMILIES
     )
     teacher: str = option("Short name, any timm name, or auto.", "auto")
     weights: str = option("Local weights file of the teacher; empty searches the known places on disk.", "")
     pretrained: bool = option(
-        "False builds a random-weight teacher, for tests of shape and speed only.",
-        True,
+        "Whether the teacher has trained weights; random ones are for tests of shape and speed only.", True,
         flag="--pretrained/--random-teacher",
-    )
+    )  # fmt: skip
     size: int = option(
-        "Input side in pixels; 0: the teacher's.", 0, accepts=Range(SMALLEST, LARGEST, "the teacher's default")
+        "Side in pixels at which the model looks at pictures, larger for finer defects; 0: the teacher's.",
+        0,
+        accepts=Range(SMALLEST, LARGEST, "the teacher's default"),
     )
     tiles: str = option(
         "RxC: cut pictures into R rows and C columns of overlapping tiles; auto: as their size needs.", ""
@@ -174,9 +165,7 @@ class ModelConfig:
         "Share of the teacher's blocks in the Encoder-Encoder; 0: 1 (ViT) or 0.25 (CNN).", 0.0, accepts=Range(0, 1)
     )
     ee_tokens: str = option(
-        "dual: class tokens that the Encoder-Encoder learns: of the last block or all.",
-        "last",
-        accepts=("last", "all"),
+        "dual: class tokens that the Encoder-Encoder learns: last block's or all.", "last", accepts=("last", "all")
     )
     recentre: bool = option(
         "dual, with a ViT: rebuild patches minus the class token, layer-normed (Dinomaly2).", False
@@ -186,9 +175,8 @@ class ModelConfig:
     )
     terms: str = option(
         "snl: loss terms of flat, spatial, channel, intra and inter, separated by commas; a weight may follow "
-        "(spatial,intra:0.1). Empty takes the last four.",
-        "",
-    )
+        "(spatial,intra:0.1). Empty takes the last four.", "",
+    )  # fmt: skip
     cram: int = option("snl: centres of the residual aggregation; 0 leaves it out, -1 takes 32.", -1)
     cram_place: str = option(
         "snl: bottleneck (reverse only) or stages; empty: what is possible.", "", accepts=("bottleneck", "stages")
@@ -197,16 +185,14 @@ class ModelConfig:
     scoring: str = option(
         "plain: the students' own distances, as in the papers; default: beside them statistics of good images; "
         "published: plain, with the map and image score of the public code (Dinomaly, RD4AD). Empty takes "
-        "default, plain for rd and fd.",
-        "",
-        accepts=("plain", "default", "published"),
-    )
+        "default, plain for rd and fd.", "", accepts=("plain", "default", "published"),
+    )  # fmt: skip
     channel_reading: str = option(
         "snl: channel term: kl (sum over positions), kl_mean or cosine.", "kl", accepts=("kl", "kl_mean", "cosine")
     )
     temperature: float = option("snl: of the channel term, in spreads of a normal channel.", 1.0, accepts=ABOVE_ZERO)
     affinity_side: int = option(
-        "snl: grid of affinities in an image; memory is its fourth power.", 16, accepts=Range(2)
+        "snl: grid of affinities in an image; memory grows with its fourth power.", 16, accepts=Range(2)
     )
     affinity_map: float = option("snl: weight of the affinity difference map in the map; 0 leaves it out.", 0.0)
 
@@ -277,11 +263,7 @@ class ModelConfig:
 
 
 def tiles_of(text: str) -> tuple[int, int]:
-    """Rows and columns that --tiles names; (1, 1) for none, and for auto before pictures were seen.
-
-    Raises:
-        ConfigError: anything else, or more than `MOST_TILES`.
-    """
+    """Rows and columns that --tiles names; (1, 1) for none, and for auto before pictures were seen."""
     if text in ("", "auto"):
         return 1, 1
     match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
@@ -293,11 +275,7 @@ def tiles_of(text: str) -> tuple[int, int]:
 
 
 def tolerated(text: str) -> tuple[str, ...]:
-    """Kinds of change that --tolerate names.
-
-    Raises:
-        ConfigError: an unknown one.
-    """
+    """Kinds of change that --tolerate names."""
     kinds = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in kinds:
         _check(name in CHANGES, unknown_name("--tolerate", name, CHANGES))
@@ -324,18 +302,18 @@ class TrainConfig:
     device: str = option("auto (a GPU where there is one), cpu, cuda or cuda:1.", "auto")
     pose: str = option(
         "How products of at most 8 good images lie: fixed, free (in any pose: turned copies are learnt too), or auto "
-        "(as the images look).",
-        "auto",
-        accepts=("auto", "fixed", "free"),
-    )
+        "(as the images look).", "auto", accepts=("auto", "fixed", "free"),
+    )  # fmt: skip
     time_budget_s: float = option("Stop training after so many seconds; 0 means no limit.", 0.0)
     checkpoint_every: int = option("Steps between checkpoints that a killed run resumes from.", 20, accepts=Range(1))
     tolerate: str = option("Changes of good images that are no anomaly: jpeg, light, shift, separated by commas.", "")
-    holdout: float = option("Share of good images that the students do not see.", 0.2, accepts=Range(0.05, 0.5))
+    holdout: float = option(
+        "Share of good images on which the students are measured, and not trained.", 0.2, accepts=Range(0.05, 0.5)
+    )
     thumbnails: int = option(
         "Longest side of the good images shown beside alarms; 0: none.", 96, accepts=Range(0, 512)
     )
-    drop_outliers: int = option("How many good images to leave out: those least like the others.", 0)
+    drop_outliers: int = option("Leave out so many good images: those least like the others.", 0)
     cache_gb: float = option("Largest teacher-feature cache on disk; 0 turns it off.", 20.0)
 
     def __post_init__(self) -> None:

@@ -109,10 +109,13 @@ class Console:
             self._began = self._shown_at = time.monotonic()
         rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
         if self._bar is not None:
-            text = f"{stage}  {rate:.1f}/s" if done > self._first else stage
+            text = f"{stage}  {rate:.1f}/s" if done > self._first and total != 1 else stage
             self._bar.update(self._bar.task_ids[0], completed=done, total=total or None, description=text)
         elif time.monotonic() - self._shown_at > _PLAIN_SECONDS:
             self._shown_at = time.monotonic()
+            if total == 1:  # a single step has no rate
+                _say(stage)
+                return
             left = f", {(total - done) / max(rate, 1e-9):.0f} s left" if total else ""
             _say(f"{stage}: {done}/{total or '?'}, {rate:.1f}/s{left}")
 

@@ -216,8 +216,8 @@ class Detector:
                 read. An unreadable file among several gives a `Result` with ``error`` instead.
         """
         from twinspect.inference.decode import is_single
+        from twinspect.inference.job import is_endless
         from twinspect.inference.result import Results
-        from twinspect.inference.stores import is_endless
 
         if is_endless(source) and not stream:
             raise ConfigError(

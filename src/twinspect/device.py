@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,35 +56,20 @@ def granted_threads() -> int:
 
 
 def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that the control groups of Linux grant to this process; infinite without a limit."""
-    limits = [math.inf]
-    for line in membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounted = groups / controllers
-        group = mounted / path.lstrip("/")  # in a container perhaps the name on its host; what is mounted then counts
-        limits += [_limit(folder) for folder in (group, *group.parents) if folder.is_relative_to(mounted)]
+    """Cores' worth of time that Linux's control groups (version 2) grant to this process, or infinity."""
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []
+    name = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    group, limits = groups / name, [math.inf]  # the name may be that outside a container; what is mounted counts
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(groups):
+            with suppress(OSError, ValueError):
+                quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+                limits.append(math.inf if quota == "max" else int(quota) / int(period))
     return min(limits)
 
 
-def _limit(group: Path) -> float:
-    """Of one control group, of the second or the first version."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
-        except (OSError, ValueError):
-            continue
-        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
-    return math.inf
-
-
 def choose_device(name: str) -> str:
-    """The device that is meant; ``auto`` is the GPU where there is one.
-
-    Raises:
-        ConfigError: this machine, or this build of torch, does not have it.
-    """
+    """The device that is meant (``auto``: a GPU where there is one); a ConfigError where torch has none such here."""
     import torch
 
     if name == "auto":

@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from twinspect._version import __version__
 
 
 class TwinspectError(Exception):
@@ -50,6 +54,17 @@ class TrainingError(TwinspectError):
 
 # What Python raises on values of a wrong kind in a file that somebody else has written.
 NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def refuse_version(path: Path, version: Any, known: int, writer: str, advice: str) -> None:
+    """Refuse, by a BundleError, a model of another format than ``known``; ``advice`` is for older ones."""
+    if version == known:
+        return
+    if not isinstance(version, int) or version > known:
+        advice = "Type: pip install --upgrade twinspect"
+    raise BundleError(
+        f"{path} has format {version}, written by twinspect {writer}; {__version__} reads format {known}. {advice}"
+    )
 
 
 def unknown_name(kind: str, got: str, accepted: Iterable[str]) -> str:

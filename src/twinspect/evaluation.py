@@ -24,7 +24,7 @@ _Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or reg
 
 @dataclass(slots=True)
 class Evaluation:
-    """What an evaluation found."""
+    """What was measured."""
 
     joint: Evaluator  # of the joint score, for bootstrap intervals or to merge with others
     table: dict[str, Any] = field(default_factory=dict)  # `Evaluator.compute` of the joint score
@@ -37,11 +37,7 @@ class Evaluation:
 
 
 def test_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """The labelled test images.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The labelled test images; a DataError where there are none."""
     labelled = [s for s in samples if s.split == TEST and s.label is not None]
     if not labelled:
         raise DataError(
@@ -58,11 +54,9 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
     An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
     Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
     ``pooled`` is a name under which all classes count as one, for semantic protocols; empty gives metrics per class.
-
-    Raises:
-        DataError: a score or map that is not finite (names the image).
+    A score or map that is not finite raises a DataError.
     """
-    masked = {s.class_name for s in samples if s.masks} if not pooled else set()
+    masked = {s.class_name for s in samples if s.masks and not pooled}
     evaluation, began = Evaluation(Evaluator(pixel=not pooled)), time.monotonic()
     students = {name: Evaluator(pixel=False) for name in STUDENTS}
     results = predictor.predict(samples, maps=bool(masked), pixels=False)
@@ -101,8 +95,7 @@ def evaluate(predictor: Predictor, samples: Sequence[Sample], progress: Progress
 def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
     """The mask of an image, or its regions where the data set states saturation areas.
 
-    Raises:
-        DataError: a mask cannot be used, or says another thing than the label.
+    A DataError where a mask cannot be used, or says another thing than the label.
     """
     shape = (result.height, result.width)
     names = ", ".join(str(path) for path in sample.masks)
@@ -124,14 +117,9 @@ def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
 
 
 def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
-    """What the thresholds in use make of labelled images, by class.
+    """What the thresholds in use make of labelled images, by class; a share of no images is absent.
 
-    Args:
-        rows: class, label and whether the image is called anomalous.
-
-    Returns:
-        Class -> ``defects``, ``found``, ``good``, ``false_alarms``, and the shares ``found_rate`` and
-        ``false_alarm_rate``; a share of no images is absent.
+    Every one of ``rows`` has class, label, and whether the image is called anomalous.
     """
     counts: dict[str, dict[str, float]] = {}
     for name, label, called in rows:

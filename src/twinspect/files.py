@@ -1,20 +1,29 @@
-"""Files: text in the encodings that editors write, outputs that appear whole or not at all, the folder of caches."""
+"""Files: text in the encodings that editors write, outputs that appear whole or not at all, and files by URL.
+
+URLs go through fsspec. For most schemes it needs a package of its own (``s3://``: s3fs, ``gs://``: gcsfs, ``abfs://``:
+adlfs), whose name stands in the error where it is missing. Credentials are those of the environment.
+"""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
-from twinspect.errors import ConfigError, DataError, OutputError
+from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 
 DRAFT = "_tmp-"  # how the names of files begin that are being written; readers of Parquet folders pass over them
+_PIECE = 1 << 22
+_OBJECT_STORES = ("s3://", "gs://", "gcs://", "abfs://", "az://")  # show a file when it is complete; have no folders
+_CHANGED = ("mtime", "ETag", "last_modified", "LastModified", "updated", "created")  # what stores say of a change
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -96,16 +105,10 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def refuse_unwritable(path: Path, option: str, example: str = "", ours: Callable[[Path], bool] | None = None) -> None:
-    """Find out before the work whether its result can be written; the result's folder is made.
+    """Find out before the work whether its result can be written, by an OutputError; the result's folder is made.
 
-    Args:
-        path: of the result.
-        option: of the command line that names the path.
-        example: of a file's name, for people who named a folder.
-        ours: whether a file that is there may be replaced; None: every one.
-
-    Raises:
-        OutputError: the folder cannot be made or written, or the name is taken by a folder or another file.
+    ``option`` of the command line names the path. ``example`` is a file's name, for people who named a folder.
+    ``ours`` says whether a file that is there may be replaced; None: every one.
     """
     other = f"choose another {option}"
     try:
@@ -125,8 +128,7 @@ def refuse_unwritable(path: Path, option: str, example: str = "", ours: Callable
 def lock(path: Path, busy: str) -> IO[str]:
     """Keep other processes out until the returned file is closed, or this process ends, however it does.
 
-    Raises:
-        ConfigError: another process holds it; ``busy`` is the message.
+    Where another holds it: a ConfigError with the message ``busy``.
     """
     file = path.open("w")
     try:
@@ -170,3 +172,135 @@ def cache_home() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # "~" stays where a user has neither HOME nor an entry of his own; containers set HOME=/ for such users.
     return Path(cache.removeprefix("~")) / "twinspect"
+
+
+# ---------------------------------------------------------------------------------------- by path or by URL
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names a file by URL (``scheme://...``)."""
+    return _SCHEME.match(text) is not None
+
+
+def status(url: str) -> tuple[bool, str]:
+    """Whether a URL is a folder, and its `state`; a DataError where nothing is there, or it cannot be reached."""
+    system, path = _opened(url)
+    with _refusing(f"{url} cannot be listed", DataError):
+        try:
+            info = system.info(path)
+        except FileNotFoundError:
+            raise DataError(f"nothing found at {url}") from None
+    return info["type"] == "directory", _state(info)
+
+
+def entries(url: str) -> list[tuple[str, bool, str]]:
+    """Name, whether it is a folder, and `state` of all that lies directly in a folder, sorted by name."""
+    system, path = _opened(url)
+    with _refusing(f"{url} cannot be listed", DataError):
+        system.invalidate_cache()  # other machines write as well
+        try:
+            infos = system.ls(path, detail=True)
+        except FileNotFoundError:
+            infos = []
+    inside = [info for info in infos if info["name"].strip("/") != path.strip("/")]  # some stores list the folder too
+    return sorted((Path(info["name"]).name, info["type"] == "directory", _state(info)) for info in inside)
+
+
+def state(path: str) -> str:
+    """Size and time of change of a file, as text; empty where they are not known."""
+    try:
+        if is_url(path):
+            return status(path)[1]
+        local = os.stat(path)
+        return f"{local.st_size}-{local.st_mtime_ns}"
+    except (OSError, ValueError):  # ValueError: the name holds a zero byte, or a DataError
+        return ""
+
+
+def _state(info: Mapping[str, Any]) -> str:
+    changed = next((info[key] for key in _CHANGED if info.get(key)), "")
+    return f"{info['size']}-{changed}" if info.get("size") is not None else ""
+
+
+def open_file(path: str) -> Any:
+    """A file object for reading that can seek. Where that fails: an OSError for a path, a DataError for a URL."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, inner = _opened(path)
+    with _refusing(f"{path}: cannot be opened", DataError):
+        return system.open(inner, "rb")
+
+
+def read(path: str, most: int) -> bytes:
+    """Content of a file; a DataError where it cannot be read or is longer than ``most`` bytes."""
+    parts, length = list[bytes](), 0
+    with _refusing(f"{path}: cannot be read", DataError), open_file(path) as file:
+        while part := file.read(_PIECE):  # asked for all at once, it may set ``most`` bytes aside
+            parts.append(part)
+            length += len(part)
+            if length > most:
+                raise DataError(f"{path}: more than {most:,} bytes; a file of that size is not read")
+    return b"".join(parts)
+
+
+def put(folder: str, name: str, body: bytes, flushed: bool = True) -> None:
+    """Write a file whole: under its name it is complete or not there. An OutputError where it cannot be written.
+
+    The folder, a path or URL, is made. ``flushed`` as of `files.replacing`.
+    """
+    if not is_url(folder):
+        with replacing(Path(folder) / name, flushed) as file:
+            file.write(body)
+        return
+    with _refusing(f"{folder.rstrip('/')}/{name} cannot be written", OutputError):
+        system, path = _opened(folder)
+        draft = f"{DRAFT}{uuid.uuid4().hex}"
+        if folder.startswith(_OBJECT_STORES):
+            system.pipe_file(f"{path}/{name}", body)
+        else:
+            system.makedirs(path, exist_ok=True)
+            system.pipe_file(f"{path}/{draft}", body)
+            system.mv(f"{path}/{draft}", f"{path}/{name}")
+
+
+def names(folder: str) -> list[str]:
+    """Names of the files directly in a folder, sorted; none where there is no such folder."""
+    if is_url(folder):
+        return [name for name, is_folder, _ in entries(folder) if not is_folder]
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def remove(folder: str, name: str) -> None:
+    """Delete one file."""
+    if is_url(folder):
+        system, path = _opened(folder)
+        system.rm_file(f"{path}/{name}")
+    else:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _refusing(what: str, kind: type[TwinspectError]) -> Iterator[None]:
+    """Errors of a file system as one of ours: what cannot be done, and why."""
+    try:
+        yield
+    except TwinspectError:
+        raise
+    except Exception as error:  # packages of stores raise kinds of their own, such as botocore's
+        raise kind(f"{what} ({_short(error)})") from None
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """File system of a URL (fsspec keeps it), and the path in it."""
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError, OSError) as error:  # an ImportError says what to install
+        raise DataError(f"{url}: no file system for it ({_short(error)})") from None
+    return system, str(path).rstrip("/")
+
+
+def _short(error: Exception) -> str:
+    words = getattr(error, "strerror", None) or str(error)
+    return words.splitlines()[0][:200] if words else type(error).__name__

@@ -65,11 +65,14 @@ class Table:
     def lines(self) -> Iterator[str]:
         """Aligned columns for the terminal."""
         rows = self.cells()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        columns = list(zip(*rows, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        text = [not all(cell[:1] in "-.0123456789" for cell in column[1:]) for column in columns]
+        sides = ["<", *("<" if is_text else ">" for is_text in text[1:])]
         yield self.title
-        for name, *others in rows:
-            cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-            yield "  ".join(["", f"{name:<{widths[0]}}", *cells])
+        for row in rows:
+            cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+            yield "  ".join(["", *cells]).rstrip()
         if self.note:
             yield self.note
 

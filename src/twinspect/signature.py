@@ -1,14 +1,13 @@
 """Ed25519 signatures: that a bundle or an export comes from whoever holds a key, and was not changed since.
 
-What is signed are the sha256 of all its parts: weights, statistics, settings and thresholds. A bundle carries its
-signature itself, an export in the JSON file beside it, so that a model and its signature come and go together. Keys
-are PEM files, as ``openssl genpkey -algorithm ed25519`` makes them.
+What is signed is the whole file: weights, statistics, settings and thresholds. The signature lies beside it, with
+``.sig`` behind the file's name, so that nothing of a model need be read to verify it. Keys are PEM files, as
+``openssl genpkey -algorithm ed25519`` makes them.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,57 +15,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from twinspect.bundle import add_signature, read_bundle
+from twinspect.bundle import read_bundle
 from twinspect.errors import BundleError, ConfigError
-from twinspect.files import write_text
+from twinspect.files import read_text, sha256_of, write_text
 from twinspect.inference.runtimes import companion, is_export, read_export
 
-_PURPOSE = b"twinspect model, version 1\n"  # so that no signature of anything else can be taken for one of a model
-_SIGNATURE = "signature"
-
-
+_PURPOSE = b"twinspect model, version 2\n"  # so that no signature of anything else can be taken for one of a model
 _MAKE_KEY = {
     "private": "openssl genpkey -algorithm ed25519 -out key.pem",
     "public": "openssl pkey -in key.pem -pubout -out key.pub",
 }
 
 
-def sign(path: Path, key_file: Path) -> None:
-    """Sign a bundle or an export; a signature that is there is replaced.
+def signature_file(path: Path) -> Path:
+    """Where the signature of a model lies."""
+    return path.with_name(f"{path.name}.sig")
 
-    Raises:
-        BundleError: not a whole model.
-        ConfigError: not a private key, or the package of signatures is not installed.
-    """
+
+def sign(path: Path, key_file: Path) -> None:
+    """Sign a bundle or an export, anew if it is signed; a BundleError where it is not a whole model."""
     key = _key(key_file, "private")
-    hashes, _ = _parts(path)
-    text = base64.b64encode(key.sign(_statement(hashes))).decode("ascii")
     if is_export(path):
-        write_text(companion(path), json.dumps({**hashes, _SIGNATURE: text}, indent=1) + "\n")
+        read_export(path)
     else:
-        add_signature(path, text)
+        read_bundle(path)
+    write_text(signature_file(path), base64.b64encode(key.sign(_statement(path))).decode("ascii") + "\n")
 
 
 def verify(path: Path, key_file: Path) -> None:
-    """Refuse a model that the key's holder has not signed as it is now.
-
-    Raises:
-        BundleError: no signature, another key's, or the model was changed.
-        ConfigError: not a public key, or the package of signatures is not installed.
-    """
+    """Refuse, by a BundleError, a model that the key's holder has not signed as it is now."""
     key = _key(key_file, "public")
-    hashes, text = _parts(path)
-    if not text:
+    if not signature_file(path).is_file():
         raise BundleError(f"{path} is not signed; whoever holds the key types: twinspect sign {path.name} --key KEY")
     from cryptography.exceptions import InvalidSignature
 
     try:
-        key.verify(base64.b64decode(text, validate=True), _statement(hashes))
-    except (InvalidSignature, ValueError):
+        key.verify(base64.b64decode(read_text(signature_file(path)).strip(), validate=True), _statement(path))
+    except (InvalidSignature, ValueError, OSError):
         raise BundleError(
             f"{path}: its signature is not that of {key_file}, or the model was changed after it was signed; "
-            "get it again from whoever trained it"
+            "get it again from whoever trained it, with its .sig"
         ) from None
+    if is_export(path):
+        read_export(path)  # it names the sha256 of the other files
 
 
 @contextmanager
@@ -75,7 +66,7 @@ def verified(path: Path, key_file: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
         beside = (companion(path), path.with_suffix(".bin")) if is_export(path) else ()
         try:
-            for part in (path, *beside):
+            for part in (path, signature_file(path), *beside):
                 if part == path or part.is_file():
                     shutil.copyfile(part, Path(folder) / part.name)
         except OSError as error:
@@ -88,18 +79,9 @@ def verified(path: Path, key_file: Path) -> Iterator[Path]:
         yield copy
 
 
-def _parts(path: Path) -> tuple[dict[str, Any], str]:
-    """What is signed of a model, which is found to be whole, and the signature it has."""
-    if not is_export(path):
-        content = read_bundle(path)
-        return content.hashes, content.signature
-    read_export(path)
-    values = dict(json.loads(companion(path).read_text(encoding="utf-8")))
-    return values, str(values.pop(_SIGNATURE, ""))
-
-
-def _statement(values: dict[str, Any]) -> bytes:
-    return _PURPOSE + json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+def _statement(path: Path) -> bytes:
+    """What is signed: of a bundle the sha256, of an export that of the JSON beside it."""
+    return _PURPOSE + sha256_of(companion(path) if is_export(path) else path).encode()
 
 
 def _key(file: Path, kind: str) -> Any:

@@ -52,8 +52,8 @@ def test_missing_masks_are_said_once(tmp_path: Path) -> None:
     write("mvtec-ad", tmp_path, Plan(defect=9))
     shutil.rmtree(tmp_path / "ring" / "ground_truth")
     found = load(tmp_path)
-    notes = [note for note in found.notes if "image-level metrics only" in note]
-    assert notes == ["9 of 18 defect images have no mask (ring): image-level metrics only for them"]
+    notes = [note for note in found.notes if "have no mask" in note]
+    assert notes == ["9 of 18 defects have no mask (ring): metrics of pixels leave them out"]
     sample = next(s for s in found.samples if s.label == 1 and not s.masks)
     with pytest.raises(DataError, match="no mask"):
         read_sample_mask(sample, (64, 64))
@@ -120,7 +120,7 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
     (tmp_path / "casting").mkdir()
     with pytest.raises(DataError, match="Did you mean .*casting"):
         load(tmp_path / "castings")
-    with pytest.raises(DataError, match="no known layout; found: nothing"):
+    with pytest.raises(DataError, match="no images that can be read; found: nothing"):
         load(tmp_path / "casting")
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(DataError, match="found: a file"):
@@ -184,7 +184,7 @@ def test_visa_rows_nowhere_and_outside(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1cls.csv: 1 of 27 rows.*\n  row 27: '../../none.JPG' points outside"):
         load(tmp_path)
     table.write_text("object,split\ncandle,train\n")
-    with pytest.raises(DataError, match="columns object, split; at least image is needed"):
+    with pytest.raises(DataError, match="columns object, split; image is needed"):
         load(tmp_path)
     table.write_text(text.replace(",anomaly,", ",odd,"))
     with pytest.raises(DataError, match="label is 'odd'; accepted: 0 or OK"):

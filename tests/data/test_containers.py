@@ -117,7 +117,7 @@ def test_idx_labels_must_be_there_and_fit(tmp_path: Path) -> None:
     write("fashion-mnist", tmp_path, Plan(shape="plain"))
     labels = tmp_path / "train-labels-idx1-ubyte"
     idx(labels, np.zeros(3, np.uint8))
-    with pytest.raises(DataError, match="3 labels for the 12 images"):
+    with pytest.raises(DataError, match="3 labels for 12 images"):
         load(tmp_path)
     labels.unlink()
     with pytest.raises(DataError, match="no such file; the classes"):

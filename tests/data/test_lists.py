@@ -31,7 +31,7 @@ def test_any_layout_survives_a_manifest(tmp_path: Path, layout: str, shape: str,
     found = load(path)
     assert found.layout == "manifest"
     assert found.samples == samples
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("_tmp-*"))
 
 
 def test_manifest_elsewhere_needs_the_images_folder(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_wrong_rows_refuse_the_manifest_by_number(tmp_path: Path, row: dict[str,
 
 def test_manifest_files_that_are_none(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a.csv", "split\ntrain\n", "at least image is needed"),
+        ("a.csv", "split\ntrain\n", "image is needed"),
         ("b.csv", "", "holds no row"),
         ("c.csv", 'image\n"x\n', "not valid CSV"),
         ("d.parquet", "junk", "not a Parquet file"),

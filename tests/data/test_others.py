@@ -31,7 +31,7 @@ def test_one_settings_file_is_a_data_set_wherever_its_images_lie(
     folder(tmp_path / "images", "ok/1.png", "ok/deep/2.png", "odd/3.png")
     (tmp_path / "configs").mkdir()
     path = settings(tmp_path / "configs" / "a.yaml", name="cable", root="images", normal_dir="ok", abnormal_dir="odd")
-    with pytest.raises(DataError, match="root 'images' is neither beside this file nor in .*--images DIR"):
+    with pytest.raises(DataError, match="root 'images' is not beside this file nor in .*--images DIR"):
         load(path)
     monkeypatch.chdir(tmp_path)
     assert detect(path) == "anomalib"

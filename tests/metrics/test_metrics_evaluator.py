@@ -91,7 +91,7 @@ def test_one_label_is_undefined_and_left_out_of_the_mean():
     assert out["classes"]["zipper"] == {}
     assert out["mean_over"]["image_auroc"] == 2
     text = " | ".join(out["undefined"])
-    assert "zipper: image metrics are undefined, all 8 images are normal; they need defects too" in text
+    assert "zipper: no AUROC and the like, as all 8 images are good; they need defects, too" in text
     assert "zipper: no pixel metrics" in text
     assert "mean of image_auroc is over the 2 of 3 classes" in text
     assert "NaN" not in json.dumps(out, allow_nan=False)
@@ -100,7 +100,7 @@ def test_one_label_is_undefined_and_left_out_of_the_mean():
 def test_missing_masks_are_said_once():
     out = evaluated([r | {"mask_HW": None} for r in images()]).compute()
     assert set(out["classes"]["bottle"]) == {"image_auroc", "image_ap", "image_f1max"}
-    assert out["undefined"] == ["no defect masks with score maps were given: image metrics only"]
+    assert out["undefined"] == ["no mask marks the defects: metrics of images only, none of pixels"]
 
 
 def test_an_anomalous_image_without_mask_adds_to_image_metrics_only():

@@ -1,6 +1,7 @@
 """A column of a result is one field of `Result`: tables, server, OpenAPI, log and docs follow.
 
-After a new column type: python tests/server/test_server_columns.py, and put what it prints into docs/scale.md.
+After a new column type: python tests/server/test_server_columns.py, and put what it prints into
+docs/reference/columns.md.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def test_one_field_is_a_column_everywhere_and_older_logs_get_it(tmp_path: Path) 
 
 
 def test_docs_list_every_column() -> None:
-    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "columns.md").read_text(encoding="utf-8")
     assert "\n".join(docs_table(columns())) in text, __doc__
 
 

@@ -35,19 +35,17 @@ def bench(options: BenchOptions, console: Console) -> None:
         check_counts(options.threads, batch)
     predictor = load_predictor(options.model, options.threads, 1, options.weights)
     files, images = _files(options.images)
-    rows = []
+    rows, shown = [], []
     for done, batch in enumerate(batches):
         console.progress("measuring", done, len(batches))
-        rows.append(_measure(predictor, files, batch, options.seconds / 4))
-    size = predictor.runtime.size
-    runtime = read_export(options.model).runtime if is_export(options.model) else "torch"
-    threads = options.threads or "auto"
-    title = f"{options.model.name}: {runtime} at {size} px, threads {threads}, {images}"
-    shown = []
-    for row in rows:
+        row = _measure(predictor, files, batch, options.seconds / 4)
         numbers = {"images/s": row["images_per_s"], "graph only": row["graph_images_per_s"]}
         numbers |= {f"{name} ms": ms for name, ms in row["latency_ms"].items()}
-        shown.append({"batch": row["batch"], **{name: f"{number:.1f}" for name, number in numbers.items()}})
+        rows.append(row)
+        shown.append({"batch": batch, **{name: f"{number:.1f}" for name, number in numbers.items()}})
+    runtime = read_export(options.model).runtime if is_export(options.model) else "torch"
+    size, threads = predictor.runtime.size, options.threads or "auto"
+    title = f"{options.model.name}: {runtime} at {size} px, threads {threads}, {images}"
     console.say(*Table.of(title, shown).lines())
     peak = peak_mb()
     console.say(f"peak memory of the process: {f'{peak:.0f} MB' if peak else 'unknown here'}")

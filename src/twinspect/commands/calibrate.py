@@ -1,21 +1,31 @@
-"""``twinspect calibrate``: new thresholds into a bundle, and thresholds as a table."""
+"""``twinspect calibrate``: new thresholds into a bundle, and thresholds as a table.
+
+``drift``: do the predictions of a table still look like the calibration images?
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from twinspect import data
 from twinspect.bundle import keep_old, read_bundle, write_bundle
-from twinspect.commands.options import CalibrateOptions
-from twinspect.commands.results import check_outputs, checked_model, publish, read_data
+from twinspect.commands.options import CalibrateOptions, DriftOptions
+from twinspect.commands.results import check_outputs, checked_model, number_in, publish, read_data
 from twinspect.console import Console
+from twinspect.data.tables import parts_in, read_table
 from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
 from twinspect.decide.decision import Decision, promises
+from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
+from twinspect.signature import signature_file
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 _NOTE = (
@@ -41,7 +51,7 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
-    if content.signature:
+    if signature_file(options.bundle).is_file():
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
     title = f"Calibration of {options.bundle.name}"
@@ -208,4 +218,49 @@ def false_alarms(rule: Rule) -> str:
     if rule.images == 1:
         return "unknown: one good image"
     share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
-    return f"at most {share} in every session" if rule.basis == SESSIONS else f"about {share}"
+    return f"about {share}{' in every session' if rule.basis == SESSIONS else ''}"
+
+
+_COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")
+
+
+def drift(options: DriftOptions, console: Console) -> None:
+    """Watch the predictions of one or more tables, in their order."""
+    check_outputs(options.report, options.json_file)
+    decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
+    monitor = DriftMonitor(decision.good, options.false_alarm_rate)
+    scores, left_out = array("d"), 0
+    for path in options.tables:
+        for row in read_predictions(path, decision.model_id):
+            score, distance = (number_in(row.get(name)) for name in ("score", "cluster_distance"))
+            if row.get("error") or not np.isfinite(score):
+                left_out += 1
+                continue
+            scores.append(score)
+            monitor.update(score, str(row.get("predicted_class") or row.get("class_name") or ""), distance)
+    if not monitor.images:
+        raise DataError("the tables hold no scored image; nothing can be said about drift")
+    if left_out:
+        console.warn(f"{left_out} rows without a score were left out")
+    report = monitor.report()
+    groups = {"calibration": decision.good.score, "predictions": np.array(scores)}
+    chart = Histogram("Scores of calibration and of the predictions", "score", groups)
+    heading = "No drift" if report.kind == NONE else report.kind.capitalize()
+    facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
+    sections = [Section(heading, (report.message,), (chart,))]
+    publish(Report(f"Drift of {options.bundle.name}", sections, facts, report.to_dict()), options, console)
+
+
+def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:
+    """Rows of a table (or a folder of parts) that ``twinspect predict`` wrote with a model, a few at a time."""
+    if not path.is_file() and not parts_in(path):
+        raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
+    for number, row in enumerate(read_table(path, _COLUMNS, "surrogateescape")):
+        if number == 0 and "score" not in row:
+            raise DataError(f"{path} has no column score; give a table written by twinspect predict")
+        if row.get("model_id") not in (None, "", model_id):
+            raise DataError(
+                f"{path}: its scores come from another model (id {row['model_id']}, the bundle's is {model_id}) and "
+                f"cannot be compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
+            )
+        yield row

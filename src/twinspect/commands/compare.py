@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from twinspect.commands import results
-from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks
+from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
@@ -29,6 +29,7 @@ _PAIRED = (
     "Every draw takes the same images for both models. Where the interval holds 0, the difference may be luck of the "
     "test images."
 )
+_LABELS = ("good", "defect")
 Row = Mapping[str, Any]  # of `Evaluation.rows`
 Pair = tuple[Row, Row]  # what the first and the second model say of one image
 
@@ -49,16 +50,22 @@ def compare(options: CompareOptions, console: Console) -> None:
         measured.append(measure(predictor, split, console))
     values = as_values(options, split, measured)
     console.warn(*remarks(values))
+    first, second = values["right"].values()
+    words = (
+        f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
+        f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
+        f"test): {values['p_value']:.3f}."
+    )
+    if not first + second:
+        words = f"Both models give the same answer to all {values['images']} images."
     sections = [
         Section("Comparison", (), tuple(tables(values))),
-        Section("Decisions that differ", (_who_is_right(values),)),
+        Section("Decisions that differ", (words,)),
         Section("Images that they differ on", (), (_listed(values["differ"]),), printed=False),
     ]
     if results.shows_pictures(options.report) and values["differ"]:
         sections.append(Section("Largest differences", (), (_pictures(values["differ"], predictors, split),)))
-    facts = {
-        "data": f"{split.name} [{split.hash}]", "test images": f"{values['images']}", "seed": f"{options.seed}"
-    }  # fmt: skip
+    facts = {**test_facts(split, values["images"]), "seed": f"{options.seed}"}
     title = f"{paths[0].name} and {paths[1].name}"
     results.publish(Report(title, sections, facts, values), options, console)
     if not values["images"]:
@@ -66,7 +73,7 @@ def compare(options: CompareOptions, console: Console) -> None:
 
 
 def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluation]) -> dict[str, Any]:
-    """Everything found, ready for JSON; ``first`` and ``second`` are the models in the order they were given."""
+    """Everything measured, ready for JSON; ``first`` and ``second`` are the models in the order they were given."""
     second = {row["path"]: row for row in measured[1].rows}
     pairs = [(row, second[row["path"]]) for row in measured[0].rows if row["path"] in second]
     models = {
@@ -99,11 +106,8 @@ def auroc_difference(pairs: Sequence[Pair], together: str, draws: int, seed: int
     """Image AUROC of the second model less that of the first, by class and their mean, with bootstrap intervals.
 
     Paired: a draw takes the same images for both, good ones and defects of every class each with replacement.
-    ``together`` is a name under which all classes count as one; empty keeps them apart.
-
-    Returns:
-        Class (and ``mean``) -> ``first``, ``second``, ``difference``, ``low`` and ``high`` (95 %); classes without
-        both labels are left out.
+    ``together`` is a name under which all classes count as one; empty keeps them apart. Classes without both labels
+    are left out.
     """
     members: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -184,26 +188,14 @@ def tables(values: dict[str, Any]) -> Iterator[Table]:
         yield Table.of("image AUROC", areas, _PAIRED)
 
 
-def _who_is_right(values: dict[str, Any]) -> str:
-    first, second = values["right"].values()
-    return (
-        f"{first + second} of {values['images']} images: the first model is right on {first}, the second on "
-        f"{second}. Chance of a difference as large between equal models (McNemar, exact): {values['p_value']:.3f}."
-    )
-
-
 def _listed(differ: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for row in differ:
-        cells = {"image": Path(row["path"]).name, "class": row["class"], "truth": _truth(row)}
+        cells = {"image": Path(row["path"]).name, "class": row["class"], "truth": _LABELS[row["label"]]}
         for key in ("first", "second"):
             cells[f"severity, {key}"] = _severity(row[key]) + (" (called)" if row[key]["is_anomaly"] else "")
         rows.append(cells)
     return Table.of("decisions that differ", rows, "Severity is score / threshold, called bad from 1 on.")
-
-
-def _truth(row: Row) -> str:
-    return "defect" if row["label"] else "good"
 
 
 def _severity(answer: Row) -> str:
@@ -217,7 +209,7 @@ def _pictures(differ: Sequence[dict[str, Any]], predictors: Sequence[Predictor],
     cases = []
     for row, first, second in zip(rows, *answers, strict=True):
         severity = ", ".join(_severity(row[key]) for key in ("first", "second"))
-        words = f"{Path(row['path']).name}: {row['class']}, {_truth(row)}, severity {severity}"
+        words = f"{Path(row['path']).name}: {row['class']}, {_LABELS[row['label']]}, severity {severity}"
         first_case, second_case = case_of(first, ""), case_of(second, "")
         cases.append(Case(words, first_case.image, first_case.overlay, second_case.overlay))
     note = "Each map has the colours of its own model."

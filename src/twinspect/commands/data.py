@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from shlex import quote
 from typing import Any
@@ -17,7 +17,6 @@ from twinspect.data.protocols import PROTOCOLS, find_leaks, make_splits
 from twinspect.data.tables import has_columns
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import refuse_unwritable
-from twinspect.types import Sample
 
 
 def inspect(options: InspectOptions, console: Console) -> None:
@@ -35,8 +34,8 @@ def inspect(options: InspectOptions, console: Console) -> None:
         values["splits"] = _splits(loaded, options.protocol, options.seed)
         console.say("\n".join(values["splits"]))
     if options.leaks:
-        pairs = values["leaks"] = [[_named(known), _named(test)] for known, test in find_leaks(loaded.samples)]
-        console.say(f"leak check: {len(pairs):,} pairs of byte-equal images in training and test")
+        pairs = values["leaks"] = [[known.name, test.name] for known, test in find_leaks(loaded.samples)]
+        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test")
         for known, test in pairs[:10]:
             console.say(f"  {known} = {test}")
         if len(pairs) > 10:
@@ -62,14 +61,8 @@ def manifest(options: ManifestOptions, console: Console) -> None:
 
 def _splits(loaded: Loaded, protocol: str, seed: int) -> list[str]:
     """The splits of a protocol, or of every one that fits this kind of set."""
-    if protocol != "all":
-        return [split.describe() for split in make_splits(loaded.samples, protocol, seed)]
     lines = []
-    for name in PROTOCOLS:
-        with suppress(ConfigError):  # a protocol of the other kind of set
+    for name in PROTOCOLS if protocol == "all" else [protocol]:
+        with suppress(ConfigError) if protocol == "all" else nullcontext():  # one of the other kind of set
             lines += [split.describe() for split in make_splits(loaded.samples, name, seed)]
     return lines
-
-
-def _named(sample: Sample) -> str:
-    return str(sample.image) if sample.record is None else f"{sample.image}#{sample.record}"

@@ -93,7 +93,7 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     words = (_WORDS, f"Threshold {threshold.value:.3f}: {threshold.sentence}.")
     images = detector.record_["images"]
     facts = {
-        "Learned from": f"{images['train']} good images, {images['calibration']} more set the threshold",
+        "Learned from": f"{images['train'] + images['calibration']} good images",
         "Tested on": f"{len(measured.rows)} images",
         "Teacher": DEFAULT_EMBEDDED,
         "Training": f"{train_s} s",

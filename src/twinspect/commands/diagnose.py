@@ -8,7 +8,6 @@ predictor, and compared with normal images of the class they were made from.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -80,19 +79,9 @@ class Composite:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is made: so many images of each kind per ordered pair of classes, against so many normal ones of each."""
-
-    count: int = 8
-    normals: int = 40
-    seed: int = 0
-    classes: tuple[str, ...] = ()
-
-
 @dataclass(slots=True)
 class Diagnosis:
-    """What was found."""
+    """What was measured."""
 
     classes: list[str]  # in the order of the matrices
     splits: dict[str, str]  # class -> split its normal images come from
@@ -120,14 +109,14 @@ class Diagnosis:
         }  # fmt: skip
 
 
-def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sample]]:
+def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[str, list[Sample]]:
     """Normal images of every class: of its test split, else of its calibration, else of its training images."""
     normal = by_class([s for s in samples if s.label in (0, None)])
-    for name in plan.classes:
+    asked = [name.strip() for name in options.classes.split(",") if name.strip()]
+    for name in asked:
         if name not in normal:
             raise ConfigError(unknown_name("class", name, normal))
-    if plan.classes:
-        normal = {name: normal[name] for name in plan.classes}
+    normal = {name: normal[name] for name in asked or normal}
     if len(normal) < 2:
         raise DataError(
             f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
@@ -139,7 +128,7 @@ def normal_images(samples: Sequence[Sample], plan: Plan) -> dict[str, list[Sampl
             raise DataError(f"class {name} has {len(members)} normal image; at least 2 are needed")
         by_split = ([s for s in members if s.split == split] for split in (TEST, CALIBRATION, TRAIN))
         enough = next((of_split for of_split in by_split if len(of_split) >= 2), members)
-        chosen[name] = enough[: max(plan.normals, plan.count)]
+        chosen[name] = enough[: max(options.normals, options.count)]
     return chosen
 
 
@@ -182,12 +171,14 @@ def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[sli
     return [(slice(t, t + height), slice(n, n + width)) for t, n in zip(tops.tolist(), lefts.tolist(), strict=True)]
 
 
-def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan: Plan) -> Iterator[Composite]:
-    """``plan.count`` images of a kind from normal images of two classes; the same for the same seed and files."""
+def composites(
+    base: Sequence[Sample], other: Sequence[Sample], kind: str, count: int, seed: int
+) -> Iterator[Composite]:
+    """``count`` images of a kind from normal images of two classes; the same for the same seed and files."""
     names = base[0].class_name, other[0].class_name
-    rng = np.random.default_rng([plan.seed, zlib.crc32("|".join((*names, kind)).encode())])
+    rng = np.random.default_rng([seed, zlib.crc32("|".join((*names, kind)).encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
-    for i in range(plan.count):
+    for i in range(count):
         first_sample, second_sample = base[first[i % len(base)]], other[second[i % len(other)]]
         pixels, weight = (read_sample_rgb(first_sample), read_sample_rgb(second_sample)), 1.0
         if kind == MIXUP:
@@ -199,28 +190,29 @@ def composites(base: Sequence[Sample], other: Sequence[Sample], kind: str, plan:
 
 
 def interference(
-    predictor: Predictor, samples: Sequence[Sample], plan: Plan, progress: Progress, visit: Visit | None = None
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    options: DiagnoseOptions,
+    progress: Progress,
+    visit: Visit | None = None,
 ) -> Diagnosis:
     """Score cross-class images against normal ones, for every ordered pair of classes.
 
-    ``visit`` is called with every made image and its result (with map and picture), for reports.
-
-    Raises:
-        DataError: too few classes or images, an image that cannot be read, or a score that is not finite.
+    ``visit`` is called with every made image and its result (with map and picture), for reports. A DataError for too
+    few classes or images, an image that cannot be read, or a score that is not finite.
     """
-    chosen = normal_images(samples, plan)
+    chosen = normal_images(samples, options)
     diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
     total = len(chosen) * (len(chosen) - 1)
     for base, members in chosen.items():
-        normal = _normal_images(predictor, members[: plan.normals], diagnosis)
+        normal = _normal_images(predictor, members[: options.normals], diagnosis)
         for other in (name for name in chosen if name != base):
-            evaluator = copy.deepcopy(normal)
+            evaluator = Evaluator()
+            evaluator.merge(normal)
             for kind in KINDS:
-                made = list(composites(members, chosen[other], kind, plan))
-                results = predictor.predict(
-                    [composite.rgb for composite in made], maps=True, pixels=visit is not None
-                )
-                for composite, result in zip(made, results, strict=True):
+                made = list(composites(members, chosen[other], kind, options.count, options.seed))
+                answers = predictor.predict([image.rgb for image in made], maps=True, pixels=visit is not None)
+                for composite, result in zip(made, answers, strict=True):
                     result.path = f"{other} in {base} ({kind}), {composite.base_image}"
                     if result.error:
                         raise DataError(f"{result.path}: {result.error}")
@@ -266,8 +258,6 @@ def _sized(other: Pixels, base: Pixels) -> Pixels:
 
 def diagnose(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
-    names = tuple(name.strip() for name in options.classes.split(",") if name.strip())
-    plan = Plan(options.count, options.normals, options.seed, names)
     results.check_outputs(options.report, options.json_file)
     predictor = load(options.bundle, weights=options.weights)
     samples = data.load(options.data, options.layout, options.images).samples
@@ -278,7 +268,7 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
         passed[made.kind] = sorted(passed[made.kind], key=lambda pair: pair[0])[:_HARDEST]
 
     pictures = results.shows_pictures(options.report)
-    diagnosis = interference(predictor, samples, plan, console.progress, visit if pictures else None)
+    diagnosis = interference(predictor, samples, options, console.progress, visit if pictures else None)
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
     sections = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]

@@ -14,15 +14,16 @@ from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
-from twinspect.decide.recalibrate import image_key
+from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import ConfigError, DataError, listed
 from twinspect.evaluation import Evaluation
 from twinspect.inference.predictor import Predictor
+from twinspect.metrics import mean_of
 from twinspect.report import Report, Section, Table
 from twinspect.types import TEST, Sample
 
-AS_GIVEN = "test as the data say"
+AS_GIVEN = "labelled test images"
 SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
 
@@ -52,13 +53,12 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
     if options.intervals:
         values["intervals"] = measured.joint.intervals(seed=config.train.seed)
-    console.warn(*remarks(values))
+    console.warn(*unknown_classes(split, predictor.decision.classes), *remarks(values))
     again = again_with(predictor, split) if results.shows_pictures(options.report) else None
     facts = {
-        "split": f"{split.name} [{split.hash}]",
-        "test images": f"{len(measured.rows)}",
+        **test_facts(split, len(measured.rows)),
+        "copies of training images among them": f"{len({tested for _, tested in pairs})}",
         **run_facts(values["config"]),
-        "leaks": f"{len(pairs)} pairs",
     }
     title = f"{options.bundle.name} on {options.data.name}"
     shown = sections(values, review, again)
@@ -99,7 +99,7 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
 def has_learnt(predictor: Predictor, sample: Sample) -> bool:
     """Whether a model was trained on an image, by its content; of one that cannot be read, not."""
     try:
-        return image_key(sample, predictor.runtime.size) in predictor.decision.trained
+        return key_of(sample, predictor.runtime.size) in predictor.decision.trained
     except (DataError, OSError):  # said when it is scored
         return False
 
@@ -116,11 +116,22 @@ def without_leaks(split: Split, pairs: Sequence[Pair]) -> Split:
 def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
     """One sentence about images on both sides; ``dropped`` says what was done with them, empty for nothing."""
     if not pairs:
-        return "leak check: no test image is byte-equal to a training image"
+        return "leak check: no test image is a copy of a training image"
     count = len({sample for _, sample in pairs})
     first = f"first: {pairs[0][1].image} = {pairs[0][0].image}"
     action = dropped or "they flatter the numbers; --drop-leaks leaves them out"
-    return f"leak check: {count:,} test images are byte-equal to training images ({first}): {action}"
+    return f"leak check: {count:,} test images are copies of training images ({first}): {action}"
+
+
+def unknown_classes(split: Split, known: Sequence[str]) -> list[str]:
+    """A sentence about classes that the model does not know, as where a folder of images has another name."""
+    names = sorted({sample.class_name for sample in split.test} - {*known})
+    if pooled(split) or not names or not known:
+        return []
+    return [
+        f"the model does not know a class {listed(names)}, which is the name of the folder: each image is judged as "
+        f"the class that it looks like most. The model knows {listed(known)}; rename the folder if it is one of these"
+    ]
 
 
 def pooled(split: Split) -> str:
@@ -152,7 +163,7 @@ def values_of(measured: Evaluation, split: Split) -> dict[str, Any]:
         "students": {name: table["mean"] for name, table in measured.students.items()},
         "decisions": measured.decisions,
         "defect_decisions": {name: evaluation.count_calls(calls[name]) for name in sorted(calls)},
-        "decisions_mean": {k: v for k, v in results.mean_of(measured.decisions).items() if k.endswith("_rate")},
+        "decisions_mean": {k: v for k, v in mean_of(measured.decisions).items() if k.endswith("_rate")},
         "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
         "failed": measured.failed,
         "masks_not_used": measured.masks,
@@ -172,15 +183,21 @@ def remarks(values: Mapping[str, Any]) -> list[str]:
     return [*lines, *values.get("undefined", ())]
 
 
+def test_facts(split: Split, images: int) -> dict[str, str]:
+    """What was tested: numbers of two reports can be compared if these are the same."""
+    which = split.name if split.name == AS_GIVEN else f"test images of {split.name}"
+    return {"tested on": f"{images} {which}", "hash of the data (images, labels, masks)": split.hash}
+
+
 def run_facts(config: Mapping[str, Any]) -> dict[str, str]:
     """What must stand beside the numbers of a trained model; ``config`` has its settings and its record."""
     return {
         "teacher": f"{config['teacher']['name']} ({config['teacher']['hash']})",
         "input size": f"{config['size']}",
-        "steps": f"{config['training']['steps']}",
+        "training steps": f"{config['training']['steps']}",
         "seed": f"{config['train']['seed']}",
-        "mask rule": results.MASK_RULE,
-        "map size": results.MAP_SIZE,
+        "defect pixels of a mask": f"values {results.MASK_RULE}",
+        "maps are measured at": f"the size of the {results.MAP_SIZE}",
     }
 
 
@@ -205,14 +222,14 @@ def decision_tables(values: Mapping[str, Any]) -> Iterator[Table]:
     rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
     if len(rows) > 1:
         rows["mean"] = {**values["mean"], **values["decisions_mean"]}
-    note = "An image is called bad from the threshold of its predicted class on (severity 1)."
+    note = "An image is called bad if its score reaches the threshold of the class that it looks like most."
     shown = [{"class": name, "image AUROC": row.get("image_auroc"), **calls(row)} for name, row in rows.items()]
     if shown:
         yield Table.of("decisions at the thresholds in use", shown, note)
 
 
 def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
-    """Cells for `evaluation.count_calls` of a class: counts where it has some, and shares."""
+    """Cells of what `evaluation.count_calls` says of a class."""
     cells: dict[str, str | None] = {}
     for words, part, whole, rate in (
         ("defects found", "found", "defects", "found_rate"),

@@ -182,13 +182,11 @@ def update(options: UpdateOptions, console: Console) -> None:
     warn_of(after, console)
     last, thin = after.record["updates"][-1], bool(read_bundle(bundle).meta["thin"])
     if out == bundle:
-        before = bundle.with_name(f"{bundle.name}.{len(after.record['updates']) - 1}")
+        before = _model_before(bundle, len(after.record["updates"]))
         refuse_unwritable(before)
-        last["before"] = before.name
         shutil.copy2(bundle, before)
+        console.say(f"the model before is kept as {before}; twinspect update {bundle} --undo takes it back")
     save(after, out, thin)
-    if out == bundle:
-        console.say(f"the model before is {before}; twinspect update {bundle} --undo takes it back")
     console.say(*update_lines({"updates": [last]}), *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
@@ -203,22 +201,22 @@ def update_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _model_before(bundle: Path, updates: int) -> Path:
+    """Where a model of so many updates has the one before the last of them."""
+    return bundle.with_name(f"{bundle.name}.{updates - 1}")
+
+
 def _taken_back(bundle: Path) -> str:
     """Put the model before the last update into its place."""
     updates = read_bundle(bundle).meta["record"].get("updates", [])
     if not updates:
         raise BundleError(f"{bundle} has learnt nothing beyond its training; there is nothing to take back")
-    last = updates[-1]
-    if "before" not in last:
-        raise BundleError(
-            f"the last update of {bundle} was written to a file of its own: the model before it, {last['from']}, is "
-            "the bundle that was updated, and has not changed"
-        )
-    before = bundle.with_name(str(last["before"]))
-    if not before.is_file():
-        raise BundleError(f"{before} is gone, the model before the last update; train again, or copy it back")
-    model_id = read_bundle(before).meta["decision"]["model_id"]
+    last, before = updates[-1], _model_before(bundle, len(updates))
+    model_id = read_bundle(before).meta["decision"]["model_id"] if before.is_file() else "not there"
     if model_id != last["from"]:
-        raise BundleError(f"{before} is model {model_id}, not {last['from']}, which the last update was made from")
+        raise BundleError(
+            f"the last update of {bundle} was made from model {last['from']}, and {before} is {model_id}: it was "
+            "moved, or this update was written to a file of its own, and the bundle updated has not changed"
+        )
     os.replace(before, bundle)
     return f"taken back: {update_lines({'updates': [last]})[0].partition(' ')[2]}"

@@ -46,11 +46,7 @@ def info(options: InfoOptions, console: Console) -> None:
 
 
 def describe(path: Path) -> Report:
-    """What a bundle or an export says of itself, without building the model.
-
-    Raises:
-        BundleError: it cannot be read, or its parts do not fit together.
-    """
+    """What a bundle or an export says of itself, without building the model."""
     if is_export(path):
         export = read_export(path)
         made = f"twinspect {export.writer}, exported for {export.runtime}"
@@ -96,10 +92,19 @@ def _card(
         "learnt from": values["learnt from"],
         "training": f"{training['steps']} steps in {training['seconds']} s ({training['stopped']})",
         "seed": str(values["seed"]),
-        "promise": values["promise"],
     }
+    images, taught = record["images"], "and no students: statistics of these images alone"
+    if training["steps"]:
+        kept = learnt - images["train"]
+        taught = f"{images['train']} taught the students, and {kept} were kept to measure their skill"
+    told = (
+        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
+    )
+    behind = Counter(decision.good.class_name)
+    rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
+    counts = Table("Good images by class", ("class", "taught the students", "behind the threshold"), rows)
     sections = [
-        Section("Data", (_taught(record, learnt), *outlier_lines(record)), (_classes(record, decision),)),
+        Section("Data", (told, *outlier_lines(record)), (counts,)),
         Section("Settings", (), (_settings(config),)),
         Section(
             "Thresholds and what they promise",
@@ -109,22 +114,6 @@ def _card(
         Section("Known limits", tuple(_limits(record, decision)), printed=False),
     ]
     return Report(f"Model card: {path.name}", sections, facts, values)
-
-
-def _taught(record: dict[str, Any], learnt: int) -> str:
-    images = record["images"]
-    taught = f"{images['train']} taught the students, and {learnt - images['train']} were kept to measure their skill"
-    if not record["training"]["steps"]:
-        taught = "and no students: statistics of these images alone"
-    return (
-        f"{learnt} good images, {taught}. {images['skipped']} were left out. No image with a defect was learnt from."
-    )
-
-
-def _classes(record: dict[str, Any], decision: Decision) -> Table:
-    behind = Counter(decision.good.class_name)
-    counts = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    return Table("Good images by class", ("class", "taught the students", "behind the threshold"), counts)
 
 
 def _settings(config: dict[str, Any]) -> Table:

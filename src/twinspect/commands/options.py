@@ -33,22 +33,28 @@ class Reports:
 class BuildsModel:
     """Options of commands that need the teacher of a model."""
 
-    weights: str = option("Local weights file of the teacher.", "")
+    weights: str = option("File with the teacher's weights, if neither the model nor a known place has them.", "")
 
 
 @dataclass(frozen=True)
 class CalibrateOptions(ReadsData, Reports, BuildsModel):
-    """Set thresholds with a stated false-alarm rate per class from good images; the model is not retrained."""
+    """Set thresholds from good images for a false-alarm rate. The model itself stays as it is."""
 
     bundle: Path = argument(_BUNDLE)
-    good: Path | None = argument("Good images that the model has not seen; without them only rates change.", None)
-    max_fpr: float | None = option("Share of good images that may be called bad; without: as set before.", None)
+    good: Path | None = argument(
+        "Good images that the model has not learnt; without: those of before, for another rate.", None
+    )
+    max_fpr: float | None = option(
+        "Share of good images that may be called bad, such as 0.01; without: as before.", None
+    )
     class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
     group: str = option("session: keep the rate in every session; none: over all.", "", accepts=("session", "none"))
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
-    unsure: tuple[float, float] | None = option("Two rates of good images: called bad; called bad or unsure.", None)
+    unsure: tuple[float, float] | None = option(
+        "Two shares of good images: called bad; called bad or unsure (a third answer).", None
+    )
     region_fpr: float | None = option("Share of good images that may show a region; without: as --max-fpr.", None)
-    labels: Path | None = option("Labelled images (CSV: image, label) to choose by.", None)
+    labels: Path | None = option("Labelled images (CSV: image, label) to choose thresholds by.", None)
     rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "", accepts=RULES)
     miss_cost: float | None = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", None)
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
@@ -59,7 +65,7 @@ class CalibrateOptions(ReadsData, Reports, BuildsModel):
 
 @dataclass(frozen=True)
 class DriftOptions(Reports):
-    """Say whether predictions still look like the calibration images, and if not, what changed."""
+    """Say whether new images still look like the calibration images. If not, say what changed."""
 
     bundle: Path = argument(_BUNDLE)
     tables: tuple[Path, ...] = argument("Tables of twinspect predict, oldest first.")
@@ -68,7 +74,7 @@ class DriftOptions(Reports):
 
 @dataclass(frozen=True)
 class ReproduceOptions(BuildsModel):
-    """Train and evaluate a benchmark's protocol in one go, ours beside the published numbers."""
+    """Train and test on a public benchmark. Our numbers stand beside the published ones."""
 
     recipe: str = argument("Name of a recipe; without one they are listed.", "")
     root: Path | None = option("Folder of the data set.", None)
@@ -82,7 +88,7 @@ class ReproduceOptions(BuildsModel):
 
 @dataclass(frozen=True)
 class ExportCommandOptions(BuildsModel):
-    """Write the model as one graph for another runtime, after it agreed with torch on images."""
+    """Write a model for another runtime: ONNX or OpenVINO. It is first compared with the original on images."""
 
     bundle: Path = argument(_BUNDLE)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
@@ -91,7 +97,7 @@ class ExportCommandOptions(BuildsModel):
 
 @dataclass(frozen=True)
 class CheckOptions(BuildsModel):
-    """Compare an exported model with its bundle on images of your own; exit code 2 where they differ."""
+    """Compare an exported model with its original on your images. Exit code 2: they differ."""
 
     export: Path = argument("Exported model (.onnx or .xml).")
     bundle: Path = argument(_BUNDLE)
@@ -100,7 +106,7 @@ class CheckOptions(BuildsModel):
 
 @dataclass(frozen=True)
 class BenchOptions(BuildsModel):
-    """Measure images per second, latency and memory; the last line is JSON."""
+    """Measure images per second, latency and memory. The last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
     batch: str = option("Images per call, separated by commas.", "1,16")
@@ -111,7 +117,7 @@ class BenchOptions(BuildsModel):
 
 @dataclass(frozen=True)
 class DiagnoseOptions(ReadsData, Reports, BuildsModel):
-    """Measure how classes interfere, without any anomaly: is one class noticed inside another?"""
+    """Measure whether products hide each other's defects. It needs good images of two or more, and no defect."""
 
     bundle: Path = argument("Trained model (.twin), or an exported one.")
     data: Path = argument("Folder of a data set with normal images of two classes or more.")
@@ -123,7 +129,7 @@ class DiagnoseOptions(ReadsData, Reports, BuildsModel):
 
 @dataclass(frozen=True)
 class CompareOptions(ReadsData, Reports):
-    """Score the same labelled images with two models: accuracy, decisions that differ, speed and size."""
+    """Compare two models on the same labelled images. Accuracy, answers that differ, speed and size."""
 
     first: Path = argument("A model: bundle (.twin) or exported.")
     second: Path = argument("Another, which is compared with the first.")
@@ -131,23 +137,23 @@ class CompareOptions(ReadsData, Reports):
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     draws: int = option("Bootstrap draws of the test images.", 1000, accepts=Range(1, 100_000))
     seed: int = option("Seed of the draws and splits.", 0, accepts=SEEDS)
-    device: str = option("Of bundles: auto, cpu, cuda or cuda:1.", "auto")
+    device: str = option("Where bundles (.twin) run: auto, cpu, cuda or cuda:1.", "auto")
 
 
 @dataclass(frozen=True)
 class InspectOptions(ReadsData):
-    """Say what is there: layout, classes, counts, masks, what is skipped and why."""
+    """Show how a data set is read: layout, classes, counts, masks, what is left out and why."""
 
     path: Path = argument("Folder or manifest of a data set.")
     protocol: str = option("Also list the splits of a protocol; all lists those of every protocol.", "")
-    leaks: bool = option("Look for byte-equal training and test images.", False, "--leaks")
+    leaks: bool = option("Look for test images that are copies of training images.", False, "--leaks")
     seed: int = option("Seed of the splits.", 0, accepts=SEEDS)
     as_json: bool = option("Print everything as JSON.", False, "--json")
 
 
 @dataclass(frozen=True)
 class ManifestOptions(ReadsData):
-    """Write one row per image: image, split, class_name, label, defect_type, mask, group, record."""
+    """Write a data set as a table. Columns: image, split, class_name, label, defect_type, mask, group, record."""
 
     path: Path = argument("Folder or manifest of a data set.")
     out: Path = option("Manifest to write: .parquet or .csv.")
@@ -155,7 +161,7 @@ class ManifestOptions(ReadsData):
 
 @dataclass(frozen=True)
 class EvalOptions(ReadsData, BuildsModel):
-    """Measure a model on labelled test images: defects found, false alarms and AUROC by class."""
+    """Measure a model on labelled images. By class: defects found, false alarms, AUROC."""
 
     bundle: Path = argument(_BUNDLE)
     data: Path = argument("Data set with labelled test images: good ones and defects.")
@@ -168,7 +174,7 @@ class EvalOptions(ReadsData, BuildsModel):
 
 @dataclass(frozen=True)
 class SignOptions:
-    """Sign a model, so that `serve --require-signature` takes it; or verify it with --check."""
+    """Sign a model, or verify its signature. `serve --require-signature` takes signed models only."""
 
     model: Path = argument("Trained or exported model (.twin, .onnx, .xml).")
     key: Path | None = option("Private key to sign with (PEM, Ed25519).", None)
@@ -177,7 +183,7 @@ class SignOptions:
 
 @dataclass(frozen=True)
 class UpdateOptions(ReadsData, BuildsModel):
-    """Learn new good images, after false alarms or of a new class, without the old ones."""
+    """Learn new good images without the old ones. They may be false alarms, or a new product."""
 
     bundle: Path = argument(_BUNDLE)
     new: Path | None = argument("New good images: a folder in any layout.", None)
@@ -189,29 +195,36 @@ class UpdateOptions(ReadsData, BuildsModel):
 
 @dataclass(frozen=True)
 class FitOptions(ReadsData):
-    """Learn from good images what is usual, and write one model file (a bundle)."""
+    """Learn from good images, and write one model file (a bundle)."""
 
     data: Path = argument("Folder of a data set, or a plain folder of good images.")
     out: Path = option("Bundle to write.", Path("model.twin"))
-    effort: str = option("instant: statistics only, no students; fast: half the input side, fewer steps.", "default")
+    effort: str = option(
+        "fast: half the input side and fewer steps, for a first try; instant: statistics only, no students.",
+        "default",
+    )
     config: Path | None = option("TOML file of settings; options given here win.", None)
-    resume_from: Path | None = option("Bundle to go on from; DATA holds all classes.", None)
-    roi: Path | None = option("Region of interest: mask image (white inside) or LabelMe polygons.", None)
+    resume_from: Path | None = option("Model to go on from; DATA must hold its classes, too.", None)
+    roi: Path | None = option(
+        "Region of interest: where to look. Mask image (white inside) or LabelMe polygons.", None
+    )
     forget: bool = option("With --resume-from: drop classes that DATA lacks.", False, "--forget")
     split: str = option("Learn a protocol's split only, such as one-vs-rest/cat.", "")
-    work: Path | None = option("Folder for checkpoint and log.", None)
+    work: Path | None = option(
+        "Folder for checkpoints and the training log; without: OUT.work, as long as it runs.", None
+    )
     thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Say what this machine has: versions, device, teachers and their weights."""
+    """Say what this machine has, and what is missing."""
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Train on good textile images, find local and global defects, write a report."""
+    """Try everything on pictures of textile. It trains, finds small and global defects, and writes a report."""
 
     out: Path = option("Folder for report.html, metrics.json and the model.", Path("demo-out"))
     quick: bool = option("A smaller run of about a minute.", False, "--quick")
@@ -219,7 +232,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Download a teacher's weights, verify them, and record their commit and sha256."""
+    """Download the weights of a teacher. They are verified, and their commit and sha256 recorded."""
 
     name: str = argument("Short name of a teacher, such as dinov2-base, or a timm name.")
     revision: str = option("Commit or branch of the hub repository; empty takes main.", "")
@@ -228,7 +241,7 @@ class FetchOptions:
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Say what a model holds: teacher, classes, training, threshold and its promise."""
+    """Say what a model holds, and what its thresholds promise."""
 
     bundle: Path = argument(_BUNDLE)
     as_json: bool = option("Print everything as JSON.", False, "--json")
@@ -237,7 +250,7 @@ class InfoOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Answer images over HTTP, with a page at /, an inspection log and metrics."""
+    """Answer images over HTTP, with a page for operators. It keeps an inspection log."""
 
     bundles: tuple[str, ...] = argument("Bundles or exported models: FILE or NAME=FILE.")
     api_key_file: Path | None = option("File with the API key; or set TWINSPECT_API_KEY.", None)

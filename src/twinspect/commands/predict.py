@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import typer
-
 from twinspect.console import FAILED_ON, NOTHING_SCORED, Console
 from twinspect.errors import ConfigError
+from twinspect.files import is_url
 from twinspect.inference.bulk import run, say_totals
 from twinspect.inference.job import Job
-from twinspect.inference.stores import is_url
 
 if TYPE_CHECKING:
     from twinspect.commands.results import Review
@@ -33,9 +31,9 @@ def predict(job: Job, console: Console) -> None:
     if review is not None:
         write_reports(job, review, console)
     if totals.nothing_scored:
-        raise typer.Exit(NOTHING_SCORED)
+        raise SystemExit(NOTHING_SCORED)
     if totals.fails(job.fail_on):
-        raise typer.Exit(FAILED_ON)
+        raise SystemExit(FAILED_ON)
 
 
 def write_reports(job: Job, review: Review, console: Console) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -33,6 +33,7 @@ from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.runtimes import TorchRuntime
+from twinspect.metrics import mean_of
 from twinspect.models.weights import SHORT_NAMES, resolve_auto
 from twinspect.report import FORMATS, Report, Section, Table
 from twinspect.training.fit import fit
@@ -40,15 +41,6 @@ from twinspect.training.loop import remove_checkpoint
 from twinspect.types import TEST, TRAIN
 
 _METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")  # of the percentages of a published system
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What somebody else reports: percent by metric."""
-
-    system: str
-    values: Mapping[str, float]
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,7 @@ class Recipe:
     runs: int  # how many models the protocol trains
     settings: RunConfig  # for a DINOv2 teacher, or any for system B
     official: tuple[int, int]  # training and test images of the official split
-    published: tuple[Published, ...]
+    published: tuple[dict[str, Any], ...]  # what others report: ``system``, ``percent`` by metric, ``source``
     remark: str  # what the sources leave open
 
     @property
@@ -88,18 +80,11 @@ def is_vit(teacher: str) -> bool:
     return SHORT_NAMES.get(teacher, teacher).startswith(("vit", "test_vit", "deit", "eva", "beit"))
 
 
-def find_recipe(name: str) -> Recipe:
-    """A recipe by name."""
-    if name not in RECIPES:
-        raise ConfigError(unknown_name("recipe", name, RECIPES))
-    return RECIPES[name]
-
-
 def _recipe(name: str, row: dict[str, Any], tables: dict[str, Any]) -> Recipe:
     data, base = tables["set"][row["layout"]], tables["settings"][row["settings"]]
     settings = {section: {**base[section], **row.get(section, {})} for section in ("model", "train")}
     published = tuple(
-        Published(system, dict(zip(_METRICS, percent, strict=False)), tables["source"][system])
+        {"system": system, "percent": dict(zip(_METRICS, percent, strict=False)), "source": tables["source"][system]}
         for system, percent in row.get("published", {}).items()
     )
     return Recipe(
@@ -124,7 +109,9 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
         for name, recipe in RECIPES.items():
             console.say(f"{name:<28}{recipe.title}: {recipe.cost}")
         return
-    recipe = find_recipe(options.recipe)
+    if options.recipe not in RECIPES:
+        raise ConfigError(unknown_name("recipe", options.recipe, RECIPES))
+    recipe = RECIPES[options.recipe]
     if options.root is None:
         raise ConfigError(
             f"{recipe.name} needs the {recipe.layout} data set; type: twinspect reproduce {recipe.name} --root DIR"
@@ -138,10 +125,9 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
 def run_recipe(
     recipe: Recipe, root: Path, out: Path, config: RunConfig, console: Console, without_leaks: bool = False
 ) -> dict[str, Any]:
-    """Train and evaluate all splits of a recipe that are not finished yet, and write the comparison.
+    """Train and evaluate all splits of a recipe that are not finished yet; write the comparison, and return it.
 
-    Returns:
-        The content of ``results.json``, which lies in ``out`` beside the reports and one file per split.
+    ``out`` has ``results.json`` beside the reports, and one file per split.
     """
     files = [out / f"results{suffix}" for suffix in FORMATS]
     results.check_outputs(files, option="--out")
@@ -249,18 +235,16 @@ def summarise(
         return [text for result in done for text in result[name]]
 
     rows, record = joined("classes"), done[0]["record"]
-    students = {
-        name: results.mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS
-    }
+    students = {name: mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS}
     return {
         "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
         "complete": len(done) == total, "splits_done": len(done), "splits": total,
-        "classes": rows, "mean": results.mean_of(rows), "students": students,
+        "classes": rows, "mean": mean_of(rows), "students": students,
         "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
         "defect_decisions": joined("defect_decisions"),
         "undefined": results.grouped(listed("undefined"), rows),
         "failed": listed("failed"), "masks_not_used": listed("masks_not_used"),
-        "published": [{"system": p.system, "percent": dict(p.values), "source": p.source} for p in recipe.published],
+        "published": list(recipe.published),
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [
             {**result["split"], **result["counts"], **result["seconds"], "key": result["key"]} for result in done
@@ -292,10 +276,10 @@ def sections(recipe: Recipe, values: dict[str, Any]) -> list[Section]:
 
 def comparison(recipe: Recipe, values: dict[str, Any]) -> Table:
     """Ours, each student alone, and what others report, in percent with the source."""
-    metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p.values)]))
+    metrics = list(dict.fromkeys(["image_auroc", *(m for p in recipe.published for m in p["percent"])]))
     ours = {OURS: values["mean"], **{STUDENTS[name]: row for name, row in values["students"].items()}}
     every = [(name, {m: 100 * v for m, v in row.items()}, "measured by this run") for name, row in ours.items()]
-    every += [(p.system, dict(p.values), f"published: {p.source}") for p in recipe.published]
+    every += [(p["system"], p["percent"], f"published: {p['source']}") for p in recipe.published]
     rows = []
     for system, percent, source in every:
         shown = {m: f"{percent[m]:.1f}" if m in percent else None for m in metrics}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from twinspect import bundle, data
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.errors import ConfigError, listed
+from twinspect.errors import ConfigError, DataError, listed
 from twinspect.files import refuse_unwritable, write_text
 from twinspect.inference.result import Result
 from twinspect.metrics import METRICS, roc_curve
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from twinspect.bundle import Fitted
 
 MASK_RULE, MAP_SIZE = "> 0", "original image"
+FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
+_MOST_PICTURES = 6  # pictures of a kind and class
+_UNKNOWN = -1
 
 Rows = Mapping[str, Mapping[str, Any]]  # values by the name of a class, split or score
+Again = Callable[[list[str]], Iterable[Result]]  # scores images once more, with map and pixels, by their names
 
 
 def read_data(path: Path, layout: str, images: Path | None, console: Console) -> Loaded:
@@ -93,15 +97,6 @@ def metric_rows(rows: Rows, first: str = "class") -> list[dict[str, Any]]:
     return [{first: name, **dict.fromkeys(METRICS), **row} for name, row in rows.items()]
 
 
-def mean_of(rows: Rows) -> dict[str, float]:
-    """Mean of every metric over the rows that have it."""
-    columns: dict[str, list[float]] = defaultdict(list)
-    for name in sorted(rows):
-        for metric, value in rows[name].items():
-            columns[metric].append(value)
-    return {metric: sum(values) / len(values) for metric, values in columns.items()}
-
-
 def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
     """Sentences that differ in the class they begin with only, joined: ``a, b: text``."""
     names, owners = set(classes), defaultdict(list)
@@ -114,11 +109,7 @@ def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
     return [f"{listed(owner)}: {text}" if owner else text for text, owner in owners.items()]
 
 
-FACTORS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)  # of the thresholds in use, that are looked at
-_MOST_PICTURES = 6  # pictures of a kind and class
-_UNKNOWN = -1
-# Scores images once more, with map and pixels, by their names.
-Again = Callable[[list[str]], Iterable[Result]]
+# ------------------------------------------------------------------------------ what thresholds made of many images
 
 
 class Review:
@@ -136,7 +127,7 @@ class Review:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Look at one row; one without a score is counted as an error."""
-        score, threshold = (_number(row.get(name)) for name in ("score", "threshold"))
+        score, threshold = (number_in(row.get(name)) for name in ("score", "threshold"))
         if row.get("error") or not np.isfinite(score):
             self.errors += 1
             return
@@ -245,5 +236,9 @@ def _kinds(margin: float, label: int) -> Iterator[tuple[str, float]]:
         yield "Defects found, clearest first", -margin
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value in (None, "") else float(value)
+def number_in(value: Any) -> float:
+    """A number of a table's cell; an empty one is not-a-number."""
+    try:
+        return float("nan") if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"a score in the table is {value!r}, not a number") from None

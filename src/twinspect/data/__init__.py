@@ -212,8 +212,8 @@ def _locate(root: Folder) -> tuple[str, Folder]:
         raise DataError(f"{root.path}: holds data sets: {', '.join(several)}. Name one of these folders")
     if root.is_file or not root.has_images_below:
         raise DataError(
-            f"{root.path}: no known layout; found: {root.listing()}. {_advice(root)}"
-            f"Accepted: {', '.join(DATASETS)}; a plain folder of good images is enough"
+            f"{root.path}: no images that can be read; found: {root.listing()}. {_advice(root)}"
+            f"Accepted: a folder of good images, a folder for each product, or a layout of {', '.join(DATASETS)}"
         )
     if root.meant.role in (BAD, MASK) and not root.meant.rest:
         what = "defects" if root.meant.role == BAD else "masks"
@@ -259,7 +259,6 @@ def _known_labels(samples: list[Sample], log: ScanLog) -> list[Sample]:
 
 
 def _unnamed_folders(root: Folder, samples: list[Sample], log: ScanLog) -> None:
-    """Folders of images of which a list names none."""
     used = {path for sample in samples for path in (sample.image, *sample.masks)}
     inside = {path.relative_to(root.path).parts[:1] for path in used if path.is_relative_to(root.path)}
     for sub in root.folders:
@@ -273,8 +272,7 @@ def _note(samples: list[Sample], log: ScanLog) -> None:
     if missing := [s for s in defects if not s.masks]:
         names = shortened(sorted({s.class_name for s in missing}), 5)
         log.note(
-            f"{len(missing):,} of {len(defects):,} defect images have no mask ({names}): "
-            "image-level metrics only for them"
+            f"{len(missing):,} of {len(defects):,} defects have no mask ({names}): metrics of pixels leave them out"
         )
     if several := [(s.image, count) for s in samples if s.record is None and (count := count_pictures(s.image)) > 1]:
         path, count = several[0]

@@ -77,9 +77,7 @@ def labels_of(path: Path) -> Sequence[int | str]:
         raise DataError(f"{beside}: no such file; the classes of {path.name} are in it")
     labels = [int(x) for x in read_idx(beside).ravel()]
     if len(labels) != container.count:
-        raise DataError(
-            f"{beside}: {len(labels):,} labels for the {container.count:,} images of {path.name}; copy both again"
-        )
+        raise DataError(f"{beside}: {len(labels):,} labels for {container.count:,} images of {path.name}; copy both")
     return labels
 
 
@@ -103,9 +101,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         with gzip.open(io.BytesIO(raw)) as stream:
             raw = stream.read(_MOST_UNPACKED + 1)
         if len(raw) > _MOST_UNPACKED:
-            raise DataError(
-                f"{path}: unpacks to more than {_MOST_UNPACKED:,} bytes; Fashion-MNIST's files need 47 million"
-            )
+            raise DataError(f"{path}: unpacks to more than {_MOST_UNPACKED:,} bytes; Fashion-MNIST's has 47 million")
     if len(raw) < 8 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 3 or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path}: not an IDX file of unsigned bytes; accepted: the files of Fashion-MNIST")
     shape = struct.unpack(f">{raw[3]}I", raw[4 : 4 + 4 * raw[3]])

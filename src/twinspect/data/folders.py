@@ -2,12 +2,10 @@
 
 One reader for all of them. It finds the classes (products) of a folder, and asks of every image what the names of the
 folders above it say (`names.meaning`): which split, good or defect, image or mask. Each class is judged by itself, so
-that one root may hold several layouts. ``mvtec-ad``, ``mvtec-loco`` (whose validation split calibrates, and whose
-saturation areas `samples.read_regions` reads) and ``mvtec-ad-2`` (whose private test images have label None and their
-folder as ``defect_type``) only say which classes are meant; ``folder`` takes all.
+that one root may hold several layouts. ``mvtec-ad``, ``mvtec-loco`` and ``mvtec-ad-2`` (whose private test images
+have label None and their folder as ``defect_type``) only say which classes are meant; ``folder`` takes all.
 
-What a name calls a defect or a mask is never a good image. Good images without a split are the training split; if
-there are defects and no good test images, the protocols hold some good images out.
+What a name calls a defect or a mask is never a good image. Good images without a split are the training split.
 """
 
 from __future__ import annotations
@@ -85,11 +83,7 @@ def shape_of(product: Folder) -> str:
 
 
 def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
-    """The classes at a folder: itself, or folders in it. Folders of images that belong to none are logged.
-
-    Raises:
-        DataError: names of which nobody can tell whether they are products or good images.
-    """
+    """The classes at a folder: itself, or folders in it; a DataError where these may as well be good images."""
     inner = []
     for sub in root.folders:
         if sub.has_images_below:
@@ -120,9 +114,7 @@ def find_classes(root: Folder, log: ScanLog) -> list[Folder]:
             classes.append(sub)
     for sub in speaking:
         if sub.meant.role == BAD:
-            reason = (
-                "its name says defects, and not of which class; move it into the folder of its class, or rename it"
-            )
+            reason = "its name says defects, and not of which class; move it into its class, or rename it"
             log.leave(sub.path, reason)
         else:
             log.skip(sub.path, "its name does not say to which class it belongs")
@@ -210,7 +202,7 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
                 raise
             log.leave(product.path, str(error))
             continue
-        if reader.assumed:
+        if reader.assumed and product.meant.role != GOOD:
             assumed[product.name] = reader.assumed
     if len(classes) > 1:
         _report_lists(_unread_lists(root), bool(assumed), log)
@@ -223,8 +215,6 @@ def read_folders(root: Folder, log: ScanLog, layout: str = FOLDER) -> list[Sampl
 
 
 class _ClassReader:
-    """Images of one class by what is said of them."""
-
     def __init__(self, product: Folder, log: ScanLog) -> None:
         self._name, self._log = product.name, log
         self.assumed = 0  # images that are taken as good only because nothing says otherwise

@@ -76,9 +76,7 @@ def read_rgb(
     EXIF rotation is applied; more than 8 bits become 8 by `eight_bit`; palettes, CMYK and alpha become RGB (alpha
     over black); of an animation, or a TIFF of several pages, the first picture counts. ``draft_side`` > 0 lets a
     JPEG be decoded at a half, quarter or eighth of its size as long as the short side stays at least that long.
-
-    Raises:
-        ImageError: with the file's name, what was found and what to do about it.
+    An ImageError says what was found instead of an image, and what to do about it.
     """
     return read_sized_rgb(source, limits, name, draft_side)[0]
 
@@ -114,13 +112,8 @@ def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str =
 def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
     """Pixels in memory to H x W x 3 RGB, by the rules of files: 16 bits by their full range, alpha over black.
 
-    Args:
-        values: H x W, H x W x C or C x H x W, where C is 1 (grey), 3 (RGB) or 4 (RGBA); uint8, uint16, or floats
-            from 0 to 1.
-        limits: what an image may hold.
-
-    Raises:
-        ImageError: another type, shape or range, with what to type.
+    ``values`` are H x W, H x W x C or C x H x W, where C is 1 (grey), 3 (RGB) or 4 (RGBA): uint8, uint16, or floats
+    from 0 to 1. Anything else is an ImageError that says what to type.
     """
     layers = values[..., None] if values.ndim == 2 else values
     if layers.ndim == 3 and layers.shape[2] not in _CHANNELS and layers.shape[0] in _CHANNELS:
@@ -171,20 +164,15 @@ def eight_bit(values: NDArray[Any], label: str = "image") -> NDArray[np.uint8]:
 
     Images of one camera must stay comparable, so integers of more than 8 bits are divided by 257 (the 16-bit range).
     Floats lie in 0 to 1, 0 to 255 or 0 to 65,535, whichever holds all but the few largest values; a little
-    overshoot (interpolation, gain) and single hot pixels do not change the range. What is not a number is 0.
-
-    Raises:
-        ImageError: whole numbers outside of 0 to 65,535, or many floats below 0 or above 65,535: nothing says
-            what is black and white there.
+    overshoot (interpolation, gain) and single hot pixels do not change the range. What is not a number is 0. An
+    ImageError refuses values of which nothing says what is black and white.
     """
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype.kind in "iu" and values.size and not 0 <= values.min() <= values.max() <= 65535:
-        raise ImageError(
-            f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats from 0 to 1"
-        )
+        raise ImageError(f"{label}: whole numbers outside of 0 to 65,535; save it with 16 bits, or as floats 0 to 1")
     scale = _float_scale(values) if values.dtype.kind == "f" else 1 / 257
     eight, outside = np.empty(values.shape, np.uint8), 0
     rows = max(1, _BLOCK * len(values) // max(values.size, 1))
@@ -299,10 +287,9 @@ def _is_misread(image: Image.Image) -> bool:
 
 
 def _without_notes(raw: bytes, longest: int) -> bytes:
-    """A PNG without colour profile and texts of more than ``longest`` bytes: Pillow refuses what they may unpack to.
+    """A PNG without colour profile and texts of more than ``longest`` bytes, of which Pillow refuses the largest.
 
-    1,000 bytes unpack to less than Pillow's limit of 1 MB. Texts that may say which way is up stay if they can. With
-    0, all that Pillow may stumble over and no pixel needs is left out.
+    With 0, all that Pillow may stumble over and no pixel needs is left out.
     """
     left_out = _PNG_NOTES if longest else _PNG_NOTES + _PNG_NUMBERS
     if raw[:8] != _PNG:
@@ -330,7 +317,7 @@ def _tiff_values(raw: bytes, limits: ImageLimits, label: str) -> NDArray[Any]:
             )
         if page.photometric not in _GREY_OR_RGB:
             raise ImageError(
-                f"{label}: a TIFF of {page.photometric.name} colours with more than 8 bits; save it as RGB or grey"
+                f"{label}: {page.photometric.name} colours with more than 8 bits; save it as RGB or grey"
             )
         values: NDArray[Any] = page.asarray(maxworkers=1)
         tag = page.tags.get(ExifTags.Base.Orientation.value)
@@ -355,10 +342,7 @@ def _tifffile(label: str) -> Any:
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """An array upright, by its EXIF orientation.
-
-    Pillow's own function also writes the EXIF anew, which fails where it can be read and not be written.
-    """
+    """An array upright, by its EXIF orientation; Pillow's function fails where it cannot write the EXIF anew."""
     if orientation >= 5:
         values = values.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -406,7 +390,6 @@ def _negative(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _changes_values(image: Image.Image) -> bool:
-    """Whether the file's compression gives back other values than were put in."""
     if image.format == "WEBP":
         stream: Any = image.fp  # type: ignore[attr-defined]
         return b"VP8L" not in stream.getvalue()[:4096]

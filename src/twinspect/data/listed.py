@@ -217,9 +217,7 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     roots = (path.parent / text, Path.cwd() / text)
     base = images or next((place for place in roots if os.path.isdir(place)), None)
     if base is None:
-        raise DataError(
-            f"{path}: root {text!r} is neither beside this file nor in {Path.cwd()}; name it with --images DIR"
-        )
+        raise DataError(f"{path}: root {text!r} is not beside this file nor in {Path.cwd()}; give --images DIR")
     places: dict[str, list[Place]] = {"mask_dir": [], **{key: [] for key in _ANOMALIB}}
     for key, files in places.items():
         value = settings.get(key) or []
@@ -240,11 +238,7 @@ def anomalib(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The mapping that holds ``normal_dir``, at whatever depth; empty where there is none.
-
-    Raises:
-        DataError: it should be there, but the file is not YAML.
-    """
+    """The mapping that holds ``normal_dir``, at whatever depth, or an empty one; a DataError where it is no YAML."""
     import yaml
 
     if not _contains(path, b"normal_dir"):

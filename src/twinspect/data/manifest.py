@@ -60,11 +60,7 @@ def path_column(names: Iterable[str]) -> str:
 
 
 def is_label_table(path: Path) -> bool:
-    """Whether a file is a table that says whether images are good, or which split, class or mask they have.
-
-    Raises:
-        DataError: its name says so (labels.csv, train.tsv), and it cannot be read.
-    """
+    """Whether a file is a table of labels, splits, classes or masks; a DataError where only its name says so."""
     if path.suffix.lower() not in SUFFIXES:
         return False
     try:
@@ -84,17 +80,11 @@ def is_label_table(path: Path) -> bool:
 def read_rows(
     path: Path, rows: Sequence[tuple[str, Row]], log: ScanLog, base: Path | None, partly: bool = False
 ) -> list[Sample]:
-    """Samples of the rows of a list.
+    """Samples of the ``rows`` of a list, which come with their places for messages.
 
-    Args:
-        path: of the list.
-        rows: its rows, and where each stands, for messages.
-        log: where notes go.
-        base: folder that the paths are relative to; None: the list's own, or one in it where the first image is.
-        partly: whether images may be missing, as of a benchmark of which only a part is there; they are logged.
-
-    Raises:
-        DataError: rows cannot be used. One is enough: a list that is half true is not a data set.
+    Paths are relative to ``base``; if that is None, to the list's own folder, or to one in it that has the first. Of
+    benchmarks (``partly``) images may be missing; they are logged. A row that cannot be used is a DataError: a list
+    that is half true is no data set.
     """
     if not rows:
         return []
@@ -128,10 +118,7 @@ def read_rows(
 def write_manifest(samples: Iterable[Sample], path: Path, root: Path) -> int:
     """Write samples to ``.parquet`` or ``.csv`` with paths relative to ``root``; how many rows were written.
 
-    If the manifest does not lie in ``root``, name that folder when reading it.
-
-    Raises:
-        DataError: a name that the table cannot hold, or an ending that is none of the two.
+    A DataError where a table cannot hold a name. If it does not lie in ``root``, name that folder when reading it.
     """
     suffix = path.suffix.lower()
     if suffix not in (".parquet", ".csv"):
@@ -233,9 +220,7 @@ class _RowReader:
         self._columns = [name for name in rows[0] if name]
         names = _columns(self._columns)
         if "image" not in names:
-            raise DataError(
-                f"{path}: columns {', '.join(rows[0])}; at least image is needed, then {', '.join(COLUMNS[1:])}"
-            )
+            raise DataError(f"{path}: columns {', '.join(rows[0])}; image is needed, then {', '.join(COLUMNS[1:])}")
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}

@@ -9,12 +9,14 @@ and defect over good: a good image that is left out costs little, a defect that 
 from __future__ import annotations
 
 import re
+import tomllib
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.resources import files
 from typing import NamedTuple
 
-from twinspect.types import CALIBRATION, TEST, TRAIN
+from twinspect.types import TEST, TRAIN
 
 GOOD, BAD, MASK, UNSORTED = "good", "bad", "mask", "unsorted"
 
@@ -44,98 +46,49 @@ class Meaning(NamedTuple):
         return not self.says and not self.plain
 
 
-# Whole words without accents: English; German; French, Spanish, Italian, Portuguese, Dutch; Polish, Czech, Turkish,
-# Russian. Kinds of defects, and words that may as well be a part of a serial number, stand in the second list: they
-# count in names of folders and cells, not in names of files.
-_ROLES = {
-    GOOD: """
-        good goods ok okay pass passed accept accepted acceptable normal normals nominal conform conforming compliant
-        healthy intact clean cleaned flawless faultless perfect correct
-        gut gute guter gutes gutteil gutteile einwandfrei io
-        sain saine bon bons bonne bonnes conforme conformes bueno buenos buena buenas buono buoni buona buone
-        boa boas bom goed goede goedgekeurd dobry dobre dobra iyi saglam норма годен годные хорошие хороший
-    """,
-    BAD: """
-        bad nok ng defs defective fail fails failed failing failure failures reject rejects rejected rejection
-        rejections faulty fault faults flaw flaws flawed invalid abnormal abnormals abnormality abnormalities outlier
-        outliers damaged scrap scraps unhealthy noncompliant nonconformity incorrect
-        scrapped discard discarded quarantine rework reworked
-        kaputt maengel fehlteil fehlteile nio
-        mauvais mauvaise mauvaises defaut defauts rebut rebuts casse malo malos mala malas falla fallas fallo fallos
-        roto rechazo rechazado rechazados scarto scarti guasto guasti cattivo
-        ruim defeito defeitos rejeitado rejeitados fout fouten slecht slechte afgekeurd kapot
-        zly zle wada wady wadliwy wadliwe vada vady vadny vadne zmetek zmetky spatny spatne
-        kotu hatali kusurlu hasarli брак плохие плохой
-    """,
-    MASK: """
-        mask masks masked maske masken masque masques mascara mascaras maschera maschere gt gts groundtruth
-        overlay overlays heatmap heatmaps thumbnail thumbnails thumbs
-    """,
-    UNSORTED: """
-        unsorted unlabeled unlabelled unknown unclassified unchecked unjudged todo new incoming inbox private
-        misc miscellaneous pending unsure uncertain inference production
-        unsortiert unbekannt neu neue neuer neues
-    """,
-}
-_NOT_OF_FILES = {
-    BAD: """
-        def ko error errors wrong poor broken damage damages crack cracks cracked scratch scratches scratched dent
-        dents dented stain stains stained contamination contaminations contaminated corroded corrosion rust rusty
-        torn chipped deformed dirty missing misplaced misaligned misprint misprints blemish blemishes burr burrs
-        diseased infected kratzer riss risse
-    """,
-    MASK: "label labels annotation annotations annot annots anno annos segmentation segmentations truth",
-}
 # Words are joined to longer ones: defective, Fehlerteile.
 _BAD_START = re.compile(r"defe[ck]t|anomal(?!ib)|fehler|schlecht|ausschuss|mangel|beschae?dig|difett|uszkodz|дефект")
-_SPLITS = {
-    TRAIN: "train training trainset trn",
-    CALIBRATION: "val valid validate validation valset calibration calib cal dev holdout heldout",
-    TEST: "test testing tests testset tst eval evaluation",
-}
-_PICTURES = """
-    image images img imgs picture pictures pic pics photo photos foto fotos bild bilder data dataset frame frames
-    capture captures public set dir folder ordner all seg raw original originals
-"""
-_LOTS = """
-    lot lots batch batches day days date dates session sessions cam cams camera cameras kamera part parts
-    reference references ref golden background backup archive tmp temp result results output outputs prediction
-    predictions
-"""
-_NOT = frozenset("no not non without ohne sans sin sem senza kein keine nicht nie bez ikke inte".split())
 _GLUED_NOT = ("un", "non", "not", "no", "nicht")
 _FREE = ("free", "less", "frei")
 _TURNED = {GOOD: BAD, BAD: GOOD}
 # Often written letter by letter. German i.O., n.i.O.: "in Ordnung", "nicht in Ordnung".
 _SPELLED = {"io": GOOD, "ok": GOOD, "nio": BAD, "nok": BAD, "ng": BAD, "ko": BAD}
-_TASKS = frozenset("detection detect inspection recognition classification challenge benchmark".split())
-# Chinese, Japanese and Korean have no gaps between words: looked for anywhere, the first that fits counts.
-_ANYWHERE = (
-    (MASK, "掩膜 掩码 遮罩 标注 標注 マスク 마스크"),
-    (GOOD, "无缺陷 無缺陷 无异常 异常なし 異常なし 欠陥なし 정상 양품"),
-    (BAD, "不良 不合格 缺陷 瑕疵 异常 異常 欠陥 非良品 不正常 次品 废品 불량 결함 이상"),
-    (GOOD, "合格 良品 良好 正常"),
-)
 _LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})  # they are not composed
 _WORD = re.compile(r"\d+|[a-z]+|[^\W\d_a-z]+")  # Latin letters end where others begin: NG品
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE)
 
 
-def _table(*groups: dict[str, str]) -> dict[str, str]:
-    return {word: meaning for group in groups for meaning, words in group.items() for word in words.split()}
+class _Words(NamedTuple):
+    """The words of ``words.toml``."""
+
+    of_files: dict[str, str]  # word -> role
+    of_folders: dict[str, str]
+    splits: dict[str, str]
+    pictures: frozenset[str]
+    plain: frozenset[str]
+    negations: frozenset[str]
+    tasks: frozenset[str]
+    anywhere: list[tuple[str, list[str]]]
 
 
-_OF_FILES, _SPLIT_OF = _table(_ROLES), _table(_SPLITS)
-_IS_PICTURES = frozenset(_PICTURES.split())
-_IS_PLAIN = _IS_PICTURES | frozenset(_LOTS.split())
-_OF_FOLDERS = _OF_FILES | _table(_NOT_OF_FILES)
+@cache
+def _known() -> _Words:
+    table = tomllib.loads(files("twinspect").joinpath("data/words.toml").read_text(encoding="utf-8"))
+    of_files, more, splits = (
+        {word: meant for meant, words in table[name].items() for word in words.split()}
+        for name in ("roles", "roles_of_folders", "splits")
+    )
+    pictures, lots = (frozenset(table["plain"][name].split()) for name in ("pictures", "lots"))
+    negations, tasks = (frozenset(table["grammar"][name].split()) for name in ("not", "tasks"))
+    anywhere = [(role, words.split()) for role, words in table["anywhere"]["words"]]
+    return _Words(of_files, of_files | more, splits, pictures, pictures | lots, negations, tasks, anywhere)
 
 
 @lru_cache(maxsize=1 << 14)
 def meaning(name: str) -> Meaning:
     """What the name of a folder, or the text of a cell, says."""
-    return _meaning(name, _words(_CAMEL.sub(" ", name)), _OF_FOLDERS)
+    return _meaning(name, _words(_CAMEL.sub(" ", name)), _known().of_folders)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -143,7 +96,7 @@ def meaning_of_file(name: str) -> Meaning:
     """What the name of an image file says; serial numbers and hashes say nothing."""
     stem = _UUID.sub(" ", name.rpartition(".")[0] or name)
     chunks = [chunk.strip("0123456789") for chunk in re.split(r"[\W_]+", stem)]
-    return _meaning(stem, _words(" ".join(chunk for chunk in chunks if chunk.isalpha())), _OF_FILES)
+    return _meaning(stem, _words(" ".join(chunk for chunk in chunks if chunk.isalpha())), _known().of_files)
 
 
 def key(text: str) -> str:
@@ -158,19 +111,20 @@ def _words(name: str) -> list[str]:
 
 
 def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
-    if _TASKS & set(words):  # mvtec_anomaly_detection is a project, and not a folder of anomalies
+    known = _known()
+    if known.tasks & set(words):  # mvtec_anomaly_detection is a project, and not a folder of anomalies
         return Meaning(rest=" ".join(words))
     roles_seen: set[str] = set()
     split, rest = "", []
     for word, role in _judged(words, roles):
         if role:
             roles_seen.add(role)
-        elif word in _SPLIT_OF:
-            split = split or _SPLIT_OF[word]
+        elif word in known.splits:
+            split = split or known.splits[word]
         else:
             rest.append(word)
-    split = split or _SPLIT_OF.get(key(name), "")  # held-out
-    if anywhere := next((role for role, texts in _ANYWHERE if any(text in name for text in texts.split())), ""):
+    split = split or known.splits.get(key(name), "")  # held-out
+    if anywhere := next((role for role, texts in known.anywhere if any(text in name for text in texts)), ""):
         roles_seen.add(anywhere)
     if spelled := _SPELLED.get(key(name)):
         roles_seen, rest = {spelled}, []
@@ -179,15 +133,15 @@ def _meaning(name: str, words: list[str], roles: dict[str, str]) -> Meaning:
     if rest and not plain and not split:
         roles_seen.discard(UNSORTED)  # a new_bottle is a product
     role = UNSORTED if both else next((word for word in (MASK, BAD, UNSORTED, GOOD) if word in roles_seen), "")
-    return Meaning(role, split, " ".join(rest), plain, bool(rest) and _IS_PICTURES.issuperset(rest))
+    return Meaning(role, split, " ".join(rest), plain, bool(rest) and known.pictures.issuperset(rest))
 
 
 def _is_plain(rest: list[str]) -> bool:
     """Words for images or lots with their numbers and letters, or a date; a bare number may be a label."""
     dated = all(map(str.isdigit, rest)) and len("".join(rest)) >= 6
     return dated or (
-        any(word in _IS_PLAIN for word in rest)
-        and all(word in _IS_PLAIN or word.isdigit() or len(word) == 1 for word in rest)
+        any(word in _known().plain for word in rest)
+        and all(word in _known().plain or word.isdigit() or len(word) == 1 for word in rest)
     )
 
 
@@ -197,7 +151,7 @@ def _judged(words: list[str], roles: dict[str, str]) -> Iterator[tuple[str, str]
     while place < len(words):
         word, after = words[place], words[place + 1 : place + 2]
         role, used = _role(word, roles), 1
-        if word in _NOT and after and (turned := _TURNED.get(_role(after[0], roles))):
+        if word in _known().negations and after and (turned := _TURNED.get(_role(after[0], roles))):
             role, used = turned, 2
         elif word == "ground" and after == ["truth"]:
             role, used = MASK, 2

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from twinspect.data.samples import read_sample_rgb
-from twinspect.data.semantic import CIFAR100, FASHION
+from twinspect.data.semantic import FASHION
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.files import sha256_of
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -51,9 +51,10 @@ class Split:
     def describe(self) -> str:
         """One line with name, hash and counts, to print beside the numbers."""
         normal = sum(sample.label == 0 for sample in self.test)
+        anomalous = len(self.test) - normal
         return (
-            f"{self.name} [{self.hash}]: {len(self.train):,} train, {len(self.calibration):,} calibration, "
-            f"{len(self.test):,} test ({normal:,} normal, {len(self.test) - normal:,} anomalous)"
+            f"{self.name} (hash {self.hash}): {len(self.test):,} to test ({normal:,} good, {anomalous:,} anomalous), "
+            f"{len(self.train):,} to train, {len(self.calibration):,} to calibrate"
         )
 
 
@@ -62,7 +63,6 @@ class Split:
 # and odd. CIFAR-10: {0..4}, {5..9}, {0,2,4,6,8}, {1,3,5,7,9}; View: {0,1,2}, {3,4,5}, {0,2,4}, {1,3,5}.
 _NORMAL: dict[str, Callable[[list[str]], dict[str, list[str]]]] = {
     "one-vs-rest": lambda names: {name: [name] for name in names},
-    "one-vs-rest-super": lambda names: {name: [name] for name in names},
     "unified": lambda names: {
         "first-half": names[: (len(names) + 1) // 2],
         "second-half": names[(len(names) + 1) // 2 :],
@@ -123,10 +123,9 @@ def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Spl
 
 
 def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
-    """A split for every part of the classes that is normal, on the whole test split."""
     if any(sample.label == 1 for sample in samples):
         raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
-    classes = by_class(by_superclass(samples) if protocol == "one-vs-rest-super" else samples)
+    classes = by_class(samples)
     for name, members in classes.items():
         if not any(sample.split == TEST for sample in members):
             train = [sample for sample in members if sample.split == TRAIN]
@@ -144,18 +143,6 @@ def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split
         test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
         splits.append(_split(f"{protocol}/{part}", SEMANTIC, known, test, seed))
     return splits
-
-
-def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
-    """CIFAR-100 samples with the super-class as class; the protocols then work on 20 classes."""
-    renamed = []
-    for sample in samples:
-        if sample.class_name not in CIFAR100:
-            raise ConfigError(
-                f"{sample.class_name!r} is not a class of CIFAR-100; super-classes are defined for it only"
-            )
-        renamed.append(replace(sample, class_name=CIFAR100[sample.class_name]))
-    return renamed
 
 
 def class_order(classes: Iterable[str]) -> list[str]:
@@ -213,7 +200,6 @@ def hold_out_good(samples: Iterable[Sample], seed: int = 0) -> list[Sample]:
 
 
 def _moved_to_test(members: list[Sample], candidates: Sequence[Sample], seed: int) -> list[Sample]:
-    """Samples of a class with a fifth of some of them in the test split."""
     chosen = pick(candidates, max(1, round(TEST_FRACTION * len(candidates))), f"test|{seed}")
     moved = {candidates[i] for i in chosen}
     return [replace(s, split=TEST) if s in moved else s for s in members]
@@ -352,7 +338,6 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
 
 
 def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """Groups of two and more samples with the same content."""
     known = list(samples)
     groups = [[sample for sample in known if sample.in_file]]
     for key in (_size, _peek, lambda sample: sha256_of(sample.image)):

@@ -61,11 +61,10 @@ def marks_a_defect(masks: Sequence[Path]) -> bool | None:
 def read_sample_mask(sample: Sample, shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Union of a sample's masks as H x W booleans (``> 0`` is defect); all False for a normal image.
 
-    Raises:
-        DataError: a mask has another size than ``shape``, or the image is not normal and has no mask.
+    A DataError where a mask has another size than ``shape``, or the image is not normal and has no mask.
     """
     if not sample.masks and sample.label != 0:
-        raise DataError(f"{sample.image}: no mask and not known to be normal; image-level metrics only")
+        raise DataError(f"{sample.image}: no mask, and not known to be good; metrics of pixels leave it out")
     union = np.zeros(shape, dtype=np.bool_)
     for path in sample.masks:
         union |= _sized_mask(path, shape, sample)
@@ -114,9 +113,7 @@ def _saturation(path: Path, mask: NDArray[np.bool_]) -> float:
     values = np.unique(read_mask_values(path)[0][mask])
     table = _saturation_table(config)
     if len(values) != 1 or int(values[0]) not in table:
-        raise DataError(
-            f"{path}: grey values {values.tolist()}; {config} has an entry for {sorted(table)}, one per mask"
-        )
+        raise DataError(f"{path}: grey values {values.tolist()}; {config} has one for each of {sorted(table)}")
     threshold, relative = table[int(values[0])]
     return min(threshold * area if relative else threshold, area)
 
@@ -139,11 +136,7 @@ def _saturation_table(config: Path) -> dict[int, tuple[float, bool]]:
 
 
 def read_roi(path: Path) -> NDArray[np.bool_]:
-    """H x W, true inside: a mask image (above 0 is inside), or polygons in a JSON file of LabelMe.
-
-    Raises:
-        DataError: it cannot be read, or marks nothing.
-    """
+    """H x W, true inside, of a mask image (above 0 is inside) or LabelMe's polygons; a DataError for nothing."""
     roi = _polygons(path) if path.suffix.lower() == ".json" else read_mask(path)
     if not roi.any():
         raise DataError(f"{path}: the region of interest is empty; mark what shall be looked at with white (above 0)")
@@ -151,11 +144,7 @@ def read_roi(path: Path) -> NDArray[np.bool_]:
 
 
 def fit_roi(roi_HW: NDArray[np.bool_], size: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A region in the pixels of an image, at the model's size x size.
-
-    Raises:
-        DataError: it has another shape than the images, whose height and width are ``shape``.
-    """
+    """A region at the model's size x size; a DataError where the images (height, width) have another shape."""
     height, width = roi_HW.shape
     if abs(height / width * shape[1] / shape[0] - 1.0) > _SHAPE:
         raise DataError(

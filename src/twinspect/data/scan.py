@@ -151,11 +151,7 @@ class Folder:
 
 
 def existing(path: Path | str, folder: bool = False) -> Path:
-    """The path with ``~`` expanded.
-
-    Raises:
-        DataError: nothing is there, with the nearest names; it cannot be reached; it is a file and not a folder.
-    """
+    """The path with ``~`` expanded; a DataError where nothing is there, or a file and a ``folder`` is needed."""
     path = Path(path)
     try:
         path = path.expanduser()
@@ -181,20 +177,17 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def first_lines(problems: Iterable[str], limit: int = 5) -> str:
+def first_lines(problems: Iterable[str]) -> str:
     """The first of what is wrong as lines of an error message, and how many more there are."""
     lines = list(problems)
-    more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "".join(f"\n  {line}" for line in lines[:limit] + more)
+    more = [f"... and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "".join(f"\n  {line}" for line in lines[:5] + more)
 
 
 def inside(root: Path, text: str, where: str) -> Path:
-    """Path named by a split file, below ``root``; also with Windows separators or other Unicode forms.
+    """Path named by a list, below ``root``; also with Windows separators or other Unicode forms.
 
-    Links that the owner of the data made are followed; a name that climbs out of ``root`` is refused.
-
-    Raises:
-        DataError: ``where`` (file and row), the name and why it is refused.
+    Links are followed; a name that climbs out of ``root`` is a DataError, which says ``where`` (file and row).
     """
     posix = text.strip().replace("\\", "/")
     if not posix or "\0" in posix:

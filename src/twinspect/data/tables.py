@@ -75,13 +75,10 @@ def _holds_text(path: Path, column: str) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, errors: str = "strict") -> Iterator[Row]:
-    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time.
+    """Rows of Parquet, of JSON lines, or of a table of text with a header, a few at a time; a DataError for others.
 
     A folder of the parts of a table is read as one. Of a Parquet file no more is read than the ``columns`` that are
     named, of those that it has. ``errors`` says what happens to text that is not UTF-8, as in `open`.
-
-    Raises:
-        DataError: it cannot be read as such a table, or its name has another ending than ``SUFFIXES``.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -120,12 +117,12 @@ def table_rows(path: Path) -> list[tuple[str, Row]]:
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def parquet_columns(path: Path) -> dict[str, str]:
-    """Column names and types of a Parquet file, from its header."""
+def parquet_columns(path: Path | str, file: Any = None) -> dict[str, str]:
+    """Column names and types of a Parquet file, from its header; of ``file`` where it was opened."""
     with _parquet_errors(path):
         import pyarrow.parquet as pq
 
-        return {field.name: str(field.type) for field in pq.read_schema(path)}
+        return {field.name: str(field.type) for field in pq.read_schema(file or path)}
 
 
 def parquet_table(path: Path, columns: Sequence[str]) -> Any:
@@ -137,7 +134,7 @@ def parquet_table(path: Path, columns: Sequence[str]) -> Any:
 
 
 @contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
+def _parquet_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except ImportError:
@@ -179,7 +176,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    """The object of one line of JSON lines; a comma may follow it."""
     try:
         entry = json.loads(line.rstrip(" \t\r\n,"))
     except (ValueError, RecursionError) as error:
@@ -191,9 +187,7 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
     """Rows of a table of text with a header, as text, one at a time; missing cells are empty.
 
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
-
-    Raises:
-        DataError: not text, or quotes or separators that make other rows of it than were meant.
+    A DataError where quotes or separators make other rows of it than were meant.
     """
     with _opened(path, errors) as (reader, separator):
         line = reader.line_num if reader.fieldnames else 0
@@ -209,7 +203,6 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
-    """A table of text, and what lies between its cells."""
     try:
         with _text(path, errors, newline="") as file:
             start, first = 0, file.readline()

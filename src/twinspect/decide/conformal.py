@@ -93,7 +93,7 @@ def conformal_threshold(calibration_M: Floats, max_fpr: float) -> Threshold:
     value = float(np.nextafter(scores[count - 1 - max(allowed, 0)], np.inf))
     share = f"{100 * max_fpr:g} %"
     if allowed >= 0:
-        sentence = f"from {count} good images: at most {share} of the next ones, taken like these, will be called bad"
+        sentence = f"from {count} good images: about {share} of the next ones, taken like these, will be called bad"
     elif count == 1:
         sentence = f"from 1 good image: nothing is promised; for {share} at least {needed} are needed"
     else:
@@ -293,8 +293,10 @@ class Rule:
         parts = [self.image.sentence]
         if self.unsure is not None:
             parts.append(f"called bad or unsure: {self.unsure.sentence}")
-        if self.region is not None and (self.region.max_fpr != self.image.max_fpr or not self.region.guaranteed):
-            parts.append(f"with a region: {self.region.sentence}")
+        region = self.region
+        if region is not None and (region.max_fpr != self.image.max_fpr or not region.guaranteed):
+            same = region.sentence == self.image.sentence
+            parts.append("the same holds for regions" if same else f"with a region: {region.sentence}")
         return "; ".join(parts)
 
 

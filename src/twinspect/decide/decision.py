@@ -136,7 +136,10 @@ class Decision:
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
         """Rebuild from a bundle's JSON; thresholds are computed again. Values that none has raise a BundleError."""
         try:
-            (low, high), (rows, columns) = values["map_scale"], values["tiles"]
+            (low, high), (rows, columns), roi = values["map_scale"], values["tiles"], None
+            if values.get("roi"):
+                bits = np.unpackbits(np.frombuffer(_bytes(values["roi"]), np.uint8))
+                roi = bits.reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
             decision = cls(
                 good=GoodScores.from_dict(values["good"]),
                 class_of_cluster=tuple(map(str, values["class_of_cluster"])),
@@ -153,7 +156,7 @@ class Decision:
                 held=_keys(values["held"]),
                 bank=tuple(map(str, values["bank"])),
                 thumbnails=tuple(map(_bytes, values["thumbnails"])),
-                roi=_grid(values["roi"]) if values.get("roi") else None,
+                roi=roi,
                 tiles=(int(rows), int(columns)),
             )
             if not np.isfinite([*decision.good.score, *decision.map_scale]).all():  # no image would be called bad
@@ -174,10 +177,6 @@ def _bytes(text: str) -> bytes:
 def _keys(text: str) -> frozenset[str]:
     digits, step = _bytes(text).hex(), 2 * KEY_BYTES
     return frozenset(digits[i : i + step] for i in range(0, len(digits), step))
-
-
-def _grid(text: str) -> NDArray[np.bool_]:
-    return np.unpackbits(np.frombuffer(_bytes(text), np.uint8)).reshape(ROI_SIDE, ROI_SIDE).astype(np.bool_)
 
 
 def image_id(digest: bytes) -> str:

@@ -92,7 +92,7 @@ def score_images(
             failed.append(result.error)
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
-        group, key = sample.group, image_key(sample, predictor.runtime.size)
+        group, key = sample.group, key_of(sample, predictor.runtime.size)
         if not group and root is not None and sample.image.is_relative_to(root):
             group = sample.image.relative_to(root).parent.as_posix().removeprefix(".")
         rows.append((result.score, result.peak, result.cluster_distance, name, result.predicted_class, group, key))
@@ -102,8 +102,8 @@ def score_images(
     return Scored(good, tuple(names), np.array(labels, np.int64), tuple(failed))
 
 
-def image_key(sample: Sample, size: int) -> str:
-    """As the training room names an image: by its file, or by its pixels at the model's size."""
+def key_of(sample: Sample, size: int) -> str:
+    """Name of an image as training gives it: by its file, or by its pixels at the model's size."""
     if sample.in_file:
         return image_id(hashlib.sha256(sample.image.read_bytes()).digest())
     return image_id(hashlib.sha256(resize_rgb(read_sample_rgb(sample, draft_side=size), size).tobytes()).digest())
@@ -128,7 +128,7 @@ def recalibrate(
         )
     if request.max_fpr is not None:
         for of_class in [of_class for of_class in fixed if name in (None, of_class)]:
-            notes.append(f"{of_class}: its threshold from labelled images gives way to the budget")
+            notes.append(f"{of_class}: its threshold from labelled images gives way to one from good images")
             del fixed[of_class]
     if labelled is not None:
         fixed |= _fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)

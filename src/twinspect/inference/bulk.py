@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import BundleError, ConfigError, DataError
-from twinspect.files import refuse_unwritable
+from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
 from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
@@ -30,7 +30,6 @@ from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pi
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
-from twinspect.inference.stores import is_url
 from twinspect.inference.streams import Item, Stream
 
 if TYPE_CHECKING:
@@ -185,12 +184,9 @@ def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -
 
 
 def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
-    """The whole command: score what is not scored yet, make the table, say what came out.
+    """Score what is not scored yet, make the table, say what came out.
 
-    Args:
-        job: what to run; it says what is wrong with its sources, model or outputs.
-        console: told of progress and results.
-        visit: called with every row, once all are there where a table is written.
+    ``visit`` is called with every row, once all are there where a table is written.
     """
     job.check()
     totals = Totals()
@@ -205,6 +201,8 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     settings = _settings(job)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
+        if note := say_of_before(job, store):
+            console.warn(note)
         seen = _keep_parts(job, store, files, console, totals)
         if job.coco:
             write_coco(lambda: store.coco_lines(seen), Path(job.coco))
@@ -217,6 +215,15 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
         for row in read_table(Path(job.out), errors="surrogateescape"):
             visit(row)
     return totals
+
+
+def say_of_before(job: Job, store: PartStore) -> str:
+    """Whether this run goes on with an earlier one or replaces its table; empty where nothing is there."""
+    if rows := sum(part.rows for part in store.known.values()):
+        return (
+            f"{job.out}: an earlier run scored {counted(rows, 'image')}; going on with the others (--restart: anew)"
+        )
+    return f"{job.out} is there already: this run replaces it" if os.path.isfile(job.out) else ""
 
 
 def store_of(job: Job) -> PartStore:
@@ -259,10 +266,10 @@ def _reads_again(sources: Iterable[str], place: str) -> bool:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What parts of one run must have in common."""
     return {
         "model": _decision_digest(job.model),
         "columns": " ".join(column.name for column in columns()),  # another version may have others
+        "names-of-parts": 2,
         "part-rows": job.rows_of_a_part,
         **{name.removesuffix("_name").replace("_", "-"): getattr(job, name) for name in _FIXED},
     }
@@ -353,7 +360,7 @@ def say_result(result: Result) -> str:
     if result.error:
         return f"ERROR    {result.error}"
     word = "ANOMALY" if result.is_anomaly else result.answer
-    kind = f"{result.class_name}{' (no class I know)' if result.unknown_class else ''}"
+    kind = f"{result.class_name}{' (unlike any class that the model knows)' if result.unknown_class else ''}"
     regions = f"  {counted(len(result.regions), 'region')}" if result.regions else ""
     numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
     return f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
@@ -362,7 +369,7 @@ def say_result(result: Result) -> str:
 def say_totals(totals: Totals, out: str) -> str:
     """The last line of a run."""
     before = f" ({totals.before} of them by an earlier run)" if totals.before else ""
-    where = f"; {out}" if out not in ("", "-") else ""
+    where = f"; table: {out}" if out not in ("", "-") else ""
     several = f"; {totals.several} files hold several pictures: the first of each was read" if totals.several else ""
     counts = f"{totals.bad} anomalous, {totals.errors} could not be read"
     return f"{counted(totals.rows, 'image')}{before}: {counts}{where}{several}"

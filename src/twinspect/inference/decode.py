@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect import files
 from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, array_rgb, pil_rgb, read_sized_rgb
 from twinspect.data.manifest import path_column
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.errors import DataError, ImageError
-from twinspect.inference import sources, stores
+from twinspect.inference import job, sources
 from twinspect.inference.streams import Item
 from twinspect.inference.tiles import Tiles, cut
 from twinspect.types import Sample
@@ -177,7 +178,7 @@ def encoded(item: Item, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
         raise ImageError(item.error)
     if item.data is not None:
         return item.data
-    return stores.read(item.path, limits.max_bytes)
+    return files.read(item.path, limits.max_bytes)
 
 
 # -------------------------------------------------------------------------------------------- what is given in Python
@@ -217,7 +218,7 @@ def is_single(source: Any) -> bool:
 def is_live(source: Any) -> bool:
     """Whether more images may still be in the making: a camera, or an iterable that does not know its length."""
     if isinstance(source, (str, os.PathLike)):
-        return stores.is_live(source)
+        return job.is_live(source)
     return not hasattr(source, "__len__") and _several(source) is not None
 
 

@@ -8,15 +8,30 @@ from pathlib import Path
 
 from twinspect.config import Range, argument, check_options, option
 from twinspect.errors import ConfigError
-from twinspect.inference.stores import is_endless, is_live, is_url
+from twinspect.files import is_url
 
 MOST_BATCH, MOST_THREADS = 4096, 1024
 _FILE_ROWS, _FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
+CAMERA = "camera:"
+_STDIN = "@-"  # a list that others write while it is read
+_ENDLESS = (CAMERA, "rtsp://", "rtsps://", "rtmp://", "udp://", "tcp://")
+
+
+def is_endless(source: object) -> bool:
+    """Whether a source is a camera (``camera:0``) or a stream of video from the network."""
+    return isinstance(source, str) and source.lower().startswith(_ENDLESS)
+
+
+def is_live(source: object) -> bool:
+    """Whether images of a source may still be in the making, so that none is to be read ahead."""
+    return source == _STDIN or is_endless(source)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Score images; one that cannot be read becomes a row with an error, and a run that was killed goes on.
+    """Score images, and write a table of the answers.
+
+    An image that cannot be read becomes a row with an error. After a kill, the same command goes on.
 
     Of a source without an end (camera, network stream, --watch) each image is answered before the next is asked for,
     and --fail-on ends the run. Exit code 1: none of the images could be read.
@@ -32,12 +47,16 @@ class Job:
         "JSON lines.",
         "",
     )
-    class_name: str = option("Class of all images; empty predicts it.", "", "--class")
+    class_name: str = option(
+        "Class (product) of all images; without: the one that each image looks like most.", "", "--class"
+    )
     maps: str = option("Folder for raw maps (.npz, float16).", "")
-    masks: str = option("Folder for masks (PNG, 255 in the regions).", "")
+    masks: str = option("Folder for masks of the regions (PNG, 255 inside).", "")
     overlays: str = option("Folder for pictures: image under its map, regions, answer.", "")
-    overlay_format: str = option("jpg or png.", "jpg", accepts=("jpg", "png"))
-    overlay_side: int = option("Their longest side in pixels; 0: the image's own.", 1600, accepts=Range(0, 65_000))
+    overlay_format: str = option("Format of these pictures: jpg or png.", "jpg", accepts=("jpg", "png"))
+    overlay_side: int = option(
+        "Longest side of these pictures in pixels; 0: that of the image.", 1600, accepts=Range(0, 65_000)
+    )
     coco: str = option("COCO file of all regions.", "")
     report: tuple[Path, ...] = option("Report file: .html (with charts and the images to look at), .md or .json.", ())
     submission: str = option("Folder for MVTec AD 2's submission: maps and thresholded maps.", "")
@@ -45,22 +64,22 @@ class Job:
         "Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0, accepts=Range(0, MOST_BATCH)
     )
     workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1, accepts=Range(-1, 512))
-    weights: str = option("Local weights file of the teacher.", "")
+    weights: str = option("File with the teacher's weights, if neither the model nor a known place has them.", "")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=Range(0, MOST_THREADS))
-    device: str = option("Of a bundle: auto, cpu, cuda or cuda:1.", "auto")
+    device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))
     watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
     fail_on: str = option(
         "anomaly: exit code 3 if an image is anomalous or unreadable; error: if unreadable.", "",
         accepts=("anomaly", "error"),
     )  # fmt: skip
-    restart: bool = option("Drop what an unfinished run left.", False, "--restart")
-    shard: str = option("I/N: only this machine's share, into one folder.", "0/1")
-    engine: str = option("local or ray.", "local", accepts=("local", "ray"))
-    actors: int = option("Ray: models; 0: as many as fit.", 0, accepts=Range(0, 100_000))
+    restart: bool = option("Begin anew: drop what an unfinished run left.", False, "--restart")
+    shard: str = option("I/N, from 0/N on: score one of N shares only; all of them go into one folder.", "0/1")
+    engine: str = option("local, or ray for a Ray cluster.", "local", accepts=("local", "ray"))
+    actors: int = option("Ray: number of actors, each with a model; 0: as many as fit.", 0, accepts=Range(0, 100_000))
     actor_cpus: float = option("Ray: CPUs of an actor.", 1.0, accepts=Range(0.01, 1024))
     actor_gpus: float = option("Ray: GPUs of an actor.", 0.0, accepts=Range(0, 64))
-    ray_address: str = option("Ray: running cluster.", "")
+    ray_address: str = option("Ray: address of a running cluster, or auto.", "")
 
     def check(self) -> None:
         """Refuse, by a ConfigError, values that are not accepted and options that do not go together."""

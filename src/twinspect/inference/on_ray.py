@@ -76,8 +76,6 @@ def _parts(ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Itera
 
 
 class _Actor:
-    """One model with its decoders on some machine of the cluster."""
-
     def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
         if os.path.isdir(home):
             os.chdir(home)  # so that relative paths mean what they mean to whoever typed them

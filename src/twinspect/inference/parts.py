@@ -19,7 +19,6 @@ from typing import IO, Any, NamedTuple
 
 from twinspect import files
 from twinspect.errors import ConfigError, DataError, OutputError
-from twinspect.inference import stores
 from twinspect.inference.result import CELLS, columns
 
 _NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(\.\w+)")
@@ -77,7 +76,7 @@ class PartStore:
         """
         if restart:
             self.clear()
-        names = stores.names(self.folder)
+        names = files.names(self.folder)
         if _RUN in names:
             before = json.loads(self._read(_RUN))
             if other := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
@@ -86,7 +85,7 @@ class PartStore:
                     "same command again to go on with it, --restart to drop it, or take another --out"
                 )
         else:
-            stores.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
+            files.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
         self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
 
     def of_unit(self, unit: int, digest: str) -> list[Part]:
@@ -112,8 +111,8 @@ class PartStore:
     def put(self, part: Part, body: bytes, coco: bytes) -> None:
         """Keep a part for good, and before it the lines of its COCO file if there are some."""
         if coco:
-            stores.put(self.folder, _coco(part.place), coco)
-        stores.put(self.folder, part.name, body)
+            files.put(self.folder, _coco(part.place), coco)
+        files.put(self.folder, part.name, body)
 
     def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
         """Contents of parts in the order of their places."""
@@ -124,27 +123,27 @@ class PartStore:
         return (self._read(_coco(place)) for place in sorted(places))
 
     def _read(self, name: str) -> bytes:
-        return stores.read(f"{self.folder.rstrip('/')}/{name}", _MOST_BYTES)
+        return files.read(f"{self.folder.rstrip('/')}/{name}", _MOST_BYTES)
 
     def clear(self, all_of_it: bool = False) -> None:
         """Delete our own files, and the folder if ``all_of_it``; anything else in it stays."""
         ours = (_RUN, files.DRAFT, _COCO, _DONE, *([_LOCK] if all_of_it else []))
-        for name in stores.names(self.folder):
+        for name in files.names(self.folder):
             if Part.of(name) is not None or name.startswith(ours):
-                stores.remove(self.folder, name)
+                files.remove(self.folder, name)
         if all_of_it and not any(Path(self.folder).iterdir()):
             Path(self.folder).rmdir()
 
     def finish(self, label: str) -> None:
         """Leave a mark that everything is there, and sweep up drafts of killed runs."""
-        stores.put(self.folder, f"{_DONE}{label}", b"")
-        for name in stores.names(self.folder) if not label else ():
+        files.put(self.folder, f"{_DONE}{label}", b"")
+        for name in files.names(self.folder) if not label else ():
             if name.startswith(files.DRAFT):
-                stores.remove(self.folder, name)
+                files.remove(self.folder, name)
 
     def lock(self, label: str) -> IO[str]:
         """Keep others from writing the same parts until the returned file is closed; local folders only."""
-        if stores.is_url(self.folder):
+        if files.is_url(self.folder):
             return io.StringIO()
         if why := files.why_unwritable(Path(self.folder)):
             raise OutputError(f"{self.folder} cannot be written ({why})")

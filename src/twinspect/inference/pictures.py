@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from twinspect import files
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import replacing
-from twinspect.inference import stores
 from twinspect.inference.parts import as_text
 from twinspect.inference.regions import connected, outlines, region_mask, strongest
 
@@ -110,7 +110,7 @@ def _mask_bytes(mask: NDArray[np.bool_]) -> bytes:
 def _write(folder: str, name: str, body: bytes) -> str:
     path = f"{folder.rstrip('/')}/{name}"
     where, _, last = path.rpartition("/")
-    stores.put(where, last, body, flushed=False)  # what a crash takes, the run does again
+    files.put(where, last, body, flushed=False)  # what a crash takes, the run does again
     return path
 
 

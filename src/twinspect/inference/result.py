@@ -62,7 +62,7 @@ class Result:
     """One image's answer. Higher scores are more anomalous.
 
     A field made by `column` is a column everywhere: in tables, the server's answers and their OpenAPI schema, the
-    inspection log, and the list in ``docs/scale.md``. So is a property named in ``_DERIVED``.
+    inspection log, and the list in ``docs/reference/columns.md``. So is a property named in ``_DERIVED``.
 
     Attributes:
         scale: (low, high) of the map for colours; the same for every image of a model.
@@ -73,18 +73,26 @@ class Result:
     """
 
     path: str = column("string", "File (`ARCHIVE.tar#MEMBER` in an archive), or a name for an array")
-    score: float = column("double", "Joint score of both students, in nats")
-    score_local: float = column("double", "Score of the local student, on its own scale")
-    score_semantic: float = column("double", "Score of the semantic student, on its own scale")
-    p_value: float = column("double", "Conformal p-value among the calibration images; small is anomalous")
+    score: float = column("double", "How unusual the image is: the two scores below, joined; in nats")
+    score_local: float = column(
+        "double", "How unusual its most unusual places are (a scratch), on a scale of its own"
+    )
+    score_semantic: float = column("double", "How unusual it is as a whole (another part), on a scale of its own")
+    p_value: float = column(
+        "double", "Share of good images that score as high, by the calibration images; small is anomalous"
+    )
     is_anomaly: bool | None = column("bool", "Whether the score reaches the threshold")
     threshold: float = column("double", "Threshold of `score` for `class_name`")
     answer: str = column("string", "`good`, `anomaly`, or `unsure` where a third answer was calibrated")
     threshold_unsure: float = column("double", "Score from which the answer is `unsure`, if there is such an answer")
     class_name: str = column("string", "Class whose thresholds were used: the one given, else the predicted one")
-    predicted_class: str = column("string", "Most common training class of the nearest cluster")
-    class_p: float = column("double", "P-value of belonging to a known class; if small, the image shows none of them")
-    unknown_class: bool | None = column("bool", "Whether `cluster_distance` reaches its threshold")
+    predicted_class: str = column("string", "Class that the image looks like most: that of the nearest cluster")
+    class_p: float = column(
+        "double", "P-value of `cluster_distance`; if small, the image shows no class that the model knows"
+    )
+    unknown_class: bool | None = column(
+        "bool", "Whether it shows no class that the model knows: `cluster_distance` reaches its threshold"
+    )
     cluster_distance: float = column("double", "Distance to the nearest cluster; compare within one model only")
     peak: float = column("double", "Highest value of the map")
     threshold_region: float = column("double", "Map value from which on pixels belong to a region")
@@ -102,6 +110,9 @@ class Result:
     roi: NDArray[np.bool_] | None = field(default=None, repr=False)
     near: tuple[str, bytes] = field(default=("", b""), repr=False)
 
+    def __repr__(self) -> str:
+        return f"Result({self.path!r}, {self.reasons()})"
+
     @property
     def severity(self) -> float:
         """`score` / `threshold`, never cut off: from 1 on it is an anomaly."""
@@ -114,12 +125,12 @@ class Result:
 
     @property
     def p_joint(self) -> float:
-        """Noisy-OR probability that a normal image scores lower; rounds to 1 for clear anomalies."""
+        """Noisy-OR probability that a good image scores lower; rounds to 1 for clear anomalies."""
         return -math.expm1(-max(self.score, 0.0))
 
     @property
     def share_local(self) -> float:
-        """Share of `score` that what sees small defects gives, 0 to 1; the rest is of what sees the whole image."""
+        """Share of `score` that single places give, 0 to 1; the rest is of the image as a whole."""
         local, semantic = _surprise(self.score_local), _surprise(self.score_semantic)
         if not self.score > 0.0 or math.isclose(self.score, local, rel_tol=2e-3):  # a family without the other
             return 1.0 if self.score > 0.0 else math.nan
@@ -127,7 +138,7 @@ class Result:
 
     @property
     def nearest(self) -> str:
-        """Most similar good training image, by what the teacher sees in the whole of it."""
+        """The good training image that is most similar, by what the teacher sees in the whole of it."""
         return self.near[0]
 
     @property

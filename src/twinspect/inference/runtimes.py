@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect._version import __version__
 from twinspect.device import choose_device, granted_threads, share_cores
-from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError
+from twinspect.errors import NONSENSE, BundleError, ConfigError, TwinspectError, refuse_version
 from twinspect.files import near_names, sha256_of
 from twinspect.inference.predictor import Decision, Predictor, Runtime, check_counts
 
@@ -276,8 +275,15 @@ def read_export(path: Path) -> ExportMeta:
         )
     try:
         values = dict(json.loads(home.read_text(encoding="utf-8")))
-        _refuse_version(path, values)
-        _refuse_changed(path, values["files"])
+        older = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
+        refuse_version(path, values.get("format", 0), FORMAT, values.get("writer", "of an unknown version"), older)
+        ending = path.suffix.lower()
+        for suffix in {ending, *values["files"]}:
+            part = path if suffix == ending else path.with_suffix(suffix)
+            if not part.is_file():
+                raise BundleError(f"{part} is missing; an export is moved with all its files")
+            if sha256_of(part) != values["files"][suffix]:
+                raise BundleError(f"{part} was changed or damaged after it was exported (sha256); export it again")
         return ExportMeta(**{field.name: values[field.name] for field in fields(ExportMeta)})
     except KeyError as error:
         raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
@@ -300,25 +306,3 @@ def export_info(path: Path) -> dict[str, Any]:
 def companion(path: Path) -> Path:
     """The JSON file beside an export."""
     return path.with_name(f"{path.name}.json")
-
-
-def _refuse_version(path: Path, values: dict[str, Any]) -> None:
-    version, advice = values.get("format", 0), f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
-    if version == FORMAT:
-        return
-    if not isinstance(version, int) or version > FORMAT:
-        advice = "Type: pip install --upgrade twinspect"
-    raise BundleError(
-        f"{path} has export format {version}, written by twinspect {values.get('writer', 'of an unknown version')}; "
-        f"this is {__version__} and reads format {FORMAT}. {advice}"
-    )
-
-
-def _refuse_changed(path: Path, files: dict[str, str]) -> None:
-    ending = path.suffix.lower()
-    for suffix in {ending, *files}:
-        part, expected = path if suffix == ending else path.with_suffix(suffix), files[suffix]
-        if not part.is_file():
-            raise BundleError(f"{part} is missing; an export is moved with all its files")
-        if sha256_of(part) != expected:
-            raise BundleError(f"{part} was changed or damaged after it was exported (sha256); export it again")

@@ -12,24 +12,24 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from twinspect import files
 from twinspect.data.images import is_image
 from twinspect.data.manifest import path_column, record_number
 from twinspect.data.scan import inside, is_hidden
 from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
-from twinspect.files import near_names, open_text
-from twinspect.inference import stores
-from twinspect.inference.stores import is_endless, is_url
+from twinspect.files import is_url, near_names, open_text
+from twinspect.inference.job import is_endless
 from twinspect.inference.streams import (
     ARCHIVES,
     RETRY_SECONDS,
     VIDEOS,
-    Frame,
     Item,
     Stream,
     image_column,
@@ -77,10 +77,15 @@ def walk_all(sources: Iterable[str | Path]) -> Files:
 
 def _behind(text: str) -> Files:
     if is_endless(text):
-        return _live(live_frames(text), without_password(text))
+        name = without_password(text)
+        lost = f"{name}: gives no more frames; it is opened again every {RETRY_SECONDS:g} s"
+        frames = live_frames(text)
+        return (Item(f"{name}#{f[0]}", pixels=f[1]) if f is not None else Item(name, error=lost) for f in frames)
     nothing = _NothingFound(f"no image files in {text} (looked for {suffixes()})")
     if is_url(text):
-        return _first(_remote(text), nothing)
+        is_folder, state = files.status(text)
+        one = Stream(text) if text.lower().endswith(".parquet") else _whole(text, state)
+        return _first(_below(text.rstrip("/")), nothing) if is_folder else iter([one])
     if os.path.isfile(text):
         return _file(Path(text))
     if os.path.isdir(text):
@@ -91,11 +96,6 @@ def _behind(text: str) -> Files:
     advice = f"nothing found at {where}: give an image, a folder, or a quoted glob such as 'new/*.png'."
     advice += near_names(Path(text)) if text else ""
     return _first(_globbed(text), _NothingFound(advice))
-
-
-def _live(frames: Iterator[Frame | None], name: str) -> Files:
-    lost = f"{name}: gives no more frames; it is opened again every {RETRY_SECONDS:g} s"
-    return (Item(f"{name}#{f[0]}", pixels=f[1]) if f is not None else Item(name, error=lost) for f in frames)
 
 
 def _first(files: Files, otherwise: DataError) -> Files:
@@ -118,14 +118,6 @@ def _whole(path: str, state: str = "") -> Item | Stream:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _remote(url: str) -> Files:
-    is_folder, state = stores.status(url)
-    if is_folder:
-        yield from _below(url.rstrip("/"))
-    else:
-        yield Stream(url) if url.lower().endswith(".parquet") else _whole(url, state)
-
-
 def _below(folder: str) -> Files:
     """Images and archives in a folder and those below."""
     for path, state, trouble in _entries_below(folder, set()):
@@ -138,13 +130,13 @@ def _below(folder: str) -> Files:
 
 
 def _entries_below(folder: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, str, str]]:
-    """Files in a folder and those below, depth first, names sorted: path, `stores.state`, and what is wrong with it.
+    """Files in a folder and those below, depth first, names sorted: path, `files.state`, and what is wrong with it.
 
     Nothing where a link leads back to a folder that was read; ``visited`` are those, by device and inode.
     """
     try:
         if is_url(folder):
-            entries = stores.entries(folder)
+            entries = files.entries(folder)
         else:
             status = os.stat(folder or os.curdir)
             if (status.st_dev, status.st_ino) in visited:
@@ -297,16 +289,16 @@ def _spelled(folder: Path, line: str) -> str:
 
 def _table(path: Path) -> Files:
     """Images of a manifest, or of a Parquet file that holds encoded images itself."""
-    columns, is_parquet = table_columns(path, _OLD_NAMES), path.suffix.lower() == ".parquet"
-    for _ in (
-        () if is_parquet else read_table(path, errors=_OLD_NAMES)
-    ):  # a row that cannot be read is found before the work
-        pass
-    column, encoded = image_column(str(path)) if is_parquet else (path_column(columns), False)
-    if encoded:
-        return iter([Stream(str(path))])
-    if columns and not column:
-        raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
+    if path.suffix.lower() == ".parquet":
+        column, encoded = image_column(str(path))
+        if encoded:
+            return iter([Stream(str(path))])
+    else:
+        deque(read_table(path, errors=_OLD_NAMES), maxlen=0)  # a row that cannot be read is found before the work
+        columns = table_columns(path, _OLD_NAMES)
+        column = path_column(columns)
+        if columns and not column:
+            raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
     images = _manifest(read_table(path, (column, "record"), _OLD_NAMES), column, path)
     return _first(images, DataError(f"{path}: holds no row"))
 

@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twinspect import files
 from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
+from twinspect.data.tables import parquet_columns
 from twinspect.errors import DataError, TwinspectError
-from twinspect.inference import stores
-from twinspect.inference.stores import CAMERA, is_url
+from twinspect.files import is_url
+from twinspect.inference.job import CAMERA
 
 if TYPE_CHECKING:
     import cv2
@@ -59,7 +61,7 @@ class Item:
     @property
     def identity(self) -> str:
         """Its name with size and time of change of its file: another file under the same name has another one."""
-        return f"{self.name}\0{self.state or stores.state(self.path)}"
+        return f"{self.name}\0{self.state or files.state(self.path)}"
 
     @property
     def is_file(self) -> bool:
@@ -81,13 +83,15 @@ class Stream:
     @property
     def identity(self) -> str:
         """As `Item.identity`, of the whole file."""
-        return f"{self.path}\0{stores.state(self.path)}"
+        return f"{self.path}\0{files.state(self.path)}"
 
     def items(self) -> Iterator[Item]:
         """Its images; damage becomes a last item with an error."""
         lower, count = self.path.lower(), 0
         if lower.endswith(VIDEOS):
-            images, kind, nothing = _frames(self.path), "video", "no frame of the video can be decoded"
+            frames = file_frames(self.path)
+            images: Iterator[Item] = (Item(f"{self.path}#{number}", pixels=pixels) for number, pixels in frames)
+            kind, nothing = "video", "no frame of the video can be decoded"
         elif lower.endswith(".parquet"):
             images, kind, nothing = _cells(self.path), "table", "no image in the table"
         else:
@@ -117,14 +121,8 @@ def image_column(path: str) -> tuple[str, bool]:
 
     A DataError where it cannot be read, or has no such column.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with stores.open_file(path) as file:
-            columns = {column.name: str(column.type) for column in pq.read_schema(file)}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from None
+    with files.open_file(path) as file:
+        columns = parquet_columns(path, file)
     for name, kind in columns.items():
         if name.lower() in _IMAGE_BYTES and "binary" in kind:
             return name, True
@@ -133,16 +131,11 @@ def image_column(path: str) -> tuple[str, bool]:
     raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
 
 
-def _frames(path: str) -> Iterator[Item]:
-    return (Item(f"{path}#{number}", pixels=pixels) for number, pixels in file_frames(path))
-
-
 def _cells(path: str) -> Iterator[Item]:
-    """Images of a Parquet table of encoded images."""
     import pyarrow.parquet as pq
 
     number, (column, _) = 0, image_column(path)
-    with stores.open_file(path) as file:
+    with files.open_file(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(16, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 raw = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -154,7 +147,7 @@ def _cells(path: str) -> Iterator[Item]:
 
 def _tar_members(path: str) -> Iterator[Item]:
     with contextlib.ExitStack() as opened:
-        file = opened.enter_context(stores.open_file(path))
+        file = opened.enter_context(files.open_file(path))
         # Without seeking, tarfile reads as much as a header says, which may be a terabyte, block by block.
         archive = opened.enter_context(tarfile.open(fileobj=file, mode="r:*" if file.seekable() else "r|*"))
         while (member := archive.next()) is not None:
@@ -169,7 +162,7 @@ def _tar_members(path: str) -> Iterator[Item]:
 
 
 def _zip_members(path: str) -> Iterator[Item]:
-    with stores.open_file(path) as file, zipfile.ZipFile(file) as archive:
+    with files.open_file(path) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.is_dir() or not _is_image(member.filename):
                 continue
@@ -270,9 +263,7 @@ def _opened(source: str) -> cv2.VideoCapture:
     try:
         import cv2
     except ImportError:
-        raise TwinspectError(
-            f"{source}: videos and cameras need OpenCV; type: pip install 'twinspect[video]'"
-        ) from None
+        raise TwinspectError(f"{source}: videos and cameras need OpenCV; pip install 'twinspect[video]'") from None
     cv2.utils.logging.setLogLevel(0)
     if source.lower().startswith(CAMERA):
         device = source[len(CAMERA) :]

@@ -5,16 +5,9 @@
 
 from __future__ import annotations
 
-from twinspect.metrics.evaluator import Evaluator
+from twinspect.metrics.evaluator import Evaluator, mean_of
 from twinspect.metrics.pixels import PIXEL_METRICS
-from twinspect.metrics.ranking import (
-    IMAGE_METRICS,
-    auroc,
-    average_precision,
-    bootstrap_interval,
-    f1_max,
-    roc_curve,
-)
+from twinspect.metrics.ranking import IMAGE_METRICS, auroc, average_precision, bootstrap_interval, f1_max, roc_curve
 
 __all__ = [
     "METRICS",
@@ -23,6 +16,7 @@ __all__ = [
     "average_precision",
     "bootstrap_interval",
     "f1_max",
+    "mean_of",
     "roc_curve",
 ]
 

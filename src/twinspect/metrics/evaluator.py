@@ -1,13 +1,13 @@
 """The accumulator behind every results table: images in, one dictionary of metrics out.
 
-Image scores are kept (a few bytes per image), maps are not: each class has a ``ScoreHistogram``, and all of
-them share one memory limit. Everything commutes: evaluators of parts of the images merge, in any order, with
-bit-identical results.
+Image scores are kept, maps are not: each class has a ``ScoreHistogram``, and all of them share one memory limit.
+Everything commutes: evaluators of parts of the images merge, in any order, with bit-identical results.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,8 +26,6 @@ Numbers = dict[str, float]
 
 
 class _Image(NamedTuple):
-    """What is kept of one image."""
-
     score: float
     label: int
     defect: str
@@ -37,8 +35,6 @@ class _Image(NamedTuple):
 
 @dataclass(slots=True)
 class _Class:
-    """What is kept of a class."""
-
     images: list[_Image] = field(default_factory=list)
     # Pixel counts of "" and, for images with saturated regions, of each defect type. A class is the sum of these, and
     # a type with the good images is LOCO's "logical" or "structural" result.
@@ -119,11 +115,7 @@ class Evaluator:
         return of_class.meters[part]
 
     def merge(self, other: Evaluator) -> None:
-        """Add everything another evaluator has seen; it stays as it is.
-
-        Raises:
-            DataError: the other one was made with other settings.
-        """
+        """Add everything another evaluator of the same settings has seen; it stays as it is."""
         mine, theirs = (self.pixel, self.budget.limit), (other.pixel, other.budget.limit)
         if mine != theirs:
             raise DataError(f"cannot merge evaluators with different settings: {mine} and {theirs}")
@@ -151,23 +143,20 @@ class Evaluator:
         classes = {name: _image_metrics(of_class.images) for name, of_class in seen.items()}
         for name, summary in pixels.items():
             classes[name] |= _defined(summary.values) if summary is not None else {}
-        columns: dict[str, list[float]] = {}
-        for values in classes.values():
-            for metric, value in values.items():
-                columns.setdefault(metric, []).append(value)
+        mean_over = Counter(metric for values in classes.values() for metric in values)
         notes = [note for name in names for note in self._notes(name, pixels[name])]
         if self.pixel and names and not any(pixels.values()):
             notes = [note for note in notes if "no pixel metrics" not in note]
-            notes.append("no defect masks with score maps were given: image metrics only")
+            notes.append("no mask marks the defects: metrics of images only, none of pixels")
         notes += [
-            f"mean of {metric} is over the {len(values)} of {len(names)} classes where it is defined"
-            for metric, values in columns.items()
-            if len(values) < len(names)
+            f"mean of {metric} is over the {count} of {len(names)} classes where it is defined"
+            for metric, count in mean_over.items()
+            if count < len(names)
         ]
         return {
             "classes": classes,
-            "mean": {metric: math.fsum(values) / len(values) for metric, values in columns.items()},
-            "mean_over": {metric: len(values) for metric, values in columns.items()},
+            "mean": mean_of(classes),
+            "mean_over": dict(mean_over),
             "defects": {name: kinds for name in names if (kinds := _by_defect(seen[name].images))},
             "defects_auspro_005": {name: kinds for name in names if (kinds := seen[name].saturated_parts())},
             "images": {name: len(of_class.images) for name, of_class in seen.items()},
@@ -175,26 +164,22 @@ class Evaluator:
             "undefined": notes,
         }
 
-    def intervals(
-        self, n: int = 1000, seed: int = 0, level: float = 0.95
-    ) -> dict[str, dict[str, tuple[float, float]]]:
-        """Bootstrap intervals of the image metrics: class -> metric -> (low, high), where defined."""
+    def intervals(self, n: int = 1000, seed: int = 0) -> dict[str, dict[str, tuple[float, float]]]:
+        """95 % bootstrap intervals of the image metrics: class -> metric -> (low, high), where defined."""
         out: dict[str, dict[str, tuple[float, float]]] = {}
         for name in sorted(self.classes):
-            scores, labels = _arrays(self.classes[name].images)
-            if 0 < labels.sum() < len(labels):
-                out[name] = {
-                    metric: ranking.bootstrap_interval(scores, labels, function, n, seed, level)
-                    for metric, function in ranking.IMAGE_METRICS.items()
-                }
+            both = _arrays(self.classes[name].images)
+            if len(set(both[1].tolist())) == 2:
+                metrics = ranking.IMAGE_METRICS.items()
+                out[name] = {metric: ranking.bootstrap_interval(*both, of, n, seed) for metric, of in metrics}
         return out
 
     def _notes(self, name: str, summary: PixelSummary | None) -> list[str]:
         images, notes = self.classes[name].images, []
         if len({image.label for image in images}) == 1:
-            kind, lacking = ("anomalous", "good test images") if images[0].label else ("normal", "defects")
+            kind, lacking = ("defects", "good test images") if images[0].label else ("good", "defects")
             notes.append(
-                f"{name}: image metrics are undefined, all {len(images)} images are {kind}; they need {lacking} too"
+                f"{name}: no AUROC and the like, as all {len(images)} images are {kind}; they need {lacking}, too"
             )
         if not self.pixel:
             return notes
@@ -212,8 +197,16 @@ class Evaluator:
         return notes
 
 
+def mean_of(rows: Mapping[str, Mapping[str, float]]) -> Numbers:
+    """Mean of every metric over the rows (of classes, splits or students) that have it."""
+    columns: dict[str, list[float]] = {}
+    for values in rows.values():
+        for metric, value in values.items():
+            columns.setdefault(metric, []).append(value)
+    return {metric: math.fsum(values) / len(values) for metric, values in columns.items()}
+
+
 def _arrays(images: Sequence[_Image]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Scores and labels."""
     return np.array([i.score for i in images], np.float64), np.array([i.label for i in images], np.int64)
 
 

@@ -53,11 +53,7 @@ def edges_of(bins: Bins, drop: int) -> Bins:
 
 
 class MemoryBudget:
-    """Memory and resolution shared by several tables.
-
-    Args:
-        limit: bytes that all pages and directories together may use.
-    """
+    """Resolution shared by several tables, and the bytes that all their pages and directories may use."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -77,11 +73,7 @@ class MemoryBudget:
 
 
 class PagedCounts:
-    """One int64 per bin, in pages allocated where data falls.
-
-    Args:
-        budget: memory and resolution, shared with other tables.
-    """
+    """One int64 per bin, in pages allocated where data falls."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget

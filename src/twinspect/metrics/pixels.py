@@ -32,14 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from twinspect.errors import DataError
-from twinspect.metrics.pages import (
-    CHUNK_PAGES,
-    FINEST,
-    Bins,
-    MemoryBudget,
-    PagedCounts,
-    keys_of,
-)
+from twinspect.metrics.pages import CHUNK_PAGES, FINEST, Bins, MemoryBudget, PagedCounts, keys_of
 
 UNIT = 1 << 36  # leaves room for 2**27 regions, and for regions of 2**27 pixels, in int64
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
@@ -92,11 +85,7 @@ class PixelSummary(NamedTuple):
 
 
 class ScoreHistogram:
-    """Counts of pixel scores: normal, defect, and weighted by ground-truth region.
-
-    Args:
-        budget: memory, perhaps shared with other histograms; when it is full, bins become coarser.
-    """
+    """Counts of pixel scores: normal, defect, and weighted by ground-truth region; a full budget coarsens them."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
@@ -114,10 +103,8 @@ class ScoreHistogram:
         """Count one map; the arguments are those of `Evaluator.update`.
 
         Every one of ``regions`` is one region, whether connected or not, for sPRO only; their union is added to the
-        mask. A saturation area above the region's size means the size.
-
-        Raises:
-            DataError: a map or mask that cannot be used, or an area that is not above 0; nothing is counted then.
+        mask. A saturation area above the region's size means the size. Where anything cannot be used, a DataError is
+        raised and nothing is counted.
         """
         values, rounded = _as_map(map_HW, name)
         mask = np.zeros(values.shape, bool) if mask_HW is None else _as_mask(mask_HW, values.shape, name)
@@ -208,13 +195,8 @@ def region_weights(
 ) -> tuple[Bins, NDArray[np.int64]]:
     """Weight of every region pixel, by its rank from the top within its region.
 
-    Args:
-        keys: ordered keys of the pixels' scores.
-        number: region of each pixel, from 0.
-        areas: saturation area per region; None means the region's size (plain PRO).
-
-    Returns:
-        Keys, sorted by region and score, and their integer weights; each region sums to ``UNIT``.
+    ``number`` is the region of each pixel, from 0; ``areas`` has the saturation area of each region, None means its
+    size (plain PRO). Returns keys, sorted by region and score, and integer weights; each region sums to ``UNIT``.
     """
     packed = np.sort((number.astype(np.uint64) << np.uint64(32)) | keys)
     sizes = np.bincount(number)

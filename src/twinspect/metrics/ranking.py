@@ -104,15 +104,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval of a metric; (nan, nan) with one label only.
 
     Normal items and anomalies are drawn separately, with replacement, so every draw has both. Items are
-    sorted first: the interval does not depend on their order.
-
-    Args:
-        scores: N numbers.
-        labels: N values, 1 anomaly, 0 normal.
-        metric: function of (scores, labels), such as ``auroc``.
-        n: number of draws, at least 1.
-        seed: of the random numbers.
-        level: share of draws inside the interval, between 0 and 1.
+    sorted first: the interval does not depend on their order. ``metric`` is a function of (scores, labels), such as
+    ``auroc``; of ``n`` draws (at least 1) the share ``level`` lies inside.
     """
     values, truth = _checked(scores, labels)
     if n < 1 or not 0 < level < 1:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from twinspect.config import FAMILIES, ModelConfig, TrainConfig
 from twinspect.models.layers import Resample, Shrink, pool, standardise, whole_divisor
-from twinspect.models.teachers import BackboneInfo, Teacher
+from twinspect.models.teachers import BackboneInfo, Teacher, create_teacher
 from twinspect.types import Features
 
 if TYPE_CHECKING:
@@ -262,12 +262,17 @@ def fit_size(image_BCHW: Tensor, size: int) -> Tensor:
     return F.interpolate(image_BCHW.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
-def build_family(teacher: Teacher, config: ModelConfig) -> AnomalyModel:
-    """The untrained model of a configuration, at the input side that was asked for or that suits both."""
+def build_model(config: ModelConfig, teacher: Teacher | None = None) -> AnomalyModel:
+    """The untrained model of a configuration; weights of the students follow torch's global seed.
+
+    Its input side is the one that was asked for, or that suits family and teacher.
+    """
     family = FAMILIES[config.model]
+    teacher = teacher or create_teacher(config.teacher, config.weights, config.pretrained)
     default = teacher.info.default_size if teacher.is_vit else family.cnn_size or teacher.info.default_size
     size = legal_size(config.size or default, teacher.info.multiple)
     model: AnomalyModel = importlib.import_module(family.module).build(teacher, config, size)
+    model.teacher.net.to(memory_format=torch.channels_last)
     return model
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinspect.errors import ConfigError
+from twinspect.errors import ConfigError, unknown_name
 from twinspect.models.fold import fold_batch_norms
 from twinspect.models.layers import standardise
 from twinspect.models.timm_import import timm
@@ -161,7 +161,7 @@ class Teacher(Backbone):
         return weights_hash(self.net.state_dict())
 
 
-def create_teacher(name: str = "auto", weights: Path | str | None = None, pretrained: bool = True) -> Teacher:
+def create_teacher(name: str = "auto", weights: Path | str = "", pretrained: bool = True) -> Teacher:
     """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
 
     Args:
@@ -189,14 +189,8 @@ def architecture(name: str) -> str:
     """Timm's name of a network, from a short name or from timm's own; a ConfigError for any other."""
     arch = SHORT_NAMES.get(name, name)
     if not timm.is_model(arch):
-        names = [
-            *difflib.get_close_matches(arch, ["auto", *SHORT_NAMES], n=3, cutoff=0.5),
-            *difflib.get_close_matches(arch, timm.list_models(), n=2, cutoff=0.8),
-        ]
-        hint = f" Did you mean {' or '.join(repr(near) for near in names)}?" if names else ""
-        raise ConfigError(
-            f"unknown teacher {name!r}.{hint} Accepted: auto, {', '.join(SHORT_NAMES)}, or any timm name"
-        )
+        near = difflib.get_close_matches(arch, timm.list_models(), n=2, cutoff=0.8)
+        raise ConfigError(unknown_name("teacher", name, ["auto", *SHORT_NAMES, *near]) + ", or any timm name")
     return arch
 
 

@@ -1,11 +1,14 @@
-"""The application: routes over a `Service`, errors in one shape, and the page."""
+"""The application: routes over a `Service`, images of a request, errors in one shape, and the page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
+from email.parser import HeaderParser
+from email.utils import collapse_rfc2231_value
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,14 +26,24 @@ from twinspect._version import __version__
 from twinspect.errors import unknown_name
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
+from twinspect.inference.streams import Item
 from twinspect.server import Refused, schema
 from twinspect.server.guard import SOON, Guard
 from twinspect.server.log import MOST, Filter, InspectionLog, plain_text
 from twinspect.server.service import Asked, Service
 from twinspect.server.settings import Settings
-from twinspect.server.uploads import openapi_body, read_images
 
+FIELD = "file"
+_FORM = "multipart/form-data"
+_RAW = "application/octet-stream"
+_CURL = f"curl -F {FIELD}=@a.png"
+_MOST_HEAD = 8192  # bytes of the headers of a part
+_MOST_FIELDS = 16  # besides the images; none is used, some clients send a few
 _CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_FILES = {"type": "array", "items": _BINARY["schema"]}
+_FORM_BODY = {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: _FILES}}}
+_BODY = {"requestBody": {"required": True, "content": {_FORM: _FORM_BODY, "image/*": _BINARY, _RAW: _BINARY}}}
 
 
 async def _service(request: Request) -> Service:
@@ -57,7 +70,7 @@ api = APIRouter(prefix="/v1", dependencies=[Depends(_refuse_unknown)], responses
 others = APIRouter()
 
 
-@api.post("/predict", openapi_extra=openapi_body())
+@api.post("/predict", openapi_extra=_BODY)
 async def predict(request: Request, options: Annotated[Asked, Depends()], service: Serving) -> schema.PredictAnswer:
     """Score one or several images.
 
@@ -67,7 +80,7 @@ async def predict(request: Request, options: Annotated[Asked, Depends()], servic
     the images under them.
     A single image that cannot be read is refused (422); among several it has ``error`` set.
     """
-    images = await read_images(request, service.settings.max_files)
+    images = await _images(request, service.settings.max_files)
     return await service.predict(images, options, request.state.request_id)
 
 
@@ -217,3 +230,87 @@ def _complaint(problem: Mapping[str, Any]) -> str:
         return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"
     got = "" if problem["type"] == "missing" else f" {plain_text(repr(problem['input']), 80)}"
     return f"{'.'.join(str(name) for name in names)}{got}: {problem['msg']}"
+
+
+# ---------------------------------------------------------------------------------- images of a request
+
+
+async def _images(request: Request, most: int) -> list[Item]:
+    """Several files of a form, or the body itself; refused are another type of content, no image, and too many."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == _FORM:
+        return await _from_form(request, most)
+    if kind == _RAW or kind.startswith("image/"):
+        name = _decoded(request.headers.get("x-filename", "").encode("latin-1"))
+        return [Item(_label(name) or "image", data=await request.body())]
+    raise Refused(
+        415, "wrong_type",
+        f"content type {plain_text(kind, 80)!r}; accepted {_FORM} with fields called {FIELD!r}, or one image as "
+        f"image/* or {_RAW}; type: {_CURL}",
+    )  # fmt: skip
+
+
+async def _from_form(request: Request, most: int) -> list[Item]:
+    head = Message()
+    head["content-type"] = request.headers["content-type"]
+    boundary = head.get_boundary()
+    if not boundary:
+        raise _bad_form(f"its content type has no boundary; type: {_CURL}")
+    body = await request.body()
+    images: list[Item] = []
+    others: list[str] = []
+    for part, data in _parts(body, b"--" + boundary.encode("latin-1", "replace")):
+        name, field = _parameter(part, "filename"), _parameter(part, "name") or ""
+        if name is not None and field == FIELD:
+            images.append(Item(_label(name) or f"image-{len(images)}", data=data))
+        else:
+            others.append(f"{plain_text(field, 80)!r} with {'text' if name is None else 'a file'}")
+        if len(images) > most:
+            raise Refused(413, "too_many", f"more than {most} images in one request; send several")
+        if len(others) > _MOST_FIELDS:
+            raise _bad_form(f"more than {_MOST_FIELDS} fields besides its images")
+    if not images:
+        names = ", ".join(others) or "nothing"
+        raise Refused(400, "no_image", f"the form has no file in a field {FIELD!r}, but {names}; type: {_CURL}")
+    return images
+
+
+def _parts(body: bytes, mark: bytes) -> Iterator[tuple[Message, bytes]]:
+    """Headers and content of every part of a form (RFC 7578).
+
+    Starlette's parser passes over ``filename*``, which .NET, Java and requests with urllib3 1 send for every name
+    that is not ASCII, and over a last part that was cut off; and it writes large files to the disk.
+    """
+    start = body.find(mark) + len(mark)
+    if start < len(mark):
+        raise _bad_form("its boundary is nowhere in it")
+    while body[start : start + 2] != b"--":
+        head_end = body.find(b"\r\n\r\n", start, start + _MOST_HEAD)
+        end = body.find(b"\r\n" + mark, start)
+        if not 0 <= head_end < end:
+            raise _bad_form(f"a part has no end, or no end of its headers within {_MOST_HEAD} bytes")
+        yield HeaderParser().parsestr(_decoded(body[start:head_end]).lstrip()), body[head_end + 4 : end]
+        start = end + 2 + len(mark)
+
+
+def _bad_form(why: str) -> Refused:
+    return Refused(400, "bad_form", f"the form cannot be read: {why}")
+
+
+def _decoded(header: bytes) -> str:
+    """UTF-8, as nearly all clients send it, else Latin-1."""
+    try:
+        return header.decode("utf-8")
+    except UnicodeDecodeError:
+        return header.decode("latin-1")
+
+
+def _parameter(head: Message, name: str) -> str | None:
+    """A parameter of the content disposition; ``name*`` (RFC 2231) wins over ``name``, whose ASCII is a makeshift."""
+    values = [value for key, value in head.get_params([], "content-disposition") if key.lower() == name]
+    return collapse_rfc2231_value(values[-1]) if values else None
+
+
+def _label(name: str) -> str:
+    """The last part of a name as the client gave it, safe to show and to keep; it is never opened."""
+    return plain_text(name.replace("\\", "/").rsplit("/", 1)[-1])

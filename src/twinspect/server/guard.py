@@ -94,8 +94,7 @@ class _Body:
     async def load(self, length: str) -> Receive:
         """Read all of it, within size, memory and time; what gives it to the application.
 
-        Args:
-            length: what the client announces; room for it is reserved before a byte is read.
+        Room for the ``length`` that the client announces is reserved before a byte is read.
         """
         self._reserve(int(length) if length.isdigit() else 0)
         chunks = []
@@ -133,9 +132,7 @@ class _Body:
     def _reserve(self, total: int) -> None:
         settings, more = self.guard.settings, max(0, total - self.reserved)
         if total > settings.max_body_mb * _MEGABYTE:
-            raise Refused(
-                413, "too_large", f"the request has more than {settings.max_body_mb:g} MB; send fewer images"
-            )
+            raise Refused(413, "too_large", f"more than {settings.max_body_mb:g} MB in a request; send fewer images")
         if self.guard.reserved + more > settings.max_memory_mb * _MEGABYTE:
             raise Refused(429, "busy", "requests being answered take all the memory there is for them", SOON)
         self.reserved += more
@@ -225,7 +222,6 @@ class Guard:
 
 
 def _refusal(error: Exception, request_id: str) -> Refused:
-    """What a client is told of an error."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, TwinspectError):

@@ -319,12 +319,7 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
     """Good and bad images of a log, without looking at a picture again.
 
     Rows of other models than the decision's are left out, as their scores cannot be compared, and those from before
-    ``since``, an ISO date or time (local where it names no zone).
-
-    Raises:
-        ConfigError: not a time, or an unknown class.
-        DataError: no good image in it.
-        LogError: the log cannot be read.
+    ``since``, an ISO date or time (local where it names no zone). A DataError where no good image is left.
     """
     decision.checked_class(class_name)
     labelled: dict[int | None, list[Mapping[Any, Any]]] = {0: [], 1: [], None: []}

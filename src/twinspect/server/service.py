@@ -25,10 +25,10 @@ from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
 from twinspect.errors import TwinspectError, unknown_name
+from twinspect.files import state
 from twinspect.inference.decode import Decoded
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
-from twinspect.inference.stores import state
 from twinspect.inference.streams import Item
 from twinspect.server import Refused
 from twinspect.server.batcher import Batcher
@@ -36,6 +36,7 @@ from twinspect.server.guard import SOON, Metrics, logger, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
 from twinspect.server.schema import ModelAnswer, PredictAnswer
 from twinspect.server.settings import Settings
+from twinspect.signature import signature_file
 
 _DECODERS = 2  # threads
 _PRUNING_S = 60.0
@@ -116,7 +117,7 @@ class Service:
         self.ready = False
         self._open, self._reloading = open_file, asyncio.Lock()
         self._paths = {name: model for name, model in models.items() if isinstance(model, Path)}
-        self._states = {name: state(str(path)) for name, path in self._paths.items()}  # when they were last read
+        self._states = {name: _state(path) for name, path in self._paths.items()}  # when they were last read
         self.models = {
             name: Served(name, open_file(model) if isinstance(model, Path) else model, settings, self.metrics)
             for name, model in models.items()
@@ -164,9 +165,7 @@ class Service:
         """The present version of a model; an empty name takes the only one."""
         if not name and len(self.models) > 1:
             names = ", ".join(self.models)
-            raise Refused(
-                400, "which_bundle", f"several models are served and none is named; add bundle=NAME: {names}"
-            )
+            raise Refused(400, "which_bundle", f"several models are served, none is named; add bundle=NAME: {names}")
         chosen = name or next(iter(self.models), "")
         if chosen not in self.models:
             raise Refused(404, "unknown_bundle", unknown_name("bundle", name[:200], self.models))
@@ -175,15 +174,14 @@ class Service:
     async def reload(self, name: str) -> Served:
         """Read a model's file again; requests that hold the old version finish with it.
 
-        Raises:
-            TwinspectError: the model has no file, or it cannot be used; the old version stays in service.
+        A TwinspectError where it has no file, or one that cannot be used; the old version stays in service.
         """
         path = self._paths.get(self.model(name).name)
         if path is None:
             raise Refused(409, "no_file", f"{name} was not opened from a file and cannot be reloaded")
         async with self._reloading:
             old = self.model(name)
-            self._states[name] = state(str(path))
+            self._states[name] = _state(path)
             try:
                 predictor = await asyncio.to_thread(self._open, path)
             except TwinspectError as error:
@@ -200,9 +198,9 @@ class Service:
 
     async def _reload_changed(self) -> None:
         for name, path in self._paths.items():
-            present = await asyncio.to_thread(state, str(path))
+            present = await asyncio.to_thread(_state, path)
             # A file that is gone for a moment, or for good, leaves the model in service.
-            if present and present != self._states[name]:
+            if present[0] and present != self._states[name]:
                 with suppress(TwinspectError):  # it was said
                     await self.reload(name)
 
@@ -242,7 +240,6 @@ class Service:
         }
 
     def _admit(self, bundle: str, images: int) -> Served:
-        """The model asked for, if the queue has room."""
         if not self.ready:
             raise Refused(503, "stopping", "the server is starting or stopping; try again", SOON)
         served, limit, waiting = self.model(bundle), self.settings.queue, self._accepted
@@ -254,7 +251,6 @@ class Service:
         return served
 
     async def _inspect(self, served: Served, image: Item, options: Asked, request_id: str) -> Inspection:
-        """One image decoded and scored, with its picture for the log."""
         thumbnail = self.settings.log_thumbnails if options.keep and self.log is not None else 0
         side = max(thumbnail, _OVERLAY if options.maps == "overlay" else 0)
         with served.batcher.expecting():
@@ -283,6 +279,11 @@ class Service:
                 raise
             return nothing, str(error)
         return [None if inspection.result.error else next(numbers) for inspection in inspections], ""
+
+
+def _state(path: Path) -> tuple[str, str]:
+    """What changes with a model's file, and with its signature."""
+    return state(str(path)), state(str(signature_file(path)))
 
 
 async def _every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:

@@ -21,7 +21,7 @@ _SOME = Range(1)
 class Settings:
     """Everything the server can be told; the defaults suit one line PC."""
 
-    host: str = option("Address to listen on; others than loopback need a key.", "127.0.0.1")
+    host: str = option("Address to listen on; any that other machines reach needs a key.", "127.0.0.1")
     port: int = option("Port; 0 takes a free one.", 8000, accepts=Range(0, 65535))
     api_key: str = field(default="", repr=False)  # may be empty on a loopback address only
     log_required: bool = option("No answer without a row in the log.", False)
@@ -29,12 +29,12 @@ class Settings:
     log_thumbnails: int = option("Keep a picture of every decision, longest side in pixels; 0: none.", 0)
     max_batch: int = option("Most images in one call of the model.", 16, accepts=_SOME)
     max_wait_ms: float = option("Longest wait of a call for images being decoded.", 5.0)
-    queue: int = option("Images accepted at a time; more get 429.", 64, accepts=_SOME)
+    queue: int = option("Images accepted at a time; more are refused (429).", 64, accepts=_SOME)
     timeout_s: float = option("Seconds from acceptance to the answer.", 30.0, accepts=ABOVE_ZERO)
-    max_body_mb: float = option("Size of a request.", 64.0, accepts=ABOVE_ZERO)
-    max_memory_mb: float = option("Size of all requests being answered.", 512.0, accepts=ABOVE_ZERO)
-    max_files: int = option("Images in a request.", 32, accepts=_SOME)
-    max_megapixels: float = option("Size of an image.", 50.0, accepts=ABOVE_ZERO)
+    max_body_mb: float = option("Largest size of a request.", 64.0, accepts=ABOVE_ZERO)
+    max_memory_mb: float = option("Largest size of all requests being answered.", 512.0, accepts=ABOVE_ZERO)
+    max_files: int = option("Most images in a request.", 32, accepts=_SOME)
+    max_megapixels: float = option("Largest size of an image.", 50.0, accepts=ABOVE_ZERO)
     root_path: str = option("Where a proxy shows the server, such as /inspect.", "")
     watch_s: float = option("Seconds between looks for a new version of a file; 0: never.", 5.0)
     body_timeout_s: float = 20.0  # for a client to send its request, and to take a piece of the answer

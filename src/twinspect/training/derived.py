@@ -276,8 +276,9 @@ def find_pose(samples: Sequence[Sample]) -> tuple[str, str]:
             best.append(max(alike))
     as_is, turned = float(np.mean(lying)), float(np.mean(best))
     free = turned > _POSE_ALIKE and turned - as_is > _POSE_GAIN
-    why = f"as pairs of images correlate by {as_is:.2f} as they lie and {turned:.2f} if turned"
-    return FREE if free else FIXED, why
+    effect = "does not make the images alike" if turned <= _POSE_ALIKE else "hardly makes the images more alike"
+    effect = "makes the images more alike" if free else effect
+    return FREE if free else FIXED, f"as turning {effect}: correlation {as_is:.2f}, turned {turned:.2f}"
 
 
 def _inside(image: Image.Image) -> NDArray[np.float64]:

@@ -22,18 +22,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twinspect.bundle import Fitted, build_model, teacher_of
+from twinspect.bundle import Fitted
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
 from twinspect.data.images import read_sized_rgb
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
-from twinspect.errors import ConfigError, DataError, TrainingError
+from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
-from twinspect.models.contract import AnomalyModel, Outputs
-from twinspect.models.teachers import Teacher
+from twinspect.models.contract import AnomalyModel, Outputs, build_model
+from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.derived import Copy, add_copies, add_tolerated, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
@@ -41,7 +41,7 @@ from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.outcome import LISTED, GoodImages, outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.training.update import changes, keep_sides, refuse_forgetting, take_over
-from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, Skipped, silent
+from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -117,7 +117,7 @@ def fit(
     progress = progress if group.leads else silent
     if resume is not None:
         if resume.config.model.tiles:
-            raise ConfigError("a model that sees tiles cannot be gone on from; train it anew on all images")
+            raise ConfigError("training cannot go on from a model with tiles; train a new one on all images")
         refuse_forgetting(resume.decision, samples, forget)
     keep_freed_memory()
     with in_fp32(group.device.type):
@@ -161,7 +161,12 @@ def _fitted(
     sides = usual_sides(training)
     model, config, tiles = _model(config, sides, resume, roi, group)
     training, held_out = in_tiles(training, tiles), in_tiles(held_out, tiles)
-    source = _source(model, [*training, *held_out], config.train.cache_gb, progress, group)
+    samples = [*training, *held_out]
+    root = cache_folder(model, len(samples), config.train.cache_gb)
+    if group.local_world > 1:  # each process prepares its share of what all then read
+        FeatureSource(model, group.share_of_work(samples), root, progress)
+        group.barrier()
+    source = FeatureSource(model, samples, root, progress)
     apart = set(held_out)
     held = {i for i, sample in enumerate(source.samples) if sample in apart}
     if resume is not None:
@@ -169,7 +174,13 @@ def _fitted(
     train_at = [i for i in range(len(source)) if i not in held]
     students = not only_few and (config.train.steps > 0 or resume is not None)
     skipped = list({image.path: image for image in source.skipped}.values())  # copies cannot be read either
-    _refuse_too_few(len(train_at), len(held), skipped, students)
+    least = (FEWEST - 2, 2) if students else (1, 0)
+    if len(train_at) < least[0] or len(held) < least[1]:
+        reasons = "\n".join(f"  {image.path}: {image.reason}" for image in skipped[:10])
+        raise DataError(
+            f"too little is left: {len(train_at)} images to train and {len(held)} to calibrate, after {len(skipped)} "
+            f"were skipped:\n{reasons}"
+        )
     if resume is not None:
         take_over(model, resume.model)
     else:
@@ -226,9 +237,12 @@ def _model(
     group: Group,
 ) -> tuple[AnomalyModel, RunConfig, Tiles]:
     """The untrained model, what its settings come to on these images, and the tiles that it sees them in."""
-    teacher = resume.model.teacher if resume is not None else teacher_of(config.model)
-    if resume is None:
-        config = replace(config, model=sized(config.model, teacher, sides))
+    asked = config.model
+    if resume is not None:
+        teacher = resume.model.teacher
+    else:
+        teacher = create_teacher(asked.teacher, asked.weights, asked.pretrained)
+        config = replace(config, model=sized(asked, teacher, sides))
     model = build_model(config.model, teacher).to(group.device)  # built on the CPU: a seed means the same everywhere
     tiles = tiles_of(config.model.tiles) if config.model.tiles != "auto" else fitting_tiles(sides, model.size)
     config = replace(config, model=replace(config.model, tiles="" if tiles == (1, 1) else f"{tiles[0]}x{tiles[1]}"))
@@ -240,16 +254,6 @@ def _model(
     if model.roi_SS is not None and tiles != (1, 1):
         raise ConfigError("a region of interest (--roi) does not work with --tiles; leave one of them out")
     return model, config, tiles
-
-
-def _source(
-    model: AnomalyModel, samples: Sequence[Sample], cache_gb: float, progress: Progress, group: Group
-) -> FeatureSource:
-    root = cache_folder(model, len(samples), cache_gb)
-    if group.local_world > 1:  # each process prepares its share of what all then read
-        FeatureSource(model, group.share_of_work(samples), root, progress)
-        group.barrier()
-    return FeatureSource(model, samples, root, progress)
 
 
 def choose_images(
@@ -266,9 +270,8 @@ def choose_images(
     fewest = 1 if config.model.scores() == "default" else FEWEST
     if len(normal) < fewest:
         raise DataError(
-            f"{len(normal)} good training images found; at least {fewest} are needed, 50 or more per class are "
-            "better. Give a folder of good images, or one with train/good inside"
-            + "".join(f". {n}" for n in sentences)
+            f"{len(normal)} good training images found; at least {fewest} {'is' if fewest == 1 else 'are'} needed, "
+            f"50 or more per class are better. {_advice(samples)}{''.join(f'. {n}' for n in sentences)}"
         )
     if notes is not None:
         notes += sentences
@@ -283,14 +286,14 @@ def choose_images(
     return [*train_part, *(s for s in normal if s.class_name in few)], list(held)
 
 
-def _refuse_too_few(training: int, held_out: int, skipped: list[Skipped], students: bool) -> None:
-    least = (FEWEST - 2, 2) if students else (1, 0)
-    if training >= least[0] and held_out >= least[1]:
-        return
-    reasons = "\n".join(f"  {s.path}: {s.reason}" for s in skipped[:10])
-    raise DataError(
-        f"too little is left: {training} images to train and {held_out} to calibrate, after "
-        f"{len(skipped)} were skipped:\n{reasons}"
+def _advice(samples: Sequence[Sample]) -> str:
+    """What to type where good images are lacking."""
+    folders = sorted({str(sample.image.parent) for sample in samples if sample.label == 1})
+    if not folders or any(sample.label == 0 for sample in samples):
+        return "Give a folder of good images, or one with train/good inside"
+    return (
+        f"All {len(samples)} images are taken as defects, because of the name of their folder ({listed(folders)}). "
+        f"If they are good, rename it to good, or type: twinspect fit {folders[0]} --layout folder"
     )
 
 
@@ -303,6 +306,9 @@ def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) ->
     for key in keys:
         digest.update(key)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------ classes of a few images
 
 
 @torch.no_grad()

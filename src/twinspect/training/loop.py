@@ -1,4 +1,4 @@
-"""The one training loop: batches, step, optimiser, learning rate; deterministic for a seed on one machine.
+"""The one training loop: batches, step, optimiser, checkpoint and log; deterministic for a seed on one machine.
 
 Every step seeds its own noise from (seed, step) and its own batch from (seed, epoch), so a run killed at any
 moment and resumed from its last checkpoint gives bit-identical weights on a CPU.
@@ -29,6 +29,10 @@ from twinspect.models.contract import AnomalyModel, Observed
 from twinspect.training.distributed import ALONE, Group
 from twinspect.training.source import FeatureSource
 from twinspect.types import Progress
+
+_CHECKPOINT = "checkpoint.safetensors"
+LOG = "train.jsonl"
+LOCK = "lock"  # held by the run that writes in a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +251,7 @@ class StableAdamW(Optimizer):
         return state
 
 
-_CHECKPOINT = "checkpoint.safetensors"
-LOG = "train.jsonl"
-LOCK = "lock"  # held by the run that writes in a folder
+# ---------------------------------------------------------------------------------------------------- the work folder
 
 
 class WorkFolder:

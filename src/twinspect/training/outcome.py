@@ -164,30 +164,33 @@ def outcome_of(
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
     side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
+    roi = None
+    if model.roi_SS is not None:  # on the grid that pictures are drawn from
+        at = ((np.arange(ROI_SIDE) + 0.5) * model.size / ROI_SIDE).astype(int)
+        roi = model.roi_SS.cpu().numpy()[np.ix_(at, at)]
     decision = Decision(
         scores, classes, (0.0, MAP_TOP * float(np.median(scores.peak))), model_id=model_id(model),
         trained=frozenset(key for key, out in zip(good.key, held_out, strict=True) if not (plain and out)),
         held=frozenset(key for key, out in zip(good.key, held_out, strict=True) if out),
         bank=tuple(sample.name for sample in bank), thumbnails=small_pictures(bank, side) if side else (),
-        roi=None if model.roi_SS is None else _for_pictures(model.roi_SS.cpu().numpy()), tiles=tiles,
+        roi=roi, tiles=tiles,
     )  # fmt: skip
     learnt = [p for p, out in zip(pictures, held_out, strict=True) if not out and not isinstance(p, Copy)]
+    teacher = model.teacher
+    terms = licence(teacher.name) if teacher.weights != "random" else "none (random weights)"
     record = {
-        "teacher": _teacher(model),
+        "teacher": {
+            "name": teacher.name, "arch": teacher.info.arch, "weights": teacher.weights, "licence": terms,
+            "hash": teacher.hash(),
+        },
         "size": model.size,
         "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
         "images": {"train": len(learnt), "calibration": sum(held_out)},
         **sizes(model),
         "least_like": least_like(pictures, good, listed),
-    }
+    }  # fmt: skip
     no_update = plain or tiles != (1, 1) or len(samples) > MOST
     return decision, record, b"" if no_update else good.to_bytes()
-
-
-def _for_pictures(roi_SS: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A region of interest on the grid that pictures are drawn from."""
-    at = ((np.arange(ROI_SIDE) + 0.5) * len(roi_SS) / ROI_SIDE).astype(int)
-    return np.asarray(roi_SS[np.ix_(at, at)])
 
 
 def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
@@ -205,19 +208,9 @@ def small_pictures(samples: Sequence[Sample], side: int) -> tuple[bytes, ...]:
         return tuple(pool.map(small, samples))
 
 
-def _teacher(model: AnomalyModel) -> dict[str, str]:
-    teacher = model.teacher
-    terms = licence(teacher.name) if teacher.weights != "random" else "none (random weights)"
-    return {
-        "name": teacher.name, "arch": teacher.info.arch, "weights": teacher.weights, "licence": terms,
-        "hash": teacher.hash(),
-    }  # fmt: skip
-
-
 def sizes(model: AnomalyModel) -> dict[str, Any]:
     """For the record: clusters, numbers of weights by part, bytes of statistics."""
     parts = {"teacher": model.teacher, **dict(model.student.named_children())}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    parameters["statistics_bytes"] = sum(b.numel() * b.element_size() for b in model.scorer.state_dict().values())
-    clusters = model.scorer.clusters
-    return {"clusters": clusters.count, "parameters": parameters}
+    parameters["statistics_bytes"] = sum(b.nbytes for b in model.scorer.state_dict().values())
+    return {"clusters": model.scorer.clusters.count, "parameters": parameters}

@@ -55,7 +55,12 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     images = [i for i, key in enumerate(source.keys) if image_id(key) not in there]
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} of {len(source)} images left out: the model knows them already")
-    _refuse_too_few(fitted, [source.samples[i].class_name for i in images])
+    if not images:
+        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
+    counts = Counter(source.samples[i].class_name for i in images)
+    for name, count in counts.items():
+        if name not in fitted.decision.classes and count <= FEW:
+            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
     good, classes = add_statistics(
         model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
     )  # fmt: skip
@@ -74,19 +79,16 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         good=good.scores(classes), class_of_cluster=classes, fixed={}, model_id=model_id(model),
         trained=decision.trained.union(good.key[len(before.key) :]),
     )  # fmt: skip
-    counts, record = Counter(sample.class_name for sample in learnt), copy.deepcopy(fitted.record)
+    record = copy.deepcopy(fitted.record)
     record["classes"] = dict(sorted((Counter(record["classes"]) + counts).items()))
     record["images"]["train"] += len(images)
     record |= sizes(model)
     record["notes"] = [*notes, *filter(None, [mixed_up(model.scorer.clusters.taken)])]
-    record.setdefault("updates", []).append(
-        {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "classes": dict(sorted(counts.items())),
-            "images": [sample.name for sample in learnt[:_NAMED]],
-            "from": decision.model_id,
-        }
-    )
+    entry = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "classes": dict(sorted(counts.items())),
+        "images": [sample.name for sample in learnt[:_NAMED]], "from": decision.model_id,
+    }  # fmt: skip
+    record.setdefault("updates", []).append(entry)
     return Fitted(model, new, fitted.config, record, source.skipped, good, good.to_bytes())
 
 
@@ -116,15 +118,6 @@ def _named(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, no
             "these are with --class NAME, which may also be a new class"
         )
     return distinct
-
-
-def _refuse_too_few(fitted: Fitted, names: Sequence[str]) -> None:
-    if not names:
-        raise DataError("no good image that the model has not learnt already; give a folder of new good images")
-    known = set(fitted.decision.classes)
-    for name, count in Counter(names).items():
-        if name not in known and count <= FEW:
-            raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
 
 
 # ------------------------------------------------------------------------------------------------ fit --resume-from
@@ -164,25 +157,19 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
 
 def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
     """What going on did to every old class, in a sentence, on the calibration images that both models scored."""
-    now = dict(zip(after.good.key, after.good.score.tolist(), strict=True))
-    rows = list(zip(before.good.score.tolist(), before.good.key, before.good.class_name, strict=True))
-    of_class = {
-        name: [(score, now[key]) for score, key, owner in rows if owner == name and key and key in now]
-        for name in before.classes
-    }
-    return [
-        {"class_name": name, "images": len(pairs), "sentence": f"{name}: {_change(name, pairs, before, after)}"}
-        for name, pairs in of_class.items()
-    ]
-
-
-def _change(name: str, pairs: list[tuple[float, float]], before: Decision, after: Decision) -> str:
-    if not pairs:
-        return "none of its calibration images is in the data, so nothing can be said of it"
-    (old, new), (score_n, score_now_n) = (d.rule(name).image.value for d in (before, after)), np.transpose(pairs)
-    return (
-        f"on its {len(pairs)} stored calibration images the median score went from {np.median(score_n):.2f} to "
-        f"{np.median(score_now_n):.2f} and the threshold from {old:.2f} to {new:.2f}; called bad before "
-        f"{(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the old threshold kept "
-        f"{(score_now_n >= old).sum()}"
-    )
+    now, rows = dict(zip(after.good.key, after.good.score.tolist(), strict=True)), []
+    for name in before.classes:
+        good = before.good.take(before.good.of_class(name))
+        pairs = [(score, now[key]) for score, key in zip(good.score, good.key, strict=True) if key and key in now]
+        sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
+        if pairs:
+            old, new = (decision.rule(name).image.value for decision in (before, after))
+            score_n, score_now_n = np.transpose(pairs)
+            sentence = (
+                f"{name}: on its {len(pairs)} stored calibration images the median score went from "
+                f"{np.median(score_n):.2f} to {np.median(score_now_n):.2f} and the threshold from {old:.2f} to "
+                f"{new:.2f}; called bad before {(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the "
+                f"old threshold kept {(score_now_n >= old).sum()}"
+            )
+        rows.append({"class_name": name, "images": len(pairs), "sentence": sentence})
+    return rows

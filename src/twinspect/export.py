@@ -1,4 +1,8 @@
-"""A bundle to one exported file that proved itself: written aside, run beside torch, renamed when it agrees.
+"""A trained model as one file for another runtime, and the proof that both say the same.
+
+The graph has raw pixels in and every field of `Outputs` out. Every node of it is named after the part of the model it
+belongs to (``teacher/``, ``local/``, ``semantic/``, ``scorer/``, ``pixels/``), so that a profile can be read. It is
+written aside, run beside torch, and renamed when it agrees.
 
 Both runtimes see the same pixels. Gaps are relative to max(1, |reference|), for scores and for every value of the
 maps alike. Nothing half-written stays under the name asked for: every step happens in a folder beside it that goes
@@ -7,19 +11,26 @@ away.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from twinspect._version import __version__
+from twinspect.bundle import Fitted
 from twinspect.data.painting import damaged, part, spot
 from twinspect.decide.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError
@@ -27,10 +38,9 @@ from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.predictor import Runtime
 from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, write_meta
+from twinspect.models.contract import AnomalyModel, Outputs
+from twinspect.models.fold import prepared
 from twinspect.types import Progress, silent
-
-if TYPE_CHECKING:
-    from twinspect.bundle import Fitted
 
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
@@ -42,6 +52,18 @@ _FORMATS = {
     ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
 }
+
+
+OPSET = 20
+MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
+_MOST_BATCH = 4096
+_PARTS = {
+    "model.teacher": "teacher",
+    "model.student.local": "local",
+    "model.student.semantic": "semantic",
+    "model.scorer": "scorer",
+}
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class ParityError(TwinspectError):
@@ -97,21 +119,17 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
         progress: called with (stage, done, total).
 
     Raises:
-        ConfigError: another ending, or a model that cannot be exported.
-        ParityError: the export does not say what the model says; nothing is written.
-        OutputError: it cannot be written.
-        TwinspectError: a package is missing (the message is the line to type).
+        TwinspectError: a model that cannot be exported, a package that is missing, an export that does not say what
+            the model says (ParityError), or a file that cannot be written; nothing is left behind.
     """
     runtime = checked_runtime(out)
     refuse_unwritable(out, "--out")
-    from twinspect.export import graph
-
     size = fitted.model.size
     try:
         with _drafts(out) as folder:
             draft = folder / out.name
             progress("exporting", 0, 1)
-            graph.write(graph.to_onnx(fitted.model), draft)
+            write(to_onnx(fitted.model), draft)
             progress("exporting", 1, 1)
             reference, exported = TorchRuntime(fitted.model), RUNTIMES[out.suffix](draft, size)
             comparison = compare(reference, exported, images, fitted.decision, progress)
@@ -131,11 +149,7 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
 
 
 def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Comparison, ExportMeta]:
-    """Compare an export with its bundle on demand; the caller decides what to do about `Comparison.problems`.
-
-    Raises:
-        BundleError: a damaged export, or one of another bundle.
-    """
+    """Compare an export with its bundle; a BundleError where it is damaged, or of another bundle."""
     exported, meta = load_runtime(path)
     if meta.decision.get("model_id") != fitted.decision.model_id:
         raise BundleError(
@@ -171,6 +185,101 @@ def _drafts(out: Path) -> Iterator[Path]:
             yield drafts
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------- the graph
+
+
+class DeployedGraph(nn.Module):
+    """uint8 RGB B x S x S x 3 (channels last, as decoders give it) to the fields of `Outputs` by name."""
+
+    def __init__(self, model: AnomalyModel) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, image_BHWC: Tensor) -> dict[str, Tensor]:
+        """All outputs of the model."""
+        return dict(self.model(image_BHWC.permute(0, 3, 1, 2))._asdict())
+
+
+def to_onnx(model: AnomalyModel) -> Any:
+    """The model as an ``onnx.ModelProto`` for any number of images; a ConfigError where it cannot be exported."""
+    from onnxscript.optimizer import fold_constants
+
+    example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
+    dims = {0: torch.export.Dim("batch", min=1, max=_MOST_BATCH)}
+    graph = DeployedGraph(prepared(model.eval())).eval()
+    try:
+        with torch.no_grad(), _silent():
+            program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=list(Outputs._fields),
+                external_data=False, verbose=False,
+            )  # fmt: skip
+            assert exported is not None
+            # What depends on weights alone, however large.
+            fold_constants(exported.model, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
+    except Exception as error:  # torch.export raises a dozen types of its own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"this model cannot be exported: {type(error).__name__}: {reason}") from error
+    proto = exported.model_proto
+    _name_parts(proto)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    return proto
+
+
+def _name_parts(proto: Any) -> None:
+    """Prefix nodes and their values by part; drop notes of the exporter (they hold paths of this machine)."""
+    values = (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)
+    fixed = {value.name for value in values}
+    renamed: dict[str, str] = {}
+    for node in proto.graph.node:
+        scopes = next((note.value for note in node.metadata_props if note.key == _SCOPES), "")
+        part = next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
+        node.name = f"{part}/{node.name}"
+        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for noted in (proto, proto.graph, *proto.graph.node, *values):
+        del noted.metadata_props[:]
+        noted.ClearField("doc_string")
+    del proto.graph.value_info[:]
+
+
+def write(proto: Any, path: Path) -> None:
+    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO; a ConfigError where it is too large for ONNX."""
+    import onnx
+
+    gigabytes = proto.ByteSize() / 1e9
+    if path.suffix == ".onnx":
+        if proto.ByteSize() > MOST_BYTES:
+            raise ConfigError(f"{gigabytes:.1f} GB do not fit into one ONNX file (2 GB); type --out {path.stem}.xml")
+        onnx.save(proto, str(path))
+        return
+    import openvino as ov
+
+    step = path.parent / "steps" / "fp32.onnx"
+    step.parent.mkdir()
+    onnx.save(proto, str(step), save_as_external_data=proto.ByteSize() > MOST_BYTES)
+    ov.save_model(ov.Core().read_model(step), path, compress_to_fp16=False)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter prints remarks on stdout, which belongs to the commands' results."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 # ------------------------------------------------------------------------------------------- side by side
@@ -216,11 +325,7 @@ def _gap(reference: NDArray[Any], exported: NDArray[Any]) -> float:
 
 
 def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
-    """Images (a path, folder, glob or list), spread evenly over their order when there are more than ``most``.
-
-    Raises:
-        DataError: none found, or one cannot be read.
-    """
+    """Images, spread evenly over their order when there are more; a DataError where one cannot be read."""
     items, squares = list(expand(source)), list[Pixels]()
     for item in items if len(items) <= most else [items[i * len(items) // most] for i in range(most)]:
         image = decode(item, Decoding(size))

@@ -1,19 +1,55 @@
-"""``twinspect serve`` and ``sign``: a model put to work, and the proof of who made it."""
+"""A model put to work: ``export`` and ``check`` for other runtimes, ``serve`` over HTTP, ``sign`` for its origin."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.commands.options import ServeOptions, SignOptions
+from twinspect.commands.options import CheckOptions, ExportCommandOptions, ServeOptions, SignOptions
 from twinspect.console import Console
 from twinspect.errors import ConfigError
+from twinspect.inference.runtimes import companion
 from twinspect.server import refuse_missing
 from twinspect.server.settings import Settings, named_paths, read_key
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
+
+
+def export(options: ExportCommandOptions, console: Console) -> None:
+    """Write a file that agreed with torch on real images."""
+    from twinspect import export as exports
+    from twinspect.bundle import load
+
+    out = options.out
+    exports.checked_runtime(out)
+    fitted = load(options.bundle, options.weights)
+    images = exports.load_images(options.images, fitted.model.size) if options.images is not None else ()
+    comparison = exports.export(fitted, out, images, console.progress)
+    console.say(*comparison.lines())
+    parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
+    for path in parts:
+        console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def check(options: CheckOptions, console: Console) -> None:
+    """Compare an export with its bundle on images of the user's choice."""
+    from twinspect import export as exports
+    from twinspect.bundle import load
+
+    path, bundle = options.export, options.bundle
+    fitted = load(bundle, options.weights)
+    images = exports.load_images(options.images, fitted.model.size)
+    comparison, meta = exports.check(path, fitted, images)
+    console.say(*comparison.lines())
+    if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
+        console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
+    if problems := comparison.problems():
+        raise exports.ParityError(f"{path.name} does not say what {bundle.name} says: {'; '.join(problems)}")
+    limits = ", ".join(f"{what} {limit:g}" for what, limit in exports.TOLERANCES.items())
+    console.say(f"{path.name} agrees with {bundle.name} within the tolerance ({limits})")
 
 
 def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> None:
