@@ -62,15 +62,16 @@ class PositionGaussian(nn.Module):
         """Features with as many channels as the statistics have."""
         return features_BND @ self.rotate_DR if self.rotate_DR.numel() else features_BND
 
-    def means(self) -> Tensor:
-        """Mean of every position of every cluster: K x N x D."""
-        return self.centre_KD[:, None] + self.place_KND.float() * self.step_KD[:, None]
+    def means(self, cluster_B: Tensor | None = None) -> Tensor:
+        """Mean of every position, K x N x D: of every cluster, or of the cluster of each image (B x N x D)."""
+        centre, place, step = self.centre_KD, self.place_KND, self.step_KD
+        if cluster_B is not None:  # before they are unpacked: an exported graph then keeps them as int8
+            centre, place, step = (t.index_select(0, cluster_B) for t in (centre, place, step))
+        return centre[:, None] + place.float() * step[:, None]
 
     def forward(self, rows_BND: Tensor, cluster_B: Tensor) -> Tensor:
         """Root mean square of the whitened difference from the mean of the position: B x h x w, near 1 if good."""
-        mean = self.means()
-        if len(mean) > 1:
-            mean = mean.index_select(0, cluster_B)
+        mean = self.means(cluster_B if len(self.centre_KD) > 1 else None)
         return self.distance(rows_BND - mean, self.whiten_KDD, cluster_B)
 
     def distance(self, difference_BND: Tensor, whiten_KDD: Tensor, cluster_B: Tensor) -> Tensor:
