@@ -503,6 +503,17 @@ def test_names_that_a_code_page_lacks_are_escaped(bundle: Path, tmp_path: Path, 
     assert lines[2].endswith(r"\udcff.png")
 
 
+def test_names_that_a_terminal_would_obey_are_escaped(bundle: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png", picture())
+    os.rename(tmp_path / "in" / "a.png", tmp_path / "in" / "\x1b[2J\nANOMALY\u202eb.png")
+    (tmp_path / "in" / "\nx.png").write_bytes(b"no image")
+    found = CliRunner().invoke(app, ["predict", str(bundle), str(tmp_path / "in")])
+    lines = found.output.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("ERROR ")
+    assert lines[1].endswith(r"\x1b[2J\nANOMALY\u202eb.png")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 def test_full_standard_output(bundle: Path, tmp_path: Path) -> None:
     words = ["predict", bundle, good_folder(tmp_path / "in", 2)]

@@ -63,6 +63,14 @@ def test_light_command(onnx_file: Path, parts: Path, tmp_path: Path, capsys: pyt
     assert "no such model" in capsys.readouterr().err
 
 
+def test_an_export_in_capitals(onnx_file: Path, parts: Path, tmp_path: Path) -> None:
+    for path in onnx_file.parent.iterdir():
+        shutil.copy(path, tmp_path / path.name.replace("model.onnx", "MODEL.ONNX"))
+    image = images_to_test(parts, 1)[0]
+    renamed, named = (next(load(path).predict(image)) for path in (tmp_path / "MODEL.ONNX", onnx_file))
+    assert renamed.score == named.score
+
+
 @pytest.fixture
 def cores() -> Iterator[Callable[[int], None]]:
     """Sets torch's number of threads for a test; conftest leaves one."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PLAIN_SECONDS = 10.0  # how often a stage reports where there is no terminal
+# What a terminal obeys, and what turns the direction of text; names of files may hold it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 NOTHING_SCORED = 1  # exit code of a command that went through its images and could read none
 FAILED_ON = 3  # of one that was asked to say by it that there were anomalies, or images that cannot be read
@@ -68,7 +70,7 @@ class Console:
         self.finish()
         if lines and not self.quiet and self._lost is None:
             try:
-                print("\n".join(lines), flush=True)
+                print(_harmless("\n".join(lines)), flush=True)
             except OSError as error:
                 self._lost = error
                 drop_output()
@@ -90,7 +92,7 @@ class Console:
         if sys.stdout is None:
             raise TwinspectError("standard output is closed, and the answer goes there; open it, or write to a file")
         try:
-            print(text, flush=True)
+            print(_harmless(text), flush=True)
         except OSError as error:
             drop_output()
             if isinstance(error, BrokenPipeError):
@@ -149,6 +151,11 @@ def plain_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _harmless(text: str) -> str:
+    """Text with control characters written as numbers, but for ends of lines and tabs."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def drop_output() -> None:
     """Send to nowhere what standard output still holds, or Python would fail on it once more when it ends."""
     with suppress(OSError, ValueError, AttributeError):  # no file behind it
@@ -190,4 +197,4 @@ def _say(text: str) -> None:
     """One line on stderr, if somebody listens."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(_harmless(text), file=sys.stderr, flush=True)

@@ -156,7 +156,7 @@ def test_products_in_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train_cap are good images of several products"):
         load(tree(tmp_path / "f", train_bottle=3, test_bottle=1, train_cap=4, test_cap=2))
     for name, beside in (("b", {"bottle_bad": 1}), ("c", {"NG/bottle": 1, "NG/cap": 2})):
-        with pytest.raises(DataError, match="its name says defects, and not of which class; move it into the folder"):
+        with pytest.raises(DataError, match="its name says defects, and not of which class; move it into"):
             load(tree(tmp_path / name, bottle=3, cap=4, **beside))
     one = load(tree(tmp_path / "casting", ok_front=3, def_front=2))
     assert [(name, row.train, row.test_defect) for name, row in one.counts.items()] == [("casting", 3, 2)]

@@ -358,12 +358,13 @@ def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: T
 def say_result(result: Result) -> str:
     """One line for one image."""
     if result.error:
-        return f"ERROR    {result.error}"
+        return f"ERROR    {result.error}".replace("\n", "\\n")
     word = "ANOMALY" if result.is_anomaly else result.answer
     kind = f"{result.class_name}{' (unlike any class that the model knows)' if result.unknown_class else ''}"
     regions = f"  {counted(len(result.regions), 'region')}" if result.regions else ""
     numbers = f"score {result.score:9.3f}  severity {result.severity:6.2f}  p {result.p_value:.4f}"
-    return f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
+    line = f"{word:<8} {numbers}  {kind}{regions}  {result.path}"
+    return line.replace("\n", "\\n")  # names may hold some, and would make lines that look like other images
 
 
 def say_totals(totals: Totals, out: str) -> str:

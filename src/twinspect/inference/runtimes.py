@@ -198,7 +198,7 @@ def load_predictor(
 def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, ExportMeta]:
     """The runtime of an exported file, and the file's verified metadata. Raises as `load_predictor`."""
     meta = read_export(path)
-    return RUNTIMES[path.suffix](path, meta.size, threads), meta
+    return RUNTIMES[path.suffix.lower()](path, meta.size, threads), meta
 
 
 def required(package: str, path: Path) -> Any:
@@ -247,7 +247,7 @@ class ExportMeta:
 
 def is_export(path: Path | str) -> bool:
     """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
-    return Path(path).suffix in RUNTIMES
+    return Path(path).suffix.lower() in RUNTIMES
 
 
 def write_meta(path: Path, meta: ExportMeta) -> None:
@@ -277,8 +277,9 @@ def read_export(path: Path) -> ExportMeta:
         values = dict(json.loads(home.read_text(encoding="utf-8")))
         older = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
         refuse_version(path, values.get("format", 0), FORMAT, values.get("writer", "of an unknown version"), older)
-        for suffix in {path.suffix, *values["files"]}:
-            part = path.with_suffix(suffix)
+        ending = path.suffix.lower()
+        for suffix in {ending, *values["files"]}:
+            part = path if suffix == ending else path.with_suffix(suffix)
             if not part.is_file():
                 raise BundleError(f"{part} is missing; an export is moved with all its files")
             if sha256_of(part) != values["files"][suffix]:

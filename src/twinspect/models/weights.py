@@ -172,7 +172,7 @@ def _unlike(target: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[s
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read safetensors, or a ``.pth`` with ``weights_only=True`` (no code of the file is ever run)."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
