@@ -191,11 +191,17 @@ def _is_image(name: str) -> bool:
 
 
 def file_frames(path: str) -> Iterator[Frame]:
-    """Every frame of a video file; a DataError where it cannot be opened."""
-    capture, numbers = _opened(path), count()
+    """Every frame of a video file; a DataError where it cannot be opened, or ends before it says."""
+    import cv2
+
+    capture, number = _opened(path), 0
     while (pixels := _next(capture)) is not None:
-        yield next(numbers), pixels
+        yield number, pixels
+        number += 1
+    promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # some formats state a duration, and this is an estimate
     capture.release()
+    if number < promised - max(2, promised // 50):
+        raise DataError(f"it says that it has {promised:,} frames, and the others cannot be decoded")
 
 
 def live_frames(source: str) -> Iterator[Frame | None]:
