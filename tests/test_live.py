@@ -83,7 +83,7 @@ def test_a_video_that_ends_before_it_says_has_a_last_row(tmp_path: Path, name: s
 
 
 def test_what_cannot_be_opened_is_said(monkeypatch: pytest.MonkeyPatch, quick: Detector) -> None:
-    with pytest.raises(DataError, match=r"rtsp://127.0.0.1:9/x cannot be opened as a video"):
+    with pytest.raises(DataError, match=r"rtsp://127.0.0.1:9/x cannot be opened;"):
         walk("rtsp://me:secret@127.0.0.1:9/x")
     with pytest.raises(DataError, match="camera:99 cannot be opened"):
         next(quick.predict("camera:99", stream=True))

@@ -139,6 +139,8 @@ def test_shapes_without_an_area_are_refused(tmp_path: Path, shape: dict, width: 
 def test_wrong_regions_are_refused(tmp_path: Path, mask: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         read_roi(save(tmp_path / "black.png", np.zeros((8, 8), np.uint8)))
+    with pytest.raises(DataError, match="no such file.*all products"):
+        read_roi(tmp_path / "ring=mask.png")
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(DataError, match="LabelMe"):
         read_roi(tmp_path / "no.json")

@@ -222,7 +222,7 @@ def test_unreadable_images_are_left_out_and_listed_in_order(tmp_path: Path) -> N
     (folder / "009.png").write_text("not an image")
     detector = Detector(config=run_config()).fit(folder)
     assert [s.path.name for s in detector.skipped_] == ["002.png", "005.png", "009.png"]
-    assert all(str(s.path) in s.reason for s in detector.skipped_)
+    assert not any(str(s.path) in s.reason for s in detector.skipped_)  # whoever prints both says it once
     assert "0 bytes" in detector.skipped_[0].reason
     assert detector.record_["images"]["skipped"] == 3
     assert sum(detector.record_["images"].values()) == 16

@@ -75,6 +75,7 @@ def test_a_new_class_is_what_training_on_both_makes_of_it(tmp_path: Path) -> Non
     detector = Detector(config=CONFIG).fit(cloth, quiet=True)
     same = detector.predict(picture(70)).score
     detector.update(wedges, class_name="wedge", quiet=True)
+    assert any(note.startswith("class wedge is new, beside normal;") for note in detector.record_["notes"])
     good, bad, old = detector.predict([wedge(90), scratched(wedge(91)), picture(70)])
     assert [one.predicted_class for one in (good, bad, old)] == ["wedge", "wedge", "normal"]
     assert bad.is_anomaly

@@ -28,7 +28,9 @@ def main(report: str, *rest: str) -> None:
         page.screenshot(path=target, full_page=True)
         browser.close()
     with Image.open(target) as picture:
-        picture.convert("RGB").quantize(160, dither=Image.Dither.NONE).save(target, optimize=True)
+        picture.convert("RGB").quantize(160, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            target, optimize=True
+        )
     print(f"{target}: {Path(target).stat().st_size // 1000} kB")
 
 

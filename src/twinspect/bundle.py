@@ -99,7 +99,8 @@ def read_bundle(path: Path) -> BundleContent:
             f"the images. Make one with: twinspect fit {path} --out model{SUFFIX}"
         )
     if not path.is_file():
-        raise BundleError(f"no such model: {path}.{files.near_names(path)} Type: twinspect fit DATA --out {path}")
+        made = path.with_suffix(SUFFIX) if path.name else path
+        raise BundleError(f"no such model: {path}.{files.near_names(path)} Type: twinspect fit DATA --out {made}")
     try:
         with zipfile.ZipFile(path) as file:
             parts = {_META: _member(file, _META)}
@@ -110,7 +111,9 @@ def read_bundle(path: Path) -> BundleContent:
             parts |= {name: _member(file, name) for name in (_TENSORS, _MEMORY) if name in names}
             hashes = dict(json.loads(_member(file, _HASHES)))
     except _NOT_WHOLE as error:
-        raise BundleError(f"{path} is not a whole bundle, or another file ({error}); copy it again") from None
+        raise BundleError(
+            f"{path} is not a whole bundle, or none ({error}); copy it again, or give a file that fit wrote"
+        ) from None
     if absent := {_TENSORS, *hashes} - parts.keys():
         raise BundleError(f"{path} is not a whole bundle ({', '.join(sorted(absent))} is missing); copy it again")
     for name, body in parts.items():

@@ -11,7 +11,6 @@ away.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import logging
@@ -19,7 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,6 @@ _FORMATS = {
     ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
 }
-
-
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
 _MOST_BATCH = 4096
@@ -265,15 +262,15 @@ def write(proto: Any, path: Path) -> None:
     ov.save_model(ov.Core().read_model(step), path, compress_to_fp16=False)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _silent() -> Iterator[None]:
     """The exporter prints remarks on stdout, which belongs to the commands' results."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")

@@ -184,7 +184,7 @@ def test_visa_rows_nowhere_and_outside(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1cls.csv: 1 of 27 rows.*\n  row 27: '../../none.JPG' points outside"):
         load(tmp_path)
     table.write_text("object,split\ncandle,train\n")
-    with pytest.raises(DataError, match="columns object, split; image is needed"):
+    with pytest.raises(DataError, match="columns object, split; a column image .paths. is needed"):
         load(tmp_path)
     table.write_text(text.replace(",anomaly,", ",odd,"))
     with pytest.raises(DataError, match="label is 'odd'; accepted: 0 or OK"):

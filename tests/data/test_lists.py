@@ -108,7 +108,7 @@ def test_wrong_rows_refuse_the_manifest_by_number(tmp_path: Path, row: dict[str,
 
 def test_manifest_files_that_are_none(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a.csv", "split\ntrain\n", "image is needed"),
+        ("a.csv", "split\ntrain\n", "a column image .paths. is needed"),
         ("b.csv", "", "holds no row"),
         ("c.csv", 'image\n"x\n', "not valid CSV"),
         ("d.parquet", "junk", "not a Parquet file"),

@@ -220,7 +220,10 @@ class _RowReader:
         self._columns = [name for name in rows[0] if name]
         names = _columns(self._columns)
         if "image" not in names:
-            raise DataError(f"{path}: columns {', '.join(rows[0])}; image is needed, then {', '.join(COLUMNS[1:])}")
+            raise DataError(
+                f"{path}: columns {', '.join(rows[0])}; a column image (paths) is needed, beside it may stand "
+                f"{', '.join(COLUMNS[1:])}"
+            )
         self._predicted = _PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}

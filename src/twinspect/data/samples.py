@@ -16,6 +16,7 @@ from twinspect.data.containers import read_record
 from twinspect.data.images import ImageLimits, read_mask, read_mask_values, read_rgb
 from twinspect.data.tables import read_json
 from twinspect.errors import DataError
+from twinspect.files import near_names
 from twinspect.types import Sample
 
 DEFAULT_LIMITS = ImageLimits()
@@ -137,6 +138,11 @@ def _saturation_table(config: Path) -> dict[int, tuple[float, bool]]:
 
 def read_roi(path: Path) -> NDArray[np.bool_]:
     """H x W, true inside, of a mask image (above 0 is inside) or LabelMe's polygons; a DataError for nothing."""
+    if not path.is_file():
+        raise DataError(
+            f"--roi {path}: no such file.{near_names(path)} Give a mask image or a JSON file of LabelMe; it holds "
+            "for all products of the model"
+        )
     roi = _polygons(path) if path.suffix.lower() == ".json" else read_mask(path)
     if not roi.any():
         raise DataError(f"{path}: the region of interest is empty; mark what shall be looked at with white (above 0)")

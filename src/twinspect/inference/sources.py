@@ -298,7 +298,7 @@ def _table(path: Path) -> Files:
         columns = table_columns(path, _OLD_NAMES)
         column = path_column(columns)
         if columns and not column:
-            raise DataError(f"{path}: columns {', '.join(columns)}; image (a path) is needed")
+            raise DataError(f"{path}: columns {', '.join(columns)}; a column image (paths) is needed")
     images = _manifest(read_table(path, (column, "record"), _OLD_NAMES), column, path)
     return _first(images, DataError(f"{path}: holds no row"))
 

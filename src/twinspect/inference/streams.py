@@ -128,7 +128,7 @@ def image_column(path: str) -> tuple[str, bool]:
             return name, True
     if name := path_column(name for name, kind in columns.items() if "string" in kind):
         return name, False
-    raise DataError(f"{path}: columns {', '.join(columns)}; image (paths, or encoded images) is needed")
+    raise DataError(f"{path}: columns {', '.join(columns)}; a column image (paths, or encoded images) is needed")
 
 
 def _cells(path: str) -> Iterator[Item]:
@@ -278,8 +278,8 @@ def _opened(source: str) -> cv2.VideoCapture:
         capture = cv2.VideoCapture(source if is_url(source) else str(Path(source).resolve()))
     if not capture.isOpened():
         raise DataError(
-            f"{without_password(source)} cannot be opened as a video; give camera:0, an address such as "
-            "rtsp://HOST/PATH, or a file"
+            f"{without_password(source)} cannot be opened; give a camera that is there (camera:0, camera:1), an "
+            "address such as rtsp://HOST/PATH, or a video file"
         )
     return capture
 

@@ -143,7 +143,7 @@ class FeatureSource:
                 return key, None
             return key, read_square(sample, self._model.size) if pixels is None else pixels
         except (DataError, OSError) as error:
-            return Skipped(sample.image, str(error)), None
+            return Skipped(sample.image, str(error).removeprefix(f"{sample.image}: ")), None
 
     def _read(self, sample: Sample, side: int) -> NDArray[np.uint8]:
         """A picture whose tiles are wanted one after the other: decoded once."""

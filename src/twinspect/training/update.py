@@ -22,7 +22,7 @@ import numpy as np
 from twinspect.bundle import Fitted, model_id
 from twinspect.data.protocols import count_once
 from twinspect.decide.decision import Decision, image_id, mixed_up
-from twinspect.errors import BundleError, ConfigError, DataError, TrainingError
+from twinspect.errors import BundleError, ConfigError, DataError, TrainingError, listed
 from twinspect.models.contract import AnomalyModel
 from twinspect.training.derived import FEW
 from twinspect.training.normal import add_statistics
@@ -59,8 +59,14 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
         raise DataError("no good image that the model has not learnt already; give a folder of new good images")
     counts = Counter(source.samples[i].class_name for i in images)
     for name, count in counts.items():
-        if name not in fitted.decision.classes and count <= FEW:
+        if name in fitted.decision.classes:
+            continue
+        if count <= FEW:
             raise DataError(f"class {name} is new and has {count} good images; at least {FEW + 1} are needed")
+        notes.append(
+            f"class {name} is new, beside {listed(fitted.decision.classes)}; if it was meant to be one of these, "
+            "take the update back with --undo"
+        )
     good, classes = add_statistics(
         model, source, images, before, fitted.decision.class_of_cluster, fitted.config.train.seed, progress
     )  # fmt: skip
