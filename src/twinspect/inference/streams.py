@@ -104,7 +104,8 @@ class Stream:
         except Exception as error:  # of the disk, the store, the unpacker or pyarrow
             if isinstance(error, TwinspectError) and not isinstance(error, DataError):
                 raise  # a package is missing
-            reason = f"damaged {kind} after {count} images ({error}); copy it again"
+            words = str(error).partition("\n")[0]  # tarfile lists what each of its readers says
+            reason = f"damaged {kind} after {count} images ({words}); copy it again"
             yield Item(self.path, error=f"{self.path}: {reason}")
         else:
             if not count:
@@ -159,6 +160,10 @@ def _tar_members(path: str) -> Iterator[Item]:
                 refusal = "a link, device or sparse file; only plain files of an archive are read"
             body = archive.extractfile(member) if not refusal else None
             yield Item(name, data=body.read() if body else None, error=f"{name}: {refusal}" if refusal else "")
+        if file.seekable():  # a tar that is cut within a header or before one ends like a whole one for tarfile
+            archive.fileobj.seek(archive.offset)
+            if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                raise DataError("it has no end")
 
 
 def _zip_members(path: str) -> Iterator[Item]:
