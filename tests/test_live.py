@@ -67,6 +67,21 @@ def test_a_damaged_video_is_a_row(quick: Detector, clip: Path, tmp_path: Path) -
     assert "cut.mp4" in row.error
 
 
+@pytest.mark.parametrize("name", ["long.avi", "long.mkv"])
+def test_a_video_that_ends_before_it_says_has_a_last_row(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 64))
+    for number in range(40):
+        writer.write(np.random.default_rng(number).integers(0, 255, (64, 96, 3)).astype(np.uint8))
+    writer.release()
+    assert [item.error for item in streams.Stream(str(path)).items()] == [""] * 40
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    *whole, last = streams.Stream(str(path)).items()
+    assert 15 < len(whole) < 25
+    assert not any(item.error for item in whole)
+    assert last.error.startswith(f"{path}: damaged video after {len(whole)} images (it says that it has 40 frames")
+
+
 def test_what_cannot_be_opened_is_said(monkeypatch: pytest.MonkeyPatch, quick: Detector) -> None:
     with pytest.raises(DataError, match=r"rtsp://127.0.0.1:9/x cannot be opened;"):
         walk("rtsp://me:secret@127.0.0.1:9/x")

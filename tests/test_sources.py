@@ -355,6 +355,12 @@ def test_damaged_archives_say_so_in_a_last_row(tmp_path: Path) -> None:
     found = errors(cut)
     assert list(found)[-1] == str(cut)
     assert "damaged archive after" in found[str(cut)]
+    end = whole.index(b"2.png")  # where the header of the last member begins
+    for place in (end, end + 200):
+        cut.write_bytes(whole[:place])
+        assert [text.partition(": ")[2] for text in errors(cut).values() if text] == [
+            "damaged archive after 2 images (it has no end); copy it again"
+        ]
     for body in (b"", b"junk" * 500, b"\0" * 10_240):
         cut.write_bytes(body)
         (text,) = errors(cut).values()

@@ -56,6 +56,8 @@ class Sample:
             raise ValueError(f"split of {self.image} is {self.split!r}; accepted: {', '.join(SPLITS)}")
         if self.label not in (0, 1, None):
             raise ValueError(f"label of {self.image} is {self.label!r}; accepted: 0 (normal), 1 (anomaly), None")
+        for name in ("class_name", "defect_type", "group"):  # of folders, whose names may be no text
+            object.__setattr__(self, name, as_text(getattr(self, name)))
 
     @property
     def name(self) -> str:
@@ -69,6 +71,11 @@ class Sample:
 
 
 Progress = Callable[[str, int, int], None]  # told (stage, how many are done, of how many; 0 where it is not known)
+
+
+def as_text(value: str) -> str:
+    """A name as every format can hold it: bytes of a file's name that are no text are written as numbers."""
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def silent(_stage: str, _done: int, _total: int) -> None:

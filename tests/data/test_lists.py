@@ -327,3 +327,7 @@ def test_names_that_are_no_unicode_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"sch\\udce4den\.png: not UTF-8, .* convmv"):
             write_manifest(samples, tmp_path / f"m.{ending}", tmp_path)
         assert not list(tmp_path.glob("m.*"))
+    os.rename(tmp_path / "good", os.fsencode(tmp_path) + b"/b\xfchler")
+    found = load(os.fsdecode(os.fsencode(tmp_path) + b"/b\xfchler"))
+    assert found.classes == [r"b\udcfchler"]  # as reports, tables and answers of the server can hold it
+    assert os.path.isfile(found.samples[0].image)

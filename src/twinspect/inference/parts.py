@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 from twinspect import files
 from twinspect.errors import ConfigError, DataError, OutputError
 from twinspect.inference.result import CELLS, columns
+from twinspect.types import as_text
 
 _NAME = re.compile(r"part-(\d{8})-(\d{6})-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})(\.\w+)")
 _RUN, _LOCK, _COCO, _DONE = "_run.json", "_lock", "_coco-", "_SUCCESS"  # readers of Parquet folders pass over "_..."
@@ -180,11 +181,6 @@ def join(parts: Iterable[bytes], out: Path) -> None:
         if out.suffix == ".csv":
             file.write((",".join(column.name for column in columns()) + "\r\n").encode())
         file.writelines(parts)
-
-
-def as_text(value: str) -> str:
-    """A file's name as every format can hold it: bytes that are no text are written as hexadecimal numbers."""
-    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _schema() -> Any:

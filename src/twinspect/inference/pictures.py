@@ -16,8 +16,8 @@ from PIL import Image
 from twinspect import files
 from twinspect.errors import ConfigError, DataError
 from twinspect.files import replacing
-from twinspect.inference.parts import as_text
 from twinspect.inference.regions import connected, outlines, region_mask, strongest
+from twinspect.types import as_text
 
 if TYPE_CHECKING:
     from twinspect.inference.job import Job

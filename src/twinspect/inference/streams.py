@@ -104,7 +104,8 @@ class Stream:
         except Exception as error:  # of the disk, the store, the unpacker or pyarrow
             if isinstance(error, TwinspectError) and not isinstance(error, DataError):
                 raise  # a package is missing
-            reason = f"damaged {kind} after {count} images ({error}); copy it again"
+            words = str(error).partition("\n")[0]  # tarfile lists what each of its readers says
+            reason = f"damaged {kind} after {count} images ({words}); copy it again"
             yield Item(self.path, error=f"{self.path}: {reason}")
         else:
             if not count:
@@ -159,6 +160,10 @@ def _tar_members(path: str) -> Iterator[Item]:
                 refusal = "a link, device or sparse file; only plain files of an archive are read"
             body = archive.extractfile(member) if not refusal else None
             yield Item(name, data=body.read() if body else None, error=f"{name}: {refusal}" if refusal else "")
+        if file.seekable():  # a tar that is cut within a header or before one ends like a whole one for tarfile
+            archive.fileobj.seek(archive.offset)
+            if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                raise DataError("it has no end")
 
 
 def _zip_members(path: str) -> Iterator[Item]:
@@ -191,11 +196,17 @@ def _is_image(name: str) -> bool:
 
 
 def file_frames(path: str) -> Iterator[Frame]:
-    """Every frame of a video file; a DataError where it cannot be opened."""
-    capture, numbers = _opened(path), count()
+    """Every frame of a video file; a DataError where it cannot be opened, or ends before it says."""
+    import cv2
+
+    capture, number = _opened(path), 0
     while (pixels := _next(capture)) is not None:
-        yield next(numbers), pixels
+        yield number, pixels
+        number += 1
+    promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # some formats state a duration, and this is an estimate
     capture.release()
+    if number < promised - max(2, promised // 50):
+        raise DataError(f"it says that it has {promised:,} frames, and the others cannot be decoded")
 
 
 def live_frames(source: str) -> Iterator[Frame | None]:
