@@ -402,6 +402,7 @@ def test_only_good_images_give_their_false_alarms_and_no_empty_columns(tmp_path:
     assert "false alarms" in said
     assert not [word for word in ("defects found", "AUROC", "alone", "metrics") if word in said]
     assert "no AUROC and the like" in problem
+    assert "no mask" not in problem  # nothing is there to be marked
 
 
 def test_only_defects_give_what_is_found() -> None:

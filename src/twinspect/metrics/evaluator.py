@@ -147,7 +147,8 @@ class Evaluator:
         notes = [note for name in names for note in self._notes(name, pixels[name])]
         if self.pixel and names and not any(pixels.values()):
             notes = [note for note in notes if "no pixel metrics" not in note]
-            notes.append("no mask marks the defects: metrics of images only, none of pixels")
+            if any(image.label for of_class in seen.values() for image in of_class.images):
+                notes.append("no mask marks the defects: metrics of images only, none of pixels")
         notes += [
             f"mean of {metric} is over the {count} of {len(names)} classes where it is defined"
             for metric, count in mean_over.items()
