@@ -27,7 +27,7 @@ from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
 from twinspect.data.manifest import write_manifest
 from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
 from twinspect.data.scan import Folder, ScanLog, relative_to_root
-from twinspect.data.semantic import CIFAR10, CIFAR100, FASHION, VIEW
+from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW
 from twinspect.types import TEST, TRAIN, Sample
 
 REAL_IAD_VIEWS = 5
@@ -257,7 +257,7 @@ def _cifar10(root: Path, plan: Plan, shape: str) -> Counts:
 
 
 def _cifar100(root: Path, plan: Plan, shape: str) -> Counts:
-    pictures = _pictures(plan, CIFAR100, 32)
+    pictures = _pictures(plan, tuple(CIFAR100), 32)
     places = {"python": "cifar-100-python", "parquet": "cifar100"}
     files = {TRAIN: [TRAIN], TEST: [TEST]}
     return _cifar(root / places.get(shape, "."), plan, shape, pictures, files, fine=True)
@@ -442,7 +442,7 @@ def cifar_python(path: Path, images: Sequence[RGB], labels: Sequence[int], fine:
     items = _string(b"batch_label") + _string(b"testing batch 1 of 1")
     items += _string(label_key) + _ints(labels)
     if fine:
-        items += _string(b"coarse_labels") + _ints([label // 5 for label in labels])
+        items += _string(b"coarse_labels") + _ints([_coarse(label) for label in labels])
     items += _string(b"data") + _array(data, len(images))
     names = b"".join(_string(f"picture_{i:06d}.png".encode()) for i in range(len(images)))
     items += _string(b"filenames") + b"](" + names + b"e"
@@ -468,6 +468,10 @@ def parquet(path: Path, images: Sequence[RGB], labels: Sequence[int], image_colu
 
 def _planes(rgb: RGB) -> bytes:
     return np.ascontiguousarray(np.moveaxis(rgb, -1, 0)).tobytes()
+
+
+def _coarse(fine: int) -> int:
+    return list(CIFAR100_SUPERCLASSES).index(list(CIFAR100.values())[fine])
 
 
 def _png(rgb: RGB) -> bytes:

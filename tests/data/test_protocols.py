@@ -15,6 +15,7 @@ from twinspect.data import load
 from twinspect.data.protocols import (
     PROTOCOLS,
     Split,
+    by_superclass,
     carve_calibration,
     class_order,
     count_once,
@@ -24,7 +25,7 @@ from twinspect.data.protocols import (
     make_splits,
     pick,
 )
-from twinspect.data.semantic import CIFAR100, FASHION
+from twinspect.data.semantic import CIFAR100, CIFAR100_SUPERCLASSES, FASHION
 from twinspect.errors import ConfigError, DataError
 from twinspect.training.fit import choose_images
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -135,14 +136,27 @@ def test_unified_parts_are_the_published_ones() -> None:
 
 def test_class_order_is_official() -> None:
     assert class_order(sorted(FASHION)) == list(FASHION)
-    assert list(CIFAR100[:3]) == ["apple", "aquarium_fish", "baby"]
-    assert CIFAR100.index("maple_tree") == 47
+    assert list(CIFAR100)[:3] == ["apple", "aquarium_fish", "baby"]
+    assert list(CIFAR100).index("maple_tree") == 47
 
 
-def test_every_class_of_cifar100_is_normal_once(tmp_path: Path) -> None:
-    assert len(set(CIFAR100)) == 100
+def test_cifar100_super_classes(tmp_path: Path) -> None:
+    assert len(CIFAR100) == 100
+    assert len(CIFAR100_SUPERCLASSES) == 20
+    assert {len(fines) for fines in CIFAR100_SUPERCLASSES.values()} == {5}
     write("cifar100", tmp_path, Plan(classes=100, train=1, good=1))
-    assert len(make_splits(load(tmp_path).samples, "one-vs-rest")) == 100
+    samples = load(tmp_path).samples
+    splits = make_splits(samples, "one-vs-rest-super")
+    assert len(splits) == 20
+    for split in splits:
+        check(split)
+        assert len(split.train) + len(split.calibration) == 5
+        assert sum(s.label == 0 for s in split.test) == 5
+        assert len(split.test) == 100
+        assert split.name == f"one-vs-rest-super/{normal_classes(split)[0]}"
+    assert len(make_splits(samples, "one-vs-rest")) == 100
+    with pytest.raises(ConfigError, match="not a class of CIFAR-100"):
+        by_superclass(semantic(2))
 
 
 def test_class_folders_without_test_split_hold_some_out(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from twinspect.data.samples import read_sample_rgb
-from twinspect.data.semantic import FASHION
+from twinspect.data.semantic import CIFAR100, FASHION
 from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.files import sha256_of
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -63,6 +63,7 @@ class Split:
 # and odd. CIFAR-10: {0..4}, {5..9}, {0,2,4,6,8}, {1,3,5,7,9}; View: {0,1,2}, {3,4,5}, {0,2,4}, {1,3,5}.
 _NORMAL: dict[str, Callable[[list[str]], dict[str, list[str]]]] = {
     "one-vs-rest": lambda names: {name: [name] for name in names},
+    "one-vs-rest-super": lambda names: {name: [name] for name in names},
     "unified": lambda names: {
         "first-half": names[: (len(names) + 1) // 2],
         "second-half": names[(len(names) + 1) // 2 :],
@@ -125,7 +126,7 @@ def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Spl
 def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
     if any(sample.label == 1 for sample in samples):
         raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
-    classes = by_class(samples)
+    classes = by_class(by_superclass(samples) if protocol == "one-vs-rest-super" else samples)
     for name, members in classes.items():
         if not any(sample.split == TEST for sample in members):
             train = [sample for sample in members if sample.split == TRAIN]
@@ -143,6 +144,18 @@ def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split
         test += [replace(s, label=1, defect_type=s.class_name) for s in strange]
         splits.append(_split(f"{protocol}/{part}", SEMANTIC, known, test, seed))
     return splits
+
+
+def by_superclass(samples: Iterable[Sample]) -> list[Sample]:
+    """CIFAR-100 samples with the super-class as class; the protocols then work on 20 classes."""
+    renamed = []
+    for sample in samples:
+        if sample.class_name not in CIFAR100:
+            raise ConfigError(
+                f"{sample.class_name!r} is not a class of CIFAR-100; super-classes are defined for it only"
+            )
+        renamed.append(replace(sample, class_name=CIFAR100[sample.class_name]))
+    return renamed
 
 
 def class_order(classes: Iterable[str]) -> list[str]:

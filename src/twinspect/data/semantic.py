@@ -22,17 +22,31 @@ CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".sp
 # Officially "T-shirt/top" and "Ankle boot"; these can be file names.
 FASHION = tuple("t-shirt-top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split())
 VIEW = tuple("buildings forest glacier mountain sea street".split())
-CIFAR100 = tuple(
-    """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
-    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
-    maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
-    plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail
-    snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
-    tulip turtle wardrobe whale willow_tree wolf woman worm
-    """.split()
-)
+CIFAR100_SUPERCLASSES = {
+    "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+# The official numeric labels of the fine classes are their alphabetical order.
+CIFAR100 = dict(sorted((fine, coarse) for coarse, fines in CIFAR100_SUPERCLASSES.items() for fine in fines))
+
 ALIASES = {"plane": "airplane", "car": "automobile", "tshirt": "t-shirt-top"}
 
 
@@ -120,8 +134,8 @@ SETS = (
     # 60,000 training and 10,000 test images of 28 x 28; grey becomes three channels. MNIST's files have the same
     # names, and nothing in them tells the two sets apart.
     ImageSet("fashion-mnist", FASHION, ("train-images-idx3-ubyte",), ("t10k-images-idx3-ubyte",)),
-    # As CIFAR-10; ``class_name`` is the fine class.
-    ImageSet("cifar100", CIFAR100, ("train",), ("test",)),
+    # As CIFAR-10; ``class_name`` is the fine class, and `protocols.by_superclass` gives the 20 super-classes.
+    ImageSet("cifar100", tuple(CIFAR100), ("train",), ("test",)),
 )
 
 
