@@ -18,6 +18,9 @@ from twinspect.server.guard import MOST_HEAD, JsonLines
 from twinspect.server.settings import Settings
 
 DRAIN_S = 30  # longest time that accepted requests have after the signal to stop
+# An unused connection is closed after so long. uvicorn's 5 s would meet the next request of a line that sends one
+# every 5 s, and that request would get no answer.
+IDLE_S = 75
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 
 
@@ -94,7 +97,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         http=protocol(settings.header_timeout_s, settings.body_timeout_s),
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=IDLE_S,
     )  # fmt: skip
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # so that :: means every address
