@@ -50,8 +50,15 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            self._watch_head(begun=True)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_head(begun=bool(self.conn.trailing_data[0]))  # the beginning of a next one came with the last
+
+        def _watch_head(self, begun: bool) -> None:
             waiting = self.cycle is None or self.cycle.response_complete
-            if waiting and self._head is None:  # a next request has begun
+            if waiting and begun and self._head is None:
                 self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
             elif not waiting and self._head is not None:
                 self._head.cancel()
