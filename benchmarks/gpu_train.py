@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
-from twinspect.data.painting import part
+from twinspect.data.images import made_up_rgb
 from twinspect.device import choose_device
 from twinspect.losses import easy_share, encoder_decoder_loss
 from twinspect.models.contract import build_model
@@ -41,11 +41,11 @@ _IMAGES = 64
 
 
 def painted(folder: Path, count: int, side: int) -> list[Sample]:
-    """Images of parts, as files."""
+    """Images as files."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{number:04d}.png" for number in range(count)]
-    for number, path in enumerate(paths):
-        Image.fromarray(part(number, rng, side)).save(path, compress_level=1)
+    for path in paths:
+        Image.fromarray(made_up_rgb(rng, side)).save(path, compress_level=1)
     return [Sample(path, TRAIN, "part") for path in paths]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.inference.runtimes import OnnxRuntime, TorchRuntime, load_predictor
+from twinspect.inference.predictor import OnnxRuntime, TorchRuntime, load_predictor
 
 Clock = Callable[[], float]
 Pixels = NDArray[np.uint8]

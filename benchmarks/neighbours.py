@@ -90,7 +90,7 @@ class Worker:
 def serve(given: argparse.Namespace) -> int:
     """The other side of `Worker`."""
     from twinspect.inference.decode import Decoding, decode, expand
-    from twinspect.inference.runtimes import load_predictor
+    from twinspect.inference.predictor import load_predictor
 
     predictor = load_predictor(given.models[0])
     runtime = predictor.runtime

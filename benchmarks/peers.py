@@ -104,8 +104,7 @@ def ours(given: argparse.Namespace) -> None:
     """The other end of ``--run-ours``: fit and predict in a process of its own."""
     import torch
 
-    from twinspect.inference.predictor import Predictor
-    from twinspect.inference.runtimes import TorchRuntime
+    from twinspect.inference.predictor import Predictor, TorchRuntime
     from twinspect.training.fit import fit
 
     torch.set_num_threads(given.threads)

@@ -40,7 +40,7 @@ from twinspect.inference.bulk import run
 from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.job import Job
 from twinspect.inference.parts import Part
-from twinspect.inference.runtimes import load_predictor
+from twinspect.inference.predictor import load_predictor
 
 Values = dict[str, Any]
 

@@ -22,8 +22,7 @@ from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.evaluation import evaluate
 from twinspect.files import write_text
-from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import TorchRuntime
+from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.metrics import auroc
 from twinspect.training.fit import fit
 from twinspect.training.source import FeatureSource, cache_folder

@@ -77,9 +77,8 @@ def serve_simulated(options: list[str]) -> None:
     from twinspect.decide.conformal import GoodScores
     from twinspect.decide.decision import Decision
     from twinspect.inference.predictor import Predictor
-    from twinspect.server.app import build_app
+    from twinspect.server.app import build_app, serve
     from twinspect.server.log import InspectionLog
-    from twinspect.server.run import serve
     from twinspect.server.settings import Settings
 
     class Simulated:

@@ -322,12 +322,12 @@ def _samples(images: Path | None, count: int, folder: Path) -> list[Sample]:
     if images is not None:
         found = [Path(item.path) for item in islice(expand(images), count)]
         return [Sample(found[i % len(found)], TRAIN, "") for i in range(count)]
-    from twinspect.data.painting import part
+    from twinspect.data.images import made_up_rgb
 
     rng = np.random.default_rng(0)
     paths = [folder / f"{number}.jpg" for number in range(count)]
-    for number, path in enumerate(paths):
-        Image.fromarray(part(number, rng, _PAINTED_SIDE)).save(path, quality=90)
+    for path in paths:
+        Image.fromarray(made_up_rgb(rng, _PAINTED_SIDE)).save(path, quality=90)
     return [Sample(path, TRAIN, "") for path in paths]
 
 

@@ -46,8 +46,7 @@ from twinspect import data as data_room
 from twinspect.commands.reproduce import RECIPES
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.evaluation import evaluate
-from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import TorchRuntime
+from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.training.fit import choose_images, fit
 from twinspect.types import TEST, TRAIN, Sample
 

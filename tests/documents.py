@@ -126,7 +126,7 @@ class Runner:
 
         patch.setattr(command, "train", small(room.fit))
         patch.setattr(room, "fit", small(room.fit))
-        patch.setattr("twinspect.server.run.serve", self._serve)
+        patch.setattr("twinspect.server.app.serve", self._serve)
         runs = [
             line for block in blocks(document) if block.kind == "sh" and not block.reason for line in block.lines()
         ]
@@ -177,7 +177,7 @@ class Runner:
             assert extras <= {*PROJECT["optional-dependencies"]}, word
 
     def _serve(self, app: Any, settings: Any, started: Callable[[str], None]) -> None:
-        """In the place of ``server.run.serve``: on a free port, for a check and the document's own requests."""
+        """In the place of ``server.app.serve``: on a free port, for a check and the document's own requests."""
         with serving(app, settings) as address:
             started(address)
             while self._requests:
@@ -190,7 +190,7 @@ class Runner:
 @contextmanager
 def serving(app: Any, settings: Any) -> Iterator[str]:
     """A server on a free port of this machine, alive; its address."""
-    from twinspect.server.run import address_of, prepared
+    from twinspect.server.app import address_of, prepared
 
     server, listening = prepared(app, dataclasses.replace(settings, host="127.0.0.1", port=0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

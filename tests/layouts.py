@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from painting import PARTS, damaged, drawn, finished, grid, part, spot
 from PIL import Image
 
 from twinspect.data import ClassCounts
 from twinspect.data.folders import LOGICAL, MVTEC_AD, STRUCTURAL, read_folders
 from twinspect.data.manifest import write_manifest
-from twinspect.data.painting import PARTS, damaged, drawn, finished, grid, part, spot
 from twinspect.data.scan import Folder, ScanLog, relative_to_root
 from twinspect.data.semantic import CIFAR10, CIFAR100, CIFAR100_SUPERCLASSES, FASHION, VIEW
 from twinspect.types import TEST, TRAIN, Sample

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from painting import part
 from scipy.ndimage import uniform_filter
 from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
-from twinspect.data.painting import part
 from twinspect.models.contract import AnomalyModel, build_model
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from twinspect.console import Console
 from twinspect.data import load
-from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import TorchRuntime
+from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.metrics import auroc
 from twinspect.training.fit import fit
 from twinspect.types import TEST, TRAIN, Sample

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from twinspect.cli import app
 from twinspect.commands.bench import parse_batches
 from twinspect.errors import ConfigError
-from twinspect.inference.runtimes import load_predictor
+from twinspect.inference.predictor import load_predictor
 
 
 @pytest.fixture

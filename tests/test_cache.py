@@ -201,7 +201,7 @@ def test_tokens_alone_are_those_of_whole_records(teacher: str, tmp_path: Path) -
     off = FeatureSource(model, samples_of(folder), None, silent)
     whole = on.batch([4, 0, 2])[0]
     tokens, embedding_nF = on.vectors([4, 0, 2])
-    assert len(tokens) == len(whole.tokens) == 1 + model.selection.second_view
+    assert len(tokens) == len(whole.tokens) == len(model.selection.shrinks)
     assert all(torch.equal(a, b) for a, b in zip(tokens, whole.tokens, strict=True))
     assert torch.equal(embedding_nF, whole.embedding_BF)
     torch.testing.assert_close((tokens, embedding_nF), off.vectors([4, 0, 2]), rtol=1e-3, atol=1e-3)

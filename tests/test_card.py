@@ -48,15 +48,13 @@ def test_card_tells_what_was_learnt_after_other_images_calibrated(bundle: Path, 
 
 def test_card_of_an_export_is_that_of_its_bundle(quick, tmp_path: Path) -> None:
     """From the metadata beside it, so that no runtime is needed."""
-    from twinspect.inference.runtimes import ExportMeta, write_meta
+    from twinspect.bundle import write_beside
 
     fitted = quick.fitted
     path = tmp_path / "parts.onnx"
     path.write_bytes(b"graph")
-    write_meta(
-        path,
-        ExportMeta("openvino", 64, fitted.decision.to_dict(), fitted.record, fitted.config.to_dict(), {}, "1"),
-    )
+    meta = {"runtime": "openvino", "size": 64, "check": {}, "writer": "1", "record": fitted.record}
+    write_beside(path, meta | {"decision": fitted.decision.to_dict(), "config": fitted.config.to_dict()})
     text, own = printed(path), printed(quick.save(tmp_path / "parts.twin"))
     assert "written by: twinspect 1, exported for openvino" in text
     assert text.split("- model:", 1)[1] == own.split("- model:", 1)[1]

@@ -308,7 +308,7 @@ def test_predict_writes_maps_and_overlays(bundle: Path, tmp_path: Path) -> None:
 def test_predict_that_breaks_off_leaves_no_whole_looking_table(
     bundle: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinspect.inference.runtimes import TorchRuntime
+    from twinspect.inference.predictor import TorchRuntime
 
     out = tmp_path / f"t{suffix}"
     ok("predict", bundle, good_folder(tmp_path / "old", 1), "--out", out, "--workers", 0)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from painting import part
 from test_statistics import normal
 from tiny import run_config
 
-from twinspect.data.painting import part
 from twinspect.decide.decision import mixed_up
 from twinspect.models.clusters import (
     GAP,

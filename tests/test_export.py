@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import images_to_test, picture
 
+from twinspect.bundle import companion, read_meta
 from twinspect.decide.conformal import Threshold
 from twinspect.errors import BundleError, ConfigError, OutputError, TwinspectError
 from twinspect.export import (
@@ -24,7 +25,7 @@ from twinspect.export import (
     painted,
 )
 from twinspect.inference import load
-from twinspect.inference.runtimes import TorchRuntime, check_pixels, companion, load_runtime, read_export
+from twinspect.inference.predictor import TorchRuntime, load_runtime
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +63,10 @@ def test_predictions_equal_those_of_the_bundle(onnx_file: Path, quick, parts: Pa
 
 
 def test_metadata_hold_decision_record_and_comparison(onnx_file: Path, quick) -> None:
-    meta = read_export(onnx_file)
-    assert meta.decision == json.loads(json.dumps(quick.fitted.decision.to_dict()))
-    assert meta.record["teacher"] == quick.record_["teacher"]
-    assert meta.check["score_gap"] < 1e-4
+    meta = read_meta(onnx_file)
+    assert meta["decision"] == json.loads(json.dumps(quick.fitted.decision.to_dict()))
+    assert meta["record"]["teacher"] == quick.record_["teacher"]
+    assert meta["check"]["score_gap"] < 1e-4
     assert b"site-packages" not in onnx_file.read_bytes()
 
 
@@ -115,23 +116,6 @@ def test_other_versions_say_what_to_type(onnx_file: Path, tmp_path: Path, versio
         load(other)
 
 
-@pytest.mark.parametrize(
-    ("pixels", "said"),
-    [
-        (np.zeros((1, 3, 64, 64), np.uint8), "channels come first"),
-        (np.zeros((1, 64, 64, 3), np.float32), "type float32"),
-        (np.zeros((1, 64, 64, 4), np.uint8), r"\(1, 64, 64, 4\)"),
-        (np.zeros((64, 64, 3), np.uint8), "accepted uint8 of B x 64 x 64 x 3"),
-        (np.zeros((1, 0, 64, 3), np.uint8), r"\(1, 0, 64, 3\)"),
-        (np.zeros((0, 64, 64, 3), np.uint8), "B from 1"),
-        (np.zeros((1, 32, 64, 3), np.uint8), r"\(1, 32, 64, 3\)"),
-    ],
-)
-def test_pixels_a_graph_would_misread_are_refused(pixels: np.ndarray, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        check_pixels(pixels, 64)
-
-
 def test_options_and_names_that_do_not_go_together(quick, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends in .onnx, or in .xml"):
         export(quick.fitted, tmp_path / "m.pt2")
@@ -161,7 +145,7 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("twinspect.export.write_meta", full)
+    monkeypatch.setattr("twinspect.export.write_beside", full)
     with pytest.raises(OutputError, match="No space left"):
         export(quick.fitted, tmp_path / "m.onnx", images=images)
     assert not list(tmp_path.iterdir())
@@ -171,14 +155,14 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
 def test_a_missing_runtime_says_what_to_type(
     onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from twinspect.inference import runtimes
+    from twinspect.inference import predictor
 
     def absent(module: str) -> None:
         raise ImportError(f"No module named {module}")
 
-    monkeypatch.setattr(runtimes.importlib, "import_module", absent)
+    monkeypatch.setattr(predictor.importlib, "import_module", absent)
     with pytest.raises(TwinspectError, match=f"pip install {name}"):
-        runtimes.required(name, onnx_file)
+        predictor.required(name, onnx_file)
 
 
 def test_threads_and_devices_that_no_machine_has(onnx_file: Path) -> None:

@@ -17,16 +17,17 @@ from safetensors.torch import save
 
 from twinspect.errors import ConfigError, WeightsError
 from twinspect.files import lock, sha256_of
-from twinspect.models import fetch as fetching
-from twinspect.models.fetch import fetch, fetch_lines, repository
 from twinspect.models.weights import (
     EMBEDDED,
     SHORT_NAMES,
     WeightsSource,
+    fetch,
+    fetch_lines,
     find_weights,
     licence,
     load_state,
     record_file,
+    repository,
     store_dir,
 )
 
@@ -146,13 +147,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_fetch_writes_file_and_record_and_needs_no_network_again(hub: Hub) -> None:
-    seen: list[tuple[str, int, int]] = []
-    path = fetch(NAME, lambda *args: seen.append(args))
+    path = fetch(NAME)
     assert path.read_bytes() == BODY
     assert json.loads(record_file(path).read_text()) == {
         "repo": repository(NAME), "file": "model.safetensors", "revision": COMMIT, "sha256": SHA, "size": len(BODY),
     }  # fmt: skip
-    assert seen[-1][1:] == (len(BODY) >> 20, len(BODY) >> 20)
     assert find_weights(NAME).path == path
     asked = len(hub.requests)
     assert fetch(NAME) == path
@@ -271,7 +270,7 @@ def test_a_file_put_there_by_hand_is_left_alone(hub: Hub) -> None:
     own = store_dir() / f"{NAME}.pth"
     own.write_bytes(b"mine")
     assert fetch(NAME) == own
-    assert "by hand" in fetch_lines(NAME, "", "", fetching.silent)[0]
+    assert "by hand" in fetch_lines(NAME, "", "")[0]
     assert hub.requests == []
 
 
@@ -302,7 +301,7 @@ def test_licences() -> None:
 def test_embedded_names_need_nothing(hub: Hub) -> None:
     name = "efficientnet-lite0"
     assert fetch(name).is_file()
-    assert "nothing needs fetching" in fetch_lines(name, "", "", fetching.silent)[0]
+    assert "nothing needs fetching" in fetch_lines(name, "", "")[0]
     assert hub.requests == []
 
 

@@ -49,7 +49,7 @@ def test_light_modules_load_no_torch(module: str) -> None:
 
 
 def test_prediction_room_loads_no_torch() -> None:
-    code = "import sys, twinspect.inference.bulk, twinspect.inference.on_ray, twinspect.inference.runtimes"
+    code = "import sys, twinspect.inference.bulk, twinspect.inference.predictor"
     assert run(f"{code}; print('torch' in sys.modules)") == "False"
 
 
@@ -84,7 +84,7 @@ def test_importing_every_module_changes_nothing() -> None:
     code = f"""
 import os, sys, warnings, importlib
 import numpy, PIL.Image, torch
-import twinspect.models.timm_import, scipy.ndimage, scipy.stats, pyarrow  # what third parties do is not ours
+import twinspect.models.teachers, scipy.ndimage, scipy.stats, pyarrow  # what third parties do is not ours
 
 def state():
     return dict(

@@ -15,7 +15,7 @@ from twinspect import Detector
 from twinspect.cli import app
 from twinspect.data.samples import fit_roi, read_roi
 from twinspect.errors import DataError
-from twinspect.inference.runtimes import load_predictor
+from twinspect.inference.predictor import load_predictor
 
 CONFIG = run_config("efficientnet-lite0", True, size=128, steps=2, depth=1)
 

@@ -17,8 +17,8 @@ from installed import needed
 from tiny import images_to_test, picture
 
 from twinspect.inference import load
+from twinspect.inference.predictor import TorchRuntime
 from twinspect.inference.regions import components
-from twinspect.inference.runtimes import TorchRuntime
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "timm", "scipy", "pyarrow")

@@ -15,11 +15,18 @@ from tiny import good_folder
 from typer.testing import CliRunner
 
 from twinspect import Detector
-from twinspect.bundle import read_bundle, write_bundle
+from twinspect.bundle import (
+    companion,
+    read_bundle,
+    sign,
+    signature_file,
+    verified,
+    verify,
+    write_beside,
+    write_bundle,
+)
 from twinspect.cli import app
 from twinspect.errors import BundleError, ConfigError
-from twinspect.inference.runtimes import companion
-from twinspect.signature import sign, signature_file, verified, verify
 
 
 def write_keys(folder: Path, name: str, key=None) -> SimpleNamespace:
@@ -78,13 +85,11 @@ def test_other_keys_and_every_change_are_refused(model: Path, keys: SimpleNamesp
 def test_exports_carry_their_signature_beside_them(
     model: Path, keys: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinspect.inference import runtimes
-
     meta = {field: {} for field in ("decision", "record", "config", "check")}
-    meta |= {"runtime": "onnx", "size": 32, "writer": "x"}
+    meta |= {"runtime": "onnx", "size": 32}
     export = tmp_path / "a.onnx"
     export.write_bytes(b"graph")
-    runtimes.write_meta(export, runtimes.ExportMeta(**meta))
+    write_beside(export, meta)
     sign(export, keys.private)
     verify(export, keys.public)
     text = companion(export).read_text()
@@ -131,7 +136,7 @@ def test_keys_of_openssl_on_the_command_line(model: Path, tmp_path: Path, monkey
 def test_the_server_takes_signed_models_only_also_when_it_reads_them_again(
     quick: Detector, model: Path, keys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinspect.server import run as running
+    from twinspect.server import app as running
 
     line = ["serve", str(model), "--require-signature", str(keys.public), "--log", "none"]
     found = CliRunner().invoke(app, line)

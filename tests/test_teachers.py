@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from painting import ring
 from safetensors.torch import save_file
 
 from twinspect.data.images import resize_rgb
-from twinspect.data.painting import ring
 from twinspect.errors import ConfigError, WeightsError
 from twinspect.models import fold
 from twinspect.models.fold import FrozenConv, fold_batch_norms, pads_unevenly
@@ -253,8 +253,7 @@ def test_embedded_weights_are_matched_kind_by_kind(name: str) -> None:
 def test_embedded_teacher_tells_pictures_apart() -> None:
     """Trained weights, unlike random ones, put two rings nearer to each other than to a cloth."""
     import numpy as np
-
-    from twinspect.data.painting import weave
+    from painting import weave
 
     one = create_teacher("efficientnet-lite0")
     pictures = [make(np.random.default_rng(seed), 128) for make, seed in ((ring, 0), (ring, 1), (weave, 2))]

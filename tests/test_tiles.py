@@ -13,8 +13,7 @@ from twinspect.config import RunConfig
 from twinspect.data.images import resize_rgb
 from twinspect.errors import ConfigError
 from twinspect.inference import load
-from twinspect.inference.decode import Decoding, decode
-from twinspect.inference.tiles import OVERLAP, blended, boxes, cut, joined, reach, speaker
+from twinspect.inference.decode import OVERLAP, Decoding, blended, boxes, cut, decode, joined, reach, speaker
 from twinspect.training.fit import fitting_tiles, usual_sides
 from twinspect.types import TRAIN, Sample
 
@@ -163,7 +162,7 @@ def test_an_export_sees_the_same_tiles(tiled: Detector, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from twinspect.export import export
-    from twinspect.inference.runtimes import load_predictor
+    from twinspect.inference.predictor import load_predictor
 
     export(tiled.fitted, tmp_path / "m.onnx")
     pixels = sheet(70)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from painting import weave
 from PIL import Image
 
 from twinspect.config import RunConfig
 from twinspect.data import load
-from twinspect.data.painting import weave
 from twinspect.types import TEST, TRAIN, Sample
 
 # Development images, where somebody has them beside the checkout.

@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.commands.diagnose import cutpaste, mixup
-from twinspect.data.painting import part
 from twinspect.decide.conformal import conformal_threshold
 from twinspect.report import Axis
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from painting import part
 
 SIDE, GAP, TEXT = 150, 10, 24
 _BOX, _ARROW = "#eef4f8", "#51606e"

@@ -16,9 +16,8 @@ from playwright.sync_api import sync_playwright
 
 from twinspect.commands.demo import FULL, find_images, kind_of, split
 from twinspect.inference import load
-from twinspect.server.app import build_app
+from twinspect.server.app import address_of, build_app, prepared
 from twinspect.server.log import InspectionLog
-from twinspect.server.run import address_of, prepared
 from twinspect.server.settings import Settings
 
 WIDTH, HEIGHT = 1080, 1300

@@ -1,18 +1,26 @@
-"""One file that holds a trained model: safetensors and JSON in a zip, each with its sha256. Never pickle.
+"""The files that hold a trained model: bundles, what lies beside exports, and signatures.
 
-It holds the teacher as well, so that prediction needs no network and no package of weights.
-`read_bundle` and `write_bundle` know the file and no torch; `load` and `save` make models of it.
+A bundle is safetensors and JSON in a zip, each with its sha256. Never pickle. It holds the teacher as well, so that
+prediction needs no network and no package of weights. Beside an export (``model.onnx``, ``model.xml``) lies
+``model.onnx.json``: how the model came to be, its threshold, the comparison that it passed, and the sha256 of every
+file of the export. A signature (Ed25519) lies beside either, with ``.sig`` behind the file's name, so that nothing of
+a model need be read to verify it. Keys are PEM files, as ``openssl genpkey -algorithm ed25519`` makes them.
+
+`load` and `save` make models of bundles; nothing else here knows torch.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +29,7 @@ from twinspect import files
 from twinspect._version import __version__
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, refuse_version
+from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
@@ -32,13 +40,18 @@ if TYPE_CHECKING:
 
 FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"
+EXPORT_FORMAT = 3  # raised when a reader of an older library would misunderstand the JSON beside an export
+EXPORTS = {".onnx": "onnx", ".xml": "openvino"}  # ending of an export -> what runs it
+_OF_EXPORT = ("runtime", "size", "decision", "record", "config", "check", "writer")
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
+_PURPOSE = b"twinspect model, version 2\n"  # so that no signature of anything else can be taken for one of a model
+_MAKE_KEY = {
+    "private": "openssl genpkey -algorithm ed25519 -out key.pem",
+    "public": "openssl pkey -in key.pem -pubout -out key.pub",
+}
 _MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like that
-
-
-# ------------------------------------------------------------------------------------------------ the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +140,57 @@ def _member(file: zipfile.ZipFile, name: str) -> bytes:
     return file.read(name)
 
 
-# ----------------------------------------------------------------------------------------------- the model
+def is_export(path: Path | str) -> bool:
+    """Whether a path names an exported model (.onnx, .xml) rather than a bundle."""
+    return Path(path).suffix.lower() in EXPORTS
+
+
+def companion(path: Path) -> Path:
+    """The JSON file beside an export."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_beside(path: Path, meta: Mapping[str, Any]) -> None:
+    """Write beside an export what it says of itself (see `read_meta`), with the sha256 of its files."""
+    hashes = {part.suffix: files.sha256_of(part) for part in (path, path.with_suffix(".bin")) if part.is_file()}
+    head = {"format": EXPORT_FORMAT, "writer": __version__, "files": hashes}
+    companion(path).write_text(json.dumps({**head, **meta}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a bundle or an export says of itself, verified; no model is built and no runtime is loaded.
+
+    Both have ``config``, ``record`` and ``decision``, ``format``, and ``twinspect``, the version that wrote it. An
+    export has ``runtime``, ``size`` (input side in pixels) and ``check`` (the comparison that it passed), too. A
+    BundleError where the model is missing, damaged, changed since, or made for another version of the library.
+    """
+    if not is_export(path):
+        return read_bundle(path).meta
+    if not path.is_file():
+        advice = f"Make one with: twinspect export BUNDLE --out {path}"
+        raise BundleError(f"no such model: {path}.{files.near_names(path)} {advice}")
+    home = companion(path)
+    if not home.is_file():
+        raise BundleError(
+            f"{home.name} must lie beside {path}: it holds the threshold, without which no decision can be made. "
+            "Copy both, or type: twinspect export BUNDLE --out NEW.onnx"
+        )
+    try:
+        meta = dict(json.loads(home.read_text(encoding="utf-8")))
+        older = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
+        refuse_version(path, meta.get("format", 0), EXPORT_FORMAT, meta.get("writer", "of an unknown version"), older)
+        ending = path.suffix.lower()
+        for suffix in {ending, *meta["files"]}:
+            part = path if suffix == ending else path.with_suffix(suffix)
+            if not part.is_file():
+                raise BundleError(f"{part} is missing; an export is moved with all its files")
+            if files.sha256_of(part) != meta["files"][suffix]:
+                raise BundleError(f"{part} was changed or damaged after it was exported (sha256); export it again")
+        return {name: meta[name] for name in ("format", *_OF_EXPORT)} | {"twinspect": meta["writer"]}
+    except KeyError as error:
+        raise BundleError(f"{home}: its metadata lack {error}; export it again") from None
+    except (*NONSENSE, OSError, RecursionError) as error:
+        raise BundleError(f"{home} is damaged or not an export ({error}); copy it again or export again") from None
 
 
 @dataclass(slots=True)
@@ -210,3 +273,78 @@ def _resize_buffers(model: AnomalyModel, tensors: Mapping[str, Tensor]) -> None:
         if stored is not None and stored.shape != buffer.shape:
             owner, _, buffer_name = name.rpartition(".")
             model.get_submodule(owner).register_buffer(buffer_name, stored.new_empty(stored.shape))
+
+
+def signature_file(path: Path) -> Path:
+    """Where the signature of a model lies."""
+    return path.with_name(f"{path.name}.sig")
+
+
+def sign(path: Path, key_file: Path) -> None:
+    """Sign a bundle or an export, anew if it is signed; a BundleError where it is not a whole model."""
+    key = _key(key_file, "private")
+    read_meta(path)
+    files.write_text(signature_file(path), base64.b64encode(key.sign(_statement(path))).decode("ascii") + "\n")
+
+
+def verify(path: Path, key_file: Path) -> None:
+    """Refuse, by a BundleError, a model that the key's holder has not signed as it is now."""
+    key = _key(key_file, "public")
+    if not signature_file(path).is_file():
+        raise BundleError(f"{path} is not signed; whoever holds the key types: twinspect sign {path.name} --key KEY")
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(base64.b64decode(files.read_text(signature_file(path)).strip(), validate=True), _statement(path))
+    except (InvalidSignature, ValueError, OSError):
+        raise BundleError(
+            f"{path}: its signature is not that of {key_file}, or the model was changed after it was signed; "
+            "get it again from whoever trained it, with its .sig"
+        ) from None
+    if is_export(path):
+        read_meta(path)  # it names the sha256 of the other files
+
+
+@contextmanager
+def verified(path: Path, key_file: Path) -> Iterator[Path]:
+    """A copy of a model that nobody else can write: what is opened is what was verified. Raises as `verify`."""
+    with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
+        beside = (companion(path), path.with_suffix(".bin")) if is_export(path) else ()
+        try:
+            for part in (path, signature_file(path), *beside):
+                if part == path or part.is_file():
+                    shutil.copyfile(part, Path(folder) / part.name)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be copied to be verified ({error.strerror or error})") from None
+        copy = Path(folder) / path.name
+        try:
+            verify(copy, key_file)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(copy), str(path))) from None
+        yield copy
+
+
+def _statement(path: Path) -> bytes:
+    """What is signed: of a bundle the sha256, of an export that of the JSON beside it."""
+    return _PURPOSE + files.sha256_of(companion(path) if is_export(path) else path).encode()
+
+
+def _key(file: Path, kind: str) -> Any:
+    try:
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+    except ImportError:
+        raise ConfigError("signatures need the package cryptography; type: pip install 'twinspect[sign]'") from None
+    try:
+        body = file.read_bytes()
+        key = load_pem_private_key(body, None) if kind == "private" else load_pem_public_key(body)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+        raise ConfigError(
+            f"{file}: no {kind} key in a PEM file without password ({error}). Type: {_MAKE_KEY[kind]}"
+        ) from None
+    if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
+        raise ConfigError(f"{file}: a key of another kind than Ed25519. Type: {_MAKE_KEY[kind]}")
+    return key

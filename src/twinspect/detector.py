@@ -251,8 +251,7 @@ class Detector:
 
     def predictor(self) -> Predictor:
         """The predictor behind `predict`, built once."""
-        from twinspect.inference.predictor import Predictor
-        from twinspect.inference.runtimes import TorchRuntime
+        from twinspect.inference.predictor import Predictor, TorchRuntime
 
         if self._predictor is None:
             fitted = self.fitted

@@ -1,14 +1,4 @@
-"""Errors for people: what was got, what is accepted, what to type.
-
-TwinspectError                 everything a user can cause or meet
-|-- ConfigError                an option or a combination of options (also a ValueError)
-|-- DataError                  a folder, manifest or set of images (also a ValueError)
-|   `-- ImageError             one image file that cannot be used
-|-- WeightsError               a teacher's weights: absent, wrong, damaged
-|-- BundleError                a saved model: damaged, tampered, too new, wrong teacher
-|-- OutputError                a result that cannot be written where it should go
-`-- TrainingError              training cannot go on (non-finite loss, wrong checkpoint)
-"""
+"""Errors for people: what was got, what is accepted, what to type."""
 
 from __future__ import annotations
 

@@ -28,15 +28,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from twinspect._version import __version__
-from twinspect.bundle import Fitted
-from twinspect.data.painting import damaged, part, spot
+from twinspect.bundle import EXPORTS, Fitted, write_beside
+from twinspect.data.images import made_up_rgb
 from twinspect.decide.decision import Decision
 from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import Decoding, decode, expand
-from twinspect.inference.predictor import Runtime
-from twinspect.inference.runtimes import RUNTIMES, ExportMeta, TorchRuntime, load_runtime, write_meta
+from twinspect.inference.predictor import RUNTIMES, Runtime, TorchRuntime, load_runtime
 from twinspect.models.contract import AnomalyModel, Outputs
 from twinspect.models.fold import prepared
 from twinspect.types import Progress, silent
@@ -46,11 +44,7 @@ Answers = Mapping[str, NDArray[Any]]
 _FEWEST = 32  # images that an export should be compared on
 _ROUNDING = 1e-4  # gap of two scores that are the same
 TOLERANCES = {"scores": _ROUNDING, "map values": 1e-3}  # largest gaps
-# Ending of a file -> runtime it is for, and packages that write it.
-_FORMATS = {
-    ".onnx": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
-    ".xml": ("openvino", ("onnx", "onnxscript", "openvino")),
-}
+_NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
 _MOST_BATCH = 4096
@@ -106,18 +100,11 @@ class Comparison:
 
 
 def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: Progress = silent) -> Comparison:
-    """Write an export, after it agreed with torch.
+    """Write an export (``.onnx``, or ``.xml`` with ``.bin`` for OpenVINO), after it agreed with torch.
 
-    Args:
-        fitted: trained model with its decision.
-        out: file to write, whose ending says the runtime: ``.onnx``, or ``.xml`` (with ``.bin``) for OpenVINO. The
-            metadata are written beside it.
-        images: to compare on, of the model's size (`load_images`), at least 32; without any some are painted.
-        progress: called with (stage, done, total).
-
-    Raises:
-        TwinspectError: a model that cannot be exported, a package that is missing, an export that does not say what
-            the model says (ParityError), or a file that cannot be written; nothing is left behind.
+    ``images`` are those to compare on, of the model's size (`load_images`), 32 or more; without any some are painted.
+    A TwinspectError for a model that cannot be exported, a package that is missing, an export that does not say what
+    the model says (ParityError), or a file that cannot be written; nothing is left behind.
     """
     runtime = checked_runtime(out)
     refuse_unwritable(out, "--out")
@@ -135,8 +122,9 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
                     f"the export does not say what the model says: {problems}. Nothing was written. Please report "
                     "this with the versions that twinspect doctor prints"
                 )
-            fixed = (fitted.decision.to_dict(), fitted.record, fitted.config.to_dict())
-            write_meta(draft, ExportMeta(runtime, size, *fixed, asdict(comparison), __version__))
+            meta = {"runtime": runtime, "size": size, "check": asdict(comparison), "record": fitted.record}
+            meta |= {"decision": fitted.decision.to_dict(), "config": fitted.config.to_dict()}
+            write_beside(draft, meta)
             made = [part for part in folder.iterdir() if part.is_file()]
             for part in sorted(made, key=lambda p: p == draft):
                 os.replace(part, out.with_name(part.name))
@@ -145,12 +133,12 @@ def export(fitted: Fitted, out: Path, images: Sequence[Pixels] = (), progress: P
     return comparison
 
 
-def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Comparison, ExportMeta]:
+def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Comparison, dict[str, Any]]:
     """Compare an export with its bundle; a BundleError where it is damaged, or of another bundle."""
     exported, meta = load_runtime(path)
-    if meta.decision.get("model_id") != fitted.decision.model_id:
+    if meta["decision"].get("model_id") != fitted.decision.model_id:
         raise BundleError(
-            f"{path} was exported from another model (id {meta.decision.get('model_id')}, this bundle's is "
+            f"{path} was exported from another model (id {meta['decision'].get('model_id')}, this bundle's is "
             f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
         )
     return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, silent), meta
@@ -158,10 +146,10 @@ def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Compari
 
 def checked_runtime(out: Path) -> str:
     """The runtime that a file's ending says, which is there to compare with. Raises as `export`."""
-    runtime, needed = _FORMATS.get(out.suffix, ("", ()))
+    runtime = EXPORTS.get(out.suffix, "")
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in _NEEDED[runtime] if importlib.util.find_spec(name) is None]:
         raise TwinspectError(
             f"{out.name} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
             f'(or: pip install "twinspect[{runtime}]")'
@@ -333,7 +321,9 @@ def load_images(source: Any, size: int, most: int = 100) -> list[Pixels]:
 
 
 def painted(size: int) -> list[Pixels]:
-    """Painted parts, for exports without any images at hand; every second one with a defect."""
+    """Pictures for exports without any images at hand; every second one has a white square."""
     rng = np.random.default_rng(0)
-    squares = [part(i, rng, size) for i in range(_FEWEST)]
-    return [damaged(square, [spot(rng, size)]) if i % 2 else square for i, square in enumerate(squares)]
+    squares = [made_up_rgb(rng, size) for _ in range(_FEWEST)]
+    for square in squares[1::2]:
+        square[size // 3 : size // 2, size // 3 : size // 2] = 255
+    return squares

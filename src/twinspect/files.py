@@ -31,10 +31,12 @@ _MARKS = {
 }  # fmt: skip
 
 
-def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
-    """A text file, opened in the encoding that its byte order mark names, else UTF-8; arguments as of `open`.
+@contextmanager
+def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
+    """A text file to read, in the encoding that its byte order mark names, else UTF-8; arguments as of `open`.
 
-    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16. Raises DataError if it cannot be read.
+    Windows writes such marks: Notepad before UTF-8, PowerShell before UTF-16. Raises DataError where the file cannot
+    be opened or read, or is no text.
     """
     try:
         with path.open("rb") as file:
@@ -42,20 +44,18 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
         encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
         if errors != "strict" and encoding != "utf-8":
             errors = "replace"  # surrogate escapes stand for single bytes, which UTF-16 does not have
-        return path.open(encoding=encoding, errors=errors, newline=newline)
+        with path.open(encoding=encoding, errors=errors, newline=newline) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_text(path: Path) -> str:
-    """Content of a text file; a DataError where it cannot be read, or is no text. Encodings as in `open_text`."""
-    try:
-        with open_text(path) as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    """Content of a text file, as `open_text` opens it."""
+    with open_text(path) as file:
+        return file.read()
 
 
 def sha256_of(path: Path) -> str:

@@ -91,15 +91,8 @@ class Skipped:
 
 
 class Features(NamedTuple):
-    """What a teacher or an encoder student says about a batch.
+    """What a teacher or an encoder student says about a batch."""
 
-    Attributes:
-        maps: one B x D_l x h_l x w_l tensor per level, fine to coarse for a CNN.
-        tokens: one B x D_l global token per level (ViT class token, pooled stage of a CNN).
-        prefix: one B x P x D_l tensor per map: the class and register tokens in front of a ViT's patches. Empty
-            for a CNN.
-    """
-
-    maps: tuple[Tensor, ...]
-    tokens: tuple[Tensor, ...]
-    prefix: tuple[Tensor, ...] = ()
+    maps: tuple[Tensor, ...]  # B x D_l x h_l x w_l of each level, fine to coarse for a CNN
+    tokens: tuple[Tensor, ...]  # a global token of each level, B x D_l: ViT class token, pooled stage of a CNN
+    prefix: tuple[Tensor, ...] = ()  # class and register tokens of a ViT with each map, B x P x D_l

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from layouts import WRITERS, Plan, write
 
-from twinspect.data import DATASETS, Dataset, detect, load
+from twinspect.data import DATASETS, Dataset, load
 from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.protocols import make_splits
 from twinspect.data.samples import has_pixel_truth, read_regions, read_sample_mask, read_sample_rgb
@@ -27,7 +27,7 @@ def test_every_layout_has_a_loader_and_a_writer() -> None:
 def test_counts_are_exact(tmp_path: Path, layout: str, shape: str) -> None:
     root = tmp_path / "größe 5 µm"
     expected = write(layout, root, Plan(shape=shape, classes=3, train=5, good=2, defect=7))
-    assert detect(root) == layout
+    assert load(root).layout == layout
     found = load(root)
     assert found.layout == layout
     assert found.counts == expected
@@ -93,7 +93,7 @@ def test_folder_of_data_sets_asks_which_one(tmp_path: Path) -> None:
     write("mvtec-ad", tmp_path / "a")
     write("view", tmp_path / "b")
     with pytest.raises(DataError, match=r"a \(mvtec-ad\), b \(view\)"):
-        detect(tmp_path)
+        load(tmp_path)
 
 
 def test_masks_without_suffix_and_other_case_of_good(tmp_path: Path) -> None:
@@ -226,9 +226,9 @@ def test_a_new_data_set_is_one_function_and_one_row(tmp_path: Path, monkeypatch:
     row = {"catalogue": Dataset("catalogue.lst", is_catalogue, catalogue)}
     monkeypatch.setattr("twinspect.data.DATASETS", row | DATASETS)
     found = load(tmp_path)
-    assert detect(tmp_path) == found.layout == "catalogue"
+    assert found.layout == "catalogue"
     assert [s.image.relative_to(tmp_path).as_posix() for s in found.samples] == names
     (split,) = make_splits(found.samples)
     assert (len(split.train) + len(split.calibration), len(split.test)) == (len(names) - 2, 2)
     (tmp_path / "catalogue.lst").unlink()
-    assert detect(tmp_path) == "folder"
+    assert load(tmp_path).layout == "folder"

@@ -10,7 +10,7 @@ import yaml
 from layouts import write
 from tiny import picture, save
 
-from twinspect.data import detect, load
+from twinspect.data import load
 from twinspect.errors import DataError
 
 
@@ -34,7 +34,7 @@ def test_one_settings_file_is_a_data_set_wherever_its_images_lie(
     with pytest.raises(DataError, match="root 'images' is not beside this file nor in .*--images DIR"):
         load(path)
     monkeypatch.chdir(tmp_path)
-    assert detect(path) == "anomalib"
+    assert load(path).layout == "anomalib"
     (counts,) = load(path).counts.values()
     assert (counts.train, counts.test_defect) == (2, 1)
     assert {s.class_name for s in load(path, images=tmp_path / "images").samples} == {"cable"}

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from layouts import DEFECTS, WRITERS, Plan, scene, write
-
-from twinspect.data.painting import PARTS, damaged, part
+from painting import PARTS, damaged, part
 
 
 def content(root: Path) -> dict[str, bytes]:

@@ -23,9 +23,8 @@ from PIL import Image
 from twinspect.decide.conformal import Budget, GoodScores
 from twinspect.decide.decision import Decision
 from twinspect.inference.predictor import Predictor
-from twinspect.server.app import build_app
+from twinspect.server.app import build_app, prepared
 from twinspect.server.log import InspectionLog
-from twinspect.server.run import prepared
 from twinspect.server.settings import Settings
 
 DARK, BRIGHT = 40, 250  # grey levels of a good image and of an anomaly

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from twinspect.server.batcher import Batcher
+from twinspect.server.service import Batcher
 
 pytestmark = pytest.mark.anyio  # its plugin comes with Starlette
 

@@ -296,7 +296,7 @@ def test_key_is_not_shown_and_comes_from_file_or_environment(tmp_path: Path) -> 
 
 
 def test_a_port_that_is_taken_is_said() -> None:
-    from twinspect.server.run import prepared
+    from twinspect.server.app import prepared
 
     with Running() as server, pytest.raises(ConfigError, match=f"{server.port}.*--port"):
         prepared(server.app, Settings(port=server.port))

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from twinspect.bundle import is_export, read_meta
 from twinspect.commands.options import BenchOptions
 from twinspect.console import Console
-from twinspect.data.images import read_rgb, resize_rgb
-from twinspect.data.painting import part
+from twinspect.data.images import made_up_rgb, read_rgb, resize_rgb
 from twinspect.device import peak_mb
 from twinspect.errors import ConfigError
 from twinspect.inference.decode import encoded, expand
-from twinspect.inference.predictor import Predictor, check_counts
-from twinspect.inference.runtimes import is_export, load_predictor, read_export
+from twinspect.inference.predictor import Predictor, check_counts, load_predictor
 from twinspect.report import Table
 
 _PAINTED, _PAINTED_SIDE = 8, 1000  # one-megapixel JPEGs where no images are given
@@ -43,7 +42,7 @@ def bench(options: BenchOptions, console: Console) -> None:
         numbers |= {f"{name} ms": ms for name, ms in row["latency_ms"].items()}
         rows.append(row)
         shown.append({"batch": batch, **{name: f"{number:.1f}" for name, number in numbers.items()}})
-    runtime = read_export(options.model).runtime if is_export(options.model) else "torch"
+    runtime = read_meta(options.model)["runtime"] if is_export(options.model) else "torch"
     size, threads = predictor.runtime.size, options.threads or "auto"
     title = f"{options.model.name}: {runtime} at {size} px, threads {threads}, {images}"
     console.say(*Table.of(title, shown).lines())
@@ -73,9 +72,9 @@ def _files(images: Path | None) -> tuple[list[bytes], str]:
             read_rgb(files[-1], name=item.name)  # one that cannot be read would be measured as a very fast one
         return files, f"{len(files)} files of {images.name}"
     rng, files = np.random.default_rng(0), []
-    for number in range(_PAINTED):
+    for _ in range(_PAINTED):
         body = io.BytesIO()
-        Image.fromarray(part(number, rng, _PAINTED_SIDE)).save(body, "JPEG", quality=90)
+        Image.fromarray(made_up_rgb(rng, _PAINTED_SIDE)).save(body, "JPEG", quality=90)
         files.append(body.getvalue())
     return files, f"{_PAINTED} painted JPEGs of {_PAINTED_SIDE} x {_PAINTED_SIDE}"
 

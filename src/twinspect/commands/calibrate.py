@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from twinspect import data
-from twinspect.bundle import keep_old, read_bundle, write_bundle
+from twinspect.bundle import keep_old, read_bundle, signature_file, write_bundle
 from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, checked_model, number_in, publish, read_data
 from twinspect.console import Console
@@ -25,7 +25,6 @@ from twinspect.decide.drift import NONE, DriftMonitor
 from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
-from twinspect.signature import signature_file
 
 MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 _NOTE = (

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from twinspect.bundle import companion, is_export
 from twinspect.commands import results
 from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
 from twinspect.evaluation import Evaluation
-from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import companion, is_export, load_predictor
+from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Report, Section, Table, case_of
 

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinspect.bundle import companion
 from twinspect.commands.options import CheckOptions, ExportCommandOptions, ServeOptions, SignOptions
 from twinspect.console import Console
 from twinspect.errors import ConfigError
-from twinspect.inference.runtimes import companion
 from twinspect.server import refuse_missing
 from twinspect.server.settings import Settings, named_paths, read_key
 
@@ -44,7 +44,7 @@ def check(options: CheckOptions, console: Console) -> None:
     images = exports.load_images(options.images, fitted.model.size)
     comparison, meta = exports.check(path, fitted, images)
     console.say(*comparison.lines())
-    if meta.decision != json.loads(json.dumps(fitted.decision.to_dict())):
+    if meta["decision"] != json.loads(json.dumps(fitted.decision.to_dict())):
         console.warn(f"the bundle was calibrated again after {path.name} was written; export it again")
     if problems := comparison.problems():
         raise exports.ParityError(f"{path.name} does not say what {bundle.name} says: {'; '.join(problems)}")
@@ -55,11 +55,11 @@ def check(options: CheckOptions, console: Console) -> None:
 def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> None:
     """Open the models and the log, and answer until the process is told to end."""
     refuse_missing()
+    from twinspect.bundle import verified
     from twinspect.inference import load
     from twinspect.server.app import build_app
+    from twinspect.server.app import serve as serve_app
     from twinspect.server.log import InspectionLog
-    from twinspect.server.run import serve as serve_app
-    from twinspect.signature import verified
 
     chosen = Settings(api_key=read_key(options.api_key_file), **settings)
     where = options.log or os.environ.get("TWINSPECT_LOG", "inspections.db")
@@ -83,13 +83,13 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
 
 def sign(options: SignOptions, console: Console) -> None:
     """Sign a model with --key, or verify it with --check."""
-    from twinspect import signature
+    from twinspect import bundle
 
     if (options.key is None) == (options.check is None):
         raise ConfigError("give --key KEY to sign, or --check KEY to verify")
     if options.key is not None:
-        signature.sign(options.model, options.key)
+        bundle.sign(options.model, options.key)
         console.say(f"signed {options.model}")
     elif options.check is not None:
-        signature.verify(options.model, options.check)
+        bundle.verify(options.model, options.check)
         console.say(f"{options.model} is as the holder of {options.check} signed it")

@@ -16,7 +16,6 @@ from twinspect.console import Console
 from twinspect.device import usable_cores, waiting
 from twinspect.errors import TwinspectError
 from twinspect.models import weights
-from twinspect.models.fetch import fetch_lines
 from twinspect.report import Table
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
@@ -31,7 +30,7 @@ def doctor(options: DoctorOptions, console: Console) -> None:
 
 def fetch(options: FetchOptions, console: Console) -> None:
     """Download, verify and record a teacher's weights."""
-    for line in fetch_lines(options.name, options.revision, options.sha256, console.progress):
+    for line in weights.fetch_lines(options.name, options.revision, options.sha256):
         console.say(line)  # while it runs
 
 
@@ -67,7 +66,7 @@ def _machine(problems: list[str]) -> Iterator[str]:
         device = torch.cuda.get_device_properties(number)
         yield f"CUDA {number}: {device.name}, {device.total_memory / 1e9:.1f} GB"
     try:
-        from twinspect.models.timm_import import timm  # noqa: F401
+        from twinspect.models.teachers import timm  # noqa: F401
     except (TwinspectError, ImportError, RuntimeError) as error:
         problems.append(f"timm cannot be imported: {error}")
 

@@ -24,7 +24,7 @@ from twinspect.console import Console
 from twinspect.data.protocols import find_split
 from twinspect.data.samples import read_roi
 from twinspect.errors import BundleError, ConfigError
-from twinspect.inference.tiles import Tiles, reach
+from twinspect.inference.decode import Tiles, reach
 from twinspect.models.weights import explain_auto, resolve_auto
 from twinspect.training.distributed import joined
 from twinspect.training.fit import fit as train

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from twinspect.bundle import read_bundle
+from twinspect.bundle import is_export, read_meta
 from twinspect.commands.calibrate import class_values, threshold_table
 from twinspect.commands.options import InfoOptions
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.decide.decision import Decision, promises
 from twinspect.errors import NONSENSE, BundleError
-from twinspect.inference.runtimes import is_export, read_export
 from twinspect.models.weights import EMBEDDED
 from twinspect.report import Report, Section, Table
 
@@ -47,18 +46,14 @@ def info(options: InfoOptions, console: Console) -> None:
 
 def describe(path: Path) -> Report:
     """What a bundle or an export says of itself, without building the model."""
+    meta = read_meta(path)
+    head: dict[str, Any] = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}"}
     if is_export(path):
-        export = read_export(path)
-        made = f"twinspect {export.writer}, exported for {export.runtime}"
-        head: dict[str, Any] = {"written by": made, "compared with torch": export.check}
-        record, config, values = export.record, export.config, export.decision
-    else:
-        meta = read_bundle(path).meta
-        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}"}
-        record, config, values = meta.get("record", {}), meta.get("config", {}), meta.get("decision", {})
-    decision = Decision.from_dict(values, str(path))
+        made = f"twinspect {meta['twinspect']}, exported for {meta['runtime']}"
+        head = {"written by": made, "compared with torch": meta["check"]}
+    decision = Decision.from_dict(meta.get("decision", {}), str(path))
     try:
-        return _card(path, head, record, config, decision)
+        return _card(path, head, meta["record"], meta["config"], decision)
     except NONSENSE as error:
         raise BundleError(f"{path}: its parts do not fit together ({error})") from None
 

@@ -39,7 +39,7 @@ def predict(job: Job, console: Console) -> None:
 def write_reports(job: Job, review: Review, console: Console) -> None:
     """Reports of a finished run; the images to look at are scored once more for their pictures."""
     from twinspect.commands.results import publish, shows_pictures
-    from twinspect.inference.runtimes import load_predictor
+    from twinspect.inference.predictor import load_predictor
     from twinspect.inference.sources import by_name
     from twinspect.report import Report, Section
 

@@ -31,8 +31,7 @@ from twinspect.data import Loaded
 from twinspect.data.protocols import SEMANTIC, Split, drop_leaks, find_leaks, make_splits
 from twinspect.errors import ConfigError, unknown_name
 from twinspect.files import write_text
-from twinspect.inference.predictor import Predictor
-from twinspect.inference.runtimes import TorchRuntime
+from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.metrics import mean_of
 from twinspect.models.weights import SHORT_NAMES, resolve_auto
 from twinspect.report import FORMATS, Report, Section, Table

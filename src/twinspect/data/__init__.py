@@ -21,7 +21,7 @@ from twinspect.errors import ConfigError, DataError, unknown_name
 from twinspect.errors import listed as shortened
 from twinspect.types import TEST, Sample
 
-__all__ = ["DATASETS", "ClassCounts", "Dataset", "Folder", "Loaded", "ScanLog", "detect", "load"]
+__all__ = ["DATASETS", "ClassCounts", "Dataset", "Folder", "Loaded", "ScanLog", "load"]
 
 _TEST_ROLES = {0: "test_good", 1: "test_defect", None: "test_unknown"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".txz", ".tar.bz2", ".7z", ".rar")
@@ -130,15 +130,6 @@ DATASETS: dict[str, Dataset] = {
     **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},
     folders.FOLDER: _parts(folders.FOLDER, "good images, or good/ and folders of defects"),
 }
-
-
-def detect(root: Path | str) -> str:
-    """Name of the layout found at ``root``, a key of ``DATASETS``.
-
-    Raises:
-        DataError: nothing is there, nothing in it is a known layout, or it holds several data sets.
-    """
-    return _locate(_opened(root))[0]
 
 
 def load(root: Path | str, layout: str = "auto", images: Path | str | None = None) -> Loaded:

@@ -67,20 +67,6 @@ def open_container(path: Path) -> Container:
     return _open(path, status.st_mtime_ns, status.st_size)
 
 
-def labels_of(path: Path) -> Sequence[int | str]:
-    """Class number or name of each record, which for IDX files stand in another file beside it."""
-    container = open_container(path)
-    if "idx3" not in path.name:
-        return container.labels
-    beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    if not os.path.isfile(beside):
-        raise DataError(f"{beside}: no such file; the classes of {path.name} are in it")
-    labels = [int(x) for x in read_idx(beside).ravel()]
-    if len(labels) != container.count:
-        raise DataError(f"{beside}: {len(labels):,} labels for {container.count:,} images of {path.name}; copy both")
-    return labels
-
-
 @lru_cache(maxsize=16)
 def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
     name = path.name.lower()
@@ -88,10 +74,17 @@ def _open(path: Path, _mtime_ns: int, _size: int) -> Container:
         if name.endswith(".parquet"):
             return _open_parquet(path)
         if "-idx" in name or ".idx" in name:
-            return _planes(read_idx(path)[:, None])
+            return _open_idx(path)
         return _open_cifar(path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged or cannot be read ({error}); copy it again from its source") from None
+
+
+def _open_idx(path: Path) -> Container:
+    """Images, whose classes stand in another file beside it."""
+    beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    labels = read_idx(beside).ravel().tolist() if beside != path and os.path.isfile(beside) else ()
+    return _planes(read_idx(path)[:, None], labels)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -110,9 +103,6 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if body.size != promised:
         raise DataError(f"{path}: {body.size:,} bytes of data, {promised:,} promised by its header; copy it again")
     return body.reshape(shape)
-
-
-# -------------------------------------------------------------------------------------------- CIFAR
 
 
 def _open_cifar(path: Path) -> Container:
@@ -191,9 +181,6 @@ class _CifarUnpickler(pickle.Unpickler):
                 f"this pickle asks for {module}.{name}, which CIFAR's files never do: it was refused and "
                 "nothing in it was run. Use Parquet, or folders of PNG files, instead"
             ) from None
-
-
-# ------------------------------------------------------------------------------------------ Parquet
 
 
 def _open_parquet(path: Path) -> Container:

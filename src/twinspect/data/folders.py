@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from twinspect.data.manifest import is_label_table, path_column
-from twinspect.data.masks import Place, masks_among, match
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_file
-from twinspect.data.samples import marks_a_defect
+from twinspect.data.samples import Place, marks_a_defect, masks_among, match
 from twinspect.data.scan import Folder, ScanLog
 from twinspect.data.tables import SUFFIXES, text_columns
 from twinspect.errors import DataError, listed

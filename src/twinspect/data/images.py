@@ -195,6 +195,12 @@ def resize_rgb(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def made_up_rgb(rng: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """A picture where none is given, side x side x 3: soft colours under the noise of a sensor."""
+    soft = resize_rgb(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), side)
+    return (soft + rng.normal(0, 4, soft.shape)).clip(0, 255).astype(np.uint8)
+
+
 def count_pictures(path: Path) -> int:
     """How many pictures a file of a format that can hold several holds; 1 for any other, and for a damaged one."""
     suffix = path.suffix.lower()

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinspect.data.manifest import read_rows
-from twinspect.data.masks import Place, match
 from twinspect.data.names import BAD, GOOD, meaning
+from twinspect.data.samples import Place, match
 from twinspect.data.scan import Folder, ScanLog, folder_name
 from twinspect.data.tables import Row, as_object, objects_of, read_json, read_json_lines, table_rows
 from twinspect.errors import DataError
@@ -34,9 +34,6 @@ def _contains(path: Path, text: bytes) -> bool:
     return False
 
 
-# ----------------------------------------------------------------------------------------------- VisA
-
-
 def find_visa(root: Folder) -> list[Path]:
     """The list ``split_csv/1cls.csv``."""
     table = root.path / "split_csv" / "1cls.csv"
@@ -46,9 +43,6 @@ def find_visa(root: Folder) -> list[Path]:
 def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
     return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
-
-
-# ------------------------------------------------------------------------------------------- Real-IAD
 
 
 def find_real_iad(root: Folder) -> list[Path]:
@@ -90,9 +84,6 @@ def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
             yield where, row
 
 
-# ------------------------------------------------------------------------------------------ meta.json
-
-
 def find_meta_json(place: Folder) -> list[Path]:
     """The file called ``meta.json``."""
     return [path for path in place.files if path.name.lower() == "meta.json"]
@@ -119,9 +110,6 @@ def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
                 yield where, {**row, "defect_type": entry.get("specie_name") or "anomaly"}
 
 
-# -------------------------------------------------------------------------------------- UniAD's lines
-
-
 def find_uniad_json(place: Folder) -> list[Path]:
     """A file of such lines, or ``train.json`` and ``test.json`` (also ``.jsonl``) of a folder with one."""
     files = [path for path in place.files if path.suffix.lower() in (".json", ".jsonl")]
@@ -145,9 +133,6 @@ def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
         row |= {"label": entry.get("label", None if split == TEST else 0), "mask": entry.get("maskname")}
         rows.append((where, {**row, "defect_type": PurePosixPath(image).parent.name}))
     return read_rows(path, rows, log, images, partly=True)
-
-
-# ----------------------------------------------------------------------------------- Lookout for Vision
 
 
 def find_lookout(place: Folder) -> list[Path]:
@@ -194,9 +179,6 @@ def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
                 raise DataError(f"{where}: class-name {class_name!r}; accepted: normal, anomaly")
             return int(role == BAD)
     return None
-
-
-# ------------------------------------------------------------------------------------------- anomalib
 
 
 def find_anomalib(place: Folder) -> list[Path]:

@@ -260,9 +260,9 @@ def _units(members: Sequence[Sample], salt: str) -> list[list[int]]:
 
 
 def content_hash(roles: Iterable[tuple[str, Sequence[Sample]]], more: Iterable[str] = ()) -> str:
-    """12 hex digits of (role, samples): paths, records, labels, classes, groups, masks (not pixels).
+    """12 hex digits of (role, samples): paths in the common folder, records, labels, classes, groups, masks.
 
-    Paths count relative to the common folder; ``more`` are lines that count besides.
+    ``more`` are lines that count besides.
     """
     parts = list(roles)
     base = _common_folder([sample for _, samples in parts for sample in samples])

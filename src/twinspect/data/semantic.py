@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinspect.data.containers import labels_of, open_container
+from twinspect.data.containers import open_container
 from twinspect.data.images import ImageLimits
 from twinspect.data.names import UNSORTED, key
 from twinspect.data.scan import Folder, ScanLog
@@ -83,7 +84,7 @@ class ImageSet:
             return [
                 Sample(path, split, self._class(label, path), None, record=record)
                 for split, path in files
-                for record, label in enumerate(labels_of(path))
+                for record, label in enumerate(_labels(path))
             ]
         samples: list[Sample] = []
         folders = _class_folders(root)
@@ -137,6 +138,16 @@ SETS = (
     # As CIFAR-10; ``class_name`` is the fine class, and `protocols.by_superclass` gives the 20 super-classes.
     ImageSet("cifar100", tuple(CIFAR100), ("train",), ("test",)),
 )
+
+
+def _labels(path: Path) -> Sequence[int | str]:
+    container = open_container(path)
+    if len(container.labels) != container.count:
+        raise DataError(
+            f"{path}: {len(container.labels):,} labels for {container.count:,} images; those of IDX files are in the "
+            "file labels-idx1 beside them; copy both again"
+        )
+    return container.labels
 
 
 def _parquet_files(root: Folder) -> list[tuple[str, Path]]:

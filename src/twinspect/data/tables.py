@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from twinspect.errors import NONSENSE, DataError
 from twinspect.files import open_text, read_text
@@ -143,23 +143,12 @@ def _parquet_errors(path: Path | str) -> Iterator[None]:
         raise DataError(f"{path}: not a Parquet file, or damaged; it cannot be read as a table ({error})") from None
 
 
-@contextmanager
-def _text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
-    try:
-        with open_text(path, errors, newline) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a JSON-lines file, each with its place for error messages.
 
     One JSON list of objects is read as well, and a comma after an object, as both are easily made from the other.
     """
-    with _text(path) as file:
+    with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
         if first.lstrip().startswith("["):
             entries = None
@@ -172,15 +161,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if line.strip(" \t\r\n,"):
                 where = f"{path} line {number}"
-                yield where, _json_object(line, where)
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line.rstrip(" \t\r\n,"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
-    return as_object(entry, where)
+                try:
+                    entry = json.loads(line.rstrip(" \t\r\n,"))
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{where}: not valid JSON ({error}); one object a line is needed") from None
+                yield where, as_object(entry, where)
 
 
 def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
@@ -204,7 +189,7 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
 @contextmanager
 def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
     try:
-        with _text(path, errors, newline="") as file:
+        with open_text(path, errors, newline="") as file:
             start, first = 0, file.readline()
             while first and not first.strip():
                 start, first = file.tell(), file.readline()

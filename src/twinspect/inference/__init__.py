@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twinspect.inference.runtimes import load_predictor as load
+    from twinspect.inference.predictor import load_predictor as load
     from twinspect.inference.sources import watch
 
 __all__ = ["load", "watch"]
@@ -16,7 +16,7 @@ __all__ = ["load", "watch"]
 
 def __getattr__(name: str) -> Any:  # on first use, as the command line imports `job` and must start at once
     if name == "load":
-        from twinspect.inference.runtimes import load_predictor
+        from twinspect.inference.predictor import load_predictor
 
         return load_predictor
     if name == "watch":

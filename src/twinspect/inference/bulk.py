@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinspect.bundle import read_meta
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
-from twinspect.errors import BundleError, ConfigError, DataError
+from twinspect.errors import ConfigError, DataError, TwinspectError
 from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.decode import DecodePool
 from twinspect.inference.job import Job
 from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
 from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
-from twinspect.inference.predictor import Predictor
+from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
 from twinspect.inference.streams import Item, Stream
@@ -44,18 +46,14 @@ Visit = Callable[[dict[str, Any]], None]  # told of a row
 
 @dataclass(slots=True)
 class Totals:
-    """Images so far: all, anomalous, unreadable, and how many of them an earlier run had done.
-
-    ``several`` counts files that hold several pictures, such as TIFFs of many pages, among the first ones.
-    ``expected`` is the number of all images, 0 until it is known.
-    """
+    """Images so far."""
 
     rows: int = 0
-    bad: int = 0
-    errors: int = 0
-    before: int = 0
-    several: int = 0
-    expected: int = 0
+    bad: int = 0  # anomalous ones
+    errors: int = 0  # that could not be read
+    before: int = 0  # that an earlier run had done
+    several: int = 0  # files among the first ones that hold several pictures, such as TIFFs of many pages
+    expected: int = 0  # all images, 0 until it is known
 
     @property
     def nothing_scored(self) -> bool:
@@ -165,8 +163,6 @@ class PartScorer:
 
 
 def _loaded(job: Job) -> Predictor:
-    from twinspect.inference.runtimes import load_predictor
-
     predictor = load_predictor(job.model, job.threads, job.batch, job.device)
     predictor.decision.checked_class(job.class_name or None)
     if job.decoders:
@@ -180,14 +176,92 @@ def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -
         yield from scorer.parts(units, skipped)
 
 
+def score_on_ray(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
+    """As `score`, on a cluster: Ray hands units to actors, each of which holds one model. Parts come in any order.
+
+    An actor that is lost is started again and its unit done again. That is safe because a part has a fixed name and
+    is written whole. A TwinspectError where a unit failed for good.
+    """
+    try:
+        import ray
+        import ray.util
+    except ImportError as error:
+        raise TwinspectError(
+            f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
+        ) from None
+    started = _connected(ray, job.ray_address)
+    try:
+        for part, known in _ray_parts(ray, job, store, units):
+            if known:
+                skipped(part)
+            else:
+                yield part
+    except ray.exceptions.RayError as error:
+        raise TwinspectError(
+            f"the run on Ray stopped ({_reason(error)}); finished parts are kept, type the same command to go on"
+        ) from None
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _connected(ray: Any, address: str) -> bool:
+    """Whether a cluster was joined or started here, and is ours to leave again."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
+    try:
+        ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise TwinspectError(f"Ray at {address} cannot be reached ({error})") from None
+    return True
+
+
+def _ray_parts(ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
+    kind, each = ("GPU", job.actor_gpus) if job.actor_gpus else ("CPU", job.actor_cpus)
+    fitting = max(1, int(ray.cluster_resources().get(kind, 0) / each))
+    first = list(islice(units, job.actors or fitting))
+    limits = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": job.actor_cpus, "num_gpus": job.actor_gpus}
+    actor = ray.remote(**limits)(_Actor)
+    arguments = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
+    pool = ray.util.ActorPool([actor.remote(*arguments) for _ in first])
+    for number, unit in enumerate(chain(first, units)):
+        if number >= 2 * len(first):  # the input is listed as it is needed
+            yield from pool.get_next_unordered()
+        pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number, unit.digest)), unit)
+    while pool.has_next():
+        yield from pool.get_next_unordered()
+
+
+class _Actor:
+    def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
+        if os.path.isdir(home):
+            os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
+        self.store = PartStore(folder, suffix)
+        self.scorer = PartScorer(job, self.store)
+
+    def score(self, unit: Unit, known: list[Part]) -> list[tuple[Part, bool]]:
+        """Parts of a unit, and of each whether it was there already: those of an earlier run are ``known``."""
+        self.store.known = {part.place: part for part in known}
+        before: list[Part] = []
+        parts = list(self.scorer.parts([unit], before.append))
+        return [*((part, True) for part in before), *((part, False) for part in parts)]
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that a person can use: that of our own code, if it is in there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line.split("Error: ", 1)[1] for line in lines if line.startswith("twinspect.") and "Error: " in line]
+    return (ours or lines or [type(error).__name__])[-1][:300]
+
+
 # ------------------------------------------------------------------------------------- the whole command
 
 
 def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
-    """Score what is not scored yet, make the table, say what came out.
-
-    ``visit`` is called with every row, once all are there where a table is written.
-    """
+    """Score what is not scored yet, and make the table; ``visit`` is called with every row."""
     job.check()
     totals = Totals()
     # An empty source is refused before the model is loaded.
@@ -276,18 +350,8 @@ def _settings(job: Job) -> dict[str, Any]:
 
 
 def _decision_digest(path: Path) -> str:
-    """What identifies a model with its calibration, without building it."""
-    from twinspect.inference.runtimes import is_export, read_export
-
-    if is_export(path):
-        decision = read_export(path).decision
-    else:
-        try:
-            from twinspect.bundle import read_bundle
-        except ImportError:  # the light install has no bundles
-            raise BundleError(f"{path.name} is a bundle; this install runs exported models (.onnx) only") from None
-        decision = read_bundle(path).meta["decision"]
-    return hashlib.sha256(json.dumps(decision, sort_keys=True).encode()).hexdigest()[:16]
+    """What identifies a model with its calibration."""
+    return hashlib.sha256(json.dumps(read_meta(path)["decision"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterator[Item | Stream]:
@@ -314,9 +378,7 @@ def _keep_parts(
         totals.add(part.rows, part.bad, part.errors)
         totals.before += part.rows
 
-    engine = score
-    if job.engine == "ray":
-        from twinspect.inference.on_ray import score as engine
+    engine = score_on_ray if job.engine == "ray" else score
     mine = (unit for unit in units(files, job.rows_of_a_part) if unit.number % of == number)
     if of == 1 and not any(map(is_url, job.sources)):
         threading.Thread(target=_count, args=(job.sources, totals), daemon=True).start()

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from twinspect._version import __version__
+from twinspect.bundle import read_meta
 from twinspect.config import flag_of
 from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_streams
 from twinspect.inference.job import Job
@@ -27,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Console() as console:
             if options.pop("command") == "predict":
                 return _predict(Job(**{**options, "sources": tuple(options["sources"])}), console)
-            from twinspect.inference.runtimes import export_info
-
-            console.result(json.dumps(export_info(options["model"]), indent=1))
+            meta = read_meta(options["model"])
+            facts = {"written by": f"twinspect {meta['twinspect']}", "model_id": meta["decision"].get("model_id", "")}
+            if "runtime" in meta:  # an export
+                made_for = f"{meta['runtime']}, {meta['size']} x {meta['size']}, uint8 RGB, channels last"
+                facts |= {"export": made_for, "compared with torch": meta["check"]}
+            console.result(json.dumps(facts | meta["record"], indent=1))
             return 0
     except SystemExit as stopped:
         return int(stopped.code or 0)

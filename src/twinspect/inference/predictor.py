@@ -1,32 +1,48 @@
-"""Images to results, the same for every runtime. No torch import here.
+"""Images to results with any runtime: torch, ONNX Runtime or OpenVINO behind one contract.
 
-A runtime is anything with ``size`` and ``run(pixels) -> dict of arrays``; everything before it (decoding,
-resizing) and after it (p-values, thresholds, geometry) lives here, once.
+A runtime is anything with ``size`` and ``run(pixels) -> dict of arrays``; everything before it (decoding, resizing)
+and after it (p-values, thresholds, geometry) is done once, by `Predictor`. Whoever runs an ONNX or OpenVINO file
+never loads torch.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from importlib import metadata
 from itertools import islice
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.data.images import ImageLimits
+from twinspect.bundle import EXPORTS, is_export, read_meta
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY
-from twinspect.decide.decision import Decision as Decision
-from twinspect.errors import ConfigError, ImageError
-from twinspect.inference.decode import Decoded, DecodePool, Decoding, decode, expand, from_bgr, is_live, is_single
+from twinspect.decide.decision import ANOMALY, Decision
+from twinspect.device import choose_device, granted_threads, share_cores
+from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
+from twinspect.inference import decode
+from twinspect.inference.decode import Decoded, DecodePool, Decoding
 from twinspect.inference.job import MOST_BATCH, MOST_THREADS
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.streams import Item
-from twinspect.inference.tiles import joined
+
+if TYPE_CHECKING:
+    from twinspect.models.contract import AnomalyModel
+
+Pixels = NDArray[np.uint8]
+Answers = Mapping[str, NDArray[Any]]
+Answer = TypeVar("Answer")
+_GPU_BATCH = 16
+_MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
+_CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
 
 
 class Runtime(Protocol):
@@ -34,7 +50,7 @@ class Runtime(Protocol):
 
     size: int
 
-    def run(self, pixels_BHWC: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, pixels_BHWC: Pixels) -> Answers:
         """uint8 RGB B x S x S x 3 to arrays named as the fields of the model's `Outputs`."""
         ...
 
@@ -47,7 +63,6 @@ class Predictor:
         decision: calibration and threshold of the bundle.
         batch: images per call of the runtime.
         workers: threads that decode ahead, or processes with ``processes`` (see `DecodePool`).
-        limits: what an image file may hold.
     """
 
     def __init__(
@@ -56,9 +71,8 @@ class Predictor:
         decision: Decision,
         batch: int = 4,
         workers: int | None = None,
-        limits: ImageLimits = DEFAULT_LIMITS,
     ) -> None:
-        self.runtime, self.decision, self.batch, self.limits = runtime, decision, batch, limits
+        self.runtime, self.decision, self.batch, self.limits = runtime, decision, batch, DEFAULT_LIMITS
         self.workers, self.processes = workers or min(4, os.cpu_count() or 1), False
 
     def predict(
@@ -89,11 +103,11 @@ class Predictor:
                 read. An unreadable file among several gives a result with ``error`` instead.
         """
         self.decision.checked_class(class_name)
-        items = map(from_bgr, expand(source)) if bgr else expand(source)
-        one_by_one = is_live(source) if live is None else live
+        items = map(decode.from_bgr, decode.expand(source)) if bgr else decode.expand(source)
+        one_by_one = decode.is_live(source) if live is None else live
         decoded = self._decoded(items, pixels, one_by_one)
         results = self.score(decoded, maps, class_name, 1 if one_by_one else self.batch)
-        return _readable(results) if is_single(source) else results
+        return _readable(results) if decode.is_single(source) else results
 
     def _decoded(self, items: Iterator[Item], pixels: bool, one_by_one: bool) -> Iterator[Decoded]:
         if one_by_one:
@@ -119,7 +133,7 @@ class Predictor:
 
     def decode(self, item: Any, pixels: bool = False) -> Decoded:
         """One image made ready for `score_batch`; for callers that decode where and when they like."""
-        return decode(item, self._decoding(pixels))
+        return decode.decode(item, self._decoding(pixels))
 
     def score_batch(
         self, images: Sequence[Decoded], maps: bool, class_names: Sequence[str | None]
@@ -137,7 +151,7 @@ class Predictor:
             result.grid, place = result.grid if maps else None, place + 1
             yield result
 
-    def _run(self, squares: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def _run(self, squares: Pixels) -> Answers:
         """What the runtime says of images; of their tiles so many at a time as else of images."""
         tiles = self.decision.tiles
         if tiles == (1, 1):
@@ -145,7 +159,7 @@ class Predictor:
         flat = squares.reshape(-1, *squares.shape[2:])
         parts = [self.runtime.run(flat[i : i + self.batch]) for i in range(0, len(flat), self.batch)]
         out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return joined(out, tiles, self.decision.class_of_cluster)
+        return decode.joined(out, tiles, self.decision.class_of_cluster)
 
     def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
         decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
@@ -183,3 +197,180 @@ def check_counts(threads: int, batch: int) -> None:
     for option, value, most in (("--threads", threads, MOST_THREADS), ("--batch", batch, MOST_BATCH)):
         if not 0 <= value <= most:
             raise ConfigError(f"{option} {value}: accepted 0 to {most:,}")
+
+
+class TorchRuntime:
+    """The model itself, eager, on a device; ``threads`` of the CPU (0: torch's own choice) are the process's."""
+
+    def __init__(self, model: AnomalyModel, device: str = "cpu", threads: int = 0) -> None:
+        import torch
+
+        from twinspect.device import keep_freed_memory
+        from twinspect.models.fold import prepared
+
+        keep_freed_memory()
+        self._torch, self.device, self.size = torch, device, model.size
+        self.model = prepared(model.eval()).to(device)
+        if threads:
+            torch.set_num_threads(threads)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        # Images in a batch, unless asked for another number.
+        self.usual = min(torch.get_num_threads(), _MOST_BESIDE) if device == "cpu" else _GPU_BATCH
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        parts = self.spread(self.call, pixels_BHWC)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def spread(self, call: Callable[[Pixels], Answer], pixels_BHWC: Pixels) -> list[Answer]:
+        """What ``call`` says of the batch; on a CPU of each of its images, side by side with a share of the threads.
+
+        Threads that share an image wait for each other hundreds of times, and beside another busy process each time
+        for the slowest. Side by side nobody waits.
+        """
+        if self.device != "cpu":
+            return [call(pixels_BHWC)]
+        with _CPU:
+            threads = self._torch.get_num_threads()
+            beside = min(len(pixels_BHWC), threads)
+            if beside < 2:
+                return [call(pixels_BHWC)]
+
+            def alone(one_BHWC: Pixels) -> Answer:
+                self._torch.set_num_threads(threads // beside)
+                return call(one_BHWC)
+
+            try:
+                return list(self._pool.map(alone, np.split(pixels_BHWC, len(pixels_BHWC))))
+            finally:
+                self._torch.set_num_threads(threads)  # part of it holds for all threads of the process
+
+    def call(self, pixels_BHWC: Pixels) -> Answers:
+        """As `run`, in one call of the model."""
+        with self._torch.inference_mode():
+            image = self._torch.from_numpy(pixels_BHWC).to(self.device).permute(0, 3, 1, 2)
+            out = self.model(image)
+        return {name: value.cpu().numpy() for name, value in out._asdict().items()}
+
+
+class OnnxRuntime:
+    """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
+
+    def __init__(self, path: Path, size: int, threads: int = 0) -> None:
+        ort = required("onnxruntime", path)
+        accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in accepted if name in ort.get_available_providers()]
+        try:
+            self.session = ort.InferenceSession(str(path), self.options(threads), providers=providers)
+        except Exception as error:  # onnxruntime's own exception types share no public base
+            raise BundleError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot load it ({error}). Its operators may be newer "
+                "than this runtime; type: pip install --upgrade onnxruntime"
+            ) from None
+        self.size, self.names = size, [output.name for output in self.session.get_outputs()]
+
+    @staticmethod
+    def options(threads: int) -> Any:
+        """Settings of a session; 0 threads leaves the runtime's own choice."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or granted_threads()
+        # Threads that spin between calls take the cores from those that decode the next images; within a call they
+        # save a quarter of a single image's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        return dict(zip(self.names, self.session.run(self.names, {"image": pixels_BHWC}), strict=True))
+
+
+class OpenVinoRuntime:
+    """An ``.xml`` + ``.bin`` pair on OpenVINO's CPU device."""
+
+    def __init__(self, path: Path, size: int, threads: int = 0) -> None:
+        ov = required("openvino", path)
+        # Left alone OpenVINO computes in bf16 where the CPU can, and scores would no longer agree.
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if threads := threads or granted_threads():
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            compiled = ov.compile_model(str(path), "CPU", options)
+        except Exception as error:  # openvino raises RuntimeError subclasses of its own
+            raise BundleError(
+                f"{path}: OpenVINO {ov.__version__} cannot load it ({error}); type: pip install --upgrade openvino"
+            ) from None
+        self.request = compiled.create_infer_request()
+        self.size, self.names = size, [output.any_name for output in compiled.outputs]
+
+    def run(self, pixels_BHWC: Pixels) -> Answers:
+        """uint8 RGB B x S x S x 3 to arrays named as the fields of `Outputs`."""
+        outputs = self.request.infer({0: np.ascontiguousarray(pixels_BHWC)})
+        return {name: outputs[i].copy() for i, name in enumerate(self.names)}
+
+
+# Ending of an exported file -> what runs it.
+RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVinoRuntime]] = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime}
+
+
+def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: str = "cpu") -> Predictor:
+    """A predictor for a bundle (.twin), which runs with torch, or an exported model (.onnx, .xml).
+
+    Args:
+        path: the file.
+        threads: of the runtime; 0 leaves its own choice.
+        batch: images per call; 0 takes one for each thread of torch on a CPU (at most 8), 16 on a GPU, and for an
+            export 1.
+        device: of a bundle: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` (a GPU where there is one). Exported models
+            go by what their runtime offers.
+
+    Raises:
+        BundleError: damaged, changed, too new or too old.
+        TwinspectError: the runtime is not installed (the message is the line to type).
+
+    Examples:
+        >>> for result in load("model.onnx").predict("new/"):
+        ...     print(result.path, result.score, result.is_anomaly)
+    """
+    path = Path(path)
+    check_counts(threads, batch)
+    if is_export(path):
+        if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"--device {device}: accepted auto, cpu, cuda or cuda:1; an exported model runs on what its runtime "
+                "offers (a GPU with onnxruntime-gpu)"
+            )
+        engine, meta = load_runtime(path, threads)
+        return Predictor(engine, Decision.from_dict(meta["decision"]), batch or 1)
+    share_cores()
+    required("torch", path)
+    from twinspect.bundle import load
+
+    chosen, fitted = choose_device(device), load(path)
+    torch_runtime = TorchRuntime(fitted.model, chosen, threads)
+    return Predictor(torch_runtime, fitted.decision, batch or torch_runtime.usual)
+
+
+def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, dict[str, Any]]:
+    """The runtime of an exported file, and `bundle.read_meta` of it. Raises as `load_predictor`."""
+    if not is_export(path):
+        raise ConfigError(f"{path.name}: exported models end in {', '.join(EXPORTS)}")
+    meta = read_meta(path)
+    return RUNTIMES[path.suffix.lower()](path, meta["size"], threads), meta
+
+
+def required(package: str, path: Path) -> Any:
+    """Import a runtime's package, or say what to type."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        # Whether the distribution of packaging/runtime is what is installed here.
+        if package == "torch" and any(metadata.distributions(name="twinspect-runtime")):
+            raise TwinspectError(
+                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
+                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+            ) from None
+        raise TwinspectError(
+            f"{path.name} needs {package}, which cannot be imported ({error}). Type: pip install {package}"
+        ) from None

@@ -25,24 +25,15 @@ from twinspect.data.scan import inside, is_hidden
 from twinspect.data.tables import read_table, table_columns
 from twinspect.errors import DataError
 from twinspect.files import is_url, near_names, open_text
+from twinspect.inference import streams
 from twinspect.inference.job import is_endless
-from twinspect.inference.streams import (
-    ARCHIVES,
-    RETRY_SECONDS,
-    VIDEOS,
-    Item,
-    Stream,
-    image_column,
-    live_frames,
-    suffixes,
-    without_password,
-)
+from twinspect.inference.streams import ARCHIVES, Item, Stream
 
 _LOCAL = "file://"
 _OLD_NAMES = "surrogateescape"  # names of files may be no UTF-8
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 _DEEP = "**"  # of a glob: folders at any depth
-_HOLDERS = (*ARCHIVES, *VIDEOS)
+_HOLDERS = (*ARCHIVES, *streams.VIDEOS)
 OF_SEVERAL = (*_HOLDERS, *TABLES)  # endings of files that stand for more than one image
 _MEMBER = re.compile("|".join(re.escape(f"{ending}#") for ending in (*_HOLDERS, ".parquet")), re.IGNORECASE)
 _WATCH_SECONDS = 0.2  # between two looks into a watched folder
@@ -77,11 +68,11 @@ def walk_all(sources: Iterable[str | Path]) -> Files:
 
 def _behind(text: str) -> Files:
     if is_endless(text):
-        name = without_password(text)
-        lost = f"{name}: gives no more frames; it is opened again every {RETRY_SECONDS:g} s"
-        frames = live_frames(text)
+        name = streams.without_password(text)
+        lost = f"{name}: gives no more frames; it is opened again every {streams.RETRY_SECONDS:g} s"
+        frames = streams.live_frames(text)
         return (Item(f"{name}#{f[0]}", pixels=f[1]) if f is not None else Item(name, error=lost) for f in frames)
-    nothing = _NothingFound(f"no image files in {text} (looked for {suffixes()})")
+    nothing = _NothingFound(f"no image files in {text} (looked for {streams.suffixes()})")
     if is_url(text):
         is_folder, state = files.status(text)
         one = Stream(text) if text.lower().endswith(".parquet") else _whole(text, state)
@@ -290,7 +281,7 @@ def _spelled(folder: Path, line: str) -> str:
 def _table(path: Path) -> Files:
     """Images of a manifest, or of a Parquet file that holds encoded images itself."""
     if path.suffix.lower() == ".parquet":
-        column, encoded = image_column(str(path))
+        column, encoded = streams.image_column(str(path))
         if encoded:
             return iter([Stream(str(path))])
     else:

@@ -95,11 +95,6 @@ class Selection(nn.Module):
             self.register_buffer(f"mean_{i}", torch.zeros(channels))
             self.register_buffer(f"scale_{i}", torch.ones(channels))
 
-    @property
-    def second_view(self) -> bool:
-        """Whether tokens are taken of two views."""
-        return len(self.shrinks) > 1
-
     def select(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The maps that are kept of the teacher's."""
         joined = [self._mean(maps, members) for members in self.levels]

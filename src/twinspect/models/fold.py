@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinspect.models.timm_import import timm
-
 if TYPE_CHECKING:
     from twinspect.models.contract import AnomalyModel
 
@@ -94,7 +92,7 @@ class FrozenConv(nn.Module):
 
 def pads_unevenly(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a module is one of timm's convolutions of stride 2 with TensorFlow's padding, as `FrozenConv` knows."""
-    if not isinstance(module, timm.layers.Conv2dSame):
+    if type(module).__name__ != "Conv2dSame" or not isinstance(module, nn.Conv2d):
         return False
     side, other = module.kernel_size
     padded = side == other and side % 2 == 1 and side > 1  # a kernel of one position is never padded

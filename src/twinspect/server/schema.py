@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, get_type_hints
 
 from pydantic import ConfigDict, Field
@@ -84,7 +85,8 @@ class PredictAnswer(TypedDict):
     results: list[ImageAnswer]
 
 
-class Thresholds(TypedDict):
+@dataclass(frozen=True, slots=True)
+class Thresholds:
     """Of one class, with what is promised."""
 
     score: float
@@ -92,7 +94,8 @@ class Thresholds(TypedDict):
     promise: str
 
 
-class ModelAnswer(TypedDict):
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
     """A model being served; ``trouble`` says why a newer file of it is not."""
 
     bundle: str

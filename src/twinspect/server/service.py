@@ -10,17 +10,19 @@ import io
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from twinspect.bundle import signature_file
 from twinspect.data.images import ImageLimits
 from twinspect.decide.decision import GOOD, image_id, promises
 from twinspect.decide.drift import DriftMonitor
@@ -31,17 +33,94 @@ from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.inference.streams import Item
 from twinspect.server import Refused
-from twinspect.server.batcher import Batcher
 from twinspect.server.guard import SOON, Metrics, logger, say
 from twinspect.server.log import ClassName, Inspection, InspectionLog, LogError, Text
-from twinspect.server.schema import ModelAnswer, PredictAnswer
+from twinspect.server.schema import ModelAnswer, PredictAnswer, Thresholds
 from twinspect.server.settings import Settings
-from twinspect.signature import signature_file
 
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+_SMOOTHING = 0.1  # weight of the latest batch in the mean time per job
 _DECODERS = 2  # threads
 _PRUNING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
 _OVERLAY = 1024  # longest side of a picture with an answer, in pixels
+
+
+class Batcher(Generic[Job, Answer]):
+    """Collects jobs into batches for a function that does several at once cheaper than one by one.
+
+    A batch leaves at once when no other job is on the way, so that a lone caller never waits; otherwise it waits for
+    those that are expected, but not longer than ``max_wait_s``. While a batch runs, the next one gathers.
+
+    ``run`` gives one answer for each job, in order; what it raises reaches every job of the batch. It runs in
+    a thread of its own, which ends with the batcher; everything else happens on one event loop.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Job]], Sequence[Answer]],
+        max_batch: int,
+        max_wait_s: float = 0.0,
+        name: str = "batcher",
+    ) -> None:
+        self._run, self._max_batch, self._max_wait_s = run, max_batch, max_wait_s
+        self._jobs: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
+        self._expected, self._change = 0, asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, name)  # started by the first job
+        self._worker: asyncio.Task[None] | None = None
+        self.seconds_per_job = 0.0  # running mean; 0 before the first batch
+
+    async def do(self, job: Job) -> Answer:
+        """The answer to a job. One whose caller gives up before its turn is not done."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._jobs.append((job, future))
+        self._change.set()
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While entered, a job is on the way: a batch waits for it."""
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+            self._change.set()
+
+    async def close(self) -> None:
+        """Finish the jobs that there are, end the thread."""
+        if self._worker is not None:
+            await self._worker
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        while self._jobs:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._max_wait_s):
+                    while self._expected and len(self._jobs) < self._max_batch:
+                        self._change.clear()
+                        await self._change.wait()
+            batch = [self._jobs.popleft() for _ in range(min(self._max_batch, len(self._jobs)))]
+            if alive := [(job, future) for job, future in batch if not future.done()]:
+                await self._answer([job for job, _ in alive], [future for _, future in alive])
+
+    async def _answer(self, jobs: list[Job], futures: list[asyncio.Future[Answer]]) -> None:
+        began = time.monotonic()
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
+            for future, answer in zip(futures, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+        except Exception as error:  # whatever it is belongs to the callers; the worker lives on
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+        per_job = (time.monotonic() - began) / len(jobs)
+        known = self.seconds_per_job
+        self.seconds_per_job = per_job if known == 0.0 else known + _SMOOTHING * (per_job - known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +156,15 @@ class Served:
 
     def describe(self) -> ModelAnswer:
         """What clients may know of it."""
-        decision = self.predictor.decision
-        return {
-            "bundle": self.name,
-            "model_id": decision.model_id,
-            "size": self.predictor.runtime.size,
-            "runtime": type(self.predictor.runtime).__name__,
-            "classes": decision.classes,
-            "map_scale": list(decision.map_scale),
-            "thresholds": {
-                name: {
-                    "score": rule.image.value,
-                    "region": rule.region.value if rule.region is not None else None,
-                    "promise": rule.image.sentence,
-                }
-                for name, rule in promises(decision)
-            },
-            "trouble": self.trouble,
+        decision, runtime = self.predictor.decision, self.predictor.runtime
+        thresholds = {
+            name: Thresholds(rule.image.value, rule.region.value if rule.region else None, rule.image.sentence)
+            for name, rule in promises(decision)
         }
+        return ModelAnswer(
+            self.name, decision.model_id, runtime.size, type(runtime).__name__, decision.classes,
+            list(decision.map_scale), thresholds, self.trouble,
+        )  # fmt: skip
 
 
 def _trim_memory() -> None:
@@ -230,14 +300,11 @@ class Service:
         rows = await asyncio.to_thread(
             lambda: [_row(result, number, options.maps) for result, number in zip(results, numbers, strict=True)]
         )
+        ms, model_id = round(1000 * (time.perf_counter() - began), 2), served.predictor.decision.model_id
         return {
-            "request_id": request_id,
-            "bundle": served.name,
-            "model_id": served.predictor.decision.model_id,
-            "ms": round(1000 * (time.perf_counter() - began), 2),
-            "log_error": trouble,
-            "results": rows,
-        }
+            "request_id": request_id, "bundle": served.name, "model_id": model_id, "ms": ms,
+            "log_error": trouble, "results": rows,
+        }  # fmt: skip
 
     def _admit(self, bundle: str, images: int) -> Served:
         if not self.ready:

@@ -26,7 +26,7 @@ from twinspect.config import CHANGES, tolerated
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
-from twinspect.inference.tiles import Tiles, boxes
+from twinspect.inference.decode import Tiles, boxes
 from twinspect.types import Sample
 
 T = TypeVar("T", bound=Sample)

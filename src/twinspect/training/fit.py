@@ -31,7 +31,7 @@ from twinspect.decide.decision import mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
-from twinspect.inference.tiles import OVERLAP, Tiles
+from twinspect.inference.decode import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel, Outputs, build_model
 from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.derived import Copy, add_copies, add_tolerated, few_classes, in_tiles

@@ -28,7 +28,7 @@ from twinspect.decide.conformal import GoodScores, suspicious_tail
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
-from twinspect.inference.tiles import speaker
+from twinspect.inference.decode import speaker
 from twinspect.models.contract import AnomalyModel
 from twinspect.models.layers import in_fp16
 from twinspect.models.weights import licence
