@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from test_copies import wedge
-from tiny import run_config, save
+from tiny import good_folder, picture, run_config, save, train_samples
 
 from twinspect import Detector, Sample
 from twinspect.commands.info import outlier_lines
 from twinspect.errors import ConfigError
+from twinspect.training.fit import taken_differently
 from twinspect.training.outcome import GoodImages, least_like
 from twinspect.types import TRAIN
 
@@ -72,3 +74,41 @@ def test_images_that_score_apart_are_said_to_with_what_to_type() -> None:
 def test_more_than_a_third_is_no_outlier(dirty: Path) -> None:
     with pytest.raises(ConfigError, match="--drop-outliers 11: at most a third of the 30 good images"):
         Detector(config=run_config(drop_outliers=11)).fit(dirty)
+
+
+# ------------------------------------------------------------------------------- pictures of one class, taken alike
+
+
+def test_a_class_of_grey_and_coloured_pictures_is_said_to_be_one(tmp_path: Path) -> None:
+    for name in ("alike", "mixed", "stored"):
+        good_folder(tmp_path / name, 6)
+    for number in range(3):
+        grey = picture(number).mean(2).astype(np.uint8)
+        save(tmp_path / "mixed" / f"grey{number}.png", grey)
+        save(tmp_path / "stored" / f"grey{number}.png", grey)
+    for path in (tmp_path / "stored").glob("[0-9]*.png"):  # grey as well, in files that could hold colours
+        save(path, np.repeat(np.asarray(picture(7)).mean(2, keepdims=True).astype(np.uint8), 3, 2))
+    (note,) = taken_differently(train_samples(tmp_path))
+    assert note.startswith("class mixed: 3 of 9 images looked at are grey, the others in colour.")
+
+
+@pytest.mark.parametrize(("height", "width", "word"), [(96, 200, "shapes"), (240, 240, "sizes"), (100, 96, "")])
+def test_a_class_of_several_shapes_or_sizes_is_said_to_be_one(
+    tmp_path: Path, height: int, width: int, word: str
+) -> None:
+    good_folder(tmp_path / "a", 8)
+    save(tmp_path / "a" / "odd.png", picture(9, height, width))
+    (tmp_path / "a" / "text.png").write_text("no image")
+    record = Detector(config=run_config(steps=0, cache_gb=0)).fit(tmp_path / "a").record_
+    notes = [note for note in record["notes"] if note.startswith("class a: its images have different")]
+    assert len(notes) == (1 if word else 0)
+    if word:
+        assert f"different {word}, from 96 x 96 (000.png) to {width} x {height} (odd.png)" in notes[0]
+
+
+def test_a_picture_that_its_exif_turns_has_the_shape_of_the_others(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    samples = [Sample(save(tmp_path / "a.jpg", picture(0, 96, 160)), TRAIN, "a")]
+    samples.append(Sample(save(tmp_path / "b.jpg", picture(1, 160, 96), exif=exif), TRAIN, "a"))
+    assert taken_differently(samples) == []
