@@ -255,7 +255,7 @@ def _fitted(
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
     record |= {
         "training": report.numbers(),
-        "notes": [*notes, *([mixed] if mixed else [])],
+        "notes": [*notes, *record["notes"], *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
