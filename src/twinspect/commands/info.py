@@ -54,7 +54,7 @@ def describe(path: Path) -> Report:
         record, config, values = export.record, export.config, export.decision
     else:
         meta = read_bundle(path).meta
-        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}", "thin": meta.get("thin")}
+        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}"}
         record, config, values = meta.get("record", {}), meta.get("config", {}), meta.get("decision", {})
     decision = Decision.from_dict(values, str(path))
     try:
