@@ -56,7 +56,7 @@ class Decision:
     bank: tuple[str, ...] = ()  # good images that `Outputs.nearest_B` counts; empty where scoring is plain
     thumbnails: tuple[bytes, ...] = ()  # small JPEGs of them, empty where one cannot be read; none if none are kept
     roi: NDArray[np.bool_] | None = None  # region of interest, ROI_SIDE x ROI_SIDE over the image; None: the whole
-    tiles: tuple[int, int] = (1, 1)  # rows and columns that every picture is seen in; see `inference.tiles`
+    tiles: tuple[int, int] = (1, 1)  # rows and columns that every picture is seen in; see `inference.decode`
     _rules: dict[tuple[str, bool], Rule] = field(init=False, repr=False, default_factory=dict)
 
     @property
