@@ -147,7 +147,7 @@ def as_fitted(decision: Decision, good: GoodScores) -> list[Values]:
         rows.append(
             {
                 "class": name, "images": int(own.sum()), "called": called, "rate": called / int(own.sum()),
-                "budget": rule.image.max_fpr, "calibration_images": rule.images, "rule": rule.basis,
+                "budget": rule.image.max_fpr, "calibration_images": len(rule.scores), "rule": rule.basis,
             }
         )  # fmt: skip
     return rows
@@ -310,7 +310,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
     decision = detector.fitted.decision
     samples = samples_of(options.data)
     test = [s for s in samples if s.split == TEST and s.label is not None]
-    scored = score_images(detector.predictor(), test, None, None, progress)
+    scored = score_images(detector.predictor(), test, None, progress)
     if scored.failed:
         raise SystemExit(f"cannot be scored: {scored.failed[0]}")
     unseen = np.array([key not in decision.trained for key in scored.rows.key]) & (scored.label_N == 0)

@@ -174,12 +174,14 @@ class Detector:
             ConfigError: a rate that so few images cannot support (the message says how many are needed).
             DataError: too few images.
         """
-        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import good_samples, recalibrate, score_images
 
-        request, samples = Request(max_fpr, unsure, class_name=class_name, add=add), good_samples(as_samples(good))
+        samples = good_samples(as_samples(good))
         with _shown(progress, quiet) as (told, notes):
-            scored = score_images(self.predictor(), samples, class_name, None, told)
-            self.fitted.decision, remarks = recalibrate(self.fitted.decision, request, scored)
+            scored = score_images(self.predictor(), samples, class_name, told)
+            self.fitted.decision, remarks = recalibrate(
+                self.fitted.decision, scored, None, max_fpr, unsure, class_name, add
+            )
             notes += [*scored.failed, *remarks]
         self._predictor = None
         return self
