@@ -360,24 +360,19 @@ def test_drift_refuses_what_it_cannot_read(trained: Path, old: Path, fresh: Path
 # ---------------------------------------------------------------------------------------------- resume
 
 
-def test_resume_adds_a_class_and_says_what_it_did_to_the_old_ones(trained: Path, old: Path, tmp_path: Path) -> None:
+def test_resume_adds_a_class(trained: Path, old: Path, tmp_path: Path) -> None:
     everything = tmp_path / "all"
     shutil.copytree(old, everything)
     good_folder(everything / "bolt" / "train" / "good", 30)
     good_folder(everything / "bolt" / "test" / "good", 2, first=900)
     out = tmp_path / "new.twin"
-    said = run("fit", everything, "--resume-from", trained, "--steps", 2, "--out", out)
-    assert "ring: on its" in said
-    assert "with the old threshold kept" in said
+    run("fit", everything, "--resume-from", trained, "--steps", 2, "--out", out)
     before, after = decision_of(trained), decision_of(out)
     assert set(after.classes) == {"bolt", "ring", "weave"}
     assert set(before.good.key) <= set(after.good.key)
     assert set(before.trained) <= set(after.trained)
     assert after.model_id != before.model_id
-    record = read_bundle(out).meta["record"]["resumed"]
-    assert record["from"] == before.model_id
-    assert [one["class_name"] for one in record["classes"]] == ["ring", "weave"]
-    assert sum(one["images"] for one in record["classes"]) == len(before.good)
+    assert read_bundle(out).meta["record"]["resumed"] == {"from": before.model_id}
 
 
 def test_resume_refuses_to_forget(trained: Path, tmp_path: Path) -> None:
@@ -387,8 +382,7 @@ def test_resume_refuses_to_forget(trained: Path, tmp_path: Path) -> None:
     said = run("fit", only, "--resume-from", trained, "--steps", 2, "--out", tmp_path / "x.twin", code=2)
     assert "no good image of ring, weave" in said
     assert "--forget" in said
-    said = run("fit", only, "--resume-from", trained, "--forget", "--steps", 2, "--out", tmp_path / "x.twin")
-    assert "ring: none of its calibration images is in the data" in said
+    run("fit", only, "--resume-from", trained, "--forget", "--steps", 2, "--out", tmp_path / "x.twin")
     assert decision_of(tmp_path / "x.twin").classes == ["bolt"]
 
 

@@ -126,15 +126,8 @@ def sections(decision: Decision, left_out: Sequence[dict[str, Any]], notes: Sequ
     """A calibration: thresholds, sessions where there are some, promises, scores, and remarks."""
     shown = [threshold_section(decision, most=None)]
     if left_out:
-        rows = [
-            {
-                "session": f"{row['class_name']}: {row['group']}", "good images": row["images"],
-                "called bad": row["called"], "rate": row["called"] / row["images"],
-            }
-            for row in left_out
-        ]  # fmt: skip
         note = "What a threshold from the other sessions would do on this one: the promise does not cross days."
-        shown.append(Section("Sessions", (), (Table.of("each session left out", rows, note),)))
+        shown.append(Section("Sessions", (), (Table.of("each session left out", left_out, note),)))
     charts = [
         Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
         for name, rule in promises(decision)

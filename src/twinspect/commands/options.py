@@ -166,7 +166,6 @@ class EvalOptions(ReadsData, BuildsModel):
     report: tuple[Path, ...] = option("Report: .html (with the wrong images), .md or .json.", (), "--report --out")
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
-    intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
 
 

@@ -228,8 +228,8 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
         good = decision.good.take(decision.good.of_class(class_name))
         names = sorted(set(good.group) - {""})
         for name in names if len(names) > 1 else ():
-            inside = np.asarray(good.group == name)
-            limit = conformal_threshold(good.score[~inside], decision.budget_of(class_name).max_fpr).value
-            called = int((good.score[inside] >= limit).sum())
-            rows.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
+            score, others = good.score[good.group == name], good.score[good.group != name]
+            called = int((score >= conformal_threshold(others, decision.budget_of(class_name).max_fpr).value).sum())
+            row = {"session": f"{class_name}: {name}", "good images": len(score), "called bad": called}
+            rows.append({**row, "rate": called / len(score)})
     return rows

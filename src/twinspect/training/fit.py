@@ -40,7 +40,7 @@ from twinspect.training.loop import LOG, train
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.outcome import LISTED, GoodImages, outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.training.update import changes, keep_sides, refuse_forgetting, take_over
+from twinspect.training.update import keep_sides, refuse_forgetting, take_over
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
@@ -206,13 +206,13 @@ def _fitted(
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
     record |= {
-        "training": report.numbers(),
+        "training": report.numbers,
         "notes": [*notes, *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
     if resume is not None:
-        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
+        record["resumed"] = {"from": origin}
     return Fitted(model.cpu(), decision, config, record, skipped, good, memory)
 
 
