@@ -225,7 +225,7 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     decision = Decision(good, owners, (0.0, 1.0), Budget())
     test = seen.part == "test"
     said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(cluster[test], distance[test], strict=True)]
-    p, flagged = np.array([one.class_p for one in said]), np.array([bool(one.unknown_class) for one in said])
+    p, flagged = np.array([one["class_p"] for one in said]), np.array([bool(one["unknown_class"]) for one in said])
     unknown = (~known[test]).astype(int)
     return {
         "class": name, "unknown": int(unknown.sum()), "known": int((1 - unknown).sum()),
@@ -306,7 +306,7 @@ def _cell(value: Any) -> str | int | float:
 
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
     """Everything, as plain values; tables on the way."""
-    detector = Detector.load(options.bundle, options.weights)
+    detector = Detector.load(options.bundle)
     decision = detector.fitted.decision
     samples = samples_of(options.data)
     test = [s for s in samples if s.split == TEST and s.label is not None]
@@ -361,7 +361,6 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="a model fitted on the training images of the data")
     parser.add_argument("--data", default=str(Path(shared) / "parts") if shared else "", help="data set, or textile")
-    parser.add_argument("--weights", default="", help="teacher's weights, for a thin bundle")
     parser.add_argument("--splits", type=int, default=200, help="random cuts")
     parser.add_argument("--runs", type=int, default=20, help="streams for drift")
     parser.add_argument("--stream", type=int, default=10_000, help="undrifted images in a stream")

@@ -19,7 +19,6 @@ from twinspect.commands.evaluate import metrics_of
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.protocols import SEMANTIC, Split, by_class, content_hash, make_splits
-from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor
@@ -216,7 +215,7 @@ def cached_scores(
     }
     clusters = torch.cat([out.cluster_B for out in outputs]).tolist()
     verdicts = [fitted.decision.judge(float(s), k) for s, k in zip(found["joint"], clusters, strict=True)]
-    return found, np.array([one.answer == ANOMALY for one in verdicts])
+    return found, np.array([verdict["is_anomaly"] for verdict in verdicts])
 
 
 class Store:

@@ -116,19 +116,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch; 0 is its own choice")
     parser.add_argument("--images", type=Path, help="images to decode; painted JPEGs without")
     parser.add_argument("--seconds", type=float, default=10.0, help="spent on steps")
-    parser.add_argument("--weights", default="", help="teacher's file of a thin bundle")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    found = profile(given.bundle, given.images, given.batch, given.seconds, given.weights)
+    found = profile(given.bundle, given.images, given.batch, given.seconds)
     for line in found.lines():
         print(line)
     print(json.dumps(asdict(found)))
 
 
-def profile(bundle: Path, images: Path | None, batch: int, seconds: float, weights: str = "") -> TrainProfile:
+def profile(bundle: Path, images: Path | None, batch: int, seconds: float) -> TrainProfile:
     """Measure steps of ``batch`` images of training a bundle's model on, for so many seconds."""
-    fitted = load(bundle, weights)
+    fitted = load(bundle)
     with tempfile.TemporaryDirectory() as folder:
         samples = _samples(images, batch, Path(folder))
         return _Profile(fitted, samples, Path(folder) / "cache", batch).measured(bundle.name, seconds)

@@ -61,7 +61,7 @@ def test_every_flag_and_command_has_help() -> None:
         (
             "fit",
             ("--out", "--effort", "--steps"),
-            ("--model", "--clip", "--noisy-or", "--time-budget", "--cram", "--thin"),
+            ("--model", "--clip", "--noisy-or", "--time-budget", "--cram"),
         ),
         ("predict", ("--out", "--class", "--overlays"), ("--part-rows", "--shard", "--ray-address", "--submission")),
         ("serve", ("--port", "--log", "--api-key-file"), ("--max-wait-ms", "--max-body-mb", "--root-path")),

@@ -191,7 +191,7 @@ def test_a_class_without_any_good_image_is_judged_with_the_others() -> None:
     made = Decision(good(np.arange(120.0)), ("a", "new"), (0.0, 8.0), budget=Budget(0.01))
     assert (made.rule("new").basis, len(made.rule("new").scores)) == ("every class", 120)
     assert made.rule("new").image == made.rule("").image
-    assert made.judge(200.0, cluster=1).answer == ANOMALY
+    assert made.judge(200.0, cluster=1)["answer"] == ANOMALY
 
 
 DRAWS = {
@@ -231,13 +231,13 @@ def test_answers_follow_p_values_whatever_rule_decided(sizes: tuple[int, ...]) -
         for name in set(names):
             rule, last = made.rule(name), 1.0
             for score in np.linspace(-1.0, scores.max() * 6, 400):
-                p = made.judge(float(score), 0, class_name=name).p_value
+                p = made.judge(float(score), 0, class_name=name)["p_value"]
                 assert 0.0 < p <= last
                 last = p
                 said = made.judge(float(score), 0, class_name=name)
                 limit = 1e-9 + np.maximum([0.01, 0.04], 1 / (len(rule.scores) + 1))  # no p-value is lower
-                assert (said.answer != GOOD) == (p <= limit[1])
-                assert (said.answer == ANOMALY) == (p <= limit[0])
+                assert (said["answer"] != GOOD) == (p <= limit[1])
+                assert (said["answer"] == ANOMALY) == (p <= limit[0])
 
 
 def test_a_tail_of_ties_puts_the_threshold_above_them() -> None:
@@ -249,10 +249,10 @@ def test_given_and_predicted_classes_have_their_own_images() -> None:
     scores = np.r_[np.full(50, 1.0), np.full(50, 9.0)] + np.arange(100) / 1000
     made = decision(good(scores, ("a",) * 50 + ("b",) * 50, ("b",) * 50 + ("a",) * 50))
     assert made.rule("a", given=True).image.value < 2 < made.rule("a", given=False).image.value
-    assert made.judge(5.0, cluster=0).answer == GOOD  # predicted a
+    assert made.judge(5.0, cluster=0)["answer"] == GOOD  # predicted a
     said = made.judge(5.0, cluster=0, class_name="a")
-    assert said.answer == ANOMALY
-    assert (said.class_name, said.predicted_class) == ("a", "a")
+    assert said["answer"] == ANOMALY
+    assert (said["class_name"], said["predicted_class"]) == ("a", "a")
 
 
 def test_one_class_alone_is_all_classes() -> None:
@@ -266,15 +266,15 @@ def test_an_unknown_class_is_named_by_its_distance() -> None:
     rng = np.random.default_rng(0)
     made = decision(good(rng.normal(size=100), distance=rng.normal(1, 0.1, 100)))
     near, far = made.judge(0.0, 0, 1.0), made.judge(0.0, 0, 2.0)
-    assert near.unknown_class is False
-    assert near.class_p > 0.2
-    assert far.unknown_class is True
-    assert far.class_p == pytest.approx(1 / 101)
+    assert near["unknown_class"] is False
+    assert near["class_p"] > 0.2
+    assert far["unknown_class"] is True
+    assert far["class_p"] == pytest.approx(1 / 101)
     few = decision(good(rng.normal(size=30), distance=np.arange(30.0)), 0.005)
-    assert [few.judge(0.0, 0, distance).unknown_class for distance in (29.0, 29.1)] == [False, True]
+    assert [few.judge(0.0, 0, distance)["unknown_class"] for distance in (29.0, 29.1)] == [False, True]
     silent = made.judge(0.0, 0)
-    assert silent.unknown_class is None
-    assert math.isnan(silent.class_p)
+    assert silent["unknown_class"] is None
+    assert math.isnan(silent["class_p"])
     with pytest.raises(ConfigError, match="Accepted: a"):
         made.checked_class("aa")
 
@@ -284,7 +284,7 @@ def test_an_unknown_class_is_named_by_its_distance() -> None:
 
 def test_unsure_lies_between_two_budgets() -> None:
     made = decision(np.arange(199.0), budget=Budget(0.01, unsure=0.1))
-    answers = [made.judge(score, 0).answer for score in np.arange(199.0)]
+    answers = [made.judge(score, 0)["answer"] for score in np.arange(199.0)]
     assert answers.count(ANOMALY) == 1
     assert answers.count(ANOMALY) + answers.count(UNSURE) == 19
     assert answers == sorted(answers, key=[GOOD, UNSURE, ANOMALY].index)
@@ -348,7 +348,7 @@ def test_labels_of_one_kind_and_odd_costs_are_refused() -> None:
 # ---------------------------------------------------------------------------------------- odd input
 
 
-@pytest.mark.parametrize("count", [20, 50, 300])
+@pytest.mark.parametrize("count", [8, 12, 20, 50, 300])
 @pytest.mark.parametrize("kind", ["exponential", "normal", "gamma", "uniform"])
 def test_clean_good_images_are_rarely_suspected(kind: str, count: int) -> None:
     rng = np.random.default_rng(0)
@@ -357,7 +357,7 @@ def test_clean_good_images_are_rarely_suspected(kind: str, count: int) -> None:
         "gamma": lambda: rng.gamma(2.0, size=count), "uniform": lambda: rng.random(count),
     }[kind]  # fmt: skip
     warned = sum(len(suspicious_tail(draw())) > 0 for _ in range(400))
-    assert warned <= (12 if count == 20 else 4)  # of 400; the scale is rough with ten gaps
+    assert warned <= (12 if count <= 20 else 4)  # of 400; the scale is rough with ten gaps
 
 
 @pytest.mark.parametrize(("clean", "odd"), [(95, 5), (60, 15), (30, 2), (300, 1)])
@@ -395,7 +395,8 @@ def test_json_round_trip_keeps_every_answer() -> None:
     for cluster in (0, 1):
         for score in rng.normal(size=20):
             ours, theirs = made.judge(score, cluster), back.judge(score, cluster)
-            assert (ours.p_value, ours.threshold, ours.answer) == (theirs.p_value, theirs.threshold, theirs.answer)
+            for name in ("p_value", "threshold", "answer"):
+                assert ours[name] == theirs[name]
     assert made.rule("a").sentence() == back.rule("a").sentence()
 
 

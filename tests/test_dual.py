@@ -10,11 +10,11 @@ from scipy.stats import norm
 from tiny import RANDOM, RANDOM_CNN, images_to_test, picture, run_config, train_samples
 
 from twinspect import Detector
-from twinspect.config import TrainConfig
+from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import Observed, build_model, fit_size
-from twinspect.models.dual import DualModel, DualShape
+from twinspect.models.dual import DualModel
 from twinspect.models.statistics import NearestImages, PositionGaussian, TokenGaussian
 from twinspect.models.teachers import Backbone, create_teacher
 from twinspect.scoring import surprise
@@ -32,7 +32,7 @@ def meta_model(teacher: str, size: int, **shape: float) -> DualModel:
     """A model without memory: shapes and counts only."""
     with torch.device("meta"):
         frozen = create_teacher(teacher, pretrained=False)
-        return DualModel(frozen, DualShape(size, **shape))  # type: ignore[arg-type]
+        return DualModel(frozen, ModelConfig(**shape), size)  # type: ignore[arg-type]
 
 
 def test_published_size_of_the_encoder_decoder() -> None:

@@ -47,6 +47,14 @@ def literal(grid: np.ndarray, shape: tuple[int, int], threshold: float) -> list[
         if not any(chosen[p] for p in pixels):
             for p in pixels:
                 chosen[p] = True
+    for pixels in flood(chosen):
+        peak = max(heat[p] for p in pixels)
+        share = {p: (heat[p] - level) / (min(near[p], peak) - level) for p in pixels}
+        strong = sum(value >= regions.STRONG for value in share.values())
+        kept = max(1, round(strong * strong / len(pixels)))
+        least = sorted(share.values(), reverse=True)[kept - 1]
+        for p in pixels:
+            chosen[p] = share[p] >= least
     return [pixels for pixels in flood(chosen) if max(heat[p] for p in pixels) >= threshold]
 
 
@@ -144,6 +152,11 @@ def test_strongest_place_of_a_weak_map_is_a_region(shape: tuple[int, int]) -> No
     y, x = 12 / 40 * shape[0], 22 / 40 * shape[1]
     assert region.x <= x < region.x + region.width
     assert region.y <= y < region.y + region.height
+
+
+def test_a_flat_map_above_its_threshold_is_one_region() -> None:
+    (region,) = find_regions(np.ones((8, 8), np.float32), (20, 30), 0.5, PEAKS)
+    assert (region.x, region.y, region.width, region.height, region.area) == (0, 0, 30, 20, 600)
 
 
 def test_a_flat_map_has_no_strongest_place() -> None:

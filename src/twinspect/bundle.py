@@ -1,8 +1,6 @@
 """One file that holds a trained model: safetensors and JSON in a zip, each with its sha256. Never pickle.
 
-Self-contained by default (teacher included, so prediction needs no network and no package of weights);
-a thin bundle names its teacher and the hash of its weights instead, and refuses any other.
-
+It holds the teacher as well, so that prediction needs no network and no package of weights.
 `read_bundle` and `write_bundle` know the file and no torch; `load` and `save` make models of it.
 """
 
@@ -23,7 +21,7 @@ from twinspect import files
 from twinspect._version import __version__
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
+from twinspect.errors import NONSENSE, BundleError, refuse_version
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 FORMAT = 8  # raised when the statistics of a model, or what is made of them, change: 8 has one level of clusters
 SUFFIX = ".twin"
 _META, _TENSORS, _MEMORY, _HASHES = "bundle.json", "model.safetensors", "memory.safetensors", "sha256.json"
-_TEACHER = "teacher."
 # What zip and json raise on files that are cut off, changed, encrypted, or something else altogether.
 _NOT_WHOLE = (*NONSENSE, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 _MOST_UNPACKED = 50  # times as many bytes as packed: weights do not shrink like that
@@ -155,38 +152,29 @@ def model_id(model: AnomalyModel) -> str:
     return digest.hexdigest()[:12]
 
 
-def save(fitted: Fitted, path: Path, thin: bool = False) -> Path:
-    """Write a bundle; ``thin`` leaves the teacher out and refers to it by name and weight hash.
-
-    An OutputError where it cannot be written; a ConfigError for a random teacher that shall be left out.
-    """
+def save(fitted: Fitted, path: Path) -> Path:
+    """Write a bundle; an OutputError where it cannot be written."""
     from safetensors.torch import save as to_bytes
 
-    if thin and not fitted.config.model.pretrained:
-        raise ConfigError("a random teacher cannot be left out of the bundle: no disk holds it; save without thin")
-    state = fitted.model.state_dict()
-    tensors = {k: v.contiguous() for k, v in state.items() if not (thin and k.startswith(_TEACHER))}
+    tensors = {name: value.contiguous() for name, value in fitted.model.state_dict().items()}
     config, decision = fitted.config.to_dict(), fitted.decision.to_dict()
-    meta = {"config": config, "record": fitted.record, "decision": decision, "thin": thin}
+    meta = {"config": config, "record": fitted.record, "decision": decision}
     write_bundle(path, meta, to_bytes(tensors), fitted.memory)
     return path
 
 
-def load(path: Path, weights: str = "") -> Fitted:
-    """Read a bundle back; a BundleError where it is damaged, or was made with another teacher.
-
-    A WeightsError where the teacher of a thin bundle is not on this disk.
-    """
+def load(path: Path) -> Fitted:
+    """Read a bundle back; a BundleError where it is damaged."""
     from safetensors import SafetensorError
 
     content = read_bundle(path)
     try:
-        return _rebuild(content, path, weights)
+        return _rebuild(content, path)
     except (*NONSENSE, RuntimeError, AssertionError, SafetensorError) as error:
-        raise BundleError(f"{path}: its parts do not fit together ({error})") from None
+        raise BundleError(f"{path}: its parts do not fit together ({str(error)[:300]})") from None
 
 
-def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
+def _rebuild(content: BundleContent, path: Path) -> Fitted:
     from safetensors.torch import load as from_bytes
 
     from twinspect.models.contract import build_model
@@ -194,24 +182,18 @@ def _rebuild(content: BundleContent, path: Path, weights: str) -> Fitted:
 
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
+    if meta.get("thin"):
+        raise BundleError(
+            f"{path} was saved without its teacher (fit --thin of version {meta['twinspect']}), which is no longer "
+            f"read. Train it again: twinspect fit DATA --out {path}"
+        )
     tensors = from_bytes(content.tensors)
-    made_with, thin = record["teacher"], bool(meta["thin"])
-    teacher = create_teacher(made_with["name"], weights, pretrained=thin and config.model.pretrained)
-    model = build_model(config.model, teacher)
+    model = build_model(config.model, create_teacher(record["teacher"]["name"], pretrained=False))
     model.roi_SS = tensors.get("roi_SS")
     _resize_buffers(model, tensors)
-    needed = model.state_dict()
-    missing = [key for key in needed if key not in tensors and not (thin and key.startswith(_TEACHER))]
-    if missing or any(key not in needed for key in tensors):
-        raise BundleError(f"{path}: tensors do not fit this library's model (first: {(missing or [''])[0]})")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors)
     model.eval()
-    if (teacher_hash := model.teacher.hash()) != made_with["hash"]:
-        raise BundleError(
-            f"{path} was made with teacher {made_with['name']} of hash {made_with['hash']}, but the teacher on "
-            f"this disk has hash {teacher_hash}; give the right file with --weights FILE"
-        )
-    model.teacher.weights = made_with["weights"]
+    model.teacher.weights = record["teacher"]["weights"]
     decision = Decision.from_dict(meta["decision"], str(path))
     if decision.model_id != (id_of_model := model_id(model)):
         raise BundleError(

@@ -259,22 +259,22 @@ class Detector:
             self._predictor = Predictor(TorchRuntime(fitted.model), fitted.decision)
         return self._predictor
 
-    def save(self, path: str | Path, thin: bool = False) -> Path:
-        """Write one bundle file and return its path; ``thin`` leaves the teacher's weights out."""
+    def save(self, path: str | Path) -> Path:
+        """Write one bundle file and return its path."""
         from twinspect.bundle import save
 
-        return save(self.fitted, Path(path), thin)
+        return save(self.fitted, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, weights: str | Path = "") -> Detector:
-        """Read a bundle; ``weights`` is the teacher's file for a thin one whose teacher is not on this disk.
+    def load(cls, path: str | Path) -> Detector:
+        """Read a bundle.
 
         Raises:
-            BundleError: damaged, tampered with, too new, or the teacher on this disk is another one.
+            BundleError: damaged, tampered with, or too new.
         """
         from twinspect.bundle import load
 
-        fitted = load(Path(path), str(weights))
+        fitted = load(Path(path))
         detector = cls(config=fitted.config)
         detector._fitted = fitted
         return detector

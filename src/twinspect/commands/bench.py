@@ -33,7 +33,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     batches = parse_batches(options.batch)
     for batch in batches:
         check_counts(options.threads, batch)
-    predictor = load_predictor(options.model, options.threads, 1, options.weights)
+    predictor = load_predictor(options.model, options.threads, 1)
     files, images = _files(options.images)
     rows, shown = [], []
     for done, batch in enumerate(batches):

@@ -105,7 +105,7 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
         return None, None
     from twinspect.detector import Detector
 
-    predictor, name = Detector.load(options.bundle, options.weights).predictor(), options.class_name or None
+    predictor, name = Detector.load(options.bundle).predictor(), options.class_name or None
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:

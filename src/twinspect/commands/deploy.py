@@ -25,7 +25,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
 
     out = options.out
     exports.checked_runtime(out)
-    fitted = load(options.bundle, options.weights)
+    fitted = load(options.bundle)
     images = exports.load_images(options.images, fitted.model.size) if options.images is not None else ()
     comparison = exports.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
@@ -39,7 +39,7 @@ def check(options: CheckOptions, console: Console) -> None:
     from twinspect.bundle import load
 
     path, bundle = options.export, options.bundle
-    fitted = load(bundle, options.weights)
+    fitted = load(bundle)
     images = exports.load_images(options.images, fitted.model.size)
     comparison, meta = exports.check(path, fitted, images)
     console.say(*comparison.lines())

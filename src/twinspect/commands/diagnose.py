@@ -239,7 +239,7 @@ def _of_normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis
 def diagnose(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
     results.check_outputs(options.report, options.json_file)
-    predictor = load(options.bundle, weights=options.weights)
+    predictor = load(options.bundle)
     samples = data.load(options.data, options.layout, options.images).samples
     passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
 

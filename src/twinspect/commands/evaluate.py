@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 def evaluate(options: EvalOptions, console: Console) -> None:
     """Score the test images of a data set, print the metrics and write them where asked."""
     results.check_outputs(options.report, options.json_file)
-    detector = Detector.load(options.bundle, options.weights)
+    detector = Detector.load(options.bundle)
     predictor, config, recorded = detector.predictor(), detector.config, detector.record_.get("split", {})
     loaded = results.read_data(options.data, options.layout, options.images, console)
     split = choose_test(loaded, options.split or recorded.get("name", ""), config.train.seed, [predictor])

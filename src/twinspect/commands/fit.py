@@ -84,7 +84,7 @@ def leave(options: FitOptions, fitted: Fitted, folder: Path, console: Console) -
     warn_of(fitted, console)
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
-    save(fitted, out, options.thin)
+    save(fitted, out)
     console.say(*report_lines(fitted, out))
     if options.work is None:
         console.say(f"training log {leave_work(folder, out.with_name(f'{out.stem}.train.jsonl'))}")
@@ -100,7 +100,7 @@ def configured(options: FitOptions, typed: Mapping[str, Any]) -> tuple[RunConfig
         values = {field.name: typed[field.name] for field in fields(kind)}
         chosen[section] = dial[section] | {name: value for name, value in values.items() if value is not None}
     if options.resume_from is not None:
-        before = load(options.resume_from, str(chosen["model"].pop("weights", "")))
+        before = load(options.resume_from)
         of_bundle = before.config.to_dict()["model"]
         if other := [name for name, value in chosen["model"].items() if value != of_bundle[name]]:
             raise ConfigError(f"--resume-from keeps the bundle's model; leave out: {', '.join(other)}")
@@ -174,17 +174,17 @@ def update(options: UpdateOptions, console: Console) -> None:
         console.say(_taken_back(bundle))
         return
     out = checked_model(options.out, bundle)
-    fitted = load(bundle, options.weights)
+    fitted = load(bundle)
     loaded = read_data(options.new, options.layout, options.images, console)
     after = learn_more(fitted, loaded.samples, options.class_name or None, console.progress)
     warn_of(after, console)
-    last, thin = after.record["updates"][-1], bool(read_bundle(bundle).meta["thin"])
+    last = after.record["updates"][-1]
     if out == bundle:
         before = _model_before(bundle, len(after.record["updates"]))
         refuse_unwritable(before)
         shutil.copy2(bundle, before)
         console.say(f"the model before is kept as {before}; twinspect update {bundle} --undo takes it back")
-    save(after, out, thin)
+    save(after, out)
     console.say(*update_lines({"updates": [last]}), *threshold_section(after.decision).lines())
     console.say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 

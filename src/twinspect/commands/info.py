@@ -54,7 +54,7 @@ def describe(path: Path) -> Report:
         record, config, values = export.record, export.config, export.decision
     else:
         meta = read_bundle(path).meta
-        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}", "thin": meta.get("thin")}
+        head = {"written by": f"twinspect {meta['twinspect']}, format {meta['format']}"}
         record, config, values = meta.get("record", {}), meta.get("config", {}), meta.get("decision", {})
     decision = Decision.from_dict(values, str(path))
     try:
@@ -136,13 +136,7 @@ def outlier_lines(record: dict[str, Any]) -> Iterator[str]:
 
     if dropped := record.get("dropped"):
         yield f"left out, as they are least like the others (--drop-outliers): {named(dropped)}"
-    listed = record.get("least_like", [])
-    yield f"training images least like the others (score): {named(listed[:_LEAST_LIKE])}"
-    if apart := [row for row in listed if row["apart"]]:
-        yield (
-            f"{len(apart)} of them score{'s' if len(apart) == 1 else ''} apart from the rest, as anomalies among the "
-            f"good ones would; look at them, and leave them out with --drop-outliers {len(apart)} if they are bad"
-        )
+    yield f"training images least like the others (score): {named(record.get('least_like', [])[:_LEAST_LIKE])}"
 
 
 def _limits(record: dict[str, Any], decision: Decision) -> Iterator[str]:

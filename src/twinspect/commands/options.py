@@ -29,15 +29,8 @@ class Reports:
     json_file: str = option("Write values as JSON to a file, or - to print.", "", "--json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildsModel:
-    """Options of commands that need the teacher of a model."""
-
-    weights: str = option("File with the teacher's weights, if neither the model nor a known place has them.", "")
-
-
 @dataclass(frozen=True)
-class CalibrateOptions(ReadsData, Reports, BuildsModel):
+class CalibrateOptions(ReadsData, Reports):
     """Set thresholds from good images for a false-alarm rate. The model itself stays as it is."""
 
     bundle: Path = argument(_BUNDLE)
@@ -71,13 +64,14 @@ class DriftOptions(Reports):
 
 
 @dataclass(frozen=True)
-class ReproduceOptions(BuildsModel):
+class ReproduceOptions:
     """Train and test on a public benchmark. Our numbers stand beside the published ones."""
 
     recipe: str = argument("Name of a recipe; without one they are listed.", "")
     root: Path | None = option("Folder of the data set.", None)
     out: Path | None = option("Folder for results; without: reproduce-out/RECIPE.", None)
     teacher: str = option("Instead of the recipe's teacher.", "")
+    weights: str = option("File with the teacher's weights, if no known place has them.", "")
     seed: int = option("Seed of weights, order, noise and splits.", 0, accepts=SEEDS)
     limit_steps: int = option("Train so many steps at most; 0: the recipe's.", 0)
     size: int = option("Input side in pixels; 0: the recipe's.", 0)
@@ -85,7 +79,7 @@ class ReproduceOptions(BuildsModel):
 
 
 @dataclass(frozen=True)
-class ExportCommandOptions(BuildsModel):
+class ExportCommandOptions:
     """Write a model for another runtime: ONNX or OpenVINO. It is first compared with the original on images."""
 
     bundle: Path = argument(_BUNDLE)
@@ -94,7 +88,7 @@ class ExportCommandOptions(BuildsModel):
 
 
 @dataclass(frozen=True)
-class CheckOptions(BuildsModel):
+class CheckOptions:
     """Compare an exported model with its original on your images. Exit code 2: they differ."""
 
     export: Path = argument("Exported model (.onnx or .xml).")
@@ -103,7 +97,7 @@ class CheckOptions(BuildsModel):
 
 
 @dataclass(frozen=True)
-class BenchOptions(BuildsModel):
+class BenchOptions:
     """Measure images per second, latency and memory. The last line is JSON."""
 
     model: Path = argument("Bundle (.twin) or exported model.")
@@ -114,7 +108,7 @@ class BenchOptions(BuildsModel):
 
 
 @dataclass(frozen=True)
-class DiagnoseOptions(ReadsData, Reports, BuildsModel):
+class DiagnoseOptions(ReadsData, Reports):
     """Measure whether products hide each other's defects. It needs good images of two or more, and no defect."""
 
     bundle: Path = argument("Trained model (.twin), or an exported one.")
@@ -158,7 +152,7 @@ class ManifestOptions(ReadsData):
 
 
 @dataclass(frozen=True)
-class EvalOptions(ReadsData, BuildsModel):
+class EvalOptions(ReadsData):
     """Measure a model on labelled images. By class: defects found, false alarms, AUROC."""
 
     bundle: Path = argument(_BUNDLE)
@@ -179,7 +173,7 @@ class SignOptions:
 
 
 @dataclass(frozen=True)
-class UpdateOptions(ReadsData, BuildsModel):
+class UpdateOptions(ReadsData):
     """Learn new good images without the old ones. They may be false alarms, or a new product."""
 
     bundle: Path = argument(_BUNDLE)
@@ -210,7 +204,6 @@ class FitOptions(ReadsData):
     work: Path | None = option(
         "Folder for checkpoints and the training log; without: OUT.work, as long as it runs.", None
     )
-    thin: bool = option("Leave the teacher's weights out of the bundle.", False, "--thin")
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 

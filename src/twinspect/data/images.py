@@ -50,6 +50,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NOTES = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")  # colour profile and texts
 # Of a PNG that cannot be opened, these go as well: no pixel depends on them.
 _PNG_NUMBERS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"pHYs", b"tIME", b"bKGD", b"hIST", b"sPLT", b"sBIT")
+_GREY_MODES = ("1", "L", "LA", "La")  # of Pillow, with 8 bits or fewer
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
@@ -100,6 +101,22 @@ def read_sized_rgb(
         # A TIFF turns itself while it is decoded, so that its header's size is not to be trusted.
         shape = ((width, height) if sideways else (height, width)) if drafted else (rgb.shape[0], rgb.shape[1])
         return rgb, shape
+
+
+def read_header(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[tuple[int, int], bool]:
+    """(height, width) of an image file as it is shown, and whether it is a grey one; no pixel is decoded.
+
+    Raises as `read_rgb`.
+    """
+    with _picture(path, limits, str(path)) as picture:
+        if not isinstance(picture, Image.Image):
+            return (picture.shape[0], picture.shape[1]), picture.ndim == 2
+        width, height = picture.size
+        orientation = 1
+        with suppress(Exception):  # EXIF that cannot be read turns nothing
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        shape = (width, height) if orientation in _SIDEWAYS else (height, width)
+        return shape, picture.mode in _GREY_MODES or _is_deep(picture)
 
 
 def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import ConfigError, DataError, listed
 
 Floats = NDArray[np.float64]
 Texts = NDArray[np.object_]
@@ -29,6 +29,7 @@ MAX_FPR = 0.02  # share of good images that may be called bad, where nothing els
 OWN, EVERY, LABELS, HAND = "own images", "every class", "labels", "set by hand"
 _FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
+_FEWEST_TAIL = 5  # scores of the upper half, without which nothing is said of the highest
 _TAIL_SHARE = 0.3  # largest share of a good folder that is looked at as possible anomalies
 
 
@@ -149,17 +150,38 @@ def suspicious_tail(score_N: Floats) -> NDArray[np.intp]:
     In an exponential tail (which the surprise score has by construction) the gap between the j-th and the next
     largest score, times j, is exponential with one scale for all j (Renyi). A gap far above that scale, which the
     upper half gives robustly, separates a second group. Anomalies that score like good images cannot be seen this
-    way, nor more than three in ten. Of clean sets of 20, 1 in 100 is suspected, as few images give a rough scale.
+    way, nor more than three in ten. Of clean sets of 8 to 20, 1 in 100 is suspected: a rough scale.
     """
     order = np.argsort(score_N)[::-1]
     upper = np.asarray(score_N, dtype=np.float64)[order][: len(order) // 2 + 1]
     scaled_gap = -np.diff(upper) * np.arange(1, len(upper))
-    if len(upper) < FEWEST // 2 or np.median(scaled_gap) <= 0.0:  # too few, or more than half of them are ties
+    if len(upper) < _FEWEST_TAIL or np.median(scaled_gap) <= 0.0:  # too few, or more than half of them are ties
         return order[:0]
     looked_at = max(1, int(_TAIL_SHARE * len(order)))
     limit = np.median(scaled_gap) / math.log(2.0) * math.log(looked_at / _GAP_FALSE_WARNING)
     wide = np.flatnonzero(scaled_gap[:looked_at] > limit)  # anomalies differ among themselves: the lowest counts
     return order[: wide[-1] + 1] if len(wide) else order[:0]
+
+
+def odd_images(class_name: str, score_N: Floats, names: Sequence[str], threshold: float) -> tuple[str, list[int]]:
+    """What to say of the good images of a class that `suspicious_tail` points at, and their positions.
+
+    The text is empty where it points at none. It says so where the threshold is set by one of them.
+    """
+    odd = suspicious_tail(score_N)
+    if not len(odd):
+        return "", []
+    highest, rest = score_N[odd[0]], np.delete(score_N, odd).max()
+    if len(odd) == 1 and rest > 0.0 and np.nextafter(highest, np.inf) == threshold:
+        times = f"{highest / rest:.1f} times the next one"
+        return f"the threshold of {class_name} is set by {names[odd[0]]}, which scores {times}", odd.tolist()
+    named = listed([f"{names[i]} ({score_N[i]:.1f})" for i in odd])
+    raising = "; they raise the threshold" if score_N[odd[-1]] < threshold else ""
+    return (
+        f"{class_name}: {len(odd)} of {len(score_N)} images score far above the others, as if anomalies were among "
+        f"the good ones{raising}: {named}",
+        odd.tolist(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ classes

@@ -11,7 +11,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +23,6 @@ GOOD, UNSURE, ANOMALY = "good", "unsure", "anomaly"
 _FEWEST_TAKEN, _SHARE_TAKEN = 2, 0.05  # images and share of a class taken for another from which this is said
 ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
-
-
-class Judgement(NamedTuple):
-    """What a decision says about one image; see `Result` for the meaning of the fields."""
-
-    class_name: str
-    predicted_class: str
-    class_p: float
-    unknown_class: bool | None
-    p_value: float
-    threshold: float
-    threshold_unsure: float
-    answer: str
-    rule: Rule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,23 +69,23 @@ class Decision:
 
     def judge(
         self, score: float, cluster: int, distance: float = float("nan"), class_name: str | None = None
-    ) -> Judgement:
-        """The answer for one image.
+    ) -> dict[str, Any]:
+        """The answer for one image: those columns of a `Result` that follow from the good images.
 
         Its class is that of its nearest cluster where it is not given; the distance to that may be NaN.
         """
         predicted = self.class_of_cluster[cluster]
-        rule = self.rule(class_name or predicted, class_name is not None)
-        near = self.rule(predicted, given=False)
+        rule, near = self.rule(class_name or predicted, class_name is not None), self.rule(predicted, given=False)
         class_p, unknown = float("nan"), None
         if near.far is not None and distance == distance:
             class_p, unknown = float(p_values(distance, near.distances)), distance >= near.far.value
         unsure = rule.unsure.value if rule.unsure is not None else float("nan")
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
-        return Judgement(
-            class_name or predicted, predicted, class_p, unknown, float(p_values(score, rule.scores)),
-            rule.image.value, unsure, answer, rule,
-        )  # fmt: skip
+        return {
+            "class_name": class_name or predicted, "predicted_class": predicted, "class_p": class_p,
+            "unknown_class": unknown, "p_value": float(p_values(score, rule.scores)), "threshold": rule.image.value,
+            "threshold_unsure": unsure, "answer": answer, "is_anomaly": answer == ANOMALY,
+        }  # fmt: skip
 
     def nearest(self, place: int) -> tuple[str, bytes]:
         """Name and small JPEG of a good image of the bank; empty where they are not known."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ from twinspect.decide.conformal import (
     Threshold,
     conformal_threshold,
     labelled_threshold,
+    odd_images,
     refuse_unsupported,
-    suspicious_tail,
 )
 from twinspect.decide.decision import Decision, image_id
-from twinspect.errors import DataError, listed
+from twinspect.errors import DataError
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 if TYPE_CHECKING:
@@ -150,7 +150,20 @@ def recalibrate(
         budgets, good = [after.budget_of(class_name)], good.take(good.of_class(class_name))
     for budget in budgets:
         refuse_unsupported(len(good), budget.max_fpr)
+    if scored is not None:
+        notes += _odd_images(after, scored)
     return after, notes
+
+
+def _odd_images(decision: Decision, scored: Scored) -> Iterator[str]:
+    """What looks like an anomaly among the calibration images of the classes that ``scored`` images are of."""
+    names = dict(zip(scored.rows.key, scored.names, strict=True))
+    for class_name in sorted(set(scored.rows.class_name)):
+        good = decision.good.take(decision.good.of_class(class_name))
+        known = [names.get(key, "an earlier image") for key in good.key]
+        text, odd = odd_images(class_name, good.score, known, decision.rule(class_name).image.value)
+        if text:
+            yield f"{text}. Look at {'it' if len(odd) == 1 else 'them'}, take out what is bad and calibrate again"
 
 
 def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
@@ -171,18 +184,7 @@ def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> 
         raise DataError("no image to calibrate with: none was given, or none can be read")
     if not at:
         raise DataError(f"none of the {total} images can be used: {'; '.join(notes)}")
-    rows, names = scored.rows.take(np.array(at)), [scored.names[i] for i in at]
-    for class_name in sorted(set(rows.class_name)):
-        of_class = np.flatnonzero(rows.of_class(class_name))
-        odd = of_class[suspicious_tail(rows.score[of_class])]
-        if len(odd):
-            named = listed([f"{names[i]} ({rows.score[i]:.1f})" for i in odd])
-            notes.append(
-                f"{class_name}: {len(odd)} of {len(of_class)} images score far above the others, as if anomalies "
-                f"were among the good ones; they raise the threshold. Look at {named}, take out what is bad and "
-                "calibrate again"
-            )
-    return rows
+    return scored.rows.take(np.array(at))
 
 
 def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> GoodScores:

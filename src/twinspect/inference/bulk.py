@@ -167,7 +167,7 @@ class PartScorer:
 def _loaded(job: Job) -> Predictor:
     from twinspect.inference.runtimes import load_predictor
 
-    predictor = load_predictor(job.model, job.threads, job.batch, job.weights, job.device)
+    predictor = load_predictor(job.model, job.threads, job.batch, job.device)
     predictor.decision.checked_class(job.class_name or None)
     if job.decoders:
         predictor.workers, predictor.processes = job.decoders, True

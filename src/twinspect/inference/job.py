@@ -64,7 +64,6 @@ class Job:
         "Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0, accepts=Range(0, MOST_BATCH)
     )
     workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1, accepts=Range(-1, 512))
-    weights: str = option("File with the teacher's weights, if neither the model nor a known place has them.", "")
     threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=Range(0, MOST_THREADS))
     device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))

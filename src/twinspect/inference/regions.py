@@ -3,8 +3,8 @@
 Whether there is a region is decided by a threshold, which comes from the map maxima of good images, so that the
 promise is per image: at most the stated share of good images shows any region at all. An image that is called bad by
 its score shows its strongest place in any case (`strongest_place`). How far a region reaches is
-decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. Both
-shares of it were chosen on masks of five sets (docs/results.md).
+decided by the map's own heights: at one threshold for all, a strong defect would be a blot and a weak one a dot. The
+shares for that were chosen on masks of six classes (docs/results.md).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from twinspect.decide.conformal import Floats, p_values
 
 Map = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-OF_PEAK = 0.5**2  # of a region's height above the image's level, that all its pixels reach; see `connected`
-OF_NEARBY = 0.8**2  # of the highest value nearby (above the level), that they reach as well
+OF_PEAK = 0.5**2  # of a lobe's height above the image's level, that all its pixels reach; see `connected`
+OF_NEARBY = 0.6**2  # of the highest value nearby (above the level), that they reach as well
+STRONG = 0.75**2  # of the same, that strong pixels reach
 NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
 MOST_REGIONS = 100  # listed per image, strongest first
+_LEAST = float(np.finfo(np.float32).tiny)  # height of a flat map, which no pixel exceeds
 _DOWN, _RIGHT = (0, 1, 0, -1), (1, 0, -1, 0)  # steps to the right, down, left, up
 
 
@@ -132,7 +134,7 @@ def find_regions(grid: Map, shape: tuple[int, int], threshold: float, peaks: Flo
 def strongest_place(grid: Map, shape: tuple[int, int]) -> float:
     """The threshold at which a map shows its strongest place and what is nearly as strong; infinite if it is flat."""
     peak, level = float(_resized(grid, shape).max()), float(np.median(grid))
-    return level + OF_NEARBY * (peak - level) if peak > level else math.inf
+    return level + STRONG * (peak - level) if peak > level else math.inf
 
 
 def strongest(regions: Components) -> list[int]:
@@ -143,9 +145,11 @@ def strongest(regions: Components) -> list[int]:
 def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components:
     """Regions of a map as it is resized for them.
 
-    A region's pixels reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of the highest value nearby, both counted from
-    the image's median; both are squares, as surprises grow with the square of a distance. A region that is too weak
-    beside another for that is what reaches the threshold.
+    A lobe is connected pixels that reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of what is highest nearby. Both
+    count from the image's median and are squares, as surprises grow with the square of a distance. What is too weak
+    for that beside another is a lobe where it reaches the threshold. A map is blurred, which makes small defects grow
+    most: a blot has a small share of strong pixels, a plateau a large one. So a region is the strongest pixels of a
+    lobe: as many as are strong, times their share.
     """
     if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
         return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32))
@@ -160,7 +164,20 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     lost_R = np.ones(int(region_P.max(initial=-1)) + 1, np.bool_)
     lost_R[region_P[inside[pixel_P]]] = False
     inside[pixel_P[lost_R[region_P]]] = True
+    pixel_P, region_P = _labelled(inside.reshape(heat.shape))
+    value_P = heat.ravel()[pixel_P]
+    height_P = np.minimum(nearby.ravel()[pixel_P], _highest(value_P, region_P)[region_P]) - level
+    inside[pixel_P] = _strongest_pixels((value_P - level) / np.maximum(height_P, _LEAST), region_P)
     return components(inside.reshape(heat.shape), heat, threshold)
+
+
+def _strongest_pixels(share_P: NDArray[np.floating], lobe_P: NDArray[np.int64]) -> Bools:
+    """Which pixels of each lobe are its region; ``share_P``: of the highest value nearby."""
+    order = np.argsort(lobe_P - 0.5 * share_P)  # lobe by lobe, the strongest pixel first
+    size_L, strong_L = np.bincount(lobe_P), np.bincount(lobe_P, share_P >= STRONG)
+    last_L = np.cumsum(size_L) - size_L + np.maximum(np.rint(strong_L**2 / size_L), 1).astype(np.int64) - 1
+    kept_P: Bools = share_P >= share_P[order[last_L]][lobe_P]
+    return kept_P
 
 
 def region_mask(grid: Map, shape: tuple[int, int], threshold: float) -> Bools:

@@ -154,9 +154,7 @@ class OpenVinoRuntime:
 RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenVinoRuntime]] = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime}
 
 
-def load_predictor(
-    path: Path | str, threads: int = 0, batch: int = 0, weights: Path | str = "", device: str = "cpu"
-) -> Predictor:
+def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: str = "cpu") -> Predictor:
     """A predictor for a bundle (.twin), which runs with torch, or an exported model (.onnx, .xml).
 
     Args:
@@ -164,7 +162,6 @@ def load_predictor(
         threads: of the runtime; 0 leaves its own choice.
         batch: images per call; 0 takes one for each thread of torch on a CPU (at most 8), 16 on a GPU, and for an
             export 1.
-        weights: teacher's file of a thin bundle that is not on this disk.
         device: of a bundle: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` (a GPU where there is one). Exported models
             go by what their runtime offers.
 
@@ -190,7 +187,7 @@ def load_predictor(
     required("torch", path)
     from twinspect.bundle import load
 
-    chosen, fitted = choose_device(device), load(path, str(weights))
+    chosen, fitted = choose_device(device), load(path)
     torch_runtime = TorchRuntime(fitted.model, chosen, threads)
     return Predictor(torch_runtime, fitted.decision, batch or torch_runtime.usual)
 

@@ -26,7 +26,7 @@ global tokens together, S input side, W width of the decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +37,15 @@ from twinspect.config import ModelConfig, TrainConfig
 from twinspect.errors import ConfigError
 from twinspect.losses import easy_share, encoder_decoder_loss, encoder_encoder_loss, noisy_or_loss
 from twinspect.models.contract import AnomalyModel, Observed, Plain, Selection
-from twinspect.models.layers import DecoderBlock, NoisyBottleneck, Resample, TokenLinear, start_small, to_rows
-from twinspect.models.layers import whole_divisor as whole_divisor
+from twinspect.models.layers import (
+    DecoderBlock,
+    NoisyBottleneck,
+    Resample,
+    TokenLinear,
+    start_small,
+    to_rows,
+    whole_divisor,
+)
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
 from twinspect.scoring import published_map, top_mean
@@ -47,43 +54,19 @@ LAYER_NORM_EPS = 1e-8  # Dinomaly's, in the decoder of a ViT and of recentred gr
 TOP_SHARE = 0.01  # of positions, whose mean is the Encoder-Decoder's reading (Dinomaly)
 
 
-@dataclass(frozen=True, slots=True)
-class DualShape:
-    """Sizes of the two students; zeros are replaced by what suits the teacher.
-
-    Attributes:
-        size: input side in pixels.
-        width, depth: of the Encoder-Decoder's decoder.
-        dropout: noise of its bottleneck.
-        ee_shrink: factor by which the Encoder-Encoder's input is smaller.
-        ee_depth: share of the teacher's blocks in the Encoder-Encoder; of a CNN's, of every stage.
-        recentre: whether the Encoder-Decoder's targets are recentred on the class token (Dinomaly2).
-        ee_tokens: class tokens the Encoder-Encoder answers for: the ``last`` block's or ``all``.
-    """
-
-    size: int
-    width: int = 0
-    depth: int = 0
-    dropout: float = 0.2
-    ee_shrink: int = 0
-    ee_depth: float = 0.0
-    recentre: bool = False
-    ee_tokens: str = "last"
-
-    def resolved(self, info: BackboneInfo) -> DualShape:
-        """Fill the zeros: the published sizes for a ViT, what two CPU cores can train for a CNN."""
-        vit = info.kind == "vit"
-        multiple = info.multiple if vit else 1
-        return DualShape(
-            self.size,
-            self.width or (info.channels[0] if vit else 64),
-            self.depth or (8 if vit else 1),
-            self.dropout,
-            whole_divisor(self.size, self.ee_shrink or (1 if vit else round(self.size / 64)), multiple),
-            self.ee_depth or (1.0 if vit else 0.25),
-            self.recentre,
-            self.ee_tokens,
-        )
+def resolved(config: ModelConfig, info: BackboneInfo, size: int) -> ModelConfig:
+    """Sizes in the place of zeros: the published ones for a ViT, what two CPU cores can train for a CNN."""
+    vit = info.kind == "vit"
+    return replace(
+        config,
+        width=config.width or (info.channels[0] if vit else 64),
+        depth=config.depth or (8 if vit else 1),
+        ee_shrink=whole_divisor(
+            size, config.ee_shrink or (1 if vit else round(size / 64)), info.multiple if vit else 1
+        ),
+        ee_depth=config.ee_depth or (1.0 if vit else 0.25),
+        scoring=config.scores(),
+    )
 
 
 class LayerGroups(nn.Module):
@@ -144,19 +127,24 @@ class EncoderDecoder(nn.Module):
     ViT: class and register tokens go with the patches through bottleneck and decoder, and are dropped at its end.
     """
 
-    def __init__(self, groups: LayerGroups, shape: DualShape) -> None:
+    def __init__(self, groups: LayerGroups, config: ModelConfig) -> None:
         super().__init__()
-        self.vit, self.prefix_tokens, self.widths = groups.vit, groups.prefix_tokens, groups.widths
-        heads = max(1, shape.width // 64 if self.vit else shape.width // 32)
+        self.vit, self.prefix_tokens, self.widths, width = (
+            groups.vit,
+            groups.prefix_tokens,
+            groups.widths,
+            config.width,
+        )
+        heads = max(1, width // 64 if self.vit else width // 32)
         ratio = 4.0 if self.vit else 2.0  # hidden units a unit of width: Dinomaly's, and half of it for a CNN
-        self.bottleneck = NoisyBottleneck(groups.trunk_dims, shape.width, shape.dropout, ratio)
+        self.bottleneck = NoisyBottleneck(groups.trunk_dims, width, config.dropout, ratio)
         eps = LAYER_NORM_EPS if self.vit else 1e-5
-        self.blocks = nn.ModuleList(DecoderBlock(shape.width, heads, ratio, eps) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, ratio, eps) for _ in range(config.depth))
         if self.vit:
             start_small(self)
         else:
-            self.register_buffer("position_NW", sine_positions(groups.side, shape.width), persistent=False)
-            self.head = TokenLinear(shape.width, sum(groups.widths))
+            self.register_buffer("position_NW", sine_positions(groups.side, width), persistent=False)
+            self.head = TokenLinear(width, sum(groups.widths))
 
     def forward(self, trunk_BND: Tensor) -> list[Tensor]:
         """Predicted groups, in the order of the teacher's."""
@@ -176,15 +164,14 @@ class EncoderDecoder(nn.Module):
 class EncoderEncoder(nn.Module):
     """The teacher's architecture from scratch, giving a global token for the teacher's last level or for all."""
 
-    def __init__(self, info: BackboneInfo, shape: DualShape) -> None:
+    def __init__(self, info: BackboneInfo, config: ModelConfig, side: int) -> None:
         super().__init__()
-        self.shrink = shape.ee_shrink
-        self.net = Backbone(info.arch, depth=shape.ee_depth, img_size=shape.size // shape.ee_shrink)
+        self.net = Backbone(info.arch, depth=config.ee_depth, img_size=side)
         self.net.drop_head()
         levels, teachers = len(self.net.info.token_channels), len(info.token_channels)
         # A shallower student answers for several levels of the teacher with one of its own.
         self.source = [min(levels - 1, (i * levels) // teachers) for i in range(teachers)]
-        self.first = teachers - 1 if shape.ee_tokens == "last" else 0
+        self.first = teachers - 1 if config.ee_tokens == "last" else 0
         self.source, theirs = self.source[self.first :], info.token_channels[self.first :]
         dims = zip((self.net.info.token_channels[i] for i in self.source), theirs, strict=True)
         self.heads = nn.ModuleList(nn.Linear(a, b) for a, b in dims)
@@ -198,9 +185,9 @@ class EncoderEncoder(nn.Module):
 class DualStudent(nn.Module):
     """Both students behind one forward, so that one call reaches every trainable weight."""
 
-    def __init__(self, groups: LayerGroups, shape: DualShape, info: BackboneInfo) -> None:
+    def __init__(self, groups: LayerGroups, info: BackboneInfo, config: ModelConfig, side: int) -> None:
         super().__init__()
-        self.local, self.semantic = EncoderDecoder(groups, shape), EncoderEncoder(info, shape)
+        self.local, self.semantic = EncoderDecoder(groups, config), EncoderEncoder(info, config, side)
 
     def forward(self, trunk_BND: Tensor, small_B3SS: Tensor) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Predicted layer groups and class tokens."""
@@ -208,25 +195,19 @@ class DualStudent(nn.Module):
 
 
 class DualModel(AnomalyModel):
-    """Teacher, both students, scorer.
-
-    Args:
-        teacher: frozen teacher.
-        shape: sizes of the students.
-        scoring: ``plain`` (the paper), ``default``, or ``published`` (plain, with Dinomaly's map and score).
-    """
+    """Teacher, both students, scorer."""
 
     student: DualStudent
 
-    def __init__(self, teacher: Teacher, shape: DualShape, scoring: str = "default") -> None:
-        self.shape = shape.resolved(teacher.info)
-        if scoring == "published":
-            teacher.resample_positions(self.shape.size)
-        super().__init__(teacher, self.shape.size, parts=2)
-        self.groups = LayerGroups(self.selection, teacher.info, self.shape.size, self.shape.recentre)
-        self.student = DualStudent(self.groups, self.shape, teacher.info)
-        self.scorer = Scorer(teacher.info, self.selection, self.shape.size, scoring, (1, 1))
-        self.pixel_side = self.shape.size // self.shape.ee_shrink
+    def __init__(self, teacher: Teacher, config: ModelConfig, size: int) -> None:
+        config = resolved(config, teacher.info, size)
+        if config.scoring == "published":
+            teacher.resample_positions(size)
+        super().__init__(teacher, size, parts=2)
+        self.pixel_side = size // config.ee_shrink
+        self.groups = LayerGroups(self.selection, teacher.info, size, config.recentre)
+        self.student = DualStudent(self.groups, teacher.info, config, self.pixel_side)
+        self.scorer = Scorer(teacher.info, self.selection, size, config.scoring, (1, 1))
         self.first_token = self.student.semantic.first  # kept here: several processes wrap the student
 
     def targets(self, observed: Observed) -> list[Tensor]:
@@ -246,7 +227,7 @@ class DualModel(AnomalyModel):
         pairs, side = zip(groups_T, groups_S, strict=True), self.groups.side
         maps = [(1.0 - F.cosine_similarity(t, s, dim=2)).reshape(-1, side, side) for t, s in pairs]
         if self.scorer.published:
-            map_B1HW, local_B = published_map(maps, self.shape.size, "dinomaly")
+            map_B1HW, local_B = published_map(maps, self.size, "dinomaly")
             return Plain(map_B1HW[:, 0], local_B[:, None], semantic_B[:, None])
         map_Bhw = torch.stack(maps).mean(0)
         local_B = top_mean(self.scorer.finish(map_Bhw)[:, 0], TOP_SHARE)
@@ -276,11 +257,7 @@ class DualModel(AnomalyModel):
 
 def build(teacher: Teacher, config: ModelConfig, size: int) -> DualModel:
     """The untrained model of a configuration at an input side that suits the teacher."""
-    shape = DualShape(
-        size, config.width, config.depth, config.dropout, config.ee_shrink, config.ee_depth, config.recentre,
-        config.ee_tokens,
-    )  # fmt: skip
-    return DualModel(teacher, shape, config.scoring or "default")
+    return DualModel(teacher, config, size)
 
 
 def sine_positions(side: int, width: int) -> Tensor:

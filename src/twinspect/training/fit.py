@@ -24,7 +24,7 @@ from torch import Tensor
 
 from twinspect.bundle import Fitted
 from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, tiles_of
-from twinspect.data.images import read_sized_rgb
+from twinspect.data.images import read_header, read_sized_rgb
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
 from twinspect.decide.decision import mixed_up
@@ -34,7 +34,7 @@ from twinspect.files import refuse_unwritable
 from twinspect.inference.tiles import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel, Outputs, build_model
 from twinspect.models.teachers import Teacher, create_teacher
-from twinspect.training.derived import Copy, add_copies, add_tolerated, few_classes, in_tiles
+from twinspect.training.derived import Copy, add_copies, add_tolerated, by_class, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
 from twinspect.training.normal import fit_scales, fit_statistics
@@ -49,6 +49,11 @@ _SMALLEST, _LARGEST, _ENLARGED = 128, 256, 6  # sides that small images are show
 _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --tiles auto
 _MEASURED = 32  # images whose sides are read off, for tiles and for the input side
 
+_HEADERS = 200  # images of a class whose headers are read, to see whether they are taken alike
+_DECODED = 4  # of those that can hold colours, where others cannot
+_COLOURLESS = 16  # difference of red, green and blue that JPEG leaves of a grey image
+_OTHER_SHAPE, _OTHER_SIZE = 1.2, 2.0  # factors of width to height, and of the longer side, from which on it is said
+
 
 def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
     """Median height and width of some pictures in pixels; (0, 0) where none of them can be read."""
@@ -59,6 +64,45 @@ def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
             sides.append((whole[0], whole[1]))
     height, width = np.median(sides, axis=0) if sides else (0, 0)
     return int(height), int(width)
+
+
+def taken_differently(samples: Sequence[Sample]) -> list[str]:
+    """A sentence for every class whose pictures are of several shapes or sizes, or grey and in colour."""
+    notes = []
+    for name, members in sorted(by_class(sample for sample in samples if sample.in_file).items()):
+        looked_at, shapes, grey = list[Sample](), list[tuple[int, int]](), list[bool]()
+        for sample in members[:: math.ceil(len(members) / _HEADERS)]:
+            with suppress(DataError, OSError):  # reported when all images are read
+                shape, without_colours = read_header(sample.image)
+                looked_at.append(sample)
+                shapes.append(shape)
+                grey.append(without_colours)
+        parts = []
+        coloured = [sample for sample, without in zip(looked_at, grey, strict=True) if not without]
+        if 0 < len(coloured) < len(grey) and not all(map(_is_grey, coloured[:: -(-len(coloured) // _DECODED)])):
+            parts.append(f"{sum(grey)} of {len(grey)} images looked at are grey, the others in colour")
+        for word, factor, values in (
+            ("shapes", _OTHER_SHAPE, [width / height for height, width in shapes]),
+            ("sizes", _OTHER_SIZE, [float(max(shape)) for shape in shapes]),
+        ):
+            if values and max(values) >= factor * min(values):
+                low, high = (values.index(value) for value in (min(values), max(values)))
+                ends = [f"{shapes[i][1]} x {shapes[i][0]} ({looked_at[i].image.name})" for i in (low, high)]
+                parts.append(f"its images have different {word}, from {ends[0]} to {ends[1]}")
+                break
+        if parts:
+            notes.append(
+                f"class {name}: {'; '.join(parts)}. Differences between good images hide defects: take them alike, "
+                "or give each kind a class of its own"
+            )
+    return notes
+
+
+def _is_grey(sample: Sample) -> bool:
+    """Whether a picture shows no colours, whatever its file can hold."""
+    with suppress(DataError, OSError):
+        return int(np.ptp(read_sample_rgb(sample, draft_side=1), axis=2).max()) <= _COLOURLESS
+    return True
 
 
 def sized(config: ModelConfig, teacher: Teacher, sides: tuple[int, int]) -> ModelConfig:
@@ -207,7 +251,7 @@ def _fitted(
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
     record |= {
         "training": report.numbers,
-        "notes": [*notes, *([mixed] if mixed else [])],
+        "notes": [*notes, *record["notes"], *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
@@ -222,6 +266,7 @@ def _images(
     """Images to train on and to hold out, with their copies; classes of a few images; sentences for the user."""
     notes: list[str] = []
     training, held_out = choose_images(samples, config, notes)
+    notes += taken_differently([*training, *held_out])
     with_few = config.model.scores() == "default" and not config.model.tiles
     few = few_classes([*training, *held_out]) if with_few else frozenset[str]()
     training, held_out, copied = add_copies(training, held_out, config.train.pose, few)
@@ -326,12 +371,12 @@ def fit_few(
 
     Copies count for no threshold.
     """
-    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in train_at:
         sample = source.samples[i]
         if sample.class_name in few:
-            by_class[sample.class_name][sample.image, sample.record].append(i)
-    classes = [list(images.values()) for images in by_class.values()]  # of each for every image: it and its copies
+            places[sample.class_name][sample.image, sample.record].append(i)
+    classes = [list(images.values()) for images in places.values()]  # of each for every image: it and its copies
     away, outs = _left_out(model, source, classes, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import GoodScores, suspicious_tail
+from twinspect.decide.conformal import GoodScores, odd_images
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
@@ -119,25 +119,31 @@ def classes_of_clusters(cluster_n: NDArray[np.int64], classes: Sequence[str], co
     return tuple(counter.most_common(1)[0][0] if counter else "" for counter in counts)
 
 
-def least_like(samples: Sequence[Sample], good: GoodImages, most: int) -> list[dict[str, Any]]:
-    """Good images by falling score, each scored by statistics that did not see it, as rows for the record.
-
-    ``apart`` says whether one scores apart from its class, as an anomaly would (`conformal.suspicious_tail`).
-    """
-    score_n, names = good.score_n.double().numpy(), np.array([sample.class_name for sample in samples])
-    seen = np.array([bool(c) and not isinstance(s, Copy) for c, s in zip(good.counted_n, samples, strict=True)])
-    apart = np.zeros(len(samples), bool)
-    for name in set(names):
-        members = np.flatnonzero(seen & (names == name))
-        apart[members[suspicious_tail(score_n[members])]] = True
-    order = [i for i in np.argsort(-score_n, kind="stable").tolist() if seen[i]][:most]
+def by_score(samples: Sequence[Sample], good: GoodImages) -> list[int]:
+    """Places of the images that count for thresholds, copies left out, by falling score."""
     return [
-        {
-            "path": samples[i].name, "class_name": samples[i].class_name,
-            "score": round(float(score_n[i]), 3), "apart": bool(apart[i]),
-        }
-        for i in order
-    ]  # fmt: skip
+        i
+        for i in np.argsort(-good.score_n.double().numpy(), kind="stable").tolist()
+        if good.counted_n[i] and not isinstance(samples[i], Copy)
+    ]
+
+
+def odd_notes(samples: Sequence[Sample], good: GoodImages, decision: Decision) -> list[str]:
+    """A sentence for every class with images that score as anomalies would, and what to do about them."""
+    order, texts, odd = by_score(samples, good), dict[str, list[int]](), set[int]()
+    for name in sorted({samples[i].class_name for i in order}):
+        places = [i for i in order if samples[i].class_name == name]
+        score_N, names = good.score_n.double().numpy()[places], [samples[i].name for i in places]
+        text, positions = odd_images(name, score_N, names, decision.rule(name).image.value)
+        if text:
+            texts[text] = [places[k] for k in positions]
+            odd.update(texts[text])
+    notes = []
+    for text, places in texts.items():
+        rank = 1 + max(map(order.index, places))
+        drop = f" (--drop-outliers {rank})" if odd.issuperset(order[:rank]) else ""
+        notes.append(f"{text}. Look at {'it' if len(places) == 1 else 'them'}, and leave out what is bad{drop}")
+    return notes
 
 
 def outcome_of(
@@ -187,7 +193,14 @@ def outcome_of(
         "classes": dict(sorted(Counter(picture.class_name for picture in learnt).items())),
         "images": {"train": len(learnt), "calibration": sum(held_out)},
         **sizes(model),
-        "least_like": least_like(pictures, good, listed),
+        "least_like": [
+            {
+                "path": pictures[i].name, "class_name": pictures[i].class_name,
+                "score": round(float(good.score_n[i]), 3),
+            }
+            for i in by_score(pictures, good)[:listed]
+        ],
+        "notes": odd_notes(pictures, good, decision),
     }  # fmt: skip
     no_update = plain or tiles != (1, 1) or len(samples) > MOST
     return decision, record, b"" if no_update else good.to_bytes()
