@@ -15,6 +15,7 @@ from playwright import sync_api as playwright
 sys.path.insert(0, str(Path(__file__).parent / "server"))
 from serving import BRIGHT, DARK, Running, encoded, predictor
 
+from twinspect.data.samples import read_roi
 from twinspect.server.log import Filter, InspectionLog
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -117,6 +118,30 @@ def test_upload_overlay_slider_and_feedback(page, images: list[Path], log: Inspe
         ("bad.jpg", "false_alarm"),
         ("good part.png", ""),
     ]
+
+
+def test_a_region_of_interest_is_drawn_and_saved_for_fit(page, images: list[Path], tmp_path: Path) -> None:
+    upload(page, images)
+    shown(page, "heat")
+    page.click("#roi")
+    box = page.locator("#draw").bounding_box()
+    assert page.locator("#roi-save").is_hidden()
+    corners = [[(0.25, 0.1), (0.75, 0.1), (0.75, 0.6), (0.25, 0.6)], [(0.1, 0.8), (0.3, 0.8), (0.2, 0.95)]]
+    for polygon in corners:
+        for number, (x, y) in enumerate(polygon, 1):
+            click = page.mouse.dblclick if number == len(polygon) else page.mouse.click
+            click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    with page.expect_download() as loading:
+        page.click("#roi-save")
+    loading.value.save_as(tmp_path / loading.value.suggested_filename)
+    roi = read_roi(tmp_path / "roi.json")
+    assert roi.shape == (160, 240)
+    expected = np.zeros((160, 240), bool)
+    expected[16:96, 60:180] = True
+    assert (roi ^ expected)[:115].mean() < 0.01
+    assert roi[115:].sum() == pytest.approx(0.5 * 48 * 24, rel=0.1)
+    assert "--roi roi.json" in page.inner_text("#status")
+    assert page.locator("#draw").is_hidden()
 
 
 def test_history_is_filtered_and_takes_feedback(page, images: list[Path], log: InspectionLog) -> None:

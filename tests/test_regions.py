@@ -49,12 +49,11 @@ def literal(grid: np.ndarray, shape: tuple[int, int], threshold: float) -> list[
                 chosen[p] = True
     for pixels in flood(chosen):
         peak = max(heat[p] for p in pixels)
-        share = {p: (heat[p] - level) / (min(near[p], peak) - level) for p in pixels}
-        strong = sum(value >= regions.STRONG for value in share.values())
+        strong = sum(heat[p] - level >= regions.STRONG * (min(near[p], peak) - level) for p in pixels)
         kept = max(1, round(strong * strong / len(pixels)))
-        least = sorted(share.values(), reverse=True)[kept - 1]
+        least = sorted((heat[p] for p in pixels), reverse=True)[kept - 1]
         for p in pixels:
-            chosen[p] = share[p] >= least
+            chosen[p] = heat[p] >= least
     return [pixels for pixels in flood(chosen) if max(heat[p] for p in pixels) >= threshold]
 
 

@@ -27,7 +27,6 @@ STRONG = 0.75**2  # of the same, that strong pixels reach
 NEARBY = 0.055  # of the map's side: how far that is, each way; about the blur
 MOST_PIXELS = 4_000_000  # regions of larger images are found on a smaller map and scaled
 MOST_REGIONS = 100  # listed per image, strongest first
-_LEAST = float(np.finfo(np.float32).tiny)  # height of a flat map, which no pixel exceeds
 _DOWN, _RIGHT = (0, 1, 0, -1), (1, 0, -1, 0)  # steps to the right, down, left, up
 
 
@@ -165,18 +164,18 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     lost_R[region_P[inside[pixel_P]]] = False
     inside[pixel_P[lost_R[region_P]]] = True
     pixel_P, region_P = _labelled(inside.reshape(heat.shape))
-    value_P = heat.ravel()[pixel_P]
-    height_P = np.minimum(nearby.ravel()[pixel_P], _highest(value_P, region_P)[region_P]) - level
-    inside[pixel_P] = _strongest_pixels((value_P - level) / np.maximum(height_P, _LEAST), region_P)
+    inside[pixel_P] = _strongest_pixels(heat.ravel()[pixel_P], nearby.ravel()[pixel_P], level, region_P)
     return components(inside.reshape(heat.shape), heat, threshold)
 
 
-def _strongest_pixels(share_P: NDArray[np.floating], lobe_P: NDArray[np.int64]) -> Bools:
-    """Which pixels of each lobe are its region; ``share_P``: of the highest value nearby."""
-    order = np.argsort(lobe_P - 0.5 * share_P)  # lobe by lobe, the strongest pixel first
-    size_L, strong_L = np.bincount(lobe_P), np.bincount(lobe_P, share_P >= STRONG)
-    last_L = np.cumsum(size_L) - size_L + np.maximum(np.rint(strong_L**2 / size_L), 1).astype(np.int64) - 1
-    kept_P: Bools = share_P >= share_P[order[last_L]][lobe_P]
+def _strongest_pixels(value_P: Map, nearby_P: Map, level: float, lobe_P: NDArray[np.int64]) -> Bools:
+    """Which pixels of each lobe are its region; ``nearby_P`` is what is highest near each."""
+    order, size_L = np.lexsort((-value_P, lobe_P)), np.bincount(lobe_P)
+    first_L = np.cumsum(size_L) - size_L
+    highest_P = np.minimum(nearby_P, value_P[order[first_L]][lobe_P])  # what another lobe has is no measure
+    strong_L = np.bincount(lobe_P, value_P - level >= STRONG * (highest_P - level))
+    kept_L = np.maximum(np.rint(strong_L**2 / size_L), 1).astype(np.int64)
+    kept_P: Bools = value_P >= value_P[order[first_L + kept_L - 1]][lobe_P]
     return kept_P
 
 
