@@ -303,3 +303,9 @@ def export_info(path: Path) -> dict[str, Any]:
 def companion(path: Path) -> Path:
     """The JSON file beside an export."""
     return path.with_name(f"{path.name}.json")
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's file, and those beside an export that belong to it, as far as they are there."""
+    beside = (path.with_suffix(".bin"), companion(path)) if is_export(path) else ()
+    return [file for file in (path, *beside) if file.is_file()]
