@@ -34,11 +34,11 @@ from torch import Tensor
 
 from twinspect import data as data_room
 from twinspect.commands.diagnose import interference
+from twinspect.commands.evaluate import metrics_of, test_samples
 from twinspect.commands.options import DiagnoseOptions
 from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
-from twinspect.evaluation import evaluate, test_samples
 from twinspect.files import write_text
 from twinspect.inference.decode import Decoding, as_item, decode
 from twinspect.inference.result import Result
@@ -271,13 +271,13 @@ def measured(rows, samples, configs, plan, seen, console):
         own = {name: row for name, row in rows.items() if str(row.scoring) == scoring}
         began = time.monotonic()
         predictor = Remembering(scored(trained, configs[next(iter(own))], console), seen)
-        evaluation = evaluate(predictor, test_samples(samples), console.progress)
+        evaluation = metrics_of(predictor, test_samples(samples), console.progress)
         said = {name: np.array([row[field] for row in evaluation.rows]) for name, field in SCORES.items()}
         said["raw"] = np.concatenate(predictor.readings)
         crossed = {} if plan is None else interference(predictor, samples, plan, console.progress).mean()
         for name, row in own.items():
             classes = read_as(row.reading, evaluation, said)
-            found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.report.terms}
+            found = {"classes": classes, "mean": mean_of_classes(classes), "training": trained.report.numbers}
             found |= {"fit_s": fit_s, "test_s": round(time.monotonic() - began, 1)}
             yield name, found | ({"interference": crossed} if crossed and row.reading == "joint" else {})
 
@@ -287,7 +287,7 @@ SCORES = {"score": "score", "local": "score_local", "semantic": "score_semantic"
 
 def read_as(reading, evaluation, said):
     """Metrics by class with another image score; those of pixels belong to the map and stay."""
-    table = evaluation.table["classes"]
+    table = evaluation.values["classes"]
     if reading == "joint":
         return table
     scores, labels = READINGS[reading](said), np.array([row["label"] for row in evaluation.rows])

@@ -147,7 +147,7 @@ def as_fitted(decision: Decision, good: GoodScores) -> list[Values]:
         rows.append(
             {
                 "class": name, "images": int(own.sum()), "called": called, "rate": called / int(own.sum()),
-                "budget": rule.image.max_fpr, "calibration_images": rule.images, "rule": rule.basis,
+                "budget": rule.image.max_fpr, "calibration_images": len(rule.scores), "rule": rule.basis,
             }
         )  # fmt: skip
     return rows
@@ -225,7 +225,7 @@ def _left_out(fitted: Fitted, seen: Scenes, name: str) -> Values:
     decision = Decision(good, owners, (0.0, 1.0), Budget())
     test = seen.part == "test"
     said = [decision.judge(0.0, int(k), float(d)) for k, d in zip(cluster[test], distance[test], strict=True)]
-    p, flagged = np.array([one.class_p for one in said]), np.array([bool(one.unknown_class) for one in said])
+    p, flagged = np.array([one["class_p"] for one in said]), np.array([bool(one["unknown_class"]) for one in said])
     unknown = (~known[test]).astype(int)
     return {
         "class": name, "unknown": int(unknown.sum()), "known": int((1 - unknown).sum()),
@@ -310,7 +310,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> Values:
     decision = detector.fitted.decision
     samples = samples_of(options.data)
     test = [s for s in samples if s.split == TEST and s.label is not None]
-    scored = score_images(detector.predictor(), test, None, None, progress)
+    scored = score_images(detector.predictor(), test, None, progress)
     if scored.failed:
         raise SystemExit(f"cannot be scored: {scored.failed[0]}")
     unseen = np.array([key not in decision.trained for key in scored.rows.key]) & (scored.label_N == 0)

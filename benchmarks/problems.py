@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from twinspect import data as data_room
+from twinspect.commands.evaluate import metrics_of
 from twinspect.config import RunConfig
 from twinspect.console import Console
 from twinspect.data.protocols import SEMANTIC, Split, by_class, content_hash, make_splits
-from twinspect.decide.decision import ANOMALY
 from twinspect.errors import DataError
-from twinspect.evaluation import evaluate
 from twinspect.files import write_text
 from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.metrics import auroc
@@ -190,10 +189,10 @@ def ours(problem: Problem, config: RunConfig, console: Console) -> tuple[dict, d
     if problem.masked:
         predictor = Predictor(TorchRuntime(fitted.model), fitted.decision, batch=8)
         masked = [s for s in problem.test if s.class_name in problem.masked]
-        evaluation = evaluate(predictor, masked, console.progress)
-        if evaluation.failed:
-            raise DataError(f"images that cannot be scored: {'; '.join(evaluation.failed)}")
-        pixel = {n: {m: row[m] for m in PIXEL} for n, row in evaluation.table["classes"].items()}
+        evaluation = metrics_of(predictor, masked, console.progress)
+        if failed := evaluation.values["failed"]:
+            raise DataError(f"images that cannot be scored: {'; '.join(failed)}")
+        pixel = {n: {m: row[m] for m in PIXEL} for n, row in evaluation.values["classes"].items()}
     total = time.monotonic() - began
     facts = {"seconds": round(total, 1), "fit_s": round(trained, 1), "test_s": round(total - trained, 1)}
     return found, pixel, {**facts, "decisions": problem.rates(called)}
@@ -215,7 +214,7 @@ def cached_scores(
     }
     clusters = torch.cat([out.cluster_B for out in outputs]).tolist()
     verdicts = [fitted.decision.judge(float(s), k) for s, k in zip(found["joint"], clusters, strict=True)]
-    return found, np.array([one.answer == ANOMALY for one in verdicts])
+    return found, np.array([verdict["is_anomaly"] for verdict in verdicts])
 
 
 class Store:

@@ -67,7 +67,7 @@ def judged(samples: list[Sample], args: argparse.Namespace, console: Console) ->
             clusters += out.cluster_B.tolist()
     names = np.array([s.class_name for s in source.samples])
     bad = np.array([s.label == 1 for s in source.samples])
-    called = np.array([decision.judge(s, k).answer == "anomaly" for s, k in zip(scores, clusters, strict=True)])
+    called = np.array([decision.judge(s, k)["answer"] == "anomaly" for s, k in zip(scores, clusters, strict=True)])
     predicted = np.array([decision.class_of_cluster[k] for k in clusters])
     found = {}
     for name in sorted(set(names)):

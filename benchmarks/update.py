@@ -38,7 +38,7 @@ def measured(fitted: Fitted, test: list[Sample], console: Console) -> dict[str, 
             out = model.score(observed, small)
         for score, cluster in zip(out.score_B.tolist(), out.cluster_B.tolist(), strict=True):
             scores.append(score)
-            called.append(fitted.decision.judge(score, cluster).answer == "anomaly")
+            called.append(fitted.decision.judge(score, cluster)["answer"] == "anomaly")
     names, bad = np.array([s.class_name for s in test]), np.array([s.label == 1 for s in test])
     found = {}
     for name in sorted(set(names)):

@@ -43,9 +43,9 @@ import numpy as np
 import torch
 
 from twinspect import data as data_room
+from twinspect.commands.evaluate import metrics_of
 from twinspect.commands.reproduce import RECIPES
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
-from twinspect.evaluation import evaluate
 from twinspect.inference.predictor import Predictor, TorchRuntime
 from twinspect.training.fit import choose_images, fit
 from twinspect.types import TEST, TRAIN, Sample
@@ -214,7 +214,7 @@ def by_scoring(
         fitted = fit(samples, RunConfig(replace(model, scoring=scoring), settings), None, report, resume=fitted)
         took = took or fitted.record["training"]["seconds"] / train.steps
         tested = [s for s in samples if s.split == TEST]
-        found = evaluate(Predictor(TorchRuntime(fitted.model), fitted.decision, batch=8), tested, report).table
+        found = metrics_of(Predictor(TorchRuntime(fitted.model), fitted.decision, batch=8), tested, report).values
         row = {
             "scoring": scoring,
             "step_s": took,

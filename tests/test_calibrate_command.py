@@ -164,7 +164,7 @@ def test_new_budgets_alone_need_no_image(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.twin"
     run("calibrate", trained, "--unsure", 0.05, 0.2, "--out", out)
     after = decision_of(out)
-    assert (after.budget.max_fpr, after.budget.unsure, after.budget.region_fpr) == (0.05, 0.2, 0.05)
+    assert (after.budget.max_fpr, after.budget.unsure) == (0.05, 0.2)
     assert after.good.key.tolist() == decision_of(trained).good.key.tolist()
     answers = {r.answer for r in Detector.load(out).predict(images_to_test(trained_parts(out), None), maps=False)}
     assert answers <= {"good", "unsure", "anomaly"}
@@ -179,13 +179,14 @@ def trained_parts(bundle: Path) -> Path:
 def test_sessions(trained: Path, tmp_path: Path) -> None:
     for number, day in enumerate(("monday", "night")):
         good_folder(tmp_path / "s" / day, 20, first=700 + 100 * number)
-    out = tmp_path / "x.twin"
-    said = run("calibrate", trained, tmp_path / "s", *FEW, "--class", "weave", "--group", "session", "--out", out)
+    out, paths = tmp_path / "x.twin", sorted((tmp_path / "s").rglob("*.png"))
+    with (tmp_path / "days.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "label", "group"))
+        writer.writerows((path, 0, path.parent.name) for path in paths)
+    said = run("calibrate", trained, tmp_path / "days.csv", *FEW, "--class", "weave", "--out", out)
     assert "weave: night" in said
-    assert decision_of(out).by_group
     assert set(decision_of(out).good.group) >= {"monday", "night"}
-    said = run("calibrate", trained, good_folder(tmp_path / "g", 25), *FEW, "--group", "session", code=2)
-    assert "no class has two sessions" in said
 
 
 def test_labels_choose_thresholds(trained: Path, fresh: Path, tmp_path: Path) -> None:
@@ -202,7 +203,9 @@ def test_labels_choose_thresholds(trained: Path, fresh: Path, tmp_path: Path) ->
     loaded = Detector.load(out)
     for path in images_to_test(fresh, 1):
         assert loaded.predict(path, class_name=path.relative_to(fresh).parts[0]).is_anomaly
-    said = run("calibrate", trained, "--labels", manifest, "--miss-cost", 30, *FEW, "--out", out)
+    said = run(
+        "calibrate", trained, "--labels", manifest, "--rule", "min-cost", "--miss-cost", 30, *FEW, "--out", out
+    )
     assert "min-cost (30 per miss)" in said
     assert "gives way" in run("calibrate", out, *FEW)
     assert not decision_of(out).fixed
@@ -252,7 +255,6 @@ def test_one_odd_image_that_sets_the_threshold_is_named(trained: Path, tmp_path:
         (("--max-fpr", "1.5"), "between 0 and 1"),
         (("--unsure", "0.2", "0.1"), "must be the larger one"),
         (("--max-fpr", "0.1", "--unsure", "0.05", "0.2"), "say different things"),
-        (("--group", "day"), "session"),
         (("--rule", "best"), "f1-max"),
         (("--rule", "f1-max"), "name them with --labels"),
         (("--miss-cost", "3", "--rule", "zero-miss"), "no effect"),
@@ -369,24 +371,19 @@ def test_drift_refuses_what_it_cannot_read(trained: Path, old: Path, fresh: Path
 # ---------------------------------------------------------------------------------------------- resume
 
 
-def test_resume_adds_a_class_and_says_what_it_did_to_the_old_ones(trained: Path, old: Path, tmp_path: Path) -> None:
+def test_resume_adds_a_class(trained: Path, old: Path, tmp_path: Path) -> None:
     everything = tmp_path / "all"
     shutil.copytree(old, everything)
     good_folder(everything / "bolt" / "train" / "good", 30)
     good_folder(everything / "bolt" / "test" / "good", 2, first=900)
     out = tmp_path / "new.twin"
-    said = run("fit", everything, "--resume-from", trained, "--steps", 2, "--out", out)
-    assert "ring: on its" in said
-    assert "with the old threshold kept" in said
+    run("fit", everything, "--resume-from", trained, "--steps", 2, "--out", out)
     before, after = decision_of(trained), decision_of(out)
     assert set(after.classes) == {"bolt", "ring", "weave"}
     assert set(before.good.key) <= set(after.good.key)
     assert set(before.trained) <= set(after.trained)
     assert after.model_id != before.model_id
-    record = read_bundle(out).meta["record"]["resumed"]
-    assert record["from"] == before.model_id
-    assert [one["class_name"] for one in record["classes"]] == ["ring", "weave"]
-    assert sum(one["images"] for one in record["classes"]) == len(before.good)
+    assert read_bundle(out).meta["record"]["resumed"] == {"from": before.model_id}
 
 
 def test_resume_refuses_to_forget(trained: Path, tmp_path: Path) -> None:
@@ -396,8 +393,7 @@ def test_resume_refuses_to_forget(trained: Path, tmp_path: Path) -> None:
     said = run("fit", only, "--resume-from", trained, "--steps", 2, "--out", tmp_path / "x.twin", code=2)
     assert "no good image of ring, weave" in said
     assert "--forget" in said
-    said = run("fit", only, "--resume-from", trained, "--forget", "--steps", 2, "--out", tmp_path / "x.twin")
-    assert "ring: none of its calibration images is in the data" in said
+    run("fit", only, "--resume-from", trained, "--forget", "--steps", 2, "--out", tmp_path / "x.twin")
     assert decision_of(tmp_path / "x.twin").classes == ["bolt"]
 
 

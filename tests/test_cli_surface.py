@@ -65,7 +65,7 @@ def test_every_flag_and_command_has_help() -> None:
         ),
         ("predict", ("--out", "--class", "--overlays"), ("--part-rows", "--shard", "--ray-address", "--submission")),
         ("serve", ("--port", "--log", "--api-key-file"), ("--max-wait-ms", "--max-body-mb", "--root-path")),
-        ("calibrate", ("--max-fpr", "--labels", "--out"), ("--group", "--since", "--layout")),
+        ("calibrate", ("--max-fpr", "--labels", "--out"), ("--since", "--layout")),
     ],
 )
 def test_help_shows_what_people_use_and_help_all_the_rest(

@@ -152,5 +152,5 @@ def test_the_threshold_can_be_set(tmp_path: Path) -> None:
 def test_what_it_says_of_itself(quick: Detector) -> None:
     assert repr(Detector("efficientnet-lite0")) == "Detector(efficientnet-lite0, not fitted)"
     text = repr(quick)
-    assert "64 px, 2 classes (" in text
+    assert "64 px, classes: " in text
     assert f"threshold {quick.threshold:.3g}" in text

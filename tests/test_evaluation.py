@@ -17,15 +17,21 @@ from tiny import RANDOM, run_config
 from typer.testing import CliRunner
 
 from twinspect import Detector
-from twinspect import evaluation as room
 from twinspect.cli import app
-from twinspect.commands.evaluate import AS_GIVEN, choose_test, metric_tables, without_leaks
-from twinspect.commands.results import grouped
+from twinspect.commands import evaluate as room
+from twinspect.commands.evaluate import (
+    AS_GIVEN,
+    choose_test,
+    count_calls,
+    metric_tables,
+    metrics_of,
+    shared_defects,
+    without_leaks,
+)
 from twinspect.data import load
 from twinspect.data.protocols import find_leaks
 from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
-from twinspect.evaluation import count_calls, evaluate, shared_defects
 from twinspect.inference.result import Result
 from twinspect.metrics import mean_of
 from twinspect.metrics.pages import MemoryBudget
@@ -92,22 +98,22 @@ def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detect
         shape = (result.height, result.width)
         regions = [(r.mask, r.saturation) for r in read_regions(sample, shape)] if sample.label else []
         kept.setdefault(sample.class_name, []).append((result.map, regions, sample.defect_type))
-    found = evaluate(predictor, samples, silent)
-    for name, row in found.table["classes"].items():
+    found = metrics_of(predictor, samples, silent)
+    for name, row in found.values["classes"].items():
         assert row["auspro_005"] == pytest.approx(auspro(kept[name]), abs=1e-6)
-        for kind, value in found.table["defects_auspro_005"][name].items():
+        for kind, value in found.values["defects_auspro_005"][name].items():
             part = [image for image in kept[name] if image[2] in ("", kind)]
             assert value == pytest.approx(auspro(part), abs=1e-6)
-    assert set(shared_defects(found.table["defects"])) == {"logical_anomalies", "structural_anomalies"}
-    assert {"pixel_auroc", "aupro", "image_auroc"} <= set(found.table["mean"])
-    assert all(set(table["mean"]) == {"image_auroc", "image_ap", "image_f1max"} for table in found.students.values())
+    assert set(shared_defects(found.values["defects"])) == {"logical_anomalies", "structural_anomalies"}
+    assert {"pixel_auroc", "aupro", "image_auroc"} <= set(found.values["mean"])
+    assert all(set(mean) == {"image_auroc", "image_ap", "image_f1max"} for mean in found.values["students"].values())
 
 
 def test_samples_of_several_views(tmp_path: Path) -> None:
     write("real-iad", tmp_path, Plan(size=48, train=3, good=2, defect=2))
     detector = Detector(config=run_config(RANDOM)).fit(tmp_path)
-    found = evaluate(detector.predictor(), room.test_samples(load(tmp_path).samples), silent)
-    assert all("sample_auroc" in row for row in found.table["classes"].values())
+    found = metrics_of(detector.predictor(), room.test_samples(load(tmp_path).samples), silent)
+    assert all("sample_auroc" in row for row in found.values["classes"].values())
 
 
 def test_without_masks_pixel_metrics_are_absent_and_this_is_said(tmp_path: Path, bundle_of_loco: Path) -> None:
@@ -144,7 +150,7 @@ def test_masks_that_cannot_be_used_cost_pixel_metrics_of_their_images_only(
     assert f"{black}: marks no pixel, and" in problem
     assert "1 of 6 defects have no mask" in said
     only = [replace(s, masks=(fine,)) if s == whole[-1] else replace(s, masks=()) for s in samples if s.split == TEST]
-    pixels = evaluate(Detector.load(bundle_of_loco).predictor(), only, silent).table["mean"]["pixel_auroc"]
+    pixels = metrics_of(Detector.load(bundle_of_loco).predictor(), only, silent).values["mean"]["pixel_auroc"]
     assert values["mean"]["pixel_auroc"] == pytest.approx(pixels, abs=1e-9)
 
 
@@ -159,9 +165,9 @@ def test_mask_of_a_good_image_and_regions_that_say_nothing(
     for path in empty.masks:
         Image.new("L", (48, 48)).save(path)
     wrong = [replace(s, masks=marked.masks) if s == good else s for s in samples]
-    found = evaluate(detector_of_loco.predictor(), wrong, silent)
+    found = metrics_of(detector_of_loco.predictor(), wrong, silent)
     assert len(found.rows) == len(samples)
-    assert sorted(text.partition(": ")[2] for text in found.masks) == sorted(
+    assert sorted(text.partition(": ")[2] for text in found.values["masks_not_used"]) == sorted(
         [f"marks a defect, and {good.image} is called good", f"marks no pixel, and {empty.image} is called a defect"]
     )
 
@@ -174,8 +180,10 @@ def test_a_mask_with_its_colours_exchanged_is_not_used(tmp_path: Path, bundle_of
     values = np.full((48, 48), 255, np.uint8)
     values[10:20, 10:20] = inside
     Image.fromarray(values).save(mask)
-    found = evaluate(Detector.load(bundle_of_loco).predictor(), samples, silent)
-    assert [text.partition(" of ")[0] for text in found.masks] == [f"{mask}: marks the whole border"]
+    found = metrics_of(Detector.load(bundle_of_loco).predictor(), samples, silent)
+    assert [text.partition(" of ")[0] for text in found.values["masks_not_used"]] == [
+        f"{mask}: marks the whole border"
+    ]
     assert len(found.rows) == len(samples)
 
 
@@ -222,7 +230,7 @@ def test_a_score_that_is_not_finite_stops_with_the_name(loco: Path, detector_of_
             setattr(result, field, math.nan)
 
     with pytest.raises(DataError, match="finite") as caught:
-        evaluate(Spoilt(detector_of_loco.predictor(), spoil), samples, silent)
+        metrics_of(Spoilt(detector_of_loco.predictor(), spoil), samples, silent)
     assert bad in str(caught.value)
 
 
@@ -239,13 +247,11 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_counts(tmp_path: Pat
 def test_results_files_and_schema(tmp_path: Path, loco: Path, bundle_of_loco: Path) -> None:
     outs = [tmp_path / f"results{suffix}" for suffix in (".md", ".html", ".json")]
     words = [word for path in outs for word in ("--out", path)]
-    code, said, _ = call("eval", bundle_of_loco, loco, "--intervals", *words)
+    code, said, _ = call("eval", bundle_of_loco, loco, *words)
     assert code == 0
     values = json.loads(outs[2].read_text())
     assert {"classes", "mean", "config"} <= set(values)
     assert values["leaks"] == {"pairs": [], "dropped": False}
-    low, high = values["intervals"]["ring"]["image_auroc"]
-    assert low <= values["classes"]["ring"]["image_auroc"] <= high
     shown = values["split"]
     for text in (said, outs[0].read_text(), outs[1].read_text()):
         assert shown["hash"] in text
@@ -337,12 +343,6 @@ def test_no_labelled_test_image_says_what_to_do(tmp_path: Path) -> None:
     write("folder", tmp_path, Plan(shape="flat"))
     with pytest.raises(DataError, match="twinspect predict"):
         choose_test(load(tmp_path), "", 0)
-
-
-def test_sentences_of_many_classes_become_one() -> None:
-    names = ["a", "b", "c", "d", "e", "a b"]
-    assert grouped(["a: x", "b: x", "a b: y", "free: z"], names) == ["a, b: x", "a b: y", "free: z"]
-    assert grouped([f"{name}: x" for name in "abcde"], names) == ["a, b, c, d and 1 more: x"]
 
 
 def test_mean_is_over_the_rows_that_have_it() -> None:

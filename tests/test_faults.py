@@ -105,7 +105,7 @@ def test_killed_at_any_moment_and_begun_again_gives_the_same(
         if what == "fit":
             return command("fit", good, "--out", out, "--force", *SMALL)
         if what == "calibrate":
-            return command("calibrate", out, fresh, "--max-fpr", "0.1", "--region-fpr", "0.1", "--force")
+            return command("calibrate", out, fresh, "--max-fpr", "0.1", "--force")
         if what == "update":
             return command("update", model, fresh, "--class", first.fitted.decision.classes[0], "--out", out)
         if what == "export":
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full(what: str, good: Path, tmp_path: Path, quick: Detec
     before = model.read_bytes()
     line = {
         "fit": command("fit", good, "--out", model, *SMALL),
-        "calibrate": command("calibrate", model, good, "--class", "ring", "--max-fpr", "0.1", "--region-fpr", "0.1"),
+        "calibrate": command("calibrate", model, good, "--class", "ring", "--max-fpr", "0.1"),
         "predict": command("predict", model, good, "--out", tmp_path / "t.parquet"),
     }[what]
 

@@ -43,17 +43,16 @@ def literal(grid: np.ndarray, shape: tuple[int, int], threshold: float) -> list[
         peak = max(heat[p] for p in pixels)
         for p in pixels:
             chosen[p] = heat[p] >= level + regions.OF_PEAK * (peak - level)
+    for pixels in flood(chosen):
+        ordered = sorted(pixels, key=lambda p: heat[p], reverse=True)
+        strong = [heat[p] - level >= regions.STRONG * (near[p] - level) for p in ordered]
+        kept = max(1, round((sum(strong) / len(ordered)) ** 2 * len(ordered))) if strong[0] else 0
+        for p in pixels:
+            chosen[p] = kept > 0 and heat[p] >= heat[ordered[kept - 1]]
     for pixels in flood(heat >= threshold):
         if not any(chosen[p] for p in pixels):
             for p in pixels:
                 chosen[p] = True
-    for pixels in flood(chosen):
-        peak = max(heat[p] for p in pixels)
-        strong = sum(heat[p] - level >= regions.STRONG * (min(near[p], peak) - level) for p in pixels)
-        kept = max(1, round(strong * strong / len(pixels)))
-        least = sorted((heat[p] for p in pixels), reverse=True)[kept - 1]
-        for p in pixels:
-            chosen[p] = heat[p] >= least
     return [pixels for pixels in flood(chosen) if max(heat[p] for p in pixels) >= threshold]
 
 
@@ -103,6 +102,16 @@ def test_a_weak_region_beside_a_strong_one_is_not_lost() -> None:
     grid[60, 60], grid[60, 64] = 50.0, 9.0
     found = find_regions(grid, (128, 128), 8.0, PEAKS)
     assert [(r.x, r.y, r.score) for r in found] == [(60, 60, 50.0), (64, 60, 9.0)]
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (1500, 2000)])
+def test_the_flank_of_a_strong_defect_is_no_region_of_its_own(shape: tuple[int, int]) -> None:
+    y, x = np.mgrid[:128, :128]
+    radius = np.hypot(y - 50, x - 60)
+    blot, spot = np.exp(-0.5 * (radius / 12) ** 4), np.exp(-0.5 * (radius / 1.5) ** 2)
+    (region,) = find_regions((100 * blot + 300 * spot).astype(np.float32), shape, 30.0, PEAKS)
+    assert region.width < 0.05 * shape[1]
+    assert region.x < 60 / 128 * shape[1] < region.x + region.width
 
 
 def test_p_value_of_a_region_counts_good_maps() -> None:

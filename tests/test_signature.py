@@ -125,9 +125,7 @@ def test_keys_of_openssl_on_the_command_line(model: Path, tmp_path: Path, monkey
     assert (found.exit_code, found.stdout) == (0, "parts.twin is as the holder of key.pub signed it\n")
     assert CliRunner().invoke(app, ["sign", "parts.twin"]).exit_code == 2
     good = good_folder(tmp_path / "good", 20)
-    found = CliRunner().invoke(
-        app, ["calibrate", "parts.twin", str(good), "--class", "ring", "--max-fpr", "0.1", "--region-fpr", "0.1"]
-    )
+    found = CliRunner().invoke(app, ["calibrate", "parts.twin", str(good), "--class", "ring", "--max-fpr", "0.1"])
     assert found.exit_code == 0, found.output
     assert "the new thresholds are not signed; type: twinspect sign parts.twin --key KEY" in found.output
     assert CliRunner().invoke(app, ["sign", "parts.twin", "--check", "key.pub"]).exit_code == 2

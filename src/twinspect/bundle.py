@@ -150,6 +150,12 @@ def companion(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def files_of(path: Path) -> list[Path]:
+    """A model's file, and those beside an export that belong to it, as far as they are there."""
+    beside = (path.with_suffix(".bin"), companion(path)) if is_export(path) else ()
+    return [file for file in (path, *beside) if file.is_file()]
+
+
 def write_beside(path: Path, meta: Mapping[str, Any]) -> None:
     """Write beside an export what it says of itself (see `read_meta`), with the sha256 of its files."""
     hashes = {part.suffix: files.sha256_of(part) for part in (path, path.with_suffix(".bin")) if part.is_file()}
@@ -309,9 +315,8 @@ def verify(path: Path, key_file: Path) -> None:
 def verified(path: Path, key_file: Path) -> Iterator[Path]:
     """A copy of a model that nobody else can write: what is opened is what was verified. Raises as `verify`."""
     with tempfile.TemporaryDirectory(prefix="twinspect-", ignore_cleanup_errors=True) as folder:
-        beside = (companion(path), path.with_suffix(".bin")) if is_export(path) else ()
         try:
-            for part in (path, signature_file(path), *beside):
+            for part in {path, signature_file(path), *files_of(path)}:
                 if part == path or part.is_file():
                     shutil.copyfile(part, Path(folder) / part.name)
         except OSError as error:

@@ -111,20 +111,20 @@ class Family:
     # Input side where none is asked for, with a CNN as the teacher; 0 takes the teacher's. RD4AD's 256 for structural
     # models: their finest stage has four times the positions of the dual model's.
     cnn_size: int = 0
-    own: tuple[str, ...] = ()  # settings of `ModelConfig` that only this family (and others that name them) has
+    settings: tuple[str, ...] = ()  # those of `ModelConfig` that only this family (and others that name them) has
     preset: Mapping[str, Any] = field(default_factory=dict)  # hold where nothing else is asked for
 
 
 _SNL = "twinspect.models.snl"
-_SNL_OWN = (
+_SNL_SETTINGS = (
     "direction", "terms", "cram", "cram_place", "cram_add_back", "channel_reading", "temperature", "affinity_side",
     "affinity_map",
 )  # fmt: skip
 _SNL_PRESET = {"direction": "reverse", "terms": "spatial,channel,intra,inter", "cram": 32, "scoring": "default"}
 _FLAT = {"direction": "reverse", "terms": "flat", "cram": 0, "cram_place": "bottleneck", "scoring": "plain"}
 FAMILIES: dict[str, Family] = {
-    "dual": Family("twinspect.models.dual", "two students, local and semantic", own=("recentre", "ee_tokens")),
-    "snl": Family(_SNL, "structural", 256, _SNL_OWN, _SNL_PRESET),
+    "dual": Family("twinspect.models.dual", "two students, local and semantic", settings=("recentre", "ee_tokens")),
+    "snl": Family(_SNL, "structural", 256, _SNL_SETTINGS, _SNL_PRESET),
     "rd": Family(_SNL, "plain reverse distillation", 256, preset=_FLAT),
     "fd": Family(
         _SNL, "plain forward distillation", 256, preset={**_FLAT, "direction": "forward", "cram_place": "stages"}
@@ -239,9 +239,9 @@ class ModelConfig:
 
     def _refuse_others_settings(self) -> None:
         family, default = FAMILIES[self.model], {f.name: f.default for f in fields(self)}
-        for name in (name for other in FAMILIES.values() for name in other.own if name not in family.own):
+        for name in (name for other in FAMILIES.values() for name in other.settings if name not in family.settings):
             if getattr(self, name) not in (default[name], family.preset.get(name, default[name])):
-                owner = next(key for key, row in FAMILIES.items() if name in row.own)
+                owner = next(key for key, row in FAMILIES.items() if name in row.settings)
                 fixed = f"; {self.model} has {name} {family.preset[name]}" if name in family.preset else ""
                 raise ConfigError(f"{name}: for --model {owner} only, not {self.model}{fixed}")
 

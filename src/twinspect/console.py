@@ -153,7 +153,7 @@ def plain_streams() -> None:
 
 def _harmless(text: str) -> str:
     """Text with control characters written as numbers, but for ends of lines and tabs."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def drop_output() -> None:

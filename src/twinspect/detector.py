@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
 from twinspect.decide.conformal import HAND, Threshold
-from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError
+from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError, listed
 from twinspect.types import TRAIN, Sample, silent
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ class Detector:
         inside = None if inside is None else np.asarray(inside) > 0
         samples = as_samples(data, bgr)
         with _shown(progress, quiet) as (told, notes):
-            self._fitted = fit(samples, self.config, folder, told, before, roi=inside)
+            self._fitted, self._predictor = fit(samples, self.config, folder, told, before, roi=inside), None
             notes += self._fitted.record["notes"]
-        self._predictor = None
         if folder is not None:
             remove_checkpoint(folder)
         return self
@@ -144,9 +143,8 @@ class Detector:
         only = len(classes) == 1 and {s.class_name for s in samples} == {"normal"}
         name = classes[0] if class_name is None and only else class_name
         with _shown(progress, quiet) as (told, notes):
-            self._fitted = update(self.fitted, samples, name, told)
+            self._fitted, self._predictor = update(self.fitted, samples, name, told), None
             notes += self._fitted.record["notes"]
-        self._predictor = None
         return self
 
     def calibrate(
@@ -174,12 +172,14 @@ class Detector:
             ConfigError: a rate that so few images cannot support (the message says how many are needed).
             DataError: too few images.
         """
-        from twinspect.decide.recalibrate import Request, good_samples, recalibrate, score_images
+        from twinspect.decide.recalibrate import good_samples, recalibrate, score_images
 
-        request, samples = Request(max_fpr, unsure, class_name=class_name, add=add), good_samples(as_samples(good))
+        samples = good_samples(as_samples(good))
         with _shown(progress, quiet) as (told, notes):
-            scored = score_images(self.predictor(), samples, class_name, None, told)
-            self.fitted.decision, remarks = recalibrate(self.fitted.decision, request, scored)
+            scored = score_images(self.predictor(), samples, class_name, told)
+            self.fitted.decision, remarks = recalibrate(
+                self.fitted.decision, scored, None, max_fpr, unsure, class_name, add
+            )
             notes += [*scored.failed, *remarks]
         self._predictor = None
         return self
@@ -316,15 +316,12 @@ class Detector:
 
     def __repr__(self) -> str:
         if self._fitted is None:
-            model = self.config.model
-            return f"Detector({model.teacher}, {f'{model.size} px, ' if model.size else ''}not fitted)"
+            size = f"{self.config.model.size} px, " if self.config.model.size else ""
+            return f"Detector({self.config.model.teacher}, {size}not fitted)"
         record, decision = self._fitted.record, self._fitted.decision
-        classes = decision.classes
-        named = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
         return (
-            f"Detector({record['teacher']['name']}, {record['size']} px, {len(classes)} "
-            f"class{'es' if len(classes) != 1 else ''} ({named}), {len(decision.good)} good images, "
-            f"threshold {self.threshold:.3g})"
+            f"Detector({record['teacher']['name']}, {record['size']} px, classes: {listed(decision.classes, 3)}; "
+            f"{len(decision.good)} good images, threshold {self.threshold:.3g})"
         )
 
     @property

@@ -299,7 +299,7 @@ def compare(
 def _judged(out: Answers, decision: Decision) -> list[str]:
     distance_B = out.get("cluster_distance_B", np.full(len(out["score_B"]), np.nan))
     columns = (column.tolist() for column in (out["score_B"], out["cluster_B"], distance_B))
-    return [decision.judge(*row).answer for row in zip(*columns, strict=True)]
+    return [decision.judge(*row)["answer"] for row in zip(*columns, strict=True)]
 
 
 def _gap(reference: NDArray[Any], exported: NDArray[Any]) -> float:

@@ -3,7 +3,7 @@ import pytest
 from sklearn import metrics as sk
 
 from twinspect.errors import DataError
-from twinspect.metrics import auroc, average_precision, bootstrap_interval, f1_max, roc_curve
+from twinspect.metrics import auroc, average_precision, f1_max, roc_curve
 
 
 def score_sets():
@@ -40,8 +40,6 @@ def test_order_of_items_does_not_change_a_bit():
     turn = np.random.default_rng(1).permutation(200)
     for metric in (auroc, average_precision, f1_max):
         assert metric(scores, LABELS) == metric(scores[turn], LABELS[turn])
-    a = bootstrap_interval(scores, LABELS, auroc, n=20)
-    assert a == bootstrap_interval(scores[turn], LABELS[turn], auroc, n=20)
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -50,7 +48,6 @@ def test_one_label_is_undefined(label):
     assert np.isnan(auroc(scores, labels))
     assert np.isnan(average_precision(scores, labels))
     assert np.isnan(f1_max(scores, labels))
-    assert np.isnan(bootstrap_interval(scores, labels, auroc)).all()
     fpr, tpr, thresholds = roc_curve(scores, labels)
     assert np.isnan(tpr if label == 0 else fpr).all()
     assert thresholds[0] == np.inf
@@ -72,19 +69,3 @@ def test_bad_shapes_and_labels():
         auroc([1, 2], [1])
     with pytest.raises(DataError, match="accepted: 0"):
         auroc([1, 2], [1, 2])
-    with pytest.raises(DataError, match="level"):
-        bootstrap_interval([1, 2], [0, 1], auroc, level=95)
-
-
-def test_bootstrap_interval_holds_the_value_and_repeats():
-    rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1], 100)
-    scores = rng.normal(size=200) + labels
-    low, high = bootstrap_interval(scores, labels, auroc, n=200)
-    assert low < auroc(scores, labels) < high
-    # Hanley and McNeil: the standard error of this AUROC is near 0.034.
-    assert 0.08 < high - low < 0.19
-    assert (low, high) == bootstrap_interval(scores, labels, auroc, n=200)
-    assert (low, high) != bootstrap_interval(scores, labels, auroc, n=200, seed=1)
-    perfect = bootstrap_interval([0, 1, 2, 3], [0, 0, 1, 1], auroc, n=10)
-    assert perfect == (1.0, 1.0)

@@ -71,7 +71,7 @@ def decision(model_id: str = "bright", seed: int = 0, classes: Sequence[str] = (
     scores = np.random.default_rng(seed).uniform(1.0, 2.6, 120)
     names = tuple(classes[i % len(classes)] for i in range(len(scores)))
     good = GoodScores(scores, scores, np.ones(len(scores)), names, names, [""] * len(names), [""] * len(names))
-    return Decision(good, tuple(classes), (0.0, 8.0), Budget(0.01, region_fpr=0.01), model_id=model_id)
+    return Decision(good, tuple(classes), (0.0, 8.0), Budget(0.01), model_id=model_id)
 
 
 def predictor(runtime: Any = None, **changes: Any) -> Predictor:

@@ -19,10 +19,10 @@ from twinspect.commands.options import CalibrateOptions, DriftOptions
 from twinspect.commands.results import check_outputs, checked_model, number_in, publish, read_data
 from twinspect.console import Console
 from twinspect.data.tables import parts_in, read_table
-from twinspect.decide.conformal import EVERY, HAND, LABELS, SESSIONS, Rule
+from twinspect.decide.conformal import EVERY, HAND, LABELS, Rule
 from twinspect.decide.decision import Decision, promises
 from twinspect.decide.drift import NONE, DriftMonitor
-from twinspect.decide.recalibrate import Request, Scored, good_samples, recalibrate, score_images, sessions
+from twinspect.decide.recalibrate import Scored, good_samples, recalibrate, score_images, sessions
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
 
@@ -35,7 +35,8 @@ _NOTE = (
 
 def calibrate(options: CalibrateOptions, console: Console) -> None:
     """New thresholds into a bundle; the model stays as it is."""
-    request, out = requested(options), checked_model(options.out, options.bundle)
+    refuse_contradictions(options)
+    out, name = checked_model(options.out, options.bundle), options.class_name or None
     check_outputs(options.report, options.json_file)
     content = read_bundle(options.bundle)
     before = Decision.from_dict(content.meta["decision"])
@@ -43,7 +44,9 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     for scored in (good, labelled):
         if scored is not None:
             console.warn(*(f"left out {failure}" for failure in scored.failed))
-    after, notes = recalibrate(before, request, good, labelled)
+    max_fpr, unsure = options.unsure or (options.max_fpr, None)
+    rule = options.rule or "f1-max"
+    after, notes = recalibrate(before, good, labelled, max_fpr, unsure, name, options.add, rule, options.miss_cost)
     console.warn(*notes)
     meta = {k: v for k, v in content.meta.items() if k not in ("format", "twinspect")}
     meta["decision"] = after.to_dict()
@@ -61,8 +64,8 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     console.say(f"wrote {out}")
 
 
-def requested(options: CalibrateOptions) -> Request:
-    """What shall change."""
+def refuse_contradictions(options: CalibrateOptions) -> None:
+    """A ConfigError for options that say different things, or nothing."""
     unsure, rule, labelled = options.unsure, options.rule, options.labels is not None or bool(options.from_log)
     if options.from_log and (options.good is not None or options.labels is not None):
         raise ConfigError("--from-log brings good and labelled images itself; leave GOOD and --labels out")
@@ -73,20 +76,10 @@ def requested(options: CalibrateOptions) -> Request:
             f"--max-fpr {options.max_fpr:g} and --unsure {unsure[0]:g} {unsure[1]:g} say different things: the first "
             "rate of --unsure is the one of good images called bad; leave --max-fpr out"
         )
-    if options.miss_cost is not None and rule not in ("", "min-cost"):
-        raise ConfigError(f"--miss-cost has no effect with --rule {rule}; it is for min-cost")
-    if (rule or options.miss_cost is not None) and not labelled:
-        raise ConfigError("--rule and --miss-cost choose thresholds on labelled images; name them with --labels FILE")
-    return Request(
-        max_fpr=options.max_fpr if unsure is None else unsure[0],
-        unsure=None if unsure is None else unsure[1],
-        region_fpr=options.region_fpr,
-        class_name=options.class_name or None,
-        by_group=options.group == "session" if options.group else None,
-        add=options.add,
-        rule=rule or ("" if options.miss_cost is None else "min-cost"),
-        miss_cost=1.0 if options.miss_cost is None else options.miss_cost,
-    )
+    if options.miss_cost != 1.0 and rule != "min-cost":
+        raise ConfigError(f"--miss-cost {options.miss_cost:g} has no effect without --rule min-cost")
+    if rule and not labelled:
+        raise ConfigError("--rule chooses thresholds on labelled images; name them with --labels FILE")
 
 
 def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> tuple[Scored | None, Scored | None]:
@@ -102,7 +95,7 @@ def _logged(options: CalibrateOptions, decision: Decision, console: Console) -> 
     finally:
         log.close()
     console.warn(*logged.notes)
-    return logged.good, logged.labelled if options.rule or options.miss_cost is not None else None
+    return logged.good, logged.labelled if options.rule else None
 
 
 def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None, Scored | None]:
@@ -116,9 +109,7 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
     good = labelled = None
     if options.good is not None:
         loaded = read_data(options.good, options.layout, options.images, console)
-        by_folder = options.group == "session" and name is not None and loaded.root.is_dir()
-        root = loaded.root if by_folder else None
-        good = score_images(predictor, good_samples(loaded.samples), name, root, console.progress)
+        good = score_images(predictor, good_samples(loaded.samples), name, console.progress)
     if options.labels is not None:
         samples = [s for s in data.load(options.labels, "auto", options.images).samples if s.label is not None]
         if (kinds := {s.label for s in samples}) != {0, 1}:
@@ -126,7 +117,7 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
                 f"{options.labels}: {len(samples)} labelled images, of {'one kind only' if kinds else 'no kind'}; "
                 "good images (label 0) and defects (label 1) are needed, such as a CSV with the columns image, label"
             )
-        labelled = score_images(predictor, samples, name, None, console.progress)
+        labelled = score_images(predictor, samples, name, console.progress)
     return good, labelled
 
 
@@ -134,15 +125,8 @@ def sections(decision: Decision, left_out: Sequence[dict[str, Any]], notes: Sequ
     """A calibration: thresholds, sessions where there are some, promises, scores, and remarks."""
     shown = [threshold_section(decision, most=None)]
     if left_out:
-        rows = [
-            {
-                "session": f"{row['class_name']}: {row['group']}", "good images": row["images"],
-                "called bad": row["called"], "rate": row["called"] / row["images"],
-            }
-            for row in left_out
-        ]  # fmt: skip
         note = "What a threshold from the other sessions would do on this one: the promise does not cross days."
-        shown.append(Section("Sessions", (), (Table.of("each session left out", rows, note),)))
+        shown.append(Section("Sessions", (), (Table.of("each session left out", left_out, note),)))
     charts = [
         Histogram(f"Scores of good images: {name}", "score", {name: decision.good.score[of_class]}, rule.image.value)
         for name, rule in promises(decision)
@@ -175,7 +159,6 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
             "guaranteed": rule.image.guaranteed,
             "threshold_unsure": rule.unsure.value if rule.unsure is not None else None,
             "threshold_region": rule.region.value if rule.region is not None else None,
-            "region_fpr": rule.region.max_fpr if rule.region is not None else None,
             "sentence": rule.sentence(),
         }
     return rows
@@ -214,10 +197,9 @@ def false_alarms(rule: Rule) -> str:
         return HAND
     if rule.basis == EVERY:
         return "unknown: no good image of this class"
-    if rule.images == 1:
+    if len(rule.scores) == 1:
         return "unknown: one good image"
-    share = f"{100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"1 in {rule.images + 1}"
-    return f"about {share}{' in every session' if rule.basis == SESSIONS else ''}"
+    return f"about {100 * rule.image.max_fpr:g} %" if rule.image.guaranteed else f"about 1 in {len(rule.scores) + 1}"
 
 
 _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model_id", "error")

@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from twinspect.bundle import companion, is_export
+from twinspect.bundle import files_of
 from twinspect.commands import results
-from twinspect.commands.evaluate import choose_test, has_learnt, measure, pooled, remarks, test_facts
+from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, pooled, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
-from twinspect.evaluation import Evaluation
 from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.metrics import auroc
 from twinspect.report import Case, Cases, Report, Section, Table, case_of
@@ -79,11 +78,10 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
     models = {
         key: {
             "file": str(path), "model_id": next((row["model_id"] for row in evaluation.rows), ""),
-            "mb": round(size_of(path) / 1e6, 2),
+            "mb": round(sum(file.stat().st_size for file in files_of(path)) / 1e6, 2),
             "images_per_s": round(len(evaluation.rows) / max(evaluation.seconds, 1e-9), 2),
             "model_ms": round(median(row["ms"] for row in evaluation.rows), 2) if evaluation.rows else None,
-            "mean": evaluation.table["mean"], "classes": evaluation.table["classes"],
-            "decisions": evaluation.decisions,
+            **{name: evaluation.values[name] for name in ("mean", "classes", "decisions")},
         }
         for key, path, evaluation in zip(("first", "second"), (options.first, options.second), measured, strict=True)
     }  # fmt: skip
@@ -97,8 +95,10 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
         "right": {"first": first_right, "second": len(differ) - first_right},  # of those that differ
         "p_value": float(binomtest(first_right, len(differ)).pvalue) if differ else 1.0,
         "differ": differ,
-        "failed": sorted({line for evaluation in measured for line in evaluation.failed}),
-        "masks_not_used": sorted({line for evaluation in measured for line in evaluation.masks}),
+        **{
+            name: sorted({*measured[0].values[name], *measured[1].values[name]})
+            for name in ("failed", "masks_not_used")
+        },
     }
 
 
@@ -149,12 +149,6 @@ def _differing(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return sorted(
         differ, key=lambda row: -abs((row["second"]["severity"] or 0.0) - (row["first"]["severity"] or 0.0))
     )
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a model, an export's other files included."""
-    beside = (path.with_suffix(".bin"), companion(path)) if is_export(path) else ()
-    return sum(file.stat().st_size for file in (path, *beside) if file.is_file())
 
 
 def tables(values: dict[str, Any]) -> Iterator[Table]:

@@ -11,7 +11,6 @@ from typing import Any
 from twinspect.commands.options import InspectOptions, ManifestOptions
 from twinspect.commands.results import read_data
 from twinspect.console import Console
-from twinspect.data import Loaded
 from twinspect.data.manifest import write_manifest
 from twinspect.data.protocols import PROTOCOLS, find_leaks, make_splits
 from twinspect.data.tables import has_columns
@@ -31,8 +30,12 @@ def inspect(options: InspectOptions, console: Console) -> None:
         "notes": list(loaded.notes),
     }
     if options.protocol:
-        values["splits"] = _splits(loaded, options.protocol, options.seed)
-        console.say("\n".join(values["splits"]))
+        values["splits"] = []
+        for name in PROTOCOLS if options.protocol == "all" else [options.protocol]:
+            # of all, those of the other kind of set are passed over
+            with suppress(ConfigError) if options.protocol == "all" else nullcontext():
+                values["splits"] += [split.describe() for split in make_splits(loaded.samples, name, options.seed)]
+        console.say(*values["splits"])
     if options.leaks:
         pairs = values["leaks"] = [[known.name, test.name] for known, test in find_leaks(loaded.samples)]
         console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test")
@@ -57,12 +60,3 @@ def manifest(options: ManifestOptions, console: Console) -> None:
     console.say(f"{out}: {rows:,} rows of {len(loaded.classes)} classes, paths relative to {root}")
     if out.parent.resolve() != root.resolve():
         console.say(f"to read it type: twinspect data inspect {quote(str(out))} --images {quote(str(root))}")
-
-
-def _splits(loaded: Loaded, protocol: str, seed: int) -> list[str]:
-    """The splits of a protocol, or of every one that fits this kind of set."""
-    lines = []
-    for name in PROTOCOLS if protocol == "all" else [protocol]:
-        with suppress(ConfigError) if protocol == "all" else nullcontext():  # one of the other kind of set
-            lines += [split.describe() for split in make_splits(loaded.samples, name, seed)]
-    return lines

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from twinspect.bundle import refuse_unwritable
 from twinspect.commands import results
-from twinspect.commands.evaluate import AS_GIVEN, again_with, measure, sections, values_of
+from twinspect.commands.evaluate import AS_GIVEN, again_with, measure, sections
 from twinspect.commands.options import DemoOptions
 from twinspect.commands.results import Review
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
@@ -78,13 +78,16 @@ def run_on(root: Path, out: Path, size: DemoSize, console: Console) -> None:
     detector.save(bundle)
     predictor, whole = detector.predictor(), Split(AS_GIVEN, INDUSTRIAL, tuple(training), (), tuple(tested))
     measured = measure(predictor, whole, console)
-    speed = round(len(measured.rows) / measured.seconds, 2)
-    areas = {}
-    for key, table in zip(SCORES, (measured.table, *measured.students.values()), strict=True):
-        areas[key] = {**table["defects"][TEXTILE], "all": table["mean"]["image_auroc"]}
+    speed, metrics = round(len(measured.rows) / measured.seconds, 2), measured.values
+    defects = (metrics["defects"], *metrics["student_defects"].values())
+    means = (metrics["mean"], *metrics["students"].values())
+    areas = {
+        key: {**of_class[TEXTILE], "all": mean["image_auroc"]}
+        for key, of_class, mean in zip(SCORES, defects, means, strict=True)
+    }
     review, threshold = Review(measured.rows), detector.fitted.decision.threshold
     values = {
-        **areas, "train_s": train_s, "predict_img_per_s": speed, **values_of(measured, whole),
+        **areas, "train_s": train_s, "predict_img_per_s": speed, **metrics,
         "other_thresholds": review.other_thresholds(), "record": detector.record_,
         "settings": detector.config.to_dict(),
     }  # fmt: skip

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinspect.bundle import companion
+from twinspect.bundle import files_of
 from twinspect.commands.options import CheckOptions, ExportCommandOptions, ServeOptions, SignOptions
 from twinspect.console import Console
 from twinspect.errors import ConfigError
@@ -29,8 +29,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
     images = exports.load_images(options.images, fitted.model.size) if options.images is not None else ()
     comparison = exports.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
-    parts = (out, companion(out)) if out.suffix == ".onnx" else (out, out.with_suffix(".bin"), companion(out))
-    for path in parts:
+    for path in files_of(out):
         console.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,24 +59,14 @@ Pixels = NDArray[np.uint8]
 Visit = Callable[["Composite", Result], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Composite:
-    """An image made of two classes."""
+class Composite(NamedTuple):
+    """An image made of two classes, in the size of the base image."""
 
     kind: str  # mixup or cutpaste
-    base: str  # class whose image it is
-    other: str  # class that intrudes
-    base_image: str  # files it was made from
-    other_image: str
-    rgb: Pixels  # H x W x 3, in the size of the base image
+    base: Sample  # whose image it is
+    other: Sample  # what intrudes
+    rgb: Pixels  # H x W x 3
     mask: NDArray[np.bool_]  # H x W, true where it differs by design: everywhere, or the piece
-    weight: float  # share of the other class under the mask
-    box: tuple[int, int, int, int]  # top, left, height, width of the piece in pixels; the whole image for Mixup
-
-    def row(self) -> dict[str, Any]:
-        """How it was made, as plain values."""
-        names = ("kind", "base", "other", "base_image", "other_image", "weight", "box")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(slots=True)
@@ -86,7 +76,6 @@ class Diagnosis:
     classes: list[str]  # in the order of the matrices
     splits: dict[str, str]  # class -> split its normal images come from
     pairs: list[dict[str, Any]] = field(default_factory=list)  # of every ordered pair: base, other and `MEASURES`
-    images: list[dict[str, Any]] = field(default_factory=list)  # how each was made, and its score
     failed: list[str] = field(default_factory=list)  # normal images that could not be read
     taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # (class, predicted class) of normal images
 
@@ -104,9 +93,12 @@ class Diagnosis:
         taken = sorted(self.taken.items())
         return {
             "classes": self.classes, "mean": self.mean(), "pairs": self.pairs, "normal_images_from": self.splits,
-            "failed": self.failed, "images": self.images,
+            "failed": self.failed,
             "predicted_class": [{"class": c, "predicted": p, "images": count} for (c, p), count in taken],
         }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- images of two classes
 
 
 def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[str, list[Sample]]:
@@ -132,33 +124,30 @@ def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[s
     return chosen
 
 
-def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_], float]:
-    """The other image laid over the base: (image, mask of everything, share of the other image)."""
+def mixup(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_]]:
+    """The other image laid over the base, and a mask of everything; both images have the same size."""
     weight = float(rng.uniform(*_WEIGHT))
-    mixed = (1 - weight) * base.astype(np.float32) + weight * _sized(other, base).astype(np.float32)
-    return mixed.round().astype(np.uint8), np.ones(base.shape[:2], bool), weight
+    mixed = (1 - weight) * base.astype(np.float32) + weight * other.astype(np.float32)
+    return mixed.round().astype(np.uint8), np.ones(base.shape[:2], bool)
 
 
-def cutpaste(
-    base: Pixels, other: Pixels, rng: np.random.Generator
-) -> tuple[Pixels, NDArray[np.bool_], tuple[int, int, int, int]]:
-    """A piece of the other image pasted into the base: (image, mask, box).
+def cutpaste(base: Pixels, other: Pixels, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_]]:
+    """A piece of the other image pasted into the base, which has the same size, and its mask.
 
     A piece of background on the same background changes nothing and could be found by nobody, so other places are
     tried until it is visible; after so many tries the most visible one is taken.
     """
-    source, change = _sized(other, base), -1.0
+    change = -1.0
     for _ in range(_DRAWS):
         place, cut = _places(base.shape[0], base.shape[1], rng)
-        moved = float(np.abs(source[cut].astype(np.float32) - base[place]).mean())
+        moved = float(np.abs(other[cut].astype(np.float32) - base[place]).mean())
         if moved > change:
             into, out_of, change = place, cut, moved
         if change >= _VISIBLE:
             break
     image, mask = base.copy(), np.zeros(base.shape[:2], bool)
-    image[into], mask[into] = source[out_of], True
-    rows, columns = into
-    return image, mask, (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+    image[into], mask[into] = other[out_of], True
+    return image, mask
 
 
 def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[slice, slice]]:
@@ -175,18 +164,19 @@ def composites(
     base: Sequence[Sample], other: Sequence[Sample], kind: str, count: int, seed: int
 ) -> Iterator[Composite]:
     """``count`` images of a kind from normal images of two classes; the same for the same seed and files."""
-    names = base[0].class_name, other[0].class_name
-    rng = np.random.default_rng([seed, zlib.crc32("|".join((*names, kind)).encode())])
+    words = "|".join((base[0].class_name, other[0].class_name, kind))
+    rng = np.random.default_rng([seed, zlib.crc32(words.encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
     for i in range(count):
-        first_sample, second_sample = base[first[i % len(base)]], other[second[i % len(other)]]
-        pixels, weight = (read_sample_rgb(first_sample), read_sample_rgb(second_sample)), 1.0
-        if kind == MIXUP:
-            image, mask, weight = mixup(*pixels, rng)
-            box = (0, 0, *mask.shape)
-        else:
-            image, mask, box = cutpaste(*pixels, rng)
-        yield Composite(kind, *names, first_sample.name, second_sample.name, image, mask, weight, box)
+        pair = base[first[i % len(base)]], other[second[i % len(other)]]
+        below, above = (read_sample_rgb(sample) for sample in pair)
+        if above.shape != below.shape:
+            size = (below.shape[1], below.shape[0])
+            above = np.asarray(Image.fromarray(above).resize(size, Image.Resampling.BILINEAR))
+        yield Composite(kind, *pair, *(mixup if kind == MIXUP else cutpaste)(below, above, rng))
+
+
+# -------------------------------------------------------------------------------------------------------- measurement
 
 
 def interference(
@@ -203,9 +193,8 @@ def interference(
     """
     chosen = normal_images(samples, options)
     diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
-    total = len(chosen) * (len(chosen) - 1)
     for base, members in chosen.items():
-        normal = _normal_images(predictor, members[: options.normals], diagnosis)
+        normal = _of_normal_images(predictor, members[: options.normals], diagnosis)
         for other in (name for name in chosen if name != base):
             evaluator = Evaluator()
             evaluator.merge(normal)
@@ -213,24 +202,23 @@ def interference(
                 made = list(composites(members, chosen[other], kind, options.count, options.seed))
                 answers = predictor.predict([image.rgb for image in made], maps=True, pixels=visit is not None)
                 for composite, result in zip(made, answers, strict=True):
-                    result.path = f"{other} in {base} ({kind}), {composite.base_image}"
+                    result.path = f"{other} in {base} ({kind}), {composite.base.name}"
                     if result.error:
                         raise DataError(f"{result.path}: {result.error}")
                     # Mixup is everywhere, so its place says nothing.
                     heat, mask = (result.map, composite.mask) if kind == CUTPASTE else (None, None)
                     evaluator.update(result.score, 1, base, kind, heat, mask, name=result.path)
-                    diagnosis.images.append({**composite.row(), "score": result.score})
                     if visit is not None:
                         visit(composite, result)
             table = evaluator.compute()
             by_kind, pixels = table["defects"][base], table["classes"][base]
             values = (by_kind[MIXUP], by_kind[CUTPASTE], pixels["pixel_auroc"], pixels["aupro"])
             diagnosis.pairs.append({"base": base, "other": other, **dict(zip(MEASURES, values, strict=True))})
-            progress("cross-class images", len(diagnosis.pairs), total)
+            progress("cross-class images", len(diagnosis.pairs), len(chosen) * (len(chosen) - 1))
     return diagnosis
 
 
-def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> Evaluator:
+def _of_normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: Diagnosis) -> Evaluator:
     """What every pair of a class is compared with."""
     name, evaluator = members[0].class_name, Evaluator()
     for result in predictor.predict(list(members), maps=True, pixels=False):
@@ -243,14 +231,6 @@ def _normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis: D
     if not evaluator.classes:
         raise DataError(f"no normal image of class {name} can be scored: {diagnosis.failed[-1]}")
     return evaluator
-
-
-def _sized(other: Pixels, base: Pixels) -> Pixels:
-    """An image in the size of another."""
-    height, width = base.shape[:2]
-    if other.shape[:2] == (height, width):
-        return other
-    return np.asarray(Image.fromarray(other).resize((width, height), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -272,17 +252,18 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
     sections = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
+    decision = predictor.decision
     if pictures:
-        scale = predictor.decision.map_scale
-        cases = (Cases(kind, tuple(case for _, case in of_kind), scale) for kind, of_kind in passed.items())
+        cases = (
+            Cases(kind, tuple(case for _, case in lowest), decision.map_scale) for kind, lowest in passed.items()
+        )
         sections.append(Section("What passed most easily", (), tuple(cases)))
-    model_id = predictor.decision.model_id
     values = {
-        "bundle": options.bundle.name, "data": options.data.name, "model_id": model_id, "seed": options.seed,
-        "count": options.count, "normals": options.normals, **diagnosis.values(),
+        "bundle": options.bundle.name, "data": options.data.name, "model_id": decision.model_id,
+        "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
     }  # fmt: skip
     facts = {
-        "model": f"{options.bundle.name} ({model_id})",
+        "model": f"{options.bundle.name} ({decision.model_id})",
         "data": options.data.name,
         "images per pair and kind": str(options.count),
         "normal images per class": f"up to {options.normals} of {', '.join(sorted(set(diagnosis.splits.values())))}",
@@ -310,20 +291,16 @@ def sentences(diagnosis: Diagnosis) -> Iterator[str]:
         f"mean over {len(diagnosis.pairs)} ordered pairs: Mixup AUROC {mean['mixup_auroc']:.3f}, CutPaste AUROC "
         f"{mean['cutpaste_auroc']:.3f}, pixel AUROC {mean['pixel_auroc']:.3f}, AUPRO {mean['aupro']:.3f}"
     )
-    hardest = sorted(diagnosis.pairs, key=_lowest)[:3]
-    for pair in hardest:
-        if _lowest(pair) < _HIDDEN:
+    lowest = [(float(min(pair["mixup_auroc"], pair["cutpaste_auroc"])), pair) for pair in diagnosis.pairs]
+    hardest = sorted(lowest, key=lambda row: row[0])[:3]
+    for value, pair in hardest:
+        if value < _HIDDEN:
             yield (
                 f"{pair['other']} hides in {pair['base']}: Mixup AUROC {pair['mixup_auroc']:.3f}, CutPaste AUROC "
                 f"{pair['cutpaste_auroc']:.3f}"
             )
-    first = hardest[0]
-    if _lowest(first) >= _HIDDEN:
-        lowest = f"the lowest value is {_lowest(first):.3f}, {first['other']} in {first['base']}"
-        yield f"no class hides in another: {lowest}"
+    value, pair = hardest[0]
+    if value >= _HIDDEN:
+        yield f"no class hides in another: the lowest value is {value:.3f}, {pair['other']} in {pair['base']}"
     if mixed := mixed_up(diagnosis.taken):
         yield mixed
-
-
-def _lowest(pair: dict[str, Any]) -> float:
-    return float(min(pair["mixup_auroc"], pair["cutpaste_auroc"]))

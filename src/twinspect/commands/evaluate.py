@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from twinspect import evaluation
+import numpy as np
+from numpy.typing import NDArray
+
 from twinspect.commands import results
 from twinspect.commands.options import EvalOptions
 from twinspect.commands.results import Again, Review
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data import Loaded
 from twinspect.data.protocols import INDUSTRIAL, SEMANTIC, Split, find_leaks, find_split, is_semantic, make_splits
+from twinspect.data.samples import has_pixel_truth, has_saturation, read_regions, read_sample_mask
 from twinspect.decide.recalibrate import key_of
 from twinspect.detector import Detector
 from twinspect.errors import ConfigError, DataError, listed
-from twinspect.evaluation import Evaluation
 from twinspect.inference.predictor import Predictor
-from twinspect.metrics import mean_of
+from twinspect.inference.result import Result
+from twinspect.metrics import Evaluator, mean_of
 from twinspect.report import Report, Section, Table
-from twinspect.types import TEST, Sample
+from twinspect.types import TEST, Progress, Sample
 
 AS_GIVEN = "labelled test images"
 SHOWN = 20  # files with one kind of problem that are named
 Pair = tuple[Sample, Sample]
+STUDENTS = ("score_local", "score_semantic")
+_Mask = NDArray[np.bool_]
+_Truth = tuple[_Mask | None, list[tuple[_Mask, float]] | None]  # a mask, or regions with their saturation areas
+
+
+class Evaluation(NamedTuple):
+    """What was measured: see `metrics_of`."""
+
+    values: dict[str, Any]
+    rows: list[dict[str, Any]]  # columns of a result, and the labels
+    seconds: float  # wall time of decoding and prediction
 
 
 def evaluate(options: EvalOptions, console: Console) -> None:
@@ -43,16 +58,14 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
     measured = measure(predictor, split, console)
     review = Review(measured.rows, pooled(split))
-    values = {**values_of(measured, split), "other_thresholds": review.other_thresholds()}
+    values = {**measured.values, "other_thresholds": review.other_thresholds()}
     values["config"] = {
         "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
-        "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(measured.failed),
+        "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(values["failed"]),
         "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE, **config.to_dict(), **detector.record_,
     }  # fmt: skip
     leaked = [[str(tested.image), str(known.image)] for known, tested in pairs]
     values["leaks"] = {"pairs": leaked, "dropped": options.drop_leaks}
-    if options.intervals:
-        values["intervals"] = measured.joint.intervals(seed=config.train.seed)
     console.warn(*unknown_classes(split, predictor.decision.classes), *remarks(values))
     again = again_with(predictor, split) if results.shows_pictures(options.report) else None
     facts = {
@@ -93,7 +106,19 @@ def choose_test(loaded: Loaded, name: str, seed: int, predictors: Sequence[Predi
             for s in samples
         ]
     others = tuple(s for s in samples if s.split != TEST)
-    return Split(AS_GIVEN, INDUSTRIAL, others, (), tuple(evaluation.test_samples(samples)))
+    return Split(AS_GIVEN, INDUSTRIAL, others, (), tuple(test_samples(samples)))
+
+
+def test_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """The labelled test images; a DataError where there are none."""
+    labelled = [s for s in samples if s.split == TEST and s.label is not None]
+    if not labelled:
+        raise DataError(
+            "no labelled test images found; eval needs images of defects (a folder such as bad/ beside good/, or "
+            "test/good and test/scratch), or a table with labels. "
+            "To score unlabelled images type: twinspect predict BUNDLE PATH"
+        )
+    return labelled
 
 
 def has_learnt(predictor: Predictor, sample: Sample) -> bool:
@@ -140,8 +165,10 @@ def pooled(split: Split) -> str:
 
 
 def measure(predictor: Predictor, split: Split, console: Console) -> Evaluation:
-    """Score a split's test images and compare with their labels."""
-    return evaluation.evaluate(predictor, split.test, console.progress, pooled=pooled(split))
+    """Score a split's test images and compare with their labels; the values name the split."""
+    measured = metrics_of(predictor, split.test, console.progress, pooled=pooled(split))
+    measured.values["split"] = {"name": split.name, "hash": split.hash, "kind": split.kind}
+    return measured
 
 
 def again_with(predictor: Predictor, split: Split) -> Again:
@@ -150,24 +177,118 @@ def again_with(predictor: Predictor, split: Split) -> Again:
     return lambda names: predictor.predict([samples[name] for name in names])
 
 
-def values_of(measured: Evaluation, split: Split) -> dict[str, Any]:
-    """Everything that was measured on a split, ready for JSON: ``classes``, ``mean`` and more."""
-    calls = defaultdict(list)
-    for row in measured.rows:
-        if row["label"]:
-            calls[pooled(split) or row["true_class"]].append((row["defect_type"], 1, row["is_anomaly"]))
-    return {
-        **measured.table,
-        "undefined": results.grouped(measured.table["undefined"], measured.table["classes"]),
-        "defects_mean": evaluation.shared_defects(measured.table["defects"]),
-        "students": {name: table["mean"] for name, table in measured.students.items()},
-        "decisions": measured.decisions,
-        "defect_decisions": {name: evaluation.count_calls(calls[name]) for name in sorted(calls)},
-        "decisions_mean": {k: v for k, v in mean_of(measured.decisions).items() if k.endswith("_rate")},
-        "split": {"name": split.name, "hash": split.hash, "kind": split.kind},
-        "failed": measured.failed,
-        "masks_not_used": measured.masks,
+def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progress, pooled: str = "") -> Evaluation:
+    """Score labelled samples and compute every metric; pixel metrics at the images' own resolution.
+
+    An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
+    Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
+    ``pooled`` is a name under which all classes count as one, for semantic protocols; empty gives metrics per class.
+
+    Returns:
+        Values ready for JSON: those of `Evaluator.compute` of the joint score; ``students``, the mean image metrics
+        of each student alone; ``student_defects``, its image AUROC by class and type of defect; ``decisions`` by
+        class, and ``defect_decisions`` also by type, at the thresholds in use (`count_calls`); ``decisions_mean``;
+        ``defects_mean`` (`shared_defects`); ``failed``, images that could not be scored, and ``masks_not_used``,
+        with reasons.
+
+    Raises:
+        DataError: a score or map that is not finite.
+    """
+    masked = {s.class_name for s in samples if s.masks and not pooled}
+    began, joint, students = time.monotonic(), Evaluator(pixel=not pooled), {n: Evaluator(False) for n in STUDENTS}
+    rows: list[dict[str, Any]] = []
+    calls: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
+    failed, masks_not_used = list[str](), list[str]()
+    results = predictor.predict(samples, maps=bool(masked), pixels=False)
+    for done, (sample, result) in enumerate(zip(samples, results, strict=True)):
+        progress("evaluating", done + 1, len(samples))
+        if result.error:
+            failed.append(f"{result.path}: {result.error}")
+            continue
+        class_name = pooled or sample.class_name
+        truth: _Truth = (None, None)
+        use_map = sample.class_name in masked and has_pixel_truth(sample)
+        if use_map and sample.masks:
+            try:
+                truth = _truth_of_pixels(sample, result)
+            except DataError as error:
+                use_map = False
+                masks_not_used.append(str(error))
+        joint.update(
+            result.score, sample.label, class_name, sample.defect_type, result.map if use_map else None, *truth,
+            name=result.path, group=sample.group,
+        )  # fmt: skip
+        for name, evaluator in students.items():
+            score = getattr(result, name)
+            evaluator.update(score, sample.label, class_name, sample.defect_type, name=f"{result.path} ({name})")
+        labels = {"true_class": sample.class_name, "label": sample.label, "defect_type": sample.defect_type}
+        rows.append({**result.row(), **labels})
+        calls[class_name].append((sample.defect_type, int(sample.label or 0), bool(result.is_anomaly)))
+    seconds, table = time.monotonic() - began, joint.compute()
+    alone = {name: evaluator.compute() for name, evaluator in students.items()}
+    decisions = count_calls((name, label, called) for name, of in calls.items() for _, label, called in of)
+    defects = {name: [call for call in of if call[1]] for name, of in sorted(calls.items())}
+    values = {
+        **table,
+        "defects_mean": shared_defects(table["defects"]),
+        "students": {name: table["mean"] for name, table in alone.items()},
+        "student_defects": {name: table["defects"] for name, table in alone.items()},
+        "decisions": decisions,
+        "defect_decisions": {name: count_calls(of) for name, of in defects.items() if of},
+        "decisions_mean": {k: v for k, v in mean_of(decisions).items() if k.endswith("_rate")},
+        "failed": failed,
+        "masks_not_used": masks_not_used,
     }
+    return Evaluation(values, rows, seconds)
+
+
+def _truth_of_pixels(sample: Sample, result: Result) -> _Truth:
+    """The mask of an image, or its regions where the data set states saturation areas.
+
+    A DataError where a mask cannot be used, or says another thing than the label.
+    """
+    shape = (result.height, result.width)
+    names = ", ".join(str(path) for path in sample.masks)
+    if sample.label == 1 and has_saturation(sample):
+        regions = [(region.mask, region.saturation) for region in read_regions(sample, shape)]
+        mask, marks = None, bool(regions)
+    else:
+        mask, regions = read_sample_mask(sample, shape), None
+        marks = bool(mask.any())
+        if sample.label == 1 and all(edge.all() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])):
+            raise DataError(
+                f"{names}: marks the whole border of {sample.image}; are good and defect exchanged in it?"
+            )
+    if marks and sample.label == 0:
+        raise DataError(f"{names}: marks a defect, and {sample.image} is called good")
+    if not marks and sample.label == 1:
+        raise DataError(f"{names}: marks no pixel, and {sample.image} is called a defect")
+    return mask, regions
+
+
+def count_calls(rows: Iterable[tuple[str, int, bool]]) -> dict[str, dict[str, float]]:
+    """What the thresholds in use make of labelled images, by class; a share of no images is absent.
+
+    Every one of ``rows`` has class, label, and whether the image is called anomalous.
+    """
+    counts: dict[str, dict[str, float]] = {}
+    for name, label, called in rows:
+        counted = counts.setdefault(name, dict.fromkeys(("defects", "found", "good", "false_alarms"), 0))
+        counted["defects" if label else "good"] += 1
+        counted["found" if label else "false_alarms"] += called
+    for counted in counts.values():
+        for part, whole, rate in (("found", "defects", "found_rate"), ("false_alarms", "good", "false_alarm_rate")):
+            if counted[whole]:
+                counted[rate] = counted[part] / counted[whole]
+    return dict(sorted(counts.items()))
+
+
+def shared_defects(defects: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean over classes per defect type, if all classes have the same types (MVTec LOCO's two), else empty."""
+    kinds = [tuple(sorted(row)) for row in defects.values()]
+    if len(kinds) < 2 or len(set(kinds)) != 1 or len(kinds[0]) < 2:
+        return {}
+    return {kind: float(np.mean([row[kind] for row in defects.values()])) for kind in kinds[0]}
 
 
 # ------------------------------------------------------------------------------------------------------ the report
@@ -209,27 +330,22 @@ def sections(values: Mapping[str, Any], review: Review, again: Again | None) -> 
             "No good image was tested, so nothing is known of false alarms. Images that the model learnt do not "
             "count: give a folder that also has good images which were not learnt."
         ]
+    rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
+    if len(rows) > 1:
+        rows["mean"] = {**values["mean"], **values["decisions_mean"]}
+    note = "An image is called bad if its score reaches the threshold of the class that it looks like most."
+    shown = [{"class": name, "image AUROC": row.get("image_auroc"), **calls(row)} for name, row in rows.items()]
+    decisions = (Table.of("decisions at the thresholds in use", shown, note),) if shown else ()
     return [
-        Section("Decisions", tuple(untested), tuple(decision_tables(values))),
+        Section("Decisions", tuple(untested), decisions),
         *review.sections(again),
         Section("Metrics", (), tuple(metric_tables(values))),
         *([Section("Remarks", tuple(lines), printed=False)] if lines else []),
     ]
 
 
-def decision_tables(values: Mapping[str, Any]) -> Iterator[Table]:
-    """Defects found and good images called bad, beside image AUROC."""
-    rows = {name: {**values["classes"].get(name, {}), **row} for name, row in values["decisions"].items()}
-    if len(rows) > 1:
-        rows["mean"] = {**values["mean"], **values["decisions_mean"]}
-    note = "An image is called bad if its score reaches the threshold of the class that it looks like most."
-    shown = [{"class": name, "image AUROC": row.get("image_auroc"), **calls(row)} for name, row in rows.items()]
-    if shown:
-        yield Table.of("decisions at the thresholds in use", shown, note)
-
-
 def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
-    """Cells of what `evaluation.count_calls` says of a class."""
+    """Cells of what `count_calls` says of a class."""
     cells: dict[str, str | None] = {}
     for words, part, whole, rate in (
         ("defects found", "found", "defects", "found_rate"),
@@ -241,18 +357,12 @@ def calls(row: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def metric_tables(values: Mapping[str, Any]) -> Iterator[Table]:
-    """Metrics by class, of each student alone, by defect type, and intervals where they were asked for."""
+    """Metrics by class, of each student alone, and by defect type."""
     if values["mean"]:  # undefined with one label only, which a remark says
         students = {f"{name} alone": row for name, row in values["students"].items()}
         yield Table.of("metrics", results.metric_rows({**values["classes"], "mean": values["mean"]}))
         yield Table.of("mean of each student alone", results.metric_rows(students, "score"))
     yield from defect_tables(values)
-    if intervals := values.get("intervals"):
-        rows = {
-            name: {metric: f"{low:.4f} - {high:.4f}" for metric, (low, high) in row.items()}
-            for name, row in intervals.items()
-        }
-        yield Table.of("95 % bootstrap intervals over the test images", results.metric_rows(rows))
 
 
 def defect_tables(values: Mapping[str, Any]) -> Iterator[Table]:
@@ -263,7 +373,7 @@ def defect_tables(values: Mapping[str, Any]) -> Iterator[Table]:
         for kind, row in kinds.items():
             areas = {title: by_class.get(name, {}).get(kind) for title, by_class in measured.items()}
             rows.append({"class": name, "defect": kind, **calls(row), **areas})
-    means = {title: evaluation.shared_defects(by_class) for title, by_class in measured.items()}
+    means = {title: shared_defects(by_class) for title, by_class in measured.items()}
     for mean in means.values():
         if mean:
             mean["mean of the types"] = sum(mean.values()) / len(mean)

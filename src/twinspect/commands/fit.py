@@ -141,8 +141,6 @@ def report_lines(fitted: Fitted, out: Path) -> Iterator[str]:
     )
     yield from threshold_section(decision).lines()
     yield from outlier_lines(record)
-    for row in record.get("resumed", {}).get("classes", ()):
-        yield str(row["sentence"])
     yield f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
 
 

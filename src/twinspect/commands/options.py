@@ -41,15 +41,13 @@ class CalibrateOptions(ReadsData, Reports):
         "Share of good images that may be called bad, such as 0.01; without: as before.", None
     )
     class_name: str = option("Class of all images given; only its thresholds change.", "", "--class")
-    group: str = option("session: keep the rate in every session; none: over all.", "", accepts=("session", "none"))
     add: bool = option("Add to the calibration images instead of replacing.", False, "--add")
     unsure: tuple[float, float] | None = option(
         "Two shares of good images: called bad; called bad or unsure (a third answer).", None
     )
-    region_fpr: float | None = option("Share of good images that may show a region; without: as --max-fpr.", None)
     labels: Path | None = option("Labelled images (CSV: image, label) to choose thresholds by.", None)
-    rule: str = option("How labels choose: f1-max, min-cost or zero-miss.", "", accepts=RULES)
-    miss_cost: float | None = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", None)
+    rule: str = option("How labels choose: f1-max (by default), min-cost or zero-miss.", "", accepts=RULES)
+    miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 1.0)
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
     since: str = option("With --from-log: decisions since a date or time.", "")
     out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
@@ -162,7 +160,6 @@ class EvalOptions(ReadsData):
     report: tuple[Path, ...] = option("Report: .html (with the wrong images), .md or .json.", (), "--report --out")
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
-    intervals: bool = option("Add 95 % bootstrap intervals.", False, "--intervals")
     drop_leaks: bool = option("Leave out test images seen in training.", False, "--drop-leaks")
 
 

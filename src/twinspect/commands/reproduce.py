@@ -23,7 +23,7 @@ from typing import Any
 
 from twinspect._version import __version__
 from twinspect.commands import results
-from twinspect.commands.evaluate import defect_tables, leak_line, measure, remarks, run_facts, values_of
+from twinspect.commands.evaluate import defect_tables, leak_line, measure, remarks, run_facts
 from twinspect.commands.options import ReproduceOptions
 from twinspect.config import RunConfig
 from twinspect.console import Console
@@ -98,6 +98,9 @@ RECIPES = {name: _recipe(name, row, _TABLES) for name, row in _TABLES["recipe"].
 
 OURS = "twinspect (our re-implementation)"
 STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic student alone"}
+# Values of an evaluation of which several splits are put together: dicts by class, and lists of sentences.
+BY_CLASS = ("classes", "defects", "defects_auspro_005", "defect_decisions")
+LISTS = ("undefined", "failed", "masks_not_used")
 MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
@@ -213,7 +216,7 @@ def run_split(split: Split, config: RunConfig, work: Path, console: Console) -> 
     results.warn_of(fitted, console)
     measured = measure(Predictor(TorchRuntime(fitted.model), fitted.decision), split, console)
     result = {
-        **values_of(measured, split),
+        **measured.values,
         "counts": {"train": len(split.train), "calibration": len(split.calibration), "test": len(split.test)},
         "seconds": {"fit": round(fit_s, 1), "evaluate": round(measured.seconds, 1)},
         "record": fitted.record,
@@ -226,23 +229,14 @@ def summarise(
     recipe: Recipe, config: RunConfig, done: Sequence[SplitResult], total: int, reasons: Sequence[str]
 ) -> dict[str, Any]:
     """Results of several splits as one: rows are classes (industrial) or splits (semantic), then their mean."""
-
-    def joined(name: str) -> dict[str, Any]:
-        return {row: values for result in done for row, values in result[name].items()}
-
-    def listed(name: str) -> list[str]:
-        return [text for result in done for text in result[name]]
-
-    rows, record = joined("classes"), done[0]["record"]
+    joined = {name: {row: v for result in done for row, v in result[name].items()} for name in BY_CLASS}
+    record = done[0]["record"]
     students = {name: mean_of({row["split"]["name"]: row["students"][name] for row in done}) for name in STUDENTS}
     return {
         "recipe": recipe.name, "layout": recipe.layout, "protocol": recipe.protocol,
         "complete": len(done) == total, "splits_done": len(done), "splits": total,
-        "classes": rows, "mean": mean_of(rows), "students": students,
-        "defects": joined("defects"), "defects_auspro_005": joined("defects_auspro_005"),
-        "defect_decisions": joined("defect_decisions"),
-        "undefined": results.grouped(listed("undefined"), rows),
-        "failed": listed("failed"), "masks_not_used": listed("masks_not_used"),
+        **joined, "mean": mean_of(joined["classes"]), "students": students,
+        **{name: [text for result in done for text in result[name]] for name in LISTS},
         "published": list(recipe.published),
         "not_comparable": list(reasons), "remark": recipe.remark,
         "runs": [

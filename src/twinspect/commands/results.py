@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from twinspect import bundle, data
 from twinspect.console import Console
 from twinspect.data import Loaded
-from twinspect.errors import ConfigError, DataError, listed
+from twinspect.errors import ConfigError, DataError
 from twinspect.files import refuse_unwritable, write_text
 from twinspect.inference.result import Result
 from twinspect.metrics import METRICS, roc_curve
@@ -95,18 +95,6 @@ def publish(report: Report, options: Any, console: Console) -> None:
 def metric_rows(rows: Rows, first: str = "class") -> list[dict[str, Any]]:
     """Rows for `Table.of`: their name, then metrics in the order of all tables."""
     return [{first: name, **dict.fromkeys(METRICS), **row} for name, row in rows.items()]
-
-
-def grouped(sentences: Iterable[str], classes: Iterable[str]) -> list[str]:
-    """Sentences that differ in the class they begin with only, joined: ``a, b: text``."""
-    names, owners = set(classes), defaultdict(list)
-    for sentence in sentences:
-        owner, _, text = sentence.partition(": ")
-        if owner in names:
-            owners[text].append(owner)
-        else:
-            owners[sentence] = []
-    return [f"{listed(owner)}: {text}" if owner else text for text, owner in owners.items()]
 
 
 # ------------------------------------------------------------------------------ what thresholds made of many images

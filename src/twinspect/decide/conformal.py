@@ -26,7 +26,7 @@ Texts = NDArray[np.object_]
 FEWEST = 20  # good images below which `twinspect calibrate` refuses
 MAX_FPR = 0.02  # share of good images that may be called bad, where nothing else is asked for
 # What decided a threshold, as tables name it.
-OWN, SESSIONS, EVERY, LABELS, HAND = "own images", "sessions", "every class", "labels", "set by hand"
+OWN, EVERY, LABELS, HAND = "own images", "every class", "labels", "set by hand"
 _FEWEST_DISTANCES = 19  # images of a class below which its distances are judged with those of all classes
 _GAP_FALSE_WARNING = 1e-4  # chance that `suspicious_tail` speaks up on a clean exponential tail, scale known
 _FEWEST_TAIL = 5  # scores of the upper half, without which nothing is said of the highest
@@ -65,13 +65,13 @@ def images_needed(max_fpr: float) -> int:
     return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)
 
 
-def refuse_unsupported(count: int, max_fpr: float, option: str = "--max-fpr") -> None:
+def refuse_unsupported(count: int, max_fpr: float) -> None:
     """Refuse, by a ConfigError, a budget that so many good images cannot support; it says which they can."""
     needed, lowest = images_needed(max_fpr), math.ceil(1e4 / (count + 1)) / 1e4
     if count < needed:
         raise ConfigError(
-            f"{option} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
-            f"({needed - count} more); with {count} the lowest rate is {option} {lowest:g}"
+            f"--max-fpr {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
+            f"({needed - count} more); with {count} the lowest rate is --max-fpr {lowest:g}"
         )
 
 
@@ -248,13 +248,11 @@ class GoodScores:
 class Budget:
     """Shares of good images that were asked for."""
 
-    max_fpr: float = MAX_FPR  # that may be called bad
+    max_fpr: float = MAX_FPR  # that may be called bad, and that may show a region
     unsure: float | None = None  # that may be called bad or unsure; None gives two answers only
-    region_fpr: float = MAX_FPR  # that may show a region
 
     def __post_init__(self) -> None:
         checked_rate(self.max_fpr)
-        checked_rate(self.region_fpr, "--region-fpr")
         if self.unsure is not None and checked_rate(self.unsure, "--unsure") <= self.max_fpr:
             raise ConfigError(
                 f"--unsure {self.max_fpr:g} {self.unsure:g}: the second rate is of good images called bad or "
@@ -267,71 +265,41 @@ class Rule:
     """How images of one class are judged."""
 
     class_name: str  # empty for all classes together
-    images: int  # good images behind it
     basis: str  # what decided the threshold of the score
     image: Threshold  # of the score
     unsure: Threshold | None  # lower one of the score, where a third answer is wanted
     region: Threshold | None  # of map values; None where no peak is known
     far: Threshold | None  # of the distance to the nearest cluster; None where distances are unknown
-    references: tuple[Floats, ...]  # scores of good images, by session or of all; a p-value is the largest of theirs
-    peaks: Floats  # those of good images that are known
+    scores: Floats  # this and the next two: what is known of the good images behind it
+    peaks: Floats
     distances: Floats
 
     @classmethod
-    def of(
-        cls, good: GoodScores, class_name: str, given: bool, budget: Budget, by_group: bool, fixed: Threshold | None
-    ) -> Rule:
+    def of(cls, good: GoodScores, class_name: str, given: bool, budget: Budget, fixed: Threshold | None) -> Rule:
         """The rule of a class, whether it is given or predicted; an empty name is for all classes together.
 
-        ``by_group`` says whether every session must keep the budget; ``fixed`` is a threshold to use instead.
+        ``fixed`` is a threshold to use instead of that from good images.
         """
         of_class = good.of_class(class_name, given)
         # A class without any image of its own can only be judged with the others.
         rows, basis = (good.take(of_class), OWN) if of_class.any() else (good, EVERY)
-        references: tuple[Floats, ...] = (rows.score,)
-        if by_group:  # a session that is too small alone counts with all images
-            sessions = [rows.score[rows.group == name] for name in sorted(set(rows.group))]
-            large = [scores for scores in sessions if len(scores) >= images_needed(budget.max_fpr)]
-            references = tuple(large) if len(large) == len(sessions) else (*large, rows.score)
-        basis = SESSIONS if len(references) > 1 else basis
-        image, unsure = _strictest(references, budget.max_fpr, len(rows)), None
+        image, unsure = conformal_threshold(rows.score, budget.max_fpr), None
         if fixed is not None:
             image, basis = fixed, HAND if fixed.sentence.startswith(HAND) else LABELS
         if budget.unsure is not None:
-            unsure = _strictest(references, budget.unsure, len(rows))
+            unsure = conformal_threshold(rows.score, budget.unsure)
             unsure = unsure if unsure.value <= image.value else None
         near = rows if len(rows) >= _FEWEST_DISTANCES else good
         peaks, distances = (column[np.isfinite(column)] for column in (rows.peak, near.distance))
-        region = conformal_threshold(peaks, budget.region_fpr) if len(peaks) else None
+        region = conformal_threshold(peaks, budget.max_fpr) if len(peaks) else None
         far = conformal_threshold(distances, budget.max_fpr) if len(distances) else None
-        return cls(class_name, len(rows), basis, image, unsure, region, far, references, peaks, distances)
-
-    def p_value(self, score: float) -> float:
-        """Conformal p-value of a score."""
-        return max(float(p_values(score, scores)) for scores in self.references)
+        return cls(class_name, basis, image, unsure, region, far, rows.score, peaks, distances)
 
     def sentence(self) -> str:
         """What is promised, in words, for images, regions and the third answer."""
         parts = [self.image.sentence]
         if self.unsure is not None:
             parts.append(f"called bad or unsure: {self.unsure.sentence}")
-        region = self.region
-        if region is not None and (region.max_fpr != self.image.max_fpr or not region.guaranteed):
-            same = region.sentence == self.image.sentence
-            parts.append("the same holds for regions" if same else f"with a region: {region.sentence}")
+        if self.region is not None and self.region.sentence != self.image.sentence:
+            parts.append(f"with a region: {self.region.sentence}")
         return "; ".join(parts)
-
-
-def _strictest(references: Sequence[Floats], max_fpr: float, images: int) -> Threshold:
-    """The highest of the references' thresholds: it keeps the budget in each of them."""
-    thresholds = [conformal_threshold(scores, max_fpr) for scores in references]
-    best = max(thresholds, key=lambda threshold: threshold.value)
-    if len(thresholds) == 1:
-        return best
-    called = sum(int((scores >= best.value).sum()) for scores in references if len(scores) < images)
-    sentence = (
-        f"{called} of {images} good images would be called bad; the promised rate is {100 * max_fpr:g} % in every "
-        f"session with images enough ({len(thresholds)} thresholds, the highest is taken); a new session is not "
-        "covered"
-    )
-    return Threshold(best.value, max_fpr, all(threshold.guaranteed for threshold in thresholds), sentence)

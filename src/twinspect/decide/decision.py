@@ -11,7 +11,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +25,6 @@ ROI_SIDE = 128  # of the grid that a region of interest is drawn from
 KEY_BYTES = 8  # of an image's hash; enough to recognise it among a billion others
 
 
-class Judgement(NamedTuple):
-    """What a decision says about one image; see `Result` for the meaning of the fields."""
-
-    class_name: str
-    predicted_class: str
-    class_p: float
-    unknown_class: bool | None
-    p_value: float
-    threshold: float
-    threshold_unsure: float
-    answer: str
-    rule: Rule
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """Everything between raw scores and answers; stored in the bundle as JSON."""
@@ -48,7 +34,6 @@ class Decision:
     map_scale: tuple[float, float]  # low and high map value for colours, the same for all images
     budget: Budget = field(default_factory=Budget)  # of every class
     budgets: Mapping[str, Budget] = field(default_factory=dict)  # of single classes, instead
-    by_group: bool = False  # whether every group (session) must keep the budget, not only all together
     fixed: Mapping[str, Threshold] = field(default_factory=dict)  # chosen on labelled images or by hand, by class
     model_id: str = ""  # of the model the scores belong to
     trained: frozenset[str] = frozenset()  # `image_id`s of the images that the model learnt from
@@ -79,28 +64,28 @@ class Decision:
         key = (class_name, given)
         if key not in self._rules:
             budget, fixed = self.budget_of(class_name), self.fixed.get(class_name)
-            self._rules[key] = Rule.of(self.good, class_name, given, budget, self.by_group, fixed)
+            self._rules[key] = Rule.of(self.good, class_name, given, budget, fixed)
         return self._rules[key]
 
     def judge(
         self, score: float, cluster: int, distance: float = float("nan"), class_name: str | None = None
-    ) -> Judgement:
-        """The answer for one image.
+    ) -> dict[str, Any]:
+        """The answer for one image: those columns of a `Result` that follow from the good images.
 
         Its class is that of its nearest cluster where it is not given; the distance to that may be NaN.
         """
         predicted = self.class_of_cluster[cluster]
-        rule = self.rule(class_name or predicted, class_name is not None)
-        near = self.rule(predicted, given=False)
+        rule, near = self.rule(class_name or predicted, class_name is not None), self.rule(predicted, given=False)
         class_p, unknown = float("nan"), None
         if near.far is not None and distance == distance:
             class_p, unknown = float(p_values(distance, near.distances)), distance >= near.far.value
         unsure = rule.unsure.value if rule.unsure is not None else float("nan")
         answer = ANOMALY if score >= rule.image.value else UNSURE if score >= unsure else GOOD
-        return Judgement(
-            class_name or predicted, predicted, class_p, unknown, rule.p_value(score), rule.image.value, unsure,
-            answer, rule,
-        )  # fmt: skip
+        return {
+            "class_name": class_name or predicted, "predicted_class": predicted, "class_p": class_p,
+            "unknown_class": unknown, "p_value": float(p_values(score, rule.scores)), "threshold": rule.image.value,
+            "threshold_unsure": unsure, "answer": answer, "is_anomaly": answer == ANOMALY,
+        }  # fmt: skip
 
     def nearest(self, place: int) -> tuple[str, bytes]:
         """Name and small JPEG of a good image of the bank; empty where they are not known."""
@@ -121,7 +106,6 @@ class Decision:
             "map_scale": list(self.map_scale),
             "budget": asdict(self.budget),
             "budgets": {name: asdict(budget) for name, budget in self.budgets.items()},
-            "by_group": self.by_group,
             "fixed": {name: asdict(threshold) for name, threshold in self.fixed.items()},
             "model_id": self.model_id,
             "trained": _text(bytes.fromhex("".join(sorted(self.trained)))),
@@ -135,6 +119,11 @@ class Decision:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
         """Rebuild from a bundle's JSON; thresholds are computed again. Values that none has raise a BundleError."""
+        if values.get("by_group"):
+            raise BundleError(
+                f"{where}: its thresholds hold in every session, which twinspect 0.7 was the last to do; with that "
+                "version type: twinspect calibrate MODEL --group none"
+            )
         try:
             (low, high), (rows, columns), roi = values["map_scale"], values["tiles"], None
             if values.get("roi"):
@@ -144,9 +133,8 @@ class Decision:
                 good=GoodScores.from_dict(values["good"]),
                 class_of_cluster=tuple(map(str, values["class_of_cluster"])),
                 map_scale=(float(low), float(high)),
-                budget=Budget(**values["budget"]),
-                budgets={str(name): Budget(**budget) for name, budget in values["budgets"].items()},
-                by_group=bool(values["by_group"]),
+                budget=_budget(values["budget"]),
+                budgets={str(name): _budget(row) for name, row in values["budgets"].items()},
                 fixed={  # whatever the file says, a threshold that was chosen promises nothing
                     str(name): Threshold(float(t["value"]), float(t["max_fpr"]), False, str(t["sentence"]))
                     for name, t in values["fixed"].items()
@@ -164,6 +152,13 @@ class Decision:
         except NONSENSE as error:
             raise BundleError(f"{where}: its thresholds are damaged ({error}); copy it again") from None
         return decision
+
+
+def _budget(row: Mapping[str, Any]) -> Budget:
+    """A budget of a bundle; those of twinspect 0.7 have a rate of regions as well, the same unless asked for."""
+    if row.get("region_fpr", row["max_fpr"]) != row["max_fpr"]:
+        raise ValueError("a rate of regions, which only twinspect 0.7 reads: calibrate there without --region-fpr")
+    return Budget(row["max_fpr"], row["unsure"])
 
 
 def _text(body: bytes) -> str:

@@ -224,11 +224,14 @@ class DriftMonitor:
             since = np.array([row[1:] for row in recent if row[0] >= test.since], dtype=object)
             p_of, bulk_moved = [], False
             for name in sorted(set(since[:, 0])):
-                of_class = since[since[:, 0] == name, 1:].astype(np.float64)
-                p, p_scene, calibration = self._p_values(name, *of_class.T)
+                score_N, distance_N = since[since[:, 0] == name, 1:].astype(np.float64).T
+                of_class = self.good.of_class(name, given=False)
+                good = self.good.take(of_class) if of_class.any() else self.good  # without images: against all
+                p, usual = p_values(score_N, good.score), good.distance[np.isfinite(good.distance)]
+                p_scene = p_values(distance_N[np.isfinite(distance_N)], usual) if len(usual) else usual
                 p_of.append(p)
-                bulk_moved |= _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), calibration)
-                moved += [name] if _moved(p, calibration) or _moved(p_scene, calibration) else []
+                bulk_moved |= _moved((p[p > TAIL] - TAIL) / (1.0 - TAIL), len(good))
+                moved += [name] if _moved(p, len(good)) or _moved(p_scene, len(good)) else []
             all_p, kind = np.concatenate(p_of), str(_KIND_OF_BET[np.argmax(test.run)])
             tail = (all_p <= TAIL).mean()
             # The bets on the tail win first where a shift is large, so the bulk counts too.
@@ -245,14 +248,6 @@ class DriftMonitor:
         return DriftReport(
             light, kind, message, images, test.level, test.alarm_at, test.since, test.capital, tuple(moved)
         )
-
-    def _p_values(self, name: str, score_N: Floats, distance_N: Floats) -> tuple[Floats, Floats, int]:
-        """Of scores and of known distances of a class, and how many calibration images they are counted in."""
-        of_class = self.good.of_class(name, given=False)
-        rows = self.good.take(of_class) if of_class.any() else self.good  # without calibration images: against all
-        usual = rows.distance[np.isfinite(rows.distance)]
-        known = distance_N[np.isfinite(distance_N)] if len(usual) else np.zeros(0)
-        return p_values(score_N, rows.score), p_values(known, usual), len(rows)
 
 
 def _moved(p: Floats, calibration: int) -> bool:

@@ -6,12 +6,10 @@ sentences; what cannot be promised is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,27 +28,13 @@ from twinspect.decide.conformal import (
     refuse_unsupported,
 )
 from twinspect.decide.decision import Decision, image_id
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import DataError
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 if TYPE_CHECKING:
     from twinspect.inference.predictor import Predictor
 
 _FEWEST_LABELLED = 5  # defects, and good images, that a class needs for a threshold of its own
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a calibration shall change; None leaves it as it is."""
-
-    max_fpr: float | None = None  # this and the next two: see `Budget`
-    unsure: float | None = None
-    region_fpr: float | None = None
-    class_name: str | None = None  # class of all images, and the only one whose budgets change
-    by_group: bool | None = None  # whether every session must keep the budget
-    add: bool = False  # keep the calibration images there are, instead of replacing those of the classes given
-    rule: str = ""  # by which labelled images choose thresholds
-    miss_cost: float = 1.0  # of a missed defect, where a false alarm costs 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +58,12 @@ def good_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def score_images(
-    predictor: Predictor, samples: Sequence[Sample], class_name: str | None, root: Path | None, progress: Progress
+    predictor: Predictor, samples: Sequence[Sample], class_name: str | None, progress: Progress
 ) -> Scored:
     """Score good or labelled images for calibration.
 
     Their class is ``class_name``; where it is None, the data's if the bundle knows it, else the predicted.
-    Sub-folders of ``root`` are sessions where the data name none. A score that is not finite raises a DataError.
+    A score that is not finite raises a DataError.
     """
     known = set(predictor.decision.classes)
     rows, names, labels, failed = [], [], [], []
@@ -92,10 +76,9 @@ def score_images(
             failed.append(result.error)
             continue
         name = class_name or (sample.class_name if sample.class_name in known else result.predicted_class)
-        group, key = sample.group, key_of(sample, predictor.runtime.size)
-        if not group and root is not None and sample.image.is_relative_to(root):
-            group = sample.image.relative_to(root).parent.as_posix().removeprefix(".")
-        rows.append((result.score, result.peak, result.cluster_distance, name, result.predicted_class, group, key))
+        key = key_of(sample, predictor.runtime.size)
+        numbers = (result.score, result.peak, result.cluster_distance)
+        rows.append((*numbers, name, result.predicted_class, sample.group, key))
         names.append(result.path)
         labels.append(int(sample.label == 1))
     good = GoodScores(*(zip(*rows, strict=True) if rows else [()] * 7))
@@ -110,39 +93,63 @@ def key_of(sample: Sample, size: int) -> str:
 
 
 def recalibrate(
-    decision: Decision, request: Request, scored: Scored | None = None, labelled: Scored | None = None
+    decision: Decision,
+    scored: Scored | None = None,
+    labelled: Scored | None = None,
+    max_fpr: float | None = None,
+    unsure: float | None = None,
+    class_name: str | None = None,
+    add: bool = False,
+    rule: str = "f1-max",
+    miss_cost: float = 1.0,
 ) -> tuple[Decision, list[str]]:
     """A new decision of the same model, and sentences on what was done and what looks wrong.
 
-    ``scored`` are good images (None keeps those there are), ``labelled`` good and bad ones that choose thresholds.
-    Raises a ConfigError for a budget that so few images cannot support, a DataError for too few images.
+    Args:
+        decision: that of now; None for any of the others leaves that as it is.
+        scored: good images.
+        labelled: good and bad images that choose thresholds.
+        max_fpr: see `Budget`.
+        unsure: see `Budget`.
+        class_name: the only class whose budgets change.
+        add: keep the calibration images there are, instead of replacing those of the classes given.
+        rule: by which labelled images choose.
+        miss_cost: of a missed defect, where a false alarm costs 1.
+
+    Raises:
+        ConfigError: a budget that so few images cannot support.
+        DataError: too few images.
     """
-    name = decision.checked_class(request.class_name)
+    decision.checked_class(class_name)
     notes: list[str] = []
     good, fixed = decision.good, dict(decision.fixed)
     if scored is not None:
-        good = _with_new(good, _usable(decision, scored, request.add, notes), request.add, notes)
+        good = _with_new(good, _usable(decision, scored, add, notes), add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
         )
-    if request.max_fpr is not None:
-        for of_class in [of_class for of_class in fixed if name in (None, of_class)]:
-            notes.append(f"{of_class}: its threshold from labelled images gives way to one from good images")
-            del fixed[of_class]
+    if max_fpr is not None:
+        for name in [name for name in fixed if class_name in (None, name)]:
+            notes.append(f"{name}: its threshold from labelled images gives way to one from good images")
+            del fixed[name]
     if labelled is not None:
-        fixed |= _fixed_thresholds(labelled, request.rule or "f1-max", request.miss_cost, notes)
-    budget, budgets = decision.budget, decision.budgets
-    if (request.max_fpr, request.unsure, request.region_fpr) != (None, None, None):
-        if request.max_fpr is not None:  # without --unsure it asks for two answers; --region-fpr follows it
-            new = Budget(request.max_fpr, request.unsure, request.region_fpr or request.max_fpr)
+        fixed |= _fixed_thresholds(labelled, rule, miss_cost, notes)
+    after = replace(decision, good=good, fixed=fixed)
+    if max_fpr is not None or unsure is not None:
+        old = decision.budget_of(class_name or "")
+        # A rate without --unsure asks for two answers.
+        new = Budget(max_fpr, unsure) if max_fpr is not None else Budget(old.max_fpr, unsure)
+        if class_name is None:
+            after = replace(after, budget=new, budgets={})
         else:
-            old = decision.budget_of(name or "")
-            new = Budget(old.max_fpr, request.unsure or old.unsure, request.region_fpr or old.region_fpr)
-        budget, budgets = (new, {}) if name is None else (budget, {**budgets, name: new})
-    by_group = decision.by_group if request.by_group is None else request.by_group
-    after = dataclasses.replace(decision, good=good, budget=budget, budgets=budgets, by_group=by_group, fixed=fixed)
-    _refuse_promises(after, name)
+            after = replace(after, budgets={**decision.budgets, class_name: new})
+    if class_name is None:
+        budgets = [after.budget, *after.budgets.values()]
+    else:  # budgets of other classes stay, and their sentences say what they are worth
+        budgets, good = [after.budget_of(class_name)], good.take(good.of_class(class_name))
+    for budget in budgets:
+        refuse_unsupported(len(good), budget.max_fpr)
     if scored is not None:
         notes += _odd_images(after, scored)
     return after, notes
@@ -196,22 +203,6 @@ def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> 
     return old.take(np.array([name not in now for name in old.class_name], dtype=np.bool_)).join(new)
 
 
-def _refuse_promises(decision: Decision, class_name: str | None) -> None:
-    """Refuse what was asked for; budgets of other classes stay, and their sentences say what they are worth."""
-    budgets, good = [decision.budget, *decision.budgets.values()], decision.good
-    if class_name is not None:  # a class goes by its own images
-        budgets, good = [decision.budget_of(class_name)], good.take(good.of_class(class_name))
-    for budget in budgets:
-        refuse_unsupported(len(good), budget.max_fpr)
-        if peaks := int(np.isfinite(good.peak).sum()):
-            refuse_unsupported(peaks, budget.region_fpr, "--region-fpr")
-    if decision.by_group and not sessions(decision):
-        raise ConfigError(
-            "--group session: no class has two sessions. Name them in a manifest's column 'group', or give one "
-            "sub-folder per session together with --class NAME"
-        )
-
-
 def _fixed_thresholds(labelled: Scored, rule: str, miss_cost: float, notes: list[str]) -> dict[str, Threshold]:
     """Thresholds of every labelled class; one with few labels takes that of all labelled images together."""
     rows, labels = labelled.rows, labelled.label_N
@@ -239,8 +230,8 @@ def sessions(decision: Decision) -> list[dict[str, Any]]:
         good = decision.good.take(decision.good.of_class(class_name))
         names = sorted(set(good.group) - {""})
         for name in names if len(names) > 1 else ():
-            inside = np.asarray(good.group == name)
-            limit = conformal_threshold(good.score[~inside], decision.budget_of(class_name).max_fpr).value
-            called = int((good.score[inside] >= limit).sum())
-            rows.append({"class_name": class_name, "group": name, "images": int(inside.sum()), "called": called})
+            score, others = good.score[good.group == name], good.score[good.group != name]
+            called = int((score >= conformal_threshold(others, decision.budget_of(class_name).max_fpr).value).sum())
+            row = {"session": f"{class_name}: {name}", "good images": len(score), "called bad": called}
+            rows.append({**row, "rate": called / len(score)})
     return rows

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import EXPORTS, is_export, read_meta
 from twinspect.data.samples import DEFAULT_LIMITS
-from twinspect.decide.decision import ANOMALY, Decision
+from twinspect.decide.decision import Decision
 from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
 from twinspect.inference import decode
@@ -164,14 +164,13 @@ class Predictor:
     def _result(self, image: Decoded, out: Mapping[str, Any], class_name: str | None, ms: float) -> Result:
         decision, grid = self.decision, np.asarray(out["map_B1HW"][0], dtype=np.float32)
         score, distance = float(out["score_B"]), float(out.get("cluster_distance_B", np.nan))
-        verdict = decision.judge(score, int(out["cluster_B"]), distance, class_name)._asdict()
-        rule = verdict.pop("rule")
+        judged = decision.judge(score, int(out["cluster_B"]), distance, class_name)
+        rule = decision.rule(judged["class_name"], class_name is not None)
         result = Result(
-            image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]),
-            is_anomaly=verdict["answer"] == ANOMALY, cluster_distance=distance, peak=float(grid.max()),
-            model_id=decision.model_id, width=image.width, height=image.height, ms=ms, scale=decision.map_scale,
-            grid=grid, rgb=image.rgb, near=decision.nearest(int(out.get("nearest_B", -1))),
-            roi=decision.roi, **verdict,
+            image.name, score, float(out["score_local_B"]), float(out["score_semantic_B"]), **judged,
+            cluster_distance=distance, peak=float(grid.max()), model_id=decision.model_id, width=image.width,
+            height=image.height, ms=ms, scale=decision.map_scale, grid=grid, rgb=image.rgb, roi=decision.roi,
+            near=decision.nearest(int(out.get("nearest_B", -1))),
         )  # fmt: skip
         if not np.isfinite(score):
             result.error = f"{image.name}: the score is not finite; the model is damaged"

@@ -145,10 +145,10 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     """Regions of a map as it is resized for them.
 
     A lobe is connected pixels that reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of what is highest nearby. Both
-    count from the image's median and are squares, as surprises grow with the square of a distance. What is too weak
-    for that beside another is a lobe where it reaches the threshold. A map is blurred, which makes small defects grow
-    most: a blot has a small share of strong pixels, a plateau a large one. So a region is the strongest pixels of a
-    lobe: as many as are strong, times their share.
+    count from the image's median and are squares, as surprises grow with the square of a distance. A map is blurred,
+    which makes small defects grow most: a blot has a small share of strong pixels, a plateau a large one. A region is
+    the highest pixels of a lobe: as many as are strong, times their share. A lobe whose highest pixel is not strong
+    is the flank of another. What is too weak beside another for all that is a region where it reaches the threshold.
     """
     if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
         return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32))
@@ -159,23 +159,23 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
     value_P, inside = heat.ravel()[pixel_P], np.zeros(heat.size, np.bool_)
     half_R = (level + OF_PEAK * (_highest(value_P, region_P) - level)).astype(np.float32)
     inside[pixel_P[value_P >= half_R[region_P]]] = True
+    pixel_P, lobe_P = _labelled(inside.reshape(heat.shape))
+    inside[pixel_P] = _highest_pixels(heat.ravel()[pixel_P] - level, nearby.ravel()[pixel_P] - level, lobe_P)
     pixel_P, region_P = _labelled(heat >= threshold)
     lost_R = np.ones(int(region_P.max(initial=-1)) + 1, np.bool_)
     lost_R[region_P[inside[pixel_P]]] = False
     inside[pixel_P[lost_R[region_P]]] = True
-    pixel_P, region_P = _labelled(inside.reshape(heat.shape))
-    inside[pixel_P] = _strongest_pixels(heat.ravel()[pixel_P], nearby.ravel()[pixel_P], level, region_P)
     return components(inside.reshape(heat.shape), heat, threshold)
 
 
-def _strongest_pixels(value_P: Map, nearby_P: Map, level: float, lobe_P: NDArray[np.int64]) -> Bools:
-    """Which pixels of each lobe are its region; ``nearby_P`` is what is highest near each."""
-    order, size_L = np.lexsort((-value_P, lobe_P)), np.bincount(lobe_P)
+def _highest_pixels(value_P: Map, nearby_P: Map, lobe_P: NDArray[np.int64]) -> Bools:
+    """Which pixels of each lobe are its region; ``nearby_P`` is what is highest near each. Both above the level."""
+    order, size_L, strong_P = np.lexsort((-value_P, lobe_P)), np.bincount(lobe_P), value_P >= STRONG * nearby_P
     first_L = np.cumsum(size_L) - size_L
-    highest_P = np.minimum(nearby_P, value_P[order[first_L]][lobe_P])  # what another lobe has is no measure
-    strong_L = np.bincount(lobe_P, value_P - level >= STRONG * (highest_P - level))
-    kept_L = np.maximum(np.rint(strong_L**2 / size_L), 1).astype(np.int64)
-    kept_P: Bools = value_P >= value_P[order[first_L + kept_L - 1]][lobe_P]
+    share_L = np.bincount(lobe_P, strong_P) / size_L
+    last_L = first_L + np.maximum(np.rint(share_L**2 * size_L).astype(np.int64), 1) - 1
+    least_L = np.where(strong_P[order[first_L]], value_P[order[last_L]], np.inf)
+    kept_P: Bools = value_P >= least_L[lobe_P]
     return kept_P
 
 

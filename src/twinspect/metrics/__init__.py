@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from twinspect.metrics.evaluator import Evaluator, mean_of
 from twinspect.metrics.pixels import PIXEL_METRICS
-from twinspect.metrics.ranking import IMAGE_METRICS, auroc, average_precision, bootstrap_interval, f1_max, roc_curve
+from twinspect.metrics.ranking import IMAGE_METRICS, auroc, average_precision, f1_max, roc_curve
 
 __all__ = [
     "METRICS",
     "Evaluator",
     "auroc",
     "average_precision",
-    "bootstrap_interval",
     "f1_max",
     "mean_of",
     "roc_curve",

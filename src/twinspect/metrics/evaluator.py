@@ -7,7 +7,7 @@ Everything commutes: evaluators of parts of the images merge, in any order, with
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from twinspect.errors import DataError
+from twinspect.errors import DataError, listed
 from twinspect.metrics import ranking
 from twinspect.metrics.pages import MemoryBudget
 from twinspect.metrics.pixels import PixelSummary, ScoreHistogram, summarise
 
 MEMORY_LIMIT = 128 << 20  # bytes
 TOLERANCE = 1e-4
+_NO_PIXELS = "no pixel metrics, no anomalous image has both a score map and a mask"
 Numbers = dict[str, float]
 
 
@@ -144,11 +145,15 @@ class Evaluator:
         for name, summary in pixels.items():
             classes[name] |= _defined(summary.values) if summary is not None else {}
         mean_over = Counter(metric for values in classes.values() for metric in values)
-        notes = [note for name in names for note in self._notes(name, pixels[name])]
+        classes_of: dict[str, list[str]] = defaultdict(list)  # by a sentence that holds for each of them
+        for name in names:
+            for note in self._notes(name, pixels[name]):
+                classes_of[note].append(name)
         if self.pixel and names and not any(pixels.values()):
-            notes = [note for note in notes if "no pixel metrics" not in note]
+            classes_of.pop(_NO_PIXELS, None)
             if any(image.label for of_class in seen.values() for image in of_class.images):
-                notes.append("no mask marks the defects: metrics of images only, none of pixels")
+                classes_of["no mask marks the defects: metrics of images only, none of pixels"] = []
+        notes = [f"{listed(of)}: {note}" if of else note for note, of in classes_of.items()]
         notes += [
             f"mean of {metric} is over the {count} of {len(names)} classes where it is defined"
             for metric, count in mean_over.items()
@@ -165,36 +170,24 @@ class Evaluator:
             "undefined": notes,
         }
 
-    def intervals(self, n: int = 1000, seed: int = 0) -> dict[str, dict[str, tuple[float, float]]]:
-        """95 % bootstrap intervals of the image metrics: class -> metric -> (low, high), where defined."""
-        out: dict[str, dict[str, tuple[float, float]]] = {}
-        for name in sorted(self.classes):
-            both = _arrays(self.classes[name].images)
-            if len(set(both[1].tolist())) == 2:
-                metrics = ranking.IMAGE_METRICS.items()
-                out[name] = {metric: ranking.bootstrap_interval(*both, of, n, seed) for metric, of in metrics}
-        return out
-
     def _notes(self, name: str, summary: PixelSummary | None) -> list[str]:
         images, notes = self.classes[name].images, []
         if len({image.label for image in images}) == 1:
             kind, lacking = ("defects", "good test images") if images[0].label else ("good", "defects")
-            notes.append(
-                f"{name}: no AUROC and the like, as all {len(images)} images are {kind}; they need {lacking}, too"
-            )
+            notes.append(f"no AUROC and the like, as all {len(images)} images are {kind}; they need {lacking}, too")
         if not self.pixel:
             return notes
         if summary is None:
-            return [*notes, f"{name}: no pixel metrics, no anomalous image has both a score map and a mask"]
+            return [*notes, _NO_PIXELS]
         if without_mask := sum(image.label == 1 and not image.masked for image in images):
-            notes.append(f"{name}: pixel metrics leave out {without_mask} anomalous images without mask")
+            notes.append(f"pixel metrics leave out {without_mask} anomalous images without mask")
         if summary.error_bound > TOLERANCE:
             notes.append(
-                f"{name}: pixel metrics are certain only to {summary.error_bound:.1g}; "
+                f"pixel metrics are certain only to {summary.error_bound:.1g}; "
                 f"raise memory_limit above {self.budget.limit} bytes or evaluate fewer classes at once"
             )
         if summary.totals.positives == summary.totals.pixels:
-            notes.append(f"{name}: pixel metrics are undefined, every pixel is a defect")
+            notes.append("pixel metrics are undefined, every pixel is a defect")
         return notes
 
 

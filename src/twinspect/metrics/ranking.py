@@ -96,26 +96,3 @@ IMAGE_METRICS: dict[str, Metric] = {
     "image_ap": average_precision,
     "image_f1max": f1_max,
 }
-
-
-def bootstrap_interval(
-    scores: ArrayLike, labels: ArrayLike, metric: Metric, n: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a metric; (nan, nan) with one label only.
-
-    Normal items and anomalies are drawn separately, with replacement, so every draw has both. Items are
-    sorted first: the interval does not depend on their order. ``metric`` is a function of (scores, labels), such as
-    ``auroc``; of ``n`` draws (at least 1) the share ``level`` lies inside.
-    """
-    values, truth = _checked(scores, labels)
-    if n < 1 or not 0 < level < 1:
-        raise DataError(f"bootstrap needs n >= 1 and a level between 0 and 1; got n={n}, level={level}")
-    normal, anomaly = np.sort(values[truth == 0]), np.sort(values[truth == 1])
-    if not len(normal) or not len(anomaly):
-        return math.nan, math.nan
-    labels_drawn, rng, draws = np.sort(truth), np.random.default_rng(seed), []
-    for _ in range(n):
-        drawn = rng.choice(normal, len(normal)), rng.choice(anomaly, len(anomaly))
-        draws.append(metric(np.concatenate(drawn), labels_drawn))
-    low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)

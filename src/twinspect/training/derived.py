@@ -27,6 +27,7 @@ from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
 from twinspect.errors import DataError
 from twinspect.inference.decode import Tiles, boxes
+from twinspect.inference.result import counted
 from twinspect.types import Sample
 
 T = TypeVar("T", bound=Sample)
@@ -177,7 +178,17 @@ def add_copies(
             chosen, why = (pose, "as asked") if pose != "auto" else find_pose(members)
             each = max(1, -(-_LEARNT[chosen] // len(members)) - 1)
             parts[0].extend(_made_of(s, Copy, kind=chosen, seed=seed) for s in members for seed in range(each))
-            notes.append(_few_sentence(name, len(members), chosen, why))
+            turned = "turned round, moved and lit anew" if chosen == FREE else "moved and lit a little"
+            worth = (
+                f"About 1 in {len(members) + 1} of the next good ones will be called bad, at best"
+                if len(members) > 1
+                else "Its threshold is the highest score of its own copies, which promises nothing: nearly every new "
+                "image will be called bad. Go by the order of scores, and calibrate as soon as there are 20"
+            )
+            notes.append(
+                f"class {name}: {counted(len(members), 'good image')}; no students are trained on so few, and copies "
+                f"{turned} are learnt with them (--pose {chosen}, {why}). {worth}: 49 or more are needed for 2 %"
+            )
         elif hardly_differ(members):
             count = max(_COPIES, len(members) // 2)
             for seed in range(count):
@@ -189,21 +200,6 @@ def add_copies(
                 "by more, give images of different ones"
             )
     return *parts, notes
-
-
-def _few_sentence(name: str, count: int, pose: str, why: str) -> str:
-    turned = "turned round, moved and lit anew" if pose == FREE else "moved and lit a little"
-    worth = (
-        f"about 1 in {count + 1} of the next good ones will be called bad, at best"
-        if count > 1
-        else "its threshold is the highest score of its own copies, which promises nothing: nearly every new image "
-        "will be called bad. Go by the order of scores, and calibrate as soon as there are 20"
-    )
-    return (
-        f"class {name}: {count} good image{'s' if count > 1 else ''}; no students are trained on so few, and copies "
-        f"{turned} are learnt with them (--pose {pose}, {why}). {worth[0].upper()}{worth[1:]}: 49 or more are needed "
-        "for 2 %"
-    )
 
 
 def add_tolerated(

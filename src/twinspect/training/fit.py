@@ -34,13 +34,13 @@ from twinspect.files import refuse_unwritable
 from twinspect.inference.decode import OVERLAP, Tiles
 from twinspect.models.contract import AnomalyModel, Outputs, build_model
 from twinspect.models.teachers import Teacher, create_teacher
-from twinspect.training.derived import Copy, add_copies, add_tolerated, few_classes, in_tiles
+from twinspect.training.derived import Copy, add_copies, add_tolerated, by_class, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
 from twinspect.training.normal import fit_scales, fit_statistics
 from twinspect.training.outcome import LISTED, GoodImages, outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.training.update import changes, keep_sides, refuse_forgetting, take_over
+from twinspect.training.update import keep_sides, refuse_forgetting, take_over
 from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
@@ -68,12 +68,8 @@ def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
 
 def taken_differently(samples: Sequence[Sample]) -> list[str]:
     """A sentence for every class whose pictures are of several shapes or sizes, or grey and in colour."""
-    by_class: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        if sample.in_file:
-            by_class[sample.class_name].append(sample)
     notes = []
-    for name, members in sorted(by_class.items()):
+    for name, members in sorted(by_class(sample for sample in samples if sample.in_file).items()):
         looked_at, shapes, grey = list[Sample](), list[tuple[int, int]](), list[bool]()
         for sample in members[:: math.ceil(len(members) / _HEADERS)]:
             with suppress(DataError, OSError):  # reported when all images are read
@@ -254,13 +250,13 @@ def _fitted(
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}
     mixed = mixed_up(model.scorer.clusters.taken if tiles == (1, 1) else {})
     record |= {
-        "training": report.numbers(),
+        "training": report.numbers,
         "notes": [*notes, *record["notes"], *([mixed] if mixed else [])],
         "sides": list(sides),
         "memory": {"peak_mb": peak_mb(), **gpu, "batch": report.batch},
     }
     if resume is not None:
-        record["resumed"] = {"from": origin, "classes": changes(resume.decision, decision)}
+        record["resumed"] = {"from": origin}
     return Fitted(model.cpu(), decision, config, record, skipped, good, memory)
 
 
@@ -375,12 +371,12 @@ def fit_few(
 
     Copies count for no threshold.
     """
-    by_class: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[str, dict[object, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in train_at:
         sample = source.samples[i]
         if sample.class_name in few:
-            by_class[sample.class_name][sample.image, sample.record].append(i)
-    classes = [list(images.values()) for images in by_class.values()]  # of each for every image: it and its copies
+            places[sample.class_name][sample.image, sample.record].append(i)
+    classes = [list(images.values()) for images in places.values()]  # of each for every image: it and its copies
     away, outs = _left_out(model, source, classes, seed, progress)
     divide = {s.class_name for s in source.samples} != few
     good = fit_statistics(model, source, train_at, held_at, seed, progress, students, divide)

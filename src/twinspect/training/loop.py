@@ -12,10 +12,9 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,20 +34,11 @@ LOG = "train.jsonl"
 LOCK = "lock"  # held by the run that writes in a folder
 
 
-@dataclass(frozen=True, slots=True)
-class TrainReport:
-    """What training did: steps taken, seconds, why it stopped, last loss terms, images of a step here."""
+class TrainReport(NamedTuple):
+    """What training did."""
 
-    steps: int
-    seconds: float
-    stopped: str
-    terms: dict[str, float]
-    batch: int
-
-    def numbers(self) -> dict[str, Any]:
-        """For the record of a run."""
-        terms = {name: round(value, 6) for name, value in self.terms.items()}
-        return {"steps": self.steps, "seconds": round(self.seconds, 1), "stopped": self.stopped, **terms}
+    numbers: dict[str, Any]  # for the record of a run: steps, seconds, why it stopped, last loss terms
+    batch: int  # images of a step in this process
 
 
 def train(
@@ -69,7 +59,7 @@ def train(
     """
     if not config.steps:
         model.eval()
-        return TrainReport(0, 0.0, "no steps asked for", {}, 0)
+        return TrainReport({"steps": 0, "seconds": 0.0, "stopped": "no steps asked for"}, 0)
     optimiser = make_optimiser(model, config)
     folder = WorkFolder(work, model.student, optimiser, fingerprint) if work is not None and group.leads else None
     start = _resumed(folder, optimiser, group)
@@ -82,8 +72,12 @@ def train(
             with autocast(config.precision, group.device), group.one_batch():
                 losses = model.losses(observed, small, step, config)
             terms = group.mean(_numbers(losses))
-            if not all(math.isfinite(value) for value in terms.values()):
-                raise _not_finite(terms, source, part, step)
+            if not all(map(math.isfinite, terms.values())):
+                names = ", ".join(source.samples[i].image.name for i in part[:3])
+                raise TrainingError(
+                    f"the loss is not finite at step {step} ({_say(terms)}); batch with {names} ... "
+                    "Lower the learning rate (--lr), or train with --precision fp32. The last checkpoint is kept"
+                )
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(losses["loss"])
             for students in optimiser.param_groups:
@@ -100,8 +94,9 @@ def train(
                 stopped = "time budget"
                 break
     model.eval()
-    batch = min(config.batch, len(indices)) // group.world
-    return TrainReport(done, time.monotonic() - began, stopped, terms, batch)
+    numbers = {"steps": done, "seconds": round(time.monotonic() - began, 1), "stopped": stopped}
+    rounded = {name: round(value, 6) for name, value in terms.items()}
+    return TrainReport({**numbers, **rounded}, min(config.batch, len(indices)) // group.world)
 
 
 def _given(
@@ -149,14 +144,6 @@ def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
     """Every term as a number; a GPU is waited for once."""
     values = torch.stack([value.detach().double() for value in losses.values()]).tolist()
     return dict(zip(losses, values, strict=True))
-
-
-def _not_finite(terms: Mapping[str, float], source: FeatureSource, part: list[int], step: int) -> TrainingError:
-    names = ", ".join(source.samples[i].image.name for i in part[:3])
-    return TrainingError(
-        f"the loss is not finite at step {step} ({_say(terms)}); batch with {names} ... "
-        "Lower the learning rate (--lr), or train with --precision fp32. The last checkpoint is kept"
-    )
 
 
 def _say(values: Mapping[str, float]) -> str:
@@ -217,7 +204,13 @@ class StableAdamW(Optimizer):
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """All tensors together: a GPU gets a few large kernels, and is never waited for."""
         grads = [cast(Tensor, parameter.grad) for parameter in parameters]
-        states = [self._state_of(parameter, group["amsgrad"]) for parameter in parameters]
+        moments = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] |= {"step": torch.zeros(())} | {n: torch.zeros_like(parameter) for n in moments}
+        states = [self.state[parameter] for parameter in parameters]
+        for state in states:
+            state["step"] += 1
         averages = [state["exp_avg"] for state in states]
         squares = [state["exp_avg_sq"] for state in states]
         beta_1, beta_2 = group["betas"]
@@ -241,15 +234,6 @@ class StableAdamW(Optimizer):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(parameters, steps)
 
-    def _state_of(self, parameter: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])):
-                state[name] = torch.zeros_like(parameter)
-        state["step"] += 1
-        return state
-
 
 # ---------------------------------------------------------------------------------------------------- the work folder
 
@@ -263,13 +247,12 @@ class WorkFolder:
 
     def load(self) -> int:
         """Take up the state that a killed run left; the number of steps already taken (0 without a checkpoint)."""
-        path, start = self._folder / _CHECKPOINT, 0
-        if path.is_file():
-            start = self._restored(path)
+        path = self._folder / _CHECKPOINT
+        start = self._restored(path) if path.is_file() else 0
         log = self._folder / LOG
-        if log.exists():  # lines of a broken run beyond its checkpoint are dropped
+        if log.exists():  # a line a step: those of a broken run beyond its checkpoint are dropped
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if _step_of(line) < start), encoding="utf-8")
+            log.write_text("".join(lines[:start]), encoding="utf-8")
         return start
 
     def _restored(self, path: Path) -> int:
@@ -313,13 +296,6 @@ class WorkFolder:
         row = {"step": step, **terms, "images": images, "seconds": round(time.monotonic() - self._began, 3)}
         with (self._folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 60  # a line cut off by a kill
 
 
 def remove_checkpoint(work: Path) -> None:

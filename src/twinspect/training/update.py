@@ -15,9 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
-
-import numpy as np
 
 from twinspect.bundle import Fitted, model_id
 from twinspect.data.protocols import count_once
@@ -159,23 +156,3 @@ def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
             "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
             "width and depth, so leave those options out"
         ) from None
-
-
-def changes(before: Decision, after: Decision) -> list[dict[str, Any]]:
-    """What going on did to every old class, in a sentence, on the calibration images that both models scored."""
-    now, rows = dict(zip(after.good.key, after.good.score.tolist(), strict=True)), []
-    for name in before.classes:
-        good = before.good.take(before.good.of_class(name))
-        pairs = [(score, now[key]) for score, key in zip(good.score, good.key, strict=True) if key and key in now]
-        sentence = f"{name}: none of its calibration images is in the data, so nothing can be said of it"
-        if pairs:
-            old, new = (decision.rule(name).image.value for decision in (before, after))
-            score_n, score_now_n = np.transpose(pairs)
-            sentence = (
-                f"{name}: on its {len(pairs)} stored calibration images the median score went from "
-                f"{np.median(score_n):.2f} to {np.median(score_now_n):.2f} and the threshold from {old:.2f} to "
-                f"{new:.2f}; called bad before {(score_n >= old).sum()}, now {(score_now_n >= new).sum()}, with the "
-                f"old threshold kept {(score_now_n >= old).sum()}"
-            )
-        rows.append({"class_name": name, "images": len(pairs), "sentence": sentence})
-    return rows
