@@ -146,10 +146,9 @@ def connected(grid: Map, shape: tuple[int, int], threshold: float) -> Components
 
     A lobe is connected pixels that reach ``OF_PEAK`` of its height and ``OF_NEARBY`` of what is highest nearby. Both
     count from the image's median and are squares, as surprises grow with the square of a distance. A map is blurred,
-    which makes small defects grow most: a blot has a small share of strong pixels, a plateau a large one. A region
-    is the highest pixels of a lobe: as many as are strong, times their share. A lobe whose highest pixel is not
-    strong is the flank of another. What is too weak beside another for all that is a region where it reaches the
-    threshold.
+    which makes small defects grow most: a blot has a small share of strong pixels, a plateau a large one. A region is
+    the highest pixels of a lobe: as many as are strong, times their share. A lobe whose highest pixel is not strong
+    is the flank of another. What is too weak beside another for all that is a region where it reaches the threshold.
     """
     if not bool((grid >= threshold).any()):  # bilinear resizing never exceeds the grid's own values
         return components(np.zeros((1, 1), np.bool_), np.zeros((1, 1), np.float32))
