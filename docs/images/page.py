@@ -1,6 +1,6 @@
 """Photograph the server's page with the demo's own model and images.
 
-python docs/images/page.py demo-out/demo.twin docs/images/page.png   (needs the extras dev and server, and chromium)
+python docs/images/page.py demo-out/demo.twin docs/images/page.webp   (needs the extras dev and server, and chromium)
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from twinspect.commands.demo import FULL, find_images, kind_of, split
+from twinspect.commands.demo import FULL, NOMINAL, find_images, split
 from twinspect.inference import load
 from twinspect.server.app import address_of, build_app, prepared
 from twinspect.server.log import InspectionLog
 from twinspect.server.settings import Settings
 
-WIDTH, HEIGHT = 1080, 1300
+WIDTH, HEIGHT = 1080, 1340
 
 
 def main(bundle: str, target: str) -> None:
     """One image of each kind; the one with the local defect is shown, an alarm is confirmed."""
     _, test = split(find_images(), FULL)
-    kinds = dict.fromkeys(kind_of(sample) for sample in test)
-    chosen = {kind: next(s.image for s in test if kind_of(s) == kind) for kind in kinds}
+    chosen: dict[str, Path] = {}
+    for sample in test:
+        chosen.setdefault(sample.defect_type or NOMINAL, sample.image)
     with tempfile.TemporaryDirectory() as folder:
         log = InspectionLog(str(Path(folder) / "inspections.db"))
         settings = Settings(port=0)
@@ -36,13 +37,14 @@ def main(bundle: str, target: str) -> None:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            photograph(address_of(listening), [str(p) for p in chosen.values()], target)
+            shot = str(Path(folder) / "page.png")
+            photograph(address_of(listening), [str(p) for p in chosen.values()], shot)
+            with Image.open(shot) as picture:
+                picture.convert("RGB").save(target, quality=70, method=6)
         finally:
             server.should_exit = True
             thread.join()
             log.close()
-    with Image.open(target) as picture:
-        picture.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(target, optimize=True)
     print(f"{target}: {Path(target).stat().st_size // 1000} kB, kinds {', '.join(chosen)}")
 
 
