@@ -50,10 +50,11 @@ def compare(options: CompareOptions, console: Console) -> None:
     values = as_values(options, split, measured)
     console.warn(*remarks(values))
     first, second = values["right"].values()
+    chance = f"{values['p_value']:.3f}" if values["p_value"] >= 0.001 else "below 0.001"
     words = (
         f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
         f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
-        f"test): {values['p_value']:.3f}."
+        f"test): {chance}."
     )
     if not first + second:
         words = f"Both models give the same answer to all {values['images']} images."
