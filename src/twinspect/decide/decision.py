@@ -119,12 +119,12 @@ class Decision:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model") -> Decision:
         """Rebuild from a bundle's JSON; thresholds are computed again. Values that none has raise a BundleError."""
-        if values.get("by_group"):
-            raise BundleError(
-                f"{where}: its thresholds hold in every session, which twinspect 0.7 was the last to do; with that "
-                "version type: twinspect calibrate MODEL --group none"
-            )
         try:
+            if values.get("by_group"):
+                raise BundleError(
+                    f"{where}: its thresholds hold in every session, which twinspect 0.7 was the last to do; with "
+                    "that version type: twinspect calibrate MODEL --group none"
+                )
             (low, high), (rows, columns), roi = values["map_scale"], values["tiles"], None
             if values.get("roi"):
                 bits = np.unpackbits(np.frombuffer(_bytes(values["roi"]), np.uint8))
