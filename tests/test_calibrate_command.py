@@ -218,6 +218,9 @@ def test_a_budget_too_small_says_how_many_images_are_needed(trained: Path, fresh
     said = run("calibrate", trained, fresh, "--max-fpr", 0.01, "--out", tmp_path / "x.twin", code=2)
     assert "48 good images cannot support it, at least 99 are needed (51 more)" in said
     assert not (tmp_path / "x.twin").exists()
+    assert "--unsure 0.01: 48 good" in run(
+        "calibrate", trained, fresh, "--unsure", 0.01, 0.1, "--out", tmp_path / "x.twin", code=2
+    )
 
 
 def test_fewer_than_twenty_images_are_refused(trained: Path, old: Path, tmp_path: Path) -> None:

@@ -415,14 +415,29 @@ def test_outputs_that_cannot_be_written_are_found_before_the_work(
     ],
 )
 def test_files_of_another_kind_are_not_replaced(
-    parts: Path, words: list[object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, parts: Path, words: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("image,comment\na.png,mine\n")
-    assert f"{name} exists and holds something else; move it away" in failed(
-        *(parts if word == "D" else word for word in words)
-    )
+    named = {"M": bundle, "D": parts}
+    said = failed(*(named.get(word, word) for word in words))
+    assert f"{name} exists and holds something else; move it away" in said
     assert (tmp_path / name).read_text() == "image,comment\na.png,mine\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["calibrate", "M", "D"], ["update", "M", "D"], ["export", "M", "--out", "new.onnx"], ["check", "M", "M", "D"]],
+)
+def test_an_export_in_the_place_of_a_model(
+    words: list[str], parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.onnx").write_bytes(b"a graph")
+    named = {"M": "mine.onnx", "D": parts}
+    said = failed(*(named.get(word, word) for word in words))
+    assert "mine.onnx is an export; give the model that it was made from (NAME.twin)" in said
+    assert (tmp_path / "mine.onnx").read_bytes() == b"a graph"
 
 
 def test_results_of_an_earlier_run_are_replaced(bundle: Path, parts: Path, tmp_path: Path) -> None:

@@ -406,7 +406,10 @@ def test_what_only_older_versions_calibrated_is_refused() -> None:
     assert Decision.from_dict(alike).budget == Budget(0.02)
     with pytest.raises(BundleError, match="--group none"):
         Decision.from_dict(alike | {"by_group": True})
-    with pytest.raises(BundleError, match="without --region-fpr"):
+    with pytest.raises(
+        BundleError,
+        match="^this model has a rate of regions of its own .* type: twinspect calibrate MODEL --max-fpr RATE$",
+    ):
         Decision.from_dict(alike | {"budget": alike["budget"] | {"region_fpr": 0.01}})
 
 

@@ -121,6 +121,8 @@ def read_bundle(path: Path) -> BundleContent:
             parts |= {name: _member(file, name) for name in (_TENSORS, _MEMORY) if name in names}
             hashes = dict(json.loads(_member(file, _HASHES)))
     except _NOT_WHOLE as error:
+        if path.suffix.lower() in EXPORTS:
+            raise BundleError(f"{path} is an export; give the model that it was made from (NAME{SUFFIX})") from None
         raise BundleError(
             f"{path} is not a whole bundle, or none ({error}); copy it again, or give a file that fit wrote"
         ) from None

@@ -97,7 +97,7 @@ def _card(
     )
     behind = Counter(decision.good.class_name)
     rows = tuple((name, count, behind[name]) for name, count in record["classes"].items())
-    counts = Table("Good images by class", ("class", "taught the students", "behind the threshold"), rows)
+    counts = Table("Good images by class", ("class", "learnt", "behind the threshold"), rows)
     sections = [
         Section("Data", (told, *outlier_lines(record)), (counts,)),
         Section("Settings", (), (_settings(config),)),

@@ -51,13 +51,16 @@ def warn_of(fitted: Fitted, console: Console) -> None:
 
 
 def checked_model(out: Path | None, instead: Path) -> Path:
-    """Where a model is written: ``out``, or ``instead`` where none is named. Refused before any work is done."""
-    path = out or instead
-    bundle.refuse_unwritable(path)
-    if out is not None and out.suffix != bundle.SUFFIX:
+    """Where a model is written: ``out``, or the model ``instead``. Refused before any work is done."""
+    if out is None:
+        if instead.is_file():  # who reads it next says so where it is no model
+            refuse_unwritable(instead, "--out")
+        return instead
+    bundle.refuse_unwritable(out)
+    if out.suffix != bundle.SUFFIX:
         example = out.with_name(f"{out.stem}{bundle.SUFFIX}")
         raise ConfigError(f"--out {out}: a model's file ends in {bundle.SUFFIX}; type --out {example}")
-    return path
+    return out
 
 
 def check_outputs(reports: Iterable[Path], json_file: str = "", option: str = "--report") -> None:

@@ -65,13 +65,13 @@ def images_needed(max_fpr: float) -> int:
     return max(1, math.ceil(1.0 / checked_rate(max_fpr) - 1e-9) - 1)
 
 
-def refuse_unsupported(count: int, max_fpr: float) -> None:
-    """Refuse, by a ConfigError, a budget that so many good images cannot support; it says which they can."""
+def refuse_unsupported(count: int, max_fpr: float, option: str = "--max-fpr") -> None:
+    """Refuse, by a ConfigError, a rate that so many good images cannot support; it says which they can."""
     needed, lowest = images_needed(max_fpr), math.ceil(1e4 / (count + 1)) / 1e4
     if count < needed:
         raise ConfigError(
-            f"--max-fpr {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
-            f"({needed - count} more); with {count} the lowest rate is --max-fpr {lowest:g}"
+            f"{option} {max_fpr:g}: {count} good images cannot support it, at least {needed} are needed "
+            f"({needed - count} more); with {count} the lowest rate is {lowest:g}"
         )
 
 

@@ -157,7 +157,10 @@ class Decision:
 def _budget(row: Mapping[str, Any]) -> Budget:
     """A budget of a bundle; those of twinspect 0.7 have a rate of regions as well, the same unless asked for."""
     if row.get("region_fpr", row["max_fpr"]) != row["max_fpr"]:
-        raise ValueError("a rate of regions, which only twinspect 0.7 reads: calibrate there without --region-fpr")
+        raise BundleError(
+            "this model has a rate of regions of its own (calibrate --region-fpr), which twinspect 0.7 was the last "
+            "to read; with that version type: twinspect calibrate MODEL --max-fpr RATE"
+        )
     return Budget(row["max_fpr"], row["unsure"])
 
 

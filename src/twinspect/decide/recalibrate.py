@@ -149,7 +149,7 @@ def recalibrate(
     else:  # budgets of other classes stay, and their sentences say what they are worth
         budgets, good = [after.budget_of(class_name)], good.take(good.of_class(class_name))
     for budget in budgets:
-        refuse_unsupported(len(good), budget.max_fpr)
+        refuse_unsupported(len(good), budget.max_fpr, "--unsure" if budget.unsure else "--max-fpr")
     if scored is not None:
         notes += _odd_images(after, scored)
     return after, notes
