@@ -239,7 +239,7 @@ def test_eval_names_a_class_that_the_model_does_not_know(bundle: Path, tmp_path:
 
 
 def test_eval_without_labelled_images(bundle: Path, tmp_path: Path) -> None:
-    assert "twinspect predict BUNDLE PATH" in failed("eval", bundle, good_folder(tmp_path / "good", 3))
+    assert "twinspect predict MODEL PATH" in failed("eval", bundle, good_folder(tmp_path / "good", 3))
 
 
 def test_info(bundle: Path) -> None:

@@ -175,17 +175,17 @@ def read_meta(path: Path) -> dict[str, Any]:
     if not is_export(path):
         return read_bundle(path).meta
     if not path.is_file():
-        advice = f"Make one with: twinspect export BUNDLE --out {path}"
+        advice = f"Make one with: twinspect export MODEL --out {path}"
         raise BundleError(f"no such model: {path}.{files.near_names(path)} {advice}")
     home = companion(path)
     if not home.is_file():
         raise BundleError(
             f"{home.name} must lie beside {path}: it holds the threshold, without which no decision can be made. "
-            "Copy both, or type: twinspect export BUNDLE --out NEW.onnx"
+            "Copy both, or type: twinspect export MODEL --out NEW.onnx"
         )
     try:
         meta = dict(json.loads(home.read_text(encoding="utf-8")))
-        older = f"Export its bundle again: twinspect export BUNDLE --out {path.name}"
+        older = f"Export its bundle again: twinspect export MODEL --out {path.name}"
         refuse_version(path, meta.get("format", 0), EXPORT_FORMAT, meta.get("writer", "of an unknown version"), older)
         ending = path.suffix.lower()
         for suffix in {ending, *meta["files"]}:
@@ -269,7 +269,7 @@ def _rebuild(content: BundleContent, path: Path) -> Fitted:
     if decision.model_id != (id_of_model := model_id(model)):
         raise BundleError(
             f"{path}: its thresholds were made with another model (id {decision.model_id or 'unknown'}, this one is "
-            f"{id_of_model}); scores of two models cannot be compared. Type: twinspect calibrate BUNDLE GOOD"
+            f"{id_of_model}); scores of two models cannot be compared. Type: twinspect calibrate MODEL GOOD"
         )
     return Fitted(model, decision, config, record, memory=content.memory)
 

@@ -139,7 +139,7 @@ def check(path: Path, fitted: Fitted, images: Sequence[Pixels]) -> tuple[Compari
     if meta["decision"].get("model_id") != fitted.decision.model_id:
         raise BundleError(
             f"{path} was exported from another model (id {meta['decision'].get('model_id')}, this bundle's is "
-            f"{fitted.decision.model_id}); type: twinspect export BUNDLE --out {path.name}"
+            f"{fitted.decision.model_id}); type: twinspect export MODEL --out {path.name}"
         )
     return compare(TorchRuntime(fitted.model), exported, images, fitted.decision, silent), meta
 

@@ -36,9 +36,9 @@ _NOTE = (
 def calibrate(options: CalibrateOptions, console: Console) -> None:
     """New thresholds into a bundle; the model stays as it is."""
     refuse_contradictions(options)
-    out, name = checked_model(options.out, options.bundle), options.class_name or None
+    out, name = checked_model(options.out, options.model), options.class_name or None
     check_outputs(options.report, options.json_file)
-    content = read_bundle(options.bundle)
+    content = read_bundle(options.model)
     before = Decision.from_dict(content.meta["decision"])
     good, labelled = _logged(options, before, console) if options.from_log else _scored(options, console)
     for scored in (good, labelled):
@@ -53,10 +53,10 @@ def calibrate(options: CalibrateOptions, console: Console) -> None:
     meta["record"] = {**meta["record"], "images": {**meta["record"]["images"], "calibration": len(after.good)}}
     if not options.force and (note_of_old := keep_old(out)):
         console.warn(note_of_old)
-    if signature_file(options.bundle).is_file():
+    if signature_file(options.model).is_file():
         console.warn(f"the new thresholds are not signed; type: twinspect sign {out} --key KEY")
     write_bundle(out, meta, content.tensors, content.memory)
-    title = f"Calibration of {options.bundle.name}"
+    title = f"Calibration of {options.model.name}"
     facts = {"model": after.model_id, "calibration images": str(len(after.good))}
     left_out = sessions(after)
     values = {"model_id": after.model_id, "classes": class_values(after), "sessions": left_out, "notes": notes}
@@ -104,7 +104,7 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
         return None, None
     from twinspect.detector import Detector
 
-    predictor, name = Detector.load(options.bundle).predictor(), options.class_name or None
+    predictor, name = Detector.load(options.model).predictor(), options.class_name or None
     predictor.decision.checked_class(name)
     good = labelled = None
     if options.good is not None:
@@ -208,7 +208,7 @@ _COLUMNS = ("score", "predicted_class", "class_name", "cluster_distance", "model
 def drift(options: DriftOptions, console: Console) -> None:
     """Watch the predictions of one or more tables, in their order."""
     check_outputs(options.report, options.json_file)
-    decision = Decision.from_dict(read_bundle(options.bundle).meta["decision"])
+    decision = Decision.from_dict(read_bundle(options.model).meta["decision"])
     monitor = DriftMonitor(decision.good, options.false_alarm_rate)
     scores, left_out = array("d"), 0
     for path in options.tables:
@@ -229,19 +229,19 @@ def drift(options: DriftOptions, console: Console) -> None:
     heading = "No drift" if report.kind == NONE else report.kind.capitalize()
     facts = {"images": str(report.images), "chance of a false alarm": f"at most {100 * report.false_alarm_rate:g} %"}
     sections = [Section(heading, (report.message,), (chart,))]
-    publish(Report(f"Drift of {options.bundle.name}", sections, facts, report.to_dict()), options, console)
+    publish(Report(f"Drift of {options.model.name}", sections, facts, report.to_dict()), options, console)
 
 
 def read_predictions(path: Path, model_id: str) -> Iterator[dict[str, Any]]:
     """Rows of a table (or a folder of parts) that ``twinspect predict`` wrote with a model, a few at a time."""
     if not path.is_file() and not parts_in(path):
-        raise DataError(f"no such table: {path}. Make one with: twinspect predict BUNDLE IMAGES --out {path}")
+        raise DataError(f"no such table: {path}. Make one with: twinspect predict MODEL IMAGES --out {path}")
     for number, row in enumerate(read_table(path, _COLUMNS, "surrogateescape")):
         if number == 0 and "score" not in row:
             raise DataError(f"{path} has no column score; give a table written by twinspect predict")
         if row.get("model_id") not in (None, "", model_id):
             raise DataError(
                 f"{path}: its scores come from another model (id {row['model_id']}, the bundle's is {model_id}) and "
-                f"cannot be compared. Type: twinspect predict BUNDLE IMAGES --out {path.name}"
+                f"cannot be compared. Type: twinspect predict MODEL IMAGES --out {path.name}"
             )
         yield row

@@ -25,7 +25,7 @@ def export(options: ExportCommandOptions, console: Console) -> None:
 
     out = options.out
     exports.checked_runtime(out)
-    fitted = load(options.bundle)
+    fitted = load(options.model)
     images = exports.load_images(options.images, fitted.model.size) if options.images is not None else ()
     comparison = exports.export(fitted, out, images, console.progress)
     console.say(*comparison.lines())
@@ -38,7 +38,7 @@ def check(options: CheckOptions, console: Console) -> None:
     from twinspect import export as exports
     from twinspect.bundle import load
 
-    path, bundle = options.export, options.bundle
+    path, bundle = options.export, options.model
     fitted = load(bundle)
     images = exports.load_images(options.images, fitted.model.size)
     comparison, meta = exports.check(path, fitted, images)
@@ -64,7 +64,7 @@ def serve(options: ServeOptions, settings: dict[str, Any], console: Console) -> 
     where = options.log or os.environ.get("TWINSPECT_LOG", "inspections.db")
     if where == "none" and chosen.log_required:
         raise ConfigError("--log-required contradicts --log none; leave one of them out")
-    paths = named_paths(list(options.bundles))
+    paths = named_paths(list(options.models))
 
     def open_file(path: Path) -> Predictor:
         if options.require_signature is None:

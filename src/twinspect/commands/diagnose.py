@@ -2,8 +2,8 @@
 
 A model that learnt many classes must still object when one class shows up inside another: two images laid over
 each other (Mixup), or a piece of one pasted into the other (CutPaste). A student that has learnt to reproduce
-everything lets them pass. Both kinds of image are made here from normal images of different classes, scored by any
-predictor, and compared with normal images of the class they were made from.
+everything lets them pass. Both kinds of image are made here from good images of different classes, scored by any
+predictor, and compared with good images of the class they were made from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VISIBLE, _DRAWS = 12.0, 20  # mean grey levels a paste must change, and how oft
 
 # What is measured of every ordered pair of classes, and how a table of it is called.
 _TITLES = {
-    "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against normal images of the row's class",
+    "mixup_auroc": "Mixup: image AUROC of two classes laid over each other, against good images of the row's class",
     "cutpaste_auroc": "CutPaste: image AUROC of a piece of the column's class pasted into the row's class",
     "pixel_auroc": "CutPaste: pixel AUROC of finding the pasted piece",
     "aupro": "CutPaste: AUPRO (to 0.3) of finding the pasted piece",
@@ -111,7 +111,7 @@ def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[s
     normal = {name: normal[name] for name in asked or normal}
     if len(normal) < 2:
         raise DataError(
-            f"normal images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
+            f"good images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
             "interfere needs at least two. Give a data set with one folder per class"
         )
     chosen = {}
@@ -163,7 +163,7 @@ def _places(rows: int, columns: int, rng: np.random.Generator) -> list[tuple[sli
 def composites(
     base: Sequence[Sample], other: Sequence[Sample], kind: str, count: int, seed: int
 ) -> Iterator[Composite]:
-    """``count`` images of a kind from normal images of two classes; the same for the same seed and files."""
+    """``count`` images of a kind from good images of two classes; the same for the same seed and files."""
     words = "|".join((base[0].class_name, other[0].class_name, kind))
     rng = np.random.default_rng([seed, zlib.crc32(words.encode())])
     first, second = (rng.permutation(len(members)) for members in (base, other))
@@ -239,7 +239,7 @@ def _of_normal_images(predictor: Predictor, members: Sequence[Sample], diagnosis
 def diagnose(options: DiagnoseOptions, console: Console) -> None:
     """Load, make images, score, say what was found, write the files asked for."""
     results.check_outputs(options.report, options.json_file)
-    predictor = load(options.bundle)
+    predictor = load(options.model)
     samples = data.load(options.data, options.layout, options.images).samples
     passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
 
@@ -259,17 +259,17 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
         )
         sections.append(Section("What passed most easily", (), tuple(cases)))
     values = {
-        "bundle": options.bundle.name, "data": options.data.name, "model_id": decision.model_id,
+        "bundle": options.model.name, "data": options.data.name, "model_id": decision.model_id,
         "seed": options.seed, "count": options.count, "normals": options.normals, **diagnosis.values(),
     }  # fmt: skip
     facts = {
-        "model": f"{options.bundle.name} ({decision.model_id})",
+        "model": f"{options.model.name} ({decision.model_id})",
         "data": options.data.name,
         "images per pair and kind": str(options.count),
         "normal images per class": f"up to {options.normals} of {', '.join(sorted(set(diagnosis.splits.values())))}",
         "seed": str(options.seed),
     }
-    report = Report(f"How classes interfere in {options.bundle.name}", sections, facts, values)
+    report = Report(f"How classes interfere in {options.model.name}", sections, facts, values)
     results.publish(report, options, console)
 
 

@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 def evaluate(options: EvalOptions, console: Console) -> None:
     """Score the test images of a data set, print the metrics and write them where asked."""
     results.check_outputs(options.report, options.json_file)
-    detector = Detector.load(options.bundle)
+    detector = Detector.load(options.model)
     predictor, config, recorded = detector.predictor(), detector.config, detector.record_.get("split", {})
     loaded = results.read_data(options.data, options.layout, options.images, console)
     split = choose_test(loaded, options.split or recorded.get("name", ""), config.train.seed, [predictor])
@@ -60,7 +60,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     review = Review(measured.rows, pooled(split))
     values = {**measured.values, "other_thresholds": review.other_thresholds()}
     values["config"] = {
-        "bundle": options.bundle.name, "data": options.data.name, "layout": loaded.layout,
+        "bundle": options.model.name, "data": options.data.name, "layout": loaded.layout,
         "seconds": round(measured.seconds, 2), "test_images": len(measured.rows), "failed": len(values["failed"]),
         "mask_rule": results.MASK_RULE, "map_size": results.MAP_SIZE, **config.to_dict(), **detector.record_,
     }  # fmt: skip
@@ -73,7 +73,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
         "copies of training images among them": f"{len({tested for _, tested in pairs})}",
         **run_facts(values["config"]),
     }
-    title = f"{options.bundle.name} on {options.data.name}"
+    title = f"{options.model.name} on {options.data.name}"
     shown = sections(values, review, again)
     results.publish(Report(title, shown, facts, values), options, console)
     if not measured.rows:
@@ -116,7 +116,7 @@ def test_samples(samples: Sequence[Sample]) -> list[Sample]:
         raise DataError(
             "no labelled test images found; eval needs images of defects (a folder such as bad/ beside good/, or "
             "test/good and test/scratch), or a table with labels. "
-            "To score unlabelled images type: twinspect predict BUNDLE PATH"
+            "To score unlabelled images type: twinspect predict MODEL PATH"
         )
     return labelled
 

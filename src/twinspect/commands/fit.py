@@ -163,7 +163,7 @@ def pixel_lines(record: dict[str, Any], tiles: Tiles) -> Iterator[str]:
 
 def update(options: UpdateOptions, console: Console) -> None:
     """Learn the good images of ``new``, or list what was learnt, or take the last of it back."""
-    bundle = options.bundle
+    bundle = options.model
     if (options.new is None) == (not options.listed and not options.undo):
         raise ConfigError("give a folder of new good images, or --list, or --undo: one of the three")
     if options.listed:

@@ -34,7 +34,7 @@ _LEAST_LIKE = 5  # training images that are shown
 
 def info(options: InfoOptions, console: Console) -> None:
     """Print what a model says of itself."""
-    report = describe(options.bundle)
+    report = describe(options.model)
     if options.as_card:
         console.result(report.markdown().rstrip())
     elif options.as_json:

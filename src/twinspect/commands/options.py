@@ -10,7 +10,7 @@ from pathlib import Path
 
 from twinspect.config import RULES, SEEDS, Range, argument, option
 
-_BUNDLE = "Trained model (.twin)."
+_MODEL = "Trained model (.twin)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Reports:
 class CalibrateOptions(ReadsData, Reports):
     """Set thresholds from good images for a false-alarm rate. The model itself stays as it is."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     good: Path | None = argument(
         "Good images that the model has not learnt; without: those of before, for another rate.", None
     )
@@ -50,7 +50,7 @@ class CalibrateOptions(ReadsData, Reports):
     miss_cost: float = option("For --rule min-cost: cost of a missed defect; a false alarm costs 1.", 1.0)
     from_log: str = option("Inspection log of twinspect serve: file or URL.", "")
     since: str = option("With --from-log: decisions since a date or time.", "")
-    out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
+    out: Path | None = option("Model to write; by default MODEL itself.", None)
     force: bool = option("Replace a model without keeping the old one as FILE.bak.", False, "--force")
 
 
@@ -58,7 +58,7 @@ class CalibrateOptions(ReadsData, Reports):
 class DriftOptions(Reports):
     """Say whether new images still look like the calibration images. If not, say what changed."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     tables: tuple[Path, ...] = argument("Tables of twinspect predict, oldest first.")
     false_alarm_rate: float = option("Chance of any alarm, ever, if nothing changes.", 0.01)
 
@@ -82,7 +82,7 @@ class ReproduceOptions:
 class ExportCommandOptions:
     """Write a model for another runtime: ONNX or OpenVINO. It is first compared with the original on images."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     out: Path = option("File to write: .onnx or .xml (OpenVINO).")
     images: Path | None = option("Images, 32 or more, to prove it on: a file, folder or quoted glob.", None)
 
@@ -92,7 +92,7 @@ class CheckOptions:
     """Compare an exported model with its original on your images. Exit code 2: they differ."""
 
     export: Path = argument("Exported model (.onnx or .xml).")
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     images: Path = argument("Images, 32 or more: a file, folder or quoted glob.")
 
 
@@ -111,7 +111,7 @@ class BenchOptions:
 class DiagnoseOptions(ReadsData, Reports):
     """Measure whether products hide each other's defects. It needs good images of two or more, and no defect."""
 
-    bundle: Path = argument("Trained model (.twin), or an exported one.")
+    model: Path = argument("Trained model (.twin), or an exported one.")
     data: Path = argument("Folder of a data set with normal images of two classes or more.")
     count: int = option("Images of each kind per ordered pair of classes.", 8, accepts=Range(1, 10_000))
     normals: int = option("Normal images of each class to compare with.", 40, accepts=Range(2, 1_000_000))
@@ -123,13 +123,13 @@ class DiagnoseOptions(ReadsData, Reports):
 class CompareOptions(ReadsData, Reports):
     """Compare two models on the same labelled images. Accuracy, answers that differ, speed and size."""
 
-    first: Path = argument("A model: bundle (.twin) or exported.")
+    first: Path = argument("A trained model (.twin), or an exported one.")
     second: Path = argument("Another, which is compared with the first.")
     data: Path = argument("Labelled data set; its test images are scored by both.")
     split: str = option("A protocol's split, such as one-vs-rest/cat.", "")
     draws: int = option("Bootstrap draws of the test images.", 1000, accepts=Range(1, 100_000))
     seed: int = option("Seed of the draws and splits.", 0, accepts=SEEDS)
-    device: str = option("Where bundles (.twin) run: auto, cpu, cuda or cuda:1.", "auto")
+    device: str = option("Where trained models (.twin) run: auto, cpu, cuda or cuda:1.", "auto")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class ManifestOptions(ReadsData):
 class EvalOptions(ReadsData):
     """Measure a model on labelled images. By class: defects found, false alarms, AUROC."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     data: Path = argument("Data set with labelled test images: good ones and defects.")
     report: tuple[Path, ...] = option("Report: .html (with the wrong images), .md or .json.", (), "--report --out")
     json_file: str = option("Write metrics as JSON to a file, or - to print.", "", "--json")
@@ -176,17 +176,17 @@ class SignOptions:
 class UpdateOptions(ReadsData):
     """Learn new good images without the old ones. They may be false alarms, or a new product."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     new: Path | None = argument("New good images: a folder in any layout.", None)
     class_name: str = option("Class of all of them, known or new.", "", "--class")
     listed: bool = option("Say what was learnt since training.", False, "--list")
     undo: bool = option("Take the last update back.", False, "--undo")
-    out: Path | None = option("Bundle to write; by default BUNDLE itself.", None)
+    out: Path | None = option("Model to write; by default MODEL itself.", None)
 
 
 @dataclass(frozen=True)
 class FitOptions(ReadsData):
-    """Learn from good images, and write one model file (a bundle)."""
+    """Learn from good images, and write one model file."""
 
     data: Path = argument("Folder of a data set, or a plain folder of good images.")
     out: Path = option("Bundle to write.", Path("model.twin"))
@@ -233,7 +233,7 @@ class FetchOptions:
 class InfoOptions:
     """Say what a model holds, and what its thresholds promise."""
 
-    bundle: Path = argument(_BUNDLE)
+    model: Path = argument(_MODEL)
     as_json: bool = option("Print everything as JSON.", False, "--json")
     as_card: bool = option("Print a model card in Markdown.", False, "--card")
 
@@ -242,7 +242,7 @@ class InfoOptions:
 class ServeOptions:
     """Answer images over HTTP, with a page for operators. It keeps an inspection log."""
 
-    bundles: tuple[str, ...] = argument("Bundles or exported models: FILE or NAME=FILE.")
+    models: tuple[str, ...] = argument("Trained or exported models: FILE or NAME=FILE.")
     api_key_file: Path | None = option("File with the API key; or set TWINSPECT_API_KEY.", None)
     log: str = option("Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db.", "")
     threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0)

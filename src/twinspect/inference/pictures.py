@@ -85,7 +85,7 @@ def _threshold(result: Result) -> float:
     if np.isnan(result.threshold_region):
         raise ConfigError(
             "this model has no threshold for regions, so there are no masks; set one with: "
-            "twinspect calibrate BUNDLE GOOD --max-fpr 0.01"
+            "twinspect calibrate MODEL GOOD --max-fpr 0.01"
         )
     return result.threshold_region
 

@@ -150,7 +150,7 @@ class InspectionLog:
         kind, file = parsed.get_backend_name(), parsed.database
         self.described = parsed.render_as_string(hide_password=True)
         if not create and kind == "sqlite" and not Path(file or "").is_file():
-            raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve BUNDLE --log {file}")
+            raise LogError(f"no such inspection log: {file}. Make one with: twinspect serve MODEL --log {file}")
         try:
             self._engine = sa.create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
         except (NoSuchModuleError, ImportError) as error:
@@ -329,7 +329,7 @@ def learn(log: InspectionLog, decision: Decision, since: str = "", class_name: s
     if not good:
         raise DataError(
             f"{log.described} holds no good image of this model (id {decision.model_id}) among "
-            f"{len(bad) + unknown} decisions that fit; score some with: twinspect serve BUNDLE"
+            f"{len(bad) + unknown} decisions that fit; score some with: twinspect serve MODEL"
         )
     notes = [f"{len(good)} good and {len(bad)} bad images from the log"]
     if unknown:
