@@ -202,6 +202,17 @@ def test_paste_drop_and_bad_files(page, server: Running) -> None:
     assert page.locator("#strip button").count() == 2
 
 
+def test_images_that_come_before_the_models_are_known_wait_for_them(page, images: list[Path]) -> None:
+    asked: list[playwright.Route] = []
+    page.route("**/v1/models", lambda route: asked.append(route))
+    page.reload()
+    page.set_input_files("#files", [str(p) for p in images])
+    page.wait_for_timeout(300)
+    asked[0].continue_()
+    page.locator("#status", has_text="2 scored").wait_for()
+    assert page.locator("#strip button").count() == 2
+
+
 def test_camera(page, log: InspectionLog) -> None:
     page.click("#camera")
     page.locator("#viewfinder").wait_for()
