@@ -42,7 +42,7 @@ from twinspect.types import Progress
 _INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
 _START_IMAGES = 64  # images that a student is started from
 _FOLDS = 5  # of the covariances of tokens
-_HALF_IMAGES = 64  # images of a cluster that each of the two covariances of patches is learnt from
+_HALF_IMAGES = 256  # at most, images of a cluster that each of the two covariances of patches is learnt from
 
 
 @torch.no_grad()
