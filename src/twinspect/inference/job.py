@@ -75,9 +75,9 @@ class Job:
     restart: bool = option("Begin anew: drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N, from 0/N on: score one of N shares only; all of them go into one folder.", "0/1")
     engine: str = option("local, or ray for a Ray cluster.", "local", accepts=("local", "ray"))
-    actors: int = option("Ray: number of actors, each with a model; 0: as many as fit.", 0, accepts=Range(0, 100_000))
-    actor_cpus: float = option("Ray: CPUs of an actor.", 1.0, accepts=Range(0.01, 1024))
-    actor_gpus: float = option("Ray: GPUs of an actor.", 0.0, accepts=Range(0, 64))
+    actors: int = option("Ray: number of processes, each with a model; 0: as many as fit.", 0, accepts=Range(0, 100_000))
+    actor_cpus: float = option("Ray: CPUs of a process.", 1.0, accepts=Range(0.01, 1024))
+    actor_gpus: float = option("Ray: GPUs of a process.", 0.0, accepts=Range(0, 64))
     ray_address: str = option("Ray: address of a running cluster, or auto.", "")
 
     def check(self) -> None:

@@ -64,21 +64,20 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class PartStore:
-    """A folder of parts (path or URL); ``known`` are those that are there, by place, filled by `begin`."""
+    """A folder of parts (path or URL); ``known`` are those that are there, by place, filled by `look`."""
 
     folder: str
     suffix: str
     known: dict[Place, Part] = field(default_factory=dict)
 
     def begin(self, settings: Mapping[str, Any], restart: bool) -> None:
-        """Look for parts of the same run, or drop what is there with ``restart``.
+        """Note what the run is of, or drop what is there with ``restart``.
 
-        A ConfigError where the parts are of a run with other settings.
+        A ConfigError where what is there is of a run with other settings.
         """
         if restart:
             self.clear()
-        names = files.names(self.folder)
-        if _RUN in names:
+        if _RUN in files.names(self.folder):
             before = json.loads(self._read(_RUN))
             if other := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
                 raise ConfigError(
@@ -87,7 +86,11 @@ class PartStore:
                 )
         else:
             files.put(self.folder, _RUN, json.dumps(dict(settings), indent=1).encode())
-        self.known = {part.place: part for name in names if (part := Part.of(name)) is not None}
+
+    def look(self, share: tuple[int, int]) -> None:
+        """Find the parts that are there of a share of the units: its number, and of how many."""
+        parts = (Part.of(name) for name in files.names(self.folder))
+        self.known = {part.place: part for part in parts if part is not None and part.unit % share[1] == share[0]}
 
     def of_unit(self, unit: int, digest: str) -> list[Part]:
         """Parts of a unit that are there, its first ones; a DataError where its images were others then."""
