@@ -165,9 +165,7 @@ def test_a_missing_runtime_says_what_to_type(
         predictor.required(name, onnx_file)
 
 
-def test_threads_and_devices_that_no_machine_has(onnx_file: Path) -> None:
-    with pytest.raises(ConfigError, match="--threads -1"):
-        load(onnx_file, threads=-1)
+def test_devices_that_no_machine_has(onnx_file: Path) -> None:
     with pytest.raises(ConfigError, match="--device tpu: accepted auto, cpu, cuda or cuda:1"):
         load(onnx_file, device="tpu")
     assert load(onnx_file, device="cuda").decision.model_id  # on the CPU where its runtime has no GPU

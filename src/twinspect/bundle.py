@@ -253,11 +253,6 @@ def _rebuild(content: BundleContent, path: Path) -> Fitted:
 
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
-    if meta.get("thin"):
-        raise BundleError(
-            f"{path} was saved without its teacher (fit --thin of version {meta['twinspect']}), which is no longer "
-            f"read. Train it again: twinspect fit DATA --out {path}"
-        )
     tensors = from_bytes(content.tensors)
     model = build_model(config.model, create_teacher(record["teacher"]["name"], pretrained=False))
     model.roi_SS = tensors.get("roi_SS")

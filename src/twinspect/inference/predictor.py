@@ -29,7 +29,6 @@ from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
 from twinspect.inference import decode
 from twinspect.inference.decode import Decoded, DecodePool, Decoding
-from twinspect.inference.job import MOST_BATCH, MOST_THREADS
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.streams import Item
@@ -191,13 +190,6 @@ def _readable(results: Iterator[Result]) -> Iterator[Result]:
         yield result
 
 
-def check_counts(threads: int, batch: int) -> None:
-    """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
-    for option, value, most in (("--threads", threads, MOST_THREADS), ("--batch", batch, MOST_BATCH)):
-        if not 0 <= value <= most:
-            raise ConfigError(f"{option} {value}: accepted 0 to {most:,}")
-
-
 class TorchRuntime:
     """The model itself, eager, on a device; ``threads`` of the CPU (0: torch's own choice) are the process's."""
 
@@ -333,7 +325,6 @@ def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: s
         ...     print(result.path, result.score, result.is_anomaly)
     """
     path = Path(path)
-    check_counts(threads, batch)
     if is_export(path):
         if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(

@@ -12,12 +12,10 @@ import os
 import re
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
@@ -215,49 +213,36 @@ def live_frames(source: str) -> Iterator[Frame | None]:
     Frames are numbered as the source gave them. A source that breaks off gives None, then frames again once it is
     back. One that cannot be opened now raises a DataError at once.
     """
-    return _followed(_opened(source), source)
+    return _newest(_opened(source), source)
 
 
-def _followed(capture: cv2.VideoCapture | None, source: str) -> Iterator[Frame | None]:
-    first = 0
-    while True:
-        if capture is not None:
-            for number, pixels in _newest(capture, first):
-                first = number + 1
-                yield number, pixels
-            yield None
-        time.sleep(RETRY_SECONDS)
-        try:
-            capture = _opened(source)
-        except DataError:
-            capture = None
-
-
-def _newest(capture: cv2.VideoCapture, first: int) -> Iterator[Frame]:
+def _newest(capture: cv2.VideoCapture, source: str) -> Iterator[Frame | None]:
     """Number and pixels of the newest frame, each time that one is asked for; a thread reads all of them."""
     held: Queue[Frame | None] = Queue(1)
     unwanted = threading.Event()
 
-    def read() -> None:
-        for number in count(first):
-            if unwanted.is_set() or (pixels := _next(capture)) is None:
-                break
-            with suppress(Empty):
-                held.get_nowait()  # the frame before, which nobody took
-            held.put((number, pixels))
-        capture.release()
-        held.put(None)
+    def read(capture: cv2.VideoCapture | None) -> None:
+        number = 0
+        while not unwanted.is_set():
+            if capture is not None and (pixels := _next(capture)) is not None:
+                with suppress(Empty):
+                    held.get_nowait()  # the frame before, which nobody took
+                held.put((number, pixels))
+                number += 1
+                continue
+            if capture is not None:
+                capture.release()
+                held.put(None)  # once the last frame is taken
+            capture = None
+            unwanted.wait(RETRY_SECONDS)
+            with suppress(DataError):
+                capture = _opened(source)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=read, args=(capture,), daemon=True).start()
     try:
         while True:
-            try:
-                frame = held.get(timeout=_LOOK_SECONDS)
-            except Empty:
-                continue
-            if frame is None:
-                return
-            yield frame
+            with suppress(Empty):
+                yield held.get(timeout=_LOOK_SECONDS)
     finally:
         unwanted.set()
         with suppress(Empty):

@@ -16,6 +16,7 @@ from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Mount
+from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twinspect._version import __version__
@@ -46,12 +49,35 @@ DRAIN_S = 30  # longest time that accepted requests have after the signal to sto
 IDLE_S = 75
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 FIELD = "file"
+_DOCS = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><title>twinspect: HTTP API</title><link rel="icon" '
+    'href="data:,"><link rel="stylesheet" href="docs/swagger-ui.css"><div id="api"></div>'
+    '<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script></html>'
+)
+_DOCS_START = """
+const key = sessionStorage.getItem("key");  // as the operators' page keeps it
+const headers = key ? {Authorization: "Bearer " + key} : {};
+fetch("openapi.json", {headers}).then(answer => answer.json()).then(described => {
+  if (described.error) document.getElementById("api").textContent = described.error.message;
+  else SwaggerUIBundle({
+    spec: {...described, openapi: "3.0.3"},  // this version of Swagger UI refuses 3.1, whose words it understands
+    dom_id: "#api",
+    requestInterceptor: request => { Object.assign(request.headers, headers); return request; },
+  });
+});
+"""
 _FORM = "multipart/form-data"
 _RAW = "application/octet-stream"
 _CURL = f"curl -F {FIELD}=@a.png"
 _MOST_PART_HEAD = 8192  # bytes of the headers of a part
 _MOST_FIELDS = 16  # besides the images; none is used, some clients send a few
 _CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
+# What is accepted instead of a value, by the beginning of pydantic's name for what is wrong with it.
+_ACCEPTED = {
+    "literal": "{expected}", "greater_than": "{ge} or more", "less_than": "{le} or less", "int": "a whole number",
+    "bool": "true or false", "string_too_long": "at most {max_length} characters", "string": "text",
+    "extra": " and ".join(schema.FeedbackBody.__annotations__),
+}  # fmt: skip
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FILES = {"type": "array", "items": _BINARY["schema"]}
 _FORM_BODY = {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: _FILES}}}
@@ -161,9 +187,26 @@ async def metrics(service: Serving) -> Response:
 
 
 @others.get("/docs", include_in_schema=False)
-async def docs(request: Request) -> Response:
-    """The API in words, as Markdown."""
-    return PlainTextResponse("\n".join(["# twinspect: HTTP API\n", *schema.reference(request.app.openapi())]))
+async def docs() -> Response:
+    """The API by Swagger UI, whose files come with a package: nothing is loaded from elsewhere."""
+    if not find_spec("swagger_ui_bundle"):
+        raise Refused(404, "no_docs", 'the page of the API needs a package; type: pip install "twinspect[server]"')
+    policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+    return HTMLResponse(_DOCS, headers={"content-security-policy": policy})
+
+
+@others.get("/docs/start.js", include_in_schema=False)
+async def docs_start() -> Response:
+    """What makes the page of `docs`."""
+    return Response(_DOCS_START, media_type="text/javascript")
+
+
+def _assets() -> list[BaseRoute]:
+    if not find_spec("swagger_ui_bundle"):
+        return []
+    from swagger_ui_bundle import swagger_ui_path
+
+    return [Mount("/docs", StaticFiles(directory=swagger_ui_path))]
 
 
 @others.get("/", include_in_schema=False)
@@ -203,9 +246,9 @@ def build_app(
     service = Service(settings, models, log, open_file)
     app = FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection",
-        routes=[*api.routes, *others.routes],
+        routes=[*api.routes, *others.routes, *_assets()],
         lifespan=lambda _app: service.running(),
-        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere; ours is `schema.reference`
+        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
         exception_handlers={HTTPException: _http_error, RequestValidationError: _invalid},
     )  # fmt: skip
@@ -230,8 +273,11 @@ def _complaint(problem: Mapping[str, Any]) -> str:
     place, *names = problem["loc"]
     if place == "body" and (not names or problem["type"] == "json_invalid"):
         return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"
-    got = "" if problem["type"] == "missing" else f" {plain_text(repr(problem['input']), 80)}"
-    return f"{'.'.join(str(name) for name in names)}{got}: {problem['msg']}"
+    name, kind = ".".join(map(str, names)), problem["type"]
+    if kind == "missing":
+        return f"{name} is missing"
+    accepted = next((words for key, words in _ACCEPTED.items() if kind.startswith(key)), "another value")
+    return f"{name} {plain_text(repr(problem['input']), 80)}: accepted {accepted.format(**problem.get('ctx', {}))}"
 
 
 # ---------------------------------------------------------------------------------- images of a request
