@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import logging
@@ -10,11 +9,11 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
-from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twinspect._version import __version__
 from twinspect.errors import ConfigError, unknown_name
@@ -49,23 +47,6 @@ DRAIN_S = 30  # longest time that accepted requests have after the signal to sto
 IDLE_S = 75
 CONNECTIONS = 512  # open at the same time; more are answered with 503
 FIELD = "file"
-_DOCS = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>twinspect: HTTP API</title><link rel="icon" '
-    'href="data:,"><link rel="stylesheet" href="docs/swagger-ui.css"><div id="api"></div>'
-    '<script src="docs/swagger-ui-bundle.js"></script><script src="docs/start.js"></script></html>'
-)
-_DOCS_START = """
-const key = sessionStorage.getItem("key");  // as the operators' page keeps it
-const headers = key ? {Authorization: "Bearer " + key} : {};
-fetch("openapi.json", {headers}).then(answer => answer.json()).then(described => {
-  if (described.error) document.getElementById("api").textContent = described.error.message;
-  else SwaggerUIBundle({
-    spec: {...described, openapi: "3.0.3"},  // this version of Swagger UI refuses 3.1, whose words it understands
-    dom_id: "#api",
-    requestInterceptor: request => { Object.assign(request.headers, headers); return request; },
-  });
-});
-"""
 _FORM = "multipart/form-data"
 _RAW = "application/octet-stream"
 _CURL = f"curl -F {FIELD}=@a.png"
@@ -186,22 +167,21 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+@others.get("/", include_in_schema=False)
+async def index() -> Response:
+    """The operators' page."""
+    return _page("page.html")
+
+
 @others.get("/docs", include_in_schema=False)
 async def docs() -> Response:
-    """The API by Swagger UI, whose files come with a package: nothing is loaded from elsewhere."""
+    """The page of the API: Swagger UI, whose files come with a package."""
     if not find_spec("swagger_ui_bundle"):
         raise Refused(404, "no_docs", 'the page of the API needs a package; type: pip install "twinspect[server]"')
-    policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
-    return HTMLResponse(_DOCS, headers={"content-security-policy": policy})
+    return _page("docs.html")
 
 
-@others.get("/docs/start.js", include_in_schema=False)
-async def docs_start() -> Response:
-    """What makes the page of `docs`."""
-    return Response(_DOCS_START, media_type="text/javascript")
-
-
-def _assets() -> list[BaseRoute]:
+def _swagger() -> list[BaseRoute]:
     if not find_spec("swagger_ui_bundle"):
         return []
     from swagger_ui_bundle import swagger_ui_path
@@ -209,27 +189,18 @@ def _assets() -> list[BaseRoute]:
     return [Mount("/docs", StaticFiles(directory=swagger_ui_path))]
 
 
-@others.get("/", include_in_schema=False)
-async def index() -> Response:
-    """The page."""
-    text, policy = _page()
-    return HTMLResponse(text, headers={"content-security-policy": policy})
-
-
-@cache
-def _page() -> tuple[str, str]:
-    """The page and its policy: no script or style from elsewhere."""
-    text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
-    hashes = {}
-    for kind in ("script", "style"):
-        (part,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S)
-        hashes[kind] = f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+def _page(name: str) -> Response:
+    """A page and its policy: no script or style from elsewhere, and of its own only what stands there now."""
+    text = files("twinspect").joinpath(f"server/{name}").read_text(encoding="utf-8")
+    own = {"script": "'self'", "style": "'self'"}
+    for kind, part in re.findall(r"<(script|style)>(.*?)</\1>", text, re.S):
+        own[kind] += f" 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
     policy = (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+        f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; connect-src 'self'; "
         "img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return text, policy
+    return HTMLResponse(text, headers={"content-security-policy": policy})
 
 
 def build_app(
@@ -246,7 +217,7 @@ def build_app(
     service = Service(settings, models, log, open_file)
     app = FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection",
-        routes=[*api.routes, *others.routes, *_assets()],
+        routes=[*api.routes, *others.routes, *_swagger()],
         lifespan=lambda _app: service.running(),
         docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
@@ -367,57 +338,31 @@ def _label(name: str) -> str:
 # --------------------------------------------------------------------------------------------- on a socket
 
 
-def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn speaks it, that hangs up on slow clients.
+class Server(uvicorn.Server):
+    """uvicorn, that hangs up on clients who are too slow to send the head of a request, or to take an answer."""
 
-    The first limit is for the head of a request, from its first byte or from the connection on; the second is for
-    taking a piece of the answer.
-    """
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._since: dict[tuple[Any, ...], float] = {}  # by what is waited for: when that began
 
-    class Impatient(H11Protocol):
-        """One connection."""
-
-        _head: asyncio.TimerHandle | None = None
-        _answer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # told of anything that the client does not take
-            self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._head, self._answer):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch_head(begun=True)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch_head(begun=bool(self.conn.trailing_data[0]))  # the beginning of a next one came with the last
-
-        def _watch_head(self, begun: bool) -> None:
-            waiting = self.cycle is None or self.cycle.response_complete
-            if waiting and begun and self._head is None:
-                self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
-            elif not waiting and self._head is not None:
-                self._head.cancel()
-                self._head = None
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._answer = self.loop.call_later(body_timeout_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._answer is not None:
-                self._answer.cancel()
-                self._answer = None
-
-    return Impatient
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: look at every connection."""
+        now, before, self._since = time.monotonic(), self._since, {}
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
+            request = connection.cycle  # the latest one; none before the first head
+            begun = request is None or connection.conn.trailing_data[0]  # the first head, or the next one
+            waits = {
+                "head": (self._settings.header_timeout_s, begun and (request is None or request.response_complete)),
+                "answer": (self._settings.body_timeout_s, connection.transport.get_write_buffer_size() > 0),
+            }
+            for what, (limit, waiting) in waits.items():
+                if waiting:
+                    began = self._since[connection, request, what] = before.get((connection, request, what), now)
+                    if now - began > limit:
+                        connection.transport.abort()
+        return await super().on_tick(counter)
 
 
 def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
@@ -440,11 +385,10 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
     server.run(sockets=[listening])
 
 
-def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.socket]:
+def prepared(app: FastAPI, settings: Settings) -> tuple[Server, socket.socket]:
     """A server that is not running yet, and its bound socket. Raises as `serve`."""
     config = uvicorn.Config(
-        app, settings.host, settings.port, ws="none", lifespan="on",
-        http=protocol(settings.header_timeout_s, settings.body_timeout_s),
+        app, settings.host, settings.port, http="h11", ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
         timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=IDLE_S,
@@ -461,7 +405,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         ) from None
     # Connections inherit it. asyncio would not see that they are TCP: Nagle's delay costs 40 ms for each answer.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return uvicorn.Server(config), listening
+    return Server(config, settings), listening
 
 
 def address_of(listening: socket.socket) -> str:
