@@ -117,8 +117,8 @@ def score(job: Job, store: PartStore, units: Iterable[Unit], skipped: Skipped) -
     if first is None:
         return
     predictor = _loaded(job)
-    with closing(predictor.pool(bool(job.overlays))) as pool:
-        for (unit, sub), pairs in groupby(pool.stream(chain([first], listed)), key=lambda pair: pair[0]):
+    with closing(predictor.decode_ahead(chain([first], listed), bool(job.overlays))) as decoded:
+        for (unit, sub), pairs in groupby(decoded, key=lambda pair: pair[0]):
             rows, lines = list[dict[str, Any]](), list[bytes]()
             images = (image for _, image in pairs)
             results = predictor.score(images, job.wants_maps, job.class_name or None)

@@ -11,7 +11,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib import metadata
@@ -28,7 +28,7 @@ from twinspect.decide.decision import Decision
 from twinspect.device import choose_device, granted_threads, share_cores
 from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
 from twinspect.inference import decode
-from twinspect.inference.decode import Decoded, DecodePool, Decoding
+from twinspect.inference.decode import Decoded, Decoding
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.streams import Item
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
 Answer = TypeVar("Answer")
+Tag = TypeVar("Tag")
 _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
@@ -61,7 +62,7 @@ class Predictor:
         runtime: executes the graph.
         decision: calibration and threshold of the bundle.
         batch: images per call of the runtime.
-        workers: threads that decode ahead, or processes with ``processes`` (see `DecodePool`).
+        workers: threads that decode ahead, or processes with ``processes`` (see `decode.ahead`).
     """
 
     def __init__(
@@ -112,12 +113,14 @@ class Predictor:
         if one_by_one:
             yield from (self.decode(item, pixels) for item in items)
             return
-        with closing(self.pool(pixels)) as pool:
-            yield from (image for _, image in pool.stream((None, item) for item in items))
+        with closing(self.decode_ahead(((None, item) for item in items), pixels)) as images:
+            yield from (image for _, image in images)
 
-    def pool(self, pixels: bool) -> DecodePool:
-        """What decodes ahead for `score`; ``pixels`` keeps whole images."""
-        return DecodePool(self._decoding(pixels), self.workers, self.processes, self.batch)
+    def decode_ahead(
+        self, tagged: Iterable[tuple[Tag, Any]], pixels: bool
+    ) -> Generator[tuple[Tag, Decoded], None, None]:
+        """Images with their tags made ready for `score`, as `decode.ahead`; ``pixels`` keeps whole images."""
+        return decode.ahead(tagged, self._decoding(pixels), self.workers, self.processes, self.batch)
 
     def _decoding(self, pixels: bool) -> Decoding:
         return Decoding(self.runtime.size, self.limits, pixels, self.decision.tiles)

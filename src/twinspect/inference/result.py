@@ -196,15 +196,12 @@ class Result:
         """Why this answer, ready for JSON.
 
         Returns:
-            ``answer``, ``score``, ``threshold``, ``severity``, ``p_value``, ``class_name``; ``shares`` of the score
-            of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
-            ``text``, the same in a few sentences.
+            As `to_dict`, with ``shares`` of the score of the ``local`` and the ``semantic`` student, and ``text``, the
+            same in a few sentences.
         """
         local = finite(self.share_local)
         shares = None if local is None else {"local": local, "semantic": 1.0 - local}
-        values = self.to_dict()
-        names = ("answer", "score", "threshold", "severity", "p_value", "class_name", "regions", "nearest")
-        return {**{name: values[name] for name in names}, "shares": shares, "text": self.reasons()}
+        return {**self.to_dict(), "shares": shares, "text": self.reasons()}
 
     def reasons(self) -> str:
         """Why this answer, in a few sentences."""
