@@ -343,7 +343,6 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     assert "--batch -1: accepted 0 to 4,096" in failed("predict", bundle, image, "--batch", -1)
     assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
     assert re.search(rf"Did you mean .*{image.name}'", failed("predict", bundle, image.with_name("02.png")))
-    assert "give - for JSON lines" in failed("predict", bundle, image, "--out", "-.csv")
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")
     assert str(tmp_path / "file") in failed("predict", bundle, image, "--maps", tmp_path / "file")

@@ -29,7 +29,7 @@ from twinspect import files
 from twinspect._version import __version__
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
+from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version, required
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
@@ -332,12 +332,11 @@ def _statement(path: Path) -> bytes:
 
 
 def _key(file: Path, kind: str) -> Any:
-    try:
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-    except ImportError:
-        raise ConfigError("signatures need the package cryptography; type: pip install 'twinspect[sign]'") from None
+    required("cryptography", "a signature", "twinspect[sign]")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
     try:
         body = file.read_bytes()
         key = load_pem_private_key(body, None) if kind == "private" else load_pem_public_key(body)

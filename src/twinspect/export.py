@@ -10,7 +10,6 @@ away.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from twinspect.bundle import EXPORTS, Fitted, write_beside
 from twinspect.data.images import made_up_rgb
 from twinspect.decide.decision import Decision
-from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError
+from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, required
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.predictor import RUNTIMES, Runtime, TorchRuntime, load_runtime
@@ -141,11 +140,8 @@ def checked_runtime(out: Path) -> str:
     runtime = EXPORTS.get(out.suffix, "")
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
-    if missing := [name for name in _NEEDED[runtime] if importlib.util.find_spec(name) is None]:
-        raise TwinspectError(
-            f"{out.name} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
-            f'(or: pip install "twinspect[{runtime}]")'
-        )
+    for package in _NEEDED[runtime]:
+        required(package, out.name, f"twinspect[{runtime}]")
     return runtime
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from twinspect.bundle import read_meta
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, TwinspectError, required
 from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.job import Job
 from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
@@ -158,12 +158,7 @@ def score_on_ray(job: Job, store: PartStore, progress: Progress) -> None:
     A task that is lost is done again, and goes on like any other run that was killed. A TwinspectError where one
     failed for good.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise TwinspectError(
-            f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
-        ) from None
+    ray = required("ray", "--engine ray", "twinspect[ray]")
     started = _connected(ray, job.ray_address)
     waiting = _ray_tasks(ray, job, store)
     try:
@@ -280,8 +275,6 @@ def check_outputs(job: Job) -> None:
     """
     if job.keeps_parts and not job.is_folder:
         out = Path(job.out)
-        if out.name.startswith("-."):
-            raise ConfigError(f"--out {out.name}: give - for JSON lines on standard output, or a file's name")
         if out.suffix not in FORMATS:
             accepted = f"accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
             raise ConfigError(f"--out {out.name}: {accepted}")

@@ -7,7 +7,6 @@ never loads torch.
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import time
@@ -26,7 +25,7 @@ from twinspect.bundle import EXPORTS, is_export, read_meta
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import Decision
 from twinspect.device import choose_device, granted_threads, share_cores
-from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
+from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError, required
 from twinspect.inference import decode
 from twinspect.inference.decode import Decoded, Decoding
 from twinspect.inference.regions import find_regions, strongest_place
@@ -251,7 +250,7 @@ class OnnxRuntime:
     """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
 
     def __init__(self, path: Path, size: int, threads: int = 0) -> None:
-        ort = required("onnxruntime", path)
+        ort = required("onnxruntime", path.name)
         accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
@@ -284,7 +283,7 @@ class OpenVinoRuntime:
     """An ``.xml`` + ``.bin`` pair on OpenVINO's CPU device."""
 
     def __init__(self, path: Path, size: int, threads: int = 0) -> None:
-        ov = required("openvino", path)
+        ov = required("openvino", path.name)
         # Left alone OpenVINO computes in bf16 where the CPU can, and scores would no longer agree.
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads := threads or granted_threads():
@@ -337,7 +336,12 @@ def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: s
         engine, meta = load_runtime(path, threads)
         return Predictor(engine, Decision.from_dict(meta["decision"]), batch or 1)
     share_cores()
-    required("torch", path)
+    if any(metadata.distributions(name="twinspect-runtime")):  # what packaging/runtime installs
+        raise TwinspectError(
+            f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the whole of "
+            f"twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+        )
+    required("torch", path.name)
     from twinspect.bundle import load
 
     chosen, fitted = choose_device(device), load(path)
@@ -351,19 +355,3 @@ def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, dict[str, Any]]
         raise ConfigError(f"{path.name}: exported models end in {', '.join(EXPORTS)}")
     meta = read_meta(path)
     return RUNTIMES[path.suffix.lower()](path, meta["size"], threads), meta
-
-
-def required(package: str, path: Path) -> Any:
-    """Import a runtime's package, or say what to type."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        # Whether the distribution of packaging/runtime is what is installed here.
-        if package == "torch" and any(metadata.distributions(name="twinspect-runtime")):
-            raise TwinspectError(
-                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
-                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
-            ) from None
-        raise TwinspectError(
-            f"{path.name} needs {package}, which cannot be imported ({error}). Type: pip install {package}"
-        ) from None

@@ -28,7 +28,7 @@ from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.data.tables import parquet_columns
-from twinspect.errors import DataError, TwinspectError
+from twinspect.errors import DataError, TwinspectError, required
 from twinspect.files import is_url
 from twinspect.inference.job import CAMERA
 
@@ -256,10 +256,9 @@ def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
 
 def _opened(source: str) -> cv2.VideoCapture:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what goes wrong is said by us
-    try:
-        import cv2
-    except ImportError:
-        raise TwinspectError(f"{source}: videos and cameras need OpenCV; pip install 'twinspect[video]'") from None
+    required("cv2", f"{without_password(source)}: a video or camera", "twinspect[video]")
+    import cv2
+
     cv2.utils.logging.setLogLevel(0)
     if source.lower().startswith(CAMERA):
         device = source[len(CAMERA) :]
