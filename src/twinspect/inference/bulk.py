@@ -25,7 +25,7 @@ from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import ConfigError, DataError, TwinspectError, required
 from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.job import Job
-from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
+from twinspect.inference.parts import FORMATS, Part, PartStore, encode, join
 from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
 from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.inference.result import Result, columns, counted
@@ -240,13 +240,13 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
         totals.before = sum(part.rows for part in store.known.values())
         if job.engine == "ray":
             score_on_ray(job, store, console.progress)
-        seen = _keep_parts(job, store, files, console.progress, totals)
+        _keep_parts(job, store, files, console.progress, totals)
         if job.coco:
-            write_coco(lambda: store.coco_lines(seen), Path(job.coco))
+            write_coco(store.coco_lines, Path(job.coco))
         if job.is_folder:
             store.finish(label)
         else:
-            join(store.bodies(seen), Path(job.out))
+            join(store.bodies(), Path(job.out))
             store.clear(all_of_it=True)
     if visit is not None:
         for row in read_table(Path(job.out), errors="surrogateescape"):
@@ -328,13 +328,12 @@ def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterato
 
 def _keep_parts(
     job: Job, store: PartStore, files: Iterable[Item | Stream], progress: Progress, totals: Totals
-) -> set[Place]:
-    """Score what the store does not know; the places of all parts."""
-    number, of = job.share
-    seen = set[Place]()
+) -> None:
+    """Score what the store does not know."""
+    (number, of), stale = job.share, set(store.known)
 
     def add(part: Part) -> None:
-        seen.add(part.place)
+        stale.discard(part.place)
         totals.add(part.rows, part.bad, part.errors)
 
     mine = (unit for unit in units(files, job.rows_of_a_part) if unit.number % of == number)
@@ -344,8 +343,11 @@ def _keep_parts(
         store.known[part.place] = part
         add(part)
         progress(f"scoring  {totals.bad} anomalous", totals.rows, totals.expected)
-    store.refuse_stale(seen)
-    return seen
+    if stale:
+        raise DataError(
+            f"{store.folder} holds rows of images that are no longer given ({store.known[min(stale)].name}); type "
+            "--restart to begin anew"
+        )
 
 
 def _count(sources: Iterable[str], totals: Totals) -> None:

@@ -104,27 +104,19 @@ class PartStore:
             )
         return parts
 
-    def refuse_stale(self, seen: set[Place]) -> None:
-        """Refuse parts that no image belongs to any more, by a DataError."""
-        if rest := sorted(set(self.known) - seen):
-            raise DataError(
-                f"{self.folder} holds rows of images that are no longer given ({self.known[rest[0]].name}); type "
-                "--restart to begin anew"
-            )
-
     def put(self, part: Part, body: bytes, coco: bytes) -> None:
         """Keep a part for good, and before it the lines of its COCO file if there are some."""
         if coco:
             files.put(self.folder, _coco(part.place), coco)
         files.put(self.folder, part.name, body)
 
-    def bodies(self, places: Iterable[Place]) -> Iterator[bytes]:
-        """Contents of parts in the order of their places."""
-        return (self._read(self.known[place].name) for place in sorted(places))
+    def bodies(self) -> Iterator[bytes]:
+        """Contents of the known parts in the order of their places."""
+        return (self._read(self.known[place].name) for place in sorted(self.known))
 
-    def coco_lines(self, places: Iterable[Place]) -> Iterator[bytes]:
+    def coco_lines(self) -> Iterator[bytes]:
         """What was kept for the COCO file, in the same order."""
-        return (self._read(_coco(place)) for place in sorted(places))
+        return (self._read(_coco(place)) for place in sorted(self.known))
 
     def _read(self, name: str) -> bytes:
         return files.read(f"{self.folder.rstrip('/')}/{name}", _MOST_BYTES)
