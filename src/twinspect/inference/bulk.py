@@ -235,9 +235,9 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
         store.look(job.share)
-        if note := say_of_before(job, store):
-            console.warn(note)
         totals.before = sum(part.rows for part in store.known.values())
+        if note := _say_of_before(job, totals.before):
+            console.warn(note)
         if job.engine == "ray":
             score_on_ray(job, store, console.progress)
         _keep_parts(job, store, files, console.progress, totals)
@@ -254,9 +254,8 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     return totals
 
 
-def say_of_before(job: Job, store: PartStore) -> str:
-    """Whether this run goes on with an earlier one or replaces its table; empty where nothing is there."""
-    if rows := sum(part.rows for part in store.known.values()):
+def _say_of_before(job: Job, rows: int) -> str:
+    if rows:
         return (
             f"{job.out}: an earlier run scored {counted(rows, 'image')}; going on with the others (--restart: anew)"
         )
