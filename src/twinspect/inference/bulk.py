@@ -25,8 +25,18 @@ from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import ConfigError, DataError, TwinspectError, required
 from twinspect.files import is_url, refuse_unwritable
 from twinspect.inference.job import Job
-from twinspect.inference.parts import FORMATS, Part, PartStore, encode, join
-from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
+from twinspect.inference.outputs import (
+    FORMATS,
+    Part,
+    PartStore,
+    coco_line,
+    encode,
+    is_own_coco,
+    join,
+    places,
+    save_pictures,
+    write_coco,
+)  # fmt: skip
 from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
