@@ -24,7 +24,7 @@ from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
 from twinspect.errors import ConfigError, DataError, TwinspectError, required
 from twinspect.files import is_url, refuse_unwritable
-from twinspect.inference.job import Job
+from twinspect.inference.job import Job, is_endless
 from twinspect.inference.outputs import (
     FORMATS,
     Part,
@@ -157,8 +157,9 @@ def _listed(job: Job, store: PartStore, unit: Unit, skipped: Skipped) -> Iterato
 def _loaded(job: Job) -> Predictor:
     predictor = load_predictor(job.model, job.threads, job.batch, job.device)
     predictor.decision.checked_class(job.class_name or None)
-    if job.decoders:
-        predictor.workers, predictor.processes = job.decoders, True
+    processes = max(1, min(8, (os.cpu_count() or 1) - 1)) if job.workers < 0 and job.keeps_parts else job.workers
+    if processes > 0:
+        predictor.workers, predictor.processes = processes, True
     return predictor
 
 
@@ -169,7 +170,7 @@ def score_on_ray(job: Job, store: PartStore, progress: Progress) -> None:
     failed for good.
     """
     ray = required("ray", "--engine ray", "twinspect[ray]")
-    started = _connected(ray, job.ray_address)
+    _connect(ray, job.ray_address)
     waiting = _ray_tasks(ray, job, store)
     try:
         while waiting:
@@ -184,14 +185,12 @@ def score_on_ray(job: Job, store: PartStore, progress: Progress) -> None:
     finally:
         for task in waiting:
             ray.cancel(task, force=True)
-        if started:
-            ray.shutdown()
 
 
-def _connected(ray: Any, address: str) -> bool:
-    """Whether a cluster was joined or started here, and is ours to leave again."""
+def _connect(ray: Any, address: str) -> None:
+    """Join a cluster, or start one that ends with this process."""
     if ray.is_initialized():
-        return False
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
@@ -199,7 +198,6 @@ def _connected(ray: Any, address: str) -> bool:
         ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise TwinspectError(f"Ray at {address} cannot be reached ({error})") from None
-    return True
 
 
 def _ray_tasks(ray: Any, job: Job, store: PartStore) -> list[Any]:
@@ -381,7 +379,7 @@ def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: T
         console.result(encode([row], ".jsonl").decode().rstrip() if job.prints_rows else say_result(result))
         if visit is not None:
             visit(row)
-        if job.is_endless and totals.fails(job.fail_on):
+        if (job.watch or is_endless(job.sources[0])) and totals.fails(job.fail_on):
             break
 
 

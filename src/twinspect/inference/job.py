@@ -122,11 +122,6 @@ class Job:
         return self.out == "-"
 
     @property
-    def is_endless(self) -> bool:
-        """Whether the sources have no end of their own."""
-        return self.watch or is_endless(self.sources[0])
-
-    @property
     def is_live(self) -> bool:
         """Whether each image is answered before the next one is asked for."""
         return self.watch or is_live(self.sources[0])
@@ -145,13 +140,6 @@ class Job:
     def rows_of_a_part(self) -> int:
         """Rows of a part."""
         return self.part_rows or (_FOLDER_ROWS if self.is_folder else _FILE_ROWS)
-
-    @property
-    def decoders(self) -> int:
-        """Decoding processes; 0 is threads."""
-        if self.workers >= 0:
-            return self.workers
-        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.keeps_parts else 0
 
     @property
     def wants_maps(self) -> bool:
