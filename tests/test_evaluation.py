@@ -34,8 +34,7 @@ from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.result import Result
 from twinspect.metrics import mean_of
-from twinspect.metrics.pages import MemoryBudget
-from twinspect.metrics.pixels import ScoreHistogram
+from twinspect.metrics.pixels import MemoryBudget, ScoreHistogram
 from twinspect.types import TEST, Sample
 
 

@@ -4,8 +4,15 @@ from metrics_reference import aupro as slow_aupro
 from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
-from twinspect.metrics.pages import MemoryBudget, keys_of
-from twinspect.metrics.pixels import REGION_METRICS, UNIT, ScoreHistogram, connected_regions, region_weights
+from twinspect.metrics.pixels import (
+    REGION_METRICS,
+    UNIT,
+    MemoryBudget,
+    ScoreHistogram,
+    connected_regions,
+    keys_of,
+    region_weights,
+)
 
 
 def area(name, maps, masks=None, regions=None):

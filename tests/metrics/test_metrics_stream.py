@@ -6,16 +6,16 @@ import pytest
 from metrics_reference import aupro, auspro, pixel_metrics
 
 from twinspect.errors import DataError
-from twinspect.metrics.pages import (
+from twinspect.metrics.pixels import (
     COARSEST,
     FINEST,
     MemoryBudget,
     PagedCounts,
+    ScoreHistogram,
     bins_of,
     edges_of,
     keys_of,
 )
-from twinspect.metrics.pixels import ScoreHistogram
 
 SMALL = 96 << 10
 
