@@ -12,6 +12,7 @@ from twinspect.metrics.pixels import (
     connected_regions,
     keys_of,
     region_weights,
+    summarise,
 )
 
 
@@ -20,7 +21,7 @@ def area(name, maps, masks=None, regions=None):
     histogram, nothing = ScoreHistogram(MemoryBudget(1 << 27)), [None] * len(maps)
     for m, mask, pairs in zip(maps, masks or nothing, regions or nothing, strict=True):
         histogram.update(m, mask, regions=pairs)
-    return histogram.compute().values[name]
+    return summarise([histogram]).values[name]
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.05, 1.0, 0.001])

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from twinspect.bundle import files_of
 from twinspect.commands import results
@@ -50,11 +49,9 @@ def compare(options: CompareOptions, console: Console) -> None:
     values = as_values(options, split, measured)
     console.warn(*remarks(values))
     first, second = values["right"].values()
-    chance = f"{values['p_value']:.3f}" if values["p_value"] >= 0.001 else "below 0.001"
     words = (
         f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
-        f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
-        f"test): {chance}."
+        f"{first}, the second on {second}."
     )
     if not first + second:
         words = f"Both models give the same answer to all {values['images']} images."
@@ -94,7 +91,6 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
         "split": {"name": split.name, "hash": split.hash},
         "auroc_difference": auroc_difference(pairs, pooled(split), options.draws, options.seed),
         "right": {"first": first_right, "second": len(differ) - first_right},  # of those that differ
-        "p_value": float(binomtest(first_right, len(differ)).pvalue) if differ else 1.0,
         "differ": differ,
         **{
             name: sorted({*measured[0].values[name], *measured[1].values[name]})

@@ -12,13 +12,11 @@ from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, manifest, semantic
 from twinspect.data.images import UNREAD_SUFFIXES, count_pictures
-from twinspect.data.manifest import find_manifests, manifest
 from twinspect.data.names import BAD, MASK
 from twinspect.data.scan import Folder, ScanLog, existing, first_lines
-from twinspect.errors import ConfigError, DataError, unknown_name
-from twinspect.errors import listed as shortened
+from twinspect.errors import ConfigError, DataError, listed, unknown_name
 from twinspect.types import TEST, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Folder", "Loaded", "ScanLog", "load"]
@@ -117,16 +115,15 @@ def _lists(needed: str, find: Callable[[Folder], list[Path]], read: Callable[...
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
-    "manifest": _lists("manifest.parquet or manifest.csv", find_manifests, manifest),
-    "real-iad": _lists("realiad_jsons/<class>.json", listed.find_real_iad, listed.real_iad),
-    "visa": _lists("split_csv/1cls.csv", listed.find_visa, listed.visa),
+    "uniad-json": _lists("train.json or test.json with filename", manifest.find_uniad_json, manifest.uniad_json),
+    "manifest": _lists("manifest.parquet or manifest.csv", manifest.find_manifests, manifest.manifest),
+    "real-iad": _lists("realiad_jsons/<class>.json", manifest.find_real_iad, manifest.real_iad),
+    "visa": _lists("split_csv/1cls.csv", manifest.find_visa, manifest.visa),
     folders.MVTEC_AD_2: _parts(folders.MVTEC_AD_2, "<class>/test_public/{good,bad}"),
     folders.MVTEC_LOCO: _parts(folders.MVTEC_LOCO, f"<class>/test/{folders.LOGICAL}"),
     folders.MVTEC_AD: _parts(folders.MVTEC_AD, "<class>/train/good, <class>/test/<kind>"),
-    "meta-json": _lists("meta.json", listed.find_meta_json, listed.meta_json),
-    "anomalib": _lists("YAML file with normal_dir", listed.find_anomalib, listed.anomalib),
-    "lookout": _lists("manifest with source-ref", listed.find_lookout, listed.lookout),
+    "meta-json": _lists("meta.json", manifest.find_meta_json, manifest.meta_json),
+    "lookout": _lists("manifest with source-ref", manifest.find_lookout, manifest.lookout),
     **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},
     folders.FOLDER: _parts(folders.FOLDER, "good images, or good/ and folders of defects"),
 }
@@ -261,7 +258,7 @@ def _unnamed_folders(root: Folder, samples: list[Sample], log: ScanLog) -> None:
 def _note(samples: list[Sample], log: ScanLog) -> None:
     defects = [s for s in samples if s.split == TEST and s.label == 1]
     if missing := [s for s in defects if not s.masks]:
-        names = shortened(sorted({s.class_name for s in missing}), 5)
+        names = listed(sorted({s.class_name for s in missing}), 5)
         log.note(
             f"{len(missing):,} of {len(defects):,} defects have no mask ({names}): metrics of pixels leave them out"
         )

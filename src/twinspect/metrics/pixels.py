@@ -242,7 +242,6 @@ class ScoreHistogram:
         self.budget = budget
         self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
         self.totals = PixelTotals()
-        self.rounded = False
 
     def update(
         self,
@@ -257,7 +256,7 @@ class ScoreHistogram:
         mask. A saturation area above the region's size means the size. Where anything cannot be used, a DataError is
         raised and nothing is counted.
         """
-        values, rounded = _as_map(map_HW, name)
+        values = _as_map(map_HW, name)
         mask = np.zeros(values.shape, bool) if mask_HW is None else _as_mask(mask_HW, values.shape, name)
         places, areas = [], []  # flat positions of every given region that has some, and its saturation area
         for region_HW, area in regions or ():
@@ -268,7 +267,6 @@ class ScoreHistogram:
             if region.any():
                 places.append(np.flatnonzero(region))
                 areas.append(max(1, min(len(places[-1]), int(area))))
-        self.rounded |= rounded
         keys = keys_of(values)
         self.tables.all.add(keys)
         where, number, count = connected_regions(mask)
@@ -288,18 +286,10 @@ class ScoreHistogram:
             for keys, counts in theirs.items():
                 mine.add(keys, counts)
         self.totals = _sum([self.totals, other.totals])
-        self.rounded |= other.rounded
-
-    def compute(self) -> PixelSummary:
-        """Metrics of everything counted so far, with error bounds."""
-        return summarise([self])
 
 
-def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
-    """One score map as float32, and whether rounding may have made different scores equal.
-
-    Rounding never swaps two scores; magnitudes above 3.4e38 become 3.4e38.
-    """
+def _as_map(map_HW: ArrayLike, who: str) -> NDArray[np.float32]:
+    """One score map as float32: scores are compared at that precision; magnitudes above 3.4e38 become 3.4e38."""
     values = np.asarray(map_HW)
     if values.ndim != 2 or not values.size:
         raise DataError(f"score map of {who} has shape {values.shape}; accepted: (height, width), not empty")
@@ -313,8 +303,7 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
             f"{values[row, col]} at row {row}, column {col}"
         )
     with np.errstate(over="ignore", under="ignore"):
-        narrow = np.nan_to_num(values.astype(np.float32, copy=False))
-    return narrow, bool((narrow != values).any())
+        return np.nan_to_num(values.astype(np.float32, copy=False))
 
 
 def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
@@ -373,15 +362,15 @@ class Bin(NamedTuple):
 
 def _descending(histograms: Sequence[ScoreHistogram]) -> Iterator[Bin]:
     """Bins of the sum of several histograms on one budget, from the highest score down."""
-    rounded, coarse = any(h.rounded for h in histograms), histograms[0].budget.drop > FINEST
+    coarse = histograms[0].budget.drop > FINEST
     pages = np.unique(np.concatenate([h.tables.all.pages() for h in histograms]))[::-1]
     for start in range(0, len(pages), CHUNK_PAGES):
         part = pages[start : start + CHUNK_PAGES]
         counts = [sum(h.tables[i].rows(part) for h in histograms)[:, ::-1].ravel() for i in range(4)]  # type: ignore[index]
         full = np.flatnonzero(counts[0])
         everything, positive, pro, spro = (column[full].astype(np.float64) for column in counts)
-        inside = full % 2 == 0  # a page ends with the inner part of a step, and it is read backwards
-        yield Bin(everything - positive, positive, pro, spro, np.full(len(full), rounded) | (coarse & inside))
+        mixed = coarse & (full % 2 == 0)  # a page ends with the inner part of a step, and it is read backwards
+        yield Bin(everything - positive, positive, pro, spro, mixed)
 
 
 @dataclass
