@@ -28,7 +28,7 @@ def test_the_interval_is_paired() -> None:
     label = np.repeat([0, 1], [60, 60])
     shared = rng.normal(size=120) + 1.2 * label
     first, second = shared, shared + 0.15 * label
-    found = auroc_difference(pairs_of(first, second, label), "", 500, 0)["nut"]
+    found = auroc_difference(pairs_of(first, second, label), 500, 0)["nut"]
     assert found["first"] == pytest.approx(auroc(first, label))
     assert found["difference"] == pytest.approx(auroc(second, label) - auroc(first, label)) != 0
     assert 0 < found["low"] < found["difference"] < found["high"]
@@ -46,10 +46,10 @@ def test_the_mean_is_over_classes_with_both_labels() -> None:
     for name, labels in (("a", label), ("b", label), ("good only", np.zeros(40, int))):
         first, second = rng.normal(size=(2, 40)) + labels
         pairs += pairs_of(first, second, labels, name)
-    found = auroc_difference(pairs, "", 50, 0)
+    found = auroc_difference(pairs, 50, 0)
     assert list(found) == ["a", "b", "mean"]
     assert found["mean"]["difference"] == pytest.approx((found["a"]["difference"] + found["b"]["difference"]) / 2)
-    same = auroc_difference([(one, one) for one, _ in pairs], "", 50, 0)["mean"]
+    same = auroc_difference([(one, one) for one, _ in pairs], 50, 0)["mean"]
     assert (same["difference"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from twinspect.bundle import files_of
 from twinspect.commands import results
-from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, pooled, remarks, test_facts
+from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
@@ -89,7 +89,7 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
         **models,
         "images": len(pairs),
         "split": {"name": split.name, "hash": split.hash},
-        "auroc_difference": auroc_difference(pairs, pooled(split), options.draws, options.seed),
+        "auroc_difference": auroc_difference(pairs, options.draws, options.seed),
         "right": {"first": first_right, "second": len(differ) - first_right},  # of those that differ
         "differ": differ,
         **{
@@ -99,16 +99,15 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
     }
 
 
-def auroc_difference(pairs: Sequence[Pair], together: str, draws: int, seed: int) -> dict[str, Any]:
+def auroc_difference(pairs: Sequence[Pair], draws: int, seed: int) -> dict[str, Any]:
     """Image AUROC of the second model less that of the first, by class and their mean, with bootstrap intervals.
 
     Paired: a draw takes the same images for both, good ones and defects of every class each with replacement.
-    ``together`` is a name under which all classes count as one; empty keeps them apart. Classes without both labels
-    are left out.
+    Classes without both labels are left out.
     """
     members: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        members[together or pair[0]["true_class"]].append(pair)
+        members[pair[0]["true_class"]].append(pair)
     rng = np.random.default_rng(seed)
     exact: dict[str, NDArray[np.float64]] = {}
     drawn: dict[str, NDArray[np.float64]] = {}

@@ -104,13 +104,10 @@ def metric_rows(rows: Rows, first: str = "class") -> list[dict[str, Any]]:
 
 
 class Review:
-    """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known.
+    """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known."""
 
-    ``pooled`` is one name for all classes; empty keeps them apart.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), pooled: str = "") -> None:
-        self.pooled, self.errors = pooled, 0
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.errors = 0
         self._numbers: dict[str, array[float]] = {}  # by class: score, threshold and label of every image in turn
         self._shown: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
         for row in rows:
@@ -122,7 +119,7 @@ class Review:
         if row.get("error") or not np.isfinite(score):
             self.errors += 1
             return
-        name = self.pooled or str(row.get("true_class") or row.get("class_name") or "")
+        name = str(row.get("true_class") or row.get("class_name") or "")
         label = int(row.get("label", _UNKNOWN))
         self._numbers.setdefault(name, array("d")).extend((score, threshold, label))
         for kind, rank in _kinds(score - threshold, label):

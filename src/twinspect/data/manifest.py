@@ -31,7 +31,6 @@ from twinspect.data.tables import (
     read_json_lines,
     table_columns,
     table_rows,
-    text_columns,
 )
 from twinspect.errors import DataError
 from twinspect.files import replacing
@@ -51,7 +50,7 @@ _ALIASES = {
     "group": "group session",
     "record": "record",
 }
-_PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
+PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
 _REAL_IAD_LISTS = "realiad_jsons"
 _REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
 _LOOKOUT_LABEL = "groundtruth/image-classification"
@@ -76,24 +75,6 @@ def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 def path_column(names: Iterable[str]) -> str:
     """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
     return _columns(names).get("image", "")
-
-
-def is_label_table(path: Path) -> bool:
-    """Whether a file is a table of labels, splits, classes or masks; a DataError where only its name says so."""
-    if path.suffix.lower() not in SUFFIXES:
-        return False
-    try:
-        header = text_columns(path)
-        names = _columns(header)
-        if "image" not in names or set(header) >= _PREDICTED:
-            return False
-        if set(names) - {"image", "record", "group"}:
-            return True
-        return bool(_judging_column([row for _, row in table_rows(path)], names))
-    except DataError:
-        if meaning(path.stem).says:
-            raise
-        return False
 
 
 def read_rows(
@@ -217,7 +198,7 @@ def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
 def _base(folder: Path, first: Row) -> Path:
     """The folder that paths are relative to: the table's, or one in it, where the first image is."""
     text = str(first.get(path_column(first)) or "").partition("#")[0]
-    if _PREDICTED <= set(first) and os.path.isfile(text):
+    if PREDICTED <= set(first) and os.path.isfile(text):
         return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
     for place in (folder, *(sub.path for sub in Folder(folder).folders)):
         try:
@@ -243,7 +224,7 @@ class _RowReader:
                 f"{path}: columns {', '.join(rows[0])}; a column image (paths) is needed, beside it may stand "
                 f"{', '.join(COLUMNS[1:])}"
             )
-        self._predicted = _PREDICTED <= set(rows[0])
+        self._predicted = PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
         self._names = names
