@@ -12,6 +12,7 @@ from twinspect.commands.results import read_data
 from twinspect.console import Console
 from twinspect.data.manifest import write_manifest
 from twinspect.data.protocols import find_leaks
+from twinspect.data.scan import first_lines
 from twinspect.data.tables import has_columns
 from twinspect.errors import DataError
 from twinspect.files import refuse_unwritable
@@ -30,11 +31,8 @@ def inspect(options: InspectOptions, console: Console) -> None:
     }
     if options.leaks:
         pairs = values["leaks"] = [[known.name, test.name] for known, test in find_leaks(loaded.samples)]
-        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test")
-        for known, test in pairs[:10]:
-            console.say(f"  {known} = {test}")
-        if len(pairs) > 10:
-            console.say(f"  and {len(pairs) - 10:,} more")
+        which = first_lines(f"{known} = {test}" for known, test in pairs)
+        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test{which}")
     if options.as_json:
         console.result(json.dumps(values, indent=1))
 

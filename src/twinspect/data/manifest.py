@@ -339,12 +339,6 @@ def _mask_names(cell: Any) -> list[str]:
 # -------------------------------------------------------------------------------- lists of benchmarks
 
 
-def find_visa(root: Folder) -> list[Path]:
-    """The list ``split_csv/1cls.csv``."""
-    table = root.path / "split_csv" / "1cls.csv"
-    return [table] if os.path.isfile(table) else []
-
-
 def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
     """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
     return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
@@ -387,11 +381,6 @@ def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
             row = {"image": image, "split": split, "label": int(kind != "OK"), "defect_type": kind}
             row |= {"mask": entry.get("mask_path"), "group": f"{path.stem}/{PurePosixPath(image).parent}"}
             yield where, row
-
-
-def find_meta_json(place: Folder) -> list[Path]:
-    """The file called ``meta.json``."""
-    return [path for path in place.files if path.name.lower() == "meta.json"]
 
 
 def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
