@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pwd
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,28 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_drafts_of_killed_writers_are_swept_up_and_no_others(tmp_path: Path) -> None:
+    out, other = tmp_path / "m.twin", tmp_path / "other.twin"
+    script = (
+        "import sys, os, signal; from pathlib import Path; from twinspect.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for path in (out, other):
+        assert subprocess.run([sys.executable, "-c", script, path]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not out.exists()
+    with replacing(out) as slow:  # another writer of the same file, while this one is at work
+        slow.write(b"slow")
+        write_text(out, "quick")
+        assert out.read_text() == "quick"
+        assert len(list(tmp_path.iterdir())) == 3
+    assert out.read_text() == "slow"
+    write_text(other, "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, other.name}
+
+
 def test_devices_are_written_and_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "null").symlink_to("/dev/null")
     (tmp_path / "full").symlink_to("/dev/full")

@@ -74,12 +74,16 @@ def replacing(path: Path, flushed: bool = True) -> Iterator[IO[bytes]]:
     draft = _draft(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         with draft.open("wb") as file:
+            locked = _locked(file)
             yield file
             file.flush()
             if flushed and draft != path:
                 os.fsync(file.fileno())
-        if draft != path:
+            if locked and draft != path:
+                os.replace(draft, path)  # while it is locked, so that nobody takes it for a dead writer's
+        if not locked and draft != path:
             os.replace(draft, path)
     except OSError as reason:
         raise OutputError(f"{path} cannot be written ({reason.strerror or reason})") from None
@@ -131,16 +135,23 @@ def lock(path: Path, busy: str) -> IO[str]:
     Where another holds it: a ConfigError with the message ``busy``.
     """
     file = path.open("w")
+    if _locked(file) is False:
+        file.close()
+        raise ConfigError(busy)
+    return file
+
+
+def _locked(file: IO[Any]) -> bool | None:
+    """Lock a file until it is closed; False where another process has it, None on a system without such locks."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on Windows; two runs at once are then the user's to avoid
-        pass
+    except ImportError:  # two runs at once are then the user's to avoid
+        return None
     except OSError:
-        file.close()
-        raise ConfigError(busy) from None
-    return file
+        return False
+    return True
 
 
 def why_unwritable(folder: Path, name: str = "probe") -> str:
@@ -157,7 +168,20 @@ def why_unwritable(folder: Path, name: str = "probe") -> str:
 
 def _draft(path: Path) -> Path:
     # Two machines may write the same file, one of them given up for lost: each draft has a name of its own.
-    return path if _is_special(path) else path.with_name(f"{DRAFT}{uuid.uuid4().hex}")
+    return path if _is_special(path) else path.with_name(f"{_drafts_of(path)}{uuid.uuid4().hex}")
+
+
+def _drafts_of(path: Path) -> str:
+    """How the names of a file's drafts begin; not with its own name, which may be as long as names can be."""
+    return f"{DRAFT}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}-"
+
+
+def _sweep(path: Path) -> None:
+    """Delete drafts of a file whose writers were killed: those that nobody has locked."""
+    for draft in path.parent.glob(f"{_drafts_of(path)}*"):
+        with suppress(OSError), draft.open("rb") as file:
+            if _locked(file):
+                draft.unlink()
 
 
 def _is_special(path: Path) -> bool:

@@ -155,22 +155,22 @@ def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDAr
     return _values_to_rgb(layers, "array")
 
 
-def read_mask(path: Path) -> NDArray[np.bool_]:
+def read_mask(path: Path, limits: ImageLimits = ImageLimits()) -> NDArray[np.bool_]:
     """Decode a ground-truth mask to H x W booleans; any value above zero is defect. Raises as `read_rgb`.
 
     Of a palette mask the index counts, not its colour: index 0 is the background, as annotation tools write it. Of a
     mask in a format that changes values (JPEG and such), half of its largest value counts: it rings around edges.
     """
-    values, exact = read_mask_values(path)
+    values, exact = read_mask_values(path, limits)
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[..., :-1]  # alpha says nothing about the defect
     largest = values if values.ndim == 2 else values.max(axis=2)
     return np.asarray(largest > (0 if exact else max(largest.max() / 2, _RINGING)), dtype=np.bool_)
 
 
-def read_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
+def read_mask_values(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[NDArray[Any], bool]:
     """A mask's own values, upright, H x W or H x W x channels, and whether its format keeps values exactly."""
-    with _picture(path, ImageLimits(), f"{path}: mask") as picture:
+    with _picture(path, limits, f"{path}: mask") as picture:
         if not isinstance(picture, Image.Image):
             return picture, True
         exact = not _changes_values(picture)  # before its file is read
