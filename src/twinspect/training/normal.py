@@ -11,6 +11,7 @@ Shapes: n good images, B images of a batch, N positions, D channels, K clusters,
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -261,10 +262,10 @@ class _Fitting:
     def _covariances(self) -> None:
         """Second pass, over some images of every cluster: whitening matrices of both halves and of all."""
         chosen: list[int] = []
-        for k in range(self.clusters):
-            members = (self.cluster_n == k).nonzero()[:, 0].tolist()
-            step = max(1, len(members) // (2 * _HALF_IMAGES))
-            chosen += members[::step][: 2 * _HALF_IMAGES]
+        for half, k in itertools.product((0, 1), range(self.clusters)):
+            members = ((self.half_n == half) & (self.cluster_n == k)).nonzero()[:, 0].tolist()
+            step = max(1.0, len(members) / _HALF_IMAGES)  # spread over all: names often tell the lot or the hour
+            chosen += [members[int(i * step)] for i in range(min(len(members), _HALF_IMAGES))]
         # Both halves know what was learnt before: images of the source are left out of their own half only.
         counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
         sums = []
