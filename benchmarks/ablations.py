@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from problems import code_hash
 from torch import Tensor
 
 from twinspect import data as data_room
 from twinspect.commands.diagnose import interference
 from twinspect.commands.evaluate import metrics_of, test_samples
 from twinspect.commands.options import DiagnoseOptions
-from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.files import write_text

@@ -28,12 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import PatchMemory, PositionGaussian, gaussian_distance, image_scores, nearest_distance
-from problems import DRAWS, PIXEL, SETS, Problem, Store, key_of, ours, problems_of
+from problems import DRAWS, PIXEL, SETS, Problem, Store, code_hash, key_of, ours, problems_of
 from scipy.ndimage import gaussian_filter
 from teacher_bank import Bank
 from torch.nn import functional
 
-from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb

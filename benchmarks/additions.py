@@ -26,10 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from problems import Problem, Store, key_of, problems_of
+from problems import Problem, Store, code_hash, key_of, problems_of
 from torch import Tensor
 
-from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.samples import read_sample_mask, read_sample_rgb

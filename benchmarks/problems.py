@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import twinspect
 from twinspect import data as data_room
 from twinspect.commands.evaluate import metrics_of
 from twinspect.config import RunConfig
@@ -28,6 +29,7 @@ from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import Sample
 
 DRAWS = 400
+MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 PIXEL = ("pixel_auroc", "aupro")
 FOLDERS = {
     "parts": ("parts", "auto"),
@@ -228,6 +230,17 @@ class Store:
         """Keep an entry, on disk at once."""
         self.entries[key] = entry
         write_text(self.path, json.dumps(self.entries) + "\n")
+
+
+@cache
+def code_hash() -> str:
+    """12 hex digits of the code that makes and scores a model: results of other code are not taken up."""
+    root, digest = Path(twinspect.__file__).parent, hashlib.sha256()
+    for name in MODEL_CODE:
+        files = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+        for path in files:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def key_of(*settings: object) -> str:

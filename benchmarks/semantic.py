@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import nearest_distance
-from problems import limited, of_split, ours
+from problems import code_hash, limited, of_split, ours
 from teacher_bank import place
 
 from twinspect import data as data_room
-from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.data.protocols import make_splits

@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from baselines import READINGS, PatchMemory, image_scores
-from problems import Store, key_of, limited
+from problems import Store, code_hash, key_of, limited
 from torch.nn import functional
 
 from twinspect import data as data_room
-from twinspect.commands.reproduce import code_hash
 from twinspect.config import ModelConfig, RunConfig, TrainConfig
 from twinspect.console import Console
 from twinspect.metrics import auroc

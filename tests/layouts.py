@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from painting import PARTS, damaged, drawn, finished, grid, part, spot
 from PIL import Image
@@ -395,26 +394,6 @@ def _uniad_json(root: Path, plan: Plan, shape: str) -> Counts:
     return counts
 
 
-def _anomalib(root: Path, plan: Plan, shape: str) -> Counts:
-    """Settings of its ``Folder``, one file a class: as they stand in a whole configuration, or alone."""
-    names = _part_names(plan)
-    for index, name in enumerate(names):
-        folder = root / "images" / name
-        _good_files(folder / "good", index, plan, "train", plan.train)
-        _good_files(folder / "good_test", index, plan, "good", plan.good)
-        for number, _, rgb, found in _defect_pictures(index, plan):
-            _save(folder / "broken" / f"{number:03d}.png", rgb)
-            _save(folder / "masks" / f"{number:03d}_mask.png", found[0])
-        settings = {
-            "name": name, "root": f"images/{name}", "normal_dir": "good", "normal_test_dir": "good_test",
-            "abnormal_dir": ["broken"], "mask_dir": "masks" if shape == "nested" else ["masks"],
-        }  # fmt: skip
-        whole = {"data": {"class_path": "anomalib.data.Folder", "init_args": settings}}
-        text = yaml.safe_dump(whole if shape == "nested" else settings)
-        (root / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return dict.fromkeys(names, _counts(plan, masks=plan.defect))
-
-
 def _lookout(root: Path, plan: Plan, shape: str) -> Counts:
     """Manifests as Lookout for Vision exports them; their images were copied from the bucket to this folder."""
     counts = _mvtec_ad(root / "gt-job", replace(plan, classes=1), "no-masks")
@@ -574,6 +553,5 @@ WRITERS: dict[str, Writer] = {
     "manifest": Writer(_manifest, ("parquet", "csv")),
     "meta-json": Writer(_meta_json),
     "uniad-json": Writer(_uniad_json),
-    "anomalib": Writer(_anomalib, ("nested", "flat")),
     "lookout": Writer(_lookout),
 }

@@ -15,7 +15,7 @@ from tiny import picture
 from typer.testing import CliRunner
 
 from twinspect.cli import app
-from twinspect.commands.bench import parse_batches
+from twinspect.commands.deploy import parse_batches
 from twinspect.errors import ConfigError
 from twinspect.inference.predictor import OnnxRuntime, TorchRuntime
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 from test_evaluation import call
 from test_report import Page
 
@@ -29,7 +28,7 @@ def test_the_interval_is_paired() -> None:
     label = np.repeat([0, 1], [60, 60])
     shared = rng.normal(size=120) + 1.2 * label
     first, second = shared, shared + 0.15 * label
-    found = auroc_difference(pairs_of(first, second, label), "", 500, 0)["nut"]
+    found = auroc_difference(pairs_of(first, second, label), 500, 0)["nut"]
     assert found["first"] == pytest.approx(auroc(first, label))
     assert found["difference"] == pytest.approx(auroc(second, label) - auroc(first, label)) != 0
     assert 0 < found["low"] < found["difference"] < found["high"]
@@ -47,10 +46,10 @@ def test_the_mean_is_over_classes_with_both_labels() -> None:
     for name, labels in (("a", label), ("b", label), ("good only", np.zeros(40, int))):
         first, second = rng.normal(size=(2, 40)) + labels
         pairs += pairs_of(first, second, labels, name)
-    found = auroc_difference(pairs, "", 50, 0)
+    found = auroc_difference(pairs, 50, 0)
     assert list(found) == ["a", "b", "mean"]
     assert found["mean"]["difference"] == pytest.approx((found["a"]["difference"] + found["b"]["difference"]) / 2)
-    same = auroc_difference([(one, one) for one, _ in pairs], "", 50, 0)["mean"]
+    same = auroc_difference([(one, one) for one, _ in pairs], 50, 0)["mean"]
     assert (same["difference"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
 
 
@@ -72,7 +71,6 @@ def test_compare_says_what_differs(bundle: Path, quick: Detector, parts: Path, t
     assert values["images"] == 20
     right = values["right"]
     assert right["first"] + right["second"] == len(values["differ"]) > 0
-    assert values["p_value"] == pytest.approx(binomtest(right["first"], len(values["differ"])).pvalue)
     gained = {
         key: sum(row["found"] - row["false_alarms"] for row in found["decisions"].values())
         for key, found in evals.items()
@@ -81,7 +79,7 @@ def test_compare_says_what_differs(bundle: Path, quick: Detector, parts: Path, t
     html = (tmp_path / "r.html").read_text()
     assert not Page(html).open
     assert html.count('alt="Map of the second model"') == len(values["differ"])
-    assert "McNemar" in (tmp_path / "r.md").read_text()
+    assert "answer" in (tmp_path / "r.md").read_text()
     assert f"the first model is right on {right['first']}, the second on {right['second']}" in out + error
 
 

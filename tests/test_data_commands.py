@@ -38,30 +38,19 @@ def test_inspect_finds_what_was_written(tmp_path: Path, layout: str) -> None:
     assert values["images"] == sum(sum(row.values()) - row["masks"] for row in values["classes"].values())
 
 
-def test_inspect_says_layout_counts_skips_splits_and_leaks(tmp_path: Path) -> None:
+def test_inspect_says_layout_counts_skips_and_leaks(tmp_path: Path) -> None:
     root = tmp_path / "parts"
     write("mvtec-ad", root, Plan(train=5, good=2, defect=3))
     (root / "notes.txt").write_text("x")
     train = sorted((root / "ring" / "train" / "good").iterdir())[0]
     shutil.copy(train, root / "ring" / "test" / "good" / "copy.png")
     (root / "ring" / "train" / "good" / "read me.txt").write_text("x")
-    code, said, _ = call("data", "inspect", root, "--leaks", "--protocol", "all")
+    code, said, _ = call("data", "inspect", root, "--leaks")
     assert code == 0
     assert "mvtec-ad at" in said
     assert "not an image file" in said
     assert "1 pairs of a training image and its copy" in said
     assert "copy.png" in said
-    assert re.search(r"multi-class \(hash [0-9a-f]{12}\)", said)
-    assert "single-class/ring" in said
-    assert "one-vs-rest" not in said
-
-
-def test_inspect_names_one_protocol(tmp_path: Path) -> None:
-    write("cifar10", tmp_path, Plan(train=4, good=2))
-    assert call("data", "inspect", tmp_path, "--protocol", "unified")[1].count("unified/") == 4
-    code, _, problem = call("data", "inspect", tmp_path, "--protocol", "multi-class")
-    assert code == 2
-    assert "one-vs-rest" in problem
 
 
 def test_inspect_refuses_what_is_not_there(tmp_path: Path) -> None:

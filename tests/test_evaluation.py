@@ -34,8 +34,7 @@ from twinspect.data.samples import read_regions
 from twinspect.errors import ConfigError, DataError
 from twinspect.inference.result import Result
 from twinspect.metrics import mean_of
-from twinspect.metrics.pages import MemoryBudget
-from twinspect.metrics.pixels import ScoreHistogram
+from twinspect.metrics.pixels import MemoryBudget, ScoreHistogram, summarise
 from twinspect.types import TEST, Sample
 
 
@@ -87,7 +86,7 @@ def auspro(images: list[tuple]) -> float:
     histogram = ScoreHistogram(MemoryBudget(1 << 27))
     for heat, regions, _ in images:
         histogram.update(heat, regions=regions)
-    return histogram.compute().values["auspro_005"]
+    return summarise([histogram]).values["auspro_005"]
 
 
 def test_loco_has_saturated_overlap_of_every_annotated_region(loco: Path, detector_of_loco: Detector) -> None:

@@ -86,10 +86,10 @@ def test_it_is_exported(looking: Detector, tmp_path: Path) -> None:
     assert first.roi is not None
 
 
-def test_polygons_and_rectangles_of_labelme(tmp_path: Path) -> None:
+def test_polygons_of_labelme(tmp_path: Path) -> None:
     shapes = [
         {"points": [[10, 10], [50, 10], [50, 60], [10, 60]]},
-        {"points": [[90, 30], [70, 5]], "shape_type": "rectangle"},
+        {"points": [[90, 30], [70, 30], [70, 5], [90, 5]], "shape_type": "polygon"},
     ]
     path = tmp_path / "roi.json"
     path.write_text(json.dumps({"imageWidth": 100, "imageHeight": 80, "shapes": shapes}))
@@ -104,26 +104,16 @@ def test_polygons_and_rectangles_of_labelme(tmp_path: Path) -> None:
     assert not small[44, 15]
 
 
-def test_circles_of_labelme(tmp_path: Path) -> None:
-    path = tmp_path / "roi.json"
-    circle = {"points": [[40, 30], [40, 50]], "shape_type": "circle"}
-    path.write_text(json.dumps({"imageWidth": 100, "imageHeight": 80, "shapes": [circle]}))
-    roi = read_roi(path)
-    assert roi[30, 40]
-    assert roi[30, 58]
-    assert not roi[48, 58]
-    assert roi.sum() == pytest.approx(np.pi * 20**2, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("shape", "width", "message"),
     [
         (
             {"points": [[1, 1], [9, 9]], "shape_type": "line"},
             20,
-            "a line with the points|a line; polygons, rectangles",
+            "a line with the points .*; polygons are accepted",
         ),
         ({"points": [[1, 1]], "shape_type": "point"}, 20, "a point with the points"),
+        ({"points": [[1, 1], [9, 9]], "shape_type": "circle"}, 20, "a circle with the points"),
         ({"points": [[1, 1], [9, 9]]}, 20, "a polygon with the points"),
         ({"points": [[1, 1], [9, 9], [float("nan"), 4]]}, 20, "a polygon with the points"),
         ({"points": [[1, 1], [9, 9], [1, 9]]}, 10**9, "1000000000 x 20 pixels are more than images may have"),

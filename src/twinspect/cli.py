@@ -131,7 +131,7 @@ COMMANDS = (
     Command("export", "deploy:export", of.ExportCommandOptions, "model.twin -o model.onnx --images new/"),
     Command("sign", "deploy:sign", of.SignOptions, "model.twin --key key.pem"),
     Command("check", "deploy:check", of.CheckOptions, "model.onnx model.twin new/"),
-    Command("bench", "bench:bench", of.BenchOptions, "model.twin --batch 1,16"),
+    Command("bench", "deploy:bench", of.BenchOptions, "model.twin --batch 1,16"),
     Command("reproduce", "reproduce:reproduce", of.ReproduceOptions, "mvtec-ad-multi --root mvtec_ad/ -o results/"),
 )  # fmt: skip
 

@@ -59,16 +59,14 @@ class Table:
         return [[f"{value:.4f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
 
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers; those, and the dash for none, stand to the right."""
-        return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
+        """Which columns hold numbers, or the dash for none; they stand to the right."""
+        return [all(cell[:1] in "-.0123456789" for cell in column[1:]) for column in zip(*self.cells(), strict=True)]
 
     def lines(self) -> Iterator[str]:
         """Aligned columns for the terminal."""
         rows = self.cells()
-        columns = list(zip(*rows, strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        text = [not all(cell[:1] in "-.0123456789" for cell in column[1:]) for column in columns]
-        sides = ["<", *("<" if is_text else ">" for is_text in text[1:])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = ["<", *(">" if number else "<" for number in self.numeric()[1:])]
         yield self.title
         for row in rows:
             cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))

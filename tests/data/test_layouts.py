@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from layouts import WRITERS, Plan, write
 
+from twinspect.commands.results import summary
 from twinspect.data import DATASETS, Dataset, load
 from twinspect.data.folders import LOGICAL, STRUCTURAL
 from twinspect.data.protocols import make_splits
@@ -191,7 +192,7 @@ def test_view_reads_other_scene_classes(tmp_path: Path) -> None:
 def test_summary_speaks_of_counts_masks_and_skipped(tmp_path: Path) -> None:
     write("mvtec-ad", tmp_path, Plan(shape="no-masks"))
     (tmp_path / "weave" / "train" / "good" / "notes.txt").write_text("x")
-    text = "\n".join(load(tmp_path).summary())
+    text = "\n".join(summary(load(tmp_path)))
     for part in (
         "mvtec-ad at",
         "2 classes, 26 images",

@@ -4,8 +4,16 @@ from metrics_reference import aupro as slow_aupro
 from metrics_reference import auspro as slow_auspro
 
 from twinspect.errors import DataError
-from twinspect.metrics.pages import MemoryBudget, keys_of
-from twinspect.metrics.pixels import REGION_METRICS, UNIT, ScoreHistogram, connected_regions, region_weights
+from twinspect.metrics.pixels import (
+    REGION_METRICS,
+    UNIT,
+    MemoryBudget,
+    ScoreHistogram,
+    connected_regions,
+    keys_of,
+    region_weights,
+    summarise,
+)
 
 
 def area(name, maps, masks=None, regions=None):
@@ -13,7 +21,7 @@ def area(name, maps, masks=None, regions=None):
     histogram, nothing = ScoreHistogram(MemoryBudget(1 << 27)), [None] * len(maps)
     for m, mask, pairs in zip(maps, masks or nothing, regions or nothing, strict=True):
         histogram.update(m, mask, regions=pairs)
-    return histogram.compute().values[name]
+    return summarise([histogram]).values[name]
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.05, 1.0, 0.001])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from twinspect.decide.recalibrate import Scored, good_samples, recalibrate, scor
 from twinspect.errors import ConfigError, DataError
 from twinspect.report import MOST_CHARTS, Histogram, Report, Section, Table
 
-MOST_LINES = 8  # classes up to which every threshold is printed; twinspect info lists them all
 _NOTE = (
     "false alarms: share of the next good images, taken like these, that will be called bad. called bad: how many of "
     "the good images here the threshold calls bad."
@@ -123,7 +121,7 @@ def _scored(options: CalibrateOptions, console: Console) -> tuple[Scored | None,
 
 def sections(decision: Decision, left_out: Sequence[dict[str, Any]], notes: Sequence[str]) -> list[Section]:
     """A calibration: thresholds, sessions where there are some, promises, scores, and remarks."""
-    shown = [threshold_section(decision, most=None)]
+    shown = [threshold_section(decision)]
     if left_out:
         note = "What a threshold from the other sessions would do on this one: the promise does not cross days."
         shown.append(Section("Sessions", (), (Table.of("each session left out", left_out, note),)))
@@ -164,17 +162,10 @@ def class_values(decision: Decision) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def threshold_section(decision: Decision, most: int | None = MOST_LINES) -> Section:
-    """Thresholds of all classes, and what those that were chosen on labels were chosen by.
-
-    Of more than ``most`` rows only the last is shown, which is for all classes together.
-    """
-    table = threshold_table(decision)
-    if most is not None and len(table.rows) > most:
-        title = f"threshold for {len(table.rows) - 1} classes (each: twinspect info)"
-        table = dataclasses.replace(table, title=title, rows=table.rows[-1:])
+def threshold_section(decision: Decision) -> Section:
+    """Thresholds of all classes, and what those that were chosen on labels were chosen by."""
     chosen = (f"{name}: {rule.image.sentence}" for name, rule in promises(decision) if rule.basis == LABELS)
-    return Section("Thresholds", tuple(chosen), (table,))
+    return Section("Thresholds", tuple(chosen), (threshold_table(decision),))
 
 
 def threshold_table(decision: Decision) -> Table:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from twinspect.bundle import files_of
 from twinspect.commands import results
-from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, pooled, remarks, test_facts
+from twinspect.commands.evaluate import Evaluation, choose_test, has_learnt, measure, remarks, test_facts
 from twinspect.commands.options import CompareOptions
 from twinspect.console import NOTHING_SCORED, Console
 from twinspect.data.protocols import Split
@@ -50,11 +49,9 @@ def compare(options: CompareOptions, console: Console) -> None:
     values = as_values(options, split, measured)
     console.warn(*remarks(values))
     first, second = values["right"].values()
-    chance = f"{values['p_value']:.3f}" if values["p_value"] >= 0.001 else "below 0.001"
     words = (
         f"The models answer {first + second} of {values['images']} images differently: the first model is right on "
-        f"{first}, the second on {second}. Chance of a difference as large between equal models (McNemar's exact "
-        f"test): {chance}."
+        f"{first}, the second on {second}."
     )
     if not first + second:
         words = f"Both models give the same answer to all {values['images']} images."
@@ -92,9 +89,8 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
         **models,
         "images": len(pairs),
         "split": {"name": split.name, "hash": split.hash},
-        "auroc_difference": auroc_difference(pairs, pooled(split), options.draws, options.seed),
+        "auroc_difference": auroc_difference(pairs, options.draws, options.seed),
         "right": {"first": first_right, "second": len(differ) - first_right},  # of those that differ
-        "p_value": float(binomtest(first_right, len(differ)).pvalue) if differ else 1.0,
         "differ": differ,
         **{
             name: sorted({*measured[0].values[name], *measured[1].values[name]})
@@ -103,16 +99,15 @@ def as_values(options: CompareOptions, split: Split, measured: Sequence[Evaluati
     }
 
 
-def auroc_difference(pairs: Sequence[Pair], together: str, draws: int, seed: int) -> dict[str, Any]:
+def auroc_difference(pairs: Sequence[Pair], draws: int, seed: int) -> dict[str, Any]:
     """Image AUROC of the second model less that of the first, by class and their mean, with bootstrap intervals.
 
     Paired: a draw takes the same images for both, good ones and defects of every class each with replacement.
-    ``together`` is a name under which all classes count as one; empty keeps them apart. Classes without both labels
-    are left out.
+    Classes without both labels are left out.
     """
     members: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        members[together or pair[0]["true_class"]].append(pair)
+        members[pair[0]["true_class"]].append(pair)
     rng = np.random.default_rng(seed)
     exact: dict[str, NDArray[np.float64]] = {}
     drawn: dict[str, NDArray[np.float64]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from shlex import quote
 from typing import Any
@@ -12,9 +11,10 @@ from twinspect.commands.options import InspectOptions, ManifestOptions
 from twinspect.commands.results import read_data
 from twinspect.console import Console
 from twinspect.data.manifest import write_manifest
-from twinspect.data.protocols import PROTOCOLS, find_leaks, make_splits
+from twinspect.data.protocols import find_leaks
+from twinspect.data.scan import first_lines
 from twinspect.data.tables import has_columns
-from twinspect.errors import ConfigError, DataError
+from twinspect.errors import DataError
 from twinspect.files import refuse_unwritable
 
 
@@ -29,20 +29,10 @@ def inspect(options: InspectOptions, console: Console) -> None:
         "skipped": [[str(path), reason] for path, reason in loaded.skipped],
         "notes": list(loaded.notes),
     }
-    if options.protocol:
-        values["splits"] = []
-        for name in PROTOCOLS if options.protocol == "all" else [options.protocol]:
-            # of all, those of the other kind of set are passed over
-            with suppress(ConfigError) if options.protocol == "all" else nullcontext():
-                values["splits"] += [split.describe() for split in make_splits(loaded.samples, name, options.seed)]
-        console.say(*values["splits"])
     if options.leaks:
         pairs = values["leaks"] = [[known.name, test.name] for known, test in find_leaks(loaded.samples)]
-        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test")
-        for known, test in pairs[:10]:
-            console.say(f"  {known} = {test}")
-        if len(pairs) > 10:
-            console.say(f"  and {len(pairs) - 10:,} more")
+        which = first_lines(f"{known} = {test}" for known, test in pairs)
+        console.say(f"leak check: {len(pairs):,} pairs of a training image and its copy in the test{which}")
     if options.as_json:
         console.result(json.dumps(values, indent=1))
 

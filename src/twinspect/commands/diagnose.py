@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,12 +25,12 @@ from twinspect.console import Console
 from twinspect.data.protocols import by_class
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import mixed_up
-from twinspect.errors import ConfigError, DataError, unknown_name
+from twinspect.errors import DataError
 from twinspect.inference import load
 from twinspect.inference.predictor import Predictor
 from twinspect.inference.result import Result
 from twinspect.metrics import Evaluator
-from twinspect.report import Case, Cases, Report, Section, Table, case_of
+from twinspect.report import Cases, Report, Section, Table, case_of
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
 MIXUP, CUTPASTE = "mixup", "cutpaste"
@@ -56,7 +56,6 @@ _HARDEST = 5  # pictures of each kind in a report
 _HIDDEN = 0.9  # AUROC below which a class is said to hide in another
 
 Pixels = NDArray[np.uint8]
-Visit = Callable[["Composite", Result], None]
 
 
 class Composite(NamedTuple):
@@ -78,6 +77,7 @@ class Diagnosis:
     pairs: list[dict[str, Any]] = field(default_factory=list)  # of every ordered pair: base, other and `MEASURES`
     failed: list[str] = field(default_factory=list)  # normal images that could not be read
     taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # (class, predicted class) of normal images
+    passed: dict[str, list[Result]] = field(default_factory=lambda: {kind: [] for kind in KINDS})  # lowest scores
 
     def mean(self) -> dict[str, float]:
         """Mean of every measure over the pairs."""
@@ -104,11 +104,6 @@ class Diagnosis:
 def normal_images(samples: Sequence[Sample], options: DiagnoseOptions) -> dict[str, list[Sample]]:
     """Normal images of every class: of its test split, else of its calibration, else of its training images."""
     normal = by_class([s for s in samples if s.label in (0, None)])
-    asked = [name.strip() for name in options.classes.split(",") if name.strip()]
-    for name in asked:
-        if name not in normal:
-            raise ConfigError(unknown_name("class", name, normal))
-    normal = {name: normal[name] for name in asked or normal}
     if len(normal) < 2:
         raise DataError(
             f"good images of {len(normal)} class found ({', '.join(normal) or 'none'}); a diagnosis of how classes "
@@ -184,12 +179,12 @@ def interference(
     samples: Sequence[Sample],
     options: DiagnoseOptions,
     progress: Progress,
-    visit: Visit | None = None,
+    pictures: bool = False,
 ) -> Diagnosis:
     """Score cross-class images against normal ones, for every ordered pair of classes.
 
-    ``visit`` is called with every made image and its result (with map and picture), for reports. A DataError for too
-    few classes or images, an image that cannot be read, or a score that is not finite.
+    With ``pictures`` the results that passed most easily keep theirs. A DataError for too few classes or images, an
+    image that cannot be read, or a score that is not finite.
     """
     chosen = normal_images(samples, options)
     diagnosis = Diagnosis(list(chosen), {name: members[0].split for name, members in chosen.items()})
@@ -200,7 +195,7 @@ def interference(
             evaluator.merge(normal)
             for kind in KINDS:
                 made = list(composites(members, chosen[other], kind, options.count, options.seed))
-                answers = predictor.predict([image.rgb for image in made], maps=True, pixels=visit is not None)
+                answers = predictor.predict([image.rgb for image in made], maps=True, pixels=pictures)
                 for composite, result in zip(made, answers, strict=True):
                     result.path = f"{other} in {base} ({kind}), {composite.base.name}"
                     if result.error:
@@ -208,8 +203,8 @@ def interference(
                     # Mixup is everywhere, so its place says nothing.
                     heat, mask = (result.map, composite.mask) if kind == CUTPASTE else (None, None)
                     evaluator.update(result.score, 1, base, kind, heat, mask, name=result.path)
-                    if visit is not None:
-                        visit(composite, result)
+                    easiest = sorted([*diagnosis.passed[kind], result], key=lambda result: result.score)
+                    diagnosis.passed[kind] = easiest[:_HARDEST]
             table = evaluator.compute()
             by_kind, pixels = table["defects"][base], table["classes"][base]
             values = (by_kind[MIXUP], by_kind[CUTPASTE], pixels["pixel_auroc"], pixels["aupro"])
@@ -241,22 +236,17 @@ def diagnose(options: DiagnoseOptions, console: Console) -> None:
     results.check_outputs(options.report, options.json_file)
     predictor = load(options.model)
     samples = data.load(options.data, options.layout, options.images).samples
-    passed: dict[str, list[tuple[float, Case]]] = {kind: [] for kind in KINDS}  # the lowest scores of each kind
-
-    def visit(made: Composite, result: Result) -> None:
-        passed[made.kind].append((result.score, case_of(result, made.kind)))
-        passed[made.kind] = sorted(passed[made.kind], key=lambda pair: pair[0])[:_HARDEST]
-
     pictures = results.shows_pictures(options.report)
-    diagnosis = interference(predictor, samples, options, console.progress, visit if pictures else None)
+    diagnosis = interference(predictor, samples, options, console.progress, pictures)
     for failure in diagnosis.failed:
         console.warn(f"left out {failure}")
     sections = [Section("Which class hides which", (_TEXT, *sentences(diagnosis)), tuple(matrices(diagnosis)))]
     decision = predictor.decision
     if pictures:
-        cases = (
-            Cases(kind, tuple(case for _, case in lowest), decision.map_scale) for kind, lowest in passed.items()
-        )
+        cases = [
+            Cases(kind, tuple(case_of(result, kind) for result in passed), decision.map_scale)
+            for kind, passed in diagnosis.passed.items()
+        ]
         sections.append(Section("What passed most easily", (), tuple(cases)))
     values = {
         "bundle": options.model.name, "data": options.data.name, "model_id": decision.model_id,

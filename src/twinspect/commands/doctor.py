@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -19,8 +17,6 @@ from twinspect.models import weights
 from twinspect.report import Table
 
 _CORE = ("torch", "timm", "numpy", "pillow", "scipy", "safetensors", "pyarrow")
-_LITTLE_MEMORY = 4e9  # bytes; a smaller machine runs out in training with the embedded teacher
-_BUSY = 0.5  # load average of a machine that other work is using
 
 
 def doctor(options: DoctorOptions, console: Console) -> None:
@@ -35,7 +31,7 @@ def fetch(options: FetchOptions, console: Console) -> None:
 
 
 def examine() -> list[str]:
-    """Versions, cores and memory, CUDA devices, teachers, folders; ends with ready or what to fix."""
+    """Versions, cores, CUDA devices, teachers, folders; ends with ready or what to fix."""
     problems: list[str] = []
     lines = [
         f"twinspect {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -51,13 +47,7 @@ def examine() -> list[str]:
 
 
 def _machine(problems: list[str]) -> Iterator[str]:
-    memory = _memory()
-    if 0 < memory < _LITTLE_MEMORY:
-        problems.append(f"{memory / 1e9:.1f} GB of memory; training wants {_LITTLE_MEMORY / 1e9:.0f} GB or more")
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
-    load = f", {busy:.1f} processes busy in the last minute" if busy >= _BUSY else ""
-    size = f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"
-    yield f"processor: {usable_cores()} cores, {size}{load}"
+    yield f"processor: {usable_cores()} cores"
     yield f"how torch's threads share the cores: {waiting()}"
     if not torch.cuda.device_count():
         build = "a CPU build of torch" if torch.version.cuda is None else "no usable device"
@@ -71,14 +61,6 @@ def _machine(problems: list[str]) -> Iterator[str]:
         problems.append(f"timm cannot be imported: {error}")
 
 
-def _memory() -> int:
-    """Bytes of memory, 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
 def _teachers(problems: list[str]) -> Iterator[str]:
     """Every teacher and where its weights are, the folders, and which teacher is taken by default."""
     rows = tuple((name, arch, _where(name)) for name, arch in weights.SHORT_NAMES.items())
@@ -86,7 +68,7 @@ def _teachers(problems: list[str]) -> Iterator[str]:
     yield ""
     store = weights.store_dir()
     for what, folder in (("weights", store), ("feature cache", store.with_name("features"))):
-        yield f"{what}: {folder} ({_content(folder)})"
+        yield f"{what}: {folder}"
     chosen = weights.resolve_auto()
     try:
         weights.find_weights(chosen)
@@ -106,13 +88,3 @@ def _where(name: str) -> str:
         return f"here ({source.described})"
     origin = "fetched, sha256 recorded" if weights.record_file(source.path).is_file() else "put there by hand"
     return f"here ({origin}: {source.path.name})"
-
-
-def _content(folder: Path) -> str:
-    try:
-        os.scandir(folder).close()
-        return f"{sum(path.stat().st_size for path in folder.rglob('*')) / 1e9:.2f} GB"
-    except FileNotFoundError:  # also of a file that is deleted meanwhile
-        return "empty"
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}; set another folder with TWINSPECT_HOME"

@@ -57,7 +57,7 @@ def evaluate(options: EvalOptions, console: Console) -> None:
     console.say(split.describe())
     console.say(leak_line(pairs, "left out of the test" if options.drop_leaks else ""))
     measured = measure(predictor, split, console)
-    review = Review(measured.rows, pooled(split))
+    review = Review(measured.rows)
     values = {**measured.values, "other_thresholds": review.other_thresholds()}
     values["config"] = {
         "bundle": options.model.name, "data": options.data.name, "layout": loaded.layout,
@@ -151,7 +151,7 @@ def leak_line(pairs: Sequence[Pair], dropped: str) -> str:
 def unknown_classes(split: Split, known: Sequence[str]) -> list[str]:
     """A sentence about classes that the model does not know, as where a folder of images has another name."""
     names = sorted({sample.class_name for sample in split.test} - {*known})
-    if pooled(split) or not names or not known:
+    if split.kind == SEMANTIC or not names or not known:
         return []
     return [
         f"the model does not know a class {listed(names)}, which is the name of the folder: each image is judged as "
@@ -159,14 +159,15 @@ def unknown_classes(split: Split, known: Sequence[str]) -> list[str]:
     ]
 
 
-def pooled(split: Split) -> str:
-    """Name under which all classes count as one, of a semantic split; empty where each class has its own metrics."""
-    return split.name.partition("/")[2] or split.name if split.kind == SEMANTIC else ""
-
-
 def measure(predictor: Predictor, split: Split, console: Console) -> Evaluation:
-    """Score a split's test images and compare with their labels; the values name the split."""
-    measured = metrics_of(predictor, split.test, console.progress, pooled=pooled(split))
+    """Score a split's test images and compare with their labels; the values name the split.
+
+    Of a semantic split all classes count as one, which has the name of its part.
+    """
+    samples = split.test
+    if split.kind == SEMANTIC:
+        samples = tuple(replace(sample, class_name=split.name.partition("/")[2]) for sample in samples)
+    measured = metrics_of(predictor, samples, console.progress, pixel=split.kind != SEMANTIC)
     measured.values["split"] = {"name": split.name, "hash": split.hash, "kind": split.kind}
     return measured
 
@@ -177,12 +178,12 @@ def again_with(predictor: Predictor, split: Split) -> Again:
     return lambda names: predictor.predict([samples[name] for name in names])
 
 
-def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progress, pooled: str = "") -> Evaluation:
+def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progress, pixel: bool = True) -> Evaluation:
     """Score labelled samples and compute every metric; pixel metrics at the images' own resolution.
 
     An image that cannot be read, and a mask that cannot be read or does not fit its image, is listed and left out.
     Where the data state saturation areas (MVTec LOCO) every mask file is one region and AU-sPRO is added.
-    ``pooled`` is a name under which all classes count as one, for semantic protocols; empty gives metrics per class.
+    Without ``pixel`` the images alone are compared.
 
     Returns:
         Values ready for JSON: those of `Evaluator.compute` of the joint score; ``students``, the mean image metrics
@@ -194,8 +195,8 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
     Raises:
         DataError: a score or map that is not finite.
     """
-    masked = {s.class_name for s in samples if s.masks and not pooled}
-    began, joint, students = time.monotonic(), Evaluator(pixel=not pooled), {n: Evaluator(False) for n in STUDENTS}
+    masked = {s.class_name for s in samples if s.masks and pixel}
+    began, joint, students = time.monotonic(), Evaluator(pixel), {n: Evaluator(False) for n in STUDENTS}
     rows: list[dict[str, Any]] = []
     calls: dict[str, list[tuple[str, int, bool]]] = defaultdict(list)
     failed, masks_not_used = list[str](), list[str]()
@@ -205,7 +206,7 @@ def metrics_of(predictor: Predictor, samples: Sequence[Sample], progress: Progre
         if result.error:
             failed.append(f"{result.path}: {result.error}")
             continue
-        class_name = pooled or sample.class_name
+        class_name = sample.class_name
         truth: _Truth = (None, None)
         use_map = sample.class_name in masked and has_pixel_truth(sample)
         if use_map and sample.masks:

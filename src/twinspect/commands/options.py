@@ -116,7 +116,6 @@ class DiagnoseOptions(ReadsData, Reports):
     data: Path = argument("Folder of a data set with normal images of two classes or more.")
     count: int = option("Images of each kind per ordered pair of classes.", 8, accepts=Range(1, 10_000))
     normals: int = option("Normal images of each class to compare with.", 40, accepts=Range(2, 1_000_000))
-    classes: str = option("Only these classes, separated by commas.", "")
     seed: int = option("Seed of everything drawn.", 0, accepts=SEEDS)
 
 
@@ -138,9 +137,7 @@ class InspectOptions(ReadsData):
     """Show how a data set is read: layout, classes, counts, masks, what is left out and why."""
 
     path: Path = argument("Folder or manifest of a data set.")
-    protocol: str = option("Also list the splits of a protocol; all lists those of every protocol.", "")
     leaks: bool = option("Look for test images that are copies of training images.", False, "--leaks")
-    seed: int = option("Seed of the splits.", 0, accepts=SEEDS)
     as_json: bool = option("Print everything as JSON.", False, "--json")
 
 

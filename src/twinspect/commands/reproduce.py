@@ -3,7 +3,7 @@
 ``recipes.toml`` lists the recipes: benchmark and protocol, settings, published numbers.
 
 Each split is written when it is finished, under a name made of what it depends on (its images, the settings, the
-code), so a killed run loses one split at most, and typing the same command again goes on after the last one.
+version), so a killed run loses one split at most, and typing the same command again goes on after the last one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,6 @@ STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic st
 # Values of an evaluation of which several splits are put together: dicts by class, and lists of sentences.
 BY_CLASS = ("classes", "defects", "defects_auspro_005", "defect_decisions")
 LISTS = ("undefined", "failed", "masks_not_used")
-MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
 SplitResult = dict[str, Any]
 
 
@@ -174,23 +172,12 @@ def differences(recipe: Recipe, loaded: Loaded, config: RunConfig) -> list[str]:
 
 
 def run_key(split: Split, config: RunConfig) -> str:
-    """16 hex digits of everything a split's result depends on: images, labels, settings, version, model code."""
+    """16 hex digits of everything a split's result depends on: images, labels, settings, version."""
     settings = config.to_dict()
     for name in ("checkpoint_every", "cache_gb"):
         settings["train"].pop(name)
-    text = json.dumps([split.name, split.hash, settings, __version__, code_hash()], sort_keys=True)
+    text = json.dumps([split.name, split.hash, settings, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@cache
-def code_hash() -> str:
-    """12 hex digits of the code that makes and scores a model: results of other code are not taken up."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for name in MODEL_CODE:
-        files = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
-        for path in files:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def finished_or_run(split: Split, out: Path, config: RunConfig, console: Console) -> SplitResult:

@@ -9,6 +9,7 @@ from array import array
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,28 @@ Again = Callable[[list[str]], Iterable[Result]]  # scores images once more, with
 def read_data(path: Path, layout: str, images: Path | None, console: Console) -> Loaded:
     """A data set, and what was found in it to the console. Raises as `data.load`."""
     loaded = data.load(path, layout, images)
-    console.say(*loaded.summary())
+    console.say(*summary(loaded))
     return loaded
+
+
+def summary(loaded: Loaded) -> Iterator[str]:
+    """Counts per class, what was skipped and why, choices made."""
+    counts = loaded.counts
+    if len(counts) > 1:
+        counts["total"] = data.ClassCounts(*map(sum, zip(*map(astuple, counts.values()), strict=True)))
+    rows = [
+        {"class": name, **{key.replace("_", " "): n for key, n in asdict(row).items() if n or key != "test_unknown"}}
+        for name, row in counts.items()
+    ]
+    plural = "class" if len(rows) == 1 else "classes"
+    title = f"{loaded.layout} at {loaded.root}: {len(loaded.counts)} {plural}, {len(loaded.samples):,} images"
+    yield from Table.of(title, rows).lines()
+    by_reason: dict[str, list[Path]] = defaultdict(list)
+    for path, reason in loaded.skipped:
+        by_reason[reason].append(path)
+    for reason, paths in by_reason.items():
+        yield f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"
+    yield from (f"note: {text}" for text in loaded.notes)
 
 
 def warn_of(fitted: Fitted, console: Console) -> None:
@@ -104,13 +125,10 @@ def metric_rows(rows: Rows, first: str = "class") -> list[dict[str, Any]]:
 
 
 class Review:
-    """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known.
+    """Gathers rows as `Result.row` gives them, with ``label`` and ``true_class`` where the truth is known."""
 
-    ``pooled`` is one name for all classes; empty keeps them apart.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), pooled: str = "") -> None:
-        self.pooled, self.errors = pooled, 0
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.errors = 0
         self._numbers: dict[str, array[float]] = {}  # by class: score, threshold and label of every image in turn
         self._shown: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
         for row in rows:
@@ -122,7 +140,7 @@ class Review:
         if row.get("error") or not np.isfinite(score):
             self.errors += 1
             return
-        name = self.pooled or str(row.get("true_class") or row.get("class_name") or "")
+        name = str(row.get("true_class") or row.get("class_name") or "")
         label = int(row.get("label", _UNKNOWN))
         self._numbers.setdefault(name, array("d")).extend((score, threshold, label))
         for kind, rank in _kinds(score - threshold, label):

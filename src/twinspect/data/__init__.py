@@ -1,24 +1,22 @@
 """Data sets as people have them on disk: one function per layout, ``folder -> list[Sample]``.
 
-``load(root)`` recognises the layout, reads it and keeps what it left out; ``.summary()`` says so in words.
+``load(root)`` recognises the layout, reads it and keeps what it left out.
 A new layout is one function and one row of ``DATASETS``.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from twinspect.data import folders, listed, semantic
+from twinspect.data import folders, manifest, semantic
 from twinspect.data.images import UNREAD_SUFFIXES, count_pictures
-from twinspect.data.manifest import find_manifests, manifest
 from twinspect.data.names import BAD, MASK
 from twinspect.data.scan import Folder, ScanLog, existing, first_lines
-from twinspect.errors import ConfigError, DataError, unknown_name
-from twinspect.errors import listed as shortened
+from twinspect.errors import ConfigError, DataError, listed, unknown_name
 from twinspect.types import TEST, Sample
 
 __all__ = ["DATASETS", "ClassCounts", "Dataset", "Folder", "Loaded", "ScanLog", "load"]
@@ -63,33 +61,6 @@ class Loaded:
         """Class names, sorted."""
         return sorted({sample.class_name for sample in self.samples})
 
-    def summary(self) -> list[str]:
-        """Lines for people: counts per class, what was skipped and why, choices made."""
-        counts = self.counts
-        plural = "class" if len(counts) == 1 else "classes"
-        by_reason: dict[str, list[Path]] = defaultdict(list)
-        for path, reason in self.skipped:
-            by_reason[reason].append(path)
-        return [
-            f"{self.layout} at {self.root}: {len(counts)} {plural}, {len(self.samples):,} images",
-            *_table(counts),
-            *(
-                f"skipped {len(paths):,}: {reason} ({'e.g. ' if len(paths) > 1 else ''}{paths[0]})"
-                for reason, paths in by_reason.items()
-            ),
-            *(f"note: {text}" for text in self.notes),
-        ]
-
-
-def _table(counts: dict[str, ClassCounts]) -> Iterator[str]:
-    total = ClassCounts(*map(sum, zip(*map(astuple, counts.values()), strict=True)))
-    rows = {**counts, "total": total} if len(counts) > 1 else counts
-    shown = [f.name for f in fields(ClassCounts) if f.name != "test_unknown" or total.test_unknown]
-    width = max(len(name) for name in (*rows, "class"))
-    yield f"  {'class':<{width}}" + "".join(f"  {name.replace('_', ' '):>12}" for name in shown)
-    for name, row in rows.items():
-        yield f"  {name:<{width}}" + "".join(f"  {getattr(row, key):>12,}" for key in shown)
-
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -117,16 +88,19 @@ def _lists(needed: str, find: Callable[[Folder], list[Path]], read: Callable[...
 
 # In order of asking: the special shape before the general one that would also fit.
 DATASETS: dict[str, Dataset] = {
-    "uniad-json": _lists("train.json or test.json with filename", listed.find_uniad_json, listed.uniad_json),
-    "manifest": _lists("manifest.parquet or manifest.csv", find_manifests, manifest),
-    "real-iad": _lists("realiad_jsons/<class>.json", listed.find_real_iad, listed.real_iad),
-    "visa": _lists("split_csv/1cls.csv", listed.find_visa, listed.visa),
+    "uniad-json": _lists("train.json or test.json with filename", manifest.find_uniad_json, manifest.uniad_json),
+    "manifest": _lists("manifest.parquet or manifest.csv", manifest.find_manifests, manifest.manifest),
+    "real-iad": _lists("realiad_jsons/<class>.json", manifest.find_real_iad, manifest.real_iad),
+    "visa": _lists("split_csv/1cls.csv", lambda root: list(root.path.glob("split_csv/1cls.csv")), manifest.visa),
     folders.MVTEC_AD_2: _parts(folders.MVTEC_AD_2, "<class>/test_public/{good,bad}"),
     folders.MVTEC_LOCO: _parts(folders.MVTEC_LOCO, f"<class>/test/{folders.LOGICAL}"),
     folders.MVTEC_AD: _parts(folders.MVTEC_AD, "<class>/train/good, <class>/test/<kind>"),
-    "meta-json": _lists("meta.json", listed.find_meta_json, listed.meta_json),
-    "anomalib": _lists("YAML file with normal_dir", listed.find_anomalib, listed.anomalib),
-    "lookout": _lists("manifest with source-ref", listed.find_lookout, listed.lookout),
+    "meta-json": _lists(
+        "meta.json",
+        lambda root: [path for path in root.files if path.name.lower() == "meta.json"],
+        manifest.meta_json,
+    ),
+    "lookout": _lists("manifest with source-ref", manifest.find_lookout, manifest.lookout),
     **{images.name: Dataset(images.needed, images.looks_like, images.read) for images in semantic.SETS},
     folders.FOLDER: _parts(folders.FOLDER, "good images, or good/ and folders of defects"),
 }
@@ -261,7 +235,7 @@ def _unnamed_folders(root: Folder, samples: list[Sample], log: ScanLog) -> None:
 def _note(samples: list[Sample], log: ScanLog) -> None:
     defects = [s for s in samples if s.split == TEST and s.label == 1]
     if missing := [s for s in defects if not s.masks]:
-        names = shortened(sorted({s.class_name for s in missing}), 5)
+        names = listed(sorted({s.class_name for s in missing}), 5)
         log.note(
             f"{len(missing):,} of {len(defects):,} defects have no mask ({names}): metrics of pixels leave them out"
         )

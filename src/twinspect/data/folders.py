@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from twinspect.data.manifest import is_label_table, path_column
+from twinspect.data.manifest import PREDICTED
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, meaning, meaning_of_file
 from twinspect.data.samples import Place, marks_a_defect, masks_among, match
 from twinspect.data.scan import Folder, ScanLog
-from twinspect.data.tables import SUFFIXES, text_columns
+from twinspect.data.tables import SUFFIXES, has_columns
 from twinspect.errors import DataError, listed
 from twinspect.files import open_text
 from twinspect.types import CALIBRATION, SPLITS, TEST, TRAIN, Sample
@@ -29,8 +30,7 @@ MVTEC_AD, MVTEC_AD_2, MVTEC_LOCO, FOLDER = "mvtec-ad", "mvtec-ad-2", "mvtec-loco
 # Names of which one means good, and nobody can tell which.
 _PAIRS = ({"0", "1"}, {"yes", "no"}, {"true", "false"}, {"positive", "negative"}, {"pos", "neg"}, {"p", "n"})
 _UNCLEAR = frozenset("true false positive positives negative negatives pos neg".split())
-_SPREADSHEETS = frozenset(".xlsx .xls .ods".split())
-_LIST_SUFFIXES = _SPREADSHEETS | {".json", ".jsonl", ".xml"}  # lists that are not read
+_SPREADSHEETS = frozenset(".xlsx .xls .ods .parquet".split())
 _TEXTS = frozenset(".json .jsonl .xml .yaml .yml .csv .tsv .txt .lst".split())
 _SIDECARS = frozenset(".json .xml .txt .yaml .yml".split())  # 000.json beside 000.png
 _IMAGE_NAME = re.compile(r"""[^\s,;:|/\\"'<>=]+\.(?:png|jpe?g|bmp|tiff?|webp|gif)\b""", re.IGNORECASE)
@@ -326,37 +326,34 @@ def _kind(place: Place) -> str:
 
 def _unread_lists(folder: Folder) -> Iterator[tuple[Path, str]]:
     """Files directly in a folder that may say which images are good, and what to do if they shall."""
-    advice = "and it is not read; a CSV with the columns image, label would be"
+    advice = "a table with the columns image, label is read if it is given in place of the folder"
     stems = {name for image in folder.images for name in (image.stem, image.name)}
     beside = [path for path in folder.others if path.suffix.lower() in _SIDECARS and path.stem in stems]
     if 0 < len(beside) < len(folder.images):  # one for every image says no more than when and how it was taken
         yield (
             beside[0],
-            f"{len(beside)} of {len(folder.images)} images have such a file, as if for a defect, {advice}",
+            f"{len(beside)} of {len(folder.images)} images have such a file, as if for a defect; {advice}",
         )
     for path in folder.others:
-        words = set(re.findall(r"[a-z]+", path.stem.lower()))
-        named = words & _LIST_WORDS or (path.suffix.lower() in _SPREADSHEETS and meaning(path.stem).says)
-        if path in beside or path.name.endswith(".train.jsonl"):
-            continue
-        if is_label_table(path):
-            yield path, f"a table of labels; to read it, give it in place of the folder: {path}"
-        elif (path.suffix.lower() in _LIST_SUFFIXES and named) or _names_images(path, folder):
-            yield path, f"it seems to list images, {advice}"
+        if path not in beside and _may_list(path, folder):
+            yield path, f"it seems to list images; {advice}"
 
 
-def _names_images(path: Path, folder: Folder) -> bool:
-    """Whether a text file names images that lie in or below its folder, and is no table of something else of them."""
-    if path.suffix.lower() not in _TEXTS:
+def _may_list(path: Path, folder: Folder) -> bool:
+    """Whether a file is called like a list, or names images that lie in or below its folder."""
+    suffix = path.suffix.lower()
+    if suffix not in _TEXTS | _SPREADSHEETS or path.name.endswith(".train.jsonl"):
         return False
-    try:
-        if path.suffix.lower() in SUFFIXES and path_column(text_columns(path)):
-            return False
-        with open_text(path, "replace") as file:
-            names = set(_IMAGE_NAME.findall(file.read(_LIST_HEAD)))
-    except DataError:
+    if suffix in SUFFIXES and has_columns(path, PREDICTED):
         return False
-    return bool(names) and any(image.name in names for image in folder.images_below(ScanLog()))
+    if set(re.findall(r"[a-z]+", path.stem.lower())) & _LIST_WORDS:
+        return True
+    if suffix in _SPREADSHEETS:
+        return meaning(path.stem).says
+    with suppress(DataError), open_text(path, "replace") as file:
+        names = set(_IMAGE_NAME.findall(file.read(_LIST_HEAD)))
+        return bool(names) and any(image.name in names for image in folder.images_below(ScanLog()))
+    return False
 
 
 def _report_lists(lists: Iterable[tuple[Path, str]], decides: bool, log: ScanLog) -> None:

@@ -103,12 +103,12 @@ def read_sized_rgb(
         return rgb, shape
 
 
-def read_header(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[tuple[int, int], bool]:
+def read_header(path: Path) -> tuple[tuple[int, int], bool]:
     """(height, width) of an image file as it is shown, and whether it is a grey one; no pixel is decoded.
 
     Raises as `read_rgb`.
     """
-    with _picture(path, limits, str(path)) as picture:
+    with _picture(path, ImageLimits(), str(path)) as picture:
         if not isinstance(picture, Image.Image):
             return (picture.shape[0], picture.shape[1]), picture.ndim == 2
         width, height = picture.size
@@ -119,11 +119,12 @@ def read_header(path: Path, limits: ImageLimits = ImageLimits()) -> tuple[tuple[
         return shape, picture.mode in _GREY_MODES or _is_deep(picture)
 
 
-def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits(), name: str = "PIL image") -> NDArray[np.uint8]:
+def pil_rgb(image: Image.Image, limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:
     """A PIL image to H x W x 3 RGB, by the same rules as its file; raises as `read_rgb`."""
-    with _refusals(name, limits):
-        _check_size(image.size, limits, name)
-        return _to_rgb(image, name)
+    label = "PIL image"
+    with _refusals(label, limits):
+        _check_size(image.size, limits, label)
+        return _to_rgb(image, label)
 
 
 def array_rgb(values: NDArray[Any], limits: ImageLimits = ImageLimits()) -> NDArray[np.uint8]:

@@ -1,9 +1,12 @@
-"""Tables that list images, one row each: our own manifest, which every layout can be written as, and other people's.
+"""Lists of images: our own manifest, which every layout can be written as, and those of other tools and benchmarks.
 
 Columns: ``image`` (required), ``split``, ``class_name``, ``label`` (0, 1 or empty), ``defect_type``, ``mask`` (a
 list, or ``;`` between paths), ``group``, ``record`` (position inside a container file). Paths are relative to the
 table's folder, or to the folder given when reading. Headers and labels are read as people write them (``_ALIASES``,
 `names.meaning`).
+
+The lists of VisA, Real-IAD, ADer's ``meta.json``, UniAD and Lookout for Vision are turned into such rows. There, a
+row that names a missing file is skipped and reported; one that points outside the data folder is always an error.
 """
 
 from __future__ import annotations
@@ -11,13 +14,24 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinspect.data.names import BAD, GOOD, MASK, UNSORTED, key, meaning, meaning_of_file, role_of
 from twinspect.data.samples import marks_a_defect
 from twinspect.data.scan import Folder, ScanLog, first_lines, folder_name, inside, relative_to_root
-from twinspect.data.tables import SUFFIXES, Row, is_empty, table_columns, table_rows, text_columns
+from twinspect.data.tables import (
+    SUFFIXES,
+    Row,
+    as_object,
+    is_empty,
+    objects_of,
+    read_json,
+    read_json_lines,
+    table_columns,
+    table_rows,
+)
 from twinspect.errors import DataError
 from twinspect.files import replacing
 from twinspect.types import CALIBRATION, TEST, TRAIN, Sample
@@ -36,7 +50,11 @@ _ALIASES = {
     "group": "group session",
     "record": "record",
 }
-_PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
+PREDICTED = {"score", "model_id"}  # columns of a table that `twinspect predict` has written
+_REAL_IAD_LISTS = "realiad_jsons"
+_REAL_IAD_IMAGES = ("realiad_1024", "realiad_512", "realiad_raw", "realiad_256")
+_LOOKOUT_LABEL = "groundtruth/image-classification"
+_HEAD = 1 << 16  # bytes of a file that say what it is
 _NUMBERS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
@@ -57,24 +75,6 @@ def manifest(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
 def path_column(names: Iterable[str]) -> str:
     """The column that holds the paths of images, in one of the spellings that are read; empty if there is none."""
     return _columns(names).get("image", "")
-
-
-def is_label_table(path: Path) -> bool:
-    """Whether a file is a table of labels, splits, classes or masks; a DataError where only its name says so."""
-    if path.suffix.lower() not in SUFFIXES:
-        return False
-    try:
-        header = text_columns(path)
-        names = _columns(header)
-        if "image" not in names or set(header) >= _PREDICTED:
-            return False
-        if set(names) - {"image", "record", "group"}:
-            return True
-        return bool(_judging_column([row for _, row in table_rows(path)], names))
-    except DataError:
-        if meaning(path.stem).says:
-            raise
-        return False
 
 
 def read_rows(
@@ -198,7 +198,7 @@ def _judging_column(rows: Sequence[Row], names: Mapping[str, str]) -> str:
 def _base(folder: Path, first: Row) -> Path:
     """The folder that paths are relative to: the table's, or one in it, where the first image is."""
     text = str(first.get(path_column(first)) or "").partition("#")[0]
-    if _PREDICTED <= set(first) and os.path.isfile(text):
+    if PREDICTED <= set(first) and os.path.isfile(text):
         return Path(Path(text).anchor or ".")  # predictions name images as they were found from where they were made
     for place in (folder, *(sub.path for sub in Folder(folder).folders)):
         try:
@@ -224,7 +224,7 @@ class _RowReader:
                 f"{path}: columns {', '.join(rows[0])}; a column image (paths) is needed, beside it may stand "
                 f"{', '.join(COLUMNS[1:])}"
             )
-        self._predicted = _PREDICTED <= set(rows[0])
+        self._predicted = PREDICTED <= set(rows[0])
         if self._predicted:  # what a model has said is no label, and its masks are no ground truth
             names = {ours: name for ours, name in names.items() if ours in ("image", "split") or name == "label"}
         self._names = names
@@ -334,3 +334,148 @@ def _mask_names(cell: Any) -> list[str]:
         cell = cell.split(";")
     parts = cell if isinstance(cell, (list, tuple)) else [] if is_empty(cell) else [cell]
     return [str(part).strip() for part in parts if not is_empty(part)]
+
+
+# -------------------------------------------------------------------------------- lists of benchmarks
+
+
+def visa(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """VisA as it is published. A converted tree (``1cls/<class>/train/good``) has the layout ``mvtec-ad``."""
+    return read_rows(path, table_rows(path), log, images or path.parent.parent, partly=True)
+
+
+def find_real_iad(root: Folder) -> list[Path]:
+    """The lists in ``realiad_jsons``, one for each class."""
+    folder = next((sub for sub in root.folders if sub.name.startswith(_REAL_IAD_LISTS)), None)
+    places = [folder, *folder.folders] if folder is not None else []  # unpacked, it often holds a folder of its name
+    lists = ([path for path in place.files if path.suffix.lower() == ".json"] for place in places)
+    return next((paths for paths in lists if paths), [])
+
+
+def real_iad(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """A class of Real-IAD: ``realiad_jsons/<class>.json``, images in ``realiad_{1024,512,raw,256}/<class>`` or
+    beside it.
+
+    Five views of each object share a ``group`` (class and object folder), for scores per object. If images
+    are there in several sizes the first of 1024, 512, raw, 256 is read.
+    """
+    root = images or next(place for place in path.parents if not place.name.startswith(_REAL_IAD_LISTS))
+    sizes = [root / name for name in _REAL_IAD_IMAGES if os.path.isdir(root / name)]
+    for other in sizes[1:]:
+        log.skip(other, f"the same images in another size; {sizes[0].name} is read")
+    pictures = (sizes[0] if sizes else root) / path.stem
+    if not os.path.isdir(pictures):
+        log.skip(path, "list of a class without image folder")
+        return []
+    return read_rows(path, list(_real_iad_rows(path)), log, pictures, partly=True)
+
+
+def _real_iad_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    lists = as_object(read_json(path), str(path))
+    for split in (TRAIN, TEST):
+        for where, entry in objects_of(lists.get(split), f"{path} {split}"):
+            image = str(entry.get("image_path") or "").replace("\\", "/")
+            kind = entry.get("anomaly_class")
+            if not isinstance(kind, str) or not kind.strip():
+                raise DataError(f"{where}: anomaly_class is {kind!r}; OK or a kind of defect is needed")
+            row = {"image": image, "split": split, "label": int(kind != "OK"), "defect_type": kind}
+            row |= {"mask": entry.get("mask_path"), "group": f"{path.stem}/{PurePosixPath(image).parent}"}
+            yield where, row
+
+
+def meta_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """``meta.json`` of the ADer and AnomalyCLIP family: ``{train: {class: [...]}, test: {class: [...]}}``.
+
+    Paths in it are relative to its folder or to ``images``.
+    """
+    return read_rows(path, list(_meta_rows(path, log)), log, images or path.parent, partly=True)
+
+
+def _meta_rows(path: Path, log: ScanLog) -> Iterator[tuple[str, Row]]:
+    for word, classes in as_object(read_json(path), str(path)).items():
+        split = meaning(word).split
+        if not split:
+            log.skip(path, f"part {word!r} is neither train, calibration nor test")
+            continue
+        for name, entries in as_object(classes, f"{path} {word}").items():
+            for where, entry in objects_of(entries, f"{path} {word} {name}"):
+                row = {"image": entry.get("img_path"), "split": split, "class_name": entry.get("cls_name") or name}
+                row |= {"label": entry.get("anomaly"), "mask": entry.get("mask_path")}
+                yield where, {**row, "defect_type": entry.get("specie_name") or "anomaly"}
+
+
+def find_uniad_json(place: Folder) -> list[Path]:
+    """A file of such lines, or ``train.json`` and ``test.json`` (also ``.jsonl``) of a folder with one."""
+    files = [path for path in place.files if path.suffix.lower() in (".json", ".jsonl")]
+    if not place.is_file:
+        files = [path for path in files if path.stem.lower() in (TRAIN, TEST)]
+    lines = any(_contains(path, b'"filename"') for path in files)
+    return sorted(files, key=lambda path: path.stem.lower() != TRAIN) if lines else []
+
+
+def uniad_json(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """UniAD's JSON lines: ``filename, label, label_name, clsname, maskname``, one object a line.
+
+    Paths are relative to ``images``, else to the file's folder, else to a folder inside it where the first file is
+    found. Training images without a label are normal.
+    """
+    split = meaning(path.stem).split or TEST
+    rows = []
+    for where, entry in read_json_lines(path):
+        image = str(entry.get("filename") or "").replace("\\", "/")
+        row = {"image": image, "split": split, "class_name": entry.get("clsname") or image.split("/")[0]}
+        row |= {"label": entry.get("label", None if split == TEST else 0), "mask": entry.get("maskname")}
+        rows.append((where, {**row, "defect_type": PurePosixPath(image).parent.name}))
+    return read_rows(path, rows, log, images, partly=True)
+
+
+def find_lookout(place: Folder) -> list[Path]:
+    """Manifests with ``source-ref``."""
+    endings = (".manifest", ".jsonl", ".json")
+    return [path for path in place.files if path.suffix.lower() in endings and _contains(path, b'"source-ref"')]
+
+
+def lookout(path: Path, log: ScanLog, images: Path | None) -> list[Sample]:
+    """A manifest of Amazon Lookout for Vision: one JSON object a line, with ``source-ref`` and an image label.
+
+    The images must lie on this disk, in ``images`` or beside the manifest: of an address ``s3://bucket/a/b.png`` the
+    longest end that is there, the same for all. A manifest whose name says no split gives good images to training and
+    anomalies to the test.
+    """
+    lines, base = list(read_json_lines(path)), images or path.parent
+    addresses = [_address_parts(str(entry.get("source-ref") or "")) for _, entry in lines]
+    depth = len(addresses[0]) if addresses else 0
+    dropped = next((n for n in range(depth) if os.path.isfile(base.joinpath(*addresses[0][n:]))), depth - 1)
+    if any(name.endswith("-mask-ref") for _, entry in lines for name in entry):
+        log.note(f"{path.name}: masks are not read, as their background is white; image metrics only")
+    rows = []
+    for parts, (where, entry) in zip(addresses, lines, strict=True):
+        label = _lookout_label(entry, where)
+        split = meaning(path.stem).split or (TEST if label else TRAIN)
+        row = {"image": "/".join(parts[dropped:]) or ".", "split": split, "label": label, "defect_type": "anomaly"}
+        rows.append((where, row))
+    return read_rows(path, rows, log, base, partly=True)
+
+
+def _address_parts(address: str) -> list[str]:
+    """The parts of an address without its scheme; none of them leads upwards."""
+    parts = PurePosixPath(address.partition("://")[2] or address).parts
+    return [part for part in parts if part not in ("..", "/")]
+
+
+def _lookout_label(entry: dict[str, Any], where: str) -> int | None:
+    """By the class name, as numbers differ between labelling jobs; None where nobody has judged the image."""
+    for name, value in entry.items():
+        if name.endswith("-metadata") and as_object(value, where).get("type") == _LOOKOUT_LABEL:
+            class_name = str(value.get("class-name", ""))
+            role = meaning(class_name).role
+            if role not in (GOOD, BAD):
+                raise DataError(f"{where}: class-name {class_name!r}; accepted: normal, anomaly")
+            return int(role == BAD)
+    return None
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    with suppress(OSError), path.open("rb") as file:
+        return text in file.read(_HEAD)
+    return False

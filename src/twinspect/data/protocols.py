@@ -30,7 +30,6 @@ CALIBRATION_FRACTION = 0.2
 CALIBRATION_MINIMUM = 20
 TEST_FRACTION = 0.2
 _FEW = 200  # images that are decoded to find copies: some seconds at most
-_PEEK = 1 << 12  # bytes from the middle of a file that tell most files of equal size apart
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Spl
     """
     if is_semantic(samples):
         raise ConfigError(
-            "this set says which class an image shows, and not whether it is good: type --protocol "
-            "one-vs-rest, unified or leave-one-out"
+            "this set says which class an image shows, and not whether it is good: accepted are splits of "
+            "one-vs-rest, unified and leave-one-out, such as one-vs-rest/cat"
         )
     held = hold_out_good(samples, seed)
     parts = {protocol: held}
@@ -125,7 +124,7 @@ def _industrial(samples: Sequence[Sample], protocol: str, seed: int) -> list[Spl
 
 def _semantic(samples: Sequence[Sample], protocol: str, seed: int) -> list[Split]:
     if any(sample.label == 1 for sample in samples):
-        raise ConfigError("this set labels its defects: type --protocol multi-class or single-class")
+        raise ConfigError("this set labels its defects: its splits are those of multi-class or single-class")
     classes = by_class(by_superclass(samples) if protocol == "one-vs-rest-super" else samples)
     for name, members in classes.items():
         if not any(sample.split == TEST for sample in members):
@@ -353,7 +352,7 @@ def count_once(good: Sequence[Sample], defects: Sequence[Sample] = ()) -> tuple[
 def _equal(samples: Iterable[Sample]) -> list[list[Sample]]:
     known = list(samples)
     groups = [[sample for sample in known if sample.in_file]]
-    for key in (_size, _peek, lambda sample: sha256_of(sample.image)):
+    for key in (_size, lambda sample: sha256_of(sample.image)):
         groups = [part for group in groups for part in _alike(group, key)]
     return groups + _alike((sample for sample in known if not sample.in_file), _pixel_hash)
 
@@ -373,12 +372,6 @@ def _size(sample: Sample) -> int:
     if size == 0:
         raise DataError(f"{sample.image}: empty")
     return size
-
-
-def _peek(sample: Sample) -> bytes:
-    with sample.image.open("rb") as stream:
-        stream.seek(sample.image.stat().st_size // 2)
-        return stream.read(_PEEK)
 
 
 def _pixel_hash(sample: Sample) -> str:

@@ -25,8 +25,6 @@ from twinspect.files import near_names
 from twinspect.types import Sample
 
 DEFAULT_LIMITS = ImageLimits()
-_CORNERS = {"circle": 2, "rectangle": 2}  # points that LabelMe writes of such a shape
-_CIRCLE = np.array([(np.cos(turn), np.sin(turn)) for turn in np.linspace(0, 2 * np.pi, 180)])
 _SATURATION_FILE = "defects_config.json"
 _SHAPE = 0.02  # relative difference of a mask's and the images' height to width that is put down to rounding
 
@@ -38,13 +36,13 @@ class DefectRegion(NamedTuple):
     saturation: float  # area in pixels that must be found for full credit
 
 
-def read_sample_rgb(sample: Sample, limits: ImageLimits = DEFAULT_LIMITS, draft_side: int = 0) -> NDArray[np.uint8]:
+def read_sample_rgb(sample: Sample, draft_side: int = 0) -> NDArray[np.uint8]:
     """H x W x 3 RGB of a sample, from its own file (see `read_rgb`) or from a record of a container file."""
     if sample.pixels is not None:
         return sample.pixels
     if sample.record is None:
-        return read_rgb(sample.image, limits, draft_side=draft_side)
-    return read_record(sample.image, sample.record, limits)
+        return read_rgb(sample.image, draft_side=draft_side)
+    return read_record(sample.image, sample.record, DEFAULT_LIMITS)
 
 
 def has_pixel_truth(sample: Sample) -> bool:
@@ -145,7 +143,6 @@ _WORDS = r"(?:masks?|maske|gt|ground[_-]?truth|labels?|seg|segmentation|annotati
 _AFTER = re.compile(rf"^(?P<stem>.+?)[ ._-]{_WORDS}(?:[ ._-]?\d+)?$", re.IGNORECASE)
 _BEFORE = re.compile(rf"^{_WORDS}[ ._-](?P<stem>.+)$", re.IGNORECASE)
 _SURE = re.compile(r"[ ._-](?:masks?|gt|ground[_-]?truth)(?:[ ._-]?\d+)?$", re.IGNORECASE)
-_OF_IMAGE = re.compile(r"^(?:(?:image|img|rgb)[ ._-](?P<a>.+)|(?P<b>.+?)[ ._-](?:image|img|rgb))$", re.IGNORECASE)
 
 
 class Place(NamedTuple):
@@ -200,15 +197,9 @@ def match(groups: Iterable[Sequence[Place]], masks: Sequence[Place], log: ScanLo
 
 def _by_name(places: Sequence[Place]) -> Images:
     images: Images = defaultdict(list)
-    known = [(_telling(folders), path) for path, folders in places]
-    for folders, path in known:
+    for path, folders in places:
         for name in (path.stem, path.name):  # a mask of 000.jpg may be 000.jpg.png
-            images[_plain(name)].append((folders, path))
-    for folders, path in known:
-        if other := _OF_IMAGE.match(path.stem):  # img_000, unless another image is called 000
-            same_name = images[_plain(other["a"] or other["b"])]
-            if all(place != folders for place, _ in same_name):
-                same_name.append((folders, path))
+            images[_plain(name)].append((_telling(folders), path))
     return images
 
 
@@ -282,15 +273,8 @@ def _polygons(path: Path) -> NDArray[np.bool_]:
         for shape in given["shapes"]:
             points = np.array([(float(x), float(y)) for x, y in shape["points"]])
             kind = shape.get("shape_type") or "polygon"
-            if not np.isfinite(points).all() or len(points) != _CORNERS.get(kind, max(len(points), 3)):
-                raise ValueError(f"a {kind} with the points {points.tolist()[:3]}")
-            if kind == "circle":  # its middle, and a point on it
-                points = points[0] + np.hypot(*(points[1] - points[0])) * _CIRCLE
-            elif kind == "rectangle":
-                (left, top), (right, bottom) = np.sort(points, axis=0)
-                points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-            elif kind != "polygon":
-                raise ValueError(f"a {kind}; polygons, rectangles and circles are accepted")
+            if kind != "polygon" or len(points) < 3 or not np.isfinite(points).all():
+                raise ValueError(f"a {kind} with the points {points.tolist()[:3]}; polygons are accepted")
             ImageDraw.Draw(image).polygon([(x, y) for x, y in points.tolist()], fill=1)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(

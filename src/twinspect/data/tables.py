@@ -30,14 +30,10 @@ def read_json(path: Path) -> Any:
 
 
 def table_columns(path: Path, errors: str = "strict") -> list[str]:
-    """Names of a table's columns, of JSON lines those of the first one. Arguments and errors as of `read_table`."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    """Names of a table's columns; none where text has no row. Arguments and errors as of `read_table`."""
+    if path.suffix.lower() == ".parquet":
         return list(parquet_columns(path))
-    if suffix == ".jsonl":
-        return list(next(read_table(path), {}))
-    with _opened(path, errors) as (reader, _):
-        return [name.strip() for name in reader.fieldnames or ()]
+    return list(next(read_table(path, errors=errors), {}))
 
 
 def has_columns(path: Path, names: AbstractSet[str]) -> bool:
@@ -51,14 +47,6 @@ def has_columns(path: Path, names: AbstractSet[str]) -> bool:
 def parts_in(folder: Path) -> list[Path]:
     """Parts of a table that ``twinspect predict --out DIR/`` has written, in their order."""
     return sorted(folder.glob("part-*.parquet"))
-
-
-def text_columns(path: Path) -> list[str]:
-    """As `table_columns`, without those that hold encoded images or other bytes that are no text."""
-    if path.suffix.lower() != ".parquet":
-        return table_columns(path)
-    kinds = parquet_columns(path)
-    return [name for name, kind in kinds.items() if "binary" not in kind or _holds_text(path, name)]
 
 
 def _holds_text(path: Path, column: str) -> bool:
@@ -105,13 +93,14 @@ def table_rows(path: Path) -> list[tuple[str, Row]]:
 
     Images that a Parquet file holds itself become records of it.
     """
+    kinds = parquet_columns(path) if path.suffix.lower() == ".parquet" else {}
+    text = [name for name, kind in kinds.items() if "binary" not in kind or _holds_text(path, name)]
     rows = [
         {name: cell.decode("utf-8", "replace") if isinstance(cell, bytes) else cell for name, cell in row.items()}
-        for row in read_table(path, text_columns(path))
+        for row in read_table(path, text)
     ]
     if not rows:
         raise DataError(f"{path}: holds no row")
-    kinds = parquet_columns(path) if path.suffix.lower() == ".parquet" else {}
     if any("binary" in kinds.get(name, "") for name in IMAGE_COLUMNS):
         rows = [{**row, "image": path.name, "record": number} for number, row in enumerate(rows)]
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -174,20 +163,7 @@ def _csv_rows(path: Path, errors: str) -> Iterator[dict[str, str]]:
     Cells lie between commas, semicolons, tabs or ``|``, as in the header, or as Excel's line ``sep=;`` above it says.
     A DataError where quotes or separators make other rows of it than were meant.
     """
-    with _opened(path, errors) as (reader, separator):
-        line = reader.line_num if reader.fieldnames else 0
-        try:
-            while (row := next(reader, None)) is not None:
-                _refuse_misread(row, separator, f"{path} line {line + 1}")
-                line = reader.line_num
-                yield {(name or "").strip(): value for name, value in row.items() if name is not None}
-        except csv.Error as error:
-            where = f"{path} line {line + 1}"
-            raise DataError(f"{where}: not valid CSV ({error}); a quote is missing, or too many") from None
-
-
-@contextmanager
-def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]]:
+    line = 0
     try:
         with open_text(path, errors, newline="") as file:
             start, first = 0, file.readline()
@@ -198,9 +174,15 @@ def _opened(path: Path, errors: str) -> Iterator[tuple[csv.DictReader[str], str]
             else:
                 separator = max(_SEPARATORS, key=first.count)  # of equals, and of none, the comma
                 file.seek(start)
-            yield csv.DictReader(file, restval="", strict=True, delimiter=separator), separator
+            reader = csv.DictReader(file, restval="", strict=True, delimiter=separator)
+            line = reader.line_num if reader.fieldnames else 0
+            while (row := next(reader, None)) is not None:
+                _refuse_misread(row, separator, f"{path} line {line + 1}")
+                line = reader.line_num
+                yield {(name or "").strip(): value for name, value in row.items() if name is not None}
     except csv.Error as error:
-        raise DataError(f"{path} line 1: not valid CSV ({error}); a quote is missing, or too many") from None
+        where = f"{path} line {line + 1}"
+        raise DataError(f"{where}: not valid CSV ({error}); a quote is missing, or too many") from None
 
 
 def _refuse_misread(row: Mapping[str | None, Any], separator: str, where: str) -> None:

@@ -17,8 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from twinspect.errors import DataError, listed
 from twinspect.metrics import ranking
-from twinspect.metrics.pages import MemoryBudget
-from twinspect.metrics.pixels import PixelSummary, ScoreHistogram, summarise
+from twinspect.metrics.pixels import MemoryBudget, PixelSummary, ScoreHistogram, summarise
 
 MEMORY_LIMIT = 128 << 20  # bytes
 TOLERANCE = 1e-4

@@ -1,7 +1,16 @@
 """Pixel metrics over any number of maps, in constant memory, with a proven bound on their error.
 
-A ``ScoreHistogram`` keeps integer counts per score (see ``pages``), so that updates and merges commute: any order and
-any number of parts end in the same bits. One pass over the bins, from the highest score down, gives every metric.
+A ``ScoreHistogram`` keeps integer counts per score, so that updates and merges commute: any order and any number of
+parts end in the same bits. One pass over the bins, from the highest score down, gives every metric.
+
+**Bins.** A score becomes an order-preserving 32-bit key. Counts live in pages of 256 bins that exist only where
+scores fall, found through a two-step directory (12 + 12 bits). While everything fits, a bin is one float32 value
+and every result is exact. When the pages of all tables of a ``MemoryBudget`` would outgrow its limit, the whole
+budget drops one low bit of the keys. Pages only ever grow with the data, so the resolution reached is the finest at
+which the union of the data fits: it cannot depend on order, on the number of processes, or on how the work was cut.
+A coarse step keeps two bins: "exactly the lower edge" and "above it". Values with few significant bits (0, 1,
+integers, 8-bit fractions of two) are where real ties pile up; they stay exact at any resolution and so add nothing
+to the error bound.
 
 **Regions.** The per-region overlap of Bergmann et al. (MVTec AD, IJCV 2021) is linear in pixels: at any threshold it
 is the mean over regions of (pixels found / region size), a sum in which every pixel of region r weighs
@@ -22,6 +31,7 @@ over a decade the default limit gives about 7 million bins and a bound of about 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +42,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from twinspect.errors import DataError
-from twinspect.metrics.pages import CHUNK_PAGES, FINEST, Bins, MemoryBudget, PagedCounts, keys_of
+
+PAGE_BITS = 8
+PAGE = 1 << PAGE_BITS
+ROW_BITS = 12
+ROW = 1 << ROW_BITS
+CHUNK_KEYS = 1 << 18
+CHUNK_PAGES = 1 << 10
+FINEST, COARSEST = 1, 17  # low bits of a key that are dropped
 
 UNIT = 1 << 36  # leaves room for 2**27 regions, and for regions of 2**27 pixels, in int64
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
@@ -45,8 +62,142 @@ REGION_METRICS: dict[str, tuple[Literal["pro", "spro"], float]] = {
 }
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", *REGION_METRICS)
 
+Bins = NDArray[np.uint32]
+Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+
+# --------------------------------------------------------------------------- counts by score
+
+
+def keys_of(scores: NDArray[np.float32]) -> Bins:
+    """Order-preserving integer image of finite float32 values, flattened; -0.0 and 0.0 share a key."""
+    bits = (scores.ravel() + np.float32(0)).view(np.uint32)
+    sign = (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(0x80000000)
+    return bits ^ sign
+
+
+def bins_of(keys: Bins, drop: int) -> Bins:
+    """Bin numbers at a resolution: floor plus ceiling of key / 2**drop, so an exact edge has its own bin."""
+    if drop == FINEST:
+        return keys
+    step = np.uint32(drop)
+    return (keys >> step) + ((keys + np.uint32((1 << drop) - 1)) >> step)
+
+
+def edges_of(bins: Bins, drop: int) -> Bins:
+    """Lowest key of each bin."""
+    return ((bins >> np.uint32(1)) << np.uint32(drop)) | (bins & np.uint32(1))
+
+
+class MemoryBudget:
+    """Resolution shared by several tables, and the bytes that all their pages and directories may use."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.drop = FINEST
+        self.tables: list[PagedCounts] = []
+
+    @property
+    def used(self) -> int:
+        """Bytes in use: a function of the data alone, not of allocation history."""
+        return sum(table.nbytes for table in self.tables)
+
+    def coarsen(self) -> None:
+        """Drop one more low bit in every table."""
+        self.drop += 1
+        for table in self.tables:
+            table.coarsen(self.drop)
+
+
+class PagedCounts:
+    """One int64 per bin, in pages allocated where data falls."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget = budget
+        budget.tables.append(self)
+        self._empty(budget.drop)
+
+    def _empty(self, drop: int) -> None:
+        self.drop = drop
+        self._pages: Bins = np.zeros(0, np.uint32)
+        self._root = np.zeros(ROW, np.int32)
+        self._leaf = np.zeros(ROW, np.int32)
+        # Page 0 stays empty: the directory's "nothing here" points at it. Flat, so that it can grow in place
+        # (realloc moves memory pages instead of copying, which keeps the peak near the limit).
+        self._values = np.zeros(PAGE, np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages and directory rows."""
+        return len(self._pages) * PAGE * 8 + (len(self._leaf) - ROW) * 4
+
+    def add(self, keys: Bins, counts: Counts | int = 1) -> None:
+        """Add counts (one per key, or one for all) at keys; the budget is coarsened until all pages fit."""
+        for start in range(0, len(keys), CHUNK_KEYS):
+            part = slice(start, start + CHUNK_KEYS)
+            while True:
+                bins = bins_of(keys[part], self.drop)
+                slots = self._slots(bins >> np.uint32(PAGE_BITS))
+                new = np.unique(bins[slots == 0] >> np.uint32(PAGE_BITS))
+                rows = np.unique(new >> np.uint32(ROW_BITS))
+                cost = len(new) * PAGE * 8 + int((self._root[rows] == 0).sum()) * ROW * 4
+                # At the coarsest step (half a megabyte a table) everything fits.
+                if not len(new) or self.drop == COARSEST or self.budget.used + cost <= self.budget.limit:
+                    break
+                self.budget.coarsen()
+            if len(new):
+                self._allocate(new)
+                slots = self._slots(bins >> np.uint32(PAGE_BITS))
+            place = (slots << PAGE_BITS) + (bins & np.uint32(PAGE - 1))
+            np.add.at(self._values, place, counts if isinstance(counts, int) else counts[part])
+
+    def pages(self) -> Bins:
+        """Numbers of the pages in use, ascending."""
+        return np.sort(self._pages)
+
+    def rows(self, pages: Bins) -> Counts:
+        """Counts of the given pages, n x 256; zeros for a page that is not in use."""
+        return self._values.reshape(-1, PAGE)[self._slots(pages)]
+
+    def items(self) -> Iterator[tuple[Bins, Counts]]:
+        """Lowest keys of the bins that are not empty, ascending, and their counts, some at a time."""
+        pages = self.pages()
+        for start in range(0, len(pages), CHUNK_PAGES):
+            part = pages[start : start + CHUNK_PAGES]
+            counts = self.rows(part).ravel()
+            full = np.flatnonzero(counts)
+            bins = (part[full >> PAGE_BITS] << np.uint32(PAGE_BITS)) | (full & (PAGE - 1)).astype(np.uint32)
+            yield edges_of(bins, self.drop), counts[full]
+
+    def coarsen(self, drop: int) -> None:
+        """Count everything again with fewer bits."""
+        before = copy.copy(self)  # holds the old arrays
+        self._empty(drop)
+        for keys, counts in before.items():
+            self.add(keys, counts)
+
+    def _slots(self, pages: Bins) -> NDArray[np.int64]:
+        """Places of pages in the values; 0 for one that is not in use."""
+        row = self._root.take(pages >> np.uint32(ROW_BITS), mode="clip")
+        return self._leaf.take(row + (pages & np.uint32(ROW - 1)), mode="clip").astype(np.int64)
+
+    def _allocate(self, new: Bins) -> None:
+        slots = np.arange(len(self._pages) + 1, len(self._pages) + 1 + len(new))
+        self._pages = np.concatenate((self._pages, new))
+        high = new >> np.uint32(ROW_BITS)
+        rows = np.unique(high)
+        rows = rows[self._root[rows] == 0]
+        self._root[rows] = len(self._leaf) + np.arange(len(rows)) * ROW
+        self._leaf.resize(len(self._leaf) + len(rows) * ROW, refcheck=False)
+        self._leaf[self._root[high] + (new & np.uint32(ROW - 1))] = slots
+        if len(self._values) < (len(self._pages) + 1) * PAGE:
+            # An eighth of slack, so that the number of reallocations stays logarithmic.
+            self._values.resize((len(self._pages) + len(self._pages) // 8 + 17) * PAGE, refcheck=False)
+
+
+# -------------------------------------------------------------------------- counts of pixels
 
 
 class Tables(NamedTuple):
@@ -91,7 +242,6 @@ class ScoreHistogram:
         self.budget = budget
         self.tables = Tables(*(PagedCounts(self.budget) for _ in Tables._fields))
         self.totals = PixelTotals()
-        self.rounded = False
 
     def update(
         self,
@@ -106,7 +256,7 @@ class ScoreHistogram:
         mask. A saturation area above the region's size means the size. Where anything cannot be used, a DataError is
         raised and nothing is counted.
         """
-        values, rounded = _as_map(map_HW, name)
+        values = _as_map(map_HW, name)
         mask = np.zeros(values.shape, bool) if mask_HW is None else _as_mask(mask_HW, values.shape, name)
         places, areas = [], []  # flat positions of every given region that has some, and its saturation area
         for region_HW, area in regions or ():
@@ -117,7 +267,6 @@ class ScoreHistogram:
             if region.any():
                 places.append(np.flatnonzero(region))
                 areas.append(max(1, min(len(places[-1]), int(area))))
-        self.rounded |= rounded
         keys = keys_of(values)
         self.tables.all.add(keys)
         where, number, count = connected_regions(mask)
@@ -137,18 +286,10 @@ class ScoreHistogram:
             for keys, counts in theirs.items():
                 mine.add(keys, counts)
         self.totals = _sum([self.totals, other.totals])
-        self.rounded |= other.rounded
-
-    def compute(self) -> PixelSummary:
-        """Metrics of everything counted so far, with error bounds."""
-        return summarise([self])
 
 
-def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
-    """One score map as float32, and whether rounding may have made different scores equal.
-
-    Rounding never swaps two scores; magnitudes above 3.4e38 become 3.4e38.
-    """
+def _as_map(map_HW: ArrayLike, who: str) -> NDArray[np.float32]:
+    """One score map as float32: scores are compared at that precision; magnitudes above 3.4e38 become 3.4e38."""
     values = np.asarray(map_HW)
     if values.ndim != 2 or not values.size:
         raise DataError(f"score map of {who} has shape {values.shape}; accepted: (height, width), not empty")
@@ -162,8 +303,7 @@ def _as_map(map_HW: ArrayLike, who: str) -> tuple[NDArray[np.float32], bool]:
             f"{values[row, col]} at row {row}, column {col}"
         )
     with np.errstate(over="ignore", under="ignore"):
-        narrow = np.nan_to_num(values.astype(np.float32, copy=False))
-    return narrow, bool((narrow != values).any())
+        return np.nan_to_num(values.astype(np.float32, copy=False))
 
 
 def _as_mask(mask_HW: ArrayLike, shape: tuple[int, ...], who: str) -> Mask:
@@ -222,15 +362,15 @@ class Bin(NamedTuple):
 
 def _descending(histograms: Sequence[ScoreHistogram]) -> Iterator[Bin]:
     """Bins of the sum of several histograms on one budget, from the highest score down."""
-    rounded, coarse = any(h.rounded for h in histograms), histograms[0].budget.drop > FINEST
+    coarse = histograms[0].budget.drop > FINEST
     pages = np.unique(np.concatenate([h.tables.all.pages() for h in histograms]))[::-1]
     for start in range(0, len(pages), CHUNK_PAGES):
         part = pages[start : start + CHUNK_PAGES]
         counts = [sum(h.tables[i].rows(part) for h in histograms)[:, ::-1].ravel() for i in range(4)]  # type: ignore[index]
         full = np.flatnonzero(counts[0])
         everything, positive, pro, spro = (column[full].astype(np.float64) for column in counts)
-        inside = full % 2 == 0  # a page ends with the inner part of a step, and it is read backwards
-        yield Bin(everything - positive, positive, pro, spro, np.full(len(full), rounded) | (coarse & inside))
+        mixed = coarse & (full % 2 == 0)  # a page ends with the inner part of a step, and it is read backwards
+        yield Bin(everything - positive, positive, pro, spro, mixed)
 
 
 @dataclass
