@@ -14,8 +14,7 @@ from tiny import good_folder, picture, run_config, save, train_samples
 
 from twinspect import Detector, Sample
 from twinspect.commands.info import outlier_lines
-from twinspect.decide.conformal import Threshold
-from twinspect.decide.decision import Decision
+from twinspect.decide.decision import Decision, Threshold
 from twinspect.errors import ConfigError
 from twinspect.training.fit import taken_differently
 from twinspect.training.outcome import GoodImages, odd_notes
@@ -75,19 +74,18 @@ def of_scores(score_n: torch.Tensor) -> tuple[list[Sample], GoodImages, Decision
 def test_images_that_score_apart_are_said_to_with_what_to_type() -> None:
     normal = np.random.default_rng(0).exponential(1.0, 40)
     (note,) = odd_notes(*of_scores(torch.tensor([*normal, 30.0, 33.0])))
-    assert note.startswith("a: 2 of 42 images score far above the others")
-    assert "they raise the threshold: 41.png (33.0), 40.png (30.0). Look at them" in note
-    assert "--drop-outliers 2" in note
+    assert note == (
+        "class a: 2 of 42 good images score far above the others (the threshold lies above them): 41.png (33.0), "
+        "40.png (30.0). Leave out what is bad (--drop-outliers 2)"
+    )
     assert odd_notes(*of_scores(torch.tensor(normal))) == []
 
 
 def test_one_image_that_sets_the_threshold_of_a_small_set_is_named() -> None:
     normal = torch.tensor([1.0, 1.2, 1.5, 1.9, 2.0, 2.2, 2.9, 3.1, 3.5])
     samples, good, decision = of_scores(torch.cat([normal, torch.tensor([42.0])]))
-    assert odd_notes(samples, good, decision) == [
-        "the threshold of a is set by 9.png, which scores 12.0 times the next one. Look at it, and leave out what is "
-        "bad (--drop-outliers 1)"
-    ]
+    (note,) = odd_notes(samples, good, decision)
+    assert "1 of 10 good images scores far above the others (the threshold lies above it): 9.png (42.0)" in note
     by_hand = replace(decision, fixed={"a": Threshold(5.0, 0.02, False, "set by hand")})
     (note,) = odd_notes(samples, good, by_hand)
     assert "threshold" not in note
@@ -97,8 +95,8 @@ def test_fit_names_the_broken_one_among_a_dozen(tmp_path: Path) -> None:
     for number in range(12):
         save(tmp_path / f"{number:02d}.png", np.full_like(wedge(0), 90) if number == 5 else wedge(number))
     record = Detector(config=run_config("efficientnet-lite0", True, size=128, steps=0)).fit(tmp_path).record_
-    (note,) = [note for note in record["notes"] if "is set by" in note]
-    assert f"is set by {tmp_path / '05.png'}, which scores" in note
+    (note,) = [note for note in record["notes"] if "the threshold lies above it" in note]
+    assert f"{tmp_path / '05.png'} (" in note
 
 
 def test_more_than_a_third_is_no_outlier(dirty: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinspect.config import SMALLEST, ModelConfig, RunConfig, TrainConfig, of_effort
 from twinspect.console import Console
-from twinspect.decide.conformal import HAND, Threshold
+from twinspect.decide.decision import HAND, Threshold
 from twinspect.errors import ConfigError, DataError, ImageError, TwinspectError, listed
 from twinspect.types import TRAIN, Sample, silent
 

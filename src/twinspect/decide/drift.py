@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from twinspect.decide.conformal import Floats, GoodScores, checked_rate, p_values
+from twinspect.decide.decision import Floats, GoodScores, checked_rate, p_values
 from twinspect.errors import DataError
 
 TAIL = 0.05  # share of ranks that counts as the tail

@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 
 from twinspect.data.images import resize_rgb
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import (
+from twinspect.decide.decision import (
     FEWEST,
     Budget,
+    Decision,
     GoodScores,
     Threshold,
     conformal_threshold,
+    image_id,
     labelled_threshold,
     odd_images,
     refuse_unsupported,
 )
-from twinspect.decide.decision import Decision, image_id
 from twinspect.errors import DataError
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample
 
@@ -161,9 +162,8 @@ def _odd_images(decision: Decision, scored: Scored) -> Iterator[str]:
     for class_name in sorted(set(scored.rows.class_name)):
         good = decision.good.take(decision.good.of_class(class_name))
         known = [names.get(key, "an earlier image") for key in good.key]
-        text, odd = odd_images(class_name, good.score, known, decision.rule(class_name).image.value)
-        if text:
-            yield f"{text}. Look at {'it' if len(odd) == 1 else 'them'}, take out what is bad and calibrate again"
+        if text := odd_images(class_name, good.score, known, decision.rule(class_name).image.value)[0]:
+            yield f"{text}. Take out what is bad and calibrate again"
 
 
 def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:

@@ -65,37 +65,26 @@ class Group:
         """What this process prepares of a list that all processes of its machine will need."""
         return list(items[self.local_rank :: self.local_world])
 
+    def gathered(self, value: T) -> list[T]:
+        """What every process gives, by rank; each waits for all."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            with self._reaching_others():
+                dist.all_gather_object(values, value)
+        return values
+
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Means over the processes: of equal slices, those of the whole batch."""
-        if self.world == 1:
-            return dict(values)
-        row = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        with self._reaching_others():
-            dist.all_reduce(row)
-        return dict(zip(values, (row / self.world).tolist(), strict=True))
+        rows = self.gathered(values)
+        return {name: sum(row[name] for row in rows) / self.world for name in values}
 
     def share(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0, on every process."""
-        if self.world == 1:
-            return make()
-        held: list[Any] = [make() if self.leads else None]
-        with self._reaching_others():
-            dist.broadcast_object_list(held, src=0)
-        return cast(T, held[0])
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world > 1:
-            with self._reaching_others():
-                dist.barrier()
+        return cast(T, self.gathered(make() if self.leads else None)[0])
 
     def refuse_difference(self, digest_here: str, count: int) -> None:
         """Compare a digest of each process's images and settings; where one differs from rank 0, all stop."""
-        if self.world == 1:
-            return
-        answers: list[Any] = [None] * self.world
-        with self._reaching_others():
-            dist.all_gather_object(answers, (digest_here, count))
+        answers = self.gathered((digest_here, count))
         first, images = answers[0]
         if other := [f"{rank} ({number} images)" for rank, (digest, number) in enumerate(answers) if digest != first]:
             raise TrainingError(

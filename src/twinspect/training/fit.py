@@ -209,7 +209,7 @@ def _fitted(
     root = cache_folder(model, len(samples), config.train.cache_gb)
     if group.local_world > 1:  # each process prepares its share of what all then read
         FeatureSource(model, group.share_of_work(samples), root, progress)
-        group.barrier()
+        group.gathered(None)
     source = FeatureSource(model, samples, root, progress)
     apart = set(held_out)
     held = {i for i, sample in enumerate(source.samples) if sample in apart}

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from twinspect.bundle import model_id
 from twinspect.data.samples import read_sample_rgb
-from twinspect.decide.conformal import GoodScores, odd_images
-from twinspect.decide.decision import ROI_SIDE, Decision, image_id
+from twinspect.decide.decision import ROI_SIDE, Decision, GoodScores, image_id, odd_images
 from twinspect.device import granted_threads
 from twinspect.errors import DataError
 from twinspect.inference.decode import speaker
@@ -130,19 +129,15 @@ def by_score(samples: Sequence[Sample], good: GoodImages) -> list[int]:
 
 def odd_notes(samples: Sequence[Sample], good: GoodImages, decision: Decision) -> list[str]:
     """A sentence for every class with images that score as anomalies would, and what to do about them."""
-    order, texts, odd = by_score(samples, good), dict[str, list[int]](), set[int]()
+    order, notes, odd = by_score(samples, good), list[str](), set[int]()
     for name in sorted({samples[i].class_name for i in order}):
         places = [i for i in order if samples[i].class_name == name]
         score_N, names = good.score_n.double().numpy()[places], [samples[i].name for i in places]
         text, positions = odd_images(name, score_N, names, decision.rule(name).image.value)
-        if text:
-            texts[text] = [places[k] for k in positions]
-            odd.update(texts[text])
-    notes = []
-    for text, places in texts.items():
-        rank = 1 + max(map(order.index, places))
-        drop = f" (--drop-outliers {rank})" if odd.issuperset(order[:rank]) else ""
-        notes.append(f"{text}. Look at {'it' if len(places) == 1 else 'them'}, and leave out what is bad{drop}")
+        odd.update(places[k] for k in positions)
+        notes += [f"{text}. Leave out what is bad"] if text else []
+    if odd and odd == set(order[: len(odd)]):  # what the option leaves out
+        notes[-1] += f" (--drop-outliers {len(odd)})"
     return notes
 
 
