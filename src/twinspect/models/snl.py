@@ -56,22 +56,21 @@ class Cram(nn.Module):
 
     so that with g = identity y = x and the module does nothing. What makes it a bottleneck is g: a 1 x 1
     convolution, normalised, and a ReLU that lets only part of a residual pass. The paper speaks of residuals only;
-    that the centres are added back is our reading, and without it y = g(sum_k a_k r_k).
+    that the centres are added back is our reading.
     """
 
-    def __init__(self, width: int, centres: int, add_back: bool = True) -> None:
+    def __init__(self, width: int, centres: int) -> None:
         super().__init__()
-        self.add_back = add_back
         self.centres_KD = nn.Parameter(torch.randn(centres, width) * width**-0.5)
         self.assign = nn.Conv2d(width, centres, 1)
         self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        """What of the residuals passes, with the centres or alone."""
+        """The mixture of centres, and what of the residuals passes."""
         weight_BKhw = self.assign(x_BDhw).softmax(1)
         central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
         passed: Tensor = self.mix(x_BDhw - central)
-        return central + passed if self.add_back else passed
+        return central + passed
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, seed: int) -> None:
@@ -274,7 +273,7 @@ class StructuralStudent(nn.Module):
         width = config.width or (info.channels[0] if vit else 0)
         inside = width if vit else bottleneck_width(stages.channels, width)
         at_bottleneck = structure.cram and structure.cram_place == "bottleneck" and structure.direction == "reverse"
-        cram = Cram(inside, structure.cram, structure.cram_add_back) if at_bottleneck else None
+        cram = Cram(inside, structure.cram) if at_bottleneck else None
         net: nn.Module
         if structure.direction == "forward":
             net = ForwardEncoder(info, stages, size)
@@ -369,20 +368,16 @@ class StructuralModel(AnomalyModel):
         return {"loss": torch.stack(weighed).sum(), **parts}
 
     def _term(self, name: str, i: int, teacher_BDhw: Tensor, student_BDhw: Tensor) -> Tensor:
-        structure = self.structure
         match name:
             case "flat":
                 return losses.flat_cosine_distance(teacher_BDhw, student_BDhw).mean()
             case "spatial":
                 return losses.spatial_loss(teacher_BDhw, student_BDhw)
             case "channel":
-                # A softmax needs a scale: temperature 1 is one spread of the channel on normal images.
-                teacher_BDhw, student_BDhw = (self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw))
-                return losses.channel_loss(
-                    teacher_BDhw, student_BDhw, structure.temperature, structure.channel_reading
-                )
+                # A softmax needs a scale: the spread of the channel on normal images.
+                return losses.channel_loss(*(self.stages.in_spreads(x, i) for x in (teacher_BDhw, student_BDhw)))
             case "intra":
-                return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, structure.affinity_side)
+                return losses.intra_affinity_loss(teacher_BDhw, student_BDhw, self.structure.affinity_side)
             case "inter":
                 return losses.inter_affinity_loss(teacher_BDhw, student_BDhw, gather=gather_batch)
         raise ValueError(f"unknown term {name!r}")
