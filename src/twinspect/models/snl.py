@@ -68,9 +68,8 @@ class Cram(nn.Module):
     def forward(self, x_BDhw: Tensor) -> Tensor:
         """The mixture of centres, and what of the residuals passes."""
         weight_BKhw = self.assign(x_BDhw).softmax(1)
-        central = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
-        passed: Tensor = self.mix(x_BDhw - central)
-        return central + passed
+        central: Tensor = (self.centres_KD.T @ weight_BKhw.flatten(2)).reshape(x_BDhw.shape)
+        return central + cast(Tensor, self.mix(x_BDhw - central))
 
     @torch.no_grad()
     def initialise(self, rows_ND: Tensor, seed: int) -> None:

@@ -50,9 +50,7 @@ _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --ti
 _MEASURED = 32  # images whose sides are read off, for tiles and for the input side
 
 _HEADERS = 200  # images of a class whose headers are read, to see whether they are taken alike
-_DECODED = 4  # of those that can hold colours, where others cannot
-_COLOURLESS = 16  # difference of red, green and blue that JPEG leaves of a grey image
-_OTHER_SHAPE, _OTHER_SIZE = 1.2, 2.0  # factors of width to height, and of the longer side, from which on it is said
+_OTHER_SIDE = 1.5  # factor of width or height from which on it is said that they are not
 
 
 def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
@@ -67,42 +65,27 @@ def usual_sides(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def taken_differently(samples: Sequence[Sample]) -> list[str]:
-    """A sentence for every class whose pictures are of several shapes or sizes, or grey and in colour."""
+    """A sentence for every class whose files differ in width or height, or are grey and in colour."""
     notes = []
     for name, members in sorted(by_class(sample for sample in samples if sample.in_file).items()):
-        looked_at, shapes, grey = list[Sample](), list[tuple[int, int]](), list[bool]()
+        shapes, grey = list[tuple[int, int]](), list[bool]()
         for sample in members[:: math.ceil(len(members) / _HEADERS)]:
             with suppress(DataError, OSError):  # reported when all images are read
                 shape, without_colours = read_header(sample.image)
-                looked_at.append(sample)
                 shapes.append(shape)
                 grey.append(without_colours)
-        parts = []
-        coloured = [sample for sample, without in zip(looked_at, grey, strict=True) if not without]
-        if 0 < len(coloured) < len(grey) and not all(map(_is_grey, coloured[:: -(-len(coloured) // _DECODED)])):
-            parts.append(f"{sum(grey)} of {len(grey)} images looked at are grey, the others in colour")
-        for word, factor, values in (
-            ("shapes", _OTHER_SHAPE, [width / height for height, width in shapes]),
-            ("sizes", _OTHER_SIZE, [float(max(shape)) for shape in shapes]),
-        ):
-            if values and max(values) >= factor * min(values):
-                low, high = (values.index(value) for value in (min(values), max(values)))
-                ends = [f"{shapes[i][1]} x {shapes[i][0]} ({looked_at[i].image.name})" for i in (low, high)]
-                parts.append(f"its images have different {word}, from {ends[0]} to {ends[1]}")
-                break
-        if parts:
+        differs = ""
+        if any(max(sides) >= _OTHER_SIDE * min(sides) for sides in zip(*shapes, strict=True)):
+            low, high = (f"{width} x {height}" for height, width in (min(shapes), max(shapes)))
+            differs = f"its images have different sizes, such as {low} and {high}"
+        elif 0 < sum(grey) < len(grey):
+            differs = f"{sum(grey)} of {len(grey)} images are grey, the others in colour"
+        if differs:
             notes.append(
-                f"class {name}: {'; '.join(parts)}. Differences between good images hide defects: take them alike, "
-                "or give each kind a class of its own"
+                f"class {name}: {differs}. Differences between good images hide defects: take them alike, or give "
+                "each kind a class of its own"
             )
     return notes
-
-
-def _is_grey(sample: Sample) -> bool:
-    """Whether a picture shows no colours, whatever its file can hold."""
-    with suppress(DataError, OSError):
-        return int(np.ptp(read_sample_rgb(sample, draft_side=1), axis=2).max()) <= _COLOURLESS
-    return True
 
 
 def sized(config: ModelConfig, teacher: Teacher, sides: tuple[int, int]) -> ModelConfig:
