@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,62 +20,32 @@ def top_mean(map_Bhw: Tensor, share: float) -> Tensor:
     return flat.topk(count, dim=1).values.mean(1)
 
 
-def gaussian_kernel(sigma: float, radius: int = 0) -> Tensor:
-    """One-dimensional Gaussian, normalised, cut at ``radius`` positions from its middle; 0 takes three sigma."""
-    radius = radius or max(1, int(3 * sigma + 0.5))
-    x = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-(x**2) / (2 * sigma**2))
-    return kernel / kernel.sum()
-
-
-def smooth(map_B1hw: Tensor, kernel: Tensor, rim: str = "replicate") -> Tensor:
-    """Separable Gaussian by its kernel of one axis.
-
-    ``rim`` is what stands outside the map. ``replicate``: its edge values, so that nothing fades at the rim;
-    ``zeros``; ``mirror``: the map again, edge values included.
-    """
-    radius = kernel.numel() // 2
-    if rim == "mirror":  # edge values included, which no mode of F.pad does
-        for axis in (2, 3):
-            low = map_B1hw.narrow(axis, 0, radius).flip(axis)
-            high = map_B1hw.narrow(axis, map_B1hw.shape[axis] - radius, radius).flip(axis)
-            map_B1hw = torch.cat([low, map_B1hw, high], axis)
-    else:
-        map_B1hw = F.pad(map_B1hw, (radius,) * 4, mode="constant" if rim == "zeros" else rim)
-    return F.conv2d(F.conv2d(map_B1hw, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-
-
-class PublishedMap(NamedTuple):
-    """How a public code turns distances of layer groups into a map and a score."""
-
-    mean: bool  # whether the groups are averaged; they are summed otherwise
-    side: int  # of the map; 0 leaves it at the input's
-    radius: int  # of the Gaussian of sigma 4, in pixels
-    rim: str  # see `smooth`
-    share: float  # of the map's highest values, whose mean is the score; 0 takes the highest
-
-
-# Dinomaly's blur is a kernel of 5 x 5, of which sigma 4 makes nearly a box. RD4AD's is scipy's, cut at four sigma.
-PUBLISHED_MAPS = {
-    "dinomaly": PublishedMap(True, 256, 2, "zeros", 0.01),
-    "rd4ad": PublishedMap(False, 0, 16, "mirror", 0.0),
-}
-
-
 def published_map(distances: Sequence[Tensor], size: int, name: str) -> tuple[Tensor, Tensor]:
-    """Map (B x 1 x S x S) and image score (B) as a public code, a key of `PUBLISHED_MAPS`, makes them.
+    """Map (B x 1 x S x S) and image score (B) as the public code of ``dinomaly`` or ``rd4ad`` makes them.
 
     ``distances`` are 1 - cos of every layer group at every position, B x h x w each; ``size`` is the input's side.
     """
-    how = PUBLISHED_MAPS[name]
     raised = torch.stack(
         [F.interpolate(d[:, None], size=(size, size), mode="bilinear", align_corners=True) for d in distances]
     )
-    joined = raised.mean(0) if how.mean else raised.sum(0)
-    if how.side:
-        joined = F.interpolate(joined, size=(how.side, how.side), mode="bilinear", align_corners=False)
-    map_B1SS = smooth(joined, gaussian_kernel(4.0, how.radius).to(joined), how.rim)
-    return map_B1SS, top_mean(map_B1SS, how.share)
+    if name == "rd4ad":  # scipy's blur, which is cut at four sigma
+        map_B1SS = smooth(raised.sum(0), 16, mirrored=True)
+        return map_B1SS, top_mean(map_B1SS, 0.0)
+    joined = F.interpolate(raised.mean(0), size=(256, 256), mode="bilinear", align_corners=False)
+    map_B1SS = smooth(joined, 2, mirrored=False)  # 5 x 5, of which sigma 4 makes nearly a box
+    return map_B1SS, top_mean(map_B1SS, 0.01)
+
+
+def smooth(map_B1hw: Tensor, radius: int, mirrored: bool) -> Tensor:
+    """Gaussian of sigma 4, cut at ``radius`` positions; outside stand zeros, or the map again, edges included."""
+    weight = torch.exp(-(torch.arange(-radius, radius + 1, dtype=torch.float32) ** 2) / 32.0)
+    kernel = (weight / weight.sum()).to(map_B1hw)
+    for axis in (2, 3) if mirrored else ():  # edges included, which no mode of F.pad does
+        low = map_B1hw.narrow(axis, 0, radius).flip(axis)
+        high = map_B1hw.narrow(axis, map_B1hw.shape[axis] - radius, radius).flip(axis)
+        map_B1hw = torch.cat([low, map_B1hw, high], axis)
+    map_B1hw = map_B1hw if mirrored else F.pad(map_B1hw, (radius,) * 4)
+    return F.conv2d(F.conv2d(map_B1hw, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
 
 
 def upsample(map_Bhw: Tensor, side: int) -> Tensor:

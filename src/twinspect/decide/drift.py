@@ -214,7 +214,8 @@ class DriftMonitor:
         with self._lock:  # the rest looks at thousands of scores, and results go on coming in
             test, images, recent = copy.copy(self.test), self.images, list(self._recent)
         light = "red" if test.alarm_at else "green" if images else "grey"
-        kind, message, moved = NONE, f"no drift in {images} images.", ()
+        kind, moved = NONE, tuple[str, ...]()
+        message = f"no drift in {images} images."
         if test.alarm_at:
             kind, message, moved = self._change(test, [row[1:] for row in recent if row[0] >= test.since])
         message += f" If nothing changed, the chance of any alarm, ever, is at most {100 * test.level:g} %."
