@@ -46,11 +46,10 @@ from twinspect.metrics import auroc
 from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.report import Report, Section, Table
 from twinspect.training.derived import add_copies
-from twinspect.training.fit import choose_images
+from twinspect.training.fit import choose_images, fit_scales, take_over
 from twinspect.training.loop import TrainReport, train
-from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.normal import fit_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key, observe, pack, space_of, unpack
-from twinspect.training.update import take_over
 from twinspect.types import Sample
 
 TERMS = "spatial,channel,intra,inter"

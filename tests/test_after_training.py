@@ -15,7 +15,8 @@ from tiny import RANDOM, RANDOM_CNN, run_config, save
 from twinspect.models.contract import AnomalyModel, build_model
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
-from twinspect.training.normal import fit_scales, fit_statistics
+from twinspect.training.fit import fit_scales
+from twinspect.training.normal import fit_statistics
 from twinspect.training.outcome import outcome_of
 from twinspect.training.source import FeatureSource
 from twinspect.types import TRAIN, Sample, silent

@@ -153,7 +153,7 @@ def test_training_images_are_left_out(trained: Path, old: Path, fresh: Path, tmp
 def test_one_class_only_keeps_the_others(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.twin"
     said = run("calibrate", trained, good_folder(tmp_path / "g", 25), *FEW, "--class", "weave", "--out", out)
-    assert "calibrated weave; earlier calibration images are kept for ring" in said
+    assert "calibrated weave; the images of ring stay as they are" in said
     after = decision_of(out)
     assert sum(n == "weave" for n in after.good.class_name) == 25
     assert set(after.budgets) == {"weave"}

@@ -17,7 +17,8 @@ from twinspect.commands.info import outlier_lines
 from twinspect.decide.decision import Decision, Threshold
 from twinspect.errors import ConfigError
 from twinspect.training.fit import taken_differently
-from twinspect.training.outcome import GoodImages, odd_notes
+from twinspect.training.normal import GoodImages
+from twinspect.training.outcome import odd_notes
 from twinspect.types import TRAIN
 
 BROKEN = (4, 17, 26)

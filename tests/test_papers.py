@@ -18,8 +18,8 @@ from scipy.ndimage import gaussian_filter
 from tiny import RANDOM, RANDOM_CNN, picture, run_config, train_samples
 
 from twinspect import Detector
+from twinspect.models.layers import published_map
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import published_map
 
 GOLDEN = Path(__file__).parent / "golden"
 

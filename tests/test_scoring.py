@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from twinspect.scoring import smooth, surprise, top_mean, upsample
+from twinspect.models.layers import smooth, surprise, top_mean, upsample
 
 
 def test_top_mean_is_the_mean_of_the_largest() -> None:

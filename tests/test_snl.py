@@ -16,9 +16,9 @@ from twinspect.errors import ConfigError
 from twinspect.losses import flat_cosine_distance
 from twinspect.models import snl
 from twinspect.models.contract import Selection, build_model, fit_size
-from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel, bottleneck_width, reverse_widths
+from twinspect.models.layers import surprise
+from twinspect.models.snl import STAGES, ConvReverse, Cram, Stages, StructuralModel
 from twinspect.models.teachers import create_teacher
-from twinspect.scoring import surprise
 from twinspect.training.fit import choose_images
 from twinspect.training.loop import _batches
 
@@ -120,10 +120,9 @@ def test_a_reverse_student_sees_only_the_teacher_and_a_forward_one_only_pixels()
 
 
 def test_width_dial_and_bottleneck() -> None:
-    assert reverse_widths((24, 40, 112), 0) == [64, 64, 112]
-    assert reverse_widths((24, 40, 112), 16) == [16, 32, 64]
-    assert bottleneck_width((24, 40, 112), 16) == 128
-    student = ConvReverse(**CNN_64, width=8, depth=1, rectified=False, at_bottleneck=None)
+    wide = ConvReverse((24, 40, 112), (16, 8, 4), width=0, depth=1, rectified=False, centres=0)
+    assert [rise[0].body[-2].out_channels for rise in wide.rise] == [112, 64, 64]
+    student = ConvReverse(**CNN_64, width=8, depth=1, rectified=False, centres=0)
     shapes = []
     student.at_bottleneck.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
     stages = [torch.randn(2, c, s, s) for c, s in zip(CNN_64["channels"], CNN_64["sides"], strict=True)]

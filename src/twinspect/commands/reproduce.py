@@ -101,7 +101,7 @@ STUDENTS = {"score_local": "local student alone", "score_semantic": "semantic st
 # Values of an evaluation of which several splits are put together: dicts by class, and lists of sentences.
 BY_CLASS = ("classes", "defects", "defects_auspro_005", "defect_decisions")
 LISTS = ("undefined", "failed", "masks_not_used")
-MODEL_CODE = ("models", "training", "losses.py", "scoring.py")
+MODEL_CODE = ("models", "training", "losses.py")
 SplitResult = dict[str, Any]
 
 

@@ -193,10 +193,8 @@ def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> 
         notes.append(f"{len(new)} good images added to {len(old)}")
         return old.join(new)
     before, now = Counter(old.class_name), Counter(new.class_name)
-    if others := [f"{name} ({count})" for name, count in sorted(before.items()) if name not in now]:
-        notes.append(
-            f"calibrated {', '.join(sorted(now))}; earlier calibration images are kept for {', '.join(others)}"
-        )
+    if others := sorted(before.keys() - now.keys()):
+        notes.append(f"calibrated {', '.join(sorted(now))}; the images of {', '.join(others)} stay as they are")
     for name, count in sorted(now.items()):
         if count < before[name]:
             notes.append(f"{name}: {count} in the place of {before[name]} earlier ones; --add would keep both")

@@ -35,10 +35,9 @@ from twinspect import losses
 from twinspect.config import ModelConfig, TrainConfig
 from twinspect.models.clusters import k_means
 from twinspect.models.contract import AnomalyModel, Batches, Observed, Plain, Selection
-from twinspect.models.layers import AllSum, DecoderBlock, to_map, to_tokens
+from twinspect.models.layers import AllSum, DecoderBlock, published_map, to_map, to_tokens, upsample
 from twinspect.models.scorer import Scorer
 from twinspect.models.teachers import Backbone, BackboneInfo, Teacher
-from twinspect.scoring import published_map, upsample
 
 STAGES = 3  # RD4AD's three; a ViT's layers are averaged in as many parts
 RD_BETAS = (0.5, 0.999)  # RD4AD's Adam
@@ -175,20 +174,21 @@ class ConvReverse(nn.Module):
         width: int,  # of the finest stage, doubled at every coarser one; 0 takes each stage's own, at least 64
         depth: int,  # blocks of the embedding and of every stage of the decoder; 0: RD4AD's if rectified, else 3
         rectified: bool,  # whether the teacher's stages end in a ReLU, which the decoder's last one then gives
-        at_bottleneck: nn.Module | None,  # made for the bottleneck's width; sits between bottleneck and decoder
+        centres: int,  # of a CRAM between bottleneck and decoder; 0: none
     ) -> None:
         super().__init__()
         self.sides = tuple(sides)
-        widths = reverse_widths(channels, width)
+        widths = [width * 2**i for i in range(len(channels))] if width else [max(64, c) for c in channels]
         depths = RD4AD_DEPTHS[-len(widths) :] if rectified and not depth else (depth or 3,) * len(widths)
-        embedded = bottleneck_width(channels, width)
+        embedded = 2 * widths[-1]
+        at_bottleneck = Cram(embedded, centres) if centres else nn.Identity()
         self.fuse = nn.ModuleList(_downwards([channels[i], *widths[i + 1 :]], sides[i:]) for i in range(len(widths)))
         fused = sum(widths[-1] for _ in channels[:-1]) + channels[-1]
         self.embed = nn.Sequential(
             WideBottleneck(fused, embedded, stride=2),
             *(WideBottleneck(embedded, embedded) for _ in range(depths[-1] - 1)),
         )
-        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.at_bottleneck = at_bottleneck
         self.rise, self.heads = nn.ModuleList(), nn.ModuleList()
         above, here = embedded, -(-sides[-1] // 2)
         for w, c, side, blocks in zip(*(reversed(x) for x in (widths, channels, sides, depths)), strict=True):
@@ -210,13 +210,11 @@ class ConvReverse(nn.Module):
 class TokenReverse(nn.Module):
     """The same for stages on one grid (ViT): an MLP bottleneck and transformer blocks, deep stages first."""
 
-    def __init__(
-        self, channels: Sequence[int], width: int, depth: int, heads: int, at_bottleneck: nn.Module | None
-    ) -> None:
+    def __init__(self, channels: Sequence[int], width: int, depth: int, heads: int, centres: int) -> None:
         super().__init__()
-        count = len(channels)
+        count, at_bottleneck = len(channels), Cram(width, centres) if centres else nn.Identity()
         self.embed = nn.Sequential(nn.Linear(sum(channels), width), nn.GELU(), nn.Linear(width, width))
-        self.at_bottleneck = at_bottleneck or nn.Identity()
+        self.at_bottleneck = at_bottleneck
         self.rise = nn.ModuleList(
             nn.Sequential(*(DecoderBlock(width, heads) for _ in range(max(1, depth // count)))) for _ in channels
         )
@@ -231,16 +229,6 @@ class TokenReverse(nn.Module):
             x_BND = rise(x_BND)
             predictions.append(to_map(head(x_BND)))
         return predictions[::-1]
-
-
-def reverse_widths(channels: Sequence[int], width: int) -> list[int]:
-    """Width of the decoder at every stage, fine to coarse."""
-    return [width * 2**i for i in range(len(channels))] if width else [max(64, c) for c in channels]
-
-
-def bottleneck_width(channels: Sequence[int], width: int) -> int:
-    """Channels of the bottleneck: twice those of the coarsest stage, on half its grid."""
-    return 2 * reverse_widths(channels, width)[-1]
 
 
 def _downwards(widths: Sequence[int], sides: Sequence[int]) -> nn.Module:
@@ -270,16 +258,14 @@ class StructuralStudent(nn.Module):
         super().__init__()
         structure, vit = config.structure(), info.kind == "vit"
         width = config.width or (info.channels[0] if vit else 0)
-        inside = width if vit else bottleneck_width(stages.channels, width)
-        at_bottleneck = structure.cram and structure.cram_place == "bottleneck" and structure.direction == "reverse"
-        cram = Cram(inside, structure.cram) if at_bottleneck else None
+        inside = structure.cram if structure.cram_place == "bottleneck" else 0
         net: nn.Module
         if structure.direction == "forward":
             net = ForwardEncoder(info, stages, size)
         elif vit:
-            net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), cram)
+            net = TokenReverse(stages.channels, width, config.depth or 6, max(1, width // 64), inside)
         else:
-            net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, cram)
+            net = ConvReverse(stages.channels, stages.map_sides, width, config.depth, info.rectified, inside)
         self.local = nn.ModuleDict({"net": net})
         if structure.cram and structure.cram_place == "stages":
             self.local["crams"] = nn.ModuleList(Cram(c, structure.cram) for c in stages.channels)
@@ -408,6 +394,4 @@ class StructuralModel(AnomalyModel):
             cram.initialise(torch.cat(parts), seed)
 
 
-def build(teacher: Teacher, config: ModelConfig, size: int) -> StructuralModel:
-    """The untrained model of a configuration at an input side that suits the teacher."""
-    return StructuralModel(teacher, config, size)
+build = StructuralModel  # of a configuration at an input side that suits the teacher: see `config.FAMILIES`

@@ -3,6 +3,10 @@
 Copies of a picture vouch for it, so cross-fitting would flatter a class of a few images and their copies. Of such a
 class every image is left out together with its copies, one after another, and scored by what is learnt from the rest
 (`fit_few`). These scores calibrate the class. One image alone cannot be left out; its copies' highest score decides.
+
+Going on with ``fit --resume-from`` keeps the students' weights and the teacher's channel statistics. Everything else
+(clusters, covariances, thresholds) is learnt anew from the images at hand, so the old ones must be among them. What
+was trained on stays training, what was held out stays held out.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from twinspect.config import MOST_TILES, OF_MACHINE, ModelConfig, RunConfig, til
 from twinspect.data.images import read_header, read_sized_rgb
 from twinspect.data.protocols import carve_calibration, count_once
 from twinspect.data.samples import fit_roi, read_sample_rgb
-from twinspect.decide.decision import mixed_up
+from twinspect.decide.decision import Decision, image_id, mixed_up
 from twinspect.device import in_fp32, keep_freed_memory, peak_mb
 from twinspect.errors import ConfigError, DataError, TrainingError, listed
 from twinspect.files import refuse_unwritable
@@ -37,11 +41,10 @@ from twinspect.models.teachers import Teacher, create_teacher
 from twinspect.training.derived import Copy, add_copies, add_tolerated, by_class, few_classes, in_tiles
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
-from twinspect.training.normal import fit_scales, fit_statistics
-from twinspect.training.outcome import LISTED, GoodImages, outcome_of
+from twinspect.training.normal import GoodImages, fit_statistics
+from twinspect.training.outcome import LISTED, outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
-from twinspect.training.update import keep_sides, refuse_forgetting, take_over
-from twinspect.types import CALIBRATION, TRAIN, Progress, Sample, silent
+from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample, silent
 
 FEWEST = 8  # images below which students learn nothing, and scoring plain has nothing else
 _SMALL_IMAGE = 160  # pixels a side up to which images are shown smaller than the teacher's default
@@ -50,6 +53,8 @@ _FINE = 3.0  # pixels of a picture that a pixel of the model may cover, for --ti
 _MEASURED = 32  # images whose sides are read off, for tiles and for the input side
 
 _HEADERS = 200  # images of a class whose headers are read, to see whether they are taken alike
+_INIT_IMAGES = 256  # images that channel statistics are taken from; more change the third digit
+_START_IMAGES = 64  # images that a student is started from
 _OTHER_SIDE = 1.5  # factor of width or height from which on it is said that they are not
 
 
@@ -336,6 +341,27 @@ def _fingerprint(config: RunConfig, teacher_hash: str, keys: Sequence[bytes]) ->
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def fit_scales(model: AnomalyModel, source: FeatureSource, indices: Sequence[int], seed: int) -> None:
+    """Before training: channel statistics of the teacher's maps and tokens, then the student's own start."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [indices[i] for i in order[:_INIT_IMAGES]]
+    channels = model.selection.channels
+    sums = [torch.zeros(2, c, dtype=torch.float64, device=model.device) for c in channels]
+    counts, tokens = [0] * len(channels), []
+    for observed, _ in source.batches(chosen):
+        tokens.append(observed.tokens[0])
+        for i, map_BDhw in enumerate(observed.maps):
+            wide = map_BDhw.double()
+            sums[i] += torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))])
+            counts[i] += wide[:, 0].numel()
+    for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
+        mean, square = total / count
+        model.selection.fit(i, mean.float(), (square - mean.square()).clamp_min(0.0).sqrt().float())
+    model.standardised.fit(torch.cat(tokens))
+    model.initialise(lambda: source.batches(chosen[:_START_IMAGES]), seed)
+
+
 # ------------------------------------------------------------------------------------------ classes of a few images
 
 
@@ -405,3 +431,37 @@ def _left_out(
         model.scorer.asks_students = True
         gone += away
     return gone, outs
+
+
+# ------------------------------------------------------------------------------------------------ fit --resume-from
+
+
+def refuse_forgetting(decision: Decision, samples: Sequence[Sample], forget: bool) -> None:
+    """A `DataError` where the data hold no good image of an old class, unless ``forget``."""
+    present = {s.class_name for s in samples if s.split != TEST and s.label in (0, None)}
+    missing = [name for name in decision.classes if name not in present]
+    if missing and not forget:
+        raise DataError(
+            f"the data hold no good image of {', '.join(missing)}, which the bundle knows (classes found: "
+            f"{', '.join(sorted(present)) or 'none'}). Give one folder with all classes, old and new, or type "
+            "--forget to drop them"
+        )
+
+
+def keep_sides(keys: Sequence[bytes], held: set[int], decision: Decision) -> set[int]:
+    """Positions to hold out of images with these keys, every known image on the side where it was."""
+    trained = decision.trained - decision.held
+    names = [image_id(key) for key in keys]
+    return {i for i, name in enumerate(names) if name in decision.held or (i in held and name not in trained)}
+
+
+def take_over(model: AnomalyModel, before: AnomalyModel) -> None:
+    """Give a new model the students and channel statistics of a trained one; a `DataError` if shapes differ."""
+    try:
+        for part in ("student", "selection", "standardised"):
+            getattr(model, part).load_state_dict(getattr(before, part).state_dict())
+    except RuntimeError:
+        raise DataError(
+            "the bundle's students have another shape than the settings ask for; going on keeps teacher, size, "
+            "width and depth, so leave those options out"
+        ) from None
