@@ -112,23 +112,17 @@ class Noise(nn.Module):
         return noise(x, self.p) if self.training and _of_256(self.p) else x
 
 
-def noise(x: Tensor, p: float) -> Tensor:
-    """What `Noise` does in training. Like torch's own functions it can be replaced by a `TorchFunctionMode`."""
+def noise(x: Tensor, p: float, rank: int = 0, world: int = 1) -> Tensor:
+    """Values with 0 by chance, the rest grown; of several slices of a batch each is that of the whole batch's noise.
+
+    Like torch's own functions it can be replaced by a `TorchFunctionMode`.
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(noise, (x,), x, p)
-    return silenced(x, noise_mask(x.shape, p, x.device), p)
-
-
-def noise_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
-    """Which values become 0; drawn in the order of the axes."""
-    count = math.prod(shape)
-    drawn = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (drawn.view(torch.uint8)[:count] < _of_256(p)).view(*shape)
-
-
-def silenced(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The values with 0 at the mask, the rest grown."""
-    return torch.where(mask, 0.0, x).mul_(256.0 / (256 - _of_256(p)))
+    count, first = world * x.numel(), rank * len(x)
+    drawn = torch.empty(-(-count // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    mask = (drawn.view(torch.uint8)[:count] < _of_256(p)).view(world * len(x), *x.shape[1:])
+    return torch.where(mask[first : first + len(x)], 0.0, x).mul_(256.0 / (256 - _of_256(p)))
 
 
 def _of_256(p: float) -> int:

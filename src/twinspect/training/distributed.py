@@ -29,7 +29,7 @@ from twinspect.device import choose_device
 from twinspect.errors import ConfigError, TrainingError
 from twinspect.losses import easy_limit
 from twinspect.models.contract import AnomalyModel
-from twinspect.models.layers import AllSum, noise, noise_mask, silenced
+from twinspect.models.layers import AllSum, noise
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # for a process that decodes a large set; one that died is noticed at once
@@ -80,7 +80,11 @@ class Group:
 
     def share(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0, on every process."""
-        return cast(T, self.gathered(make() if self.leads else None)[0])
+        values: list[Any] = [make() if self.leads else None]
+        if self.world > 1:  # not gathered: a checkpoint's state would be sent as often as there are processes
+            with self._reaching_others():
+                dist.broadcast_object_list(values, src=0)
+        return cast(T, values[0])
 
     def refuse_difference(self, digest_here: str, count: int) -> None:
         """Compare a digest of each process's images and settings; where one differs from rank 0, all stop."""
@@ -187,10 +191,7 @@ class OneBatch(TorchFunctionMode):
         return self._ours.get(function, function)(*arguments, **(named or {}))
 
     def _noise(self, x: Tensor, p: float) -> Tensor:
-        # The mask of the whole batch is drawn, as one process draws it: all have the same seed at every step.
-        each, first = x.shape[0], self.group.rank * x.shape[0]
-        mask = noise_mask((self.group.world * each, *x.shape[1:]), p, x.device)
-        return silenced(x, mask[first : first + each], p)
+        return noise(x, p, self.group.rank, self.group.world)  # drawn as one process draws it: the seed is the same
 
     def _easy_limit(self, distance_BN: Tensor, share: float) -> Tensor:
         parts = [torch.empty_like(distance_BN) for _ in range(self.group.world)]

@@ -42,7 +42,7 @@ from twinspect.training.derived import Copy, add_copies, add_tolerated, by_class
 from twinspect.training.distributed import Group, joined
 from twinspect.training.loop import LOG, train
 from twinspect.training.normal import GoodImages, fit_statistics
-from twinspect.training.outcome import LISTED, outcome_of
+from twinspect.training.outcome import outcome_of
 from twinspect.training.source import FeatureSource, cache_folder
 from twinspect.types import CALIBRATION, TEST, TRAIN, Progress, Sample, silent
 
@@ -170,8 +170,7 @@ def _outliers(
     if 3 * count > good:
         raise ConfigError(f"--drop-outliers {count}: at most a third of the {good} good images can be left out")
     quick = RunConfig(replace(config.model, scoring="default"), replace(config.train, steps=0))
-    fitted = _fitted(samples, quick, None, progress, None, group, roi, count)
-    return list(fitted.record["least_like"][:count])
+    return list(_fitted(samples, quick, None, progress, None, group, roi).record["least_like"][:count])
 
 
 def _fitted(
@@ -182,7 +181,6 @@ def _fitted(
     resume: Fitted | None,
     group: Group,
     roi: NDArray[np.bool_] | None,
-    listed: int = LISTED,
 ) -> Fitted:
     """A run from images to a calibrated model."""
     training, held_out, few, notes = _images(samples, config)
@@ -232,7 +230,7 @@ def _fitted(
         ) from error
     if not good.score_n.isfinite().all():
         raise TrainingError("the trained model gives scores that are not finite; train again with a lower --lr")
-    decision, record, memory = outcome_of(model, source.samples, held, good, config.train.thumbnails, listed)
+    decision, record, memory = outcome_of(model, source.samples, held, good, config.train)
     record["images"]["skipped"] = len(skipped)
     on_gpu = group.device.type == "cuda"
     gpu = {"gpu_peak_mb": torch.cuda.max_memory_reserved(group.device) / 1e6} if on_gpu else {}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from twinspect.bundle import Fitted, model_id
+from twinspect.config import TrainConfig
 from twinspect.data.protocols import count_once
 from twinspect.data.samples import read_sample_rgb
 from twinspect.decide.decision import ROI_SIDE, Decision, image_id, mixed_up, odd_images
@@ -37,7 +38,7 @@ from twinspect.training.normal import GoodImages, add_statistics
 from twinspect.training.source import FeatureSource, cache_folder, image_key
 from twinspect.types import TEST, Progress, Sample
 
-LISTED = 10  # images that are least like the others, kept in the record
+LISTED = 10  # images that are least like the others, at least, in the record
 MOST = 4096  # images; of more nothing is kept: they change little when some join them, and would take 25 MB and more
 MAP_TOP = 16.0  # end of the colour scale over the usual highest value of a good image; see `colourise`
 _NAMED = 20  # images of an update that the record names
@@ -100,14 +101,12 @@ def outcome_of(
     samples: Sequence[Sample],
     held: Collection[int],
     good: GoodImages,
-    thumbnails: int = 0,
-    listed: int = LISTED,
+    config: TrainConfig,
 ) -> tuple[Decision, dict[str, Any], bytes]:
     """Thresholds and what else answers need, the record of model and images, and what images can be added to.
 
     The last is empty where that is not possible. ``held`` are places of the samples that the students were not
-    trained on, ``good`` is what `fit_statistics` returns of all. ``thumbnails`` is the longest side of the pictures
-    to keep (0: none), ``listed`` how many images that are least like the others are in the record.
+    trained on, ``good`` is what `fit_statistics` returns of all.
     """
     classes = classes_of_clusters(good.cluster_n.numpy(), good.class_name, model.scorer.clusters.count)
     tiles = next((sample.tiles for sample in samples if isinstance(sample, Tile)), (1, 1))
@@ -118,7 +117,7 @@ def outcome_of(
     plain, nearest = model.scorer.plain, model.scorer.nearest
     scores = good.scores(classes)
     bank = [picture_of(samples[i]) for i in nearest.kept] if nearest is not None else []
-    side = thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
+    side = config.thumbnails if tiles == (1, 1) else 0  # there would be one for every tile
     roi = None
     if model.roi_SS is not None:  # on the grid that pictures are drawn from
         at = ((np.arange(ROI_SIDE) + 0.5) * model.size / ROI_SIDE).astype(int)
@@ -147,7 +146,7 @@ def outcome_of(
                 "path": pictures[i].name, "class_name": pictures[i].class_name,
                 "score": round(float(good.score_n[i]), 3),
             }
-            for i in by_score(pictures, good)[:listed]
+            for i in by_score(pictures, good)[: max(LISTED, config.drop_outliers)]
         ],
         "notes": odd_notes(pictures, good, decision),
     }  # fmt: skip
