@@ -125,7 +125,7 @@ def recalibrate(
     notes: list[str] = []
     good, fixed = decision.good, dict(decision.fixed)
     if scored is not None:
-        good = _with_new(good, _usable(decision, scored, add, notes), add, notes)
+        good = _with_new(decision, scored, add, notes)
     if len(good) < FEWEST:
         raise DataError(
             f"{len(good)} good images to calibrate with; at least {FEWEST} are needed, and a rate of 1 % takes 99"
@@ -166,29 +166,25 @@ def _odd_images(decision: Decision, scored: Scored) -> Iterator[str]:
             yield f"{text}. Take out what is bad and calibrate again"
 
 
-def _usable(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
-    """The new images without those the model learnt from, copies, and those that are there already."""
+def _with_new(decision: Decision, scored: Scored, add: bool, notes: list[str]) -> GoodScores:
+    """The new images beside those of other classes, or beside all that are there.
+
+    Images that the model learnt from, copies, and those that are there already are left out.
+    """
     learnt, copy = "the model was trained on them, so they score too well", "they are copies of others given"
-    there = "they are among the calibration images already"
-    present = set(decision.good.key) - {""} if add else set()
-    seen, reasons = set[str](), Counter[str]()
-    at: list[int] = []
+    there, old = "they are among the calibration images already", decision.good
+    again = dict.fromkeys(set(old.key) - {""} if add else (), there)
+    reasons, at = Counter[str](), list[int]()
     for place, key in enumerate(scored.rows.key):
-        reason = learnt if key in decision.trained else copy if key in seen else there if key in present else ""
-        seen.add(key)
+        reason = learnt if key in decision.trained else again.get(key, "")
+        again.setdefault(key, copy)
         reasons[reason] += 1
         at += [] if reason else [place]
+    new = scored.rows.take(np.array(at, np.intp))
     total = len(scored.rows)
     notes += [f"{reasons[why]} of {total} images left out: {why}" for why in (learnt, copy, there) if reasons[why]]
-    if not total:
-        raise DataError("no image to calibrate with: none was given, or none can be read")
     if not at:
-        raise DataError(f"none of the {total} images can be used: {'; '.join(notes)}")
-    return scored.rows.take(np.array(at))
-
-
-def _with_new(old: GoodScores, new: GoodScores, add: bool, notes: list[str]) -> GoodScores:
-    """The new images beside those of other classes, or beside all that are there."""
+        raise DataError(f"no image to calibrate with: {'; '.join(notes) or 'none was given, or none can be read'}")
     if add:
         notes.append(f"{len(new)} good images added to {len(old)}")
         return old.join(new)

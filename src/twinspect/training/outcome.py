@@ -188,8 +188,8 @@ def update(fitted: Fitted, samples: Sequence[Sample], class_name: str | None, pr
     """
     if not fitted.memory:
         raise BundleError(
-            "this model keeps nothing that images can be added to (scoring plain, tiles, more than 4,096 good "
-            "images, or written before version 0.3); train it again with all images: twinspect fit DATA"
+            "this model keeps nothing that images can be added to (scoring plain, tiles, or more than 4,096 good "
+            "images); train it again with all images: twinspect fit DATA"
         )
     before, notes = GoodImages.from_bytes(fitted.memory), list[str]()
     fresh = _named(fitted, samples, class_name, notes)
