@@ -1,8 +1,9 @@
 """Where a call of a model's graph spends its time, and how much longer it takes than its bare teacher.
 
-    PYTHONPATH=src python benchmarks/graph_parts.py model.onnx --batch 1,16
+    PYTHONPATH=src python benchmarks/graph_parts.py model.twin --onnx --batch 1,16
 
-Torch is timed part by part, ONNX Runtime by its own profile; OpenVINO does not say. The bare teacher is cut out of
+Torch is timed part by part. ONNX Runtime is timed by its own profile of an export, whose nodes are named after the
+part of the model that they come from; OpenVINO does not say. The bare teacher is cut out of
 the same model: raw pixels in, the maps and the embedding that the students need out. Both are timed in turns, a few
 calls each, as a machine's speed drifts.
 """
@@ -21,30 +22,63 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twinspect.inference.predictor import OnnxRuntime, TorchRuntime, load_predictor
+from twinspect.bundle import load
+from twinspect.export import to_onnx, write
+from twinspect.inference.predictor import OnnxRuntime, TorchRuntime
 
 Clock = Callable[[], float]
 Pixels = NDArray[np.uint8]
 Call = Callable[[], object]
-PARTS = ("teacher", "local", "semantic", "scorer")  # how the names of nodes begin: see `twinspect.export`
+PARTS = ("teacher", "local", "semantic", "scorer")  # how the names of nodes begin
+SCOPES = {  # of the modules that an exported node comes from
+    "model.teacher": "teacher",
+    "model.student.local": "local",
+    "model.student.semantic": "semantic",
+    "model.scorer": "scorer",
+}
 _PROFILED = 10  # calls in a profile
 _TURNS, _CALLS = 5, 4  # of the graph and the bare teacher, and calls in a turn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="bundle (.twin) or .onnx")
+    parser.add_argument("model", type=Path, help="bundle (.twin)")
+    parser.add_argument("--onnx", action="store_true", help="of an export, on ONNX Runtime")
     parser.add_argument("--batch", default="1,16", help="images per call, separated by commas")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
-    runtime = load_predictor(given.model, threads=given.threads).runtime
-    assert isinstance(runtime, (TorchRuntime, OnnxRuntime)), "accepted: a bundle (.twin) or an .onnx file"
-    for batch in (int(one) for one in given.batch.split(",")):
+    fitted = load(given.model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = named_export(fitted.model, Path(folder) / "m.onnx") if given.onnx else given.model
+        size, threads = fitted.model.size, given.threads
+        runtime = OnnxRuntime(path, size, threads) if given.onnx else TorchRuntime(fitted.model, threads=threads)
+        _measure(runtime, path, threads, [int(one) for one in given.batch.split(",")])
+
+
+def _measure(runtime: TorchRuntime | OnnxRuntime, path: Path, threads: int, batches: list[int]) -> None:
+    for batch in batches:
         pixels = np.zeros((batch, runtime.size, runtime.size, 3), np.uint8)
-        parts = graph_parts(runtime, given.model, given.threads, pixels)
-        times = ratio(runtime, given.model, given.threads, pixels)
+        parts = graph_parts(runtime, path, threads, pixels)
+        times = ratio(runtime, path, threads, pixels)
         shares = ", ".join(f"{name} {value:.0%}" for name, value in parts.items())
         print(f"batch {len(pixels)}: {shares}; {times:.2f} times the bare teacher")
+
+
+def named_export(model: Any, path: Path) -> Path:
+    """An ``.onnx`` file whose nodes, and what they make, are named after the part of the model."""
+    proto = to_onnx(model)
+    fixed = {value.name for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)}
+    renamed: dict[str, str] = {}
+    for node in proto.graph.node:
+        scopes = next((note.value for note in node.metadata_props if note.key == "pkg.torch.onnx.name_scopes"), "")
+        part = next((part for scope, part in SCOPES.items() if f"'{scope}" in scopes), "pixels")
+        node.name = f"{part}/{node.name}"
+        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    write(proto, path)
+    return path
 
 
 def graph_parts(runtime: TorchRuntime | OnnxRuntime, path: Path, threads: int, pixels: Pixels) -> dict[str, float]:

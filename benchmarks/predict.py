@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 from twinspect.inference.bulk import run
 from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.job import Job
-from twinspect.inference.parts import Part
+from twinspect.inference.outputs import Part
 from twinspect.inference.predictor import load_predictor
 
 Values = dict[str, Any]

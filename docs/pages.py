@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from mkdocs.structure.files import File
 
 from twinspect.config import ModelConfig, TrainConfig
-from twinspect.server.schema import reference, table
 
 ROOT = Path(__file__).parents[1]
 # Defaults of the options that are settings of a run: not given is None there.
@@ -109,7 +108,51 @@ def http_page() -> Iterator[str]:
     from twinspect.server.settings import Settings
 
     yield "# HTTP API\n"
-    yield "Made from the server's own description. A running server gives that at `/openapi.json`, and this text at "
+    yield "Made from the server's own description. A running server gives that at `/openapi.json`, and shows it at "
     yield "`/docs`. "
     yield "[The server](../deploy.md) says how to start one and how it behaves.\n"
     yield from reference(build_app(Settings(), {}).openapi())
+
+
+def reference(described: Mapping[str, Any]) -> Iterator[str]:
+    """Routes and records of an OpenAPI description as lines of Markdown."""
+    for path, methods in described["paths"].items():
+        for method, route in methods.items():
+            yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
+            rows = []
+            for parameter in route.get("parameters", ()):
+                kind, meaning = _kind(parameter["schema"]), parameter.get("description", "")
+                rows.append((f"`{parameter['name']}`", parameter["in"], kind, meaning))
+            yield from table(("parameter", "in", "type", "meaning"), rows)
+            content = route["responses"]["200"].get("content", {})
+            bodies = (f"{kind} {_kind(body.get('schema', {'type': ''}))}".strip() for kind, body in content.items())
+            others = [status for status in route["responses"] if status != "200"]
+            errors = f"; with status {', '.join(others)}: ErrorAnswer" if others else ""
+            yield f"Answer: {', '.join(bodies)}{errors}.\n"
+    yield "## Records\n"
+    for name, schema in described.get("components", {}).get("schemas", {}).items():
+        yield f"### {name}\n\n{schema.get('description', '')}\n"
+        fields = schema.get("properties", {}).items()
+        cells = [(f"`{field}`", _kind(value), value.get("description", "")) for field, value in fields]
+        yield from table(("field", "type", "meaning"), cells)
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if words := schema.get("enum", [schema["const"]] if "const" in schema else None):
+        return " or ".join(f"`{word}`" if word else "empty" for word in words)
+    if "anyOf" in schema:
+        return " or ".join(_kind(choice) for choice in schema["anyOf"])
+    if schema.get("type") == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """A table in Markdown; nothing where it has no rows."""
+    if not rows:
+        return
+    for cells in (head, ["---"] * len(head), *rows):
+        yield "| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    yield ""

@@ -1,5 +1,6 @@
 """What is learnt from good images after training: each is scored by statistics that did not see it."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_statistics import shrunk, slow_token
 from tiny import RANDOM, RANDOM_CNN, run_config, save
 
 from twinspect.config import TrainConfig
-from twinspect.models.contract import AnomalyModel, build_model
+from twinspect.models.contract import AnomalyModel, Observed, build_model
 from twinspect.models.scorer import TOP_SHARE
 from twinspect.models.statistics import NEIGHBOURS, PLACE_PRIOR, SPREAD_PRIOR
 from twinspect.training.fit import fit_scales
@@ -80,6 +81,23 @@ def test_images_held_out_have_the_scores_of_prediction(options: dict[str, Any], 
 
 
 # ----------------------------------------------------------------------------------------------- default
+
+
+def test_covariances_of_many_images_are_of_both_halves_and_of_all_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("twinspect.training.normal._HALF_IMAGES", 3)
+    model, source = source_of({"teacher": RANDOM_CNN}, tmp_path, True)
+    passes, batches = [], source.batches
+
+    def recorded(indices: Sequence[int]) -> Iterator[tuple[Observed, torch.Tensor]]:
+        passes.append(sorted(indices))
+        yield from batches(indices)
+
+    monkeypatch.setattr(source, "batches", recorded)
+    fit_statistics(model, source, list(range(24)), [], 0, silent, students=False)
+    first = [0, 1, 4, 5, 8, 9]  # of twelve images of a class: three of each half, from the first to the last names
+    assert passes[1] == [*first, *(12 + i for i in first)]
 
 
 class Slow:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from twinspect.cli import app
 from twinspect.commands.bench import parse_batches
 from twinspect.errors import ConfigError
-from twinspect.inference.predictor import load_predictor
+from twinspect.inference.predictor import OnnxRuntime, TorchRuntime
 
 
 @pytest.fixture
@@ -63,25 +63,29 @@ def test_batches_that_are_none(text: str) -> None:
         parse_batches(text)
 
 
-def test_parts_of_the_graph(onnx_file: Path, quick, benchmark_module, tmp_path: Path) -> None:
-    parts_of = benchmark_module("graph_parts").graph_parts
-    bundle = quick.save(tmp_path / "m.twin")
-    for path, batch in ((bundle, 2), (onnx_file, 1), (onnx_file, 4)):
-        runtime = load_predictor(path).runtime
-        found = parts_of(runtime, path, 0, np.zeros((batch, runtime.size, runtime.size, 3), np.uint8))
+@pytest.fixture
+def named_file(quick, benchmark_module, tmp_path: Path) -> Path:
+    return benchmark_module("graph_parts").named_export(quick.fitted.model, tmp_path / "named.onnx")
+
+
+def test_parts_of_the_graph(named_file: Path, quick, benchmark_module) -> None:
+    parts_of, model = benchmark_module("graph_parts").graph_parts, quick.fitted.model
+    onnx_runtime = OnnxRuntime(named_file, model.size)
+    for runtime, batch in ((TorchRuntime(model), 2), (onnx_runtime, 1), (onnx_runtime, 4)):
+        found = parts_of(runtime, named_file, 0, np.zeros((batch, runtime.size, runtime.size, 3), np.uint8))
         assert set(found) <= {"teacher", "local", "semantic", "scorer", "other"}
         assert sum(found.values()) == pytest.approx(1)
         assert max(found.values()) < 1
 
 
-def test_the_teacher_is_cut_out_of_the_same_graph(onnx_file: Path, quick, benchmark_module) -> None:
+def test_the_teacher_is_cut_out_of_the_same_graph(named_file: Path, quick, benchmark_module) -> None:
     """What is timed as the bare teacher reads raw pixels and says what the teacher says."""
     import onnx
     import onnxruntime as ort
     import torch
 
     benchmark = benchmark_module("graph_parts")
-    proto = benchmark.bare_teacher(onnx.load(str(onnx_file)))
+    proto = benchmark.bare_teacher(onnx.load(str(named_file)))
     assert not [node.name for node in proto.graph.node if node.name.startswith(("scorer/", "local/", "semantic/"))]
     model = quick.fitted.model
     pixels = np.stack([picture(i, model.size, model.size) for i in range(2)])
@@ -93,8 +97,7 @@ def test_the_teacher_is_cut_out_of_the_same_graph(onnx_file: Path, quick, benchm
     assert any(one.size >= deepest.size and _holds(np.sort(one.ravel()), deepest) for one in found)
     with pytest.raises(AssertionError, match="nothing is read"):
         benchmark.bare_teacher(proto)
-    runtime = load_predictor(onnx_file).runtime
-    assert benchmark.ratio(runtime, onnx_file, 1, pixels) > 0
+    assert benchmark.ratio(OnnxRuntime(named_file, model.size), named_file, 1, pixels) > 0
 
 
 def _holds(sorted_values: np.ndarray, wanted: np.ndarray) -> bool:

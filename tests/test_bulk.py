@@ -26,7 +26,7 @@ from twinspect.commands.calibrate import read_predictions
 from twinspect.errors import ConfigError, DataError, OutputError, TwinspectError
 from twinspect.inference.bulk import Totals, _count, check_outputs, run, say_totals, store_of, units
 from twinspect.inference.job import Job
-from twinspect.inference.parts import Part, PartStore
+from twinspect.inference.outputs import Part, PartStore
 from twinspect.inference.sources import walk_all
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny import images_to_test, picture, run_config, same_tensors, train_samples
 
 from twinspect import Detector
-from twinspect.bundle import FORMAT, load, read_bundle, refuse_unwritable, write_bundle
+from twinspect.bundle import FORMAT, read_bundle, refuse_unwritable, write_bundle
 from twinspect.errors import BundleError, OutputError
 
 
@@ -88,13 +88,6 @@ def test_saving_before_fit_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TwinspectError, match=r"not trained yet; call fit\(data\)"):
         Detector().save(tmp_path / "m.twin")
-
-
-def test_a_bundle_without_its_teacher_is_refused(bundle: Path, tmp_path: Path) -> None:
-    """Older versions could leave it out (``fit --thin``)."""
-    thin = rewritten(bundle, tmp_path / "thin.twin", bundle__json=meta_of(bundle, thin=True))
-    with pytest.raises(BundleError, match=r"saved without its teacher .* Train it again: twinspect fit DATA --out"):
-        load(thin)
 
 
 # -------------------------------------------------------------------------------------- files gone wrong

@@ -343,7 +343,6 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
     assert "--batch -1: accepted 0 to 4,096" in failed("predict", bundle, image, "--batch", -1)
     assert "nothing found at" in failed("predict", bundle, tmp_path / "none.png")
     assert re.search(rf"Did you mean .*{image.name}'", failed("predict", bundle, image.with_name("02.png")))
-    assert "give - for JSON lines" in failed("predict", bundle, image, "--out", "-.csv")
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in failed("predict", bundle, image, "--out", tmp_path / "file" / "t.csv")
     assert str(tmp_path / "file") in failed("predict", bundle, image, "--maps", tmp_path / "file")
@@ -358,7 +357,8 @@ def test_predict_refusals(bundle: Path, parts: Path, tmp_path: Path) -> None:
         (["predict", "M", "D", "--part-rows", 10**9], "--part-rows 1000000000: accepted 0 to"),
         (["bench", "M", "--seconds", "nan"], "--seconds nan: accepted 0.001 to 86,400"),
         (["bench", "M", "--threads", 10**9], "--threads 1000000000: accepted 0 to 1,024"),
-        (["bench", "M", "--batch", f"1,{10**9}"], "--batch 1000000000: accepted 0 to 4,096"),
+        (["serve", "M", "--threads", 10**9], "--threads 1000000000: accepted 0 to 1,024"),
+        (["bench", "M", "--batch", f"1,{10**9}"], "--batch 1,1000000000: accepted numbers from 1 to 4,096"),
         (["diagnose", "M", "D", "--seed", -5], "--seed -5: accepted 0 to"),
         (["diagnose", "M", "D", "--count", 10**9], "--count 1000000000: accepted 1 to 10,000"),
         (["reproduce", "mvtec-ad-multi", "--root", "D", "--seed", -5], "--seed -5: accepted 0 to"),

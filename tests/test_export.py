@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,23 +152,24 @@ def test_full_disk_leaves_nothing(quick, images, traced, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
-def test_a_missing_runtime_says_what_to_type(
-    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(("ending", "name"), [(".onnx", "onnxruntime"), (".xml", "openvino"), (".twin", "torch")])
+def test_a_missing_runtime_says_what_to_type(monkeypatch: pytest.MonkeyPatch, ending: str, name: str) -> None:
+    from twinspect.inference.predictor import RUNTIMES
+
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(TwinspectError, match=rf"m{ending} needs {name}, .*pip install '{name}'"):
+        RUNTIMES[ending](Path(f"m{ending}"), 64) if ending in RUNTIMES else load(f"m{ending}")
+
+
+def test_an_export_without_its_packages_says_what_to_type(
+    quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinspect.inference import predictor
-
-    def absent(module: str) -> None:
-        raise ImportError(f"No module named {module}")
-
-    monkeypatch.setattr(predictor.importlib, "import_module", absent)
-    with pytest.raises(TwinspectError, match=f"pip install {name}"):
-        predictor.required(name, onnx_file)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(TwinspectError, match=r"m.xml needs onnxscript.*pip install 'twinspect\[openvino\]'"):
+        export(quick.fitted, tmp_path / "m.xml")
 
 
-def test_threads_and_devices_that_no_machine_has(onnx_file: Path) -> None:
-    with pytest.raises(ConfigError, match="--threads -1"):
-        load(onnx_file, threads=-1)
+def test_devices_that_no_machine_has(onnx_file: Path) -> None:
     with pytest.raises(ConfigError, match="--device tpu: accepted auto, cpu, cuda or cuda:1"):
         load(onnx_file, device="tpu")
     assert load(onnx_file, device="cuda").decision.model_id  # on the CPU where its runtime has no GPU

@@ -54,7 +54,7 @@ def local(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -
     return table(out)
 
 
-def test_same_rows_although_an_actor_is_killed(
+def test_same_rows_although_a_task_is_killed(
     model: Path, images: Path, local: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """A local run breaks off, Ray goes on with it, and loses a process that holds a model on the way."""
@@ -65,7 +65,7 @@ def test_same_rows_although_an_actor_is_killed(
     def kill() -> None:
         while not over.is_set() and not killed:
             done = len(list(stored.glob("part-*")))
-            for pid in actors()[:1] if done > 2 else ():
+            for pid in tasks()[:1] if done > 2 else ():
                 os.kill(pid, signal.SIGKILL)
                 killed.append((pid, done))
             time.sleep(0.005)
@@ -82,20 +82,20 @@ def test_same_rows_although_an_actor_is_killed(
     assert table(tmp_path / "t.parquet") == local
 
 
-def actors() -> list[int]:
-    """Processes of actors that score, by the title Ray gives them."""
+def tasks() -> list[int]:
+    """Processes of tasks that score, by the title Ray gives them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             title = path.read_text()
         except OSError:
             continue
-        if title.startswith("ray::") and "_Actor" in title:
+        if title.startswith("ray::") and "_score_share" in title:
             found.append(int(path.parent.name))
     return found
 
 
-def test_errors_of_actors_are_sentences(model: Path, images: Path, tmp_path: Path) -> None:
+def test_errors_of_tasks_are_sentences(model: Path, images: Path, tmp_path: Path) -> None:
     one = job(model, tmp_path / "t.csv", images, class_name="nosuch", engine="ray", actors=1)
     with pytest.raises(TwinspectError, match=r"the run on Ray stopped \(.*nosuch.*same command"):
         run(one, Silent())

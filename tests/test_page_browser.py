@@ -293,3 +293,24 @@ def test_a_key_is_asked_for_once(browser) -> None:
         page.locator("#bundle option", has_text="bright").wait_for(state="attached")
         assert page.locator("#ask").is_hidden()
         context.close()
+
+
+def test_the_page_of_the_api_lists_the_operations(page, server: Running) -> None:
+    """With the answers of the real description, and nothing of it from elsewhere (see `page`)."""
+    page.goto(f"http://127.0.0.1:{server.port}/docs")
+    page.locator("#operations-default-predict_v1_predict_post").wait_for()
+    assert page.locator(".opblock").count() >= 10
+    page.locator("#operations-default-predict_v1_predict_post").click()
+    assert "Score one or several images." in page.inner_text("#api")
+
+
+def test_the_page_of_the_api_sends_the_key_that_was_given(browser, log: InspectionLog) -> None:
+    with Running({"bright": predictor()}, log, api_key=KEY) as server:
+        own = f"http://127.0.0.1:{server.port}/"
+        found = browser.new_context().new_page()
+        found.goto(f"{own}docs")
+        found.locator("text=no key or a wrong one").wait_for()
+        found.evaluate("key => sessionStorage.setItem('key', key)", KEY)
+        found.reload()
+        found.locator(".opblock").first.wait_for()
+        found.context.close()

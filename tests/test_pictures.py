@@ -19,7 +19,7 @@ from tiny import images_to_test, picture, save
 from twinspect import Detector
 from twinspect.errors import DataError
 from twinspect.inference.bulk import run
-from twinspect.inference.pictures import submission_place
+from twinspect.inference.outputs import submission_place
 from twinspect.inference.regions import components, find_regions, outlines
 
 

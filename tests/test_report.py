@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from twinspect.errors import TwinspectError
-from twinspect.inference.parts import encode
+from twinspect.inference.outputs import encode
 from twinspect.inference.result import Result
 from twinspect.report import Axis, Case, Cases, Histogram, Report, RocCurve, Section, Table, case_of
 

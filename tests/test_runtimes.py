@@ -51,14 +51,12 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_light_command(onnx_file: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from twinspect.inference.command import main
+    from twinspect.inference.job import main
 
     out = tmp_path / "rows.csv"
     images = [str(p) for p in images_to_test(parts, None)[:3]]
     assert main(["predict", str(onnx_file), *images, "--out", str(out)]) == 0
     assert len(out.read_text().splitlines()) == 4
-    assert main(["info", str(onnx_file)]) == 0
-    assert "channels last" in capsys.readouterr().out
     assert main(["predict", str(tmp_path / "none.onnx"), *images]) == 2
     assert "no such model" in capsys.readouterr().err
 
@@ -179,7 +177,7 @@ def test_light_install_in_an_empty_environment(onnx_file: Path, parts: Path, tmp
                 shutil.copy(str(file.locate()), site / file)
     size = _megabytes(site)
     assert 50 < size < 150, size
-    run = [python, "-B", "-m", "twinspect.inference.command", "predict", onnx_file, images_to_test(parts, 1)[0]]
+    run = [python, "-B", "-m", "twinspect.inference.job", "predict", onnx_file, images_to_test(parts, 1)[0]]
     found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "weave" in found.stdout or "ring" in found.stdout

@@ -8,7 +8,6 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -18,7 +17,7 @@ from PIL import Image
 from tiny import picture, save
 
 from twinspect.errors import DataError
-from twinspect.inference.decode import DecodePool, Decoding, decode, expand
+from twinspect.inference.decode import Decoding, ahead, decode, expand
 from twinspect.inference.sources import walk, walk_all, would_find
 from twinspect.inference.streams import Item, Stream
 
@@ -489,8 +488,7 @@ def test_image_that_kills_its_decoder_costs_its_own_row_only(folder: Path) -> No
 
     items = list(expand(folder))
     items = [*items[:2], Deadly(), *items[2:], Deadly(), items[0]]
-    with closing(DecodePool(Decoding(64), 1, processes=True)) as pool:
-        found = list(pool.stream(enumerate(items)))
+    found = list(ahead(enumerate(items), Decoding(64), 1, processes=True))
     assert [tag for tag, _ in found] == list(range(len(items)))
     for item, (_, image) in zip(items, found, strict=True):
         if isinstance(item, Deadly):

@@ -29,7 +29,7 @@ from twinspect import files
 from twinspect._version import __version__
 from twinspect.config import RunConfig
 from twinspect.decide.decision import Decision
-from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version
+from twinspect.errors import NONSENSE, BundleError, ConfigError, refuse_version, required
 from twinspect.types import Skipped
 
 if TYPE_CHECKING:
@@ -253,11 +253,6 @@ def _rebuild(content: BundleContent, path: Path) -> Fitted:
 
     meta = content.meta
     config, record = RunConfig.from_dict(meta["config"]), meta["record"]
-    if meta.get("thin"):
-        raise BundleError(
-            f"{path} was saved without its teacher (fit --thin of version {meta['twinspect']}), which is no longer "
-            f"read. Train it again: twinspect fit DATA --out {path}"
-        )
     tensors = from_bytes(content.tensors)
     model = build_model(config.model, create_teacher(record["teacher"]["name"], pretrained=False))
     model.roi_SS = tensors.get("roi_SS")
@@ -337,12 +332,11 @@ def _statement(path: Path) -> bytes:
 
 
 def _key(file: Path, kind: str) -> Any:
-    try:
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-    except ImportError:
-        raise ConfigError("signatures need the package cryptography; type: pip install 'twinspect[sign]'") from None
+    required("cryptography", "a signature", "twinspect[sign]")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
     try:
         body = file.read_bytes()
         key = load_pem_private_key(body, None) if kind == "private" else load_pem_public_key(body)

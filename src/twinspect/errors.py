@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ class TrainingError(TwinspectError):
 
 # What Python raises on values of a wrong kind in a file that somebody else has written.
 NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def required(package: str, what: str, install: str = "") -> Any:
+    """A package that not every install has; where it cannot be imported, a ConfigError says what to type."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{what} needs {package}, which cannot be imported ({error}). Type: pip install '{install or package}'"
+        ) from None
 
 
 def refuse_version(path: Path, version: Any, known: int, writer: str, advice: str) -> None:

@@ -1,8 +1,7 @@
 """A trained model as one file for another runtime, and the proof that both say the same.
 
-The graph has raw pixels in and every field of `Outputs` out. Every node of it is named after the part of the model it
-belongs to (``teacher/``, ``local/``, ``semantic/``, ``scorer/``, ``pixels/``), so that a profile can be read. It is
-written aside, run beside torch, and renamed when it agrees.
+The graph has raw pixels in and every field of `Outputs` out. It is written aside, run beside torch, and renamed when
+it agrees.
 
 Both runtimes see the same pixels. Gaps are relative to max(1, |reference|), for scores and for every value of the
 maps alike. Nothing half-written stays under the name asked for: every step happens in a folder beside it that goes
@@ -11,7 +10,6 @@ away.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from twinspect.bundle import EXPORTS, Fitted, write_beside
 from twinspect.data.images import made_up_rgb
 from twinspect.decide.decision import Decision
-from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError
+from twinspect.errors import BundleError, ConfigError, DataError, OutputError, TwinspectError, required
 from twinspect.files import lock, refuse_unwritable
 from twinspect.inference.decode import Decoding, decode, expand
 from twinspect.inference.predictor import RUNTIMES, Runtime, TorchRuntime, load_runtime
@@ -48,13 +46,6 @@ _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "
 OPSET = 20
 MOST_BYTES = 2**31 - 2**20  # protobuf's limit for one file, less room for the graph itself
 _MOST_BATCH = 4096
-_PARTS = {
-    "model.teacher": "teacher",
-    "model.student.local": "local",
-    "model.student.semantic": "semantic",
-    "model.scorer": "scorer",
-}
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class ParityError(TwinspectError):
@@ -149,11 +140,8 @@ def checked_runtime(out: Path) -> str:
     runtime = EXPORTS.get(out.suffix, "")
     if not runtime:
         raise ConfigError(f"--out {out.name}: an export ends in .onnx, or in .xml for OpenVINO")
-    if missing := [name for name in _NEEDED[runtime] if importlib.util.find_spec(name) is None]:
-        raise TwinspectError(
-            f"{out.name} needs {', '.join(missing)}; type: pip install {' '.join(missing)} "
-            f'(or: pip install "twinspect[{runtime}]")'
-        )
+    for package in _NEEDED[runtime]:
+        required(package, out.name, f"twinspect[{runtime}]")
     return runtime
 
 
@@ -208,34 +196,22 @@ def to_onnx(model: AnomalyModel) -> Any:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"this model cannot be exported: {type(error).__name__}: {reason}") from error
     proto = exported.model_proto
-    _name_parts(proto)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     return proto
 
 
-def _name_parts(proto: Any) -> None:
-    """Prefix nodes and their values by part; drop notes of the exporter (they hold paths of this machine)."""
-    values = (*proto.graph.input, *proto.graph.output, *proto.graph.initializer)
-    fixed = {value.name for value in values}
-    renamed: dict[str, str] = {}
-    for node in proto.graph.node:
-        scopes = next((note.value for note in node.metadata_props if note.key == _SCOPES), "")
-        part = next((part for scope, part in _PARTS.items() if f"'{scope}" in scopes), "pixels")
-        node.name = f"{part}/{node.name}"
-        renamed |= {name: f"{part}/{name}" for name in node.output if name and name not in fixed}
-    for node in proto.graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    for noted in (proto, proto.graph, *proto.graph.node, *values):
-        del noted.metadata_props[:]
-        noted.ClearField("doc_string")
-    del proto.graph.value_info[:]
-
-
 def write(proto: Any, path: Path) -> None:
-    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO; a ConfigError where it is too large for ONNX."""
+    """Write a graph as ``.onnx``, or as ``.xml`` for OpenVINO; a ConfigError where it is too large for ONNX.
+
+    Notes of the exporter are dropped, as they hold paths of this machine.
+    """
     import onnx
 
+    graph = proto.graph
+    for noted in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del noted.metadata_props[:]
+        noted.ClearField("doc_string")
+    del graph.value_info[:]
     gigabytes = proto.ByteSize() / 1e9
     if path.suffix == ".onnx":
         if proto.ByteSize() > MOST_BYTES:

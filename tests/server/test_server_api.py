@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import math
+import re
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,8 +330,38 @@ def test_a_misspelt_verdict_does_not_take_feedback_back(server: Running) -> None
     assert server.post_json(where, {"verdict": "confirmed"}).status == 200
     wrong = server.post_json(where, {"verdikt": "false_alarm"})
     assert (wrong.status, wrong.code) == (400, "bad_request")
-    assert "verdikt 'false_alarm'" in wrong.json["error"]["message"]
+    assert wrong.json["error"]["message"] == "verdict is missing; verdikt 'false_alarm': accepted verdict and note"
     assert server.get("/v1/log?limit=1").json["rows"][0]["feedback"] == "confirmed"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"verdict": "bad"}, "verdict 'bad': accepted '', 'false_alarm', 'missed' or 'confirmed'"),
+        ({"verdict": None}, "verdict None: accepted '', 'false_alarm', 'missed' or 'confirmed'"),
+        ({"verdict": "missed", "note": 7}, "note 7: accepted text"),
+        ({}, "verdict is missing"),
+    ],
+)
+def test_wrong_feedback_is_told_what_is_accepted(server: Running, body: dict[str, Any], words: str) -> None:
+    answer = server.post_json("/v1/log/1/feedback", body)
+    assert (answer.status, answer.json["error"]["message"]) == (400, words)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("log?feedback=bad", "feedback 'bad': accepted '', 'none', 'false_alarm', 'missed' or 'confirmed'"),
+        ("log?limit=0", "limit '0': accepted 1 or more"),
+        ("log?limit=501", "limit '501': accepted 500 or less"),
+        ("log?since_ms=1.5", "since_ms '1.5': accepted a whole number"),
+        ("log/x/picture", "number 'x': accepted a whole number"),
+        (f"log?name={300 * 'x'}", f"name '{79 * 'x'}: accepted at most 200 characters"),
+    ],
+)
+def test_wrong_parameters_are_told_what_is_accepted(server: Running, path: str, words: str) -> None:
+    answer = server.get(f"/v1/{path}")
+    assert (answer.status, answer.json["error"]["message"]) == (400, words)
 
 
 @pytest.mark.parametrize("path", ["/v1/log?class_name=part", "/v1/drift?bundle=x"])
@@ -425,11 +457,20 @@ def test_openapi_describes_every_route_and_the_real_answers(server: Running) -> 
     assert {"200", "401", "413", "415", "422", "429", "507"} <= set(predict["responses"])
     described = set(found["components"]["schemas"]["ImageAnswer"]["properties"])
     assert described == set(server.post(encoded()).json["results"][0])
-    words = server.get("/docs")
-    assert (words.status, words.headers["content-type"]) == (200, "text/plain; charset=utf-8")
-    for said in ("## POST /v1/predict", "Score one or several images.", "### ImageAnswer", "| `p_value` | "):
-        assert said in words.body.decode()
-    assert "<script" not in words.body.decode()
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = server.get("/docs")
+    assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert "://" not in page.body.decode()
+    for name in re.findall(r'(?:src|href)="(docs/[^"]+)"', page.body.decode()):
+        assert server.get(f"/{name}").status == 200, name
+    for path in ("/docs/../app.py", "/docs/%2e%2e/%2e%2e/__init__.py", "/docs/nothing.js"):
+        assert server.get(path).status == 404
+    monkeypatch.setattr("twinspect.server.app.find_spec", lambda name: None)
+    assert (server.get("/docs").status, server.get("/docs").code) == (404, "no_docs")
 
 
 def test_numbers_that_json_has_no_word_for_become_null(server: Running) -> None:
@@ -479,7 +520,7 @@ def test_key_is_asked_for_everywhere_but_on_the_open_paths() -> None:
     with Running(api_key=KEY) as server:
         own = server.headers
         server.headers = {}
-        for path in ("/", "/healthz", "/readyz"):
+        for path in ("/", "/healthz", "/readyz", "/docs", "/docs/swagger-ui.css"):
             assert server.get(path).status == 200
             assert server.ask("HEAD", path).status == 200
         assert server.ask("HEAD", "/v1/models").status == 401

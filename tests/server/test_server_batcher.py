@@ -126,11 +126,3 @@ async def test_close_finishes_what_was_taken() -> None:
     await asyncio.sleep(0)
     await batcher.close()
     assert [job.result() for job in jobs] == [2 * n for n in range(9)]
-
-
-async def test_time_per_job_follows_the_load() -> None:
-    batcher = Batcher(Slow(0.05), max_batch=4)
-    assert batcher.seconds_per_job == 0.0
-    await asyncio.gather(*started(batcher, range(4)))
-    await batcher.close()
-    assert 0.01 < batcher.seconds_per_job < 0.2

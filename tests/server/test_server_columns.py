@@ -41,7 +41,7 @@ folder = Path(sys.argv[1])
 """
 EVERYWHERE = """
 import pyarrow.parquet
-from twinspect.inference.parts import encode, join
+from twinspect.inference.outputs import encode, join
 from twinspect.server.log import InspectionLog
 from serving import Running, encoded, predictor
 

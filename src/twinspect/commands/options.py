@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinspect.config import RULES, SEEDS, Range, argument, option
+from twinspect.inference.job import THREADS
 
 _MODEL = "Trained model (.twin)."
 
@@ -102,7 +103,7 @@ class BenchOptions:
 
     model: Path = argument("Bundle (.twin) or exported model.")
     batch: str = option("Images per call, separated by commas.", "1,16")
-    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0)
+    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     images: Path | None = option("Images to decode; without it painted JPEGs.", None)
     seconds: float = option("Spent on each batch size.", 10.0, accepts=Range(0.001, 86_400))
 
@@ -245,5 +246,5 @@ class ServeOptions:
     models: tuple[str, ...] = argument("Trained or exported models: FILE or NAME=FILE.")
     api_key_file: Path | None = option("File with the API key; or set TWINSPECT_API_KEY.", None)
     log: str = option("Inspection log: file, database URL or none; without: TWINSPECT_LOG, else inspections.db.", "")
-    threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0)
+    threads: int = option("CPU threads of each model; 0 is the runtime's own choice.", 0, accepts=THREADS)
     require_signature: Path | None = option("Public key: serve only models that its holder has signed.", None)

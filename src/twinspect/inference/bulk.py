@@ -1,7 +1,6 @@
 """Prediction over large sets: constant memory, a table written in parts, and runs that go on after being killed.
 
-`run` is the whole command. `PartScorer` scores units of the input: here all of them, on Ray those that an actor is
-given. No torch import here: the light install runs it too.
+`run` is the whole command. No torch import here: the light install runs it too.
 """
 
 from __future__ import annotations
@@ -23,20 +22,31 @@ from typing import TYPE_CHECKING, Any
 from twinspect.bundle import read_meta
 from twinspect.data.images import SEVERAL_SUFFIXES, count_pictures, is_image
 from twinspect.data.tables import has_columns, read_table
-from twinspect.errors import ConfigError, DataError, TwinspectError
+from twinspect.errors import ConfigError, DataError, TwinspectError, required
 from twinspect.files import is_url, refuse_unwritable
-from twinspect.inference.decode import DecodePool
-from twinspect.inference.job import Job
-from twinspect.inference.parts import FORMATS, Part, PartStore, Place, encode, join
-from twinspect.inference.pictures import coco_line, is_own_coco, places, save_pictures, write_coco
+from twinspect.inference.job import Job, is_endless
+from twinspect.inference.outputs import (
+    FORMATS,
+    Part,
+    PartStore,
+    coco_line,
+    encode,
+    is_own_coco,
+    join,
+    places,
+    save_pictures,
+    write_coco,
+)  # fmt: skip
 from twinspect.inference.predictor import Predictor, load_predictor
 from twinspect.inference.result import Result, columns, counted
 from twinspect.inference.sources import walk_all, watch, would_find
 from twinspect.inference.streams import Item, Stream
+from twinspect.types import Progress, silent
 
 if TYPE_CHECKING:
     from twinspect.console import Console
 
+_LOOK_SECONDS = 2.0  # between looks at what a cluster has done
 _LOOKED_INTO = 200  # files that are opened before the work, to find out whether they hold several pictures
 # Options that parts of one run must have in common, beside the model and the columns.
 _FIXED = ("class_name", "maps", "masks", "overlays", "overlay_format", "overlay_side", "submission", "coco")
@@ -106,109 +116,81 @@ def units(files: Iterable[Item | Stream], rows: int) -> Iterator[Unit]:
 # -------------------------------------------------------------------------------------------- scoring it
 
 
-class PartScorer:
-    """Makes the parts that the ``store`` does not know, with a model that is loaded for the first; to be closed."""
+def score(job: Job, store: PartStore, units: Iterable[Unit], skipped: Skipped) -> Iterator[Part]:
+    """Score units in order, without parts that the store knows; ``skipped`` is told of those.
 
-    def __init__(self, job: Job, store: PartStore) -> None:
-        self.job, self.store = job, store
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """The model."""
-        return _loaded(self.job)
-
-    @cached_property
-    def pool(self) -> DecodePool:
-        """Its decoders."""
-        return self.predictor.pool(bool(self.job.overlays))
-
-    def close(self) -> None:
-        """End the decoders."""
-        if "pool" in self.__dict__:
-            self.pool.close()
-
-    def parts(self, units: Iterable[Unit], skipped: Skipped) -> Iterator[Part]:
-        """Score units in order; a part is given when its rows are safely stored. ``skipped`` is told of the others.
-
-        No batch holds images of two parts, so that a run that went on has the rows of one that was not killed.
-        """
-        job = self.job
-        listed = (pair for unit in units for pair in self._listed(unit, skipped))
-        first = next(listed, None)
-        if first is None:
-            return  # everything is there: the model need not be loaded
-        for (unit, sub), pairs in groupby(self.pool.stream(chain([first], listed)), key=lambda pair: pair[0]):
+    A part is given when its rows are safely stored. The model is loaded for the first. No batch holds images of two
+    parts, so that a run that went on has the rows of one that was not killed.
+    """
+    listed = (pair for unit in units for pair in _listed(job, store, unit, skipped))
+    first = next(listed, None)
+    if first is None:
+        return
+    predictor = _loaded(job)
+    with closing(predictor.decode_ahead(chain([first], listed), bool(job.overlays))) as decoded:
+        for (unit, sub), pairs in groupby(decoded, key=lambda pair: pair[0]):
             rows, lines = list[dict[str, Any]](), list[bytes]()
             images = (image for _, image in pairs)
-            results = self.predictor.score(images, job.wants_maps, job.class_name or None)
+            results = predictor.score(images, job.wants_maps, job.class_name or None)
             for number, result in enumerate(results, start=sub * job.rows_of_a_part):
                 save_pictures(result, job, unit.number, number)
                 rows.append(result.row())
                 lines += [coco_line(result)] if job.coco else []
             bad, errors = sum(bool(row["is_anomaly"]) for row in rows), sum(bool(row["error"]) for row in rows)
-            part = Part(unit.number, sub, len(rows), bad, errors, unit.digest, self.store.suffix)
-            self.store.put(part, encode(rows, part.suffix), b"".join(lines))
+            part = Part(unit.number, sub, len(rows), bad, errors, unit.digest, store.suffix)
+            store.put(part, encode(rows, part.suffix), b"".join(lines))
             yield part
 
-    def _listed(self, unit: Unit, skipped: Skipped) -> Iterator[tuple[tuple[Unit, int], Item]]:
-        """A unit's images with the part of each, without those of parts that are there."""
-        parts, most = self.store.of_unit(unit.number, unit.digest), self.job.rows_of_a_part
-        for part in parts:
-            skipped(part)
-        if parts and (not unit.is_stream or parts[-1].rows < most):  # an archive's last part has fewer rows
-            return
-        for number, item in enumerate(unit.images()):
-            if number >= most * len(parts):
-                yield (unit, number // most), item
+
+def _listed(job: Job, store: PartStore, unit: Unit, skipped: Skipped) -> Iterator[tuple[tuple[Unit, int], Item]]:
+    """A unit's images with the part of each, without those of parts that are there."""
+    parts, most = store.of_unit(unit.number, unit.digest), job.rows_of_a_part
+    for part in parts:
+        skipped(part)
+    if parts and (not unit.is_stream or parts[-1].rows < most):  # an archive's last part has fewer rows
+        return
+    for number, item in enumerate(unit.images()):
+        if number >= most * len(parts):
+            yield (unit, number // most), item
 
 
 def _loaded(job: Job) -> Predictor:
     predictor = load_predictor(job.model, job.threads, job.batch, job.device)
     predictor.decision.checked_class(job.class_name or None)
-    if job.decoders:
-        predictor.workers, predictor.processes = job.decoders, True
+    processes = max(1, min(8, (os.cpu_count() or 1) - 1)) if job.workers < 0 and job.keeps_parts else job.workers
+    if processes > 0:
+        predictor.workers, predictor.processes = processes, True
     return predictor
 
 
-def score(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
-    """Parts of units, scored in this process; ``skipped`` is told of those that were there already."""
-    with closing(PartScorer(job, store)) as scorer:
-        yield from scorer.parts(units, skipped)
+def score_on_ray(job: Job, store: PartStore, progress: Progress) -> None:
+    """Have a cluster make the parts: each of its tasks is a process with one model, and scores a share.
 
-
-def score_on_ray(job: Job, store: PartStore, units: Iterator[Unit], skipped: Skipped) -> Iterator[Part]:
-    """As `score`, on a cluster: Ray hands units to actors, each of which holds one model. Parts come in any order.
-
-    An actor that is lost is started again and its unit done again. That is safe because a part has a fixed name and
-    is written whole. A TwinspectError where a unit failed for good.
+    A task that is lost is done again, and goes on like any other run that was killed. A TwinspectError where one
+    failed for good.
     """
+    ray = required("ray", "--engine ray", "twinspect[ray]")
+    _connect(ray, job.ray_address)
+    waiting = _ray_tasks(ray, job, store)
     try:
-        import ray
-        import ray.util
-    except ImportError as error:
-        raise TwinspectError(
-            f"--engine ray needs Ray, which cannot be imported ({error}). Type: pip install 'twinspect[ray]'"
-        ) from None
-    started = _connected(ray, job.ray_address)
-    try:
-        for part, known in _ray_parts(ray, job, store, units):
-            if known:
-                skipped(part)
-            else:
-                yield part
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
+            ray.get(done)
+            store.look(job.share)
+            progress("scoring on Ray", sum(part.rows for part in store.known.values()), 0)
     except ray.exceptions.RayError as error:
         raise TwinspectError(
             f"the run on Ray stopped ({_reason(error)}); finished parts are kept, type the same command to go on"
         ) from None
     finally:
-        if started:
-            ray.shutdown()
+        for task in waiting:
+            ray.cancel(task, force=True)
 
 
-def _connected(ray: Any, address: str) -> bool:
-    """Whether a cluster was joined or started here, and is ours to leave again."""
+def _connect(ray: Any, address: str) -> None:
+    """Join a cluster, or start one that ends with this process."""
     if ray.is_initialized():
-        return False
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # asks for a choice between two behaviours
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised as well
@@ -216,38 +198,23 @@ def _connected(ray: Any, address: str) -> bool:
         ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise TwinspectError(f"Ray at {address} cannot be reached ({error})") from None
-    return True
 
 
-def _ray_parts(ray: Any, job: Job, store: PartStore, units: Iterator[Unit]) -> Iterator[tuple[Part, bool]]:
+def _ray_tasks(ray: Any, job: Job, store: PartStore) -> list[Any]:
     kind, each = ("GPU", job.actor_gpus) if job.actor_gpus else ("CPU", job.actor_cpus)
-    fitting = max(1, int(ray.cluster_resources().get(kind, 0) / each))
-    first = list(islice(units, job.actors or fitting))
-    limits = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": job.actor_cpus, "num_gpus": job.actor_gpus}
-    actor = ray.remote(**limits)(_Actor)
-    arguments = (replace(job, workers=max(job.workers, 0)), store.folder, store.suffix, os.getcwd())
-    pool = ray.util.ActorPool([actor.remote(*arguments) for _ in first])
-    for number, unit in enumerate(chain(first, units)):
-        if number >= 2 * len(first):  # the input is listed as it is needed
-            yield from pool.get_next_unordered()
-        pool.submit(lambda actor, unit: actor.score.remote(unit, store.of_unit(unit.number, unit.digest)), unit)
-    while pool.has_next():
-        yield from pool.get_next_unordered()
+    count = job.actors or max(1, int(ray.cluster_resources().get(kind, 0) / each))
+    task = ray.remote(max_retries=-1, num_cpus=job.actor_cpus, num_gpus=job.actor_gpus)(_score_share)
+    number, of = job.share
+    shares = (f"{number + of * i}/{of * count}" for i in range(count))
+    local = replace(job, engine="local", workers=max(job.workers, 0))
+    return [task.remote(replace(local, shard=share), store, os.getcwd()) for share in shares]
 
 
-class _Actor:
-    def __init__(self, job: Job, folder: str, suffix: str, home: str) -> None:
-        if os.path.isdir(home):
-            os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
-        self.store = PartStore(folder, suffix)
-        self.scorer = PartScorer(job, self.store)
-
-    def score(self, unit: Unit, known: list[Part]) -> list[tuple[Part, bool]]:
-        """Parts of a unit, and of each whether it was there already: those of an earlier run are ``known``."""
-        self.store.known = {part.place: part for part in known}
-        before: list[Part] = []
-        parts = list(self.scorer.parts([unit], before.append))
-        return [*((part, True) for part in before), *((part, False) for part in parts)]
+def _score_share(job: Job, store: PartStore, home: str) -> None:
+    if os.path.isdir(home):
+        os.chdir(home)  # so that relative paths mean what they mean to whoever typed them
+    store.look(job.share)
+    _keep_parts(job, store, walk_all(job.sources), silent, Totals())
 
 
 def _reason(error: Exception) -> str:
@@ -275,15 +242,19 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     settings = _settings(job)
     with closing(store.lock(label)):
         store.begin(settings, job.restart)
-        if note := say_of_before(job, store):
+        store.look(job.share)
+        totals.before = sum(part.rows for part in store.known.values())
+        if note := _say_of_before(job, totals.before):
             console.warn(note)
-        seen = _keep_parts(job, store, files, console, totals)
+        if job.engine == "ray":
+            score_on_ray(job, store, console.progress)
+        _keep_parts(job, store, files, console.progress, totals)
         if job.coco:
-            write_coco(lambda: store.coco_lines(seen), Path(job.coco))
+            write_coco(store.coco_lines, Path(job.coco))
         if job.is_folder:
             store.finish(label)
         else:
-            join(store.bodies(seen), Path(job.out))
+            join(store.bodies(), Path(job.out))
             store.clear(all_of_it=True)
     if visit is not None:
         for row in read_table(Path(job.out), errors="surrogateescape"):
@@ -291,9 +262,8 @@ def run(job: Job, console: Console, visit: Visit | None = None) -> Totals:
     return totals
 
 
-def say_of_before(job: Job, store: PartStore) -> str:
-    """Whether this run goes on with an earlier one or replaces its table; empty where nothing is there."""
-    if rows := sum(part.rows for part in store.known.values()):
+def _say_of_before(job: Job, rows: int) -> str:
+    if rows:
         return (
             f"{job.out}: an earlier run scored {counted(rows, 'image')}; going on with the others (--restart: anew)"
         )
@@ -312,8 +282,6 @@ def check_outputs(job: Job) -> None:
     """
     if job.keeps_parts and not job.is_folder:
         out = Path(job.out)
-        if out.name.startswith("-."):
-            raise ConfigError(f"--out {out.name}: give - for JSON lines on standard output, or a file's name")
         if out.suffix not in FORMATS:
             accepted = f"accepted endings are {', '.join(FORMATS)}; a folder (DIR/) takes Parquet parts"
             raise ConfigError(f"--out {out.name}: {accepted}")
@@ -366,29 +334,27 @@ def _counting_several(files: Iterable[Item | Stream], totals: Totals) -> Iterato
 
 
 def _keep_parts(
-    job: Job, store: PartStore, files: Iterable[Item | Stream], console: Console, totals: Totals
-) -> set[Place]:
-    number, of = job.share
-    # The other shards' parts are not this one's to judge.
-    store.known = {place: part for place, part in store.known.items() if place[0] % of == number}
-    seen = set[Place]()
+    job: Job, store: PartStore, files: Iterable[Item | Stream], progress: Progress, totals: Totals
+) -> None:
+    """Score what the store does not know."""
+    (number, of), stale = job.share, set(store.known)
 
-    def skipped(part: Part) -> None:
-        seen.add(part.place)
+    def add(part: Part) -> None:
+        stale.discard(part.place)
         totals.add(part.rows, part.bad, part.errors)
-        totals.before += part.rows
 
-    engine = score_on_ray if job.engine == "ray" else score
     mine = (unit for unit in units(files, job.rows_of_a_part) if unit.number % of == number)
     if of == 1 and not any(map(is_url, job.sources)):
         threading.Thread(target=_count, args=(job.sources, totals), daemon=True).start()
-    for part in engine(job, store, mine, skipped):
+    for part in score(job, store, mine, add):
         store.known[part.place] = part
-        seen.add(part.place)
-        totals.add(part.rows, part.bad, part.errors)
-        console.progress(f"scoring  {totals.bad} anomalous", totals.rows, totals.expected)
-    store.refuse_stale(seen)
-    return seen
+        add(part)
+        progress(f"scoring  {totals.bad} anomalous", totals.rows, totals.expected)
+    if stale:
+        raise DataError(
+            f"{store.folder} holds rows of images that are no longer given ({store.known[min(stale)].name}); type "
+            "--restart to begin anew"
+        )
 
 
 def _count(sources: Iterable[str], totals: Totals) -> None:
@@ -413,7 +379,7 @@ def _print(job: Job, files: Iterable[Item | Stream], console: Console, totals: T
         console.result(encode([row], ".jsonl").decode().rstrip() if job.prints_rows else say_result(result))
         if visit is not None:
             visit(row)
-        if job.is_endless and totals.fails(job.fail_on):
+        if (job.watch or is_endless(job.sources[0])) and totals.fails(job.fail_on):
             break
 
 

@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -58,67 +57,58 @@ class Decoding(NamedTuple):
     tiles: Tiles = (1, 1)  # rows and columns that an image is cut into
 
 
-class DecodePool:
-    """Decodes ahead and in order; to be closed.
+def ahead(
+    tagged: Iterable[tuple[T, Any]], how: Decoding, workers: int, processes: bool = False, batch: int = 1
+) -> Generator[tuple[T, Decoded], None, None]:
+    """Decoded images with their tags, in order; two jobs a worker, or two batches, are ahead of the reader.
 
     Processes use more cores than threads, and an image that kills its decoder (out of memory, a crash inside a codec)
-    costs its own row only. At least ``batch`` images are decoded ahead.
+    costs its own row only. To be closed, which ends them.
     """
+    # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
+    group = (4 if how.pixels else min(16, max(4, _JOB_BYTES // (3 * how.size**2)))) if processes else 1
+    items, pool = iter(tagged), _started(workers, processes)
+    jobs = iter(lambda: list(islice(items, group)), [])
 
-    def __init__(self, how: Decoding, workers: int, processes: bool = False, batch: int = 1) -> None:
-        self._decode = partial(_decode_all, how=how)
-        self._workers, self._processes = workers, processes
-        # Handing a job over costs a process 0.2 ms: a tenth of a small model's time if each image were one.
-        group = 4 if how.pixels else min(16, max(4, _JOB_BYTES // (3 * how.size**2)))
-        self._group = group if processes else 1
-        self._ahead = max(2 * workers, -(-2 * batch // self._group))
-        self._pool = self._started()
+    def submitted(job: list[tuple[T, Any]]) -> tuple[list[tuple[T, Any]], Future[list[Decoded]]]:
+        try:
+            return job, pool.submit(_decode_all, [item for _, item in job], how)
+        except BrokenExecutor as error:  # a job before this one killed its worker; whoever waits for it starts anew
+            broken: Future[list[Decoded]] = Future()
+            broken.set_exception(error)
+            return job, broken
 
-    def close(self) -> None:
-        """End its threads or processes."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def stream(self, tagged: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Decoded]]:
-        """Decoded images with their tags, in order; two jobs a worker, or two batches, are ahead of the reader."""
-        items = iter(tagged)
-        jobs = iter(lambda: list(islice(items, self._group)), [])
-        pending = deque((job, self._submit(job)) for job in islice(jobs, self._ahead))
+    pending = deque(map(submitted, islice(jobs, max(2 * workers, -(-2 * batch // group)))))
+    try:
         while pending:
             job, future = pending.popleft()
             try:
                 decoded = future.result()
-            except BrokenExecutor:
-                decoded = self._one_by_one(job)
-                pending = deque((other, self._submit(other)) for other, _ in pending)
-            pending.extend((next_job, self._submit(next_job)) for next_job in islice(jobs, 1))
+            except BrokenExecutor:  # by this job or another that was under way
+                decoded = [_alone(item, how) for _, item in job]
+                pool = _started(workers, processes)
+                pending = deque(submitted(other) for other, _ in pending)
+            pending.extend(map(submitted, islice(jobs, 1)))
             yield from ((tag, image) for (tag, _), image in zip(job, decoded, strict=True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, job: list[tuple[T, Any]]) -> Future[list[Decoded]]:
+
+def _alone(item: Any, how: Decoding) -> Decoded:
+    """Decoded in a process of its own, as it may kill it."""
+    with _started(1, processes=True) as pool:
         try:
-            return self._pool.submit(self._decode, [item for _, item in job])
-        except BrokenExecutor as error:  # a job before this one killed its worker; whoever waits for it starts anew
-            broken: Future[list[Decoded]] = Future()
-            broken.set_exception(error)
-            return broken
+            return pool.submit(decode, item, how).result()
+        except BrokenExecutor:
+            name = as_item(item).name
+            return Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)")
 
-    def _one_by_one(self, job: list[tuple[T, Any]]) -> list[Decoded]:
-        """A worker died while this job or another was under way: find the image that does it."""
-        self._pool = self._started()
-        decoded = []
-        for _, item in job:
-            try:
-                decoded += self._pool.submit(self._decode, [item]).result()
-            except BrokenExecutor:
-                name = as_item(item).name
-                decoded.append(Decoded(name, f"{name}: its decoder died (damaged file, or out of memory)"))
-                self._pool = self._started()
-        return decoded
 
-    def _started(self) -> Executor:
-        if not self._processes:
-            return ThreadPoolExecutor(self._workers)
-        # Not forked: a copy of a process that runs threads (torch, pyarrow) may hang.
-        return ProcessPoolExecutor(self._workers, get_context("spawn"), initializer=_begin_worker)
+def _started(workers: int, processes: bool) -> Executor:
+    if not processes:
+        return ThreadPoolExecutor(workers)
+    # Not forked: a copy of a process that runs threads (torch, pyarrow) may hang.
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker)
 
 
 def _begin_worker() -> None:

@@ -1,16 +1,23 @@
-"""What to predict, where rows go and what is written beside them (`Job`). Light to import, as ``--help`` needs it."""
+"""What to predict, where rows go and what is written beside them (`Job`). Light to import, as ``--help`` needs it.
+
+`main` is the command line of the light install, which lacks what makes the other one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from twinspect.config import Range, argument, check_options, option
+from twinspect._version import __version__
+from twinspect.config import Range, argument, check_options, flag_of, option
 from twinspect.errors import ConfigError
 from twinspect.files import is_url
 
-MOST_BATCH, MOST_THREADS = 4096, 1024
+MOST_BATCH, THREADS = 4096, Range(0, 1024)
 _FILE_ROWS, _FOLDER_ROWS = 256, 4096  # of a part: what a killed run repeats at most
 CAMERA = "camera:"
 _STDIN = "@-"  # a list that others write while it is read
@@ -64,7 +71,7 @@ class Job:
         "Images per call of the model; 0: one for each CPU thread, 16 on a GPU.", 0, accepts=Range(0, MOST_BATCH)
     )
     workers: int = option("Processes that decode; -1: automatic, 0: threads.", -1, accepts=Range(-1, 512))
-    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=Range(0, MOST_THREADS))
+    threads: int = option("CPU threads of the runtime; 0 is its own choice.", 0, accepts=THREADS)
     device: str = option("Where a bundle (.twin) runs: auto, cpu, cuda or cuda:1.", "auto")
     part_rows: int = option("Rows written at a time; 0: 256, or 4096 in a folder.", 0, accepts=Range(0, 1 << 20))
     watch: bool = option("Go on with images that arrive in the folders.", False, "--watch")
@@ -75,9 +82,9 @@ class Job:
     restart: bool = option("Begin anew: drop what an unfinished run left.", False, "--restart")
     shard: str = option("I/N, from 0/N on: score one of N shares only; all of them go into one folder.", "0/1")
     engine: str = option("local, or ray for a Ray cluster.", "local", accepts=("local", "ray"))
-    actors: int = option("Ray: number of actors, each with a model; 0: as many as fit.", 0, accepts=Range(0, 100_000))
-    actor_cpus: float = option("Ray: CPUs of an actor.", 1.0, accepts=Range(0.01, 1024))
-    actor_gpus: float = option("Ray: GPUs of an actor.", 0.0, accepts=Range(0, 64))
+    actors: int = option("Ray: processes, each with a model; 0: as many as fit.", 0, accepts=Range(0, 100_000))
+    actor_cpus: float = option("Ray: CPUs of a process.", 1.0, accepts=Range(0.01, 1024))
+    actor_gpus: float = option("Ray: GPUs of a process.", 0.0, accepts=Range(0, 64))
     ray_address: str = option("Ray: address of a running cluster, or auto.", "")
 
     def check(self) -> None:
@@ -115,11 +122,6 @@ class Job:
         return self.out == "-"
 
     @property
-    def is_endless(self) -> bool:
-        """Whether the sources have no end of their own."""
-        return self.watch or is_endless(self.sources[0])
-
-    @property
     def is_live(self) -> bool:
         """Whether each image is answered before the next one is asked for."""
         return self.watch or is_live(self.sources[0])
@@ -140,13 +142,50 @@ class Job:
         return self.part_rows or (_FOLDER_ROWS if self.is_folder else _FILE_ROWS)
 
     @property
-    def decoders(self) -> int:
-        """Decoding processes; 0 is threads."""
-        if self.workers >= 0:
-            return self.workers
-        return max(1, min(8, (os.cpu_count() or 1) - 1)) if self.keeps_parts else 0
-
-    @property
     def wants_maps(self) -> bool:
         """Whether something is written that is made of the anomaly map."""
         return any((self.maps, self.masks, self.overlays, self.submission, self.coco))
+
+
+# ------------------------------------------------------------------------------------- the light install
+
+# The options that need nothing which this install lacks.
+_LIGHT = ("out", "class_name", "batch", "threads", "workers", "restart")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``twinspect predict`` of exported models with numpy and the standard library; the exit code."""
+    from twinspect.console import NOTHING_SCORED, Console, end_on_sigterm, plain_streams
+    from twinspect.inference.bulk import run, say_totals
+
+    options = vars(_parser().parse_args(arguments))
+    plain_streams()
+    end_on_sigterm()
+    job = Job(**{**options, "sources": tuple(options["sources"])})
+    try:
+        with Console() as console:
+            totals = run(job, console)
+            (console.warn if job.prints_rows else console.say)(say_totals(totals, job.out))
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return NOTHING_SCORED if totals.nothing_scored else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("twinspect", description="Runs exported twinspect models without torch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    predict = parser.add_subparsers(required=True).add_parser("predict", help="score images")
+    predict.add_argument("model", type=Path, help="exported model (.onnx)")
+    predict.add_argument("sources", nargs="+", help="images, folders, quoted globs, @lists, tar or zip files")
+    for row in (row for row in fields(Job) if row.name in _LIGHT):
+        flags = ["-o"] * (row.name == "out") + [flag_of(row)]
+        shared = {"dest": row.name, "default": row.default, "help": row.metadata["help"]}
+        if isinstance(row.default, bool):
+            predict.add_argument(*flags, action="store_true", **shared)
+        else:
+            predict.add_argument(*flags, type=type(row.default), **shared)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,11 +7,10 @@ never loads torch.
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib import metadata
@@ -26,10 +25,9 @@ from twinspect.bundle import EXPORTS, is_export, read_meta
 from twinspect.data.samples import DEFAULT_LIMITS
 from twinspect.decide.decision import Decision
 from twinspect.device import choose_device, granted_threads, share_cores
-from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError
+from twinspect.errors import BundleError, ConfigError, ImageError, TwinspectError, required
 from twinspect.inference import decode
-from twinspect.inference.decode import Decoded, DecodePool, Decoding
-from twinspect.inference.job import MOST_BATCH, MOST_THREADS
+from twinspect.inference.decode import Decoded, Decoding
 from twinspect.inference.regions import find_regions, strongest_place
 from twinspect.inference.result import Result
 from twinspect.inference.streams import Item
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 Answers = Mapping[str, NDArray[Any]]
 Answer = TypeVar("Answer")
+Tag = TypeVar("Tag")
 _GPU_BATCH = 16
 _MOST_BESIDE = 8  # images that are computed side by side unless asked for more: each takes memory
 _CPU = threading.Lock()  # models of one process take turns on the processor; alone each is done sooner
@@ -62,7 +61,7 @@ class Predictor:
         runtime: executes the graph.
         decision: calibration and threshold of the bundle.
         batch: images per call of the runtime.
-        workers: threads that decode ahead, or processes with ``processes`` (see `DecodePool`).
+        workers: threads that decode ahead, or processes with ``processes`` (see `decode.ahead`).
     """
 
     def __init__(
@@ -113,12 +112,14 @@ class Predictor:
         if one_by_one:
             yield from (self.decode(item, pixels) for item in items)
             return
-        with closing(self.pool(pixels)) as pool:
-            yield from (image for _, image in pool.stream((None, item) for item in items))
+        with closing(self.decode_ahead(((None, item) for item in items), pixels)) as images:
+            yield from (image for _, image in images)
 
-    def pool(self, pixels: bool) -> DecodePool:
-        """What decodes ahead for `score`; ``pixels`` keeps whole images."""
-        return DecodePool(self._decoding(pixels), self.workers, self.processes, self.batch)
+    def decode_ahead(
+        self, tagged: Iterable[tuple[Tag, Any]], pixels: bool
+    ) -> Generator[tuple[Tag, Decoded], None, None]:
+        """Images with their tags made ready for `score`, as `decode.ahead`; ``pixels`` keeps whole images."""
+        return decode.ahead(tagged, self._decoding(pixels), self.workers, self.processes, self.batch)
 
     def _decoding(self, pixels: bool) -> Decoding:
         return Decoding(self.runtime.size, self.limits, pixels, self.decision.tiles)
@@ -191,13 +192,6 @@ def _readable(results: Iterator[Result]) -> Iterator[Result]:
         yield result
 
 
-def check_counts(threads: int, batch: int) -> None:
-    """Refuse threads of a runtime and images of a call that no machine has; 0 stands for a choice of our own."""
-    for option, value, most in (("--threads", threads, MOST_THREADS), ("--batch", batch, MOST_BATCH)):
-        if not 0 <= value <= most:
-            raise ConfigError(f"{option} {value}: accepted 0 to {most:,}")
-
-
 class TorchRuntime:
     """The model itself, eager, on a device; ``threads`` of the CPU (0: torch's own choice) are the process's."""
 
@@ -256,7 +250,7 @@ class OnnxRuntime:
     """An ``.onnx`` file on ONNX Runtime: CUDA where its package offers it, else the CPU."""
 
     def __init__(self, path: Path, size: int, threads: int = 0) -> None:
-        ort = required("onnxruntime", path)
+        ort = required("onnxruntime", path.name)
         accepted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in accepted if name in ort.get_available_providers()]
         try:
@@ -289,7 +283,7 @@ class OpenVinoRuntime:
     """An ``.xml`` + ``.bin`` pair on OpenVINO's CPU device."""
 
     def __init__(self, path: Path, size: int, threads: int = 0) -> None:
-        ov = required("openvino", path)
+        ov = required("openvino", path.name)
         # Left alone OpenVINO computes in bf16 where the CPU can, and scores would no longer agree.
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads := threads or granted_threads():
@@ -333,7 +327,6 @@ def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: s
         ...     print(result.path, result.score, result.is_anomaly)
     """
     path = Path(path)
-    check_counts(threads, batch)
     if is_export(path):
         if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ConfigError(
@@ -343,7 +336,12 @@ def load_predictor(path: Path | str, threads: int = 0, batch: int = 0, device: s
         engine, meta = load_runtime(path, threads)
         return Predictor(engine, Decision.from_dict(meta["decision"]), batch or 1)
     share_cores()
-    required("torch", path)
+    if any(metadata.distributions(name="twinspect-runtime")):  # what packaging/runtime installs
+        raise TwinspectError(
+            f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the whole of "
+            f"twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
+        )
+    required("torch", path.name)
     from twinspect.bundle import load
 
     chosen, fitted = choose_device(device), load(path)
@@ -357,19 +355,3 @@ def load_runtime(path: Path, threads: int = 0) -> tuple[Runtime, dict[str, Any]]
         raise ConfigError(f"{path.name}: exported models end in {', '.join(EXPORTS)}")
     meta = read_meta(path)
     return RUNTIMES[path.suffix.lower()](path, meta["size"], threads), meta
-
-
-def required(package: str, path: Path) -> Any:
-    """Import a runtime's package, or say what to type."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        # Whether the distribution of packaging/runtime is what is installed here.
-        if package == "torch" and any(metadata.distributions(name="twinspect-runtime")):
-            raise TwinspectError(
-                f"{path.name} is a bundle, and this is the light runtime, which runs exported models. Where the "
-                f"whole of twinspect is installed, type: twinspect export {path.name} --out {path.stem}.onnx"
-            ) from None
-        raise TwinspectError(
-            f"{path.name} needs {package}, which cannot be imported ({error}). Type: pip install {package}"
-        ) from None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from twinspect.data.images import read_rgb
-from twinspect.errors import ConfigError
+from twinspect.errors import required
 from twinspect.inference.regions import Region, region_mask, resize_map
 
 _BOX = (255, 0, 200)  # which neither the colours nor most products have
@@ -196,15 +196,12 @@ class Result:
         """Why this answer, ready for JSON.
 
         Returns:
-            ``answer``, ``score``, ``threshold``, ``severity``, ``p_value``, ``class_name``; ``shares`` of the score
-            of the ``local`` and the ``semantic`` student; ``regions``; ``nearest``, the most similar good image;
-            ``text``, the same in a few sentences.
+            As `to_dict`, with ``shares`` of the score of the ``local`` and the ``semantic`` student, and the same in
+            a few sentences as ``text``.
         """
         local = finite(self.share_local)
         shares = None if local is None else {"local": local, "semantic": 1.0 - local}
-        values = self.to_dict()
-        names = ("answer", "score", "threshold", "severity", "p_value", "class_name", "regions", "nearest")
-        return {**{name: values[name] for name in names}, "shares": shares, "text": self.reasons()}
+        return {**self.to_dict(), "shares": shares, "text": self.reasons()}
 
     def reasons(self) -> str:
         """Why this answer, in a few sentences."""
@@ -294,10 +291,7 @@ class Results(list[Result]):
         Raises:
             ConfigError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise ConfigError("to_pandas needs pandas; type: pip install pandas") from None
+        pandas = required("pandas", "to_pandas")
         names = [column.name for column in columns()]
         return pandas.DataFrame([result.to_dict() for result in self], columns=names)
 

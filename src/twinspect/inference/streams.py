@@ -12,12 +12,10 @@ import os
 import re
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ from twinspect.data.images import SUFFIXES, ImageLimits, is_image
 from twinspect.data.manifest import path_column
 from twinspect.data.scan import is_hidden
 from twinspect.data.tables import parquet_columns
-from twinspect.errors import DataError, TwinspectError
+from twinspect.errors import DataError, TwinspectError, required
 from twinspect.files import is_url
 from twinspect.inference.job import CAMERA
 
@@ -215,49 +213,36 @@ def live_frames(source: str) -> Iterator[Frame | None]:
     Frames are numbered as the source gave them. A source that breaks off gives None, then frames again once it is
     back. One that cannot be opened now raises a DataError at once.
     """
-    return _followed(_opened(source), source)
+    return _newest(_opened(source), source)
 
 
-def _followed(capture: cv2.VideoCapture | None, source: str) -> Iterator[Frame | None]:
-    first = 0
-    while True:
-        if capture is not None:
-            for number, pixels in _newest(capture, first):
-                first = number + 1
-                yield number, pixels
-            yield None
-        time.sleep(RETRY_SECONDS)
-        try:
-            capture = _opened(source)
-        except DataError:
-            capture = None
-
-
-def _newest(capture: cv2.VideoCapture, first: int) -> Iterator[Frame]:
+def _newest(capture: cv2.VideoCapture, source: str) -> Iterator[Frame | None]:
     """Number and pixels of the newest frame, each time that one is asked for; a thread reads all of them."""
     held: Queue[Frame | None] = Queue(1)
     unwanted = threading.Event()
 
-    def read() -> None:
-        for number in count(first):
-            if unwanted.is_set() or (pixels := _next(capture)) is None:
-                break
-            with suppress(Empty):
-                held.get_nowait()  # the frame before, which nobody took
-            held.put((number, pixels))
-        capture.release()
-        held.put(None)
+    def read(capture: cv2.VideoCapture | None) -> None:
+        number = 0
+        while not unwanted.is_set():
+            if capture is not None and (pixels := _next(capture)) is not None:
+                with suppress(Empty):
+                    held.get_nowait()  # the frame before, which nobody took
+                held.put((number, pixels))
+                number += 1
+                continue
+            if capture is not None:
+                capture.release()
+                held.put(None)  # once the last frame is taken
+            capture = None
+            unwanted.wait(RETRY_SECONDS)
+            with suppress(DataError):
+                capture = _opened(source)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=read, args=(capture,), daemon=True).start()
     try:
         while True:
-            try:
-                frame = held.get(timeout=_LOOK_SECONDS)
-            except Empty:
-                continue
-            if frame is None:
-                return
-            yield frame
+            with suppress(Empty):
+                yield held.get(timeout=_LOOK_SECONDS)
     finally:
         unwanted.set()
         with suppress(Empty):
@@ -271,10 +256,9 @@ def _next(capture: cv2.VideoCapture) -> NDArray[np.uint8] | None:
 
 def _opened(source: str) -> cv2.VideoCapture:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what goes wrong is said by us
-    try:
-        import cv2
-    except ImportError:
-        raise TwinspectError(f"{source}: videos and cameras need OpenCV; pip install 'twinspect[video]'") from None
+    required("cv2", f"{without_password(source)}: a video or camera", "twinspect[video]")
+    import cv2
+
     cv2.utils.logging.setLogLevel(0)
     if source.lower().startswith(CAMERA):
         device = source[len(CAMERA) :]

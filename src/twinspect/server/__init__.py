@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 
-from twinspect.errors import TwinspectError
+from twinspect.errors import TwinspectError, required
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
 
@@ -20,6 +19,5 @@ class Refused(TwinspectError):
 
 def refuse_missing(names: tuple[str, ...] = NEEDED) -> None:
     """Say what to type where packages of the extra are missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TwinspectError(f'the server needs {", ".join(missing)}; type: pip install "twinspect[server]"')
+    for name in names:
+        required(name, "the server", "twinspect[server]")

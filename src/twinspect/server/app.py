@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import logging
@@ -10,12 +9,13 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from email.message import Message
 from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
-from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.routing import BaseRoute, Mount
+from starlette.staticfiles import StaticFiles
 
 from twinspect._version import __version__
 from twinspect.errors import ConfigError, unknown_name
@@ -52,6 +53,12 @@ _CURL = f"curl -F {FIELD}=@a.png"
 _MOST_PART_HEAD = 8192  # bytes of the headers of a part
 _MOST_FIELDS = 16  # besides the images; none is used, some clients send a few
 _CODES = {400: "bad_request", 404: "not_found", 405: "wrong_method"}
+# What is accepted instead of a value, by the beginning of pydantic's name for what is wrong with it.
+_ACCEPTED = {
+    "literal": "{expected}", "greater_than": "{ge} or more", "less_than": "{le} or less", "int": "a whole number",
+    "bool": "true or false", "string_too_long": "at most {max_length} characters", "string": "text",
+    "extra": " and ".join(schema.FeedbackBody.__annotations__),
+}  # fmt: skip
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FILES = {"type": "array", "items": _BINARY["schema"]}
 _FORM_BODY = {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: _FILES}}}
@@ -160,33 +167,40 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@others.get("/docs", include_in_schema=False)
-async def docs(request: Request) -> Response:
-    """The API in words, as Markdown."""
-    return PlainTextResponse("\n".join(["# twinspect: HTTP API\n", *schema.reference(request.app.openapi())]))
-
-
 @others.get("/", include_in_schema=False)
 async def index() -> Response:
-    """The page."""
-    text, policy = _page()
-    return HTMLResponse(text, headers={"content-security-policy": policy})
+    """The operators' page."""
+    return _page("page.html")
 
 
-@cache
-def _page() -> tuple[str, str]:
-    """The page and its policy: no script or style from elsewhere."""
-    text = files("twinspect").joinpath("server/page.html").read_text(encoding="utf-8")
-    hashes = {}
-    for kind in ("script", "style"):
-        (part,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.S)
-        hashes[kind] = f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+@others.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """The page of the API: Swagger UI, whose files come with a package."""
+    if not find_spec("swagger_ui_bundle"):
+        raise Refused(404, "no_docs", 'the page of the API needs a package; type: pip install "twinspect[server]"')
+    return _page("docs.html")
+
+
+def _swagger() -> list[BaseRoute]:
+    if not find_spec("swagger_ui_bundle"):
+        return []
+    from swagger_ui_bundle import swagger_ui_path
+
+    return [Mount("/docs", StaticFiles(directory=swagger_ui_path))]
+
+
+def _page(name: str) -> Response:
+    """A page and its policy: no script or style from elsewhere, and of its own only what stands there now."""
+    text = files("twinspect").joinpath(f"server/{name}").read_text(encoding="utf-8")
+    own = {"script": "'self'", "style": "'self'"}
+    for kind, part in re.findall(r"<(script|style)>(.*?)</\1>", text, re.S):
+        own[kind] += f" 'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
     policy = (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+        f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; connect-src 'self'; "
         "img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return text, policy
+    return HTMLResponse(text, headers={"content-security-policy": policy})
 
 
 def build_app(
@@ -203,9 +217,9 @@ def build_app(
     service = Service(settings, models, log, open_file)
     app = FastAPI(
         title="twinspect", version=__version__, summary="Visual anomaly detection",
-        routes=[*api.routes, *others.routes],
+        routes=[*api.routes, *others.routes, *_swagger()],
         lifespan=lambda _app: service.running(),
-        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere; ours is `schema.reference`
+        docs_url=None, redoc_url=None,  # both would load scripts from elsewhere
         middleware=[Middleware(Guard, settings=settings, metrics=service.metrics)],
         exception_handlers={HTTPException: _http_error, RequestValidationError: _invalid},
     )  # fmt: skip
@@ -230,8 +244,11 @@ def _complaint(problem: Mapping[str, Any]) -> str:
     place, *names = problem["loc"]
     if place == "body" and (not names or problem["type"] == "json_invalid"):
         return "the body is no JSON object; type: curl -H 'Content-Type: application/json' -d '{\"NAME\": \"VALUE\"}'"
-    got = "" if problem["type"] == "missing" else f" {plain_text(repr(problem['input']), 80)}"
-    return f"{'.'.join(str(name) for name in names)}{got}: {problem['msg']}"
+    name, kind = ".".join(map(str, names)), problem["type"]
+    if kind == "missing":
+        return f"{name} is missing"
+    accepted = next((words for key, words in _ACCEPTED.items() if kind.startswith(key)), "another value")
+    return f"{name} {plain_text(repr(problem['input']), 80)}: accepted {accepted.format(**problem.get('ctx', {}))}"
 
 
 # ---------------------------------------------------------------------------------- images of a request
@@ -321,57 +338,31 @@ def _label(name: str) -> str:
 # --------------------------------------------------------------------------------------------- on a socket
 
 
-def protocol(header_timeout_s: float, body_timeout_s: float) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn speaks it, that hangs up on slow clients.
+class Server(uvicorn.Server):
+    """uvicorn, that hangs up on clients who are too slow to send the head of a request, or to take an answer."""
 
-    The first limit is for the head of a request, from its first byte or from the connection on; the second is for
-    taking a piece of the answer.
-    """
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._since: dict[tuple[Any, ...], float] = {}  # by what is waited for: when that began
 
-    class Impatient(H11Protocol):
-        """One connection."""
-
-        _head: asyncio.TimerHandle | None = None
-        _answer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # told of anything that the client does not take
-            self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._head, self._answer):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch_head(begun=True)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch_head(begun=bool(self.conn.trailing_data[0]))  # the beginning of a next one came with the last
-
-        def _watch_head(self, begun: bool) -> None:
-            waiting = self.cycle is None or self.cycle.response_complete
-            if waiting and begun and self._head is None:
-                self._head = self.loop.call_later(header_timeout_s, self.transport.abort)
-            elif not waiting and self._head is not None:
-                self._head.cancel()
-                self._head = None
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._answer = self.loop.call_later(body_timeout_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._answer is not None:
-                self._answer.cancel()
-                self._answer = None
-
-    return Impatient
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: look at every connection."""
+        now, before, self._since = time.monotonic(), self._since, {}
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
+            request = connection.cycle  # the latest one; none before the first head
+            begun = request is None or connection.conn.trailing_data[0]  # the first head, or the next one
+            waits = {
+                "head": (self._settings.header_timeout_s, begun and (request is None or request.response_complete)),
+                "answer": (self._settings.body_timeout_s, connection.transport.get_write_buffer_size() > 0),
+            }
+            for what, (limit, waiting) in waits.items():
+                if waiting:
+                    began = self._since[connection, request, what] = before.get((connection, request, what), now)
+                    if now - began > limit:
+                        connection.transport.abort()
+        return await super().on_tick(counter)
 
 
 def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> None:
@@ -394,11 +385,10 @@ def serve(app: FastAPI, settings: Settings, started: Callable[[str], None]) -> N
     server.run(sockets=[listening])
 
 
-def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.socket]:
+def prepared(app: FastAPI, settings: Settings) -> tuple[Server, socket.socket]:
     """A server that is not running yet, and its bound socket. Raises as `serve`."""
     config = uvicorn.Config(
-        app, settings.host, settings.port, ws="none", lifespan="on",
-        http=protocol(settings.header_timeout_s, settings.body_timeout_s),
+        app, settings.host, settings.port, http="h11", ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=MOST_HEAD,
         timeout_graceful_shutdown=DRAIN_S, timeout_keep_alive=IDLE_S,
@@ -415,7 +405,7 @@ def prepared(app: FastAPI, settings: Settings) -> tuple[uvicorn.Server, socket.s
         ) from None
     # Connections inherit it. asyncio would not see that they are TCP: Nagle's delay costs 40 ms for each answer.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return uvicorn.Server(config), listening
+    return Server(config, settings), listening
 
 
 def address_of(listening: socket.socket) -> str:

@@ -27,7 +27,7 @@ from twinspect.errors import TwinspectError
 from twinspect.server import Refused
 from twinspect.server.settings import Settings, is_loopback
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})  # hold no data
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs"})  # hold no data
 MOST_HEAD = 16_384  # bytes of the head of a request; uvicorn's own limit is for heads that come in pieces
 LINGER_S = 1.0  # how long the rest of a refused request is read, so that its sender sees the answer
 _MEGABYTE = 1 << 20
@@ -212,7 +212,7 @@ class Guard:
             if not is_loopback(name):
                 raise Refused(403, "other_host", "without a key this server answers to localhost and 127.0.0.1 only")
             return
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or path.startswith("/docs/"):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -115,7 +115,7 @@ class Filter:
     class_name: ClassName = ""
     answer: Literal["", "good", "unsure", "anomaly"] = ""
     session: Text = ""
-    feedback: Literal["", "none"] | Verdict = ""
+    feedback: Literal["", "none", Verdict] = ""
     name: Annotated[str, Query(max_length=MOST_TEXT, description="Part of the file's name, any case")] = ""
     before: Annotated[int | None, Query(ge=1, le=MOST, description="Smaller ids only: the next page")] = None
     limit: Annotated[int, Query(ge=1, le=500)] = 50
@@ -211,7 +211,7 @@ class InspectionLog:
         with self._transaction() as connection:
             yield from connection.execute(statement.execution_options(yield_per=_PAGE)).mappings()
 
-    def give_feedback(self, number: int, verdict: Verdict | Literal[""], note: str = "") -> dict[str, Any]:
+    def give_feedback(self, number: int, verdict: Literal["", Verdict], note: str = "") -> dict[str, Any]:
         """Keep the operator's word on a decision, and return its row; an empty verdict takes it back.
 
         A verdict that contradicts the answer is refused (ConfigError).

@@ -1,8 +1,7 @@
-"""Shapes of the answers, for OpenAPI; and the API in words, made from its OpenAPI description."""
+"""Shapes of the answers, for OpenAPI."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, get_type_hints
 
@@ -126,7 +125,7 @@ class FeedbackBody(TypedDict):
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # pydantic reads it here
 
-    verdict: Literal[""] | Verdict
+    verdict: Literal["", Verdict]
     note: NotRequired[str]
 
 
@@ -134,50 +133,3 @@ class DriftsAnswer(TypedDict):
     """All models."""
 
     drift: list[DriftAnswer]
-
-
-def reference(described: Mapping[str, Any]) -> Iterator[str]:
-    """Routes and records of an OpenAPI description as lines of Markdown: what ``/docs`` answers.
-
-    FastAPI's own page loads its scripts from elsewhere, which a machine on a line cannot.
-    """
-    for path, methods in described["paths"].items():
-        for method, route in methods.items():
-            yield f"## {method.upper()} {path}\n\n{route.get('description') or route.get('summary', '')}\n"
-            rows = []
-            for parameter in route.get("parameters", ()):
-                kind, meaning = _kind(parameter["schema"]), parameter.get("description", "")
-                rows.append((f"`{parameter['name']}`", parameter["in"], kind, meaning))
-            yield from table(("parameter", "in", "type", "meaning"), rows)
-            content = route["responses"]["200"].get("content", {})
-            bodies = (f"{kind} {_kind(body.get('schema', {'type': ''}))}".strip() for kind, body in content.items())
-            others = [status for status in route["responses"] if status != "200"]
-            errors = f"; with status {', '.join(others)}: ErrorAnswer" if others else ""
-            yield f"Answer: {', '.join(bodies)}{errors}.\n"
-    yield "## Records\n"
-    for name, schema in described.get("components", {}).get("schemas", {}).items():
-        yield f"### {name}\n\n{schema.get('description', '')}\n"
-        fields = schema.get("properties", {}).items()
-        cells = [(f"`{field}`", _kind(value), value.get("description", "")) for field, value in fields]
-        yield from table(("field", "type", "meaning"), cells)
-
-
-def _kind(schema: Mapping[str, Any]) -> str:
-    if "$ref" in schema:
-        return str(schema["$ref"]).rpartition("/")[2]
-    if words := schema.get("enum", [schema["const"]] if "const" in schema else None):
-        return " or ".join(f"`{word}`" if word else "empty" for word in words)
-    if "anyOf" in schema:
-        return " or ".join(_kind(choice) for choice in schema["anyOf"])
-    if schema.get("type") == "array":
-        return f"list of {_kind(schema.get('items', {}))}"
-    return str(schema.get("type", "any"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    """A table in Markdown; nothing where it has no rows."""
-    if not rows:
-        return
-    for cells in (head, ["---"] * len(head), *rows):
-        yield "| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-    yield ""

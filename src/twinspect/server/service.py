@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import io
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,6 @@ from twinspect.server.settings import Settings
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
-_SMOOTHING = 0.1  # weight of the latest batch in the mean time per job
 _DECODERS = 2  # threads
 _PRUNING_S = 60.0
 _LOG_BATCH = 64  # rows of one transaction
@@ -69,7 +67,6 @@ class Batcher(Generic[Job, Answer]):
         self._expected, self._change = 0, asyncio.Event()
         self._thread = ThreadPoolExecutor(1, name)  # started by the first job
         self._worker: asyncio.Task[None] | None = None
-        self.seconds_per_job = 0.0  # running mean; 0 before the first batch
 
     async def do(self, job: Job) -> Answer:
         """The answer to a job. One whose caller gives up before its turn is not done."""
@@ -108,7 +105,6 @@ class Batcher(Generic[Job, Answer]):
                 await self._answer([job for job, _ in alive], [future for _, future in alive])
 
     async def _answer(self, jobs: list[Job], futures: list[asyncio.Future[Answer]]) -> None:
-        began = time.monotonic()
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, jobs)
             for future, answer in zip(futures, answers, strict=True):
@@ -118,9 +114,6 @@ class Batcher(Generic[Job, Answer]):
             for future in futures:
                 if not future.done():
                     future.set_exception(error)
-        per_job = (time.monotonic() - began) / len(jobs)
-        known = self.seconds_per_job
-        self.seconds_per_job = per_job if known == 0.0 else known + _SMOOTHING * (per_job - known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,8 +306,7 @@ class Service:
         if images > limit:
             raise Refused(413, "too_many", f"{images} images; the queue takes {limit} in all, send fewer")
         if waiting + images > limit:
-            wait = {"retry-after": str(max(1, math.ceil(waiting * served.batcher.seconds_per_job)))}
-            raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", wait)
+            raise Refused(429, "busy", f"{waiting} images are waiting, {limit} may; try again later", SOON)
         return served
 
     async def _inspect(self, served: Served, image: Item, options: Asked, request_id: str) -> Inspection:

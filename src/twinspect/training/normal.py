@@ -11,6 +11,7 @@ Shapes: n good images, B images of a batch, N positions, D channels, K clusters,
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -43,7 +44,7 @@ from twinspect.types import Progress
 
 _TEXTS = ("class_name", "group", "key")
 _FOLDS = 5  # of the covariances of tokens
-_HALF_IMAGES = 64  # images of a cluster that each of the two covariances of patches is learnt from
+_HALF_IMAGES = 256  # at most, images of a cluster that each of the two covariances of patches is learnt from
 
 
 class GoodImages(NamedTuple):
@@ -283,10 +284,10 @@ class _Fitting:
     def _covariances(self) -> None:
         """Second pass, over some images of every cluster: whitening matrices of both halves and of all."""
         chosen: list[int] = []
-        for k in range(self.clusters):
-            members = (self.cluster_n == k).nonzero()[:, 0].tolist()
-            step = max(1, len(members) // (2 * _HALF_IMAGES))
-            chosen += members[::step][: 2 * _HALF_IMAGES]
+        for half, k in itertools.product((0, 1), range(self.clusters)):
+            members = ((self.half_n == half) & (self.cluster_n == k)).nonzero()[:, 0].tolist()
+            step = max(1.0, len(members) / _HALF_IMAGES)  # spread over all: names often tell the lot or the hour
+            chosen += [members[int(i * step)] for i in range(min(len(members), _HALF_IMAGES))]
         # Both halves know what was learnt before: images of the source are left out of their own half only.
         counts = self.known_K.double().clamp_max(2.0 * _HALF_IMAGES).repeat(2, 1)
         sums = []
@@ -440,13 +441,9 @@ class _Fitting:
         """Fit the calibration on the images that count; what is said of all."""
         score_n, z_n2 = self.scorer.calibrate(reading_nR, self.all_cluster_n, counted_n)
         distance_n = self.scorer.cluster_distance(reading_nR, z_n2)
-        pictures = [picture_of(self.source.samples[i]) for i in self.images]
-        keys = tuple(image_id(self.source.keys[i]) for i in self.images)
-        texts = [
-            tuple(picture.class_name for picture in pictures),
-            tuple(picture.group for picture in pictures),
-            keys,
-        ]
+        rows = [(picture_of(self.source.samples[i]), image_id(self.source.keys[i])) for i in self.images]
+        columns = zip(*((picture.class_name, picture.group, key) for picture, key in rows), strict=True)
+        texts = [tuple(column) for column in columns]
         if self.before is not None:
             texts = [old + new for old, new in zip(self.before[-3:], texts, strict=True)]
         return GoodImages(
